@@ -1,0 +1,1 @@
+"""Backends: ONNX graphs to something that runs."""

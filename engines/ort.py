@@ -1,0 +1,161 @@
+"""ONNX Runtime backend, CPU provider.
+
+All sessions of a process share one thread pool: a pool per session has threads that spin against each other. Weights
+are initialisers given from memory that was verified before, so ONNX Runtime opens no file.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, ResourceError
+from goc_deploy.protocols import ITEM_BYTES, Buffer
+
+logger = logging.getLogger(__name__)
+
+ALIGNMENT = 256                                                                       # what TensorRT asks of tensor addresses
+ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
+NUMPY_TYPES = {"float32": np.float32, "int64": np.int64, "float16": np.float16, "bfloat16": np.uint16}
+_DTYPE_OF_ORT_TYPE = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}
+
+_pool_lock = threading.Lock()
+_pool_threads: int | None = None
+
+
+def shared_thread_pool(threads: int) -> int:
+    """Create the process-wide thread pool once.
+
+    Args:
+        threads: size; 0 lets ONNX Runtime choose (one per core).
+
+    Returns:
+        The size asked for when the pool was made; a later call cannot change it and says so in the log.
+    """
+    global _pool_threads
+    with _pool_lock:
+        if _pool_threads is None:
+            try:
+                onnxruntime.set_global_thread_pool_sizes(threads, 1)
+                _pool_threads = threads
+            except Exception as error:  # raised where the host program made the pools itself
+                logger.warning("ONNX Runtime's thread pool was made by someone else in this process and is used as it is: %s", error)
+                _pool_threads = 0
+        elif threads not in (0, _pool_threads):
+            logger.warning("the thread pool of this process keeps its size %d; %d threads are ignored", _pool_threads, threads)
+        return _pool_threads
+
+
+class OrtEngine:
+    """A session whose tensors are bound by address."""
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self._session = session
+        tensors = [*session.get_inputs(), *session.get_outputs()]
+        self._shapes = {arg.name: arg.shape for arg in tensors}
+        self.dtypes: Mapping[str, str] = {arg.name: _DTYPE_OF_ORT_TYPE.get(arg.type, arg.type) for arg in tensors}
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Callable[[], None]:
+        """See `goc_deploy.protocols.Engine.bind`."""
+        binding = self._session.io_binding()
+        for name, buffer in [*inputs.items(), *outputs.items()]:
+            self._check(name, buffer)
+        for bind, buffers in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+            for name, buffer in buffers.items():
+                bind(name, "cpu", 0, ONNX_TYPES[buffer.dtype], list(buffer.shape), buffer.pointer)
+        session, keep_alive = self._session, (dict(inputs), dict(outputs))
+
+        def run(_: Any = keep_alive) -> None:
+            session.run_with_iobinding(binding)
+
+        return run
+
+    def _check(self, name: str, buffer: Buffer) -> None:
+        found, dtype = self._shapes.get(name, []), self.dtypes.get(name)
+        fits = len(found) == len(buffer.shape) and all(not isinstance(f, int) or f == size for f, size in zip(found, buffer.shape, strict=True))
+        if dtype != buffer.dtype or not fits:
+            raise EngineDirError(
+                f"a graph has tensor {name!r} as {dtype} {found} but the manifest implies {buffer.dtype} {list(buffer.shape)}; export again"
+            )
+
+
+class OrtBackend:
+    """ONNX Runtime on the CPU.
+
+    Args:
+        threads: size of the shared thread pool; 0 is one per core.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(self, threads: int = 0) -> None:
+        if threads < 0:
+            raise EnvironmentUnsupportedError(f"threads must not be negative, got {threads}")
+        self._threads = shared_thread_pool(threads)
+
+    def load(self, onnx: memoryview, weights: Mapping[str, memoryview]) -> OrtEngine:
+        """Load a graph.
+
+        Raises:
+            EnvironmentUnsupportedError: this ONNX Runtime has no kernel for it (bf16 on the CPU).
+            EngineDirError: not a graph that ONNX Runtime accepts.
+        """
+        options = onnxruntime.SessionOptions()
+        options.use_per_session_threads = False
+        options.log_severity_level = 3
+        if weights:
+            files = {name: np.frombuffer(content, np.uint8) for name, content in weights.items()}
+            options.add_external_initializers_from_files_in_memory(list(files), list(files.values()), [f.nbytes for f in files.values()])
+        try:
+            return OrtEngine(onnxruntime.InferenceSession(bytes(onnx), options, providers=["CPUExecutionProvider"]))
+        except Exception as cause:
+            reason = str(cause).splitlines()[0][:300]
+            if "NOT_IMPLEMENTED" in reason or "Could not find an implementation" in reason:
+                raise EnvironmentUnsupportedError(
+                    f"ONNX Runtime {onnxruntime.__version__} has no CPU kernel for this graph ({reason}); export with --precision fp32"
+                ) from cause
+            raise EngineDirError(f"ONNX Runtime {onnxruntime.__version__} refuses a graph of the engine: {reason}") from cause
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """New memory. Pages are taken from the system when they are first written.
+
+        Raises:
+            ResourceError: the system has not that much.
+        """
+        nbytes = int(np.prod(shape, dtype=np.int64)) * ITEM_BYTES[dtype]
+        try:
+            memory = np.empty(nbytes + ALIGNMENT, np.uint8)
+        except MemoryError as cause:
+            raise ResourceError(f"{nbytes / 1e9:.2f} GB for buffers cannot be allocated; use a smaller batch size") from cause
+        offset = -memory.ctypes.data % ALIGNMENT
+        return Buffer(memory.ctypes.data + offset, tuple(shape), dtype, memory)
+
+    def upload(self, values: np.ndarray, target: Buffer) -> None:
+        """Copy host values into a buffer."""
+        _array(target)[...] = values
+
+    def download(self, source: Buffer) -> np.ndarray:
+        """A copy of a buffer."""
+        values = _array(source).copy()
+        return (values.astype(np.uint32) << 16).view(np.float32) if source.dtype == "bfloat16" else values
+
+    def describe(self) -> dict[str, Any]:
+        """Version, provider and threads."""
+        return {
+            "backend": self.name,
+            "version": onnxruntime.__version__,
+            "provider": "CPUExecutionProvider",
+            "threads": self._threads or "one per core",
+        }
+
+
+def _array(buffer: Buffer) -> np.ndarray:
+    """The buffer as a NumPy array on the same memory."""
+    start = buffer.pointer - buffer.owner.ctypes.data
+    flat = buffer.owner[start : start + buffer.nbytes].view(NUMPY_TYPES[buffer.dtype])
+    return flat.reshape(buffer.shape)

@@ -1,0 +1,1 @@
+"""Checkpoint to ONNX: loading, recognition, lowering and verification (needs the ``export`` extra)."""

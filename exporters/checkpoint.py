@@ -1,0 +1,201 @@
+"""Reading checkpoints without running anything that stands in them.
+
+Accepted: a plain state dict (``.pt``, ``.pth``), a training checkpoint that holds ``ema`` and/or ``model``, and
+``.safetensors``. Tensors stay memory-mapped until they are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import pickle
+import stat
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from goc_deploy.errors import ModelError, SafetyError
+
+WEIGHT_SETS = ("auto", "ema", "model")
+PREFIXES = ("module.", "_orig_mod.")
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_SAVE_HINT = "save it with torch.save(model.state_dict(), ...) or as .safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors of a checkpoint file.
+
+    Attributes:
+        path: the file.
+        tensors: name -> tensor, without wrapper prefixes.
+        weight_set: which set was taken: ``ema``, ``model`` or ``plain``.
+        dtypes: dtype name -> number of tensors, for the report.
+    """
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    weight_set: str
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """How many tensors there are of each dtype."""
+        names = [str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors.values()]
+        return {name: names.count(name) for name in sorted(set(names))}
+
+    @property
+    def nbytes_fp32(self) -> int:
+        """Bytes of all tensors in float32."""
+        return 4 * sum(tensor.numel() for tensor in self.tensors.values())
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_checkpoint(path: Path, weight_set: str = "auto") -> Checkpoint:
+    """Read a checkpoint.
+
+    Args:
+        path: the file.
+        weight_set: ``ema`` or ``model`` takes that part of a training checkpoint; ``auto`` prefers ``ema``.
+
+    Raises:
+        ModelError: missing, unreadable, truncated, or not a state dict.
+        SafetyError: it asks to import or call something that is not a tensor.
+    """
+    _check_file(path)
+    with open(path, "rb") as file:
+        head = file.read(9)
+    found = _load_safetensors(path) if _looks_like_safetensors(path, head) else _load_torch(path, head)
+    state, chosen = _choose_weights(found, weight_set, path)
+    tensors: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ModelError(f"{path}: entry {name!r} is a {type(value).__name__}, not a tensor; {_SAVE_HINT}")
+        tensors[_without_prefix(name)] = value
+    if not tensors:
+        raise ModelError(f"{path} holds no tensors; {_SAVE_HINT}")
+    if len(tensors) != len(state):
+        raise ModelError(f"{path}: two tensors have the same name once {' and '.join(PREFIXES)} are removed; {_SAVE_HINT}")
+    return Checkpoint(path, tensors, chosen)
+
+
+def check_values(checkpoint: Checkpoint, *, allow_nonfinite: bool) -> None:
+    """Check dtypes and that every number is finite.
+
+    Raises:
+        ModelError: naming up to ten tensors.
+    """
+    odd = [f"{n} ({str(t.dtype).removeprefix('torch.')})" for n, t in checkpoint.tensors.items() if t.dtype not in FLOATING]
+    if odd:
+        raise ModelError(f"{checkpoint.path}: dtype not supported: {_some(odd)}; save weights as float32, float16 or bfloat16")
+    if allow_nonfinite:
+        return
+    bad = [name for name, tensor in checkpoint.tensors.items() if not _all_finite(tensor)]
+    if bad:
+        raise ModelError(f"{checkpoint.path}: NaN or infinite values in {_some(bad)}; use a sound checkpoint or --allow-nonfinite")
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """Check in pieces, so that a mapped tensor is never copied whole."""
+    return all(bool(torch.isfinite(piece).all()) for piece in tensor.reshape(-1).split(2**22))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _check_file(path: Path) -> None:
+    try:
+        status = path.stat()
+    except OSError as cause:
+        raise ModelError(f"checkpoint {path} cannot be read: {cause.strerror or cause}") from cause
+    if stat.S_ISDIR(status.st_mode):
+        raise ModelError(f"checkpoint {path} is a directory; give a .pt, .pth or .safetensors file")
+    if not stat.S_ISREG(status.st_mode):
+        raise ModelError(f"checkpoint {path} is not a regular file; give a .pt, .pth or .safetensors file")
+    if status.st_size == 0:
+        raise ModelError(f"checkpoint {path} is empty; download or save it again")
+    if not os.access(path, os.R_OK):
+        raise ModelError(f"checkpoint {path} is not readable; check its permissions")
+
+
+def _looks_like_safetensors(path: Path, head: bytes) -> bool:
+    return path.suffix == ".safetensors" or (len(head) == 9 and head[8:9] == b"{" and not head.startswith(b"PK"))
+
+
+def _load_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as cause:
+        raise ModelError(f"{path} is not a sound safetensors file: {cause}; download or save it again") from cause
+
+
+def _load_torch(path: Path, head: bytes) -> Any:
+    is_zip = head.startswith(b"PK")
+    if is_zip:
+        _check_zip(path)
+    elif not head.startswith(b"\x80"):
+        raise ModelError(f"{path} is neither a torch checkpoint nor safetensors; {_SAVE_HINT}")
+    try:
+        if is_zip:
+            _refuse_globals(path, torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as cause:
+        named = [word.strip("`'\".,") for word in str(cause).replace("\n", " ").split() if "." in word.strip("`'\".,")]
+        asked = f": it names {named[0]}" if "GLOBAL" in str(cause) and named else ""
+        raise SafetyError(f"{path} is refused, it asks to run code{asked}; {_SAVE_HINT}") from cause
+    except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, IndexError, TypeError, OSError, AssertionError) as cause:
+        reason = str(cause).splitlines()[0][:200] if str(cause) else type(cause).__name__
+        raise ModelError(f"{path} is not a sound torch checkpoint, it may end early: {reason}; download or save it again") from cause
+
+
+def _check_zip(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as cause:
+        raise ModelError(f"{path} is cut short or damaged ({cause}); download or save it again") from cause
+    if not any(member.filename.endswith("/data.pkl") for member in members):
+        raise ModelError(f"{path} is a zip archive but not a torch checkpoint; {_SAVE_HINT}")
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ModelError(f"{path} has compressed members, which torch never writes; {_SAVE_HINT}")
+
+
+def _refuse_globals(path: Path, names: list[str]) -> None:
+    names = [name for name in names if name != "argparse.Namespace"]
+    if any(name.startswith("torch.nn.modules.") for name in names):
+        raise ModelError(f"{path} holds a whole module, not its weights; {_SAVE_HINT}")
+    if names:
+        raise SafetyError(f"{path} is refused, it asks to run code: it names {_some(sorted(names))}; {_SAVE_HINT}")
+
+
+def _choose_weights(found: Any, weight_set: str, path: Path) -> tuple[dict[Any, Any], str]:
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} holds a {type(found).__name__}, not a state dict; {_SAVE_HINT}")
+    sets = {name: found[name] for name in ("ema", "model", "state_dict") if isinstance(found.get(name), dict)}
+    if weight_set != "auto":
+        if weight_set not in sets:
+            raise ModelError(f"{path} has no {weight_set!r} weights; it has {', '.join(sets) or 'a plain state dict'}")
+        return dict(sets[weight_set]), weight_set
+    for name, state in sets.items():
+        return dict(state), name
+    return found, "plain"
+
+
+def _without_prefix(name: str) -> str:
+    while name.startswith(PREFIXES):
+        name = name.split(".", 1)[1]
+    return name

@@ -1,0 +1,228 @@
+"""DiT as exported units: what is hoisted out of the step loop, and what a block's units compute.
+
+Hoisted: timestep and label embeddings and every adaLN modulation, one matrix product over steps x distinct labels.
+The rows of the modulation table are, for U units: gates 0..U-1, shift and scale of the final layer, then shift and scale
+of each unit. Steps that compute nothing need only the first U + 2.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from goc_deploy.errors import ModelError
+from goc_deploy.exporters.dit import Attention, DiT, LabelEmbed, Mlp, PatchEmbed, TimestepEmbed, modulate, unpatchify
+from goc_deploy.exporters.units import DTYPES, Input, Slab, UnitKind
+from goc_deploy.spec import ModelSpec
+
+HEADS_OF_KNOWN_SIZES = {384: 6, 768: 12, 1024: 16, 1152: 16}                          # S, B, L, XL
+SHIFT_ATTN, SCALE_ATTN, GATE_ATTN, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+
+
+def matches(names: Sequence[str]) -> bool:
+    """Whether tensors with these names look like a DiT."""
+    return {"x_embedder.proj.weight", "final_layer.linear.weight", "y_embedder.embedding_table.weight"} <= set(names)
+
+
+def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> ModelSpec:
+    """Read the model's sizes off its tensors.
+
+    Raises:
+        ModelError: sizes that do not fit each other, or heads that cannot be known.
+    """
+    try:
+        hidden, channels, patch, patch_width = tensors["x_embedder.proj.weight"].shape
+        _, tokens, _ = tensors["pos_embed"].shape
+        depth = 1 + max(int(m[1]) for m in map(_BLOCK.match, tensors) if m)
+        mlp_hidden = tensors["blocks.0.mlp.fc1.weight"].shape[0]
+        predicted = tensors["final_layer.linear.weight"].shape[0]
+        rows = tensors["y_embedder.embedding_table.weight"].shape[0]
+    except (KeyError, ValueError) as cause:
+        raise ModelError(f"the checkpoint looks like a DiT but its sizes cannot be read: {cause}") from cause
+    grid = math.isqrt(tokens)
+    if grid**2 != tokens or patch != patch_width:
+        raise ModelError(f"only square samples and patches are supported; found {tokens} tokens and patches of {patch}x{patch_width}")
+    ratio = predicted / (patch**2 * channels)
+    if ratio not in (1, 2):
+        raise ModelError(f"the final layer predicts {predicted} values per token, expected {patch**2 * channels} (or twice that, with sigma)")
+    heads = heads or HEADS_OF_KNOWN_SIZES.get(hidden)
+    if heads is None:
+        raise ModelError(f"the number of attention heads cannot be read off a width of {hidden}; give --num-heads")
+    if heads < 1 or hidden % heads:
+        raise ModelError(f"{heads} heads do not divide the width {hidden}; give another --num-heads")
+    return ModelSpec(depth, hidden, heads, mlp_hidden, patch, grid, channels, rows - 1, ratio == 2)
+
+
+class ConditioningUnit(nn.Module):
+    """Timesteps and labels to the modulation table."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.rows = 3 * spec.units + 2
+        self.t_embedder = TimestepEmbed(spec.hidden)
+        self.y_embedder = LabelEmbed(spec)
+        self.modulation = nn.Linear(spec.hidden, self.rows * spec.hidden)
+
+    def forward(self, t: Tensor, labels: Tensor) -> Tensor:
+        condition = self.t_embedder(t).unsqueeze(1) + self.y_embedder(labels).unsqueeze(0)   # (S, R, D)
+        steps, rows, hidden = condition.shape
+        table = self.modulation(nn.functional.silu(condition).reshape(-1, hidden))           # (S*R, M*D)
+        return table.reshape(steps, rows, self.rows, hidden).transpose(1, 2)                 # (S, M, R, D)
+
+
+class EmbedUnit(nn.Module):
+    """Latents to tokens, once per image, then copied to the rows of the batch."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.x_embedder = PatchEmbed(spec)
+        self.pos_embed = nn.Parameter(torch.empty(1, spec.tokens, spec.hidden), requires_grad=False)
+
+    def forward(self, latents: Tensor, rows: Tensor) -> Tensor:
+        tokens = self.x_embedder(latents.to(self.pos_embed.dtype)) + self.pos_embed          # (N, T, D)
+        return tokens.index_select(0, rows)                                                  # (B, T, D)
+
+
+def add_gated(x: Tensor, gate: Tensor, feature: Tensor) -> Tensor:
+    """``x + gate * feature`` in float32, back in the dtype of ``x``."""
+    return (x.float() + gate.float().unsqueeze(1) * feature.float()).to(x.dtype)
+
+
+class AttnUnit(nn.Module):
+    """Attention branch of a block: (x_out, feature)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.attn = Attention(spec.hidden, spec.heads)
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        batch, tokens, hidden = x.shape
+        heads = self.attn.heads
+        qkv = self.attn.qkv(modulate(x, shift, scale).reshape(-1, hidden))                   # (B*T, 3*D)
+        q, k, v = qkv.reshape(batch, tokens, 3, heads, hidden // heads).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = torch.matmul(q * (hidden // heads) ** -0.5, k.transpose(-1, -2))            # (B, heads, T, T)
+        weights = torch.softmax(scores.float(), dim=-1).to(x.dtype)
+        mixed = torch.matmul(weights, v).transpose(1, 2).reshape(-1, hidden)                 # (B*T, D)
+        feature = self.attn.proj(mixed)
+        return add_gated(x, gate, feature.reshape(x.shape)), feature
+
+    def reference(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """The same branch as the PyTorch model computes it."""
+        feature = self.attn(modulate(x, shift, scale))
+        return x + gate.unsqueeze(1) * feature, feature.reshape(-1, x.shape[-1])
+
+
+class MlpUnit(nn.Module):
+    """MLP branch of a block: (x_out, feature)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.mlp = Mlp(spec.hidden, spec.mlp_hidden)
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        feature = self.mlp(modulate(x, shift, scale).reshape(-1, x.shape[-1]))               # (B*T, D)
+        return add_gated(x, gate, feature.reshape(x.shape)), feature
+
+    def reference(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """The same branch as the PyTorch model computes it."""
+        feature = self.mlp(modulate(x, shift, scale))
+        return x + gate.unsqueeze(1) * feature, feature.reshape(-1, x.shape[-1])
+
+
+class FinalUnit(nn.Module):
+    """Tokens to the model's prediction."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.linear = nn.Linear(spec.hidden, spec.patch**2 * spec.output_channels)
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        patches = self.linear(modulate(x, shift, scale).reshape(-1, x.shape[-1]))            # (B*T, p*p*C_out)
+        return unpatchify(patches, self.spec).float()                                        # (B, C_out, H, W)
+
+
+def unit_kinds(spec: ModelSpec, precision: str) -> tuple[UnitKind, ...]:
+    """The graphs of a DiT, in the order in which they are written."""
+    dtype = DTYPES[precision]
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).to(kind)
+
+    def modulation(name: str) -> Input:
+        return Input(name, (0.3 * normal(2, spec.hidden, kind=torch.float32)).to(dtype), {0: "batch"})
+
+    def tokens() -> Input:
+        return Input("x", normal(2, spec.tokens, spec.hidden), {0: "batch"})
+
+    def branch_inputs() -> tuple[Input, ...]:
+        return (tokens(), modulation("shift"), modulation("scale"), modulation("gate"))
+
+    steps = Input("timesteps", torch.tensor([999.0, 421.0, 0.0]), {0: "steps"})
+    labels = Input("labels", torch.tensor([0, spec.classes]), {0: "labels"})
+    latents = Input("latents", normal(2, spec.channels, spec.side, spec.side, kind=torch.float32), {0: "images"})
+    rows = Input("rows", torch.tensor([0, 1, 0, 1]), {0: "batch"})
+    with torch.device("meta"):  # no memory is touched for weights that are bound later
+        conditioning, embed, final = ConditioningUnit(spec), EmbedUnit(spec), FinalUnit(spec)
+        attn, mlp = AttnUnit(spec), MlpUnit(spec)
+    for module in (conditioning, embed, attn, mlp, final):
+        module.to(dtype).to_empty(device="cpu").eval().requires_grad_(False)
+        for parameter in module.parameters():
+            if parameter.ndim == 1:
+                parameter.uniform_(generator=generator)  # the ONNX optimiser drops a bias that happens to be zero
+    final_inputs = (tokens(), modulation("shift"), modulation("scale"))
+    return (
+        UnitKind("conditioning", conditioning, (steps, labels), ("table",), {"conditioning": _conditioning(conditioning, spec)}),
+        UnitKind("embed", embed, (latents, rows), ("x",), {"embed": _same_names(embed)}),
+        UnitKind("attn", attn, branch_inputs(), ("x_out", "feature"), _blocks(attn, spec.depth, "attn")),
+        UnitKind("mlp", mlp, branch_inputs(), ("x_out", "feature"), _blocks(mlp, spec.depth, "mlp")),
+        UnitKind("final", final, final_inputs, ("prediction",), {"final": _same_names(final, "final_layer.")}),
+    )
+
+
+def check_tensors(tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
+    """Check names and shapes against the architecture.
+
+    Raises:
+        ModelError: listing up to ten missing, unexpected and mis-shaped tensors.
+    """
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in DiT(spec).state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = [
+        ("missing", sorted(expected.keys() - found.keys())),
+        ("unexpected", sorted(found.keys() - expected.keys())),
+        ("of another shape", [f"{n} {found[n]}, expected {s}" for n, s in expected.items() if n in found and found[n] != s]),
+    ]
+    parts = [f"{len(names)} {what}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}" for what, names in wrong if names]
+    if parts:
+        raise ModelError(f"tensors do not match a DiT of depth {spec.depth} and width {spec.hidden}: {'; '.join(parts)}")
+
+
+def _same_names(module: nn.Module, prefix: str = "") -> dict[str, tuple[Slab, ...]]:
+    return {name: (Slab(prefix + name),) for name, _ in module.named_parameters()}
+
+
+def _blocks(module: nn.Module, depth: int, branch: str) -> dict[str, dict[str, tuple[Slab, ...]]]:
+    return {f"block_{block:02d}_{branch}": _same_names(module, f"blocks.{block}.") for block in range(depth)}
+
+
+def _conditioning(module: nn.Module, spec: ModelSpec) -> dict[str, tuple[Slab, ...]]:
+    """The embedders as they are, and all adaLN layers as one matrix with gates first."""
+    binding = _same_names(module)
+    chunks = [(f"blocks.{b}.adaLN_modulation.1", gate) for b in range(spec.depth) for gate in (GATE_ATTN, GATE_MLP)]
+    chunks += [("final_layer.adaLN_modulation.1", chunk) for chunk in (0, 1)]
+    for block in range(spec.depth):
+        layer = f"blocks.{block}.adaLN_modulation.1"
+        chunks += [(layer, chunk) for chunk in (SHIFT_ATTN, SCALE_ATTN, SHIFT_MLP, SCALE_MLP)]
+    for kind in ("weight", "bias"):
+        binding[f"modulation.{kind}"] = tuple(
+            Slab(f"{layer}.{kind}", chunk * spec.hidden, (chunk + 1) * spec.hidden) for layer, chunk in chunks
+        )
+    return binding

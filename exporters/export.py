@@ -1,0 +1,168 @@
+"""Checkpoint to engine directory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from goc_deploy.errors import GocError, ModelError
+from goc_deploy.exporters import dit_units
+from goc_deploy.exporters.checkpoint import Checkpoint, check_values, load_checkpoint, sha256_of
+from goc_deploy.exporters.lowering import template_from_kind, write_copy
+from goc_deploy.exporters.plan_files import write_plan
+from goc_deploy.exporters.step_graphs import modulation_graph, sampler_graph
+from goc_deploy.exporters.units import DTYPES
+from goc_deploy.exporters.verification import verify_copy
+from goc_deploy.manifest import MANIFEST_NAME, Manifest, Unit, manifest_to_json
+from goc_deploy.options import ExportOptions, Progress
+from goc_deploy.passes import compile_schedule
+from goc_deploy.plan import Plan
+from goc_deploy.policies import parse_policy, schedule_from_policy
+from goc_deploy.protocols import Backend
+from goc_deploy.publish import check_free_space, check_target, directory_lock, file_entry, read_manifest, staged
+from goc_deploy.spec import ITEM_BYTES, ModelSpec
+from goc_deploy.version import __version__
+
+ARCHITECTURES = {"dit": dit_units}
+RECORDED_PACKAGES = ("torch", "onnx", "onnxscript", "numpy")
+
+
+def export_checkpoint(checkpoint_path: Path, output: Path, options: ExportOptions, backend: Backend, progress: Progress) -> tuple[Manifest, bool]:
+    """Export a checkpoint; the directory appears whole or not at all.
+
+    Args:
+        checkpoint_path: a ``.pt``, ``.pth`` or ``.safetensors`` file.
+        output: engine directory to make.
+        options: how.
+        backend: runs the written units for the comparison with PyTorch.
+        progress: called with (what, done, total).
+
+    Returns:
+        The manifest, and whether anything was written (False: an equal engine was there already).
+
+    Raises:
+        ModelError, SafetyError: the checkpoint is not usable.
+        UsageError, ScheduleError: a SPEC is wrong.
+        ConflictError, ResourceError: the output cannot be written.
+        VerificationError: a unit differs from PyTorch.
+    """
+    checkpoint = load_checkpoint(checkpoint_path, options.weights)
+    spec = _recognise(checkpoint, options)
+    architecture = ARCHITECTURES[spec.architecture]
+    architecture.check_tensors(checkpoint.tensors, spec)
+    plans = _compile_plans(spec, options)
+    provenance = _provenance(checkpoint, options)
+    with directory_lock(output):
+        present = _same_engine(output, provenance)
+        if present:
+            return present, False
+        check_target(output, force=options.force)
+        check_free_space(output, checkpoint.nbytes_fp32 * ITEM_BYTES[options.precision] // 4)
+        check_values(checkpoint, allow_nonfinite=options.allow_nonfinite)
+        with staged(output) as stage:
+            manifest = _write(stage, checkpoint, spec, plans, provenance, options, backend, progress)
+            (stage / MANIFEST_NAME).write_text(manifest_to_json(manifest), encoding="utf-8")
+    return manifest, True
+
+
+def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> ModelSpec:
+    names = list(checkpoint.tensors)
+    if options.model not in ("auto", *ARCHITECTURES):
+        raise ModelError(f"unknown --model {options.model!r}; this version has {', '.join(ARCHITECTURES)}")
+    for name, architecture in ARCHITECTURES.items():
+        if options.model == name or (options.model == "auto" and architecture.matches(names)):
+            return architecture.spec_from_tensors(checkpoint.tensors, options.num_heads)
+    raise ModelError(
+        f"{checkpoint.path} is not a model that this version knows ({', '.join(ARCHITECTURES)}); it has tensors such as {', '.join(names[:3])}"
+    )
+
+
+def _compile_plans(spec: ModelSpec, options: ExportOptions) -> list[Plan]:
+    plans: dict[str, Plan] = {}
+    for text in options.plans:
+        policy = parse_policy(text)
+        schedule = schedule_from_policy(policy, spec, options.steps)
+        plans.setdefault(policy.default_name, compile_schedule(schedule, spec, options.sampler, options.steps, name=policy.default_name))
+    return list(plans.values())
+
+
+def _provenance(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, Any]:
+    recorded = {**asdict(options), "plans": list(options.plans)}
+    del recorded["force"]
+    return {
+        "checkpoint": checkpoint.path.name,
+        "checkpoint_sha256": sha256_of(checkpoint.path),
+        "weight_set": checkpoint.weight_set,
+        "checkpoint_dtypes": checkpoint.dtypes,
+        "options": recorded,
+        "versions": {"goc_deploy": __version__, **{package: version(package) for package in RECORDED_PACKAGES}},
+    }
+
+
+def _same_engine(output: Path, provenance: Mapping[str, Any]) -> Manifest | None:
+    """The manifest of an engine that the same export made, complete in size."""
+    try:
+        manifest = read_manifest(output)
+        whole = all((output / entry.path).stat().st_size == entry.size for entry in manifest.files)
+    except (OSError, GocError):
+        return None
+    return manifest if whole and manifest.provenance == provenance else None
+
+
+def _write(
+    stage: Path,
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    plans: list[Plan],
+    provenance: dict[str, Any],
+    options: ExportOptions,
+    backend: Backend,
+    progress: Progress,
+) -> Manifest:
+    folder = stage / "onnx"
+    folder.mkdir()
+    units = _write_units(folder, checkpoint, spec, options.precision, backend, progress)
+    for name, graph in (("modulation", modulation_graph(spec, options.precision)), ("sampler", sampler_graph(spec))):
+        onnx.save_model(graph, folder / f"{name}.onnx")
+        units.append(Unit(name, f"onnx/{name}.onnx", None, None))
+    predict: dict[str, str] = {}
+    entries = []
+    for plan in plans:
+        entry, new = write_plan(stage, plan, spec, options.precision, predict)
+        predict.update(new)
+        entries.append(entry)
+    files = sorted(str(path.relative_to(stage).as_posix()) for path in stage.rglob("*") if path.is_file())
+    return Manifest(
+        model=spec,
+        precision=options.precision,
+        max_batch=options.max_batch,
+        units=tuple(units),
+        predict=predict,
+        plans=tuple(entries),
+        files=tuple(file_entry(stage, path) for path in files),
+        provenance=provenance,
+    )
+
+
+def _write_units(folder: Path, checkpoint: Checkpoint, spec: ModelSpec, precision: str, backend: Backend, progress: Progress) -> list[Unit]:
+    """Trace each kind once; write and verify each copy."""
+    kinds = ARCHITECTURES[spec.architecture].unit_kinds(spec, precision)
+    total, units = sum(len(kind.copies) for kind in kinds), []
+    for kind in kinds:
+        progress(f"tracing {kind.kind}", len(units), total)
+        template = template_from_kind(kind, DTYPES[precision])
+        for name in kind.copies:
+            progress(f"writing {name}", len(units), total)
+            write_copy(template, name, checkpoint.tensors, folder)
+            error = verify_copy(template, name, checkpoint.tensors, folder, backend)
+            units.append(Unit(name, f"onnx/{name}.onnx", f"onnx/{name}.weights", error))
+        del template
+        gc.collect()
+    progress("done", total, total)
+    return units

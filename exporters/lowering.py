@@ -1,0 +1,125 @@
+"""PyTorch modules to ONNX: one trace per unit kind, one file per copy.
+
+A template is the traced graph. For every copy its parameters become external data in that copy's weights file, in the
+layout of the checkpoint (linear layers become Gemm with transB=1, so weights are stored as they are).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from goc_deploy.errors import VerificationError
+from goc_deploy.exporters.units import Binding, UnitKind
+
+OPSET = 20
+ALIGNMENT = 4096                                                                      # a page, so that weights can be mapped
+IR_TYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A traced unit kind.
+
+    Attributes:
+        kind: what was traced.
+        model: the graph; the values of its parameters do not matter.
+        dtype: of the parameters.
+    """
+
+    kind: UnitKind
+    model: ir.Model
+    dtype: torch.dtype
+
+
+def template_from_kind(kind: UnitKind, dtype: torch.dtype) -> Template:
+    """Trace a unit kind.
+
+    Raises:
+        VerificationError: the exporter lost a parameter, so weights could not be bound.
+    """
+    symbols = {symbol: torch.export.Dim(symbol, min=1, max=1 << 20) for i in kind.inputs for symbol in i.dynamic.values()}
+    with _quiet():
+        program = torch.onnx.export(
+            kind.module,
+            tuple(i.example for i in kind.inputs),
+            dynamo=True,
+            input_names=[i.name for i in kind.inputs],
+            output_names=list(kind.outputs),
+            dynamic_shapes=tuple({dim: symbols[symbol] for dim, symbol in i.dynamic.items()} for i in kind.inputs),
+            opset_version=OPSET,
+            verbose=False,
+        )
+    if program is None:
+        raise VerificationError(f"unit kind {kind.kind}: torch.onnx returned no graph; use the torch version in constraints.txt")
+    lost = sorted({name for name, _ in kind.module.named_parameters()} - program.model.graph.initializers.keys())
+    if lost:
+        raise VerificationError(
+            f"unit kind {kind.kind}: the ONNX exporter folded {', '.join(lost)} away; use the torch and onnxscript versions in constraints.txt"
+        )
+    program.model.graph.metadata_props.clear()
+    for node in program.model.graph:
+        node.metadata_props.clear()                                                   # source paths of the exporting machine
+    return Template(kind, program.model, dtype)
+
+
+def write_copy(template: Template, name: str, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write ``NAME.onnx`` and ``NAME.weights`` for one copy of a unit kind.
+
+    Args:
+        template: the traced kind.
+        name: the copy, a key of ``template.kind.copies``.
+        tensors: the checkpoint.
+        folder: where to write.
+    """
+    binding = template.kind.copies[name]
+    initializers = template.model.graph.initializers
+    with open(folder / f"{name}.weights", "wb") as file:
+        for parameter, module_value in template.kind.module.named_parameters():
+            file.write(b"\0" * (-file.tell() % ALIGNMENT))
+            offset = file.tell()
+            _write_rows(file, binding, parameter, tensors, template.dtype)
+            initializers[parameter].const_value = ir.ExternalTensor(
+                location=f"{name}.weights",
+                offset=offset,
+                length=file.tell() - offset,
+                dtype=IR_TYPES[template.dtype],
+                shape=ir.Shape(module_value.shape),
+                name=parameter,
+                base_dir=folder,
+            )
+    template.model.graph.name = name
+    onnx.save_model(ir.to_proto(template.model), folder / f"{name}.onnx")
+    onnx.checker.check_model(str(folder / f"{name}.onnx"))
+
+
+def _write_rows(file: BinaryIO, binding: Binding, parameter: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    for slab in binding[parameter]:
+        rows = slab.read(tensors, dtype)
+        file.write(memoryview(rows.reshape(-1).view(torch.uint8).numpy()))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch.onnx's chatter about optional packages out of the user's terminal."""
+    loggers = [logging.getLogger("torch.onnx"), logging.getLogger("torch.export"), logging.getLogger("onnxscript"), logging.getLogger("onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(None):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

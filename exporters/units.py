@@ -1,0 +1,70 @@
+"""What an architecture gives the exporter: graphs to trace, and which tensors each copy of a graph holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """Rows ``start:stop`` (first dimension) of a checkpoint tensor; all of them by default."""
+
+    key: str
+    start: int = 0
+    stop: int | None = None
+
+    def read(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """The rows as one contiguous tensor."""
+        tensor = tensors[self.key]
+        rows = tensor[self.start : self.stop] if tensor.ndim and (self.start or self.stop is not None) else tensor
+        return rows.to(dtype).contiguous()
+
+
+Binding = Mapping[str, tuple[Slab, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A graph input: an example and the names of its dynamic dimensions.
+
+    Attributes:
+        name: tensor name.
+        example: values for tracing and for the comparison with PyTorch.
+        dynamic: dimension -> symbol; dimensions with one symbol are equal.
+    """
+
+    name: str
+    example: Tensor
+    dynamic: Mapping[int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class UnitKind:
+    """Isomorphic units: traced once, then written once per copy with that copy's weights.
+
+    Attributes:
+        kind: name of the kind.
+        module: what is traced; its parameters' values do not matter, its ``reference`` method (or ``forward``) is what
+            the exported graph is compared with.
+        inputs: graph inputs in the order of ``forward``.
+        outputs: names of the outputs.
+        copies: unit name -> parameter name -> slabs, joined along the first dimension.
+    """
+
+    kind: str
+    module: nn.Module
+    inputs: tuple[Input, ...]
+    outputs: tuple[str, ...]
+    copies: Mapping[str, Binding]
+
+
+def bound_parameter(binding: Binding, name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """The value of one parameter of a copy."""
+    slabs = [slab.read(tensors, dtype) for slab in binding[name]]
+    return slabs[0] if len(slabs) == 1 else torch.cat(slabs)

@@ -1,0 +1,101 @@
+"""Comparing an exported unit with PyTorch."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor
+
+from goc_deploy.errors import VerificationError
+from goc_deploy.exporters.lowering import Template
+from goc_deploy.exporters.units import bound_parameter
+from goc_deploy.protocols import Backend
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-4}          # bf16 graphs are compared widened
+
+
+def relative_l2(found: np.ndarray, expected: np.ndarray) -> float:
+    """``|found - expected| / |expected|`` in float64; infinite where anything is not finite."""
+    difference = float(np.linalg.norm(found.astype(np.float64) - expected))
+    error = difference / max(float(np.linalg.norm(expected.astype(np.float64))), 1e-30)
+    return error if np.isfinite(error) else float("inf")
+
+
+def verify_copy(template: Template, name: str, tensors: Mapping[str, Tensor], folder: Path, backend: Backend) -> float:
+    """Run a written unit and PyTorch on the same inputs.
+
+    Both take the weights as rounded to the engine's precision; PyTorch computes in float32. ONNX Runtime has no bf16
+    kernels on the CPU, so a bf16 graph is compared with every bf16 tensor widened to float32.
+
+    Returns:
+        The largest relative L2 error over the outputs.
+
+    Raises:
+        VerificationError: it is beyond ``TOLERANCE``.
+    """
+    kind = template.kind
+    kind.module.float()
+    for parameter, value in kind.module.named_parameters():
+        value.data = bound_parameter(kind.copies[name], parameter, tensors, template.dtype).float()
+    reference = getattr(kind.module, "reference", kind.module.forward)
+    with torch.inference_mode():
+        expected = reference(*(i.example.float() if i.example.is_floating_point() else i.example for i in kind.inputs))
+    expected_outputs = (expected,) if isinstance(expected, Tensor) else expected
+    found = _run(template, name, folder, [tuple(e.shape) for e in expected_outputs], backend)
+    error = max(relative_l2(f, e.numpy()) for f, e in zip(found, expected_outputs, strict=True))
+    if not error <= TOLERANCE[template.dtype]:
+        raise VerificationError(
+            f"unit {name}: the exported graph differs from PyTorch by {error:.2e} relative L2, allowed are "
+            f"{TOLERANCE[template.dtype]:.0e}; the weights may overflow this precision, try --precision fp32"
+        )
+    return error
+
+
+def _run(template: Template, name: str, folder: Path, shapes: list[tuple[int, ...]], backend: Backend) -> list[np.ndarray]:
+    graph = memoryview((folder / f"{name}.onnx").read_bytes())
+    with open(folder / f"{name}.weights", "rb") as file:
+        weights = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    if template.dtype == torch.bfloat16:
+        engine = backend.load(memoryview(_widened(graph, weights)), {})
+    else:
+        engine = backend.load(graph, {f"{name}.weights": weights})
+    inputs, outputs = {}, {}
+    for i in template.kind.inputs:
+        inputs[i.name] = backend.allocate(tuple(i.example.shape), engine.dtypes[i.name])
+        backend.upload(i.example.float().numpy() if i.example.is_floating_point() else i.example.numpy(), inputs[i.name])
+    for output, shape in zip(template.kind.outputs, shapes, strict=True):
+        outputs[output] = backend.allocate(shape, engine.dtypes[output])
+    engine.bind(inputs, outputs)()
+    return [backend.download(outputs[output]) for output in template.kind.outputs]
+
+
+def _widened(graph: memoryview, weights: memoryview) -> bytes:
+    """The graph with every bf16 tensor turned into float32."""
+    bf16, fp32 = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
+    model = onnx.load_from_string(bytes(graph))
+    for initializer in model.graph.initializer:
+        if initializer.data_type == bf16:
+            if initializer.data_location == onnx.TensorProto.EXTERNAL:
+                place = {entry.key: entry.value for entry in initializer.external_data}
+                start, length = int(place["offset"]), int(place["length"])
+                values = _float32_from_bf16(np.frombuffer(weights[start : start + length], np.uint16)).reshape(initializer.dims)
+            else:
+                values = onnx.numpy_helper.to_array(initializer).astype(np.float32)
+            initializer.CopyFrom(onnx.numpy_helper.from_array(values, initializer.name))
+    for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
+        if value.type.tensor_type.elem_type == bf16:
+            value.type.tensor_type.elem_type = fp32
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == bf16:
+                attribute.i = fp32
+    return bytes(model.SerializeToString())
+
+
+def _float32_from_bf16(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)

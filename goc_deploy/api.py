@@ -1,0 +1,115 @@
+"""The library's two jobs. Stages are wired together here and nowhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from goc_deploy.errors import EnvironmentUnsupportedError
+from goc_deploy.options import ExportOptions, Progress, no_progress
+
+if TYPE_CHECKING:
+    from goc_deploy.manifest import Manifest, PlanEntry
+    from goc_deploy.protocols import Backend
+    from goc_deploy.runtime.pipeline import Pipeline
+
+BACKENDS = ("auto", "onnxruntime")
+
+
+def export(checkpoint: str | Path, output: str | Path, *, progress: Progress = no_progress, **options: Any) -> Manifest:
+    """Export a checkpoint to an engine directory.
+
+    Args:
+        checkpoint: ``.pt``, ``.pth`` or ``.safetensors``.
+        output: directory to make; it appears whole or not at all.
+        progress: called with (what, done, total).
+        **options: fields of `goc_deploy.options.ExportOptions`.
+
+    Returns:
+        The manifest of the directory.
+
+    Raises:
+        GocError: a subclass says what is wrong and has an ``exit_code``.
+    """
+    if "plans" in options:
+        options["plans"] = tuple(options["plans"])
+    return export_with(Path(checkpoint), Path(output), ExportOptions(**options), progress)[0]
+
+
+def export_with(checkpoint: Path, output: Path, options: ExportOptions, progress: Progress = no_progress) -> tuple[Manifest, bool]:
+    """`export` with its options in one object; also says whether anything was written."""
+    _require("export", "torch", "onnx", "onnxscript", "safetensors")
+    from goc_deploy.exporters.export import export_checkpoint
+
+    return export_checkpoint(checkpoint, output, options, make_backend("onnxruntime"), progress)
+
+
+def load(
+    engine_dir: str | Path,
+    *,
+    backend: str = "auto",
+    plan: str | None = None,
+    batch_size: int | None = None,
+    max_sessions: int = 1,
+    threads: int = 0,
+) -> Pipeline:
+    """Load an engine directory.
+
+    Args:
+        engine_dir: what `export` made.
+        backend: ``auto`` or ``onnxruntime``.
+        plan: name or SPEC; default: the first plan that caches.
+        batch_size: images per run, at most the engine's ``max_batch`` (the default).
+        max_sessions: callers that run at the same time; each session has its own buffers.
+        threads: size of the process-wide thread pool; 0 is one per core.
+
+    Raises:
+        GocError: a subclass says what is wrong and has an ``exit_code``.
+    """
+    from goc_deploy.runtime.pipeline import Pipeline
+
+    return Pipeline(Path(engine_dir), make_backend(backend, threads), plan, batch_size, max_sessions)
+
+
+def add_plan(engine_dir: str | Path, spec: str, *, name: str | None = None, steps: int | None = None, sampler: str | None = None) -> PlanEntry:
+    """Add a plan to an engine directory.
+
+    Args:
+        engine_dir: what `export` made.
+        spec: policy SPEC.
+        name: default: the SPEC made file-safe.
+        steps: default: the steps of the engine's first plan.
+        sampler: default: the sampler of the engine's first plan.
+
+    Raises:
+        UsageError, ScheduleError: a wrong SPEC, name, step count or sampler.
+        ConflictError: another plan has that name.
+    """
+    _require("export", "onnx")
+    from goc_deploy.planning import add_plan_to
+
+    return add_plan_to(Path(engine_dir), spec, name, steps, sampler)
+
+
+def make_backend(name: str, threads: int = 0) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        EnvironmentUnsupportedError: unknown, or not usable here.
+    """
+    if name not in BACKENDS:
+        raise EnvironmentUnsupportedError(f"backend {name!r} is not available in this version; use {' or '.join(BACKENDS)}")
+    _require(None, "onnxruntime")
+    from goc_deploy.engines.ort import OrtBackend
+
+    return OrtBackend(threads)
+
+
+def _require(extra: str | None, *modules: str) -> None:
+    """Raise with the command that installs what is missing."""
+    from importlib.util import find_spec
+
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        what = f"'goc_deploy[{extra}]'" if extra else "onnxruntime"
+        raise EnvironmentUnsupportedError(f"this needs {', '.join(missing)}, which is not installed; run: pip install {what}")

@@ -1,0 +1,49 @@
+"""Finding and reading plans in an engine directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from goc_deploy.errors import EngineDirError, UsageError
+from goc_deploy.manifest import Manifest, PlanEntry
+from goc_deploy.plan import Plan, check_plan
+from goc_deploy.policies import plan_name_from_spec
+from goc_deploy.publish import read_verified
+from goc_deploy.serde import plan_from_json, schedule_from_json
+
+
+def plan_entry(manifest: Manifest, name: str | None) -> PlanEntry:
+    """The plan of that name or SPEC; without a name the first plan that caches, else the first.
+
+    Raises:
+        UsageError: there is no such plan.
+    """
+    if not manifest.plans:
+        raise EngineDirError("the engine directory has no plans; add one with goc-plan")
+    if name is None:
+        return next((entry for entry in manifest.plans if entry.spec != "none"), manifest.plans[0])
+    for entry in manifest.plans:
+        if name in (entry.name, entry.spec) or entry.name == plan_name_from_spec(name):
+            return entry
+    raise UsageError(f"there is no plan {name!r}; this engine has {', '.join(e.name for e in manifest.plans)}; add it with goc-plan")
+
+
+def load_plan(directory: Path, manifest: Manifest, name: str | None) -> Plan:
+    """Read and check a plan of an engine directory.
+
+    Raises:
+        UsageError: no such plan.
+        EngineDirError: its files are corrupt or do not fit the model.
+    """
+    entry = plan_entry(manifest, name)
+    files = {file.path: file for file in manifest.files}
+    schedule_text, plan_text = (bytes(read_verified(directory, files[path])) for path in (entry.schedule, entry.plan))
+    try:
+        schedule = schedule_from_json(schedule_text, str(directory / entry.schedule))
+    except UsageError as cause:
+        raise EngineDirError(str(cause)) from cause
+    plan = plan_from_json(plan_text, schedule, str(directory / entry.plan))
+    if schedule.steps != plan.steps or schedule.units != manifest.model.units:
+        raise EngineDirError(f"plan {entry.name} and its schedule do not fit together; add the plan again")
+    check_plan(plan, manifest.model)
+    return plan

@@ -1,0 +1,75 @@
+"""Every error that goc_deploy raises on purpose.
+
+    GocError                        exit code
+    ├── UsageError                  2   bad option, SPEC, label, latents
+    │   └── ScheduleError           2   a schedule that breaks a rule of legality
+    ├── ModelError                  3   checkpoint unreadable or unsupported
+    ├── EngineDirError              4   engine directory corrupt or not ours
+    ├── EnvironmentUnsupportedError 5   provider, GPU, versions, driver
+    ├── VerificationError           6   numbers beyond tolerance, non-finite results
+    ├── ResourceError               7   disk, memory
+    ├── ConflictError               8   output exists, lock held
+    └── SafetyError                 9   pickle globals, path escape
+
+A message is one sentence that says what is wrong, where, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class GocError(Exception):
+    """Base of all errors that goc_deploy raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(GocError):
+    """A bad option, SPEC, label, shape or number."""
+
+    exit_code = 2
+
+
+class ScheduleError(UsageError):
+    """A schedule that breaks a rule of legality, or does not fit the model."""
+
+
+class ModelError(GocError):
+    """A checkpoint that cannot be read or is not supported."""
+
+    exit_code = 3
+
+
+class EngineDirError(GocError):
+    """An engine directory that is corrupt, incomplete, too new, or not ours."""
+
+    exit_code = 4
+
+
+class EnvironmentUnsupportedError(GocError):
+    """A missing provider, device, package or driver."""
+
+    exit_code = 5
+
+
+class VerificationError(GocError):
+    """Numbers beyond tolerance, or results that are not finite."""
+
+    exit_code = 6
+
+
+class ResourceError(GocError):
+    """Not enough disk or memory."""
+
+    exit_code = 7
+
+
+class ConflictError(GocError):
+    """The output exists or somebody else holds the lock."""
+
+    exit_code = 8
+
+
+class SafetyError(GocError):
+    """Input that asks to run code or to leave its directory."""
+
+    exit_code = 9

@@ -1,0 +1,147 @@
+"""The manifest: what an engine directory holds. Its presence says that the directory is whole."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from goc_deploy.errors import EngineDirError, SafetyError
+from goc_deploy.serde import build, check_format, dump_json, parse_json
+from goc_deploy.spec import PRECISIONS, ModelSpec
+
+MANIFEST_NAME = "manifest.json"
+MANIFEST_FORMAT, MANIFEST_VERSION = "goc_deploy.engine_dir", 1
+_SAFE_PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,@-]*(/[A-Za-z0-9][A-Za-z0-9._+=,@-]*){0,3}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A file of the directory.
+
+    Attributes:
+        path: relative, with forward slashes.
+        size: bytes.
+        sha256: hexadecimal digest of the bytes.
+    """
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """An exported graph: an ONNX file and, where it has large weights, their file.
+
+    Attributes:
+        name: ``modulation``, ``embed``, ``block_00_attn``, ..., ``final``, ``sampler``, ``conditioning``.
+        onnx: path of the graph.
+        weights: path of the external data, or None.
+        relative_l2: largest error to PyTorch over the outputs, measured at export, or None where it has no weights.
+    """
+
+    name: str
+    onnx: str
+    weights: str | None
+    relative_l2: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class PlanEntry:
+    """A plan of the directory: its name, the SPEC it came from, and its files."""
+
+    name: str
+    spec: str
+    plan: str
+    schedule: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What an engine directory holds.
+
+    Attributes:
+        model: sizes of the model.
+        precision: ``fp32``, ``fp16`` or ``bf16``: dtype of weights, tokens and history.
+        max_batch: most images per run.
+        units: exported graphs that do not depend on a plan.
+        predict: predict signature -> path of its graph.
+        plans: in order of preference.
+        files: every file with size and digest.
+        provenance: checkpoint digest, versions, options. For people; nothing is decided by it but "up to date".
+    """
+
+    model: ModelSpec
+    precision: str
+    max_batch: int
+    units: tuple[Unit, ...]
+    predict: dict[str, str]
+    plans: tuple[PlanEntry, ...]
+    files: tuple[FileEntry, ...]
+    provenance: dict[str, Any]
+
+    def unit(self, name: str) -> Unit:
+        """The unit of that name.
+
+        Raises:
+            EngineDirError: there is none.
+        """
+        for unit in self.units:
+            if unit.name == name:
+                return unit
+        raise EngineDirError(f"the manifest lists no unit {name!r}; export again")
+
+
+def manifest_to_json(manifest: Manifest) -> str:
+    """A manifest as JSON."""
+    return dump_json({"format": MANIFEST_FORMAT, "version": MANIFEST_VERSION, **asdict(manifest)})
+
+
+def manifest_from_json(text: bytes, where: str) -> Manifest:
+    """Read and check a manifest.
+
+    Raises:
+        EngineDirError: not JSON, another format or version, a field of the wrong form.
+        SafetyError: a path that leaves the directory.
+    """
+    found = parse_json(text, where, EngineDirError)
+    check_format(found, MANIFEST_FORMAT, MANIFEST_VERSION, where, EngineDirError)
+    manifest: Manifest = build(lambda: _manifest_from_fields(found), where, EngineDirError)
+    _check(manifest, where)
+    return manifest
+
+
+def _manifest_from_fields(found: dict[str, Any]) -> Manifest:
+    model = {**found["model"], "branches": tuple(str(branch) for branch in found["model"]["branches"])}
+    return Manifest(
+        model=ModelSpec(**model),
+        precision=str(found["precision"]),
+        max_batch=int(found["max_batch"]),
+        units=tuple(Unit(**unit) for unit in found["units"]),
+        predict={str(key): str(path) for key, path in found["predict"].items()},
+        plans=tuple(PlanEntry(**plan) for plan in found["plans"]),
+        files=tuple(FileEntry(**entry) for entry in found["files"]),
+        provenance=dict(found["provenance"]),
+    )
+
+
+def _check(manifest: Manifest, where: str) -> None:
+    model = manifest.model
+    sizes = (model.depth, model.hidden, model.heads, model.patch, model.grid, model.channels, model.classes, manifest.max_batch)
+    if not all(type(size) is int and 0 < size <= 10**6 for size in sizes) or manifest.precision not in PRECISIONS:
+        raise EngineDirError(f"{where} has sizes or a precision out of range; export again")
+    paths = [entry.path for entry in manifest.files]
+    for path in paths:
+        if not isinstance(path, str) or not _SAFE_PATH.fullmatch(path):
+            raise SafetyError(f"{where} names a file that may lie outside the directory: {path!r}; do not use this directory")
+    if len({path.lower() for path in paths}) != len(paths):
+        raise SafetyError(f"{where} lists a file twice (names that differ only in case count as equal)")
+    if not all(type(e.size) is int and e.size >= 0 and _SHA256.fullmatch(e.sha256) for e in manifest.files):
+        raise EngineDirError(f"{where} lists a file without a valid size and SHA-256")
+    used = [u.onnx for u in manifest.units] + [u.weights for u in manifest.units if u.weights]
+    used += [*manifest.predict.values(), *(p.plan for p in manifest.plans), *(p.schedule for p in manifest.plans)]
+    missing = sorted(set(used) - set(paths))
+    if missing:
+        raise EngineDirError(f"{where} uses {missing[0]!r} but does not list it; export again")

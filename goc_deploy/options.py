@@ -1,0 +1,56 @@
+"""Options of the main jobs with their defaults, so that command line and library cannot disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Progress = Callable[[str, int, int], None]                                            # (what, done, total)
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """How to export.
+
+    Attributes:
+        model: architecture, or ``auto`` to recognise it.
+        num_heads: attention heads, where the width does not tell.
+        precision: ``fp32``, ``fp16`` or ``bf16``: dtype of weights, tokens and history.
+        max_batch: most images per run.
+        steps: sampling steps of the plans.
+        sampler: sampler SPEC.
+        plans: policy SPECs, in order of preference.
+        weights: ``ema``, ``model``, or ``auto`` (ema where there is one).
+        allow_nonfinite: accept NaN and infinite weights.
+        force: replace an existing engine directory.
+    """
+
+    model: str = "auto"
+    num_heads: int | None = None
+    precision: str = "fp32"
+    max_batch: int = 16
+    steps: int = 20
+    sampler: str = "ddim"
+    plans: tuple[str, ...] = ("none", "fora:2+gc:1.0")
+    weights: str = "auto"
+    allow_nonfinite: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateOptions:
+    """How to generate.
+
+    Attributes:
+        seed: of the noise; image i of a request depends on (seed, i) alone.
+        cfg_scale: classifier-free guidance scale; 1 is none and runs half the rows.
+        cfg_channels: guidance acts on the first channels only, as in DiT's reference; all of them where there are fewer.
+    """
+
+    seed: int = 0
+    cfg_scale: float = 4.0
+    cfg_channels: int = 3

@@ -1,0 +1,154 @@
+"""The plan: a schedule compiled for one model, sampler and step count. What the runtime executes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+from goc_deploy.errors import EngineDirError
+from goc_deploy.samplers import SamplerTable
+from goc_deploy.schedule import MAX_HISTORY, Schedule
+from goc_deploy.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Run a unit's engine.
+
+    Attributes:
+        unit: index of the unit.
+        store: slot that keeps the feature, or None where nobody reads it.
+    """
+
+    unit: int
+    store: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One unit's ``sum(c * slot)``.
+
+    Attributes:
+        slots: history slots read, newest first.
+        coefficients: one per slot.
+        store: slot that keeps the prediction, or None. It may be one of ``slots``: the entry that dies.
+    """
+
+    slots: tuple[int, ...]
+    coefficients: tuple[float, ...]
+    store: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Predict:
+    """Predict neighbouring units ``unit, unit + 1, ...`` in one launch: x += sum of gate * prediction."""
+
+    unit: int
+    predictions: tuple[Prediction, ...]
+
+    @property
+    def signature(self) -> str:
+        """What the launch looks like whatever it is bound to: ``2w*8`` is eight units of two entries that store."""
+        shapes = (f"{len(p.slots)}{'w' if p.store is not None else ''}" for p in self.predictions)
+        return " ".join(f"{shape}*{len(list(run))}" for shape, run in groupby(shapes))
+
+
+Launch = Compute | Predict
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A compiled schedule.
+
+    Attributes:
+        name: the plan's name in its engine directory.
+        sampler: the sampler table, T rows.
+        launches: [T] the launches of each step, in execution order.
+        slots: number of feature-sized buffers.
+        schedule: what it was compiled from.
+    """
+
+    name: str
+    sampler: SamplerTable
+    launches: tuple[tuple[Launch, ...], ...]
+    slots: int
+    schedule: Schedule
+
+    @property
+    def steps(self) -> int:
+        """Number of sampling steps T."""
+        return len(self.launches)
+
+    @property
+    def signatures(self) -> tuple[str, ...]:
+        """Every distinct predict signature, sorted."""
+        return tuple(sorted({op.signature for step in self.launches for op in step if isinstance(op, Predict)}))
+
+    def step_kind(self, step: int) -> str:
+        """``full`` computes every unit, ``collapsed`` none, ``mixed`` some."""
+        kinds = {type(op) for op in self.launches[step]}
+        if kinds == {Compute}:
+            return "full"
+        return "collapsed" if kinds == {Predict} else "mixed"
+
+    @property
+    def kind_counts(self) -> dict[str, int]:
+        """How many steps are of each kind."""
+        return dict(sorted(Counter(self.step_kind(k) for k in range(self.steps)).items()))
+
+    def cache_bytes(self, spec: ModelSpec, batch: int, item_bytes: int) -> int:
+        """Peak bytes of all history slots for ``batch`` rows (two per image with guidance)."""
+        return self.slots * batch * spec.tokens * spec.hidden * item_bytes
+
+    def naive_cache_bytes(self, spec: ModelSpec, batch: int, item_bytes: int) -> int:
+        """Bytes of the reference implementation's queue: two features per unit."""
+        return 2 * spec.units * batch * spec.tokens * spec.hidden * item_bytes
+
+
+def predictions(plan: Plan) -> Iterator[tuple[int, int, Prediction]]:
+    """Yield (step, unit, prediction) in execution order."""
+    for step, launches in enumerate(plan.launches):
+        for op in launches:
+            if isinstance(op, Predict):
+                for offset, prediction in enumerate(op.predictions):
+                    yield step, op.unit + offset, prediction
+
+
+def check_plan(plan: Plan, spec: ModelSpec) -> None:
+    """Check that a plan is safe to execute for this model: order of units, slots in range, no read before write.
+
+    Raises:
+        EngineDirError: naming the step and what is wrong.
+    """
+    if plan.sampler.steps != plan.steps or not plan.steps:
+        raise EngineDirError(f"plan {plan.name}: {plan.steps} steps but a sampler table of {plan.sampler.steps}")
+    written: set[int] = set()
+    for step, launches in enumerate(plan.launches):
+        order: list[int] = []
+        for op in launches:
+            order += [op.unit] if isinstance(op, Compute) else range(op.unit, op.unit + len(op.predictions))
+            entries = (Prediction((), (), op.store),) if isinstance(op, Compute) else op.predictions
+            _check_launch(plan, step, entries, written)
+        if order != list(range(spec.units)):
+            raise EngineDirError(f"plan {plan.name}: step {step} does not run each of the {spec.units} units once, in order")
+
+
+def _check_launch(plan: Plan, step: int, entries: tuple[Prediction, ...], written: set[int]) -> None:
+    stores: list[int] = []
+    for entry in entries:
+        used = [*entry.slots, *([] if entry.store is None else [entry.store])]
+        if any(not 0 <= slot < plan.slots for slot in used):
+            raise EngineDirError(f"plan {plan.name}: step {step} uses a slot outside 0..{plan.slots - 1}")
+        if len(entry.slots) != len(entry.coefficients) or len(entry.slots) > MAX_HISTORY:
+            raise EngineDirError(f"plan {plan.name}: step {step} has {len(entry.coefficients)} coefficients for {len(entry.slots)} slots")
+        if not written.issuperset(entry.slots):
+            raise EngineDirError(f"plan {plan.name}: step {step} reads a slot before anything is stored in it")
+        if entry.store is not None:
+            stores.append(entry.store)
+    for index, store in enumerate(stores):
+        readers = sum(store in entry.slots for entry in entries if entry.store != store)
+        if readers or store in stores[:index]:
+            raise EngineDirError(f"plan {plan.name}: step {step} overwrites slot {store} while the same launch uses it")
+    written.update(stores)

@@ -1,0 +1,89 @@
+"""What the runtime asks of a backend. Everything a stage may know of another one stands here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
+DTYPE_OF_PRECISION = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """Device memory with a shape. Two buffers may be views of the same memory.
+
+    Attributes:
+        pointer: address of the first element.
+        shape: dimensions.
+        dtype: a key of ``ITEM_BYTES``.
+        owner: keeps the memory alive.
+    """
+
+    pointer: int
+    shape: tuple[int, ...]
+    dtype: str
+    owner: Any
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the view."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    def view(self, *shape: int, start: int = 0) -> Buffer:
+        """Elements ``start ...`` of this memory with another shape."""
+        offset = start * ITEM_BYTES[self.dtype]
+        assert offset + math.prod(shape) * ITEM_BYTES[self.dtype] <= self.nbytes, (self.shape, shape, start)
+        return replace(self, pointer=self.pointer + offset, shape=shape)
+
+
+class Engine(Protocol):
+    """A loaded graph.
+
+    Attributes:
+        dtypes: input or output name -> a key of ``ITEM_BYTES``.
+    """
+
+    @property
+    def dtypes(self) -> Mapping[str, str]: ...
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Callable[[], None]:
+        """Bind tensors by address; the returned function runs the graph on them.
+
+        Outputs that are not named are not computed. An output may lie on an input that the graph reads element by
+        element before it writes (the entry of the history that dies).
+
+        Raises:
+            EngineDirError: a name the graph does not have, or a dtype or size it does not take.
+        """
+        ...
+
+
+class Backend(Protocol):
+    """Loads graphs and owns device memory."""
+
+    name: str
+
+    def load(self, onnx: memoryview, weights: Mapping[str, memoryview]) -> Engine:
+        """Load a graph; ``weights`` maps external file names to their bytes."""
+        ...
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """New memory, 256-byte aligned, not initialised."""
+        ...
+
+    def upload(self, values: np.ndarray, target: Buffer) -> None:
+        """Copy host values into a buffer of the same size."""
+        ...
+
+    def download(self, source: Buffer) -> np.ndarray:
+        """A copy of a buffer on the host (float32 for ``bfloat16``)."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Name, version, device, threads, and what fell back, for reports."""
+        ...

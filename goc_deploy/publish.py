@@ -1,0 +1,241 @@
+"""Writing an engine directory so that it is whole or absent, and reading it so that nothing unverified gets through.
+
+Writing: everything goes to a temporary sibling, the manifest last, then one rename. Reading: every file is opened
+once without following links, hashed, and handed on as the bytes that were hashed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import mmap
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+from goc_deploy.errors import ConflictError, EngineDirError, ResourceError, SafetyError
+from goc_deploy.manifest import MANIFEST_NAME, FileEntry, Manifest, manifest_from_json
+
+LOCK_SECONDS = 10.0
+MAX_MANIFEST_BYTES = 8 * 2**20
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@contextlib.contextmanager
+def directory_lock(directory: Path) -> Iterator[None]:
+    """Hold the lock of an engine directory: a sibling file, released by the system if the holder dies.
+
+    Raises:
+        ConflictError: another process holds it for longer than ten seconds.
+    """
+    directory = directory.absolute()
+    lock = filelock.FileLock(directory.parent / f".{directory.name}.lock", timeout=LOCK_SECONDS)
+    with disk_errors(f"locking {directory}"):
+        try:
+            lock.acquire()
+        except filelock.Timeout as cause:
+            raise ConflictError(f"another process is writing {directory}; wait for it, or choose another directory") from cause
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(lock.lock_file)  # while it is held: whoever waits on the old file sees that it is gone and retries
+        lock.release()
+
+
+@contextlib.contextmanager
+def disk_errors(doing: str) -> Iterator[None]:
+    """Turn what the system says about disk and permissions into an error of ours."""
+    try:
+        yield
+    except OSError as cause:
+        reason = cause.strerror or str(cause)
+        if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ResourceError(f"{doing}: the disk is full ({reason}); free some space and run again") from cause
+        raise ConflictError(f"{doing}: {reason}{f' ({cause.filename})' if cause.filename else ''}") from cause
+
+
+def check_target(directory: Path, *, force: bool) -> Manifest | None:
+    """Check that a directory may be written.
+
+    Returns:
+        The manifest of the engine directory that is there and may be replaced, or None where nothing is in the way.
+
+    Raises:
+        ConflictError: something that is not an engine directory is there, or one is and ``force`` is off; the parent
+            is missing or not a directory.
+    """
+    parent = directory.absolute().parent
+    if not parent.is_dir():
+        raise ConflictError(f"{parent} is not a directory, so {directory.name} cannot be made there; create it first")
+    if not os.access(parent, os.W_OK):
+        raise ConflictError(f"{parent} is not writable; choose another output directory")
+    if not os.path.lexists(directory):
+        return None
+    if not directory.is_dir() or directory.is_symlink():
+        raise ConflictError(f"{directory} exists and is not a directory; choose another output")
+    if not any(directory.iterdir()):
+        return None
+    try:
+        manifest = read_manifest(directory)
+    except (EngineDirError, SafetyError) as cause:
+        if force and (directory / MANIFEST_NAME).is_file() and b"goc_deploy.engine_dir" in (directory / MANIFEST_NAME).read_bytes()[:4096]:
+            return None
+        raise ConflictError(f"{directory} exists and is not an engine directory that can be replaced; choose another output") from cause
+    if not force:
+        raise ConflictError(f"{directory} already holds another engine; use --force to replace it, or choose another output")
+    return manifest
+
+
+def check_free_space(directory: Path, needed_bytes: int) -> None:
+    """Raise ResourceError unless the disk has room for ``needed_bytes`` and a fifth more."""
+    free = shutil.disk_usage(directory.absolute().parent).free
+    if free < needed_bytes * 1.2:
+        raise ResourceError(
+            f"{directory.absolute().parent} has {free / 1e9:.2f} GB free but the engine needs {needed_bytes * 1.2 / 1e9:.2f} GB; free some space"
+        )
+
+
+@contextlib.contextmanager
+def staged(directory: Path) -> Iterator[Path]:
+    """A temporary sibling that becomes ``directory`` when the body ends well, and vanishes otherwise.
+
+    An existing directory is swapped out atomically and removed afterwards.
+
+    Raises:
+        ConflictError, ResourceError: the system refuses to write.
+    """
+    directory = directory.absolute()
+    stage = directory.parent / f".{directory.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    try:
+        with disk_errors(f"writing {directory}"):
+            stage.mkdir()
+            yield stage
+            _sync_tree(stage)
+            if directory.exists() and any(directory.iterdir()):
+                _exchange(stage, directory)
+            else:
+                os.rename(stage, directory)
+            _sync(directory.parent)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _exchange(left: Path, right: Path) -> None:
+    """Swap two directories in one step; where the system cannot, replace with two renames."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 and renameat2(_AT_FDCWD, os.fsencode(left), _AT_FDCWD, os.fsencode(right), _RENAME_EXCHANGE) == 0:
+        return
+    aside = right.parent / f".{right.name}.old-{uuid.uuid4().hex[:8]}"
+    os.rename(right, aside)
+    os.rename(left, right)
+    os.rename(aside, left)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sync_tree(root: Path) -> None:
+    for folder, _, files in os.walk(root):
+        for name in files:
+            _sync(Path(folder, name))
+        _sync(Path(folder))
+
+
+def write_atomically(path: Path, text: bytes) -> None:
+    """Replace a file's content in one step."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def file_entry(root: Path, relative: str) -> FileEntry:
+    """Hash a file that was just written."""
+    with open(root / relative, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileEntry(relative, file.tell(), digest)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read the manifest of an engine directory.
+
+    Raises:
+        EngineDirError: not an engine directory, or a corrupt one.
+        SafetyError: the manifest names files outside the directory.
+    """
+    where = f"{directory / MANIFEST_NAME}"
+    if not directory.is_dir():
+        raise EngineDirError(f"{directory} is not a directory; give the engine directory that goc-export wrote")
+    try:
+        with _open_beneath(directory, MANIFEST_NAME) as (fd, size):
+            if size > MAX_MANIFEST_BYTES:
+                raise EngineDirError(f"{where} has {size} bytes, more than {MAX_MANIFEST_BYTES} are not read")
+            text = os.read(fd, size)
+    except FileNotFoundError as cause:
+        raise EngineDirError(f"{directory} has no {MANIFEST_NAME}, so it is not a complete engine directory; export again") from cause
+    return manifest_from_json(text, where)
+
+
+def read_verified(directory: Path, entry: FileEntry) -> memoryview:
+    """The bytes of a listed file, verified against the manifest.
+
+    The file is opened once and mapped; the bytes that are hashed are the bytes that are returned.
+
+    Raises:
+        EngineDirError: missing, of another size or digest.
+        SafetyError: a link, or not a regular file.
+    """
+    try:
+        with _open_beneath(directory, entry.path) as (fd, size):
+            if size != entry.size:
+                raise EngineDirError(f"{directory / entry.path} has {size} bytes but the manifest says {entry.size}; export again")
+            content = memoryview(mmap.mmap(fd, size, access=mmap.ACCESS_READ) if size else b"")
+    except FileNotFoundError as cause:
+        raise EngineDirError(f"{directory / entry.path} is missing; export again") from cause
+    if hashlib.sha256(content).hexdigest() != entry.sha256:
+        raise EngineDirError(f"{directory / entry.path} was changed after the export (its SHA-256 differs); export again")
+    return content
+
+
+@contextlib.contextmanager
+def _open_beneath(directory: Path, relative: str) -> Iterator[tuple[int, int]]:
+    """Open a regular file below a directory without following links; yields (descriptor, size)."""
+    *folders, name = relative.split("/")
+    where = directory / relative
+    with contextlib.ExitStack() as stack:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        stack.callback(os.close, fd)
+        try:
+            for folder in folders:
+                fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+                stack.callback(os.close, fd)
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=fd)
+            stack.callback(os.close, fd)
+        except FileNotFoundError:
+            raise
+        except OSError as cause:
+            if cause.errno in (errno.ELOOP, errno.ENOTDIR):
+                raise SafetyError(f"{where} is or lies behind a symbolic link; an engine directory holds plain files only") from cause
+            raise EngineDirError(f"{where} cannot be read: {cause.strerror}") from cause
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            raise SafetyError(f"{where} is not a plain file with one name; an engine directory holds plain files only")
+        yield fd, status.st_size

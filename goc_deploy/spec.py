@@ -1,0 +1,64 @@
+"""What a model looks like to every stage: sizes, units and the tensors they exchange."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Sizes of a class-conditional Diffusion Transformer.
+
+    Attributes:
+        depth: number of blocks L.
+        hidden: token width D.
+        heads: attention heads; divides ``hidden``.
+        mlp_hidden: inner width of the MLP branch.
+        patch: patch side in latent pixels.
+        grid: tokens per side, so that a sample is ``grid * patch`` latent pixels high and wide.
+        channels: latent (or pixel) channels C.
+        classes: number of labels; the null label is ``classes``.
+        learn_sigma: the model predicts 2*C channels, of which samplers use the first C.
+        architecture: exporter that made the units.
+        branches: the branches of each block, in execution order.
+    """
+
+    depth: int
+    hidden: int
+    heads: int
+    mlp_hidden: int
+    patch: int
+    grid: int
+    channels: int
+    classes: int
+    learn_sigma: bool
+    architecture: str = "dit"
+    branches: tuple[str, ...] = ("attn", "mlp")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per sample T."""
+        return self.grid**2
+
+    @property
+    def side(self) -> int:
+        """Height and width of a sample in latent pixels."""
+        return self.grid * self.patch
+
+    @property
+    def output_channels(self) -> int:
+        """Channels that the model predicts."""
+        return self.channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def units(self) -> int:
+        """Number of units, blocks times branches; unit u is block ``u // len(branches)``."""
+        return self.depth * len(self.branches)
+
+    def unit_name(self, unit: int) -> str:
+        """Readable place of a unit, as used in error messages."""
+        block, branch = divmod(unit, len(self.branches))
+        return f"block {block}, {self.branches[branch]}"

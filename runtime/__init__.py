@@ -1,0 +1,1 @@
+"""The runtime: an engine directory to images. Needs no torch on the ONNX Runtime path."""

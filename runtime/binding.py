@@ -1,0 +1,158 @@
+"""A plan bound to addresses: which engine runs on which memory, decided before the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import count
+
+from goc_deploy.plan import Compute, Plan, Predict
+from goc_deploy.protocols import Buffer, Engine
+from goc_deploy.runtime.buffers import Buffers, modulation_rows
+from goc_deploy.spec import ModelSpec
+
+BoundLaunch = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """Loaded graphs of a model: by unit name, and predict graphs by signature."""
+
+    units: Mapping[str, Engine]
+    predict: Mapping[str, Engine]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Shape of one run, which decides all addresses.
+
+    Attributes:
+        images: N.
+        guided: whether conditional and unconditional rows run together, B = 2N.
+        labels: R, distinct labels including the null label.
+    """
+
+    images: int
+    guided: bool
+    labels: int
+
+    @property
+    def rows(self) -> int:
+        """Rows B of the model's batch."""
+        return self.images * (2 if self.guided else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class BoundPlan:
+    """Launches by step, the latents before each step (and after the last), and the noise buffers."""
+
+    launches: tuple[tuple[BoundLaunch, ...], ...]
+    latents: tuple[Buffer, ...]
+    noise: tuple[Buffer, ...]
+
+
+class Binder:
+    """Binds one plan for one batch shape. Launches with equal addresses are bound once."""
+
+    def __init__(self, engines: Engines, spec: ModelSpec, plan: Plan, buffers: Buffers, batch: Batch) -> None:
+        self._engines, self._spec, self._plan, self._buffers, self._batch = engines, spec, plan, buffers, batch
+        self._feature = (batch.rows, spec.tokens, spec.hidden)
+        self._coefficient = count()                                                   # position in buffers.coefficients
+        self._known: dict[tuple[object, ...], BoundLaunch] = {}
+
+    def bind(self) -> BoundPlan:
+        """Bind every step."""
+        spec, buffers, images = self._spec, self._buffers, self._batch.images
+        shape = (images, spec.channels, spec.side, spec.side)
+        latents = tuple(buffers.latents[k % 2].view(*shape) for k in range(self._plan.steps + 1))
+        noise = tuple(buffer.view(*shape) for buffer in buffers.noise)
+        steps = range(self._plan.steps)
+        launches = tuple(tuple(self._step(k, latents[k], latents[k + 1], noise[k % len(noise)])) for k in steps)
+        return BoundPlan(launches, latents, noise)
+
+    def _step(self, step: int, latents: Buffer, latents_out: Buffer, noise: Buffer) -> list[BoundLaunch]:
+        buffers, batch, spec = self._buffers, self._batch, self._spec
+        launches = [self._conditioning(step)] if step % buffers.chunk == 0 else []
+        launches.append(self._pick_modulation(step))
+        x, spare = (tokens.view(*self._feature) for tokens in buffers.tokens)
+        launches.append(self._unit("embed", {"latents": latents, "rows": buffers.rows.view(batch.rows)}, {"x": x}))
+        for op in self._plan.launches[step]:
+            launches.append(self._compute(op, x, spare) if isinstance(op, Compute) else self._predict(op, x, spare))
+            x, spare = spare, x
+        prediction = buffers.prediction.view(batch.rows, spec.output_channels, spec.side, spec.side)
+        shift, scale = self._modulation_row(spec.units), self._modulation_row(spec.units + 1)
+        launches.append(self._unit("final", {"x": x, "shift": shift, "scale": scale}, {"prediction": prediction}))
+        inputs = {
+            "latents": latents,
+            "prediction": prediction,
+            "cond_rows": buffers.cond_rows.view(batch.images),
+            "uncond_rows": buffers.uncond_rows.view(batch.images),
+            "guidance": buffers.guidance,
+            "coefficients": buffers.sampler.view(3, start=3 * step),
+            "noise": noise,
+        }
+        launches.append(self._unit("sampler", inputs, {"latents_out": latents_out}))
+        return launches
+
+    def _conditioning(self, step: int) -> BoundLaunch:
+        """Fill the modulation table for the steps of a chunk."""
+        buffers, spec, labels = self._buffers, self._spec, self._batch.labels
+        steps = min(buffers.chunk, self._plan.steps - step)
+        inputs = {"timesteps": buffers.timesteps.view(steps, start=step), "labels": buffers.labels.view(labels)}
+        return self._unit("conditioning", inputs, {"table": buffers.table.view(steps, modulation_rows(spec), labels, spec.hidden)})
+
+    def _pick_modulation(self, step: int) -> BoundLaunch:
+        """Expand a step's table rows to the batch; a step that computes nothing needs gates and the final rows only."""
+        buffers, spec, batch = self._buffers, self._spec, self._batch
+        used = spec.units + 2 if self._plan.step_kind(step) == "collapsed" else modulation_rows(spec)
+        start = (step % buffers.chunk) * modulation_rows(spec) * batch.labels * spec.hidden
+        inputs = {
+            "table": buffers.table.view(used, batch.labels, spec.hidden, start=start),
+            "rows": buffers.label_rows.view(batch.rows),
+        }
+        return self._unit("modulation", inputs, {"modulation": buffers.modulation.view(used, batch.rows, spec.hidden)})
+
+    def _modulation_row(self, row: int) -> Buffer:
+        rows, hidden = self._batch.rows, self._spec.hidden
+        return self._buffers.modulation.view(rows, hidden, start=row * rows * hidden)
+
+    def _compute(self, op: Compute, x: Buffer, x_out: Buffer) -> BoundLaunch:
+        spec = self._spec
+        block, branch = divmod(op.unit, len(spec.branches))
+        first = spec.units + 2 + 2 * op.unit
+        inputs = {
+            "x": x,
+            "shift": self._modulation_row(first),
+            "scale": self._modulation_row(first + 1),
+            "gate": self._modulation_row(op.unit),
+        }
+        outputs = {"x_out": x_out}
+        if op.store is not None:
+            outputs["feature"] = self._buffers.slots[op.store].view(self._batch.rows * spec.tokens, spec.hidden)
+        return self._unit(f"block_{block:02d}_{spec.branches[branch]}", inputs, outputs)
+
+    def _predict(self, op: Predict, x: Buffer, x_out: Buffer) -> BoundLaunch:
+        rows, hidden, units = self._batch.rows, self._spec.hidden, len(op.predictions)
+        coefficients = [next(self._coefficient) for prediction in op.predictions for _ in prediction.coefficients]
+        inputs = {
+            "x": x,
+            "gates": self._buffers.modulation.view(units, rows, hidden, start=op.unit * rows * hidden),
+            "coefficients": self._buffers.coefficients.view(len(coefficients), start=coefficients[0]),
+        }
+        outputs = {"x_out": x_out}
+        for u, prediction in enumerate(op.predictions):
+            for i, slot in enumerate(prediction.slots):
+                inputs[f"g{u}_{i}"] = self._buffers.slots[slot].view(*self._feature)
+            if prediction.store is not None:
+                outputs[f"g{u}"] = self._buffers.slots[prediction.store].view(*self._feature)
+        return self._bound(self._engines.predict[op.signature], inputs, outputs)
+
+    def _unit(self, name: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> BoundLaunch:
+        return self._bound(self._engines.units[name], inputs, outputs)
+
+    def _bound(self, engine: Engine, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> BoundLaunch:
+        addresses = [(name, b.pointer, b.shape) for name, b in [*inputs.items(), *outputs.items()]]
+        key = (id(engine), *addresses)
+        if key not in self._known:
+            self._known[key] = engine.bind(inputs, outputs)
+        return self._known[key]

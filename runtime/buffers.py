@@ -1,0 +1,124 @@
+"""All memory of a session, allocated once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from goc_deploy.plan import Plan, predictions
+from goc_deploy.protocols import DTYPE_OF_PRECISION, Backend, Buffer
+from goc_deploy.spec import ITEM_BYTES, ModelSpec
+
+TABLE_BUDGET_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Buffers:
+    """Device memory for one plan and up to ``capacity`` images.
+
+    Attributes:
+        capacity: most images N per run; the model runs up to 2N rows.
+        chunk: steps whose modulation table is held at once.
+        table: modulation table of a chunk, (steps, M, R, D).
+        modulation: rows of the current step, (M, B, D).
+        tokens: two token buffers (B, T, D) that units alternate between.
+        slots: history, one feature (B, T, D) each.
+        latents: two latents buffers (N, C, H, W) float32 that steps alternate between.
+        prediction: model output (B, C_out, H, W) float32.
+        noise: fresh noise of each step for a stochastic sampler, else one buffer of zeros, (N, C, H, W) each.
+        coefficients: the plan's prediction coefficients in execution order.
+        sampler: (T, 3) the sampler table.
+        timesteps: (T,).
+        guidance: (C,) guidance weight of each channel.
+        labels: distinct labels.
+        label_rows, rows, cond_rows, uncond_rows: indices that expand labels, images and predictions to rows.
+    """
+
+    capacity: int
+    chunk: int
+    table: Buffer
+    modulation: Buffer
+    tokens: tuple[Buffer, Buffer]
+    slots: tuple[Buffer, ...]
+    latents: tuple[Buffer, Buffer]
+    prediction: Buffer
+    noise: tuple[Buffer, ...]
+    coefficients: Buffer
+    sampler: Buffer
+    timesteps: Buffer
+    guidance: Buffer
+    labels: Buffer
+    label_rows: Buffer
+    rows: Buffer
+    cond_rows: Buffer
+    uncond_rows: Buffer
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the history at full capacity."""
+        return sum(slot.nbytes for slot in self.slots)
+
+
+def modulation_rows(spec: ModelSpec) -> int:
+    """Rows M of the modulation table: gates, final shift and scale, then shift and scale of each unit."""
+    return 3 * spec.units + 2
+
+
+def planned_bytes(spec: ModelSpec, precision: str, plan: Plan, capacity: int) -> int:
+    """Bytes that `allocate_buffers` takes, without its few kilobytes of indices."""
+    item, rows = ITEM_BYTES[precision], 2 * capacity
+    step_bytes = modulation_rows(spec) * (capacity + 1) * spec.hidden * item
+    table = _chunk_steps(step_bytes, plan.steps) * step_bytes
+    features = (2 + plan.slots) * rows * spec.tokens * spec.hidden * item
+    pixels = spec.side**2 * capacity * 4
+    noise = plan.steps if plan.sampler.stochastic else 1
+    return table + modulation_rows(spec) * rows * spec.hidden * item + features + pixels * ((2 + noise) * spec.channels + 2 * spec.output_channels)
+
+
+def _chunk_steps(step_bytes: int, steps: int) -> int:
+    return max(1, min(steps, TABLE_BUDGET_BYTES // step_bytes))
+
+
+def allocate_buffers(backend: Backend, spec: ModelSpec, precision: str, plan: Plan, capacity: int) -> Buffers:
+    """Allocate a session's memory and fill in what never changes.
+
+    Raises:
+        ResourceError: not enough memory.
+    """
+    dtype, rows = DTYPE_OF_PRECISION[precision], 2 * capacity
+    table_row = (capacity + 1) * spec.hidden
+    chunk = _chunk_steps(modulation_rows(spec) * table_row * ITEM_BYTES[precision], plan.steps)
+    feature, image = rows * spec.tokens * spec.hidden, spec.channels * spec.side**2
+
+    def new(*shape: int, dtype: str = "float32") -> Buffer:
+        return backend.allocate(shape, dtype)
+
+    def constant(values: np.ndarray) -> Buffer:
+        buffer = backend.allocate(values.shape, "float32")
+        backend.upload(values.astype(np.float32), buffer)
+        return buffer
+
+    table = plan.sampler
+    zero_noise = () if table.stochastic else (constant(np.zeros(capacity * image)),)
+    coefficients = [c for _, _, prediction in predictions(plan) for c in prediction.coefficients]
+    return Buffers(
+        capacity=capacity,
+        chunk=chunk,
+        table=new(chunk * modulation_rows(spec) * table_row, dtype=dtype),
+        modulation=new(modulation_rows(spec) * rows * spec.hidden, dtype=dtype),
+        tokens=(new(feature, dtype=dtype), new(feature, dtype=dtype)),
+        slots=tuple(new(feature, dtype=dtype) for _ in range(plan.slots)),
+        latents=(new(capacity * image), new(capacity * image)),
+        prediction=new(rows * spec.output_channels * spec.side**2),
+        noise=zero_noise or tuple(new(capacity * image) for _ in range(plan.steps)),
+        coefficients=constant(np.asarray(coefficients or [0.0])),
+        sampler=constant(np.asarray([table.latent, table.model, table.noise]).T),
+        timesteps=constant(np.asarray(table.timesteps)),
+        guidance=new(spec.channels),
+        labels=new(capacity + 1, dtype="int64"),
+        label_rows=new(rows, dtype="int64"),
+        rows=new(rows, dtype="int64"),
+        cond_rows=new(capacity, dtype="int64"),
+        uncond_rows=new(capacity, dtype="int64"),
+    )

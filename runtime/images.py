@@ -1,0 +1,71 @@
+"""Latents to pictures, and pictures to files."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+IMAGE_CHANNELS = (1, 3)
+
+
+def images_from_latents(latents: np.ndarray) -> np.ndarray | None:
+    """Pixel-space samples to pictures.
+
+    Args:
+        latents: (N, C, H, W) float32, pixels in -1..1.
+
+    Returns:
+        (N, H, W, C) uint8, ``clamp(127.5 * x + 128)`` as DiT's reference does, or None where C is not 1 or 3.
+    """
+    if latents.shape[1] not in IMAGE_CHANNELS:
+        return None
+    return np.clip(127.5 * latents + 128, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def grid(images: np.ndarray, columns: int | None = None, *, scale: int = 1, gap: int = 2) -> Image.Image:
+    """Arrange pictures in rows.
+
+    Args:
+        images: (N, H, W, C) uint8, C is 1 or 3.
+        columns: per row; default: as square as possible.
+        scale: whole-number magnification.
+        gap: pixels between pictures.
+    """
+    count, height, width, _ = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    canvas = np.full((rows * (height * scale + gap) - gap, columns * (width * scale + gap) - gap, images.shape[3]), 255, np.uint8)
+    for i, image in enumerate(images):
+        y, x = (i // columns) * (height * scale + gap), (i % columns) * (width * scale + gap)
+        canvas[y : y + height * scale, x : x + width * scale] = image.repeat(scale, 0).repeat(scale, 1)
+    return _image(canvas)
+
+
+def _image(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def save_images(images: np.ndarray, output: Path) -> list[Path]:
+    """Write pictures: ``.png`` is a grid, ``.npz`` the ADM evaluation format, anything else a directory of PNGs.
+
+    ADM format: ``arr_0`` uint8 (N, H, W, 3); grey pictures are repeated over three channels.
+
+    Returns:
+        The files written.
+    """
+    if output.suffix == ".png":
+        scale = max(1, 112 // images.shape[1])
+        grid(images, scale=scale, gap=2 * scale).save(output)
+        return [output]
+    if output.suffix == ".npz":
+        np.savez(output, arr_0=np.broadcast_to(images, (*images.shape[:3], 3)))
+        return [output]
+    output.mkdir(parents=True, exist_ok=True)
+    digits = max(4, len(str(len(images) - 1)))
+    paths = [output / f"{i:0{digits}d}.png" for i in range(len(images))]
+    for image, path in zip(images, paths, strict=True):
+        _image(image).save(path)
+    return paths

@@ -1,0 +1,315 @@
+"""The runtime as a library: load an engine directory, generate images, from any number of threads."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from goc_deploy import noise as noise_source
+from goc_deploy.engine_dir import load_plan
+from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, GocError, ResourceError, UsageError, VerificationError
+from goc_deploy.manifest import FileEntry, Manifest
+from goc_deploy.options import GenerateOptions
+from goc_deploy.plan import Plan
+from goc_deploy.protocols import Backend
+from goc_deploy.publish import read_manifest, read_verified
+from goc_deploy.runtime.binding import Batch, Engines
+from goc_deploy.runtime.buffers import planned_bytes
+from goc_deploy.runtime.images import images_from_latents
+from goc_deploy.runtime.session import Request, Session, Timing
+from goc_deploy.spec import ITEM_BYTES, ModelSpec
+from goc_deploy.version import __version__
+
+logger = logging.getLogger(__name__)
+
+DEFAULTS = GenerateOptions()
+
+StepHook = Callable[["StepEvent"], None]
+
+
+@dataclass(frozen=True, slots=True)
+class StepEvent:
+    """What a callback is told after each step.
+
+    Attributes:
+        step: 0 .. T-1.
+        steps: T.
+        kind: ``full``, ``collapsed`` or ``mixed``.
+        first_image: index of the batch's first image in the request.
+        images: images of the batch.
+    """
+
+    step: int
+    steps: int
+    kind: str
+    first_image: int
+    images: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What `Pipeline.generate` returns.
+
+    Attributes:
+        images: (N, H, W, channels) uint8, or None where the latents need a decoder.
+        latents: (N, C, H, W) float32.
+        trajectory: (T, N, C, H, W) float32, latents after each step, where asked for.
+        report: timings, plan, memory and versions; plain JSON types.
+    """
+
+    images: np.ndarray | None
+    latents: np.ndarray
+    trajectory: np.ndarray | None
+    report: dict[str, Any]
+
+
+class Pipeline:
+    """A loaded engine directory. Thread-safe; sessions are shared out to at most ``max_sessions`` callers at a time.
+
+    Make one with `goc_deploy.load`.
+    """
+
+    def __init__(self, directory: Path, backend: Backend, plan: str | None, batch_size: int | None, max_sessions: int) -> None:
+        if max_sessions < 1:
+            raise UsageError(f"max_sessions must be at least 1, got {max_sessions}")
+        self._pid = os.getpid()
+        self._backend = backend
+        self.manifest = read_manifest(directory)
+        self.spec: ModelSpec = self.manifest.model
+        self.plan = load_plan(directory, self.manifest, plan)
+        self.batch_size = _batch_size(batch_size, self.manifest)
+        self._check_memory(max_sessions)
+        self._engines = _load_engines(directory, self.manifest, self.plan, backend)
+        self._free: queue.LifoQueue[Session | None] = queue.LifoQueue()
+        self._closed = threading.Event()
+        for _ in range(max_sessions - 1):
+            self._free.put(None)                                                      # made when first needed
+        self._free.put(self._new_session())
+
+    def generate(
+        self,
+        labels: Sequence[int],
+        *,
+        seed: int = DEFAULTS.seed,
+        cfg_scale: float = DEFAULTS.cfg_scale,
+        cfg_channels: int = DEFAULTS.cfg_channels,
+        latents: np.ndarray | None = None,
+        trajectory: bool = False,
+        callback: StepHook | None = None,
+    ) -> Result:
+        """Generate one image per label.
+
+        Args:
+            labels: class labels, 0 .. classes - 1.
+            seed: image i gets noise from (seed, i) alone, whatever the batch size.
+            cfg_scale: classifier-free guidance scale, finite and not negative; 1 is none.
+            cfg_channels: guidance acts on the first channels only.
+            latents: x_T instead of seeded noise, (N, C, H, W), converted to float32.
+            trajectory: also return the latents after every step.
+            callback: called after every step with a `StepEvent`; an exception in it is logged and the run goes on.
+
+        Raises:
+            UsageError: a label, number or shape out of range.
+            VerificationError: a result is not finite.
+            EnvironmentUnsupportedError: the pipeline was closed, or inherited over a fork.
+        """
+        self._check_open()
+        _check_numbers(labels, cfg_scale, cfg_channels, self.spec)
+        start = None if latents is None else _checked_latents(latents, len(labels), self.spec)
+        draws = 1 + (self.plan.steps if self.plan.sampler.stochastic else 0)
+        outputs, timings, trajectories = [], [], []
+        with self._session() as session:
+            for first in range(0, len(labels), self.batch_size):
+                part = range(first, min(first + self.batch_size, len(labels)))
+                noise = np.stack([noise_source.image_noise(seed, i, draws, self._latent_shape) for i in part])
+                if start is not None:
+                    noise[:, 0] = start[part.start : part.stop]
+                request = Request(tuple(int(labels[i]) for i in part), noise, float(cfg_scale), int(cfg_channels))
+                taken: list[np.ndarray] = []
+                final, timing = session.run(request, self._step_callback(callback, taken if trajectory else None, part))
+                outputs.append(final)
+                timings.append(timing)
+                trajectories.append(taken)
+        final_latents = np.concatenate(outputs)
+        if not np.isfinite(final_latents).all():
+            bad = [i for i, x in enumerate(final_latents) if not np.isfinite(x).all()]
+            raise VerificationError(f"the latents of image {bad[0]} are not finite; use a milder plan or --precision fp32")
+        report = self._report(len(labels), seed, cfg_scale, cfg_channels, timings)
+        whole = np.concatenate([np.stack(taken) for taken in trajectories], axis=1) if trajectory else None
+        return Result(images_from_latents(final_latents), final_latents, whole, report)
+
+    def warmup(self) -> None:
+        """Run every step once on one image, so that the first request pays for nothing."""
+        self.generate([0])
+
+    def close(self) -> None:
+        """Free the engines and buffers; later calls raise. Closing twice is fine."""
+        self._closed.set()
+        self._engines = Engines({}, {})
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._free.get_nowait()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a loaded pipeline cannot be pickled; load the engine directory in the other process")
+
+    @property
+    def _latent_shape(self) -> tuple[int, int, int]:
+        return (self.spec.channels, self.spec.side, self.spec.side)
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise EnvironmentUnsupportedError("the pipeline is closed; load the engine directory again")
+        if os.getpid() != self._pid:
+            raise EnvironmentUnsupportedError("the pipeline was loaded before a fork, which its threads do not survive; load after forking")
+
+    def _check_memory(self, sessions: int) -> None:
+        needed = sessions * planned_bytes(self.spec, self.manifest.precision, self.plan, self.batch_size)
+        available = _available_bytes()
+        if available is not None and needed > available:
+            raise ResourceError(
+                f"plan {self.plan.name} needs {needed / 1e9:.2f} GB of buffers for {sessions} sessions of {self.batch_size} images "
+                f"but {available / 1e9:.2f} GB are available; use a smaller batch size"
+            )
+
+    def _new_session(self) -> Session:
+        session = Session(self._engines, self._backend, self.spec, self.manifest.precision, self.plan, self.batch_size)
+        session.bind(Batch(images=1, guided=True, labels=2))
+        return session
+
+    @contextlib.contextmanager
+    def _session(self) -> Iterator[Session]:
+        session = self._free.get() or self._new_session()
+        try:
+            yield session
+        finally:
+            if not self._closed.is_set():
+                self._free.put(session)
+
+    def _step_callback(self, callback: StepHook | None, taken: list[np.ndarray] | None, part: range) -> Any:
+        if callback is None and taken is None:
+            return None
+
+        def on_step(step: int, latents: Any) -> None:
+            if taken is not None:
+                taken.append(self._backend.download(latents))
+            if callback is not None:
+                try:
+                    callback(StepEvent(step, self.plan.steps, self.plan.step_kind(step), part.start, len(part)))
+                except Exception:
+                    logger.exception("the callback failed at step %d; the run goes on", step)
+
+        return on_step
+
+    def _report(self, images: int, seed: int, cfg_scale: float, cfg_channels: int, timings: Sequence[Timing]) -> dict[str, Any]:
+        plan, rows = self.plan, 2 * self.batch_size
+        item = ITEM_BYTES[self.manifest.precision]
+        return {
+            "goc_deploy": __version__,
+            **self._backend.describe(),
+            "plan": plan.name,
+            "policy": plan.schedule.policy,
+            "sampler": plan.sampler.sampler,
+            "steps": plan.steps,
+            "step_kinds": plan.kind_counts,
+            "computed_units": plan.schedule.computed,
+            "all_units": plan.steps * self.spec.units,
+            "precision": self.manifest.precision,
+            "images": images,
+            "batch_size": self.batch_size,
+            "seed": seed,
+            "cfg_scale": float(cfg_scale),
+            "cfg_channels": cfg_channels,
+            "cache_bytes": plan.cache_bytes(self.spec, rows, item),
+            "naive_cache_bytes": plan.naive_cache_bytes(self.spec, rows, item),
+            "buffer_bytes": planned_bytes(self.spec, self.manifest.precision, plan, self.batch_size),
+            "total_ms": sum(t.prepare_ms + sum(t.step_ms) for t in timings),
+            "batches": [
+                {
+                    "prepare_ms": t.prepare_ms,
+                    "steps": [{"step": k, "kind": plan.step_kind(k), "ms": ms} for k, ms in enumerate(t.step_ms)],
+                }
+                for t in timings
+            ],
+        }
+
+
+def _load_engines(directory: Path, manifest: Manifest, plan: Plan, backend: Backend) -> Engines:
+    """Verify every file the plan needs, in parallel, then load the graphs."""
+    missing = [signature for signature in plan.signatures if signature not in manifest.predict]
+    if missing:
+        raise EngineDirError(f"plan {plan.name} needs a predict graph {missing[0]!r} that the manifest does not list; add the plan again")
+    entries: Mapping[str, FileEntry] = {file.path: file for file in manifest.files}
+    predict = {signature: manifest.predict[signature] for signature in plan.signatures}
+    paths = [p for unit in manifest.units for p in (unit.onnx, unit.weights) if p] + list(predict.values())
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        content = dict(zip(paths, pool.map(lambda path: read_verified(directory, entries[path]), paths), strict=True))
+    units = {}
+    for unit in manifest.units:
+        weights = {Path(unit.weights).name: content[unit.weights]} if unit.weights else {}
+        try:
+            units[unit.name] = backend.load(content[unit.onnx], weights)
+        except GocError as cause:
+            raise type(cause)(f"{directory / unit.onnx}: {cause}") from cause
+    needed = {"conditioning", "embed", "final", "modulation", "sampler"}
+    needed |= {f"block_{b:02d}_{branch}" for b in range(manifest.model.depth) for branch in manifest.model.branches}
+    if needed - units.keys():
+        raise EngineDirError(f"{directory} lacks the units {', '.join(sorted(needed - units.keys())[:5])}; export again")
+    return Engines(units, {signature: backend.load(content[path], {}) for signature, path in predict.items()})
+
+
+def _batch_size(asked: int | None, manifest: Manifest) -> int:
+    if asked is None:
+        return manifest.max_batch
+    if not 1 <= asked <= manifest.max_batch:
+        raise UsageError(f"batch size {asked} must be within 1..{manifest.max_batch}; the engine was exported with --max-batch {manifest.max_batch}")
+    return asked
+
+
+def _available_bytes() -> int | None:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _check_numbers(labels: Sequence[int], cfg_scale: float, cfg_channels: int, spec: ModelSpec) -> None:
+    if len(labels) == 0:
+        raise UsageError("labels are empty; give one label per image")
+    for i, label in enumerate(labels):
+        if isinstance(label, bool) or not isinstance(label, (int, np.integer)) or not 0 <= label < spec.classes:
+            raise UsageError(f"label {label!r} (image {i}) must be a whole number within 0..{spec.classes - 1}")
+    if not (np.isfinite(cfg_scale) and 0 <= cfg_scale <= 1e3):
+        raise UsageError(f"cfg_scale must be a number within 0..1000, got {cfg_scale}")
+    if cfg_channels < 0:
+        raise UsageError(f"cfg_channels must not be negative, got {cfg_channels}")
+
+
+def _checked_latents(latents: np.ndarray, images: int, spec: ModelSpec) -> np.ndarray:
+    expected = (images, spec.channels, spec.side, spec.side)
+    found = np.asarray(latents)
+    if found.shape != expected:
+        raise UsageError(f"latents have shape {list(found.shape)}, expected {list(expected)} for {images} labels")
+    if found.dtype.kind != "f":
+        raise UsageError(f"latents have dtype {found.dtype}, expected float32")
+    if not np.isfinite(found).all():
+        raise UsageError("latents hold NaN or infinite values")
+    return found.astype(np.float32)
