@@ -19,10 +19,15 @@ from goc_deploy.protocols import ITEM_BYTES, Buffer
 
 logger = logging.getLogger(__name__)
 
-ALIGNMENT = 256                                                                       # what TensorRT asks of tensor addresses
+ALIGNMENT = 256  # what TensorRT asks of tensor addresses
 ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
 NUMPY_TYPES = {"float32": np.float32, "int64": np.int64, "float16": np.float16, "bfloat16": np.uint16}
-_DTYPE_OF_ORT_TYPE = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}
+_DTYPE_OF_ORT_TYPE = {
+    "tensor(float)": "float32",
+    "tensor(int64)": "int64",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+}
 
 _pool_lock = threading.Lock()
 _pool_threads: int | None = None
@@ -44,10 +49,15 @@ def shared_thread_pool(threads: int) -> int:
                 onnxruntime.set_global_thread_pool_sizes(threads, 1)
                 _pool_threads = threads
             except Exception as error:  # raised where the host program made the pools itself
-                logger.warning("ONNX Runtime's thread pool was made by someone else in this process and is used as it is: %s", error)
+                logger.warning(
+                    "ONNX Runtime's thread pool was made by someone else in this process and is used as it is: %s",
+                    error,
+                )
                 _pool_threads = 0
         elif threads not in (0, _pool_threads):
-            logger.warning("the thread pool of this process keeps its size %d; %d threads are ignored", _pool_threads, threads)
+            logger.warning(
+                "the thread pool of this process keeps its size %d; %d threads are ignored", _pool_threads, threads
+            )
         return _pool_threads
 
 
@@ -77,7 +87,9 @@ class OrtEngine:
 
     def _check(self, name: str, buffer: Buffer) -> None:
         found, dtype = self._shapes.get(name, []), self.dtypes.get(name)
-        fits = len(found) == len(buffer.shape) and all(not isinstance(f, int) or f == size for f, size in zip(found, buffer.shape, strict=True))
+        fits = len(found) == len(buffer.shape) and all(
+            not isinstance(f, int) or f == size for f, size in zip(found, buffer.shape, strict=True)
+        )
         if dtype != buffer.dtype or not fits:
             raise EngineDirError(
                 f"a graph has tensor {name!r} as {dtype} {found} but the manifest implies {buffer.dtype} {list(buffer.shape)}; export again"
@@ -110,7 +122,9 @@ class OrtBackend:
         options.log_severity_level = 3
         if weights:
             files = {name: np.frombuffer(content, np.uint8) for name, content in weights.items()}
-            options.add_external_initializers_from_files_in_memory(list(files), list(files.values()), [f.nbytes for f in files.values()])
+            options.add_external_initializers_from_files_in_memory(
+                list(files), list(files.values()), [f.nbytes for f in files.values()]
+            )
         try:
             return OrtEngine(onnxruntime.InferenceSession(bytes(onnx), options, providers=["CPUExecutionProvider"]))
         except Exception as cause:
@@ -119,7 +133,9 @@ class OrtBackend:
                 raise EnvironmentUnsupportedError(
                     f"ONNX Runtime {onnxruntime.__version__} has no CPU kernel for this graph ({reason}); export with --precision fp32"
                 ) from cause
-            raise EngineDirError(f"ONNX Runtime {onnxruntime.__version__} refuses a graph of the engine: {reason}") from cause
+            raise EngineDirError(
+                f"ONNX Runtime {onnxruntime.__version__} refuses a graph of the engine: {reason}"
+            ) from cause
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """New memory. Pages are taken from the system when they are first written.
@@ -131,7 +147,9 @@ class OrtBackend:
         try:
             memory = np.empty(nbytes + ALIGNMENT, np.uint8)
         except MemoryError as cause:
-            raise ResourceError(f"{nbytes / 1e9:.2f} GB for buffers cannot be allocated; use a smaller batch size") from cause
+            raise ResourceError(
+                f"{nbytes / 1e9:.2f} GB for buffers cannot be allocated; use a smaller batch size"
+            ) from cause
         offset = -memory.ctypes.data % ALIGNMENT
         return Buffer(memory.ctypes.data + offset, tuple(shape), dtype, memory)
 
@@ -157,5 +175,5 @@ class OrtBackend:
 def _array(buffer: Buffer) -> np.ndarray:
     """The buffer as a NumPy array on the same memory."""
     start = buffer.pointer - buffer.owner.ctypes.data
-    flat = buffer.owner[start : start + buffer.nbytes].view(NUMPY_TYPES[buffer.dtype])
+    flat: np.ndarray = buffer.owner[start : start + buffer.nbytes].view(NUMPY_TYPES[buffer.dtype])
     return flat.reshape(buffer.shape)

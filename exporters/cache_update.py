@@ -31,14 +31,18 @@ def update_function(entries: int) -> FunctionProto:
     scalars = [f"c{i}" for i in range(entries)]
     nodes = [_split("coefficients", scalars), _cast("x", "x32"), _cast("gate", "gate32")]
     nodes += [_cast(g, f"{g}_32") for g in history]
-    if entries == 1:  # the coefficient goes into the gate, which is small, so that a prediction nobody stores costs no pass
+    if (
+        entries == 1
+    ):  # the coefficient goes into the gate, which is small, so that a prediction nobody stores costs no pass
         nodes += [
             helper.make_node("Mul", ["gate32", "c0"], ["scaled_gate"]),
             helper.make_node("Mul", ["scaled_gate", "g0_32"], ["update"]),
             helper.make_node("Mul", ["c0", "g0_32"], ["g32"]),
         ]
     else:
-        nodes += [helper.make_node("Mul", [c, f"{g}_32"], [f"{g}_scaled"]) for c, g in zip(scalars, history, strict=True)]
+        nodes += [
+            helper.make_node("Mul", [c, f"{g}_32"], [f"{g}_scaled"]) for c, g in zip(scalars, history, strict=True)
+        ]
         total = f"{history[0]}_scaled"
         for i, g in enumerate(history[1:], 1):
             out = "g32" if i == entries - 1 else f"sum{i}"
@@ -84,7 +88,7 @@ def predict_graph(signature: str, spec: ModelSpec, precision: str) -> ModelProto
     """
     entries = entries_from_signature(signature)
     dtype, n = TYPES[precision], len(entries)
-    feature = ["batch", spec.tokens, spec.hidden]
+    feature: list[str | int | None] = ["batch", spec.tokens, spec.hidden]
     inputs = [
         helper.make_tensor_value_info("x", dtype, feature),
         helper.make_tensor_value_info("gates", dtype, [n, "batch", spec.hidden]),
@@ -129,6 +133,8 @@ def _split(source: str, targets: list[str]) -> NodeProto:
 
 def _model(graph: onnx.GraphProto, functions: list[FunctionProto]) -> ModelProto:
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
-    model = helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=10, producer_name="goc_deploy")
+    model = helper.make_model(
+        graph, functions=functions, opset_imports=opsets, ir_version=10, producer_name="goc_deploy"
+    )
     onnx.checker.check_model(model, full_check=True)
     return model

@@ -86,7 +86,9 @@ def load_checkpoint(path: Path, weight_set: str = "auto") -> Checkpoint:
     if not tensors:
         raise ModelError(f"{path} holds no tensors; {_SAVE_HINT}")
     if len(tensors) != len(state):
-        raise ModelError(f"{path}: two tensors have the same name once {' and '.join(PREFIXES)} are removed; {_SAVE_HINT}")
+        raise ModelError(
+            f"{path}: two tensors have the same name once {' and '.join(PREFIXES)} are removed; {_SAVE_HINT}"
+        )
     return Checkpoint(path, tensors, chosen)
 
 
@@ -96,19 +98,25 @@ def check_values(checkpoint: Checkpoint, *, allow_nonfinite: bool) -> None:
     Raises:
         ModelError: naming up to ten tensors.
     """
-    odd = [f"{n} ({str(t.dtype).removeprefix('torch.')})" for n, t in checkpoint.tensors.items() if t.dtype not in FLOATING]
+    odd = [
+        f"{n} ({str(t.dtype).removeprefix('torch.')})" for n, t in checkpoint.tensors.items() if t.dtype not in FLOATING
+    ]
     if odd:
-        raise ModelError(f"{checkpoint.path}: dtype not supported: {_some(odd)}; save weights as float32, float16 or bfloat16")
+        raise ModelError(
+            f"{checkpoint.path}: dtype not supported: {_some(odd)}; save weights as float32, float16 or bfloat16"
+        )
     if allow_nonfinite:
         return
     bad = [name for name, tensor in checkpoint.tensors.items() if not _all_finite(tensor)]
     if bad:
-        raise ModelError(f"{checkpoint.path}: NaN or infinite values in {_some(bad)}; use a sound checkpoint or --allow-nonfinite")
+        raise ModelError(
+            f"{checkpoint.path}: NaN or infinite values in {_some(bad)}; use a sound checkpoint or --allow-nonfinite"
+        )
 
 
 def _all_finite(tensor: Tensor) -> bool:
     """Check in pieces, so that a mapped tensor is never copied whole."""
-    return all(bool(torch.isfinite(piece).all()) for piece in tensor.reshape(-1).split(2**22))
+    return all(bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.reshape(-1), 2**22))
 
 
 def _some(names: list[str]) -> str:
@@ -157,9 +165,21 @@ def _load_torch(path: Path, head: bytes) -> Any:
         named = [word.strip("`'\".,") for word in str(cause).replace("\n", " ").split() if "." in word.strip("`'\".,")]
         asked = f": it names {named[0]}" if "GLOBAL" in str(cause) and named else ""
         raise SafetyError(f"{path} is refused, it asks to run code{asked}; {_SAVE_HINT}") from cause
-    except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, IndexError, TypeError, OSError, AssertionError) as cause:
+    except (
+        RuntimeError,
+        EOFError,
+        KeyError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        TypeError,
+        OSError,
+        AssertionError,
+    ) as cause:
         reason = str(cause).splitlines()[0][:200] if str(cause) else type(cause).__name__
-        raise ModelError(f"{path} is not a sound torch checkpoint, it may end early: {reason}; download or save it again") from cause
+        raise ModelError(
+            f"{path} is not a sound torch checkpoint, it may end early: {reason}; download or save it again"
+        ) from cause
 
 
 def _check_zip(path: Path) -> None:

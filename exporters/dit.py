@@ -67,9 +67,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, hidden = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, hidden // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)                                # (B, heads, T, head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, T, head_dim)
         out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(batch, tokens, hidden))          # (B, T, D)
+        return self.proj(out.transpose(1, 2).reshape(batch, tokens, hidden))  # (B, T, D)
 
 
 class Mlp(nn.Module):
@@ -112,7 +112,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(spec.channels, spec.hidden, kernel_size=spec.patch, stride=spec.patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)                                # (B, T, D)
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, T, D)
 
 
 class TimestepEmbed(nn.Module):
@@ -123,7 +123,7 @@ class TimestepEmbed(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(TIMESTEP_FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_features(t).to(self.mlp[0].weight.dtype))            # type: ignore[no-any-return]
+        return self.mlp(timestep_features(t).to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbed(nn.Module):
@@ -134,7 +134,7 @@ class LabelEmbed(nn.Module):
         self.embedding_table = nn.Embedding(spec.classes + 1, spec.hidden)
 
     def forward(self, labels: Tensor) -> Tensor:
-        return self.embedding_table(labels)                                           # type: ignore[no-any-return]
+        return self.embedding_table(labels)
 
 
 class FinalLayer(nn.Module):
@@ -181,8 +181,8 @@ class DiT(nn.Module):
         Returns:
             (B, output_channels, H, W).
         """
-        condition = self.t_embedder(t) + self.y_embedder(labels)                      # (B, D)
-        x = self.x_embedder(x) + self.pos_embed                                       # (B, T, D)
+        condition = self.t_embedder(t) + self.y_embedder(labels)  # (B, D)
+        x = self.x_embedder(x) + self.pos_embed  # (B, T, D)
         for block in self.blocks:
             x = block(x, condition)
         shift, scale = self.final_layer.adaLN_modulation(condition).chunk(2, dim=1)

@@ -19,7 +19,7 @@ from goc_deploy.exporters.dit import Attention, DiT, LabelEmbed, Mlp, PatchEmbed
 from goc_deploy.exporters.units import DTYPES, Input, Slab, UnitKind
 from goc_deploy.spec import ModelSpec
 
-HEADS_OF_KNOWN_SIZES = {384: 6, 768: 12, 1024: 16, 1152: 16}                          # S, B, L, XL
+HEADS_OF_KNOWN_SIZES = {384: 6, 768: 12, 1024: 16, 1152: 16}  # S, B, L, XL
 SHIFT_ATTN, SCALE_ATTN, GATE_ATTN, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
@@ -46,10 +46,14 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
         raise ModelError(f"the checkpoint looks like a DiT but its sizes cannot be read: {cause}") from cause
     grid = math.isqrt(tokens)
     if grid**2 != tokens or patch != patch_width:
-        raise ModelError(f"only square samples and patches are supported; found {tokens} tokens and patches of {patch}x{patch_width}")
+        raise ModelError(
+            f"only square samples and patches are supported; found {tokens} tokens and patches of {patch}x{patch_width}"
+        )
     ratio = predicted / (patch**2 * channels)
     if ratio not in (1, 2):
-        raise ModelError(f"the final layer predicts {predicted} values per token, expected {patch**2 * channels} (or twice that, with sigma)")
+        raise ModelError(
+            f"the final layer predicts {predicted} values per token, expected {patch**2 * channels} (or twice that, with sigma)"
+        )
     heads = heads or HEADS_OF_KNOWN_SIZES.get(hidden)
     if heads is None:
         raise ModelError(f"the number of attention heads cannot be read off a width of {hidden}; give --num-heads")
@@ -69,10 +73,10 @@ class ConditioningUnit(nn.Module):
         self.modulation = nn.Linear(spec.hidden, self.rows * spec.hidden)
 
     def forward(self, t: Tensor, labels: Tensor) -> Tensor:
-        condition = self.t_embedder(t).unsqueeze(1) + self.y_embedder(labels).unsqueeze(0)   # (S, R, D)
+        condition = self.t_embedder(t).unsqueeze(1) + self.y_embedder(labels).unsqueeze(0)  # (S, R, D)
         steps, rows, hidden = condition.shape
-        table = self.modulation(nn.functional.silu(condition).reshape(-1, hidden))           # (S*R, M*D)
-        return table.reshape(steps, rows, self.rows, hidden).transpose(1, 2)                 # (S, M, R, D)
+        table = self.modulation(nn.functional.silu(condition).reshape(-1, hidden))  # (S*R, M*D)
+        return table.reshape(steps, rows, self.rows, hidden).transpose(1, 2)  # (S, M, R, D)
 
 
 class EmbedUnit(nn.Module):
@@ -84,8 +88,8 @@ class EmbedUnit(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, spec.tokens, spec.hidden), requires_grad=False)
 
     def forward(self, latents: Tensor, rows: Tensor) -> Tensor:
-        tokens = self.x_embedder(latents.to(self.pos_embed.dtype)) + self.pos_embed          # (N, T, D)
-        return tokens.index_select(0, rows)                                                  # (B, T, D)
+        tokens = self.x_embedder(latents.to(self.pos_embed.dtype)) + self.pos_embed  # (N, T, D)
+        return tokens.index_select(0, rows)  # (B, T, D)
 
 
 def add_gated(x: Tensor, gate: Tensor, feature: Tensor) -> Tensor:
@@ -103,11 +107,11 @@ class AttnUnit(nn.Module):
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
         batch, tokens, hidden = x.shape
         heads = self.attn.heads
-        qkv = self.attn.qkv(modulate(x, shift, scale).reshape(-1, hidden))                   # (B*T, 3*D)
+        qkv = self.attn.qkv(modulate(x, shift, scale).reshape(-1, hidden))  # (B*T, 3*D)
         q, k, v = qkv.reshape(batch, tokens, 3, heads, hidden // heads).permute(2, 0, 3, 1, 4).unbind(0)
-        scores = torch.matmul(q * (hidden // heads) ** -0.5, k.transpose(-1, -2))            # (B, heads, T, T)
+        scores = torch.matmul(q * (hidden // heads) ** -0.5, k.transpose(-1, -2))  # (B, heads, T, T)
         weights = torch.softmax(scores.float(), dim=-1).to(x.dtype)
-        mixed = torch.matmul(weights, v).transpose(1, 2).reshape(-1, hidden)                 # (B*T, D)
+        mixed = torch.matmul(weights, v).transpose(1, 2).reshape(-1, hidden)  # (B*T, D)
         feature = self.attn.proj(mixed)
         return add_gated(x, gate, feature.reshape(x.shape)), feature
 
@@ -125,7 +129,7 @@ class MlpUnit(nn.Module):
         self.mlp = Mlp(spec.hidden, spec.mlp_hidden)
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-        feature = self.mlp(modulate(x, shift, scale).reshape(-1, x.shape[-1]))               # (B*T, D)
+        feature = self.mlp(modulate(x, shift, scale).reshape(-1, x.shape[-1]))  # (B*T, D)
         return add_gated(x, gate, feature.reshape(x.shape)), feature
 
     def reference(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,8 +147,8 @@ class FinalUnit(nn.Module):
         self.linear = nn.Linear(spec.hidden, spec.patch**2 * spec.output_channels)
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        patches = self.linear(modulate(x, shift, scale).reshape(-1, x.shape[-1]))            # (B*T, p*p*C_out)
-        return unpatchify(patches, self.spec).float()                                        # (B, C_out, H, W)
+        patches = self.linear(modulate(x, shift, scale).reshape(-1, x.shape[-1]))  # (B*T, p*p*C_out)
+        return unpatchify(patches, self.spec).float()  # (B, C_out, H, W)
 
 
 def unit_kinds(spec: ModelSpec, precision: str) -> tuple[UnitKind, ...]:
@@ -178,7 +182,13 @@ def unit_kinds(spec: ModelSpec, precision: str) -> tuple[UnitKind, ...]:
                 parameter.uniform_(generator=generator)  # the ONNX optimiser drops a bias that happens to be zero
     final_inputs = (tokens(), modulation("shift"), modulation("scale"))
     return (
-        UnitKind("conditioning", conditioning, (steps, labels), ("table",), {"conditioning": _conditioning(conditioning, spec)}),
+        UnitKind(
+            "conditioning",
+            conditioning,
+            (steps, labels),
+            ("table",),
+            {"conditioning": _conditioning(conditioning, spec)},
+        ),
         UnitKind("embed", embed, (latents, rows), ("x",), {"embed": _same_names(embed)}),
         UnitKind("attn", attn, branch_inputs(), ("x_out", "feature"), _blocks(attn, spec.depth, "attn")),
         UnitKind("mlp", mlp, branch_inputs(), ("x_out", "feature"), _blocks(mlp, spec.depth, "mlp")),
@@ -198,11 +208,20 @@ def check_tensors(tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
     wrong = [
         ("missing", sorted(expected.keys() - found.keys())),
         ("unexpected", sorted(found.keys() - expected.keys())),
-        ("of another shape", [f"{n} {found[n]}, expected {s}" for n, s in expected.items() if n in found and found[n] != s]),
+        (
+            "of another shape",
+            [f"{n} {found[n]}, expected {s}" for n, s in expected.items() if n in found and found[n] != s],
+        ),
     ]
-    parts = [f"{len(names)} {what}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}" for what, names in wrong if names]
+    parts = [
+        f"{len(names)} {what}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
+        for what, names in wrong
+        if names
+    ]
     if parts:
-        raise ModelError(f"tensors do not match a DiT of depth {spec.depth} and width {spec.hidden}: {'; '.join(parts)}")
+        raise ModelError(
+            f"tensors do not match a DiT of depth {spec.depth} and width {spec.hidden}: {'; '.join(parts)}"
+        )
 
 
 def _same_names(module: nn.Module, prefix: str = "") -> dict[str, tuple[Slab, ...]]:

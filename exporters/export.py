@@ -33,7 +33,9 @@ ARCHITECTURES = {"dit": dit_units}
 RECORDED_PACKAGES = ("torch", "onnx", "onnxscript", "numpy")
 
 
-def export_checkpoint(checkpoint_path: Path, output: Path, options: ExportOptions, backend: Backend, progress: Progress) -> tuple[Manifest, bool]:
+def export_checkpoint(
+    checkpoint_path: Path, output: Path, options: ExportOptions, backend: Backend, progress: Progress
+) -> tuple[Manifest, bool]:
     """Export a checkpoint; the directory appears whole or not at all.
 
     Args:
@@ -88,7 +90,10 @@ def _compile_plans(spec: ModelSpec, options: ExportOptions) -> list[Plan]:
     for text in options.plans:
         policy = parse_policy(text)
         schedule = schedule_from_policy(policy, spec, options.steps)
-        plans.setdefault(policy.default_name, compile_schedule(schedule, spec, options.sampler, options.steps, name=policy.default_name))
+        plans.setdefault(
+            policy.default_name,
+            compile_schedule(schedule, spec, options.sampler, options.steps, name=policy.default_name),
+        )
     return list(plans.values())
 
 
@@ -150,10 +155,13 @@ def _write(
     )
 
 
-def _write_units(folder: Path, checkpoint: Checkpoint, spec: ModelSpec, precision: str, backend: Backend, progress: Progress) -> list[Unit]:
+def _write_units(
+    folder: Path, checkpoint: Checkpoint, spec: ModelSpec, precision: str, backend: Backend, progress: Progress
+) -> list[Unit]:
     """Trace each kind once; write and verify each copy."""
     kinds = ARCHITECTURES[spec.architecture].unit_kinds(spec, precision)
-    total, units = sum(len(kind.copies) for kind in kinds), []
+    total = sum(len(kind.copies) for kind in kinds)
+    units: list[Unit] = []
     for kind in kinds:
         progress(f"tracing {kind.kind}", len(units), total)
         template = template_from_kind(kind, DTYPES[precision])

@@ -23,7 +23,7 @@ from goc_deploy.errors import VerificationError
 from goc_deploy.exporters.units import Binding, UnitKind
 
 OPSET = 20
-ALIGNMENT = 4096                                                                      # a page, so that weights can be mapped
+ALIGNMENT = 4096  # a page, so that weights can be mapped
 IR_TYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
 
 
@@ -48,7 +48,9 @@ def template_from_kind(kind: UnitKind, dtype: torch.dtype) -> Template:
     Raises:
         VerificationError: the exporter lost a parameter, so weights could not be bound.
     """
-    symbols = {symbol: torch.export.Dim(symbol, min=1, max=1 << 20) for i in kind.inputs for symbol in i.dynamic.values()}
+    symbols = {
+        symbol: torch.export.Dim(symbol, min=1, max=1 << 20) for i in kind.inputs for symbol in i.dynamic.values()
+    }
     with _quiet():
         program = torch.onnx.export(
             kind.module,
@@ -61,7 +63,9 @@ def template_from_kind(kind: UnitKind, dtype: torch.dtype) -> Template:
             verbose=False,
         )
     if program is None:
-        raise VerificationError(f"unit kind {kind.kind}: torch.onnx returned no graph; use the torch version in constraints.txt")
+        raise VerificationError(
+            f"unit kind {kind.kind}: torch.onnx returned no graph; use the torch version in constraints.txt"
+        )
     lost = sorted({name for name, _ in kind.module.named_parameters()} - program.model.graph.initializers.keys())
     if lost:
         raise VerificationError(
@@ -69,7 +73,7 @@ def template_from_kind(kind: UnitKind, dtype: torch.dtype) -> Template:
         )
     program.model.graph.metadata_props.clear()
     for node in program.model.graph:
-        node.metadata_props.clear()                                                   # source paths of the exporting machine
+        node.metadata_props.clear()  # source paths of the exporting machine
     return Template(kind, program.model, dtype)
 
 
@@ -103,16 +107,23 @@ def write_copy(template: Template, name: str, tensors: Mapping[str, Tensor], fol
     onnx.checker.check_model(str(folder / f"{name}.onnx"))
 
 
-def _write_rows(file: BinaryIO, binding: Binding, parameter: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+def _write_rows(
+    file: BinaryIO, binding: Binding, parameter: str, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> None:
     for slab in binding[parameter]:
         rows = slab.read(tensors, dtype)
-        file.write(memoryview(rows.reshape(-1).view(torch.uint8).numpy()))
+        file.write(rows.reshape(-1).view(torch.uint8).numpy().data)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep torch.onnx's chatter about optional packages out of the user's terminal."""
-    loggers = [logging.getLogger("torch.onnx"), logging.getLogger("torch.export"), logging.getLogger("onnxscript"), logging.getLogger("onnx_ir")]
+    loggers = [
+        logging.getLogger("torch.onnx"),
+        logging.getLogger("torch.export"),
+        logging.getLogger("onnxscript"),
+        logging.getLogger("onnx_ir"),
+    ]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

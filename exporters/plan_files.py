@@ -15,7 +15,9 @@ from goc_deploy.serde import plan_to_json, schedule_to_json
 from goc_deploy.spec import ModelSpec
 
 
-def write_plan(folder: Path, plan: Plan, spec: ModelSpec, precision: str, known: Mapping[str, str]) -> tuple[PlanEntry, dict[str, str]]:
+def write_plan(
+    folder: Path, plan: Plan, spec: ModelSpec, precision: str, known: Mapping[str, str]
+) -> tuple[PlanEntry, dict[str, str]]:
     """Write a plan and the predict graphs that are not there yet.
 
     Args:

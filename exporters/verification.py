@@ -16,7 +16,7 @@ from goc_deploy.exporters.lowering import Template
 from goc_deploy.exporters.units import bound_parameter
 from goc_deploy.protocols import Backend
 
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-4}          # bf16 graphs are compared widened
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-4}  # bf16 graphs are compared widened
 
 
 def relative_l2(found: np.ndarray, expected: np.ndarray) -> float:
@@ -56,7 +56,9 @@ def verify_copy(template: Template, name: str, tensors: Mapping[str, Tensor], fo
     return error
 
 
-def _run(template: Template, name: str, folder: Path, shapes: list[tuple[int, ...]], backend: Backend) -> list[np.ndarray]:
+def _run(
+    template: Template, name: str, folder: Path, shapes: list[tuple[int, ...]], backend: Backend
+) -> list[np.ndarray]:
     graph = memoryview((folder / f"{name}.onnx").read_bytes())
     with open(folder / f"{name}.weights", "rb") as file:
         weights = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -67,7 +69,9 @@ def _run(template: Template, name: str, folder: Path, shapes: list[tuple[int, ..
     inputs, outputs = {}, {}
     for i in template.kind.inputs:
         inputs[i.name] = backend.allocate(tuple(i.example.shape), engine.dtypes[i.name])
-        backend.upload(i.example.float().numpy() if i.example.is_floating_point() else i.example.numpy(), inputs[i.name])
+        backend.upload(
+            i.example.float().numpy() if i.example.is_floating_point() else i.example.numpy(), inputs[i.name]
+        )
     for output, shape in zip(template.kind.outputs, shapes, strict=True):
         outputs[output] = backend.allocate(shape, engine.dtypes[output])
     engine.bind(inputs, outputs)()
@@ -83,7 +87,9 @@ def _widened(graph: memoryview, weights: memoryview) -> bytes:
             if initializer.data_location == onnx.TensorProto.EXTERNAL:
                 place = {entry.key: entry.value for entry in initializer.external_data}
                 start, length = int(place["offset"]), int(place["length"])
-                values = _float32_from_bf16(np.frombuffer(weights[start : start + length], np.uint16)).reshape(initializer.dims)
+                values = _float32_from_bf16(np.frombuffer(weights[start : start + length], np.uint16)).reshape(
+                    initializer.dims
+                )
             else:
                 values = onnx.numpy_helper.to_array(initializer).astype(np.float32)
             initializer.CopyFrom(onnx.numpy_helper.from_array(values, initializer.name))

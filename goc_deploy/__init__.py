@@ -1,9 +1,9 @@
 """Deploy Diffusion Transformers with feature caching.
 
-    >>> import goc_deploy
-    >>> goc_deploy.export("model.pt", "engine_dir", num_heads=4)             # doctest: +SKIP
-    >>> with goc_deploy.load("engine_dir") as pipe:                          # doctest: +SKIP
-    ...     images = pipe.generate(labels=[2, 0, 7]).images
+>>> import goc_deploy
+>>> goc_deploy.export("model.pt", "engine_dir", num_heads=4)             # doctest: +SKIP
+>>> with goc_deploy.load("engine_dir") as pipe:                          # doctest: +SKIP
+...     images = pipe.generate(labels=[2, 0, 7]).images
 """
 
 from goc_deploy.api import add_plan, export, load

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,9 @@ def export(checkpoint: str | Path, output: str | Path, *, progress: Progress = n
     return export_with(Path(checkpoint), Path(output), ExportOptions(**options), progress)[0]
 
 
-def export_with(checkpoint: Path, output: Path, options: ExportOptions, progress: Progress = no_progress) -> tuple[Manifest, bool]:
+def export_with(
+    checkpoint: Path, output: Path, options: ExportOptions, progress: Progress = no_progress
+) -> tuple[Manifest, bool]:
     """`export` with its options in one object; also says whether anything was written."""
     _require("export", "torch", "onnx", "onnxscript", "safetensors")
     from goc_deploy.exporters.export import export_checkpoint
@@ -66,12 +69,28 @@ def load(
     Raises:
         GocError: a subclass says what is wrong and has an ``exit_code``.
     """
-    from goc_deploy.runtime.pipeline import Pipeline
+    from goc_deploy.runtime.pipeline import load_pipelines
 
-    return Pipeline(Path(engine_dir), make_backend(backend, threads), plan, batch_size, max_sessions)
+    return load_pipelines(Path(engine_dir), make_backend(backend, threads), [plan], batch_size, max_sessions)[0]
 
 
-def add_plan(engine_dir: str | Path, spec: str, *, name: str | None = None, steps: int | None = None, sampler: str | None = None) -> PlanEntry:
+def load_plans(
+    engine_dir: str | Path,
+    plans: Sequence[str],
+    *,
+    backend: str = "auto",
+    batch_size: int | None = None,
+    threads: int = 0,
+) -> list[Pipeline]:
+    """Like `load` for several plans of one engine directory, which share the weights."""
+    from goc_deploy.runtime.pipeline import load_pipelines
+
+    return load_pipelines(Path(engine_dir), make_backend(backend, threads), plans, batch_size, 1)
+
+
+def add_plan(
+    engine_dir: str | Path, spec: str, *, name: str | None = None, steps: int | None = None, sampler: str | None = None
+) -> PlanEntry:
     """Add a plan to an engine directory.
 
     Args:
@@ -98,7 +117,9 @@ def make_backend(name: str, threads: int = 0) -> Backend:
         EnvironmentUnsupportedError: unknown, or not usable here.
     """
     if name not in BACKENDS:
-        raise EnvironmentUnsupportedError(f"backend {name!r} is not available in this version; use {' or '.join(BACKENDS)}")
+        raise EnvironmentUnsupportedError(
+            f"backend {name!r} is not available in this version; use {' or '.join(BACKENDS)}"
+        )
     _require(None, "onnxruntime")
     from goc_deploy.engines.ort import OrtBackend
 
@@ -112,4 +133,6 @@ def _require(extra: str | None, *modules: str) -> None:
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         what = f"'goc_deploy[{extra}]'" if extra else "onnxruntime"
-        raise EnvironmentUnsupportedError(f"this needs {', '.join(missing)}, which is not installed; run: pip install {what}")
+        raise EnvironmentUnsupportedError(
+            f"this needs {', '.join(missing)}, which is not installed; run: pip install {what}"
+        )

@@ -25,7 +25,9 @@ def plan_entry(manifest: Manifest, name: str | None) -> PlanEntry:
     for entry in manifest.plans:
         if name in (entry.name, entry.spec) or entry.name == plan_name_from_spec(name):
             return entry
-    raise UsageError(f"there is no plan {name!r}; this engine has {', '.join(e.name for e in manifest.plans)}; add it with goc-plan")
+    raise UsageError(
+        f"there is no plan {name!r}; this engine has {', '.join(e.name for e in manifest.plans)}; add it with goc-plan"
+    )
 
 
 def load_plan(directory: Path, manifest: Manifest, name: str | None) -> Plan:

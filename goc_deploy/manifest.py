@@ -129,13 +129,24 @@ def _manifest_from_fields(found: dict[str, Any]) -> Manifest:
 
 def _check(manifest: Manifest, where: str) -> None:
     model = manifest.model
-    sizes = (model.depth, model.hidden, model.heads, model.patch, model.grid, model.channels, model.classes, manifest.max_batch)
+    sizes = (
+        model.depth,
+        model.hidden,
+        model.heads,
+        model.patch,
+        model.grid,
+        model.channels,
+        model.classes,
+        manifest.max_batch,
+    )
     if not all(type(size) is int and 0 < size <= 10**6 for size in sizes) or manifest.precision not in PRECISIONS:
         raise EngineDirError(f"{where} has sizes or a precision out of range; export again")
     paths = [entry.path for entry in manifest.files]
     for path in paths:
         if not isinstance(path, str) or not _SAFE_PATH.fullmatch(path):
-            raise SafetyError(f"{where} names a file that may lie outside the directory: {path!r}; do not use this directory")
+            raise SafetyError(
+                f"{where} names a file that may lie outside the directory: {path!r}; do not use this directory"
+            )
     if len({path.lower() for path in paths}) != len(paths):
         raise SafetyError(f"{where} lists a file twice (names that differ only in case count as equal)")
     if not all(type(e.size) is int and e.size >= 0 and _SHA256.fullmatch(e.sha256) for e in manifest.files):

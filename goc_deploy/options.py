@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-Progress = Callable[[str, int, int], None]                                            # (what, done, total)
+Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 
 def no_progress(what: str, done: int, total: int) -> None:

@@ -132,7 +132,9 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
             entries = (Prediction((), (), op.store),) if isinstance(op, Compute) else op.predictions
             _check_launch(plan, step, entries, written)
         if order != list(range(spec.units)):
-            raise EngineDirError(f"plan {plan.name}: step {step} does not run each of the {spec.units} units once, in order")
+            raise EngineDirError(
+                f"plan {plan.name}: step {step} does not run each of the {spec.units} units once, in order"
+            )
 
 
 def _check_launch(plan: Plan, step: int, entries: tuple[Prediction, ...], written: set[int]) -> None:
@@ -142,7 +144,9 @@ def _check_launch(plan: Plan, step: int, entries: tuple[Prediction, ...], writte
         if any(not 0 <= slot < plan.slots for slot in used):
             raise EngineDirError(f"plan {plan.name}: step {step} uses a slot outside 0..{plan.slots - 1}")
         if len(entry.slots) != len(entry.coefficients) or len(entry.slots) > MAX_HISTORY:
-            raise EngineDirError(f"plan {plan.name}: step {step} has {len(entry.coefficients)} coefficients for {len(entry.slots)} slots")
+            raise EngineDirError(
+                f"plan {plan.name}: step {step} has {len(entry.coefficients)} coefficients for {len(entry.slots)} slots"
+            )
         if not written.issuperset(entry.slots):
             raise EngineDirError(f"plan {plan.name}: step {step} reads a slot before anything is stored in it")
         if entry.store is not None:

@@ -28,7 +28,9 @@ from goc_deploy.schedule import (
 from goc_deploy.spec import ModelSpec
 
 DEFAULT_ETA = 1.0
-GRAMMAR = "none, fora:INTERVAL[@FRACTION] or file:SCHEDULE.json, then +gc[:ETA] or +steps:K,K,..:ETA, then ,history=computed"
+GRAMMAR = (
+    "none, fora:INTERVAL[@FRACTION] or file:SCHEDULE.json, then +gc[:ETA] or +steps:K,K,..:ETA, then ,history=computed"
+)
 _OPTION = re.compile(r",(?=[a-z_]+=)")
 _PLAN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,@-]{0,99}")
 
@@ -65,7 +67,9 @@ def plan_name_from_spec(spec: str) -> str:
 def check_plan_name(name: str) -> str:
     """Return ``name`` if it can name a file anywhere, else raise UsageError."""
     if not _PLAN_NAME.fullmatch(name):
-        raise UsageError(f"plan name {name!r} must be 1 to 100 letters, digits or ._+=,@- and start with a letter or digit")
+        raise UsageError(
+            f"plan name {name!r} must be 1 to 100 letters, digits or ._+=,@- and start with a letter or digit"
+        )
     return name
 
 
@@ -92,7 +96,9 @@ def parse_policy(text: str) -> PolicySpec:
     for option in options:
         key, _, value = option.partition("=")
         if key != "history" or value not in HISTORY_KINDS:
-            raise UsageError(f"SPEC {text!r}: unknown option {option!r}; the only one is history=used or history=computed")
+            raise UsageError(
+                f"SPEC {text!r}: unknown option {option!r}; the only one is history=used or history=computed"
+            )
         history = value
     return PolicySpec(text.strip(), base, correction, history)
 
@@ -153,7 +159,7 @@ def _fora(argument: str, spec: ModelSpec, steps: int) -> Schedule:
     return Schedule(spec.depth, spec.branches, tuple(((REUSE if r else COMPUTE),) * spec.units for r in reused))
 
 
-def _from_file(argument: str, spec: ModelSpec, steps: int) -> Schedule:
+def _from_file(argument: str, _spec: ModelSpec, _steps: int) -> Schedule:
     if not argument:
         raise UsageError("'file:' needs a path")
     return Schedule.load(argument)

@@ -41,12 +41,16 @@ def directory_lock(directory: Path) -> Iterator[None]:
         try:
             lock.acquire()
         except filelock.Timeout as cause:
-            raise ConflictError(f"another process is writing {directory}; wait for it, or choose another directory") from cause
+            raise ConflictError(
+                f"another process is writing {directory}; wait for it, or choose another directory"
+            ) from cause
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
-            os.unlink(lock.lock_file)  # while it is held: whoever waits on the old file sees that it is gone and retries
+            os.unlink(
+                lock.lock_file
+            )  # while it is held: whoever waits on the old file sees that it is gone and retries
         lock.release()
 
 
@@ -86,11 +90,19 @@ def check_target(directory: Path, *, force: bool) -> Manifest | None:
     try:
         manifest = read_manifest(directory)
     except (EngineDirError, SafetyError) as cause:
-        if force and (directory / MANIFEST_NAME).is_file() and b"goc_deploy.engine_dir" in (directory / MANIFEST_NAME).read_bytes()[:4096]:
+        if (
+            force
+            and (directory / MANIFEST_NAME).is_file()
+            and b"goc_deploy.engine_dir" in (directory / MANIFEST_NAME).read_bytes()[:4096]
+        ):
             return None
-        raise ConflictError(f"{directory} exists and is not an engine directory that can be replaced; choose another output") from cause
+        raise ConflictError(
+            f"{directory} exists and is not an engine directory that can be replaced; choose another output"
+        ) from cause
     if not force:
-        raise ConflictError(f"{directory} already holds another engine; use --force to replace it, or choose another output")
+        raise ConflictError(
+            f"{directory} already holds another engine; use --force to replace it, or choose another output"
+        )
     return manifest
 
 
@@ -190,7 +202,9 @@ def read_manifest(directory: Path) -> Manifest:
                 raise EngineDirError(f"{where} has {size} bytes, more than {MAX_MANIFEST_BYTES} are not read")
             text = os.read(fd, size)
     except FileNotFoundError as cause:
-        raise EngineDirError(f"{directory} has no {MANIFEST_NAME}, so it is not a complete engine directory; export again") from cause
+        raise EngineDirError(
+            f"{directory} has no {MANIFEST_NAME}, so it is not a complete engine directory; export again"
+        ) from cause
     return manifest_from_json(text, where)
 
 
@@ -206,12 +220,16 @@ def read_verified(directory: Path, entry: FileEntry) -> memoryview:
     try:
         with _open_beneath(directory, entry.path) as (fd, size):
             if size != entry.size:
-                raise EngineDirError(f"{directory / entry.path} has {size} bytes but the manifest says {entry.size}; export again")
+                raise EngineDirError(
+                    f"{directory / entry.path} has {size} bytes but the manifest says {entry.size}; export again"
+                )
             content = memoryview(mmap.mmap(fd, size, access=mmap.ACCESS_READ) if size else b"")
     except FileNotFoundError as cause:
         raise EngineDirError(f"{directory / entry.path} is missing; export again") from cause
     if hashlib.sha256(content).hexdigest() != entry.sha256:
-        raise EngineDirError(f"{directory / entry.path} was changed after the export (its SHA-256 differs); export again")
+        raise EngineDirError(
+            f"{directory / entry.path} was changed after the export (its SHA-256 differs); export again"
+        )
     return content
 
 
@@ -233,7 +251,9 @@ def _open_beneath(directory: Path, relative: str) -> Iterator[tuple[int, int]]:
             raise
         except OSError as cause:
             if cause.errno in (errno.ELOOP, errno.ENOTDIR):
-                raise SafetyError(f"{where} is or lies behind a symbolic link; an engine directory holds plain files only") from cause
+                raise SafetyError(
+                    f"{where} is or lies behind a symbolic link; an engine directory holds plain files only"
+                ) from cause
             raise EngineDirError(f"{where} cannot be read: {cause.strerror}") from cause
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:

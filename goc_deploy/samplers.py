@@ -6,10 +6,10 @@ the noise. Source: Song et al., "Denoising Diffusion Implicit Models", ICLR 2021
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from itertools import pairwise
-
-import numpy as np
+from itertools import accumulate, pairwise
+from operator import mul
 
 from goc_deploy.errors import UsageError
 
@@ -78,14 +78,15 @@ def sampler_table(sampler: str, steps: int) -> SamplerTable:
     if not 0 <= eta <= 1:
         raise UsageError(f"sampler {sampler!r}: eta must be within 0..1")
     timesteps = spaced_timesteps(steps)
-    signal = np.cumprod(1 - np.linspace(BETA_FIRST, BETA_LAST, TRAIN_STEPS))          # alphas_cumprod, float64
-    rows = [_ddim_row(now, after, eta) for now, after in pairwise([*signal[list(timesteps)], 1.0])]
+    slope = (BETA_LAST - BETA_FIRST) / (TRAIN_STEPS - 1)
+    signal = list(accumulate((1 - (BETA_FIRST + slope * t) for t in range(TRAIN_STEPS)), mul))  # alphas_cumprod
+    rows = [_ddim_row(now, after, eta) for now, after in pairwise([*(signal[t] for t in timesteps), 1.0])]
     latent, model, noise = zip(*rows, strict=True)
     return SamplerTable(sampler, timesteps, latent, model, noise)
 
 
 def _ddim_row(now: float, after: float, eta: float) -> tuple[float, float, float]:
-    sigma = eta * np.sqrt((1 - after) / (1 - now)) * np.sqrt(1 - now / after)
-    latent = np.sqrt(after / now)
-    model = np.sqrt(1 - after - sigma**2) - latent * np.sqrt(1 - now)
-    return float(latent), float(model), float(sigma)
+    sigma = eta * math.sqrt((1 - after) / (1 - now) * (1 - now / after))
+    latent = math.sqrt(after / now)
+    model = math.sqrt(max(0.0, 1 - after - sigma**2)) - latent * math.sqrt(1 - now)
+    return latent, model, sigma

@@ -113,7 +113,9 @@ def check_schedule(schedule: Schedule) -> None:
         row = schedule.coefficients[step][unit]
         where = schedule.place(step, unit)
         if step == 0 and row:
-            raise ScheduleError(f"{where}: {schedule.action(0, unit)} at step 0, where nothing is stored yet; compute it")
+            raise ScheduleError(
+                f"{where}: {schedule.action(0, unit)} at step 0, where nothing is stored yet; compute it"
+            )
         if len(row) > MAX_HISTORY:
             raise ScheduleError(f"{where}: {len(row)} coefficients, at most {MAX_HISTORY} are supported")
         if any(not abs(c) < 1e6 for c in row):
@@ -133,8 +135,7 @@ def check_schedule_fits(schedule: Schedule, spec: ModelSpec, steps: int) -> None
     """
     if schedule.steps != steps:
         raise ScheduleError(
-            f"the schedule has {schedule.steps} steps but {steps} are asked for; use --steps {schedule.steps} "
-            "or a schedule with that many steps"
+            f"the schedule has {schedule.steps} steps but {steps} are asked for; use --steps {schedule.steps} or a schedule with that many steps"
         )
     if (schedule.depth, schedule.branches) != (spec.depth, spec.branches):
         raise ScheduleError(

@@ -55,7 +55,9 @@ def check_format(found: dict[str, Any], name: str, version: int, where: str, err
     if found.get("format") != name:
         raise error(f"{where} is not a {name} file (its format is {found.get('format')!r})")
     if not isinstance(found.get("version"), int) or found["version"] > version:
-        raise error(f"{where} has format version {found.get('version')!r}, this goc_deploy reads up to {version}; update goc_deploy")
+        raise error(
+            f"{where} has format version {found.get('version')!r}, this goc_deploy reads up to {version}; update goc_deploy"
+        )
     if found["version"] != version:
         raise error(f"{where} has format version {found['version']}, this goc_deploy reads {version}; export again")
 

@@ -57,7 +57,7 @@ class Binder:
     def __init__(self, engines: Engines, spec: ModelSpec, plan: Plan, buffers: Buffers, batch: Batch) -> None:
         self._engines, self._spec, self._plan, self._buffers, self._batch = engines, spec, plan, buffers, batch
         self._feature = (batch.rows, spec.tokens, spec.hidden)
-        self._coefficient = count()                                                   # position in buffers.coefficients
+        self._coefficient = count()  # position in buffers.coefficients
         self._known: dict[tuple[object, ...], BoundLaunch] = {}
 
     def bind(self) -> BoundPlan:
@@ -99,7 +99,9 @@ class Binder:
         buffers, spec, labels = self._buffers, self._spec, self._batch.labels
         steps = min(buffers.chunk, self._plan.steps - step)
         inputs = {"timesteps": buffers.timesteps.view(steps, start=step), "labels": buffers.labels.view(labels)}
-        return self._unit("conditioning", inputs, {"table": buffers.table.view(steps, modulation_rows(spec), labels, spec.hidden)})
+        return self._unit(
+            "conditioning", inputs, {"table": buffers.table.view(steps, modulation_rows(spec), labels, spec.hidden)}
+        )
 
     def _pick_modulation(self, step: int) -> BoundLaunch:
         """Expand a step's table rows to the batch; a step that computes nothing needs gates and the final rows only."""

@@ -73,7 +73,12 @@ def planned_bytes(spec: ModelSpec, precision: str, plan: Plan, capacity: int) ->
     features = (2 + plan.slots) * rows * spec.tokens * spec.hidden * item
     pixels = spec.side**2 * capacity * 4
     noise = plan.steps if plan.sampler.stochastic else 1
-    return table + modulation_rows(spec) * rows * spec.hidden * item + features + pixels * ((2 + noise) * spec.channels + 2 * spec.output_channels)
+    return (
+        table
+        + modulation_rows(spec) * rows * spec.hidden * item
+        + features
+        + pixels * ((2 + noise) * spec.channels + 2 * spec.output_channels)
+    )
 
 
 def _chunk_steps(step_bytes: int, steps: int) -> int:

@@ -37,7 +37,9 @@ def grid(images: np.ndarray, columns: int | None = None, *, scale: int = 1, gap:
     count, height, width, _ = images.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
-    canvas = np.full((rows * (height * scale + gap) - gap, columns * (width * scale + gap) - gap, images.shape[3]), 255, np.uint8)
+    canvas = np.full(
+        (rows * (height * scale + gap) - gap, columns * (width * scale + gap) - gap, images.shape[3]), 255, np.uint8
+    )
     for i, image in enumerate(images):
         y, x = (i // columns) * (height * scale + gap), (i % columns) * (width * scale + gap)
         canvas[y : y + height * scale, x : x + width * scale] = image.repeat(scale, 0).repeat(scale, 1)

@@ -7,7 +7,7 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,18 @@ import numpy as np
 
 from goc_deploy import noise as noise_source
 from goc_deploy.engine_dir import load_plan
-from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, GocError, ResourceError, UsageError, VerificationError
-from goc_deploy.manifest import FileEntry, Manifest
+from goc_deploy.errors import (
+    EngineDirError,
+    EnvironmentUnsupportedError,
+    GocError,
+    ResourceError,
+    UsageError,
+    VerificationError,
+)
+from goc_deploy.manifest import Manifest
 from goc_deploy.options import GenerateOptions
 from goc_deploy.plan import Plan
-from goc_deploy.protocols import Backend
+from goc_deploy.protocols import Backend, Engine
 from goc_deploy.publish import read_manifest, read_verified
 from goc_deploy.runtime.binding import Batch, Engines
 from goc_deploy.runtime.buffers import planned_bytes
@@ -74,26 +81,22 @@ class Result:
 
 
 class Pipeline:
-    """A loaded engine directory. Thread-safe; sessions are shared out to at most ``max_sessions`` callers at a time.
+    """A plan of a loaded engine directory. Thread-safe; at most ``max_sessions`` callers run at a time, others wait.
 
     Make one with `goc_deploy.load`.
     """
 
-    def __init__(self, directory: Path, backend: Backend, plan: str | None, batch_size: int | None, max_sessions: int) -> None:
-        if max_sessions < 1:
-            raise UsageError(f"max_sessions must be at least 1, got {max_sessions}")
+    def __init__(
+        self, manifest: Manifest, plan: Plan, engines: Engines, backend: Backend, batch_size: int, max_sessions: int
+    ) -> None:
         self._pid = os.getpid()
-        self._backend = backend
-        self.manifest = read_manifest(directory)
-        self.spec: ModelSpec = self.manifest.model
-        self.plan = load_plan(directory, self.manifest, plan)
-        self.batch_size = _batch_size(batch_size, self.manifest)
-        self._check_memory(max_sessions)
-        self._engines = _load_engines(directory, self.manifest, self.plan, backend)
+        self._backend, self._engines = backend, engines
+        self.manifest, self.plan, self.batch_size = manifest, plan, batch_size
+        self.spec: ModelSpec = manifest.model
         self._free: queue.LifoQueue[Session | None] = queue.LifoQueue()
         self._closed = threading.Event()
         for _ in range(max_sessions - 1):
-            self._free.put(None)                                                      # made when first needed
+            self._free.put(None)  # made when first needed
         self._free.put(self._new_session())
 
     def generate(
@@ -143,7 +146,9 @@ class Pipeline:
         final_latents = np.concatenate(outputs)
         if not np.isfinite(final_latents).all():
             bad = [i for i, x in enumerate(final_latents) if not np.isfinite(x).all()]
-            raise VerificationError(f"the latents of image {bad[0]} are not finite; use a milder plan or --precision fp32")
+            raise VerificationError(
+                f"the latents of image {bad[0]} are not finite; use a milder plan or --precision fp32"
+            )
         report = self._report(len(labels), seed, cfg_scale, cfg_channels, timings)
         whole = np.concatenate([np.stack(taken) for taken in trajectories], axis=1) if trajectory else None
         return Result(images_from_latents(final_latents), final_latents, whole, report)
@@ -177,15 +182,8 @@ class Pipeline:
         if self._closed.is_set():
             raise EnvironmentUnsupportedError("the pipeline is closed; load the engine directory again")
         if os.getpid() != self._pid:
-            raise EnvironmentUnsupportedError("the pipeline was loaded before a fork, which its threads do not survive; load after forking")
-
-    def _check_memory(self, sessions: int) -> None:
-        needed = sessions * planned_bytes(self.spec, self.manifest.precision, self.plan, self.batch_size)
-        available = _available_bytes()
-        if available is not None and needed > available:
-            raise ResourceError(
-                f"plan {self.plan.name} needs {needed / 1e9:.2f} GB of buffers for {sessions} sessions of {self.batch_size} images "
-                f"but {available / 1e9:.2f} GB are available; use a smaller batch size"
+            raise EnvironmentUnsupportedError(
+                "the pipeline was loaded before a fork, which its threads do not survive; load after forking"
             )
 
     def _new_session(self) -> Session:
@@ -217,7 +215,9 @@ class Pipeline:
 
         return on_step
 
-    def _report(self, images: int, seed: int, cfg_scale: float, cfg_channels: int, timings: Sequence[Timing]) -> dict[str, Any]:
+    def _report(
+        self, images: int, seed: int, cfg_scale: float, cfg_channels: int, timings: Sequence[Timing]
+    ) -> dict[str, Any]:
         plan, rows = self.plan, 2 * self.batch_size
         item = ITEM_BYTES[self.manifest.precision]
         return {
@@ -250,36 +250,75 @@ class Pipeline:
         }
 
 
-def _load_engines(directory: Path, manifest: Manifest, plan: Plan, backend: Backend) -> Engines:
-    """Verify every file the plan needs, in parallel, then load the graphs."""
-    missing = [signature for signature in plan.signatures if signature not in manifest.predict]
+def load_pipelines(
+    directory: Path, backend: Backend, names: Sequence[str | None], batch_size: int | None, max_sessions: int
+) -> list[Pipeline]:
+    """Load an engine directory once, for one or more of its plans.
+
+    Args:
+        directory: the engine directory.
+        backend: loads the graphs and owns the buffers.
+        names: plans by name or SPEC; None is the first plan that caches.
+        batch_size: images per run; None is the engine's ``max_batch``.
+        max_sessions: sessions of each pipeline.
+
+    Raises:
+        EngineDirError, SafetyError: the directory is corrupt or not ours.
+        UsageError: no such plan, or a number out of range.
+        ResourceError: the buffers do not fit into memory.
+    """
+    if max_sessions < 1:
+        raise UsageError(f"max_sessions must be at least 1, got {max_sessions}")
+    manifest = read_manifest(directory)
+    plans = [load_plan(directory, manifest, name) for name in names]
+    images = manifest.max_batch if batch_size is None else batch_size
+    if not 1 <= images <= manifest.max_batch:
+        raise UsageError(
+            f"batch size {images} must be within 1..{manifest.max_batch}, what the engine was exported for (--max-batch)"
+        )
+    for plan in plans:
+        _check_memory(manifest, plan, images, max_sessions)
+    engines = _load_engines(directory, manifest, plans, backend)
+    return [Pipeline(manifest, plan, engines, backend, images, max_sessions) for plan in plans]
+
+
+def _load_engines(directory: Path, manifest: Manifest, plans: Sequence[Plan], backend: Backend) -> Engines:
+    """Verify every file that the plans need, in parallel, then load the graphs."""
+    signatures = sorted({signature for plan in plans for signature in plan.signatures})
+    missing = [signature for signature in signatures if signature not in manifest.predict]
     if missing:
-        raise EngineDirError(f"plan {plan.name} needs a predict graph {missing[0]!r} that the manifest does not list; add the plan again")
-    entries: Mapping[str, FileEntry] = {file.path: file for file in manifest.files}
-    predict = {signature: manifest.predict[signature] for signature in plan.signatures}
-    paths = [p for unit in manifest.units for p in (unit.onnx, unit.weights) if p] + list(predict.values())
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        content = dict(zip(paths, pool.map(lambda path: read_verified(directory, entries[path]), paths), strict=True))
-    units = {}
-    for unit in manifest.units:
-        weights = {Path(unit.weights).name: content[unit.weights]} if unit.weights else {}
-        try:
-            units[unit.name] = backend.load(content[unit.onnx], weights)
-        except GocError as cause:
-            raise type(cause)(f"{directory / unit.onnx}: {cause}") from cause
+        raise EngineDirError(
+            f"{directory} lists no predict graph for {missing[0]!r}, which a plan needs; add the plan again"
+        )
     needed = {"conditioning", "embed", "final", "modulation", "sampler"}
     needed |= {f"block_{b:02d}_{branch}" for b in range(manifest.model.depth) for branch in manifest.model.branches}
-    if needed - units.keys():
-        raise EngineDirError(f"{directory} lacks the units {', '.join(sorted(needed - units.keys())[:5])}; export again")
-    return Engines(units, {signature: backend.load(content[path], {}) for signature, path in predict.items()})
+    lacking = sorted(needed - {unit.name for unit in manifest.units})
+    if lacking:
+        raise EngineDirError(f"{directory} lists no unit {lacking[0]!r}, which the model needs; export again")
+    entries = {file.path: file for file in manifest.files}
+    predict = {signature: manifest.predict[signature] for signature in signatures}
+    paths = sorted({p for unit in manifest.units for p in (unit.onnx, unit.weights) if p} | set(predict.values()))
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        content = dict(zip(paths, pool.map(lambda path: read_verified(directory, entries[path]), paths), strict=True))
+
+    def loaded(path: str, weights: str | None) -> Engine:
+        try:
+            return backend.load(content[path], {Path(weights).name: content.pop(weights)} if weights else {})
+        except GocError as cause:
+            raise type(cause)(f"{directory / path}: {cause}") from cause
+
+    units = {unit.name: loaded(unit.onnx, unit.weights) for unit in manifest.units}
+    return Engines(units, {signature: loaded(path, None) for signature, path in predict.items()})
 
 
-def _batch_size(asked: int | None, manifest: Manifest) -> int:
-    if asked is None:
-        return manifest.max_batch
-    if not 1 <= asked <= manifest.max_batch:
-        raise UsageError(f"batch size {asked} must be within 1..{manifest.max_batch}; the engine was exported with --max-batch {manifest.max_batch}")
-    return asked
+def _check_memory(manifest: Manifest, plan: Plan, images: int, sessions: int) -> None:
+    needed = sessions * planned_bytes(manifest.model, manifest.precision, plan, images)
+    available = _available_bytes()
+    if available is not None and needed > available:
+        raise ResourceError(
+            f"plan {plan.name} needs {needed / 1e9:.2f} GB of buffers for {sessions} sessions of {images} images "
+            f"but {available / 1e9:.2f} GB are available; use a smaller batch size"
+        )
 
 
 def _available_bytes() -> int | None:

@@ -52,7 +52,9 @@ class Timing:
 class Session:
     """Buffers for one plan and up to ``capacity`` images; runs one request at a time."""
 
-    def __init__(self, engines: Engines, backend: Backend, spec: ModelSpec, precision: str, plan: Plan, capacity: int) -> None:
+    def __init__(
+        self, engines: Engines, backend: Backend, spec: ModelSpec, precision: str, plan: Plan, capacity: int
+    ) -> None:
         self._engines, self._backend, self._spec, self._plan = engines, backend, spec, plan
         self._buffers = allocate_buffers(backend, spec, precision, plan, capacity)
         self._bound: OrderedDict[Batch, BoundPlan] = OrderedDict()

@@ -1,0 +1,113 @@
+"""What every command shares: error to exit code, signals, progress."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import click
+
+from goc_deploy.errors import GocError
+from goc_deploy.options import Progress, no_progress
+
+INTERRUPTED, TERMINATED, BUG = 130, 143, 1
+
+debug_option = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+
+
+def run_command(command: click.Command, argv: Sequence[str] | None) -> int:
+    """Run a click command and return its exit code.
+
+    Errors of ours end as one sentence on stderr and their code; usage errors as click prints them and 2; Ctrl-C as
+    130, SIGTERM as 143; anything else is a bug of ours: 1.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        command.main(args, standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return _say("interrupted; nothing was left behind", INTERRUPTED)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's last flush is silent
+        return 0
+    except GocError as error:
+        if debug:
+            raise
+        return _say(f"error: {error}", error.exit_code)
+    except Exception as error:
+        if debug:
+            raise
+        return _say(
+            f"error: a bug in goc_deploy: {type(error).__name__}: {error}; run again with --debug and report it", BUG
+        )
+    return 0
+
+
+def _terminate(_signal: int, _frame: Any) -> None:
+    raise SystemExit(TERMINATED)
+
+
+def _say(message: str, code: int) -> int:
+    click.echo(message, err=True)
+    return code
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A progress bar on stderr where that is a terminal, otherwise nothing."""
+    if not sys.stderr.isatty():
+        yield no_progress
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout; numbers are right-aligned by their content."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+
+
+def numbers(kind: Callable[[str], Any], what: str) -> Callable[[Any, Any, str | None], tuple[Any, ...] | None]:
+    """A click callback that splits a comma-separated list."""
+
+    def parse(_context: Any, _parameter: Any, text: str | None) -> tuple[Any, ...] | None:
+        if text is None:
+            return None
+        try:
+            return tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            raise click.BadParameter(f"{text!r} must be {what} separated by commas") from None
+
+    return parse

@@ -1,0 +1,78 @@
+"""goc-bench."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from goc_deploy.cli.app import debug_option, numbers, print_table, progress_bar, run_command
+from goc_deploy.options import GenerateOptions
+
+DEFAULTS = GenerateOptions()
+
+
+@click.command(
+    context_settings={"show_default": True},
+    epilog="Example: goc-bench engine --plan none --plan fora:2 --plan fora:2+gc:1.2 --json bench.json",
+)
+@click.argument("engine_dir", type=click.Path(path_type=Path))
+@click.option(
+    "--plan", "plans", multiple=True, help="Plans to compare, repeatable; the first is the baseline.  [default: all]"
+)
+@click.option(
+    "--labels",
+    callback=numbers(int, "whole numbers"),
+    default="0",
+    help="One label per image; all images run as one batch.",
+)
+@click.option("--cfg-scale", type=float, default=DEFAULTS.cfg_scale, help="Classifier-free guidance scale.")
+@click.option("--repeats", type=click.IntRange(1), default=5, help="Measured rounds; every round runs every plan once.")
+@click.option("--warmup", type=click.IntRange(0), default=1, help="Rounds that are not measured.")
+@click.option("--backend", default="auto", help="auto or onnxruntime.")
+@click.option("--threads", type=click.IntRange(0), default=0, help="Threads; 0 is one per core.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write every measurement.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write a plot of step times (needs the plot extra).")
+@debug_option
+def command(
+    engine_dir: Path,
+    plans: tuple[str, ...],
+    labels: tuple[int, ...],
+    cfg_scale: float,
+    repeats: int,
+    warmup: int,
+    backend: str,
+    threads: int,
+    json_path: Path | None,
+    plot: Path | None,
+    debug: bool,  # noqa: ARG001
+) -> None:
+    """Measure plans side by side: rounds are interleaved, times are medians."""
+    from goc_deploy.bench import compare_plans, summary_rows
+    from goc_deploy.outputs import check_writable, save_text
+
+    for path in (json_path, plot):
+        check_writable(path)
+    with progress_bar() as progress:
+        found = compare_plans(engine_dir, plans, labels, cfg_scale, repeats, warmup, backend, threads, progress)
+    columns, rows = summary_rows(found)
+    first = next(iter(found["plans"].values()))
+    print_table(
+        f"{first['backend']} {first['version']}, threads {first['threads']}, {first['images']} images, {first['precision']}, "
+        f"medians of {repeats} interleaved rounds after {warmup}",
+        columns,
+        rows,
+    )
+    if json_path:
+        save_text(json.dumps(found, indent=1) + "\n", json_path)
+    if plot:
+        from goc_deploy.plots import plot_step_times
+
+        plot_step_times([(name, entry["step_ms"]) for name, entry in found["plans"].items()], str(engine_dir), plot)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of goc-bench."""
+    return run_command(command, argv)

@@ -1,0 +1,74 @@
+"""goc-export."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from goc_deploy.cli.app import debug_option, progress_bar, run_command
+from goc_deploy.options import ExportOptions
+from goc_deploy.policies import GRAMMAR
+from goc_deploy.spec import PRECISIONS
+
+DEFAULTS = ExportOptions()
+
+
+@click.command(
+    context_settings={"show_default": True},
+    epilog="Example: goc-export model.pt -o engine --plan none --plan fora:2+gc:1.2",
+)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Engine directory to make.")
+@click.option("--model", type=click.Choice(["auto", "dit"]), default=DEFAULTS.model, help="Architecture.")
+@click.option(
+    "--num-heads",
+    type=click.IntRange(1),
+    help="Attention heads, where the width does not tell (384, 768, 1024, 1152 do).",
+)
+@click.option(
+    "--precision", type=click.Choice(PRECISIONS), default=DEFAULTS.precision, help="Of weights, tokens and cache."
+)
+@click.option("--max-batch", type=click.IntRange(1, 1024), default=DEFAULTS.max_batch, help="Most images per run.")
+@click.option("--steps", type=int, default=DEFAULTS.steps, help="Sampling steps of the plans.")
+@click.option("--sampler", default=DEFAULTS.sampler, help="ddim, or ddim:ETA with ETA in 0..1.")
+@click.option(
+    "--plan",
+    "plans",
+    multiple=True,
+    default=DEFAULTS.plans,
+    metavar="SPEC",
+    help=f"Caching policy, repeatable: {GRAMMAR}.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["auto", "ema", "model"]),
+    default=DEFAULTS.weights,
+    help="Which weights of a training checkpoint.",
+)
+@click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinite weights.")
+@click.option("--force", is_flag=True, help="Replace an existing engine directory.")
+@debug_option
+def command(checkpoint: Path, output: Path, debug: bool, **options: Any) -> None:  # noqa: ARG001
+    """Compile a DiT CHECKPOINT (.pt, .pth, .safetensors) into an engine directory."""
+    from goc_deploy.api import export_with
+
+    with progress_bar() as progress:
+        manifest, written = export_with(checkpoint, output, ExportOptions(**options), progress)
+    if not written:
+        click.echo(f"{output} is up to date", err=True)
+        return
+    spec, errors = manifest.model, [unit.relative_l2 for unit in manifest.units if unit.relative_l2 is not None]
+    size = sum(file.size for file in manifest.files)
+    click.echo(
+        f"{output}: {spec.depth} blocks of width {spec.hidden} with {spec.heads} heads, {manifest.precision}, {size / 1e6:.1f} MB; "
+        f"largest difference of a unit to PyTorch {max(errors):.1e} (relative L2); plans {', '.join(plan.name for plan in manifest.plans)}",
+        err=True,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of goc-export."""
+    return run_command(command, argv)

@@ -1,0 +1,136 @@
+"""goc-run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from goc_deploy.cli.app import debug_option, numbers, progress_bar, run_command
+from goc_deploy.options import GenerateOptions
+
+DEFAULTS = GenerateOptions()
+
+
+@click.command(
+    context_settings={"show_default": True},
+    epilog="Example: goc-run engine --labels 207,360 --cfg-scale 4.0 --output images.png",
+)
+@click.argument("engine_dir", type=click.Path(path_type=Path))
+@click.option("--plan", help="Name or SPEC of a plan.  [default: the first plan that caches]")
+@click.option(
+    "--labels",
+    callback=numbers(int, "whole numbers"),
+    help="Class labels, one per image.  [default: 0,1,2,... over the classes]",
+)
+@click.option(
+    "--num-images",
+    type=click.IntRange(1, 1_000_000),
+    help="Images; labels are repeated in order.  [default: one per label, or 8]",
+)
+@click.option("--cfg-scale", type=float, default=DEFAULTS.cfg_scale, help="Classifier-free guidance scale; 1 is none.")
+@click.option(
+    "--cfg-channels",
+    type=click.IntRange(0),
+    default=DEFAULTS.cfg_channels,
+    help="Guidance acts on the first channels only.",
+)
+@click.option("--seed", type=int, default=DEFAULTS.seed, help="Of the noise; image i depends on (seed, i) alone.")
+@click.option(
+    "--latents",
+    "latents_file",
+    type=click.Path(path_type=Path),
+    help="x_T, float32 [N,C,H,W] .npy, instead of seeded noise.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Images: .png is a grid, .npz the ADM format, else a directory of PNGs.",
+)
+@click.option("--latents-output", type=click.Path(path_type=Path), help="Final latents, .npy [N,C,H,W].")
+@click.option(
+    "--trajectory-output", type=click.Path(path_type=Path), help="Latents after every step, .npy [T,N,C,H,W]."
+)
+@click.option(
+    "--report", type=click.Path(path_type=Path), help="JSON report: time and kind of every step, cache bytes, versions."
+)
+@click.option("--backend", type=str, default="auto", help="auto or onnxruntime.")
+@click.option("--batch-size", type=int, help="Images per run.  [default: what the engine was exported for]")
+@click.option("--threads", type=click.IntRange(0), default=0, help="Threads; 0 is one per core.")
+@debug_option
+def command(
+    engine_dir: Path,
+    plan: str | None,
+    labels: tuple[int, ...] | None,
+    num_images: int | None,
+    latents_file: Path | None,
+    output: Path | None,
+    latents_output: Path | None,
+    trajectory_output: Path | None,
+    report: Path | None,
+    backend: str,
+    batch_size: int | None,
+    threads: int,
+    debug: bool,  # noqa: ARG001
+    **generate: Any,
+) -> None:
+    """Generate images from an engine directory."""
+    from goc_deploy import outputs
+    from goc_deploy.api import load
+
+    for path in (output, latents_output, trajectory_output, report):
+        outputs.check_writable(path)
+    latents = outputs.read_latents(latents_file)
+    with (
+        load(engine_dir, backend=backend, plan=plan, batch_size=batch_size, threads=threads) as pipe,
+        progress_bar() as progress,
+    ):
+        chosen = outputs.spread_labels(
+            labels, num_images or (None if latents is None else len(latents)), pipe.spec.classes
+        )
+        total = len(chosen) * pipe.plan.steps
+        result = pipe.generate(
+            chosen,
+            latents=latents,
+            trajectory=trajectory_output is not None,
+            callback=lambda event: progress(
+                f"step {event.step + 1}", event.first_image * event.steps + (event.step + 1) * event.images, total
+            ),
+            **generate,
+        )
+    described = result.report
+    click.echo(
+        f"{len(chosen)} images with plan {described['plan']} on {described['backend']} {described['version']} ({described['provider']}), "
+        f"{described['computed_units']} of {described['all_units']} units computed, {described['total_ms'] / 1e3:.2f} s",
+        err=True,
+    )
+    if latents_output:
+        outputs.save_array(result.latents, latents_output)
+    if result.trajectory is not None and trajectory_output:
+        outputs.save_array(result.trajectory, trajectory_output)
+    if report:
+        outputs.save_text(json.dumps(described, indent=1) + "\n", report)
+    if result.images is None:
+        click.echo(
+            f"the model makes {pipe.spec.channels}-channel latents, which need a VAE to become images; use --latents-output",
+            err=True,
+        )
+        if output and not latents_output:
+            outputs.save_array(result.latents, output.with_suffix(".npy"))
+            click.echo(f"wrote the latents to {output.with_suffix('.npy')} instead of images", err=True)
+    elif output:
+        from goc_deploy.runtime.images import save_images
+
+        with outputs.write_errors(output):
+            save_images(result.images, output)
+    for path in (output if result.images is not None else None, latents_output, trajectory_output, report):
+        if path:
+            click.echo(path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of goc-run."""
+    return run_command(command, argv)

@@ -1,0 +1,83 @@
+"""Files that goc-run reads and writes besides engine directories."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from goc_deploy.errors import ConflictError, ResourceError, UsageError
+
+
+def spread_labels(labels: Sequence[int] | None, count: int | None, classes: int) -> list[int]:
+    """Labels for ``count`` images: the given ones (or 0, 1, 2, ...), repeated in order; without a count once each, or 8."""
+    source = list(labels) if labels is not None else list(range(min(classes, count or 8)))
+    return [source[i % len(source)] for i in range(count or len(source))]
+
+
+def read_latents(path: Path | None) -> np.ndarray | None:
+    """Read x_T from a ``.npy`` file without running anything in it.
+
+    Raises:
+        UsageError: unreadable or not an array of numbers.
+    """
+    if path is None:
+        return None
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as cause:
+        raise UsageError(f"latents {path} cannot be read: {cause}") from cause
+    if not isinstance(found, np.ndarray):
+        raise UsageError(f"latents {path} hold several arrays; give a .npy file with one of shape [N,C,H,W]")
+    if found.ndim != 4 or not len(found):
+        raise UsageError(f"latents {path} have shape {list(found.shape)}, expected [N,C,H,W]")
+    return found
+
+
+def check_writable(path: Path | None) -> None:
+    """Refuse an output path before any work is done.
+
+    Raises:
+        ConflictError: its folder is missing or not writable, or a folder stands in its place.
+    """
+    if path is None:
+        return
+    is_folder = path.suffix == ""
+    if path.is_dir() and not is_folder:
+        raise ConflictError(f"{path} is a directory; choose another output file")
+    if path.exists() and is_folder and not path.is_dir():
+        raise ConflictError(f"{path} is a file; for single images give a directory, or a name ending in .png or .npz")
+    target = path if path.is_dir() else path.absolute().parent
+    if not target.is_dir():
+        raise ConflictError(f"{target} is not a directory, so {path.name} cannot be written; create it first")
+    if not os.access(target, os.W_OK):
+        raise ConflictError(f"{target} is not writable; choose another output")
+
+
+@contextlib.contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn what the system says about writing ``path`` into an error of ours."""
+    try:
+        yield
+    except OSError as cause:
+        if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ResourceError(
+                f"{path} could not be written, the disk is full; free some space and run again"
+            ) from cause
+        raise ConflictError(f"{path} could not be written: {cause.strerror or cause}") from cause
+
+
+def save_array(values: np.ndarray, path: Path) -> None:
+    """Write a ``.npy`` file, whatever the name ends in."""
+    with write_errors(path), open(path, "wb") as file:
+        np.save(file, values)
+
+
+def save_text(text: str, path: Path) -> None:
+    """Write a text file."""
+    with write_errors(path):
+        path.write_text(text, encoding="utf-8")

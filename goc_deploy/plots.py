@@ -1,0 +1,82 @@
+"""Plots (need the ``plot`` extra)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from goc_deploy.errors import EnvironmentUnsupportedError
+from goc_deploy.outputs import write_errors
+from goc_deploy.schedule import Schedule
+
+ACTIONS = {"compute": "#1b3a57", "reuse": "#d9e4ec", "gradient": "#f2a541", "blend": "#8e5ea2"}
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot without a screen.
+
+    Raises:
+        EnvironmentUnsupportedError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as cause:
+        raise EnvironmentUnsupportedError("plots need matplotlib; run: pip install 'goc_deploy[plot]'") from cause
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def plot_schedule(schedule: Schedule, title: str, path: Path) -> None:
+    """Heat map of actions: steps from left to right, units from bottom to top."""
+    plt = pyplot()
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    names = list(ACTIONS)
+    codes = [[names.index(schedule.action(k, u)) for k in range(schedule.steps)] for u in range(schedule.units)]
+    width, height = max(6.0, 1.5 + 0.28 * schedule.steps), max(3.0, 1.5 + 0.12 * schedule.units)
+    figure, axes = plt.subplots(figsize=(min(width, 24), min(height, 16)), layout="constrained")
+    axes.pcolormesh(
+        codes,
+        cmap=ListedColormap(list(ACTIONS.values())),
+        vmin=-0.5,
+        vmax=len(names) - 0.5,
+        edgecolors="white",
+        linewidth=0.4,
+    )
+    branches = len(schedule.branches)
+    axes.set_yticks(
+        [branches * b + branches / 2 for b in range(schedule.depth)], [str(b) for b in range(schedule.depth)]
+    )
+    axes.set_xticks(
+        [k + 0.5 for k in range(0, schedule.steps, max(1, schedule.steps // 20))],
+        range(0, schedule.steps, max(1, schedule.steps // 20)),
+    )
+    axes.set_xlabel("step (0 is the noisiest)")
+    axes.set_ylabel(f"block (rows from below: {', '.join(schedule.branches)})")
+    axes.set_title(title)
+    present = sorted({code for row in codes for code in row})
+    handles = [Patch(facecolor=ACTIONS[names[code]], edgecolor="grey", label=names[code]) for code in present]
+    figure.legend(handles=handles, loc="outside right upper", frameon=False)
+    with write_errors(path):
+        figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_step_times(rows: Sequence[tuple[str, Sequence[float]]], title: str, path: Path) -> None:
+    """Median milliseconds of every step, one line per plan."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    for name, milliseconds in rows:
+        axes.plot(range(len(milliseconds)), milliseconds, marker="o", markersize=3, label=name)
+    axes.set_xlabel("step")
+    axes.set_ylabel("median time of the step (ms)")
+    axes.set_ylim(bottom=0)
+    axes.set_title(title)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    with write_errors(path):
+        figure.savefig(path, dpi=120)
+    plt.close(figure)
