@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, ResourceError
+from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, ResourceError, UsageError
 from goc_deploy.protocols import ITEM_BYTES, Buffer
 
 logger = logging.getLogger(__name__)
@@ -48,11 +48,8 @@ def shared_thread_pool(threads: int) -> int:
             try:
                 onnxruntime.set_global_thread_pool_sizes(threads, 1)
                 _pool_threads = threads
-            except Exception as error:  # raised where the host program made the pools itself
-                logger.warning(
-                    "ONNX Runtime's thread pool was made by someone else in this process and is used as it is: %s",
-                    error,
-                )
+            except Exception as error:  # raised where the host program made the pool itself
+                logger.warning("the ONNX Runtime thread pool that this process has already is used as it is: %s", error)
                 _pool_threads = 0
         elif threads not in (0, _pool_threads):
             logger.warning(
@@ -100,15 +97,27 @@ class OrtBackend:
     """ONNX Runtime on the CPU.
 
     Args:
-        threads: size of the shared thread pool; 0 is one per core.
+        threads: size of the thread pool; 0 is one per core.
+        shared_pool: one pool for all sessions of the process. It is faster, but from then on ONNX Runtime refuses any
+            session of the process that is made with its default ``use_per_session_threads``. Without it every unit
+            has a pool whose threads do not spin.
+
+    Raises:
+        UsageError: ``threads`` is negative.
+        EnvironmentUnsupportedError: own pools are asked for but the process has a shared one.
     """
 
     name = "onnxruntime"
 
-    def __init__(self, threads: int = 0) -> None:
+    def __init__(self, threads: int = 0, *, shared_pool: bool = True) -> None:
         if threads < 0:
-            raise EnvironmentUnsupportedError(f"threads must not be negative, got {threads}")
-        self._threads = shared_thread_pool(threads)
+            raise UsageError(f"threads must not be negative, got {threads}")
+        if not shared_pool and _pool_threads is not None:
+            raise EnvironmentUnsupportedError(
+                "this process has a shared ONNX Runtime thread pool already, so shared_pool=False is not possible; use it from the first load on"
+            )
+        self._shared_pool = shared_pool
+        self._threads = shared_thread_pool(threads) if shared_pool else threads
 
     def load(self, onnx: memoryview, weights: Mapping[str, memoryview]) -> OrtEngine:
         """Load a graph.
@@ -118,7 +127,10 @@ class OrtBackend:
             EngineDirError: not a graph that ONNX Runtime accepts.
         """
         options = onnxruntime.SessionOptions()
-        options.use_per_session_threads = False
+        options.use_per_session_threads = not self._shared_pool
+        if not self._shared_pool:
+            options.intra_op_num_threads = self._threads
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         if weights:
             files = {name: np.frombuffer(content, np.uint8) for name, content in weights.items()}
@@ -129,7 +141,7 @@ class OrtBackend:
             return OrtEngine(onnxruntime.InferenceSession(bytes(onnx), options, providers=["CPUExecutionProvider"]))
         except Exception as cause:
             reason = str(cause).splitlines()[0][:300]
-            if "NOT_IMPLEMENTED" in reason or "Could not find an implementation" in reason:
+            if "NOT_IMPLEMENTED" in reason:
                 raise EnvironmentUnsupportedError(
                     f"ONNX Runtime {onnxruntime.__version__} has no CPU kernel for this graph ({reason}); export with --precision fp32"
                 ) from cause
@@ -169,6 +181,7 @@ class OrtBackend:
             "version": onnxruntime.__version__,
             "provider": "CPUExecutionProvider",
             "threads": self._threads or "one per core",
+            "thread_pool": "shared" if self._shared_pool else "per unit",
         }
 
 

@@ -10,7 +10,9 @@ import argparse
 import hashlib
 import os
 import pickle
+import re
 import stat
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -159,11 +161,12 @@ def _load_torch(path: Path, head: bytes) -> Any:
     try:
         if is_zip:
             _refuse_globals(path, torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old pickle protocols; what matters is whether loading succeeds
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as cause:
-        named = [word.strip("`'\".,") for word in str(cause).replace("\n", " ").split() if "." in word.strip("`'\".,")]
-        asked = f": it names {named[0]}" if "GLOBAL" in str(cause) and named else ""
+        named = re.search(r"GLOBAL ([\w.]+)", str(cause))
+        asked = f": it names {named[1]}" if named else ""
         raise SafetyError(f"{path} is refused, it asks to run code{asked}; {_SAVE_HINT}") from cause
     except (
         RuntimeError,

@@ -55,6 +55,7 @@ def load(
     batch_size: int | None = None,
     max_sessions: int = 1,
     threads: int = 0,
+    shared_pool: bool = True,
 ) -> Pipeline:
     """Load an engine directory.
 
@@ -64,14 +65,18 @@ def load(
         plan: name or SPEC; default: the first plan that caches.
         batch_size: images per run, at most the engine's ``max_batch`` (the default).
         max_sessions: callers that run at the same time; each session has its own buffers.
-        threads: size of the process-wide thread pool; 0 is one per core.
+        threads: size of the thread pool; 0 is one per core.
+        shared_pool: one ONNX Runtime thread pool for the process, which is faster. Other sessions that your program
+            makes then need ``SessionOptions.use_per_session_threads = False``; turn this off where that is not possible.
 
     Raises:
         GocError: a subclass says what is wrong and has an ``exit_code``.
     """
     from goc_deploy.runtime.pipeline import load_pipelines
 
-    return load_pipelines(Path(engine_dir), make_backend(backend, threads), [plan], batch_size, max_sessions)[0]
+    return load_pipelines(
+        Path(engine_dir), make_backend(backend, threads, shared_pool=shared_pool), [plan], batch_size, max_sessions
+    )[0]
 
 
 def load_plans(
@@ -110,7 +115,7 @@ def add_plan(
     return add_plan_to(Path(engine_dir), spec, name, steps, sampler)
 
 
-def make_backend(name: str, threads: int = 0) -> Backend:
+def make_backend(name: str, threads: int = 0, *, shared_pool: bool = True) -> Backend:
     """The backend of that name.
 
     Raises:
@@ -123,7 +128,7 @@ def make_backend(name: str, threads: int = 0) -> Backend:
     _require(None, "onnxruntime")
     from goc_deploy.engines.ort import OrtBackend
 
-    return OrtBackend(threads)
+    return OrtBackend(threads, shared_pool=shared_pool)
 
 
 def _require(extra: str | None, *modules: str) -> None:

@@ -1,0 +1,65 @@
+"""Fixtures: the golden model and engine directories exported by the installed command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+GOLDEN = Path(__file__).parent / "golden"
+BIN = Path(sys.executable).parent
+GOLDEN_PLANS = {
+    "none": "no_cache",
+    "fora:2": "fora_50",
+    "fora:2@0.5": "fora_25",
+    "fora:2+gc:1.2": "fora_50_gc",
+    "fora:2+steps:3,5,7,9,11,13,15,19:1.2": "fora_50_goc",
+    "fora:2@0.5+gc:1.9": "fora_25_goc",
+}
+
+settings.register_profile("default", deadline=None)
+settings.load_profile("default")
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def command() -> Command:
+    """Run an installed command; its exit code is checked unless ``code`` is None."""
+
+    def run(name: str, *args: Any, code: int | None = 0, **more: Any) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [str(BIN / name), *map(str, args)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, "NO_COLOR": "1"},
+            **more,
+        )
+        if code is not None:
+            assert done.returncode == code, f"exit {done.returncode}, expected {code}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / "golden.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="session")
+def golden_engine(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
+    """The golden model, exported with every golden plan."""
+    directory = tmp_path_factory.mktemp("golden") / "engine"
+    plans = [word for spec in GOLDEN_PLANS for word in ("--plan", spec)]
+    command("goc-export", GOLDEN / "model.pt", "-o", directory, "--num-heads", 4, *plans)
+    return directory

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from goc_deploy.engines.ort import OrtBackend
+from goc_deploy.errors import VerificationError
+from goc_deploy.exporters import verification
+from goc_deploy.exporters.dit_units import spec_from_tensors, unit_kinds
+from goc_deploy.exporters.lowering import OPSET, Template, template_from_kind, write_copy
+from goc_deploy.exporters.units import DTYPES
+from goc_deploy.exporters.verification import TOLERANCE, verify_copy
+from tests.conftest import GOLDEN
+from tests.reference import relative_l2
+
+STATE = torch.load(GOLDEN / "model.pt", weights_only=True)
+SPEC = spec_from_tensors(STATE, 4)
+
+
+@pytest.fixture(scope="module", params=["fp32", "fp16", "bf16"])
+def templates(request: pytest.FixtureRequest) -> dict[str, Template]:
+    dtype = DTYPES[request.param]
+    return {kind.kind: template_from_kind(kind, dtype) for kind in unit_kinds(SPEC, request.param)}
+
+
+def test_every_unit_equals_pytorch_and_passes_the_checker(templates: dict[str, Template], tmp_path: Path) -> None:
+    for template in templates.values():
+        for name in template.kind.copies:
+            write_copy(template, name, STATE, tmp_path)
+            error = verify_copy(template, name, STATE, tmp_path, OrtBackend())
+            assert error < TOLERANCE[template.dtype] / 10, name
+
+
+def test_graphs_are_strongly_typed_with_float32_softmax_and_norm(
+    templates: dict[str, Template], tmp_path: Path
+) -> None:
+    write_copy(templates["attn"], "block_00_attn", STATE, tmp_path)
+    model = onnx.shape_inference.infer_shapes(
+        onnx.load(tmp_path / "block_00_attn.onnx", load_external_data=False), strict_mode=True
+    )
+    assert model.opset_import[0].version == OPSET >= 18
+    types = {
+        v.name: v.type.tensor_type.elem_type for v in [*model.graph.value_info, *model.graph.input, *model.graph.output]
+    }
+    for node in model.graph.node:
+        if node.op_type in ("Softmax", "LayerNormalization"):
+            assert types[node.output[0]] == onnx.TensorProto.FLOAT
+    weight_type = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}[templates["attn"].dtype]
+    assert {types[name] for name in ("x", "gate", "x_out", "feature")} == {weight_type}
+
+
+def test_weights_are_stored_as_the_checkpoint_has_them(tmp_path: Path) -> None:
+    template = template_from_kind(unit_kinds(SPEC, "fp32")[2], torch.float32)
+    write_copy(template, "block_02_attn", STATE, tmp_path)
+    model = onnx.load(tmp_path / "block_02_attn.onnx")
+    stored = {i.name: onnx.numpy_helper.to_array(i) for i in model.graph.initializer}
+    np.testing.assert_array_equal(stored["attn.qkv.weight"], STATE["blocks.2.attn.qkv.weight"].numpy())
+
+
+def test_a_unit_with_the_weights_of_another_block_fails_the_comparison(tmp_path: Path) -> None:
+    template = template_from_kind(unit_kinds(SPEC, "fp32")[3], torch.float32)
+    write_copy(template, "block_00_mlp", STATE, tmp_path)
+    write_copy(template, "block_01_mlp", STATE, tmp_path)
+    (tmp_path / "block_00_mlp.weights").write_bytes((tmp_path / "block_01_mlp.weights").read_bytes())
+    with pytest.raises(VerificationError, match="unit block_00_mlp: the exported graph differs from PyTorch"):
+        verify_copy(template, "block_00_mlp", STATE, tmp_path, OrtBackend())
+
+
+def test_an_error_that_is_not_finite_is_infinite() -> None:
+    assert verification.relative_l2(np.array([np.nan]), np.array([1.0])) == np.inf
+    assert verification.relative_l2(np.array([1.1]), np.array([1.0])) == pytest.approx(
+        relative_l2(np.array([1.1]), np.array([1.0]))
+    )

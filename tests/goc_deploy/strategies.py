@@ -1,0 +1,31 @@
+"""Random legal schedules."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from goc_deploy.schedule import COMPUTE, REUSE, Schedule, gradient
+
+PREDICTORS = [REUSE, gradient(0.5), gradient(1.2), (1.875, -1.25, 0.375), (0.9,), (0.4, 0.3, 0.2, 0.1)]
+
+
+@st.composite
+def schedules(draw: st.DrawFn, depth: int | None = None, max_steps: int = 9) -> Schedule:
+    """Legal schedules; whole steps are often of one action, as real policies make them."""
+    depth = depth or draw(st.integers(1, 4))
+    units, steps, history = 2 * depth, draw(st.integers(1, max_steps)), draw(st.sampled_from(["used", "computed"]))
+    stored, rows = [0] * units, []
+    for step in range(steps):
+        whole = draw(st.sampled_from([None, COMPUTE, *PREDICTORS]))
+        row = []
+        for unit in range(units):
+            wanted = draw(st.sampled_from([COMPUTE, *PREDICTORS])) if whole is None else whole
+            action = (
+                wanted
+                if step and len(wanted) <= stored[unit]
+                else (REUSE if step and wanted and stored[unit] else COMPUTE)
+            )
+            stored[unit] += not action or history == "used"
+            row.append(action)
+        rows.append(tuple(row))
+    return Schedule(depth, ("attn", "mlp"), tuple(rows), history)

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+
+from goc_deploy.errors import EngineDirError
+from goc_deploy.passes import assign_slots, compile_schedule, drop_dead_stores, group_launches, name_values
+from goc_deploy.plan import Compute, Plan, Predict, Prediction, check_plan
+from goc_deploy.policies import parse_policy, schedule_from_policy
+from goc_deploy.schedule import Schedule
+from goc_deploy.spec import ModelSpec
+from tests.goc_deploy.strategies import schedules
+from tests.reference import run_plan, run_schedule, toy_feature
+
+
+def spec_of(depth: int) -> ModelSpec:
+    return ModelSpec(depth, 8, 2, 16, 2, 2, 4, 10, False)
+
+
+def compiled(text: str, depth: int = 3, steps: int = 20) -> Plan:
+    spec = spec_of(depth)
+    return compile_schedule(schedule_from_policy(parse_policy(text), spec, steps), spec)
+
+
+@given(schedules())
+def test_a_plan_does_what_its_schedule_says(schedule: Schedule) -> None:
+    x = np.linspace(-1, 1, 5)
+    plan = compile_schedule(schedule, spec_of(schedule.depth))
+    np.testing.assert_allclose(
+        run_plan(plan, x, toy_feature), run_schedule(schedule, x, toy_feature), rtol=1e-9, atol=1e-12
+    )
+
+
+@given(schedules())
+def test_collapsed_and_uncollapsed_plans_agree(schedule: Schedule) -> None:
+    x, spec = np.linspace(-1, 1, 5), spec_of(schedule.depth)
+    one, many = compile_schedule(schedule, spec), compile_schedule(schedule, spec, collapse=False)
+    assert all(len(op.predictions) == 1 for step in many.launches for op in step if isinstance(op, Predict))
+    np.testing.assert_allclose(run_plan(one, x, toy_feature), run_plan(many, x, toy_feature), rtol=1e-12)
+
+
+@given(schedules())
+def test_no_two_live_values_share_a_slot(schedule: Schedule) -> None:
+    groups = group_launches(drop_dead_stores(name_values(schedule)), collapse=True)
+    launches, slots = assign_slots(groups)
+    ops = [op for step in launches for op in step]
+    last_read = {value: index for index, group in enumerate(groups) for e in group for value in e.reads}
+    holder: dict[int, int] = {}
+    for index, (group, op) in enumerate(zip(groups, ops, strict=True)):
+        entries = op.predictions if isinstance(op, Predict) else (Prediction((), (), op.store),)
+        for e, entry in zip(group, entries, strict=True):
+            assert [holder[slot] for slot in entry.slots] == list(e.reads)
+        for e, entry in zip(group, entries, strict=True):
+            if entry.store is not None:
+                assert 0 <= entry.store < slots
+                old = holder.get(entry.store)
+                readers = [other.unit for other in group if old in other.reads]
+                in_place = readers == [e.unit] and len(e.reads) > 1
+                assert old is None or last_read[old] < index or (last_read[old] == index and in_place)
+                holder[entry.store] = e.value
+
+
+@given(schedules())
+def test_nothing_is_stored_that_nobody_reads(schedule: Schedule) -> None:
+    kept = drop_dead_stores(name_values(schedule))
+    read_later: set[int] = set()
+    for e in reversed(kept):
+        assert e.value is None or e.value in read_later
+        read_later.update(e.reads)
+
+
+def test_a_plan_without_caching_stores_nothing() -> None:
+    plan = compiled("none")
+    assert plan.slots == 0
+    assert plan.kind_counts == {"full": 20}
+
+
+def test_plain_reuse_needs_one_slot_per_unit_and_the_gradient_two() -> None:
+    assert compiled("fora:2").slots == 6
+    assert compiled("fora:2+gc:1.2").slots == 12
+
+
+def test_a_step_that_computes_nothing_is_one_launch() -> None:
+    plan = compiled("fora:2+gc:1.2")
+    assert plan.kind_counts == {"full": 10, "collapsed": 10}
+    assert all(len(plan.launches[k]) == 1 for k in range(1, 20, 2))
+    assert plan.signatures == ("1*6", "2*6", "2w*6")
+
+
+def test_stores_end_where_caching_ends() -> None:
+    plan = compiled("fora:2@0.5")
+    stored = [
+        k
+        for k, step in enumerate(plan.launches)
+        if any(isinstance(op, Compute) and op.store is not None for op in step)
+    ]
+    assert stored == [0, 2, 4, 6, 8]
+
+
+def test_a_mixed_step_predicts_neighbours_together() -> None:
+    reuse = ((1.0,), (1.0,), (), (1.0,))
+    plan = compile_schedule(Schedule(2, ("attn", "mlp"), (((),) * 4, reuse)), spec_of(2))
+    assert [(type(op).__name__, op.unit) for op in plan.launches[1]] == [("Predict", 0), ("Compute", 2), ("Predict", 3)]
+    assert plan.step_kind(1) == "mixed"
+
+
+@pytest.mark.parametrize(
+    ("launches", "slots", "message"),
+    [
+        (((Compute(0, 5), Compute(1, None)),), 1, "slot outside 0..0"),
+        (((Compute(1, None), Compute(0, None)),), 0, "in order"),
+        (((Compute(0, None), Predict(1, (Prediction((0,), (1.0,), None),))),), 1, "before anything is stored"),
+        (
+            (
+                (Compute(0, 0), Compute(1, 1)),
+                (Predict(0, (Prediction((0,), (1.0,), 1), Prediction((1,), (1.0,), None))),),
+            ),
+            2,
+            "overwrites slot 1",
+        ),
+    ],
+)
+def test_a_plan_that_would_run_into_foreign_memory_is_refused(launches: tuple, slots: int, message: str) -> None:
+    good = compile_schedule(Schedule(1, ("attn", "mlp"), (((), ()),) * len(launches)), spec_of(1))
+    bad = Plan("bad", good.sampler, launches, slots, good.schedule)
+    with pytest.raises(EngineDirError, match=message):
+        check_plan(bad, spec_of(1))

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from goc_deploy.runtime.images import grid, images_from_latents, save_images
+
+
+def test_pixels_are_scaled_as_the_reference_does() -> None:
+    latents = np.array([-2, -1, 0, 0.99, 1, 2], np.float32).reshape(1, 1, 2, 3)
+    assert images_from_latents(latents).ravel().tolist() == [0, 0, 128, 254, 255, 255]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_and_colour_give_images_and_latents_do_not(channels: int) -> None:
+    assert images_from_latents(np.zeros((2, channels, 4, 4), np.float32)).shape == (2, 4, 4, channels)
+    assert images_from_latents(np.zeros((2, 4, 4, 4), np.float32)) is None
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_grid_holds_every_picture(channels: int) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (5, 4, 6, channels), np.uint8)
+    canvas = np.asarray(grid(images, scale=2, gap=1)).reshape(2 * 8 + 1, 3 * 12 + 2, -1)
+    np.testing.assert_array_equal(canvas[9:17:2, 13:25:2].reshape(4, 6, channels), images[4])
+
+
+def test_the_adm_file_has_three_channels(tmp_path: Path) -> None:
+    images = np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4, 1)
+    save_images(images, tmp_path / "s.npz")
+    with np.load(tmp_path / "s.npz") as found:
+        assert found["arr_0"].shape == (2, 4, 4, 3)
+        np.testing.assert_array_equal(found["arr_0"][..., 2:], images)
+
+
+def test_a_directory_gets_single_pictures(tmp_path: Path) -> None:
+    images = np.arange(3 * 4 * 4, dtype=np.uint8).reshape(3, 4, 4, 1)
+    paths = save_images(images, tmp_path / "a" / "b")
+    assert [p.name for p in paths] == ["0000.png", "0001.png", "0002.png"]
+    with Image.open(paths[2]) as picture:
+        np.testing.assert_array_equal(np.asarray(picture), images[2, ..., 0])

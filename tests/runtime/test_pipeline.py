@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import goc_deploy
+from goc_deploy.engines.ort import OrtBackend
+from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError, UsageError, VerificationError
+from goc_deploy.exporters.cache_update import predict_graph
+from goc_deploy.exporters.dit import DiT
+from goc_deploy.noise import image_noise
+from goc_deploy.passes import compile_schedule
+from goc_deploy.runtime import buffers, pipeline
+from goc_deploy.runtime.binding import Engines
+from goc_deploy.runtime.pipeline import Pipeline
+from goc_deploy.samplers import sampler_table
+from goc_deploy.schedule import Schedule
+from tests.conftest import GOLDEN, GOLDEN_PLANS
+from tests.goc_deploy.strategies import schedules
+from tests.reference import eager_trajectory, relative_l2, worst_step
+
+LABELS = [1, 7, 4]
+
+
+@pytest.fixture(scope="module")
+def pipe(golden_engine: Path) -> Pipeline:
+    return goc_deploy.load(golden_engine, plan="fora:2+gc:1.2", max_sessions=2)
+
+
+@pytest.fixture(scope="module")
+def model(pipe: Pipeline) -> DiT:
+    model = DiT(pipe.spec).eval()
+    model.load_state_dict(torch.load(GOLDEN / "model.pt", weights_only=True))
+    return model
+
+
+def test_the_default_plan_is_the_first_that_caches(golden_engine: Path) -> None:
+    assert goc_deploy.load(golden_engine).plan.name == "fora-2"
+
+
+@pytest.mark.parametrize("spec", GOLDEN_PLANS)
+def test_the_library_reproduces_the_golden_trajectories(
+    golden_engine: Path, golden: dict[str, np.ndarray], spec: str
+) -> None:
+    with goc_deploy.load(golden_engine, plan=spec) as loaded:
+        found = loaded.generate(golden["labels"], cfg_scale=2.0, latents=golden["noise"], trajectory=True)
+    assert worst_step(found.trajectory, golden[GOLDEN_PLANS[spec]]) < 1e-5
+
+
+@settings(max_examples=12)
+@given(
+    schedules(depth=4, max_steps=5),
+    st.sampled_from(["ddim", "ddim:0.7"]),
+    st.integers(0, 3),
+    st.sampled_from([1.5, 4.0]),
+)
+def test_any_schedule_runs_as_eager_pytorch_runs_it(
+    pipe: Pipeline, model: DiT, schedule: Schedule, sampler: str, cfg_channels: int, cfg: float
+) -> None:
+    plan = compile_schedule(schedule, pipe.spec, sampler)
+    backend = OrtBackend()
+    predict = {
+        s: backend.load(memoryview(predict_graph(s, pipe.spec, "fp32").SerializeToString()), {})
+        for s in plan.signatures
+    }
+    runner = Pipeline(pipe.manifest, plan, Engines(pipe._engines.units, predict), backend, 2, 1)
+    found = runner.generate(LABELS, seed=5, cfg_scale=cfg, cfg_channels=cfg_channels, trajectory=True)
+    draws = 1 + (plan.steps if plan.sampler.stochastic else 0)
+    noise = np.stack([image_noise(5, i, draws, (4, 8, 8)) for i in range(3)])
+    expected = eager_trajectory(
+        model, schedule, sampler_table(sampler, schedule.steps), noise, LABELS, cfg, cfg_channels
+    )
+    assert worst_step(found.trajectory, expected) < 1e-4
+
+
+def test_any_split_into_batches_gives_the_same_images(golden_engine: Path, pipe: Pipeline) -> None:
+    labels = [3, 1, 4, 1, 5, 9, 2]
+    whole = pipe.generate(labels, seed=11).latents
+    for size in (1, 2, 3):
+        with goc_deploy.load(golden_engine, plan="fora:2+gc:1.2", batch_size=size) as split:
+            assert relative_l2(split.generate(labels, seed=11).latents, whole) < 1e-5
+    first = pipe.generate(labels[:2], seed=11).latents
+    assert relative_l2(first, whole[:2]) < 1e-5
+
+
+def test_the_modulation_table_may_be_filled_in_chunks(
+    golden_engine: Path, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = pipe.generate(LABELS, seed=1).latents
+    row_bytes = 4 * pipe.spec.hidden * buffers.modulation_rows(pipe.spec) * (pipe.batch_size + 1)
+    monkeypatch.setattr(buffers, "TABLE_BUDGET_BYTES", 7 * row_bytes)
+    with goc_deploy.load(golden_engine, plan="fora:2+gc:1.2") as chunked:
+        assert chunked._new_session()._buffers.chunk == 7
+        np.testing.assert_array_equal(chunked.generate(LABELS, seed=1).latents, whole)
+
+
+def test_scale_one_skips_the_unconditional_rows_and_changes_nothing(pipe: Pipeline) -> None:
+    unguided = pipe.generate(LABELS, cfg_scale=1.0).latents
+    assert relative_l2(pipe.generate(LABELS, cfg_scale=1.000001).latents, unguided) < 1e-4
+    np.testing.assert_array_equal(pipe.generate(LABELS, cfg_channels=0).latents, unguided)
+
+
+def test_threads_share_a_pipeline_and_get_what_they_would_get_alone(pipe: Pipeline) -> None:
+    alone = {seed: pipe.generate([seed % 10] * (1 + seed % 3), seed=seed).latents for seed in range(8)}
+    found: dict[int, np.ndarray] = {}
+
+    def work(seed: int) -> None:
+        found[seed] = pipe.generate([seed % 10] * (1 + seed % 3), seed=seed).latents
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert found.keys() == alone.keys()
+    for seed, latents in alone.items():
+        assert relative_l2(found[seed], latents) < 1e-6
+
+
+def test_a_callback_sees_every_step_and_cannot_stop_the_run(pipe: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    seen = []
+
+    def callback(event: pipeline.StepEvent) -> None:
+        seen.append((event.step, event.kind, event.images))
+        raise RuntimeError("from the user")
+
+    pipe.generate([0, 1], callback=callback)
+    assert seen[:3] == [(0, "full", 2), (1, "collapsed", 2), (2, "full", 2)]
+    assert len(seen) == 20
+    assert "the callback failed at step 0" in caplog.text
+
+
+def test_the_report_says_what_ran(pipe: Pipeline) -> None:
+    report = pipe.generate(LABELS, seed=3).report
+    assert (report["plan"], report["backend"], report["provider"]) == (
+        "fora-2+gc-1.2",
+        "onnxruntime",
+        "CPUExecutionProvider",
+    )
+    assert (report["computed_units"], report["all_units"], report["step_kinds"]) == (
+        80,
+        160,
+        {"collapsed": 10, "full": 10},
+    )
+    steps = report["batches"][0]["steps"]
+    assert [s["kind"] for s in steps[:2]] == ["full", "collapsed"]
+    assert all(s["ms"] > 0 for s in steps)
+    assert report["cache_bytes"] == 16 * (2 * 16) * 16 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"labels": []}, "labels are empty"),
+        ({"labels": [0, 10]}, r"label 10 \(image 1\) must be a whole number within 0..9"),
+        ({"labels": [-1]}, "label -1"),
+        ({"labels": [1.0]}, "label 1.0"),
+        ({"labels": [True]}, "label True"),
+        ({"labels": [1], "cfg_scale": float("nan")}, "cfg_scale must be"),
+        ({"labels": [1], "cfg_scale": -1}, "cfg_scale must be"),
+        ({"labels": [1], "cfg_channels": -1}, "cfg_channels must not be negative"),
+        ({"labels": [1], "seed": -1}, "seed must be"),
+        (
+            {"labels": [1], "latents": np.zeros((2, 4, 8, 8), np.float32)},
+            r"shape \[2, 4, 8, 8\], expected \[1, 4, 8, 8\]",
+        ),
+        ({"labels": [1], "latents": np.zeros((1, 4, 8, 8), np.int64)}, "dtype int64, expected float32"),
+        ({"labels": [1], "latents": np.full((1, 4, 8, 8), np.inf, np.float32)}, "NaN or infinite"),
+    ],
+)
+def test_bad_requests_are_refused_and_the_pipeline_stays_usable(pipe: Pipeline, arguments: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        pipe.generate(**arguments)
+    assert pipe.generate([1]).latents.shape == (1, 4, 8, 8)
+
+
+def test_latents_of_any_memory_order_and_float_type_are_taken(pipe: Pipeline, golden: dict[str, np.ndarray]) -> None:
+    expected = pipe.generate(LABELS, latents=golden["noise"]).latents
+    for odd in (
+        np.asfortranarray(golden["noise"]),
+        golden["noise"].astype(">f4"),
+        golden["noise"].astype(np.float64),
+        golden["noise"][::-1][::-1],
+    ):
+        odd.flags.writeable = False
+        np.testing.assert_array_equal(pipe.generate(LABELS, latents=odd).latents, expected)
+
+
+def test_results_that_are_not_finite_are_an_error(pipe: Pipeline) -> None:
+    with np.errstate(all="ignore"), pytest.raises(VerificationError, match="latents of image 1 are not finite"):
+        pipe.generate([0, 1], latents=np.stack([np.zeros((4, 8, 8)), np.full((4, 8, 8), 3e38)]))
+
+
+def test_closing_twice_is_fine_and_a_closed_pipeline_says_so(golden_engine: Path) -> None:
+    loaded = goc_deploy.load(golden_engine)
+    loaded.warmup()
+    loaded.close()
+    loaded.close()
+    with pytest.raises(EnvironmentUnsupportedError, match="closed"):
+        loaded.generate([0])
+
+
+def test_a_pipeline_cannot_be_pickled(pipe: Pipeline) -> None:
+    with pytest.raises(TypeError, match="load the engine directory in the other process"):
+        pickle.dumps(pipe)
+
+
+def _generate_in_child(pipe: Pipeline, answer: multiprocessing.Queue) -> None:
+    try:
+        pipe.generate([0])
+    except EnvironmentUnsupportedError as error:
+        answer.put(str(error))
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_pipeline_inherited_over_a_fork_refuses_instead_of_hanging(pipe: Pipeline) -> None:
+    context = multiprocessing.get_context("fork")
+    answer = context.Queue()
+    child = context.Process(target=_generate_in_child, args=(pipe, answer))
+    child.start()
+    assert "loaded before a fork" in answer.get(timeout=60)
+    child.join(timeout=60)
+
+
+def test_numbers_out_of_range_are_refused_at_load(golden_engine: Path) -> None:
+    with pytest.raises(UsageError, match=r"batch size 17 must be within 1..16"):
+        goc_deploy.load(golden_engine, batch_size=17)
+    with pytest.raises(UsageError, match="max_sessions must be at least 1"):
+        goc_deploy.load(golden_engine, max_sessions=0)
+    with pytest.raises(UsageError, match="there is no plan 'other'; this engine has none, fora-2"):
+        goc_deploy.load(golden_engine, plan="other")
+    with pytest.raises(EnvironmentUnsupportedError, match="backend 'tensorrt' is not available"):
+        goc_deploy.load(golden_engine, backend="tensorrt")
+
+
+def test_buffers_that_do_not_fit_into_memory_are_refused_before_allocation(
+    golden_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "_available_bytes", lambda: 1000)
+    with pytest.raises(ResourceError, match="use a smaller batch size"):
+        goc_deploy.load(golden_engine)
+
+
+def test_planned_bytes_are_what_is_allocated(pipe: Pipeline) -> None:
+    held = pipe._new_session()._buffers
+    big = [held.table, held.modulation, held.prediction, *held.tokens, *held.slots, *held.latents, *held.noise]
+    assert sum(b.nbytes for b in big) == buffers.planned_bytes(pipe.spec, "fp32", pipe.plan, pipe.batch_size)
+
+
+def test_an_engine_directory_that_cannot_be_written_still_loads(golden_engine: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "engine"
+    shutil.copytree(golden_engine, copy)
+    for path in [*copy.rglob("*"), copy]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    assert goc_deploy.load(copy).generate([0]).latents.shape == (1, 4, 8, 8)
