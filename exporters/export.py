@@ -23,9 +23,10 @@ from goc_deploy.manifest import MANIFEST_NAME, Manifest, Unit, manifest_to_json
 from goc_deploy.options import ExportOptions, Progress
 from goc_deploy.passes import compile_schedule
 from goc_deploy.plan import Plan
-from goc_deploy.policies import parse_policy, schedule_from_policy
+from goc_deploy.policies import check_plan_name, parse_policy, schedule_from_policy
 from goc_deploy.protocols import Backend
 from goc_deploy.publish import check_free_space, check_target, directory_lock, file_entry, read_manifest, staged
+from goc_deploy.samplers import sampler_table
 from goc_deploy.spec import ITEM_BYTES, ModelSpec
 from goc_deploy.version import __version__
 
@@ -86,14 +87,12 @@ def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> ModelSpec:
 
 
 def _compile_plans(spec: ModelSpec, options: ExportOptions) -> list[Plan]:
+    table = sampler_table(options.sampler, options.steps)
     plans: dict[str, Plan] = {}
-    for text in options.plans:
-        policy = parse_policy(text)
+    for policy in map(parse_policy, options.plans):
+        name = check_plan_name(policy.default_name)
         schedule = schedule_from_policy(policy, spec, options.steps)
-        plans.setdefault(
-            policy.default_name,
-            compile_schedule(schedule, spec, options.sampler, options.steps, name=policy.default_name),
-        )
+        plans.setdefault(name, compile_schedule(schedule, spec, table, name=name))
     return list(plans.values())
 
 

@@ -38,15 +38,15 @@ def read_latents(path: Path | None) -> np.ndarray | None:
     return found
 
 
-def check_writable(path: Path | None) -> None:
-    """Refuse an output path before any work is done.
+def check_writable(path: Path | None, *, may_be_folder: bool = False) -> None:
+    """Refuse an output path before any work is done. With ``may_be_folder`` a name without a suffix is a folder.
 
     Raises:
         ConflictError: its folder is missing or not writable, or a folder stands in its place.
     """
     if path is None:
         return
-    is_folder = path.suffix == ""
+    is_folder = may_be_folder and path.suffix == ""
     if path.is_dir() and not is_folder:
         raise ConflictError(f"{path} is a directory; choose another output file")
     if path.exists() and is_folder and not path.is_dir():

@@ -9,9 +9,13 @@ from pathlib import Path
 from goc_deploy.engine_dir import load_plan
 from goc_deploy.errors import ConflictError
 from goc_deploy.manifest import MANIFEST_NAME, PlanEntry, manifest_to_json
+from goc_deploy.options import ExportOptions
 from goc_deploy.passes import compile_schedule
 from goc_deploy.policies import check_plan_name, parse_policy, schedule_from_policy
 from goc_deploy.publish import directory_lock, disk_errors, file_entry, read_manifest, write_atomically
+from goc_deploy.samplers import sampler_table
+
+DEFAULTS = ExportOptions()
 
 
 def add_plan_to(directory: Path, spec: str, name: str | None, steps: int | None, sampler: str | None) -> PlanEntry:
@@ -26,14 +30,14 @@ def add_plan_to(directory: Path, spec: str, name: str | None, steps: int | None,
 
     policy = parse_policy(spec)
     name = check_plan_name(name or policy.default_name)
-    manifest = read_manifest(directory)
+    read_manifest(directory)
     with directory_lock(directory), disk_errors(f"adding a plan to {directory}"):
         manifest = read_manifest(directory)
         first = load_plan(directory, manifest, manifest.plans[0].name) if manifest.plans else None
-        steps = steps if steps is not None else first.steps if first else 20
-        sampler = sampler or (first.sampler.sampler if first else "ddim")
+        steps = steps if steps is not None else first.steps if first else DEFAULTS.steps
+        table = sampler_table(sampler or (first.sampler.sampler if first else DEFAULTS.sampler), steps)
         schedule = schedule_from_policy(policy, manifest.model, steps)
-        plan = compile_schedule(schedule, manifest.model, sampler, steps, name=name)
+        plan = compile_schedule(schedule, manifest.model, table, name=name)
         for entry in manifest.plans:
             if entry.name.lower() == name.lower():
                 if load_plan(directory, manifest, entry.name) == plan:

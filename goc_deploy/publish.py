@@ -21,7 +21,7 @@ from pathlib import Path
 import filelock
 
 from goc_deploy.errors import ConflictError, EngineDirError, ResourceError, SafetyError
-from goc_deploy.manifest import MANIFEST_NAME, FileEntry, Manifest, manifest_from_json
+from goc_deploy.manifest import MANIFEST_FORMAT, MANIFEST_NAME, FileEntry, Manifest, manifest_from_json
 
 LOCK_SECONDS = 10.0
 MAX_MANIFEST_BYTES = 8 * 2**20
@@ -33,8 +33,9 @@ def directory_lock(directory: Path) -> Iterator[None]:
     """Hold the lock of an engine directory: a sibling file, released by the system if the holder dies.
 
     Raises:
-        ConflictError: another process holds it for longer than ten seconds.
+        ConflictError: another process holds it for longer than ten seconds, or the parent cannot be written.
     """
+    check_parent(directory)
     directory = directory.absolute()
     lock = filelock.FileLock(directory.parent / f".{directory.name}.lock", timeout=LOCK_SECONDS)
     with disk_errors(f"locking {directory}"):
@@ -66,44 +67,48 @@ def disk_errors(doing: str) -> Iterator[None]:
         raise ConflictError(f"{doing}: {reason}{f' ({cause.filename})' if cause.filename else ''}") from cause
 
 
-def check_target(directory: Path, *, force: bool) -> Manifest | None:
-    """Check that a directory may be written.
-
-    Returns:
-        The manifest of the engine directory that is there and may be replaced, or None where nothing is in the way.
+def check_parent(directory: Path) -> None:
+    """Check that something may be made beside ``directory``.
 
     Raises:
-        ConflictError: something that is not an engine directory is there, or one is and ``force`` is off; the parent
-            is missing or not a directory.
+        ConflictError: the parent is missing, not a directory, or not writable.
     """
     parent = directory.absolute().parent
     if not parent.is_dir():
         raise ConflictError(f"{parent} is not a directory, so {directory.name} cannot be made there; create it first")
     if not os.access(parent, os.W_OK):
         raise ConflictError(f"{parent} is not writable; choose another output directory")
+
+
+def check_target(directory: Path, *, force: bool) -> None:
+    """Check that nothing that must be kept stands at ``directory``.
+
+    Raises:
+        ConflictError: something that is not an engine directory is there, or one is and ``force`` is off.
+    """
     if not os.path.lexists(directory):
-        return None
+        return
     if not directory.is_dir() or directory.is_symlink():
         raise ConflictError(f"{directory} exists and is not a directory; choose another output")
     if not any(directory.iterdir()):
-        return None
-    try:
-        manifest = read_manifest(directory)
-    except (EngineDirError, SafetyError) as cause:
-        if (
-            force
-            and (directory / MANIFEST_NAME).is_file()
-            and b"goc_deploy.engine_dir" in (directory / MANIFEST_NAME).read_bytes()[:4096]
-        ):
-            return None
+        return
+    if not _is_ours(directory):
         raise ConflictError(
             f"{directory} exists and is not an engine directory that can be replaced; choose another output"
-        ) from cause
+        )
     if not force:
         raise ConflictError(
             f"{directory} already holds another engine; use --force to replace it, or choose another output"
         )
-    return manifest
+
+
+def _is_ours(directory: Path) -> bool:
+    """Whether a directory has a manifest of ours, of any version and however damaged behind its first lines."""
+    try:
+        with _open_beneath(directory, MANIFEST_NAME) as (fd, _):
+            return MANIFEST_FORMAT.encode() in os.read(fd, 4096)
+    except (OSError, EngineDirError, SafetyError):
+        return False
 
 
 def check_free_space(directory: Path, needed_bytes: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -31,7 +32,9 @@ def run_command(command: click.Command, argv: Sequence[str] | None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        command.main(args, standalone_mode=False)
+        with command.make_context(command.name, args) as context:
+            command.invoke(context)
+        sys.stdout.flush()
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -95,8 +98,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(table)
+    text = io.StringIO()  # rich would exit by itself where stdout is a closed pipe
+    Console(file=text, width=None if sys.stdout.isatty() else 140).print(table)
+    click.echo("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
 
 
 def numbers(kind: Callable[[str], Any], what: str) -> Callable[[Any, Any, str | None], tuple[Any, ...] | None]:

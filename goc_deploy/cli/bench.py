@@ -15,6 +15,7 @@ DEFAULTS = GenerateOptions()
 
 
 @click.command(
+    "goc-bench",
     context_settings={"show_default": True},
     epilog="Example: goc-bench engine --plan none --plan fora:2 --plan fora:2+gc:1.2 --json bench.json",
 )

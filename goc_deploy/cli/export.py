@@ -17,6 +17,7 @@ DEFAULTS = ExportOptions()
 
 
 @click.command(
+    "goc-export",
     context_settings={"show_default": True},
     epilog="Example: goc-export model.pt -o engine --plan none --plan fora:2+gc:1.2",
 )

@@ -12,7 +12,7 @@ from goc_deploy.cli.app import debug_option, print_table, run_command
 EPILOG = "Examples: goc-plan engine fora:3+gc:1.0 --steps 50 --name fast; goc-plan engine --list; goc-plan engine --show fast --plot fast.png"
 
 
-@click.command(epilog=EPILOG)
+@click.command("goc-plan", epilog=EPILOG)
 @click.argument("engine_dir", type=click.Path(path_type=Path))
 @click.argument("spec", required=False)
 @click.option("--name", help="Name of the new plan.  [default: SPEC made file-safe]")

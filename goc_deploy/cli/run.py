@@ -16,6 +16,7 @@ DEFAULTS = GenerateOptions()
 
 
 @click.command(
+    "goc-run",
     context_settings={"show_default": True},
     epilog="Example: goc-run engine --labels 207,360 --cfg-scale 4.0 --output images.png",
 )
@@ -81,7 +82,8 @@ def command(
     from goc_deploy import outputs
     from goc_deploy.api import load
 
-    for path in (output, latents_output, trajectory_output, report):
+    outputs.check_writable(output, may_be_folder=True)
+    for path in (latents_output, trajectory_output, report):
         outputs.check_writable(path)
     latents = outputs.read_latents(latents_file)
     with (

@@ -1,0 +1,184 @@
+"""goc-export, goc-plan, goc-run and goc-bench as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import BIN, GOLDEN, Command
+
+COMMANDS = ("goc-export", "goc-plan", "goc-run", "goc-bench")
+
+
+@pytest.fixture
+def engine(golden_engine: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(golden_engine, tmp_path / "engine"))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_an_example_and_needs_no_heavy_import(name: str, command: Command) -> None:
+    assert "Example" in command(name, "--help").stdout
+    module = f"goc_deploy.cli.{name.removeprefix('goc-')}"
+    heavy = "[m for m in ('torch', 'onnx', 'onnxruntime', 'numpy', 'PIL', 'rich', 'matplotlib') if m in sys.modules]"
+    code = f"import sys; from {module} import main; main(['--help']); print('heavy', {heavy})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.rstrip().endswith("heavy []"), done.stdout + done.stderr
+
+
+def test_help_is_fast() -> None:
+    """The best of five; half of the time is Python's own start."""
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        subprocess.run([BIN / "goc-run", "--help"], capture_output=True, check=True)
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(5)) < 0.3
+
+
+def test_plans_are_added_listed_shown_and_run_without_a_new_export(
+    engine: Path, command: Command, tmp_path: Path
+) -> None:
+    assert (
+        command("goc-plan", engine, "fora:3+gc:0.8,history=computed", "--steps", "12").stdout.strip()
+        == "fora-3+gc-0.8,history=computed"
+    )
+    assert (
+        command("goc-plan", engine, "none", "--steps", "50", "--sampler", "ddim:1", "--name", "slow").stdout.strip()
+        == "slow"
+    )
+    listed = command("goc-plan", engine, "--list").stdout
+    assert "slow" in listed
+    assert "ddim:1" in listed
+    shown = command(
+        "goc-plan", engine, "--show", "fora:3+gc:0.8,history=computed", "--plot", tmp_path / "plot.png"
+    ).stdout
+    assert "8 gradient" in shown
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert min(picture.size) > 200
+    report = tmp_path / "r.json"
+    command("goc-run", engine, "--plan", "fora:3+gc:0.8,history=computed", "--labels", "1,2", "--report", report)
+    assert json.loads(report.read_text())["step_kinds"] == {"collapsed": 8, "full": 4}
+    command("goc-run", engine, "--plan", "slow", "--num-images", "2", "--latents-output", tmp_path / "a.npy")
+    command(
+        "goc-run",
+        engine,
+        "--plan",
+        "slow",
+        "--num-images",
+        "2",
+        "--latents-output",
+        tmp_path / "b.npy",
+        "--batch-size",
+        "1",
+    )
+    np.testing.assert_allclose(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"), rtol=1e-3, atol=1e-4)
+
+
+def test_a_hand_edited_schedule_runs(engine: Path, command: Command, tmp_path: Path) -> None:
+    schedule = tmp_path / "mine.json"
+    text = (engine / "schedules" / "fora-2.json").read_text()
+    schedule.write_text(text.replace("R R R R R R R R", "R C R R R R C R", 1))
+    command("goc-plan", engine, f"file:{schedule}")
+    report = tmp_path / "r.json"
+    command("goc-run", engine, "--plan", "file-mine", "--labels", "3", "--report", report)
+    assert json.loads(report.read_text())["step_kinds"] == {"collapsed": 9, "full": 10, "mixed": 1}
+
+
+def test_adding_the_same_plan_again_is_no_conflict_but_another_of_that_name_is(engine: Path, command: Command) -> None:
+    command("goc-plan", engine, "fora:2")
+    before = (engine / "manifest.json").read_bytes()
+    done = command("goc-plan", engine, "fora:2", "--steps", "10", code=8)
+    assert "already has another plan named fora-2; choose another --name" in done.stderr
+    assert (engine / "manifest.json").read_bytes() == before
+
+
+def test_bench_compares_plans_and_writes_json_and_a_plot(engine: Path, command: Command, tmp_path: Path) -> None:
+    out, plot = tmp_path / "bench.json", tmp_path / "bench.png"
+    done = command(
+        "goc-bench", engine, "--plan", "none", "--plan", "fora:2", "--repeats", 2, "--json", out, "--plot", plot
+    )
+    assert "speed-up" in done.stdout
+    found = json.loads(out.read_text())
+    assert found["plans"]["none"]["step_ms_by_kind"].keys() == {"full"}
+    assert len(found["plans"]["fora-2"]["step_ms"]) == 20
+    assert len(found["plans"]["fora-2"]["total_ms_rounds"]) == 2
+    with Image.open(plot) as picture:
+        assert min(picture.size) > 200
+
+
+def test_labels_are_repeated_up_to_num_images(engine: Path, command: Command, tmp_path: Path) -> None:
+    command("goc-run", engine, "--labels", "1,2", "--num-images", "5", "--latents-output", tmp_path / "x.npy")
+    assert np.load(tmp_path / "x.npy").shape == (5, 4, 8, 8)
+
+
+def test_data_goes_to_stdout_and_messages_to_stderr(engine: Path, command: Command, tmp_path: Path) -> None:
+    done = command("goc-run", engine, "--labels", "1", "--latents-output", tmp_path / "x.npy")
+    assert done.stdout == f"{tmp_path / 'x.npy'}\n"
+    assert "\x1b" not in done.stdout + done.stderr
+
+
+def test_a_closed_pipe_is_no_error(engine: Path) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {BIN / 'goc-plan'} {engine} --list | true"], capture_output=True, text=True
+    )
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 0, done.stderr
+
+
+def test_half_precision_engines_run_close_to_float32(
+    command: Command, golden: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    np.save(tmp_path / "noise.npy", golden["noise"])
+    command(
+        "goc-export",
+        GOLDEN / "model.pt",
+        "-o",
+        tmp_path / "half",
+        "--num-heads",
+        4,
+        "--precision",
+        "fp16",
+        "--plan",
+        "fora:2+gc:1.2",
+    )
+    arguments = (
+        "--labels",
+        "1,7,4",
+        "--cfg-scale",
+        "2.0",
+        "--latents",
+        tmp_path / "noise.npy",
+        "--latents-output",
+        tmp_path / "x.npy",
+    )
+    command("goc-run", tmp_path / "half", *arguments)
+    expected = golden["fora_50_gc"][-1]
+    assert np.linalg.norm(np.load(tmp_path / "x.npy") - expected) / np.linalg.norm(expected) < 2e-2
+
+
+def test_bf16_engines_export_and_say_that_the_cpu_cannot_run_them(command: Command, tmp_path: Path) -> None:
+    done = command(
+        "goc-export",
+        GOLDEN / "model.pt",
+        "-o",
+        tmp_path / "bf16",
+        "--num-heads",
+        4,
+        "--precision",
+        "bf16",
+        "--plan",
+        "fora:2",
+    )
+    assert "bf16" in done.stderr
+    done = command("goc-run", tmp_path / "bf16", "--labels", "1", code=5)
+    assert "no CPU kernel" in done.stderr
