@@ -62,9 +62,3 @@ class UnitKind:
     inputs: tuple[Input, ...]
     outputs: tuple[str, ...]
     copies: Mapping[str, Binding]
-
-
-def bound_parameter(binding: Binding, name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """The value of one parameter of a copy."""
-    slabs = [slab.read(tensors, dtype) for slab in binding[name]]
-    return slabs[0] if len(slabs) == 1 else torch.cat(slabs)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import mmap
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from goc_deploy.errors import VerificationError
 from goc_deploy.exporters.lowering import Template
-from goc_deploy.exporters.units import bound_parameter
 from goc_deploy.protocols import Backend
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-4}  # bf16 graphs are compared widened
@@ -39,14 +40,17 @@ def verify_copy(template: Template, name: str, tensors: Mapping[str, Tensor], fo
         VerificationError: it is beyond ``TOLERANCE``.
     """
     kind = template.kind
+    with open(folder / f"{name}.weights", "rb") as file:
+        weights = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    stored = _stored_parameters(template, name, tensors, weights)
     kind.module.float()
     for parameter, value in kind.module.named_parameters():
-        value.data = bound_parameter(kind.copies[name], parameter, tensors, template.dtype).float()
+        value.data = stored[parameter].float()
     reference = getattr(kind.module, "reference", kind.module.forward)
     with torch.inference_mode():
         expected = reference(*(i.example.float() if i.example.is_floating_point() else i.example for i in kind.inputs))
     expected_outputs = (expected,) if isinstance(expected, Tensor) else expected
-    found = _run(template, name, folder, [tuple(e.shape) for e in expected_outputs], backend)
+    found = _run(template, name, folder, weights, [tuple(e.shape) for e in expected_outputs], backend)
     error = max(relative_l2(f, e.numpy()) for f, e in zip(found, expected_outputs, strict=True))
     if not error <= TOLERANCE[template.dtype]:
         raise VerificationError(
@@ -56,12 +60,35 @@ def verify_copy(template: Template, name: str, tensors: Mapping[str, Tensor], fo
     return error
 
 
+def _stored_parameters(
+    template: Template, name: str, tensors: Mapping[str, Tensor], weights: memoryview
+) -> dict[str, Tensor]:
+    """The parameters in a weights file, without copying them, once they equal the checkpoint to the last bit."""
+    stored = {}
+    for parameter, slabs in template.kind.copies[name].items():
+        place = template.model.graph.initializers[parameter].const_value
+        assert isinstance(place, ir.ExternalTensor)
+        assert place.offset is not None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the mapping is read-only; nothing writes to it
+            whole = torch.frombuffer(weights, dtype=template.dtype, count=place.size, offset=place.offset)
+        stored[parameter] = whole.reshape(tuple(place.shape.numpy()))
+        start = 0
+        for slab in slabs:
+            rows = slab.read(tensors, template.dtype).reshape(-1)
+            part = whole[start : start + rows.numel()]
+            if not torch.equal(part.view(torch.uint8), rows.view(torch.uint8)):
+                raise VerificationError(
+                    f"unit {name}: {slab.key} was not written as it stands in the checkpoint; check the disk"
+                )
+            start += rows.numel()
+    return stored
+
+
 def _run(
-    template: Template, name: str, folder: Path, shapes: list[tuple[int, ...]], backend: Backend
+    template: Template, name: str, folder: Path, weights: memoryview, shapes: list[tuple[int, ...]], backend: Backend
 ) -> list[np.ndarray]:
     graph = memoryview((folder / f"{name}.onnx").read_bytes())
-    with open(folder / f"{name}.weights", "rb") as file:
-        weights = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     if template.dtype == torch.bfloat16:
         engine = backend.load(memoryview(_widened(graph, weights)), {})
     else:

@@ -61,11 +61,25 @@ def test_weights_are_stored_as_the_checkpoint_has_them(tmp_path: Path) -> None:
     np.testing.assert_array_equal(stored["attn.qkv.weight"], STATE["blocks.2.attn.qkv.weight"].numpy())
 
 
-def test_a_unit_with_the_weights_of_another_block_fails_the_comparison(tmp_path: Path) -> None:
+def test_a_unit_with_the_weights_of_another_block_is_refused(tmp_path: Path) -> None:
     template = template_from_kind(unit_kinds(SPEC, "fp32")[3], torch.float32)
     write_copy(template, "block_00_mlp", STATE, tmp_path)
     write_copy(template, "block_01_mlp", STATE, tmp_path)
     (tmp_path / "block_00_mlp.weights").write_bytes((tmp_path / "block_01_mlp.weights").read_bytes())
+    with pytest.raises(
+        VerificationError,
+        match=r"unit block_00_mlp: blocks.0.mlp.fc1.weight was not written as it stands in the checkpoint",
+    ):
+        verify_copy(template, "block_00_mlp", STATE, tmp_path, OrtBackend())
+
+
+def test_a_graph_that_computes_something_else_fails_the_comparison(tmp_path: Path) -> None:
+    template = template_from_kind(unit_kinds(SPEC, "fp32")[3], torch.float32)
+    write_copy(template, "block_00_mlp", STATE, tmp_path)
+    model = onnx.load(tmp_path / "block_00_mlp.onnx", load_external_data=False)
+    (gelu,) = (node for node in model.graph.node if node.op_type == "Gelu")
+    gelu.attribute[0].s = b"none"
+    onnx.save(model, tmp_path / "block_00_mlp.onnx")
     with pytest.raises(VerificationError, match="unit block_00_mlp: the exported graph differs from PyTorch"):
         verify_copy(template, "block_00_mlp", STATE, tmp_path, OrtBackend())
 

@@ -1,0 +1,72 @@
+"""The shipped demo checkpoint draws digits that a classifier reads, with and without the cache."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import Command
+from tests.reference import relative_l2
+
+MNIST = Path(__file__).parents[2] / "examples" / "mnist"
+LABELS = ",".join(str(digit) for digit in range(10))
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
+    directory = tmp_path_factory.mktemp("demo") / "engine"
+    plans = ("--plan", "none", "--plan", "fora:2", "--plan", "fora:2+gc:1.0")
+    command("goc-export", MNIST / "dit_mnist.pt", "-o", directory, "--num-heads", 4, "--max-batch", 50, *plans)
+    return directory
+
+
+def generated(engine: Path, command: Command, folder: Path, plan: str) -> tuple[Path, np.ndarray, dict]:
+    samples, latents, report = (folder / f"{plan.replace(':', '-')}{end}" for end in (".npz", ".npy", ".json"))
+    options = ("--labels", LABELS, "--num-images", 300, "--cfg-scale", 2.0, "--seed", 7)
+    command(
+        "goc-run",
+        engine,
+        "--plan",
+        plan,
+        *options,
+        "--output",
+        samples,
+        "--latents-output",
+        latents,
+        "--report",
+        report,
+    )
+    return samples, np.load(latents), json.loads(report.read_text())
+
+
+def test_digits_are_read_and_the_gradient_stays_closer_than_plain_reuse(
+    engine: Path, command: Command, tmp_path: Path
+) -> None:
+    errors, expected = {}, np.empty(0)
+    for plan in ("none", "fora:2", "fora:2+gc:1.0"):
+        samples, latents, report = generated(engine, command, tmp_path, plan)
+        expected = latents if plan == "none" else expected
+        errors[plan] = relative_l2(latents, expected)
+        assert report["computed_units"] / report["all_units"] == (1.0 if plan == "none" else 0.5)
+        with np.load(samples) as found:
+            assert found["arr_0"].shape == (300, 28, 28, 3)
+        score = subprocess.run(
+            [sys.executable, MNIST / "score.py", samples, "--labels", LABELS, "--minimum", "0.95"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert score.returncode == 0, score.stdout + score.stderr
+    assert errors["fora:2+gc:1.0"] < 0.6 * errors["fora:2"]
+
+
+def test_the_checkpoint_is_small_and_deep_enough_to_be_worth_caching(engine: Path) -> None:
+    model = json.loads((engine / "manifest.json").read_text())["model"]
+    assert (MNIST / "dit_mnist.pt").stat().st_size < 15e6
+    assert model["depth"] >= 8
+    assert model["grid"] * model["patch"] >= 28
