@@ -3,7 +3,7 @@ VENV ?= .venv
 OUT ?= out
 BIN := $(VENV)/bin
 ENGINE := $(OUT)/demo/engine
-DEMO_RUN := $(BIN)/goc-run $(ENGINE) --num-images 40 --cfg-scale 2.0 --seed 1
+DEMO_RUN := $(BIN)/goc-run $(ENGINE) --num-images 40 --seed 1
 
 .PHONY: demo test check format bench clean
 
@@ -27,7 +27,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 bench: $(ENGINE)/manifest.json  ## plans of the demo model side by side
-	$(BIN)/goc-bench $(ENGINE) --cfg-scale 2.0
+	$(BIN)/goc-bench $(ENGINE)
 
 $(ENGINE)/manifest.json:
 	$(MAKE) demo

@@ -1,6 +1,7 @@
 """The cache update as ONNX: ``GocCacheUpdate`` nodes with function bodies, and graphs made of them.
 
-``x_out = x + gate * g`` with ``g = sum(c_i * g_i)``, in float32 whatever the dtype. In a file every update is a node
+``x_out = x + gate * g`` with ``g = sum(c_i * g_i)``, in float32 whatever the dtype; ``GocCacheApply`` is the same for a
+prediction that nobody stores. In a file every update is a node
 of domain ``goc`` plus a model-local function plus the attributes ``plugin_namespace`` and ``plugin_version``, so that
 ONNX Runtime inlines the body and TensorRT uses the plugin where it is registered.
 """
@@ -11,7 +12,7 @@ import re
 from itertools import chain
 
 import onnx
-from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper
+from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper, parser
 
 from goc_deploy.errors import EngineDirError
 from goc_deploy.spec import ModelSpec
@@ -22,50 +23,46 @@ TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorP
 _RUN = re.compile(r"([1-4])(w?)\*(\d+)")
 
 
-def update_function(entries: int) -> FunctionProto:
-    """The body of ``GocCacheUpdateN`` for N history entries.
+def update_function(entries: int, *, stores: bool, precision: str) -> FunctionProto:
+    """The body of ``GocCacheUpdateN`` (gives x_out and g) or ``GocCacheApplyN`` (x_out only) for N history entries.
 
-    Inputs: x (B, T, D), gate (B, 1, D), coefficients (N,) float32, g0..g(N-1) (B, T, D). Outputs: x_out, g.
+    Inputs: x (B, T, D), gate (B, 1, D), coefficients (N,) float32, g0..g(N-1) (B, T, D).
+
+    Update reads every entry once before g is written, so g may lie on one of them. Apply multiplies coefficients into
+    the gate, which is small, and thereby saves a pass over the features.
     """
+    narrow = precision != "fp32"
     history = [f"g{i}" for i in range(entries)]
+    wide = {name: f"{name}_32" if narrow else name for name in ("x", "gate", *history)}
+    lines = [f"{wide[name]} = Cast<to=1>({name})" for name in wide if narrow]
     scalars = [f"c{i}" for i in range(entries)]
-    nodes = [_split("coefficients", scalars), _cast("x", "x32"), _cast("gate", "gate32")]
-    nodes += [_cast(g, f"{g}_32") for g in history]
-    if (
-        entries == 1
-    ):  # the coefficient goes into the gate, which is small, so that a prediction nobody stores costs no pass
-        nodes += [
-            helper.make_node("Mul", ["gate32", "c0"], ["scaled_gate"]),
-            helper.make_node("Mul", ["scaled_gate", "g0_32"], ["update"]),
-            helper.make_node("Mul", ["c0", "g0_32"], ["g32"]),
-        ]
+    lines.append(f"{', '.join(scalars)} = {_split_text('coefficients', entries)}")
+    if stores:
+        lines += [f"scaled{i} = Mul({c}, {wide[g]})" for i, (c, g) in enumerate(zip(scalars, history, strict=True))]
+        lines += [f"sum{i} = Add({'sum' if i > 1 else 'scaled'}{i - 1}, scaled{i})" for i in range(1, entries)]
+        g32 = f"sum{entries - 1}" if entries > 1 else "scaled0"
+        lines += [f"g = {'CastLike(' + g32 + ', x)' if narrow else 'Identity(' + g32 + ')'}"]
+        lines += [f"update = Mul({wide['gate']}, {g32})", f"total = Add({wide['x']}, update)"]
     else:
-        nodes += [
-            helper.make_node("Mul", [c, f"{g}_32"], [f"{g}_scaled"]) for c, g in zip(scalars, history, strict=True)
-        ]
-        total = f"{history[0]}_scaled"
-        for i, g in enumerate(history[1:], 1):
-            out = "g32" if i == entries - 1 else f"sum{i}"
-            nodes.append(helper.make_node("Add", [total, f"{g}_scaled"], [out]))
-            total = out
-        nodes.append(helper.make_node("Mul", ["gate32", "g32"], ["update"]))
-    nodes += [
-        helper.make_node("Add", ["x32", "update"], ["x_out32"]),
-        helper.make_node("CastLike", ["x_out32", "x"], ["x_out"]),
-        helper.make_node("CastLike", ["g32", "x"], ["g"]),
-    ]
-    return helper.make_function(
-        DOMAIN,
-        f"GocCacheUpdate{entries}",
-        ["x", "gate", "coefficients", *history],
-        ["x_out", "g"],
-        nodes,
-        [helper.make_opsetid("", OPSET)],
-    )
+        for i, (c, g) in enumerate(zip(scalars, history, strict=True)):
+            before = f"total{i - 1}" if i else wide["x"]
+            lines += [f"gate{i} = Mul({wide['gate']}, {c})", f"update{i} = Mul(gate{i}, {wide[g]})"]
+            lines.append(f"{'total' if i == entries - 1 else f'total{i}'} = Add({before}, update{i})")
+    lines.append("x_out = CastLike(total, x)" if narrow else "x_out = Identity(total)")
+    inputs = ", ".join(["x", "gate", "coefficients", *history])
+    header = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>'
+    outputs = "(x_out, g)" if stores else "(x_out)"
+    body = "\n".join(lines)
+    return parser.parse_function(f"{header} {update_name(entries, stores=stores)} ({inputs}) => {outputs} {{ {body} }}")
 
 
-def _cast(source: str, target: str) -> NodeProto:
-    return helper.make_node("Cast", [source], [target], to=TensorProto.FLOAT)
+def update_name(entries: int, *, stores: bool) -> str:
+    """Op type of an update."""
+    return f"GocCache{'Update' if stores else 'Apply'}{entries}"
+
+
+def _split_text(source: str, count: int) -> str:
+    return f"Split<axis=0, num_outputs={count}>({source})" if count > 1 else f"Identity({source})"
 
 
 def entries_from_signature(signature: str) -> list[tuple[int, bool]]:
@@ -109,9 +106,9 @@ def predict_graph(signature: str, spec: ModelSpec, precision: str) -> ModelProto
         x_out = "x_out" if u == n - 1 else f"x{u}"
         nodes.append(
             helper.make_node(
-                f"GocCacheUpdate{k}",
+                update_name(k, stores=stored),
                 [x, f"gate{u}_rows", f"row{u}", *history],
-                [x_out, f"g{u}"],
+                [x_out, f"g{u}"] if stored else [x_out],
                 name=f"update{u}",
                 domain=DOMAIN,
                 plugin_namespace=DOMAIN,
@@ -122,7 +119,8 @@ def predict_graph(signature: str, spec: ModelSpec, precision: str) -> ModelProto
             outputs.append(helper.make_tensor_value_info(f"g{u}", dtype, feature))
         x = x_out
     graph = helper.make_graph(nodes, "predict", inputs, outputs, [gate_shape, widths])
-    return _model(graph, [update_function(k) for k in sorted({k for k, _ in entries})])
+    kinds = sorted(set(entries))
+    return _model(graph, [update_function(k, stores=stored, precision=precision) for k, stored in kinds])
 
 
 def _split(source: str, targets: list[str]) -> NodeProto:

@@ -87,6 +87,9 @@ def load_checkpoint(path: Path, weight_set: str = "auto") -> Checkpoint:
         tensors[_without_prefix(name)] = value
     if not tensors:
         raise ModelError(f"{path} holds no tensors; {_SAVE_HINT}")
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if claimed > path.stat().st_size:
+        raise ModelError(f"{path} claims {claimed} bytes of tensors but has {path.stat().st_size}; {_SAVE_HINT}")
     if len(tensors) != len(state):
         raise ModelError(
             f"{path}: two tensors have the same name once {' and '.join(PREFIXES)} are removed; {_SAVE_HINT}"

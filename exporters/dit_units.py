@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from goc_deploy.errors import ModelError
 from goc_deploy.exporters.dit import Attention, DiT, LabelEmbed, Mlp, PatchEmbed, TimestepEmbed, modulate, unpatchify
 from goc_deploy.exporters.units import DTYPES, Input, Slab, UnitKind
+from goc_deploy.schedule import MAX_BLOCKS
 from goc_deploy.spec import ModelSpec
 
 HEADS_OF_KNOWN_SIZES = {384: 6, 768: 12, 1024: 16, 1152: 16}  # S, B, L, XL
@@ -49,6 +50,8 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
         raise ModelError(
             f"only square samples and patches are supported; found {tokens} tokens and patches of {patch}x{patch_width}"
         )
+    if depth > MAX_BLOCKS:
+        raise ModelError(f"the checkpoint has {depth} blocks, at most {MAX_BLOCKS} are supported")
     ratio = predicted / (patch**2 * channels)
     if ratio not in (1, 2):
         raise ModelError(

@@ -14,9 +14,17 @@ from goc_deploy.errors import ConflictError, ResourceError, UsageError
 
 
 def spread_labels(labels: Sequence[int] | None, count: int | None, classes: int) -> list[int]:
-    """Labels for ``count`` images: the given ones (or 0, 1, 2, ...), repeated in order; without a count once each, or 8."""
+    """Labels of ``count`` images: the given ones (or 0, 1, 2, ...), repeated in order. Without a count once each, or 8."""
     source = list(labels) if labels is not None else list(range(min(classes, count or 8)))
     return [source[i % len(source)] for i in range(count or len(source))]
+
+
+def grid_columns(labels: Sequence[int]) -> int | None:
+    """Columns of a grid in which every repetition of the labels is a row, or None where that is no good shape."""
+    period = next(
+        p for p in range(1, len(labels) + 1) if all(labels[i] == labels[i - p] for i in range(p, len(labels)))
+    )
+    return period if 1 < period <= 24 and 2 * period <= len(labels) else None
 
 
 def read_latents(path: Path | None) -> np.ndarray | None:

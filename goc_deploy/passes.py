@@ -117,9 +117,8 @@ def group_launches(evaluations: list[Evaluation], *, collapse: bool) -> list[lis
 def assign_slots(groups: list[list[Evaluation]]) -> tuple[tuple[tuple[Launch, ...], ...], int]:
     """Give every stored value a slot for as long as it lives.
 
-    A prediction is written in place of an entry of its own unit that dies with it, if it reads several: each is then
-    read once before anything is written. (A single entry is read twice, for x and for the prediction, in any order.)
-    Other entries that die in a launch are free from the next launch on, for the same reason.
+    A prediction is written in place of an entry of its own unit that dies with it. Other entries that die in a launch
+    are free from the next launch on, because the order of writes within a launch is not fixed.
 
     Returns:
         (launches by step, number of slots).
@@ -136,7 +135,7 @@ def assign_slots(groups: list[list[Evaluation]]) -> tuple[tuple[tuple[Launch, ..
             read_slots = tuple(slot_of[value] for value in e.reads)
             store = None
             if e.value is not None:
-                own = [value for value in e.reads if value in dying and len(e.reads) > 1]
+                own = [value for value in e.reads if value in dying]
                 if own:
                     store = slot_of[own[-1]]
                     dying.remove(own[-1])

@@ -33,7 +33,7 @@ class Prediction:
     Attributes:
         slots: history slots read, newest first.
         coefficients: one per slot.
-        store: slot that keeps the prediction, or None. It may be one of several ``slots``: the entry that dies.
+        store: slot that keeps the prediction, or None. It may be one of ``slots``: the entry that dies.
     """
 
     slots: tuple[int, ...]
@@ -149,10 +149,6 @@ def _check_launch(plan: Plan, step: int, entries: tuple[Prediction, ...], writte
             )
         if not written.issuperset(entry.slots):
             raise EngineDirError(f"plan {plan.name}: step {step} reads a slot before anything is stored in it")
-        if entry.slots == (entry.store,):
-            raise EngineDirError(
-                f"plan {plan.name}: step {step} overwrites the only entry of slot {entry.store} that it reads"
-            )
         if entry.store is not None:
             stores.append(entry.store)
     for index, store in enumerate(stores):

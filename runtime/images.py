@@ -50,9 +50,10 @@ def _image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-def save_images(images: np.ndarray, output: Path) -> list[Path]:
+def save_images(images: np.ndarray, output: Path, columns: int | None = None) -> list[Path]:
     """Write pictures: ``.png`` is a grid, ``.npz`` the ADM evaluation format, anything else a directory of PNGs.
 
+    ``columns`` is for the grid; by default it is as square as possible.
     ADM format: ``arr_0`` uint8 (N, H, W, 3); grey pictures are repeated over three channels.
 
     Returns:
@@ -60,7 +61,7 @@ def save_images(images: np.ndarray, output: Path) -> list[Path]:
     """
     if output.suffix == ".png":
         scale = max(1, 112 // images.shape[1])
-        grid(images, scale=scale, gap=2 * scale).save(output)
+        grid(images, columns, scale=scale, gap=2 * scale).save(output)
         return [output]
     if output.suffix == ".npz":
         np.savez(output, arr_0=np.broadcast_to(images, (*images.shape[:3], 3)))

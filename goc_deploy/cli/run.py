@@ -127,7 +127,7 @@ def command(
         from goc_deploy.runtime.images import save_images
 
         with outputs.write_errors(output):
-            save_images(result.images, output)
+            save_images(result.images, output, outputs.grid_columns(chosen))
     for path in (output if result.images is not None else None, latents_output, trajectory_output, report):
         if path:
             click.echo(path)

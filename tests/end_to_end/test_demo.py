@@ -27,7 +27,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
 
 def generated(engine: Path, command: Command, folder: Path, plan: str) -> tuple[Path, np.ndarray, dict]:
     samples, latents, report = (folder / f"{plan.replace(':', '-')}{end}" for end in (".npz", ".npy", ".json"))
-    options = ("--labels", LABELS, "--num-images", 300, "--cfg-scale", 2.0, "--seed", 7)
+    options = ("--labels", LABELS, "--num-images", 300, "--seed", 7)
     command(
         "goc-run",
         engine,

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +26,7 @@ def run(
     coefficients: list[float],
     history: list[list[np.ndarray]],
 ) -> list[np.ndarray]:
-    """x_out, then the stored predictions, with every prediction of several entries written over the last one."""
+    """x_out, then the stored predictions, with every stored prediction written over the last entry it reads."""
     backend = OrtBackend()
     engine = backend.load(memoryview(predict_graph(signature, SPEC, precision).SerializeToString()), {})
     inputs, outputs = {}, {}
@@ -36,8 +39,7 @@ def run(
             inputs[f"g{u}_{i}"] = backend.allocate(x.shape, engine.dtypes["x"])
             backend.upload(history[u][i], inputs[f"g{u}_{i}"])
         if stored:
-            in_place = inputs[f"g{u}_{entries - 1}"] if entries > 1 else backend.allocate(x.shape, engine.dtypes["x"])
-            outputs[f"g{u}"] = in_place
+            outputs[f"g{u}"] = inputs[f"g{u}_{entries - 1}"]
     engine.bind(inputs, outputs)()
     return [backend.download(buffer) for buffer in outputs.values()]
 
@@ -73,18 +75,36 @@ def test_a_launch_adds_gated_predictions_and_stores_them_in_place(
 
 def test_every_update_is_a_node_with_a_body_and_the_attributes_tensorrt_looks_for() -> None:
     model = predict_graph("1*2 2w*1", SPEC, "fp16")
-    assert [f.name for f in model.functions] == ["GocCacheUpdate1", "GocCacheUpdate2"]
+    assert [f.name for f in model.functions] == ["GocCacheApply1", "GocCacheUpdate2"]
     updates = [node for node in model.graph.node if node.domain == "goc"]
-    assert [node.op_type for node in updates] == ["GocCacheUpdate1", "GocCacheUpdate1", "GocCacheUpdate2"]
+    assert [node.op_type for node in updates] == ["GocCacheApply1", "GocCacheApply1", "GocCacheUpdate2"]
     for node in updates:
         attributes = {a.name: a.s for a in node.attribute}
         assert attributes == {"plugin_namespace": b"goc", "plugin_version": b"1"}
 
 
 def test_the_arithmetic_is_float32_in_every_precision() -> None:
-    for function in predict_graph("2w*1", SPEC, "bf16").functions:
+    for function in predict_graph("2w*1 1*1", SPEC, "bf16").functions:
         casts = [node for node in function.node if node.op_type == "Cast"]
+        assert {node.input[0] for node in casts} >= {"x", "gate", "g0"}
         assert {onnx.helper.get_node_attr_value(node, "to") for node in casts} == {onnx.TensorProto.FLOAT}
+
+
+@pytest.mark.parametrize(("signature", "big_passes"), [("1*8", 2), ("2*8", 4), ("2w*8", 5)])
+def test_onnx_runtime_makes_no_more_passes_over_features_than_needed(
+    signature: str, big_passes: int, tmp_path: Path
+) -> None:
+    options = onnxruntime.SessionOptions()
+    options.use_per_session_threads = False
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    OrtBackend()
+    model = predict_graph(signature, SPEC, "fp32")
+    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    found = onnx.load(tmp_path / "optimised.onnx").graph.node
+    assert not [node for node in found if node.op_type in ("Cast", "CastLike")]
+    on_gates = 8 * int(signature[0]) * ("w" not in signature)
+    assert sum(node.op_type in ("Mul", "Add") for node in found) == 8 * big_passes + on_gates
 
 
 @pytest.mark.parametrize("signature", ["", "5*1", "2x*3", "1*2  2*1", "0*1"])

@@ -126,6 +126,7 @@ def _compressed(path: Path) -> None:
         (_compressed, "compressed members"),
         (lambda p: p.write_bytes(b"\x80\x02garbage"), "not a sound torch checkpoint|asks to run code"),
         (lambda p: p.write_bytes(b"\xff" * 8 + b"{" + b"x" * 100), "not a sound safetensors file"),
+        (lambda p: torch.save({"a": torch.ones(1).expand(10**12)}, p), "claims 4000000000000 bytes of tensors"),
         (lambda p: torch.save([1, 2], p), "holds a list, not a state dict"),
         (lambda p: torch.save({}, p), "holds no tensors"),
         (lambda p: torch.save({"a": 3}, p), "entry 'a' is a int, not a tensor"),
@@ -184,6 +185,11 @@ def test_unknown_heads_are_asked_for() -> None:
         spec_from_tensors(STATE, None)
     with pytest.raises(ModelError, match="5 heads do not divide the width 64"):
         spec_from_tensors(STATE, 5)
+
+
+def test_a_depth_that_no_model_has_is_refused_before_anything_is_built() -> None:
+    with pytest.raises(ModelError, match="1000000001 blocks, at most 1000"):
+        spec_from_tensors({**STATE, "blocks.1000000000.attn.qkv.weight": torch.ones(1)}, 4)
 
 
 def test_tensors_that_do_not_fit_are_listed() -> None:

@@ -56,8 +56,7 @@ def test_no_two_live_values_share_a_slot(schedule: Schedule) -> None:
                 assert 0 <= entry.store < slots
                 old = holder.get(entry.store)
                 readers = [other.unit for other in group if old in other.reads]
-                in_place = readers == [e.unit] and len(e.reads) > 1
-                assert old is None or last_read[old] < index or (last_read[old] == index and in_place)
+                assert old is None or last_read[old] < index or (last_read[old] == index and readers == [e.unit])
                 holder[entry.store] = e.value
 
 

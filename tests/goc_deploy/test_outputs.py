@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from goc_deploy.errors import ConflictError
+from goc_deploy.outputs import check_writable, grid_columns, spread_labels
+
+
+def test_labels_are_repeated_in_order() -> None:
+    assert spread_labels([3, 1], 5, 10) == [3, 1, 3, 1, 3]
+    assert spread_labels(None, 12, 10) == [*range(10), 0, 1]
+    assert spread_labels(None, None, 10) == list(range(8))
+    assert spread_labels(None, None, 3) == [0, 1, 2]
+    assert spread_labels([5, 5], None, 10) == [5, 5]
+
+
+@pytest.mark.parametrize(
+    ("labels", "columns"),
+    [
+        (list(range(10)) * 4, 10),
+        ([*range(10), *range(5)], None),
+        ([1] * 9, None),
+        ([1, 2, 1, 2, 1], 2),
+        (list(range(30)) * 2, None),
+        ([7], None),
+    ],
+)
+def test_a_grid_has_a_row_per_repetition_where_that_looks_good(labels: list[int], columns: int | None) -> None:
+    assert grid_columns(labels) == columns
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    for path, message in (
+        (tmp_path / "folder.png", "is a directory"),
+        (tmp_path / "no" / "x.png", "create it first"),
+        (tmp_path / "file", "is a file"),
+    ):
+        with pytest.raises(ConflictError, match=message):
+            check_writable(path, may_be_folder=True)
+    for good in (None, tmp_path / "new.png", tmp_path / "new_folder"):
+        check_writable(good, may_be_folder=True)
+    np.save(tmp_path / "x.npy", np.zeros(1))
+    check_writable(tmp_path / "x.npy")

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from goc_deploy import publish
+from goc_deploy.errors import ConflictError, EngineDirError, ResourceError, SafetyError
+from goc_deploy.manifest import MANIFEST_NAME, manifest_from_json, manifest_to_json
+from goc_deploy.publish import check_free_space, directory_lock, file_entry, read_manifest, read_verified, staged
+
+
+def test_a_staged_directory_appears_whole(tmp_path: Path) -> None:
+    with staged(tmp_path / "engine") as stage:
+        (stage / "a").write_text("new")
+        assert not (tmp_path / "engine").exists()
+    assert (tmp_path / "engine" / "a").read_text() == "new"
+    assert os.listdir(tmp_path) == ["engine"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_an_existing_directory_is_swapped_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
+    if not exchange:
+        monkeypatch.setattr(publish.ctypes, "CDLL", lambda *_, **__: object())
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "old").touch()
+    with staged(tmp_path / "engine") as stage:
+        (stage / "new").touch()
+    assert os.listdir(tmp_path / "engine") == ["new"]
+    assert os.listdir(tmp_path) == ["engine"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_an_error_leaves_the_old_directory_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "old").touch()
+
+    def write_and_fail() -> None:
+        with staged(tmp_path / "engine") as stage:
+            (stage / "new").touch()
+            raise error
+
+    with pytest.raises(error):
+        write_and_fail()
+    assert os.listdir(tmp_path / "engine") == ["old"]
+    assert os.listdir(tmp_path) == ["engine"]
+
+
+def test_a_lock_that_is_held_is_a_conflict_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publish, "LOCK_SECONDS", 0.1)
+    second = directory_lock(tmp_path / "engine")
+    with directory_lock(tmp_path / "engine"), pytest.raises(ConflictError, match="another process is writing"), second:
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_too_little_space_is_said_before_writing(tmp_path: Path) -> None:
+    check_free_space(tmp_path / "engine", 1)
+    with pytest.raises(ResourceError, match="GB free but the engine needs"):
+        check_free_space(tmp_path / "engine", 10**18)
+
+
+@given(st.integers(0, 99), st.integers(1, 255))
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_changed_byte_is_noticed(tmp_path: Path, place: int, change: int) -> None:
+    (tmp_path / "f").write_bytes(bytes(range(100)))
+    entry = file_entry(tmp_path, "f")
+    assert bytes(read_verified(tmp_path, entry)) == bytes(range(100))
+    content = bytearray(range(100))
+    content[place] ^= change
+    (tmp_path / "f").write_bytes(content)
+    with pytest.raises(EngineDirError, match="was changed after the export"):
+        read_verified(tmp_path, entry)
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_and_does_not_hang(tmp_path: Path) -> None:
+    (tmp_path / "f").touch()
+    entry = file_entry(tmp_path, "f")
+    (tmp_path / "f").unlink()
+    os.mkfifo(tmp_path / "f")
+    with pytest.raises(SafetyError, match="not a plain file"):
+        read_verified(tmp_path, entry)
+
+
+def test_saving_and_loading_a_manifest_is_the_identity(golden_engine: Path) -> None:
+    manifest = read_manifest(golden_engine)
+    assert manifest_from_json(manifest_to_json(manifest).encode(), "test") == manifest
+
+
+def test_the_manifest_says_where_the_engine_comes_from_and_no_path_of_this_machine(golden_engine: Path) -> None:
+    manifest = read_manifest(golden_engine)
+    assert manifest.provenance["checkpoint"] == "model.pt"
+    assert len(manifest.provenance["checkpoint_sha256"]) == 64
+    assert manifest.provenance["options"]["num_heads"] == 4
+    errors = [unit.relative_l2 for unit in manifest.units if unit.weights]
+    assert 0 < max(errors) < 1e-5
+    text = "".join(path.read_text() for path in golden_engine.rglob("*.json"))
+    assert str(Path.home()) not in text
+    assert str(golden_engine.parent) not in text
+    graphs = b"".join(path.read_bytes() for path in golden_engine.rglob("*.onnx"))
+    assert b"site-packages" not in graphs
+    assert b"exporters" not in graphs
+
+
+@given(st.data())
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_damage_to_a_manifest_crashes_the_reader(golden_engine: Path, data: st.DataObject) -> None:
+    text = (golden_engine / MANIFEST_NAME).read_bytes()
+    found = json.loads(text)
+    section = data.draw(st.sampled_from(sorted(found)))
+    value = data.draw(
+        st.one_of(st.none(), st.integers(), st.text(max_size=5), st.lists(st.integers(), max_size=3), st.just({}))
+    )
+    found[section] = value
+    damaged = data.draw(st.sampled_from([json.dumps(found).encode(), text[: data.draw(st.integers(0, len(text) - 1))]]))
+    with contextlib.suppress(EngineDirError, SafetyError):
+        manifest_from_json(damaged, "test")
