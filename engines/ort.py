@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, ResourceError, UsageError
 from goc_deploy.protocols import ITEM_BYTES, Buffer
@@ -29,12 +30,14 @@ _DTYPE_OF_ORT_TYPE = {
     "tensor(bfloat16)": "bfloat16",
 }
 
+GROW_AS_REQUESTED = 1
+
 _pool_lock = threading.Lock()
 _pool_threads: int | None = None
 
 
 def shared_thread_pool(threads: int) -> int:
-    """Create the process-wide thread pool once.
+    """Create the process-wide thread pool and memory arena once.
 
     Args:
         threads: size; 0 lets ONNX Runtime choose (one per core).
@@ -47,6 +50,7 @@ def shared_thread_pool(threads: int) -> int:
         if _pool_threads is None:
             try:
                 onnxruntime.set_global_thread_pool_sizes(threads, 1)
+                _register_shared_arena()
                 _pool_threads = threads
             except Exception as error:  # raised where the host program made the pool itself
                 logger.warning("the ONNX Runtime thread pool that this process has already is used as it is: %s", error)
@@ -56,6 +60,12 @@ def shared_thread_pool(threads: int) -> int:
                 "the thread pool of this process keeps its size %d; %d threads are ignored", _pool_threads, threads
             )
         return _pool_threads
+
+
+def _register_shared_arena() -> None:
+    """One arena for the activations of all units: they run one after the other, so each finds warm memory."""
+    where = state.OrtMemoryInfo("Cpu", state.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, state.OrtMemType.DEFAULT)
+    state.create_and_register_allocator(where, state.OrtArenaCfg({"arena_extend_strategy": GROW_AS_REQUESTED}))
 
 
 class OrtEngine:
@@ -119,8 +129,8 @@ class OrtBackend:
         self._shared_pool = shared_pool
         self._threads = shared_thread_pool(threads) if shared_pool else threads
 
-    def load(self, onnx: memoryview, weights: Mapping[str, memoryview]) -> OrtEngine:
-        """Load a graph.
+    def load(self, onnx: memoryview, parameters: Mapping[str, Buffer], *, runs_once: bool = False) -> OrtEngine:
+        """Load a graph. ONNX Runtime copies the parameters, and packs matrices unless the graph runs once.
 
         Raises:
             EnvironmentUnsupportedError: this ONNX Runtime has no kernel for it (bf16 on the CPU).
@@ -128,17 +138,24 @@ class OrtBackend:
         """
         options = onnxruntime.SessionOptions()
         options.use_per_session_threads = not self._shared_pool
-        if not self._shared_pool:
+        options.log_severity_level = 3
+        options.enable_mem_pattern = False  # a pattern is a block of memory per unit; the shared arena serves all
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+        if self._shared_pool:
+            options.add_session_config_entry("session.use_env_allocators", "1")
+        else:
             options.intra_op_num_threads = self._threads
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
-        if weights:
-            files = {name: np.frombuffer(content, np.uint8) for name, content in weights.items()}
-            options.add_external_initializers_from_files_in_memory(
-                list(files), list(files.values()), [f.nbytes for f in files.values()]
-            )
+        if runs_once:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        values = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(_array(buffer), ONNX_TYPES[buffer.dtype])
+            for name, buffer in parameters.items()
+        }
+        if values:
+            options.add_external_initializers(list(values), list(values.values()))
         try:
-            return OrtEngine(onnxruntime.InferenceSession(bytes(onnx), options, providers=["CPUExecutionProvider"]))
+            session = onnxruntime.InferenceSession(bytes(onnx), options, providers=["CPUExecutionProvider"])
         except Exception as cause:
             reason = str(cause).splitlines()[0][:300]
             if "NOT_IMPLEMENTED" in reason:
@@ -148,6 +165,7 @@ class OrtBackend:
             raise EngineDirError(
                 f"ONNX Runtime {onnxruntime.__version__} refuses a graph of the engine: {reason}"
             ) from cause
+        return OrtEngine(session)
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """New memory. Pages are taken from the system when they are first written.

@@ -134,7 +134,7 @@ def _write(
     units = _write_units(folder, checkpoint, spec, options.precision, backend, progress)
     for name, graph in (("modulation", modulation_graph(spec, options.precision)), ("sampler", sampler_graph(spec))):
         onnx.save_model(graph, folder / f"{name}.onnx")
-        units.append(Unit(name, f"onnx/{name}.onnx", None, None))
+        units.append(Unit(name, f"onnx/{name}.onnx", None, (), None))
     predict: dict[str, str] = {}
     entries = []
     for plan in plans:
@@ -166,9 +166,9 @@ def _write_units(
         template = template_from_kind(kind, DTYPES[precision])
         for name in kind.copies:
             progress(f"writing {name}", len(units), total)
-            write_copy(template, name, checkpoint.tensors, folder)
-            error = verify_copy(template, name, checkpoint.tensors, folder, backend)
-            units.append(Unit(name, f"onnx/{name}.onnx", f"onnx/{name}.weights", error))
+            parameters = write_copy(template, name, checkpoint.tensors, folder)
+            error = verify_copy(template, name, parameters, checkpoint.tensors, folder, backend)
+            units.append(Unit(name, f"onnx/{name}.onnx", f"onnx/{name}.weights", parameters, error))
         del template
         gc.collect()
     progress("done", total, total)

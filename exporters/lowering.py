@@ -21,6 +21,7 @@ from torch import Tensor
 
 from goc_deploy.errors import VerificationError
 from goc_deploy.exporters.units import Binding, UnitKind
+from goc_deploy.manifest import Parameter
 
 OPSET = 20
 ALIGNMENT = 4096  # a page, so that weights can be mapped
@@ -77,7 +78,7 @@ def template_from_kind(kind: UnitKind, dtype: torch.dtype) -> Template:
     return Template(kind, program.model, dtype)
 
 
-def write_copy(template: Template, name: str, tensors: Mapping[str, Tensor], folder: Path) -> None:
+def write_copy(template: Template, name: str, tensors: Mapping[str, Tensor], folder: Path) -> tuple[Parameter, ...]:
     """Write ``NAME.onnx`` and ``NAME.weights`` for one copy of a unit kind.
 
     Args:
@@ -85,8 +86,11 @@ def write_copy(template: Template, name: str, tensors: Mapping[str, Tensor], fol
         name: the copy, a key of ``template.kind.copies``.
         tensors: the checkpoint.
         folder: where to write.
+
+    Returns:
+        What lies where in the weights file.
     """
-    binding = template.kind.copies[name]
+    binding, parameters = template.kind.copies[name], []
     initializers = template.model.graph.initializers
     with open(folder / f"{name}.weights", "wb") as file:
         for parameter, module_value in template.kind.module.named_parameters():
@@ -102,9 +106,11 @@ def write_copy(template: Template, name: str, tensors: Mapping[str, Tensor], fol
                 name=parameter,
                 base_dir=folder,
             )
+            parameters.append(Parameter(parameter, offset, tuple(module_value.shape)))
     template.model.graph.name = name
     onnx.save_model(ir.to_proto(template.model), folder / f"{name}.onnx")
     onnx.checker.check_model(str(folder / f"{name}.onnx"))
+    return tuple(parameters)
 
 
 def _write_rows(

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from goc_deploy.errors import VerificationError
 from goc_deploy.exporters.lowering import Template
-from goc_deploy.protocols import Backend
+from goc_deploy.manifest import Parameter
+from goc_deploy.protocols import Backend, mapped_buffer
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-4}  # bf16 graphs are compared widened
 
@@ -27,7 +28,14 @@ def relative_l2(found: np.ndarray, expected: np.ndarray) -> float:
     return error if np.isfinite(error) else float("inf")
 
 
-def verify_copy(template: Template, name: str, tensors: Mapping[str, Tensor], folder: Path, backend: Backend) -> float:
+def verify_copy(
+    template: Template,
+    name: str,
+    parameters: Sequence[Parameter],
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    backend: Backend,
+) -> float:
     """Run a written unit and PyTorch on the same inputs.
 
     Both take the weights as rounded to the engine's precision; PyTorch computes in float32. ONNX Runtime has no bf16
@@ -42,7 +50,7 @@ def verify_copy(template: Template, name: str, tensors: Mapping[str, Tensor], fo
     kind = template.kind
     with open(folder / f"{name}.weights", "rb") as file:
         weights = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    stored = _stored_parameters(template, name, tensors, weights)
+    stored = _stored_parameters(template, name, tensors, weights, parameters)
     kind.module.float()
     for parameter, value in kind.module.named_parameters():
         value.data = stored[parameter].float()
@@ -50,7 +58,7 @@ def verify_copy(template: Template, name: str, tensors: Mapping[str, Tensor], fo
     with torch.inference_mode():
         expected = reference(*(i.example.float() if i.example.is_floating_point() else i.example for i in kind.inputs))
     expected_outputs = (expected,) if isinstance(expected, Tensor) else expected
-    found = _run(template, name, folder, weights, [tuple(e.shape) for e in expected_outputs], backend)
+    found = _run(template, name, parameters, folder, weights, [tuple(e.shape) for e in expected_outputs], backend)
     error = max(relative_l2(f, e.numpy()) for f, e in zip(found, expected_outputs, strict=True))
     if not error <= TOLERANCE[template.dtype]:
         raise VerificationError(
@@ -61,20 +69,17 @@ def verify_copy(template: Template, name: str, tensors: Mapping[str, Tensor], fo
 
 
 def _stored_parameters(
-    template: Template, name: str, tensors: Mapping[str, Tensor], weights: memoryview
+    template: Template, name: str, tensors: Mapping[str, Tensor], weights: memoryview, parameters: Sequence[Parameter]
 ) -> dict[str, Tensor]:
     """The parameters in a weights file, without copying them, once they equal the checkpoint to the last bit."""
     stored = {}
-    for parameter, slabs in template.kind.copies[name].items():
-        place = template.model.graph.initializers[parameter].const_value
-        assert isinstance(place, ir.ExternalTensor)
-        assert place.offset is not None
+    for p in parameters:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the mapping is read-only; nothing writes to it
-            whole = torch.frombuffer(weights, dtype=template.dtype, count=place.size, offset=place.offset)
-        stored[parameter] = whole.reshape(tuple(place.shape.numpy()))
+            whole = torch.frombuffer(weights, dtype=template.dtype, count=math.prod(p.shape), offset=p.offset)
+        stored[p.name] = whole.reshape(p.shape)
         start = 0
-        for slab in slabs:
+        for slab in template.kind.copies[name][p.name]:
             rows = slab.read(tensors, template.dtype).reshape(-1)
             part = whole[start : start + rows.numel()]
             if not torch.equal(part.view(torch.uint8), rows.view(torch.uint8)):
@@ -86,13 +91,21 @@ def _stored_parameters(
 
 
 def _run(
-    template: Template, name: str, folder: Path, weights: memoryview, shapes: list[tuple[int, ...]], backend: Backend
+    template: Template,
+    name: str,
+    parameters: Sequence[Parameter],
+    folder: Path,
+    weights: memoryview,
+    shapes: list[tuple[int, ...]],
+    backend: Backend,
 ) -> list[np.ndarray]:
     graph = memoryview((folder / f"{name}.onnx").read_bytes())
     if template.dtype == torch.bfloat16:
-        engine = backend.load(memoryview(_widened(graph, weights)), {})
+        engine = backend.load(memoryview(_widened(graph, weights)), {}, runs_once=True)
     else:
-        engine = backend.load(graph, {f"{name}.weights": weights})
+        dtype = str(template.dtype).removeprefix("torch.")
+        buffers = {p.name: mapped_buffer(weights, p.offset, p.shape, dtype) for p in parameters}
+        engine = backend.load(graph, buffers, runs_once=True)
     inputs, outputs = {}, {}
     for i in template.kind.inputs:
         inputs[i.name] = backend.allocate(tuple(i.example.shape), engine.dtypes[i.name])

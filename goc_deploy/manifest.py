@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from goc_deploy.errors import EngineDirError, SafetyError
 from goc_deploy.serde import build, check_format, dump_json, parse_json
-from goc_deploy.spec import PRECISIONS, ModelSpec
+from goc_deploy.spec import ITEM_BYTES, PRECISIONS, ModelSpec
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT, MANIFEST_VERSION = "goc_deploy.engine_dir", 1
@@ -32,19 +33,36 @@ class FileEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class Parameter:
+    """A tensor in a weights file, in the engine's precision.
+
+    Attributes:
+        name: of the graph's initializer.
+        offset: bytes from the start of the file.
+        shape: dimensions.
+    """
+
+    name: str
+    offset: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Unit:
-    """An exported graph: an ONNX file and, where it has large weights, their file.
+    """An exported graph: an ONNX file and, where it has weights, their file.
 
     Attributes:
         name: ``modulation``, ``embed``, ``block_00_attn``, ..., ``final``, ``sampler``, ``conditioning``.
         onnx: path of the graph.
         weights: path of the external data, or None.
+        parameters: what lies where in the weights file.
         relative_l2: largest error to PyTorch over the outputs, measured at export, or None where it has no weights.
     """
 
     name: str
     onnx: str
     weights: str | None
+    parameters: tuple[Parameter, ...]
     relative_l2: float | None
 
 
@@ -119,12 +137,19 @@ def _manifest_from_fields(found: dict[str, Any]) -> Manifest:
         model=ModelSpec(**model),
         precision=str(found["precision"]),
         max_batch=int(found["max_batch"]),
-        units=tuple(Unit(**unit) for unit in found["units"]),
+        units=tuple(_unit_from_fields(unit) for unit in found["units"]),
         predict={str(key): str(path) for key, path in found["predict"].items()},
         plans=tuple(PlanEntry(**plan) for plan in found["plans"]),
         files=tuple(FileEntry(**entry) for entry in found["files"]),
         provenance=dict(found["provenance"]),
     )
+
+
+def _unit_from_fields(unit: dict[str, Any]) -> Unit:
+    parameters = tuple(
+        Parameter(str(p["name"]), int(p["offset"]), tuple(int(d) for d in p["shape"])) for p in unit["parameters"]
+    )
+    return Unit(**{**unit, "parameters": parameters})
 
 
 def _check(manifest: Manifest, where: str) -> None:
@@ -151,6 +176,15 @@ def _check(manifest: Manifest, where: str) -> None:
         raise SafetyError(f"{where} lists a file twice (names that differ only in case count as equal)")
     if not all(type(e.size) is int and e.size >= 0 and _SHA256.fullmatch(e.sha256) for e in manifest.files):
         raise EngineDirError(f"{where} lists a file without a valid size and SHA-256")
+    sizes_of = {entry.path: entry.size for entry in manifest.files}
+    item = ITEM_BYTES[manifest.precision]
+    for unit in manifest.units:
+        for p in unit.parameters:
+            end = p.offset + math.prod(p.shape) * item
+            if min(p.offset, *p.shape, end) < 0 or end > sizes_of.get(unit.weights or "", 0):
+                raise EngineDirError(
+                    f"{where} places {p.name} of unit {unit.name} outside its weights file; export again"
+                )
     used = [u.onnx for u in manifest.units] + [u.weights for u in manifest.units if u.weights]
     used += [*manifest.predict.values(), *(p.plan for p in manifest.plans), *(p.schedule for p in manifest.plans)]
     missing = sorted(set(used) - set(paths))

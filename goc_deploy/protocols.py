@@ -41,6 +41,12 @@ class Buffer:
         return replace(self, pointer=self.pointer + offset, shape=shape)
 
 
+def mapped_buffer(content: memoryview, offset: int, shape: tuple[int, ...], dtype: str) -> Buffer:
+    """A tensor inside read-only memory, such as a mapped file, without copying it."""
+    owner = np.frombuffer(content, np.uint8)
+    return Buffer(owner.ctypes.data + offset, shape, dtype, owner)
+
+
 class Engine(Protocol):
     """A loaded graph.
 
@@ -68,8 +74,14 @@ class Backend(Protocol):
 
     name: str
 
-    def load(self, onnx: memoryview, weights: Mapping[str, memoryview]) -> Engine:
-        """Load a graph; ``weights`` maps external file names to their bytes."""
+    def load(self, onnx: memoryview, parameters: Mapping[str, Buffer], *, runs_once: bool = False) -> Engine:
+        """Load a graph.
+
+        Args:
+            onnx: the graph.
+            parameters: values of its external initializers, read during the call.
+            runs_once: it runs once per request, so time spent at load to make it faster is lost.
+        """
         ...
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:

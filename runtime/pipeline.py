@@ -25,11 +25,12 @@ from goc_deploy.errors import (
     UsageError,
     VerificationError,
 )
-from goc_deploy.manifest import Manifest
+from goc_deploy.manifest import Manifest, Unit
 from goc_deploy.options import GenerateOptions
 from goc_deploy.plan import Plan
-from goc_deploy.protocols import Backend, Engine
+from goc_deploy.protocols import DTYPE_OF_PRECISION, Backend, Engine, mapped_buffer
 from goc_deploy.publish import read_manifest, read_verified
+from goc_deploy.runtime import memory
 from goc_deploy.runtime.binding import Batch, Engines
 from goc_deploy.runtime.buffers import planned_bytes
 from goc_deploy.runtime.images import images_from_latents
@@ -301,33 +302,32 @@ def _load_engines(directory: Path, manifest: Manifest, plans: Sequence[Plan], ba
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         content = dict(zip(paths, pool.map(lambda path: read_verified(directory, entries[path]), paths), strict=True))
 
-    def loaded(path: str, weights: str | None) -> Engine:
+    dtype = DTYPE_OF_PRECISION[manifest.precision]
+
+    def loaded(path: str, unit: Unit | None = None) -> Engine:
+        weights = content[unit.weights] if unit and unit.weights else memoryview(b"")
+        parameters = {
+            p.name: mapped_buffer(weights, p.offset, p.shape, dtype) for p in (unit.parameters if unit else ())
+        }
         try:
-            return backend.load(content[path], {Path(weights).name: content.pop(weights)} if weights else {})
+            return backend.load(content[path], parameters, runs_once=unit is not None and unit.name == "conditioning")
         except GocError as cause:
             raise type(cause)(f"{directory / path}: {cause}") from cause
 
-    units = {unit.name: loaded(unit.onnx, unit.weights) for unit in manifest.units}
-    return Engines(units, {signature: loaded(path, None) for signature, path in predict.items()})
+    units = {unit.name: loaded(unit.onnx, unit) for unit in manifest.units}
+    engines = Engines(units, {signature: loaded(path) for signature, path in predict.items()})
+    memory.return_free_pages(content.values())
+    return engines
 
 
 def _check_memory(manifest: Manifest, plan: Plan, images: int, sessions: int) -> None:
     needed = sessions * planned_bytes(manifest.model, manifest.precision, plan, images)
-    available = _available_bytes()
+    available = memory.available_bytes()
     if available is not None and needed > available:
         raise ResourceError(
             f"plan {plan.name} needs {needed / 1e9:.2f} GB of buffers for {sessions} sessions of {images} images "
             f"but {available / 1e9:.2f} GB are available; use a smaller batch size"
         )
-
-
-def _available_bytes() -> int | None:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
 
 
 def _check_numbers(labels: Sequence[int], cfg_scale: float, cfg_channels: int, spec: ModelSpec) -> None:

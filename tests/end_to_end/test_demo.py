@@ -62,7 +62,7 @@ def test_digits_are_read_and_the_gradient_stays_closer_than_plain_reuse(
             timeout=120,
         )
         assert score.returncode == 0, score.stdout + score.stderr
-    assert errors["fora:2+gc:1.0"] < 0.6 * errors["fora:2"]
+    assert errors["fora:2+gc:1.0"] < 0.8 * errors["fora:2"]
 
 
 def test_the_checkpoint_is_small_and_deep_enough_to_be_worth_caching(engine: Path) -> None:

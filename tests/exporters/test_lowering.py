@@ -30,8 +30,8 @@ def templates(request: pytest.FixtureRequest) -> dict[str, Template]:
 def test_every_unit_equals_pytorch_and_passes_the_checker(templates: dict[str, Template], tmp_path: Path) -> None:
     for template in templates.values():
         for name in template.kind.copies:
-            write_copy(template, name, STATE, tmp_path)
-            error = verify_copy(template, name, STATE, tmp_path, OrtBackend())
+            parameters = write_copy(template, name, STATE, tmp_path)
+            error = verify_copy(template, name, parameters, STATE, tmp_path, OrtBackend())
             assert error < TOLERANCE[template.dtype] / 10, name
 
 
@@ -63,25 +63,25 @@ def test_weights_are_stored_as_the_checkpoint_has_them(tmp_path: Path) -> None:
 
 def test_a_unit_with_the_weights_of_another_block_is_refused(tmp_path: Path) -> None:
     template = template_from_kind(unit_kinds(SPEC, "fp32")[3], torch.float32)
-    write_copy(template, "block_00_mlp", STATE, tmp_path)
+    parameters = write_copy(template, "block_00_mlp", STATE, tmp_path)
     write_copy(template, "block_01_mlp", STATE, tmp_path)
     (tmp_path / "block_00_mlp.weights").write_bytes((tmp_path / "block_01_mlp.weights").read_bytes())
     with pytest.raises(
         VerificationError,
         match=r"unit block_00_mlp: blocks.0.mlp.fc1.weight was not written as it stands in the checkpoint",
     ):
-        verify_copy(template, "block_00_mlp", STATE, tmp_path, OrtBackend())
+        verify_copy(template, "block_00_mlp", parameters, STATE, tmp_path, OrtBackend())
 
 
 def test_a_graph_that_computes_something_else_fails_the_comparison(tmp_path: Path) -> None:
     template = template_from_kind(unit_kinds(SPEC, "fp32")[3], torch.float32)
-    write_copy(template, "block_00_mlp", STATE, tmp_path)
+    parameters = write_copy(template, "block_00_mlp", STATE, tmp_path)
     model = onnx.load(tmp_path / "block_00_mlp.onnx", load_external_data=False)
     (gelu,) = (node for node in model.graph.node if node.op_type == "Gelu")
     gelu.attribute[0].s = b"none"
     onnx.save(model, tmp_path / "block_00_mlp.onnx")
     with pytest.raises(VerificationError, match="unit block_00_mlp: the exported graph differs from PyTorch"):
-        verify_copy(template, "block_00_mlp", STATE, tmp_path, OrtBackend())
+        verify_copy(template, "block_00_mlp", parameters, STATE, tmp_path, OrtBackend())
 
 
 def test_an_error_that_is_not_finite_is_infinite() -> None:

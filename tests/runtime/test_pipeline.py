@@ -19,7 +19,7 @@ from goc_deploy.exporters.cache_update import predict_graph
 from goc_deploy.exporters.dit import DiT
 from goc_deploy.noise import image_noise
 from goc_deploy.passes import compile_schedule
-from goc_deploy.runtime import buffers, pipeline
+from goc_deploy.runtime import buffers, memory, pipeline
 from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.samplers import sampler_table
@@ -245,7 +245,7 @@ def test_numbers_out_of_range_are_refused_at_load(golden_engine: Path) -> None:
 def test_buffers_that_do_not_fit_into_memory_are_refused_before_allocation(
     golden_engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "_available_bytes", lambda: 1000)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
     with pytest.raises(ResourceError, match="use a smaller batch size"):
         goc_deploy.load(golden_engine)
 
