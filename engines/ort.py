@@ -33,39 +33,43 @@ _DTYPE_OF_ORT_TYPE = {
 GROW_AS_REQUESTED = 1
 
 _pool_lock = threading.Lock()
-_pool_threads: int | None = None
+_pool: tuple[str, int] | None = None  # (who made it, threads)
 
 
-def shared_thread_pool(threads: int) -> int:
+def shared_pool_of_process(threads: int) -> tuple[str, int]:
     """Create the process-wide thread pool and memory arena once.
 
     Args:
         threads: size; 0 lets ONNX Runtime choose (one per core).
 
     Returns:
-        The size asked for when the pool was made; a later call cannot change it and says so in the log.
+        Who made the pool (``shared`` or ``made by the host program``), and the size asked for then. A later call
+        cannot change it and says so in the log.
     """
-    global _pool_threads
+    global _pool
     with _pool_lock:
-        if _pool_threads is None:
+        if _pool is None:
             try:
                 onnxruntime.set_global_thread_pool_sizes(threads, 1)
-                _register_shared_arena()
-                _pool_threads = threads
-            except Exception as error:  # raised where the host program made the pool itself
+                _pool = ("shared", threads)
+            except Exception as error:
                 logger.warning("the ONNX Runtime thread pool that this process has already is used as it is: %s", error)
-                _pool_threads = 0
-        elif threads not in (0, _pool_threads):
+                _pool = ("made by the host program", 0)
+            _register_shared_arena()
+        elif threads not in (0, _pool[1]):
             logger.warning(
-                "the thread pool of this process keeps its size %d; %d threads are ignored", _pool_threads, threads
+                "the thread pool of this process keeps its size %d; %d threads are ignored", _pool[1], threads
             )
-        return _pool_threads
+        return _pool
 
 
 def _register_shared_arena() -> None:
     """One arena for the activations of all units: they run one after the other, so each finds warm memory."""
     where = state.OrtMemoryInfo("Cpu", state.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, state.OrtMemType.DEFAULT)
-    state.create_and_register_allocator(where, state.OrtArenaCfg({"arena_extend_strategy": GROW_AS_REQUESTED}))
+    try:
+        state.create_and_register_allocator(where, state.OrtArenaCfg({"arena_extend_strategy": GROW_AS_REQUESTED}))
+    except Exception as error:
+        logger.warning("the ONNX Runtime memory arena that this process has already is used as it is: %s", error)
 
 
 class OrtEngine:
@@ -122,12 +126,12 @@ class OrtBackend:
     def __init__(self, threads: int = 0, *, shared_pool: bool = True) -> None:
         if threads < 0:
             raise UsageError(f"threads must not be negative, got {threads}")
-        if not shared_pool and _pool_threads is not None:
+        if not shared_pool and _pool is not None:
             raise EnvironmentUnsupportedError(
                 "this process has a shared ONNX Runtime thread pool already, so shared_pool=False is not possible; use it from the first load on"
             )
         self._shared_pool = shared_pool
-        self._threads = shared_thread_pool(threads) if shared_pool else threads
+        self._pool, self._threads = shared_pool_of_process(threads) if shared_pool else ("per unit", threads)
 
     def load(self, onnx: memoryview, parameters: Mapping[str, Buffer], *, runs_once: bool = False) -> OrtEngine:
         """Load a graph. ONNX Runtime copies the parameters, and packs matrices unless the graph runs once.
@@ -199,7 +203,7 @@ class OrtBackend:
             "version": onnxruntime.__version__,
             "provider": "CPUExecutionProvider",
             "threads": self._threads or "one per core",
-            "thread_pool": "shared" if self._shared_pool else "per unit",
+            "thread_pool": self._pool,
         }
 
 

@@ -72,7 +72,7 @@ def load(
     Raises:
         GocError: a subclass says what is wrong and has an ``exit_code``.
     """
-    from goc_deploy.runtime.pipeline import load_pipelines
+    from goc_deploy.runtime.loading import load_pipelines
 
     return load_pipelines(
         Path(engine_dir), make_backend(backend, threads, shared_pool=shared_pool), [plan], batch_size, max_sessions
@@ -88,7 +88,7 @@ def load_plans(
     threads: int = 0,
 ) -> list[Pipeline]:
     """Like `load` for several plans of one engine directory, which share the weights."""
-    from goc_deploy.runtime.pipeline import load_pipelines
+    from goc_deploy.runtime.loading import load_pipelines
 
     return load_pipelines(Path(engine_dir), make_backend(backend, threads), plans, batch_size, 1)
 

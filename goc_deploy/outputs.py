@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from goc_deploy.errors import ConflictError, ResourceError, UsageError
+from goc_deploy.errors import ConflictError, UsageError
+from goc_deploy.publish import disk_errors, replacing
 
 
 def spread_labels(labels: Sequence[int] | None, count: int | None, classes: int) -> list[int]:
@@ -46,6 +46,12 @@ def read_latents(path: Path | None) -> np.ndarray | None:
     return found
 
 
+def check_suffix(path: Path | None, *suffixes: str, what: str) -> None:
+    """Raise UsageError unless ``path`` ends in one of the suffixes (an empty one is a name without a suffix)."""
+    if path is not None and path.suffix.lower() not in suffixes:
+        raise UsageError(f"{path.name}: {what}")
+
+
 def check_writable(path: Path | None, *, may_be_folder: bool = False) -> None:
     """Refuse an output path before any work is done. With ``may_be_folder`` a name without a suffix is a folder.
 
@@ -67,25 +73,23 @@ def check_writable(path: Path | None, *, may_be_folder: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def write_errors(path: Path) -> Iterator[None]:
-    """Turn what the system says about writing ``path`` into an error of ours."""
-    try:
-        yield
-    except OSError as cause:
-        if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ResourceError(
-                f"{path} could not be written, the disk is full; free some space and run again"
-            ) from cause
-        raise ConflictError(f"{path} could not be written: {cause.strerror or cause}") from cause
+def written(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes ``path`` when it is whole.
+
+    Raises:
+        ConflictError, ResourceError: the system refuses to write.
+    """
+    with disk_errors(f"writing {path}"), replacing(path) as temporary:
+        yield temporary
 
 
 def save_array(values: np.ndarray, path: Path) -> None:
     """Write a ``.npy`` file, whatever the name ends in."""
-    with write_errors(path), open(path, "wb") as file:
+    with written(path) as temporary, open(temporary, "wb") as file:
         np.save(file, values)
 
 
 def save_text(text: str, path: Path) -> None:
     """Write a text file."""
-    with write_errors(path):
-        path.write_text(text, encoding="utf-8")
+    with written(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -12,7 +12,7 @@ from goc_deploy.manifest import MANIFEST_NAME, PlanEntry, manifest_to_json
 from goc_deploy.options import ExportOptions
 from goc_deploy.passes import compile_schedule
 from goc_deploy.policies import check_plan_name, parse_policy, schedule_from_policy
-from goc_deploy.publish import directory_lock, disk_errors, file_entry, read_manifest, write_atomically
+from goc_deploy.publish import directory_lock, disk_errors, file_entry, read_manifest, replacing
 from goc_deploy.samplers import sampler_table
 
 DEFAULTS = ExportOptions()
@@ -49,12 +49,14 @@ def add_plan_to(directory: Path, spec: str, name: str | None, steps: int | None,
             new_files = tuple(file_entry(Path(stage), path) for path in paths)
             for path in paths:
                 (directory / path).parent.mkdir(exist_ok=True)
-                write_atomically(directory / path, (Path(stage) / path).read_bytes())
+                with replacing(directory / path) as temporary:
+                    temporary.write_bytes((Path(stage) / path).read_bytes())
         manifest = replace(
             manifest,
             plans=(*manifest.plans, entry),
             predict={**manifest.predict, **predict},
             files=tuple(sorted((*manifest.files, *new_files), key=lambda file: file.path)),
         )
-        write_atomically(directory / MANIFEST_NAME, manifest_to_json(manifest).encode())
+        with replacing(directory / MANIFEST_NAME) as temporary:
+            temporary.write_text(manifest_to_json(manifest), encoding="utf-8")
     return entry

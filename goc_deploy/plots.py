@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from goc_deploy.errors import EnvironmentUnsupportedError
-from goc_deploy.outputs import write_errors
+from goc_deploy.outputs import written
 from goc_deploy.schedule import Schedule
 
 ACTIONS = {"compute": "#1b3a57", "reuse": "#d9e4ec", "gradient": "#f2a541", "blend": "#8e5ea2"}
@@ -61,8 +61,8 @@ def plot_schedule(schedule: Schedule, title: str, path: Path) -> None:
     present = sorted({code for row in codes for code in row})
     handles = [Patch(facecolor=ACTIONS[names[code]], edgecolor="grey", label=names[code]) for code in present]
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
-    with write_errors(path):
-        figure.savefig(path, dpi=120)
+    with written(path) as temporary:
+        figure.savefig(temporary, dpi=120)
     plt.close(figure)
 
 
@@ -77,6 +77,6 @@ def plot_step_times(rows: Sequence[tuple[str, Sequence[float]]], title: str, pat
     axes.set_ylim(bottom=0)
     axes.set_title(title)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    with write_errors(path):
-        figure.savefig(path, dpi=120)
+    with written(path) as temporary:
+        figure.savefig(temporary, dpi=120)
     plt.close(figure)

@@ -49,9 +49,7 @@ def directory_lock(directory: Path) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            os.unlink(
-                lock.lock_file
-            )  # while it is held: whoever waits on the old file sees that it is gone and retries
+            os.unlink(lock.lock_file)  # still held: whoever waits sees that the file is gone, and retries
         lock.release()
 
 
@@ -171,14 +169,19 @@ def _sync_tree(root: Path) -> None:
         _sync(Path(folder))
 
 
-def write_atomically(path: Path, text: bytes) -> None:
-    """Replace a file's content in one step."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary sibling that replaces ``path`` in one step when the body ends well, and vanishes otherwise.
+
+    What is no regular file, such as a device, is written directly.
+    """
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
-        with open(temporary, "xb") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        _sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -244,9 +247,9 @@ def _open_beneath(directory: Path, relative: str) -> Iterator[tuple[int, int]]:
     *folders, name = relative.split("/")
     where = directory / relative
     with contextlib.ExitStack() as stack:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        stack.callback(os.close, fd)
         try:
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, fd)
             for folder in folders:
                 fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
                 stack.callback(os.close, fd)

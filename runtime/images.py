@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from goc_deploy.outputs import written
+from goc_deploy.publish import disk_errors
+
 IMAGE_CHANNELS = (1, 3)
 
 
@@ -58,17 +61,24 @@ def save_images(images: np.ndarray, output: Path, columns: int | None = None) ->
 
     Returns:
         The files written.
+
+    Raises:
+        ConflictError, ResourceError: the system refuses to write.
     """
     if output.suffix == ".png":
         scale = max(1, 112 // images.shape[1])
-        grid(images, columns, scale=scale, gap=2 * scale).save(output)
+        with written(output) as temporary:
+            grid(images, columns, scale=scale, gap=2 * scale).save(temporary)
         return [output]
     if output.suffix == ".npz":
-        np.savez(output, arr_0=np.broadcast_to(images, (*images.shape[:3], 3)))
+        with written(output) as temporary:
+            np.savez(temporary, arr_0=np.broadcast_to(images, (*images.shape[:3], 3)))
         return [output]
-    output.mkdir(parents=True, exist_ok=True)
+    with disk_errors(f"writing {output}"):
+        output.mkdir(parents=True, exist_ok=True)
     digits = max(4, len(str(len(images) - 1)))
     paths = [output / f"{i:0{digits}d}.png" for i in range(len(images))]
     for image, path in zip(images, paths, strict=True):
-        _image(image).save(path)
+        with written(path) as temporary:
+            _image(image).save(temporary)
     return paths

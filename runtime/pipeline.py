@@ -8,29 +8,17 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from goc_deploy import noise as noise_source
-from goc_deploy.engine_dir import load_plan
-from goc_deploy.errors import (
-    EngineDirError,
-    EnvironmentUnsupportedError,
-    GocError,
-    ResourceError,
-    UsageError,
-    VerificationError,
-)
-from goc_deploy.manifest import Manifest, Unit
+from goc_deploy.errors import EnvironmentUnsupportedError, UsageError, VerificationError
+from goc_deploy.manifest import Manifest
 from goc_deploy.options import GenerateOptions
 from goc_deploy.plan import Plan
-from goc_deploy.protocols import DTYPE_OF_PRECISION, Backend, Engine, mapped_buffer
-from goc_deploy.publish import read_manifest, read_verified
-from goc_deploy.runtime import memory
+from goc_deploy.protocols import Backend
 from goc_deploy.runtime.binding import Batch, Engines
 from goc_deploy.runtime.buffers import planned_bytes
 from goc_deploy.runtime.images import images_from_latents
@@ -96,8 +84,8 @@ class Pipeline:
         self.spec: ModelSpec = manifest.model
         self._free: queue.LifoQueue[Session | None] = queue.LifoQueue()
         self._closed = threading.Event()
-        for _ in range(max_sessions - 1):
-            self._free.put(None)  # made when first needed
+        self._max_sessions = max_sessions
+        self._offer_empty(max_sessions - 1)
         self._free.put(self._new_session())
 
     def generate(
@@ -128,14 +116,14 @@ class Pipeline:
             EnvironmentUnsupportedError: the pipeline was closed, or inherited over a fork.
         """
         self._check_open()
-        _check_numbers(labels, cfg_scale, cfg_channels, self.spec)
+        _check_numbers(labels, seed, cfg_scale, cfg_channels, self.spec)
         start = None if latents is None else _checked_latents(latents, len(labels), self.spec)
         draws = 1 + (self.plan.steps if self.plan.sampler.stochastic else 0)
         outputs, timings, trajectories = [], [], []
         with self._session() as session:
             for first in range(0, len(labels), self.batch_size):
                 part = range(first, min(first + self.batch_size, len(labels)))
-                noise = np.stack([noise_source.image_noise(seed, i, draws, self._latent_shape) for i in part])
+                noise = np.stack([noise_source.image_noise(int(seed), i, draws, self._latent_shape) for i in part])
                 if start is not None:
                     noise[:, 0] = start[part.start : part.stop]
                 request = Request(tuple(int(labels[i]) for i in part), noise, float(cfg_scale), int(cfg_channels))
@@ -159,12 +147,13 @@ class Pipeline:
         self.generate([0])
 
     def close(self) -> None:
-        """Free the engines and buffers; later calls raise. Closing twice is fine."""
+        """Free the engines and buffers; later and waiting calls raise, running ones end. Closing twice is fine."""
         self._closed.set()
         self._engines = Engines({}, {})
         with contextlib.suppress(queue.Empty):
             while True:
                 self._free.get_nowait()
+        self._offer_empty(self._max_sessions)  # wakes whoever waits
 
     def __enter__(self) -> Pipeline:
         return self
@@ -192,14 +181,21 @@ class Pipeline:
         session.bind(Batch(images=1, guided=True, labels=2))
         return session
 
+    def _offer_empty(self, count: int) -> None:
+        """Offer places of sessions that are made when first taken."""
+        for _ in range(count):
+            self._free.put(None)
+
     @contextlib.contextmanager
     def _session(self) -> Iterator[Session]:
-        session = self._free.get() or self._new_session()
+        """Take a session, or wait for one; its place is offered again whatever happens."""
+        session = self._free.get()
         try:
+            self._check_open()
+            session = session or self._new_session()
             yield session
         finally:
-            if not self._closed.is_set():
-                self._free.put(session)
+            self._free.put(None if self._closed.is_set() else session)
 
     def _step_callback(self, callback: StepHook | None, taken: list[np.ndarray] | None, part: range) -> Any:
         if callback is None and taken is None:
@@ -234,9 +230,9 @@ class Pipeline:
             "precision": self.manifest.precision,
             "images": images,
             "batch_size": self.batch_size,
-            "seed": seed,
+            "seed": int(seed),
             "cfg_scale": float(cfg_scale),
-            "cfg_channels": cfg_channels,
+            "cfg_channels": int(cfg_channels),
             "cache_bytes": plan.cache_bytes(self.spec, rows, item),
             "naive_cache_bytes": plan.naive_cache_bytes(self.spec, rows, item),
             "buffer_bytes": planned_bytes(self.spec, self.manifest.precision, plan, self.batch_size),
@@ -251,95 +247,22 @@ class Pipeline:
         }
 
 
-def load_pipelines(
-    directory: Path, backend: Backend, names: Sequence[str | None], batch_size: int | None, max_sessions: int
-) -> list[Pipeline]:
-    """Load an engine directory once, for one or more of its plans.
-
-    Args:
-        directory: the engine directory.
-        backend: loads the graphs and owns the buffers.
-        names: plans by name or SPEC; None is the first plan that caches.
-        batch_size: images per run; None is the engine's ``max_batch``.
-        max_sessions: sessions of each pipeline.
-
-    Raises:
-        EngineDirError, SafetyError: the directory is corrupt or not ours.
-        UsageError: no such plan, or a number out of range.
-        ResourceError: the buffers do not fit into memory.
-    """
-    if max_sessions < 1:
-        raise UsageError(f"max_sessions must be at least 1, got {max_sessions}")
-    manifest = read_manifest(directory)
-    plans = [load_plan(directory, manifest, name) for name in names]
-    images = manifest.max_batch if batch_size is None else batch_size
-    if not 1 <= images <= manifest.max_batch:
-        raise UsageError(
-            f"batch size {images} must be within 1..{manifest.max_batch}, what the engine was exported for (--max-batch)"
-        )
-    for plan in plans:
-        _check_memory(manifest, plan, images, max_sessions)
-    engines = _load_engines(directory, manifest, plans, backend)
-    return [Pipeline(manifest, plan, engines, backend, images, max_sessions) for plan in plans]
-
-
-def _load_engines(directory: Path, manifest: Manifest, plans: Sequence[Plan], backend: Backend) -> Engines:
-    """Verify every file that the plans need, in parallel, then load the graphs."""
-    signatures = sorted({signature for plan in plans for signature in plan.signatures})
-    missing = [signature for signature in signatures if signature not in manifest.predict]
-    if missing:
-        raise EngineDirError(
-            f"{directory} lists no predict graph for {missing[0]!r}, which a plan needs; add the plan again"
-        )
-    needed = {"conditioning", "embed", "final", "modulation", "sampler"}
-    needed |= {f"block_{b:02d}_{branch}" for b in range(manifest.model.depth) for branch in manifest.model.branches}
-    lacking = sorted(needed - {unit.name for unit in manifest.units})
-    if lacking:
-        raise EngineDirError(f"{directory} lists no unit {lacking[0]!r}, which the model needs; export again")
-    entries = {file.path: file for file in manifest.files}
-    predict = {signature: manifest.predict[signature] for signature in signatures}
-    paths = sorted({p for unit in manifest.units for p in (unit.onnx, unit.weights) if p} | set(predict.values()))
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        content = dict(zip(paths, pool.map(lambda path: read_verified(directory, entries[path]), paths), strict=True))
-
-    dtype = DTYPE_OF_PRECISION[manifest.precision]
-
-    def loaded(path: str, unit: Unit | None = None) -> Engine:
-        weights = content[unit.weights] if unit and unit.weights else memoryview(b"")
-        parameters = {
-            p.name: mapped_buffer(weights, p.offset, p.shape, dtype) for p in (unit.parameters if unit else ())
-        }
-        try:
-            return backend.load(content[path], parameters, runs_once=unit is not None and unit.name == "conditioning")
-        except GocError as cause:
-            raise type(cause)(f"{directory / path}: {cause}") from cause
-
-    units = {unit.name: loaded(unit.onnx, unit) for unit in manifest.units}
-    engines = Engines(units, {signature: loaded(path) for signature, path in predict.items()})
-    memory.return_free_pages(content.values())
-    return engines
-
-
-def _check_memory(manifest: Manifest, plan: Plan, images: int, sessions: int) -> None:
-    needed = sessions * planned_bytes(manifest.model, manifest.precision, plan, images)
-    available = memory.available_bytes()
-    if available is not None and needed > available:
-        raise ResourceError(
-            f"plan {plan.name} needs {needed / 1e9:.2f} GB of buffers for {sessions} sessions of {images} images "
-            f"but {available / 1e9:.2f} GB are available; use a smaller batch size"
-        )
-
-
-def _check_numbers(labels: Sequence[int], cfg_scale: float, cfg_channels: int, spec: ModelSpec) -> None:
+def _check_numbers(labels: Sequence[int], seed: int, cfg_scale: float, cfg_channels: int, spec: ModelSpec) -> None:
     if len(labels) == 0:
         raise UsageError("labels are empty; give one label per image")
     for i, label in enumerate(labels):
-        if isinstance(label, bool) or not isinstance(label, (int, np.integer)) or not 0 <= label < spec.classes:
+        if not _is_whole(label) or not 0 <= label < spec.classes:
             raise UsageError(f"label {label!r} (image {i}) must be a whole number within 0..{spec.classes - 1}")
+    if not _is_whole(seed):
+        raise UsageError(f"seed must be a whole number, got {seed!r}")
     if not (np.isfinite(cfg_scale) and 0 <= cfg_scale <= 1e3):
         raise UsageError(f"cfg_scale must be a number within 0..1000, got {cfg_scale}")
-    if cfg_channels < 0:
-        raise UsageError(f"cfg_channels must not be negative, got {cfg_channels}")
+    if not _is_whole(cfg_channels) or cfg_channels < 0:
+        raise UsageError(f"cfg_channels must be a whole number and not negative, got {cfg_channels!r}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _checked_latents(latents: np.ndarray, images: int, spec: ModelSpec) -> np.ndarray:

@@ -39,7 +39,7 @@ def run_command(command: click.Command, argv: Sequence[str] | None) -> int:
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        return _say("interrupted; nothing was left behind", INTERRUPTED)
+        return _say("interrupted; nothing was left half written", INTERRUPTED)
     except click.exceptions.Exit as error:
         return error.exit_code
     except BrokenPipeError:

@@ -52,8 +52,9 @@ def command(
 ) -> None:
     """Measure plans side by side: rounds are interleaved, times are medians."""
     from goc_deploy.bench import compare_plans, summary_rows
-    from goc_deploy.outputs import check_writable, save_text
+    from goc_deploy.outputs import check_suffix, check_writable, save_text
 
+    check_suffix(plot, ".png", ".svg", ".pdf", what="--plot ends in .png, .svg or .pdf")
     for path in (json_path, plot):
         check_writable(path)
     with progress_bar() as progress:

@@ -51,9 +51,12 @@ def command(
         click.echo(entry.name)
         return
     from goc_deploy.engine_dir import load_plan
+    from goc_deploy.outputs import check_suffix, check_writable
     from goc_deploy.publish import read_manifest
     from goc_deploy.show import action_rows, plan_rows
 
+    check_suffix(plot, ".png", ".svg", ".pdf", what="--plot ends in .png, .svg or .pdf")
+    check_writable(plot)
     manifest = read_manifest(engine_dir)
     if list_plans:
         columns, rows = plan_rows([load_plan(engine_dir, manifest, entry.name) for entry in manifest.plans], manifest)
@@ -67,10 +70,8 @@ def command(
         rows,
     )
     if plot:
-        from goc_deploy.outputs import check_writable
         from goc_deploy.plots import plot_schedule
 
-        check_writable(plot)
         plot_schedule(plan.schedule, plan.name, plot)
         click.echo(plot)
 

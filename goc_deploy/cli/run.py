@@ -82,6 +82,9 @@ def command(
     from goc_deploy import outputs
     from goc_deploy.api import load
 
+    outputs.check_suffix(
+        output, "", ".png", ".npz", what="--output ends in .png or .npz, or has no suffix and is a directory"
+    )
     outputs.check_writable(output, may_be_folder=True)
     for path in (latents_output, trajectory_output, report):
         outputs.check_writable(path)
@@ -126,8 +129,7 @@ def command(
     elif output:
         from goc_deploy.runtime.images import save_images
 
-        with outputs.write_errors(output):
-            save_images(result.images, output, outputs.grid_columns(chosen))
+        save_images(result.images, output, outputs.grid_columns(chosen))
     for path in (output if result.images is not None else None, latents_output, trajectory_output, report):
         if path:
             click.echo(path)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from goc_deploy.errors import ConflictError
-from goc_deploy.outputs import check_writable, grid_columns, spread_labels
+from goc_deploy.outputs import check_writable, grid_columns, save_array, save_text, spread_labels, written
 
 
 def test_labels_are_repeated_in_order() -> None:
@@ -30,6 +30,22 @@ def test_labels_are_repeated_in_order() -> None:
 )
 def test_a_grid_has_a_row_per_repetition_where_that_looks_good(labels: list[int], columns: int | None) -> None:
     assert grid_columns(labels) == columns
+
+
+def test_an_output_is_whole_or_absent(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    save_text("old", path)
+
+    def fail() -> None:
+        with written(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert path.read_text() == "old"
+    save_array(np.arange(3), tmp_path / "name.without.npy.ending")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["name.without.npy.ending", "x.json"]
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:

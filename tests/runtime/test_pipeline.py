@@ -167,8 +167,10 @@ def test_the_report_says_what_ran(pipe: Pipeline) -> None:
         ({"labels": [True]}, "label True"),
         ({"labels": [1], "cfg_scale": float("nan")}, "cfg_scale must be"),
         ({"labels": [1], "cfg_scale": -1}, "cfg_scale must be"),
-        ({"labels": [1], "cfg_channels": -1}, "cfg_channels must not be negative"),
+        ({"labels": [1], "cfg_channels": -1}, "cfg_channels must be a whole number and not negative"),
         ({"labels": [1], "seed": -1}, "seed must be"),
+        ({"labels": [1], "seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ({"labels": [1], "cfg_channels": 1.5}, "cfg_channels must be a whole number"),
         (
             {"labels": [1], "latents": np.zeros((2, 4, 8, 8), np.float32)},
             r"shape \[2, 4, 8, 8\], expected \[1, 4, 8, 8\]",
@@ -207,6 +209,53 @@ def test_closing_twice_is_fine_and_a_closed_pipeline_says_so(golden_engine: Path
     loaded.close()
     with pytest.raises(EnvironmentUnsupportedError, match="closed"):
         loaded.generate([0])
+
+
+def test_closing_wakes_a_caller_that_waits_for_a_session(golden_engine: Path) -> None:
+    loaded = goc_deploy.load(golden_engine)
+    running, go_on, errors = threading.Event(), threading.Event(), []
+
+    def hold(_event: pipeline.StepEvent) -> None:
+        running.set()
+        go_on.wait(timeout=60)
+
+    def wait() -> None:
+        try:
+            loaded.generate([1])
+        except EnvironmentUnsupportedError as error:
+            errors.append(str(error))
+
+    first = threading.Thread(target=lambda: loaded.generate([0], callback=hold))
+    first.start()
+    running.wait(timeout=60)
+    second = threading.Thread(target=wait)
+    second.start()
+    second.join(timeout=0.5)
+    assert second.is_alive(), "there is one session, so the second caller waits"
+    loaded.close()
+    second.join(timeout=60)
+    go_on.set()
+    first.join(timeout=60)
+    assert not first.is_alive()
+    assert len(errors) == 1
+    assert "closed" in errors[0]
+
+
+def test_a_session_that_cannot_be_made_does_not_block_later_callers(
+    golden_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = goc_deploy.load(golden_engine)
+    loaded._free.get()
+    loaded._free.put(None)
+
+    def fail() -> None:
+        raise ResourceError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loaded, "_new_session", fail)
+        with pytest.raises(ResourceError):
+            loaded.generate([1])
+    assert loaded.generate([1]).latents.shape == (1, 4, 8, 8)
 
 
 def test_a_pipeline_cannot_be_pickled(pipe: Pipeline) -> None:
