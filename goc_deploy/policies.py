@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 from goc_deploy.errors import ScheduleError, UsageError
@@ -151,9 +152,9 @@ def _fora(argument: str, spec: ModelSpec, steps: int) -> Schedule:
     interval_text, at, fraction_text = argument.partition("@")
     if not interval_text.isdecimal() or not 1 <= int(interval_text) <= 1000:
         raise UsageError(f"interval {interval_text!r} must be a whole number from 1 to 1000")
-    fraction = _number(fraction_text, "fraction") if at else 1.0
-    if not 0 < fraction <= 1:
+    if at and not 0 < _number(fraction_text, "fraction") <= 1:
         raise UsageError(f"fraction {fraction_text} must be above 0 and at most 1")
+    fraction = Fraction(fraction_text) if at else Fraction(1)  # exact: 0.55 of 20 steps is 11, not a little more
     interval = int(interval_text)
     reused = (k % interval != 0 and k < fraction * steps for k in range(steps))
     return Schedule(spec.depth, spec.branches, tuple(((REUSE if r else COMPUTE),) * spec.units for r in reused))

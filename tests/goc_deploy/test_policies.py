@@ -26,6 +26,12 @@ def test_fora_reuses_odd_steps() -> None:
     assert steps_with(made("fora:2@0.5"), REUSE) == [1, 3, 5, 7, 9]
 
 
+def test_the_fraction_ends_before_the_step_it_reaches() -> None:
+    assert steps_with(made("fora:2@0.15"), REUSE) == [1]
+    assert steps_with(made("fora:2@0.55"), REUSE) == [1, 3, 5, 7, 9]
+    assert steps_with(made("fora:2@0.56"), REUSE) == [1, 3, 5, 7, 9, 11]
+
+
 def test_an_interval_of_three_computes_every_third_step() -> None:
     assert steps_with(made("fora:3", steps=10), COMPUTE) == [0, 3, 6, 9]
 
