@@ -60,16 +60,19 @@ def check_writable(path: Path | None, *, may_be_folder: bool = False) -> None:
     """
     if path is None:
         return
-    is_folder = may_be_folder and path.suffix == ""
-    if path.is_dir() and not is_folder:
-        raise ConflictError(f"{path} is a directory; choose another output file")
-    if path.exists() and is_folder and not path.is_dir():
-        raise ConflictError(f"{path} is a file; for single images give a directory, or a name ending in .png or .npz")
-    target = path if path.is_dir() else path.absolute().parent
-    if not target.is_dir():
-        raise ConflictError(f"{target} is not a directory, so {path.name} cannot be written; create it first")
-    if not os.access(target, os.W_OK):
-        raise ConflictError(f"{target} is not writable; choose another output")
+    with disk_errors(f"checking {path}"):
+        is_folder = may_be_folder and path.suffix == ""
+        if path.is_dir() and not is_folder:
+            raise ConflictError(f"{path} is a directory; choose another output file")
+        if path.exists() and is_folder and not path.is_dir():
+            raise ConflictError(
+                f"{path} is a file; for single images give a directory, or a name ending in .png or .npz"
+            )
+        target = path if path.is_dir() else path.absolute().parent
+        if not target.is_dir():
+            raise ConflictError(f"{target} is not a directory, so {path.name} cannot be written; create it first")
+        if not os.access(target, os.W_OK):
+            raise ConflictError(f"{target} is not writable; choose another output")
 
 
 @contextlib.contextmanager

@@ -202,7 +202,7 @@ def read_manifest(directory: Path) -> Manifest:
         SafetyError: the manifest names files outside the directory.
     """
     where = f"{directory / MANIFEST_NAME}"
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # unlike Path.is_dir, False for names that are too long
         raise EngineDirError(f"{directory} is not a directory; give the engine directory that goc-export wrote")
     try:
         with _open_beneath(directory, MANIFEST_NAME) as (fd, size):

@@ -258,6 +258,10 @@ def test_bad_engine_directories(name: str, golden_engine: Path, command: Command
     assert tree(tmp_path) == before
 
 
+def test_a_name_that_no_file_can_have_is_no_engine(command: Command) -> None:
+    assert_one_sentence(command("goc-run", "x" * 300, "--labels", "1", code=4), "is not a directory")
+
+
 def test_files_that_are_not_listed_are_ignored(golden_engine: Path, command: Command, tmp_path: Path) -> None:
     engine = Path(shutil.copytree(golden_engine, tmp_path / "engine"))
     for name in ("evil.so", "__init__.py", "sitecustomize.py", "onnx/numpy.py"):
@@ -284,6 +288,7 @@ def test_files_that_are_not_listed_are_ignored(golden_engine: Path, command: Com
         (("--labels", "1", "--backend", "tensorrt"), 5, "backend 'tensorrt' is not available"),
         (("--labels", "1", "--output", "{tmp}/missing/x.png"), 8, "create it first"),
         (("--labels", "1", "--output", "{tmp}/x.jpg"), 2, "--output ends in .png or .npz"),
+        (("--labels", "1", "--output", "{tmp}/" + "x" * 300 + ".png"), 8, "File name too long"),
         (("--labels", "1", "--report", "{tmp}/missing/x.json"), 8, "create it first"),
         (("--labels", "1", "--latents-output", "/dev/full"), 7, "disk is full"),
     ],
