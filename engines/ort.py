@@ -16,7 +16,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, ResourceError, UsageError
-from goc_deploy.protocols import ITEM_BYTES, Buffer
+from goc_deploy.protocols import DTYPE_BYTES, Buffer
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ class OrtBackend:
         Raises:
             ResourceError: the system has not that much.
         """
-        nbytes = int(np.prod(shape, dtype=np.int64)) * ITEM_BYTES[dtype]
+        nbytes = int(np.prod(shape, dtype=np.int64)) * DTYPE_BYTES[dtype]
         try:
             memory = np.empty(nbytes + ALIGNMENT, np.uint8)
         except MemoryError as cause:

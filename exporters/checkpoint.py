@@ -25,7 +25,6 @@ from torch import Tensor
 
 from goc_deploy.errors import ModelError, SafetyError
 
-WEIGHT_SETS = ("auto", "ema", "model")
 PREFIXES = ("module.", "_orig_mod.")
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SAVE_HINT = "save it with torch.save(model.state_dict(), ...) or as .safetensors"

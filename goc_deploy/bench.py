@@ -9,21 +9,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from goc_deploy.options import Progress
+from goc_deploy.options import BenchOptions, Progress
 from goc_deploy.publish import read_manifest
 
 
-def compare_plans(
-    engine_dir: Path,
-    names: Sequence[str],
-    labels: Sequence[int],
-    cfg_scale: float,
-    repeats: int,
-    warmup: int,
-    backend: str,
-    threads: int,
-    progress: Progress,
-) -> dict[str, Any]:
+def compare_plans(engine_dir: Path, options: BenchOptions, progress: Progress) -> dict[str, Any]:
     """Run every plan once per round, in turn, so that drift of the machine hits all alike.
 
     Returns:
@@ -31,19 +21,21 @@ def compare_plans(
     """
     from goc_deploy.api import load_plans
 
-    names = list(names) or [entry.name for entry in read_manifest(engine_dir).plans]
+    names = options.plans or [entry.name for entry in read_manifest(engine_dir).plans]
     reports: dict[str, list[dict[str, Any]]] = {}
     with ExitStack() as stack:
         pipes = [
             stack.enter_context(pipe)
-            for pipe in load_plans(engine_dir, names, backend=backend, batch_size=len(labels), threads=threads)
+            for pipe in load_plans(
+                engine_dir, names, backend=options.backend, batch_size=len(options.labels), threads=options.threads
+            )
         ]
-        rounds = warmup + repeats
+        rounds = options.warmup + options.repeats
         for number in range(rounds):
             for i, pipe in enumerate(pipes):
                 progress(f"round {number + 1}: {pipe.plan.name}", number * len(pipes) + i, rounds * len(pipes))
-                report = pipe.generate(labels, cfg_scale=cfg_scale).report
-                if number >= warmup:
+                report = pipe.generate(options.labels, cfg_scale=options.cfg_scale).report
+                if number >= options.warmup:
                     reports.setdefault(pipe.plan.name, []).append(report)
     return {
         "machine": {

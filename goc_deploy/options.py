@@ -54,3 +54,26 @@ class GenerateOptions:
     seed: int = 0
     cfg_scale: float = 4.0
     cfg_channels: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class BenchOptions:
+    """How to compare plans.
+
+    Attributes:
+        plans: names or SPECs; the first is the baseline; empty takes all plans of the engine.
+        labels: one per image; all images run as one batch.
+        cfg_scale: classifier-free guidance scale.
+        repeats: measured rounds; every round runs every plan once.
+        warmup: rounds that are not measured.
+        backend: ``auto`` or ``onnxruntime``.
+        threads: 0 is one per core.
+    """
+
+    plans: tuple[str, ...] = ()
+    labels: tuple[int, ...] = (0,)
+    cfg_scale: float = 4.0
+    repeats: int = 5
+    warmup: int = 1
+    backend: str = "auto"
+    threads: int = 0

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
 DTYPE_OF_PRECISION = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -20,7 +20,7 @@ class Buffer:
     Attributes:
         pointer: address of the first element.
         shape: dimensions.
-        dtype: a key of ``ITEM_BYTES``.
+        dtype: a key of ``DTYPE_BYTES``.
         owner: keeps the memory alive.
     """
 
@@ -32,12 +32,12 @@ class Buffer:
     @property
     def nbytes(self) -> int:
         """Bytes of the view."""
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
     def view(self, *shape: int, start: int = 0) -> Buffer:
         """Elements ``start ...`` of this memory with another shape."""
-        offset = start * ITEM_BYTES[self.dtype]
-        assert offset + math.prod(shape) * ITEM_BYTES[self.dtype] <= self.nbytes, (self.shape, shape, start)
+        offset = start * DTYPE_BYTES[self.dtype]
+        assert offset + math.prod(shape) * DTYPE_BYTES[self.dtype] <= self.nbytes, (self.shape, shape, start)
         return replace(self, pointer=self.pointer + offset, shape=shape)
 
 
@@ -51,7 +51,7 @@ class Engine(Protocol):
     """A loaded graph.
 
     Attributes:
-        dtypes: input or output name -> a key of ``ITEM_BYTES``.
+        dtypes: input or output name -> a key of ``DTYPE_BYTES``.
     """
 
     @property

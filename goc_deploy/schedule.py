@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from goc_deploy.errors import ScheduleError
@@ -156,6 +156,4 @@ def fill_short_history(schedule: Schedule) -> Schedule:
     for step, unit, stored in schedule.available_history():
         if 1 <= stored < len(rows[step][unit]):
             rows[step][unit] = REUSE
-    from dataclasses import replace
-
     return replace(schedule, coefficients=tuple(tuple(step) for step in rows))

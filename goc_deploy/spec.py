@@ -57,8 +57,3 @@ class ModelSpec:
     def units(self) -> int:
         """Number of units, blocks times branches; unit u is block ``u // len(branches)``."""
         return self.depth * len(self.branches)
-
-    def unit_name(self, unit: int) -> str:
-        """Readable place of a unit, as used in error messages."""
-        block, branch = divmod(unit, len(self.branches))
-        return f"block {block}, {self.branches[branch]}"

@@ -18,7 +18,6 @@ class Buffers:
     """Device memory for one plan and up to ``capacity`` images.
 
     Attributes:
-        capacity: most images N per run; the model runs up to 2N rows.
         chunk: steps whose modulation table is held at once.
         table: modulation table of a chunk, (steps, M, R, D).
         modulation: rows of the current step, (M, B, D).
@@ -35,7 +34,6 @@ class Buffers:
         label_rows, rows, cond_rows, uncond_rows: indices that expand labels, images and predictions to rows.
     """
 
-    capacity: int
     chunk: int
     table: Buffer
     modulation: Buffer
@@ -53,11 +51,6 @@ class Buffers:
     rows: Buffer
     cond_rows: Buffer
     uncond_rows: Buffer
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of the history at full capacity."""
-        return sum(slot.nbytes for slot in self.slots)
 
 
 def modulation_rows(spec: ModelSpec) -> int:
@@ -108,7 +101,6 @@ def allocate_buffers(backend: Backend, spec: ModelSpec, precision: str, plan: Pl
     zero_noise = () if table.stochastic else (constant(np.zeros(capacity * image)),)
     coefficients = [c for _, _, prediction in predictions(plan) for c in prediction.coefficients]
     return Buffers(
-        capacity=capacity,
         chunk=chunk,
         table=new(chunk * modulation_rows(spec) * table_row, dtype=dtype),
         modulation=new(modulation_rows(spec) * rows * spec.hidden, dtype=dtype),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
 from goc_deploy.cli.app import debug_option, numbers, print_table, progress_bar, run_command
-from goc_deploy.options import GenerateOptions
+from goc_deploy.options import BenchOptions
 
-DEFAULTS = GenerateOptions()
+DEFAULTS = BenchOptions()
 
 
 @click.command(
@@ -30,26 +31,19 @@ DEFAULTS = GenerateOptions()
     help="One label per image; all images run as one batch.",
 )
 @click.option("--cfg-scale", type=float, default=DEFAULTS.cfg_scale, help="Classifier-free guidance scale.")
-@click.option("--repeats", type=click.IntRange(1), default=5, help="Measured rounds; every round runs every plan once.")
-@click.option("--warmup", type=click.IntRange(0), default=1, help="Rounds that are not measured.")
-@click.option("--backend", default="auto", help="auto or onnxruntime.")
-@click.option("--threads", type=click.IntRange(0), default=0, help="Threads; 0 is one per core.")
+@click.option(
+    "--repeats",
+    type=click.IntRange(1),
+    default=DEFAULTS.repeats,
+    help="Measured rounds; every round runs every plan once.",
+)
+@click.option("--warmup", type=click.IntRange(0), default=DEFAULTS.warmup, help="Rounds that are not measured.")
+@click.option("--backend", default=DEFAULTS.backend, help="auto or onnxruntime.")
+@click.option("--threads", type=click.IntRange(0), default=DEFAULTS.threads, help="Threads; 0 is one per core.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write every measurement.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a plot of step times (needs the plot extra).")
 @debug_option
-def command(
-    engine_dir: Path,
-    plans: tuple[str, ...],
-    labels: tuple[int, ...],
-    cfg_scale: float,
-    repeats: int,
-    warmup: int,
-    backend: str,
-    threads: int,
-    json_path: Path | None,
-    plot: Path | None,
-    debug: bool,  # noqa: ARG001
-) -> None:
+def command(engine_dir: Path, json_path: Path | None, plot: Path | None, debug: bool, **options: Any) -> None:  # noqa: ARG001
     """Measure plans side by side: rounds are interleaved, times are medians."""
     from goc_deploy.bench import compare_plans, summary_rows
     from goc_deploy.outputs import check_suffix, check_writable, save_text
@@ -58,12 +52,12 @@ def command(
     for path in (json_path, plot):
         check_writable(path)
     with progress_bar() as progress:
-        found = compare_plans(engine_dir, plans, labels, cfg_scale, repeats, warmup, backend, threads, progress)
+        found = compare_plans(engine_dir, BenchOptions(**options), progress)
     columns, rows = summary_rows(found)
     first = next(iter(found["plans"].values()))
     print_table(
         f"{first['backend']} {first['version']}, threads {first['threads']}, {first['images']} images, {first['precision']}, "
-        f"medians of {repeats} interleaved rounds after {warmup}",
+        f"medians of {options['repeats']} interleaved rounds after {options['warmup']}",
         columns,
         rows,
     )
