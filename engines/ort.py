@@ -16,7 +16,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, ResourceError, UsageError
-from goc_deploy.protocols import DTYPE_BYTES, Buffer
+from goc_deploy.protocols import DTYPE_BYTES, Buffer, float32_from_bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ class OrtBackend:
     def download(self, source: Buffer) -> np.ndarray:
         """A copy of a buffer."""
         values = _array(source).copy()
-        return (values.astype(np.uint32) << 16).view(np.float32) if source.dtype == "bfloat16" else values
+        return float32_from_bfloat16(values) if source.dtype == "bfloat16" else values
 
     def describe(self) -> dict[str, Any]:
         """Version, provider and threads."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from goc_deploy.errors import VerificationError
 from goc_deploy.exporters.lowering import Template
 from goc_deploy.manifest import Parameter
-from goc_deploy.protocols import Backend, mapped_buffer
+from goc_deploy.protocols import Backend, float32_from_bfloat16, mapped_buffer
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-4}  # bf16 graphs are compared widened
 
@@ -127,7 +127,7 @@ def _widened(graph: memoryview, weights: memoryview) -> bytes:
             if initializer.data_location == onnx.TensorProto.EXTERNAL:
                 place = {entry.key: entry.value for entry in initializer.external_data}
                 start, length = int(place["offset"]), int(place["length"])
-                values = _float32_from_bf16(np.frombuffer(weights[start : start + length], np.uint16)).reshape(
+                values = float32_from_bfloat16(np.frombuffer(weights[start : start + length], np.uint16)).reshape(
                     initializer.dims
                 )
             else:
@@ -141,7 +141,3 @@ def _widened(graph: memoryview, weights: memoryview) -> bytes:
             if node.op_type == "Cast" and attribute.name == "to" and attribute.i == bf16:
                 attribute.i = fp32
     return bytes(model.SerializeToString())
-
-
-def _float32_from_bf16(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype(np.uint32) << 16).view(np.float32)

@@ -100,17 +100,6 @@ class Manifest:
     files: tuple[FileEntry, ...]
     provenance: dict[str, Any]
 
-    def unit(self, name: str) -> Unit:
-        """The unit of that name.
-
-        Raises:
-            EngineDirError: there is none.
-        """
-        for unit in self.units:
-            if unit.name == name:
-                return unit
-        raise EngineDirError(f"the manifest lists no unit {name!r}; export again")
-
 
 def manifest_to_json(manifest: Manifest) -> str:
     """A manifest as JSON."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
-from goc_deploy.errors import ScheduleError, UsageError
+from goc_deploy.errors import UsageError
 from goc_deploy.schedule import (
     COMPUTE,
     HISTORY_KINDS,
@@ -120,10 +120,8 @@ def schedule_from_policy(policy: PolicySpec, spec: ModelSpec, steps: int) -> Sch
         schedule = replace(fill_short_history(schedule), policy=policy.text)
         check_schedule_fits(schedule, spec, steps)
         check_schedule(schedule)
-    except ScheduleError as error:
-        raise ScheduleError(f"SPEC {policy.text!r}: {error}") from error
-    except UsageError as error:
-        raise UsageError(f"SPEC {policy.text!r}: {error}") from error
+    except UsageError as error:  # or a ScheduleError, which is one
+        raise type(error)(f"SPEC {policy.text!r}: {error}") from error
     return schedule
 
 

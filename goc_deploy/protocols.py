@@ -41,6 +41,11 @@ class Buffer:
         return replace(self, pointer=self.pointer + offset, shape=shape)
 
 
+def float32_from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 values, given as uint16 because NumPy has no such dtype, widened exactly."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
 def mapped_buffer(content: memoryview, offset: int, shape: tuple[int, ...], dtype: str) -> Buffer:
     """A tensor inside read-only memory, such as a mapped file, without copying it."""
     owner = np.frombuffer(content, np.uint8)
