@@ -16,7 +16,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, ResourceError, UsageError
-from goc_deploy.protocols import DTYPE_BYTES, Buffer, float32_from_bfloat16
+from goc_deploy.protocols import DTYPE_BYTES, NOTHING, Buffer, float32_from_bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +75,8 @@ def _register_shared_arena() -> None:
 class OrtEngine:
     """A session whose tensors are bound by address."""
 
-    def __init__(self, session: onnxruntime.InferenceSession) -> None:
-        self._session = session
+    def __init__(self, session: onnxruntime.InferenceSession, inputs: Mapping[str, Buffer]) -> None:
+        self._session, self._inputs = session, inputs
         tensors = [*session.get_inputs(), *session.get_outputs()]
         self._shapes = {arg.name: arg.shape for arg in tensors}
         self.dtypes: Mapping[str, str] = {arg.name: _DTYPE_OF_ORT_TYPE.get(arg.type, arg.type) for arg in tensors}
@@ -84,12 +84,13 @@ class OrtEngine:
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Callable[[], None]:
         """See `goc_deploy.protocols.Engine.bind`."""
         binding = self._session.io_binding()
+        inputs = {**self._inputs, **inputs}
         for name, buffer in [*inputs.items(), *outputs.items()]:
             self._check(name, buffer)
         for bind, buffers in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for name, buffer in buffers.items():
                 bind(name, "cpu", 0, ONNX_TYPES[buffer.dtype], list(buffer.shape), buffer.pointer)
-        session, keep_alive = self._session, (dict(inputs), dict(outputs))
+        session, keep_alive = self._session, (inputs, dict(outputs))
 
         def run(_: Any = keep_alive) -> None:
             session.run_with_iobinding(binding)
@@ -133,8 +134,15 @@ class OrtBackend:
         self._shared_pool = shared_pool
         self._pool, self._threads = shared_pool_of_process(threads) if shared_pool else ("per unit", threads)
 
-    def load(self, onnx: memoryview, parameters: Mapping[str, Buffer], *, runs_once: bool = False) -> OrtEngine:
-        """Load a graph. ONNX Runtime copies the parameters, and packs matrices unless the graph runs once.
+    def load(
+        self,
+        onnx: memoryview,
+        initializers: Mapping[str, Buffer],
+        inputs: Mapping[str, Buffer] = NOTHING,
+        *,
+        runs_once: bool = False,
+    ) -> OrtEngine:
+        """Load a graph. ONNX Runtime copies the initializers, and packs matrices unless the graph runs once.
 
         Raises:
             EnvironmentUnsupportedError: this ONNX Runtime has no kernel for it (bf16 on the CPU).
@@ -154,7 +162,7 @@ class OrtBackend:
             options.add_session_config_entry("session.disable_prepacking", "1")
         values = {
             name: onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(_array(buffer), ONNX_TYPES[buffer.dtype])
-            for name, buffer in parameters.items()
+            for name, buffer in initializers.items()
         }
         if values:
             options.add_external_initializers(list(values), list(values.values()))
@@ -169,7 +177,7 @@ class OrtBackend:
             raise EngineDirError(
                 f"ONNX Runtime {onnxruntime.__version__} refuses a graph of the engine: {reason}"
             ) from cause
-        return OrtEngine(session)
+        return OrtEngine(session, inputs)
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """New memory. Pages are taken from the system when they are first written.

@@ -191,6 +191,7 @@ def unit_kinds(spec: ModelSpec, precision: str) -> tuple[UnitKind, ...]:
             (steps, labels),
             ("table",),
             {"conditioning": _conditioning(conditioning, spec)},
+            weights_are_inputs=True,
         ),
         UnitKind("embed", embed, (latents, rows), ("x",), {"embed": _same_names(embed)}),
         UnitKind("attn", attn, branch_inputs(), ("x_out", "feature"), _blocks(attn, spec.depth, "attn")),

@@ -16,7 +16,7 @@ from goc_deploy.exporters import dit_units
 from goc_deploy.exporters.checkpoint import Checkpoint, check_values, load_checkpoint, sha256_of
 from goc_deploy.exporters.lowering import template_from_kind, write_copy
 from goc_deploy.exporters.plan_files import write_plan
-from goc_deploy.exporters.step_graphs import modulation_graph, sampler_graph
+from goc_deploy.exporters.step_graphs import collect_graph, modulation_graph, sampler_graph
 from goc_deploy.exporters.units import DTYPES
 from goc_deploy.exporters.verification import verify_copy
 from goc_deploy.manifest import MANIFEST_NAME, Manifest, Unit, manifest_to_json
@@ -132,9 +132,14 @@ def _write(
     folder = stage / "onnx"
     folder.mkdir()
     units = _write_units(folder, checkpoint, spec, options.precision, backend, progress)
-    for name, graph in (("modulation", modulation_graph(spec, options.precision)), ("sampler", sampler_graph(spec))):
+    step_graphs = {
+        "modulation": modulation_graph(spec, options.precision),
+        "collect": collect_graph(spec, options.precision),
+        "sampler": sampler_graph(spec),
+    }
+    for name, graph in step_graphs.items():
         onnx.save_model(graph, folder / f"{name}.onnx")
-        units.append(Unit(name, f"onnx/{name}.onnx", None, (), None))
+        units.append(Unit(name, f"onnx/{name}.onnx", None, (), False, None))
     predict: dict[str, str] = {}
     entries = []
     for plan in plans:
@@ -168,7 +173,8 @@ def _write_units(
             progress(f"writing {name}", len(units), total)
             parameters = write_copy(template, name, checkpoint.tensors, folder)
             error = verify_copy(template, name, parameters, checkpoint.tensors, folder, backend)
-            units.append(Unit(name, f"onnx/{name}.onnx", f"onnx/{name}.weights", parameters, error))
+            paths = (f"onnx/{name}.onnx", f"onnx/{name}.weights")
+            units.append(Unit(name, *paths, parameters, kind.weights_are_inputs, error))
         del template
         gc.collect()
     progress("done", total, total)

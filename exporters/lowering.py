@@ -75,6 +75,9 @@ def template_from_kind(kind: UnitKind, dtype: torch.dtype) -> Template:
     program.model.graph.metadata_props.clear()
     for node in program.model.graph:
         node.metadata_props.clear()  # source paths of the exporting machine
+    if kind.weights_are_inputs:
+        for name, _ in kind.module.named_parameters():
+            program.model.graph.inputs.append(program.model.graph.initializers.pop(name))
     return Template(kind, program.model, dtype)
 
 
@@ -97,15 +100,16 @@ def write_copy(template: Template, name: str, tensors: Mapping[str, Tensor], fol
             file.write(b"\0" * (-file.tell() % ALIGNMENT))
             offset = file.tell()
             _write_rows(file, binding, parameter, tensors, template.dtype)
-            initializers[parameter].const_value = ir.ExternalTensor(
-                location=f"{name}.weights",
-                offset=offset,
-                length=file.tell() - offset,
-                dtype=IR_TYPES[template.dtype],
-                shape=ir.Shape(module_value.shape),
-                name=parameter,
-                base_dir=folder,
-            )
+            if parameter in initializers:
+                initializers[parameter].const_value = ir.ExternalTensor(
+                    location=f"{name}.weights",
+                    offset=offset,
+                    length=file.tell() - offset,
+                    dtype=IR_TYPES[template.dtype],
+                    shape=ir.Shape(module_value.shape),
+                    name=parameter,
+                    base_dir=folder,
+                )
             parameters.append(Parameter(parameter, offset, tuple(module_value.shape)))
     template.model.graph.name = name
     onnx.save_model(ir.to_proto(template.model), folder / f"{name}.onnx")

@@ -1,4 +1,4 @@
-"""Graphs of a step that belong to no block: picking modulation rows, guidance and the sampler update."""
+"""Graphs of a step that belong to no block: modulation rows, collecting predictions, guidance and the sampler update."""
 
 from __future__ import annotations
 
@@ -20,6 +20,17 @@ def modulation_graph(spec: ModelSpec, precision: str) -> ModelProto:
     return _parse(
         f"""modulation ({dtype}[M, R, {spec.hidden}] table, int64[B] rows) => ({dtype}[M, B, {spec.hidden}] modulation)
         {{ modulation = Gather<axis=1>(table, rows) }}"""
+    )
+
+
+def collect_graph(spec: ModelSpec, precision: str) -> ModelProto:
+    """Add what was predicted for a whole step ahead of time.
+
+    Inputs: x (B, T, D), accumulated (B, T, D). Outputs: x_out (B, T, D).
+    """
+    feature = f"{_TYPES[precision]}[B, {spec.tokens}, {spec.hidden}]"
+    return _parse(
+        f"collect ({feature} x, {feature} accumulated) => ({feature} x_out) {{ x_out = Add(x, accumulated) }}"
     )
 
 

@@ -55,6 +55,8 @@ class UnitKind:
         inputs: graph inputs in the order of ``forward``.
         outputs: names of the outputs.
         copies: unit name -> parameter name -> slabs, joined along the first dimension.
+        weights_are_inputs: the parameters become inputs of the graph, which the runtime maps instead of copying: for
+            graphs that run once per request.
     """
 
     kind: str
@@ -62,3 +64,4 @@ class UnitKind:
     inputs: tuple[Input, ...]
     outputs: tuple[str, ...]
     copies: Mapping[str, Binding]
+    weights_are_inputs: bool = False

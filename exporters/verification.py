@@ -16,7 +16,7 @@ from torch import Tensor
 from goc_deploy.errors import VerificationError
 from goc_deploy.exporters.lowering import Template
 from goc_deploy.manifest import Parameter
-from goc_deploy.protocols import Backend, float32_from_bfloat16, mapped_buffer
+from goc_deploy.protocols import Backend, Buffer, float32_from_bfloat16, mapped_buffer
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-4}  # bf16 graphs are compared widened
 
@@ -101,11 +101,13 @@ def _run(
 ) -> list[np.ndarray]:
     graph = memoryview((folder / f"{name}.onnx").read_bytes())
     if template.dtype == torch.bfloat16:
-        engine = backend.load(memoryview(_widened(graph, weights)), {}, runs_once=True)
+        inputs = {p.name: _widened_buffer(weights, p) for p in parameters if template.kind.weights_are_inputs}
+        engine = backend.load(memoryview(_widened(graph, weights)), {}, inputs, runs_once=True)
     else:
         dtype = str(template.dtype).removeprefix("torch.")
         buffers = {p.name: mapped_buffer(weights, p.offset, p.shape, dtype) for p in parameters}
-        engine = backend.load(graph, buffers, runs_once=True)
+        given = ({}, buffers) if template.kind.weights_are_inputs else (buffers, {})
+        engine = backend.load(graph, *given, runs_once=True)
     inputs, outputs = {}, {}
     for i in template.kind.inputs:
         inputs[i.name] = backend.allocate(tuple(i.example.shape), engine.dtypes[i.name])
@@ -116,6 +118,12 @@ def _run(
         outputs[output] = backend.allocate(shape, engine.dtypes[output])
     engine.bind(inputs, outputs)()
     return [backend.download(outputs[output]) for output in template.kind.outputs]
+
+
+def _widened_buffer(weights: memoryview, p: Parameter) -> Buffer:
+    """A bf16 parameter as float32."""
+    values = float32_from_bfloat16(np.frombuffer(weights, np.uint16, math.prod(p.shape), p.offset))
+    return mapped_buffer(values.data, 0, p.shape, "float32")
 
 
 def _widened(graph: memoryview, weights: memoryview) -> bytes:

@@ -12,7 +12,7 @@ from goc_deploy.serde import build, check_format, dump_json, parse_json
 from goc_deploy.spec import ITEM_BYTES, PRECISIONS, ModelSpec
 
 MANIFEST_NAME = "manifest.json"
-MANIFEST_FORMAT, MANIFEST_VERSION = "goc_deploy.engine_dir", 1
+MANIFEST_FORMAT, MANIFEST_VERSION = "goc_deploy.engine_dir", 2
 _SAFE_PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,@-]*(/[A-Za-z0-9][A-Za-z0-9._+=,@-]*){0,3}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -52,10 +52,12 @@ class Unit:
     """An exported graph: an ONNX file and, where it has weights, their file.
 
     Attributes:
-        name: ``modulation``, ``embed``, ``block_00_attn``, ..., ``final``, ``sampler``, ``conditioning``.
+        name: ``conditioning``, ``modulation``, ``embed``, ``block_00_attn``, ..., ``collect``, ``final``, ``sampler``.
         onnx: path of the graph.
         weights: path of the external data, or None.
         parameters: what lies where in the weights file.
+        weights_are_inputs: the parameters are inputs of the graph, which reads them in the mapped file, instead of
+            initializers that are copied at load.
         relative_l2: largest error to PyTorch over the outputs, measured at export, or None where it has no weights.
     """
 
@@ -63,6 +65,7 @@ class Unit:
     onnx: str
     weights: str | None
     parameters: tuple[Parameter, ...]
+    weights_are_inputs: bool
     relative_l2: float | None
 
 

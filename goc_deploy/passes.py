@@ -1,17 +1,18 @@
 """From schedule to plan: the compiler.
 
-The pipeline names every feature once (static single assignment), keeps only those that are read again, groups
-neighbouring predictions into one launch, and gives the survivors slots:
+The pipeline names every feature once (static single assignment), keeps only those that are read again, moves the
+predictions of steps that compute nothing to where their history is at hand, groups neighbouring predictions into one
+launch, and gives the survivors slots:
 
-    schedule -> name_values -> drop_dead_stores -> group_launches -> assign_slots -> Plan
+    schedule -> name_values -> drop_dead_stores -> accumulate_ahead -> group_launches -> assign_slots -> Plan
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, takewhile
 
-from goc_deploy.plan import Compute, Launch, Plan, Predict, Prediction, check_plan
+from goc_deploy.plan import Collect, Compute, Launch, Plan, Predict, Prediction, check_plan
 from goc_deploy.samplers import SamplerTable, sampler_table
 from goc_deploy.schedule import MAX_HISTORY, Schedule, check_schedule, check_schedule_fits, fill_short_history
 from goc_deploy.spec import ModelSpec
@@ -22,11 +23,12 @@ class Evaluation:
     """One unit at one step, over named values instead of buffers.
 
     Attributes:
-        step: the step.
+        step: the step whose x it updates.
         unit: the unit.
         reads: values read, newest first; empty for a computed unit.
         coefficients: one per value read.
         value: name of the feature it produces, or None where nobody reads it.
+        ahead: how many steps before ``step`` it runs.
     """
 
     step: int
@@ -34,6 +36,7 @@ class Evaluation:
     reads: tuple[int, ...]
     coefficients: tuple[float, ...]
     value: int | None
+    ahead: int = 0
 
 
 def compile_schedule(
@@ -44,6 +47,7 @@ def compile_schedule(
     *,
     name: str = "plan",
     collapse: bool = True,
+    eager: bool = True,
 ) -> Plan:
     """Compile a schedule for a model, a sampler and a step count.
 
@@ -54,6 +58,7 @@ def compile_schedule(
         steps: number of steps; default: the schedule's.
         name: the plan's name.
         collapse: predict neighbouring units in one launch; off, each prediction is a launch (for comparison).
+        eager: predict for steps that compute nothing while the history is at hand; off, in these steps (for comparison).
 
     Raises:
         ScheduleError: the schedule breaks a rule of legality or does not fit.
@@ -63,6 +68,8 @@ def compile_schedule(
     check_schedule_fits(schedule, spec, schedule.steps if steps is None else steps)
     check_schedule(schedule)
     evaluations = drop_dead_stores(name_values(schedule))
+    if eager:
+        evaluations = accumulate_ahead(evaluations)
     launches, slots = assign_slots(group_launches(evaluations, collapse=collapse))
     table = sampler if isinstance(sampler, SamplerTable) else sampler_table(sampler, schedule.steps)
     plan = Plan(name, table, launches, slots, schedule)
@@ -107,8 +114,30 @@ def drop_dead_stores(evaluations: list[Evaluation]) -> list[Evaluation]:
     return kept[::-1]
 
 
+def accumulate_ahead(evaluations: list[Evaluation]) -> list[Evaluation]:
+    """Move the predictions of steps that compute nothing up to the last step that does.
+
+    Such predictions depend on the history alone. Made right after their unit ran, they find its feature in the CPU's
+    cache, and a feature that only they read needs no slot of its own.
+
+    Before: step 4 computes units 0 and 1, step 5 predicts 0 and 1. After: compute 0, predict 0 ahead, compute 1,
+    predict 1 ahead. A unit's evaluations keep their order.
+    """
+    moved: list[Evaluation] = []
+    steps = [list(step) for _, step in groupby(evaluations, key=lambda e: e.step)]
+    while steps:
+        step, *steps = steps
+        collapsed = list(takewhile(lambda later: all(e.reads for e in later), steps))
+        steps = steps[len(collapsed) :]
+        for group in group_launches(step, collapse=True):
+            moved += group
+            for ahead, later in enumerate(collapsed, 1):
+                moved += [replace(later[e.unit], ahead=ahead) for e in group]
+    return moved
+
+
 def group_launches(evaluations: list[Evaluation], *, collapse: bool) -> list[list[Evaluation]]:
-    """Group evaluations into launches: a computed unit alone, neighbouring predicted units of a step together."""
+    """Group evaluations into launches: a computed unit alone, neighbouring predicted units for one step together."""
     keyed = ((e.step, -1 if e.reads and collapse else e.unit, bool(e.reads)) for e in evaluations)
     pairs = zip(keyed, evaluations, strict=True)
     return [[e for _, e in run] for _, run in groupby(pairs, key=lambda pair: pair[0])]
@@ -121,7 +150,7 @@ def assign_slots(groups: list[list[Evaluation]]) -> tuple[tuple[tuple[Launch, ..
     are free from the next launch on, because the order of writes within a launch is not fixed.
 
     Returns:
-        (launches by step, number of slots).
+        (launches by the step in which they run, number of slots).
     """
     last_read = {value: index for index, group in enumerate(groups) for e in group for value in e.reads}
     slot_of: dict[int, int] = {}
@@ -147,6 +176,9 @@ def assign_slots(groups: list[list[Evaluation]]) -> tuple[tuple[tuple[Launch, ..
             entries.append(Prediction(read_slots, e.coefficients, store))
         free += sorted((slot_of[value] for value in dying), reverse=True)
         first = group[0]
-        op: Launch = Predict(first.unit, tuple(entries)) if first.reads else Compute(first.unit, entries[0].store)
-        steps.setdefault(first.step, []).append(op)
-    return tuple(tuple(ops) for ops in steps.values()), slots
+        compute = Compute(first.unit, entries[0].store)
+        op: Launch = Predict(first.unit, tuple(entries), first.ahead) if first.reads else compute
+        steps.setdefault(first.step - first.ahead, []).append(op)
+        if first.ahead:
+            steps.setdefault(first.step, [Collect(first.ahead)])
+    return tuple(tuple(ops) for _, ops in sorted(steps.items())), slots

@@ -43,10 +43,19 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Predict:
-    """Predict neighbouring units ``unit, unit + 1, ...`` in one launch: x += sum of gate * prediction."""
+    """Predict neighbouring units ``unit, unit + 1, ...`` in one launch: x += sum of gate * prediction.
+
+    Attributes:
+        unit: index of the first unit.
+        predictions: one per unit.
+        ahead: 0 adds to x of the step in which the launch runs. Where a later step computes nothing, its predictions do
+            not depend on x: they are made as soon as their history is there, ``ahead`` steps early, with the gates of
+            that step, and are added up in accumulator number ``ahead`` (eager accumulation), which unit 0 starts.
+    """
 
     unit: int
     predictions: tuple[Prediction, ...]
+    ahead: int = 0
 
     @property
     def signature(self) -> str:
@@ -55,7 +64,14 @@ class Predict:
         return " ".join(f"{shape}*{len(list(run))}" for shape, run in groupby(shapes))
 
 
-Launch = Compute | Predict
+@dataclass(frozen=True, slots=True)
+class Collect:
+    """A whole step that computes nothing: x += the accumulator that was filled ``ahead`` steps before."""
+
+    ahead: int
+
+
+Launch = Compute | Predict | Collect
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +82,7 @@ class Plan:
         name: the plan's name in its engine directory.
         sampler: the sampler table, T rows.
         launches: [T] the launches of each step, in execution order.
-        slots: number of feature-sized buffers.
+        slots: number of feature-sized history buffers.
         schedule: what it was compiled from.
     """
 
@@ -86,21 +102,31 @@ class Plan:
         """Every distinct predict signature, sorted."""
         return tuple(sorted({op.signature for step in self.launches for op in step if isinstance(op, Predict)}))
 
+    @property
+    def accumulators(self) -> int:
+        """Number of accumulators, which is also how many steps ahead the furthest prediction is made."""
+        return max((op.ahead for step in self.launches for op in step if isinstance(op, Predict)), default=0)
+
     def step_kind(self, step: int) -> str:
         """``full`` computes every unit, ``collapsed`` none, ``mixed`` some."""
-        kinds = {type(op) for op in self.launches[step]}
-        if kinds == {Compute}:
+        computed = sum(isinstance(op, Compute) for op in self.launches[step])
+        if computed == self.schedule.units:
             return "full"
-        return "collapsed" if kinds == {Predict} else "mixed"
+        return "mixed" if computed else "collapsed"
 
     @property
     def kind_counts(self) -> dict[str, int]:
         """How many steps are of each kind."""
         return dict(sorted(Counter(self.step_kind(k) for k in range(self.steps)).items()))
 
+    @property
+    def cache_features(self) -> int:
+        """Feature-sized buffers that caching needs: history slots, accumulators, and zeros that these start from."""
+        return self.slots + (self.accumulators + 1 if self.accumulators else 0)
+
     def cache_bytes(self, spec: ModelSpec, batch: int, item_bytes: int) -> int:
-        """Peak bytes of all history slots for ``batch`` rows (two per image with guidance)."""
-        return self.slots * batch * spec.tokens * spec.hidden * item_bytes
+        """Bytes of everything that caching keeps for ``batch`` rows (two per image with guidance)."""
+        return self.cache_features * batch * spec.tokens * spec.hidden * item_bytes
 
     def naive_cache_bytes(self, spec: ModelSpec, batch: int, item_bytes: int) -> int:
         """Bytes of the reference implementation's queue: two features per unit."""
@@ -117,24 +143,56 @@ def predictions(plan: Plan) -> Iterator[tuple[int, int, Prediction]]:
 
 
 def check_plan(plan: Plan, spec: ModelSpec) -> None:
-    """Check that a plan is safe to execute for this model: order of units, slots in range, no read before write.
+    """Check that a plan is safe to execute for this model.
+
+    Every unit acts once on every step, in order or through an accumulator that is filled before and collected once;
+    slots are in range, and nothing is read before it is written.
 
     Raises:
         EngineDirError: naming the step and what is wrong.
     """
     if plan.sampler.steps != plan.steps or not plan.steps:
         raise EngineDirError(f"plan {plan.name}: {plan.steps} steps but a sampler table of {plan.sampler.steps}")
+    every_unit = list(range(spec.units))
     written: set[int] = set()
+    accumulated: dict[int, list[int]] = {}  # target step -> units
     for step, launches in enumerate(plan.launches):
         order: list[int] = []
         for op in launches:
-            order += [op.unit] if isinstance(op, Compute) else range(op.unit, op.unit + len(op.predictions))
+            if isinstance(op, Collect):
+                order += _collected(plan, step, op, accumulated, every_unit)
+                continue
             entries = (Prediction((), (), op.store),) if isinstance(op, Compute) else op.predictions
+            target = step + (op.ahead if isinstance(op, Predict) else 0)
+            if not step <= target < plan.steps:
+                raise EngineDirError(f"plan {plan.name}: step {step} predicts for step {target}, which does not exist")
+            units = order if target == step else accumulated.setdefault(target, [])
+            units += range(op.unit, op.unit + len(entries))
             _check_launch(plan, step, entries, written)
-        if order != list(range(spec.units)):
+        if order != every_unit:
             raise EngineDirError(
                 f"plan {plan.name}: step {step} does not run each of the {spec.units} units once, in order"
             )
+    if accumulated:
+        raise EngineDirError(f"plan {plan.name}: what was accumulated for step {min(accumulated)} is never added")
+
+
+def _collected(
+    plan: Plan, step: int, op: Collect, accumulated: dict[int, list[int]], every_unit: list[int]
+) -> list[int]:
+    """The units of a step that come from an accumulator: all of them, all from the step ``ahead`` before."""
+    launches = plan.launches[step - op.ahead] if 0 < op.ahead <= step else ()
+    filled = [
+        unit
+        for filling in launches
+        if isinstance(filling, Predict) and filling.ahead == op.ahead
+        for unit in range(filling.unit, filling.unit + len(filling.predictions))
+    ]
+    if filled != every_unit or accumulated.pop(step, None) != every_unit or len(plan.launches[step]) != 1:
+        raise EngineDirError(
+            f"plan {plan.name}: step {step} adds an accumulator that does not hold each of the {len(every_unit)} units once"
+        )
+    return filled
 
 
 def _check_launch(plan: Plan, step: int, entries: tuple[Prediction, ...], written: set[int]) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
 DTYPE_OF_PRECISION = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -79,13 +81,21 @@ class Backend(Protocol):
 
     name: str
 
-    def load(self, onnx: memoryview, parameters: Mapping[str, Buffer], *, runs_once: bool = False) -> Engine:
+    def load(
+        self,
+        onnx: memoryview,
+        initializers: Mapping[str, Buffer],
+        inputs: Mapping[str, Buffer] = NOTHING,
+        *,
+        runs_once: bool = False,
+    ) -> Engine:
         """Load a graph.
 
         Args:
             onnx: the graph.
-            parameters: values of its external initializers, read during the call.
-            runs_once: it runs once per request, so time spent at load to make it faster is lost.
+            initializers: values of its external initializers, read during the call.
+            inputs: inputs that are the same on every run, read where they lie on every run.
+            runs_once: time spent at load to make the graph faster would be lost.
         """
         ...
 

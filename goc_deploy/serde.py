@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from goc_deploy.errors import EngineDirError, GocError, ScheduleError
-from goc_deploy.plan import Compute, Launch, Plan, Predict, Prediction
+from goc_deploy.plan import Collect, Compute, Launch, Plan, Predict, Prediction
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import COMPUTE, MAX_BLOCKS, MAX_STEPS, REUSE, Schedule
 
 SCHEDULE_FORMAT, SCHEDULE_VERSION = "goc_deploy.schedule", 1
-PLAN_FORMAT, PLAN_VERSION = "goc_deploy.plan", 1
+PLAN_FORMAT, PLAN_VERSION = "goc_deploy.plan", 2
 MAX_JSON_BYTES = 64 * 2**20
 
 
@@ -151,7 +151,11 @@ def _schedule_from_fields(found: dict[str, Any], where: str) -> Schedule:
 
 
 def plan_to_json(plan: Plan) -> str:
-    """A plan as JSON. Launches are lists: ``["c", unit, slot]`` and ``["p", unit, [[slots, coefficients, slot], ...]]``."""
+    """A plan as JSON.
+
+    Launches are lists: ``["c", unit, slot]`` computes, ``["p", unit, [[slots, coefficients, slot], ...], ahead]``
+    predicts, ``["a", ahead]`` adds an accumulator.
+    """
     return dump_json(
         {
             "format": PLAN_FORMAT,
@@ -168,7 +172,9 @@ def plan_to_json(plan: Plan) -> str:
 def _launch_to_list(op: Launch) -> list[Any]:
     if isinstance(op, Compute):
         return ["c", op.unit, op.store]
-    return ["p", op.unit, [[list(p.slots), list(p.coefficients), p.store] for p in op.predictions]]
+    if isinstance(op, Collect):
+        return ["a", op.ahead]
+    return ["p", op.unit, [[list(p.slots), list(p.coefficients), p.store] for p in op.predictions], op.ahead]
 
 
 def plan_from_json(text: bytes, schedule: Schedule, where: str) -> Plan:
@@ -194,10 +200,12 @@ def plan_from_json(text: bytes, schedule: Schedule, where: str) -> Plan:
 def _launch_from_list(op: list[Any]) -> Launch:
     if op[0] == "c":
         return Compute(int(op[1]), _slot(op[2]))
+    if op[0] == "a":
+        return Collect(int(op[1]))
     if op[0] != "p":
         raise ValueError(f"unknown launch {op[0]!r}")
     rows = (Prediction(tuple(int(s) for s in p[0]), tuple(float(c) for c in p[1]), _slot(p[2])) for p in op[2])
-    return Predict(int(op[1]), tuple(rows))
+    return Predict(int(op[1]), tuple(rows), int(op[3]))
 
 
 def _slot(value: Any) -> int | None:

@@ -6,12 +6,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
 
-from goc_deploy.plan import Compute, Plan, Predict
+from goc_deploy.plan import Collect, Compute, Launch, Plan, Predict
 from goc_deploy.protocols import Buffer, Engine
 from goc_deploy.runtime.buffers import Buffers, modulation_rows
 from goc_deploy.spec import ModelSpec
 
-BoundLaunch = Callable[[], None]
+
+@dataclass(frozen=True, slots=True)
+class BoundLaunch:
+    """An engine on fixed addresses: what it is, for reports, and how to run it."""
+
+    name: str
+    run: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +77,19 @@ class Binder:
         return BoundPlan(launches, latents, noise)
 
     def _step(self, step: int, latents: Buffer, latents_out: Buffer, noise: Buffer) -> list[BoundLaunch]:
-        buffers, batch, spec = self._buffers, self._batch, self._spec
+        buffers, batch, spec, ops = self._buffers, self._batch, self._spec, self._plan.launches[step]
         launches = [self._conditioning(step)] if step % buffers.chunk == 0 else []
         launches.append(self._pick_modulation(step))
+        steps_ahead = sorted({op.ahead for op in ops if isinstance(op, Predict) and op.ahead})
+        launches += [self._pick_gates(step, ahead) for ahead in steps_ahead]
         x, spare = (tokens.view(*self._feature) for tokens in buffers.tokens)
         launches.append(self._unit("embed", {"latents": latents, "rows": buffers.rows.view(batch.rows)}, {"x": x}))
-        for op in self._plan.launches[step]:
-            launches.append(self._compute(op, x, spare) if isinstance(op, Compute) else self._predict(op, x, spare))
-            x, spare = spare, x
+        for op in ops:
+            if isinstance(op, Predict) and op.ahead:
+                launches.append(self._accumulate(op))
+            else:
+                launches.append(self._update(op, x, spare))
+                x, spare = spare, x
         prediction = buffers.prediction.view(batch.rows, spec.output_channels, spec.side, spec.side)
         shift, scale = self._modulation_row(spec.units), self._modulation_row(spec.units + 1)
         launches.append(self._unit("final", {"x": x, "shift": shift, "scale": scale}, {"prediction": prediction}))
@@ -95,28 +106,59 @@ class Binder:
         return launches
 
     def _conditioning(self, step: int) -> BoundLaunch:
-        """Fill the modulation table for the steps of a chunk."""
+        """Fill the modulation table for the steps of a chunk and those that they predict ahead."""
         buffers, spec, labels = self._buffers, self._spec, self._batch.labels
-        steps = min(buffers.chunk, self._plan.steps - step)
+        steps = min(buffers.chunk + self._plan.accumulators, self._plan.steps - step)
         inputs = {"timesteps": buffers.timesteps.view(steps, start=step), "labels": buffers.labels.view(labels)}
         return self._unit(
             "conditioning", inputs, {"table": buffers.table.view(steps, modulation_rows(spec), labels, spec.hidden)}
         )
 
     def _pick_modulation(self, step: int) -> BoundLaunch:
-        """Expand a step's table rows to the batch; a step that computes nothing needs gates and the final rows only."""
-        buffers, spec, batch = self._buffers, self._spec, self._batch
-        used = spec.units + 2 if self._plan.step_kind(step) == "collapsed" else modulation_rows(spec)
-        start = (step % buffers.chunk) * modulation_rows(spec) * batch.labels * spec.hidden
-        inputs = {
-            "table": buffers.table.view(used, batch.labels, spec.hidden, start=start),
-            "rows": buffers.label_rows.view(batch.rows),
-        }
-        return self._unit("modulation", inputs, {"modulation": buffers.modulation.view(used, batch.rows, spec.hidden)})
+        """Expand a step's table rows to the batch: only those that the step uses."""
+        units, kinds = self._spec.units, {type(op) for op in self._plan.launches[step]}
+        used = range(units if kinds == {Collect} else 0, modulation_rows(self._spec) if Compute in kinds else units + 2)
+        target = self._modulation_row(used.start, len(used))
+        return self._pick_rows(step % self._buffers.chunk, used, target)
 
-    def _modulation_row(self, row: int) -> Buffer:
+    def _pick_gates(self, step: int, ahead: int) -> BoundLaunch:
+        """Expand the gates of a later step."""
+        spec = self._spec
+        target = self._buffers.gates_ahead[ahead - 1].view(spec.units, self._batch.rows, spec.hidden)
+        return self._pick_rows(step % self._buffers.chunk + ahead, range(spec.units), target)
+
+    def _pick_rows(self, table_step: int, used: range, target: Buffer) -> BoundLaunch:
+        spec, labels = self._spec, self._batch.labels
+        start = (table_step * modulation_rows(spec) + used.start) * labels * spec.hidden
+        table = self._buffers.table.view(len(used), labels, spec.hidden, start=start)
+        rows = self._buffers.label_rows.view(self._batch.rows)
+        return self._unit("modulation", {"table": table, "rows": rows}, {"modulation": target})
+
+    def _modulation_row(self, row: int, count: int | None = None) -> Buffer:
+        """A row (B, D) of the step's modulation, or several (count, B, D)."""
         rows, hidden = self._batch.rows, self._spec.hidden
-        return self._buffers.modulation.view(rows, hidden, start=row * rows * hidden)
+        shape = (rows, hidden) if count is None else (count, rows, hidden)
+        return self._buffers.modulation.view(*shape, start=row * rows * hidden)
+
+    def _gates(self, source: Buffer, op: Predict) -> Buffer:
+        rows, hidden = self._batch.rows, self._spec.hidden
+        return source.view(len(op.predictions), rows, hidden, start=op.unit * rows * hidden)
+
+    def _update(self, op: Launch, x: Buffer, x_out: Buffer) -> BoundLaunch:
+        """What changes x of the step itself."""
+        if isinstance(op, Compute):
+            return self._compute(op, x, x_out)
+        if isinstance(op, Predict):
+            return self._predict(op, x, x_out, self._gates(self._buffers.modulation, op))
+        accumulated = self._buffers.accumulators[op.ahead - 1].view(*self._feature)
+        return self._unit("collect", {"x": x, "accumulated": accumulated}, {"x_out": x_out})
+
+    def _accumulate(self, op: Predict) -> BoundLaunch:
+        """Predict for a later step, into its accumulator; unit 0 starts it."""
+        buffers, accumulator = self._buffers, self._buffers.accumulators[op.ahead - 1].view(*self._feature)
+        assert buffers.zeros is not None
+        x = accumulator if op.unit else buffers.zeros.view(*self._feature)
+        return self._predict(op, x, accumulator, self._gates(buffers.gates_ahead[op.ahead - 1], op))
 
     def _compute(self, op: Compute, x: Buffer, x_out: Buffer) -> BoundLaunch:
         spec = self._spec
@@ -133,12 +175,11 @@ class Binder:
             outputs["feature"] = self._buffers.slots[op.store].view(self._batch.rows * spec.tokens, spec.hidden)
         return self._unit(f"block_{block:02d}_{spec.branches[branch]}", inputs, outputs)
 
-    def _predict(self, op: Predict, x: Buffer, x_out: Buffer) -> BoundLaunch:
-        rows, hidden, units = self._batch.rows, self._spec.hidden, len(op.predictions)
+    def _predict(self, op: Predict, x: Buffer, x_out: Buffer, gates: Buffer) -> BoundLaunch:
         coefficients = [next(self._coefficient) for prediction in op.predictions for _ in prediction.coefficients]
         inputs = {
             "x": x,
-            "gates": self._buffers.modulation.view(units, rows, hidden, start=op.unit * rows * hidden),
+            "gates": gates,
             "coefficients": self._buffers.coefficients.view(len(coefficients), start=coefficients[0]),
         }
         outputs = {"x_out": x_out}
@@ -147,14 +188,18 @@ class Binder:
                 inputs[f"g{u}_{i}"] = self._buffers.slots[slot].view(*self._feature)
             if prediction.store is not None:
                 outputs[f"g{u}"] = self._buffers.slots[prediction.store].view(*self._feature)
-        return self._bound(self._engines.predict[op.signature], inputs, outputs)
+        last = op.unit + len(op.predictions) - 1
+        name = f"predict {op.unit}-{last}" + (f", {op.ahead} ahead" if op.ahead else "")
+        return self._bound(name, self._engines.predict[op.signature], inputs, outputs)
 
     def _unit(self, name: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> BoundLaunch:
-        return self._bound(self._engines.units[name], inputs, outputs)
+        return self._bound(name, self._engines.units[name], inputs, outputs)
 
-    def _bound(self, engine: Engine, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> BoundLaunch:
+    def _bound(
+        self, name: str, engine: Engine, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
+    ) -> BoundLaunch:
         addresses = [(name, b.pointer, b.shape) for name, b in [*inputs.items(), *outputs.items()]]
         key = (id(engine), *addresses)
         if key not in self._known:
-            self._known[key] = engine.bind(inputs, outputs)
+            self._known[key] = BoundLaunch(name, engine.bind(inputs, outputs))
         return self._known[key]

@@ -18,11 +18,14 @@ class Buffers:
     """Device memory for one plan and up to ``capacity`` images.
 
     Attributes:
-        chunk: steps whose modulation table is held at once.
-        table: modulation table of a chunk, (steps, M, R, D).
+        chunk: steps after which the modulation table is filled again.
+        table: modulation table of a chunk and of the steps that its last ones predict ahead, (steps, M, R, D).
         modulation: rows of the current step, (M, B, D).
+        gates_ahead: gates of the steps that are predicted ahead, (U, B, D) each.
         tokens: two token buffers (B, T, D) that units alternate between.
         slots: history, one feature (B, T, D) each.
+        accumulators: sums of gated predictions for steps ahead, (B, T, D) each.
+        zeros: what an accumulator starts from, (B, T, D), or None where nothing is predicted ahead.
         latents: two latents buffers (N, C, H, W) float32 that steps alternate between.
         prediction: model output (B, C_out, H, W) float32.
         noise: fresh noise of each step for a stochastic sampler, else one buffer of zeros, (N, C, H, W) each.
@@ -37,8 +40,11 @@ class Buffers:
     chunk: int
     table: Buffer
     modulation: Buffer
+    gates_ahead: tuple[Buffer, ...]
     tokens: tuple[Buffer, Buffer]
     slots: tuple[Buffer, ...]
+    accumulators: tuple[Buffer, ...]
+    zeros: Buffer | None
     latents: tuple[Buffer, Buffer]
     prediction: Buffer
     noise: tuple[Buffer, ...]
@@ -62,20 +68,21 @@ def planned_bytes(spec: ModelSpec, precision: str, plan: Plan, capacity: int) ->
     """Bytes that `allocate_buffers` takes, without its few kilobytes of indices."""
     item, rows = ITEM_BYTES[precision], 2 * capacity
     step_bytes = modulation_rows(spec) * (capacity + 1) * spec.hidden * item
-    table = _chunk_steps(step_bytes, plan.steps) * step_bytes
-    features = (2 + plan.slots) * rows * spec.tokens * spec.hidden * item
+    chunk = _chunk_steps(step_bytes, plan)
+    table = min(plan.steps, chunk + plan.accumulators) * step_bytes
+    features = (2 + plan.cache_features) * rows * spec.tokens * spec.hidden * item
     pixels = spec.side**2 * capacity * 4
     noise = plan.steps if plan.sampler.stochastic else 1
     return (
         table
-        + modulation_rows(spec) * rows * spec.hidden * item
+        + (modulation_rows(spec) + plan.accumulators * spec.units) * rows * spec.hidden * item
         + features
         + pixels * ((2 + noise) * spec.channels + 2 * spec.output_channels)
     )
 
 
-def _chunk_steps(step_bytes: int, steps: int) -> int:
-    return max(1, min(steps, TABLE_BUDGET_BYTES // step_bytes))
+def _chunk_steps(step_bytes: int, plan: Plan) -> int:
+    return max(1, min(plan.steps, TABLE_BUDGET_BYTES // step_bytes - plan.accumulators))
 
 
 def allocate_buffers(backend: Backend, spec: ModelSpec, precision: str, plan: Plan, capacity: int) -> Buffers:
@@ -86,15 +93,15 @@ def allocate_buffers(backend: Backend, spec: ModelSpec, precision: str, plan: Pl
     """
     dtype, rows = DTYPE_OF_PRECISION[precision], 2 * capacity
     table_row = (capacity + 1) * spec.hidden
-    chunk = _chunk_steps(modulation_rows(spec) * table_row * ITEM_BYTES[precision], plan.steps)
+    chunk = _chunk_steps(modulation_rows(spec) * table_row * ITEM_BYTES[precision], plan)
     feature, image = rows * spec.tokens * spec.hidden, spec.channels * spec.side**2
 
     def new(*shape: int, dtype: str = "float32") -> Buffer:
         return backend.allocate(shape, dtype)
 
-    def constant(values: np.ndarray) -> Buffer:
-        buffer = backend.allocate(values.shape, "float32")
-        backend.upload(values.astype(np.float32), buffer)
+    def constant(values: np.ndarray, dtype: str = "float32") -> Buffer:
+        buffer = backend.allocate(values.shape, dtype)
+        backend.upload(values, buffer)
         return buffer
 
     table = plan.sampler
@@ -102,10 +109,13 @@ def allocate_buffers(backend: Backend, spec: ModelSpec, precision: str, plan: Pl
     coefficients = [c for _, _, prediction in predictions(plan) for c in prediction.coefficients]
     return Buffers(
         chunk=chunk,
-        table=new(chunk * modulation_rows(spec) * table_row, dtype=dtype),
+        table=new(min(plan.steps, chunk + plan.accumulators) * modulation_rows(spec) * table_row, dtype=dtype),
         modulation=new(modulation_rows(spec) * rows * spec.hidden, dtype=dtype),
+        gates_ahead=tuple(new(spec.units * rows * spec.hidden, dtype=dtype) for _ in range(plan.accumulators)),
         tokens=(new(feature, dtype=dtype), new(feature, dtype=dtype)),
         slots=tuple(new(feature, dtype=dtype) for _ in range(plan.slots)),
+        accumulators=tuple(new(feature, dtype=dtype) for _ in range(plan.accumulators)),
+        zeros=constant(np.zeros(feature), dtype) if plan.accumulators else None,
         latents=(new(capacity * image), new(capacity * image)),
         prediction=new(rows * spec.output_channels * spec.side**2),
         noise=zero_noise or tuple(new(capacity * image) for _ in range(plan.steps)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from goc_deploy.engine_dir import load_plan
 from goc_deploy.errors import EngineDirError, GocError, ResourceError, UsageError
 from goc_deploy.manifest import Manifest, Unit
 from goc_deploy.plan import Plan
-from goc_deploy.protocols import DTYPE_OF_PRECISION, Backend, Engine, mapped_buffer
+from goc_deploy.protocols import DTYPE_OF_PRECISION, NOTHING, Backend, Buffer, Engine, mapped_buffer
 from goc_deploy.publish import read_manifest, read_verified
 from goc_deploy.runtime import memory
 from goc_deploy.runtime.binding import Engines
@@ -52,14 +52,14 @@ def load_pipelines(
 
 
 def _load_engines(directory: Path, manifest: Manifest, plans: Sequence[Plan], backend: Backend) -> Engines:
-    """Verify every file that the plans need, in parallel, then load the graphs."""
+    """Verify every file that the plans need, then load the graphs; both in parallel."""
     signatures = sorted({signature for plan in plans for signature in plan.signatures})
     missing = [signature for signature in signatures if signature not in manifest.predict]
     if missing:
         raise EngineDirError(
             f"{directory} lists no predict graph for {missing[0]!r}, which a plan needs; add the plan again"
         )
-    needed = {"conditioning", "embed", "final", "modulation", "sampler"}
+    needed = {"conditioning", "embed", "final", "modulation", "collect", "sampler"}
     needed |= {f"block_{b:02d}_{branch}" for b in range(manifest.model.depth) for branch in manifest.model.branches}
     lacking = sorted(needed - {unit.name for unit in manifest.units})
     if lacking:
@@ -67,23 +67,29 @@ def _load_engines(directory: Path, manifest: Manifest, plans: Sequence[Plan], ba
     entries = {file.path: file for file in manifest.files}
     predict = {signature: manifest.predict[signature] for signature in signatures}
     paths = sorted({p for unit in manifest.units for p in (unit.onnx, unit.weights) if p} | set(predict.values()))
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        content = dict(zip(paths, pool.map(lambda path: read_verified(directory, entries[path]), paths), strict=True))
-
     dtype = DTYPE_OF_PRECISION[manifest.precision]
 
-    def loaded(path: str, unit: Unit | None = None) -> Engine:
-        weights = content[unit.weights] if unit and unit.weights else memoryview(b"")
-        parameters = {
-            p.name: mapped_buffer(weights, p.offset, p.shape, dtype) for p in (unit.parameters if unit else ())
-        }
+    def verified(path: str) -> memoryview:
+        return read_verified(directory, entries[path])
+
+    def loaded_graph(
+        path: str, initializers: Mapping[str, Buffer] = NOTHING, inputs: Mapping[str, Buffer] = NOTHING
+    ) -> Engine:
         try:
-            return backend.load(content[path], parameters, runs_once=unit is not None and unit.name == "conditioning")
+            return backend.load(content[path], initializers, inputs)
         except GocError as cause:
             raise type(cause)(f"{directory / path}: {cause}") from cause
 
-    units = {unit.name: loaded(unit.onnx, unit) for unit in manifest.units}
-    engines = Engines(units, {signature: loaded(path) for signature, path in predict.items()})
+    def loaded_unit(unit: Unit) -> Engine:
+        weights = content[unit.weights] if unit.weights else memoryview(b"")
+        parameters = {p.name: mapped_buffer(weights, p.offset, p.shape, dtype) for p in unit.parameters}
+        where = "inputs" if unit.weights_are_inputs else "initializers"
+        return loaded_graph(unit.onnx, **{where: parameters})
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        content = dict(zip(paths, pool.map(verified, paths), strict=True))
+        units = dict(zip([u.name for u in manifest.units], pool.map(loaded_unit, manifest.units), strict=True))
+        engines = Engines(units, dict(zip(predict, pool.map(loaded_graph, predict.values()), strict=True)))
     memory.return_free_pages(content.values())
     return engines
 

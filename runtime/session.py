@@ -76,7 +76,7 @@ class Session:
         for step, launches in enumerate(bound.launches):
             started = time.perf_counter()
             for launch in launches:
-                launch()
+                launch.run()
             step_ms.append(1e3 * (time.perf_counter() - started))
             if on_step:
                 on_step(step, bound.latents[step + 1])

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from goc_deploy.exporters.dit import DiT, modulate, unpatchify
-from goc_deploy.plan import Compute, Plan
+from goc_deploy.plan import Collect, Compute, Plan
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
 
@@ -40,21 +40,30 @@ def run_schedule(schedule: Schedule, x: np.ndarray, feature: Feature) -> list[np
 def run_plan(plan: Plan, x: np.ndarray, feature: Feature) -> list[np.ndarray]:
     """Interpret a plan over toy units. Slots start as NaN; a launch reads all its slots before it writes any."""
     slots = np.full((plan.slots, *x.shape), np.nan)
+    accumulators = np.full((plan.accumulators + 1, *x.shape), np.nan)
     outputs = []
     for step, launches in enumerate(plan.launches):
         for op in launches:
+            if isinstance(op, Collect):
+                x = x + accumulators[op.ahead]
+                accumulators[op.ahead] = np.nan
+                continue
             if isinstance(op, Compute):
                 g = feature(step, op.unit, x)
                 if op.store is not None:
                     slots[op.store] = g
                 x = x + gate(step, op.unit) * g
                 continue
-            before = slots.copy()
+            slots_before = slots.copy()
             for unit, p in enumerate(op.predictions, op.unit):
-                g = sum(c * before[slot] for c, slot in zip(p.coefficients, p.slots, strict=True))
+                g = sum(c * slots_before[slot] for c, slot in zip(p.coefficients, p.slots, strict=True))
                 if p.store is not None:
                     slots[p.store] = g
-                x = x + gate(step, unit) * g
+                if op.ahead:
+                    before = accumulators[op.ahead] if unit else 0
+                    accumulators[op.ahead] = before + gate(step + op.ahead, unit) * g
+                else:
+                    x = x + gate(step, unit) * g
         outputs.append(x)
     return outputs
 

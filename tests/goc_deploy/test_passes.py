@@ -3,10 +3,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from goc_deploy.errors import EngineDirError
-from goc_deploy.passes import assign_slots, compile_schedule, drop_dead_stores, group_launches, name_values
-from goc_deploy.plan import Compute, Plan, Predict, Prediction, check_plan
+from goc_deploy.passes import (
+    accumulate_ahead,
+    assign_slots,
+    compile_schedule,
+    drop_dead_stores,
+    group_launches,
+    name_values,
+)
+from goc_deploy.plan import Collect, Compute, Plan, Predict, Prediction, check_plan
 from goc_deploy.policies import parse_policy, schedule_from_policy
 from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec
@@ -41,10 +49,22 @@ def test_collapsed_and_uncollapsed_plans_agree(schedule: Schedule) -> None:
 
 
 @given(schedules())
-def test_no_two_live_values_share_a_slot(schedule: Schedule) -> None:
-    groups = group_launches(drop_dead_stores(name_values(schedule)), collapse=True)
+def test_predicting_ahead_changes_no_output(schedule: Schedule) -> None:
+    x, spec = np.linspace(-1, 1, 5), spec_of(schedule.depth)
+    ahead, in_place = compile_schedule(schedule, spec), compile_schedule(schedule, spec, eager=False)
+    assert in_place.accumulators == 0
+    assert [ahead.step_kind(k) for k in range(ahead.steps)] == [in_place.step_kind(k) for k in range(ahead.steps)]
+    np.testing.assert_allclose(
+        run_plan(ahead, x, toy_feature), run_plan(in_place, x, toy_feature), rtol=1e-9, atol=1e-12
+    )
+
+
+@given(schedules(), st.booleans())
+def test_no_two_live_values_share_a_slot(schedule: Schedule, eager: bool) -> None:
+    evaluations = drop_dead_stores(name_values(schedule))
+    groups = group_launches(accumulate_ahead(evaluations) if eager else evaluations, collapse=True)
     launches, slots = assign_slots(groups)
-    ops = [op for step in launches for op in step]
+    ops = [op for step in launches for op in step if not isinstance(op, Collect)]
     last_read = {value: index for index, group in enumerate(groups) for e in group for value in e.reads}
     holder: dict[int, int] = {}
     for index, (group, op) in enumerate(zip(groups, ops, strict=True)):
@@ -75,16 +95,49 @@ def test_a_plan_without_caching_stores_nothing() -> None:
     assert plan.kind_counts == {"full": 20}
 
 
-def test_plain_reuse_needs_one_slot_per_unit_and_the_gradient_two() -> None:
-    assert compiled("fora:2").slots == 6
-    assert compiled("fora:2+gc:1.2").slots == 12
+def test_plain_reuse_needs_one_slot_and_the_gradient_one_per_unit_and_one() -> None:
+    plain, gradient = compiled("fora:2"), compiled("fora:2+gc:1.2")
+    assert (plain.slots, plain.accumulators, plain.cache_features) == (1, 1, 3)
+    assert (gradient.slots, gradient.accumulators, gradient.cache_features) == (7, 1, 9)
 
 
-def test_a_step_that_computes_nothing_is_one_launch() -> None:
+def test_predicting_in_the_step_itself_keeps_a_slot_per_feature() -> None:
+    spec = spec_of(3)
+    for text, slots in (("fora:2", 6), ("fora:2+gc:1.2", 12)):
+        plan = compile_schedule(schedule_from_policy(parse_policy(text), spec, 20), spec, eager=False)
+        assert (plan.slots, plan.accumulators, plan.cache_features) == (slots, 0, slots)
+        assert all(len(plan.launches[k]) == 1 for k in range(1, 20, 2))
+
+
+def test_a_step_that_computes_nothing_only_collects() -> None:
     plan = compiled("fora:2+gc:1.2")
     assert plan.kind_counts == {"full": 10, "collapsed": 10}
-    assert all(len(plan.launches[k]) == 1 for k in range(1, 20, 2))
-    assert plan.signatures == ("1*6", "2*6", "2w*6")
+    assert all(plan.launches[k] == (Collect(1),) for k in range(1, 20, 2))
+    assert plan.signatures == ("1*1", "2*1", "2w*1")
+
+
+def test_several_steps_in_a_row_are_predicted_ahead_into_one_accumulator_each() -> None:
+    plan = compiled("fora:4+gc:0.5")
+    assert plan.accumulators == 3
+    assert [plan.launches[k] for k in (1, 2, 3)] == [(Collect(1),), (Collect(2),), (Collect(3),)]
+    assert [op.ahead for op in plan.launches[0] if isinstance(op, Predict)] == [1, 2, 3] * 6
+
+
+def test_units_predicted_together_are_predicted_ahead_together() -> None:
+    mixed = ((1.0,), (1.0,), (), ())
+    plan = compile_schedule(Schedule(2, ("attn", "mlp"), (((),) * 4, mixed, ((1.0,),) * 4)), spec_of(2))
+    found = [
+        (type(op).__name__, getattr(op, "unit", None), getattr(op, "ahead", None), len(getattr(op, "predictions", ())))
+        for op in plan.launches[1]
+    ]
+    assert found == [
+        ("Predict", 0, 0, 2),
+        ("Predict", 0, 1, 2),
+        ("Compute", 2, None, 0),
+        ("Predict", 2, 1, 1),
+        ("Compute", 3, None, 0),
+        ("Predict", 3, 1, 1),
+    ]
 
 
 def test_stores_end_where_caching_ends() -> None:
@@ -104,6 +157,9 @@ def test_a_mixed_step_predicts_neighbours_together() -> None:
     assert plan.step_kind(1) == "mixed"
 
 
+REUSE_AHEAD = Predict(0, (Prediction((0,), (1.0,), None),), 1)
+
+
 @pytest.mark.parametrize(
     ("launches", "slots", "message"),
     [
@@ -117,6 +173,26 @@ def test_a_mixed_step_predicts_neighbours_together() -> None:
             ),
             2,
             "overwrites slot 1",
+        ),
+        (((Compute(0, None), Compute(1, None)), (Collect(1),)), 0, "step 1 adds an accumulator that does not hold"),
+        (((Compute(0, None), Compute(1, None)), (Collect(2),)), 0, "step 1 adds an accumulator that does not hold"),
+        (((Compute(0, None), Compute(1, None)), (Collect(0),)), 0, "step 1 adds an accumulator that does not hold"),
+        (((Compute(0, 0), REUSE_AHEAD, Compute(1, None)), (Collect(1),)), 1, "does not hold each of the 2 units once"),
+        (
+            ((Compute(0, 0), REUSE_AHEAD, REUSE_AHEAD, Compute(1, None)), (Collect(1),)),
+            1,
+            "does not hold each of the 2 units once",
+        ),
+        (
+            ((Compute(0, 0), REUSE_AHEAD, Compute(1, None)), (Compute(0, None), Compute(1, None))),
+            1,
+            "accumulated for step 1 is never added",
+        ),
+        (((Compute(0, 0), REUSE_AHEAD, Compute(1, None)),), 1, "predicts for step 1, which does not exist"),
+        (
+            ((Compute(0, 0), Predict(0, (Prediction((0,), (1.0,), None),), -1), Compute(1, None)),),
+            1,
+            "predicts for step -1, which does not exist",
         ),
     ],
 )
