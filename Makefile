@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ENGINE := $(OUT)/demo/engine
 DEMO_RUN := $(BIN)/goc-run $(ENGINE) --num-images 40 --seed 1
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench bench-full clean
 
 demo: $(VENV)/installed  ## export the shipped checkpoint, run it without cache and with GOC, show the pictures
 	$(BIN)/goc-export examples/mnist/dit_mnist.pt -o $(ENGINE) --num-heads 4 --plan none --plan fora:2 --plan fora:2+gc:1.0 --max-batch 40 --force
@@ -26,16 +26,25 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(ENGINE)/manifest.json  ## plans of the demo model side by side
-	$(BIN)/goc-bench $(ENGINE)
+bench: $(VENV)/bench-installed  ## beside PyTorch, torch.compile, diffusers and one ONNX graph: minutes
+	$(BIN)/python benchmarks/suite.py --model demo --batch 1 --batch 4 --batch 16 --output $(OUT)/bench
+	$(BIN)/python benchmarks/suite.py --model S/2 --batch 1 --batch 4 --output $(OUT)/bench
 
-$(ENGINE)/manifest.json:
-	$(MAKE) demo
+bench-full: bench  ## and DiT-B/2, DiT-XL/2, bigger batches, and scaling curves: hours
+	$(BIN)/python benchmarks/suite.py --model S/2 --batch 16 --rounds 2 --output $(OUT)/bench
+	$(BIN)/python benchmarks/suite.py --model B/2 --batch 1 --batch 4 --batch 16 --rounds 2 --output $(OUT)/bench
+	$(BIN)/python benchmarks/suite.py --model XL/2 --batch 1 --rounds 2 --output $(OUT)/bench
+	$(BIN)/python benchmarks/suite.py --model XL/2 --batch 4 --batch 16 --rounds 1 --steps 4 --only 'pytorch none,one graph,ours none,ours fora:2' --output $(OUT)/bench
+	$(BIN)/python benchmarks/scaling.py --output $(OUT)/bench
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[export,plot,dev]'
 	@mkdir -p $(OUT)/demo
+	touch $@
+
+$(VENV)/bench-installed: $(VENV)/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[export,plot,dev,bench]'
 	touch $@
 
 clean:

@@ -151,6 +151,8 @@ class OrtBackend:
         options = onnxruntime.SessionOptions()
         options.use_per_session_threads = not self._shared_pool
         options.log_severity_level = 3
+        # As the graph says; by default the sums of a prediction launch come last, when their terms left the CPU's cache.
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         options.enable_mem_pattern = False  # a pattern is a block of memory per unit; the shared arena serves all
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         if self._shared_pool:

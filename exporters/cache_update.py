@@ -1,9 +1,9 @@
 """The cache update as ONNX: ``GocCacheUpdate`` nodes with function bodies, and graphs made of them.
 
-``x_out = x + gate * g`` with ``g = sum(c_i * g_i)``, in float32 whatever the dtype; ``GocCacheApply`` is the same for a
-prediction that nobody stores. In a file every update is a node
-of domain ``goc`` plus a model-local function plus the attributes ``plugin_namespace`` and ``plugin_version``, so that
-ONNX Runtime inlines the body and TensorRT uses the plugin where it is registered.
+``x_out = x + c0 * gate * g`` with ``g = g0 + c1 * g1 + ...``, in float32 whatever the dtype; ``GocCacheApply`` is the same
+for a prediction that nobody stores. In a file every update is a node of domain ``goc`` plus a model-local function plus
+the attributes ``plugin_namespace`` and ``plugin_version``, so that ONNX Runtime inlines the body and TensorRT uses the
+plugin where it is registered.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ _RUN = re.compile(r"([1-4])(w?)\*(\d+)")
 def update_function(entries: int, *, stores: bool, precision: str) -> FunctionProto:
     """The body of ``GocCacheUpdateN`` (gives x_out and g) or ``GocCacheApplyN`` (x_out only) for N history entries.
 
-    Inputs: x (B, T, D), gate (B, 1, D), coefficients (N,) float32, g0..g(N-1) (B, T, D).
+    ``g = g0 + c1 * g1 + ...`` and ``x_out = x + (c0 * gate) * g``: c0 is multiplied into the gate, which is small.
 
-    Update reads every entry once before g is written, so g may lie on one of them. Apply multiplies coefficients into
-    the gate, which is small, and thereby saves a pass over the features.
+    Inputs: x (B, T, D), gate (B, 1, D), coefficients c (N,) float32, g0..g(N-1) (B, T, D).
+
+    Every entry is read before g is written, so g may lie on one of them; x_out may lie on x.
     """
     narrow = precision != "fp32"
     history = [f"g{i}" for i in range(entries)]
     wide = {name: f"{name}_32" if narrow else name for name in ("x", "gate", *history)}
     lines = [f"{wide[name]} = Cast<to=1>({name})" for name in wide if narrow]
-    scalars = [f"c{i}" for i in range(entries)]
-    lines.append(f"{', '.join(scalars)} = {_split_text('coefficients', entries)}")
-    if stores:
-        lines += [f"scaled{i} = Mul({c}, {wide[g]})" for i, (c, g) in enumerate(zip(scalars, history, strict=True))]
-        lines += [f"sum{i} = Add({'sum' if i > 1 else 'scaled'}{i - 1}, scaled{i})" for i in range(1, entries)]
-        g32 = f"sum{entries - 1}" if entries > 1 else "scaled0"
-        lines += [f"g = {'CastLike(' + g32 + ', x)' if narrow else 'Identity(' + g32 + ')'}"]
-        lines += [f"update = Mul({wide['gate']}, {g32})", f"total = Add({wide['x']}, update)"]
+    lines.append(f"{', '.join(f'c{i}' for i in range(entries))} = {_split_text('coefficients', entries)}")
+    before = wide["g0"]
+    for i in range(1, entries):
+        total = "g" if i == entries - 1 and not narrow else f"sum{i}"
+        lines += [f"scaled{i} = Mul(c{i}, {wide[f'g{i}']})", f"{total} = Add({before}, scaled{i})"]
+        before = total
+    if stores and before != "g":
+        lines.append(f"g = {'CastLike' if narrow else 'Identity'}({before}{', x' if narrow else ''})")
+    lines += [f"scaled_gate = Mul({wide['gate']}, c0)", f"update = Mul(scaled_gate, {before})"]
+    if narrow:
+        lines += ["total = Add(x_32, update)", "x_out = CastLike(total, x)"]
     else:
-        for i, (c, g) in enumerate(zip(scalars, history, strict=True)):
-            before = f"total{i - 1}" if i else wide["x"]
-            lines += [f"gate{i} = Mul({wide['gate']}, {c})", f"update{i} = Mul(gate{i}, {wide[g]})"]
-            lines.append(f"{'total' if i == entries - 1 else f'total{i}'} = Add({before}, update{i})")
-    lines.append("x_out = CastLike(total, x)" if narrow else "x_out = Identity(total)")
+        lines.append("x_out = Add(x, update)")  # an Identity that names an output would cost a copy
     inputs = ", ".join(["x", "gate", "coefficients", *history])
     header = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>'
     outputs = "(x_out, g)" if stores else "(x_out)"

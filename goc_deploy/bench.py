@@ -11,10 +11,19 @@ from typing import Any
 
 from goc_deploy.options import BenchOptions, Progress
 from goc_deploy.publish import read_manifest
+from goc_deploy.trace import Span
 
 
-def compare_plans(engine_dir: Path, options: BenchOptions, progress: Progress) -> dict[str, Any]:
+def compare_plans(
+    engine_dir: Path, options: BenchOptions, progress: Progress, spans: dict[str, list[Span]] | None = None
+) -> dict[str, Any]:
     """Run every plan once per round, in turn, so that drift of the machine hits all alike.
+
+    Args:
+        engine_dir: the engine directory.
+        options: what to run.
+        progress: called with (what, done, total).
+        spans: where to record one more run of each plan, after the measured ones.
 
     Returns:
         ``machine``, and for each plan its medians, every round's total, and what `Result.report` says of it.
@@ -37,6 +46,10 @@ def compare_plans(engine_dir: Path, options: BenchOptions, progress: Progress) -
                 report = pipe.generate(options.labels, cfg_scale=options.cfg_scale).report
                 if number >= options.warmup:
                     reports.setdefault(pipe.plan.name, []).append(report)
+        if spans is not None:
+            for pipe in pipes:
+                spans[pipe.plan.name] = []
+                pipe.generate(options.labels, cfg_scale=options.cfg_scale, spans=spans[pipe.plan.name])
     return {
         "machine": {
             "processor": platform.processor() or platform.machine(),

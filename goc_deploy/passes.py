@@ -10,12 +10,14 @@ launch, and gives the survivors slots:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import groupby, takewhile
+from itertools import groupby, islice, takewhile
 
 from goc_deploy.plan import Collect, Compute, Launch, Plan, Predict, Prediction, check_plan
 from goc_deploy.samplers import SamplerTable, sampler_table
 from goc_deploy.schedule import MAX_HISTORY, Schedule, check_schedule, check_schedule_fits, fill_short_history
 from goc_deploy.spec import ModelSpec
+
+LAUNCHES_BEFORE_AHEAD = 3  # more would be a little faster and keep a slot more each
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +27,9 @@ class Evaluation:
     Attributes:
         step: the step whose x it updates.
         unit: the unit.
-        reads: values read, newest first; empty for a computed unit.
-        coefficients: one per value read.
-        value: name of the feature it produces, or None where nobody reads it.
+        reads: values read, the one that weighs most first; empty for a computed unit.
+        coefficients: one per value read, as in `goc_deploy.plan.Prediction`.
+        value: name of the value it produces, or None where nobody reads it.
         ahead: how many steps before ``step`` it runs.
     """
 
@@ -80,36 +82,40 @@ def compile_schedule(
 def name_values(schedule: Schedule) -> list[Evaluation]:
     """Name every feature that a schedule computes or predicts.
 
-    A prediction that equals one stored feature (plain reuse) produces no new name, and a value that stands twice in
-    the history is read once with the sum of its coefficients.
+    A history entry is a value times a factor: a prediction from one entry only changes the factor, and a prediction from
+    several is a new value, their sum over the factor of the one that weighs most. A value that stands twice in the
+    history is read once with the sum of its coefficients.
 
-    Before: ``gradient`` with history (a, a). After: the prediction *is* a.
+    Before: ``gradient`` with history (a, a). After: the prediction *is* a. Before: ``2.2 a - 1.2 b``. After: the value
+    ``a - 0.545 b``, times 2.2.
     """
     evaluations: list[Evaluation] = []
-    histories: list[tuple[int, ...]] = [()] * schedule.units
+    histories: list[tuple[tuple[int, float], ...]] = [()] * schedule.units
     for step, rows in enumerate(schedule.coefficients):
         for unit, row in enumerate(rows):
             weights: dict[int, float] = {}
-            for value, coefficient in zip(histories[unit], row, strict=False):
-                weights[value] = weights.get(value, 0.0) + coefficient
-            reads, coefficients = tuple(weights), tuple(weights.values())
-            same_as_stored = len(reads) == 1 and abs(coefficients[0] - 1) < 1e-12
-            value = reads[0] if same_as_stored else len(evaluations)
-            evaluations.append(Evaluation(step, unit, reads, (1.0,) if same_as_stored else coefficients, value))
+            for (value, factor), coefficient in zip(histories[unit], row, strict=False):
+                weights[value] = weights.get(value, 0.0) + coefficient * factor
+            reads = tuple(sorted(weights, key=lambda value: -abs(weights[value])))
+            whole = weights[reads[0]] if reads else 1.0
+            coefficients = (whole, *(weights[value] / whole if whole else 0.0 for value in reads[1:])) if reads else ()
+            new = len(evaluations) if len(reads) != 1 else None
+            evaluations.append(Evaluation(step, unit, reads, coefficients, new))
             if not row or schedule.history == "used":
-                histories[unit] = (value, *histories[unit])[:MAX_HISTORY]
+                pushed = reads[0] if new is None else new
+                histories[unit] = ((pushed, whole), *histories[unit])[:MAX_HISTORY]
     return evaluations
 
 
 def drop_dead_stores(evaluations: list[Evaluation]) -> list[Evaluation]:
-    """Forget values that nobody reads later, and values that are stored already.
+    """Forget values that nobody reads later.
 
     Before: step 2 stores a feature that step 4 replaces unread. After: step 2 stores nothing.
     """
     alive: set[int] = set()
     kept: list[Evaluation] = []
     for e in reversed(evaluations):
-        kept.append(e if e.value in alive and e.value not in e.reads else replace(e, value=None))
+        kept.append(e if e.value in alive else replace(e, value=None))
         alive.update(e.reads)
     return kept[::-1]
 
@@ -117,11 +123,12 @@ def drop_dead_stores(evaluations: list[Evaluation]) -> list[Evaluation]:
 def accumulate_ahead(evaluations: list[Evaluation]) -> list[Evaluation]:
     """Move the predictions of steps that compute nothing up to the last step that does.
 
-    Such predictions depend on the history alone. Made right after their unit ran, they find its feature in the CPU's
-    cache, and a feature that only they read needs no slot of its own.
+    Such predictions depend on the history alone. Made soon after their unit ran, they leave a feature that only they
+    read without a slot of its own. A few units at a time, because a launch that finds its temporary tensors in the CPU's
+    cache is faster (DiT-XL/2, gradient of all units: 38 ms one by one, 33 ms by fours).
 
-    Before: step 4 computes units 0 and 1, step 5 predicts 0 and 1. After: compute 0, predict 0 ahead, compute 1,
-    predict 1 ahead. A unit's evaluations keep their order.
+    Before: step 4 computes units 0 and 1, step 5 predicts 0 and 1. After: step 4 computes 0 and 1 and predicts both
+    ahead. A unit's evaluations keep their order.
     """
     moved: list[Evaluation] = []
     steps = [list(step) for _, step in groupby(evaluations, key=lambda e: e.step)]
@@ -129,10 +136,11 @@ def accumulate_ahead(evaluations: list[Evaluation]) -> list[Evaluation]:
         step, *steps = steps
         collapsed = list(takewhile(lambda later: all(e.reads for e in later), steps))
         steps = steps[len(collapsed) :]
-        for group in group_launches(step, collapse=True):
-            moved += group
-            for ahead, later in enumerate(collapsed, 1):
-                moved += [replace(later[e.unit], ahead=ahead) for e in group]
+        groups = iter(group_launches(step, collapse=True))
+        while some := list(islice(groups, LAUNCHES_BEFORE_AHEAD)):
+            ran = [e for group in some for e in group]
+            moved += ran
+            moved += [replace(later[e.unit], ahead=ahead) for ahead, later in enumerate(collapsed, 1) for e in ran]
     return moved
 
 

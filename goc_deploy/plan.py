@@ -28,12 +28,15 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One unit's ``sum(c * slot)``.
+    """One unit's ``g = c0 * (slot0 + c1 * slot1 + ...)``.
+
+    The first coefficient multiplies the gate, which is small, so that a feature costs a pass less; what is stored is the
+    sum in brackets, and the compiler accounts for the factor when it is read.
 
     Attributes:
-        slots: history slots read, newest first.
+        slots: history slots read; the one that weighs most comes first, so the other coefficients are within -1..1.
         coefficients: one per slot.
-        store: slot that keeps the prediction, or None. It may be one of ``slots``: the entry that dies.
+        store: slot that keeps the sum, or None. It may be one of ``slots``: the entry that dies.
     """
 
     slots: tuple[int, ...]

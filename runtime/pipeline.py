@@ -24,6 +24,7 @@ from goc_deploy.runtime.buffers import planned_bytes
 from goc_deploy.runtime.images import images_from_latents
 from goc_deploy.runtime.session import Request, Session, Timing
 from goc_deploy.spec import ITEM_BYTES, ModelSpec
+from goc_deploy.trace import Span, recorded
 from goc_deploy.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ class Pipeline:
         latents: np.ndarray | None = None,
         trajectory: bool = False,
         callback: StepHook | None = None,
+        spans: list[Span] | None = None,
     ) -> Result:
         """Generate one image per label.
 
@@ -109,6 +111,7 @@ class Pipeline:
             latents: x_T instead of seeded noise, (N, C, H, W), converted to float32.
             trajectory: also return the latents after every step.
             callback: called after every step with a `StepEvent`; an exception in it is logged and the run goes on.
+            spans: where to record what ran when, for `goc_deploy.trace`.
 
         Raises:
             UsageError: a label, number or shape out of range.
@@ -120,7 +123,7 @@ class Pipeline:
         start = None if latents is None else _checked_latents(latents, len(labels), self.spec)
         draws = 1 + (self.plan.steps if self.plan.sampler.stochastic else 0)
         outputs, timings, trajectories = [], [], []
-        with self._session() as session:
+        with self._session(spans) as session:
             for first in range(0, len(labels), self.batch_size):
                 part = range(first, min(first + self.batch_size, len(labels)))
                 noise = np.stack([noise_source.image_noise(int(seed), i, draws, self._latent_shape) for i in part])
@@ -128,7 +131,8 @@ class Pipeline:
                     noise[:, 0] = start[part.start : part.stop]
                 request = Request(tuple(int(labels[i]) for i in part), noise, float(cfg_scale), int(cfg_channels))
                 taken: list[np.ndarray] = []
-                final, timing = session.run(request, self._step_callback(callback, taken if trajectory else None, part))
+                on_step = self._step_callback(callback, taken if trajectory else None, part)
+                final, timing = session.run(request, on_step, spans)
                 outputs.append(final)
                 timings.append(timing)
                 trajectories.append(taken)
@@ -187,9 +191,10 @@ class Pipeline:
             self._free.put(None)
 
     @contextlib.contextmanager
-    def _session(self) -> Iterator[Session]:
+    def _session(self, spans: list[Span] | None) -> Iterator[Session]:
         """Take a session, or wait for one; its place is offered again whatever happens."""
-        session = self._free.get()
+        with recorded(spans, "wait", "wait for a session"):
+            session = self._free.get()
         try:
             self._check_open()
             session = session or self._new_session()

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from goc_deploy.plan import Plan
 from goc_deploy.protocols import Backend, Buffer
-from goc_deploy.runtime.binding import Batch, Binder, BoundPlan, Engines
+from goc_deploy.runtime.binding import Batch, Binder, BoundLaunch, BoundPlan, Engines
 from goc_deploy.runtime.buffers import allocate_buffers
 from goc_deploy.spec import ModelSpec
+from goc_deploy.trace import Span, recorded
 
 MAX_BOUND_SHAPES = 8
 
@@ -49,6 +50,13 @@ class Timing:
     step_ms: tuple[float, ...]
 
 
+def _run_recorded(launches: Sequence[BoundLaunch], step: str, spans: list[Span]) -> None:
+    with recorded(spans, "step", step):
+        for launch in launches:
+            with recorded(spans, "launch", launch.name):
+                launch.run()
+
+
 class Session:
     """Buffers for one plan and up to ``capacity`` images; runs one request at a time."""
 
@@ -59,24 +67,31 @@ class Session:
         self._buffers = allocate_buffers(backend, spec, precision, plan, capacity)
         self._bound: OrderedDict[Batch, BoundPlan] = OrderedDict()
 
-    def run(self, request: Request, on_step: StepCallback | None = None) -> tuple[np.ndarray, Timing]:
+    def run(
+        self, request: Request, on_step: StepCallback | None = None, spans: list[Span] | None = None
+    ) -> tuple[np.ndarray, Timing]:
         """Run the step loop.
 
         Args:
             request: labels, noise, guidance.
             on_step: called after every step with (step, latents), outside the timed part.
+            spans: where to record what ran when; it costs about a microsecond per launch.
 
         Returns:
             Final latents (N, C, H, W) float32, and the timing.
         """
         started = time.perf_counter()
-        bound = self._prepare(request)
+        with recorded(spans, "prepare", "prepare"):
+            bound = self._prepare(request)
         prepare_ms = 1e3 * (time.perf_counter() - started)
         step_ms = []
         for step, launches in enumerate(bound.launches):
             started = time.perf_counter()
-            for launch in launches:
-                launch.run()
+            if spans is None:
+                for launch in launches:
+                    launch.run()
+            else:
+                _run_recorded(launches, f"step {step} ({self._plan.step_kind(step)})", spans)
             step_ms.append(1e3 * (time.perf_counter() - started))
             if on_step:
                 on_step(step, bound.latents[step + 1])

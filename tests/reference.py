@@ -56,9 +56,13 @@ def run_plan(plan: Plan, x: np.ndarray, feature: Feature) -> list[np.ndarray]:
                 continue
             slots_before = slots.copy()
             for unit, p in enumerate(op.predictions, op.unit):
-                g = sum(c * slots_before[slot] for c, slot in zip(p.coefficients, p.slots, strict=True))
+                whole, *others = p.coefficients
+                g = sum(
+                    (c * slots_before[s] for c, s in zip(others, p.slots[1:], strict=True)), slots_before[p.slots[0]]
+                )
                 if p.store is not None:
                     slots[p.store] = g
+                g = whole * g
                 if op.ahead:
                     before = accumulators[op.ahead] if unit else 0
                     accumulators[op.ahead] = before + gate(step + op.ahead, unit) * g

@@ -18,6 +18,8 @@ from goc_deploy.options import Progress, no_progress
 
 INTERRUPTED, TERMINATED, BUG = 130, 143, 1
 
+_received: int | None = None  # the signal that asked this command to end
+
 debug_option = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 
 
@@ -30,7 +32,7 @@ def run_command(command: click.Command, argv: Sequence[str] | None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    signal.signal(signal.SIGTERM, _terminate)
+    _catch_signals()
     try:
         with command.make_context(command.name, args) as context:
             command.invoke(context)
@@ -58,8 +60,24 @@ def run_command(command: click.Command, argv: Sequence[str] | None) -> int:
     return 0
 
 
-def _terminate(_signal: int, _frame: Any) -> None:
-    raise SystemExit(TERMINATED)
+def _catch_signals() -> None:
+    global _received
+    _received = None
+    signal.signal(signal.SIGTERM, _on_signal)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a parent may have it ignored
+        signal.signal(signal.SIGINT, _on_signal)
+
+
+def _on_signal(number: int, _frame: Any) -> None:
+    global _received
+    _received = number
+    _raise_if_interrupted()
+
+
+def _raise_if_interrupted() -> None:
+    """Python swallows what a signal handler raises while a weak reference dies, so commands ask again as they go."""
+    if _received is not None:
+        raise KeyboardInterrupt if _received == signal.SIGINT else SystemExit(TERMINATED)
 
 
 def _say(message: str, code: int) -> int:
@@ -69,10 +87,18 @@ def _say(message: str, code: int) -> int:
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A progress bar on stderr where that is a terminal, otherwise nothing."""
-    if not sys.stderr.isatty():
-        yield no_progress
-        return
+    """A progress bar on stderr where that is a terminal; anywhere, reporting progress ends an interrupted command."""
+    with _terminal_bar() if sys.stderr.isatty() else contextlib.nullcontext(no_progress) as show:
+
+        def progress(what: str, done: int, total: int) -> None:
+            _raise_if_interrupted()
+            show(what, done, total)
+
+        yield progress
+
+
+@contextlib.contextmanager
+def _terminal_bar() -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar

@@ -41,18 +41,32 @@ DEFAULTS = BenchOptions()
 @click.option("--backend", default=DEFAULTS.backend, help="auto or onnxruntime.")
 @click.option("--threads", type=click.IntRange(0), default=DEFAULTS.threads, help="Threads; 0 is one per core.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write every measurement.")
+@click.option(
+    "--profile",
+    type=click.Path(path_type=Path),
+    help="Run each plan once more and write a Chrome trace of its steps and launches (open it at ui.perfetto.dev).",
+)
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a plot of step times (needs the plot extra).")
 @debug_option
-def command(engine_dir: Path, json_path: Path | None, plot: Path | None, debug: bool, **options: Any) -> None:  # noqa: ARG001
+def command(
+    engine_dir: Path,
+    json_path: Path | None,
+    profile: Path | None,
+    plot: Path | None,
+    debug: bool,  # noqa: ARG001
+    **options: Any,
+) -> None:
     """Measure plans side by side: rounds are interleaved, times are medians."""
     from goc_deploy.bench import compare_plans, summary_rows
     from goc_deploy.outputs import check_suffix, check_writable, save_text
+    from goc_deploy.trace import Span, chrome_trace, totals_ms
 
     check_suffix(plot, ".png", ".svg", ".pdf", what="--plot ends in .png, .svg or .pdf")
-    for path in (json_path, plot):
+    for path in (json_path, profile, plot):
         check_writable(path)
+    spans: dict[str, list[Span]] | None = {} if profile else None
     with progress_bar() as progress:
-        found = compare_plans(engine_dir, BenchOptions(**options), progress)
+        found = compare_plans(engine_dir, BenchOptions(**options), progress, spans)
     columns, rows = summary_rows(found)
     first = next(iter(found["plans"].values()))
     print_table(
@@ -61,6 +75,15 @@ def command(engine_dir: Path, json_path: Path | None, plot: Path | None, debug: 
         columns,
         rows,
     )
+    if profile and spans:
+        save_text(json.dumps(chrome_trace(spans)), profile)
+        for name, entry in found["plans"].items():
+            entry["profile_ms"] = totals_ms(spans[name])
+        kinds = sorted({kind for entry in found["plans"].values() for kind in entry["profile_ms"]})
+        rows = [
+            [name, *(f"{e['profile_ms'].get(kind, 0):.2f}" for kind in kinds)] for name, e in found["plans"].items()
+        ]
+        print_table("milliseconds of the profiled run, by what ran", ["plan", *kinds], rows)
     if json_path:
         save_text(json.dumps(found, indent=1) + "\n", json_path)
     if plot:

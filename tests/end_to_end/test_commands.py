@@ -104,6 +104,21 @@ def test_bench_compares_plans_and_writes_json_and_a_plot(engine: Path, command: 
         assert min(picture.size) > 200
 
 
+def test_bench_writes_a_trace_of_one_more_run_of_each_plan(engine: Path, command: Command, tmp_path: Path) -> None:
+    out, trace = tmp_path / "bench.json", tmp_path / "trace.json"
+    plans = ("--plan", "none", "--plan", "fora:2")
+    done = command("goc-bench", engine, *plans, "--repeats", 1, "--json", out, "--profile", trace)
+    assert "between launches" in done.stdout
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"]
+    for pid, kinds in ((0, ["full"] * 20), (1, ["full", "collapsed"] * 10)):
+        steps = [e["name"] for e in events if e["pid"] == pid and e["cat"] == "step"]
+        assert steps == [f"step {k} ({kind})" for k, kind in enumerate(kinds)]
+    launched = [e["name"] for e in events if e["pid"] == 1 and e["cat"] == "launch"]
+    assert launched.count("block_03_mlp") == launched.count("collect") == 10
+    profile_ms = json.loads(out.read_text())["plans"]["fora-2"]["profile_ms"]
+    assert {"attn", "mlp", "predict ahead", "collect", "conditioning", "between launches"} <= profile_ms.keys()
+
+
 def test_labels_are_repeated_up_to_num_images(engine: Path, command: Command, tmp_path: Path) -> None:
     command("goc-run", engine, "--labels", "1,2", "--num-images", "5", "--latents-output", tmp_path / "x.npy")
     assert np.load(tmp_path / "x.npy").shape == (5, 4, 8, 8)

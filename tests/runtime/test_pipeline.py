@@ -155,7 +155,7 @@ def test_the_report_says_what_ran(pipe: Pipeline) -> None:
     steps = report["batches"][0]["steps"]
     assert [s["kind"] for s in steps[:2]] == ["full", "collapsed"]
     assert all(s["ms"] > 0 for s in steps)
-    assert report["cache_bytes"] == (9 + 1 + 1) * (2 * 16) * 16 * 64 * 4  # slots, accumulator, zeros
+    assert report["cache_bytes"] == (11 + 1 + 1) * (2 * 16) * 16 * 64 * 4  # slots, accumulator, zeros
 
 
 @pytest.mark.parametrize(

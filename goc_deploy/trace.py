@@ -1,0 +1,90 @@
+"""Where a request's time goes: spans that the runtime records, as totals and as a Chrome trace."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter_ns
+from typing import Any
+
+_BLOCK = re.compile(r"^block_\d+_")
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Something that took time.
+
+    Attributes:
+        category: ``wait`` (for a free session), ``prepare`` (inputs), ``step``, or ``launch`` (within a step).
+        name: which one.
+        start_ns: on the clock of `time.perf_counter_ns`.
+        stop_ns: on the same clock.
+    """
+
+    category: str
+    name: str
+    start_ns: int
+    stop_ns: int
+
+    @property
+    def ms(self) -> float:
+        """Duration in milliseconds."""
+        return (self.stop_ns - self.start_ns) / 1e6
+
+
+@contextmanager
+def recorded(spans: list[Span] | None, category: str, name: str) -> Iterator[None]:
+    """Record the body as one span; nothing where ``spans`` is None."""
+    started = perf_counter_ns()
+    yield
+    if spans is not None:
+        spans.append(Span(category, name, started, perf_counter_ns()))
+
+
+def totals_ms(spans: Iterable[Span]) -> dict[str, float]:
+    """Milliseconds by what ran: each kind of launch, ``prepare``, ``wait``, and ``between launches`` of a step.
+
+    ``block_07_attn`` counts as ``attn``, ``predict 3-3, 1 ahead`` as ``predict ahead``.
+    """
+    totals: defaultdict[str, float] = defaultdict(float)
+    for span in spans:
+        if span.category == "launch":
+            totals[_kind_of_launch(span.name)] += span.ms
+            totals["between launches"] -= span.ms
+        else:
+            totals["between launches" if span.category == "step" else span.category] += span.ms
+    return dict(totals)
+
+
+def _kind_of_launch(name: str) -> str:
+    if not name.startswith("predict"):
+        return _BLOCK.sub("", name)
+    return "predict ahead" if name.endswith("ahead") else "predict"
+
+
+def chrome_trace(spans_of_process: Mapping[str, Sequence[Span]]) -> dict[str, Any]:
+    """Spans in the Trace Event Format, one process per entry; steps hold their launches because they hold their times.
+
+    chrome://tracing and ui.perfetto.dev open it. Source: "Trace Event Format", complete events (``ph: "X"``, times in
+    microseconds).
+    """
+    events: list[dict[str, Any]] = []
+    for pid, (process, spans) in enumerate(spans_of_process.items()):
+        events.append({"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": process}})
+        origin = min((span.start_ns for span in spans), default=0)
+        events += [
+            {
+                "ph": "X",
+                "cat": span.category,
+                "name": span.name,
+                "pid": pid,
+                "tid": 0,
+                "ts": (span.start_ns - origin) / 1e3,
+                "dur": (span.stop_ns - span.start_ns) / 1e3,
+            }
+            for span in sorted(spans, key=lambda span: (span.start_ns, -span.stop_ns))
+        ]
+    return {"displayTimeUnit": "ms", "traceEvents": events}
