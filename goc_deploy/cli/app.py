@@ -63,6 +63,7 @@ def run_command(command: click.Command, argv: Sequence[str] | None) -> int:
 def _catch_signals() -> None:
     global _received
     _received = None
+    sys.unraisablehook = _report_unless_interrupted
     signal.signal(signal.SIGTERM, _on_signal)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a parent may have it ignored
         signal.signal(signal.SIGINT, _on_signal)
@@ -72,6 +73,12 @@ def _on_signal(number: int, _frame: Any) -> None:
     global _received
     _received = number
     _raise_if_interrupted()
+
+
+def _report_unless_interrupted(unraisable: sys.UnraisableHookArgs) -> None:
+    """Say nothing of an interruption that Python swallows: the command ends at its next report of progress."""
+    if _received is None or not isinstance(unraisable.exc_value, (KeyboardInterrupt, SystemExit)):
+        sys.__unraisablehook__(unraisable)
 
 
 def _raise_if_interrupted() -> None:

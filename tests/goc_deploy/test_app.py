@@ -1,0 +1,42 @@
+"""How a command ends, whatever it was doing when the signal came."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+INTERRUPTED_IN_A_WEAK_REFERENCE = """
+import os, sys, weakref, click
+from goc_deploy.cli.app import progress_bar, run_command
+
+class Thing: ...
+
+@click.command()
+def command():
+    thing = Thing()
+    reference = weakref.ref(thing, lambda _: os.kill(os.getpid(), {number}))
+    with progress_bar() as progress:
+        del thing
+        progress("working", 1, 2)
+        print("went on")
+
+sys.exit(run_command(command, []))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_python_swallows_still_ends_the_command_in_silence(number: int, code: int) -> None:
+    script = INTERRUPTED_IN_A_WEAK_REFERENCE.format(number=int(number))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_other_errors_that_python_swallows_are_reported() -> None:
+    script = INTERRUPTED_IN_A_WEAK_REFERENCE.replace("os.kill(os.getpid(), {number})", "1 / 0")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "ZeroDivisionError" in done.stderr
