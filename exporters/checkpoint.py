@@ -74,11 +74,7 @@ def load_checkpoint(path: Path, weight_set: str = "auto") -> Checkpoint:
         ModelError: missing, unreadable, truncated, or not a state dict.
         SafetyError: it asks to import or call something that is not a tensor.
     """
-    _check_file(path)
-    with open(path, "rb") as file:
-        head = file.read(9)
-    found = _load_safetensors(path) if _looks_like_safetensors(path, head) else _load_torch(path, head)
-    state, chosen = _choose_weights(found, weight_set, path)
+    state, chosen = _choose_weights(load_file(path), weight_set, path)
     tensors: dict[str, Tensor] = {}
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
@@ -94,6 +90,19 @@ def load_checkpoint(path: Path, weight_set: str = "auto") -> Checkpoint:
             f"{path}: two tensors have the same name once {' and '.join(PREFIXES)} are removed; {_SAVE_HINT}"
         )
     return Checkpoint(path, tensors, chosen)
+
+
+def load_file(path: Path) -> Any:
+    """What a torch or safetensors file holds, tensors memory-mapped where the format allows.
+
+    Raises:
+        ModelError: missing, unreadable or truncated.
+        SafetyError: it asks to import or call something that is not a tensor.
+    """
+    _check_file(path)
+    with open(path, "rb") as file:
+        head = file.read(9)
+    return _load_safetensors(path) if _looks_like_safetensors(path, head) else _load_torch(path, head)
 
 
 def check_values(checkpoint: Checkpoint, *, allow_nonfinite: bool) -> None:

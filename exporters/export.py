@@ -19,11 +19,12 @@ from goc_deploy.exporters.plan_files import write_plan
 from goc_deploy.exporters.step_graphs import collect_graph, modulation_graph, sampler_graph
 from goc_deploy.exporters.units import DTYPES
 from goc_deploy.exporters.verification import verify_copy
+from goc_deploy.grammar import check_plan_name, parse_policy
 from goc_deploy.manifest import MANIFEST_NAME, Manifest, Unit, manifest_to_json
 from goc_deploy.options import ExportOptions, Progress
 from goc_deploy.passes import compile_schedule
 from goc_deploy.plan import Plan
-from goc_deploy.policies import check_plan_name, parse_policy, schedule_from_policy
+from goc_deploy.policies import schedule_from_policy
 from goc_deploy.protocols import Backend
 from goc_deploy.publish import check_free_space, check_target, directory_lock, file_entry, read_manifest, staged
 from goc_deploy.samplers import sampler_table

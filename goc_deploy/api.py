@@ -109,7 +109,7 @@ def add_plan(
         UsageError, ScheduleError: a wrong SPEC, name, step count or sampler.
         ConflictError: another plan has that name.
     """
-    _require("export", "onnx")
+    _require("export", "onnx", *(("torch", "safetensors") if spec.startswith("l2c:") else ()))
     from goc_deploy.planning import add_plan_to
 
     return add_plan_to(Path(engine_dir), spec, name, steps, sampler)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from goc_deploy.errors import EngineDirError, UsageError
+from goc_deploy.grammar import parse_policy
 from goc_deploy.manifest import Manifest, PlanEntry
 from goc_deploy.plan import Plan, check_plan
-from goc_deploy.policies import plan_name_from_spec
 from goc_deploy.publish import read_verified
 from goc_deploy.serde import plan_from_json, schedule_from_json
 
@@ -23,7 +23,7 @@ def plan_entry(manifest: Manifest, name: str | None) -> PlanEntry:
     if name is None:
         return next((entry for entry in manifest.plans if entry.spec != "none"), manifest.plans[0])
     for entry in manifest.plans:
-        if name in (entry.name, entry.spec) or entry.name == plan_name_from_spec(name):
+        if name in (entry.name, entry.spec) or entry.name == parse_policy(name).default_name:
             return entry
     raise UsageError(
         f"there is no plan {name!r}; this engine has {', '.join(e.name for e in manifest.plans)}; add it with goc-plan"

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from goc_deploy.engine_dir import load_plan
 from goc_deploy.errors import ConflictError
+from goc_deploy.grammar import check_plan_name, parse_policy
 from goc_deploy.manifest import MANIFEST_NAME, PlanEntry, manifest_to_json
 from goc_deploy.options import ExportOptions
 from goc_deploy.passes import compile_schedule
-from goc_deploy.policies import check_plan_name, parse_policy, schedule_from_policy
+from goc_deploy.policies import schedule_from_policy
 from goc_deploy.publish import directory_lock, disk_errors, file_entry, read_manifest, replacing
 from goc_deploy.samplers import sampler_table
 

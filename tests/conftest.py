@@ -22,6 +22,8 @@ GOLDEN_PLANS = {
     "fora:2+gc:1.2": "fora_50_gc",
     "fora:2+steps:3,5,7,9,11,13,15,19:1.2": "fora_50_goc",
     "fora:2@0.5+gc:1.9": "fora_25_goc",
+    f"l2c:{GOLDEN / 'router.pt'}@0.1": "l2c",
+    f"l2c:{GOLDEN / 'router.pt'}@0.1+steps:3,5,7,9,11,13,15,19:0.8,both_branches": "l2c_goc_authors",
 }
 
 settings.register_profile("default", deadline=None)

@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from goc_deploy.cli.app import debug_option, progress_bar, run_command
+from goc_deploy.grammar import GRAMMAR
 from goc_deploy.options import ExportOptions
-from goc_deploy.policies import GRAMMAR
 from goc_deploy.spec import PRECISIONS
 
 DEFAULTS = ExportOptions()

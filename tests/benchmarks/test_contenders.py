@@ -14,8 +14,9 @@ from benchmarks.monolithic import MonolithicGraph, write_graph
 from benchmarks.peaks import matmul_flops
 from benchmarks.work import Work, sampled
 from goc_deploy.exporters.dit import DiT
+from goc_deploy.grammar import parse_policy
 from goc_deploy.passes import compile_schedule
-from goc_deploy.policies import parse_policy, schedule_from_policy
+from goc_deploy.policies import schedule_from_policy
 from goc_deploy.samplers import sampler_table
 from goc_deploy.spec import ModelSpec
 from tests.reference import eager_trajectory, relative_l2

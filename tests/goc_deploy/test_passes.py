@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from goc_deploy.errors import EngineDirError
+from goc_deploy.grammar import parse_policy
 from goc_deploy.passes import (
     accumulate_ahead,
     assign_slots,
@@ -15,7 +16,7 @@ from goc_deploy.passes import (
     name_values,
 )
 from goc_deploy.plan import Collect, Compute, Plan, Predict, Prediction, check_plan
-from goc_deploy.policies import parse_policy, schedule_from_policy
+from goc_deploy.policies import schedule_from_policy
 from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec
 from tests.goc_deploy.strategies import schedules

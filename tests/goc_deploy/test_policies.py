@@ -3,9 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from goc_deploy.errors import ScheduleError, UsageError
-from goc_deploy.policies import check_plan_name, parse_policy, schedule_from_policy
+from goc_deploy.errors import ModelError, ScheduleError, UsageError
+from goc_deploy.grammar import check_plan_name, parse_policy
+from goc_deploy.policies import schedule_from_policy
 from goc_deploy.schedule import COMPUTE, REUSE, Schedule, gradient
 from goc_deploy.spec import ModelSpec
 
@@ -34,6 +36,11 @@ def test_the_fraction_ends_before_the_step_it_reaches() -> None:
 
 def test_an_interval_of_three_computes_every_third_step() -> None:
     assert steps_with(made("fora:3", steps=10), COMPUTE) == [0, 3, 6, 9]
+
+
+def test_fora_can_count_back_from_the_last_step() -> None:
+    assert steps_with(made("fora:2,phase=last"), REUSE) == list(range(2, 19, 2))
+    assert steps_with(made("fora:3,phase=last"), COMPUTE) == [0, 1, 4, 7, 10, 13, 16, 19]
 
 
 def test_gc_uses_the_gradient_wherever_history_allows() -> None:
@@ -65,6 +72,66 @@ def test_a_schedule_file_is_a_policy_and_takes_corrections(tmp_path: Path) -> No
     assert made(f"file:{path}+gc:1.2").coefficients == made("fora:2+gc:1.2").coefficients
 
 
+def test_a_file_is_recorded_by_its_name_alone(tmp_path: Path) -> None:
+    made("fora:2").save(tmp_path / "mine.json")
+    assert made(f"file:{tmp_path / 'mine.json'}+gc:1.2").policy == "file:mine.json+gc:1.2"
+
+
+@pytest.mark.parametrize(
+    ("correction", "row"),
+    [
+        ("taylor:1", (1.5, -0.5)),
+        ("taylor", (1.625, -0.75, 0.125)),
+        ("lagrange", (1.875, -1.25, 0.375)),
+        ("hermite:1", (1.25, -0.25)),
+        ("hermite:2", (1.21875, -0.1875, -0.03125)),
+        ("hermite:1:1", (2.0, -1.0)),
+    ],
+)
+def test_polynomial_predictors_read_computed_features(correction: str, row: tuple[float, ...]) -> None:
+    schedule = made(f"fora:2+{correction}")
+    assert schedule.history == "computed"
+    assert steps_with(schedule, REUSE) == [1]
+    assert steps_with(schedule, row) == list(range(2 * len(row) - 1, 20, 2))
+
+
+def router_file(folder: Path, rows: list[list[float]]) -> Path:
+    path = folder / "router.pt"
+    torch.save({"routers": {f"{i}.prob": torch.tensor(row) for i, row in enumerate(rows)}}, path)
+    return path
+
+
+def test_a_router_counts_steps_down_and_reuses_in_odd_steps_only(tmp_path: Path) -> None:
+    low, high = -9.0, 9.0
+    rows = [[low, high, high, high], [low] * 4, [high, high, low, low], [low] * 4]  # steps 3, 2, 1, 0
+    schedule = made(f"l2c:{router_file(tmp_path, rows)}", steps=4)
+    expected = ((COMPUTE,) * 4, (COMPUTE, COMPUTE, REUSE, REUSE), (COMPUTE,) * 4, (REUSE, COMPUTE, COMPUTE, COMPUTE))
+    assert schedule.coefficients == expected
+    assert made(f"l2c:{tmp_path / 'router.pt'}@0.99999", steps=4).coefficients[1] == (REUSE,) * 4
+
+
+def test_both_branches_undoes_a_correction_in_blocks_that_compute_one(tmp_path: Path) -> None:
+    low, high = -9.0, 9.0
+    path = router_file(tmp_path, [[low, high, low, low], [low] * 4, [low] * 4, [low] * 4])
+    assert made(f"l2c:{path}+gc:0.8", steps=4).coefficients[3] == (gradient(0.8), COMPUTE, *[gradient(0.8)] * 2)
+    both = made(f"l2c:{path}+gc:0.8,both_branches", steps=4)
+    assert both.coefficients[3] == (REUSE, COMPUTE, *[gradient(0.8)] * 2)
+
+
+def test_a_router_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"SPEC 'l2c:/nowhere/router.pt': .* cannot be read: No such file"):
+        made("l2c:/nowhere/router.pt")
+
+
+def test_a_router_for_another_model_or_step_count_is_refused(tmp_path: Path) -> None:
+    path = router_file(tmp_path, [[0.0] * 4] * 6)
+    with pytest.raises(UsageError, match="for 6 steps but 4 are asked for; use --steps 6"):
+        made(f"l2c:{path}", steps=4)
+    path = router_file(tmp_path, [[0.0] * 56] * 4)
+    with pytest.raises(UsageError, match=r"for 56 units but the model has 4 \(2 blocks of attn\+mlp\)"):
+        made(f"l2c:{path}", steps=4)
+
+
 @pytest.mark.parametrize(
     ("text", "name"),
     [
@@ -72,6 +139,9 @@ def test_a_schedule_file_is_a_policy_and_takes_corrections(tmp_path: Path) -> No
         ("none", "none"),
         ("file:/a/b/mine.json", "file-mine"),
         ("fora:2+gc,history=computed", "fora-2+gc,history=computed"),
+        ("fora:2+steps:3,5:1.2,both_branches", "fora-2+steps-3,5-1.2,both_branches"),
+        ("l2c:a+b/router.v1.pt@0.1+gc:0.8,both_branches", "l2c-router.v1@0.1+gc-0.8,both_branches"),
+        ("l2c:me@home/router.pt", "l2c-router"),
     ],
 )
 def test_the_default_name_is_the_spec_made_file_safe(text: str, name: str) -> None:
@@ -96,7 +166,18 @@ def test_the_default_name_is_the_spec_made_file_safe(text: str, name: str) -> No
         ("fora:2+gc+gc", "more than one"),
         ("fora:2+other", "unknown correction 'other'"),
         ("none:1", "'none' takes no argument"),
-        ("fora:2,history=old", "unknown option 'history=old'"),
+        ("fora:2,history=old", "history 'old' must be used or computed"),
+        ("fora:2,phase=middle", "phase 'middle' must be first or last"),
+        ("fora:2,eta=1", "option 'eta' is not one of history, phase"),
+        ("fora:2,both_branches", "option 'both_branches' is not one of history, phase"),
+        ("none+gc,phase=last", "option 'phase' is not one of history, both_branches"),
+        ("fora:2,history=used,history=used", "an option stands twice"),
+        ("fora:2+taylor:4", "order '4' must be a whole number from 0 to 3"),
+        ("fora:2+lagrange:x", "order 'x' must be"),
+        ("fora:2+hermite:1:y", "sigma 'y' is not a number"),
+        ("fora:2+taylor:1,history=used", "reads computed features only"),
+        ("l2c:", "'l2c:' needs the path"),
+        ("l2c:router.pt@1.5", "threshold 1.5 must be within 0..1"),
         ("file:", "'file:' needs a path"),
     ],
 )
