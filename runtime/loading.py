@@ -47,11 +47,11 @@ def load_pipelines(
         )
     for plan in plans:
         _check_memory(manifest, plan, images, max_sessions)
-    engines = _load_engines(directory, manifest, plans, backend)
+    engines = load_engines(directory, manifest, plans, backend)
     return [Pipeline(manifest, plan, engines, backend, images, max_sessions) for plan in plans]
 
 
-def _load_engines(directory: Path, manifest: Manifest, plans: Sequence[Plan], backend: Backend) -> Engines:
+def load_engines(directory: Path, manifest: Manifest, plans: Sequence[Plan], backend: Backend) -> Engines:
     """Verify every file that the plans need, then load the graphs; both in parallel."""
     signatures = sorted({signature for plan in plans for signature in plan.signatures})
     missing = [signature for signature in signatures if signature not in manifest.predict]
