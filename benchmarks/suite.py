@@ -40,7 +40,7 @@ from goc_deploy.exporters.checkpoint import load_checkpoint
 from goc_deploy.exporters.dit import DiT
 from goc_deploy.exporters.dit_units import spec_from_tensors
 from goc_deploy.runtime.pipeline import Pipeline
-from goc_deploy.samplers import SamplerTable, sampler_table
+from goc_deploy.samplers import sampler_table
 from goc_deploy.trace import Span, totals_ms
 
 DEMO, DEMO_HEADS = Path(__file__).resolve().parents[1] / "examples/mnist/dit_mnist.pt", 4
@@ -187,8 +187,8 @@ def _warm_up(contender: Contender, work: Work) -> None:
     """The first two steps, which compile, fault pages in and fill caches; our plans are warm (`contenders.ours`)."""
     if contender.name.startswith("ours"):
         return
-    table = work.table
-    first = SamplerTable(table.sampler, table.timesteps[:2], table.latent[:2], table.model[:2], table.noise[:2])
+    columns = ("timesteps", "latent", "model", "noise", "spread", "estimate", "history")
+    first = replace(work.table, **{column: getattr(work.table, column)[:2] for column in columns})
     _say(f"warming up {contender.name}")
     contender.run(replace(work, table=first))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from goc_deploy.exporters import dit_units
 from goc_deploy.exporters.checkpoint import Checkpoint, check_values, load_checkpoint, sha256_of
 from goc_deploy.exporters.lowering import template_from_kind, write_copy
 from goc_deploy.exporters.plan_files import write_plan
-from goc_deploy.exporters.step_graphs import collect_graph, modulation_graph, sampler_graph
+from goc_deploy.exporters.step_graphs import collect_graph, modulation_graph, sampler_graphs
 from goc_deploy.exporters.units import DTYPES
 from goc_deploy.exporters.verification import verify_copy
 from goc_deploy.grammar import check_plan_name, parse_policy
@@ -81,14 +81,16 @@ def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> ModelSpec:
         raise ModelError(f"unknown --model {options.model!r}; this version has {', '.join(ARCHITECTURES)}")
     for name, architecture in ARCHITECTURES.items():
         if options.model == name or (options.model == "auto" and architecture.matches(names)):
-            return architecture.spec_from_tensors(checkpoint.tensors, options.num_heads)
+            return replace(
+                architecture.spec_from_tensors(checkpoint.tensors, options.num_heads), prediction=options.prediction
+            )
     raise ModelError(
         f"{checkpoint.path} is not a model that this version knows ({', '.join(ARCHITECTURES)}); it has tensors such as {', '.join(names[:3])}"
     )
 
 
 def _compile_plans(spec: ModelSpec, options: ExportOptions) -> list[Plan]:
-    table = sampler_table(options.sampler, options.steps)
+    table = sampler_table(options.sampler, options.steps, spec.prediction)
     plans: dict[str, Plan] = {}
     for policy in map(parse_policy, options.plans):
         name = check_plan_name(policy.default_name)
@@ -136,7 +138,7 @@ def _write(
     step_graphs = {
         "modulation": modulation_graph(spec, options.precision),
         "collect": collect_graph(spec, options.precision),
-        "sampler": sampler_graph(spec),
+        **sampler_graphs(spec),
     }
     for name, graph in step_graphs.items():
         onnx.save_model(graph, folder / f"{name}.onnx")

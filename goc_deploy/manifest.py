@@ -9,10 +9,10 @@ from typing import Any
 
 from goc_deploy.errors import EngineDirError, SafetyError
 from goc_deploy.serde import build, check_format, dump_json, parse_json
-from goc_deploy.spec import ITEM_BYTES, PRECISIONS, ModelSpec
+from goc_deploy.spec import ITEM_BYTES, PRECISIONS, PREDICTIONS, ModelSpec
 
 MANIFEST_NAME = "manifest.json"
-MANIFEST_FORMAT, MANIFEST_VERSION = "goc_deploy.engine_dir", 2
+MANIFEST_FORMAT, MANIFEST_VERSION = "goc_deploy.engine_dir", 3
 _SAFE_PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,@-]*(/[A-Za-z0-9][A-Za-z0-9._+=,@-]*){0,3}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -52,7 +52,8 @@ class Unit:
     """An exported graph: an ONNX file and, where it has weights, their file.
 
     Attributes:
-        name: ``conditioning``, ``modulation``, ``embed``, ``block_00_attn``, ..., ``collect``, ``final``, ``sampler``.
+        name: ``conditioning``, ``modulation``, ``embed``, ``block_00_attn``, ..., ``collect``, ``final``, ``sampler``,
+            ``sampler_lag1``, ...
         onnx: path of the graph.
         weights: path of the external data, or None.
         parameters: what lies where in the weights file.
@@ -158,6 +159,10 @@ def _check(manifest: Manifest, where: str) -> None:
     )
     if not all(type(size) is int and 0 < size <= 10**6 for size in sizes) or manifest.precision not in PRECISIONS:
         raise EngineDirError(f"{where} has sizes or a precision out of range; export again")
+    if model.prediction not in PREDICTIONS:
+        raise EngineDirError(
+            f"{where}: the model predicts {model.prediction!r}, which this version does not know; export again"
+        )
     paths = [entry.path for entry in manifest.files]
     for path in paths:
         if not isinstance(path, str) or not _SAFE_PATH.fullmatch(path):

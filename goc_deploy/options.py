@@ -23,6 +23,7 @@ class ExportOptions:
         max_batch: most images per run.
         steps: sampling steps of the plans.
         sampler: sampler SPEC.
+        prediction: what the model predicts: ``eps`` (the noise), ``v`` (velocity) or ``x0`` (the clean sample).
         plans: policy SPECs, in order of preference.
         weights: ``ema``, ``model``, or ``auto`` (ema where there is one).
         allow_nonfinite: accept NaN and infinite weights.
@@ -35,6 +36,7 @@ class ExportOptions:
     max_batch: int = 16
     steps: int = 20
     sampler: str = "ddim"
+    prediction: str = "eps"
     plans: tuple[str, ...] = ("none", "fora:2+gc:1.0")
     weights: str = "auto"
     allow_nonfinite: bool = False

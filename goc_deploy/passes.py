@@ -12,8 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import groupby, islice, takewhile
 
+from goc_deploy.errors import UsageError
 from goc_deploy.plan import Collect, Compute, Launch, Plan, Predict, Prediction, check_plan
-from goc_deploy.samplers import SamplerTable, sampler_table
+from goc_deploy.samplers import SamplerTable, sampler_misfit, sampler_table
 from goc_deploy.schedule import MAX_HISTORY, Schedule, check_schedule, check_schedule_fits, fill_short_history
 from goc_deploy.spec import ModelSpec
 
@@ -64,7 +65,7 @@ def compile_schedule(
 
     Raises:
         ScheduleError: the schedule breaks a rule of legality or does not fit.
-        UsageError: unknown sampler.
+        UsageError: unknown sampler, or one that does not fit the model.
     """
     schedule = fill_short_history(schedule)
     check_schedule_fits(schedule, spec, schedule.steps if steps is None else steps)
@@ -73,7 +74,10 @@ def compile_schedule(
     if eager:
         evaluations = accumulate_ahead(evaluations)
     launches, slots = assign_slots(group_launches(evaluations, collapse=collapse))
-    table = sampler if isinstance(sampler, SamplerTable) else sampler_table(sampler, schedule.steps)
+    table = sampler if isinstance(sampler, SamplerTable) else sampler_table(sampler, schedule.steps, spec.prediction)
+    misfit = sampler_misfit(table, spec)
+    if misfit:
+        raise UsageError(misfit)
     plan = Plan(name, table, launches, slots, schedule)
     check_plan(plan, spec)
     return plan

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from goc_deploy.errors import EngineDirError
-from goc_deploy.samplers import SamplerTable
+from goc_deploy.samplers import MAX_LAGS, SamplerTable, sampler_misfit
 from goc_deploy.schedule import MAX_HISTORY, Schedule
 from goc_deploy.spec import ModelSpec
 
@@ -156,6 +156,7 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
     """
     if plan.sampler.steps != plan.steps or not plan.steps:
         raise EngineDirError(f"plan {plan.name}: {plan.steps} steps but a sampler table of {plan.sampler.steps}")
+    _check_table(plan, spec)
     every_unit = list(range(spec.units))
     written: set[int] = set()
     accumulated: dict[int, list[int]] = {}  # target step -> units
@@ -178,6 +179,22 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
             )
     if accumulated:
         raise EngineDirError(f"plan {plan.name}: what was accumulated for step {min(accumulated)} is never added")
+
+
+def _check_table(plan: Plan, spec: ModelSpec) -> None:
+    table = plan.sampler
+    columns = (table.latent, table.model, table.noise, table.spread, table.estimate, table.history)
+    if any(len(column) != table.steps for column in columns):
+        raise EngineDirError(f"plan {plan.name}: the columns of its sampler table differ in length")
+    if table.lags > MAX_LAGS or any(len(row) != table.lags for row in table.history):
+        raise EngineDirError(
+            f"plan {plan.name}: its sampler must read the same 0 to {MAX_LAGS} earlier estimates at every step"
+        )
+    if table.lags and table.learned_variance:
+        raise EngineDirError(f"plan {plan.name}: its sampler reads both earlier estimates and a learned variance")
+    misfit = sampler_misfit(table, spec)
+    if misfit:
+        raise EngineDirError(f"plan {plan.name}: {misfit}")
 
 
 def _collected(

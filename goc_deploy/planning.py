@@ -36,7 +36,8 @@ def add_plan_to(directory: Path, spec: str, name: str | None, steps: int | None,
         manifest = read_manifest(directory)
         first = load_plan(directory, manifest, manifest.plans[0].name) if manifest.plans else None
         steps = steps if steps is not None else first.steps if first else DEFAULTS.steps
-        table = sampler_table(sampler or (first.sampler.sampler if first else DEFAULTS.sampler), steps)
+        sampler = sampler or (first.sampler.sampler if first else DEFAULTS.sampler)
+        table = sampler_table(sampler, steps, manifest.model.prediction)
         schedule = schedule_from_policy(policy, manifest.model, steps)
         plan = compile_schedule(schedule, manifest.model, table, name=name)
         for entry in manifest.plans:

@@ -1,39 +1,56 @@
-"""Samplers reduced to coefficients per step, so that the runtime needs no scheduler code.
-
-The diffusion process is the one DiT was trained with: 1000 steps, linear betas from 1e-4 to 0.02, the model predicts
-the noise. Source: Song et al., "Denoising Diffusion Implicit Models", ICLR 2021, eq. 12.
-"""
+"""Samplers reduced to coefficients per step, so that the runtime needs no scheduler code."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from operator import mul
 
 from goc_deploy.errors import UsageError
+from goc_deploy.solvers import (
+    SPACINGS,
+    Update,
+    ddim_updates,
+    ddpm_updates,
+    dpm_solver_updates,
+    estimate_weights,
+    signal_along,
+    spaced_timesteps,
+)
+from goc_deploy.spec import PREDICTIONS, ModelSpec
 
-TRAIN_STEPS = 1000
-BETA_FIRST, BETA_LAST = 1e-4, 0.02
+SAMPLER_GRAMMAR = "ddim[:ETA] | dpm++[:ORDER] | ddpm, each with [@linspace | @leading | @trailing]"
+MAX_LAGS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class SamplerTable:
-    """``x[k+1] = latent[k] * x[k] + model[k] * noise_prediction[k] + noise[k] * z[k]``.
+    """What a sampler does at each step, given x, the guided model output m and fresh noise z.
+
+    ``x[k+1] = latent[k] * x[k] + model[k] * m[k] + sum_i history[k][i-1] * d[k-i] + noise[k] * exp(spread[k] * v) * z``,
+    where ``d[k] = estimate[k][0] * x[k] + estimate[k][1] * m[k]`` is kept for later steps, and v are the variance channels
+    of a model that learns sigma.
 
     Attributes:
-        sampler: the sampler's SPEC, such as ``ddim`` or ``ddim:0.5``.
+        sampler: the sampler's SPEC, such as ``ddim:0.5`` or ``dpm++``.
+        prediction: what the model predicts: ``eps`` (the noise), ``v`` (velocity) or ``x0`` (the clean sample).
         timesteps: [T] training timesteps in sampling order.
         latent: [T] weights of the current latents.
-        model: [T] weights of the guided noise prediction.
+        model: [T] weights of the guided model output.
         noise: [T] weights of fresh standard normal noise; all zero for a deterministic sampler.
+        spread: [T] how strongly the learned variance scales the noise; all zero where it is fixed.
+        estimate: [T] weights (of x, of m) of what is kept: the estimate of the clean sample.
+        history: [T][lags] weights of the estimates kept by earlier steps, newest first; lags is 0 for one-step samplers.
     """
 
     sampler: str
+    prediction: str
     timesteps: tuple[int, ...]
     latent: tuple[float, ...]
     model: tuple[float, ...]
     noise: tuple[float, ...]
+    spread: tuple[float, ...]
+    estimate: tuple[tuple[float, float], ...]
+    history: tuple[tuple[float, ...], ...]
 
     @property
     def steps(self) -> int:
@@ -45,48 +62,101 @@ class SamplerTable:
         """Whether fresh noise enters at any step."""
         return any(self.noise)
 
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the noise is scaled by what the model predicts."""
+        return any(self.spread)
 
-def spaced_timesteps(steps: int) -> tuple[int, ...]:
-    """``steps`` training timesteps spread evenly over 999..0, in sampling order.
+    @property
+    def lags(self) -> int:
+        """How many earlier estimates a step reads."""
+        return len(self.history[0]) if self.history else 0
 
-    One step means timestep 999.
+    @property
+    def graph(self) -> str:
+        """Name of the unit that executes a row: ``sampler``, ``sampler_learned``, ``sampler_lag1`` or ``sampler_lag2``."""
+        return "sampler_learned" if self.learned_variance else f"sampler_lag{self.lags}" if self.lags else "sampler"
 
-    Raises:
-        UsageError: ``steps`` is not within 1..1000.
-    """
-    if not 1 <= steps <= TRAIN_STEPS:
-        raise UsageError(f"steps must be within 1..{TRAIN_STEPS}, got {steps}")
-    if steps == 1:
-        return (TRAIN_STEPS - 1,)
-    stride = (TRAIN_STEPS - 1) / (steps - 1)
-    return tuple(round(i * stride) for i in reversed(range(steps)))
+    @property
+    def rows(self) -> tuple[tuple[float, ...], ...]:
+        """[T] coefficients in the order in which the unit takes them."""
+        plain = zip(self.latent, self.model, self.noise, strict=True)
+        if self.learned_variance:
+            return tuple((*row, spread) for row, spread in zip(plain, self.spread, strict=True))
+        if not self.lags:
+            return tuple(plain)
+        return tuple((*row, *e, *h) for row, e, h in zip(plain, self.estimate, self.history, strict=True))
 
 
-def sampler_table(sampler: str, steps: int) -> SamplerTable:
-    """The table of a sampler: ``ddim`` or ``ddim:ETA`` with ETA in 0..1 (0 is deterministic).
+def sampler_table(sampler: str, steps: int, prediction: str = "eps") -> SamplerTable:
+    """The table of a sampler.
+
+    Args:
+        sampler: ``ddim`` or ``ddim:ETA`` with ETA in 0..1 (0 is deterministic); ``dpm++`` or ``dpm++:ORDER`` with ORDER 1
+            to 3 (default 2); ``ddpm``, which samples with the learned variance. ``@leading`` or ``@trailing`` after it
+            spaces the timesteps otherwise than ``@linspace``, the default. The dpm++ family never visits timestep 0
+            except at the end of ``@trailing``.
+        steps: T.
+        prediction: what the model predicts.
 
     Raises:
         UsageError: unknown sampler, or a number out of range.
     """
-    name, colon, eta_text = sampler.partition(":")
-    if name != "ddim":
-        raise UsageError(f"unknown sampler {sampler!r}; this version has ddim and ddim:ETA")
+    if prediction not in PREDICTIONS:
+        raise UsageError(f"unknown prediction {prediction!r}; use {', '.join(PREDICTIONS)}")
+    family, at, spacing = sampler.partition("@")
+    if at and spacing not in SPACINGS:
+        raise UsageError(f"sampler {sampler!r}: unknown spacing {spacing!r}; use {', '.join(SPACINGS)}")
+    solve, visits_zero = _solver(sampler, family)
+    timesteps = spaced_timesteps(steps, spacing or SPACINGS[0], visits_zero=visits_zero)
+    signal = signal_along(timesteps)
+    updates = solve(signal)
+    estimate = tuple(estimate_weights(prediction, s) for s in signal[:-1])
+    lags = max(len(update.denoised) for update in updates) - 1
+    return SamplerTable(
+        sampler=sampler,
+        prediction=prediction,
+        timesteps=timesteps,
+        latent=tuple(u.latent + u.denoised[0] * of_x for u, (of_x, _) in zip(updates, estimate, strict=True)),
+        model=tuple(u.denoised[0] * of_m for u, (_, of_m) in zip(updates, estimate, strict=True)),
+        noise=tuple(u.noise for u in updates),
+        spread=tuple(u.spread for u in updates),
+        estimate=estimate,
+        history=tuple((*u.denoised[1:], *[0.0] * (lags + 1 - len(u.denoised))) for u in updates),
+    )
+
+
+def sampler_misfit(table: SamplerTable, spec: ModelSpec) -> str | None:
+    """Why a table cannot drive a model, or None."""
+    if table.learned_variance and not spec.learn_sigma:
+        return (
+            f"sampler {table.sampler!r} needs the variance that this model does not predict; use ddim:1, which fixes it"
+        )
+    if table.prediction != spec.prediction:
+        return f"sampler {table.sampler!r} is made for a model that predicts {table.prediction}, this one predicts {spec.prediction}"
+    return None
+
+
+def _solver(sampler: str, family: str) -> tuple[Callable[[Sequence[float]], list[Update]], bool]:
+    """What makes the updates, and whether timestep 0 counts as a step."""
+    name, colon, number = family.partition(":")
+    if name == "ddim":
+        eta = _number(sampler, "eta", number) if colon else 0.0
+        if not 0 <= eta <= 1:
+            raise UsageError(f"sampler {sampler!r}: eta must be within 0..1")
+        return lambda signal: ddim_updates(signal, eta), True
+    if name == "dpm++":
+        order = _number(sampler, "order", number) if colon else 2
+        if order not in (1, 2, 3):
+            raise UsageError(f"sampler {sampler!r}: order must be 1, 2 or 3")
+        return lambda signal: dpm_solver_updates(signal, int(order)), False
+    if family == "ddpm":
+        return ddpm_updates, True
+    raise UsageError(f"unknown sampler {sampler!r}; use {SAMPLER_GRAMMAR}")
+
+
+def _number(sampler: str, what: str, text: str) -> float:
     try:
-        eta = float(eta_text) if colon else 0.0
+        return float(text)
     except ValueError:
-        raise UsageError(f"sampler {sampler!r}: eta {eta_text!r} is not a number") from None
-    if not 0 <= eta <= 1:
-        raise UsageError(f"sampler {sampler!r}: eta must be within 0..1")
-    timesteps = spaced_timesteps(steps)
-    slope = (BETA_LAST - BETA_FIRST) / (TRAIN_STEPS - 1)
-    signal = list(accumulate((1 - (BETA_FIRST + slope * t) for t in range(TRAIN_STEPS)), mul))  # alphas_cumprod
-    rows = [_ddim_row(now, after, eta) for now, after in pairwise([*(signal[t] for t in timesteps), 1.0])]
-    latent, model, noise = zip(*rows, strict=True)
-    return SamplerTable(sampler, timesteps, latent, model, noise)
-
-
-def _ddim_row(now: float, after: float, eta: float) -> tuple[float, float, float]:
-    sigma = eta * math.sqrt((1 - after) / (1 - now) * (1 - now / after))
-    latent = math.sqrt(after / now)
-    model = math.sqrt(max(0.0, 1 - after - sigma**2)) - latent * math.sqrt(1 - now)
-    return latent, model, sigma
+        raise UsageError(f"sampler {sampler!r}: {what} {text!r} is not a number") from None

@@ -14,7 +14,7 @@ from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import COMPUTE, MAX_BLOCKS, MAX_STEPS, REUSE, Schedule
 
 SCHEDULE_FORMAT, SCHEDULE_VERSION = "goc_deploy.schedule", 1
-PLAN_FORMAT, PLAN_VERSION = "goc_deploy.plan", 2
+PLAN_FORMAT, PLAN_VERSION = "goc_deploy.plan", 3
 MAX_JSON_BYTES = 64 * 2**20
 
 
@@ -187,14 +187,24 @@ def plan_from_json(text: bytes, schedule: Schedule, where: str) -> Plan:
     check_format(found, PLAN_FORMAT, PLAN_VERSION, where, EngineDirError)
 
     def make() -> Plan:
-        table = found["sampler"]
-        numbers = {key: tuple(float(v) for v in table[key]) for key in ("latent", "model", "noise")}
-        sampler = SamplerTable(table["sampler"], tuple(int(t) for t in table["timesteps"]), **numbers)
+        sampler = _sampler_from_fields(found["sampler"])
         launches = tuple(tuple(_launch_from_list(op) for op in step) for step in found["launches"])
         return Plan(str(found["name"]), sampler, launches, int(found["slots"]), schedule)
 
     plan: Plan = build(make, where, EngineDirError)
     return plan
+
+
+def _sampler_from_fields(table: dict[str, Any]) -> SamplerTable:
+    numbers = {key: tuple(float(v) for v in table[key]) for key in ("latent", "model", "noise", "spread")}
+    return SamplerTable(
+        sampler=str(table["sampler"]),
+        prediction=str(table["prediction"]),
+        timesteps=tuple(int(t) for t in table["timesteps"]),
+        estimate=tuple((float(of_x), float(of_m)) for of_x, of_m in table["estimate"]),
+        history=tuple(tuple(float(w) for w in row) for row in table["history"]),
+        **numbers,
+    )
 
 
 def _launch_from_list(op: list[Any]) -> Launch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+PREDICTIONS = ("eps", "v", "x0")
 PRECISIONS = ("fp32", "fp16", "bf16")
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -21,9 +22,10 @@ class ModelSpec:
         grid: tokens per side, so that a sample is ``grid * patch`` latent pixels high and wide.
         channels: latent (or pixel) channels C.
         classes: number of labels; the null label is ``classes``.
-        learn_sigma: the model predicts 2*C channels, of which samplers use the first C.
+        learn_sigma: the model predicts 2*C channels: the prediction, then a variance that only ``ddpm`` samplers use.
         architecture: exporter that made the units.
         branches: the branches of each block, in execution order.
+        prediction: what the first C channels predict: ``eps`` (the noise), ``v`` (velocity) or ``x0`` (the clean sample).
     """
 
     depth: int
@@ -37,6 +39,7 @@ class ModelSpec:
     learn_sigma: bool
     architecture: str = "dit"
     branches: tuple[str, ...] = ("attn", "mlp")
+    prediction: str = "eps"
 
     @property
     def tokens(self) -> int:

@@ -93,17 +93,33 @@ class Binder:
         prediction = buffers.prediction.view(batch.rows, spec.output_channels, spec.side, spec.side)
         shift, scale = self._modulation_row(spec.units), self._modulation_row(spec.units + 1)
         launches.append(self._unit("final", {"x": x, "shift": shift, "scale": scale}, {"prediction": prediction}))
+        launches.append(self._sampler(step, prediction, latents, noise, latents_out))
+        return launches
+
+    def _sampler(
+        self, step: int, prediction: Buffer, latents: Buffer, noise: Buffer, latents_out: Buffer
+    ) -> BoundLaunch:
+        """Guidance and one row of the sampler table; a multistep sampler also keeps its estimate."""
+        buffers, images, table = self._buffers, self._batch.images, self._plan.sampler
+        width = len(table.rows[step])
         inputs = {
             "latents": latents,
             "prediction": prediction,
-            "cond_rows": buffers.cond_rows.view(batch.images),
-            "uncond_rows": buffers.uncond_rows.view(batch.images),
+            "cond_rows": buffers.cond_rows.view(images),
+            "uncond_rows": buffers.uncond_rows.view(images),
             "guidance": buffers.guidance,
-            "coefficients": buffers.sampler.view(3, start=3 * step),
+            "coefficients": buffers.sampler.view(width, start=width * step),
             "noise": noise,
         }
-        launches.append(self._unit("sampler", inputs, {"latents_out": latents_out}))
-        return launches
+        outputs = {"latents_out": latents_out}
+        if table.lags:
+            ring, nothing = buffers.estimates, buffers.no_estimate
+            assert nothing is not None
+            for lag in range(1, table.lags + 1):
+                kept = ring[(step - lag) % len(ring)] if lag <= step else nothing
+                inputs[f"estimate_{lag}"] = kept.view(*latents.shape)
+            outputs["estimate"] = ring[step % len(ring)].view(*latents.shape)
+        return self._unit(table.graph, inputs, outputs)
 
     def _conditioning(self, step: int) -> BoundLaunch:
         """Fill the modulation table for the steps of a chunk and those that they predict ahead."""

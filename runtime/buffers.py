@@ -28,9 +28,11 @@ class Buffers:
         zeros: what an accumulator starts from, (B, T, D), or None where nothing is predicted ahead.
         latents: two latents buffers (N, C, H, W) float32 that steps alternate between.
         prediction: model output (B, C_out, H, W) float32.
+        estimates: what a multistep sampler keeps of the last steps, (N, C, H, W) float32 each; one more than it reads.
+        no_estimate: zeros, what it reads before there is anything.
         noise: fresh noise of each step for a stochastic sampler, else one buffer of zeros, (N, C, H, W) each.
         coefficients: the plan's prediction coefficients in execution order.
-        sampler: (T, 3) the sampler table.
+        sampler: (T, coefficients per step) the sampler table.
         timesteps: (T,).
         guidance: (C,) guidance weight of each channel.
         labels: distinct labels.
@@ -47,6 +49,8 @@ class Buffers:
     zeros: Buffer | None
     latents: tuple[Buffer, Buffer]
     prediction: Buffer
+    estimates: tuple[Buffer, ...]
+    no_estimate: Buffer | None
     noise: tuple[Buffer, ...]
     coefficients: Buffer
     sampler: Buffer
@@ -73,11 +77,12 @@ def planned_bytes(spec: ModelSpec, precision: str, plan: Plan, capacity: int) ->
     features = (2 + plan.cache_features) * rows * spec.tokens * spec.hidden * item
     pixels = spec.side**2 * capacity * 4
     noise = plan.steps if plan.sampler.stochastic else 1
+    estimates = plan.sampler.lags + 2 if plan.sampler.lags else 0
     return (
         table
         + (modulation_rows(spec) + plan.accumulators * spec.units) * rows * spec.hidden * item
         + features
-        + pixels * ((2 + noise) * spec.channels + 2 * spec.output_channels)
+        + pixels * ((2 + noise + estimates) * spec.channels + 2 * spec.output_channels)
     )
 
 
@@ -118,9 +123,11 @@ def allocate_buffers(backend: Backend, spec: ModelSpec, precision: str, plan: Pl
         zeros=constant(np.zeros(feature), dtype) if plan.accumulators else None,
         latents=(new(capacity * image), new(capacity * image)),
         prediction=new(rows * spec.output_channels * spec.side**2),
+        estimates=tuple(new(capacity * image) for _ in range(table.lags + 1 if table.lags else 0)),
+        no_estimate=constant(np.zeros(capacity * image)) if table.lags else None,
         noise=zero_noise or tuple(new(capacity * image) for _ in range(plan.steps)),
         coefficients=constant(np.asarray(coefficients or [0.0])),
-        sampler=constant(np.asarray([table.latent, table.model, table.noise]).T),
+        sampler=constant(np.asarray(table.rows)),
         timesteps=constant(np.asarray(table.timesteps)),
         guidance=new(spec.channels),
         labels=new(capacity + 1, dtype="int64"),

@@ -59,14 +59,15 @@ def load_engines(directory: Path, manifest: Manifest, plans: Sequence[Plan], bac
         raise EngineDirError(
             f"{directory} lists no predict graph for {missing[0]!r}, which a plan needs; add the plan again"
         )
-    needed = {"conditioning", "embed", "final", "modulation", "collect", "sampler"}
+    needed = {"conditioning", "embed", "final", "modulation", "collect", *(plan.sampler.graph for plan in plans)}
     needed |= {f"block_{b:02d}_{branch}" for b in range(manifest.model.depth) for branch in manifest.model.branches}
     lacking = sorted(needed - {unit.name for unit in manifest.units})
     if lacking:
         raise EngineDirError(f"{directory} lists no unit {lacking[0]!r}, which the model needs; export again")
     entries = {file.path: file for file in manifest.files}
+    wanted = [unit for unit in manifest.units if unit.name in needed]
     predict = {signature: manifest.predict[signature] for signature in signatures}
-    paths = sorted({p for unit in manifest.units for p in (unit.onnx, unit.weights) if p} | set(predict.values()))
+    paths = sorted({p for unit in wanted for p in (unit.onnx, unit.weights) if p} | set(predict.values()))
     dtype = DTYPE_OF_PRECISION[manifest.precision]
 
     def verified(path: str) -> memoryview:
@@ -88,7 +89,7 @@ def load_engines(directory: Path, manifest: Manifest, plans: Sequence[Plan], bac
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         content = dict(zip(paths, pool.map(verified, paths), strict=True))
-        units = dict(zip([u.name for u in manifest.units], pool.map(loaded_unit, manifest.units), strict=True))
+        units = dict(zip([u.name for u in wanted], pool.map(loaded_unit, wanted), strict=True))
         engines = Engines(units, dict(zip(predict, pool.map(loaded_graph, predict.values()), strict=True)))
     memory.return_free_pages(content.values())
     return engines

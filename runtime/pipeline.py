@@ -228,6 +228,7 @@ class Pipeline:
             "plan": plan.name,
             "policy": plan.schedule.policy,
             "sampler": plan.sampler.sampler,
+            "prediction": plan.sampler.prediction,
             "steps": plan.steps,
             "step_kinds": plan.kind_counts,
             "computed_units": plan.schedule.computed,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
 
 Feature = Callable[[int, int, np.ndarray], np.ndarray]
+# (step, x, guided model output, variance channels, noise) -> x of the next step
+SamplerStep = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+SIGNAL = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))  # alphas_cumprod
 
 
 def relative_l2(found: np.ndarray, expected: np.ndarray) -> float:
@@ -80,6 +83,67 @@ def toy_feature(step: int, unit: int, x: np.ndarray) -> np.ndarray:
     return np.cos(x * (1 + 0.1 * unit) + 0.05 * step)
 
 
+def table_step(table: SamplerTable) -> SamplerStep:
+    """A sampler table as its docstring says it."""
+    kept: list[torch.Tensor] = []
+
+    def step_of(k: int, x: torch.Tensor, m: torch.Tensor, v: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        after = table.latent[k] * x + table.model[k] * m
+        for weight, earlier in zip(table.history[k], reversed(kept), strict=False):
+            after = after + weight * earlier
+        kept.append(table.estimate[k][0] * x + table.estimate[k][1] * m)
+        if table.noise[k]:
+            after = after + table.noise[k] * (torch.exp(table.spread[k] * v) if table.spread[k] else 1) * z
+        return after
+
+    return step_of
+
+
+def _clean(prediction: str, x: torch.Tensor, m: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
+    if prediction == "eps":
+        return (x - sigma * m) / alpha
+    return alpha * x - sigma * m if prediction == "v" else m
+
+
+def dpm_solver_step(timesteps: Sequence[int], prediction: str) -> SamplerStep:
+    """DPM-Solver++ 2M as in algorithm 2 of its paper, the last step at first order and to the clean sample."""
+    alpha, sigma = np.sqrt(SIGNAL[list(timesteps)]), np.sqrt(1 - SIGNAL[list(timesteps)])
+    half_log_snr = np.log(alpha / sigma)
+    kept: list[torch.Tensor] = []
+
+    def step_of(k: int, x: torch.Tensor, m: torch.Tensor, _v: torch.Tensor, _z: torch.Tensor) -> torch.Tensor:
+        kept.append(_clean(prediction, x, m, alpha[k], sigma[k]))
+        if k == len(timesteps) - 1:
+            return kept[k]
+        h, target = half_log_snr[k + 1] - half_log_snr[k], kept[k]
+        if k:
+            r = (half_log_snr[k] - half_log_snr[k - 1]) / h
+            target = (1 + 1 / (2 * r)) * kept[k] - 1 / (2 * r) * kept[k - 1]
+        return sigma[k + 1] / sigma[k] * x - alpha[k + 1] * np.expm1(-h) * target
+
+    return step_of
+
+
+def ancestral_step(timesteps: Sequence[int], prediction: str) -> SamplerStep:
+    """DDPM on the respaced process, with the variance between beta tilde and beta that the model learned."""
+    signal = SIGNAL[list(timesteps)]
+    before = np.append(signal[1:], 1.0)  # of the step after this one, which came before in the forward process
+    betas = 1 - signal / before
+
+    def step_of(k: int, x: torch.Tensor, m: torch.Tensor, v: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        clean = _clean(prediction, x, m, np.sqrt(signal[k]), np.sqrt(1 - signal[k]))
+        of_clean = betas[k] * np.sqrt(before[k]) / (1 - signal[k])
+        of_x = (1 - before[k]) * np.sqrt(1 - betas[k]) / (1 - signal[k])
+        mean = of_clean * clean + of_x * x
+        if k == len(timesteps) - 1:
+            return mean
+        least, most = np.log(betas[k] * (1 - before[k]) / (1 - signal[k])), np.log(betas[k])
+        share = (v + 1) / 2
+        return mean + torch.exp(0.5 * (share * most + (1 - share) * least)) * z
+
+    return step_of
+
+
 @torch.inference_mode()
 def eager_trajectory(
     model: DiT,
@@ -89,8 +153,13 @@ def eager_trajectory(
     labels: list[int],
     cfg_scale: float,
     cfg_channels: int = 3,
+    step_of: SamplerStep | None = None,
 ) -> np.ndarray:
-    """The whole sampler in eager PyTorch with a list per unit for the history. ``noise`` is (N, draws, C, H, W)."""
+    """The whole sampler in eager PyTorch with a list per unit for the history.
+
+    ``noise`` is (N, draws, C, H, W); ``step_of`` takes the place of the table's rows, of which the timesteps remain.
+    """
+    step_of = step_of or table_step(table)
     spec, n = model.spec, len(labels)
     x = torch.from_numpy(noise[:, 0])
     rows = torch.tensor([*labels, *[spec.classes] * n])
@@ -113,12 +182,11 @@ def eager_trajectory(
                 histories[unit].insert(0, g)
             h = h + unit_gate.unsqueeze(1) * g
         shift, scale = model.final_layer.adaLN_modulation(condition).chunk(2, dim=1)
-        eps = unpatchify(model.final_layer.linear(modulate(h, shift, scale)), spec)[:, : spec.channels]
-        cond, uncond = eps.chunk(2)
+        output = unpatchify(model.final_layer.linear(modulate(h, shift, scale)), spec)
+        cond, uncond = output[:, : spec.channels].chunk(2)
         guided = cond.clone()
         guided[:, :cfg_channels] = (uncond + cfg_scale * (cond - uncond))[:, :cfg_channels]
-        x = table.latent[step] * x + table.model[step] * guided
-        if table.noise[step]:
-            x = x + table.noise[step] * torch.from_numpy(noise[:, step + 1])
+        fresh = torch.from_numpy(noise[:, min(step + 1, noise.shape[1] - 1)])
+        x = step_of(step, x, guided, output[:n, spec.channels :], fresh)
         outputs.append(x.numpy())
     return np.stack(outputs)

@@ -11,7 +11,8 @@ import click
 from goc_deploy.cli.app import debug_option, progress_bar, run_command
 from goc_deploy.grammar import GRAMMAR
 from goc_deploy.options import ExportOptions
-from goc_deploy.spec import PRECISIONS
+from goc_deploy.samplers import SAMPLER_GRAMMAR
+from goc_deploy.spec import PRECISIONS, PREDICTIONS
 
 DEFAULTS = ExportOptions()
 
@@ -34,7 +35,13 @@ DEFAULTS = ExportOptions()
 )
 @click.option("--max-batch", type=click.IntRange(1, 1024), default=DEFAULTS.max_batch, help="Most images per run.")
 @click.option("--steps", type=int, default=DEFAULTS.steps, help="Sampling steps of the plans.")
-@click.option("--sampler", default=DEFAULTS.sampler, help="ddim, or ddim:ETA with ETA in 0..1.")
+@click.option("--sampler", default=DEFAULTS.sampler, help=f"{SAMPLER_GRAMMAR}.")
+@click.option(
+    "--prediction",
+    type=click.Choice(PREDICTIONS),
+    default=DEFAULTS.prediction,
+    help="What the model predicts: the noise, velocity, or the clean sample.",
+)
 @click.option(
     "--plan",
     "plans",

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from goc_deploy.cli.app import debug_option, print_table, run_command
+from goc_deploy.samplers import SAMPLER_GRAMMAR
 
 EPILOG = "Examples: goc-plan engine fora:3+gc:1.0 --steps 50 --name fast; goc-plan engine --list; goc-plan engine --show fast --plot fast.png"
 
@@ -17,7 +18,7 @@ EPILOG = "Examples: goc-plan engine fora:3+gc:1.0 --steps 50 --name fast; goc-pl
 @click.argument("spec", required=False)
 @click.option("--name", help="Name of the new plan.  [default: SPEC made file-safe]")
 @click.option("--steps", type=int, help="Sampling steps.  [default: those of the engine's first plan]")
-@click.option("--sampler", help="ddim or ddim:ETA.  [default: that of the engine's first plan]")
+@click.option("--sampler", help=f"{SAMPLER_GRAMMAR}.  [default: that of the engine's first plan]")
 @click.option("--list", "list_plans", is_flag=True, help="List the plans.")
 @click.option("--show", metavar="NAME", help="Show a plan's actions over steps.")
 @click.option(

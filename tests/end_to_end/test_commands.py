@@ -72,6 +72,14 @@ def test_plans_are_added_listed_shown_and_run_without_a_new_export(
     np.testing.assert_allclose(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"), rtol=1e-3, atol=1e-4)
 
 
+def test_another_sampler_is_a_plan_of_the_same_engine(engine: Path, command: Command, tmp_path: Path) -> None:
+    for sampler, name in (("dpm++", "fast"), ("ddpm@leading", "ancestral")):
+        command("goc-plan", engine, "fora:2+gc:1.0", "--steps", 8, "--sampler", sampler, "--name", name)
+        report = tmp_path / f"{name}.json"
+        command("goc-run", engine, "--plan", name, "--labels", "3", "--report", report)
+        assert json.loads(report.read_text())["sampler"] == sampler
+
+
 def test_a_hand_edited_schedule_runs(engine: Path, command: Command, tmp_path: Path) -> None:
     schedule = tmp_path / "mine.json"
     text = (engine / "schedules" / "fora-2.json").read_text()

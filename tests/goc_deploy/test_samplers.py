@@ -1,13 +1,21 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from goc_deploy.errors import UsageError
+from goc_deploy.errors import EngineDirError, UsageError
 from goc_deploy.noise import image_noise
-from goc_deploy.samplers import sampler_table, spaced_timesteps
+from goc_deploy.passes import compile_schedule
+from goc_deploy.plan import check_plan
+from goc_deploy.samplers import sampler_table
+from goc_deploy.schedule import Schedule
+from goc_deploy.solvers import SPACINGS, spaced_timesteps
+from goc_deploy.spec import PREDICTIONS, ModelSpec
+from tests.reference import SIGNAL
 
 
 def test_twenty_steps_are_those_of_the_reference(golden: dict[str, np.ndarray]) -> None:
@@ -23,22 +31,107 @@ def test_timesteps_fall_from_999_to_0_without_repeats(steps: int) -> None:
     assert list(found) == sorted(found, reverse=True)
 
 
-@given(st.integers(2, 60), st.floats(0, 1))
-def test_ddim_keeps_a_perfectly_predicted_sample_on_the_diffusion_path(steps: int, eta: float) -> None:
-    """With x_t = sqrt(a) x_0 + sqrt(1-a) e and e predicted exactly, the signal of x_{t-1} is sqrt(a') and its variance 1 - a'."""
-    signal = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
-    table = sampler_table(f"ddim:{eta}", steps)
-    after = [*(signal[t] for t in table.timesteps[1:]), 1.0]
-    for t, a_next, latent, model, noise in zip(
-        table.timesteps, after, table.latent, table.model, table.noise, strict=True
-    ):
-        assert latent * np.sqrt(signal[t]) == pytest.approx(np.sqrt(a_next))
-        assert (latent * np.sqrt(1 - signal[t]) + model) ** 2 + noise**2 == pytest.approx(1 - a_next, abs=1e-9)
-
-
 def test_ddim_without_eta_draws_no_noise() -> None:
     assert not sampler_table("ddim", 20).stochastic
     assert sampler_table("ddim:1", 20).stochastic
+    assert sampler_table("ddpm", 20).stochastic
+    assert not sampler_table("dpm++", 20).stochastic
+
+
+@given(st.sampled_from(SPACINGS), st.booleans(), st.integers(1, 999))
+def test_every_spacing_falls_without_repeats_and_leaves_zero_out_if_asked(
+    spacing: str, visits_zero: bool, steps: int
+) -> None:
+    found = spaced_timesteps(steps, spacing, visits_zero=visits_zero)
+    assert len(set(found)) == steps
+    assert list(found) == sorted(found, reverse=True)
+    assert 0 <= found[-1] <= found[0] <= 999
+    assert visits_zero or spacing == "trailing" or found[-1] > 0
+
+
+# What diffusers 0.42 computes for five steps, found by feeding its schedulers unit vectors: weights of x, of the clean
+# sample that the model predicts, then of earlier ones (dpm++) or of the noise and its spread (ddpm).
+GOLDEN_ROWS = {
+    "dpm++": [
+        (0.9992538, 0.03279384, 0.0),
+        (0.9877324, 0.1701022, -0.04789322),
+        (0.9098639, 0.4069144, -0.1133166),
+        (0.6527956, 0.7693162, -0.2463732),
+        (0.0, 1.0, 0.0),
+    ],
+    "dpm++:3": [
+        (0.9992538, 0.03279384, 0.0, 0.0),
+        (0.9877324, 0.1701022, -0.04789322, 0.0),
+        (0.9098639, 0.5024295, -0.2677241, 0.05889233),
+        (0.6527956, 0.7693162, -0.2463732, 0.0),
+        (0.0, 1.0, 0.0, 0.0),
+    ],
+    "ddpm": [
+        (0.1093877, 0.05718902, 0.9931355, 0.0008289542),
+        (0.1920268, 0.2678053, 0.9594262, 0.01940834),
+        (0.200452, 0.6661861, 0.7828794, 0.1639872),
+        (0.0001508916, 0.999841, 0.08316954, 2.118351),
+        (0.0, 1.0, 0.0, 0.0),
+    ],
+}
+GOLDEN_TIMESTEPS = {"dpm++": (999, 799, 599, 400, 200), "ddpm": (999, 749, 500, 250, 0)}
+
+
+@pytest.mark.parametrize("sampler", GOLDEN_ROWS)
+def test_tables_are_what_the_schedulers_of_diffusers_compute(sampler: str) -> None:
+    """`test_samplers_diffusers` compares many more where diffusers is installed."""
+    table = sampler_table(sampler, 5, "x0")
+    assert table.timesteps == GOLDEN_TIMESTEPS[sampler.partition(":")[0]]
+    more = table.history if table.lags else zip(table.noise, table.spread, strict=True)
+    rows = [(x, m, *rest) for x, m, rest in zip(table.latent, table.model, more, strict=True)]
+    np.testing.assert_allclose(rows, GOLDEN_ROWS[sampler], rtol=1e-6)
+    assert set(table.estimate) == {(0.0, 1.0)}
+
+
+SAMPLERS = ["ddim", "ddim:0.7@trailing", "dpm++", "dpm++:1", "dpm++:3", "dpm++@leading", "ddpm", "ddpm@leading"]
+
+
+@given(st.sampled_from(SAMPLERS), st.integers(1, 60), st.sampled_from(PREDICTIONS))
+def test_a_perfect_model_keeps_a_sample_on_the_diffusion_path(sampler: str, steps: int, prediction: str) -> None:
+    """Whatever the model predicts: x = alpha * clean + sigma * eps goes to alpha' * clean + what the noise leaves of sigma'."""
+    table, clean, eps = sampler_table(sampler, steps, prediction), 0.3, -1.7
+    signal = [*(SIGNAL[t] for t in table.timesteps), 1.0]
+    for k in range(steps):
+        alpha, sigma = np.sqrt(signal[k]), np.sqrt(1 - signal[k])
+        x = alpha * clean + sigma * eps
+        output = {"eps": eps, "v": alpha * eps - sigma * clean, "x0": clean}[prediction]
+        of_x, of_m = table.estimate[k]
+        assert of_x * x + of_m * output == pytest.approx(clean, abs=1e-9)
+        after = table.latent[k] * x + table.model[k] * output + sum(table.history[k]) * clean
+        least_noise = table.noise[k] * np.exp(-table.spread[k])
+        left = np.sqrt(max(0.0, 1 - signal[k + 1] - least_noise**2))
+        assert after == pytest.approx(np.sqrt(signal[k + 1]) * clean + left * eps, abs=1e-8)
+
+
+@given(st.integers(2, 300))
+def test_the_learned_variance_lies_between_its_bounds(steps: int) -> None:
+    table = sampler_table("ddpm", steps)
+    signal = [*(SIGNAL[t] for t in table.timesteps), 1.0]
+    least = sampler_table("ddim:1", steps)
+    np.testing.assert_allclose(table.latent, least.latent, rtol=1e-9)
+    np.testing.assert_allclose(table.model, least.model, rtol=1e-6, atol=1e-9)
+    for k in range(steps - 1):
+        assert table.noise[k] * np.exp(-table.spread[k]) == pytest.approx(least.noise[k])
+        assert (table.noise[k] * np.exp(table.spread[k])) ** 2 == pytest.approx(1 - signal[k] / signal[k + 1])
+    assert (table.noise[-1], table.spread[-1]) == (0, 0)
+
+
+def test_first_order_dpm_solver_is_ddim() -> None:
+    one, ddim = sampler_table("dpm++:1@trailing", 20), sampler_table("ddim@trailing", 20)
+    assert one.graph == ddim.graph == "sampler"
+    np.testing.assert_allclose(one.rows, ddim.rows, rtol=1e-9, atol=1e-12)
+
+
+def test_second_order_uses_one_earlier_estimate_in_all_but_the_first_and_last_step() -> None:
+    table = sampler_table("dpm++", 20)
+    assert table.graph == "sampler_lag1"
+    assert [bool(row[0]) for row in table.history] == [False, *[True] * 18, False]
+    assert sampler_table("dpm++", 1).graph == "sampler"
 
 
 @pytest.mark.parametrize(
@@ -46,14 +139,51 @@ def test_ddim_without_eta_draws_no_noise() -> None:
     [
         ("ddim", 0, "steps must be within 1..1000, got 0"),
         ("ddim", 1001, "got 1001"),
-        ("euler", 20, "unknown sampler"),
+        ("dpm++", 1000, "steps must be within 1..999, got 1000"),
+        ("euler", 20, "unknown sampler 'euler'; use ddim"),
+        ("ddpm:1", 20, "unknown sampler 'ddpm:1'"),
         ("ddim:2", 20, "eta must be"),
-        ("ddim:x", 20, "not a number"),
+        ("ddim:x", 20, "eta 'x' is not a number"),
+        ("ddim:nan", 20, "eta must be"),
+        ("dpm++:4", 20, "order must be 1, 2 or 3"),
+        ("dpm++:", 20, "order '' is not a number"),
+        ("ddim@log", 20, "unknown spacing 'log'; use linspace, leading, trailing"),
+        ("ddim@", 20, "unknown spacing ''"),
     ],
 )
 def test_wrong_samplers_and_step_counts_are_refused(sampler: str, steps: int, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         sampler_table(sampler, steps)
+
+
+def test_predictions_that_are_unknown_or_not_the_models_are_refused() -> None:
+    with pytest.raises(UsageError, match="unknown prediction 'score'; use eps, v, x0"):
+        sampler_table("ddim", 5, "score")
+    schedule = Schedule(1, ("attn", "mlp"), (((), ()),) * 5)
+    learns = ModelSpec(1, 8, 2, 16, 2, 2, 4, 10, True)
+    compile_schedule(schedule, learns, "ddpm")
+    with pytest.raises(UsageError, match="needs the variance that this model does not predict; use ddim:1"):
+        compile_schedule(schedule, replace(learns, learn_sigma=False), "ddpm")
+    with pytest.raises(UsageError, match="made for a model that predicts v, this one predicts eps"):
+        compile_schedule(schedule, learns, sampler_table("ddim", 5, "v"))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("latent", (1.0,), "columns of its sampler table differ in length"),
+        ("history", ((0.0,) * 3,) * 5, "same 0 to 2 earlier estimates at every step"),
+        ("history", ((0.0,), (), (), (), ()), "same 0 to 2 earlier estimates at every step"),
+        ("spread", (1.0,) * 5, "both earlier estimates and a learned variance"),
+        ("prediction", "v", "predicts v, this one predicts eps"),
+    ],
+)
+def test_plans_with_a_malformed_table_are_not_executed(column: str, value: object, message: str) -> None:
+    spec = ModelSpec(1, 8, 2, 16, 2, 2, 4, 10, True)
+    plan = compile_schedule(Schedule(1, ("attn", "mlp"), (((), ()),) * 5), spec, "dpm++")
+    bad = replace(plan, sampler=replace(plan.sampler, **{column: value}))
+    with pytest.raises(EngineDirError, match=message):
+        check_plan(bad, spec)
 
 
 def test_noise_depends_on_seed_and_image_alone() -> None:

@@ -17,8 +17,10 @@ from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError, UsageError, VerificationError
 from goc_deploy.exporters.cache_update import predict_graph
 from goc_deploy.exporters.dit import DiT
+from goc_deploy.exporters.step_graphs import sampler_graphs
 from goc_deploy.noise import image_noise
 from goc_deploy.passes import compile_schedule
+from goc_deploy.protocols import Engine
 from goc_deploy.runtime import buffers, memory, pipeline
 from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.pipeline import Pipeline
@@ -43,6 +45,13 @@ def model(pipe: Pipeline) -> DiT:
     return model
 
 
+@pytest.fixture(scope="module")
+def samplers(pipe: Pipeline) -> dict[str, Engine]:
+    """Every form of the sampler unit, of which a pipeline loads the one that its plan needs."""
+    load = OrtBackend().load
+    return {name: load(memoryview(g.SerializeToString()), {}) for name, g in sampler_graphs(pipe.spec).items()}
+
+
 def test_the_default_plan_is_the_first_that_caches(golden_engine: Path) -> None:
     assert goc_deploy.load(golden_engine).plan.name == "fora-2"
 
@@ -59,12 +68,18 @@ def test_the_library_reproduces_the_golden_trajectories(
 @settings(max_examples=12)
 @given(
     schedules(depth=4, max_steps=5),
-    st.sampled_from(["ddim", "ddim:0.7"]),
+    st.sampled_from(["ddim", "ddim:0.7", "dpm++", "dpm++:3", "ddpm"]),
     st.integers(0, 3),
     st.sampled_from([1.5, 4.0]),
 )
 def test_any_schedule_runs_as_eager_pytorch_runs_it(
-    pipe: Pipeline, model: DiT, schedule: Schedule, sampler: str, cfg_channels: int, cfg: float
+    pipe: Pipeline,
+    model: DiT,
+    samplers: dict[str, Engine],
+    schedule: Schedule,
+    sampler: str,
+    cfg_channels: int,
+    cfg: float,
 ) -> None:
     plan = compile_schedule(schedule, pipe.spec, sampler)
     backend = OrtBackend()
@@ -72,7 +87,8 @@ def test_any_schedule_runs_as_eager_pytorch_runs_it(
         s: backend.load(memoryview(predict_graph(s, pipe.spec, "fp32").SerializeToString()), {})
         for s in plan.signatures
     }
-    runner = Pipeline(pipe.manifest, plan, Engines(pipe._engines.units, predict), backend, 2, 1)
+    units = {**pipe._engines.units, **samplers}
+    runner = Pipeline(pipe.manifest, plan, Engines(units, predict), backend, 2, 1)
     found = runner.generate(LABELS, seed=5, cfg_scale=cfg, cfg_channels=cfg_channels, trajectory=True)
     draws = 1 + (plan.steps if plan.sampler.stochastic else 0)
     noise = np.stack([image_noise(5, i, draws, (4, 8, 8)) for i in range(3)])

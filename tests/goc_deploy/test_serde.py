@@ -1,0 +1,42 @@
+"""Plans and manifests on disk."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from goc_deploy.errors import EngineDirError
+from goc_deploy.manifest import MANIFEST_VERSION, manifest_from_json
+from goc_deploy.passes import compile_schedule
+from goc_deploy.plan import Plan
+from goc_deploy.serde import PLAN_VERSION, plan_from_json, plan_to_json
+from goc_deploy.spec import PREDICTIONS, ModelSpec
+from tests.goc_deploy.strategies import schedules
+
+
+def plan_of(schedule, sampler: str = "ddim", prediction: str = "eps") -> Plan:
+    spec = ModelSpec(schedule.depth, 8, 2, 16, 2, 2, 4, 10, True, prediction=prediction)
+    return compile_schedule(schedule, spec, sampler)
+
+
+@given(schedules(), st.sampled_from(["ddim:0.3", "dpm++", "dpm++:3@leading", "ddpm"]), st.sampled_from(PREDICTIONS))
+def test_plans_survive_their_json_form(schedule, sampler: str, prediction: str) -> None:
+    plan = plan_of(schedule, sampler, prediction)
+    assert plan_from_json(plan_to_json(plan).encode(), schedule, "plan") == plan
+
+
+@given(schedules(max_steps=3), st.integers(0, PLAN_VERSION - 1))
+def test_plans_of_an_older_version_ask_for_a_new_export(schedule, version: int) -> None:
+    old = json.loads(plan_to_json(plan_of(schedule))) | {"version": version}
+    message = f"plan has format version {version}, this goc_deploy reads {PLAN_VERSION}; export again"
+    with pytest.raises(EngineDirError, match=message):
+        plan_from_json(json.dumps(old).encode(), schedule, "plan")
+
+
+def test_engine_directories_of_an_older_version_ask_for_a_new_export() -> None:
+    old = json.dumps({"format": "goc_deploy.engine_dir", "version": MANIFEST_VERSION - 1})
+    with pytest.raises(EngineDirError, match=f"this goc_deploy reads {MANIFEST_VERSION}; export again"):
+        manifest_from_json(old.encode(), "manifest.json")
