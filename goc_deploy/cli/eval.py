@@ -89,7 +89,7 @@ def command(
     """Compare the plans of ENGINE_DIR with no cache on the same noise and labels, and with a reference set."""
     from goc_deploy.evaluation.evaluate import evaluate
     from goc_deploy.evaluation.page import page
-    from goc_deploy.evaluation.tables import metric_rows
+    from goc_deploy.evaluation.tables import cost_rows, distribution_rows
     from goc_deploy.outputs import check_folder, check_writable, save_text
     from goc_deploy.serde import dump_json
 
@@ -99,8 +99,10 @@ def command(
     check_folder(chosen.samples_output)
     with progress_bar() as progress:
         evaluation = evaluate(engine_dir, chosen, progress)
-    columns, rows = metric_rows(evaluation.found)
-    print_table(f"{evaluation.found['images']} images per plan; +- is half of a 95 % interval", columns, rows)
+    title = f"{evaluation.found['images']} images per plan; +- is half of a 95 % interval"
+    for columns, rows in (cost_rows(evaluation.found), distribution_rows(evaluation.found)):
+        if rows:
+            print_table(title, columns, rows)
     for warning in evaluation.found["warnings"]:
         click.echo(f"warning: {warning}", err=True)
     if json_path:

@@ -124,7 +124,9 @@ def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     return shape, fortran, dtype
 
 
-def _checked_shape(path: Path, shape: tuple[int, ...], fortran: bool, dtype: np.dtype[Any]) -> tuple[int, int, int, int]:
+def _checked_shape(
+    path: Path, shape: tuple[int, ...], fortran: bool, dtype: np.dtype[Any]
+) -> tuple[int, int, int, int]:
     if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (GREY, COLOUR) or fortran or 0 in shape:
         raise UsageError(f"{path}: arr_0 is {dtype} {list(shape)}, expected uint8 [N,H,W,1 or 3]")
     count, height, width, channels = shape

@@ -79,9 +79,7 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
     if extractor is not None:
         extractor.check_images(spec.side, spec.side)
     reference = _reference(options, extractor, spec, progress)
-    scores = {
-        plan.name: PlanScores(plan, compared_with[plan.name], FeatureSet(len(labels))) for plan in plans
-    }
+    scores = {plan.name: PlanScores(plan, compared_with[plan.name], FeatureSet(len(labels))) for plan in plans}
     machine = collect(engine_dir, files, labels, options, scores, extractor, progress)
     resamples = _resamples(options, scores, warnings)
     if reference is not None and extractor is not None:

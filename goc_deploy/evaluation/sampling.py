@@ -80,9 +80,7 @@ def generated(
         yield first, found
 
 
-def read_back(
-    files: Mapping[str, AdmFile], batch: int, progress: Progress
-) -> Iterator[tuple[int, dict[str, Sampled]]]:
+def read_back(files: Mapping[str, AdmFile], batch: int, progress: Progress) -> Iterator[tuple[int, dict[str, Sampled]]]:
     """Like `generated`, from ADM files of equally many images."""
     count = next(iter(files.values())).shape[0]  # type: ignore[index]
     readers = {name: file.batches(batch) for name, file in files.items()}
@@ -101,7 +99,9 @@ def samples_of_plans(folder: Path, names: Sequence[str]) -> dict[str, AdmFile]:
     for name in names:
         path = folder / f"{name}.npz"
         if not path.is_file():
-            raise UsageError(f"there is no {path} for plan {name}; write samples with --samples-output, or leave it out")
+            raise UsageError(
+                f"there is no {path} for plan {name}; write samples with --samples-output, or leave it out"
+            )
         files[name] = open_adm(path)
     first = files[names[0]]
     for name, file in files.items():

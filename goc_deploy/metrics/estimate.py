@@ -65,9 +65,7 @@ def resampled_estimate(value: float, replicas: Sequence[float]) -> Estimate:
     return Estimate(float(value), value - half, value + half)
 
 
-def bootstrap(
-    statistic: Callable[[np.ndarray], float], images: int, resamples: int, seed: int
-) -> Estimate:
+def bootstrap(statistic: Callable[[np.ndarray], float], images: int, resamples: int, seed: int) -> Estimate:
     """A statistic of a set of images, with its interval from resampled sets.
 
     Args:
