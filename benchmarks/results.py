@@ -94,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--chunk-images", type=int, default=200, help="what an interruption loses at most, per process")
     parser.add_argument("--document", type=Path, help="rewrite its blocks; without it the tables go to stdout")
     args = parser.parse_args(argv)
     try:
@@ -120,7 +121,7 @@ def make_tables(args: argparse.Namespace) -> dict[str, str]:
     study = Study(
         args.engine,
         args.work,
-        Request("", args.images, args.images, args.seed, args.cfg_scale, manifest.model.classes, ""),
+        Request("", args.images, args.images, args.seed, args.cfg_scale, manifest.model.classes, args.chunk_images, ""),
         Workers(args.processes, args.threads, args.batch_size),
         extractor,
         reference_from_adm(open_adm(args.reference), extractor, no_progress),

@@ -23,7 +23,6 @@ from goc_deploy.outputs import save_text, written
 from goc_deploy.runtime.images import images_from_latents
 from goc_deploy.runtime.pipeline import Pipeline
 
-CHUNK_IMAGES = 200
 SAMPLES = "samples.npz"
 
 
@@ -38,6 +37,7 @@ class Request:
         seed: of noise and labels.
         cfg_scale: guidance.
         classes: of the model.
+        chunk_images: images per file.
         engine: digest of the engine's graphs and weights and of the plan.
     """
 
@@ -47,6 +47,7 @@ class Request:
     seed: int
     cfg_scale: float
     classes: int
+    chunk_images: int
     engine: str
 
     @property
@@ -57,7 +58,7 @@ class Request:
     @property
     def chunks(self) -> range:
         """First image of every chunk."""
-        return range(0, self.images, CHUNK_IMAGES)
+        return range(0, self.images, self.chunk_images)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +163,7 @@ def _load(engine: str, request: Request, workers: Workers) -> None:
 def _sample_chunk(folder: str, first: int) -> None:
     assert _pipe is not None
     assert _request is not None
-    labels = _request.labels[first : first + CHUNK_IMAGES].tolist()
+    labels = _request.labels[first : first + _request.chunk_images].tolist()
     result: Any = _pipe.generate(labels, seed=_request.seed, first_image=first, cfg_scale=_request.cfg_scale)
     with written(_chunk(Path(folder), first)) as temporary:
         np.savez(temporary, latents=result.latents, ms=result.report["total_ms"])

@@ -104,9 +104,9 @@ def reference_from_adm(file: AdmFile, extractor: Extractor, progress: Progress) 
     )
 
 
-def check_widths(reference: Reference, width: int, name: str) -> None:
+def check_widths(statistics: Gaussian, width: int, name: str) -> None:
     """Raise UsageError where the statistics of a reference are of other features than the extractor's."""
-    found = reference.pooled.mean.shape, reference.pooled.covariance.shape
+    found = statistics.mean.shape, statistics.covariance.shape
     if found != ((width,), (width, width)):
         raise UsageError(
             f"the reference has statistics of {found[0][-1] if found[0] else 0} features but {name} has {width}; "
