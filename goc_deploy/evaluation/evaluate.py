@@ -13,7 +13,7 @@ from goc_deploy.errors import UsageError
 from goc_deploy.evaluation.adm import AdmFile
 from goc_deploy.evaluation.collect import PlanScores, collect
 from goc_deploy.evaluation.distribution import FeatureSet
-from goc_deploy.evaluation.judges import check_wants_no_images, make_judges
+from goc_deploy.evaluation.judges import make_judges
 from goc_deploy.evaluation.pairing import baselines
 from goc_deploy.evaluation.sampling import class_labels, samples_of_plans
 from goc_deploy.options import EvalOptions, Progress
@@ -23,6 +23,7 @@ from goc_deploy.spec import ModelSpec
 from goc_deploy.version import __version__
 
 FORMAT, VERSION = "goc_deploy.evaluation", 1
+IMAGE_CHANNELS = (1, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +60,9 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
         raise UsageError("a plan is named twice; give each --plan once")
     compared_with = baselines(plans)
     spec = manifest.model
-    check_wants_no_images(options, spec)
-    files = samples_of_plans(options.samples, [plan.name for plan in plans], spec.side) if options.samples else {}
-    labels = _labels(files, options, spec)
-    judges = make_judges(options, spec, len(labels), progress)
+    files = samples_of_plans(options.samples, [plan.name for plan in plans]) if options.samples else {}
+    labels, side = _labels(files, options, spec), _image_side(files, spec)
+    judges = make_judges(options, spec, side, len(labels), progress)
     scores = {plan.name: PlanScores(plan, compared_with[plan.name], FeatureSet(len(labels))) for plan in plans}
     machine = collect(engine_dir, files, labels, options, scores, judges.extractor, progress)
     entries = {}
@@ -98,3 +98,16 @@ def _labels(files: dict[str, AdmFile], options: EvalOptions, spec: ModelSpec) ->
     labels = next(iter(files.values())).labels
     assert labels is not None
     return labels
+
+
+def _image_side(files: dict[str, AdmFile], spec: ModelSpec) -> int | None:
+    """Height and width of the images, or None where there are only latents. Read-back images may have been decoded."""
+    makes_images = spec.channels in IMAGE_CHANNELS
+    if not files:
+        return spec.side if makes_images else None
+    path, shape = next((file.path, file.shape) for file in files.values())
+    assert shape is not None
+    if shape[1] != shape[2] or (makes_images and shape[1] != spec.side):
+        made = f"this model makes {spec.side}x{spec.side}" if makes_images else "expected as high as wide"
+        raise UsageError(f"{path} has images of {shape[1]}x{shape[2]}, {made}")
+    return shape[1]

@@ -57,10 +57,13 @@ class OnnxExtractor:
         """
         import onnxruntime
 
+        from goc_deploy.engines.ort import shared_pool_of_process
+
+        shared_pool_of_process(threads)  # the engines': a pool of its own would compete with it
         self.name = path.name
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised
-        options.intra_op_num_threads = threads
+        options.use_per_session_threads = False
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as cause:

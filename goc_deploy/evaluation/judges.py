@@ -21,8 +21,6 @@ from goc_deploy.metrics.estimate import Estimate
 from goc_deploy.options import EvalOptions, Progress
 from goc_deploy.spec import ModelSpec
 
-IMAGE_CHANNELS = (1, 3)
-
 
 @dataclass(frozen=True, slots=True)
 class Judges:
@@ -47,41 +45,31 @@ class Judges:
         return distribution_metrics(features, labels, classes, self.reference, self.resamples, seed)
 
 
-def check_wants_no_images(options: EvalOptions, spec: ModelSpec) -> None:
-    """Raise UsageError where an option needs images of a model that makes latents for a VAE."""
-    if spec.channels in IMAGE_CHANNELS:
-        return
-    for given, name in (
-        (options.samples, "--samples"),
-        (options.samples_output, "--samples-output"),
-        (options.features, "--features"),
-        (options.reference, "--reference"),
-    ):
-        if given is not None:
-            raise UsageError(
-                f"{name} needs images, but this model makes {spec.channels}-channel latents, which need a VAE; leave it out"
-            )
+def make_judges(options: EvalOptions, spec: ModelSpec, side: int | None, images: int, progress: Progress) -> Judges:
+    """Load what the options name and check that it fits the images.
 
-
-def make_judges(options: EvalOptions, spec: ModelSpec, images: int, progress: Progress) -> Judges:
-    """Load what the options name and check that it fits the model.
+    Args:
+        options: what is wanted.
+        spec: the model.
+        side: height and width of the images, or None where there are only latents.
+        images: how many.
+        progress: called with (what, done, total).
 
     Raises:
-        UsageError: an extractor or reference that does not fit.
+        UsageError: an extractor or reference that does not fit, or an option that needs images where there are none.
         EnvironmentUnsupportedError: a package is missing.
     """
-    if spec.channels not in IMAGE_CHANNELS:
-        latents = f"the model makes {spec.channels}-channel latents, which need a VAE to become images"
-        return Judges(None, None, 0, (f"{latents}: only latents are compared",))
+    if side is None:
+        return _judges_of_latents(options, spec)
     if options.features is None:
         if options.reference is not None:
             raise UsageError("--reference needs --features to compare with; give an ONNX model or 'inception'")
         return Judges(None, None, 0, ())
     extractor = make_extractor(options.features, options.inception_weights, options.threads)
-    extractor.check_images(spec.side, spec.side)
-    black = np.zeros((1, spec.side, spec.side, spec.channels), np.uint8)
+    extractor.check_images(side, side)
+    black = np.zeros((1, side, side, 1), np.uint8)
     width = extractor.extract(black).features.shape[1]
-    reference = _reference(options, extractor, width, spec, progress)
+    reference = _reference(options, extractor, width, side, progress)
     warnings = []
     if reference is not None:
         for count, what in ((images, "samples"), (reference.images or images, "reference images")):
@@ -97,15 +85,28 @@ def make_judges(options: EvalOptions, spec: ModelSpec, images: int, progress: Pr
     return Judges(extractor, reference, resamples, tuple(warnings))
 
 
+def _judges_of_latents(options: EvalOptions, spec: ModelSpec) -> Judges:
+    """None, which is said; options that need images are refused."""
+    latents = f"this model makes {spec.channels}-channel latents, which need a VAE to become images"
+    for given, name in (
+        (options.samples_output, "--samples-output"),
+        (options.features, "--features"),
+        (options.reference, "--reference"),
+    ):
+        if given is not None:
+            raise UsageError(f"{name} needs images, but {latents}; leave it out, or decode elsewhere and use --samples")
+    return Judges(None, None, 0, (f"{latents}: only latents are compared",))
+
+
 def _reference(
-    options: EvalOptions, extractor: Extractor, width: int, spec: ModelSpec, progress: Progress
+    options: EvalOptions, extractor: Extractor, width: int, side: int, progress: Progress
 ) -> Reference | None:
     if options.reference is None:
         return None
     file = open_adm(options.reference)
-    if file.shape is not None and file.shape[1:3] != (spec.side, spec.side):
+    if file.shape is not None and file.shape[1:3] != (side, side):
         raise UsageError(
-            f"the reference {file.path} has images of {file.shape[1]}x{file.shape[2]}, this model makes {spec.side}x{spec.side}"
+            f"the reference {file.path} has images of {file.shape[1]}x{file.shape[2]}, this model makes {side}x{side}"
         )
     if file.statistics is not None:
         check_widths(file.statistics, width, extractor.name)

@@ -89,8 +89,8 @@ def read_back(files: Mapping[str, AdmFile], batch: int, progress: Progress) -> I
         yield first, {name: Sampled(None, next(reader), None, {}) for name, reader in readers.items()}
 
 
-def samples_of_plans(folder: Path, names: Sequence[str], side: int) -> dict[str, AdmFile]:
-    """The ADM files of plans in a folder that ``--samples-output`` wrote, of images ``side`` pixels high and wide.
+def samples_of_plans(folder: Path, names: Sequence[str]) -> dict[str, AdmFile]:
+    """The ADM files of plans in a folder that ``--samples-output`` wrote.
 
     Raises:
         UsageError: a plan has none, or they do not fit together.
@@ -107,10 +107,6 @@ def samples_of_plans(folder: Path, names: Sequence[str], side: int) -> dict[str,
     for name, file in files.items():
         if file.shape is None or file.labels is None:
             raise UsageError(f"{file.path} lacks arr_0 or arr_1, its images or labels; write it with --samples-output")
-        if file.shape[1:3] != (side, side):
-            raise UsageError(
-                f"{file.path} has images of {file.shape[1]}x{file.shape[2]}, this model makes {side}x{side}"
-            )
         if file.shape != first.shape or not np.array_equal(file.labels, first.labels):  # type: ignore[arg-type]
             raise UsageError(f"the samples of {name} have other labels or sizes than those of {names[0]}")
     return files

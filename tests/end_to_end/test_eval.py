@@ -23,7 +23,7 @@ from tests.reference import relative_l2
 IMAGES = 8
 ENGINE_PLANS = ["none", "fora-2", "fora-2+gc-1.0"]
 CLASSIFIER = str(MNIST / "classifier.onnx")
-SMALL = EvalOptions(num_images=IMAGES, threads=1)
+SMALL = EvalOptions(num_images=IMAGES)
 
 
 @pytest.fixture(scope="module")
@@ -125,13 +125,27 @@ def test_samples_that_do_not_fit_together_are_refused(demo_engine: Path, tmp_pat
     np.savez(tmp_path / "none.npz", arr_0=black, arr_1=np.arange(4))
     for arrays, message in (
         ({"arr_0": black}, "lacks arr_0 or arr_1"),
-        ({"arr_0": black[:, :9], "arr_1": np.arange(4)}, "images of 9x28, this model makes 28x28"),
+        ({"arr_0": black[:, :9], "arr_1": np.arange(4)}, "other labels or sizes"),
         ({"arr_0": black[:3], "arr_1": np.arange(3)}, "other labels or sizes"),
         ({"arr_0": black, "arr_1": np.zeros(4)}, "other labels or sizes"),
     ):
         np.savez(tmp_path / "fora-2.npz", **arrays)
         with pytest.raises(UsageError, match=message):
             evaluate(demo_engine, options, no_progress)
+
+
+def test_images_that_were_decoded_elsewhere_are_judged_by_their_own_size(
+    demo_engine: Path, golden_engine: Path, tmp_path: Path
+) -> None:
+    options = replace(SMALL, plans=("none", "fora:2"), samples=tmp_path)
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3)).astype(np.uint8)
+    for plan in ("none", "fora-2"):
+        np.savez(tmp_path / f"{plan}.npz", arr_0=pictures, arr_1=np.arange(4))
+    found = evaluate(golden_engine, options, no_progress).found
+    assert found["images"] == 4
+    assert found["plans"]["fora-2"]["metrics"]["ssim"]["value"] == pytest.approx(1)
+    with pytest.raises(UsageError, match="has images of 64x64, this model makes 28x28"):
+        evaluate(demo_engine, options, no_progress)
 
 
 ROWS = """
