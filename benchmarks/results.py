@@ -34,11 +34,11 @@ from goc_deploy.evaluation.features import Extractor, OnnxExtractor
 from goc_deploy.evaluation.pairing import PairedScores
 from goc_deploy.evaluation.sampling import Sampled
 from goc_deploy.evaluation.tables import METRICS, shown_value
+from goc_deploy.grammar import parse_policy, plan_name_from_spec
 from goc_deploy.metrics.estimate import Estimate
 from goc_deploy.metrics.paired import relative_l2
 from goc_deploy.options import no_progress
 from goc_deploy.outputs import save_text
-from goc_deploy.policies import plan_name_from_spec
 from goc_deploy.publish import read_manifest
 from goc_deploy.runtime.images import images_from_latents
 
@@ -55,16 +55,18 @@ class Row:
     title: str
     spec: str
     steps: int
+    sampler: str = "ddim"
 
     @property
     def plan(self) -> str:
         """Its name in the engine directory."""
-        return f"{plan_name_from_spec(self.spec)[:90]}.T{self.steps}"
+        sampler = "" if self.sampler == "ddim" else f".{plan_name_from_spec(self.sampler)}"
+        return f"{parse_policy(self.spec).default_name[:80]}.T{self.steps}{sampler}"
 
     @property
     def baseline(self) -> Row:
-        """The same number of steps without a cache."""
-        return Row(f"no cache, {self.steps} steps", "none", self.steps)
+        """The same sampler and number of steps without a cache."""
+        return Row("", "none", self.steps, self.sampler)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,7 @@ def sampled(study: Study, row: Row, images: int) -> Samples:
     """The folder and request of a row's samples, which are made where they are missing."""
     manifest = read_manifest(study.engine)
     if all(entry.name != row.plan for entry in manifest.plans):
-        add_plan(study.engine, row.spec, name=row.plan, steps=row.steps)
+        add_plan(study.engine, row.spec, name=row.plan, steps=row.steps, sampler=row.sampler)
         manifest = read_manifest(study.engine)
     request = replace(study.request, plan=row.plan, images=images, engine=engine_digest(manifest, row.plan))
     folder = study.work / (row.plan if images == study.request.images else f"{row.plan}.{images}")
@@ -208,7 +210,8 @@ def table_of(rows: Sequence[Row], found: Sequence[dict[str, Any]]) -> str:
     for row, one in zip(rows, found, strict=True):
         cost = [f"{one['full_step_equivalents']:.2f}", f"{one['ms_per_image']:.1f}"]
         values = [shown_value(one["metrics"].get(metric.key), metric, "±") for metric in shown]
-        lines.append([row.title, f"`{row.spec}`", str(row.steps), *cost, *values])
+        steps = str(row.steps) if row.sampler == "ddim" else f"{row.steps} {row.sampler}"
+        lines.append([row.title, f"`{row.spec}`", steps, *cost, *values])
     return markdown(columns, lines)
 
 

@@ -21,13 +21,11 @@ from goc_deploy.metrics.paired import relative_l2
 from goc_deploy.options import EvalOptions, Progress
 from goc_deploy.passes import compile_schedule
 from goc_deploy.plan import Plan
-from goc_deploy.policies import parse_policy, schedule_from_policy
-from goc_deploy.samplers import sampler_table
+from goc_deploy.schedule import COMPUTE, Schedule
 
 if TYPE_CHECKING:
     from goc_deploy.runtime.pipeline import Pipeline
 
-CONVERGED_SAMPLER = "ddim"
 READ_IMAGES = 256
 MACHINE_KEYS = ("backend", "version", "provider", "threads", "batch_size")
 
@@ -118,7 +116,7 @@ def _load(stack: ExitStack, engine_dir: Path, names: list[str], options: EvalOpt
 
 
 def _converged(stack: ExitStack, pipes: Sequence[Pipeline], options: EvalOptions) -> Pipeline | None:
-    """A pipeline of so many uncached steps that more would change nothing, on the engines that are there."""
+    """A pipeline of so many uncached steps that more would change nothing, with the first plan's sampler and engines."""
     if not options.converged:
         return None
     for pipe in pipes:
@@ -127,9 +125,8 @@ def _converged(stack: ExitStack, pipes: Sequence[Pipeline], options: EvalOptions
                 f"--converged needs deterministic samplers, but plan {pipe.plan.name} has {pipe.plan.sampler.sampler}"
             )
     spec = pipes[0].spec
-    schedule = schedule_from_policy(parse_policy("none"), spec, options.converged)
-    table = sampler_table(CONVERGED_SAMPLER, options.converged)
-    plan = compile_schedule(schedule, spec, table, name="converged")
+    schedule = Schedule(spec.depth, spec.branches, ((COMPUTE,) * spec.units,) * options.converged)
+    plan = compile_schedule(schedule, spec, pipes[0].plan.sampler.sampler, name="converged")
     return stack.enter_context(pipes[0].with_plan(plan))
 
 

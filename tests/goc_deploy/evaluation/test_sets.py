@@ -17,39 +17,41 @@ from goc_deploy.evaluation.sampling import Sampled, class_labels
 from goc_deploy.metrics.frechet import gaussian_of
 from goc_deploy.passes import compile_schedule
 from goc_deploy.plan import Plan
-from goc_deploy.policies import parse_policy, schedule_from_policy
-from goc_deploy.samplers import sampler_table
+from goc_deploy.schedule import COMPUTE, REUSE, Schedule
 from goc_deploy.spec import ModelSpec
 
 SPEC = ModelSpec(2, 8, 2, 16, 2, 4, 1, 10, False)
 
 
-def plans(*wanted: tuple[str, int]) -> list[Plan]:
-    return [
-        compile_schedule(
-            schedule_from_policy(parse_policy(spec), SPEC, steps),
-            SPEC,
-            sampler_table("ddim", steps),
-            name=f"{spec} {steps}",
-        )
-        for spec, steps in wanted
-    ]
+def plan(name: str, steps: int, interval: int, sampler: str = "ddim") -> Plan:
+    rows = tuple((COMPUTE if k % interval == 0 else REUSE,) * SPEC.units for k in range(steps))
+    return compile_schedule(Schedule(SPEC.depth, SPEC.branches, rows), SPEC, sampler, name=name)
 
 
-def test_a_plan_is_compared_with_no_cache_at_its_step_count_or_else_with_the_first() -> None:
-    found = baselines(plans(("fora:2", 8), ("none", 6), ("none", 8), ("fora:3", 6), ("fora:2", 9)))
+def test_a_plan_is_compared_with_no_cache_at_its_steps_and_sampler_or_else_with_the_first() -> None:
+    found = baselines(
+        [
+            plan("cached 8", 8, 2),
+            plan("whole 6", 6, 1),
+            plan("whole 8", 8, 1),
+            plan("cached 6", 6, 3),
+            plan("cached 9", 9, 2),
+            plan("cached 8 dpm++", 8, 2, "dpm++"),
+        ]
+    )
     assert found == {
-        "fora:2 8": "none 8",
-        "none 6": "none 6",
-        "none 8": "none 8",
-        "fora:3 6": "none 6",
-        "fora:2 9": "none 6",
+        "cached 8": "whole 8",
+        "whole 6": "whole 6",
+        "whole 8": "whole 8",
+        "cached 6": "whole 6",
+        "cached 9": "whole 6",
+        "cached 8 dpm++": "whole 6",
     }
 
 
 def test_plans_that_all_cache_cannot_be_compared() -> None:
     with pytest.raises(UsageError, match="no plan computes everything"):
-        baselines(plans(("fora:2", 8)))
+        baselines([plan("cached", 8, 2)])
 
 
 @given(st.integers(1, 300), st.integers(1, 12), st.integers(0, 2**40))
