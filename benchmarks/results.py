@@ -91,11 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cfg-scale", type=float, default=4.0)
     parser.add_argument("--features", type=Path, default=MNIST / "classifier.onnx")
     parser.add_argument("--reference", type=Path, required=True, help="ADM .npz, from examples/mnist/make_reference.py")
-    # Measured on two cores, 20 uncached steps of the demo model, CPU milliseconds per image: two processes of one
-    # thread 158, 162, 179, 196 at batch 8, 16, 20, 40; one process of two threads 284, 277, 282, 268.
+    # Measured on two cores, one of them half busy, images per second of 20 uncached steps of the demo model: two
+    # processes of one thread 20.3, 19.0 and 14.5 at batch 8, 16 and 40; one process of two threads 4.4, 5.4 and 5.8.
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--threads", type=int, default=1, help="of each process")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--chunk-images", type=int, default=200, help="what an interruption loses at most, per process")
     parser.add_argument("--document", type=Path, help="rewrite its blocks; without it the tables go to stdout")
     args = parser.parse_args(argv)
