@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
@@ -79,3 +80,50 @@ class BenchOptions:
     warmup: int = 1
     backend: str = "auto"
     threads: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EvalOptions:
+    """How to evaluate plans.
+
+    Attributes:
+        plans: names or SPECs; empty takes all plans of the engine.
+        num_images: images per plan.
+        seed: of noise, labels and resampling; image i has the noise that goc-run gives it.
+        cfg_scale: classifier-free guidance scale.
+        cfg_channels: guidance acts on the first channels only.
+        labels: ``balanced`` (every class equally often, in random order) or ``iid``.
+        batch_size: images per run; 0 is what the engine was exported for.
+        backend: ``auto`` or ``onnxruntime``.
+        threads: 0 is one per core.
+        reference: ADM file to compare the distribution with, or None.
+        features: ``inception``, the path of an ONNX model, or None for paired metrics only.
+        inception_weights: torch-fidelity's weights, or None.
+        samples: folder to read images from instead of generating them, or None.
+        samples_output: folder to write images to, or None.
+        converged: uncached steps of a converged solution to measure the distance to; 0 is none.
+        converged_images: images that the converged solution is made of.
+        trajectory_images: images whose error is followed over the steps.
+        resamples: bootstrap resamples of FID and inception score.
+        grid_images: pictures per plan in the report.
+    """
+
+    plans: tuple[str, ...] = ()
+    num_images: int = 1000
+    seed: int = 0
+    cfg_scale: float = 4.0
+    cfg_channels: int = 3
+    labels: str = "balanced"
+    batch_size: int = 0
+    backend: str = "auto"
+    threads: int = 0
+    reference: Path | None = None
+    features: str | None = None
+    inception_weights: Path | None = None
+    samples: Path | None = None
+    samples_output: Path | None = None
+    converged: int = 0
+    converged_images: int = 128
+    trajectory_images: int = 64
+    resamples: int = 50
+    grid_images: int = 12

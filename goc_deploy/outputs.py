@@ -75,6 +75,20 @@ def check_writable(path: Path | None, *, may_be_folder: bool = False) -> None:
             raise ConflictError(f"{target} is not writable; choose another output")
 
 
+def check_folder(path: Path | None) -> None:
+    """Make a folder for outputs where it is missing; its parent must be there.
+
+    Raises:
+        ConflictError: it cannot be made or written to, or a file stands in its place.
+    """
+    if path is None:
+        return
+    with disk_errors(f"making the folder {path}"):
+        path.mkdir(exist_ok=True)
+    if not os.access(path, os.W_OK):
+        raise ConflictError(f"{path} is not writable; choose another folder")
+
+
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[Path]:
     """A path to write to, which becomes ``path`` when it is whole.

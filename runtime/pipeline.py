@@ -94,6 +94,7 @@ class Pipeline:
         labels: Sequence[int],
         *,
         seed: int = DEFAULTS.seed,
+        first_image: int = 0,
         cfg_scale: float = DEFAULTS.cfg_scale,
         cfg_channels: int = DEFAULTS.cfg_channels,
         latents: np.ndarray | None = None,
@@ -105,7 +106,8 @@ class Pipeline:
 
         Args:
             labels: class labels, 0 .. classes - 1.
-            seed: image i gets noise from (seed, i) alone, whatever the batch size.
+            seed: image i gets noise from (seed, first_image + i) alone, whatever the batch size.
+            first_image: where this request starts in a longer series of images that share a seed.
             cfg_scale: classifier-free guidance scale, finite and not negative; 1 is none.
             cfg_channels: guidance acts on the first channels only.
             latents: x_T instead of seeded noise, (N, C, H, W), converted to float32.
@@ -120,13 +122,17 @@ class Pipeline:
         """
         self._check_open()
         _check_numbers(labels, seed, cfg_scale, cfg_channels, self.spec)
+        if not _is_whole(first_image) or first_image < 0:
+            raise UsageError(f"first_image must be a whole number and not negative, got {first_image!r}")
         start = None if latents is None else _checked_latents(latents, len(labels), self.spec)
         draws = 1 + (self.plan.steps if self.plan.sampler.stochastic else 0)
         outputs, timings, trajectories = [], [], []
         with self._session(spans) as session:
             for first in range(0, len(labels), self.batch_size):
                 part = range(first, min(first + self.batch_size, len(labels)))
-                noise = np.stack([noise_source.image_noise(int(seed), i, draws, self._latent_shape) for i in part])
+                noise = np.stack(
+                    [noise_source.image_noise(int(seed), first_image + i, draws, self._latent_shape) for i in part]
+                )
                 if start is not None:
                     noise[:, 0] = start[part.start : part.stop]
                 request = Request(tuple(int(labels[i]) for i in part), noise, float(cfg_scale), int(cfg_channels))
@@ -145,6 +151,11 @@ class Pipeline:
         report = self._report(len(labels), seed, cfg_scale, cfg_channels, timings)
         whole = np.concatenate([np.stack(taken) for taken in trajectories], axis=1) if trajectory else None
         return Result(images_from_latents(final_latents), final_latents, whole, report)
+
+    def with_plan(self, plan: Plan) -> Pipeline:
+        """A pipeline of another plan on the same engines, which must hold its predict graphs (a plan that computes
+        everything needs none)."""
+        return Pipeline(self.manifest, plan, self._engines, self._backend, self.batch_size, 1)
 
     def warmup(self) -> None:
         """Run every step once on one image, so that the first request pays for nothing."""

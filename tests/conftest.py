@@ -14,6 +14,7 @@ import pytest
 from hypothesis import settings
 
 GOLDEN = Path(__file__).parent / "golden"
+MNIST = Path(__file__).parents[1] / "examples" / "mnist"
 BIN = Path(sys.executable).parent
 GOLDEN_PLANS = {
     "none": "no_cache",
@@ -64,4 +65,13 @@ def golden_engine(tmp_path_factory: pytest.TempPathFactory, command: Command) ->
     directory = tmp_path_factory.mktemp("golden") / "engine"
     plans = [word for spec in GOLDEN_PLANS for word in ("--plan", spec)]
     command("goc-export", GOLDEN / "model.pt", "-o", directory, "--num-heads", 4, *plans)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def demo_engine(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
+    """The shipped demo checkpoint, exported without cache, with plain reuse and with the gradient."""
+    directory = tmp_path_factory.mktemp("demo") / "engine"
+    plans = ("--plan", "none", "--plan", "fora:2", "--plan", "fora:2+gc:1.0")
+    command("goc-export", MNIST / "dit_mnist.pt", "-o", directory, "--num-heads", 4, "--max-batch", 50, *plans)
     return directory

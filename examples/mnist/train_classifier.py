@@ -18,6 +18,7 @@ from torch import Tensor, nn
 HERE = Path(__file__).resolve().parent
 HELD_OUT = 1000
 FEATURES = 64
+SPATIAL_CHANNELS = 7
 MAX_SHIFT = 2 / 14
 MAX_TURN = 0.2
 MAX_STRETCH = 0.12
@@ -90,6 +91,19 @@ def fit(model: Classifier, images: Tensor, labels: Tensor, args: argparse.Namesp
         print(f"epoch {epoch + 1}, {time.monotonic() - start:.0f} s, loss {total / len(images):.4f}", flush=True)
 
 
+def with_spatial_output(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Add ``spatial`` (N, 7, 7, 7): the first channels of the last convolution, for sFID, as ADM takes of Inception."""
+    graph = proto.graph
+    flattened = next(node for node in graph.node if node.op_type == "Reshape").input[0]
+    bounds = {"spatial_start": [0], "spatial_stop": [SPATIAL_CHANNELS], "spatial_axis": [1]}
+    for name, value in bounds.items():
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array(value, np.int64), name))
+    graph.node.append(onnx.helper.make_node("Slice", [flattened, *bounds], ["spatial"], name="spatial"))
+    shape = ["N", SPATIAL_CHANNELS, 7, 7]
+    graph.output.append(onnx.helper.make_tensor_value_info("spatial", onnx.TensorProto.FLOAT, shape))
+    return proto
+
+
 def export(model: Classifier, path: Path) -> None:
     """Write the model as one ONNX file with a dynamic batch; readers see the old file or the whole new one."""
     model.eval()
@@ -103,7 +117,7 @@ def export(model: Classifier, path: Path) -> None:
         verbose=False,
     )
     assert program is not None
-    proto = program.model_proto
+    proto = with_spatial_output(program.model_proto)
     proto.doc_string = ""
     for node in proto.graph.node:
         node.ClearField("metadata_props")

@@ -8,21 +8,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 
-from tests.conftest import Command
+from tests.conftest import MNIST, Command
 from tests.reference import relative_l2
 
-MNIST = Path(__file__).parents[2] / "examples" / "mnist"
 LABELS = ",".join(str(digit) for digit in range(10))
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
-    directory = tmp_path_factory.mktemp("demo") / "engine"
-    plans = ("--plan", "none", "--plan", "fora:2", "--plan", "fora:2+gc:1.0")
-    command("goc-export", MNIST / "dit_mnist.pt", "-o", directory, "--num-heads", 4, "--max-batch", 50, *plans)
-    return directory
 
 
 def generated(engine: Path, command: Command, folder: Path, plan: str) -> tuple[Path, np.ndarray, dict]:
@@ -45,11 +35,11 @@ def generated(engine: Path, command: Command, folder: Path, plan: str) -> tuple[
 
 
 def test_digits_are_read_and_the_gradient_stays_closer_than_plain_reuse(
-    engine: Path, command: Command, tmp_path: Path
+    demo_engine: Path, command: Command, tmp_path: Path
 ) -> None:
     errors, expected = {}, np.empty(0)
     for plan in ("none", "fora:2", "fora:2+gc:1.0"):
-        samples, latents, report = generated(engine, command, tmp_path, plan)
+        samples, latents, report = generated(demo_engine, command, tmp_path, plan)
         expected = latents if plan == "none" else expected
         errors[plan] = relative_l2(latents, expected)
         assert report["computed_units"] / report["all_units"] == (1.0 if plan == "none" else 0.5)
@@ -65,8 +55,8 @@ def test_digits_are_read_and_the_gradient_stays_closer_than_plain_reuse(
     assert errors["fora:2+gc:1.0"] < 0.8 * errors["fora:2"]
 
 
-def test_the_checkpoint_is_small_and_deep_enough_to_be_worth_caching(engine: Path) -> None:
-    model = json.loads((engine / "manifest.json").read_text())["model"]
+def test_the_checkpoint_is_small_and_deep_enough_to_be_worth_caching(demo_engine: Path) -> None:
+    model = json.loads((demo_engine / "manifest.json").read_text())["model"]
     assert (MNIST / "dit_mnist.pt").stat().st_size < 15e6
     assert model["depth"] >= 8
     assert model["grid"] * model["patch"] >= 28

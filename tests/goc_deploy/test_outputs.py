@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from goc_deploy.errors import ConflictError
-from goc_deploy.outputs import check_writable, grid_columns, save_array, save_text, spread_labels, written
+from goc_deploy.outputs import check_folder, check_writable, grid_columns, save_array, save_text, spread_labels, written
 
 
 def test_labels_are_repeated_in_order() -> None:
@@ -62,3 +62,14 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: P
         check_writable(good, may_be_folder=True)
     np.save(tmp_path / "x.npy", np.zeros(1))
     check_writable(tmp_path / "x.npy")
+
+
+def test_a_folder_for_outputs_is_made_unless_something_stands_in_its_place(tmp_path: Path) -> None:
+    check_folder(None)
+    for _ in range(2):
+        check_folder(tmp_path / "new")
+    assert (tmp_path / "new").is_dir()
+    (tmp_path / "file").touch()
+    for bad in (tmp_path / "file", tmp_path / "no" / "folder"):
+        with pytest.raises(ConflictError, match="making the folder"):
+            check_folder(bad)

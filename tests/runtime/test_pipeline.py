@@ -65,6 +65,20 @@ def test_the_library_reproduces_the_golden_trajectories(
     assert worst_step(found.trajectory, golden[GOLDEN_PLANS[spec]]) < 1e-5
 
 
+def test_an_image_of_a_series_does_not_depend_on_where_requests_are_cut(pipe: Pipeline) -> None:
+    whole = pipe.generate([*LABELS, 2], seed=3).latents
+    tail = pipe.generate([4, 2], seed=3, first_image=2).latents
+    np.testing.assert_allclose(tail, whole[2:], rtol=1e-4, atol=1e-5)
+    with pytest.raises(UsageError, match="first_image must be a whole number and not negative, got -1"):
+        pipe.generate([1], first_image=-1)
+
+
+def test_another_plan_runs_on_the_engines_that_are_loaded(pipe: Pipeline, golden_engine: Path) -> None:
+    with goc_deploy.load(golden_engine, plan="none") as loaded, pipe.with_plan(loaded.plan) as other:
+        expected = loaded.generate(LABELS, seed=1).latents
+        np.testing.assert_array_equal(other.generate(LABELS, seed=1).latents, expected)
+
+
 @settings(max_examples=12)
 @given(
     schedules(depth=4, max_steps=5),

@@ -1,0 +1,116 @@
+"""goc-eval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from goc_deploy.cli.app import debug_option, print_table, progress_bar, run_command
+from goc_deploy.options import EvalOptions
+
+DEFAULTS = EvalOptions()
+EPILOG = (
+    "Example: goc-eval engine --num-images 2000 --features classifier.onnx --reference digits.npz --html report.html"
+)
+FILE = click.Path(path_type=Path)
+
+
+@click.command("goc-eval", context_settings={"show_default": True}, epilog=EPILOG)
+@click.argument("engine_dir", type=FILE)
+@click.option("--plan", "plans", multiple=True, help="Plans to evaluate, repeatable.  [default: all]")
+@click.option("--num-images", type=click.IntRange(1, 1_000_000), default=DEFAULTS.num_images, help="Images per plan.")
+@click.option("--seed", type=int, default=DEFAULTS.seed, help="Of noise, labels and resampling.")
+@click.option("--cfg-scale", type=float, default=DEFAULTS.cfg_scale, help="Classifier-free guidance scale; 1 is none.")
+@click.option(
+    "--cfg-channels",
+    type=click.IntRange(0),
+    default=DEFAULTS.cfg_channels,
+    help="Guidance acts on the first channels only.",
+)
+@click.option(
+    "--labels",
+    type=click.Choice(["balanced", "iid"]),
+    default=DEFAULTS.labels,
+    help="Every class equally often in random order, or each label drawn alone.",
+)
+@click.option("--features", metavar="MODEL.onnx|inception", help="Feature extractor for FID and the like.")
+@click.option("--inception-weights", type=FILE, help="torch-fidelity's weights file, for --features inception.")
+@click.option("--reference", type=FILE, help="ADM .npz to compare the distribution with.")
+@click.option(
+    "--converged",
+    type=click.IntRange(0, 1000),
+    default=DEFAULTS.converged,
+    help="Also measure the distance to a solution of so many uncached steps; 0 does not.",
+)
+@click.option(
+    "--converged-images",
+    type=click.IntRange(1),
+    default=DEFAULTS.converged_images,
+    help="Images that this solution is made of.",
+)
+@click.option(
+    "--trajectory-images",
+    type=click.IntRange(0),
+    default=DEFAULTS.trajectory_images,
+    help="Images whose error is followed over the steps.",
+)
+@click.option(
+    "--resamples",
+    type=click.IntRange(0),
+    default=DEFAULTS.resamples,
+    help="Bootstrap resamples of FID and inception score.",
+)
+@click.option(
+    "--grid-images", type=click.IntRange(1), default=DEFAULTS.grid_images, help="Pictures per plan in the report."
+)
+@click.option("--samples", type=FILE, help="Folder of --samples-output to read images from instead of generating.")
+@click.option("--samples-output", type=FILE, help="Folder for an ADM .npz per plan.")
+@click.option("--json", "json_path", type=FILE, help="Write every number.")
+@click.option("--html", "html_path", type=FILE, help="Write the report: one file, no network.")
+@click.option("--backend", default=DEFAULTS.backend, help="auto or onnxruntime.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(0),
+    default=DEFAULTS.batch_size,
+    help="Images per run; 0 is what the engine was exported for.",
+)
+@click.option("--threads", type=click.IntRange(0), default=DEFAULTS.threads, help="Threads; 0 is one per core.")
+@debug_option
+def command(
+    engine_dir: Path,
+    json_path: Path | None,
+    html_path: Path | None,
+    debug: bool,  # noqa: ARG001
+    **options: Any,
+) -> None:
+    """Compare the plans of ENGINE_DIR with no cache on the same noise and labels, and with a reference set."""
+    from goc_deploy.evaluation.evaluate import evaluate
+    from goc_deploy.evaluation.page import page
+    from goc_deploy.evaluation.tables import cost_rows, distribution_rows
+    from goc_deploy.outputs import check_folder, check_writable, save_text
+    from goc_deploy.serde import dump_json
+
+    chosen = EvalOptions(**options)
+    for path in (json_path, html_path):
+        check_writable(path)
+    check_folder(chosen.samples_output)
+    with progress_bar() as progress:
+        evaluation = evaluate(engine_dir, chosen, progress)
+    title = f"{evaluation.found['images']} images per plan; +- is half of a 95 % interval"
+    for columns, rows in (cost_rows(evaluation.found), distribution_rows(evaluation.found)):
+        if rows:
+            print_table(title, columns, rows)
+    for warning in evaluation.found["warnings"]:
+        click.echo(f"warning: {warning}", err=True)
+    if json_path:
+        save_text(dump_json(evaluation.found), json_path)
+    if html_path:
+        save_text(page(evaluation, str(engine_dir.name)), html_path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of goc-eval."""
+    return run_command(command, argv)

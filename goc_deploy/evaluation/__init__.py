@@ -1,0 +1,1 @@
+"""Plans against no cache: sample, compare, measure, report. `goc_deploy.evaluation.evaluate` is the entry."""

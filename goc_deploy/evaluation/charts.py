@@ -1,0 +1,163 @@
+"""Charts as inline SVG. Colours are the page's CSS variables, so that light and dark both read well."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import groupby
+
+from goc_deploy.schedule import Schedule
+
+WIDTH, HEIGHT = 520, 300
+LEFT, RIGHT, TOP, BOTTOM = 64, 16, 12, 42
+LOGARITHMIC_FROM = 5  # the largest value over the smallest
+COLORS = 8  # CSS variables --c0 .. --c7
+CELL_WIDTH, CELL_HEIGHT, MAX_HEAT_WIDTH, LABEL_WIDTH = 14, 7, 640, 26
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A value ``y`` at ``x`` with the ends of its interval, which are ``y`` where there is none."""
+
+    x: float
+    y: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Points of one plan, in its colour."""
+
+    name: str
+    color: int
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """An axis from ``low`` to ``high`` that lies along pixels ``start`` to ``stop``."""
+
+    low: float
+    high: float
+    start: float
+    stop: float
+    logarithmic: bool
+
+    def place(self, value: float) -> float:
+        """Pixel of a value."""
+        low, high, at = (math.log10(v) for v in (self.low, self.high, value)) if self.logarithmic else (
+            self.low, self.high, value,
+        )  # fmt: skip
+        return self.start + (at - low) / (high - low) * (self.stop - self.start)
+
+    def ticks(self) -> list[float]:
+        """Round values within the axis: 1, 2 and 5 times powers of ten, or of a linear axis about six multiples."""
+        if self.logarithmic:
+            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            factors = (1, 2, 5) if len(decades) <= 4 else (1,)
+            found = [factor * 10.0**decade for decade in decades for factor in factors]
+        else:
+            raw = (self.high - self.low) / 6
+            power = 10.0 ** math.floor(math.log10(raw))
+            step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
+            found = [step * i for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+        return [tick for tick in found if self.low <= tick <= self.high]
+
+
+def _axis(values: Sequence[float], start: float, stop: float, *, logarithmic: bool) -> Axis:
+    low, high = min(values), max(values)
+    if logarithmic:
+        return Axis(low / 1.3, high * 1.3, start, stop, True)
+    margin = 0.06 * (high - low) or max(abs(high), 1) * 0.1
+    return Axis(low - margin, high + margin, start, stop, False)
+
+
+def chart(series: Sequence[Series], x_title: str, y_title: str, *, lines: bool = False) -> str:
+    """Lines, or points with their intervals, over two axes; every mark has a tooltip.
+
+    Args:
+        series: at least one point in all, ``y`` above 0.
+        x_title: of the horizontal axis.
+        y_title: of the vertical axis, which is logarithmic where the values differ much.
+        lines: connect the points of a series.
+    """
+    points = [point for one in series for point in one.points]
+    values = [p.y for p in points]
+    logarithmic = max(values) > LOGARITHMIC_FROM * min(values)
+    x = _axis([p.x for p in points], LEFT, WIDTH - RIGHT, logarithmic=False)
+    ends = values if logarithmic else [end for p in points for end in (p.low, p.high)]
+    y = _axis(ends, HEIGHT - BOTTOM, TOP, logarithmic=logarithmic)
+    parts = _frame(x, y, x_title, y_title)
+    for one in series:
+        color = f"var(--c{one.color % COLORS})"
+        if lines:
+            path = " ".join(f"{x.place(p.x):.1f},{y.place(p.y):.1f}" for p in one.points)
+            parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
+        parts += [_mark(one.name, p, x, y, color, 2.5 if lines else 5) for p in one.points]
+    return _svg(WIDTH, HEIGHT, "".join(parts), f"{y_title} against {x_title}")
+
+
+def _mark(name: str, point: Point, x: Axis, y: Axis, color: str, radius: float) -> str:
+    a, b = x.place(point.x), y.place(point.y)
+    top, bottom = (y.place(min(max(end, y.low), y.high)) for end in (point.high, point.low))
+    tip = escape(f"{name}: {point.x:g}, {point.y:.4g}")
+    bar = f'<line x1="{a:.1f}" x2="{a:.1f}" y1="{top:.1f}" y2="{bottom:.1f}" stroke="{color}"/>' if top < bottom else ""
+    return f'{bar}<circle cx="{a:.1f}" cy="{b:.1f}" r="{radius}" fill="{color}"><title>{tip}</title></circle>'
+
+
+def _frame(x: Axis, y: Axis, x_title: str, y_title: str) -> list[str]:
+    parts: list[str] = []
+    for tick in x.ticks():
+        at = x.place(tick)
+        parts.append(f'<line class="rule" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        parts.append(f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{tick:g}</text>')
+    for tick in y.ticks():
+        at = y.place(tick)
+        parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    middle = (TOP + HEIGHT - BOTTOM) / 2
+    parts.append(
+        f'<text class="title" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_title)}</text>'
+        f'<text class="title" x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{escape(y_title)}</text>'
+    )
+    return parts
+
+
+def heat_map(schedule: Schedule) -> str:
+    """Actions of a schedule: steps from left to right, units from top to bottom; runs of equal actions are one mark."""
+    cell = min(CELL_WIDTH, MAX_HEAT_WIDTH / schedule.steps)
+    width, height = cell * schedule.steps, CELL_HEIGHT * schedule.units
+    parts = []
+    for unit in range(schedule.units):
+        actions = [(step, schedule.action(step, unit)) for step in range(schedule.steps)]
+        for action, run in groupby(actions, key=lambda pair: pair[1]):
+            steps = [step for step, _ in run]
+            parts.append(
+                f'<rect class="{action}" x="{LEFT + cell * steps[0]:.2f}" y="{TOP + CELL_HEIGHT * unit}" '
+                f'width="{cell * len(steps) - 0.6:.2f}" height="{CELL_HEIGHT - 0.6}"><title>'
+                f"{escape(schedule.place(steps[0], unit))}{f' to step {steps[-1]}' if len(steps) > 1 else ''}: {action}"
+                f"</title></rect>"
+            )
+    branches = len(schedule.branches)
+    every = max(1, math.ceil(11 / (CELL_HEIGHT * branches)))
+    for block in range(0, schedule.depth, every):
+        at = TOP + CELL_HEIGHT * branches * (block + 0.5) + 4
+        parts.append(f'<text x="{LEFT - 8}" y="{at:.1f}" text-anchor="end">{block}</text>')
+    for step in range(0, schedule.steps, math.ceil(LABEL_WIDTH / cell)):
+        parts.append(
+            f'<text x="{LEFT + cell * (step + 0.5):.1f}" y="{TOP + height + 15}" text-anchor="middle">{step}</text>'
+        )
+    middle = TOP + height / 2
+    parts.append(
+        f'<text class="title" x="{LEFT + width / 2}" y="{TOP + height + 32}" text-anchor="middle">step</text>'
+        f'<text class="title" x="24" y="{middle}" text-anchor="middle" transform="rotate(-90 24 {middle})">block</text>'
+    )
+    return _svg(LEFT + width + RIGHT, TOP + height + 38, "".join(parts), "actions over steps and blocks")
+
+
+def _svg(width: float, height: float, content: str, title: str) -> str:
+    size = f'viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}"'
+    return f'<svg {size} role="img" aria-label="{escape(title)}">{content}</svg>'

@@ -1,0 +1,169 @@
+"""Batch after batch through every plan: score it, keep the few numbers, drop it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from goc_deploy.errors import UsageError
+from goc_deploy.evaluation.adm import AdmFile
+from goc_deploy.evaluation.distribution import FeatureSet
+from goc_deploy.evaluation.features import Extractor
+from goc_deploy.evaluation.pairing import PairedScores
+from goc_deploy.evaluation.sampling import Sampled, SampleWriters, generated, read_back
+from goc_deploy.metrics.paired import relative_l2
+from goc_deploy.options import EvalOptions, Progress
+from goc_deploy.passes import compile_schedule
+from goc_deploy.plan import Plan
+from goc_deploy.schedule import COMPUTE, Schedule
+
+if TYPE_CHECKING:
+    from goc_deploy.runtime.pipeline import Pipeline
+
+READ_IMAGES = 256
+MACHINE_KEYS = ("backend", "version", "provider", "threads", "batch_size")
+
+
+@dataclass(slots=True)
+class PlanScores:
+    """What is collected of one plan.
+
+    Attributes:
+        plan: the plan.
+        baseline: name of the plan it is compared with, which may be itself.
+        features: of its images.
+        paired: comparison with the baseline and the converged solution.
+        batch_ms: (images, milliseconds) of every batch.
+        pictures: the first images.
+    """
+
+    plan: Plan
+    baseline: str
+    features: FeatureSet
+    paired: PairedScores = field(default_factory=PairedScores)
+    batch_ms: list[tuple[int, float]] = field(default_factory=list)
+    pictures: list[np.ndarray] = field(default_factory=list)
+
+    def entry(self) -> dict[str, Any]:
+        """What the plan is and costs, as plain JSON types."""
+        schedule, steps = self.plan.schedule, self.plan.steps
+        measured = [ms / images for images, ms in (self.batch_ms[1:] or self.batch_ms)]  # the first warms up
+        return {
+            "policy": schedule.policy,
+            "sampler": self.plan.sampler.sampler,
+            "steps": steps,
+            "baseline": self.baseline,
+            "computed_units": schedule.computed,
+            "all_units": steps * schedule.units,
+            "full_step_equivalents": schedule.computed / schedule.units,
+            "ms_per_image": median(measured) if measured else None,
+            "step_errors": self.paired.step_errors(),
+        }
+
+
+def collect(
+    engine_dir: Path,
+    files: Mapping[str, AdmFile],
+    labels: np.ndarray,
+    options: EvalOptions,
+    scores: Mapping[str, PlanScores],
+    extractor: Extractor | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Fill ``scores`` from images that are read from ``files`` where there are any, else generated.
+
+    Returns:
+        What ran the plans, for people.
+    """
+    if files:
+        for _, found in read_back(files, READ_IMAGES, progress):
+            _take(scores, found, extractor, options)
+        return {"read_from": str(options.samples)}
+    machine: dict[str, Any] = {}
+    with ExitStack() as stack:
+        pipes = _load(stack, engine_dir, list(scores), options)
+        converged = _converged(stack, pipes, options)
+        side = pipes[0].spec.side
+        writers = stack.enter_context(SampleWriters(options.samples_output, list(scores), (len(labels), side, side)))
+        for first, found in generated(pipes, labels, options, progress):
+            part = labels[first : first + pipes[0].batch_size]
+            writers.add(found, part)
+            _take(scores, found, extractor, options)
+            if converged is not None and first < options.converged_images:
+                progress(f"{options.converged} uncached steps", first, options.converged_images)
+                _compare_with(converged, scores, found, part, first, options)
+            machine = machine or {key: found[pipes[0].plan.name].report[key] for key in MACHINE_KEYS}
+    return machine
+
+
+def _load(stack: ExitStack, engine_dir: Path, names: list[str], options: EvalOptions) -> list[Pipeline]:
+    from goc_deploy.api import load_plans
+
+    pipes = load_plans(
+        engine_dir,
+        names,
+        backend=options.backend,
+        batch_size=options.batch_size or None,
+        threads=options.threads,
+    )
+    return [stack.enter_context(pipe) for pipe in pipes]
+
+
+def _converged(stack: ExitStack, pipes: Sequence[Pipeline], options: EvalOptions) -> Pipeline | None:
+    """A pipeline of so many uncached steps that more would change nothing, with the first plan's sampler and engines."""
+    if not options.converged:
+        return None
+    for pipe in pipes:
+        if pipe.plan.sampler.stochastic:
+            raise UsageError(
+                f"--converged needs deterministic samplers, but plan {pipe.plan.name} has {pipe.plan.sampler.sampler}"
+            )
+    spec = pipes[0].spec
+    schedule = Schedule(spec.depth, spec.branches, ((COMPUTE,) * spec.units,) * options.converged)
+    plan = compile_schedule(schedule, spec, pipes[0].plan.sampler.sampler, name="converged")
+    return stack.enter_context(pipes[0].with_plan(plan))
+
+
+def _compare_with(
+    converged: Pipeline,
+    scores: Mapping[str, PlanScores],
+    found: Mapping[str, Sampled],
+    labels: np.ndarray,
+    first: int,
+    options: EvalOptions,
+) -> None:
+    labels = labels[: options.converged_images - first]
+    truth = converged.generate(
+        labels.tolist(),
+        seed=options.seed,
+        first_image=first,
+        cfg_scale=options.cfg_scale,
+        cfg_channels=options.cfg_channels,
+    ).latents
+    for name, of_plan in scores.items():
+        latents = found[name].latents
+        assert latents is not None
+        of_plan.paired.add_values("converged_relative_l2", relative_l2(latents[: len(truth)], truth))
+
+
+def _take(
+    scores: Mapping[str, PlanScores], found: Mapping[str, Sampled], extractor: Extractor | None, options: EvalOptions
+) -> None:
+    for name, of_plan in scores.items():
+        batch = found[name]
+        if of_plan.baseline != name:
+            of_plan.paired.add(batch, found[of_plan.baseline])
+        if batch.images is not None:
+            if extractor is not None:
+                of_plan.features.add(extractor.extract(batch.images))
+            kept = sum(len(part) for part in of_plan.pictures)
+            if kept < options.grid_images:
+                of_plan.pictures.append(batch.images[: options.grid_images - kept].copy())
+        if batch.report:
+            of_plan.batch_ms.append((batch.report["images"], batch.report["total_ms"]))

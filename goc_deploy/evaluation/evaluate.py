@@ -1,0 +1,113 @@
+"""goc-eval's work: sample every plan on the same noise and labels, and compare."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from goc_deploy.engine_dir import load_plan
+from goc_deploy.errors import UsageError
+from goc_deploy.evaluation.adm import AdmFile
+from goc_deploy.evaluation.collect import PlanScores, collect
+from goc_deploy.evaluation.distribution import FeatureSet
+from goc_deploy.evaluation.judges import make_judges
+from goc_deploy.evaluation.pairing import baselines
+from goc_deploy.evaluation.sampling import class_labels, samples_of_plans
+from goc_deploy.options import EvalOptions, Progress
+from goc_deploy.publish import read_manifest
+from goc_deploy.schedule import Schedule
+from goc_deploy.spec import ModelSpec
+from goc_deploy.version import __version__
+
+FORMAT, VERSION = "goc_deploy.evaluation", 1
+IMAGE_CHANNELS = (1, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What `evaluate` returns.
+
+    Attributes:
+        found: every number, plain JSON types.
+        schedules: of every plan, for heat maps.
+        pictures: plan -> (n, H, W, 1 or 3) uint8 first images, all from the same noise; empty without images.
+    """
+
+    found: dict[str, Any]
+    schedules: dict[str, Schedule]
+    pictures: dict[str, np.ndarray]
+
+
+def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Evaluation:
+    """Evaluate plans of an engine directory.
+
+    Memory: features, one number per image and metric, and one batch; the images themselves are never all held.
+
+    Raises:
+        UsageError: an option, plan, reference, sample file or extractor that does not fit.
+        EngineDirError: the engine directory is corrupt.
+        EnvironmentUnsupportedError: a package is missing.
+    """
+    if options.seed < 0 or options.num_images < 1:
+        raise UsageError(f"seed must be 0 or more and images at least 1, got {options.seed} and {options.num_images}")
+    manifest = read_manifest(engine_dir)
+    names = options.plans or tuple(entry.name for entry in manifest.plans)
+    plans = [load_plan(engine_dir, manifest, name) for name in names]
+    if len({plan.name for plan in plans}) != len(plans):
+        raise UsageError("a plan is named twice; give each --plan once")
+    compared_with = baselines(plans)
+    spec = manifest.model
+    files = samples_of_plans(options.samples, [plan.name for plan in plans]) if options.samples else {}
+    labels, side = _labels(files, options, spec), _image_side(files, spec)
+    judges = make_judges(options, spec, side, len(labels), progress)
+    scores = {plan.name: PlanScores(plan, compared_with[plan.name], FeatureSet(len(labels))) for plan in plans}
+    machine = collect(engine_dir, files, labels, options, scores, judges.extractor, progress)
+    entries = {}
+    for number, (name, of_plan) in enumerate(scores.items()):
+        progress(f"metrics of {name}", number, len(scores))
+        estimates = of_plan.paired.estimates(options.seed)
+        estimates |= judges.metrics(of_plan.features, labels, spec.classes, options.seed)
+        entries[name] = {**of_plan.entry(), "metrics": {key: asdict(value) for key, value in estimates.items()}}
+    found = {
+        "format": FORMAT,
+        "version": VERSION,
+        "goc_deploy": __version__,
+        "machine": machine,
+        "model": asdict(spec),
+        "precision": manifest.precision,
+        "provenance": manifest.provenance,
+        "images": len(labels),
+        "resamples": judges.resamples,
+        "features": None if judges.extractor is None else judges.extractor.name,
+        "options": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()},
+        "warnings": list(judges.warnings),
+        "plans": entries,
+    }
+    schedules = {plan.name: plan.schedule for plan in plans}
+    pictures = {name: np.concatenate(s.pictures) for name, s in scores.items() if s.pictures}
+    return Evaluation(found, schedules, pictures)
+
+
+def _labels(files: dict[str, AdmFile], options: EvalOptions, spec: ModelSpec) -> np.ndarray:
+    """The labels that the sample files were made for, or new ones."""
+    if not files:
+        return class_labels(options.labels, options.num_images, spec.classes, options.seed)
+    labels = next(iter(files.values())).labels
+    assert labels is not None
+    return labels
+
+
+def _image_side(files: dict[str, AdmFile], spec: ModelSpec) -> int | None:
+    """Height and width of the images, or None where there are only latents. Read-back images may have been decoded."""
+    makes_images = spec.channels in IMAGE_CHANNELS
+    if not files:
+        return spec.side if makes_images else None
+    path, shape = next((file.path, file.shape) for file in files.values())
+    assert shape is not None
+    if shape[1] != shape[2] or (makes_images and shape[1] != spec.side):
+        made = f"this model makes {spec.side}x{spec.side}" if makes_images else "expected as high as wide"
+        raise UsageError(f"{path} has images of {shape[1]}x{shape[2]}, {made}")
+    return shape[1]

@@ -1,0 +1,217 @@
+"""An evaluation as one HTML file: no network, no script, light and dark."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from goc_deploy.evaluation.charts import COLORS, Point, Series, chart, heat_map
+from goc_deploy.evaluation.evaluate import Evaluation
+from goc_deploy.evaluation.tables import Metric, shown_metrics, shown_value
+from goc_deploy.plots import ACTIONS
+
+PICTURE_SIDE = 64  # pixels, at least
+
+MEANINGS = {
+    "relative_l2": "distance of the final latents to those of the baseline, over the size of the baseline's; mean over images",
+    "converged_relative_l2": "the same distance to a solution of very many uncached steps",
+    "psnr_db": "peak signal-to-noise ratio of the images to the baseline's",
+    "ssim": "structural similarity of the images to the baseline's",
+    "fid": "Frechet distance of the features to the reference's",
+    "sfid": "Frechet distance of spatial activations to the reference's",
+    "kid": "kernel distance of the features to the reference's, unbiased for few images",
+    "inception_score": "how sure the classifier is of each image, and how even its classes are",
+    "precision": "share of images within the reference's manifold",
+    "recall": "share of reference images within the samples' manifold",
+    "agreement": "share of images in which the classifier reads the label they were made for",
+}
+
+
+def page(evaluation: Evaluation, engine: str) -> str:
+    """The report as HTML.
+
+    Args:
+        evaluation: what to show.
+        engine: name of the engine directory.
+    """
+    found = evaluation.found
+    plans: dict[str, Any] = found["plans"]
+    color = {name: i for i, name in enumerate(plans)}
+    style = files("goc_deploy.evaluation").joinpath("page.css").read_text(encoding="utf-8")
+    body = [
+        f"<h1>{escape(engine)}: plans against no cache</h1>",
+        f'<p class="soft">{_subtitle(found)}</p>',
+        *(f'<p class="warn">{escape(warning)}</p>' for warning in found["warnings"]),
+        "<h2>Quality and cost</h2>",
+        _tables(found, color),
+        '<p class="soft">&plusmn; is half of a 95 % interval; the best plan that caches is marked. Full steps are '
+        "computed units over units per step. Milliseconds are medians of this run, which is no benchmark.</p>",
+        *_section("Quality against compute", _frontier(found, color)),
+        *_section("Error over steps", _steps(found, color)),
+        "<h2>Schedules</h2>",
+        _action_legend(evaluation),
+        f'<div class="row">{"".join(_schedule(name, evaluation, color) for name in plans)}</div>',
+        *_section("The same noise, plan by plan", _pictures(evaluation, color)),
+        "<h2>What the numbers mean</h2>",
+        _definitions(found),
+    ]
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(engine)}: evaluation</title>\n<style>\n{style}</style></head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body></html>\n"
+    )
+
+
+def _section(title: str, content: str) -> list[str]:
+    return [f"<h2>{title}</h2>", content] if content else []
+
+
+def _subtitle(found: dict[str, Any]) -> str:
+    options = found["options"]
+    parts = [
+        f"{found['images']} images per plan",
+        f"guidance {options['cfg_scale']:g} on {options['cfg_channels']} channels",
+        f"seed {options['seed']}, {options['labels']} labels",
+        f"{found['precision']}",
+        " ".join(str(value) for key, value in found["machine"].items() if key in ("backend", "version", "read_from")),
+    ]
+    if found["features"]:
+        parts.append(f"features of {found['features']}, {found['resamples']} resamples")
+    if options["reference"]:
+        parts.append(f"reference {options['reference']}")
+    return escape("; ".join(parts))
+
+
+def _key(color: int) -> str:
+    return f'<span class="key" style="background:var(--c{color % COLORS})"></span>'
+
+
+def _tables(found: dict[str, Any], color: dict[str, int]) -> str:
+    """Cost and paired metrics, then the metrics of sets of images."""
+    metrics = shown_metrics(found)
+    tables = [_table(found, color, [m for m in metrics if m.paired], with_cost=True)]
+    if any(not m.paired for m in metrics):
+        tables.append(_table(found, color, [m for m in metrics if not m.paired], with_cost=False))
+    return "".join(f'<div class="scroll">{table}</div>' for table in tables)
+
+
+def _table(found: dict[str, Any], color: dict[str, int], metrics: Sequence[Metric], *, with_cost: bool) -> str:
+    titles = ["plan", *(["steps", "full steps", "ms/image"] if with_cost else []), *(m.title for m in metrics)]
+    best = {metric.key: _best(found, metric) for metric in metrics}
+    lines = []
+    for name, plan in found["plans"].items():
+        cells = [f"<td>{_key(color[name])}{escape(name)}</td>"]
+        if with_cost:
+            ms = "" if plan["ms_per_image"] is None else f"{plan['ms_per_image']:.1f}"
+            cells.append(f"<td>{plan['steps']}</td><td>{plan['full_step_equivalents']:.2f}</td><td>{ms}</td>")
+        for metric in metrics:
+            value, _, half = shown_value(plan["metrics"].get(metric.key), metric, "|").partition(" |")
+            mark = ' class="best"' if best[metric.key] == name else ""
+            cells.append(f"<td{mark}>{value}{f' <small>&plusmn;{half}</small>' if half else ''}</td>")
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def _best(found: dict[str, Any], metric: Metric) -> str | None:
+    """The plan that caches with the best value, where more than one has a value."""
+    values: dict[str, float] = {
+        name: plan["metrics"][metric.key]["value"]
+        for name, plan in found["plans"].items()
+        if metric.key in plan["metrics"] and plan["computed_units"] < plan["all_units"]
+    }
+    if len(values) < 2:
+        return None
+    return (min if metric.lower_is_better else max)(values, key=values.__getitem__)
+
+
+def _frontier(found: dict[str, Any], color: dict[str, int]) -> str:
+    """Every distance against full steps, and against milliseconds where there are any."""
+    charts = []
+    for metric in (m for m in shown_metrics(found) if m.key in ("relative_l2", "converged_relative_l2", "fid")):
+        for cost, title in (("full_step_equivalents", "full steps"), ("ms_per_image", "ms per image")):
+            series = []
+            for name, plan in found["plans"].items():
+                estimate = plan["metrics"].get(metric.key, {"value": 0})
+                if plan[cost] and estimate["value"] > 0:
+                    point = Point(plan[cost], estimate["value"], estimate["low"], estimate["high"])
+                    series.append(Series(name, color[name], (point,)))
+            if len(series) > 1:
+                charts.append(f'<div class="panel">{chart(series, title, metric.title)}</div>')
+    return f'{_legend(color)}<div class="row">{"".join(charts)}</div>' if charts else ""
+
+
+def _steps(found: dict[str, Any], color: dict[str, int]) -> str:
+    series = []
+    for name, plan in found["plans"].items():
+        errors = enumerate(plan["step_errors"] or [])
+        points = tuple(Point(float(k), error, error, error) for k, error in errors if error > 0)
+        if points:
+            series.append(Series(name, color[name], points))
+    if not series:
+        return ""
+    svg = chart(series, "step (0 is the noisiest)", "relative L2 after the step", lines=True)
+    images = min(found["images"], found["options"]["trajectory_images"])
+    return (
+        f'{_legend({s.name: s.color for s in series})}<div class="row"><div class="panel">{svg}</div></div>'
+        f'<p class="soft">Mean over the first {images} images.</p>'
+    )
+
+
+def _legend(color: dict[str, int]) -> str:
+    return f'<div class="legend">{"".join(f"<span>{_key(i)}{escape(name)}</span>" for name, i in color.items())}</div>'
+
+
+def _action_legend(evaluation: Evaluation) -> str:
+    used = {
+        schedule.action(step, unit)
+        for schedule in evaluation.schedules.values()
+        for step in range(schedule.steps)
+        for unit in range(schedule.units)
+    }
+    keys = (f'<span><span class="key {action}"></span>{action}</span>' for action in ACTIONS if action in used)
+    branches = next(iter(evaluation.schedules.values())).branches
+    return f'<div class="legend">{"".join(keys)}<span class="soft">rows of a block: {", ".join(branches)}</span></div>'
+
+
+def _schedule(name: str, evaluation: Evaluation, color: dict[str, int]) -> str:
+    return f'<div class="panel"><h3>{_key(color[name])}{escape(name)}</h3>{heat_map(evaluation.schedules[name])}</div>'
+
+
+def _pictures(evaluation: Evaluation, color: dict[str, int]) -> str:
+    if not evaluation.pictures:
+        return ""
+    rows = (
+        f"<div>{_key(color[name])}{escape(name)}</div><div>{_strip(images)}</div>"
+        for name, images in evaluation.pictures.items()
+    )
+    return f'<div class="pictures">{"".join(rows)}</div>'
+
+
+def _strip(images: np.ndarray) -> str:
+    """Pictures in one row, as a PNG in the page."""
+    from goc_deploy.runtime.images import grid
+
+    scale = max(1, -(-PICTURE_SIDE // images.shape[1]))
+    content = io.BytesIO()
+    picture = grid(images, len(images), scale=1, gap=0)
+    picture.save(content, "PNG", optimize=True)
+    encoded = base64.b64encode(content.getvalue()).decode("ascii")
+    return f'<img width="{picture.width * scale}" alt="{len(images)} pictures" src="data:image/png;base64,{encoded}">'
+
+
+def _definitions(found: dict[str, Any]) -> str:
+    metrics: Sequence[Metric] = shown_metrics(found)
+    lines = [f"<dt>{escape(metric.title)}</dt><dd>{escape(MEANINGS[metric.key])}</dd>" for metric in metrics]
+    options = "; ".join(f"{key} {value}" for key, value in found["options"].items() if value not in (None, 0, []))
+    lines.append(f"<dt>options</dt><dd>{escape(options)}</dd>")
+    lines.append(f"<dt>goc_deploy</dt><dd>{escape(found['goc_deploy'])}</dd>")
+    return f"<dl>{''.join(lines)}</dl>"

@@ -1,0 +1,139 @@
+"""Images of several plans from the same noise and labels, a batch at a time: generated, or read back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from goc_deploy.errors import UsageError
+from goc_deploy.evaluation.adm import AdmFile, adm_writer, open_adm
+from goc_deploy.options import EvalOptions, Progress
+
+if TYPE_CHECKING:
+    from goc_deploy.runtime.pipeline import Pipeline
+
+LABEL_PLANS = ("balanced", "iid")
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One plan's images of one batch.
+
+    Attributes:
+        latents: (n, C, H, W) float32, or None where images were read back.
+        images: (n, H, W, 1 or 3) uint8, or None where the latents need a decoder.
+        trajectory: (T, m, C, H, W) of the first m images, or None.
+        report: what `Pipeline.generate` reports of the batch, empty where images were read back.
+    """
+
+    latents: np.ndarray | None
+    images: np.ndarray | None
+    trajectory: np.ndarray | None
+    report: dict[str, Any]
+
+
+def class_labels(kind: str, images: int, classes: int, seed: int) -> np.ndarray:
+    """(images,) labels.
+
+    Args:
+        kind: ``balanced`` has every class equally often (to within one), in a random order; ``iid`` draws each label
+            alone, as DiT's script does.
+        images: how many.
+        classes: 0 .. classes - 1.
+        seed: of the order or the draws.
+    """
+    generator = np.random.default_rng([seed, classes])
+    if kind == "iid":
+        return generator.integers(0, classes, images)
+    if kind == "balanced":
+        return generator.permutation(np.arange(images) % classes)
+    raise UsageError(f"labels {kind!r} is not one of {', '.join(LABEL_PLANS)}")
+
+
+def generated(
+    pipes: Sequence[Pipeline], labels: np.ndarray, options: EvalOptions, progress: Progress
+) -> Iterator[tuple[int, dict[str, Sampled]]]:
+    """Yield (index of the first image, plan -> its images) batch by batch, every plan in turn."""
+    batch = pipes[0].batch_size
+    for first in range(0, len(labels), batch):
+        part = labels[first : first + batch].tolist()
+        found = {}
+        for i, pipe in enumerate(pipes):
+            progress(pipe.plan.name, first * len(pipes) + i * len(part), len(labels) * len(pipes))
+            result = pipe.generate(
+                part,
+                seed=options.seed,
+                first_image=first,
+                cfg_scale=options.cfg_scale,
+                cfg_channels=options.cfg_channels,
+                trajectory=first < options.trajectory_images,
+            )
+            followed = result.trajectory
+            if followed is not None:
+                followed = followed[:, : options.trajectory_images - first]
+            found[pipe.plan.name] = Sampled(result.latents, result.images, followed, result.report)
+        yield first, found
+
+
+def read_back(files: Mapping[str, AdmFile], batch: int, progress: Progress) -> Iterator[tuple[int, dict[str, Sampled]]]:
+    """Like `generated`, from ADM files of equally many images."""
+    count = next(iter(files.values())).shape[0]  # type: ignore[index]
+    readers = {name: file.batches(batch) for name, file in files.items()}
+    for first in range(0, count, batch):
+        progress("reading samples", first, count)
+        yield first, {name: Sampled(None, next(reader), None, {}) for name, reader in readers.items()}
+
+
+def samples_of_plans(folder: Path, names: Sequence[str]) -> dict[str, AdmFile]:
+    """The ADM files of plans in a folder that ``--samples-output`` wrote.
+
+    Raises:
+        UsageError: a plan has none, or they do not fit together.
+    """
+    files = {}
+    for name in names:
+        path = folder / f"{name}.npz"
+        if not path.is_file():
+            raise UsageError(
+                f"there is no {path} for plan {name}; write samples with --samples-output, or leave it out"
+            )
+        files[name] = open_adm(path)
+    first = files[names[0]]
+    for name, file in files.items():
+        if file.shape is None or file.labels is None:
+            raise UsageError(f"{file.path} lacks arr_0 or arr_1, its images or labels; write it with --samples-output")
+        if file.shape != first.shape or not np.array_equal(file.labels, first.labels):  # type: ignore[arg-type]
+            raise UsageError(f"the samples of {name} have other labels or sizes than those of {names[0]}")
+    return files
+
+
+class SampleWriters:
+    """One ADM file per plan, all of which appear when the body of a ``with`` ends well."""
+
+    def __init__(self, folder: Path | None, names: Sequence[str], shape: tuple[int, int, int]) -> None:
+        """``shape`` is (images, height, width)."""
+        self._stack = ExitStack()
+        self._folder, self._names, self._shape = folder, names, shape
+        self._writers: dict[str, Any] = {}
+
+    def __enter__(self) -> SampleWriters:
+        if self._folder is not None:
+            for name in self._names:
+                writer = adm_writer(self._folder / f"{name}.npz", *self._shape)
+                self._writers[name] = self._stack.enter_context(writer)
+        return self
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        return self._stack.__exit__(*raised)
+
+    def add(self, found: Mapping[str, Sampled], labels: np.ndarray) -> None:
+        """Append a batch to every file."""
+        for name, writer in self._writers.items():
+            images = found[name].images
+            assert images is not None
+            writer.add(images, tuple(labels.tolist()))
