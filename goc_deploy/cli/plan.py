@@ -85,7 +85,7 @@ def command(
     from goc_deploy.engine_dir import load_plan
     from goc_deploy.outputs import check_suffix, check_writable, written
     from goc_deploy.publish import read_manifest
-    from goc_deploy.show import action_rows, plan_rows
+    from goc_deploy.show import action_rows, calibration_lines, plan_rows
     from goc_deploy.smoothcache import smoothcache_from_schedule
 
     check_suffix(plot, ".png", ".svg", ".pdf", what="--plot ends in .png, .svg or .pdf")
@@ -104,6 +104,8 @@ def command(
         columns,
         rows,
     )
+    for line in calibration_lines(plan.schedule):
+        click.echo(line)
     if smoothcache:
         with written(smoothcache) as temporary:
             temporary.write_text(smoothcache_from_schedule(plan.schedule), encoding="utf-8")
