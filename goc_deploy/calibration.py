@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from goc_deploy.errors import UsageError
+from goc_deploy.errors import ScheduleError, UsageError
 from goc_deploy.fitting import FitOptions
 from goc_deploy.options import CALIBRATION_SEED, GenerateOptions
-from goc_deploy.schedule import Schedule
+from goc_deploy.schedule import Schedule, check_amplification
 from goc_deploy.spec import ModelSpec
 
 MAX_GAP = 3  # steps that SmoothCache looks back, its calibration_lookahead
@@ -97,3 +98,12 @@ def balanced_labels(classes: int, images: int, seed: int) -> tuple[int, ...]:
     generator = np.random.Generator(np.random.Philox(key=np.array([seed, LABELS], np.uint64)))
     rounds = [generator.permutation(classes) for _ in range(-(-images // classes))]
     return tuple(int(label) for label in np.concatenate(rounds)[:images])
+
+
+def measured_error(calibrator: Calibrator, schedule: Schedule) -> float:
+    """`Calibrator.error`; infinite where the compiler would refuse the schedule."""
+    try:
+        check_amplification(schedule)
+    except ScheduleError:
+        return math.inf
+    return calibrator.error(schedule)

@@ -9,6 +9,7 @@ import numpy as np
 from goc_deploy.schedule import REUSE
 
 GRANULARITIES = ("unit", "step", "global")
+TARGETS = ("final", "feature")
 MAX_COEFFICIENT = 8.0
 
 
@@ -20,12 +21,15 @@ class FitOptions:
         entries: history entries that a prediction may read.
         granularity: coefficients of their own for every ``unit`` and step, for every ``step``, or ``global``: the same
             wherever as many entries are stored.
-        ridge: pull toward plain reuse, as a share of each entry's own square.
+        target: ``final``: the latents at the end without cache; ``feature``: the feature of a full step at each step.
+        ridge: pull toward plain reuse (``final``: toward where an iteration starts), as a share of each weight's own
+            square.
     """
 
     entries: int = 2
-    granularity: str = "unit"
-    ridge: float = 1e-3
+    granularity: str = "step"
+    target: str = "final"
+    ridge: float = 1e-2
 
 
 @dataclass(slots=True)

@@ -9,12 +9,12 @@ import numpy as np
 
 from goc_deploy import god
 from goc_deploy.bases import PolicyContext
-from goc_deploy.calibration import Calibrator
-from goc_deploy.errors import ScheduleError, UsageError
-from goc_deploy.fitting import GRANULARITIES, FitOptions
+from goc_deploy.calibration import Calibrator, measured_error
+from goc_deploy.errors import UsageError
+from goc_deploy.fitting import GRANULARITIES, TARGETS, FitOptions
 from goc_deploy.god import Decision
 from goc_deploy.grammar import number, whole_number
-from goc_deploy.schedule import MAX_HISTORY, REUSE, Schedule, check_amplification
+from goc_deploy.schedule import MAX_HISTORY, REUSE, Schedule
 
 DEFAULT_GAMMA = 0.5
 DEFAULT_READING = "at_eta"
@@ -50,7 +50,7 @@ def goc(schedule: Schedule, argument: str, context: PolicyContext) -> Schedule:
         else (threshold,)
     )
     decisions = [god.decide(schedule, allowed, inverse, eta, gamma, t, per_unit=per_unit) for t in thresholds]
-    errors = [_error(calibrator, decision.schedule) for decision in decisions]
+    errors = [measured_error(calibrator, decision.schedule) for decision in decisions]
     best = min(range(len(errors)), key=lambda i: (errors[i], -thresholds[i]))
     measured = [{"threshold": t, "error": error} for t, error in zip(thresholds, errors, strict=True)]
     record = {
@@ -74,17 +74,8 @@ def _where_reused(schedule: Schedule, *, all_branches: bool) -> np.ndarray:
 
 
 def _best_eta(schedule: Schedule, allowed: np.ndarray, calibrator: Calibrator) -> float:
-    errors = {eta: _error(calibrator, god.with_gradient_at(schedule, allowed, eta)) for eta in ETAS}
+    errors = {eta: measured_error(calibrator, god.with_gradient_at(schedule, allowed, eta)) for eta in ETAS}
     return min(errors, key=lambda eta: errors[eta])
-
-
-def _error(calibrator: Calibrator, schedule: Schedule) -> float:
-    """Measured error; infinite where the compiler would refuse the schedule."""
-    try:
-        check_amplification(schedule)
-    except ScheduleError:
-        return math.inf
-    return calibrator.error(schedule)
 
 
 def _record(decision: Decision, inverse: np.ndarray) -> dict[str, object]:
@@ -99,7 +90,10 @@ def _record(decision: Decision, inverse: np.ndarray) -> dict[str, object]:
 
 
 def fit(schedule: Schedule, argument: str, context: PolicyContext) -> Schedule:
-    """``fit[:n]``: coefficients over n history entries, fitted on calibration images along the cached trajectory."""
+    """``fit[:n]``: coefficients over n history entries, fitted on calibration images along the cached trajectory.
+
+    See `goc_deploy.fitting.FitOptions` for ``fit=``, ``target=`` and ``ridge=``.
+    """
     options = context.options
     entries = whole_number(argument, "history entries", 1, MAX_HISTORY) if argument else FitOptions().entries
     granularity = options.get("fit", FitOptions().granularity)
@@ -108,4 +102,7 @@ def fit(schedule: Schedule, argument: str, context: PolicyContext) -> Schedule:
         raise UsageError(f"fit {granularity!r} must be {', '.join(GRANULARITIES)}")
     if not ridge > 0:
         raise UsageError(f"ridge {ridge:g} must be above 0")
-    return context.calibrator().fit(schedule, FitOptions(entries, granularity, ridge))
+    target = options.get("target", FitOptions().target)
+    if target not in TARGETS:
+        raise UsageError(f"target {target!r} must be {' or '.join(TARGETS)}")
+    return context.calibrator().fit(schedule, FitOptions(entries, granularity, target, ridge))

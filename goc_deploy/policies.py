@@ -50,7 +50,7 @@ CORRECTIONS = {
     "lagrange": Correction(corrections.lagrange),
     "hermite": Correction(corrections.hermite),
     "goc": Correction(learned.goc, ("both_branches", "gamma", "threshold", "reading", "per_unit")),
-    "fit": Correction(learned.fit, ("fit", "ridge")),
+    "fit": Correction(learned.fit, ("fit", "target", "ridge")),
 }
 
 

@@ -10,11 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from goc_deploy.calibration import MAX_GAP, CalibrationOptions, Statistics, balanced_labels, check_options
+from goc_deploy.calibration import (
+    MAX_GAP,
+    CalibrationOptions,
+    Statistics,
+    balanced_labels,
+    check_options,
+    measured_error,
+)
 from goc_deploy.errors import ResourceError, ScheduleError, VerificationError
 from goc_deploy.fitting import FitOptions
 from goc_deploy.noise import image_noise
 from goc_deploy.options import Progress, no_progress
+from goc_deploy.runtime.final_fit import Pair, fit_to_final
 from goc_deploy.runtime.fitting import fitted_schedule
 from goc_deploy.runtime.memory import available_bytes
 from goc_deploy.runtime.stepper import Stepper
@@ -100,11 +108,30 @@ class EngineCalibrator:
         return self._errors[schedule]
 
     def fit(self, schedule: Schedule, options: FitOptions) -> Schedule:
-        """See `goc_deploy.calibration.Calibrator.fit`. Memory grows with the images: their history is kept.
+        """See `goc_deploy.calibration.Calibrator.fit`. With target ``feature`` the history of all images is kept.
 
         Raises:
             ResourceError: the history does not fit into memory.
         """
+        if options.target == "final":
+            fitted = fit_to_final(
+                schedule,
+                lambda: self._pairs(schedule.history, options.entries),
+                lambda tried: measured_error(self, tried),
+                options,
+                self._progress,
+            )
+        else:
+            fitted = fitted_schedule(schedule, self._all_trajectories(schedule, options), options, self._progress)
+        record = {**asdict(options), "calibration": self.describe(), "error": self.error(fitted)}
+        return replace(fitted, provenance={**schedule.provenance, "fit": record})
+
+    def _pairs(self, history: str, depth: int) -> Iterator[Pair]:
+        self.statistics()
+        for batch, expected in zip(self._batches(), self._final, strict=True):
+            yield Trajectory(self._stepper, batch, history, depth), expected
+
+    def _all_trajectories(self, schedule: Schedule, options: FitOptions) -> list[Trajectory]:
         spec, images = self._stepper.spec, len(self._labels)
         needed = 2 * images * spec.units * options.entries * spec.tokens * spec.hidden * 4
         available = available_bytes()
@@ -113,12 +140,7 @@ class EngineCalibrator:
                 f"fitting keeps the history of {images} images, {needed / 1e9:.1f} GB, but {available / 1e9:.1f} GB are "
                 "available; use fewer images (--calibrate) or history entries"
             )
-        trajectories = [
-            Trajectory(self._stepper, batch, schedule.history, options.entries) for batch in self._batches()
-        ]
-        fitted = fitted_schedule(schedule, trajectories, options, self._progress)
-        record = {**asdict(options), "calibration": self.describe(), "error": self.error(fitted)}
-        return replace(fitted, provenance={**schedule.provenance, "fit": record})
+        return [Trajectory(self._stepper, batch, schedule.history, options.entries) for batch in self._batches()]
 
     def _without_cache(self) -> Statistics:
         spec, steps = self._stepper.spec, self._table.steps

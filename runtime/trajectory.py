@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +78,12 @@ class Trajectory:
         stepper.begin(step, self.latents, batch.labels, batch.cfg_scale, batch.cfg_channels)
         for unit in range(stepper.spec.units):
             on_feature(unit, stepper.compute(unit))
+
+    def fork(self) -> Trajectory:
+        """Another trajectory of the same images that goes on from here."""
+        other = copy(self)
+        other._entries = [[entry.copy() for entry in entries] for entries in self._entries]
+        return other
 
     def history(self, unit: int) -> list[np.ndarray]:
         """The unit's entries, newest first, each (B, T, D) float32."""
