@@ -122,7 +122,8 @@ class EngineCalibrator:
                 self._progress,
             )
         else:
-            fitted = fitted_schedule(schedule, self._all_trajectories(schedule, options), options, self._progress)
+            candidate = fitted_schedule(schedule, self._all_trajectories(schedule, options), options, self._progress)
+            fitted = min(schedule, candidate, key=lambda tried: measured_error(self, tried))  # the sums may mislead
         record = {**asdict(options), "calibration": self.describe(), "error": self.error(fitted)}
         return replace(fitted, provenance={**schedule.provenance, "fit": record})
 

@@ -14,6 +14,7 @@ from goc_deploy.schedule import REUSE, Schedule
 DELTA = 0.1  # of the difference quotients: well above float32 noise, small against weights of about 1
 MAX_WEIGHT = 2.0
 ITERATIONS = 2
+STARTS = (0.0, 0.5, 1.0)  # eta of the gradient, 0 is plain reuse
 
 Pair = tuple[Trajectory, np.ndarray]  # a batch at step 0, and its final latents without cache
 
@@ -66,7 +67,8 @@ def fit_to_final(
 
     Gauss-Newton: every weight's effect on the final latents is a difference quotient along the cached trajectory, run
     on from the first step that it changes; a ridge pulls a step's weights toward the last ones, and a step that does not
-    lower the measured error ends it. Starts from the better of plain reuse and the gradient with eta 1.
+    lower the measured error ends it. Starts from the best of plain reuse and the
+    gradient with an eta of ``STARTS``, so that the result is not worse than these on the calibration images.
 
     Args:
         schedule: what is computed and what is reused.
@@ -76,7 +78,8 @@ def fit_to_final(
         progress: called with (what, done, total).
     """
     found = directions(schedule, options)
-    starts = [np.zeros(len(found)), np.array([float(direction.order == 0) for direction in found])]
+    slope = np.array([float(direction.order == 0) for direction in found])
+    starts = [eta * slope for eta in STARTS]
     weights = min(starts, key=lambda start: error(with_weights(schedule, found, start)))
     best = error(with_weights(schedule, found, weights))
     for iteration in range(ITERATIONS if found else 0):
