@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from goc_deploy.errors import GocError, ModelError
+from goc_deploy.calibration import CalibrationOptions, Calibrator, check_options, default_images
+from goc_deploy.errors import CalibrationNeededError, GocError, ModelError
 from goc_deploy.exporters import dit_units
 from goc_deploy.exporters.checkpoint import Checkpoint, check_values, load_checkpoint, sha256_of
 from goc_deploy.exporters.lowering import template_from_kind, write_copy
@@ -19,24 +21,31 @@ from goc_deploy.exporters.plan_files import write_plan
 from goc_deploy.exporters.step_graphs import collect_graph, modulation_graph, sampler_graphs
 from goc_deploy.exporters.units import DTYPES
 from goc_deploy.exporters.verification import verify_copy
-from goc_deploy.grammar import check_plan_name, parse_policy
-from goc_deploy.manifest import MANIFEST_NAME, Manifest, Unit, manifest_to_json
-from goc_deploy.options import ExportOptions, Progress
+from goc_deploy.grammar import PolicySpec, check_plan_name, parse_policy
+from goc_deploy.manifest import MANIFEST_NAME, FileEntry, Manifest, Unit, manifest_to_json
+from goc_deploy.options import ExportOptions, Progress, default_plans
 from goc_deploy.passes import compile_schedule
 from goc_deploy.plan import Plan
 from goc_deploy.policies import schedule_from_policy
 from goc_deploy.protocols import Backend
 from goc_deploy.publish import check_free_space, check_target, directory_lock, file_entry, read_manifest, staged
-from goc_deploy.samplers import sampler_table
+from goc_deploy.samplers import SamplerTable, sampler_table
 from goc_deploy.spec import ITEM_BYTES, ModelSpec
 from goc_deploy.version import __version__
 
 ARCHITECTURES = {"dit": dit_units}
+CalibratorLoader = Callable[[Path, SamplerTable, CalibrationOptions], Calibrator]  # on the engine at that path
+
 RECORDED_PACKAGES = ("torch", "onnx", "onnxscript", "numpy")
 
 
 def export_checkpoint(
-    checkpoint_path: Path, output: Path, options: ExportOptions, backend: Backend, progress: Progress
+    checkpoint_path: Path,
+    output: Path,
+    options: ExportOptions,
+    backend: Backend,
+    load_calibrator: CalibratorLoader,
+    progress: Progress,
 ) -> tuple[Manifest, bool]:
     """Export a checkpoint; the directory appears whole or not at all.
 
@@ -45,6 +54,7 @@ def export_checkpoint(
         output: engine directory to make.
         options: how.
         backend: runs the written units for the comparison with PyTorch.
+        load_calibrator: calibrates on the engine before it is published, where a policy asks for it.
         progress: called with (what, done, total).
 
     Returns:
@@ -56,11 +66,13 @@ def export_checkpoint(
         ConflictError, ResourceError: the output cannot be written.
         VerificationError: a unit differs from PyTorch.
     """
+    options = replace(options, plans=options.plans or default_plans(options.precision))
     checkpoint = load_checkpoint(checkpoint_path, options.weights)
     spec = _recognise(checkpoint, options)
     architecture = ARCHITECTURES[spec.architecture]
     architecture.check_tensors(checkpoint.tensors, spec)
     plans = _compile_plans(spec, options)
+    check_options(_calibration(spec, options))
     provenance = _provenance(checkpoint, options)
     with directory_lock(output):
         present = _same_engine(output, provenance)
@@ -70,8 +82,8 @@ def export_checkpoint(
         check_free_space(output, checkpoint.nbytes_fp32 * ITEM_BYTES[options.precision] // 4)
         check_values(checkpoint, allow_nonfinite=options.allow_nonfinite)
         with staged(output) as stage:
-            manifest = _write(stage, checkpoint, spec, plans, provenance, options, backend, progress)
-            (stage / MANIFEST_NAME).write_text(manifest_to_json(manifest), encoding="utf-8")
+            bare = _write_units(stage, checkpoint, spec, provenance, options, backend, progress)
+            manifest = _write_plans(stage, bare, plans, options, load_calibrator)
     return manifest, True
 
 
@@ -89,14 +101,33 @@ def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> ModelSpec:
     )
 
 
-def _compile_plans(spec: ModelSpec, options: ExportOptions) -> list[Plan]:
-    table = sampler_table(options.sampler, options.steps, spec.prediction)
-    plans: dict[str, Plan] = {}
+def _compile_plans(spec: ModelSpec, options: ExportOptions) -> dict[str, tuple[PolicySpec, Plan | None]]:
+    """Every policy by plan name, compiled, or None where that has to wait for an engine to calibrate on."""
+    plans: dict[str, tuple[PolicySpec, Plan | None]] = {}
     for policy in map(parse_policy, options.plans):
         name = check_plan_name(policy.default_name)
-        schedule = schedule_from_policy(policy, spec, options.steps)
-        plans.setdefault(name, compile_schedule(schedule, spec, table, name=name))
-    return list(plans.values())
+        try:
+            plan = _compile(policy, name, spec, options, None)
+        except CalibrationNeededError:
+            plan = None
+        plans.setdefault(name, (policy, plan))
+    return plans
+
+
+def _compile(
+    policy: PolicySpec,
+    name: str,
+    spec: ModelSpec,
+    options: ExportOptions,
+    make_calibrator: Callable[[], Calibrator] | None,
+) -> Plan:
+    schedule = schedule_from_policy(policy, spec, options.steps, make_calibrator)
+    return compile_schedule(schedule, spec, sampler_table(options.sampler, options.steps, spec.prediction), name=name)
+
+
+def _calibration(spec: ModelSpec, options: ExportOptions) -> CalibrationOptions:
+    images = options.calibrate if options.calibrate is not None else default_images(spec, options.steps)
+    return CalibrationOptions(images, options.calibration_seed, options.cfg_scale)
 
 
 def _provenance(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, Any]:
@@ -122,19 +153,19 @@ def _same_engine(output: Path, provenance: Mapping[str, Any]) -> Manifest | None
     return manifest if whole and manifest.provenance == provenance else None
 
 
-def _write(
+def _write_units(
     stage: Path,
     checkpoint: Checkpoint,
     spec: ModelSpec,
-    plans: list[Plan],
     provenance: dict[str, Any],
     options: ExportOptions,
     backend: Backend,
     progress: Progress,
 ) -> Manifest:
+    """Write everything but plans."""
     folder = stage / "onnx"
     folder.mkdir()
-    units = _write_units(folder, checkpoint, spec, options.precision, backend, progress)
+    units = _model_units(folder, checkpoint, spec, options.precision, backend, progress)
     step_graphs = {
         "modulation": modulation_graph(spec, options.precision),
         "collect": collect_graph(spec, options.precision),
@@ -143,26 +174,54 @@ def _write(
     for name, graph in step_graphs.items():
         onnx.save_model(graph, folder / f"{name}.onnx")
         units.append(Unit(name, f"onnx/{name}.onnx", None, (), False, None))
-    predict: dict[str, str] = {}
-    entries = []
-    for plan in plans:
-        entry, new = write_plan(stage, plan, spec, options.precision, predict)
-        predict.update(new)
-        entries.append(entry)
-    files = sorted(str(path.relative_to(stage).as_posix()) for path in stage.rglob("*") if path.is_file())
     return Manifest(
         model=spec,
         precision=options.precision,
         max_batch=options.max_batch,
         units=tuple(units),
-        predict=predict,
-        plans=tuple(entries),
-        files=tuple(file_entry(stage, path) for path in files),
+        predict={},
+        plans=(),
+        files=_files(stage),
         provenance=provenance,
     )
 
 
-def _write_units(
+def _write_plans(
+    stage: Path,
+    manifest: Manifest,
+    plans: Mapping[str, tuple[PolicySpec, Plan | None]],
+    options: ExportOptions,
+    load_calibrator: CalibratorLoader,
+) -> Manifest:
+    """Write the manifest of a directory without plans, which calibration runs on, then plans and the whole manifest."""
+    spec, path = manifest.model, stage / MANIFEST_NAME
+
+    @cache
+    def calibrator() -> Calibrator:
+        path.write_text(manifest_to_json(manifest), encoding="utf-8")
+        return load_calibrator(
+            stage, sampler_table(options.sampler, options.steps, spec.prediction), _calibration(spec, options)
+        )
+
+    predict: dict[str, str] = {}
+    entries = []
+    for name, (policy, compiled) in plans.items():
+        plan = compiled or _compile(policy, name, spec, options, calibrator)
+        entry, new = write_plan(stage, plan, spec, manifest.precision, predict)
+        predict.update(new)
+        entries.append(entry)
+    path.unlink(missing_ok=True)
+    whole = replace(manifest, predict=predict, plans=tuple(entries), files=_files(stage))
+    path.write_text(manifest_to_json(whole), encoding="utf-8")
+    return whole
+
+
+def _files(stage: Path) -> tuple[FileEntry, ...]:
+    paths = sorted(str(path.relative_to(stage).as_posix()) for path in stage.rglob("*") if path.is_file())
+    return tuple(file_entry(stage, path) for path in paths)
+
+
+def _model_units(
     folder: Path, checkpoint: Checkpoint, spec: ModelSpec, precision: str, backend: Backend, progress: Progress
 ) -> list[Unit]:
     """Trace each kind once; write and verify each copy."""

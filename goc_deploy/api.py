@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from goc_deploy.errors import EnvironmentUnsupportedError
-from goc_deploy.options import ExportOptions, Progress, no_progress
+from goc_deploy.options import ExportOptions, PlanOptions, Progress, no_progress
 
 if TYPE_CHECKING:
+    from goc_deploy.calibration import CalibrationOptions, Calibrator
     from goc_deploy.manifest import Manifest, PlanEntry
     from goc_deploy.protocols import Backend
     from goc_deploy.runtime.pipeline import Pipeline
+    from goc_deploy.samplers import SamplerTable
 
 BACKENDS = ("auto", "onnxruntime")
 
@@ -44,7 +46,14 @@ def export_with(
     _require("export", "torch", "onnx", "onnxscript", "safetensors")
     from goc_deploy.exporters.export import export_checkpoint
 
-    return export_checkpoint(checkpoint, output, options, make_backend("onnxruntime"), progress)
+    backend = make_backend("onnxruntime")
+
+    def calibrator(directory: Path, table: SamplerTable, calibration: CalibrationOptions) -> Calibrator:
+        from goc_deploy.runtime.loading import load_calibrator
+
+        return load_calibrator(directory, backend, table, calibration, progress)
+
+    return export_checkpoint(checkpoint, output, options, backend, calibrator, progress)
 
 
 def load(
@@ -94,7 +103,14 @@ def load_plans(
 
 
 def add_plan(
-    engine_dir: str | Path, spec: str, *, name: str | None = None, steps: int | None = None, sampler: str | None = None
+    engine_dir: str | Path,
+    spec: str,
+    *,
+    name: str | None = None,
+    steps: int | None = None,
+    sampler: str | None = None,
+    progress: Progress = no_progress,
+    **calibration: Any,
 ) -> PlanEntry:
     """Add a plan to an engine directory.
 
@@ -104,6 +120,8 @@ def add_plan(
         name: default: the SPEC made file-safe.
         steps: default: the steps of the engine's first plan.
         sampler: default: the sampler of the engine's first plan.
+        progress: called with (what, done, total) by policies that calibrate.
+        **calibration: fields of `goc_deploy.options.PlanOptions`: ``calibrate``, ``seed``, ``cfg_scale``.
 
     Raises:
         UsageError, ScheduleError: a wrong SPEC, name, step count or sampler.
@@ -112,7 +130,8 @@ def add_plan(
     _require("export", "onnx", *(("torch", "safetensors") if spec.startswith("l2c:") else ()))
     from goc_deploy.planning import add_plan_to
 
-    return add_plan_to(Path(engine_dir), spec, name, steps, sampler)
+    options = PlanOptions(name, steps, sampler, **calibration)
+    return add_plan_to(Path(engine_dir), spec, options, lambda: make_backend("onnxruntime"), progress)
 
 
 def make_backend(name: str, threads: int = 0, *, shared_pool: bool = True) -> Backend:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from goc_deploy.errors import UsageError
+from goc_deploy.calibration import Calibrator
+from goc_deploy.errors import CalibrationNeededError, UsageError
 from goc_deploy.grammar import number, split_threshold, whole_number
 from goc_deploy.schedule import COMPUTE, REUSE, Schedule
 from goc_deploy.spec import ModelSpec
@@ -22,11 +23,25 @@ class PolicyContext:
         spec: the model.
         steps: sampling steps asked for.
         options: options of the SPEC; a flag has an empty value.
+        make_calibrator: gives what policies that learn from data ask, or None where there is no engine to run.
     """
 
     spec: ModelSpec
     steps: int
     options: Mapping[str, str]
+    make_calibrator: Callable[[], Calibrator] | None = None
+
+    def calibrator(self) -> Calibrator:
+        """What to ask about the engine, loaded when first asked for.
+
+        Raises:
+            CalibrationNeededError: there is no engine to calibrate on.
+        """
+        if self.make_calibrator is None:
+            raise CalibrationNeededError(
+                "this policy calibrates, which needs an engine directory; use goc-export or goc-plan"
+            )
+        return self.make_calibrator()
 
 
 def compute_all(argument: str, context: PolicyContext) -> Schedule:

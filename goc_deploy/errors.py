@@ -2,7 +2,8 @@
 
     GocError                        exit code
     ├── UsageError                  2   bad option, SPEC, label, latents
-    │   └── ScheduleError           2   a schedule that breaks a rule of legality
+    │   ├── ScheduleError           2   a schedule that breaks a rule of legality
+    │   └── CalibrationNeededError  2   a policy that learns from an engine that is not there
     ├── ModelError                  3   checkpoint unreadable or unsupported
     ├── EngineDirError              4   engine directory corrupt or not ours
     ├── EnvironmentUnsupportedError 5   provider, GPU, versions, driver
@@ -31,6 +32,10 @@ class UsageError(GocError):
 
 class ScheduleError(UsageError):
     """A schedule that breaks a rule of legality, or does not fit the model."""
+
+
+class CalibrationNeededError(UsageError):
+    """A policy that learns from images of an engine, where there is no engine to run."""
 
 
 class ModelError(GocError):

@@ -9,11 +9,12 @@ from pathlib import Path
 from goc_deploy.errors import UsageError
 
 GRAMMAR = (
-    "none, fora:INTERVAL[@FRACTION], l2c:ROUTER.pt[@THRESHOLD] or file:SCHEDULE.json, then +gc[:ETA], +steps:K,K,..:ETA, "
-    "+taylor[:ORDER], +lagrange[:ORDER] or +hermite[:ORDER[:SIGMA]], then options such as ,history=computed"
+    "none, fora:INTERVAL[@FRACTION], l2c:ROUTER.pt[@THRESHOLD], smoothcache:ALPHA or file:SCHEDULE.json, then +gc[:ETA], "
+    "+goc[:ETA], +steps:K,K,..:ETA, +fit[:N], +taylor[:ORDER], +lagrange[:ORDER] or +hermite[:ORDER[:SIGMA]], then options "
+    "such as ,history=computed"
 )
-FLAGS = ("both_branches",)
-BASES_WITH_A_PATH = ("file", "l2c")
+FLAGS = ("both_branches", "per_unit")
+BASES_WITH_A_PATH = ("file", "l2c", "smoothcache")
 _OPTION = re.compile(rf",(?=[a-z_]+=|(?:{'|'.join(FLAGS)})(?:,|$))")
 _CORRECTION = re.compile(r"\+(?=[a-z]+(?::[^/\\]*)?$)")
 _PLAN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,@-]{0,99}")
@@ -48,7 +49,7 @@ class PolicySpec:
     @property
     def _path(self) -> str:
         name, argument = self.base
-        if name not in BASES_WITH_A_PATH:
+        if name not in BASES_WITH_A_PATH or (name == "smoothcache" and not argument.endswith(".json")):
             return ""
         return split_threshold(argument)[0] if name == "l2c" else argument
 

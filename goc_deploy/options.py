@@ -9,6 +9,9 @@ from pathlib import Path
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 
+CALIBRATION_SEED = 2**32  # far from the small seeds that people generate with: calibration images stay unseen
+
+
 def no_progress(what: str, done: int, total: int) -> None:
     """Report nothing."""
 
@@ -25,7 +28,10 @@ class ExportOptions:
         steps: sampling steps of the plans.
         sampler: sampler SPEC.
         prediction: what the model predicts: ``eps`` (the noise), ``v`` (velocity) or ``x0`` (the clean sample).
-        plans: policy SPECs, in order of preference.
+        plans: policy SPECs, in order of preference; empty takes `default_plans`.
+        calibrate: images that calibrated policies learn from; None takes `goc_deploy.calibration.default_images`.
+        calibration_seed: of these images.
+        cfg_scale: guidance scale of these images.
         weights: ``ema``, ``model``, or ``auto`` (ema where there is one).
         allow_nonfinite: accept NaN and infinite weights.
         force: replace an existing engine directory.
@@ -38,10 +44,39 @@ class ExportOptions:
     steps: int = 20
     sampler: str = "ddim"
     prediction: str = "eps"
-    plans: tuple[str, ...] = ("none", "fora:2+gc:1.0")
+    plans: tuple[str, ...] = ()
+    calibrate: int | None = None
+    calibration_seed: int = CALIBRATION_SEED
+    cfg_scale: float = 4.0
     weights: str = "auto"
     allow_nonfinite: bool = False
     force: bool = False
+
+
+def default_plans(precision: str) -> tuple[str, ...]:
+    """Policy SPECs where none are asked for. bf16 engines have no CPU kernels to calibrate with."""
+    return ("none", "fora:2+gc:1.0" if precision == "bf16" else "fora:2+goc")
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """How to add a plan.
+
+    Attributes:
+        name: default: the SPEC made file-safe.
+        steps: default: those of the engine's first plan.
+        sampler: default: that of the engine's first plan.
+        calibrate: images that a calibrated policy learns from; None takes `goc_deploy.calibration.default_images`.
+        seed: of these images.
+        cfg_scale: guidance scale of these images.
+    """
+
+    name: str | None = None
+    steps: int | None = None
+    sampler: str | None = None
+    calibrate: int | None = None
+    seed: int = CALIBRATION_SEED
+    cfg_scale: float = 4.0
 
 
 @dataclass(frozen=True, slots=True)

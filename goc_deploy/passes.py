@@ -15,7 +15,14 @@ from itertools import groupby, islice, takewhile
 from goc_deploy.errors import UsageError
 from goc_deploy.plan import Collect, Compute, Launch, Plan, Predict, Prediction, check_plan
 from goc_deploy.samplers import SamplerTable, sampler_misfit, sampler_table
-from goc_deploy.schedule import MAX_HISTORY, Schedule, check_schedule, check_schedule_fits, fill_short_history
+from goc_deploy.schedule import (
+    MAX_HISTORY,
+    Schedule,
+    check_amplification,
+    check_schedule,
+    check_schedule_fits,
+    fill_short_history,
+)
 from goc_deploy.spec import ModelSpec
 
 LAUNCHES_BEFORE_AHEAD = 3  # more would be a little faster and keep a slot more each
@@ -70,6 +77,7 @@ def compile_schedule(
     schedule = fill_short_history(schedule)
     check_schedule_fits(schedule, spec, schedule.steps if steps is None else steps)
     check_schedule(schedule)
+    check_amplification(schedule)
     evaluations = drop_dead_stores(name_values(schedule))
     if eager:
         evaluations = accumulate_ahead(evaluations)

@@ -9,6 +9,7 @@ from typing import Any
 from goc_deploy.errors import EnvironmentUnsupportedError
 from goc_deploy.outputs import written
 from goc_deploy.schedule import Schedule
+from goc_deploy.show import god_curves
 
 ACTIONS = {"compute": "#1b3a57", "reuse": "#d9e4ec", "gradient": "#f2a541", "blend": "#8e5ea2"}
 
@@ -30,7 +31,7 @@ def pyplot() -> Any:
 
 
 def plot_schedule(schedule: Schedule, title: str, path: Path) -> None:
-    """Heat map of actions: steps from left to right, units from bottom to top."""
+    """Heat map of actions: steps from left to right, units from bottom to top; above it GOD's N and B where it chose."""
     plt = pyplot()
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
@@ -38,7 +39,14 @@ def plot_schedule(schedule: Schedule, title: str, path: Path) -> None:
     names = list(ACTIONS)
     codes = [[names.index(schedule.action(k, u)) for k in range(schedule.steps)] for u in range(schedule.units)]
     width, height = max(6.0, 1.5 + 0.28 * schedule.steps), max(3.0, 1.5 + 0.12 * schedule.units)
-    figure, axes = plt.subplots(figsize=(min(width, 24), min(height, 16)), layout="constrained")
+    curves = god_curves(schedule)
+    panels = {"nrows": 2, "sharex": True, "height_ratios": [1, 2]} if curves else {}
+    figure, found = plt.subplots(
+        figsize=(min(width, 24), min(height + 1.5 * bool(curves), 16)), layout="constrained", **panels
+    )
+    axes = found[-1] if curves else found
+    if curves:
+        _plot_god(found[0], schedule, curves)
     axes.pcolormesh(
         codes,
         cmap=ListedColormap(list(ACTIONS.values())),
@@ -57,13 +65,25 @@ def plot_schedule(schedule: Schedule, title: str, path: Path) -> None:
     )
     axes.set_xlabel("step (0 is the noisiest)")
     axes.set_ylabel(f"block (rows from below: {', '.join(schedule.branches)})")
-    axes.set_title(title)
+    figure.suptitle(title)
     present = sorted({code for row in codes for code in row})
     handles = [Patch(facecolor=ACTIONS[names[code]], edgecolor="grey", label=names[code]) for code in present]
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
     with written(path) as temporary:
         figure.savefig(temporary, dpi=120)
     plt.close(figure)
+
+
+def _plot_god(axes: Any, schedule: Schedule, curves: list[list[float]]) -> None:
+    """N, B and the threshold over steps."""
+    middles = [step + 0.5 for step in range(schedule.steps)]
+    axes.step(middles, curves[0], where="mid", color="#b23a48", label="N, share of inverse units")
+    axes.plot(middles, curves[1], color="#1b3a57", marker="o", markersize=3, label="B, boundary")
+    threshold = schedule.provenance["god"].get("threshold")
+    if isinstance(threshold, (int, float)) and threshold <= 1:
+        axes.axhline(threshold, color="grey", linestyle="--", label="threshold")
+    axes.set_ylim(-0.05, 1.05)
+    axes.legend(loc="upper left", fontsize="small", frameon=False)
 
 
 def plot_step_times(rows: Sequence[tuple[str, Sequence[float]]], title: str, path: Path) -> None:

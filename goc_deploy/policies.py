@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from goc_deploy import bases, corrections
+from goc_deploy import bases, corrections, learned, smoothcache
 from goc_deploy.bases import PolicyContext
+from goc_deploy.calibration import Calibrator
 from goc_deploy.errors import GocError, UsageError
 from goc_deploy.grammar import GRAMMAR, PolicySpec
 from goc_deploy.schedule import HISTORY_KINDS, Schedule, check_schedule, check_schedule_fits, fill_short_history
@@ -40,6 +41,7 @@ BASES = {
     "fora": Base(bases.fora, ("phase",)),
     "l2c": Base(bases.l2c),
     "file": Base(bases.from_file),
+    "smoothcache": Base(smoothcache.smoothcache, ("per_unit",)),
 }
 CORRECTIONS = {
     "gc": Correction(corrections.gradient_everywhere),
@@ -47,11 +49,21 @@ CORRECTIONS = {
     "taylor": Correction(corrections.taylor),
     "lagrange": Correction(corrections.lagrange),
     "hermite": Correction(corrections.hermite),
+    "goc": Correction(learned.goc, ("both_branches", "gamma", "threshold", "reading", "per_unit")),
+    "fit": Correction(learned.fit, ("fit", "target", "ridge")),
 }
 
 
-def schedule_from_policy(policy: PolicySpec, spec: ModelSpec, steps: int) -> Schedule:
+def schedule_from_policy(
+    policy: PolicySpec, spec: ModelSpec, steps: int, make_calibrator: Callable[[], Calibrator] | None = None
+) -> Schedule:
     """Make the schedule that a SPEC names, for a model and a step count.
+
+    Args:
+        policy: the SPEC.
+        spec: the model.
+        steps: sampling steps.
+        make_calibrator: called by policies that learn from data, and by no other.
 
     Raises:
         UsageError: an unknown name, or an argument or option of the SPEC that is out of range.
@@ -60,9 +72,10 @@ def schedule_from_policy(policy: PolicySpec, spec: ModelSpec, steps: int) -> Sch
     """
     try:
         base, correction = _named(policy)
-        context = PolicyContext(spec, steps, dict(policy.options))
+        context = PolicyContext(spec, steps, dict(policy.options), make_calibrator)
         schedule = base.make(policy.base[1], context)
         check_schedule_fits(schedule, spec, steps)
+        schedule = replace(schedule, history=_history(context, schedule.history))
         if policy.correction and correction:
             corrected = correction.apply(schedule, policy.correction[1], context)
             every = "both_branches" not in context.options

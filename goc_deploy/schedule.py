@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from goc_deploy.errors import ScheduleError
 from goc_deploy.spec import ModelSpec
@@ -15,6 +16,7 @@ HISTORY_KINDS = ("used", "computed")
 MAX_HISTORY = 4
 MAX_STEPS = 10_000
 MAX_BLOCKS = 1_000
+MAX_AMPLIFICATION = 1e3
 
 
 def gradient(eta: float) -> tuple[float, ...]:
@@ -34,6 +36,8 @@ class Schedule:
         short_history: ``reuse`` lets an action that reads more history than there is fall back to plain reuse;
             ``error`` refuses it.
         policy: the SPEC or file that made it, for people.
+        provenance: how a policy that learns from data came to it: parameters, statistics, images; plain JSON types. For
+            people; schedules that differ in nothing else are equal.
     """
 
     depth: int
@@ -42,6 +46,7 @@ class Schedule:
     history: str = "used"
     short_history: str = "error"
     policy: str = ""
+    provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def steps(self) -> int:
@@ -157,3 +162,32 @@ def fill_short_history(schedule: Schedule) -> Schedule:
         if 1 <= stored < len(rows[step][unit]):
             rows[step][unit] = REUSE
     return replace(schedule, coefficients=tuple(tuple(step) for step in rows))
+
+
+def check_amplification(schedule: Schedule) -> None:
+    """Check that predictions made of predictions do not blow up what they are made of.
+
+    With history ``used``, the gradient at every second step is a recurrence with its pole at -eta: with |eta| > 1 its
+    weights over the features that were really computed grow without bound. Their sum of magnitudes must stay within
+    ``MAX_AMPLIFICATION``, so a large eta may serve a few steps but not many.
+
+    Raises:
+        ScheduleError: naming step, block and branch of the first prediction beyond it.
+    """
+    for unit in range(schedule.units):
+        history: list[dict[int, float]] = []  # newest first: weights over the steps that computed the unit
+        for step, rows in enumerate(schedule.coefficients):
+            row, weights = rows[unit], {step: 1.0}
+            if row:
+                weights = {}
+                for coefficient, entry in zip(row, history, strict=False):
+                    for computed, weight in entry.items():
+                        weights[computed] = weights.get(computed, 0.0) + coefficient * weight
+                if not sum(map(abs, weights.values())) <= MAX_AMPLIFICATION:
+                    raise ScheduleError(
+                        f"{schedule.place(step, unit)}: the prediction amplifies errors of computed features more than "
+                        f"{MAX_AMPLIFICATION:g}-fold, because it reads earlier predictions; use an eta within -1..1, fewer "
+                        "such steps, or history=computed"
+                    )
+            if not row or schedule.history == "used":
+                history = [weights, *history][:MAX_HISTORY]

@@ -13,7 +13,8 @@ from goc_deploy.plan import Collect, Compute, Launch, Plan, Predict, Prediction
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import COMPUTE, MAX_BLOCKS, MAX_STEPS, REUSE, Schedule
 
-SCHEDULE_FORMAT, SCHEDULE_VERSION = "goc_deploy.schedule", 1
+SCHEDULE_FORMAT, SCHEDULE_VERSION = "goc_deploy.schedule", 2
+OLDEST_SCHEDULE_VERSION = 1  # had no provenance
 PLAN_FORMAT, PLAN_VERSION = "goc_deploy.plan", 3
 MAX_JSON_BYTES = 64 * 2**20
 
@@ -46,8 +47,10 @@ def parse_json(text: bytes, where: str, error: type[GocError]) -> dict[str, Any]
     return value
 
 
-def check_format(found: dict[str, Any], name: str, version: int, where: str, error: type[GocError]) -> None:
-    """Check the ``format`` and ``version`` fields.
+def check_format(
+    found: dict[str, Any], name: str, version: int, where: str, error: type[GocError], oldest: int | None = None
+) -> None:
+    """Check the ``format`` and ``version`` fields; ``oldest`` is the first version that is read, by default ``version``.
 
     Raises:
         error: another format, or a version that this release does not read.
@@ -58,7 +61,7 @@ def check_format(found: dict[str, Any], name: str, version: int, where: str, err
         raise error(
             f"{where} has format version {found.get('version')!r}, this goc_deploy reads up to {version}; update goc_deploy"
         )
-    if found["version"] != version:
+    if found["version"] < (version if oldest is None else oldest):
         raise error(f"{where} has format version {found['version']}, this goc_deploy reads {version}; export again")
 
 
@@ -96,6 +99,7 @@ def schedule_to_json(schedule: Schedule) -> str:
             "short_history": schedule.short_history,
             "predictors": {word: list(row) for row, word in words.items() if row},
             "actions": [" ".join(words[row] for row in step) for step in schedule.coefficients],
+            **({"provenance": dict(schedule.provenance)} if schedule.provenance else {}),
         }
     )
 
@@ -107,7 +111,7 @@ def schedule_from_json(text: bytes, where: str) -> Schedule:
         ScheduleError: not JSON, another format, an unknown action word, or a wrong number of units.
     """
     found = parse_json(text, where, ScheduleError)
-    check_format(found, SCHEDULE_FORMAT, SCHEDULE_VERSION, where, ScheduleError)
+    check_format(found, SCHEDULE_FORMAT, SCHEDULE_VERSION, where, ScheduleError, OLDEST_SCHEDULE_VERSION)
     schedule: Schedule = build(lambda: _schedule_from_fields(found, where), where, ScheduleError)
     return schedule
 
@@ -147,7 +151,11 @@ def _schedule_from_fields(found: dict[str, Any], where: str) -> Schedule:
                 block, branch = divmod(unit, len(branches))
                 raise ScheduleError(f"{where}: step {step}, block {block}, {branches[branch]}: unknown action {word!r}")
         rows.append(tuple(words[word] for word in actions))
-    return Schedule(depth, branches, tuple(rows), found["history"], found["short_history"], str(found["policy"]))
+    provenance = found.get("provenance", {})
+    if not isinstance(provenance, dict):
+        raise ScheduleError(f"{where}: provenance must be a JSON object")
+    kinds = (found["history"], found["short_history"], str(found["policy"]))
+    return Schedule(depth, branches, tuple(rows), *kinds, provenance)
 
 
 def plan_to_json(plan: Plan) -> str:

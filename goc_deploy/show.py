@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from goc_deploy.manifest import Manifest
 from goc_deploy.plan import Plan
+from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ITEM_BYTES
 
 Table = tuple[list[str], list[list[str]]]
@@ -37,8 +38,9 @@ def plan_rows(plans: Sequence[Plan], manifest: Manifest) -> Table:
 
 
 def action_rows(plan: Plan) -> Table:
-    """A row per step: timestep, kind, how many units do what, and with which coefficients."""
+    """A row per step: timestep, kind, how many units do what, and with which coefficients; GOD's N and B where it chose."""
     schedule = plan.schedule
+    judged = god_curves(schedule)
     rows = []
     for step, units in enumerate(schedule.coefficients):
         counts = Counter(schedule.action(step, unit) for unit in range(schedule.units))
@@ -47,5 +49,37 @@ def action_rows(plan: Plan) -> Table:
         shown = "; ".join(" ".join(f"{c:+g}" for c in row) for row in used[:3]) + (
             f"; {len(used) - 3} more" if len(used) > 3 else ""
         )
-        rows.append([str(step), str(plan.sampler.timesteps[step]), plan.step_kind(step), actions, shown])
-    return ["step", "timestep", "kind", "units", "coefficients, newest first"], rows
+        numbers = [f"{curve[step]:.2f}" for curve in judged]
+        rows.append([str(step), str(plan.sampler.timesteps[step]), plan.step_kind(step), *numbers, actions, shown])
+    columns = ["N inverse", "B"] if judged else []
+    return ["step", "timestep", "kind", *columns, "units", "coefficients, newest first"], rows
+
+
+def god_curves(schedule: Schedule) -> list[list[float]]:
+    """N and B of every step from a schedule's provenance; empty where GOD did not make it or somebody edited it."""
+    found = schedule.provenance.get("god")
+    curves = [found.get(name) for name in ("inverse_share", "boundary")] if isinstance(found, dict) else []
+    fits = all(
+        isinstance(curve, list) and len(curve) == schedule.steps and all(isinstance(v, (int, float)) for v in curve)
+        for curve in curves
+    )
+    return [[float(v) for v in curve] for curve in curves if curve] if fits else []
+
+
+def calibration_lines(schedule: Schedule) -> list[str]:
+    """A line per calibrated part of a schedule: its parameters, what was measured, and on which images."""
+    lines = []
+    for part, found in sorted(schedule.provenance.items()):
+        if not isinstance(found, dict):
+            continue
+        images = found.get("calibration", {})
+        shown = {k: v for k, v in found.items() if isinstance(v, (bool, int, float, str))}
+        on = {k: v for k, v in images.items() if k != "checkpoint_sha256"} if isinstance(images, dict) else {}
+        words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in {**shown, **on}.items()]
+        lines.append(f"{part}: {', '.join(words)}")
+        lines += [
+            f"  threshold {m['threshold']:.3f}: error {m['error']:.4f}"
+            for m in found.get("measured", [])
+            if isinstance(m, dict) and {"threshold", "error"} <= m.keys()
+        ]
+    return lines

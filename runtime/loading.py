@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from goc_deploy.calibration import CalibrationOptions
 from goc_deploy.engine_dir import load_plan
 from goc_deploy.errors import EngineDirError, GocError, ResourceError, UsageError
 from goc_deploy.manifest import Manifest, Unit
+from goc_deploy.options import Progress
 from goc_deploy.plan import Plan
 from goc_deploy.protocols import DTYPE_OF_PRECISION, NOTHING, Backend, Buffer, Engine, mapped_buffer
 from goc_deploy.publish import read_manifest, read_verified
 from goc_deploy.runtime import memory
 from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.buffers import planned_bytes
+from goc_deploy.runtime.calibrator import EngineCalibrator
 from goc_deploy.runtime.pipeline import Pipeline
+from goc_deploy.runtime.stepper import Stepper
+from goc_deploy.samplers import SamplerTable
 
 
 def load_pipelines(
@@ -51,15 +56,48 @@ def load_pipelines(
     return [Pipeline(manifest, plan, engines, backend, images, max_sessions) for plan in plans]
 
 
-def load_engines(directory: Path, manifest: Manifest, plans: Sequence[Plan], backend: Backend) -> Engines:
-    """Verify every file that the plans need, then load the graphs; both in parallel."""
+def load_stepper(directory: Path, backend: Backend, table: SamplerTable, images: int) -> Stepper:
+    """Load an engine directory to drive its units one at a time with a sampler, ``images`` at most together.
+
+    Raises:
+        EngineDirError, SafetyError: the directory is corrupt or not ours.
+        EnvironmentUnsupportedError: the backend has no kernels for its precision.
+    """
+    manifest = read_manifest(directory)
+    engines = load_engines(directory, manifest, (), backend, (table.graph,))
+    return Stepper(engines, manifest.model, manifest.precision, table, min(images, manifest.max_batch))
+
+
+def load_calibrator(
+    directory: Path, backend: Backend, table: SamplerTable, options: CalibrationOptions, progress: Progress
+) -> EngineCalibrator:
+    """Load an engine directory to calibrate on it.
+
+    Raises:
+        UsageError: an option out of range.
+        EngineDirError, SafetyError, EnvironmentUnsupportedError: as `load_stepper`.
+    """
+    found = read_manifest(directory).provenance
+    provenance = {"checkpoint_sha256": found["checkpoint_sha256"]} if "checkpoint_sha256" in found else {}
+    return EngineCalibrator(load_stepper(directory, backend, table, options.images), options, provenance, progress)
+
+
+def load_engines(
+    directory: Path, manifest: Manifest, plans: Sequence[Plan], backend: Backend, samplers: Iterable[str] = ()
+) -> Engines:
+    """Verify every file that the plans and these sampler units need, then load the graphs; both in parallel.
+
+    Raises:
+        EngineDirError, SafetyError: a file is missing, corrupt or not ours.
+    """
     signatures = sorted({signature for plan in plans for signature in plan.signatures})
     missing = [signature for signature in signatures if signature not in manifest.predict]
     if missing:
         raise EngineDirError(
             f"{directory} lists no predict graph for {missing[0]!r}, which a plan needs; add the plan again"
         )
-    needed = {"conditioning", "embed", "final", "modulation", "collect", *(plan.sampler.graph for plan in plans)}
+    needed = {"conditioning", "embed", "final", "modulation", "collect", *samplers}
+    needed |= {plan.sampler.graph for plan in plans}
     needed |= {f"block_{b:02d}_{branch}" for b in range(manifest.model.depth) for branch in manifest.model.branches}
     lacking = sorted(needed - {unit.name for unit in manifest.units})
     if lacking:

@@ -46,10 +46,17 @@ DEFAULTS = ExportOptions()
     "--plan",
     "plans",
     multiple=True,
-    default=DEFAULTS.plans,
     metavar="SPEC",
-    help=f"Caching policy, repeatable: {GRAMMAR}.",
+    help=f"Caching policy, repeatable: {GRAMMAR}.  [default: none and fora:2+goc]",
 )
+@click.option(
+    "--calibrate",
+    type=click.IntRange(1),
+    metavar="K",
+    help="Images that calibrated policies (goc, fit, smoothcache) learn from.  [default: 16, fewer for large models]",
+)
+@click.option("--seed", "calibration_seed", type=int, default=DEFAULTS.calibration_seed, help="Of these images.")
+@click.option("--cfg-scale", type=float, default=DEFAULTS.cfg_scale, help="Guidance scale of these images.")
 @click.option(
     "--weights",
     type=click.Choice(["auto", "ema", "model"]),

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
-from goc_deploy.cli.app import debug_option, print_table, run_command
+from goc_deploy.cli.app import debug_option, print_table, progress_bar, run_command
+from goc_deploy.options import PlanOptions
 from goc_deploy.samplers import SAMPLER_GRAMMAR
 
+DEFAULTS = PlanOptions()
 EPILOG = "Examples: goc-plan engine fora:3+gc:1.0 --steps 50 --name fast; goc-plan engine --list; goc-plan engine --show fast --plot fast.png"
 
 
@@ -19,12 +22,26 @@ EPILOG = "Examples: goc-plan engine fora:3+gc:1.0 --steps 50 --name fast; goc-pl
 @click.option("--name", help="Name of the new plan.  [default: SPEC made file-safe]")
 @click.option("--steps", type=int, help="Sampling steps.  [default: those of the engine's first plan]")
 @click.option("--sampler", help=f"{SAMPLER_GRAMMAR}.  [default: that of the engine's first plan]")
+@click.option(
+    "--calibrate",
+    type=click.IntRange(1),
+    metavar="K",
+    help="Images that a calibrated policy (goc, fit, smoothcache) learns from.  [default: 16, fewer for large models]",
+)
+@click.option("--seed", type=int, help=f"Of these images.  [default: {DEFAULTS.seed}]")
+@click.option("--cfg-scale", type=float, help=f"Guidance scale of these images.  [default: {DEFAULTS.cfg_scale:g}]")
 @click.option("--list", "list_plans", is_flag=True, help="List the plans.")
 @click.option("--show", metavar="NAME", help="Show a plan's actions over steps.")
 @click.option(
     "--plot",
     type=click.Path(path_type=Path),
     help="With --show: write a heat map of actions over steps and units (needs the plot extra).",
+)
+@click.option(
+    "--smoothcache",
+    type=click.Path(path_type=Path),
+    metavar="FILE.json",
+    help="With --show: write what the plan computes as a schedule file of SmoothCache's.",
 )
 @debug_option
 def command(
@@ -33,31 +50,48 @@ def command(
     name: str | None,
     steps: int | None,
     sampler: str | None,
+    calibrate: int | None,
+    seed: int | None,
+    cfg_scale: float | None,
     list_plans: bool,
     show: str | None,
     plot: Path | None,
+    smoothcache: Path | None,
     debug: bool,  # noqa: ARG001
 ) -> None:
     """Add the plan that SPEC names to ENGINE_DIR, or list and show its plans."""
     if sum((spec is not None, list_plans, show is not None)) != 1:
         raise click.UsageError("give a SPEC to add, --list, or --show NAME")
-    if plot and not show:
-        raise click.UsageError("--plot goes with --show NAME")
-    if spec is None and (name or steps is not None or sampler):
-        raise click.UsageError("--name, --steps and --sampler go with a SPEC")
+    if (plot or smoothcache) and not show:
+        raise click.UsageError("--plot and --smoothcache go with --show NAME")
+    options: dict[str, Any] = {
+        "name": name,
+        "steps": steps,
+        "sampler": sampler,
+        "calibrate": calibrate,
+        "seed": seed,
+        "cfg_scale": cfg_scale,
+    }
+    given = {option: value for option, value in options.items() if value is not None}
+    if spec is None and given:
+        raise click.UsageError(f"{', '.join('--' + option.replace('_', '-') for option in given)} goes with a SPEC")
     if spec:
         from goc_deploy.api import add_plan
 
-        entry = add_plan(engine_dir, spec, name=name, steps=steps, sampler=sampler)
+        with progress_bar() as progress:
+            entry = add_plan(engine_dir, spec, progress=progress, **given)
         click.echo(entry.name)
         return
     from goc_deploy.engine_dir import load_plan
-    from goc_deploy.outputs import check_suffix, check_writable
+    from goc_deploy.outputs import check_suffix, check_writable, written
     from goc_deploy.publish import read_manifest
-    from goc_deploy.show import action_rows, plan_rows
+    from goc_deploy.show import action_rows, calibration_lines, plan_rows
+    from goc_deploy.smoothcache import smoothcache_from_schedule
 
     check_suffix(plot, ".png", ".svg", ".pdf", what="--plot ends in .png, .svg or .pdf")
+    check_suffix(smoothcache, ".json", what="--smoothcache ends in .json")
     check_writable(plot)
+    check_writable(smoothcache)
     manifest = read_manifest(engine_dir)
     if list_plans:
         columns, rows = plan_rows([load_plan(engine_dir, manifest, entry.name) for entry in manifest.plans], manifest)
@@ -70,6 +104,12 @@ def command(
         columns,
         rows,
     )
+    for line in calibration_lines(plan.schedule):
+        click.echo(line)
+    if smoothcache:
+        with written(smoothcache) as temporary:
+            temporary.write_text(smoothcache_from_schedule(plan.schedule), encoding="utf-8")
+        click.echo(smoothcache)
     if plot:
         from goc_deploy.plots import plot_schedule
 

@@ -80,6 +80,39 @@ def test_another_sampler_is_a_plan_of_the_same_engine(engine: Path, command: Com
         assert json.loads(report.read_text())["sampler"] == sampler
 
 
+def test_calibrated_plans_say_what_they_were_learned_from(engine: Path, command: Command, tmp_path: Path) -> None:
+    learning = ("--calibrate", 3, "--seed", 5, "--cfg-scale", 2, "--steps", 8)
+    for spec in ("fora:2+goc", "smoothcache:0.3+fit"):
+        command("goc-plan", engine, spec, *learning)
+        command("goc-plan", engine, spec, *learning)  # the same again is no conflict
+    shown = command("goc-plan", engine, "--show", "fora:2+goc", "--plot", tmp_path / "god.png").stdout
+    assert "N inverse" in shown
+    assert "god: eta" in shown
+    assert "images 3, seed 5, cfg_scale 2" in shown
+    assert "threshold 2.000: error" in shown
+    with Image.open(tmp_path / "god.png") as picture:
+        assert min(picture.size) > 200
+    written = tmp_path / "smooth.json"
+    shown = command("goc-plan", engine, "--show", "smoothcache:0.3+fit", "--smoothcache", written).stdout
+    assert "fit: entries 2, granularity step, target final" in shown
+    assert [len(actions) for actions in json.loads(written.read_text()).values()] == [8, 8]
+    done = command("goc-plan", engine, "--list", "--calibrate", 3, code=2)
+    assert "--calibrate goes with a SPEC" in done.stderr
+    done = command("goc-plan", engine, "--list", "--smoothcache", written, code=2)
+    assert "--plot and --smoothcache go with --show NAME" in done.stderr
+
+
+def test_an_export_calibrates_its_default_plan(command: Command, tmp_path: Path) -> None:
+    model = (GOLDEN / "model.pt", "-o", tmp_path / "engine", "--num-heads", 4, "--calibrate", 2, "--steps", 6)
+    command("goc-export", *model)
+    assert "is up to date" in command("goc-export", *model).stderr
+    schedule = json.loads((tmp_path / "engine" / "schedules" / "fora-2+goc.json").read_text())
+    assert schedule["provenance"]["god"]["calibration"]["images"] == 2
+    manifest = json.loads((tmp_path / "engine" / "manifest.json").read_text())
+    assert [plan["name"] for plan in manifest["plans"]] == ["none", "fora-2+goc"]
+    command("goc-run", tmp_path / "engine", "--labels", "1", "--latents-output", tmp_path / "x.npy")
+
+
 def test_a_hand_edited_schedule_runs(engine: Path, command: Command, tmp_path: Path) -> None:
     schedule = tmp_path / "mine.json"
     text = (engine / "schedules" / "fora-2.json").read_text()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from goc_deploy.errors import ScheduleError
 from goc_deploy.passes import compile_schedule
-from goc_deploy.schedule import Schedule, check_schedule, fill_short_history
+from goc_deploy.schedule import Schedule, check_amplification, check_schedule, fill_short_history, gradient
 from goc_deploy.serde import plan_from_json, plan_to_json, schedule_from_json, schedule_to_json
 from goc_deploy.spec import ModelSpec
 from tests.goc_deploy.strategies import schedules
@@ -79,7 +80,9 @@ def test_short_history_falls_back_to_plain_reuse_only_where_the_schedule_says_so
     [
         ('"C C C C"', '"C C C"', "step 0 has 3 actions for 4 units"),
         ('"C C C C"', '"C C X C"', "step 0, block 1, attn: unknown action 'X'"),
-        ('"version": 1', '"version": 2', "format version 2, this goc_deploy reads up to 1; update"),
+        ('"version": 2', '"version": 3', "format version 3, this goc_deploy reads up to 2; update"),
+        ('"version": 2', '"version": 0', "format version 0, this goc_deploy reads 2; export again"),
+        ('"depth": 2', '"provenance": [], "depth": 2', "provenance must be a JSON object"),
         ('"format": "goc_deploy.schedule"', '"format": "other"', "not a goc_deploy.schedule file"),
         ('"depth": 2', '"depth": 2, "depth": 2', "not valid JSON: a key stands twice"),
         ('"depth": 2', '"depth": -1', "depth must be 1 to 1000"),
@@ -99,3 +102,28 @@ def test_malformed_schedule_files_are_refused(old: str, new: str, message: str) 
 def test_no_bytes_crash_the_reader(junk: bytes) -> None:
     with pytest.raises(ScheduleError):
         schedule_from_json(junk, "junk")
+
+
+def test_provenance_is_kept_and_schedules_of_the_first_version_are_read() -> None:
+    bare = schedule((C,) * 4, (R,) * 4)
+    learned = replace(bare, provenance={"god": {"eta": 1.0, "boundary": [0.0, 0.5]}})
+    text = schedule_to_json(learned)
+    assert schedule_from_json(text.encode(), "s").provenance == learned.provenance
+    assert learned == bare
+    first = schedule_to_json(bare).replace('"version": 2', '"version": 1')
+    assert schedule_from_json(first.encode(), "s") == bare
+
+
+def alternating(eta: float, steps: int, history: str = "used") -> Schedule:
+    rows = [(C,) * 4, (R,) * 4, *[((C,) * 4), (gradient(eta),) * 4] * (steps // 2 - 1)]
+    return schedule(*rows, history=history)
+
+
+def test_a_gradient_beyond_one_is_refused_once_it_amplifies_too_much() -> None:
+    check_amplification(alternating(1.0, 400))
+    check_amplification(alternating(1.2, 20))
+    check_amplification(alternating(1.5, 400, "computed"))
+    with pytest.raises(
+        ScheduleError, match=r"step \d+, block 0, attn: the prediction amplifies .* use an eta within -1..1"
+    ):
+        check_amplification(alternating(1.5, 50))

@@ -1,0 +1,109 @@
+"""Calibration: what policies that learn from data may ask, and the images they learn from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from goc_deploy.errors import ScheduleError, UsageError
+from goc_deploy.fitting import FitOptions
+from goc_deploy.options import CALIBRATION_SEED, GenerateOptions
+from goc_deploy.schedule import Schedule, check_amplification
+from goc_deploy.spec import ModelSpec
+
+MAX_GAP = 3  # steps that SmoothCache looks back, its calibration_lookahead
+DEFAULT_IMAGES = 16
+DEFAULT_FLOPS = 10**12  # for the images without cache; policies that measure schedules take a few times that
+MAX_IMAGES = 100_000
+LABELS = 2**64 - 1  # in place of an image index
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationOptions:
+    """Which images to calibrate on.
+
+    Attributes:
+        images: how many images K.
+        seed: of labels and noise; image i gets noise from (seed, i) alone.
+        cfg_scale: classifier-free guidance scale; use the one to generate with.
+        cfg_channels: guidance acts on the first channels only.
+    """
+
+    images: int = DEFAULT_IMAGES
+    seed: int = CALIBRATION_SEED
+    cfg_scale: float = GenerateOptions().cfg_scale
+    cfg_channels: int = GenerateOptions().cfg_channels
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What calibration saw without cache.
+
+    Attributes:
+        means: (T, U, tokens, D) float32 features averaged over images, conditional and unconditional rows alike: A_k.
+        changes: (T, U, MAX_GAP) ``|F_k - F_(k-j)|_1 / |F_k|_1`` averaged over images, for j = 1 .. MAX_GAP; infinite
+            where there is no step k - j. Source: SmoothCache, eq. 4.
+    """
+
+    means: np.ndarray
+    changes: np.ndarray
+
+
+class Calibrator(Protocol):
+    """What a policy may ask about an engine, a sampler and a step count."""
+
+    def statistics(self) -> Statistics:
+        """Features without cache."""
+        ...
+
+    def error(self, schedule: Schedule) -> float:
+        """Relative L2 error of the final latents to those without cache, over the calibration images."""
+        ...
+
+    def fit(self, schedule: Schedule, options: FitOptions) -> Schedule:
+        """The schedule with fitted coefficients in place of plain reuse, and how that went in its provenance."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Images, seed, guidance, sampler and checkpoint, as plain data for the schedule file."""
+        ...
+
+
+def default_images(spec: ModelSpec, steps: int) -> int:
+    """Images to calibrate on where nobody says: 16, or what ``DEFAULT_FLOPS`` pay for, but one at least."""
+    per_token = 2 * spec.hidden * (4 * spec.hidden + 2 * spec.mlp_hidden + 2 * spec.tokens)
+    image = 2 * steps * spec.depth * spec.tokens * per_token
+    return max(1, min(DEFAULT_IMAGES, DEFAULT_FLOPS // image))
+
+
+def check_options(options: CalibrationOptions) -> None:
+    """Check ranges.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    if not 1 <= options.images <= MAX_IMAGES:
+        raise UsageError(f"--calibrate must be within 1..{MAX_IMAGES} images, got {options.images}")
+    if not 0 <= options.seed < 2**64:
+        raise UsageError(f"seed must be within 0..2**64-1, got {options.seed}")
+    if not 0 <= options.cfg_scale <= 1e3:
+        raise UsageError(f"cfg_scale must be a number within 0..1000, got {options.cfg_scale}")
+
+
+def balanced_labels(classes: int, images: int, seed: int) -> tuple[int, ...]:
+    """Labels of calibration images: every class equally often (to one), in an order that the seed shuffles."""
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed, LABELS], np.uint64)))
+    rounds = [generator.permutation(classes) for _ in range(-(-images // classes))]
+    return tuple(int(label) for label in np.concatenate(rounds)[:images])
+
+
+def measured_error(calibrator: Calibrator, schedule: Schedule) -> float:
+    """`Calibrator.error`; infinite where the compiler would refuse the schedule."""
+    try:
+        check_amplification(schedule)
+    except ScheduleError:
+        return math.inf
+    return calibrator.error(schedule)

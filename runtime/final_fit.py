@@ -1,0 +1,125 @@
+"""Fitting coefficients to where the cached trajectory ends: least squares on the final latents, linearised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from goc_deploy.fitting import FitOptions, NormalEquations
+from goc_deploy.runtime.trajectory import Row, Trajectory
+from goc_deploy.schedule import REUSE, Schedule
+
+DELTA = 0.1  # of the difference quotients: well above float32 noise, small against weights of about 1
+MAX_WEIGHT = 2.0
+ITERATIONS = 2
+STARTS = (0.0, 0.5, 1.0)  # eta of the gradient, 0 is plain reuse
+
+Pair = tuple[Trajectory, np.ndarray]  # a batch at step 0, and its final latents without cache
+
+
+@dataclass(frozen=True, slots=True)
+class Direction:
+    """A weight to fit: ``weight * (g_order - g_(order + 1))`` is added to what some units of some steps reuse."""
+
+    places: tuple[tuple[int, int], ...]
+    order: int
+
+
+def directions(schedule: Schedule, options: FitOptions) -> list[Direction]:
+    """What may be fitted: where a unit is reused and its history is long enough, one weight per difference of entries.
+
+    Units share weights as ``options.granularity`` says: none, the units of a step, or all.
+    """
+    groups: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for step, unit, stored in schedule.available_history():
+        if schedule.coefficients[step][unit] == REUSE:
+            for order in range(min(stored, options.entries) - 1):
+                of_place = {"unit": (step, unit), "step": (step,), "global": ()}[options.granularity]
+                groups.setdefault((*of_place, order), []).append((step, unit))
+    return [Direction(tuple(places), key[-1]) for key, places in groups.items()]
+
+
+def with_weights(schedule: Schedule, found: list[Direction], weights: np.ndarray) -> Schedule:
+    """The schedule with weights along directions in place of plain reuse.
+
+    Before: ``reuse``. After weights 1.0 and 0.2 along orders 0 and 1: ``(2.0, -0.8, -0.2)``.
+    """
+    rows = [list(step) for step in schedule.coefficients]
+    for direction, weight in zip(found, weights.tolist(), strict=True):
+        for step, unit in direction.places:
+            row = [*rows[step][unit], *[0.0] * (direction.order + 2 - len(rows[step][unit]))]
+            row[direction.order] += weight
+            row[direction.order + 1] -= weight
+            rows[step][unit] = tuple(row)
+    return replace(schedule, coefficients=tuple(tuple(step) for step in rows))
+
+
+def fit_to_final(
+    schedule: Schedule,
+    pairs: Callable[[], Iterable[Pair]],
+    error: Callable[[Schedule], float],
+    options: FitOptions,
+    progress: Callable[[str, int, int], None],
+) -> Schedule:
+    """Replace plain reuse by weights that bring the final latents closest to those without cache.
+
+    Gauss-Newton: every weight's effect on the final latents is a difference quotient along the cached trajectory, run
+    on from the first step that it changes; a ridge pulls a step's weights toward the last ones, and a step that does not
+    lower the measured error ends it. Starts from the best of plain reuse and the
+    gradient with an eta of ``STARTS``, so that the result is not worse than these on the calibration images.
+
+    Args:
+        schedule: what is computed and what is reused.
+        pairs: gives the calibration images anew.
+        error: measured error of a schedule over them, infinite where it is not to be had.
+        options: how to fit.
+        progress: called with (what, done, total).
+    """
+    found = directions(schedule, options)
+    slope = np.array([float(direction.order == 0) for direction in found])
+    starts = [eta * slope for eta in STARTS]
+    weights = min(starts, key=lambda start: error(with_weights(schedule, found, start)))
+    best = error(with_weights(schedule, found, weights))
+    for iteration in range(ITERATIONS if found else 0):
+        equations = NormalEquations.zeros(len(found))
+        for batch, (trajectory, expected) in enumerate(pairs()):
+            progress(f"fitting, pass {iteration + 1} of {ITERATIONS}", batch, 0)
+            columns, final = _effects(schedule, found, weights, trajectory)
+            equations.see(columns, expected - final)
+        ridge = options.ridge * np.diag(np.maximum(np.diag(equations.gram), np.finfo(np.float64).tiny))
+        step = np.linalg.solve(equations.gram + ridge, equations.cross)
+        tried = np.clip(weights + step, -MAX_WEIGHT, MAX_WEIGHT)
+        measured = error(with_weights(schedule, found, tried))
+        if not measured < best:
+            break
+        weights, best = tried, measured
+    return with_weights(schedule, found, weights)
+
+
+def _effects(
+    schedule: Schedule, found: list[Direction], weights: np.ndarray, trajectory: Trajectory
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """What each weight does to the final latents, and the final latents themselves."""
+    base = with_weights(schedule, found, weights)
+    changed = []
+    forks: dict[int, list[int]] = {}
+    for index, direction in enumerate(found):
+        moved = weights.copy()
+        moved[index] += DELTA
+        changed.append(with_weights(schedule, found, moved).coefficients)
+        forks.setdefault(min(step for step, _ in direction.places), []).append(index)
+    ends: dict[int, np.ndarray] = {}
+    for step, rows in enumerate(base.coefficients):
+        for index in forks.get(step, []):
+            ends[index] = _finish(trajectory.fork(), step, changed[index])
+        trajectory.advance(step, rows)
+    final = trajectory.latents
+    return [(ends[index] - final) / DELTA for index in range(len(found))], final
+
+
+def _finish(trajectory: Trajectory, first: int, coefficients: tuple[tuple[Row, ...], ...]) -> np.ndarray:
+    for step in range(first, len(coefficients)):
+        trajectory.advance(step, coefficients[step])
+    return trajectory.latents

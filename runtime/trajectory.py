@@ -1,0 +1,115 @@
+"""A batch of images on its way through the sampler under a schedule, one step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass
+
+import numpy as np
+
+from goc_deploy.runtime.stepper import Stepper
+
+Row = tuple[float, ...]
+FeatureHook = Callable[[int, np.ndarray], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageBatch:
+    """Images that advance together.
+
+    Attributes:
+        labels: N class labels.
+        noise: (N, draws, C, H, W) float32: x_T, then one tensor for each step where the sampler is stochastic.
+        cfg_scale: guidance scale.
+        cfg_channels: guidance acts on the first channels only.
+    """
+
+    labels: tuple[int, ...]
+    noise: np.ndarray
+    cfg_scale: float
+    cfg_channels: int
+
+
+class Trajectory:
+    """Latents and history of one batch.
+
+    Args:
+        stepper: runs the units; trajectories may share it.
+        batch: the images.
+        history: ``used`` or ``computed``, as in a schedule.
+        depth: history entries kept per unit.
+    """
+
+    def __init__(self, stepper: Stepper, batch: ImageBatch, history: str, depth: int) -> None:
+        self._stepper, self._batch = stepper, batch
+        self._pushes_predictions, self._depth = history == "used", depth
+        self.latents = np.ascontiguousarray(batch.noise[:, 0])
+        self._entries: list[list[np.ndarray]] = [[] for _ in range(stepper.spec.units)]  # newest first
+        self._estimates: list[np.ndarray] = []  # newest first
+        self._scratch: np.ndarray = np.empty(0, np.float32)
+
+    def advance(self, step: int, rows: Sequence[Row], on_feature: FeatureHook | None = None) -> None:
+        """Run one step.
+
+        Args:
+            step: which step.
+            rows: coefficients of every unit; an empty row computes it.
+            on_feature: called with (unit, feature) for every computed unit; the feature is a view.
+        """
+        stepper, batch = self._stepper, self._batch
+        stepper.begin(step, self.latents, batch.labels, batch.cfg_scale, batch.cfg_channels)
+        for unit, row in enumerate(rows):
+            if row:
+                self._predict(unit, row)
+                continue
+            feature = stepper.compute(unit)
+            self._push(unit, feature)
+            if on_feature:
+                on_feature(unit, feature)
+        noise = batch.noise[:, step + 1] if stepper.table.stochastic else None
+        self.latents, estimate = stepper.finish(noise, self._estimates)
+        if estimate is not None:
+            self._estimates = [estimate, *self._estimates][: stepper.table.lags]
+
+    def look(self, step: int, on_feature: FeatureHook) -> None:
+        """Compute every unit of a full step from the latents as they stand, and leave everything as it was."""
+        stepper, batch = self._stepper, self._batch
+        stepper.begin(step, self.latents, batch.labels, batch.cfg_scale, batch.cfg_channels)
+        for unit in range(stepper.spec.units):
+            on_feature(unit, stepper.compute(unit))
+
+    def fork(self) -> Trajectory:
+        """Another trajectory of the same images that goes on from here."""
+        other = copy(self)
+        other._entries = [[entry.copy() for entry in entries] for entries in self._entries]
+        return other
+
+    def history(self, unit: int) -> list[np.ndarray]:
+        """The unit's entries, newest first, each (B, T, D) float32."""
+        return self._entries[unit]
+
+    def _predict(self, unit: int, row: Row) -> None:
+        """Add ``gate * sum(c * h)``."""
+        shape = self._stepper.feature_shape
+        if self._scratch.shape != (2, *shape):
+            self._scratch = np.empty((2, *shape), np.float32)
+        predicted: np.ndarray = self._scratch[0]
+        term: np.ndarray = self._scratch[1]
+        first, *others = zip(row, self._entries[unit], strict=False)
+        np.multiply(first[1], first[0], out=predicted)
+        for coefficient, entry in others:
+            np.multiply(entry, coefficient, out=term)
+            predicted += term
+        self._stepper.add(unit, predicted)
+        if self._pushes_predictions:
+            self._push(unit, predicted)
+
+    def _push(self, unit: int, feature: np.ndarray) -> None:
+        """Copy a feature into the history; the oldest entry's memory is used again."""
+        entries = self._entries[unit]
+        if not self._depth:
+            return
+        memory = entries.pop() if len(entries) == self._depth else np.empty(feature.shape, np.float32)
+        memory[...] = feature
+        entries.insert(0, memory)
