@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -63,23 +62,24 @@ def engine_from_onnx(library: Library, graph: bytes, request: BuildRequest) -> t
     parser = trt.OnnxParser(network, messages)
     if not parser.parse(graph):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        return b"", BuildReport("; ".join(f"node {e.node_name()} ({e.node_operator()}): {e.desc()}" for e in errors))
+        return b"", BuildReport(
+            "; ".join(f"node {e.node_name()} ({e.node_operator()}): {_first_line(e.desc())}" for e in errors)
+        )
     try:
-        config = _config(library, builder, network, request)
+        config = config_from_request(library, builder, network, request)
         engine = builder.build_serialized_network(network, config)
     except Exception as error:  # Polygraphy and the bindings raise all kinds; the parent names the unit
-        return b"", BuildReport(f"{type(error).__name__}: {error}")
+        return b"", BuildReport(f"{type(error).__name__}: {_first_line(str(error))}")
     if engine is None:
-        errors = [text for severity, text in messages.lines if severity <= trt.ILogger.Severity.ERROR]
+        serious = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
+        errors = [_first_line(text) for severity, text in messages.lines if severity in serious]
         return b"", BuildReport("; ".join(errors) or "the builder gives no reason")
     return bytes(memoryview(engine)), _report([text for _, text in messages.lines])
 
 
-def _config(library: Library, builder: Any, network: Any, request: BuildRequest) -> Any:
+def config_from_request(library: Library, builder: Any, network: Any, request: BuildRequest) -> Any:
     """One profile, all layers on one stream, no TF32; Polygraphy knows how each library says so."""
     trt = library.trt
-    if library.cross_compiles:
-        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
     from polygraphy.backend.trt import Profile, create_config
 
     profile = Profile()
@@ -96,6 +96,7 @@ def _config(library: Library, builder: Any, network: Any, request: BuildRequest)
     else:
         config = create_config(builder, network, **options)
     config.max_aux_streams = 0
+    config.clear_flag(trt.BuilderFlag.TF32)
     return config
 
 
@@ -111,6 +112,10 @@ def _report(messages: Sequence[str]) -> BuildReport:
         plugin_layers=sum(kinds[kind] for kind in _PLUGIN_LAYERS),
         activation_bytes=activation[-1] if activation else None,
     )
+
+
+def _first_line(text: str) -> str:
+    return next(iter(text.strip().splitlines()), "no reason is given")
 
 
 def _message_log(trt: Any) -> Any:

@@ -107,7 +107,7 @@ def input_shapes(model: Any, ranges: Mapping[str, Range], where: str) -> tuple[S
             if symbol:
                 used[symbol] = ranges[symbol]
             sizes.append(ranges[symbol] if symbol else (size, size, size))
-        if any(low != high for low, _, high in sizes):
+        if any(dimension.dim_param for dimension in value.type.tensor_type.shape.dim):
             low, usual, high = (tuple(size[i] for size in sizes) for i in range(3))
             shapes[value.name] = (low, usual, high)
     return shapes, tuple(sorted(used.items()))

@@ -86,10 +86,11 @@ def build_process(backend: str, *, plugin: bool) -> Iterator[BuildProcess]:
 
 
 def _environment(backend: str, folder: Path) -> dict[str, str]:
-    """Variables of the build process: finds this goc_deploy, and ``libtensorrt_rtx.so`` in ``folder``."""
+    """Variables of the build process, which finds this goc_deploy, and ``libtensorrt_rtx.so`` in ``folder``."""
     package_folder = Path(str(sys.modules["goc_deploy"].__file__)).parents[1]
     environment = {**os.environ, "PYTHONPATH": _prepended(str(package_folder), "PYTHONPATH")}
     if backend == "tensorrt-rtx":
+        environment["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # it must stand before Polygraphy is imported
         versioned = next(iter(_rtx_folder().glob(f"{_RTX_LIBRARY}.*")), None)
         if versioned is not None and not (versioned.parent / _RTX_LIBRARY).exists():
             (folder / _RTX_LIBRARY).symlink_to(versioned)

@@ -85,6 +85,19 @@ def function_from_cubin(cubin: bytes, name: str) -> DeviceFunction:
     return DeviceFunction(handle.value)
 
 
+def current_context() -> int:
+    """Handle of the current CUDA context.
+
+    Raises:
+        EnvironmentUnsupportedError: there is no driver, or no context.
+    """
+    library, handle = _driver(), ctypes.c_void_p()
+    _check(library, library.cuCtxGetCurrent(ctypes.byref(handle)), "cuCtxGetCurrent")
+    if handle.value is None:
+        raise EnvironmentUnsupportedError("this thread has no CUDA context; make one before the plugin is used")
+    return handle.value
+
+
 def current_capability() -> str:
     """Compute capability of the GPU of the current CUDA context.
 

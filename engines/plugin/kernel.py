@@ -109,8 +109,12 @@ class Geometry:
         return -(-self.threads // THREADS)
 
 
-def geometry(shape: Sequence[int], dtype: str, addresses: Sequence[int]) -> Geometry:
-    """Sixteen bytes per access where rows and addresses allow it, else one element."""
+def geometry(shape: Sequence[int], dtype: str, inputs: Sequence[int], outputs: Sequence[int]) -> Geometry:
+    """Sixteen bytes per access where rows and addresses allow it, else one element.
+
+    Addresses are as in `parameters_from_addresses`; coefficients are read one by one, wherever they lie.
+    """
+    addresses = [*inputs[:2], *inputs[3:], *outputs]
     rows, tokens, hidden = shape
     vector = VECTOR_BYTES // DTYPE_BYTES[dtype]
     single = bool(hidden % vector) or any(address % VECTOR_BYTES for address in addresses)
@@ -143,13 +147,17 @@ def cubin_for(capability: str) -> bytes:
     return nvrtc.cubin_from_source(SOURCE_PATH.read_text(encoding="utf-8"), SOURCE_PATH.name, capability)
 
 
-@functools.cache
-def device_kernels(capability: str) -> DeviceKernels:
-    """Compile the kernels and load them into the current CUDA context, once per process and kind of GPU.
+def device_kernels() -> DeviceKernels:
+    """Compile the kernels for the GPU of the current CUDA context and load them into it, once per context.
 
     Raises:
-        EnvironmentUnsupportedError: NVRTC is missing or refuses, or there is no GPU.
+        EnvironmentUnsupportedError: NVRTC is missing or refuses, or there is no context.
     """
-    cubin = cubin_for(capability)
+    return _loaded_kernels(driver.current_context())
+
+
+@functools.cache
+def _loaded_kernels(_context: int) -> DeviceKernels:
+    cubin = cubin_for(driver.current_capability())
     names = [f"goc_stack_{dtype}{suffix}" for dtype in DTYPES for suffix in ("", "_single")]
     return DeviceKernels({name: driver.function_from_cubin(cubin, name) for name in names})

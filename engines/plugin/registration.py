@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from goc_deploy.engines.plugin import driver
 from goc_deploy.engines.plugin.kernel import (
     MAX_ENTRIES,
     Kernels,
@@ -28,12 +27,7 @@ _registered: dict[str, list[Any]] = {}  # module name -> creators, which TensorR
 _lock = threading.Lock()
 
 
-def kernels_of_device() -> Kernels:
-    """The kernels for the GPU of the current CUDA context."""
-    return device_kernels(driver.current_capability())
-
-
-def register_plugin(trt: Any, kernels: Callable[[], Kernels] = kernels_of_device) -> None:
+def register_plugin(trt: Any, kernels: Callable[[], Kernels] = device_kernels) -> None:
     """Register the plugin with a TensorRT, once per process.
 
     Args:
@@ -160,8 +154,7 @@ def _plugin_class(trt: Any, kernels: Callable[[], Kernels]) -> Any:
             assert self.loaded is not None, "enqueue comes after on_shape_change"
             x = input_desc[0]
             shape = tuple(x.dims)
-            tensors = [address for index, address in enumerate(inputs) if index != 2]
-            chosen = geometry(shape, dtypes[x.type], [*tensors, *outputs])
+            chosen = geometry(shape, dtypes[x.type], inputs, outputs)
             parameters = parameters_from_addresses(self.stack, shape, inputs, outputs)
             self.loaded.launch(chosen, parameters, stream)
 

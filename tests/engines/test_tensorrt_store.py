@@ -20,10 +20,11 @@ from goc_deploy.engines.tensorrt_process import build_process
 from goc_deploy.engines.tensorrt_store import build_engines, is_there, read_engine, wanted_engines
 from goc_deploy.errors import ConflictError, EngineDirError, EnvironmentUnsupportedError
 from goc_deploy.exporters.cache_update import predict_graph
-from goc_deploy.manifest import MANIFEST_NAME, Manifest, manifest_to_json
+from goc_deploy.manifest import MANIFEST_NAME, Manifest
 from goc_deploy.options import EngineOptions, no_progress
 from goc_deploy.publish import file_entry, read_manifest
 from tests.conftest import BIN, GOLDEN, Command
+from tests.engines.directories import with_graph
 
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra rtx)")
 pytest.importorskip("polygraphy", reason="polygraphy is not installed (extra rtx)")
@@ -62,18 +63,6 @@ def listed(directory: Path) -> dict[str, str]:
     manifest = read_manifest(directory)
     digests = {file.path: file.sha256 for file in manifest.files}
     return {e.path: digests[e.path] for e in manifest.engines}
-
-
-def rewrite(directory: Path, manifest: Manifest) -> None:
-    (directory / MANIFEST_NAME).write_text(manifest_to_json(manifest))
-
-
-def with_graph(directory: Path, path: str, content: bytes, **changes: object) -> None:
-    """Write a graph and list it."""
-    (directory / path).write_bytes(content)
-    manifest = read_manifest(directory)
-    files = [file for file in manifest.files if file.path != path]
-    rewrite(directory, replace(manifest, files=(*files, file_entry(directory, path)), **changes))  # type: ignore[arg-type]
 
 
 def test_with_shared_weights_one_engine_serves_every_unit_of_a_kind(built_engine: Path) -> None:

@@ -47,7 +47,7 @@ def random_case(stack: Stack, shape: tuple[int, int, int], dtype: str, seed: int
         return tensor(rng.standard_normal(size), dtype, skew=skew)
 
     x, gates = normal(*shape), normal(stack.units, shape[0], shape[2])
-    coefficients = tensor(rng.uniform(-2, 2, sum(stack.entries)), "float32")
+    coefficients = tensor(rng.uniform(-2, 2, sum(stack.entries)), "float32", skew=1)
     history, stored, last_entry = [], [], []
     total, first = x.astype(np.float64), 0
     for unit, (entries, stores) in enumerate(zip(stack.entries, stack.stores, strict=True)):
