@@ -15,9 +15,10 @@ import onnx
 import pytest
 
 from goc_deploy.engines import tensorrt_process
+from goc_deploy.engines.tensorrt_build import BuildReport
 from goc_deploy.engines.tensorrt_library import library_from_backend, target_from_options
 from goc_deploy.engines.tensorrt_process import build_process
-from goc_deploy.engines.tensorrt_store import build_engines, is_there, read_engine, wanted_engines
+from goc_deploy.engines.tensorrt_store import add_engine, build_engines, is_there, read_engine, wanted_engines
 from goc_deploy.errors import ConflictError, EngineDirError, EnvironmentUnsupportedError
 from goc_deploy.exporters.cache_update import predict_graph
 from goc_deploy.manifest import MANIFEST_NAME, Manifest
@@ -230,9 +231,20 @@ def test_a_directory_that_was_replaced_meanwhile_gets_no_engine_of_the_old_one(
             model.producer_name = "another export"
             with_graph(engine, "onnx/sampler.onnx", model.SerializeToString())
 
-    with pytest.raises((ConflictError, EngineDirError), match=r"was replaced|was changed|bytes but the manifest says"):
+    with pytest.raises(EngineDirError, match=r"sampler.onnx .*(was changed|bytes but the manifest says)"):
         build_engines(engine, SHARED, replace_sampler)
     assert not [e for e in read_manifest(engine).engines if e.graphs == ("onnx/sampler.onnx",)]
+
+
+def test_an_engine_whose_graph_was_replaced_while_it_was_built_is_not_added(engine: Path) -> None:
+    manifest = read_manifest(engine)
+    target = target_from_options(library_from_backend("tensorrt-rtx"), CAPABILITIES, "fp16")
+    job = next(j for j in wanted_engines(engine, manifest, target, SHARED) if j.unit.name == "sampler")
+    with_graph(engine, job.unit.onnx, (engine / job.unit.onnx).read_bytes() + b" ")
+    before = (engine / MANIFEST_NAME).read_bytes()
+    with pytest.raises(ConflictError, match="was replaced while engines were built for it; run again"):
+        add_engine(engine, manifest, job, b"vtrt", BuildReport())
+    assert (engine / MANIFEST_NAME).read_bytes() == before
 
 
 def test_an_interrupted_build_ends_its_process(bare_engine: Path, tmp_path: Path) -> None:
