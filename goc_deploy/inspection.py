@@ -86,7 +86,7 @@ def launched_graphs(plan: Plan, manifest: Manifest, step: int) -> list[str]:
             names.append(onnx[f"block_{block:02d}_{manifest.model.branches[branch]}"])
         else:
             names.append(onnx["collect"] if isinstance(op, Collect) else manifest.predict[op.signature])
-    return [*names, onnx["final"], onnx["sampler"]]
+    return [*names, onnx["final"], onnx[plan.sampler.graph]]
 
 
 def _kernels(graphs: Sequence[str], manifest: Manifest, folder: str, weights: str) -> str:
