@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ENGINE := $(OUT)/demo/engine
 DEMO_RUN := $(BIN)/goc-run $(ENGINE) --num-images 40 --seed 1
 
-.PHONY: demo test check format bench bench-full clean
+.PHONY: demo test test-gpu check format bench bench-full clean
 
 demo: $(VENV)/installed  ## export the shipped checkpoint, run it without cache and with GOC, show the pictures
 	$(BIN)/goc-export examples/mnist/dit_mnist.pt -o $(ENGINE) --num-heads 4 --plan none --plan fora:2 --plan fora:2+gc:1.0 --max-batch 40 --force
@@ -15,6 +15,9 @@ demo: $(VENV)/installed  ## export the shipped checkpoint, run it without cache 
 
 test: $(VENV)/installed  ## run every test
 	$(BIN)/python -m pytest
+
+test-gpu: $(VENV)/installed  ## what needs a CUDA device (docs/gpu.md)
+	$(BIN)/python -m pytest -m gpu -rs
 
 check: $(VENV)/installed  ## lint, types, and which module may import which
 	$(BIN)/ruff check .

@@ -144,10 +144,12 @@ def _provenance(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, Any
 
 
 def _same_engine(output: Path, provenance: Mapping[str, Any]) -> Manifest | None:
-    """The manifest of an engine that the same export made, complete in size."""
+    """The manifest of an engine that the same export made, complete in size but for what can be built again."""
     try:
         manifest = read_manifest(output)
-        whole = all((output / entry.path).stat().st_size == entry.size for entry in manifest.files)
+        built = {engine.path for engine in manifest.engines}
+        kept = [entry for entry in manifest.files if entry.path not in built]
+        whole = all((output / entry.path).stat().st_size == entry.size for entry in kept)
     except (OSError, GocError):
         return None
     return manifest if whole and manifest.provenance == provenance else None

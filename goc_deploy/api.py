@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from goc_deploy.errors import EnvironmentUnsupportedError
-from goc_deploy.options import ExportOptions, PlanOptions, Progress, no_progress
+from goc_deploy.options import EngineOptions, ExportOptions, PlanOptions, Progress, no_progress
 
 if TYPE_CHECKING:
     from goc_deploy.calibration import CalibrationOptions, Calibrator
@@ -54,6 +54,41 @@ def export_with(
         return load_calibrator(directory, backend, table, calibration, progress)
 
     return export_checkpoint(checkpoint, output, options, backend, calibrator, progress)
+
+
+def check_engine_options(options: EngineOptions, precision: str) -> None:
+    """Check that engines can be built here, before anything else is done.
+
+    Raises:
+        UsageError: GPUs that the backend cannot build for, or that lack the precision.
+        EnvironmentUnsupportedError: a package, a driver or a GPU is missing.
+    """
+    _require("rtx" if options.backend == "tensorrt-rtx" else "tensorrt", "onnx", "polygraphy")
+    from goc_deploy.engines.tensorrt_library import library_from_backend, target_from_options
+
+    target_from_options(library_from_backend(options.backend), options.capabilities, precision)
+
+
+def build_engines(
+    engine_dir: str | Path, options: EngineOptions, progress: Progress = no_progress
+) -> tuple[Manifest, int]:
+    """Build the TensorRT engines of an engine directory that are missing, stale or damaged.
+
+    Args:
+        engine_dir: what `export` made.
+        options: which, and for what.
+        progress: called with (what, done, total).
+
+    Returns:
+        The manifest, and how many engines were built.
+
+    Raises:
+        GocError: a subclass says what is wrong and has an ``exit_code``.
+    """
+    _require("rtx" if options.backend == "tensorrt-rtx" else "tensorrt", "onnx", "polygraphy")
+    from goc_deploy.engines.tensorrt_store import build_engines as build
+
+    return build(Path(engine_dir), options, progress)
 
 
 def load(

@@ -7,6 +7,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from goc_deploy.engine_keys import ENGINE_BACKENDS, WEIGHT_MODES, Target
 from goc_deploy.errors import EngineDirError, SafetyError
 from goc_deploy.serde import build, check_format, dump_json, parse_json
 from goc_deploy.spec import ITEM_BYTES, PRECISIONS, PREDICTIONS, ModelSpec
@@ -81,6 +82,31 @@ class PlanEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineEntry:
+    """A TensorRT engine of the directory.
+
+    Attributes:
+        path: of the file.
+        key: of the `goc_deploy.engine_keys.Recipe` that it was built by.
+        target: what it was built for.
+        weights: ``embedded``, ``shared``, or ``none``.
+        graphs: ONNX files that it serves: one, or all of one kind where the weights are shared.
+        kernels: launches of one run, or None where the library does not tell.
+        plugin_layers: how many of them are the plugin.
+        activation_bytes: scratch memory at the largest shapes, or None where the library does not tell.
+    """
+
+    path: str
+    key: str
+    target: Target
+    weights: str
+    graphs: tuple[str, ...]
+    kernels: int | None
+    plugin_layers: int
+    activation_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """What an engine directory holds.
 
@@ -93,6 +119,7 @@ class Manifest:
         plans: in order of preference.
         files: every file with size and digest.
         provenance: checkpoint digest, versions, options. For people; nothing is decided by it but "up to date".
+        engines: TensorRT engines, a cache: the ONNX files and plans are the source of truth.
     """
 
     model: ModelSpec
@@ -103,6 +130,7 @@ class Manifest:
     plans: tuple[PlanEntry, ...]
     files: tuple[FileEntry, ...]
     provenance: dict[str, Any]
+    engines: tuple[EngineEntry, ...] = ()
 
 
 def manifest_to_json(manifest: Manifest) -> str:
@@ -135,7 +163,14 @@ def _manifest_from_fields(found: dict[str, Any]) -> Manifest:
         plans=tuple(PlanEntry(**plan) for plan in found["plans"]),
         files=tuple(FileEntry(**entry) for entry in found["files"]),
         provenance=dict(found["provenance"]),
+        engines=tuple(_engine_from_fields(engine) for engine in found.get("engines", ())),
     )
+
+
+def _engine_from_fields(engine: dict[str, Any]) -> EngineEntry:
+    target = engine["target"]
+    target = Target(**{**target, "capabilities": tuple(str(c) for c in target["capabilities"])})
+    return EngineEntry(**{**engine, "target": target, "graphs": tuple(str(path) for path in engine["graphs"])})
 
 
 def _unit_from_fields(unit: dict[str, Any]) -> Unit:
@@ -183,6 +218,10 @@ def _check(manifest: Manifest, where: str) -> None:
                     f"{where} places {p.name} of unit {unit.name} outside its weights file; export again"
                 )
     used = [u.onnx for u in manifest.units] + [u.weights for u in manifest.units if u.weights]
+    for engine in manifest.engines:
+        if engine.target.backend not in ENGINE_BACKENDS or engine.weights not in (*WEIGHT_MODES, "none"):
+            raise EngineDirError(f"{where} lists engine {engine.path!r} of an unknown kind; build the engines again")
+        used += [engine.path, *engine.graphs]
     used += [*manifest.predict.values(), *(p.plan for p in manifest.plans), *(p.schedule for p in manifest.plans)]
     missing = sorted(set(used) - set(paths))
     if missing:

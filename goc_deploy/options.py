@@ -80,6 +80,27 @@ class PlanOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How to build TensorRT engines for an engine directory.
+
+    Attributes:
+        backend: ``tensorrt-rtx`` or ``tensorrt``.
+        capabilities: GPUs to build for, such as ``8.6``; empty is all that TensorRT-RTX targets from Ampere on, and for
+            ``tensorrt`` the GPU of this machine.
+        weights: ``embedded``, an engine per unit that holds its weights, or ``shared``, an engine per kind of unit that
+            reads them at an address.
+        workspace_bytes: most scratch memory of one engine; 0 is no limit.
+        plugin: use the plugin where it needs fewer launches.
+    """
+
+    backend: str = "tensorrt-rtx"
+    capabilities: tuple[str, ...] = ()
+    weights: str = "embedded"
+    workspace_bytes: int = 0
+    plugin: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateOptions:
     """How to generate.
 

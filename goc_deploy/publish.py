@@ -29,15 +29,20 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextlib.contextmanager
-def directory_lock(directory: Path) -> Iterator[None]:
+def directory_lock(directory: Path, seconds: float | None = None) -> Iterator[None]:
     """Hold the lock of an engine directory: a sibling file, released by the system if the holder dies.
 
+    Args:
+        directory: what is locked.
+        seconds: how long to wait for another holder; by default ten.
+
     Raises:
-        ConflictError: another process holds it for longer than ten seconds, or the parent cannot be written.
+        ConflictError: another process holds it for longer than that, or the parent cannot be written.
     """
     check_parent(directory)
     directory = directory.absolute()
-    lock = filelock.FileLock(directory.parent / f".{directory.name}.lock", timeout=LOCK_SECONDS)
+    timeout = LOCK_SECONDS if seconds is None else seconds
+    lock = filelock.FileLock(directory.parent / f".{directory.name}.lock", timeout=timeout)
     with disk_errors(f"locking {directory}"):
         try:
             lock.acquire()

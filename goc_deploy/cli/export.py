@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from goc_deploy.cli.app import debug_option, progress_bar, run_command
+from goc_deploy.cli.engine_options import build_engines_and_tell, engine_options, engines_from_options
 from goc_deploy.grammar import GRAMMAR
 from goc_deploy.options import ExportOptions
 from goc_deploy.samplers import SAMPLER_GRAMMAR
 from goc_deploy.spec import PRECISIONS, PREDICTIONS
+
+if TYPE_CHECKING:
+    from goc_deploy.manifest import Manifest
 
 DEFAULTS = ExportOptions()
 
@@ -65,22 +69,27 @@ DEFAULTS = ExportOptions()
 )
 @click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinite weights.")
 @click.option("--force", is_flag=True, help="Replace an existing engine directory.")
+@engine_options
 @debug_option
 def command(checkpoint: Path, output: Path, debug: bool, **options: Any) -> None:  # noqa: ARG001
     """Compile a DiT CHECKPOINT (.pt, .pth, .safetensors) into an engine directory."""
-    from goc_deploy.api import export_with
+    from goc_deploy.api import check_engine_options, export_with
 
+    engines = engines_from_options(options)
+    for wanted in engines:
+        check_engine_options(wanted, options["precision"])
     with progress_bar() as progress:
         manifest, written = export_with(checkpoint, output, ExportOptions(**options), progress)
-    if not written:
-        click.echo(f"{output} is up to date", err=True)
-        return
+    click.echo(_summary(output, manifest) if written else f"{output} is up to date", err=True)
+    build_engines_and_tell(output, engines)
+
+
+def _summary(output: Path, manifest: Manifest) -> str:
     spec, errors = manifest.model, [unit.relative_l2 for unit in manifest.units if unit.relative_l2 is not None]
     size = sum(file.size for file in manifest.files)
-    click.echo(
+    return (
         f"{output}: {spec.depth} blocks of width {spec.hidden} with {spec.heads} heads, {manifest.precision}, {size / 1e6:.1f} MB; "
-        f"largest difference of a unit to PyTorch {max(errors):.1e} (relative L2); plans {', '.join(plan.name for plan in manifest.plans)}",
-        err=True,
+        f"largest difference of a unit to PyTorch {max(errors):.1e} (relative L2); plans {', '.join(plan.name for plan in manifest.plans)}"
     )
 
 

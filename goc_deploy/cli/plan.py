@@ -9,11 +9,15 @@ from typing import Any
 import click
 
 from goc_deploy.cli.app import debug_option, print_table, progress_bar, run_command
+from goc_deploy.cli.engine_options import build_engines_and_tell, engine_options, engines_from_options
 from goc_deploy.options import PlanOptions
 from goc_deploy.samplers import SAMPLER_GRAMMAR
 
 DEFAULTS = PlanOptions()
-EPILOG = "Examples: goc-plan engine fora:3+gc:1.0 --steps 50 --name fast; goc-plan engine --list; goc-plan engine --show fast --plot fast.png"
+EPILOG = (
+    "Examples: goc-plan engine fora:3+gc:1.0 --steps 50 --name fast; goc-plan engine --list; "
+    "goc-plan engine --show fast --plot fast.png; goc-plan engine --backend tensorrt-rtx --compute-capability 8.9"
+)
 
 
 @click.command("goc-plan", epilog=EPILOG)
@@ -43,6 +47,8 @@ EPILOG = "Examples: goc-plan engine fora:3+gc:1.0 --steps 50 --name fast; goc-pl
     metavar="FILE.json",
     help="With --show: write what the plan computes as a schedule file of SmoothCache's.",
 )
+@click.option("--inspect", is_flag=True, help="Show the units, the engines, and what a step launches.")
+@engine_options
 @debug_option
 def command(
     engine_dir: Path,
@@ -57,11 +63,16 @@ def command(
     show: str | None,
     plot: Path | None,
     smoothcache: Path | None,
+    inspect: bool,
     debug: bool,  # noqa: ARG001
+    **engine_choices: Any,
 ) -> None:
-    """Add the plan that SPEC names to ENGINE_DIR, or list and show its plans."""
-    if sum((spec is not None, list_plans, show is not None)) != 1:
-        raise click.UsageError("give a SPEC to add, --list, or --show NAME")
+    """Add the plan that SPEC names to ENGINE_DIR, list and show its plans, or build TensorRT engines for it."""
+    engines = engines_from_options(engine_choices)
+    if sum((spec is not None, list_plans, show is not None, inspect, bool(engines))) != 1:
+        raise click.UsageError(
+            "give a SPEC to add, --list, --show NAME, --inspect, or a --backend to build engines for"
+        )
     if (plot or smoothcache) and not show:
         raise click.UsageError("--plot and --smoothcache go with --show NAME")
     options: dict[str, Any] = {
@@ -81,6 +92,12 @@ def command(
         with progress_bar() as progress:
             entry = add_plan(engine_dir, spec, progress=progress, **given)
         click.echo(entry.name)
+        return
+    if engines:
+        build_engines_and_tell(engine_dir, engines)
+        return
+    if inspect:
+        _inspect(engine_dir)
         return
     from goc_deploy.engine_dir import load_plan
     from goc_deploy.outputs import check_suffix, check_writable, written
@@ -115,6 +132,19 @@ def command(
 
         plot_schedule(plan.schedule, plan.name, plot)
         click.echo(plot)
+
+
+def _inspect(engine_dir: Path) -> None:
+    from goc_deploy.engine_dir import load_plan
+    from goc_deploy.inspection import engine_rows, launch_rows, target_folders, unit_rows
+    from goc_deploy.publish import read_manifest
+
+    manifest = read_manifest(engine_dir)
+    plans = [load_plan(engine_dir, manifest, entry.name) for entry in manifest.plans]
+    print_table("units", *unit_rows(manifest))
+    for folder in target_folders(manifest):
+        print_table(folder, *engine_rows(engine_dir, manifest, folder))
+    print_table("launches", *launch_rows(plans, manifest))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

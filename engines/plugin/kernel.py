@@ -1,0 +1,163 @@
+"""The kernel from Python: its parameters, its geometry, and the memory that a launch moves."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from goc_deploy.engines.plugin import driver, nvrtc
+from goc_deploy.protocols import DTYPE_BYTES
+
+SOURCE_PATH = Path(__file__).parent / "update.cu"
+MAX_UNITS, MAX_ENTRIES, TOKENS = 88, 4, 4
+THREADS = 128
+VECTOR_BYTES = 16
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+class StackParameters(ctypes.Structure):
+    """``GocStack`` of ``update.cu``."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("x_out", ctypes.c_void_p),
+        ("gates", ctypes.c_void_p),
+        ("coefficients", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
+        ("hidden", ctypes.c_int64),
+        ("units", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("history", ctypes.c_void_p * MAX_ENTRIES * MAX_UNITS),
+        ("stored", ctypes.c_void_p * MAX_UNITS),
+        ("coefficient", ctypes.c_uint16 * MAX_UNITS),
+        ("entries", ctypes.c_uint8 * MAX_UNITS),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Which units a launch serves.
+
+    Attributes:
+        entries: history entries that each unit reads, 1 to ``MAX_ENTRIES``.
+        stores: whether each unit's prediction is written.
+    """
+
+    entries: tuple[int, ...]
+    stores: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.entries) == len(self.stores) <= MAX_UNITS
+        assert all(1 <= count <= MAX_ENTRIES for count in self.entries)
+
+    @property
+    def units(self) -> int:
+        """How many."""
+        return len(self.entries)
+
+    def bytes_needed(self, shape: Sequence[int], dtype: str) -> int:
+        """Bytes that a launch must move at least: every tensor once, each gate and coefficient once.
+
+        Args:
+            shape: (B, T, D).
+            dtype: of the tensors.
+        """
+        rows, tokens, hidden = shape
+        features = 2 + sum(self.entries) + sum(self.stores)  # x, x_out, histories, stored predictions
+        gates = self.units * rows * hidden
+        return (features * rows * tokens * hidden + gates) * DTYPE_BYTES[dtype] + 4 * sum(self.entries)
+
+
+def parameters_from_addresses(
+    stack: Stack, shape: Sequence[int], inputs: Sequence[int], outputs: Sequence[int]
+) -> StackParameters:
+    """Parameters of a launch.
+
+    Args:
+        stack: which units.
+        shape: (B, T, D).
+        inputs: addresses of x, gates, coefficients, then each unit's history, newest first.
+        outputs: addresses of x_out, then of each prediction that is stored.
+    """
+    found = StackParameters(inputs[0], outputs[0], inputs[1], inputs[2], *shape, stack.units, 0)
+    history, stored, coefficient = iter(inputs[3:]), iter(outputs[1:]), 0
+    for unit, (entries, stores) in enumerate(zip(stack.entries, stack.stores, strict=True)):
+        for entry in range(entries):
+            found.history[unit][entry] = next(history)
+        found.stored[unit] = next(stored) if stores else None
+        found.coefficient[unit], found.entries[unit] = coefficient, entries
+        coefficient += entries
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Which kernel runs, and on how many threads."""
+
+    kernel: str
+    threads: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of ``THREADS`` threads."""
+        return -(-self.threads // THREADS)
+
+
+def geometry(shape: Sequence[int], dtype: str, inputs: Sequence[int], outputs: Sequence[int]) -> Geometry:
+    """Sixteen bytes per access where rows and addresses allow it, else one element.
+
+    Addresses are as in `parameters_from_addresses`; coefficients are read one by one, wherever they lie.
+    """
+    addresses = [*inputs[:2], *inputs[3:], *outputs]
+    rows, tokens, hidden = shape
+    vector = VECTOR_BYTES // DTYPE_BYTES[dtype]
+    single = bool(hidden % vector) or any(address % VECTOR_BYTES for address in addresses)
+    columns = hidden if single else hidden // vector
+    return Geometry(f"goc_stack_{dtype}{'_single' if single else ''}", rows * math.ceil(tokens / TOKENS) * columns)
+
+
+class Kernels(Protocol):
+    """Runs kernels of ``update.cu``."""
+
+    def launch(self, geometry: Geometry, parameters: StackParameters, stream: int) -> None:
+        """Run one on a stream; neither waits nor allocates."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceKernels:
+    """Kernels loaded into a CUDA context."""
+
+    functions: Mapping[str, driver.DeviceFunction]
+
+    def launch(self, geometry: Geometry, parameters: StackParameters, stream: int) -> None:
+        """See `Kernels`."""
+        self.functions[geometry.kernel].launch(geometry.blocks, THREADS, parameters, stream)
+
+
+@functools.cache
+def cubin_for(capability: str) -> bytes:
+    """Machine code of all kernels for a GPU; compiled once per process."""
+    return nvrtc.cubin_from_source(SOURCE_PATH.read_text(encoding="utf-8"), SOURCE_PATH.name, capability)
+
+
+def device_kernels() -> DeviceKernels:
+    """Compile the kernels for the GPU of the current CUDA context and load them into it, once per context.
+
+    Raises:
+        EnvironmentUnsupportedError: NVRTC is missing or refuses, or there is no context.
+    """
+    return _loaded_kernels(driver.current_context())
+
+
+@functools.cache
+def _loaded_kernels(_context: int) -> DeviceKernels:
+    cubin = cubin_for(driver.current_capability())
+    names = [f"goc_stack_{dtype}{suffix}" for dtype in DTYPES for suffix in ("", "_single")]
+    return DeviceKernels({name: driver.function_from_cubin(cubin, name) for name in names})

@@ -1,0 +1,161 @@
+"""The plugin as TensorRT sees it: IPluginV3 classes on the kernel, and their registration, once per process.
+
+``GocCacheUpdateN`` and ``GocCacheApplyN`` have the signature of the function bodies in the ONNX files and serve one unit;
+``GocCacheStack`` serves a whole chain. A plan names the plugin (name, version, namespace, fields) and does not hold it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from goc_deploy.engines.plugin.kernel import (
+    MAX_ENTRIES,
+    Kernels,
+    Stack,
+    device_kernels,
+    geometry,
+    parameters_from_addresses,
+)
+from goc_deploy.engines.plugin.stacking import NAMESPACE, STACK, VERSION
+from goc_deploy.errors import EnvironmentUnsupportedError
+
+_registered: dict[str, list[Any]] = {}  # module name -> creators, which TensorRT does not own
+_lock = threading.Lock()
+
+
+def register_plugin(trt: Any, kernels: Callable[[], Kernels] = device_kernels) -> None:
+    """Register the plugin with a TensorRT, once per process.
+
+    Args:
+        trt: ``tensorrt`` or ``tensorrt_rtx``.
+        kernels: gives the kernels once a plugin is attached to an execution context.
+
+    Raises:
+        EnvironmentUnsupportedError: the registry refuses.
+    """
+    with _lock:
+        if trt.__name__ in _registered:
+            return
+        make = plugin_creators(trt, kernels)
+        registry = trt.get_plugin_registry()
+        for creator in make:
+            if not registry.register_creator(creator, NAMESPACE):
+                raise EnvironmentUnsupportedError(
+                    f"{trt.__name__} {trt.__version__} does not register plugin {creator.name}; build with --no-plugin"
+                )
+        _registered[trt.__name__] = make
+
+
+def plugin_creators(trt: Any, kernels: Callable[[], Kernels]) -> list[Any]:
+    """A creator for each op type."""
+    plugin_class = _plugin_class(trt, kernels)
+
+    class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]  # the base exists once the library is imported
+        """Makes plugins of one name; ``fixed`` is their stack, or None where the fields say it."""
+
+        def __init__(self, name: str, fixed: Stack | None) -> None:
+            super().__init__()
+            self.name, self.plugin_namespace, self.plugin_version = name, NAMESPACE, VERSION
+            self.fixed = fixed
+            empty = np.array([], np.int32)
+            names = () if fixed else ("entries", "stores")
+            self.field_names = trt.PluginFieldCollection(
+                [trt.PluginField(field, empty, trt.PluginFieldType.INT32) for field in names]
+            )
+
+        def create_plugin(self, _name: str, fields: Any, _phase: Any) -> Any:
+            if self.fixed:
+                return plugin_class(self.name, self.fixed)
+            found = {field.name: [int(value) for value in field.data] for field in fields}
+            stack = Stack(tuple(found["entries"]), tuple(value != 0 for value in found["stores"]))
+            return plugin_class(self.name, stack)
+
+    creators = [
+        Creator(f"GocCache{kind}{entries}", Stack((entries,), (kind == "Update",)))
+        for kind in ("Update", "Apply")
+        for entries in range(1, MAX_ENTRIES + 1)
+    ]
+    return [*creators, Creator(STACK, None)]
+
+
+def _plugin_class(trt: Any, kernels: Callable[[], Kernels]) -> Any:
+    dtypes = {trt.DataType.FLOAT: "float32", trt.DataType.HALF: "float16", trt.DataType.BF16: "bfloat16"}
+
+    class StackPlugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):  # type: ignore[misc]
+        """Inputs: x (B, T, D), gates, coefficients float32, histories. Outputs: x_out, then what is stored."""
+
+        def __init__(self, name: str, stack: Stack, loaded: Kernels | None = None) -> None:
+            for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
+                base.__init__(self)
+            self.plugin_name, self.plugin_namespace, self.plugin_version = name, NAMESPACE, VERSION
+            self.num_outputs = 1 + sum(stack.stores)
+            self.stack, self.loaded = stack, loaded
+
+        def get_capability_interface(self, _kind: Any) -> Any:
+            return self
+
+        def clone(self) -> Any:
+            return StackPlugin(self.plugin_name, self.stack, self.loaded)
+
+        def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
+            return [input_types[0]] * self.num_outputs
+
+        def get_output_shapes(self, inputs: Sequence[Any], _shape_inputs: Any, _builder: Any) -> list[Any]:
+            return [trt.DimsExprs(inputs[0])] * self.num_outputs
+
+        def supports_format_combination(self, position: int, tensors: Sequence[Any], _inputs: int) -> bool:
+            tensor = tensors[position].desc
+            coefficients = position == 2
+            fits = tensor.type == trt.DataType.FLOAT if coefficients else tensor.type == tensors[0].desc.type
+            return bool(fits and tensor.type in dtypes and tensor.format == trt.TensorFormat.LINEAR)
+
+        def configure_plugin(self, _inputs: Any, _outputs: Any) -> None:
+            pass
+
+        def on_shape_change(self, _inputs: Any, _outputs: Any) -> None:
+            """Also called where a builder times the plugin, without a context."""
+            self.loaded = self.loaded or kernels()
+
+        def get_valid_tactics(self) -> list[int]:
+            return []
+
+        def set_tactic(self, _tactic: int) -> None:
+            pass
+
+        def get_workspace_size(self, _inputs: Any, _outputs: Any) -> int:
+            return 0
+
+        def get_fields_to_serialize(self) -> Any:
+            if self.plugin_name != STACK:
+                return trt.PluginFieldCollection([])
+            values = {"entries": self.stack.entries, "stores": self.stack.stores}
+            return trt.PluginFieldCollection(
+                [trt.PluginField(n, np.array(v, np.int32), trt.PluginFieldType.INT32) for n, v in values.items()]
+            )
+
+        def attach_to_context(self, _context: Any) -> Any:
+            """A copy for an execution context; compiles and loads the kernels, so that `enqueue` need not."""
+            return StackPlugin(self.plugin_name, self.stack, self.loaded or kernels())
+
+        def enqueue(
+            self,
+            input_desc: Sequence[Any],
+            _output_desc: Sequence[Any],
+            inputs: Sequence[int],
+            outputs: Sequence[int],
+            _workspace: int,
+            stream: int,
+        ) -> None:
+            """One launch; it neither waits nor allocates device memory, so it may be captured in a CUDA graph."""
+            assert self.loaded is not None, "enqueue comes after on_shape_change"
+            x = input_desc[0]
+            shape = tuple(x.dims)
+            chosen = geometry(shape, dtypes[x.type], inputs, outputs)
+            parameters = parameters_from_addresses(self.stack, shape, inputs, outputs)
+            self.loaded.launch(chosen, parameters, stream)
+
+    return StackPlugin

@@ -1,0 +1,73 @@
+"""A chain of cache updates as one ``GocCacheStack`` node, where that saves launches.
+
+TensorRT by itself fuses a chain of updates into one kernel as long as few predictions are stored. Measured with
+TensorRT-RTX 1.7.1 on DiT-XL/2, batch 32: 56 units of 4 entries without stores are 1 kernel, 8 units of 2 entries that
+store are 1; 12 that store are 13 kernels with 226 MB of scratch memory, 56 are 57 with 1.9 GB. There the stack pays: one
+launch, no scratch memory, and every tensor is read once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any
+
+from goc_deploy.engines.plugin.kernel import MAX_UNITS, SOURCE_PATH
+
+NAMESPACE, VERSION, STACK = "goc", "1", "GocCacheStack"
+STORES_THAT_FUSE = 8
+KERNEL_SHA256 = hashlib.sha256(SOURCE_PATH.read_bytes()).hexdigest()
+_UPDATE = re.compile(r"GocCache(Update|Apply)([1-4])")
+
+
+def update_of(op_type: str) -> tuple[int, bool] | None:
+    """``GocCacheUpdate2`` to (2, True): history entries read, and whether the prediction is stored."""
+    found = _UPDATE.fullmatch(op_type)
+    return (int(found[2]), found[1] == "Update") if found else None
+
+
+def stack_updates(model: Any) -> int:
+    """Replace a graph's chain of updates by one node where TensorRT would not fuse it.
+
+    Before: ``Split(gates)``, ``Split(coefficients)``, ``GocCacheUpdate2(x, gate0, row0, g0_0, g0_1) -> x0, g0``, ...
+    After: ``GocCacheStack<entries=[2, ...], stores=[1, ...]>(x, gates, coefficients, g0_0, g0_1, ...) -> x_out, g0, ...``
+
+    Returns:
+        How many units the node serves; 0 where the graph stays as it is.
+    """
+    from onnx import helper
+
+    graph = model.graph
+    units = [(node, found) for node in graph.node if node.domain == NAMESPACE and (found := update_of(node.op_type))]
+    stores = [int(stored) for _, (_, stored) in units]
+    if not STORES_THAT_FUSE < sum(stores) <= len(units) <= MAX_UNITS or not _is_predict_graph(graph, len(units)):
+        return 0
+    history = [name for node, _ in units for name in node.input[3:]]
+    node = helper.make_node(
+        STACK,
+        ["x", "gates", "coefficients", *history],
+        ["x_out", *(node.output[1] for node, (_, stored) in units if stored)],
+        name="stack",
+        domain=NAMESPACE,
+        plugin_namespace=NAMESPACE,
+        plugin_version=VERSION,
+        entries=[entries for _, (entries, _) in units],
+        stores=stores,
+    )
+    del graph.node[:]
+    del graph.initializer[:]
+    del model.functions[:]
+    graph.node.append(node)
+    return len(units)
+
+
+def _is_predict_graph(graph: Any, units: int) -> bool:
+    """Whether a graph is a chain of updates and nothing else, and takes its gates and coefficients joined."""
+    inputs = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in graph.input}
+    around = {node.op_type for node in graph.node if node.domain != NAMESPACE}
+    return (
+        around <= {"Split", "Reshape", "Identity"}
+        and list(inputs)[:3] == ["x", "gates", "coefficients"]
+        and inputs["gates"][0] == units
+        and graph.output[0].name == "x_out"
+    )

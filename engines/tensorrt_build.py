@@ -1,0 +1,132 @@
+"""One ONNX graph to one TensorRT engine. Runs in the build process only."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from goc_deploy.engines.tensorrt_library import Library
+
+_NO_LAUNCH = {"shape_call", "wait", "signal", "NoOp", "Constant", "Shuffle", "copy_d2h"}
+_PLUGIN_LAYERS = ("PluginV3", "custom_layer")
+_LAYER_TYPE = re.compile(r"^Name: .*?, LayerType: (\w+)", re.MULTILINE)
+_ACTIVATION = re.compile(r"Total Activation Memory: (\d+) bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class BuildRequest:
+    """How to build a graph.
+
+    Attributes:
+        shapes: input -> smallest, usual and largest shape, for inputs with dynamic dimensions.
+        capabilities: GPUs to build for; of no meaning where the library builds for the GPU of the machine.
+        workspace_bytes: most scratch memory, 0 for no limit.
+    """
+
+    shapes: Mapping[str, Sequence[Sequence[int]]]
+    capabilities: Sequence[str]
+    workspace_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class BuildReport:
+    """What came of a build.
+
+    Attributes:
+        refusal: why there is no engine, or empty.
+        kernels: launches of one run, or None where the library does not tell.
+        plugin_layers: how many of them are the plugin.
+        activation_bytes: scratch memory at the largest shapes, or None where the library does not tell.
+    """
+
+    refusal: str = ""
+    kernels: int | None = None
+    plugin_layers: int = 0
+    activation_bytes: int | None = None
+
+
+def engine_from_onnx(library: Library, graph: bytes, request: BuildRequest) -> tuple[bytes, BuildReport]:
+    """Build an engine from a graph that holds all its weights, or has them as inputs.
+
+    The network is strongly typed: every tensor has the type that the graph says.
+
+    Returns:
+        The engine (empty where it was refused), and what came of it.
+    """
+    trt, messages = library.trt, _message_log(library.trt)
+    builder = trt.Builder(messages)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, messages)
+    if not parser.parse(graph):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        return b"", BuildReport(
+            "; ".join(f"node {e.node_name()} ({e.node_operator()}): {_first_line(e.desc())}" for e in errors)
+        )
+    try:
+        config = config_from_request(library, builder, network, request)
+        engine = builder.build_serialized_network(network, config)
+    except Exception as error:  # Polygraphy and the bindings raise all kinds; the parent names the unit
+        return b"", BuildReport(f"{type(error).__name__}: {_first_line(str(error))}")
+    if engine is None:
+        serious = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
+        errors = [_first_line(text) for severity, text in messages.lines if severity in serious]
+        return b"", BuildReport("; ".join(errors) or "the builder gives no reason")
+    return bytes(memoryview(engine)), _report([text for _, text in messages.lines])
+
+
+def config_from_request(library: Library, builder: Any, network: Any, request: BuildRequest) -> Any:
+    """One profile, all layers on one stream, no TF32; Polygraphy knows how each library says so."""
+    trt = library.trt
+    from polygraphy.backend.trt import Profile, create_config
+
+    profile = Profile()
+    for name, (low, usual, high) in request.shapes.items():
+        profile.add(name, tuple(low), tuple(usual), tuple(high))
+    options: dict[str, Any] = {"profiles": [profile], "profiling_verbosity": trt.ProfilingVerbosity.DETAILED}
+    if request.workspace_bytes:
+        options["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: request.workspace_bytes}
+    if library.cross_compiles:
+        from polygraphy.backend.tensorrt_rtx import create_config_rtx
+
+        targets = [tuple(int(part) for part in capability.split(".")) for capability in request.capabilities]
+        config = create_config_rtx(builder, network, compute_capabilities=targets, **options)
+    else:
+        config = create_config(builder, network, **options)
+    config.max_aux_streams = 0
+    config.clear_flag(trt.BuilderFlag.TF32)
+    return config
+
+
+def _report(messages: Sequence[str]) -> BuildReport:
+    """Read what the builder logged: without a GPU nothing else tells what is in an engine."""
+    listed = [text for text in messages if text.startswith("Layers:")]
+    activation = [int(m[1]) for text in messages if (m := _ACTIVATION.search(text))]
+    if not listed:
+        return BuildReport(activation_bytes=activation[-1] if activation else None)
+    kinds = Counter(_LAYER_TYPE.findall(listed[-1]))
+    return BuildReport(
+        kernels=sum(count for kind, count in kinds.items() if kind not in _NO_LAUNCH),
+        plugin_layers=sum(kinds[kind] for kind in _PLUGIN_LAYERS),
+        activation_bytes=activation[-1] if activation else None,
+    )
+
+
+def _first_line(text: str) -> str:
+    return next(iter(text.strip().splitlines()), "no reason is given")
+
+
+def _message_log(trt: Any) -> Any:
+    class MessageLog(trt.ILogger):  # type: ignore[misc]  # the class exists once the library is imported
+        """Keeps everything: the layers of an engine are listed at the most talkative level only."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.lines: list[tuple[Any, str]] = []
+
+        def log(self, severity: Any, text: str) -> None:
+            self.lines.append((severity, text))
+
+    return MessageLog()

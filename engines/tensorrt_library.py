@@ -1,0 +1,112 @@
+"""TensorRT 10, TensorRT 11 and TensorRT-RTX behind one import, and what each can build for.
+
+Only what all three share is used. They differ in name, and in what they build for: TensorRT builds on and for the GPU of
+this machine, TensorRT-RTX for any list of GPUs on any machine.
+"""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+from goc_deploy.engine_keys import ENGINE_BACKENDS, Target
+from goc_deploy.engines.plugin import driver
+from goc_deploy.errors import EnvironmentUnsupportedError, UsageError
+
+_PACKAGES = {"tensorrt-rtx": ("tensorrt_rtx", "rtx"), "tensorrt": ("tensorrt", "tensorrt")}
+_FIRST_BY_DEFAULT = "8.0"  # Ampere: the first with bf16
+_FIRST_WITH_BF16 = (8, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """An imported TensorRT.
+
+    Attributes:
+        backend: ``tensorrt-rtx`` or ``tensorrt``.
+        trt: the module.
+    """
+
+    backend: str
+    trt: Any
+
+    @property
+    def version(self) -> str:
+        """The library's version in full."""
+        return str(self.trt.__version__)
+
+    @property
+    def cross_compiles(self) -> bool:
+        """Whether engines are built for GPUs that this machine may not have."""
+        return self.backend == "tensorrt-rtx"
+
+
+def library_from_backend(backend: str) -> Library:
+    """Import a TensorRT.
+
+    Raises:
+        UsageError: no such backend.
+        EnvironmentUnsupportedError: it is not installed, or too old.
+    """
+    if backend not in ENGINE_BACKENDS:
+        raise UsageError(f"backend {backend!r} builds no engines; use {' or '.join(ENGINE_BACKENDS)}")
+    module, extra = _PACKAGES[backend]
+    try:
+        trt = importlib.import_module(module)
+    except ImportError as cause:
+        raise EnvironmentUnsupportedError(
+            f"{backend} cannot be imported ({cause}); run: pip install 'goc_deploy[{extra}]'"
+        ) from cause
+    if not hasattr(trt, "IPluginV3"):
+        raise EnvironmentUnsupportedError(f"{backend} {trt.__version__} is too old; install 10.3 or newer")
+    return Library(backend, trt)
+
+
+def target_from_options(library: Library, capabilities: tuple[str, ...], precision: str) -> Target:
+    """What to build for.
+
+    Args:
+        library: what builds.
+        capabilities: asked for, such as ``8.6``; empty is the default of the library.
+        precision: of the engine directory.
+
+    Raises:
+        UsageError: a capability that the library cannot build for, or that lacks the precision.
+        EnvironmentUnsupportedError: TensorRT without a GPU.
+    """
+    known = _known_capabilities(library) if library.cross_compiles else (driver.device_capability(),)
+    usual = tuple(c for c in known if _number(c) >= _number(_FIRST_BY_DEFAULT)) if library.cross_compiles else known
+    chosen = tuple(sorted(set(capabilities), key=_number)) or usual
+    for capability in chosen:
+        if capability not in known:
+            where = "can build for" if library.cross_compiles else "builds for the GPU of this machine only,"
+            raise UsageError(
+                f"--compute-capability {capability}: {library.backend} {library.version} {where} {', '.join(known)}"
+            )
+        if precision == "bf16" and _number(capability) < _FIRST_WITH_BF16:
+            raise UsageError(
+                f"--compute-capability {capability}: that GPU has no bf16; leave it out, or export with --precision fp16"
+            )
+    return Target(library.backend, library.version, this_platform(), chosen)
+
+
+def this_platform() -> str:
+    """Operating system and machine, such as ``linux-x86_64``."""
+    return f"{platform.system().lower()}-{platform.machine()}"
+
+
+def _known_capabilities(library: Library) -> tuple[str, ...]:
+    """``SM86`` to ``8.6``, ``SM120`` to ``12.0``, ascending."""
+    members = library.trt.ComputeCapability.__members__
+    digits = [name.removeprefix("SM") for name in members if name.startswith("SM")]
+    return tuple(sorted((f"{d[:-1]}.{d[-1]}" for d in digits), key=_number))
+
+
+def _number(capability: str) -> tuple[int, ...]:
+    try:
+        major, minor = capability.split(".")
+        return int(major), int(minor)
+    except ValueError:
+        raise UsageError(f"--compute-capability {capability!r} must look like 8.6") from None

@@ -1,0 +1,107 @@
+"""What a TensorRT engine is built for and from. Equal keys mean that one engine may stand for the other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from goc_deploy.spec import ModelSpec
+
+ENGINE_BACKENDS = ("tensorrt-rtx", "tensorrt")
+WEIGHT_MODES = ("embedded", "shared")  # an engine of a graph without weights has "none"
+RECIPE_VERSION = 1  # changes where the same recipe would be built in another way
+
+Range = tuple[int, int, int]  # (smallest, most usual, largest) size of a dynamic dimension
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What an engine is built for. It runs nowhere else.
+
+    Attributes:
+        backend: one of ``ENGINE_BACKENDS``.
+        version: of the library, in full.
+        platform: operating system and machine, such as ``linux-x86_64``.
+        capabilities: compute capabilities of the GPUs, ascending, such as ``("8.6", "8.9")``.
+    """
+
+    backend: str
+    version: str
+    platform: str
+    capabilities: tuple[str, ...]
+
+    @property
+    def folder(self) -> str:
+        """Where its engines lie in an engine directory."""
+        architectures = "+".join(f"sm{capability.replace('.', '')}" for capability in self.capabilities)
+        return f"engines/{self.backend}-{self.version}-{architectures}"
+
+    def refusal(self, backend: str, version: str, platform: str, capability: str) -> str | None:
+        """Why an engine of this target cannot run there, or None where it can.
+
+        Args:
+            backend: library that would load it.
+            version: of that library.
+            platform: of that machine.
+            capability: of that machine's GPU.
+        """
+        for what, built, found in (
+            ("backend", self.backend, backend),
+            ("version", self.version, version),
+            ("platform", self.platform, platform),
+        ):
+            if built != found:
+                return f"it was built for {what} {built}, this is {found}"
+        if capability not in self.capabilities:
+            return f"it was built for compute capability {', '.join(self.capabilities)}, this GPU has {capability}"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """All that decides what an engine computes, how fast, and where.
+
+    Attributes:
+        graph_sha256: of the graph that the parser sees, without weights.
+        weights_sha256: of the weights file that is embedded, or None.
+        target: what it is built for.
+        ranges: symbol of each dynamic dimension of the graph -> sizes.
+        workspace_bytes: most scratch memory, 0 for no limit.
+        plugin_sha256: of the plugin's kernel source where the graph calls it, or None.
+    """
+
+    graph_sha256: str
+    weights_sha256: str | None
+    target: Target
+    ranges: tuple[tuple[str, Range], ...]
+    workspace_bytes: int
+    plugin_sha256: str | None
+
+    @property
+    def key(self) -> str:
+        """32 hexadecimal digits that differ where anything in the recipe does."""
+        text = json.dumps([RECIPE_VERSION, asdict(self)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def dimension_ranges(spec: ModelSpec, max_batch: int, steps: int) -> Mapping[str, Range]:
+    """Sizes of every dynamic dimension that the exporters name.
+
+    Args:
+        spec: the model.
+        max_batch: most images per run; with guidance an image has two rows.
+        steps: of the longest plan.
+    """
+    images, rows, labels, modulation = max_batch, 2 * max_batch, max_batch + 1, 3 * spec.units + 2
+    return {
+        "batch": (1, rows, rows),
+        "B": (1, rows, rows),
+        "images": (1, images, images),
+        "N": (1, images, images),
+        "labels": (1, 2, labels),
+        "R": (1, 2, labels),
+        "M": (1, modulation, modulation),
+        "steps": (1, steps, steps),
+    }

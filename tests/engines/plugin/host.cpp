@@ -1,0 +1,28 @@
+// update.cu compiled for the host, with what it reads and writes counted.
+
+static long long moved;
+#define GOC_MOVED(bytes) (moved += (bytes))
+#include "update.cu"
+
+extern "C" {
+long long parameters_size() { return sizeof(GocStack); }
+
+long long bytes_moved() {
+    const long long bytes = moved;
+    moved = 0;
+    return bytes;
+}
+
+void widen_float16(const unsigned short* from, float* to, long long count) {
+    for (long long i = 0; i < count; ++i) to[i] = Half::widen(from[i]);
+}
+void narrow_float16(const float* from, unsigned short* to, long long count) {
+    for (long long i = 0; i < count; ++i) to[i] = Half::narrow(from[i]);
+}
+void widen_bfloat16(const unsigned short* from, float* to, long long count) {
+    for (long long i = 0; i < count; ++i) to[i] = Bfloat16::widen(from[i]);
+}
+void narrow_bfloat16(const float* from, unsigned short* to, long long count) {
+    for (long long i = 0; i < count; ++i) to[i] = Bfloat16::narrow(from[i]);
+}
+}

@@ -1,0 +1,149 @@
+"""The kernel's source, compiled for the host, against NumPy; and compiled for GPUs."""
+
+from __future__ import annotations
+
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from goc_deploy.engines.plugin import kernel, nvrtc
+from goc_deploy.engines.plugin.kernel import (
+    DTYPES,
+    MAX_UNITS,
+    SOURCE_PATH,
+    Stack,
+    StackParameters,
+    geometry,
+    parameters_from_addresses,
+)
+from goc_deploy.errors import EnvironmentUnsupportedError
+from goc_deploy.protocols import DTYPE_BYTES
+from tests.engines.plugin.arrays import NUMPY_DTYPES, Case, assert_close, random_case, tensor
+from tests.engines.plugin.conftest import HostKernels
+
+TARGETS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+
+stacks = st.lists(st.tuples(st.integers(1, 4), st.booleans()), min_size=1, max_size=6).map(
+    lambda units: Stack(tuple(k for k, _ in units), tuple(w for _, w in units))
+)
+shapes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.sampled_from([1, 3, 8, 12, 16, 40]))
+
+
+def launch(
+    kernels: HostKernels, stack: Stack, case: Case, dtype: str, *, in_place: bool
+) -> tuple[str, np.ndarray, list[np.ndarray]]:
+    """The kernel that ran, x_out, and what was stored."""
+    shape = case.x.shape
+    own = [case.x, *(case.history[entry] for entry in case.last_entry)]
+    x_out, *stored = own if in_place else [tensor(np.full(shape, np.nan), dtype) for _ in own]
+    inputs = [array.ctypes.data for array in case.inputs]
+    outputs = [array.ctypes.data for array in (x_out, *stored)]
+    chosen = geometry(shape, dtype, inputs, outputs)
+    kernels.launch(chosen, parameters_from_addresses(stack, shape, inputs, outputs), 0)
+    return chosen.kernel, x_out, stored
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(stacks, shapes, st.sampled_from(DTYPES), st.booleans(), st.integers(0, 1), st.integers(0, 2**32 - 1))
+def test_a_launch_is_the_sum_over_units_that_numpy_makes(
+    host_kernels: HostKernels,
+    stack: Stack,
+    shape: tuple[int, int, int],
+    dtype: str,
+    in_place: bool,
+    skew: int,
+    seed: int,
+) -> None:
+    case = random_case(stack, shape, dtype, seed, skew)
+    name, x_out, stored = launch(host_kernels, stack, case, dtype, in_place=in_place)
+    whole_vectors = shape[2] % (16 // DTYPE_BYTES[dtype]) == 0 and not skew
+    assert name == f"goc_stack_{dtype}" + ("" if whole_vectors else "_single")
+    terms = 1 + sum(stack.entries)
+    assert_close(x_out, case.x_out, dtype, terms)
+    for found, expected in zip(stored, case.stored, strict=True):
+        assert_close(found, expected, dtype, terms)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_launch_of_the_most_units_fits_and_is_right(host_kernels: HostKernels, dtype: str) -> None:
+    stack = Stack((4,) * MAX_UNITS, (True,) * MAX_UNITS)
+    case = random_case(stack, (2, 5, 16), dtype, 0)
+    _, x_out, stored = launch(host_kernels, stack, case, dtype, in_place=True)
+    assert_close(x_out, case.x_out, dtype, 1000)
+    for found, expected in zip(stored, case.stored, strict=True):
+        assert_close(found, expected, dtype, 1000)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("entries", [1, 2, 4])
+@pytest.mark.parametrize("stores", [False, True])
+@pytest.mark.parametrize("tokens", [16, 18])
+def test_every_tensor_moves_once_and_a_gate_once_per_four_tokens(
+    host_kernels: HostKernels, host_library: Any, dtype: str, entries: int, stores: bool, tokens: int
+) -> None:
+    stack, shape = Stack((entries,) * 3, (stores,) * 3), (2, tokens, 48)
+    host_library.bytes_moved()
+    launch(host_kernels, stack, random_case(stack, shape, dtype, 0), dtype, in_place=False)
+    gates = stack.units * shape[0] * shape[2] * DTYPE_BYTES[dtype]
+    coefficients = 4 * sum(stack.entries)
+    needed = stack.bytes_needed(shape, dtype)
+    assert host_library.bytes_moved() == needed - coefficients + gates * (-(-tokens // 4) - 1)
+
+
+def test_python_and_the_source_agree_on_the_parameters(host_library: Any) -> None:
+    assert ctypes.sizeof(StackParameters) == host_library.parameters_size() <= 4096
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_host_converts_as_numpy_does(host_library: Any, dtype: str) -> None:
+    def convert(name: str, values: np.ndarray, to: np.dtype) -> np.ndarray:
+        found = np.empty(values.shape, to)
+        getattr(host_library, f"{name}_{dtype}")(
+            ctypes.c_void_p(values.ctypes.data), ctypes.c_void_p(found.ctypes.data), ctypes.c_int64(values.size)
+        )
+        return found
+
+    every = np.arange(2**16, dtype=np.uint16)
+    wide = convert("widen", every, np.dtype(np.float32))
+    np.testing.assert_array_equal(wide, every.view(NUMPY_DTYPES[dtype]).astype(np.float32))
+    finite = wide[np.isfinite(wide)]
+    with np.errstate(over="ignore"):
+        halfway = (finite[:-1] + finite[1:]) / 2
+        near = np.concatenate([np.nextafter(halfway, np.float32(sign)) for sign in (-np.inf, np.inf)])
+    rng = np.random.default_rng(0)
+    anything = rng.integers(0, 2**32, 10**5, np.uint32).view(np.float32)
+    values = np.concatenate([wide, halfway, near, anything]).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = values.astype(NUMPY_DTYPES[dtype])
+    found = convert("narrow", values, np.dtype(np.uint16)).view(NUMPY_DTYPES[dtype])
+    np.testing.assert_array_equal(found.astype(np.float32), expected.astype(np.float32))
+
+
+def test_nvrtc_compiles_for_every_target_without_a_gpu() -> None:
+    _require_nvrtc()
+    with ThreadPoolExecutor(2) as pool:
+        for cubin in pool.map(kernel.cubin_for, TARGETS):
+            assert cubin.startswith(b"\x7fELF")
+            assert all(f"goc_stack_{dtype}{suffix}".encode() in cubin for dtype in DTYPES for suffix in ("", "_single"))
+
+
+def test_nvrtc_says_what_it_refuses() -> None:
+    _require_nvrtc()
+    with pytest.raises(
+        EnvironmentUnsupportedError, match=r"cannot compile bad.cu for compute capability 8.6: bad.cu\(1\)"
+    ):
+        nvrtc.cubin_from_source("int x = y;", "bad.cu", "8.6")
+    with pytest.raises(EnvironmentUnsupportedError, match=r"capability 3.0: .*gpu-architecture"):
+        nvrtc.cubin_from_source(SOURCE_PATH.read_text(), "update.cu", "3.0")
+
+
+def _require_nvrtc() -> None:
+    try:
+        nvrtc.cubin_from_source("", "empty.cu", "8.6")
+    except EnvironmentUnsupportedError as reason:
+        pytest.skip(str(reason))

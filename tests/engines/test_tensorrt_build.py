@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from goc_deploy.engines.tensorrt_build import BuildRequest
+from goc_deploy.engines.tensorrt_process import build_process
+from goc_deploy.exporters.step_graphs import collect_graph
+from goc_deploy.spec import ModelSpec
+
+pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra rtx)")
+pytest.importorskip("polygraphy", reason="polygraphy is not installed (extra rtx)")
+
+SPEC = ModelSpec(2, 8, 2, 16, 2, 2, 4, 10, False)
+SHAPES = dict.fromkeys(("x", "accumulated"), ((1, 4, 8), (2, 4, 8), (2, 4, 8)))
+
+
+def test_one_process_builds_one_graph_after_the_other_and_says_why_not() -> None:
+    with build_process("tensorrt-rtx", plugin=False) as process:
+        graph = collect_graph(SPEC, "bf16").SerializeToString()
+        engine, report = process.build(graph, BuildRequest(SHAPES, ["8.6"], 0))
+        assert engine[:4] == b"vtrt"
+        assert (report.kernels, report.plugin_layers, report.activation_bytes) == (1, 0, 0)
+        engine, report = process.build(graph, BuildRequest(SHAPES, ["7.5"], 0))
+        assert engine == b""
+        assert "HW-specific datatypes: b16" in report.refusal
+        engine, report = process.build(b"no graph", BuildRequest(SHAPES, ["8.6"], 0))
+        assert engine == b""
+        assert report.refusal
+        engine, report = process.build(graph, BuildRequest({}, ["x"], 0))
+        assert "ValueError" in report.refusal
+        assert process.build(graph, BuildRequest(SHAPES, ["8.6"], 2**20))[1].refusal == ""
+
+
+CONFIGURE = """
+import tensorrt_rtx as trt
+from goc_deploy.engines.tensorrt_build import BuildRequest, config_from_request
+from goc_deploy.engines.tensorrt_library import library_from_backend
+builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+library, network = library_from_backend("tensorrt-rtx"), builder.create_network(0)
+c = config_from_request(library, builder, network, BuildRequest({}, ["8.6", "12.0"], 2**26))
+targets = [c.get_compute_capability(i).name for i in range(c.num_compute_capabilities)]
+print(c.max_aux_streams, c.get_flag(trt.BuilderFlag.TF32), c.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE), *targets)
+"""
+
+
+def test_the_configuration_is_one_stream_no_tf32_and_what_was_asked_for() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CONFIGURE],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1"},
+    )
+    assert done.stdout.splitlines()[-1] == f"0 False {2**26} SM86 SM120", done.stderr
