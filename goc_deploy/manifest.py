@@ -92,6 +92,7 @@ class Manifest:
         predict: predict signature -> path of its graph.
         plans: in order of preference.
         files: every file with size and digest.
+        class_names: one per class, synonyms separated by commas; empty where the checkpoint has none.
         provenance: checkpoint digest, versions, options. For people; nothing is decided by it but "up to date".
     """
 
@@ -103,6 +104,7 @@ class Manifest:
     plans: tuple[PlanEntry, ...]
     files: tuple[FileEntry, ...]
     provenance: dict[str, Any]
+    class_names: tuple[str, ...] = ()
 
 
 def manifest_to_json(manifest: Manifest) -> str:
@@ -135,6 +137,7 @@ def _manifest_from_fields(found: dict[str, Any]) -> Manifest:
         plans=tuple(PlanEntry(**plan) for plan in found["plans"]),
         files=tuple(FileEntry(**entry) for entry in found["files"]),
         provenance=dict(found["provenance"]),
+        class_names=tuple(str(name) for name in found["class_names"]),
     )
 
 
@@ -162,6 +165,10 @@ def _check(manifest: Manifest, where: str) -> None:
     if model.prediction not in PREDICTIONS:
         raise EngineDirError(
             f"{where}: the model predicts {model.prediction!r}, which this version does not know; export again"
+        )
+    if len(manifest.class_names) not in (0, model.classes):
+        raise EngineDirError(
+            f"{where} names {len(manifest.class_names)} classes of a model with {model.classes}; export again"
         )
     paths = [entry.path for entry in manifest.files]
     for path in paths:

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from goc_deploy.bases import PolicyContext
-from goc_deploy.calibration import CalibrationOptions
 from goc_deploy.errors import UsageError, VerificationError
 from goc_deploy.grammar import number, whole_number
-from goc_deploy.schedule import COMPUTE, REUSE, Schedule
+from goc_deploy.schedule import COMPUTE, Schedule
 from goc_deploy.search import PREDICTORS, Candidate, search, sizes_for
 from goc_deploy.spec import ModelSpec
 from goc_deploy.trials import Trials, relative_l2

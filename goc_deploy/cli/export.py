@@ -60,7 +60,7 @@ DEFAULTS = ExportOptions()
 @click.option("--force", is_flag=True, help="Replace an existing engine directory.")
 @debug_option
 def command(checkpoint: Path, output: Path, debug: bool, **options: Any) -> None:  # noqa: ARG001
-    """Compile a DiT CHECKPOINT (.pt, .pth, .safetensors) into an engine directory."""
+    """Compile a DiT CHECKPOINT (.pt, .pth, .safetensors, or a folder of diffusers) into an engine directory."""
     from goc_deploy.api import export_with
 
     with progress_bar() as progress:
