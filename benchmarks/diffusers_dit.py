@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -12,10 +11,10 @@ import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import Tensor
 
+from benchmarks.diffusers_state import diffusers_state
 from benchmarks.work import Outcome, Work
 from goc_deploy.exporters.dit import DiT
 from goc_deploy.samplers import SamplerTable
-from goc_deploy.spec import ModelSpec
 
 
 def transformer_from_dit(model: DiT) -> DiTTransformer2DModel:
@@ -33,38 +32,11 @@ def transformer_from_dit(model: DiT) -> DiTTransformer2DModel:
             num_embeds_ada_norm=spec.classes,
             norm_eps=1e-6,
         )
-    transformer.load_state_dict(_renamed(model.state_dict(), spec), assign=True)
+    transformer.load_state_dict(diffusers_state(model.state_dict(), spec), assign=True)
     transformer.pos_embed.pos_embed = model.pos_embed
     for block in transformer.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0  # the checkpoint's convention; diffusers' default is 1
     return transformer.eval()
-
-
-def _renamed(state: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-
-    def linear(new: str, old: str) -> None:
-        for kind in ("weight", "bias"):
-            found[f"{new}.{kind}"] = state[f"{old}.{kind}"]
-
-    linear("pos_embed.proj", "x_embedder.proj")
-    linear("proj_out_1", "final_layer.adaLN_modulation.1")
-    linear("proj_out_2", "final_layer.linear")
-    for i in range(spec.depth):
-        new, old = f"transformer_blocks.{i}", f"blocks.{i}"
-        linear(f"{new}.norm1.emb.timestep_embedder.linear_1", "t_embedder.mlp.0")
-        linear(f"{new}.norm1.emb.timestep_embedder.linear_2", "t_embedder.mlp.2")
-        table = "class_embedder.embedding_table.weight"
-        found[f"{new}.norm1.emb.{table}"] = state["y_embedder.embedding_table.weight"]
-        linear(f"{new}.norm1.linear", f"{old}.adaLN_modulation.1")
-        for kind in ("weight", "bias"):
-            parts = state[f"{old}.attn.qkv.{kind}"].chunk(3)
-            for name, part in zip("qkv", parts, strict=True):
-                found[f"{new}.attn1.to_{name}.{kind}"] = part
-        linear(f"{new}.attn1.to_out.0", f"{old}.attn.proj")
-        linear(f"{new}.ff.net.0.proj", f"{old}.mlp.fc1")
-        linear(f"{new}.ff.net.2", f"{old}.mlp.fc2")
-    return found
 
 
 class TableScheduler(DDIMScheduler):

@@ -32,18 +32,28 @@ _SAVE_HINT = "save it with torch.save(model.state_dict(), ...) or as .safetensor
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors of a checkpoint file.
+    """Tensors of a checkpoint.
 
     Attributes:
-        path: the file.
+        path: the file or folder.
         tensors: name -> tensor, without wrapper prefixes.
         weight_set: which set was taken: ``ema``, ``model`` or ``plain``.
+        files: what was read, in a fixed order.
         dtypes: dtype name -> number of tensors, for the report.
     """
 
     path: Path
     tensors: Mapping[str, Tensor]
     weight_set: str
+    files: tuple[Path, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the file, or of the names and digests of several."""
+        if len(self.files) == 1:
+            return sha256_of(self.files[0])
+        lines = [f"{sha256_of(file)} {file.relative_to(self.path).as_posix()}" for file in self.files]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     @property
     def dtypes(self) -> dict[str, int]:
@@ -89,7 +99,7 @@ def load_checkpoint(path: Path, weight_set: str = "auto") -> Checkpoint:
         raise ModelError(
             f"{path}: two tensors have the same name once {' and '.join(PREFIXES)} are removed; {_SAVE_HINT}"
         )
-    return Checkpoint(path, tensors, chosen)
+    return Checkpoint(path, tensors, chosen, (path,))
 
 
 def load_file(path: Path) -> Any:

@@ -20,37 +20,39 @@ TIMESTEP_FREQUENCIES = 256
 TIMESTEP_MAX_PERIOD = 10_000
 
 
-def normalize(x: Tensor) -> Tensor:
+def normalize(x: Tensor, epsilon: float = LAYER_NORM_EPSILON) -> Tensor:
     """Layer norm over the last dimension without affine parameters, in float32."""
-    return F.layer_norm(x.float(), (x.shape[-1],), eps=LAYER_NORM_EPSILON)
+    return F.layer_norm(x.float(), (x.shape[-1],), eps=epsilon)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, epsilon: float = LAYER_NORM_EPSILON) -> Tensor:
     """Normalise tokens, then shift and scale them per sample (adaLN).
 
     Args:
         x: (B, T, D).
         shift: (B, D).
         scale: (B, D).
+        epsilon: added to the variance.
 
     Returns:
         (B, T, D) in the dtype of ``x``; the arithmetic is float32.
     """
-    scaled = normalize(x) * (1 + scale.float().unsqueeze(1)) + shift.float().unsqueeze(1)
+    scaled = normalize(x, epsilon) * (1 + scale.float().unsqueeze(1)) + shift.float().unsqueeze(1)
     return scaled.to(x.dtype)
 
 
-def timestep_features(t: Tensor) -> Tensor:
+def timestep_features(t: Tensor, frequency_shift: int = 0) -> Tensor:
     """Sinusoidal features of timesteps, cosines first.
 
     Args:
         t: (S,) float32, in training timesteps (0..999).
+        frequency_shift: see `goc_deploy.spec.ModelSpec`.
 
     Returns:
         (S, 256) float32.
     """
     half = TIMESTEP_FREQUENCIES // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
+    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / (half - frequency_shift)
     angles = t[:, None].float() * torch.exp(-math.log(TIMESTEP_MAX_PERIOD) * exponents)[None]
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
 
@@ -97,11 +99,12 @@ class Block(nn.Module):
         self.attn = Attention(spec.hidden, spec.heads)
         self.mlp = Mlp(spec.hidden, spec.mlp_hidden)
         self.adaLN_modulation = adaln(spec.hidden, 6)
+        self.mlp_norm_eps = spec.mlp_norm_eps
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, dim=1)
         x = x + gate_a.unsqueeze(1) * self.attn(modulate(x, shift_a, scale_a))
-        return x + gate_m.unsqueeze(1) * self.mlp(modulate(x, shift_m, scale_m))
+        return x + gate_m.unsqueeze(1) * self.mlp(modulate(x, shift_m, scale_m, self.mlp_norm_eps))
 
 
 class PatchEmbed(nn.Module):
@@ -118,12 +121,15 @@ class PatchEmbed(nn.Module):
 class TimestepEmbed(nn.Module):
     """Timesteps to condition vectors."""
 
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(TIMESTEP_FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+        self.frequency_shift = spec.frequency_shift
+        self.mlp = nn.Sequential(
+            nn.Linear(TIMESTEP_FREQUENCIES, spec.hidden), nn.SiLU(), nn.Linear(spec.hidden, spec.hidden)
+        )
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_features(t).to(next(self.mlp.parameters()).dtype))
+        return self.mlp(timestep_features(t, self.frequency_shift).to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbed(nn.Module):
@@ -164,7 +170,7 @@ class DiT(nn.Module):
         super().__init__()
         self.spec = spec
         self.x_embedder = PatchEmbed(spec)
-        self.t_embedder = TimestepEmbed(spec.hidden)
+        self.t_embedder = TimestepEmbed(spec)
         self.y_embedder = LabelEmbed(spec)
         self.pos_embed = nn.Parameter(torch.zeros(1, spec.tokens, spec.hidden), requires_grad=False)
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.depth))

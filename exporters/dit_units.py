@@ -71,7 +71,7 @@ class ConditioningUnit(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.rows = 3 * spec.units + 2
-        self.t_embedder = TimestepEmbed(spec.hidden)
+        self.t_embedder = TimestepEmbed(spec)
         self.y_embedder = LabelEmbed(spec)
         self.modulation = nn.Linear(spec.hidden, self.rows * spec.hidden)
 
@@ -130,14 +130,15 @@ class MlpUnit(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.mlp = Mlp(spec.hidden, spec.mlp_hidden)
+        self.norm_eps = spec.mlp_norm_eps
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-        feature = self.mlp(modulate(x, shift, scale).reshape(-1, x.shape[-1]))  # (B*T, D)
+        feature = self.mlp(modulate(x, shift, scale, self.norm_eps).reshape(-1, x.shape[-1]))  # (B*T, D)
         return add_gated(x, gate, feature.reshape(x.shape)), feature
 
     def reference(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
         """The same branch as the PyTorch model computes it."""
-        feature = self.mlp(modulate(x, shift, scale))
+        feature = self.mlp(modulate(x, shift, scale, self.norm_eps))
         return x + gate.unsqueeze(1) * feature, feature.reshape(-1, x.shape[-1])
 
 

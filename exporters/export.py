@@ -13,9 +13,10 @@ from typing import Any
 import onnx
 
 from goc_deploy.calibration import CalibrationOptions, Calibrator, check_options, default_images
-from goc_deploy.errors import CalibrationNeededError, GocError, ModelError
+from goc_deploy.errors import CalibrationNeededError, GocError, ModelError, UsageError
 from goc_deploy.exporters import dit_units
-from goc_deploy.exporters.checkpoint import Checkpoint, check_values, load_checkpoint, sha256_of
+from goc_deploy.exporters.checkpoint import Checkpoint, check_values, load_checkpoint
+from goc_deploy.exporters.diffusers_folder import read_dit_folder
 from goc_deploy.exporters.lowering import template_from_kind, write_copy
 from goc_deploy.exporters.plan_files import write_plan
 from goc_deploy.exporters.step_graphs import collect_graph, modulation_graph, sampler_graphs
@@ -50,7 +51,7 @@ def export_checkpoint(
     """Export a checkpoint; the directory appears whole or not at all.
 
     Args:
-        checkpoint_path: a ``.pt``, ``.pth`` or ``.safetensors`` file.
+        checkpoint_path: a ``.pt``, ``.pth`` or ``.safetensors`` file, or a folder that diffusers saved.
         output: engine directory to make.
         options: how.
         backend: runs the written units for the comparison with PyTorch.
@@ -67,8 +68,7 @@ def export_checkpoint(
         VerificationError: a unit differs from PyTorch.
     """
     options = replace(options, plans=options.plans or default_plans(options.precision))
-    checkpoint = load_checkpoint(checkpoint_path, options.weights)
-    spec = _recognise(checkpoint, options)
+    checkpoint, spec, class_names = _read(checkpoint_path, options)
     architecture = ARCHITECTURES[spec.architecture]
     architecture.check_tensors(checkpoint.tensors, spec)
     plans = _compile_plans(spec, options)
@@ -83,19 +83,31 @@ def export_checkpoint(
         check_values(checkpoint, allow_nonfinite=options.allow_nonfinite)
         with staged(output) as stage:
             bare = _write_units(stage, checkpoint, spec, provenance, options, backend, progress)
+            bare = replace(bare, class_names=class_names)
             manifest = _write_plans(stage, bare, plans, options, load_calibrator)
     return manifest, True
 
 
-def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> ModelSpec:
-    names = list(checkpoint.tensors)
+def _read(path: Path, options: ExportOptions) -> tuple[Checkpoint, ModelSpec, tuple[str, ...]]:
+    """Tensors, sizes and class names of a checkpoint file or of a folder that diffusers saved."""
     if options.model not in ("auto", *ARCHITECTURES):
         raise ModelError(f"unknown --model {options.model!r}; this version has {', '.join(ARCHITECTURES)}")
+    if not path.is_dir():
+        checkpoint = load_checkpoint(path, options.weights)
+        return checkpoint, replace(_recognise(checkpoint, options), prediction=options.prediction), ()
+    found = read_dit_folder(path)
+    if options.num_heads not in (None, found.spec.heads):
+        raise UsageError(f"--num-heads {options.num_heads}: the configuration in {path} says {found.spec.heads}")
+    if options.weights != "auto":
+        raise UsageError(f"--weights {options.weights} is for training checkpoints; {path} holds one set of weights")
+    return found.checkpoint, replace(found.spec, prediction=options.prediction), found.class_names
+
+
+def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> ModelSpec:
+    names = list(checkpoint.tensors)
     for name, architecture in ARCHITECTURES.items():
         if options.model == name or (options.model == "auto" and architecture.matches(names)):
-            return replace(
-                architecture.spec_from_tensors(checkpoint.tensors, options.num_heads), prediction=options.prediction
-            )
+            return architecture.spec_from_tensors(checkpoint.tensors, options.num_heads)
     raise ModelError(
         f"{checkpoint.path} is not a model that this version knows ({', '.join(ARCHITECTURES)}); it has tensors such as {', '.join(names[:3])}"
     )
@@ -135,7 +147,7 @@ def _provenance(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, Any
     del recorded["force"]
     return {
         "checkpoint": checkpoint.path.name,
-        "checkpoint_sha256": sha256_of(checkpoint.path),
+        "checkpoint_sha256": checkpoint.sha256,
         "weight_set": checkpoint.weight_set,
         "checkpoint_dtypes": checkpoint.dtypes,
         "options": recorded,

@@ -118,6 +118,7 @@ class Manifest:
         predict: predict signature -> path of its graph.
         plans: in order of preference.
         files: every file with size and digest.
+        class_names: one per class, synonyms separated by commas; empty where the checkpoint has none.
         provenance: checkpoint digest, versions, options. For people; nothing is decided by it but "up to date".
         engines: TensorRT engines, a cache: the ONNX files and plans are the source of truth.
     """
@@ -131,6 +132,7 @@ class Manifest:
     files: tuple[FileEntry, ...]
     provenance: dict[str, Any]
     engines: tuple[EngineEntry, ...] = ()
+    class_names: tuple[str, ...] = ()
 
 
 def manifest_to_json(manifest: Manifest) -> str:
@@ -164,6 +166,7 @@ def _manifest_from_fields(found: dict[str, Any]) -> Manifest:
         files=tuple(FileEntry(**entry) for entry in found["files"]),
         provenance=dict(found["provenance"]),
         engines=tuple(_engine_from_fields(engine) for engine in found.get("engines", ())),
+        class_names=tuple(str(name) for name in found["class_names"]),
     )
 
 
@@ -197,6 +200,10 @@ def _check(manifest: Manifest, where: str) -> None:
     if model.prediction not in PREDICTIONS:
         raise EngineDirError(
             f"{where}: the model predicts {model.prediction!r}, which this version does not know; export again"
+        )
+    if len(manifest.class_names) not in (0, model.classes):
+        raise EngineDirError(
+            f"{where} names {len(manifest.class_names)} classes of a model with {model.classes}; export again"
         )
     paths = [entry.path for entry in manifest.files]
     for path in paths:

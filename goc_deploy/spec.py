@@ -26,6 +26,8 @@ class ModelSpec:
         architecture: exporter that made the units.
         branches: the branches of each block, in execution order.
         prediction: what the first C channels predict: ``eps`` (the noise), ``v`` (velocity) or ``x0`` (the clean sample).
+        frequency_shift: the timestep's 128 frequencies fall to 1/10000 over ``128 - frequency_shift`` intervals.
+        mlp_norm_eps: what the layer norm before the MLP branch adds to the variance.
     """
 
     depth: int
@@ -40,6 +42,8 @@ class ModelSpec:
     architecture: str = "dit"
     branches: tuple[str, ...] = ("attn", "mlp")
     prediction: str = "eps"
+    frequency_shift: int = 0
+    mlp_norm_eps: float = 1e-6
 
     @property
     def tokens(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from goc_deploy.cli.app import debug_option, numbers, progress_bar, run_command
+from goc_deploy.cli.app import debug_option, progress_bar, run_command
 from goc_deploy.options import GenerateOptions
 
 DEFAULTS = GenerateOptions()
@@ -24,8 +24,7 @@ DEFAULTS = GenerateOptions()
 @click.option("--plan", help="Name or SPEC of a plan.  [default: the first plan that caches]")
 @click.option(
     "--labels",
-    callback=numbers(int, "whole numbers"),
-    help="Class labels, one per image.  [default: 0,1,2,... over the classes]",
+    help="Class labels, one per image: numbers, or class names of the model's folder.  [default: 0,1,2,... over the classes]",
 )
 @click.option(
     "--num-images",
@@ -65,7 +64,7 @@ DEFAULTS = GenerateOptions()
 def command(
     engine_dir: Path,
     plan: str | None,
-    labels: tuple[int, ...] | None,
+    labels: str | None,
     num_images: int | None,
     latents_file: Path | None,
     output: Path | None,
@@ -81,6 +80,7 @@ def command(
     """Generate images from an engine directory."""
     from goc_deploy import outputs
     from goc_deploy.api import load
+    from goc_deploy.labels import labels_from_text
 
     outputs.check_suffix(
         output, "", ".png", ".npz", what="--output ends in .png or .npz, or has no suffix and is a directory"
@@ -94,7 +94,9 @@ def command(
         progress_bar() as progress,
     ):
         chosen = outputs.spread_labels(
-            labels, num_images or (None if latents is None else len(latents)), pipe.spec.classes
+            None if labels is None else labels_from_text(labels, pipe.manifest.class_names),
+            num_images or (None if latents is None else len(latents)),
+            pipe.spec.classes,
         )
         total = len(chosen) * pipe.plan.steps
         result = pipe.generate(

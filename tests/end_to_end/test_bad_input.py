@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from goc_deploy.manifest import MANIFEST_VERSION
 from tests.conftest import BIN, GOLDEN, Command
 from tests.exporters.test_checkpoint import Malicious
 
@@ -214,7 +215,11 @@ ENGINES: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "manifest is a list": (lambda e: (e / "manifest.json").write_text("[]"), 4, "must hold a JSON object"),
     "nested manifest": (lambda e: (e / "manifest.json").write_text("[" * 100_000), 4, "not valid JSON"),
     "huge manifest": (lambda e: (e / "manifest.json").write_bytes(b" " * 9_000_000), 4, "more than"),
-    "newer manifest": (lambda e: edit_manifest(e, lambda m: m.update(version=3)), 4, "update goc_deploy"),
+    "newer manifest": (
+        lambda e: edit_manifest(e, lambda m: m.update(version=MANIFEST_VERSION + 1)),
+        4,
+        "update goc_deploy",
+    ),
     "other format": (lambda e: edit_manifest(e, lambda m: m.update(format="x")), 4, "not a goc_deploy.engine_dir"),
     "missing field": (lambda e: edit_manifest(e, lambda m: m.pop("model")), 4, "KeyError 'model'"),
     "wrong field": (
