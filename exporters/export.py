@@ -5,14 +5,13 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from goc_deploy.calibration import CalibrationOptions, Calibrator, check_options, default_images
+from goc_deploy.calibration import CalibrationOptions, Laboratory, check_options, default_images
 from goc_deploy.errors import CalibrationNeededError, GocError, ModelError, UsageError
 from goc_deploy.exporters import dit_units
 from goc_deploy.exporters.checkpoint import Checkpoint, check_values, load_checkpoint
@@ -30,12 +29,12 @@ from goc_deploy.plan import Plan
 from goc_deploy.policies import schedule_from_policy
 from goc_deploy.protocols import Backend
 from goc_deploy.publish import check_free_space, check_target, directory_lock, file_entry, read_manifest, staged
-from goc_deploy.samplers import SamplerTable, sampler_table
+from goc_deploy.samplers import sampler_table
 from goc_deploy.spec import ITEM_BYTES, ModelSpec
 from goc_deploy.version import __version__
 
 ARCHITECTURES = {"dit": dit_units}
-CalibratorLoader = Callable[[Path, SamplerTable, CalibrationOptions], Calibrator]  # on the engine at that path
+LaboratoryMaker = Callable[[Path, CalibrationOptions], Laboratory]  # of the engine at that path
 
 RECORDED_PACKAGES = ("torch", "onnx", "onnxscript", "numpy")
 
@@ -45,7 +44,7 @@ def export_checkpoint(
     output: Path,
     options: ExportOptions,
     backend: Backend,
-    load_calibrator: CalibratorLoader,
+    make_laboratory: LaboratoryMaker,
     progress: Progress,
 ) -> tuple[Manifest, bool]:
     """Export a checkpoint; the directory appears whole or not at all.
@@ -55,7 +54,7 @@ def export_checkpoint(
         output: engine directory to make.
         options: how.
         backend: runs the written units for the comparison with PyTorch.
-        load_calibrator: calibrates on the engine before it is published, where a policy asks for it.
+        make_laboratory: for policies that learn, on the engine before it is published.
         progress: called with (what, done, total).
 
     Returns:
@@ -84,7 +83,7 @@ def export_checkpoint(
         with staged(output) as stage:
             bare = _write_units(stage, checkpoint, spec, provenance, options, backend, progress)
             bare = replace(bare, class_names=class_names)
-            manifest = _write_plans(stage, bare, plans, options, load_calibrator)
+            manifest = _write_plans(stage, bare, plans, options, make_laboratory)
     return manifest, True
 
 
@@ -131,10 +130,11 @@ def _compile(
     name: str,
     spec: ModelSpec,
     options: ExportOptions,
-    make_calibrator: Callable[[], Calibrator] | None,
+    laboratory: Laboratory | None,
 ) -> Plan:
-    schedule = schedule_from_policy(policy, spec, options.steps, make_calibrator)
-    return compile_schedule(schedule, spec, sampler_table(options.sampler, options.steps, spec.prediction), name=name)
+    schedule = schedule_from_policy(policy, spec, options.steps, laboratory)
+    table = sampler_table(options.sampler, schedule.steps, spec.prediction)
+    return compile_schedule(schedule, spec, table, name=name)
 
 
 def _calibration(spec: ModelSpec, options: ExportOptions) -> CalibrationOptions:
@@ -205,22 +205,19 @@ def _write_plans(
     manifest: Manifest,
     plans: Mapping[str, tuple[PolicySpec, Plan | None]],
     options: ExportOptions,
-    load_calibrator: CalibratorLoader,
+    make_laboratory: LaboratoryMaker,
 ) -> Manifest:
     """Write the manifest of a directory without plans, which calibration runs on, then plans and the whole manifest."""
     spec, path = manifest.model, stage / MANIFEST_NAME
 
-    @cache
-    def calibrator() -> Calibrator:
+    laboratory = None
+    if not all(compiled for _, compiled in plans.values()):
         path.write_text(manifest_to_json(manifest), encoding="utf-8")
-        return load_calibrator(
-            stage, sampler_table(options.sampler, options.steps, spec.prediction), _calibration(spec, options)
-        )
-
+        laboratory = make_laboratory(stage, _calibration(spec, options))
     predict: dict[str, str] = {}
     entries = []
     for name, (policy, compiled) in plans.items():
-        plan = compiled or _compile(policy, name, spec, options, calibrator)
+        plan = compiled or _compile(policy, name, spec, options, laboratory)
         entry, new = write_plan(stage, plan, spec, manifest.precision, predict)
         predict.update(new)
         entries.append(entry)

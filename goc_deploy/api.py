@@ -10,11 +10,10 @@ from goc_deploy.errors import EnvironmentUnsupportedError
 from goc_deploy.options import EngineOptions, ExportOptions, PlanOptions, Progress, no_progress
 
 if TYPE_CHECKING:
-    from goc_deploy.calibration import CalibrationOptions, Calibrator
+    from goc_deploy.calibration import CalibrationOptions, Laboratory
     from goc_deploy.manifest import Manifest, PlanEntry
     from goc_deploy.protocols import Backend
     from goc_deploy.runtime.pipeline import Pipeline
-    from goc_deploy.samplers import SamplerTable
 
 BACKENDS = ("auto", "onnxruntime")
 
@@ -45,15 +44,14 @@ def export_with(
     """`export` with its options in one object; also says whether anything was written."""
     _require("export", "torch", "onnx", "onnxscript", "safetensors")
     from goc_deploy.exporters.export import export_checkpoint
+    from goc_deploy.trials import engine_laboratory
 
     backend = make_backend("onnxruntime")
 
-    def calibrator(directory: Path, table: SamplerTable, calibration: CalibrationOptions) -> Calibrator:
-        from goc_deploy.runtime.loading import load_calibrator
+    def laboratory(directory: Path, calibration: CalibrationOptions) -> Laboratory:
+        return engine_laboratory(directory, lambda: backend, options.sampler, calibration, progress)
 
-        return load_calibrator(directory, backend, table, calibration, progress)
-
-    return export_checkpoint(checkpoint, output, options, backend, calibrator, progress)
+    return export_checkpoint(checkpoint, output, options, backend, laboratory, progress)
 
 
 def check_engine_options(options: EngineOptions, precision: str) -> None:

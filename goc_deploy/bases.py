@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from goc_deploy.calibration import Calibrator
+from goc_deploy.calibration import Laboratory
 from goc_deploy.errors import CalibrationNeededError, UsageError
 from goc_deploy.grammar import number, split_threshold, whole_number
 from goc_deploy.schedule import COMPUTE, REUSE, Schedule
@@ -23,25 +23,27 @@ class PolicyContext:
         spec: the model.
         steps: sampling steps asked for.
         options: options of the SPEC; a flag has an empty value.
-        make_calibrator: gives what policies that learn from data ask, or None where there is no engine to run.
+        correction: the correction of the SPEC as written, such as ``gc:1.2``, or None.
+        laboratory: how policies that learn reach an engine, or None where there is none.
     """
 
     spec: ModelSpec
     steps: int
     options: Mapping[str, str]
-    make_calibrator: Callable[[], Calibrator] | None = None
+    correction: str | None = None
+    laboratory: Laboratory | None = None
 
-    def calibrator(self) -> Calibrator:
-        """What to ask about the engine, loaded when first asked for.
+    def engine(self) -> Laboratory:
+        """How to reach the engine.
 
         Raises:
-            CalibrationNeededError: there is no engine to calibrate on.
+            CalibrationNeededError: there is none.
         """
-        if self.make_calibrator is None:
+        if self.laboratory is None:
             raise CalibrationNeededError(
                 "this policy calibrates, which needs an engine directory; use goc-export or goc-plan"
             )
-        return self.make_calibrator()
+        return self.laboratory
 
 
 def compute_all(argument: str, context: PolicyContext) -> Schedule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from goc_deploy.errors import ScheduleError, UsageError
 from goc_deploy.fitting import FitOptions
-from goc_deploy.options import CALIBRATION_SEED, GenerateOptions
+from goc_deploy.options import CALIBRATION_SEED, GenerateOptions, Progress
 from goc_deploy.schedule import Schedule, check_amplification
 from goc_deploy.spec import ModelSpec
 
@@ -70,6 +71,61 @@ class Calibrator(Protocol):
     def describe(self) -> dict[str, Any]:
         """Images, seed, guidance, sampler and checkpoint, as plain data for the schedule file."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What came of a run that was not warmed up.
+
+    Attributes:
+        latents: final latents (N, C, H, W) float32.
+        total_ms: of the run.
+        step_ms: median over the steps of each kind: ``full``, ``mixed``, ``collapsed``.
+    """
+
+    latents: np.ndarray
+    total_ms: float
+    step_ms: dict[str, float]
+
+
+class Trials(Protocol):
+    """Runs schedules of any step count as plans would run.
+
+    Attributes:
+        sampler: sampler SPEC.
+        options: the calibration images.
+        progress: called with (what, done, total).
+    """
+
+    sampler: str
+    options: CalibrationOptions
+    progress: Progress
+
+    def run(self, schedule: Schedule, images: CalibrationOptions) -> Trial:
+        """Draw images with a schedule.
+
+        Raises:
+            ScheduleError: it is illegal or unstable.
+            VerificationError: the results are not finite.
+        """
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Images, seed, guidance, sampler and checkpoint, as plain data for the schedule file."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Laboratory:
+    """How policies that learn reach an engine, which is loaded when they first ask.
+
+    Attributes:
+        calibrator: step count -> what to ask about features.
+        trials: what runs whole schedules.
+    """
+
+    calibrator: Callable[[int], Calibrator]
+    trials: Callable[[], Trials]
 
 
 def default_images(spec: ModelSpec, steps: int) -> int:

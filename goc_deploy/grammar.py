@@ -9,7 +9,7 @@ from pathlib import Path
 from goc_deploy.errors import UsageError
 
 GRAMMAR = (
-    "none, fora:INTERVAL[@FRACTION], l2c:ROUTER.pt[@THRESHOLD], smoothcache:ALPHA or file:SCHEDULE.json, then +gc[:ETA], "
+    "none, fora:INTERVAL[@FRACTION], l2c:ROUTER.pt[@THRESHOLD], smoothcache:ALPHA, search:BUDGET[ms] or file:SCHEDULE.json, then +gc[:ETA], "
     "+goc[:ETA], +steps:K,K,..:ETA, +fit[:N], +taylor[:ORDER], +lagrange[:ORDER] or +hermite[:ORDER[:SIGMA]], then options "
     "such as ,history=computed"
 )

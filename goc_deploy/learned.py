@@ -40,7 +40,7 @@ def goc(schedule: Schedule, argument: str, context: PolicyContext) -> Schedule:
     threshold = None if threshold_text == "auto" else number(threshold_text, "threshold")
     if argument:
         number(argument, "eta")
-    calibrator = context.calibrator()
+    calibrator = context.engine().calibrator(schedule.steps)
     allowed = _where_reused(schedule, all_branches="both_branches" in options)
     eta = number(argument, "eta") if argument else _best_eta(schedule, allowed, calibrator)
     inverse = god.inverse_units(calibrator.statistics().means, eta, reading)
@@ -105,4 +105,4 @@ def fit(schedule: Schedule, argument: str, context: PolicyContext) -> Schedule:
     target = options.get("target", FitOptions().target)
     if target not in TARGETS:
         raise UsageError(f"target {target!r} must be {' or '.join(TARGETS)}")
-    return context.calibrator().fit(schedule, FitOptions(entries, granularity, target, ridge))
+    return context.engine().calibrator(schedule.steps).fit(schedule, FitOptions(entries, granularity, target, ridge))

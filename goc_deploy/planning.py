@@ -5,21 +5,21 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
-from goc_deploy.calibration import CalibrationOptions, Calibrator, default_images
+from goc_deploy.calibration import CalibrationOptions, default_images
 from goc_deploy.engine_dir import load_plan
-from goc_deploy.errors import ConflictError
+from goc_deploy.errors import ConflictError, UsageError
 from goc_deploy.grammar import check_plan_name, parse_policy
 from goc_deploy.manifest import MANIFEST_NAME, Manifest, PlanEntry, manifest_to_json
 from goc_deploy.options import ExportOptions, PlanOptions, Progress
 from goc_deploy.passes import compile_schedule
 from goc_deploy.plan import Plan
-from goc_deploy.policies import schedule_from_policy
+from goc_deploy.policies import BASES, schedule_from_policy
 from goc_deploy.protocols import Backend
 from goc_deploy.publish import directory_lock, disk_errors, file_entry, read_manifest, replacing
 from goc_deploy.samplers import sampler_table
+from goc_deploy.trials import engine_laboratory
 
 DEFAULTS = ExportOptions()
 
@@ -65,21 +65,20 @@ def _compiled(
 ) -> Plan:
     """The plan, for a directory that nobody needs to lock: calibration may take minutes."""
     policy = parse_policy(spec)
+    if options.steps is not None and BASES.get(policy.base[0], BASES["none"]).chooses_steps:
+        raise UsageError(
+            f"{policy.base[0]!r} chooses the number of steps; use the option ,steps={options.steps} in the SPEC"
+        )
     name = check_plan_name(options.name or policy.default_name)
     first = load_plan(directory, manifest, manifest.plans[0].name) if manifest.plans else None
     steps = options.steps if options.steps is not None else first.steps if first else DEFAULTS.steps
     sampler = options.sampler or (first.sampler.sampler if first else DEFAULTS.sampler)
-    table = sampler_table(sampler, steps, manifest.model.prediction)
     images = options.calibrate if options.calibrate is not None else default_images(manifest.model, steps)
     calibration = CalibrationOptions(images, options.seed, options.cfg_scale)
 
-    @cache
-    def calibrator() -> Calibrator:
-        from goc_deploy.runtime.loading import load_calibrator
-
-        return load_calibrator(directory, make_backend(), table, calibration, progress)
-
-    schedule = schedule_from_policy(policy, manifest.model, steps, calibrator)
+    laboratory = engine_laboratory(directory, make_backend, sampler, calibration, progress)
+    schedule = schedule_from_policy(policy, manifest.model, steps, laboratory)
+    table = sampler_table(sampler, schedule.steps, manifest.model.prediction)
     return compile_schedule(schedule, manifest.model, table, name=name)
 
 

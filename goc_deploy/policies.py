@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from goc_deploy import bases, corrections, learned, smoothcache
+from goc_deploy import bases, corrections, learned, searched, smoothcache
 from goc_deploy.bases import PolicyContext
-from goc_deploy.calibration import Calibrator
+from goc_deploy.calibration import Laboratory
 from goc_deploy.errors import GocError, UsageError
 from goc_deploy.grammar import GRAMMAR, PolicySpec
 from goc_deploy.schedule import HISTORY_KINDS, Schedule, check_schedule, check_schedule_fits, fill_short_history
@@ -22,10 +22,11 @@ COMMON_OPTIONS = ("history",)
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A base policy and the options that it reads."""
+    """A base policy, the options that it reads, and whether it chooses the number of steps by itself."""
 
     make: Callable[[str, PolicyContext], Schedule]
     options: tuple[str, ...] = ()
+    chooses_steps: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ BASES = {
     "fora": Base(bases.fora, ("phase",)),
     "l2c": Base(bases.l2c),
     "file": Base(bases.from_file),
+    "search": Base(searched.searched, ("steps", "reference"), chooses_steps=True),
     "smoothcache": Base(smoothcache.smoothcache, ("per_unit",)),
 }
 CORRECTIONS = {
@@ -55,15 +57,15 @@ CORRECTIONS = {
 
 
 def schedule_from_policy(
-    policy: PolicySpec, spec: ModelSpec, steps: int, make_calibrator: Callable[[], Calibrator] | None = None
+    policy: PolicySpec, spec: ModelSpec, steps: int, laboratory: Laboratory | None = None
 ) -> Schedule:
     """Make the schedule that a SPEC names, for a model and a step count.
 
     Args:
         policy: the SPEC.
         spec: the model.
-        steps: sampling steps.
-        make_calibrator: called by policies that learn from data, and by no other.
+        steps: sampling steps; ``search`` chooses its own.
+        laboratory: asked by policies that learn, and by no other.
 
     Raises:
         UsageError: an unknown name, or an argument or option of the SPEC that is out of range.
@@ -72,9 +74,9 @@ def schedule_from_policy(
     """
     try:
         base, correction = _named(policy)
-        context = PolicyContext(spec, steps, dict(policy.options), make_calibrator)
+        context = PolicyContext(spec, steps, dict(policy.options), _written(policy.correction), laboratory)
         schedule = base.make(policy.base[1], context)
-        check_schedule_fits(schedule, spec, steps)
+        check_schedule_fits(schedule, spec, schedule.steps if base.chooses_steps else steps)
         schedule = replace(schedule, history=_history(context, schedule.history))
         if policy.correction and correction:
             corrected = correction.apply(schedule, policy.correction[1], context)
@@ -101,6 +103,10 @@ def _named(policy: PolicySpec) -> tuple[Base, Correction | None]:
         if option not in allowed:
             raise UsageError(f"option {option!r} is not one of {', '.join(allowed)}, which this policy takes")
     return base, correction
+
+
+def _written(named_argument: tuple[str, str] | None) -> str | None:
+    return None if named_argument is None else ":".join(named_argument).removesuffix(":")
 
 
 def _history(context: PolicyContext, own: str) -> str:

@@ -41,7 +41,7 @@ def smoothcache(argument: str, context: PolicyContext) -> Schedule:
     alpha = number(argument, "alpha")
     if alpha < 0:
         raise UsageError(f"alpha {argument} must not be negative")
-    calibrator, spec = context.calibrator(), context.spec
+    calibrator, spec = context.engine().calibrator(context.steps), context.spec
     changes = calibrator.statistics().changes
     if "per_unit" not in context.options:
         branches = len(spec.branches)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from goc_deploy.api import load, make_backend
-from goc_deploy.calibration import CalibrationOptions, Statistics, balanced_labels, default_images
+from goc_deploy.calibration import CalibrationOptions, Laboratory, Statistics, Trials, balanced_labels, default_images
 from goc_deploy.errors import CalibrationNeededError, ScheduleError, UsageError
 from goc_deploy.grammar import parse_policy
 from goc_deploy.noise import image_noise
@@ -41,11 +41,17 @@ def calibrator(stepper: Stepper) -> EngineCalibrator:
     return EngineCalibrator(stepper, OPTIONS, {"checkpoint_sha256": "0" * 64})
 
 
+def no_trials() -> Trials:
+    raise AssertionError("these policies ask for features only")
+
+
 @pytest.fixture(scope="module")
 def made(calibrator: EngineCalibrator, stepper: Stepper) -> Callable[[str], Schedule]:
     @functools.cache
     def make(text: str) -> Schedule:
-        return schedule_from_policy(parse_policy(text), stepper.spec, STEPS, lambda: calibrator)
+        return schedule_from_policy(
+            parse_policy(text), stepper.spec, STEPS, Laboratory(lambda _: calibrator, no_trials)
+        )
 
     return make
 

@@ -1,0 +1,146 @@
+"""Search: how many steps to take, which of them to compute and how to predict the others, chosen together.
+
+A step that computes nothing costs about a hundredth of one that computes everything, so the best use of a few computed
+steps is often many more steps than that. Candidates are judged by what they are for: the relative L2 distance of their
+final latents to a converged solution (many steps, all computed) on a few calibration images. The search is a fixed
+sequence of trials, so the same images find the same schedule:
+
+    even spacing, every (step count, predictor)  ->  denser early or late  ->  single computed steps moved
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from goc_deploy.bases import PolicyContext
+from goc_deploy.errors import UsageError
+from goc_deploy.grammar import parse_policy
+from goc_deploy.schedule import COMPUTE, REUSE, Schedule, fill_short_history
+from goc_deploy.spec import ModelSpec
+
+INTERVALS = (1, 2, 3, 4, 5, 6, 8, 10)
+PREDICTORS = ("gc:1.0", "taylor:2", "lagrange:1", "lagrange:2", "lagrange:3", "hermite:2")
+WARPS = (0.7, 0.8, 0.9, 1.1, 1.25, 1.4)
+FINALISTS = 3
+MAX_STEPS = 400
+
+Measure = Callable[["Candidate"], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A schedule that computes whole steps.
+
+    Attributes:
+        steps: sampling steps T.
+        computed: the steps that compute every unit, rising, the first is 0.
+        predictor: the correction part of a SPEC, such as ``lagrange:2``.
+    """
+
+    steps: int
+    computed: tuple[int, ...]
+    predictor: str
+
+    def plain(self, spec: ModelSpec) -> Schedule:
+        """The computed steps, and plain reuse in the others."""
+        rows = tuple(((COMPUTE if k in self.computed else REUSE),) * spec.units for k in range(self.steps))
+        return Schedule(spec.depth, spec.branches, rows)
+
+    def schedule(self, spec: ModelSpec) -> Schedule:
+        """The candidate as a schedule for a model."""
+        from goc_deploy.policies import CORRECTIONS
+
+        correction = parse_policy(f"none+{self.predictor}").correction
+        assert correction is not None
+        context = PolicyContext(spec, self.steps, {})
+        return fill_short_history(CORRECTIONS[correction[0]].apply(self.plain(spec), correction[1], context))
+
+
+def warped(steps: int, count: int, warp: float, tail: int) -> tuple[int, ...]:
+    """``count`` computed steps of ``steps``, the last ``tail`` predicted: ``warp`` above 1 is denser early, below 1 late.
+
+    Steps that round to one place move apart.
+    """
+    last = steps - 1 - tail
+    places = [round(last * (i / max(count - 1, 1)) ** warp) for i in range(count)]
+    for i in range(1, count):
+        places[i] = max(places[i], places[i - 1] + 1)
+    for i in reversed(range(count)):
+        places[i] = min(places[i], steps - count + i)
+    return tuple(places)
+
+
+def search(
+    sizes: Sequence[tuple[int, int]], predictors: Sequence[str], measure: Measure
+) -> list[tuple[float, Candidate]]:
+    """Try candidates.
+
+    Args:
+        sizes: (steps T, computed steps) to try.
+        predictors: corrections to try.
+        measure: the error of a candidate; called once for each.
+
+    Returns:
+        (error, candidate) of everything tried, best first.
+    """
+    tried: dict[Candidate, float] = {}
+
+    def attempt(candidates: Iterable[Candidate]) -> list[Candidate]:
+        for candidate in candidates:
+            if candidate not in tried:
+                tried[candidate] = measure(candidate)
+        return sorted(tried, key=lambda c: (tried[c], c.steps, c.computed, c.predictor))
+
+    best = attempt(_evenly_spaced(sizes, predictors))
+    best = attempt(c for finalist in best[:FINALISTS] for c in _warped_variants(finalist))
+    for stride in (2, 1):
+        for i in range(1, len(best[0].computed)):
+            best = attempt(_moved(best[0], i, stride))
+    return [(tried[candidate], candidate) for candidate in best]
+
+
+def _evenly_spaced(sizes: Sequence[tuple[int, int]], predictors: Sequence[str]) -> Iterator[Candidate]:
+    for steps, count in sizes:
+        interval = -(-steps // count)
+        for predictor in predictors if steps > count else predictors[:1]:
+            yield Candidate(steps, warped(steps, count, 1.0, min(interval - 1, steps - count)), predictor)
+
+
+def _warped_variants(finalist: Candidate) -> Iterator[Candidate]:
+    count, steps = len(finalist.computed), finalist.steps
+    tail = steps - 1 - finalist.computed[-1]
+    for shorter in sorted({0, tail // 2, tail}):
+        for warp in (1.0, *WARPS):
+            yield replace(finalist, computed=warped(steps, count, warp, shorter))
+
+
+def _moved(candidate: Candidate, index: int, stride: int) -> Iterator[Candidate]:
+    """A computed step moved one way and the other, where there is room."""
+    computed = candidate.computed
+    after = computed[index + 1] if index + 1 < len(computed) else candidate.steps
+    for place in (computed[index] - stride, computed[index] + stride):
+        if computed[index - 1] < place < after:
+            yield replace(candidate, computed=(*computed[:index], place, *computed[index + 1 :]))
+
+
+def sizes_for(count_at: Callable[[int], int], fixed: int | None) -> list[tuple[int, int]]:
+    """(steps, computed steps) to try.
+
+    Args:
+        count_at: how many steps the budget lets compute where there are so many in all.
+        fixed: the only step count to try; without it, multiples of what is computed.
+
+    Raises:
+        UsageError: the budget pays for no computed step.
+    """
+    if fixed is not None:
+        step_counts = [fixed]
+    else:
+        most = min(max(count_at(1), 1), MAX_STEPS)
+        step_counts = [most * interval for interval in INTERVALS if most * interval <= MAX_STEPS]
+    sizes = [(steps, min(count_at(steps), steps)) for steps in step_counts]
+    sizes = [(steps, count) for steps, count in sizes if count >= 1]
+    if not sizes:
+        raise UsageError("the budget pays for no computed step; raise it")
+    return sizes

@@ -1,0 +1,103 @@
+"""What policies that learn run: trials of schedules that are in no engine directory yet, and calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from goc_deploy.calibration import CalibrationOptions, Calibrator, Laboratory, Trial, balanced_labels, check_options
+from goc_deploy.options import Progress
+from goc_deploy.passes import compile_schedule
+from goc_deploy.protocols import Backend, Engine
+from goc_deploy.publish import read_manifest
+from goc_deploy.samplers import sampler_table
+from goc_deploy.schedule import Schedule
+
+
+def engine_laboratory(
+    directory: Path,
+    make_backend: Callable[[], Backend],
+    sampler: str,
+    options: CalibrationOptions,
+    progress: Progress,
+) -> Laboratory:
+    """The laboratory of an engine directory, which is loaded when a policy first asks.
+
+    Args:
+        directory: the engine directory; plans are not needed.
+        make_backend: runs it.
+        sampler: sampler SPEC.
+        options: which images.
+        progress: called with (what, done, total).
+    """
+    backend = cache(make_backend)
+
+    @cache
+    def calibrator(steps: int) -> Calibrator:
+        from goc_deploy.runtime.loading import load_calibrator
+
+        table = sampler_table(sampler, steps, read_manifest(directory).model.prediction)
+        return load_calibrator(directory, backend(), table, options, progress)
+
+    return Laboratory(calibrator, cache(lambda: EngineTrials(directory, backend(), sampler, options, progress)))
+
+
+class EngineTrials:
+    """Compiles and runs schedules on the loaded units of an engine directory, as its plans would run.
+
+    Implements `goc_deploy.calibration.Trials`.
+
+    Raises:
+        UsageError: an option out of range.
+        EngineDirError, SafetyError: the directory is corrupt or not ours.
+    """
+
+    def __init__(
+        self, directory: Path, backend: Backend, sampler: str, options: CalibrationOptions, progress: Progress
+    ) -> None:
+        from goc_deploy.runtime.loading import load_engines
+
+        check_options(options)
+        self.sampler, self.options, self.progress = sampler, options, progress
+        self._backend, self._manifest = backend, read_manifest(directory)
+        graphs = [unit.name for unit in self._manifest.units if unit.name.startswith("sampler")]
+        self._units = load_engines(directory, self._manifest, (), backend, graphs).units
+        self._predict: dict[str, Engine] = {}
+
+    def run(self, schedule: Schedule, images: CalibrationOptions) -> Trial:
+        """See `goc_deploy.calibration.Trials.run`."""
+        from goc_deploy.exporters.cache_update import predict_graph
+        from goc_deploy.runtime.binding import Engines
+        from goc_deploy.runtime.pipeline import Pipeline
+
+        manifest, model = self._manifest, self._manifest.model
+        table = sampler_table(self.sampler, schedule.steps, model.prediction)
+        plan = compile_schedule(schedule, model, table, name="trial")
+        for signature in plan.signatures:
+            if signature not in self._predict:
+                graph = predict_graph(signature, model, manifest.precision)
+                self._predict[signature] = self._backend.load(memoryview(graph.SerializeToString()), {})
+        labels = balanced_labels(model.classes, images.images, images.seed)
+        size = min(len(labels), manifest.max_batch)
+        with Pipeline(manifest, plan, Engines(self._units, self._predict), self._backend, size, 1) as pipe:
+            result = pipe.generate(
+                labels, seed=images.seed, cfg_scale=images.cfg_scale, cfg_channels=images.cfg_channels
+            )
+        steps = [(step["kind"], step["ms"]) for batch in result.report["batches"] for step in batch["steps"]]
+        kinds = {kind: median(ms for k, ms in steps if k == kind) for kind in sorted({k for k, _ in steps})}
+        return Trial(result.latents, result.report["total_ms"], kinds)
+
+    def describe(self) -> dict[str, Any]:
+        """See `goc_deploy.calibration.Trials.describe`."""
+        options, found = self.options, self._manifest.provenance
+        return {
+            "images": options.images,
+            "seed": options.seed,
+            "cfg_scale": options.cfg_scale,
+            "cfg_channels": options.cfg_channels,
+            "sampler": self.sampler,
+            **({"checkpoint_sha256": found["checkpoint_sha256"]} if "checkpoint_sha256" in found else {}),
+        }
