@@ -114,6 +114,7 @@ def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> ModelSpec:
 
 def _compile_plans(spec: ModelSpec, options: ExportOptions) -> dict[str, tuple[PolicySpec, Plan | None]]:
     """Every policy by plan name, compiled, or None where that has to wait for an engine to calibrate on."""
+    sampler_table(options.sampler, options.steps, spec.prediction)  # refuses what no plan could run with
     plans: dict[str, tuple[PolicySpec, Plan | None]] = {}
     for policy in map(parse_policy, options.plans):
         name = check_plan_name(policy.default_name)

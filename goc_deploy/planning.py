@@ -73,6 +73,7 @@ def _compiled(
     first = load_plan(directory, manifest, manifest.plans[0].name) if manifest.plans else None
     steps = options.steps if options.steps is not None else first.steps if first else DEFAULTS.steps
     sampler = options.sampler or (first.sampler.sampler if first else DEFAULTS.sampler)
+    sampler_table(sampler, steps, manifest.model.prediction)  # refuses a wrong one before anything is measured
     images = options.calibrate if options.calibrate is not None else default_images(manifest.model, steps)
     calibration = CalibrationOptions(images, options.seed, options.cfg_scale)
 
