@@ -41,19 +41,19 @@ def run_command(command: click.Command, argv: Sequence[str] | None) -> int:
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        return _say("interrupted; nothing was left half written", INTERRUPTED)
+        return _interrupted()
     except click.exceptions.Exit as error:
         return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's last flush is silent
         return 0
-    except GocError as error:
-        if debug:
-            raise
-        return _say(f"error: {error}", error.exit_code)
     except Exception as error:
         if debug:
             raise
+        if _received is not None:  # native code turns what the signal handler raises into errors of its own
+            return _interrupted()
+        if isinstance(error, GocError):
+            return _say(f"error: {error}", error.exit_code)
         return _say(
             f"error: a bug in goc_deploy: {type(error).__name__}: {error}; run again with --debug and report it", BUG
         )
@@ -85,6 +85,11 @@ def _raise_if_interrupted() -> None:
     """Python swallows what a signal handler raises while a weak reference dies, so commands ask again as they go."""
     if _received is not None:
         raise KeyboardInterrupt if _received == signal.SIGINT else SystemExit(TERMINATED)
+
+
+def _interrupted() -> int:
+    code = TERMINATED if _received == signal.SIGTERM else INTERRUPTED
+    return _say("interrupted; nothing was left half written", code)
 
 
 def _say(message: str, code: int) -> int:

@@ -9,10 +9,12 @@ import sys
 import pytest
 
 INTERRUPTED_IN_A_WEAK_REFERENCE = """
-import os, sys, weakref, click
+import os, signal, sys, weakref, click
 from goc_deploy.cli.app import progress_bar, run_command
 
 class Thing: ...
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
 
 @click.command()
 def command():
@@ -40,3 +42,11 @@ def test_other_errors_that_python_swallows_are_reported() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert "ZeroDivisionError" in done.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_native_code_turned_into_an_error_is_an_interruption(number: int, code: int) -> None:
+    script = INTERRUPTED_IN_A_WEAK_REFERENCE.format(number=int(number)).replace('progress("working", 1, 2)', "1 / 0")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    assert "bug" not in done.stderr
