@@ -24,7 +24,7 @@ def adapted(text: str) -> str:
 
 def test_the_commands_work_in_the_order_they_are_shown(command: Command, tmp_path: Path) -> None:
     lines = re.findall(r"^    (goc-\S+ .*)$", README, re.MULTILINE)
-    assert {line.split()[0] for line in lines} == {"goc-export", "goc-run", "goc-plan", "goc-bench"}
+    assert {line.split()[0] for line in lines} == {"goc-export", "goc-run", "goc-plan", "goc-bench", "goc-eval"}
     for line in lines:
         words = shlex.split(adapted(line))
         if words[0] == "goc-export":

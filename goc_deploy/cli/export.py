@@ -57,7 +57,7 @@ DEFAULTS = ExportOptions()
     "--calibrate",
     type=click.IntRange(1),
     metavar="K",
-    help="Images that calibrated policies (goc, fit, smoothcache) learn from.  [default: 16, fewer for large models]",
+    help="Images that calibrated policies (goc, fit, smoothcache, search) learn from.  [default: 16, fewer for large models]",
 )
 @click.option("--seed", "calibration_seed", type=int, default=DEFAULTS.calibration_seed, help="Of these images.")
 @click.option("--cfg-scale", type=float, default=DEFAULTS.cfg_scale, help="Guidance scale of these images.")

@@ -30,7 +30,7 @@ EPILOG = (
     "--calibrate",
     type=click.IntRange(1),
     metavar="K",
-    help="Images that a calibrated policy (goc, fit, smoothcache) learns from.  [default: 16, fewer for large models]",
+    help="Images that a calibrated policy (goc, fit, smoothcache, search) learns from.  [default: 16, fewer for large models]",
 )
 @click.option("--seed", type=int, help=f"Of these images.  [default: {DEFAULTS.seed}]")
 @click.option("--cfg-scale", type=float, help=f"Guidance scale of these images.  [default: {DEFAULTS.cfg_scale:g}]")
