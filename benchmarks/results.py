@@ -1,10 +1,12 @@
 """Quality of plans over many samples: the tables of docs/results.md.
 
-    python benchmarks/results.py engine --work out/results --images 10000 --document docs/results.md
+    python benchmarks/results.py engine --reference digits.npz --images 10000 --document docs/results.md
+    python benchmarks/results.py engine --reference digits.npz --clock --document docs/results.md
 
-Rows stand in benchmarks/results.toml. Samples and numbers of a row stay in the work folder: an interrupted run goes on
-where it stopped, and rows that are done are not made again. Generated parts of the document stand between
-``<!-- begin NAME -->`` and ``<!-- end NAME -->``, one per table.
+Rows stand in benchmarks/results.toml. Samples of a row stay in the work folder and its numbers in another: an
+interrupted run goes on where it stopped, and rows that are done are not made again. ``--clock`` measures how long every
+plan takes, side by side; do nothing else meanwhile. Generated parts of the document stand between
+``<!-- begin NAME -->`` and ``<!-- end NAME -->``, one per table; a table shows the rows that have numbers.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from benchmarks.report import markdown, with_blocks
-from benchmarks.sampled_rows import Request, Workers, chunks_of, engine_digest, ms_per_image, sample, write_adm
+from benchmarks.sampled_rows import Request, Workers, chunks_of, engine_digest, sample
 from goc_deploy.api import add_plan
+from goc_deploy.bench import compare_plans
 from goc_deploy.engine_dir import load_plan
 from goc_deploy.errors import GocError
 from goc_deploy.evaluation.adm import open_adm
@@ -37,7 +40,7 @@ from goc_deploy.evaluation.tables import METRICS, shown_value
 from goc_deploy.grammar import parse_policy, plan_name_from_spec
 from goc_deploy.metrics.estimate import Estimate
 from goc_deploy.metrics.paired import relative_l2
-from goc_deploy.options import no_progress
+from goc_deploy.options import BenchOptions, no_progress
 from goc_deploy.outputs import save_text
 from goc_deploy.publish import read_manifest
 from goc_deploy.runtime.images import images_from_latents
@@ -45,47 +48,89 @@ from goc_deploy.runtime.images import images_from_latents
 HERE = Path(__file__).resolve().parent
 MNIST = HERE.parent / "examples" / "mnist"
 RESAMPLES = 50
+CLOCK_ROUNDS = 5
+TIMES = "times.json"
 Samples = tuple[Path, Request]  # where the chunks lie, and what they are of
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A plan that the tables show."""
+    """A plan that the tables show.
+
+    Attributes:
+        title: what a reader calls it.
+        spec: policy SPEC.
+        steps: sampling steps; 0 where the policy chooses them.
+        sampler: sampler SPEC.
+    """
 
     title: str
     spec: str
-    steps: int
+    steps: int = 20
     sampler: str = "ddim"
 
     @property
     def plan(self) -> str:
         """Its name in the engine directory."""
+        steps = f".T{self.steps}" if self.steps else ""
         sampler = "" if self.sampler == "ddim" else f".{plan_name_from_spec(self.sampler)}"
-        return f"{parse_policy(self.spec).default_name[:80]}.T{self.steps}{sampler}"
-
-    @property
-    def baseline(self) -> Row:
-        """The same sampler and number of steps without a cache."""
-        return Row("", "none", self.steps, self.sampler)
+        return f"{parse_policy(self.spec).default_name[:80]}{steps}{sampler}"
 
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """What every row shares."""
+    """What every row shares.
+
+    Attributes:
+        engine: the engine directory.
+        work: folder of samples.
+        numbers: folder of a JSON file per row.
+        request: of no plan in particular.
+        workers: how to sample.
+        extractor: features for the distribution metrics.
+        reference: the images to compare with.
+        calibration_images: for plans that learn.
+        baseline: the first row, which rows of its steps and sampler are compared with.
+        converged: no cache at many steps, of few images.
+        converged_images: how many.
+        metrics: keys of the only columns to show, or nothing for all.
+    """
 
     engine: Path
     work: Path
-    request: Request  # of no plan in particular
+    numbers: Path
+    request: Request
     workers: Workers
     extractor: Extractor
     reference: Reference
+    calibration_images: int
+    baseline: Row
+    converged: Row
+    converged_images: int
+    metrics: tuple[str, ...]
+
+    def made_for(self) -> dict[str, Any]:
+        """What numbers must have been made for to be shown beside each other."""
+        return {
+            "checkpoint_sha256": read_manifest(self.engine).provenance["checkpoint_sha256"],
+            "images": self.request.images,
+            "seed": self.request.seed,
+            "cfg_scale": self.request.cfg_scale,
+            "features": self.extractor.name,
+            "reference_images": self.reference.images,
+            "calibration_images": self.calibration_images,
+            "converged": [self.converged.steps, self.converged_images],
+        }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("engine", type=Path, help="engine directory; plans are added to it")
     parser.add_argument("--rows", type=Path, default=HERE / "results.toml")
-    parser.add_argument("--work", type=Path, default=Path("out/results"), help="folder of samples and numbers")
+    parser.add_argument("--work", type=Path, default=Path("out/results"), help="folder of samples")
+    parser.add_argument("--numbers", type=Path, default=HERE.parent / "docs/results", help="folder of a JSON per row")
+    parser.add_argument("--clock", action="store_true", help="measure times instead of quality")
+    parser.add_argument("--tables", help="comma-separated, of the rows file  [default: all]")
     parser.add_argument("--images", type=int, default=10_000, help="per row")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cfg-scale", type=float, default=4.0)
@@ -115,84 +160,114 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_tables(args: argparse.Namespace) -> dict[str, str]:
-    """Sample and measure every row that is not done yet; returns block name -> Markdown."""
+    """Sample and measure every row that is not done yet, or clock them; returns block name -> Markdown."""
     wanted = tomllib.loads(args.rows.read_text(encoding="utf-8"))
-    tables = {table["name"]: (table["title"], [Row(*row) for row in table["rows"]]) for table in wanted["table"]}
+    tables = {table["name"]: (table["title"], [Row(**row) for row in table["rows"]]) for table in wanted["table"]}
     manifest = read_manifest(args.engine)
     extractor = OnnxExtractor(args.features)
     study = Study(
         args.engine,
         args.work,
+        args.numbers,
         Request("", args.images, args.images, args.seed, args.cfg_scale, manifest.model.classes, args.chunk_images, ""),
         Workers(args.processes, args.threads, args.batch_size),
         extractor,
         reference_from_adm(open_adm(args.reference), extractor, no_progress),
+        int(wanted["calibration_images"]),
+        next(iter(tables.values()))[1][0],
+        Row("", "none", int(wanted["converged_steps"])),
+        min(args.images, int(wanted["converged_images"])),
+        tuple(wanted.get("metrics", ())),
     )
-    truth = Row("converged", "none", int(wanted["converged_steps"]))
-    converged = sampled(study, truth, min(args.images, int(wanted["converged_images"])))
-    blocks = {}
-    for name, (title, rows) in tables.items():
-        found = [measured(study, row, converged) for row in rows]
-        blocks[name] = f"### {title}\n\n{table_of(rows, found)}\n{conditions(study, converged[1])}"
-    return blocks
+    args.numbers.mkdir(parents=True, exist_ok=True)
+    shown = args.tables.split(",") if args.tables else list(tables)
+    if args.clock:
+        clock(study, [row for name in shown for row in tables[name][1]])
+    else:
+        for name in shown:
+            for row in tables[name][1]:
+                measure(study, row)
+    return {name: block(study, title, rows) for name, (title, rows) in tables.items()}
 
 
 def sampled(study: Study, row: Row, images: int) -> Samples:
     """The folder and request of a row's samples, which are made where they are missing."""
-    manifest = read_manifest(study.engine)
-    if all(entry.name != row.plan for entry in manifest.plans):
-        add_plan(study.engine, row.spec, name=row.plan, steps=row.steps, sampler=row.sampler)
-        manifest = read_manifest(study.engine)
-    request = replace(study.request, plan=row.plan, images=images, engine=engine_digest(manifest, row.plan))
+    add(study, row)
+    digest = engine_digest(read_manifest(study.engine), row.plan)
+    request = replace(study.request, plan=row.plan, images=images, engine=digest)
     folder = study.work / (row.plan if images == study.request.images else f"{row.plan}.{images}")
-    sample(folder, request, study.engine, study.workers, lambda line: print(line, file=sys.stderr, flush=True))
+    sample(folder, request, study.engine, study.workers, say)
     return folder, request
 
 
-def measured(study: Study, row: Row, converged: Samples) -> dict[str, Any]:
-    """Every number of a row; they are kept beside its samples."""
+def add(study: Study, row: Row) -> None:
+    """Add a row's plan to the engine directory, unless it is there."""
+    if all(entry.name != row.plan for entry in read_manifest(study.engine).plans):
+        say(f"making {row.spec}")
+        calibration = {"calibrate": study.calibration_images, "cfg_scale": study.request.cfg_scale}
+        add_plan(study.engine, row.spec, name=row.plan, steps=row.steps or None, sampler=row.sampler, **calibration)
+
+
+def say(line: str) -> None:
+    """Progress, for people."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def measure(study: Study, row: Row) -> None:
+    """Sample a row and write its numbers, unless they are there."""
+    path, made_for = study.numbers / f"{row.plan}.json", study.made_for()
+    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["made_for"] == made_for:
+        return
     samples = sampled(study, row, study.request.images)
-    made_for = {
-        "features": study.extractor.name,
-        "reference": study.reference.images,
-        "converged": asdict(converged[1]),
-    }
-    path = samples[0] / "row.json"
-    if path.exists():
-        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if kept["made_for"] == made_for:
-            return kept
     _, request = samples
-    estimates = paired_metrics(samples, sampled(study, row.baseline, study.request.images), converged)
+    estimates = paired_metrics(study, row, samples)
     features = FeatureSet(request.images)
     for _, latents in chunks_of(*samples):
         features.add(study.extractor.extract(pictures(latents)))
     estimates |= distribution_metrics(
         features, request.labels, request.classes, study.reference, RESAMPLES, request.seed
     )
-    write_adm(*samples)
     schedule = load_plan(study.engine, read_manifest(study.engine), row.plan).schedule
     found = {
         "made_for": made_for,
-        "row": asdict(row),
-        "request": asdict(request),
+        "spec": row.spec,
+        "steps": schedule.steps,
+        "sampler": row.sampler,
         "full_step_equivalents": schedule.computed / schedule.units,
-        "ms_per_image": ms_per_image(*samples),
         "metrics": {key: asdict(value) for key, value in estimates.items()},
     }
     save_text(json.dumps(found, indent=1) + "\n", path)
-    return found
 
 
-def paired_metrics(samples: Samples, baseline: Samples, converged: Samples) -> dict[str, Estimate]:
-    """Distances to the baseline (none where that is the row itself) and to the converged solution."""
-    scores, (folder, request) = PairedScores(), samples
-    if baseline[0] != folder:
-        for (_, found), (_, expected) in zip(chunks_of(*samples), chunks_of(*baseline), strict=True):
+def paired_metrics(study: Study, row: Row, samples: Samples) -> dict[str, Estimate]:
+    """Distances to the baseline, where the row has its steps and sampler, and to the converged solution."""
+    scores = PairedScores()
+    baseline = study.baseline
+    if (row.steps, row.sampler) == (baseline.steps, baseline.sampler) and row.plan != baseline.plan:
+        uncached = sampled(study, baseline, study.request.images)
+        for (_, found), (_, expected) in zip(chunks_of(*samples), chunks_of(*uncached), strict=True):
             scores.add(*(Sampled(latents, pictures(latents), None, {}) for latents in (found, expected)))
+    converged = sampled(study, study.converged, study.converged_images)
     for (_, found), (_, truth) in zip(chunks_of(*samples), chunks_of(*converged), strict=False):
         scores.add_values("converged_relative_l2", relative_l2(found[: len(truth)], truth))
-    return scores.estimates(request.seed)
+    return scores.estimates(study.request.seed)
+
+
+def clock(study: Study, rows: Sequence[Row]) -> None:
+    """Run the plans side by side, one image per class, and write what each takes."""
+    unique = {row.plan: row for row in (study.baseline, *rows)}
+    for row in unique.values():
+        add(study, row)
+    labels = tuple(range(study.request.classes))
+    options = BenchOptions(tuple(unique), labels=labels, cfg_scale=study.request.cfg_scale, repeats=CLOCK_ROUNDS)
+    plans = compare_plans(study.engine, options, lambda what, done, total: say(f"{what} ({done} of {total})"))["plans"]
+    found = {
+        "images": len(labels),
+        "rounds": CLOCK_ROUNDS,
+        "threads": os.cpu_count(),
+        "total_ms": {name: plan["total_ms"] for name, plan in plans.items()},
+    }
+    save_text(json.dumps(found, indent=1) + "\n", study.numbers / TIMES)
 
 
 def pictures(latents: np.ndarray) -> np.ndarray:
@@ -202,26 +277,41 @@ def pictures(latents: np.ndarray) -> np.ndarray:
     return images
 
 
-def table_of(rows: Sequence[Row], found: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table of cost and quality."""
-    shown = [metric for metric in METRICS if any(metric.key in one["metrics"] for one in found)]
-    columns = ["method", "SPEC", "steps", "full steps", "ms/image", *(metric.title for metric in shown)]
+def block(study: Study, title: str, rows: Sequence[Row]) -> str:
+    """A table of cost and quality as Markdown, with what it was made with."""
+    kept = [(row, study.numbers / f"{row.plan}.json") for row in rows]
+    found = [(row, json.loads(path.read_text(encoding="utf-8"))) for row, path in kept if path.exists()]
+    found = [(row, numbers) for row, numbers in found if numbers["made_for"] == study.made_for()]
+    times_path = study.numbers / TIMES
+    times = json.loads(times_path.read_text(encoding="utf-8")) if times_path.exists() else {}
+    totals = times.get("total_ms", {})
+    present = [metric for metric in METRICS if any(metric.key in numbers["metrics"] for _, numbers in found)]
+    shown = [metric for metric in present if not study.metrics or metric.key in study.metrics]
+    columns = ["method", "SPEC", "steps", "full steps", "speed-up", *(metric.title for metric in shown)]
     lines = []
-    for row, one in zip(rows, found, strict=True):
-        cost = [f"{one['full_step_equivalents']:.2f}", f"{one['ms_per_image']:.1f}"]
-        values = [shown_value(one["metrics"].get(metric.key), metric, "±") for metric in shown]
-        steps = str(row.steps) if row.sampler == "ddim" else f"{row.steps} {row.sampler}"
+    for row, numbers in found:
+        steps = f"{numbers['steps']}" if row.sampler == "ddim" else f"{numbers['steps']} {row.sampler}"
+        speed = f"{totals[study.baseline.plan] / totals[row.plan]:.2f}" if row.plan in totals else ""
+        cost = [f"{numbers['full_step_equivalents']:.2f}", speed]
+        values = [shown_value(numbers["metrics"].get(metric.key), metric, "±") for metric in shown]
         lines.append([row.title, f"`{row.spec}`", steps, *cost, *values])
-    return markdown(columns, lines)
+    return f"### {title}\n\n{markdown(columns, lines)}\n{conditions(study, times)}"
 
 
-def conditions(study: Study, converged: Request) -> str:
+def conditions(study: Study, times: dict[str, Any]) -> str:
     """What the numbers of a table were made with."""
     request = study.request
+    speed = (
+        f" Speed-up is over no cache, {times['images']} images at once, {times['threads']} threads, medians of "
+        f"{times['rounds']} interleaved rounds."
+        if times
+        else ""
+    )
     return (
         f"{request.images} samples per row, guidance {request.cfg_scale:g}, seed {request.seed}, features of "
-        f"`{study.extractor.name}`; ± is half of a 95 % interval, {RESAMPLES} resamples for FID and IS; "
-        f"L2 to converged is to {converged.plan.rpartition('.T')[2]} uncached steps over {converged.images} images.\n"
+        f"`{study.extractor.name}`, plans that learn did so on {study.calibration_images} images of another seed; ± is "
+        f"half of a 95 % interval, {RESAMPLES} resamples for FID and IS; L2 to converged is to {study.converged.steps} "
+        f"uncached steps over {study.converged_images} images.{speed}\n"
     )
 
 

@@ -9,21 +9,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 
 from goc_deploy.engine_dir import plan_entry
 from goc_deploy.errors import ConflictError
-from goc_deploy.evaluation.adm import adm_writer
 from goc_deploy.evaluation.sampling import class_labels
 from goc_deploy.manifest import Manifest
 from goc_deploy.outputs import save_text, written
-from goc_deploy.runtime.images import images_from_latents
 from goc_deploy.runtime.pipeline import Pipeline
-
-SAMPLES = "samples.npz"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,27 +104,6 @@ def chunks_of(folder: Path, request: Request) -> Iterator[tuple[int, np.ndarray]
             yield first, found["latents"]
 
 
-def ms_per_image(folder: Path, request: Request) -> float:
-    """Median over the chunks."""
-    times = []
-    for first in request.chunks:
-        with np.load(_chunk(folder, first)) as found:
-            times.append(float(found["ms"]) / len(found["latents"]))
-    return median(times)
-
-
-def write_adm(folder: Path, request: Request) -> None:
-    """Write the samples as one ADM file beside the chunks."""
-    labels = request.labels
-    with np.load(_chunk(folder, 0)) as found:
-        height, width = found["latents"].shape[2:]
-    with adm_writer(folder / SAMPLES, request.images, height, width) as writer:
-        for first, latents in chunks_of(folder, request):
-            images = images_from_latents(latents)
-            assert images is not None
-            writer.add(images, tuple(labels[first : first + len(images)].tolist()))
-
-
 def _chunk(folder: Path, first: int) -> Path:
     return folder / f"latents-{first:06d}.npz"
 
@@ -166,4 +140,4 @@ def _sample_chunk(folder: str, first: int) -> None:
     labels = _request.labels[first : first + _request.chunk_images].tolist()
     result: Any = _pipe.generate(labels, seed=_request.seed, first_image=first, cfg_scale=_request.cfg_scale)
     with written(_chunk(Path(folder), first)) as temporary:
-        np.savez(temporary, latents=result.latents, ms=result.report["total_ms"])
+        np.savez(temporary, latents=result.latents)

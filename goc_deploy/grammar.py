@@ -13,7 +13,7 @@ GRAMMAR = (
     "+goc[:ETA], +steps:K,K,..:ETA, +fit[:N], +taylor[:ORDER], +lagrange[:ORDER] or +hermite[:ORDER[:SIGMA]], then options "
     "such as ,history=computed"
 )
-FLAGS = ("both_branches", "per_unit")
+FLAGS = ("both_branches", "per_unit", "units")
 BASES_WITH_A_PATH = ("file", "l2c", "smoothcache")
 _OPTION = re.compile(rf",(?=[a-z_]+=|(?:{'|'.join(FLAGS)})(?:,|$))")
 _CORRECTION = re.compile(r"\+(?=[a-z]+(?::[^/\\]*)?$)")

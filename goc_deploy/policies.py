@@ -42,7 +42,7 @@ BASES = {
     "fora": Base(bases.fora, ("phase",)),
     "l2c": Base(bases.l2c),
     "file": Base(bases.from_file),
-    "search": Base(searched.searched, ("steps", "reference"), chooses_steps=True),
+    "search": Base(searched.searched, ("steps", "reference", "units"), chooses_steps=True),
     "smoothcache": Base(smoothcache.smoothcache, ("per_unit",)),
 }
 CORRECTIONS = {

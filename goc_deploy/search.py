@@ -6,12 +6,15 @@ final latents to a converged solution (many steps, all computed) on a few calibr
 sequence of trials, so the same images find the same schedule:
 
     even spacing, every (step count, predictor)  ->  denser early or late  ->  single computed steps moved
+    ->  where asked for, computed units exchanged for predicted ones
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from goc_deploy.bases import PolicyContext
 from goc_deploy.errors import UsageError
@@ -26,6 +29,7 @@ FINALISTS = 3
 MAX_STEPS = 400
 
 Measure = Callable[["Candidate"], float]
+MeasureUnits = Callable[[np.ndarray], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +46,31 @@ class Candidate:
     computed: tuple[int, ...]
     predictor: str
 
-    def plain(self, spec: ModelSpec) -> Schedule:
-        """The computed steps, and plain reuse in the others."""
-        rows = tuple(((COMPUTE if k in self.computed else REUSE),) * spec.units for k in range(self.steps))
-        return Schedule(spec.depth, spec.branches, rows)
+    def mask(self, spec: ModelSpec) -> np.ndarray:
+        """(T, U) where a unit is computed."""
+        mask = np.zeros((self.steps, spec.units), bool)
+        mask[list(self.computed)] = True
+        return mask
 
     def schedule(self, spec: ModelSpec) -> Schedule:
         """The candidate as a schedule for a model."""
-        from goc_deploy.policies import CORRECTIONS
+        return predicted(plain(self.mask(spec), spec), self.predictor, spec)
 
-        correction = parse_policy(f"none+{self.predictor}").correction
-        assert correction is not None
-        context = PolicyContext(spec, self.steps, {})
-        return fill_short_history(CORRECTIONS[correction[0]].apply(self.plain(spec), correction[1], context))
+
+def plain(mask: np.ndarray, spec: ModelSpec) -> Schedule:
+    """The units that ``mask`` (T, U) says are computed, and plain reuse of the others."""
+    rows = tuple(tuple(COMPUTE if computed else REUSE for computed in step) for step in mask)
+    return Schedule(spec.depth, spec.branches, rows)
+
+
+def predicted(schedule: Schedule, predictor: str, spec: ModelSpec) -> Schedule:
+    """The schedule with a correction, such as ``lagrange:2``, in place of plain reuse."""
+    from goc_deploy.policies import CORRECTIONS
+
+    correction = parse_policy(f"none+{predictor}").correction
+    assert correction is not None
+    context = PolicyContext(spec, schedule.steps, {})
+    return fill_short_history(CORRECTIONS[correction[0]].apply(schedule, correction[1], context))
 
 
 def warped(steps: int, count: int, warp: float, tail: int) -> tuple[int, ...]:
@@ -98,6 +114,53 @@ def search(
         for i in range(1, len(best[0].computed)):
             best = attempt(_moved(best[0], i, stride))
     return [(tried[candidate], candidate) for candidate in best]
+
+
+def flipped_errors(
+    mask: np.ndarray, cells: Iterable[tuple[int, int]], measure: MeasureUnits
+) -> dict[tuple[int, int], float]:
+    """Each cell (step, unit) -> the error where only that unit is computed instead of predicted, or the other way round."""
+    errors = {}
+    for cell in cells:
+        other = mask.copy()
+        other[cell] = not other[cell]
+        errors[cell] = measure(other)
+    return errors
+
+
+def exchange_units(
+    mask: np.ndarray, branches: int, probe: MeasureUnits, measure: MeasureUnits
+) -> tuple[int, np.ndarray, float]:
+    """Predict the units that matter least and compute those that matter most in their place, as long as it helps.
+
+    A unit is exchanged for one of the same branch, so the cost stays. What a unit matters is probed for each alone;
+    then 1, 2, 4, ... of the most promising exchanges are made together and measured.
+
+    Args:
+        mask: (T, U) where a unit is computed; step 0 stays.
+        branches: branches per block; unit u is of branch ``u % branches``.
+        probe: the error of a mask, called for every unit of every step but 0.
+        measure: the error that decides, called for a few masks.
+
+    Returns:
+        How many exchanges, the mask with the least error, and that error.
+    """
+    cells = [(k, u) for k in range(1, len(mask)) for u in range(mask.shape[1])]
+    now, errors = probe(mask), flipped_errors(mask, cells, probe)
+    pairs: list[tuple[float, tuple[int, int], tuple[int, int]]] = []
+    for branch in range(branches):
+        ranked = sorted((error - now, cell) for cell, error in errors.items() if cell[1] % branches == branch)
+        dropped = [(change, cell) for change, cell in ranked if mask[cell]]
+        added = [(change, cell) for change, cell in ranked if not mask[cell]]
+        pairs += [(loss + gain, drop, add) for (loss, drop), (gain, add) in zip(dropped, added, strict=False)]
+    promising = sorted(pair for pair in pairs if pair[0] < 0)
+    best = (measure(mask), 0, mask)
+    for count in sorted({min(2**i, len(promising)) for i in range(len(promising).bit_length() + 1)} - {0}):
+        other = mask.copy()
+        for _, drop, add in promising[:count]:
+            other[drop], other[add] = False, True
+        best = min(best, (measure(other), count, other), key=lambda found: found[0])
+    return best[1], best[2], best[0]
 
 
 def _evenly_spaced(sizes: Sequence[tuple[int, int]], predictors: Sequence[str]) -> Iterator[Candidate]:

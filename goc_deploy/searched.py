@@ -15,13 +15,14 @@ from goc_deploy.errors import ScheduleError, UsageError, VerificationError
 from goc_deploy.grammar import number, whole_number
 from goc_deploy.samplers import sampler_table
 from goc_deploy.schedule import COMPUTE, Schedule
-from goc_deploy.search import MAX_STEPS, PREDICTORS, Candidate, search, sizes_for
+from goc_deploy.search import MAX_STEPS, PREDICTORS, Candidate, exchange_units, plain, predicted, search, sizes_for
 from goc_deploy.spec import ModelSpec
 
 REFERENCE_STEPS = 250
 LEARNED = ("goc", "fit")  # corrections that need the schedule first
 STAND_IN = "lagrange:2"
 SHOWN = 10
+PROBED = 8  # images that show what one unit matters
 CLOCKED = (0, 3, 6, 9)  # computed steps, of 12, of the run that shows what a predicted step takes
 
 
@@ -31,7 +32,8 @@ def searched(argument: str, context: PolicyContext) -> Schedule:
     BUDGET is a number of computed steps, or with ``ms`` the milliseconds that one image may take on this machine. A
     correction in the SPEC is the only predictor tried; for ``goc`` and ``fit``, which learn on the schedule that comes
     out, ``lagrange:2`` stands in. ``steps=T`` fixes the step count; ``reference=STEPS`` is the length of the converged
-    solution, every step computed.
+    solution, every step computed. ``units`` exchanges computed units for predicted ones of the same branch afterwards,
+    which takes one more trial per unit and step, on up to ``PROBED`` images each.
 
     Raises:
         UsageError: a budget that pays for nothing, or a sampler with fresh noise.
@@ -50,19 +52,36 @@ def searched(argument: str, context: PolicyContext) -> Schedule:
     sizes = sizes_for((lambda _: computed) if budget_ms is None else _affordable(budget_ms, trials, spec), fixed_steps)
     converged = uncached(spec, reference_steps)
     numbers = count(1)
-    error_of = _error_to(converged, trials, trials.options)
 
-    def measure(candidate: Candidate) -> float:
-        trials.progress(f"search, trial {next(numbers)}", 0, 1)
-        try:
-            return error_of(candidate.schedule(spec))
-        except (VerificationError, ScheduleError):  # it diverges, or the compiler sees that it would
-            return math.inf
+    def judge(images: CalibrationOptions) -> Callable[[Schedule], float]:
+        error_of = _error_to(converged, trials, images)
 
-    ranking = search(sizes, predictors, measure)
+        def measure(schedule: Schedule) -> float:
+            trials.progress(f"search, trial {next(numbers)}", 0, 1)
+            try:
+                return error_of(schedule)
+            except (VerificationError, ScheduleError):  # it diverges, or the compiler sees that it would
+                return math.inf
+
+        return measure
+
+    error_of = judge(trials.options)
+    ranking = search(sizes, predictors, lambda candidate: error_of(candidate.schedule(spec)))
     error, best = ranking[0]
     if not math.isfinite(error):
         raise UsageError("every candidate diverges; raise the budget")
+    mask = best.mask(spec)
+    exchanged: dict[str, object] = {}
+    if "units" in options:
+        probe_of = judge(replace(trials.options, images=min(PROBED, trials.options.images)))
+        exchanges, mask, unit_error = exchange_units(
+            mask,
+            len(spec.branches),
+            lambda tried: probe_of(predicted(plain(tried, spec), best.predictor, spec)),
+            lambda tried: error_of(predicted(plain(tried, spec), best.predictor, spec)),
+        )
+        exchanged = {"exchanges": exchanges, "error_after_exchanges": unit_error}
+    found = predicted(plain(mask, spec), best.predictor, spec)
     held_out = replace(trials.options, seed=trials.options.seed + 1)
     held_out_error = _error_to(converged, trials, held_out)
     record = {
@@ -70,15 +89,15 @@ def searched(argument: str, context: PolicyContext) -> Schedule:
         **_described(best),
         "reference_steps": reference_steps,
         "error": error,
+        **exchanged,
         "held_out_seed": held_out.seed,
-        "held_out_error": held_out_error(best.schedule(spec)),
+        "held_out_error": held_out_error(found),
         "held_out_error_of_as_many_uncached_steps": held_out_error(uncached(spec, len(best.computed))),
-        "trials": len(ranking),
+        "trials": next(numbers) - 1,
         "best": [{"error": e, **_described(c)} for e, c in ranking[:SHOWN] if math.isfinite(e)],
         "calibration": trials.describe(),
     }
-    schedule = best.schedule(spec) if correction is None else best.plain(spec)
-    return replace(schedule, provenance={"search": record})
+    return replace(found if correction is None else plain(mask, spec), provenance={"search": record})
 
 
 def uncached(spec: ModelSpec, steps: int) -> Schedule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,3 +61,32 @@ def test_the_checkpoint_is_small_and_deep_enough_to_be_worth_caching(demo_engine
     assert (MNIST / "dit_mnist.pt").stat().st_size < 15e6
     assert model["depth"] >= 8
     assert model["grid"] * model["patch"] >= 28
+
+
+def test_a_searched_router_reuses_the_asked_share_at_odd_steps_and_less_at_a_lower_threshold(
+    golden_engine: Path, command: Command, tmp_path: Path
+) -> None:
+    engine, router = tmp_path / "engine", tmp_path / "router.pt"
+    shutil.copytree(golden_engine, engine)
+    search = [sys.executable, MNIST / "search_router.py", engine, router, "--images", 2, "--threads", 1]
+    subprocess.run([str(word) for word in search], check=True, timeout=120, capture_output=True)
+    reused = {}
+    for threshold in ("0.05", "0.1"):
+        name = command("goc-plan", engine, f"l2c:{router}@{threshold}").stdout.strip()
+        schedule = json.loads((engine / "schedules" / f"{name}.json").read_text())
+        rows = [step.split() for step in schedule["actions"]]
+        assert all(set(row) == {"C"} for row in rows[::2])
+        reused[threshold] = sum(word != "C" for row in rows for word in row)
+    assert reused["0.1"] == 0.25 * sum(len(row) for row in rows)
+    assert 0 < reused["0.05"] < reused["0.1"]
+
+    opposite = tmp_path / "opposite.json"
+    swapped = [" ".join("C" if k % 2 == 0 or word != "C" else "R" for word in row) for k, row in enumerate(rows)]
+    opposite.write_text(json.dumps({**schedule, "actions": swapped, "predictors": {"R": [1.0]}}))
+    other = command("goc-plan", engine, f"file:{opposite}", "--name", "opposite").stdout.strip()
+    latents = {}
+    for plan in ("none", name, other):
+        path = tmp_path / f"{plan}.npy"
+        command("goc-run", engine, "--plan", plan, "--num-images", 8, "--seed", 5, "--latents-output", path)
+        latents[plan] = np.load(path)
+    assert relative_l2(latents[name], latents["none"]) < relative_l2(latents[other], latents["none"])

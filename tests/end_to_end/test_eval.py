@@ -151,43 +151,57 @@ def test_images_that_were_decoded_elsewhere_are_judged_by_their_own_size(
 ROWS = """
 converged_steps = 6
 converged_images = 3
+calibration_images = 2
 [[table]]
 name = "main"
 title = "A table"
-rows = [["no cache", "none", 4], ["FORA", "fora:2", 4]]
+rows = [{ title = "no cache", spec = "none", steps = 4 }, { title = "FORA", spec = "fora:2", steps = 4 }]
+[[table]]
+name = "more"
+title = "Another"
+rows = [{ title = "searched", spec = "search:2,steps=4,reference=6", steps = 0 }]
 """
 
 
 def test_rows_of_the_results_are_made_once_and_survive_an_interruption(
     demo_engine: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    engine, rows, work, document = (tmp_path / name for name in ("engine", "rows.toml", "work", "results.md"))
+    engine, rows, work, numbers, document = (tmp_path / n for n in ("engine", "rows.toml", "work", "numbers", "r.md"))
     shutil.copytree(demo_engine, engine)
     rows.write_text(ROWS)
-    document.write_text("kept\n<!-- begin main -->\n<!-- end main -->\n")
-    shared = ["--rows", rows, "--work", work, "--reference", reference, "--images", 9, "--chunk-images", 4]
-    arguments = [str(word) for word in (engine, *shared, "--processes", 1, "--document", document)]
-    assert results.main(arguments) == 0
+    document.write_text("kept\n<!-- begin main -->\n<!-- end main -->\n<!-- begin more -->\n<!-- end more -->\n")
+    shared = ["--rows", rows, "--work", work, "--numbers", numbers, "--reference", reference, "--document", document]
+    sampling = ["--images", 9, "--chunk-images", 4, "--processes", 1]
+    arguments = [str(word) for word in (engine, *shared, *sampling)]
+    assert results.main([*arguments, "--tables", "main"]) == 0
     text = document.read_text()
     assert text.startswith("kept\n")
     (line,) = [line for line in text.splitlines() if "`fora:2`" in line]
-    assert line.startswith("| FORA | `fora:2` | 4 | 2.00 |")
-    with np.load(work / "fora-2.T4" / "samples.npz") as found:
-        assert found["arr_0"].shape == (9, 28, 28, 3)
+    assert line.startswith("| FORA | `fora:2` | 4 | 2.00 |  | 0.")
+    assert "searched" not in text
 
     chunks = sorted((work / "fora-2.T4").glob("latents-*.npz"))
     assert len(chunks) == 3
     times = [chunk.stat().st_mtime_ns for chunk in chunks]
-    kept = json.loads((work / "fora-2.T4" / "row.json").read_text())
+    kept = json.loads((numbers / "fora-2.T4.json").read_text())
     chunks[1].unlink()
-    (work / "fora-2.T4" / "row.json").unlink()
+    (numbers / "fora-2.T4.json").unlink()
     capsys.readouterr()
-    assert results.main(arguments) == 0
+    assert results.main([*arguments, "--tables", "main"]) == 0
     assert capsys.readouterr().err.splitlines() == ["fora-2.T4: 3 of 3 chunks"]
-    again = json.loads((work / "fora-2.T4" / "row.json").read_text())
-    assert again["metrics"] == kept["metrics"]
+    again = json.loads((numbers / "fora-2.T4.json").read_text())
+    assert again == kept
     now = [chunk.stat().st_mtime_ns for chunk in chunks]
     assert [a == b for a, b in zip(times, now, strict=True)] == [True, False, True]
+
+    shutil.rmtree(work)  # what is measured needs no samples
+    assert results.main([*arguments, "--tables", "main", "--clock"]) == 0
+    assert not work.exists()
+    (line,) = [line for line in document.read_text().splitlines() if "`fora:2`" in line]
+    assert float(line.split("|")[5]) > 0
+    assert results.main(arguments) == 0
+    (line,) = [line for line in document.read_text().splitlines() if "searched" in line]
+    assert line.startswith("| searched | `search:2,steps=4,reference=6` | 4 | 2.00 |  | 0.")
 
     assert results.main([*arguments, "--seed", "1"]) == ConflictError.exit_code
     assert "holds samples that differ in seed; delete it" in capsys.readouterr().err

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from goc_deploy.errors import UsageError
 from goc_deploy.schedule import COMPUTE, check_schedule
-from goc_deploy.search import Candidate, search, sizes_for, warped
+from goc_deploy.search import Candidate, exchange_units, search, sizes_for, warped
 from goc_deploy.spec import ModelSpec
 
 SPEC = ModelSpec(2, 8, 2, 16, 2, 2, 4, 10, False)
@@ -73,3 +74,38 @@ def test_a_budget_of_time_pays_for_fewer_computed_steps_where_there_are_more_in_
     assert sizes[:3] == [(11, 9), (22, 8), (33, 7)]
     with pytest.raises(UsageError, match="pays for no computed step"):
         sizes_for(lambda _: 0, 20)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3))
+def test_exchanging_units_finds_the_best_mask_of_additive_losses_at_the_same_cost(seed: int, branches: int) -> None:
+    generator = np.random.default_rng(seed)
+    loss = generator.random((6, 2 * branches))  # of predicting a unit
+    mask = np.zeros(loss.shape, bool)
+    mask[[0, 2, 4]] = True
+
+    def error(tried: np.ndarray) -> float:
+        return float(loss[~tried].sum())
+
+    exchanges, found, least = exchange_units(mask, branches, error, error)
+    assert found[0].all()
+    assert least == pytest.approx(error(found))
+    assert (exchanges == 0) == (found == mask).all()
+    best = 0.0
+    for branch in range(branches):
+        cells = loss[1:, branch::branches].ravel()
+        computed = int(mask[1:, branch::branches].sum())
+        assert found[1:, branch::branches].sum() == computed
+        best += np.sort(cells)[: len(cells) - computed].sum()
+    assert least == pytest.approx(best)
+
+
+def test_exchanges_that_do_not_help_together_are_not_made() -> None:
+    mask = np.zeros((3, 2), bool)
+    mask[0] = mask[1] = True
+
+    def probe(tried: np.ndarray) -> float:
+        return float(np.abs(tried[2]).sum() * -1.0)
+
+    exchanges, found, error = exchange_units(mask, 1, probe, lambda tried: float((tried != mask).sum()))
+    assert (exchanges, error) == (0, 0.0)
+    assert (found == mask).all()

@@ -77,6 +77,21 @@ def test_a_fit_learns_on_the_schedule_that_was_found(laboratory: Laboratory, gol
     assert computed_steps(schedule) == schedule.provenance["search"]["computed"]  # type: ignore[index]
 
 
+def test_units_are_exchanged_where_that_brings_the_images_closer(
+    laboratory: Laboratory, golden_spec: ModelSpec
+) -> None:
+    schedule = made("search:3+lagrange:1,steps=6,reference=20,units", laboratory, golden_spec)
+    record: Any = schedule.provenance["search"]
+    computed = sum(row == COMPUTE for rows in schedule.coefficients for row in rows)
+    assert computed == 3 * golden_spec.units
+    assert record["error_after_exchanges"] <= record["error"]
+    assert (record["exchanges"] > 0) == (len(computed_steps(schedule)) < 3)
+    trials = laboratory.trials()
+    expected = trials.run(uncached(golden_spec, 20), OPTIONS).latents
+    measured = relative_l2(trials.run(schedule, OPTIONS).latents, expected)
+    assert measured == pytest.approx(record["error_after_exchanges"], rel=1e-4)
+
+
 class Clock:
     """Trials whose full steps take 10 ms and whose predicted steps 1 ms, and whose latents say what ran."""
 

@@ -1,0 +1,62 @@
+"""Draw the rows of benchmarks/frontier.toml: distance to the converged solution against compute and against time.
+
+    python benchmarks/results.py engine --reference digits.npz --rows benchmarks/frontier.toml --images 256 \\
+        --numbers docs/results/frontier --document docs/results.md
+    python benchmarks/frontier.py docs/results/frontier
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+TIMES = "times.json"
+METRIC = "converged_relative_l2"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("numbers", type=Path, help="folder that benchmarks/results.py wrote")
+    args = parser.parse_args(argv)
+    rows = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(args.numbers.glob("*.json"))}
+    times = rows.pop(Path(TIMES).stem, {"total_ms": {}, "images": 1})
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    by_compute, by_time = figure.subplots(1, 2, sharey=True)
+    for series, members in series_of(rows).items():
+        errors = [rows[name]["metrics"][METRIC]["value"] for name in members]
+        line = "o-" if len(members) > 1 else "s"
+        by_compute.plot([rows[name]["full_step_equivalents"] for name in members], errors, line, label=series)
+        clocked = [
+            (times["total_ms"][n] / times["images"], e)
+            for n, e in zip(members, errors, strict=True)
+            if n in times["total_ms"]
+        ]
+        by_time.plot(*zip(*sorted(clocked), strict=True) if clocked else ([], []), line, label=series)
+    by_compute.set(
+        xlabel="full steps computed", ylabel="relative L2 to the converged solution", xscale="log", yscale="log"
+    )
+    by_time.set(xlabel="ms per image", xscale="log")
+    by_compute.legend(fontsize=8)
+    figure.savefig(args.numbers.with_suffix(".png"), dpi=120)
+    print(args.numbers.with_suffix(".png"))
+    return 0
+
+
+def series_of(rows: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """Line -> names of its rows by rising compute: uncached steps per sampler, searched plans, every other SPEC alone."""
+    series: dict[str, list[str]] = {}
+    for name, row in sorted(rows.items(), key=lambda item: item[1]["full_step_equivalents"]):
+        base = row["spec"].partition(":")[0]
+        uncached = {"ddim": "DDIM, no cache", "dpm++": "DPM-Solver++, no cache"}.get(row["sampler"], row["sampler"])
+        title = {"none": uncached, "search": "searched"}.get(base, f"{row['spec']}, {row['steps']} steps")
+        series.setdefault(title, []).append(name)
+    return series
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

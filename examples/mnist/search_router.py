@@ -1,0 +1,73 @@
+"""Search a Learning-to-Cache router for this example: which units the odd steps can reuse with the least harm.
+
+    python examples/mnist/search_router.py engine examples/mnist/router20.pt
+
+Every unit of every odd step is reused alone; what that does to the final latents, relative to no cache, is what it
+matters. The file has the layout of the published routers: logits above that of the threshold 0.1 are computed. They
+grow with the error, so another threshold in the SPEC reuses more or less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from goc_deploy.api import make_backend
+from goc_deploy.calibration import CalibrationOptions
+from goc_deploy.outputs import written
+from goc_deploy.publish import read_manifest
+from goc_deploy.search import flipped_errors, plain
+from goc_deploy.searched import relative_l2, uncached
+from goc_deploy.trials import engine_laboratory
+
+THRESHOLD = 0.1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("engine", type=Path)
+    parser.add_argument("output", type=Path, help="router .pt to write")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--share", type=float, default=0.25, help="of all units to reuse at threshold 0.1")
+    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=0)
+    args = parser.parse_args(argv)
+    spec = read_manifest(args.engine).model
+    options = CalibrationOptions(args.images)
+    backend = make_backend("onnxruntime", args.threads)
+    trials = engine_laboratory(args.engine, lambda: backend, "ddim", options, lambda *_: None).trials()
+    expected = trials.run(uncached(spec, args.steps), options).latents
+    cells = [(step, unit) for step in range(1, args.steps, 2) for unit in range(spec.units)]
+    losses = flipped_errors(
+        np.ones((args.steps, spec.units), bool),
+        cells,
+        lambda mask: relative_l2(trials.run(plain(mask, spec), options).latents, expected),
+    )
+    logits = router_logits(losses, args.steps, spec.units, round(args.share * args.steps * spec.units))
+    with written(args.output) as temporary:
+        torch.save({"routers": {f"{i}.prob": row for i, row in enumerate(logits)}}, temporary)
+    print(args.output)
+    return 0
+
+
+def router_logits(losses: dict[tuple[int, int], float], steps: int, units: int, reused: int) -> torch.Tensor:
+    """(steps, units) float32, the last step first: the ``reused`` cells with the least loss are at or below THRESHOLD.
+
+    Cells without a loss, those of even steps, are far above it.
+    """
+    cutoff = sorted(losses.values())[reused - 1] if reused else 0.0
+    at_threshold = math.log(THRESHOLD / (1 - THRESHOLD))
+    logits = torch.full((steps, units), 10.0)
+    for (step, unit), loss in losses.items():
+        above = math.log(max(loss, 1e-30) / cutoff) if cutoff else 1.0
+        logits[steps - 1 - step, unit] = at_threshold + (above if above > 0 else above - 1e-4)
+    return logits
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
