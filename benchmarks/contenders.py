@@ -92,6 +92,11 @@ def monolithic(model: DiT, folder: Path, threads: int) -> Contender:
     return Contender("one graph none", "one ONNX graph per step on ONNX Runtime, no cache", "pytorch none", graph.run)
 
 
+def add_warm_plan(engine: Path) -> str:
+    """Add a plan of two computed steps, unless it is there; returns its name."""
+    return goc_deploy.add_plan(engine, "none", name="warm", steps=2).name
+
+
 def ours(engine: Path, steps: int, batch: int, threads: int) -> tuple[list[Contender], dict[str, Pipeline]]:
     """(e) goc_deploy's plans, which are added to the engine, and one of two steps for warming up."""
     spec = read_manifest(engine).model
@@ -101,8 +106,7 @@ def ours(engine: Path, steps: int, batch: int, threads: int) -> tuple[list[Conte
     for plan in PLANS:
         source = f"file:{file}" if plan == "l2c-like" else plan
         names.append(goc_deploy.add_plan(engine, source, name=f"t{steps}-{_safe(plan)}", steps=steps).name)
-    warm = goc_deploy.add_plan(engine, "none", name="warm", steps=2).name
-    pipes = load_plans(engine, [*names, warm], batch_size=batch, threads=threads)
+    pipes = load_plans(engine, [*names, add_warm_plan(engine)], batch_size=batch, threads=threads)
     pipes[-1].generate([0] * batch)
     found = dict(zip(PLANS, pipes, strict=False))
     twins = {"none", "fora:2", f"fora:2+gc:{ETA}"}

@@ -169,7 +169,7 @@ def make_tables(args: argparse.Namespace) -> dict[str, str]:
         args.engine,
         args.work,
         args.numbers,
-        Request("", args.images, args.images, args.seed, args.cfg_scale, manifest.model.classes, args.chunk_images, ""),
+        Request("", args.images, args.seed, args.cfg_scale, manifest.model.classes, args.chunk_images, ""),
         Workers(args.processes, args.threads, args.batch_size),
         extractor,
         reference_from_adm(open_adm(args.reference), extractor, no_progress),
@@ -220,14 +220,14 @@ def measure(study: Study, row: Row) -> None:
         return
     samples = sampled(study, row, study.request.images)
     _, request = samples
-    estimates = paired_metrics(study, row, samples)
+    schedule = load_plan(study.engine, read_manifest(study.engine), row.plan).schedule
+    estimates = paired_metrics(study, replace(row, steps=schedule.steps), samples)
     features = FeatureSet(request.images)
     for _, latents in chunks_of(*samples):
         features.add(study.extractor.extract(pictures(latents)))
     estimates |= distribution_metrics(
         features, request.labels, request.classes, study.reference, RESAMPLES, request.seed
     )
-    schedule = load_plan(study.engine, read_manifest(study.engine), row.plan).schedule
     found = {
         "made_for": made_for,
         "spec": row.spec,
@@ -243,7 +243,7 @@ def paired_metrics(study: Study, row: Row, samples: Samples) -> dict[str, Estima
     """Distances to the baseline, where the row has its steps and sampler, and to the converged solution."""
     scores = PairedScores()
     baseline = study.baseline
-    if (row.steps, row.sampler) == (baseline.steps, baseline.sampler) and row.plan != baseline.plan:
+    if (row.steps, row.sampler) == (baseline.steps, baseline.sampler) and row.spec != baseline.spec:
         uncached = sampled(study, baseline, study.request.images)
         for (_, found), (_, expected) in zip(chunks_of(*samples), chunks_of(*uncached), strict=True):
             scores.add(*(Sampled(latents, pictures(latents), None, {}) for latents in (found, expected)))

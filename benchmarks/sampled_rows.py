@@ -28,7 +28,6 @@ class Request:
     Attributes:
         plan: name in the engine directory.
         images: how many.
-        series: of how many images they are the first; labels are balanced over the series.
         seed: of noise and labels.
         cfg_scale: guidance.
         classes: of the model.
@@ -38,7 +37,6 @@ class Request:
 
     plan: str
     images: int
-    series: int
     seed: int
     cfg_scale: float
     classes: int
@@ -47,8 +45,8 @@ class Request:
 
     @property
     def labels(self) -> np.ndarray:
-        """(images,) in random order, every class equally often over the series."""
-        return class_labels("balanced", self.series, self.classes, self.seed)[: self.images]
+        """(images,) in random order, every class equally often."""
+        return class_labels("balanced", self.images, self.classes, self.seed)
 
     @property
     def chunks(self) -> range:

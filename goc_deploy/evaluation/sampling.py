@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from goc_deploy.calibration import balanced_labels
 from goc_deploy.errors import UsageError
 from goc_deploy.evaluation.adm import AdmFile, adm_writer, open_adm
 from goc_deploy.options import EvalOptions, Progress
@@ -41,17 +42,16 @@ def class_labels(kind: str, images: int, classes: int, seed: int) -> np.ndarray:
     """(images,) labels.
 
     Args:
-        kind: ``balanced`` has every class equally often (to within one), in a random order; ``iid`` draws each label
-            alone, as DiT's script does.
+        kind: ``balanced`` has every class equally often (to within one), in a random order, so that the first few are
+            balanced too; ``iid`` draws each label alone, as DiT's script does.
         images: how many.
         classes: 0 .. classes - 1.
         seed: of the order or the draws.
     """
-    generator = np.random.default_rng([seed, classes])
     if kind == "iid":
-        return generator.integers(0, classes, images)
+        return np.random.default_rng([seed, classes]).integers(0, classes, images)
     if kind == "balanced":
-        return generator.permutation(np.arange(images) % classes)
+        return np.array(balanced_labels(classes, images, seed))
     raise UsageError(f"labels {kind!r} is not one of {', '.join(LABEL_PLANS)}")
 
 
