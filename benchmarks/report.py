@@ -130,7 +130,6 @@ def targets_table(run: Found) -> str:
             f"{load['load_s']:.1f} s load and {load['first_step_s']:.1f} s first step, which computes",
         ],
         ["resident after load", "", f"{load['resident_bytes'] / 1e9:.2f} GB"],
-        ["peak resident of load and two steps", "", f"{load['run_peak_bytes'] / 1e9:.2f} GB"],
         ["outside blocks and predictions / total no cache", "<= 0.015", f"{outside / total['ours none']:.4f}"],
     ]  # fmt: skip
     return markdown(["what", "target", "measured"], rows)
