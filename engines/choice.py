@@ -77,4 +77,4 @@ def explanation(chosen: str, passed_over: dict[str, str]) -> str:
     for name, reason in passed_over.items():
         names_of.setdefault(reason, []).append(name)
     reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in names_of.items())
-    return f"backend {chosen} is the fastest that works here" + (f" ({reasons})" if reasons else "")
+    return f"backend {chosen} is the fastest that works here" + (f"; {reasons}" if reasons else "")
