@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
@@ -180,6 +180,11 @@ class TensorrtBackend:
         self._loaded: dict[str, Any] = {}  # name of a stored engine -> what TensorRT made of it
         self._lanes: WeakKeyDictionary[Stream, _Lane] = WeakKeyDictionary()
         self._lock = threading.RLock()
+
+    @property
+    def graphs(self) -> Set[str]:
+        """SHA-256 of every ONNX file that an engine stands for."""
+        return self._engines.keys()
 
     def load(
         self,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from goc_deploy.engine_keys import Target
+from goc_deploy.engine_keys import WEIGHT_MODES, Target
 from goc_deploy.engines.tensorrt_library import Library, this_platform
 from goc_deploy.engines.tensorrt_runtime import StoredEngine, TensorrtBackend
 from goc_deploy.engines.tensorrt_store import Job, build_engines, read_engine, wanted_engines
@@ -47,6 +47,7 @@ def tensorrt_backend(
     capability: str,
     device: Device,
     *,
+    weights: str | None = None,
     build: Build = build_engines,
     progress: Progress = no_progress,
 ) -> TensorrtBackend:
@@ -57,6 +58,7 @@ def tensorrt_backend(
         library: which TensorRT.
         capability: of the GPU, such as ``8.9``.
         device: the GPU.
+        weights: ``embedded`` or ``shared`` engines; None takes those that lack least.
         build: builds what is missing.
         progress: of that.
 
@@ -66,7 +68,7 @@ def tensorrt_backend(
         EngineDirError, SafetyError: the directory is corrupt.
     """
     manifest = read_manifest(directory)
-    chosen = best_selection(directory, manifest, library, capability)
+    chosen = best_selection(directory, manifest, library, capability, weights)
     content, damaged = _contents(directory, manifest, chosen)
     if chosen.missing or damaged:
         logger.warning(
@@ -75,7 +77,7 @@ def tensorrt_backend(
             library.backend,
         )
         manifest, _ = build(directory, chosen.options, progress)
-        chosen = best_selection(directory, manifest, library, capability)
+        chosen = best_selection(directory, manifest, library, capability, weights)
         content, damaged = _contents(directory, manifest, chosen)
         if chosen.missing or damaged:
             raise EnvironmentUnsupportedError(
@@ -91,26 +93,30 @@ def tensorrt_backend(
     return TensorrtBackend(library, device, engines, footprint(manifest, chosen.engines), report)
 
 
-def best_selection(directory: Path, manifest: Manifest, library: Library, capability: str) -> Selection:
+def best_selection(
+    directory: Path, manifest: Manifest, library: Library, capability: str, weights: str | None = None
+) -> Selection:
     """Of all engines that this machine may run, those of the target and weight mode that lack least."""
-    found = [
-        selection(directory, manifest, target, options) for target, options in _ways(manifest, library, capability)
-    ]
+    ways = _ways(manifest, library, capability, weights)
+    found = [selection(directory, manifest, target, options) for target, options in ways]
     return min(found, key=lambda one: len(one.missing))  # the first of equals
 
 
-def _ways(manifest: Manifest, library: Library, capability: str) -> Iterator[tuple[Target, EngineOptions]]:
+def _ways(
+    manifest: Manifest, library: Library, capability: str, weights: str | None
+) -> Iterator[tuple[Target, EngineOptions]]:
     """What is in the directory for this machine, then what would be built by default."""
     here = (library.backend, library.version, this_platform(), capability)
     listed = dict.fromkeys(
         (engine.target, engine.weights)
         for engine in manifest.engines
-        if engine.weights != "none" and engine.target.refusal(*here) is None
+        if engine.weights in (WEIGHT_MODES if weights is None else (weights,)) and engine.target.refusal(*here) is None
     )
-    for target, weights in sorted(listed, key=lambda way: way[1]):  # embedded before shared: fewer kernels
+    for target, mode in sorted(listed, key=lambda way: way[1]):  # embedded before shared: fewer kernels
         for plugin in (True, False):
-            yield target, EngineOptions(library.backend, target.capabilities, weights, plugin=plugin)
-    yield Target(*here[:3], (capability,)), EngineOptions(library.backend, (capability,))
+            yield target, EngineOptions(library.backend, target.capabilities, mode, plugin=plugin)
+    usual = EngineOptions(library.backend, (capability,))
+    yield Target(*here[:3], (capability,)), replace(usual, weights=weights or usual.weights)
 
 
 def selection(directory: Path, manifest: Manifest, target: Target, options: EngineOptions) -> Selection:

@@ -13,6 +13,7 @@ from goc_deploy.options import EngineOptions, ExportOptions, PlanOptions, Progre
 if TYPE_CHECKING:
     from goc_deploy.calibration import CalibrationOptions, Laboratory
     from goc_deploy.engines.choice import RunOptions
+    from goc_deploy.engines.tensorrt_verify import Difference
     from goc_deploy.manifest import Manifest, PlanEntry
     from goc_deploy.protocols import Backend
     from goc_deploy.runtime.pipeline import Pipeline
@@ -89,6 +90,41 @@ def build_engines(
     from goc_deploy.engines.tensorrt_store import build_engines as build
 
     return build(Path(engine_dir), options, progress)
+
+
+def check_gpu() -> None:
+    """Check that there is a GPU, before anything that needs one is begun.
+
+    Raises:
+        EnvironmentUnsupportedError: there is no driver, or no GPU.
+    """
+    from goc_deploy.engines.plugin.driver import device_capability
+
+    device_capability()
+
+
+def verify_engines(
+    engine_dir: str | Path, options: EngineOptions, progress: Progress = no_progress
+) -> list[Difference]:
+    """Run every graph of an engine directory on TensorRT and on ONNX Runtime's CPU provider, and compare.
+
+    Args:
+        engine_dir: what `export` made.
+        options: the backend, and how its engines hold their weights.
+        progress: called with (what, done, total).
+
+    Returns:
+        The difference of each graph.
+
+    Raises:
+        VerificationError: one is beyond tolerance.
+        EnvironmentUnsupportedError: there is no GPU, or TensorRT does not work on it.
+    """
+    from goc_deploy.engines.choice import RunOptions, tensorrt_backend_here
+    from goc_deploy.engines.tensorrt_verify import verify_engines as verify
+
+    backend = tensorrt_backend_here(options.backend, Path(engine_dir), RunOptions(weights=options.weights))
+    return verify(Path(engine_dir), backend, cpu_backend(), progress)
 
 
 def load(
