@@ -12,7 +12,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy as np
 
@@ -41,9 +41,9 @@ class StoredEngine:
     uses_plugin: bool
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class _Context:
-    """An execution context with fixed shapes, and the addresses that it has now."""
+    """An execution context with fixed shapes, and the addresses that it has now. It lives as long as a launch on it."""
 
     context: Any
     addresses: tuple[tuple[str, int], ...] = ()
@@ -61,7 +61,7 @@ class _Lane:
 
     scratch: Buffer | None
     unwanted: list[Buffer] = field(default_factory=list)
-    contexts: dict[tuple[Any, ...], _Context] = field(default_factory=dict)
+    contexts: WeakValueDictionary[tuple[Any, ...], _Context] = field(default_factory=WeakValueDictionary)
 
 
 class TensorrtEngine:
@@ -114,7 +114,8 @@ class TensorrtEngine:
 
     def _context(self, lane: _Lane, shapes: Mapping[str, tuple[int, ...]]) -> _Context:
         key = (id(self._engine), *sorted(shapes.items()))
-        if key not in lane.contexts:
+        held = lane.contexts.get(key)
+        if held is None:
             context = self._backend.library.new_context(self._engine)
             if context is None:
                 raise EnvironmentUnsupportedError(
@@ -127,8 +128,8 @@ class TensorrtEngine:
                     raise EngineDirError(
                         f"{self._name} does not take {name} of shape {list(shape)}: {self._backend.last_error()}; build the engines again"
                     )
-            lane.contexts[key] = _Context(context)
-        return lane.contexts[key]
+            held = lane.contexts[key] = _Context(context)
+        return held
 
     def _check(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
         for name, buffer in [*inputs.items(), *outputs.items()]:

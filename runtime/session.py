@@ -78,6 +78,9 @@ class Session:
         self, engines: Engines, backend: Backend, spec: ModelSpec, precision: str, plan: Plan, capacity: int
     ) -> None:
         self._engines, self._spec, self._plan, self._stream = engines, spec, plan, backend.device.stream()
+        self._pads_labels = (
+            backend.device.kind != "cpu"
+        )  # there it costs more to bind and record a shape than to pad one
         self._buffers = allocate_buffers(backend, spec, precision, plan, capacity)
         self._bound: OrderedDict[Batch, _Runnable] = OrderedDict()
 
@@ -122,6 +125,8 @@ class Session:
         guided = request.cfg_scale != 1 and request.cfg_channels > 0
         null_rows = [spec.classes] * images if guided else []
         distinct = sorted({*request.labels, *null_rows})
+        if self._pads_labels:
+            distinct += distinct[-1:] * (images + guided - len(distinct))
         batch = Batch(images, guided, len(distinct))
         runnable = self.bind(batch)
         if runnable.ran and not runnable.recorded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections import Counter
 from pathlib import Path
@@ -14,6 +15,7 @@ from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.engines.plugin import stacking
 from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError
 from goc_deploy.publish import read_manifest
+from goc_deploy.runtime import session
 from goc_deploy.runtime.loading import load_pipelines
 from goc_deploy.trace import Span
 from tests.conftest import GOLDEN_PLANS
@@ -115,6 +117,27 @@ def test_requests_of_other_shapes_and_values_replay_nothing_stale(engines: dict[
     for labels, seed in [([3, 1], 1), ([5], 2), ([3, 3], 3), ([3, 1], 4), ([5], 5), ([2, 8], 6), ([3, 1], 7)]:
         found, expected = (one.generate(labels, seed=seed).latents for one in (pipe, fresh))
         np.testing.assert_array_equal(found, expected)
+
+
+def test_a_graph_serves_every_request_of_as_many_images(engines: dict[str, Path]) -> None:
+    pipe, tensorrt = stand_in_pipeline(engines["shared"], "none")
+    for labels in ([3, 3], [1, 2], [0, 9], [4, 4]):
+        pipe.generate(labels)
+    done = Counter(call[0] for call in tensorrt.device.calls)
+    assert (done["capture"], done["replay"]) == (20, 60)
+
+
+def test_contexts_of_shapes_that_are_forgotten_are_freed(
+    engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "MAX_BOUND_SHAPES", 1)
+    pipe, _ = stand_in_pipeline(engines["shared"], "none")
+    sizes = []
+    for images in (1, 2, 3):
+        pipe.generate([1] * images)
+        gc.collect()
+        sizes.append(sum(len(lane.contexts) for lane in pipe._backend._lanes.values()))
+    assert sizes[0] == sizes[1] == sizes[2]
 
 
 def test_sessions_on_streams_of_their_own_share_weights_and_nothing_else(engines: dict[str, Path]) -> None:
