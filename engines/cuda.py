@@ -107,6 +107,11 @@ class CudaStream:
         values: np.ndarray = stored.numpy().view(NUMPY_DTYPES[source.dtype]).reshape(source.shape)
         return float32_from_bfloat16(values) if source.dtype == "bfloat16" else values
 
+    def copy(self, source: Buffer, target: Buffer) -> None:
+        """Copy on the device."""
+        with self._torch.cuda.stream(self._stream):
+            _bytes_of(target).copy_(_bytes_of(source), non_blocking=True)
+
     def wait(self) -> None:
         """Wait for everything on the stream."""
         self._stream.synchronize()

@@ -45,6 +45,10 @@ class HostStream:
         values = host_array(source).copy()
         return float32_from_bfloat16(values) if source.dtype == "bfloat16" else values
 
+    def copy(self, source: Buffer, target: Buffer) -> None:
+        """Copy a buffer to another."""
+        host_array(target)[...] = host_array(source)
+
     def wait(self) -> None:
         """Nothing to wait for."""
 

@@ -34,11 +34,14 @@ class StoredEngine:
         name: for messages.
         content: the bytes.
         uses_plugin: whether it holds a layer of the plugin.
+        reads_first: whether an output may lie on an input of its shape: one kernel, or the plugin, which read what they
+            overwrite first. Of several kernels one may read what another has overwritten.
     """
 
     name: str
     content: memoryview
     uses_plugin: bool
+    reads_first: bool
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -55,12 +58,12 @@ class _Lane:
 
     Attributes:
         scratch: memory that a run uses and leaves; None where no engine needs any.
-        unwanted: where outputs go that nobody asked for.
+        aside: where outputs go that nobody asked for, or that are copied to their place afterwards.
         contexts: by engine and input shapes.
     """
 
     scratch: Buffer | None
-    unwanted: list[Buffer] = field(default_factory=list)
+    aside: list[Buffer] = field(default_factory=list)
     contexts: WeakValueDictionary[tuple[Any, ...], _Context] = field(default_factory=WeakValueDictionary)
 
 
@@ -68,7 +71,7 @@ class TensorrtEngine:
     """An engine with the weights that it reads at an address."""
 
     def __init__(self, backend: TensorrtBackend, stored: StoredEngine, engine: Any) -> None:
-        self._backend, self._name, self._engine = backend, stored.name, engine
+        self._backend, self._name, self._engine, self._reads_first = backend, stored.name, engine, stored.reads_first
         self.weights: dict[str, Buffer] = {}
         mode = backend.library.trt.TensorIOMode
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
@@ -94,10 +97,13 @@ class TensorrtEngine:
         for name, buffer in outputs.items():
             if shapes[name] != buffer.shape:
                 raise self._misfit(name, f"{list(shapes[name])}", buffer)
+        moved = [name for name in outputs if not self._reads_first and _lies_on(outputs[name], inputs)]
         unwanted = sorted(shapes.keys() - outputs.keys())
-        bound = dict(outputs)
-        for index, name in enumerate(unwanted):
-            bound[name] = backend.unwanted(lane, index, shapes[name], self.dtypes[name])
+        aside = {
+            name: backend.aside(lane, index, shapes[name], self.dtypes[name])
+            for index, name in enumerate([*moved, *unwanted])
+        }
+        bound, copies = {**outputs, **aside}, [(aside[name], outputs[name]) for name in moved]
         addresses = tuple((name, buffer.pointer) for name, buffer in (*inputs.items(), *bound.items()))
         context, handle, keep = held.context, stream.handle, (inputs, bound)
 
@@ -109,6 +115,8 @@ class TensorrtEngine:
                 held.addresses = addresses
             if not context.execute_async_v3(handle):
                 raise EnvironmentUnsupportedError(f"{self._name} does not run: {backend.last_error()}")
+            for source, target in copies:
+                stream.copy(source, target)
 
         return run
 
@@ -149,6 +157,10 @@ class TensorrtEngine:
             f"{self._name} has tensor {name!r} as {self.dtypes.get(name)} {shape} but the manifest implies {buffer.dtype} "
             f"{list(buffer.shape)}; build the engines again"
         )
+
+
+def _lies_on(output: Buffer, inputs: Mapping[str, Buffer]) -> bool:
+    return any(output.overlaps(buffer) for buffer in inputs.values())
 
 
 class TensorrtBackend:
@@ -243,12 +255,12 @@ class TensorrtBackend:
                 )
             return lane
 
-    def unwanted(self, lane: _Lane, index: int, shape: tuple[int, ...], dtype: str) -> Buffer:
-        """Memory of a session that is written and never read, for the ``index``-th such output of an engine."""
+    def aside(self, lane: _Lane, index: int, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """Memory of a session for the ``index``-th output of an engine that is not written where it belongs."""
         nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
-        if index == len(lane.unwanted) or lane.unwanted[index].nbytes < nbytes:
-            lane.unwanted[index : index + 1] = [self.allocate((nbytes,), "uint8")]
-        memory = lane.unwanted[index]
+        if index == len(lane.aside) or lane.aside[index].nbytes < nbytes:
+            lane.aside[index : index + 1] = [self.allocate((nbytes,), "uint8")]
+        memory = lane.aside[index]
         return Buffer(memory.pointer, shape, dtype, memory.owner)
 
     def last_error(self) -> str:

@@ -145,7 +145,9 @@ def _contents(directory: Path, manifest: Manifest, chosen: Selection) -> tuple[d
     entries = {entry.path: entry for entry in chosen.engines.values()}
     for path, entry in entries.items():
         try:
-            content[path] = StoredEngine(path, read_engine(directory, manifest, entry), entry.plugin_layers > 0)
+            uses_plugin = entry.plugin_layers > 0
+            read = read_engine(directory, manifest, entry)
+            content[path] = StoredEngine(path, read, uses_plugin, reads_first=uses_plugin or entry.kernels == 1)
         except GocError as reason:
             logger.warning("an engine is not loaded: %s", reason)
     return content, len(entries) - len(content)

@@ -46,6 +46,10 @@ class Buffer:
         """Bytes of the view."""
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
+    def overlaps(self, other: Buffer) -> bool:
+        """Whether two buffers share memory."""
+        return self.pointer < other.pointer + other.nbytes and other.pointer < self.pointer + self.nbytes
+
     def view(self, *shape: int, start: int = 0) -> Buffer:
         """Elements ``start ...`` of this memory with another shape."""
         offset = start * DTYPE_BYTES[self.dtype]
@@ -93,6 +97,10 @@ class Stream(Protocol):
 
     def download(self, source: Buffer) -> np.ndarray:
         """Wait for the stream; a copy of a buffer on the host (float32 for ``bfloat16``)."""
+        ...
+
+    def copy(self, source: Buffer, target: Buffer) -> None:
+        """Copy a buffer to another of the same size on the device."""
         ...
 
     def wait(self) -> None:

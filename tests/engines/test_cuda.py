@@ -81,6 +81,13 @@ def test_values_come_back_also_from_a_view(device: CudaDevice, dtype: str) -> No
     np.testing.assert_array_equal(found, values.reshape(64, 2))
 
 
+def test_a_copy_stays_on_the_device(device: CudaDevice) -> None:
+    stream, source, target = device.stream(), device.allocate((8,), "float16"), device.allocate((8,), "float16")
+    stream.upload(np.arange(8), source)
+    stream.copy(source.view(4, start=4), target.view(4))
+    np.testing.assert_array_equal(stream.download(target.view(4)), [4, 5, 6, 7])
+
+
 def test_launches_are_captured_once_and_replayed(device: CudaDevice) -> None:
     stream, calls = device.stream(), device._torch.calls
     (replay,) = stream.recorded([lambda: calls.append("a"), lambda: calls.append("b")])

@@ -36,7 +36,7 @@ def tensorrt() -> StandInTensorrt:
 
 @pytest.fixture
 def backend(tensorrt: StandInTensorrt) -> TensorrtBackend:
-    stored = StoredEngine("here.engine", memoryview(b"vtrt" + bytes(ONNX)), uses_plugin=False)
+    stored = StoredEngine("here.engine", memoryview(b"vtrt" + bytes(ONNX)), uses_plugin=False, reads_first=False)
     engines = {sha256(ONNX).hexdigest(): stored}
     return TensorrtBackend(tensorrt.library, tensorrt.device, engines, Footprint())
 

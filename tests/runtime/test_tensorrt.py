@@ -75,6 +75,31 @@ def test_stacks_of_the_plugin_follow_the_golden_trajectory(
     assert "GocCacheStack" in tensorrt.registered
 
 
+@pytest.mark.parametrize("kernels", [None, 9])
+def test_predictions_of_several_kernels_are_written_beside_the_entry_that_dies_and_copied(
+    golden_engine: Path, golden: dict[str, np.ndarray], tmp_path: Path, kernels: int | None
+) -> None:
+    engine = copy_with_engines(golden_engine, tmp_path / "engine", "shared", kernels=kernels)
+    pipe, tensorrt = stand_in_pipeline(engine, GRADIENT)
+    for _ in range(2):
+        found = pipe.generate(golden["labels"], cfg_scale=2.0, latents=golden["noise"], trajectory=True)
+        assert worst_step(found.trajectory, golden["fora_50_gc"]) < 1e-5
+    predictions = [addresses for _, addresses in tensorrt.calls if "g0" in addresses]
+    assert predictions
+    for addresses in predictions:
+        history = {address for name, address in addresses.items() if "_" in name}
+        assert not history & {addresses[f"g{unit}"] for unit in range(8)}
+
+
+def test_predictions_of_one_kernel_are_written_over_the_entry_that_dies(engines: dict[str, Path]) -> None:
+    pipe, tensorrt = stand_in_pipeline(engines["shared"], GRADIENT)
+    pipe.generate([1])
+    predictions = [addresses for _, addresses in tensorrt.calls if "g0" in addresses]
+    for addresses in predictions[1:]:  # the first finds one entry, which lives on
+        history = {address for name, address in addresses.items() if "_" in name}
+        assert {addresses[f"g{unit}"] for unit in range(8)} <= history
+
+
 def test_a_step_that_computes_nothing_is_one_launch_over_the_history(engines: dict[str, Path]) -> None:
     pipe, _ = stand_in_pipeline(engines["shared"], GRADIENT)
     spans: list[Span] = []

@@ -208,6 +208,14 @@ class StandInStream:
 
         self.put(Work("upload", {}, {"target": span}, run))
 
+    def copy(self, source: Buffer, target: Buffer) -> None:
+        read, written = Span(source.pointer, source.nbytes), Span(target.pointer, target.nbytes)
+
+        def run() -> None:
+            self.device.bytes_at(written, "a copy")[:] = self.device.bytes_at(read, "a copy")
+
+        self.put(Work("copy", {"source": read}, {"target": written}, run))
+
     def download(self, source: Buffer) -> np.ndarray:
         self.device.forbid_in_capture("download")
         found: list[np.ndarray] = []

@@ -17,11 +17,13 @@ from tests.stand_ins.tensorrt import StandInTensorrt
 CAPABILITY = "8.9"
 
 
-def copy_with_engines(source: Path, target: Path, weights: str, library: str = "tensorrt-rtx") -> Path:
+def copy_with_engines(
+    source: Path, target: Path, weights: str, library: str = "tensorrt-rtx", kernels: int | None = 1
+) -> Path:
     """A copy of an engine directory with engines of the stand-in."""
     shutil.copytree(source, target)
     options = EngineOptions(library, (CAPABILITY,), weights)
-    StandInTensorrt(StandInDevice(), library).build(target, options, no_progress)
+    StandInTensorrt(StandInDevice(), library, kernels).build(target, options, no_progress)
     return target
 
 

@@ -244,7 +244,8 @@ class StandInTensorrt:
     DataType = SimpleNamespace(FLOAT=0, HALF=1, BF16=2)
     __version__ = "99.1"
 
-    def __init__(self, device: StandInDevice, backend: str = "tensorrt-rtx") -> None:
+    def __init__(self, device: StandInDevice, backend: str = "tensorrt-rtx", kernels: int | None = 1) -> None:
+        self.kernels = kernels  # that the builder says an engine has
         self.device, self.backend, self.is_rtx = device, backend, backend == "tensorrt-rtx"
         self.__name__ = f"stand_in_{id(self)}"
         self.calls: list[tuple[str, dict[str, int]]] = []
@@ -286,7 +287,7 @@ class StandInTensorrt:
         for job in missing:
             engine = self._magic + store._graph(directory, manifest, job)
             report = BuildReport(
-                kernels=1, plugin_layers=int(job.recipe.plugin_sha256 is not None), activation_bytes=4096
+                kernels=self.kernels, plugin_layers=int(job.recipe.plugin_sha256 is not None), activation_bytes=4096
             )
             latest = store.add_engine(directory, manifest, job, engine, report)
         progress("done", len(jobs), len(jobs))
