@@ -1,4 +1,4 @@
-"""ONNX Runtime backend, CPU provider.
+"""ONNX Runtime backend: the CPU provider, or the CUDA provider on memory of a device that is handed in.
 
 All sessions of a process share one thread pool: a pool per session has threads that spin against each other. Weights
 are initialisers given from memory that was verified before, so ONNX Runtime opens no file.
@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, ResourceError, UsageError
-from goc_deploy.protocols import DTYPE_BYTES, NOTHING, Buffer, float32_from_bfloat16
+from goc_deploy.engines.host import HostDevice, host_array
+from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, UsageError
+from goc_deploy.protocols import NOTHING, Buffer, Device, Footprint, Launch, Stream
 
 logger = logging.getLogger(__name__)
 
-ALIGNMENT = 256  # what TensorRT asks of tensor addresses
 ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
-NUMPY_TYPES = {"float32": np.float32, "int64": np.int64, "float16": np.float16, "bfloat16": np.uint16}
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _DTYPE_OF_ORT_TYPE = {
     "tensor(float)": "float32",
     "tensor(int64)": "int64",
@@ -75,21 +75,26 @@ def _register_shared_arena() -> None:
 class OrtEngine:
     """A session whose tensors are bound by address."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, inputs: Mapping[str, Buffer]) -> None:
-        self._session, self._inputs = session, inputs
+    def __init__(self, session: onnxruntime.InferenceSession, inputs: Mapping[str, Buffer], kind: str) -> None:
+        self._session, self._inputs, self._kind = session, inputs, kind
         tensors = [*session.get_inputs(), *session.get_outputs()]
         self._shapes = {arg.name: arg.shape for arg in tensors}
         self.dtypes: Mapping[str, str] = {arg.name: _DTYPE_OF_ORT_TYPE.get(arg.type, arg.type) for arg in tensors}
 
-    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Callable[[], None]:
-        """See `goc_deploy.protocols.Engine.bind`."""
+    def bind(
+        self,
+        inputs: Mapping[str, Buffer],
+        outputs: Mapping[str, Buffer],
+        stream: Stream | None = None,  # noqa: ARG002
+    ) -> Launch:
+        """See `goc_deploy.protocols.Engine.bind`. A run is done when the call returns, whatever the stream."""
         binding = self._session.io_binding()
         inputs = {**self._inputs, **inputs}
         for name, buffer in [*inputs.items(), *outputs.items()]:
             self._check(name, buffer)
         for bind, buffers in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for name, buffer in buffers.items():
-                bind(name, "cpu", 0, ONNX_TYPES[buffer.dtype], list(buffer.shape), buffer.pointer)
+                bind(name, self._kind, 0, ONNX_TYPES[buffer.dtype], list(buffer.shape), buffer.pointer)
         session, keep_alive = self._session, (inputs, dict(outputs))
 
         def run(_: Any = keep_alive) -> None:
@@ -109,22 +114,33 @@ class OrtEngine:
 
 
 class OrtBackend:
-    """ONNX Runtime on the CPU.
+    """ONNX Runtime.
 
     Args:
         threads: size of the thread pool; 0 is one per core.
         shared_pool: one pool for all sessions of the process. It is faster, but from then on ONNX Runtime refuses any
             session of the process that is made with its default ``use_per_session_threads``. Without it every unit
             has a pool whose threads do not spin.
+        device: where tensors lie, and with it the provider; the host by default.
 
     Raises:
         UsageError: ``threads`` is negative.
-        EnvironmentUnsupportedError: own pools are asked for but the process has a shared one.
+        EnvironmentUnsupportedError: own pools are asked for but the process has a shared one, or this ONNX Runtime
+            lacks the provider.
     """
 
-    name = "onnxruntime"
+    stacks = False
 
-    def __init__(self, threads: int = 0, *, shared_pool: bool = True) -> None:
+    def __init__(self, threads: int = 0, *, shared_pool: bool = True, device: Device | None = None) -> None:
+        self.device: Device = device or HostDevice()
+        self.name = "onnxruntime" if self.device.kind == "cpu" else f"onnxruntime-{self.device.kind}"
+        self.footprint, self._stream = Footprint(), self.device.stream()
+        self.passed_over: Mapping[str, str] = NOTHING
+        self._provider = PROVIDERS[self.device.kind]
+        if self._provider not in onnxruntime.get_available_providers():
+            raise EnvironmentUnsupportedError(
+                f"ONNX Runtime {onnxruntime.__version__} has no {self._provider}; run: pip install onnxruntime-gpu"
+            )
         if threads < 0:
             raise UsageError(f"threads must not be negative, got {threads}")
         if not shared_pool and _pool is not None:
@@ -163,13 +179,13 @@ class OrtBackend:
         if runs_once:
             options.add_session_config_entry("session.disable_prepacking", "1")
         values = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(_array(buffer), ONNX_TYPES[buffer.dtype])
+            name: onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(host_array(buffer), ONNX_TYPES[buffer.dtype])
             for name, buffer in initializers.items()
         }
         if values:
             options.add_external_initializers(list(values), list(values.values()))
         try:
-            session = onnxruntime.InferenceSession(bytes(onnx), options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(bytes(onnx), options, providers=[self._provider])
         except Exception as cause:
             reason = str(cause).splitlines()[0][:300]
             if "NOT_IMPLEMENTED" in reason:
@@ -179,46 +195,41 @@ class OrtBackend:
             raise EngineDirError(
                 f"ONNX Runtime {onnxruntime.__version__} refuses a graph of the engine: {reason}"
             ) from cause
-        return OrtEngine(session, inputs)
+        if self._provider not in session.get_providers():
+            raise EnvironmentUnsupportedError(
+                f"ONNX Runtime {onnxruntime.__version__} cannot start its {self._provider}; check that its CUDA libraries are installed"
+            )
+        return OrtEngine(session, {name: self._placed(buffer) for name, buffer in inputs.items()}, self.device.kind)
+
+    def _placed(self, buffer: Buffer) -> Buffer:
+        """A host buffer where the device can read it."""
+        if self.device.kind == "cpu":
+            return buffer
+        placed = self.allocate(buffer.shape, buffer.dtype)
+        self.upload(host_array(buffer), placed)
+        return placed
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        """New memory. Pages are taken from the system when they are first written.
-
-        Raises:
-            ResourceError: the system has not that much.
-        """
-        nbytes = int(np.prod(shape, dtype=np.int64)) * DTYPE_BYTES[dtype]
-        try:
-            memory = np.empty(nbytes + ALIGNMENT, np.uint8)
-        except MemoryError as cause:
-            raise ResourceError(
-                f"{nbytes / 1e9:.2f} GB for buffers cannot be allocated; use a smaller batch size"
-            ) from cause
-        offset = -memory.ctypes.data % ALIGNMENT
-        return Buffer(memory.ctypes.data + offset, tuple(shape), dtype, memory)
+        """See `goc_deploy.protocols.Device.allocate`."""
+        return self.device.allocate(shape, dtype)
 
     def upload(self, values: np.ndarray, target: Buffer) -> None:
         """Copy host values into a buffer."""
-        _array(target)[...] = values
+        self._stream.upload(values, target)
+        self._stream.wait()
 
     def download(self, source: Buffer) -> np.ndarray:
         """A copy of a buffer."""
-        values = _array(source).copy()
-        return float32_from_bfloat16(values) if source.dtype == "bfloat16" else values
+        return self._stream.download(source)
 
     def describe(self) -> dict[str, Any]:
         """Version, provider and threads."""
         return {
             "backend": self.name,
             "version": onnxruntime.__version__,
-            "provider": "CPUExecutionProvider",
+            "provider": self._provider,
+            **self.device.describe(),
             "threads": self._threads or "one per core",
             "thread_pool": self._pool,
+            "passed_over": dict(self.passed_over),
         }
-
-
-def _array(buffer: Buffer) -> np.ndarray:
-    """The buffer as a NumPy array on the same memory."""
-    start = buffer.pointer - buffer.owner.ctypes.data
-    flat: np.ndarray = buffer.owner[start : start + buffer.nbytes].view(NUMPY_TYPES[buffer.dtype])
-    return flat.reshape(buffer.shape)

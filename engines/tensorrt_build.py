@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from goc_deploy.engines.tensorrt_library import Library
+from goc_deploy.engines.tensorrt_library import Library, message_log
 
 _NO_LAUNCH = {"shape_call", "wait", "signal", "NoOp", "Constant", "Shuffle", "copy_d2h"}
 _PLUGIN_LAYERS = ("PluginV3", "custom_layer")
@@ -56,7 +56,7 @@ def engine_from_onnx(library: Library, graph: bytes, request: BuildRequest) -> t
     Returns:
         The engine (empty where it was refused), and what came of it.
     """
-    trt, messages = library.trt, _message_log(library.trt)
+    trt, messages = library.trt, message_log(library.trt)
     builder = trt.Builder(messages)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, messages)
@@ -71,8 +71,7 @@ def engine_from_onnx(library: Library, graph: bytes, request: BuildRequest) -> t
     except Exception as error:  # Polygraphy and the bindings raise all kinds; the parent names the unit
         return b"", BuildReport(f"{type(error).__name__}: {_first_line(str(error))}")
     if engine is None:
-        serious = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
-        errors = [_first_line(text) for severity, text in messages.lines if severity in serious]
+        errors = [_first_line(text) for text in messages.errors()]
         return b"", BuildReport("; ".join(errors) or "the builder gives no reason")
     return bytes(memoryview(engine)), _report([text for _, text in messages.lines])
 
@@ -97,6 +96,8 @@ def config_from_request(library: Library, builder: Any, network: Any, request: B
         config = create_config(builder, network, **options)
     config.max_aux_streams = 0
     config.clear_flag(trt.BuilderFlag.TF32)
+    if library.cross_compiles:
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # without it a run may allocate, and not be recorded
     return config
 
 
@@ -116,17 +117,3 @@ def _report(messages: Sequence[str]) -> BuildReport:
 
 def _first_line(text: str) -> str:
     return next(iter(text.strip().splitlines()), "no reason is given")
-
-
-def _message_log(trt: Any) -> Any:
-    class MessageLog(trt.ILogger):  # type: ignore[misc]  # the class exists once the library is imported
-        """Keeps everything: the layers of an engine are listed at the most talkative level only."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.lines: list[tuple[Any, str]] = []
-
-        def log(self, severity: Any, text: str) -> None:
-            self.lines.append((severity, text))
-
-    return MessageLog()

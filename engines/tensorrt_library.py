@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import platform
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,41 @@ class Library:
     def cross_compiles(self) -> bool:
         """Whether engines are built for GPUs that this machine may not have."""
         return self.backend == "tensorrt-rtx"
+
+    def new_context(self, engine: Any) -> Any:
+        """An execution context without scratch memory, or None.
+
+        TensorRT for RTX compiles kernels for the shapes that it meets. It is told to do so at once, because what runs until
+        then would be what a CUDA graph records.
+        """
+        strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not hasattr(self.trt, "DynamicShapesKernelSpecializationStrategy"):
+            return engine.create_execution_context(strategy)
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        specialised = self.trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        config.dynamic_shapes_kernel_specialization_strategy = specialised
+        return engine.create_execution_context(config)
+
+
+def message_log(trt: Any, most: int | None = None) -> Any:
+    """A logger that keeps what it is told, or the last ``most`` messages."""
+
+    class MessageLog(trt.ILogger):  # type: ignore[misc]  # the class exists once the library is imported
+        """Keeps everything: the layers of an engine are listed at the most talkative level only."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.lines: deque[tuple[Any, str]] = deque(maxlen=most)
+
+        def log(self, severity: Any, text: str) -> None:
+            self.lines.append((severity, text))
+
+        def errors(self) -> list[str]:
+            serious = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
+            return [text for severity, text in self.lines if severity in serious]
+
+    return MessageLog()
 
 
 def library_from_backend(backend: str) -> Library:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from goc_deploy.engines.tensorrt_process import BuildProcess, BuildProcessDied, 
 from goc_deploy.errors import ConflictError, EngineDirError, EnvironmentUnsupportedError, GocError
 from goc_deploy.manifest import MANIFEST_NAME, EngineEntry, FileEntry, Manifest, Unit, manifest_to_json
 from goc_deploy.options import EngineOptions, Progress
+from goc_deploy.passes import with_stacks
 from goc_deploy.publish import (
     check_free_space,
     directory_lock,
@@ -100,12 +101,17 @@ def build_engines(directory: Path, options: EngineOptions, progress: Progress) -
 
 
 def wanted_engines(directory: Path, manifest: Manifest, target: Target, options: EngineOptions) -> list[Job]:
-    """One job per engine: per unit, or per kind of unit where weights are shared."""
-    steps = max((load_plan(directory, manifest, entry.name).steps for entry in manifest.plans), default=1)
-    ranges = dimension_ranges(manifest.model, manifest.max_batch, steps)
+    """One job per engine: per unit, or per kind of unit where weights are shared.
+
+    Predict graphs that plans launch only where their predictions are spread over steps (`Backend.stacks`) get none.
+    """
+    plans = [load_plan(directory, manifest, entry.name) for entry in manifest.plans]
+    ranges = dimension_ranges(manifest.model, manifest.max_batch, max((plan.steps for plan in plans), default=1))
+    launched = {signature for plan in plans for signature in with_stacks(plan, manifest.model).signatures}
+    not_launched = {signature for plan in plans for signature in plan.signatures} - launched
     files = {entry.path: entry for entry in manifest.files}
     jobs: dict[str, Job] = {}
-    for unit in _units(manifest):
+    for unit in _units(manifest, not_launched):
         where = f"{directory / unit.onnx}"
         model = graphs.model_from_bytes(read_verified(directory, files[unit.onnx]), where)
         embeds = unit.weights is not None and not unit.weights_are_inputs and options.weights == "embedded"
@@ -127,10 +133,10 @@ def wanted_engines(directory: Path, manifest: Manifest, target: Target, options:
     return list(jobs.values())
 
 
-def _units(manifest: Manifest) -> Iterator[Unit]:
-    """Every graph, those of predictions named after their files."""
+def _units(manifest: Manifest, without: Set[str]) -> Iterator[Unit]:
+    """Every graph but some predict graphs; these are named after their files."""
     yield from manifest.units
-    for path in manifest.predict.values():
+    for path in (path for signature, path in manifest.predict.items() if signature not in without):
         yield Unit(Path(path).stem, path, None, (), False, None)
 
 
@@ -238,6 +244,7 @@ def add_engine(directory: Path, built_from: Manifest, job: Job, engine: bytes, r
         kernels=report.kernels,
         plugin_layers=report.plugin_layers,
         activation_bytes=report.activation_bytes,
+        workspace_bytes=job.recipe.workspace_bytes,
     )
     with directory_lock(directory), disk_errors(f"adding an engine to {directory}"):
         manifest = read_manifest(directory)

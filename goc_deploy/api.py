@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from goc_deploy.errors import EnvironmentUnsupportedError
+from goc_deploy.errors import ConflictError, EnvironmentUnsupportedError
 from goc_deploy.options import EngineOptions, ExportOptions, PlanOptions, Progress, no_progress
 
 if TYPE_CHECKING:
     from goc_deploy.calibration import CalibrationOptions, Laboratory
+    from goc_deploy.engines.choice import RunOptions
+    from goc_deploy.engines.tensorrt_verify import Difference
     from goc_deploy.manifest import Manifest, PlanEntry
     from goc_deploy.protocols import Backend
     from goc_deploy.runtime.pipeline import Pipeline
 
-BACKENDS = ("auto", "onnxruntime")
+logger = logging.getLogger(__name__)
 
 
 def export(checkpoint: str | Path, output: str | Path, *, progress: Progress = no_progress, **options: Any) -> Manifest:
@@ -46,7 +49,7 @@ def export_with(
     from goc_deploy.exporters.export import export_checkpoint
     from goc_deploy.trials import engine_laboratory
 
-    backend = make_backend("onnxruntime")
+    backend = cpu_backend()
 
     def laboratory(directory: Path, calibration: CalibrationOptions) -> Laboratory:
         return engine_laboratory(directory, lambda: backend, options.sampler, calibration, progress)
@@ -89,6 +92,41 @@ def build_engines(
     return build(Path(engine_dir), options, progress)
 
 
+def check_gpu() -> None:
+    """Check that there is a GPU, before anything that needs one is begun.
+
+    Raises:
+        EnvironmentUnsupportedError: there is no driver, or no GPU.
+    """
+    from goc_deploy.engines.plugin.driver import device_capability
+
+    device_capability()
+
+
+def verify_engines(
+    engine_dir: str | Path, options: EngineOptions, progress: Progress = no_progress
+) -> list[Difference]:
+    """Run every graph of an engine directory on TensorRT and on ONNX Runtime's CPU provider, and compare.
+
+    Args:
+        engine_dir: what `export` made.
+        options: the backend, and how its engines hold their weights.
+        progress: called with (what, done, total).
+
+    Returns:
+        The difference of each graph.
+
+    Raises:
+        VerificationError: one is beyond tolerance.
+        EnvironmentUnsupportedError: there is no GPU, or TensorRT does not work on it.
+    """
+    from goc_deploy.engines.choice import RunOptions, tensorrt_backend_here
+    from goc_deploy.engines.tensorrt_verify import verify_engines as verify
+
+    backend = tensorrt_backend_here(options.backend, Path(engine_dir), RunOptions(weights=options.weights))
+    return verify(Path(engine_dir), backend, cpu_backend(), progress)
+
+
 def load(
     engine_dir: str | Path,
     *,
@@ -98,27 +136,29 @@ def load(
     max_sessions: int = 1,
     threads: int = 0,
     shared_pool: bool = True,
+    cuda_graphs: bool = True,
 ) -> Pipeline:
     """Load an engine directory.
 
     Args:
         engine_dir: what `export` made.
-        backend: ``auto`` or ``onnxruntime``.
+        backend: ``tensorrt``, ``tensorrt-rtx``, ``onnxruntime-cuda``, ``onnxruntime``, or ``auto``, the first of these that
+            works; the log and the report say why others do not. TensorRT engines that are missing are built first.
         plan: name or SPEC; default: the first plan that caches.
         batch_size: images per run, at most the engine's ``max_batch`` (the default).
         max_sessions: callers that run at the same time; each session has its own buffers.
         threads: size of the thread pool; 0 is one per core.
         shared_pool: one ONNX Runtime thread pool for the process, which is faster. Other sessions that your program
             makes then need ``SessionOptions.use_per_session_threads = False``; turn this off where that is not possible.
+        cuda_graphs: record the steps as CUDA graphs the second time they run for a batch shape; off, for debugging.
 
     Raises:
         GocError: a subclass says what is wrong and has an ``exit_code``.
     """
-    from goc_deploy.runtime.loading import load_pipelines
+    from goc_deploy.engines.choice import RunOptions
 
-    return load_pipelines(
-        Path(engine_dir), make_backend(backend, threads, shared_pool=shared_pool), [plan], batch_size, max_sessions
-    )[0]
+    options = RunOptions(threads, shared_pool, cuda_graphs)
+    return _load(Path(engine_dir), backend, options, [plan], batch_size, max_sessions)[0]
 
 
 def load_plans(
@@ -130,9 +170,39 @@ def load_plans(
     threads: int = 0,
 ) -> list[Pipeline]:
     """Like `load` for several plans of one engine directory, which share the weights."""
+    from goc_deploy.engines.choice import RunOptions
+
+    return _load(Path(engine_dir), backend, RunOptions(threads), plans, batch_size, 1)
+
+
+def _load(
+    engine_dir: Path,
+    name: str,
+    options: RunOptions,
+    plans: Sequence[str | None],
+    batch_size: int | None,
+    max_sessions: int,
+) -> list[Pipeline]:
+    """Load on the backend of that name, or on the first that works."""
+    _require(None, "onnxruntime")
+    from goc_deploy.engines.choice import candidates, explanation
     from goc_deploy.runtime.loading import load_pipelines
 
-    return load_pipelines(Path(engine_dir), make_backend(backend, threads), plans, batch_size, 1)
+    passed_over: dict[str, str] = {}
+    for candidate, make in candidates(name, engine_dir, options):
+        try:
+            backend = make()
+            backend.passed_over = passed_over
+            pipelines = load_pipelines(engine_dir, backend, plans, batch_size, max_sessions)
+        except (EnvironmentUnsupportedError, ConflictError) as reason:
+            if name != "auto" or candidate == "onnxruntime":
+                raise
+            passed_over[candidate] = str(reason)
+            continue
+        if name == "auto":
+            logger.info(explanation(candidate, passed_over))
+        return pipelines
+    raise AssertionError("the last candidate loads or raises")
 
 
 def add_plan(
@@ -164,23 +234,19 @@ def add_plan(
     from goc_deploy.planning import add_plan_to
 
     options = PlanOptions(name, steps, sampler, **calibration)
-    return add_plan_to(Path(engine_dir), spec, options, lambda: make_backend("onnxruntime"), progress)
+    return add_plan_to(Path(engine_dir), spec, options, cpu_backend, progress)
 
 
-def make_backend(name: str, threads: int = 0, *, shared_pool: bool = True) -> Backend:
-    """The backend of that name.
+def cpu_backend() -> Backend:
+    """The backend that export and calibration run on.
 
     Raises:
-        EnvironmentUnsupportedError: unknown, or not usable here.
+        EnvironmentUnsupportedError: ONNX Runtime is missing.
     """
-    if name not in BACKENDS:
-        raise EnvironmentUnsupportedError(
-            f"backend {name!r} is not available in this version; use {' or '.join(BACKENDS)}"
-        )
     _require(None, "onnxruntime")
-    from goc_deploy.engines.ort import OrtBackend
+    from goc_deploy.engines.choice import RunOptions, onnxruntime_backend
 
-    return OrtBackend(threads, shared_pool=shared_pool)
+    return onnxruntime_backend(RunOptions())
 
 
 def _require(extra: str | None, *modules: str) -> None:

@@ -11,7 +11,7 @@ from goc_deploy.spec import ModelSpec
 
 ENGINE_BACKENDS = ("tensorrt-rtx", "tensorrt")
 WEIGHT_MODES = ("embedded", "shared")  # an engine of a graph without weights has "none"
-RECIPE_VERSION = 1  # changes where the same recipe would be built in another way
+RECIPE_VERSION = 2  # changes where the same recipe would be built in another way
 
 Range = tuple[int, int, int]  # (smallest, most usual, largest) size of a dynamic dimension
 

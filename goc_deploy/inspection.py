@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from goc_deploy.manifest import EngineEntry, Manifest
+from goc_deploy.passes import with_stacks
 from goc_deploy.plan import Collect, Compute, Plan, Predict
 from goc_deploy.show import Table
 
@@ -59,19 +60,23 @@ def _state(path: Path, size: int) -> str:
 
 
 def launch_rows(plans: Sequence[Plan], manifest: Manifest) -> Table:
-    """A row per plan and kind of step: how many graphs a step launches, and how many kernels these are on each target."""
+    """A row per plan and kind of step: how many graphs a step launches, and how many kernels these are on each target.
+
+    TensorRT runs a plan with one launch in steps that compute nothing (`goc_deploy.passes.with_stacks`).
+    """
     ways = sorted({(e.target.folder, e.weights) for e in manifest.engines if e.weights != "none"})
     rows = []
     for plan in plans:
+        stacked = with_stacks(plan, manifest.model)
         kinds: dict[str, int] = {}
         for step in range(1, plan.steps):  # the first also prepares the modulation table
             kinds.setdefault(plan.step_kind(step), step)
         for kind, step in sorted(kinds.items()):
-            graphs = launched_graphs(plan, manifest, step)
-            kernels = [_kernels(graphs, manifest, folder, weights) for folder, weights in ways]
-            rows.append([plan.name, kind, str(plan.kind_counts[kind]), str(len(graphs)), *kernels])
+            on_cpu, on_gpu = (launched_graphs(form, manifest, step) for form in (plan, stacked))
+            kernels = [_kernels(on_gpu, manifest, folder, weights) for folder, weights in ways]
+            rows.append([plan.name, kind, str(plan.kind_counts[kind]), str(len(on_cpu)), str(len(on_gpu)), *kernels])
     names = [f"{folder.removeprefix('engines/')} {weights}: kernels" for folder, weights in ways]
-    return ["plan", "kind of step", "steps", "graphs per step", *names], rows
+    return ["plan", "kind of step", "steps", "graphs per step", "on TensorRT", *names], rows
 
 
 def launched_graphs(plan: Plan, manifest: Manifest, step: int) -> list[str]:

@@ -94,6 +94,7 @@ class EngineEntry:
         kernels: launches of one run, or None where the library does not tell.
         plugin_layers: how many of them are the plugin.
         activation_bytes: scratch memory at the largest shapes, or None where the library does not tell.
+        workspace_bytes: the limit on scratch memory that it was built under, 0 for none.
     """
 
     path: str
@@ -104,6 +105,7 @@ class EngineEntry:
     kernels: int | None
     plugin_layers: int
     activation_bytes: int | None
+    workspace_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,7 +125,7 @@ class BenchOptions:
         cfg_scale: classifier-free guidance scale.
         repeats: measured rounds; every round runs every plan once.
         warmup: rounds that are not measured.
-        backend: ``auto`` or ``onnxruntime``.
+        backend: as `goc_deploy.load` takes it.
         threads: 0 is one per core.
     """
 
@@ -150,7 +150,7 @@ class EvalOptions:
         cfg_channels: guidance acts on the first channels only.
         labels: ``balanced`` (every class equally often, in random order) or ``iid``.
         batch_size: images per run; 0 is what the engine was exported for.
-        backend: ``auto`` or ``onnxruntime``.
+        backend: as `goc_deploy.load` takes it.
         threads: 0 is one per core.
         reference: ADM file to compare the distribution with, or None.
         features: ``inception``, the path of an ONNX model, or None for paired metrics only.

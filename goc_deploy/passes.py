@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby, islice, takewhile
 
 from goc_deploy.errors import UsageError
-from goc_deploy.plan import Collect, Compute, Launch, Plan, Predict, Prediction, check_plan
+from goc_deploy.plan import MAX_LAUNCH_UNITS, Collect, Compute, Launch, Plan, Predict, Prediction, check_plan
 from goc_deploy.samplers import SamplerTable, sampler_misfit, sampler_table
 from goc_deploy.schedule import (
     MAX_HISTORY,
@@ -91,6 +91,15 @@ def compile_schedule(
     return plan
 
 
+def with_stacks(plan: Plan, spec: ModelSpec) -> Plan:
+    """The same plan with one launch in every step that computes nothing, which a GPU prefers.
+
+    Before: step 4 computes and, a few units at a time, predicts for step 5, which adds the sum. After: step 4 computes, step 5
+    is one launch over the history of all units. Coefficients and results are the same; the history takes more slots.
+    """
+    return compile_schedule(plan.schedule, spec, plan.sampler, name=plan.name, eager=False)
+
+
 def name_values(schedule: Schedule) -> list[Evaluation]:
     """Name every feature that a schedule computes or predicts.
 
@@ -160,7 +169,8 @@ def group_launches(evaluations: list[Evaluation], *, collapse: bool) -> list[lis
     """Group evaluations into launches: a computed unit alone, neighbouring predicted units for one step together."""
     keyed = ((e.step, -1 if e.reads and collapse else e.unit, bool(e.reads)) for e in evaluations)
     pairs = zip(keyed, evaluations, strict=True)
-    return [[e for _, e in run] for _, run in groupby(pairs, key=lambda pair: pair[0])]
+    runs = ([e for _, e in run] for _, run in groupby(pairs, key=lambda pair: pair[0]))
+    return [run[i : i + MAX_LAUNCH_UNITS] for run in runs for i in range(0, len(run), MAX_LAUNCH_UNITS)]
 
 
 def assign_slots(groups: list[list[Evaluation]]) -> tuple[tuple[tuple[Launch, ...], ...], int]:

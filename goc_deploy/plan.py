@@ -12,6 +12,8 @@ from goc_deploy.samplers import MAX_LAGS, SamplerTable, sampler_misfit
 from goc_deploy.schedule import MAX_HISTORY, Schedule
 from goc_deploy.spec import ModelSpec
 
+MAX_LAUNCH_UNITS = 88  # predictions of one launch: what the parameters of the plugin's kernel hold
+
 
 @dataclass(frozen=True, slots=True)
 class Compute:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -11,8 +11,18 @@ from typing import Any, Protocol
 import numpy as np
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "uint8": 1}
+NUMPY_DTYPES = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": np.uint16,  # its bits: NumPy has no such dtype
+    "int64": np.int64,
+    "uint8": np.uint8,
+}
 DTYPE_OF_PRECISION = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+ALIGNMENT = 256  # of every address that an engine is given: what TensorRT asks for
+
+Launch = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +46,10 @@ class Buffer:
         """Bytes of the view."""
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
+    def overlaps(self, other: Buffer) -> bool:
+        """Whether two buffers share memory."""
+        return self.pointer < other.pointer + other.nbytes and other.pointer < self.pointer + self.nbytes
+
     def view(self, *shape: int, start: int = 0) -> Buffer:
         """Elements ``start ...`` of this memory with another shape."""
         offset = start * DTYPE_BYTES[self.dtype]
@@ -48,10 +62,93 @@ def float32_from_bfloat16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
+def bfloat16_from_float32(values: np.ndarray) -> np.ndarray:
+    """Values rounded to the nearest bfloat16, as uint16."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def stored_values(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Values as memory of a dtype holds them, contiguous; what is uint16 already is taken as bfloat16."""
+    if dtype == "bfloat16" and values.dtype != np.uint16:
+        return bfloat16_from_float32(values)
+    return np.ascontiguousarray(values, NUMPY_DTYPES[dtype])
+
+
 def mapped_buffer(content: memoryview, offset: int, shape: tuple[int, ...], dtype: str) -> Buffer:
     """A tensor inside read-only memory, such as a mapped file, without copying it."""
     owner = np.frombuffer(content, np.uint8)
     return Buffer(owner.ctypes.data + offset, shape, dtype, owner)
+
+
+class Stream(Protocol):
+    """What a session runs on: what is put on a stream happens in order. Not for two threads at a time.
+
+    Attributes:
+        handle: of the device's stream, 0 on the host.
+    """
+
+    @property
+    def handle(self) -> int: ...
+
+    def upload(self, values: np.ndarray, target: Buffer) -> None:
+        """Copy host values, which may change afterwards, into a buffer of the same size."""
+        ...
+
+    def download(self, source: Buffer) -> np.ndarray:
+        """Wait for the stream; a copy of a buffer on the host (float32 for ``bfloat16``)."""
+        ...
+
+    def copy(self, source: Buffer, target: Buffer) -> None:
+        """Copy a buffer to another of the same size on the device."""
+        ...
+
+    def wait(self) -> None:
+        """Return once everything that was put on the stream is done."""
+        ...
+
+    def recorded(self, launches: Sequence[Launch]) -> Sequence[Launch]:
+        """What to call in place of launches that ran before: one replay where the device has graphs, else themselves."""
+        ...
+
+    def mark(self, index: int) -> None:
+        """Note when everything that was put on the stream so far is done."""
+        ...
+
+    def marked_ms(self, count: int) -> list[float]:
+        """Wait for the stream; milliseconds from the first mark to each of the first ``count``."""
+        ...
+
+
+class Device(Protocol):
+    """Memory and streams: all that sessions and backends know of the hardware.
+
+    Attributes:
+        kind: ``cpu`` or ``cuda``.
+    """
+
+    @property
+    def kind(self) -> str: ...
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """New memory, aligned to ``ALIGNMENT``, not initialised.
+
+        Raises:
+            ResourceError: there is not that much.
+        """
+        ...
+
+    def stream(self) -> Stream:
+        """A new stream."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Memory that can be allocated, or None where the system does not say."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Which device, for reports."""
+        ...
 
 
 class Engine(Protocol):
@@ -64,11 +161,15 @@ class Engine(Protocol):
     @property
     def dtypes(self) -> Mapping[str, str]: ...
 
-    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Callable[[], None]:
-        """Bind tensors by address; the returned function runs the graph on them.
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], stream: Stream | None = None) -> Launch:
+        """Bind tensors by address; the returned function puts a run of the graph on the stream.
 
-        Outputs that are not named are not computed. An output may lie on an input that the graph reads element by
+        Outputs that are not named are not kept. An output may lie on an input that the graph reads element by
         element before it writes (the entry of the history that dies).
+
+        Args:
+            inputs, outputs: by name.
+            stream: of the session; None is the backend's own.
 
         Raises:
             EngineDirError: a name the graph does not have, or a dtype or size it does not take.
@@ -76,10 +177,36 @@ class Engine(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Device memory that a backend takes beside the buffers of its sessions.
+
+    Attributes:
+        weights: bytes that all sessions share.
+        scratch: bytes of each session.
+    """
+
+    weights: int = 0
+    scratch: int = 0
+
+
 class Backend(Protocol):
-    """Loads graphs and owns device memory."""
+    """Loads graphs for a device.
+
+    Attributes:
+        name: as on the command line.
+        device: where they run.
+        stacks: whether a step that computes nothing is best done in one launch. Where it is not, its predictions are
+            spread over the step before, while their history is in the processor's cache.
+        footprint: device memory, as far as the engine directory tells before anything is loaded.
+        passed_over: faster backends that were tried first -> why they do not work here.
+    """
 
     name: str
+    device: Device
+    stacks: bool
+    footprint: Footprint
+    passed_over: Mapping[str, str]
 
     def load(
         self,
@@ -93,18 +220,18 @@ class Backend(Protocol):
 
         Args:
             onnx: the graph.
-            initializers: values of its external initializers, read during the call.
-            inputs: inputs that are the same on every run, read where they lie on every run.
+            initializers: values of its external initializers, on the host, read during the call.
+            inputs: inputs that are the same on every run, on the host; they must stay where they lie.
             runs_once: time spent at load to make the graph faster would be lost.
         """
         ...
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        """New memory, 256-byte aligned, not initialised."""
+        """See `Device.allocate`."""
         ...
 
     def upload(self, values: np.ndarray, target: Buffer) -> None:
-        """Copy host values into a buffer of the same size."""
+        """Copy host values into a buffer of the same size, before any stream reads it."""
         ...
 
     def download(self, source: Buffer) -> np.ndarray:
@@ -112,5 +239,5 @@ class Backend(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Name, version, device, threads, and what fell back, for reports."""
+        """Name, version, device, threads, and what was passed over, for reports."""
         ...

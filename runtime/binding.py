@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import count
 
+from goc_deploy import protocols
 from goc_deploy.plan import Collect, Compute, Launch, Plan, Predict
-from goc_deploy.protocols import Buffer, Engine
-from goc_deploy.runtime.buffers import Buffers, modulation_rows
+from goc_deploy.protocols import Buffer, Engine, Stream
+from goc_deploy.runtime.buffers import Buffers, aligned_size, coefficient_row, modulation_rows
 from goc_deploy.spec import ModelSpec
 
 
@@ -17,7 +17,7 @@ class BoundLaunch:
     """An engine on fixed addresses: what it is, for reports, and how to run it."""
 
     name: str
-    run: Callable[[], None]
+    run: protocols.Launch
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +60,13 @@ class BoundPlan:
 class Binder:
     """Binds one plan for one batch shape. Launches with equal addresses are bound once."""
 
-    def __init__(self, engines: Engines, spec: ModelSpec, plan: Plan, buffers: Buffers, batch: Batch) -> None:
+    def __init__(
+        self, engines: Engines, spec: ModelSpec, plan: Plan, buffers: Buffers, batch: Batch, stream: Stream
+    ) -> None:
         self._engines, self._spec, self._plan, self._buffers, self._batch = engines, spec, plan, buffers, batch
+        self._stream = stream
         self._feature = (batch.rows, spec.tokens, spec.hidden)
-        self._coefficient = count()  # position in buffers.coefficients
+        self._coefficient = 0  # position in buffers.coefficients
         self._known: dict[tuple[object, ...], BoundLaunch] = {}
 
     def bind(self) -> BoundPlan:
@@ -108,7 +111,7 @@ class Binder:
             "cond_rows": buffers.cond_rows.view(images),
             "uncond_rows": buffers.uncond_rows.view(images),
             "guidance": buffers.guidance,
-            "coefficients": buffers.sampler.view(width, start=width * step),
+            "coefficients": buffers.sampler.view(width, start=aligned_size(width) * step),
             "noise": noise,
         }
         outputs = {"latents_out": latents_out}
@@ -124,8 +127,9 @@ class Binder:
     def _conditioning(self, step: int) -> BoundLaunch:
         """Fill the modulation table for the steps of a chunk and those that they predict ahead."""
         buffers, spec, labels = self._buffers, self._spec, self._batch.labels
-        steps = min(buffers.chunk + self._plan.accumulators, self._plan.steps - step)
-        inputs = {"timesteps": buffers.timesteps.view(steps, start=step), "labels": buffers.labels.view(labels)}
+        whole = buffers.chunk + self._plan.accumulators
+        steps, start = min(whole, self._plan.steps - step), step // buffers.chunk * aligned_size(whole)
+        inputs = {"timesteps": buffers.timesteps.view(steps, start=start), "labels": buffers.labels.view(labels)}
         return self._unit(
             "conditioning", inputs, {"table": buffers.table.view(steps, modulation_rows(spec), labels, spec.hidden)}
         )
@@ -192,12 +196,13 @@ class Binder:
         return self._unit(f"block_{block:02d}_{spec.branches[branch]}", inputs, outputs)
 
     def _predict(self, op: Predict, x: Buffer, x_out: Buffer, gates: Buffer) -> BoundLaunch:
-        coefficients = [next(self._coefficient) for prediction in op.predictions for _ in prediction.coefficients]
+        width = len(coefficient_row(op))
         inputs = {
             "x": x,
             "gates": gates,
-            "coefficients": self._buffers.coefficients.view(len(coefficients), start=coefficients[0]),
+            "coefficients": self._buffers.coefficients.view(width, start=self._coefficient),
         }
+        self._coefficient += aligned_size(width)
         outputs = {"x_out": x_out}
         for u, prediction in enumerate(op.predictions):
             for i, slot in enumerate(prediction.slots):
@@ -217,5 +222,5 @@ class Binder:
         addresses = [(name, b.pointer, b.shape) for name, b in [*inputs.items(), *outputs.items()]]
         key = (id(engine), *addresses)
         if key not in self._known:
-            self._known[key] = BoundLaunch(name, engine.bind(inputs, outputs))
+            self._known[key] = BoundLaunch(name, engine.bind(inputs, outputs, self._stream))
         return self._known[key]

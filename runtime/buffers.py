@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from goc_deploy.plan import Plan, predictions
-from goc_deploy.protocols import DTYPE_OF_PRECISION, Backend, Buffer
+from goc_deploy.plan import Plan, Predict
+from goc_deploy.protocols import ALIGNMENT, DTYPE_BYTES, DTYPE_OF_PRECISION, Backend, Buffer
 from goc_deploy.spec import ITEM_BYTES, ModelSpec
 
 TABLE_BUDGET_BYTES = 512 * 2**20
@@ -31,9 +32,9 @@ class Buffers:
         estimates: what a multistep sampler keeps of the last steps, (N, C, H, W) float32 each; one more than it reads.
         no_estimate: zeros, what it reads before there is anything.
         noise: fresh noise of each step for a stochastic sampler, else one buffer of zeros, (N, C, H, W) each.
-        coefficients: the plan's prediction coefficients in execution order.
-        sampler: (T, coefficients per step) the sampler table.
-        timesteps: (T,).
+        coefficients: a row per launch that predicts, in execution order, each at an aligned address.
+        sampler: a row per step of the sampler table, each at an aligned address.
+        timesteps: a row per chunk, each at an aligned address.
         guidance: (C,) guidance weight of each channel.
         labels: distinct labels.
         label_rows, rows, cond_rows, uncond_rows: indices that expand labels, images and predictions to rows.
@@ -66,6 +67,26 @@ class Buffers:
 def modulation_rows(spec: ModelSpec) -> int:
     """Rows M of the modulation table: gates, final shift and scale, then shift and scale of each unit."""
     return 3 * spec.units + 2
+
+
+def aligned_size(count: int) -> int:
+    """Float32 values to the next aligned address after ``count`` of them."""
+    per_line = ALIGNMENT // DTYPE_BYTES["float32"]
+    return -(-count // per_line) * per_line
+
+
+def aligned_rows(rows: Sequence[Sequence[float]]) -> np.ndarray:
+    """Rows one after the other, each from an aligned address on."""
+    starts = np.cumsum([0, *(aligned_size(len(row)) for row in rows)])
+    values = np.zeros(max(1, starts[-1]), np.float32)
+    for start, row in zip(starts, rows, strict=False):
+        values[start : start + len(row)] = row
+    return values
+
+
+def coefficient_row(op: Predict) -> list[float]:
+    """What a launch reads: the coefficients of its units, joined."""
+    return [c for prediction in op.predictions for c in prediction.coefficients]
 
 
 def planned_bytes(spec: ModelSpec, precision: str, plan: Plan, capacity: int) -> int:
@@ -109,9 +130,13 @@ def allocate_buffers(backend: Backend, spec: ModelSpec, precision: str, plan: Pl
         backend.upload(values, buffer)
         return buffer
 
+    def rows_of(rows: Sequence[Sequence[float]]) -> Buffer:
+        return constant(aligned_rows(rows))
+
     table = plan.sampler
+    whole = chunk + plan.accumulators
+    padded = (*table.timesteps, *[0.0] * whole)
     zero_noise = () if table.stochastic else (constant(np.zeros(capacity * image)),)
-    coefficients = [c for _, _, prediction in predictions(plan) for c in prediction.coefficients]
     return Buffers(
         chunk=chunk,
         table=new(min(plan.steps, chunk + plan.accumulators) * modulation_rows(spec) * table_row, dtype=dtype),
@@ -126,9 +151,9 @@ def allocate_buffers(backend: Backend, spec: ModelSpec, precision: str, plan: Pl
         estimates=tuple(new(capacity * image) for _ in range(table.lags + 1 if table.lags else 0)),
         no_estimate=constant(np.zeros(capacity * image)) if table.lags else None,
         noise=zero_noise or tuple(new(capacity * image) for _ in range(plan.steps)),
-        coefficients=constant(np.asarray(coefficients or [0.0])),
-        sampler=constant(np.asarray(table.rows)),
-        timesteps=constant(np.asarray(table.timesteps)),
+        coefficients=rows_of([coefficient_row(op) for step in plan.launches for op in step if isinstance(op, Predict)]),
+        sampler=rows_of(table.rows),
+        timesteps=rows_of([padded[first : first + whole] for first in range(0, plan.steps, chunk)]),
         guidance=new(spec.channels),
         labels=new(capacity + 1, dtype="int64"),
         label_rows=new(rows, dtype="int64"),

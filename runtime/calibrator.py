@@ -20,11 +20,11 @@ from goc_deploy.calibration import (
 )
 from goc_deploy.errors import ResourceError, ScheduleError, VerificationError
 from goc_deploy.fitting import FitOptions
+from goc_deploy.host_memory import available_bytes
 from goc_deploy.noise import image_noise
 from goc_deploy.options import Progress, no_progress
 from goc_deploy.runtime.final_fit import Pair, fit_to_final
 from goc_deploy.runtime.fitting import fitted_schedule
-from goc_deploy.runtime.memory import available_bytes
 from goc_deploy.runtime.stepper import Stepper
 from goc_deploy.runtime.trajectory import ImageBatch, Trajectory
 from goc_deploy.schedule import COMPUTE, Schedule, check_schedule

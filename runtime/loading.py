@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from goc_deploy.engine_dir import load_plan
 from goc_deploy.errors import EngineDirError, GocError, ResourceError, UsageError
 from goc_deploy.manifest import Manifest, Unit
 from goc_deploy.options import Progress
+from goc_deploy.passes import with_stacks
 from goc_deploy.plan import Plan
 from goc_deploy.protocols import DTYPE_OF_PRECISION, NOTHING, Backend, Buffer, Engine, mapped_buffer
 from goc_deploy.publish import read_manifest, read_verified
@@ -22,6 +24,8 @@ from goc_deploy.runtime.calibrator import EngineCalibrator
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.runtime.stepper import Stepper
 from goc_deploy.samplers import SamplerTable
+
+logger = logging.getLogger(__name__)
 
 
 def load_pipelines(
@@ -50,8 +54,10 @@ def load_pipelines(
         raise UsageError(
             f"batch size {images} must be within 1..{manifest.max_batch}, what the engine was exported for (--max-batch)"
         )
+    if backend.stacks:
+        plans = [with_stacks(plan, manifest.model) for plan in plans]
     for plan in plans:
-        _check_memory(manifest, plan, images, max_sessions)
+        _check_memory(manifest, plan, images, max_sessions, backend)
     engines = load_engines(directory, manifest, plans, backend)
     return [Pipeline(manifest, plan, engines, backend, images, max_sessions) for plan in plans]
 
@@ -133,11 +139,21 @@ def load_engines(
     return engines
 
 
-def _check_memory(manifest: Manifest, plan: Plan, images: int, sessions: int) -> None:
-    needed = sessions * planned_bytes(manifest.model, manifest.precision, plan, images)
-    available = memory.available_bytes()
+def _check_memory(manifest: Manifest, plan: Plan, images: int, sessions: int, backend: Backend) -> None:
+    """Report what a plan takes, and refuse it before anything is allocated.
+
+    Raises:
+        ResourceError: the device has less than that free.
+    """
+    footprint, available = backend.footprint, backend.device.free_bytes()
+    buffers = planned_bytes(manifest.model, manifest.precision, plan, images)
+    needed = footprint.weights + sessions * (footprint.scratch + buffers)
+    parts = (
+        f"{needed / 1e9:.2f} GB: {footprint.weights / 1e9:.2f} GB of weights, and for each of {sessions} sessions of "
+        f"{images} images {buffers / 1e9:.2f} GB of buffers and {footprint.scratch / 1e9:.2f} GB of scratch memory"
+    )
+    logger.info("plan %s takes %s", plan.name, parts)
     if available is not None and needed > available:
         raise ResourceError(
-            f"plan {plan.name} needs {needed / 1e9:.2f} GB of buffers for {sessions} sessions of {images} images "
-            f"but {available / 1e9:.2f} GB are available; use a smaller batch size"
+            f"plan {plan.name} needs {parts}, but {available / 1e9:.2f} GB are available; use a smaller batch size"
         )

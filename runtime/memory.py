@@ -1,4 +1,4 @@
-"""What the system has, and giving back what is not needed."""
+"""Giving back memory that is not needed."""
 
 from __future__ import annotations
 
@@ -6,16 +6,6 @@ import contextlib
 import ctypes
 import mmap
 from collections.abc import Iterable
-
-
-def available_bytes() -> int | None:
-    """Memory that can be used without swapping, or None where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
 
 
 def return_free_pages(contents: Iterable[memoryview]) -> None:

@@ -217,9 +217,9 @@ class Pipeline:
         if callback is None and taken is None:
             return None
 
-        def on_step(step: int, latents: Any) -> None:
+        def on_step(step: int, latents: Callable[[], np.ndarray]) -> None:
             if taken is not None:
-                taken.append(self._backend.download(latents))
+                taken.append(latents())
             if callback is not None:
                 try:
                     callback(StepEvent(step, self.plan.steps, self.plan.step_kind(step), part.start, len(part)))

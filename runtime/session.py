@@ -1,7 +1,8 @@
 """One set of buffers and the step loop.
 
 Everything is decided before the loop: which engine runs on which addresses. The loop calls functions in order, knows
-no policy, allocates nothing and reads nothing back.
+no policy, allocates nothing, waits for nothing and reads nothing back. On a device with graphs, each step is recorded once it
+has run for a batch shape, and is one call from then on.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from goc_deploy.plan import Plan
-from goc_deploy.protocols import Backend, Buffer
+from goc_deploy.protocols import Backend, Launch, Stream
 from goc_deploy.runtime.binding import Batch, Binder, BoundLaunch, BoundPlan, Engines
 from goc_deploy.runtime.buffers import allocate_buffers
 from goc_deploy.spec import ModelSpec
@@ -22,7 +24,7 @@ from goc_deploy.trace import Span, recorded
 
 MAX_BOUND_SHAPES = 8
 
-StepCallback = Callable[[int, Buffer], None]
+StepCallback = Callable[[int, Callable[[], np.ndarray]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +46,29 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Milliseconds of a run: preparing the inputs, then each step."""
+    """Milliseconds of a run: preparing the inputs, then each step on the device."""
 
     prepare_ms: float
     step_ms: tuple[float, ...]
 
 
-def _run_recorded(launches: Sequence[BoundLaunch], step: str, spans: list[Span]) -> None:
+@dataclass(slots=True)
+class _Runnable:
+    """A bound plan, and what to call for each step: its launches, and a replay of them once they ran."""
+
+    plan: BoundPlan
+    steps: tuple[Sequence[Launch], ...]
+    ran: bool = False
+    recorded: bool = False
+
+
+def _run_profiled(launches: Sequence[BoundLaunch], step: str, stream: Stream, spans: list[Span]) -> None:
+    """Run a step launch by launch, and wait for each."""
     with recorded(spans, "step", step):
         for launch in launches:
             with recorded(spans, "launch", launch.name):
                 launch.run()
+                stream.wait()
 
 
 class Session:
@@ -63,9 +77,12 @@ class Session:
     def __init__(
         self, engines: Engines, backend: Backend, spec: ModelSpec, precision: str, plan: Plan, capacity: int
     ) -> None:
-        self._engines, self._backend, self._spec, self._plan = engines, backend, spec, plan
+        self._engines, self._spec, self._plan, self._stream = engines, spec, plan, backend.device.stream()
+        self._pads_labels = (
+            backend.device.kind != "cpu"
+        )  # there it costs more to bind and record a shape than to pad one
         self._buffers = allocate_buffers(backend, spec, precision, plan, capacity)
-        self._bound: OrderedDict[Batch, BoundPlan] = OrderedDict()
+        self._bound: OrderedDict[Batch, _Runnable] = OrderedDict()
 
     def run(
         self, request: Request, on_step: StepCallback | None = None, spans: list[Span] | None = None
@@ -74,37 +91,47 @@ class Session:
 
         Args:
             request: labels, noise, guidance.
-            on_step: called after every step with (step, latents), outside the timed part.
-            spans: where to record what ran when; it costs about a microsecond per launch.
+            on_step: called after every step with the step and a function that waits for its latents and gives a copy,
+                outside the timed part.
+            spans: where to record what ran when; every launch is then waited for.
 
         Returns:
             Final latents (N, C, H, W) float32, and the timing.
         """
-        started = time.perf_counter()
+        stream, started = self._stream, time.perf_counter()
         with recorded(spans, "prepare", "prepare"):
-            bound = self._prepare(request)
-        prepare_ms = 1e3 * (time.perf_counter() - started)
-        step_ms = []
-        for step, launches in enumerate(bound.launches):
-            started = time.perf_counter()
+            runnable = self._prepare(request)
+        bound, prepare_ms = runnable.plan, 1e3 * (time.perf_counter() - started)
+        for step, launches in enumerate(runnable.steps):
+            stream.mark(2 * step)
             if spans is None:
                 for launch in launches:
-                    launch.run()
+                    launch()
             else:
-                _run_recorded(launches, f"step {step} ({self._plan.step_kind(step)})", spans)
-            step_ms.append(1e3 * (time.perf_counter() - started))
+                name = f"step {step} ({self._plan.step_kind(step)})"
+                _run_profiled(bound.launches[step], name, stream, spans)
+            stream.mark(2 * step + 1)
             if on_step:
-                on_step(step, bound.latents[step + 1])
-        return self._backend.download(bound.latents[-1]), Timing(prepare_ms, tuple(step_ms))
+                on_step(step, partial(stream.download, bound.latents[step + 1]))
+        latents = stream.download(bound.latents[-1])
+        runnable.ran = True
+        marks = stream.marked_ms(2 * self._plan.steps)
+        step_ms = tuple(after - before for before, after in zip(marks[::2], marks[1::2], strict=True))
+        return latents, Timing(prepare_ms, step_ms)
 
-    def _prepare(self, request: Request) -> BoundPlan:
-        """Bind the plan for the request's shape and upload the inputs."""
-        spec, images, buffers, upload = self._spec, len(request.labels), self._buffers, self._backend.upload
+    def _prepare(self, request: Request) -> _Runnable:
+        """Bind the plan for the request's shape, or record it if it ran before, and upload the inputs."""
+        spec, images, buffers, upload = self._spec, len(request.labels), self._buffers, self._stream.upload
         guided = request.cfg_scale != 1 and request.cfg_channels > 0
         null_rows = [spec.classes] * images if guided else []
         distinct = sorted({*request.labels, *null_rows})
+        if self._pads_labels:
+            distinct += distinct[-1:] * (images + guided - len(distinct))
         batch = Batch(images, guided, len(distinct))
-        bound = self.bind(batch)
+        runnable = self.bind(batch)
+        if runnable.ran and not runnable.recorded:
+            runnable.steps = tuple(self._stream.recorded(launches) for launches in runnable.steps)
+            runnable.recorded = True
         own = np.arange(images)
         guidance = np.where(np.arange(spec.channels) < request.cfg_channels, request.cfg_scale, 1.0)
         upload(np.asarray(distinct), buffers.labels.view(batch.labels))
@@ -113,16 +140,19 @@ class Session:
         upload(own, buffers.cond_rows.view(images))
         upload(own + batch.rows - images, buffers.uncond_rows.view(images))
         upload(guidance.astype(np.float32), buffers.guidance)
-        upload(request.noise[:, 0], bound.latents[0])
+        upload(request.noise[:, 0], runnable.plan.latents[0])
         if self._plan.sampler.stochastic:
-            for step, target in enumerate(bound.noise):
+            for step, target in enumerate(runnable.plan.noise):
                 upload(request.noise[:, step + 1], target)
-        return bound
+        self._stream.wait()
+        return runnable
 
-    def bind(self, batch: Batch) -> BoundPlan:
+    def bind(self, batch: Batch) -> _Runnable:
         """The plan bound for a batch shape; the last few shapes are kept."""
         if batch not in self._bound:
-            self._bound[batch] = Binder(self._engines, self._spec, self._plan, self._buffers, batch).bind()
+            binder = Binder(self._engines, self._spec, self._plan, self._buffers, batch, self._stream)
+            plan = binder.bind()
+            self._bound[batch] = _Runnable(plan, tuple([launch.run for launch in step] for step in plan.launches))
             if len(self._bound) > MAX_BOUND_SHAPES:
                 self._bound.popitem(last=False)
         self._bound.move_to_end(batch)

@@ -11,14 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from goc_deploy.protocols import DTYPE_OF_PRECISION, Buffer
+from goc_deploy.protocols import DTYPE_OF_PRECISION, NUMPY_DTYPES, Buffer
 from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.buffers import modulation_rows
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.spec import ModelSpec
 
 ALIGNMENT = 256
-NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "int64": np.int64, "bfloat16": np.uint16}
 
 
 class HostArray:

@@ -19,8 +19,7 @@ def _driver() -> Any:
         library = ctypes.CDLL(_LIBRARY)
     except OSError as cause:
         raise EnvironmentUnsupportedError(
-            f"there is no NVIDIA driver here ({_LIBRARY} cannot be loaded); use a GPU machine, or --backend tensorrt-rtx, "
-            "which builds for GPUs that are elsewhere"
+            f"there is no NVIDIA driver here ({_LIBRARY} cannot be loaded); use a GPU machine (tensorrt-rtx builds engines without one)"
         ) from cause
     _check(library, library.cuInit(0), "cuInit")
     return library

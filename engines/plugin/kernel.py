@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Protocol
 
 from goc_deploy.engines.plugin import driver, nvrtc
+from goc_deploy.plan import MAX_LAUNCH_UNITS
 from goc_deploy.protocols import DTYPE_BYTES
 
 SOURCE_PATH = Path(__file__).parent / "update.cu"
-MAX_UNITS, MAX_ENTRIES, TOKENS = 88, 4, 4
+MAX_UNITS, MAX_ENTRIES, TOKENS = MAX_LAUNCH_UNITS, 4, 4
 THREADS = 128
 VECTOR_BYTES = 16
 DTYPES = ("float32", "float16", "bfloat16")

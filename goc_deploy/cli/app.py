@@ -20,6 +20,8 @@ INTERRUPTED, TERMINATED, BUG = 130, 143, 1
 
 _received: int | None = None  # the signal that asked this command to end
 
+BACKEND_HELP = "auto (the fastest that works here), tensorrt, tensorrt-rtx, onnxruntime-cuda or onnxruntime."
+
 debug_option = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from goc_deploy.cli.app import debug_option, numbers, print_table, progress_bar, run_command
+from goc_deploy.cli.app import BACKEND_HELP, debug_option, numbers, print_table, progress_bar, run_command
 from goc_deploy.options import BenchOptions
 
 DEFAULTS = BenchOptions()
@@ -38,7 +38,7 @@ DEFAULTS = BenchOptions()
     help="Measured rounds; every round runs every plan once.",
 )
 @click.option("--warmup", type=click.IntRange(0), default=DEFAULTS.warmup, help="Rounds that are not measured.")
-@click.option("--backend", default=DEFAULTS.backend, help="auto or onnxruntime.")
+@click.option("--backend", default=DEFAULTS.backend, help=BACKEND_HELP)
 @click.option("--threads", type=click.IntRange(0), default=DEFAULTS.threads, help="Threads; 0 is one per core.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write every measurement.")
 @click.option(

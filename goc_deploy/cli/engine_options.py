@@ -17,7 +17,7 @@ DEFAULTS = EngineOptions()
 
 
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options to a click command, which gets them as ``backends`` and ``engine_*``."""
+    """Add the options to a click command, which gets them as ``backends``, ``engine_*`` and ``verify``."""
     options = (
         click.option(
             "--backend",
@@ -52,18 +52,25 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
             default=DEFAULTS.plugin,
             help="Use the plugin where it saves launches.",
         ),
+        click.option(
+            "--verify",
+            is_flag=True,
+            help="Then run every engine on the GPU of this machine, and compare with ONNX Runtime.",
+        ),
     )
     for option in reversed(options):
         command = option(command)
     return command
 
 
-def engines_from_options(options: dict[str, Any]) -> list[EngineOptions]:
-    """Take the engine options out of a command's options: what to build, one per backend.
+def engines_from_options(options: dict[str, Any]) -> tuple[list[EngineOptions], bool]:
+    """Take the engine options out of a command's options: what to build, one per backend, and whether to verify it.
 
     Raises:
         click.UsageError: options of engines, but no backend that has any.
+        EnvironmentUnsupportedError: verification without a GPU.
     """
+    verify = options.pop("verify")
     backends = [name for name in dict.fromkeys(options.pop("backends")) if name in ENGINE_BACKENDS]
     how = EngineOptions(
         capabilities=options.pop("engine_capabilities"),
@@ -71,14 +78,18 @@ def engines_from_options(options: dict[str, Any]) -> list[EngineOptions]:
         workspace_bytes=options.pop("engine_workspace") * 2**20,
         plugin=options.pop("engine_plugin"),
     )
-    if not backends and how != DEFAULTS:
+    if not backends and (how != DEFAULTS or verify):
         raise click.UsageError(f"options of engines go with --backend {' or --backend '.join(ENGINE_BACKENDS)}")
-    return [replace(how, backend=name) for name in backends]
+    if verify:
+        from goc_deploy.api import check_gpu
+
+        check_gpu()
+    return [replace(how, backend=name) for name in backends], verify
 
 
-def build_engines_and_tell(directory: Path, wanted: list[EngineOptions]) -> None:
-    """Build what is missing, with a progress bar, and say on stderr what came of it."""
-    from goc_deploy.api import build_engines
+def build_engines_and_tell(directory: Path, wanted: list[EngineOptions], *, verify: bool) -> None:
+    """Build what is missing, with a progress bar, verify it if asked to, and say on stderr what came of it."""
+    from goc_deploy.api import build_engines, verify_engines
 
     for options in wanted:
         with progress_bar() as progress:
@@ -91,3 +102,12 @@ def build_engines_and_tell(directory: Path, wanted: list[EngineOptions]) -> None
             f"{sum(engine.plugin_layers > 0 for engine in engines)} with the plugin",
             err=True,
         )
+        if verify:
+            with progress_bar() as progress:
+                found = verify_engines(directory, options, progress)
+            worst = max(found, key=lambda difference: difference.relative_l2)
+            click.echo(
+                f"{directory}: {len(found)} graphs run on {options.backend} as on ONNX Runtime; the largest relative L2 difference "
+                f"is {worst.relative_l2:.1e} ({worst.unit})",
+                err=True,
+            )

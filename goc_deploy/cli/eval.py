@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from goc_deploy.cli.app import debug_option, print_table, progress_bar, run_command
+from goc_deploy.cli.app import BACKEND_HELP, debug_option, print_table, progress_bar, run_command
 from goc_deploy.options import EvalOptions
 
 DEFAULTS = EvalOptions()
@@ -70,7 +70,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--samples-output", type=FILE, help="Folder for an ADM .npz per plan.")
 @click.option("--json", "json_path", type=FILE, help="Write every number.")
 @click.option("--html", "html_path", type=FILE, help="Write the report: one file, no network.")
-@click.option("--backend", default=DEFAULTS.backend, help="auto or onnxruntime.")
+@click.option("--backend", default=DEFAULTS.backend, help=BACKEND_HELP)
 @click.option(
     "--batch-size",
     type=click.IntRange(0),

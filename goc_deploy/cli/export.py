@@ -75,13 +75,13 @@ def command(checkpoint: Path, output: Path, debug: bool, **options: Any) -> None
     """Compile a DiT CHECKPOINT (.pt, .pth, .safetensors, or a folder of diffusers) into an engine directory."""
     from goc_deploy.api import check_engine_options, export_with
 
-    engines = engines_from_options(options)
+    engines, verify = engines_from_options(options)
     for wanted in engines:
         check_engine_options(wanted, options["precision"])
     with progress_bar() as progress:
         manifest, written = export_with(checkpoint, output, ExportOptions(**options), progress)
     click.echo(_summary(output, manifest) if written else f"{output} is up to date", err=True)
-    build_engines_and_tell(output, engines)
+    build_engines_and_tell(output, engines, verify=verify)
 
 
 def _summary(output: Path, manifest: Manifest) -> str:

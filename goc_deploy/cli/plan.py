@@ -68,7 +68,7 @@ def command(
     **engine_choices: Any,
 ) -> None:
     """Add the plan that SPEC names to ENGINE_DIR, list and show its plans, or build TensorRT engines for it."""
-    engines = engines_from_options(engine_choices)
+    engines, verify = engines_from_options(engine_choices)
     if sum((spec is not None, list_plans, show is not None, inspect, bool(engines))) != 1:
         raise click.UsageError(
             "give a SPEC to add, --list, --show NAME, --inspect, or a --backend to build engines for"
@@ -94,7 +94,7 @@ def command(
         click.echo(entry.name)
         return
     if engines:
-        build_engines_and_tell(engine_dir, engines)
+        build_engines_and_tell(engine_dir, engines, verify=verify)
         return
     if inspect:
         _inspect(engine_dir)

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from goc_deploy.cli.app import debug_option, progress_bar, run_command
+from goc_deploy.cli.app import BACKEND_HELP, debug_option, progress_bar, run_command
 from goc_deploy.options import GenerateOptions
 
 DEFAULTS = GenerateOptions()
@@ -57,7 +57,12 @@ DEFAULTS = GenerateOptions()
 @click.option(
     "--report", type=click.Path(path_type=Path), help="JSON report: time and kind of every step, cache bytes, versions."
 )
-@click.option("--backend", type=str, default="auto", help="auto or onnxruntime.")
+@click.option("--backend", type=str, default="auto", help=BACKEND_HELP)
+@click.option(
+    "--cuda-graphs/--no-cuda-graphs",
+    default=True,
+    help="On TensorRT, record the steps the second time they run; off, for debugging.",
+)
 @click.option("--batch-size", type=int, help="Images per run.  [default: what the engine was exported for]")
 @click.option("--threads", type=click.IntRange(0), default=0, help="Threads; 0 is one per core.")
 @debug_option
@@ -74,12 +79,14 @@ def command(
     backend: str,
     batch_size: int | None,
     threads: int,
+    cuda_graphs: bool,
     debug: bool,  # noqa: ARG001
     **generate: Any,
 ) -> None:
     """Generate images from an engine directory."""
     from goc_deploy import outputs
     from goc_deploy.api import load
+    from goc_deploy.engines.choice import explanation
     from goc_deploy.labels import labels_from_text
 
     outputs.check_suffix(
@@ -90,7 +97,9 @@ def command(
         outputs.check_writable(path)
     latents = outputs.read_latents(latents_file)
     with (
-        load(engine_dir, backend=backend, plan=plan, batch_size=batch_size, threads=threads) as pipe,
+        load(
+            engine_dir, backend=backend, plan=plan, batch_size=batch_size, threads=threads, cuda_graphs=cuda_graphs
+        ) as pipe,
         progress_bar() as progress,
     ):
         chosen = outputs.spread_labels(
@@ -114,6 +123,8 @@ def command(
         f"{described['computed_units']} of {described['all_units']} units computed, {described['total_ms'] / 1e3:.2f} s",
         err=True,
     )
+    if described["passed_over"]:
+        click.echo(explanation(described["backend"], described["passed_over"]), err=True)
     if latents_output:
         outputs.save_array(result.latents, latents_output)
     if result.trajectory is not None and trajectory_output:

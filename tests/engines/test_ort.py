@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from goc_deploy.engines.ort import ALIGNMENT, OrtBackend
+from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError
+from goc_deploy.protocols import ALIGNMENT
 
 
 def graph(op: str, dtype: int = TensorProto.FLOAT, opset: int = 20) -> memoryview:

@@ -14,6 +14,7 @@ from pathlib import Path
 import onnx
 import pytest
 
+from goc_deploy.engine_dir import load_plan
 from goc_deploy.engines import tensorrt_process
 from goc_deploy.engines.tensorrt_build import BuildReport
 from goc_deploy.engines.tensorrt_library import library_from_backend, target_from_options
@@ -23,6 +24,7 @@ from goc_deploy.errors import ConflictError, EngineDirError, EnvironmentUnsuppor
 from goc_deploy.exporters.cache_update import predict_graph
 from goc_deploy.manifest import MANIFEST_NAME, Manifest
 from goc_deploy.options import EngineOptions, no_progress
+from goc_deploy.passes import with_stacks
 from goc_deploy.publish import file_entry, read_manifest
 from tests.conftest import BIN, GOLDEN, Command
 from tests.engines.directories import with_graph
@@ -69,7 +71,10 @@ def listed(directory: Path) -> dict[str, str]:
 def test_with_shared_weights_one_engine_serves_every_unit_of_a_kind(built_engine: Path) -> None:
     manifest = read_manifest(built_engine)
     graphs = [graph for engine in manifest.engines for graph in engine.graphs]
-    assert sorted(graphs) == sorted([*(u.onnx for u in manifest.units), *manifest.predict.values()])
+    plans = [load_plan(built_engine, manifest, entry.name) for entry in manifest.plans]
+    launched = {signature for plan in plans for signature in with_stacks(plan, manifest.model).signatures}
+    assert launched == {"1*8"}  # and not the graphs that only the CPU launches
+    assert sorted(graphs) == sorted([*(u.onnx for u in manifest.units), *(manifest.predict[s] for s in launched)])
     served = {e.graphs[0]: len(e.graphs) for e in manifest.engines if len(e.graphs) > 1}
     assert served == {"onnx/block_00_attn.onnx": 4, "onnx/block_00_mlp.onnx": 4}
     for entry in manifest.engines:

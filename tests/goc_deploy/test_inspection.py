@@ -51,8 +51,8 @@ def test_kernels_of_a_step_are_those_of_its_graphs(golden_engine: Path) -> None:
         columns, rows = launch_rows([pipe.plan], manifest)
     assert columns[-2:] == [f"tensorrt-rtx-1.7-sm86 {way}: kernels" for way in ("embedded", "shared")]
     for row in rows:
-        assert int(row[4]) == 3 * int(row[3])
-        assert row[5] == f"{row[3]} graphs unknown"
+        assert int(row[5]) == 3 * int(row[4])
+        assert row[6] == f"{row[4]} graphs unknown"
     assert [row[:3] for row in rows] == [["fora-2", "collapsed", "10"], ["fora-2", "full", "10"]]
 
 

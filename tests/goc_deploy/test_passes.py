@@ -14,6 +14,7 @@ from goc_deploy.passes import (
     drop_dead_stores,
     group_launches,
     name_values,
+    with_stacks,
 )
 from goc_deploy.plan import Collect, Compute, Plan, Predict, Prediction, check_plan
 from goc_deploy.policies import schedule_from_policy
@@ -88,6 +89,15 @@ def test_nothing_is_stored_that_nobody_reads(schedule: Schedule) -> None:
     for e in reversed(kept):
         assert e.value is None or e.value in read_later
         read_later.update(e.reads)
+
+
+def test_on_a_gpu_a_step_that_computes_nothing_is_one_launch_of_at_most_88_units() -> None:
+    plan = compiled("fora:2+gc:1.2", depth=50)
+    stacked = with_stacks(plan, spec_of(50))
+    sizes = [len(op.predictions) for op in stacked.launches[3] if isinstance(op, Predict)]
+    assert sizes == [88, 12]
+    assert (stacked.name, stacked.sampler, stacked.schedule) == (plan.name, plan.sampler, plan.schedule)
+    assert all(isinstance(op, Compute) for op in stacked.launches[4])
 
 
 def test_a_plan_without_caching_stores_nothing() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from goc_deploy.api import add_plan, make_backend
+from goc_deploy.api import add_plan, cpu_backend
 from goc_deploy.calibration import CalibrationOptions, Laboratory, Trial
 from goc_deploy.errors import CalibrationNeededError, UsageError
 from goc_deploy.grammar import parse_policy
@@ -25,7 +25,7 @@ OPTIONS = CalibrationOptions(images=2, seed=3, cfg_scale=2.0)
 
 @pytest.fixture(scope="module")
 def laboratory(golden_engine: Path) -> Laboratory:
-    return engine_laboratory(golden_engine, lambda: make_backend("onnxruntime"), "ddim", OPTIONS, no_progress)
+    return engine_laboratory(golden_engine, cpu_backend, "ddim", OPTIONS, no_progress)
 
 
 def made(text: str, laboratory: Laboratory | None, spec: ModelSpec) -> Schedule:
@@ -139,7 +139,7 @@ def test_bad_searches_are_refused(text: str, message: str) -> None:
 def test_a_search_needs_an_engine_and_a_sampler_without_noise(golden_engine: Path, golden_spec: ModelSpec) -> None:
     with pytest.raises(CalibrationNeededError, match="needs an engine directory"):
         made("search:2", None, SPEC)
-    noisy = engine_laboratory(golden_engine, lambda: make_backend("onnxruntime"), "ddim:0.5", OPTIONS, no_progress)
+    noisy = engine_laboratory(golden_engine, cpu_backend, "ddim:0.5", OPTIONS, no_progress)
     with pytest.raises(UsageError, match="draws fresh noise"):
         made("search:2", noisy, golden_spec)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from goc_deploy.api import load, make_backend
+from goc_deploy.api import cpu_backend, load
 from goc_deploy.calibration import CalibrationOptions, Laboratory, Statistics, Trials, balanced_labels, default_images
 from goc_deploy.errors import CalibrationNeededError, ScheduleError, UsageError
 from goc_deploy.grammar import parse_policy
@@ -33,7 +33,7 @@ OPTIONS = CalibrationOptions(IMAGES, SEED, SCALE)
 
 @pytest.fixture(scope="module")
 def stepper(golden_engine: Path) -> Stepper:
-    return load_stepper(golden_engine, make_backend("onnxruntime"), sampler_table("ddim", STEPS), 2)
+    return load_stepper(golden_engine, cpu_backend(), sampler_table("ddim", STEPS), 2)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_beyond_the_budget_features_go_to_a_file_and_batches_shrink(
 def test_the_measured_error_is_that_of_the_compiled_plan(golden_engine: Path) -> None:
     options = CalibrationOptions(3, SEED, SCALE)
     table = sampler_table("ddim", 20)
-    calibrator = load_calibrator(golden_engine, make_backend("onnxruntime"), table, options, no_progress)
+    calibrator = load_calibrator(golden_engine, cpu_backend(), table, options, no_progress)
     labels, latents = balanced_labels(10, 3, SEED), {}
     for plan in ("none", "fora:2+gc:1.2"):
         with load(golden_engine, plan=plan) as pipeline:

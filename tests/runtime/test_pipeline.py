@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import goc_deploy
+from goc_deploy.engines.host import HostDevice
 from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError, UsageError, VerificationError
 from goc_deploy.exporters.cache_update import predict_graph
@@ -21,7 +22,7 @@ from goc_deploy.exporters.step_graphs import sampler_graphs
 from goc_deploy.noise import image_noise
 from goc_deploy.passes import compile_schedule
 from goc_deploy.protocols import Engine
-from goc_deploy.runtime import buffers, memory, pipeline
+from goc_deploy.runtime import buffers, pipeline
 from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.samplers import sampler_table
@@ -318,14 +319,14 @@ def test_numbers_out_of_range_are_refused_at_load(golden_engine: Path) -> None:
         goc_deploy.load(golden_engine, max_sessions=0)
     with pytest.raises(UsageError, match="there is no plan 'other'; this engine has none, fora-2"):
         goc_deploy.load(golden_engine, plan="other")
-    with pytest.raises(EnvironmentUnsupportedError, match="backend 'tensorrt' is not available"):
-        goc_deploy.load(golden_engine, backend="tensorrt")
+    with pytest.raises(EnvironmentUnsupportedError, match="there is no backend 'tensorflow'; use auto, tensorrt"):
+        goc_deploy.load(golden_engine, backend="tensorflow")
 
 
 def test_buffers_that_do_not_fit_into_memory_are_refused_before_allocation(
     golden_engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(HostDevice, "free_bytes", lambda _: 1000)
     with pytest.raises(ResourceError, match="use a smaller batch size"):
         goc_deploy.load(golden_engine)
 

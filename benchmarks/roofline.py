@@ -1,0 +1,188 @@
+"""What a plan must compute and move on a GPU at least, counted from its launches, and how long that takes at datasheet peaks.
+
+    python benchmarks/roofline.py --model XL/2 --precision fp16 --images 1 --images 8
+
+Predictions, not measurements: a launch takes as long as its operations or its bytes take at the peak, whichever is longer.
+Every tensor between two matrix products passes the memory once in each direction, except within attention. Launches
+themselves, caches, and what a kernel reaches of a peak are not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from benchmarks.make_checkpoint import spec_of
+from goc_deploy.grammar import parse_policy
+from goc_deploy.passes import compile_schedule, with_stacks
+from goc_deploy.plan import Compute, Plan, Predict
+from goc_deploy.policies import schedule_from_policy
+from goc_deploy.runtime.buffers import modulation_rows
+from goc_deploy.spec import ITEM_BYTES, PRECISIONS, ModelSpec
+
+PLANS = ("none", "fora:2", "fora:2+gc:1.2")
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """Peaks of a datasheet: dense tensor-core operations on 16-bit inputs with float32 sums, and memory."""
+
+    name: str
+    teraflops: float
+    gigabytes_per_second: float
+
+
+# NVIDIA's datasheets of A40, L40S and H100 (SXM), and its whitepapers on the Ada and Blackwell GeForce GPUs.
+GPUS = (
+    Gpu("A40", 149.7, 696),
+    Gpu("L40S", 362.05, 864),
+    Gpu("H100 SXM", 989.4, 3350),
+    Gpu("RTX 4090", 165.2, 1008),
+    Gpu("RTX 5090", 209.5, 1792),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Floating point operations of matrix products, and bytes."""
+
+    flops: float
+    nbytes: float
+
+    def seconds(self, gpu: Gpu) -> float:
+        """At the peaks."""
+        return max(self.flops / (gpu.teraflops * 1e12), self.nbytes / (gpu.gigabytes_per_second * 1e9))
+
+
+@dataclass(frozen=True, slots=True)
+class Counter:
+    """Counts the work of launches.
+
+    Attributes:
+        spec: the model.
+        rows: of the batch, two per image with guidance.
+        item: bytes of a value.
+    """
+
+    spec: ModelSpec
+    rows: int
+    item: int
+
+    @property
+    def feature(self) -> int:
+        """Bytes of a tensor (B, T, D)."""
+        return self.rows * self.spec.tokens * self.spec.hidden * self.item
+
+    def linear(self, inputs: int, outputs: int) -> Work:
+        """A linear layer on all tokens, with its weights, without its inputs and outputs."""
+        tokens = self.rows * self.spec.tokens
+        return Work(2 * tokens * inputs * outputs, inputs * outputs * self.item)
+
+    def compute(self, op: Compute) -> list[Work]:
+        """A unit: each matrix product, then the gated sum. In features, what each reads and writes."""
+        spec, d, h = self.spec, self.spec.hidden, self.spec.mlp_hidden
+        tokens, wide = self.rows * spec.tokens, h / d
+        modulated = Work(0, 2 * self.feature)
+        added = Work(0, 3 * self.feature)
+        if spec.branches[op.unit % len(spec.branches)] == "attn":
+            products = [
+                self._on(self.linear(d, 3 * d), 1 + 3),
+                Work(4 * tokens * spec.tokens * d, (3 + 1) * self.feature),
+                self._on(self.linear(d, d), 1 + 1),
+            ]
+        else:
+            products = [self._on(self.linear(d, h), 1 + wide), self._on(self.linear(h, d), wide + 1)]
+        return [modulated, *products, added]
+
+    def _on(self, linear: Work, features: float) -> Work:
+        return Work(linear.flops, linear.nbytes + features * self.feature)
+
+    def predict(self, op: Predict) -> list[Work]:
+        """One pass over x, the history and what is stored, and the gates."""
+        features = 2 + sum(len(p.slots) + (p.store is not None) for p in op.predictions)
+        gates = len(op.predictions) * self.rows * self.spec.hidden * self.item
+        flops = 2 * features * self.feature / self.item
+        return [Work(flops, features * self.feature + gates)]
+
+    def around(self, rows_used: int) -> list[Work]:
+        """Modulation rows, embedding, final layer and sampler: the graphs that every step runs."""
+        spec = self.spec
+        pixels = spec.side**2 * 4
+        latents, prediction = self.rows * spec.channels * pixels, self.rows * spec.output_channels * pixels
+        return [
+            Work(0, 2 * rows_used * self.rows * spec.hidden * self.item),
+            self._patch(spec.channels, latents),
+            self._patch(spec.output_channels, prediction),
+            Work(0, prediction + 2 * latents),
+        ]
+
+    def _patch(self, channels: int, pixels: int) -> Work:
+        layer = self.linear(self.spec.patch**2 * channels, self.spec.hidden)
+        return Work(layer.flops, layer.nbytes + self.feature + pixels)
+
+    def conditioning(self, steps: int, labels: int) -> list[Work]:
+        """The modulation table, once per batch."""
+        rows, d = steps * labels, self.spec.hidden
+        outputs = modulation_rows(self.spec) * d
+        return [Work(2 * rows * d * outputs, (outputs * d + rows * outputs) * self.item)]
+
+
+def steps_of(plan: Plan, counter: Counter) -> Iterator[list[Work]]:
+    """The work of each step of a plan, as a GPU runs it."""
+    units = counter.spec.units
+    for launches in with_stacks(plan, counter.spec).launches:
+        computes = any(isinstance(op, Compute) for op in launches)
+        works = counter.around(modulation_rows(counter.spec) if computes else units + 2)
+        for op in launches:
+            works += counter.compute(op) if isinstance(op, Compute) else counter.predict(op)  # type: ignore[arg-type]
+        yield works
+
+
+def total(works: Sequence[Work]) -> Work:
+    """Their sum."""
+    return Work(sum(work.flops for work in works), sum(work.nbytes for work in works))
+
+
+def tables(model: str, precision: str, images: int, steps: int) -> str:
+    """Markdown: what a step of each kind computes and moves, and what that predicts for each GPU."""
+    spec = spec_of(model, 256)
+    counter = Counter(spec, 2 * images, ITEM_BYTES[precision])
+    lines = [
+        f"DiT-{model} 256, {precision}, {images} image{'s' if images > 1 else ''} with guidance, {steps} steps:",
+        "",
+        "| step | GFLOP | MB |" + "".join(f" {gpu.name} |" for gpu in GPUS),
+        "|---" * (3 + len(GPUS)) + "|",
+    ]
+    seconds: dict[str, list[float]] = {}
+    for name in PLANS:
+        plan = compile_schedule(schedule_from_policy(parse_policy(name), spec, steps), spec, "ddim")
+        every = list(steps_of(plan, counter))
+        shown = {"none": (2, "full")}.get(name, (5, f"cached, `{name}`"))
+        work = total(every[shown[0]])
+        times = [sum(w.seconds(gpu) for w in every[shown[0]]) for gpu in GPUS]
+        lines.append(
+            f"| {shown[1]} | {work.flops / 1e9:.1f} | {work.nbytes / 1e6:.0f} |"
+            + "".join(f" {1e3 * time:.2f} ms |" for time in times)
+        )
+        before = counter.conditioning(steps, images + 1)
+        seconds[name] = [sum(w.seconds(gpu) for works in [before, *every] for w in works) for gpu in GPUS]
+    for name in PLANS[1:]:
+        ratios = [none / own for none, own in zip(seconds["none"], seconds[name], strict=True)]
+        lines.append(f"| speed-up of `{name}` | | |" + "".join(f" {ratio:.2f} |" for ratio in ratios))
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="XL/2", help="S/2, B/2, L/2, XL/2, or another patch size")
+    parser.add_argument("--precision", choices=PRECISIONS[1:], default="fp16")
+    parser.add_argument("--images", type=int, action="append", help="repeatable  [default: 1 and 8]")
+    parser.add_argument("--steps", type=int, default=20)
+    args = parser.parse_args(argv)
+    print("\n\n".join(tables(args.model, args.precision, images, args.steps) for images in args.images or (1, 8)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,100 @@
+"""The host as a device: memory that NumPy owns, and a stream on which everything is done when the call returns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from goc_deploy.errors import ResourceError
+from goc_deploy.host_memory import available_bytes
+from goc_deploy.protocols import (
+    ALIGNMENT,
+    DTYPE_BYTES,
+    NUMPY_DTYPES,
+    Buffer,
+    Launch,
+    float32_from_bfloat16,
+    stored_values,
+)
+
+
+def host_array(buffer: Buffer) -> np.ndarray:
+    """A buffer in host memory as a NumPy array on the same memory."""
+    start = buffer.pointer - buffer.owner.ctypes.data
+    flat: np.ndarray = buffer.owner[start : start + buffer.nbytes].view(NUMPY_DTYPES[buffer.dtype])
+    return flat.reshape(buffer.shape)
+
+
+class HostStream:
+    """See `goc_deploy.protocols.Stream`."""
+
+    handle = 0
+
+    def __init__(self) -> None:
+        self._marks: list[float] = []
+
+    def upload(self, values: np.ndarray, target: Buffer) -> None:
+        """Copy host values into a buffer."""
+        host_array(target)[...] = stored_values(values, target.dtype) if target.dtype == "bfloat16" else values
+
+    def download(self, source: Buffer) -> np.ndarray:
+        """A copy of a buffer."""
+        values = host_array(source).copy()
+        return float32_from_bfloat16(values) if source.dtype == "bfloat16" else values
+
+    def copy(self, source: Buffer, target: Buffer) -> None:
+        """Copy a buffer to another."""
+        host_array(target)[...] = host_array(source)
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+    def recorded(self, launches: Sequence[Launch]) -> Sequence[Launch]:
+        """The launches themselves."""
+        return launches
+
+    def mark(self, index: int) -> None:
+        """Note the time."""
+        del self._marks[index:]
+        self._marks.append(time.perf_counter())
+
+    def marked_ms(self, count: int) -> list[float]:
+        """Milliseconds from the first mark to each."""
+        return [1e3 * (mark - self._marks[0]) for mark in self._marks[:count]]
+
+
+class HostDevice:
+    """See `goc_deploy.protocols.Device`."""
+
+    kind = "cpu"
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """New memory. Pages are taken from the system when they are first written.
+
+        Raises:
+            ResourceError: the system has not that much.
+        """
+        nbytes = int(np.prod(shape, dtype=np.int64)) * DTYPE_BYTES[dtype]
+        try:
+            memory = np.empty(nbytes + ALIGNMENT, np.uint8)
+        except MemoryError as cause:
+            raise ResourceError(
+                f"{nbytes / 1e9:.2f} GB for buffers cannot be allocated; use a smaller batch size"
+            ) from cause
+        offset = -memory.ctypes.data % ALIGNMENT
+        return Buffer(memory.ctypes.data + offset, tuple(shape), dtype, memory)
+
+    def stream(self) -> HostStream:
+        """A stream without a queue."""
+        return HostStream()
+
+    def free_bytes(self) -> int | None:
+        """Memory that can be used without swapping."""
+        return available_bytes()
+
+    def describe(self) -> dict[str, Any]:
+        """The host needs no description."""
+        return {}

@@ -1,0 +1,294 @@
+"""TensorRT engines on a device: loaded once, and run by every session in contexts of its own.
+
+An execution context is made for each engine and set of input shapes, because a context whose shapes change must run
+once before it can be captured. All contexts of a session share one scratch allocation: they run one after the other.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import numpy as np
+
+from goc_deploy.engines.host import host_array
+from goc_deploy.engines.plugin.registration import register_plugin
+from goc_deploy.engines.tensorrt_library import Library, message_log
+from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, ResourceError
+from goc_deploy.protocols import ALIGNMENT, DTYPE_BYTES, NOTHING, Buffer, Device, Footprint, Launch, Stream
+
+KEPT_MESSAGES = 100
+DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredEngine:
+    """An engine whose bytes were verified.
+
+    Attributes:
+        name: for messages.
+        content: the bytes.
+        uses_plugin: whether it holds a layer of the plugin.
+        reads_first: whether an output may lie on an input of its shape: one kernel, or the plugin, which read what they
+            overwrite first. Of several kernels one may read what another has overwritten.
+    """
+
+    name: str
+    content: memoryview
+    uses_plugin: bool
+    reads_first: bool
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class _Context:
+    """An execution context with fixed shapes, and the addresses that it has now. It lives as long as a launch on it."""
+
+    context: Any
+    addresses: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(slots=True)
+class _Lane:
+    """What the engines of one session share.
+
+    Attributes:
+        scratch: memory that a run uses and leaves; None where no engine needs any.
+        aside: where outputs go that nobody asked for, or that are copied to their place afterwards.
+        contexts: by engine and input shapes.
+    """
+
+    scratch: Buffer | None
+    aside: list[Buffer] = field(default_factory=list)
+    contexts: WeakValueDictionary[tuple[Any, ...], _Context] = field(default_factory=WeakValueDictionary)
+
+
+class TensorrtEngine:
+    """An engine with the weights that it reads at an address."""
+
+    def __init__(self, backend: TensorrtBackend, stored: StoredEngine, engine: Any) -> None:
+        self._backend, self._name, self._engine, self._reads_first = backend, stored.name, engine, stored.reads_first
+        self.weights: dict[str, Buffer] = {}
+        mode = backend.library.trt.TensorIOMode
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        self.dtypes: Mapping[str, str] = {
+            name: DTYPES.get(engine.get_tensor_dtype(name).name, engine.get_tensor_dtype(name).name) for name in names
+        }
+        self.inputs = frozenset(name for name in names if engine.get_tensor_mode(name) == mode.INPUT)
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], stream: Stream | None = None) -> Launch:
+        """See `goc_deploy.protocols.Engine.bind`.
+
+        Raises:
+            EngineDirError: a name, type or shape that the engine does not have.
+            EnvironmentUnsupportedError: an address that TensorRT does not take, or a context that cannot be made.
+        """
+        backend, stream = self._backend, stream or self._backend.own_stream
+        stream.wait()  # the first call of a thread to CUDA, which then has the context that the plugin asks for
+        inputs = {**self.weights, **inputs}
+        self._check(inputs, outputs)
+        lane = backend.lane(stream)
+        held = self._context(lane, {name: buffer.shape for name, buffer in inputs.items()})
+        shapes = {name: tuple(held.context.get_tensor_shape(name)) for name in self.dtypes.keys() - self.inputs}
+        for name, buffer in outputs.items():
+            if shapes[name] != buffer.shape:
+                raise self._misfit(name, f"{list(shapes[name])}", buffer)
+        moved = [name for name in outputs if not self._reads_first and _lies_on(outputs[name], inputs)]
+        unwanted = sorted(shapes.keys() - outputs.keys())
+        aside = {
+            name: backend.aside(lane, index, shapes[name], self.dtypes[name])
+            for index, name in enumerate([*moved, *unwanted])
+        }
+        bound, copies = {**outputs, **aside}, [(aside[name], outputs[name]) for name in moved]
+        addresses = tuple((name, buffer.pointer) for name, buffer in (*inputs.items(), *bound.items()))
+        context, handle, keep = held.context, stream.handle, (inputs, bound)
+
+        def run(_: Any = keep) -> None:
+            if held.addresses is not addresses:
+                for name, pointer in addresses:
+                    if not context.set_tensor_address(name, pointer):
+                        raise EnvironmentUnsupportedError(f"{self._name}: TensorRT refuses the address of {name}")
+                held.addresses = addresses
+            if not context.execute_async_v3(handle):
+                raise EnvironmentUnsupportedError(f"{self._name} does not run: {backend.last_error()}")
+            for source, target in copies:
+                stream.copy(source, target)
+
+        return run
+
+    def _context(self, lane: _Lane, shapes: Mapping[str, tuple[int, ...]]) -> _Context:
+        key = (id(self._engine), *sorted(shapes.items()))
+        held = lane.contexts.get(key)
+        if held is None:
+            context = self._backend.library.new_context(self._engine)
+            if context is None:
+                raise EnvironmentUnsupportedError(
+                    f"{self._name}: no execution context can be made: {self._backend.last_error()}"
+                )
+            if lane.scratch is not None:
+                context.set_device_memory(lane.scratch.pointer, lane.scratch.nbytes)
+            for name, shape in shapes.items():
+                if not context.set_input_shape(name, shape):
+                    raise EngineDirError(
+                        f"{self._name} does not take {name} of shape {list(shape)}: {self._backend.last_error()}; build the engines again"
+                    )
+            held = lane.contexts[key] = _Context(context)
+        return held
+
+    def _check(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        for name, buffer in [*inputs.items(), *outputs.items()]:
+            if self.dtypes.get(name) != buffer.dtype or (name in self.inputs) != (name in inputs):
+                raise self._misfit(name, "", buffer)
+            if buffer.pointer % ALIGNMENT:
+                raise EnvironmentUnsupportedError(
+                    f"{self._name}: {name} {list(buffer.shape)} lies at an address that is no multiple of {ALIGNMENT}, which TensorRT "
+                    "does not take; for this width of the model use guidance (an even number of rows), or --backend onnxruntime"
+                )
+        missing = sorted(self.inputs - inputs.keys())
+        if missing:
+            raise EngineDirError(f"{self._name} has an input {missing[0]!r} that nobody binds; build the engines again")
+
+    def _misfit(self, name: str, shape: str, buffer: Buffer) -> EngineDirError:
+        return EngineDirError(
+            f"{self._name} has tensor {name!r} as {self.dtypes.get(name)} {shape} but the manifest implies {buffer.dtype} "
+            f"{list(buffer.shape)}; build the engines again"
+        )
+
+
+def _lies_on(output: Buffer, inputs: Mapping[str, Buffer]) -> bool:
+    return any(output.overlaps(buffer) for buffer in inputs.values())
+
+
+class TensorrtBackend:
+    """TensorRT or TensorRT for RTX, on engines that are there.
+
+    Args:
+        library: which TensorRT.
+        device: where engines run.
+        engines: SHA-256 of an ONNX file -> the engine that stands for it.
+        footprint: device memory that they take.
+        report: what `describe` adds, such as which engines these are.
+    """
+
+    stacks = True
+
+    def __init__(
+        self,
+        library: Library,
+        device: Device,
+        engines: Mapping[str, StoredEngine],
+        footprint: Footprint,
+        report: Mapping[str, Any] = NOTHING,
+    ) -> None:
+        self.library, self.name, self.device, self.footprint = library, library.backend, device, footprint
+        self.own_stream = device.stream()
+        self.passed_over: Mapping[str, str] = NOTHING
+        self._engines, self._report = engines, report
+        self._messages = message_log(library.trt, KEPT_MESSAGES)
+        self._runtime = library.trt.Runtime(self._messages)
+        self._loaded: dict[str, Any] = {}  # name of a stored engine -> what TensorRT made of it
+        self._lanes: WeakKeyDictionary[Stream, _Lane] = WeakKeyDictionary()
+        self._lock = threading.RLock()
+
+    @property
+    def graphs(self) -> Set[str]:
+        """SHA-256 of every ONNX file that an engine stands for."""
+        return self._engines.keys()
+
+    def load(
+        self,
+        onnx: memoryview,
+        initializers: Mapping[str, Buffer],
+        inputs: Mapping[str, Buffer] = NOTHING,
+        *,
+        runs_once: bool = False,  # noqa: ARG002
+    ) -> TensorrtEngine:
+        """Load the engine of a graph, and upload the weights that it reads at an address.
+
+        Raises:
+            EngineDirError: no engine was built from this graph.
+            EnvironmentUnsupportedError: TensorRT refuses the engine.
+            ResourceError: the weights do not fit.
+        """
+        stored = self._engines.get(sha256(onnx).hexdigest())
+        if stored is None:
+            raise EngineDirError(f"{self.name} has no engine for this graph; build the engines again")
+        with self._lock:  # TensorRT does not say that deserialising is safe in parallel
+            engine = TensorrtEngine(self, stored, self._deserialized(stored))
+            for name, buffer in {**initializers, **inputs}.items():
+                if name in engine.inputs:
+                    engine.weights[name] = self.allocate(buffer.shape, buffer.dtype)
+                    self.own_stream.upload(host_array(buffer), engine.weights[name])
+            self.own_stream.wait()
+        return engine
+
+    def _deserialized(self, stored: StoredEngine) -> Any:
+        if stored.name not in self._loaded:
+            if stored.uses_plugin:
+                register_plugin(self.library.trt)
+            engine = self._runtime.deserialize_cuda_engine(stored.content)
+            if engine is None:
+                raise EnvironmentUnsupportedError(
+                    f"{self.name} {self.library.version} does not load {stored.name}: {self.last_error()}; build the engines again"
+                )
+            self._loaded[stored.name] = engine
+        return self._loaded[stored.name]
+
+    def lane(self, stream: Stream) -> _Lane:
+        """What engines share on a stream; scratch memory for the largest engine that is loaded.
+
+        Raises:
+            ResourceError: the scratch memory does not fit.
+        """
+        with self._lock:
+            needed = max((int(engine.device_memory_size_v2) for engine in self._loaded.values()), default=0)
+            lane = self._lanes.get(stream)
+            if lane is None:
+                lane = self._lanes[stream] = _Lane(self.allocate((needed,), "uint8") if needed else None)
+            if needed > (lane.scratch.nbytes if lane.scratch else 0):
+                raise ResourceError(
+                    "an engine was loaded that needs more scratch memory than this session has; load again"
+                )
+            return lane
+
+    def aside(self, lane: _Lane, index: int, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """Memory of a session for the ``index``-th output of an engine that is not written where it belongs."""
+        nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
+        if index == len(lane.aside) or lane.aside[index].nbytes < nbytes:
+            lane.aside[index : index + 1] = [self.allocate((nbytes,), "uint8")]
+        memory = lane.aside[index]
+        return Buffer(memory.pointer, shape, dtype, memory.owner)
+
+    def last_error(self) -> str:
+        """The last error that TensorRT logged."""
+        return next(iter(self._messages.errors()[-1:]), "TensorRT gives no reason")
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """See `goc_deploy.protocols.Device.allocate`."""
+        return self.device.allocate(shape, dtype)
+
+    def upload(self, values: np.ndarray, target: Buffer) -> None:
+        """Copy host values into a buffer."""
+        self.own_stream.upload(values, target)
+        self.own_stream.wait()
+
+    def download(self, source: Buffer) -> np.ndarray:
+        """A copy of a buffer."""
+        return self.own_stream.download(source)
+
+    def describe(self) -> dict[str, Any]:
+        """Library, device and engines."""
+        return {
+            "backend": self.name,
+            "version": self.library.version,
+            "provider": self.library.trt.__name__,
+            **self.device.describe(),
+            **self._report,
+            "weight_bytes": self.footprint.weights,
+            "scratch_bytes": self.footprint.scratch,
+            "passed_over": dict(self.passed_over),
+        }

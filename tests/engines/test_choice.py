@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import goc_deploy
+from goc_deploy.engines import choice
+from goc_deploy.engines.choice import FASTEST_FIRST, RunOptions, candidates, explanation
+from goc_deploy.engines.plugin import driver
+from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError
+from goc_deploy.protocols import Backend
+from tests.conftest import Command
+from tests.stand_ins.loading import copy_with_engines, stand_in_backend
+
+
+def no_gpu() -> str:
+    raise EnvironmentUnsupportedError("there is no NVIDIA driver here")
+
+
+def test_the_fastest_is_tried_first_and_a_named_one_alone() -> None:
+    assert [name for name, _ in candidates("auto", Path("engine"), RunOptions())] == list(FASTEST_FIRST)
+    assert [name for name, _ in candidates("tensorrt", Path("engine"), RunOptions())] == ["tensorrt"]
+    with pytest.raises(EnvironmentUnsupportedError, match="there is no backend 'cuda'; use auto, tensorrt"):
+        list(candidates("cuda", Path("engine"), RunOptions()))
+
+
+def test_auto_without_a_gpu_says_why_it_takes_the_cpu(golden_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "device_capability", no_gpu)
+    with goc_deploy.load(golden_engine) as pipe:
+        report = pipe.generate([1]).report
+    assert report["backend"] == "onnxruntime"
+    assert report["passed_over"] == dict.fromkeys(FASTEST_FIRST[:3], "there is no NVIDIA driver here")
+    assert explanation("onnxruntime", report["passed_over"]) == (
+        "backend onnxruntime is the fastest that works here; "
+        "tensorrt, tensorrt-rtx, onnxruntime-cuda: there is no NVIDIA driver here"
+    )
+    with goc_deploy.load(golden_engine, backend="onnxruntime") as pipe:
+        assert pipe.generate([1]).report["passed_over"] == {}
+
+
+def test_a_named_backend_is_never_replaced_by_another(golden_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "device_capability", no_gpu)
+    for name in FASTEST_FIRST[:3]:
+        with pytest.raises(EnvironmentUnsupportedError, match="there is no NVIDIA driver here"):
+            goc_deploy.load(golden_engine, backend=name)
+
+
+def test_auto_takes_tensorrt_where_it_works_and_goes_on_where_it_does_not(
+    golden_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = copy_with_engines(golden_engine, tmp_path / "engine", "shared")
+    make = choice._make
+    refuses: list[Exception] = []
+
+    def made(name: str, directory: Path, options: RunOptions) -> Backend:
+        if name == "tensorrt":
+            raise EnvironmentUnsupportedError("tensorrt cannot be imported")
+        if name != "tensorrt-rtx":
+            return make(name, directory, options)
+        backend, _ = stand_in_backend(directory)
+        if refuses:
+            monkeypatch.setattr(backend, "load", lambda *_, **__: (_ for _ in ()).throw(refuses[0]))
+        return backend
+
+    monkeypatch.setattr(choice, "_make", made)
+    monkeypatch.setattr(driver, "device_capability", no_gpu)
+    with goc_deploy.load(engine) as pipe:
+        report = pipe.generate([1]).report
+    assert (report["backend"], report["passed_over"]) == ("tensorrt-rtx", {"tensorrt": "tensorrt cannot be imported"})
+    refuses.append(EnvironmentUnsupportedError("the driver is too old"))
+    with goc_deploy.load(engine) as pipe:
+        report = pipe.generate([1]).report
+    assert report["backend"] == "onnxruntime"
+    assert "the driver is too old" in report["passed_over"]["tensorrt-rtx"]
+    refuses[0] = ResourceError("4 GB do not fit")
+    with pytest.raises(ResourceError, match="4 GB do not fit"):  # a smaller batch may; the CPU is no answer to that
+        goc_deploy.load(engine)
+
+
+def test_the_command_names_the_backend_and_why(golden_engine: Path, tmp_path: Path, command: Command) -> None:
+    out = tmp_path / "x.npy"
+    done = command("goc-run", golden_engine, "--labels", "1", "--latents-output", out, code=None)
+    assert ("on onnxruntime " in done.stderr) == ("backend onnxruntime is the fastest that works here" in done.stderr)
+    try:
+        driver.device_capability()
+    except EnvironmentUnsupportedError:
+        refused = command("goc-run", golden_engine, "--labels", "1", "--backend", "tensorrt", code=5)
+        assert "there is no NVIDIA driver here" in refused.stderr

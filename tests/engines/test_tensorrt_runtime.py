@@ -1,0 +1,105 @@
+"""TensorRT engines bound to addresses, on the stand-ins."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+from goc_deploy.engines.tensorrt_runtime import StoredEngine, TensorrtBackend, TensorrtEngine
+from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError
+from goc_deploy.protocols import ALIGNMENT, Footprint, bfloat16_from_float32, mapped_buffer, stored_values
+from tests.stand_ins.device import Fault, StandInDevice
+from tests.stand_ins.tensorrt import StandInTensorrt
+
+
+def product() -> bytes:
+    """``c = a @ w``, and ``d = a + a`` that nobody may want; w is a weight that is an input."""
+    shapes = {"a": ["batch", 4], "w": [4, 4], "c": ["batch", 4], "d": ["batch", 4]}
+    values = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()}
+    nodes = [helper.make_node("MatMul", ["a", "w"], ["c"]), helper.make_node("Add", ["a", "a"], ["d"])]
+    graph = helper.make_graph(nodes, "g", [values["a"], values["w"]], [values["c"], values["d"]])
+    opset = [helper.make_opsetid("", 20)]
+    return bytes(helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString())
+
+
+ONNX = memoryview(product())
+WEIGHTS = np.arange(16, dtype=np.float32).reshape(4, 4)
+
+
+@pytest.fixture
+def tensorrt() -> StandInTensorrt:
+    return StandInTensorrt(StandInDevice())
+
+
+@pytest.fixture
+def backend(tensorrt: StandInTensorrt) -> TensorrtBackend:
+    stored = StoredEngine("here.engine", memoryview(b"vtrt" + bytes(ONNX)), uses_plugin=False, reads_first=False)
+    engines = {sha256(ONNX).hexdigest(): stored}
+    return TensorrtBackend(tensorrt.library, tensorrt.device, engines, Footprint())
+
+
+def load(backend: TensorrtBackend) -> TensorrtEngine:
+    return backend.load(ONNX, {"w": mapped_buffer(WEIGHTS.data.cast("B"), 0, (4, 4), "float32")})
+
+
+def test_weights_are_uploaded_once_and_outputs_that_nobody_wants_go_elsewhere(backend: TensorrtBackend) -> None:
+    engine, stream = load(backend), backend.device.stream()
+    a, c = backend.allocate((2, 4), "float32"), backend.allocate((2, 4), "float32")
+    stream.upload(np.ones((2, 4)), a)
+    run = engine.bind({"a": a}, {"c": c}, stream)
+    for _ in range(2):
+        run()
+        np.testing.assert_array_equal(stream.download(c), np.ones((2, 4)) @ WEIGHTS)
+
+
+def test_addresses_shapes_and_names_that_do_not_fit_are_refused(backend: TensorrtBackend) -> None:
+    engine, memory = load(backend), backend.allocate((4, 4), "float32")
+    fits = memory.view(2, 4)
+    for inputs, outputs, error, message in (
+        ({"a": memory.view(2, 4, start=4)}, {"c": fits}, EnvironmentUnsupportedError, "no multiple of 256"),
+        ({"a": memory.view(8, 2)}, {"c": fits}, EngineDirError, r"does not take a of shape \[8, 2\]"),
+        ({"a": fits}, {"c": memory}, EngineDirError, r"has tensor 'c' as float32 \[2, 4\]"),
+        ({"b": fits}, {"c": fits}, EngineDirError, "has tensor 'b' as None"),
+        ({"c": fits}, {"a": fits}, EngineDirError, "has tensor 'c'"),
+        ({}, {"c": fits}, EngineDirError, "input 'a' that nobody binds"),
+        ({"a": backend.allocate((2, 4), "float16")}, {"c": fits}, EngineDirError, "implies float16"),
+    ):
+        with pytest.raises(error, match=message):
+            engine.bind(inputs, outputs)
+    assert memory.pointer % ALIGNMENT == 0
+
+
+def test_a_graph_without_an_engine_and_bytes_that_do_not_load_are_refused(
+    backend: TensorrtBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(EngineDirError, match="tensorrt-rtx has no engine for this graph"):
+        backend.load(memoryview(b"another graph"), {})
+    monkeypatch.setattr(backend, "_runtime", type("Refusing", (), {"deserialize_cuda_engine": lambda *_: None})())
+    with pytest.raises(EnvironmentUnsupportedError, match=r"tensorrt-rtx 99.1 does not load here.engine: .* no reason"):
+        load(backend)
+
+
+def test_a_context_must_have_run_with_its_shapes_before_it_is_captured(backend: TensorrtBackend) -> None:
+    engine, stream = load(backend), backend.device.stream()
+    a, c = backend.allocate((2, 4), "float32"), backend.allocate((2, 4), "float32")
+    stream.upload(np.ones((2, 4)), a)
+    run = engine.bind({"a": a}, {"c": c}, stream)
+    with pytest.raises(Fault, match="captured before it ran once"):
+        stream.recorded([run])
+    run()
+    (replay,) = stream.recorded([run])
+    other = engine.bind({"a": a.view(1, 4)}, {"c": c.view(1, 4)}, stream)  # a context of its own
+    other()
+    replay()
+    np.testing.assert_array_equal(stream.download(c), np.ones((2, 4)) @ WEIGHTS)
+
+
+def test_values_are_stored_as_their_dtype_says() -> None:
+    values = np.array([1.0, -2.5, 3.1415927, 1e-40], np.float32)
+    bits = bfloat16_from_float32(values)
+    assert bits.tolist()[:3] == [0x3F80, 0xC020, 0x4049]
+    assert stored_values(bits, "bfloat16") is bits
+    assert stored_values(values, "float16").dtype == np.float16

@@ -1,0 +1,44 @@
+"""Engine directories loaded on the stand-ins."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from goc_deploy.engines.tensorrt_runtime import TensorrtBackend
+from goc_deploy.engines.tensorrt_select import tensorrt_backend
+from goc_deploy.options import EngineOptions, no_progress
+from goc_deploy.runtime.loading import load_pipelines
+from goc_deploy.runtime.pipeline import Pipeline
+from tests.stand_ins.device import StandInDevice
+from tests.stand_ins.tensorrt import StandInTensorrt
+
+CAPABILITY = "8.9"
+
+
+def copy_with_engines(
+    source: Path, target: Path, weights: str, library: str = "tensorrt-rtx", kernels: int | None = 1
+) -> Path:
+    """A copy of an engine directory with engines of the stand-in."""
+    shutil.copytree(source, target)
+    options = EngineOptions(library, (CAPABILITY,), weights)
+    StandInTensorrt(StandInDevice(), library, kernels).build(target, options, no_progress)
+    return target
+
+
+def stand_in_backend(
+    directory: Path, library: str = "tensorrt-rtx", **device: Any
+) -> tuple[TensorrtBackend, StandInTensorrt]:
+    """The real backend on stand-ins."""
+    tensorrt = StandInTensorrt(StandInDevice(**device), library)
+    backend = tensorrt_backend(directory, tensorrt.library, CAPABILITY, tensorrt.device, build=tensorrt.build)
+    return backend, tensorrt
+
+
+def stand_in_pipeline(
+    directory: Path, plan: str, sessions: int = 1, library: str = "tensorrt-rtx", **device: Any
+) -> tuple[Pipeline, StandInTensorrt]:
+    """A real pipeline on stand-ins."""
+    backend, tensorrt = stand_in_backend(directory, library, **device)
+    return load_pipelines(directory, backend, [plan], None, sessions)[0], tensorrt

@@ -1,0 +1,294 @@
+"""A TensorRT whose engines are ONNX graphs, which ONNX Runtime executes at the addresses that a context was given.
+
+It runs what the real parser would take: graphs with embedded weights or with weights as inputs, and the plugin's stack. An
+engine file is the graph behind the first bytes of a real one. It keeps the rules of the real library, and raises
+`tests.stand_ins.device.Fault` where the real one would compute something wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+
+from goc_deploy.engine_keys import Target
+from goc_deploy.engines import tensorrt_store as store
+from goc_deploy.engines.ort import OrtBackend
+from goc_deploy.engines.plugin.stacking import STACK
+from goc_deploy.engines.tensorrt_build import BuildReport
+from goc_deploy.engines.tensorrt_library import Library, this_platform
+from goc_deploy.manifest import Manifest
+from goc_deploy.options import EngineOptions, Progress
+from goc_deploy.protocols import ALIGNMENT
+from goc_deploy.publish import read_manifest
+from tests.stand_ins.device import Fault, Span, StandInDevice, Work
+
+SCRATCH_BYTES_PER_NODE = 96
+_NAMES = {1: "FLOAT", 7: "INT64", 10: "HALF", 16: "BF16"}
+_NUMPY = {"FLOAT": np.float32, "INT64": np.int64, "HALF": np.float16}
+_ELEMENTWISE = {"Add", "Mul", "Cast", "CastLike", "Split", "Reshape", "Identity"}
+
+
+class Severity(Enum):
+    INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
+
+
+class ILogger:
+    Severity = Severity
+
+    def log(self, severity: Severity, text: str) -> None: ...
+
+
+class TensorIOMode(Enum):
+    INPUT, OUTPUT = 1, 2
+
+
+class ExecutionContextAllocationStrategy(Enum):
+    STATIC, ON_PROFILE_CHANGE, USER_MANAGED = range(3)
+
+
+class DynamicShapesKernelSpecializationStrategy(Enum):
+    LAZY, EAGER, NONE = range(3)
+
+
+class RuntimeConfig:
+    dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
+    strategy = ExecutionContextAllocationStrategy.STATIC
+
+    def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
+        self.strategy = strategy
+
+
+class Empty:
+    """A base class of plugins, or a value of one."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+
+class Context:
+    """See ``IExecutionContext``."""
+
+    def __init__(self, engine: Engine, strategy: ExecutionContextAllocationStrategy) -> None:
+        engine.device.forbid_in_capture("make an execution context")
+        assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED
+        self._engine, self._device = engine, engine.device
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+        self._scratch: Span | None = None
+        self._warm = self._captured = False
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        if memory % ALIGNMENT or size < self._engine.device_memory_size_v2:
+            raise Fault(f"{size} bytes of scratch memory at {memory} do not serve {self._engine.name}")
+        self._scratch = Span(memory, self._engine.device_memory_size_v2)
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        if self._captured:
+            raise Fault(f"{self._engine.name}: a graph was captured with the shapes of this context, which now change")
+        declared = self._engine.shapes[name]
+        if len(declared) != len(shape) or any(d not in (None, s) for d, s in zip(declared, shape, strict=True)):
+            self._engine.logger.log(Severity.ERROR, f"{name} is {declared}, not {list(shape)}")
+            return False
+        self._shapes[name], self._warm = tuple(shape), False
+        return True
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name] if name in self._engine.inputs else self._engine.output_shapes(self._shapes)[name]
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        if memory % ALIGNMENT:
+            raise Fault(f"{self._engine.name}: {name} lies at {memory}, which is no multiple of {ALIGNMENT}")
+        if name not in self._engine.dtypes:
+            return False
+        self._addresses[name] = memory
+        return True
+
+    def execute_async_v3(self, handle: int) -> bool:
+        engine, stream = self._engine, self._device.stream_of(handle)
+        missing = sorted(engine.dtypes.keys() - self._addresses.keys())
+        if missing:
+            raise Fault(f"{engine.name}: {missing[0]} has no address")
+        if engine.device_memory_size_v2 and self._scratch is None:
+            raise Fault(f"{engine.name} runs without scratch memory")
+        if stream.graph is not None:
+            self._captured = True
+            if not self._warm:
+                raise Fault(f"{engine.name} is captured before it ran once with these shapes")
+        self._warm = True
+        reads = {name: self._span(name) for name in engine.inputs}
+        writes = {name: self._span(name) for name in engine.outputs}
+        self._check_overlaps(reads, writes)
+        engine.calls.append((engine.name, {name: span.start for name, span in {**reads, **writes}.items()}))
+        scratch, device, shapes = self._scratch, self._device, dict(self._shapes)
+
+        def run() -> None:
+            feeds = {
+                name: device.bytes_at(span, name).view(engine.dtypes[name]).reshape(shapes[name]).copy()
+                for name, span in reads.items()
+            }
+            if scratch is not None:
+                device.poison(scratch, "scratch memory")
+            for name, values in engine.run(feeds).items():
+                device.bytes_at(writes[name], name)[:] = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+
+        stream.put(Work(engine.name, reads, writes, run))
+        return True
+
+    def _span(self, name: str) -> Span:
+        shape = self.get_tensor_shape(name)
+        nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(self._engine.dtypes[name]).itemsize
+        return Span(self._addresses[name], nbytes)
+
+    def _check_overlaps(self, reads: Mapping[str, Span], writes: Mapping[str, Span]) -> None:
+        name, placed = self._engine.name, list(writes.items())
+        for i, (one, span) in enumerate(placed):
+            for other, earlier in placed[:i]:
+                if span.overlaps(earlier):
+                    raise Fault(f"{name} writes {one} and {other} to the same memory")
+            for other, read in reads.items():
+                if span.overlaps(read) and not (span == read and self._engine.elementwise):
+                    raise Fault(f"{name} writes {one} over {other}, which it reads")
+            if self._scratch is not None and span.overlaps(self._scratch):
+                raise Fault(f"{name} writes {one} into scratch memory")
+        for other, read in reads.items():
+            if self._scratch is not None and read.overlaps(self._scratch):
+                raise Fault(f"{name} reads {other} from scratch memory")
+
+
+class Engine:
+    """See ``ICudaEngine``."""
+
+    def __init__(self, tensorrt: StandInTensorrt, logger: Any, model: onnx.ModelProto, number: int) -> None:
+        self.device, self.calls, self.logger, self.is_rtx = tensorrt.device, tensorrt.calls, logger, tensorrt.is_rtx
+        graph = model.graph
+        held = {initializer.name for initializer in graph.initializer}
+        inputs = [value for value in graph.input if value.name not in held]
+        self.name = f"engine {number} ({graph.node[0].name or graph.node[0].op_type})"
+        self.inputs, self.outputs = [v.name for v in inputs], [v.name for v in graph.output]
+        types = {v.name: _NAMES[v.type.tensor_type.elem_type] for v in [*inputs, *graph.output]}
+        self._types, self.dtypes = types, {name: _NUMPY[kind] for name, kind in types.items()}
+        self.shapes = {v.name: [d.dim_value or None for d in v.type.tensor_type.shape.dim] for v in inputs}
+        ops = {node.op_type for node in graph.node}
+        self.elementwise = all(op in _ELEMENTWISE or op.startswith("GocCache") for op in ops)
+        self.stack = graph.node[0] if ops == {STACK} else None
+        self._session = None if self.stack else OrtBackend().load(memoryview(model.SerializeToString()), {})._session
+        self._known_shapes: dict[tuple[Any, ...], dict[str, tuple[int, ...]]] = {}
+        self.device_memory_size_v2 = 0 if self.elementwise else SCRATCH_BYTES_PER_NODE * len(graph.node)
+        self.num_io_tensors = len(types)
+
+    def get_tensor_name(self, index: int) -> str:
+        return [*self.inputs, *self.outputs][index]
+
+    def get_tensor_mode(self, name: str) -> TensorIOMode:
+        return TensorIOMode.INPUT if name in self.inputs else TensorIOMode.OUTPUT
+
+    def get_tensor_dtype(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(name=self._types[name])
+
+    def create_runtime_config(self) -> RuntimeConfig:
+        return RuntimeConfig()
+
+    def create_execution_context(self, how: ExecutionContextAllocationStrategy | RuntimeConfig) -> Context:
+        if not isinstance(how, RuntimeConfig):
+            assert not self.is_rtx
+            return Context(self, how)
+        assert how.dynamic_shapes_kernel_specialization_strategy is DynamicShapesKernelSpecializationStrategy.EAGER
+        return Context(self, how.strategy)
+
+    def output_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Found by running on zeros, once for each set of input shapes."""
+        key = tuple(sorted(shapes.items()))
+        if key not in self._known_shapes:
+            found = self.run({name: np.zeros(shapes[name], self.dtypes[name]) for name in self.inputs})
+            self._known_shapes[key] = {name: values.shape for name, values in found.items()}
+        return self._known_shapes[key]
+
+    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self._session is None:
+            return self._run_stack(feeds)
+        return dict(zip(self.outputs, self._session.run(self.outputs, feeds), strict=True))
+
+    def _run_stack(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What the plugin computes, in float32."""
+        counts, stores = ([int(v) for v in a.ints] for a in self.stack.attribute if a.name in ("entries", "stores"))
+        tensors = [feeds[name] for name in self.stack.input]
+        x, gates, coefficients = (tensor.astype(np.float32) for tensor in tensors[:3])
+        history, row, stored = iter(tensors[3:]), iter(coefficients), []
+        for unit, count in enumerate(counts):
+            whole, g = next(row), next(history).astype(np.float32)
+            for _ in range(count - 1):
+                g = g + next(row) * next(history).astype(np.float32)
+            x = x + (whole * gates[unit])[:, None] * g
+            stored += [g] if stores[unit] else []
+        dtype = self.dtypes["x_out"]
+        return {n: v.astype(dtype) for n, v in zip(self.stack.output, [x, *stored], strict=True)}
+
+
+class StandInTensorrt:
+    """The module. ``calls`` lists every run in order, with the addresses of its tensors."""
+
+    ILogger, TensorIOMode = ILogger, TensorIOMode
+    ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
+    IPluginV3 = type("IPluginV3", (Empty,), {})
+    IPluginV3OneCore = type("IPluginV3OneCore", (Empty,), {})
+    IPluginV3OneBuild = type("IPluginV3OneBuild", (Empty,), {})
+    IPluginV3OneRuntime = type("IPluginV3OneRuntime", (Empty,), {})
+    IPluginCreatorV3One = type("IPluginCreatorV3One", (Empty,), {})
+    PluginField = PluginFieldCollection = Empty
+    PluginFieldType = SimpleNamespace(INT32=0)
+    DataType = SimpleNamespace(FLOAT=0, HALF=1, BF16=2)
+    __version__ = "99.1"
+
+    def __init__(self, device: StandInDevice, backend: str = "tensorrt-rtx", kernels: int | None = 1) -> None:
+        self.kernels = kernels  # that the builder says an engine has
+        self.device, self.backend, self.is_rtx = device, backend, backend == "tensorrt-rtx"
+        self.__name__ = f"stand_in_{id(self)}"
+        self.calls: list[tuple[str, dict[str, int]]] = []
+        self.registered: list[str] = []
+        self._engines = 0
+        if self.is_rtx:
+            self.DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
+
+    @property
+    def library(self) -> Library:
+        return Library(self.backend, self)
+
+    def get_plugin_registry(self) -> SimpleNamespace:
+        return SimpleNamespace(register_creator=lambda creator, _space: not self.registered.append(creator.name))
+
+    def Runtime(self, logger: Any) -> SimpleNamespace:
+        def deserialize_cuda_engine(content: memoryview) -> Engine | None:
+            self.device.forbid_in_capture("load an engine")
+            model = onnx.load_model_from_string(bytes(content).removeprefix(self._magic))
+            if any(node.op_type == STACK for node in model.graph.node) and STACK not in self.registered:
+                logger.log(Severity.ERROR, f"plugin {STACK} is not registered")
+                return None
+            self._engines += 1
+            return Engine(self, logger, model, self._engines)
+
+        return SimpleNamespace(deserialize_cuda_engine=deserialize_cuda_engine)
+
+    @property
+    def _magic(self) -> bytes:
+        return store.MAGIC.get(self.backend, b"")
+
+    def build(self, directory: Path, options: EngineOptions, progress: Progress) -> tuple[Manifest, int]:
+        """Takes the place of `goc_deploy.engines.tensorrt_store.build_engines`: all of it but the builder."""
+        manifest = latest = read_manifest(directory)
+        target = Target(options.backend, self.__version__, this_platform(), options.capabilities)
+        (directory / "engines").mkdir(exist_ok=True)
+        jobs = store.wanted_engines(directory, manifest, target, options)
+        missing = [job for job in jobs if not store.is_there(directory, manifest, job)]
+        for job in missing:
+            engine = self._magic + store._graph(directory, manifest, job)
+            report = BuildReport(
+                kernels=self.kernels, plugin_layers=int(job.recipe.plugin_sha256 is not None), activation_bytes=4096
+            )
+            latest = store.add_engine(directory, manifest, job, engine, report)
+        progress("done", len(jobs), len(jobs))
+        return latest, len(missing)
