@@ -14,9 +14,10 @@ import onnx
 from goc_deploy.calibration import CalibrationOptions, Laboratory, check_options, default_images
 from goc_deploy.errors import CalibrationNeededError, GocError, ModelError, UsageError
 from goc_deploy.exporters import dit_units
+from goc_deploy.exporters.architecture import Architecture
 from goc_deploy.exporters.checkpoint import Checkpoint, check_values, load_checkpoint
-from goc_deploy.exporters.diffusers_folder import read_dit_folder
 from goc_deploy.exporters.lowering import template_from_kind, write_copy
+from goc_deploy.exporters.model_folder import read_model_folder
 from goc_deploy.exporters.plan_files import write_plan
 from goc_deploy.exporters.step_graphs import collect_graph, modulation_graph, sampler_graphs
 from goc_deploy.exporters.units import DTYPES
@@ -33,7 +34,7 @@ from goc_deploy.samplers import sampler_table
 from goc_deploy.spec import ITEM_BYTES, ModelSpec
 from goc_deploy.version import __version__
 
-ARCHITECTURES = {"dit": dit_units}
+ARCHITECTURES: dict[str, Architecture] = {"dit": dit_units}
 LaboratoryMaker = Callable[[Path, CalibrationOptions], Laboratory]  # of the engine at that path
 
 RECORDED_PACKAGES = ("torch", "onnx", "onnxscript", "numpy")
@@ -94,7 +95,8 @@ def _read(path: Path, options: ExportOptions) -> tuple[Checkpoint, ModelSpec, tu
     if not path.is_dir():
         checkpoint = load_checkpoint(path, options.weights)
         return checkpoint, replace(_recognise(checkpoint, options), prediction=options.prediction), ()
-    found = read_dit_folder(path)
+    wanted = ARCHITECTURES if options.model == "auto" else {options.model: ARCHITECTURES[options.model]}
+    found = read_model_folder(path, wanted)
     if options.num_heads not in (None, found.spec.heads):
         raise UsageError(f"--num-heads {options.num_heads}: the configuration in {path} says {found.spec.heads}")
     if options.weights != "auto":
