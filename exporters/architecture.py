@@ -91,6 +91,10 @@ class Examples:
         """Standard normal values."""
         return torch.randn(shape, generator=self.generator).to(dtype or self._dtype)
 
+    def fixed(self, name: str, *shape: int) -> Input:
+        """A float32 input without dynamic dimensions."""
+        return Input(name, self.normal(*shape, dtype=torch.float32), {})
+
     def tokens(self) -> Input:
         """``x``: tokens (B, T, D)."""
         return Input("x", self.normal(2, self._spec.tokens, self._spec.hidden), {0: "batch"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,8 @@ from goc_deploy.exporters.lowering import template_from_kind, write_copy
 from goc_deploy.exporters.model_folder import read_model_folder
 from goc_deploy.exporters.plan_files import write_plan
 from goc_deploy.exporters.step_graphs import collect_graph, modulation_graph, sampler_graphs
-from goc_deploy.exporters.units import DTYPES
+from goc_deploy.exporters.units import DTYPES, UnitKind
+from goc_deploy.exporters.vae import PRECISION, Vae, decoder_kind, decoder_spec, read_vae_folder
 from goc_deploy.exporters.verification import verify_copy
 from goc_deploy.grammar import PolicySpec, check_plan_name, parse_policy
 from goc_deploy.manifest import MANIFEST_NAME, FileEntry, Manifest, Unit, manifest_to_json
@@ -71,18 +72,23 @@ def export_checkpoint(
     checkpoint, spec, class_names = _read(checkpoint_path, options)
     architecture = ARCHITECTURES[spec.architecture]
     architecture.check_tensors(checkpoint.tensors, spec)
+    vae = None if options.vae is None else read_vae_folder(options.vae, spec)
     plans = _compile_plans(spec, options)
     check_options(_calibration(spec, options))
-    provenance = _provenance(checkpoint, options)
+    provenance = _provenance(checkpoint, vae, options)
     with directory_lock(output):
         present = _same_engine(output, provenance)
         if present:
             return present, False
         check_target(output, force=options.force)
-        check_free_space(output, checkpoint.nbytes_fp32 * ITEM_BYTES[options.precision] // 4)
-        check_values(checkpoint, allow_nonfinite=options.allow_nonfinite)
+        of_vae = 0 if vae is None else vae.checkpoint.nbytes_fp32
+        check_free_space(output, checkpoint.nbytes_fp32 * ITEM_BYTES[options.precision] // 4 + of_vae)
+        for read in (checkpoint, *([vae.checkpoint] if vae else [])):
+            check_values(read, allow_nonfinite=options.allow_nonfinite)
         with staged(output) as stage:
             bare = _write_units(stage, checkpoint, spec, provenance, options, backend, progress)
+            if vae is not None:
+                bare = _write_decoder(stage, bare, vae, options.vae_tile, backend, progress)
             bare = replace(bare, class_names=class_names)
             manifest = _write_plans(stage, bare, plans, options, make_laboratory)
     return manifest, True
@@ -145,10 +151,12 @@ def _calibration(spec: ModelSpec, options: ExportOptions) -> CalibrationOptions:
     return CalibrationOptions(images, options.calibration_seed, options.cfg_scale)
 
 
-def _provenance(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, Any]:
+def _provenance(checkpoint: Checkpoint, vae: Vae | None, options: ExportOptions) -> dict[str, Any]:
     recorded = {**asdict(options), "plans": list(options.plans)}
+    recorded = {name: value.name if isinstance(value, Path) else value for name, value in recorded.items()}
     del recorded["force"]
     return {
+        **({"vae_sha256": vae.checkpoint.sha256} if vae else {}),
         "checkpoint": checkpoint.path.name,
         "checkpoint_sha256": checkpoint.sha256,
         "weight_set": checkpoint.weight_set,
@@ -182,7 +190,8 @@ def _write_units(
     """Write everything but plans."""
     folder = stage / "onnx"
     folder.mkdir()
-    units = _model_units(folder, checkpoint, spec, options.precision, backend, progress)
+    kinds = ARCHITECTURES[spec.architecture].unit_kinds(spec, options.precision)
+    units = _write_kinds(folder, kinds, checkpoint, options.precision, backend, progress)
     step_graphs = {
         "modulation": modulation_graph(spec, options.precision),
         "collect": collect_graph(spec, options.precision),
@@ -190,7 +199,7 @@ def _write_units(
     }
     for name, graph in step_graphs.items():
         onnx.save_model(graph, folder / f"{name}.onnx")
-        units.append(Unit(name, f"onnx/{name}.onnx", None, (), False, None))
+        units.append(Unit(name, f"onnx/{name}.onnx", None, (), False, None, options.precision))
     return Manifest(
         model=spec,
         precision=options.precision,
@@ -235,11 +244,27 @@ def _files(stage: Path) -> tuple[FileEntry, ...]:
     return tuple(file_entry(stage, path) for path in paths)
 
 
-def _model_units(
-    folder: Path, checkpoint: Checkpoint, spec: ModelSpec, precision: str, backend: Backend, progress: Progress
+def _write_decoder(
+    stage: Path, manifest: Manifest, vae: Vae, largest_tile: int, backend: Backend, progress: Progress
+) -> Manifest:
+    """Write the unit that turns latents into images."""
+    folder = stage / "vae"
+    folder.mkdir()
+    decoder = decoder_spec(vae.config, manifest.model, largest_tile)
+    kind = decoder_kind(vae.config, manifest.model, decoder)
+    units = _write_kinds(folder, (kind,), vae.checkpoint, PRECISION, backend, progress)
+    return replace(manifest, units=(*manifest.units, *units), decoder=decoder, files=_files(stage))
+
+
+def _write_kinds(
+    folder: Path,
+    kinds: Sequence[UnitKind],
+    checkpoint: Checkpoint,
+    precision: str,
+    backend: Backend,
+    progress: Progress,
 ) -> list[Unit]:
     """Trace each kind once; write and verify each copy."""
-    kinds = ARCHITECTURES[spec.architecture].unit_kinds(spec, precision)
     total = sum(len(kind.copies) for kind in kinds)
     units: list[Unit] = []
     for kind in kinds:
@@ -249,8 +274,8 @@ def _model_units(
             progress(f"writing {name}", len(units), total)
             parameters = write_copy(template, name, checkpoint.tensors, folder)
             error = verify_copy(template, name, parameters, checkpoint.tensors, folder, backend)
-            paths = (f"onnx/{name}.onnx", f"onnx/{name}.weights")
-            units.append(Unit(name, *paths, parameters, kind.weights_are_inputs, error))
+            paths = (f"{folder.name}/{name}.onnx", f"{folder.name}/{name}.weights")
+            units.append(Unit(name, *paths, parameters, kind.weights_are_inputs, error, precision))
         del template
         gc.collect()
     progress("done", total, total)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from goc_deploy.runtime.pipeline import Pipeline
 
 BACKENDS = ("auto", "onnxruntime")
+PATH_OPTIONS = ("vae",)
 
 
 def export(checkpoint: str | Path, output: str | Path, *, progress: Progress = no_progress, **options: Any) -> Manifest:
@@ -35,6 +36,7 @@ def export(checkpoint: str | Path, output: str | Path, *, progress: Progress = n
     """
     if "plans" in options:
         options["plans"] = tuple(options["plans"])
+    options |= {name: Path(options[name]) for name in PATH_OPTIONS if options.get(name) is not None}
     return export_with(Path(checkpoint), Path(output), ExportOptions(**options), progress)[0]
 
 

@@ -35,6 +35,8 @@ class ExportOptions:
         weights: ``ema``, ``model``, or ``auto`` (ema where there is one).
         allow_nonfinite: accept NaN and infinite weights.
         force: replace an existing engine directory.
+        vae: folder of the AutoencoderKL whose decoder turns latents into images, or None.
+        vae_tile: latents beyond so many pixels per side are decoded in tiles of that size.
     """
 
     model: str = "auto"
@@ -51,6 +53,8 @@ class ExportOptions:
     weights: str = "auto"
     allow_nonfinite: bool = False
     force: bool = False
+    vae: Path | None = None
+    vae_tile: int = 64
 
 
 def default_plans(precision: str) -> tuple[str, ...]:

@@ -64,3 +64,20 @@ class ModelSpec:
     def units(self) -> int:
         """Number of units, blocks times branches; unit u is block ``u // len(branches)``."""
         return self.depth * len(self.branches)
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSpec:
+    """What the decoder unit makes of latents.
+
+    Attributes:
+        channels: of the images.
+        upscale: image pixels per latent pixel and side.
+        tile: latent pixels per side that the graph takes; larger latents are decoded tile by tile.
+        overlap: least latent pixels that neighbouring tiles share, over which they are blended.
+    """
+
+    channels: int
+    upscale: int
+    tile: int
+    overlap: int

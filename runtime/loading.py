@@ -19,6 +19,7 @@ from goc_deploy.runtime import memory
 from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.buffers import planned_bytes
 from goc_deploy.runtime.calibrator import EngineCalibrator
+from goc_deploy.runtime.decoder import LatentDecoder
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.runtime.stepper import Stepper
 from goc_deploy.samplers import SamplerTable
@@ -52,8 +53,17 @@ def load_pipelines(
         )
     for plan in plans:
         _check_memory(manifest, plan, images, max_sessions)
-    engines = load_engines(directory, manifest, plans, backend)
-    return [Pipeline(manifest, plan, engines, backend, images, max_sessions) for plan in plans]
+    decodes = manifest.decoder is not None
+    engines = load_engines(directory, manifest, plans, backend, ("decoder",) if decodes else ())
+    decoder = _decoder(manifest, engines, backend)
+    return [Pipeline(manifest, plan, engines, backend, images, max_sessions, decoder) for plan in plans]
+
+
+def _decoder(manifest: Manifest, engines: Engines, backend: Backend) -> LatentDecoder | None:
+    if manifest.decoder is None:
+        return None
+    spec = manifest.model
+    return LatentDecoder(engines.units["decoder"], backend, manifest.decoder, (spec.channels, spec.side, spec.side))
 
 
 def load_stepper(directory: Path, backend: Backend, table: SamplerTable, images: int) -> Stepper:
@@ -83,9 +93,9 @@ def load_calibrator(
 
 
 def load_engines(
-    directory: Path, manifest: Manifest, plans: Sequence[Plan], backend: Backend, samplers: Iterable[str] = ()
+    directory: Path, manifest: Manifest, plans: Sequence[Plan], backend: Backend, more: Iterable[str] = ()
 ) -> Engines:
-    """Verify every file that the plans and these sampler units need, then load the graphs; both in parallel.
+    """Verify every file that the plans and these further units need, then load the graphs; both in parallel.
 
     Raises:
         EngineDirError, SafetyError: a file is missing, corrupt or not ours.
@@ -96,7 +106,7 @@ def load_engines(
         raise EngineDirError(
             f"{directory} lists no predict graph for {missing[0]!r}, which a plan needs; add the plan again"
         )
-    needed = {"conditioning", "embed", "final", "modulation", "collect", *samplers}
+    needed = {"conditioning", "embed", "final", "modulation", "collect", *more}
     needed |= {plan.sampler.graph for plan in plans}
     needed |= {f"block_{b:02d}_{branch}" for b in range(manifest.model.depth) for branch in manifest.model.branches}
     lacking = sorted(needed - {unit.name for unit in manifest.units})
@@ -106,7 +116,6 @@ def load_engines(
     wanted = [unit for unit in manifest.units if unit.name in needed]
     predict = {signature: manifest.predict[signature] for signature in signatures}
     paths = sorted({p for unit in wanted for p in (unit.onnx, unit.weights) if p} | set(predict.values()))
-    dtype = DTYPE_OF_PRECISION[manifest.precision]
 
     def verified(path: str) -> memoryview:
         return read_verified(directory, entries[path])
@@ -121,6 +130,7 @@ def load_engines(
 
     def loaded_unit(unit: Unit) -> Engine:
         weights = content[unit.weights] if unit.weights else memoryview(b"")
+        dtype = DTYPE_OF_PRECISION[unit.precision]
         parameters = {p.name: mapped_buffer(weights, p.offset, p.shape, dtype) for p in unit.parameters}
         where = "inputs" if unit.weights_are_inputs else "initializers"
         return loaded_graph(unit.onnx, **{where: parameters})

@@ -7,6 +7,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from goc_deploy.plan import Plan
 from goc_deploy.protocols import Backend
 from goc_deploy.runtime.binding import Batch, Engines
 from goc_deploy.runtime.buffers import planned_bytes
+from goc_deploy.runtime.decoder import LatentDecoder
 from goc_deploy.runtime.images import images_from_latents
 from goc_deploy.runtime.session import Request, Session, Timing
 from goc_deploy.spec import ITEM_BYTES, ModelSpec
@@ -58,7 +60,7 @@ class Result:
     """What `Pipeline.generate` returns.
 
     Attributes:
-        images: (N, H, W, channels) uint8, or None where the latents need a decoder.
+        images: (N, H, W, channels) uint8, or None where the latents need a decoder that the engine does not have.
         latents: (N, C, H, W) float32.
         trajectory: (T, N, C, H, W) float32, latents after each step, where asked for.
         report: timings, plan, memory and versions; plain JSON types.
@@ -77,9 +79,17 @@ class Pipeline:
     """
 
     def __init__(
-        self, manifest: Manifest, plan: Plan, engines: Engines, backend: Backend, batch_size: int, max_sessions: int
+        self,
+        manifest: Manifest,
+        plan: Plan,
+        engines: Engines,
+        backend: Backend,
+        batch_size: int,
+        max_sessions: int,
+        decoder: LatentDecoder | None = None,
     ) -> None:
         self._pid = os.getpid()
+        self._decoder = decoder
         self._backend, self._engines = backend, engines
         self.manifest, self.plan, self.batch_size = manifest, plan, batch_size
         self.spec: ModelSpec = manifest.model
@@ -99,6 +109,7 @@ class Pipeline:
         cfg_channels: int = DEFAULTS.cfg_channels,
         latents: np.ndarray | None = None,
         trajectory: bool = False,
+        decode: bool = True,
         callback: StepHook | None = None,
         spans: list[Span] | None = None,
     ) -> Result:
@@ -112,6 +123,7 @@ class Pipeline:
             cfg_channels: guidance acts on the first channels only.
             latents: x_T instead of seeded noise, (N, C, H, W), converted to float32.
             trajectory: also return the latents after every step.
+            decode: turn latents into images where the engine has a decoder.
             callback: called after every step with a `StepEvent`; an exception in it is logged and the run goes on.
             spans: where to record what ran when, for `goc_deploy.trace`.
 
@@ -148,14 +160,17 @@ class Pipeline:
             raise VerificationError(
                 f"the latents of image {bad[0]} are not finite; use a milder plan or --precision fp32"
             )
-        report = self._report(len(labels), seed, cfg_scale, cfg_channels, timings)
+        started = time.perf_counter()
+        images = self._images(final_latents, spans) if decode else None
+        decode_ms = 1e3 * (time.perf_counter() - started)
+        report = {**self._report(len(labels), seed, cfg_scale, cfg_channels, timings), "decode_ms": decode_ms}
         whole = np.concatenate([np.stack(taken) for taken in trajectories], axis=1) if trajectory else None
-        return Result(images_from_latents(final_latents), final_latents, whole, report)
+        return Result(images, final_latents, whole, report)
 
     def with_plan(self, plan: Plan) -> Pipeline:
         """A pipeline of another plan on the same engines, which must hold its predict graphs (a plan that computes
         everything needs none)."""
-        return Pipeline(self.manifest, plan, self._engines, self._backend, self.batch_size, 1)
+        return Pipeline(self.manifest, plan, self._engines, self._backend, self.batch_size, 1, self._decoder)
 
     def warmup(self) -> None:
         """Run every step once on one image, so that the first request pays for nothing."""
@@ -182,6 +197,12 @@ class Pipeline:
     @property
     def _latent_shape(self) -> tuple[int, int, int]:
         return (self.spec.channels, self.spec.side, self.spec.side)
+
+    def _images(self, latents: np.ndarray, spans: list[Span] | None) -> np.ndarray | None:
+        if self._decoder is None:
+            return images_from_latents(latents)
+        with recorded(spans, "decode", f"decode {len(latents)} images"):
+            return self._decoder.images(latents)
 
     def _check_open(self) -> None:
         if self._closed.is_set():

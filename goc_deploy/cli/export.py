@@ -67,6 +67,15 @@ DEFAULTS = ExportOptions()
     default=DEFAULTS.weights,
     help="Which weights of a training checkpoint.",
 )
+@click.option(
+    "--vae", type=click.Path(path_type=Path), help="Folder of an AutoencoderKL (diffusers), to decode latents with."
+)
+@click.option(
+    "--vae-tile",
+    type=click.IntRange(8, 512),
+    default=DEFAULTS.vae_tile,
+    help="Latents of more pixels per side are decoded in tiles of this size.",
+)
 @click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinite weights.")
 @click.option("--force", is_flag=True, help="Replace an existing engine directory.")
 @engine_options

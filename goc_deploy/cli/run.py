@@ -122,7 +122,7 @@ def command(
         outputs.save_text(json.dumps(described, indent=1) + "\n", report)
     if result.images is None:
         click.echo(
-            f"the model makes {pipe.spec.channels}-channel latents, which need a VAE to become images; use --latents-output",
+            f"the model makes {pipe.spec.channels}-channel latents, which need a VAE to become images; export with --vae, or use --latents-output",
             err=True,
         )
         if output and not latents_output:
