@@ -125,13 +125,15 @@ def layer_names(depth: int) -> dict[str, str]:
     return names
 
 
-def position_table(hidden: int, grid: int) -> Tensor:
+def position_table(hidden: int, grid: int, stretch: float = 1) -> Tensor:
     """Sines and cosines of a token's column, then of its row: (1, grid * grid, hidden) float32.
+
+    ``stretch`` is how many tokens lie within a distance of 1.
 
     Source: Vaswani et al., "Attention Is All You Need", NeurIPS 2017, section 3.5, in two dimensions.
     """
     frequencies = 10_000.0 ** (-torch.arange(hidden // 4, dtype=torch.float64) / (hidden // 4))
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] / stretch * frequencies
     axis = torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)  # (grid, hidden / 2)
     columns, rows = axis.repeat(grid, 1), axis.repeat_interleave(grid, 0)
     return torch.cat([columns, rows], dim=1).float().unsqueeze(0)

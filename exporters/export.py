@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,29 +12,27 @@ import onnx
 
 from goc_deploy.calibration import CalibrationOptions, Laboratory, check_options, default_images
 from goc_deploy.errors import CalibrationNeededError, GocError, ModelError, UsageError
-from goc_deploy.exporters import dit_units
+from goc_deploy.exporters import dit_units, pixart
 from goc_deploy.exporters.architecture import Architecture
 from goc_deploy.exporters.checkpoint import Checkpoint, check_values, load_checkpoint
-from goc_deploy.exporters.lowering import template_from_kind, write_copy
+from goc_deploy.exporters.companions import Companions, read_companions, write_companions
 from goc_deploy.exporters.model_folder import read_model_folder
 from goc_deploy.exporters.plan_files import write_plan
 from goc_deploy.exporters.step_graphs import collect_graph, modulation_graph, sampler_graphs
-from goc_deploy.exporters.units import DTYPES, UnitKind
-from goc_deploy.exporters.vae import PRECISION, Vae, decoder_kind, decoder_spec, read_vae_folder
-from goc_deploy.exporters.verification import verify_copy
+from goc_deploy.exporters.unit_files import UnitWriter, files_below
 from goc_deploy.grammar import PolicySpec, check_plan_name, parse_policy
-from goc_deploy.manifest import MANIFEST_NAME, FileEntry, Manifest, Unit, manifest_to_json
+from goc_deploy.manifest import MANIFEST_NAME, Manifest, Unit, manifest_to_json
 from goc_deploy.options import ExportOptions, Progress, default_plans
 from goc_deploy.passes import compile_schedule
 from goc_deploy.plan import Plan
 from goc_deploy.policies import schedule_from_policy
 from goc_deploy.protocols import Backend
-from goc_deploy.publish import check_free_space, check_target, directory_lock, file_entry, read_manifest, staged
+from goc_deploy.publish import check_free_space, check_target, directory_lock, read_manifest, staged
 from goc_deploy.samplers import sampler_table
 from goc_deploy.spec import ITEM_BYTES, ModelSpec
 from goc_deploy.version import __version__
 
-ARCHITECTURES: dict[str, Architecture] = {"dit": dit_units}
+ARCHITECTURES: dict[str, Architecture] = {"dit": dit_units, "pixart": pixart}
 LaboratoryMaker = Callable[[Path, CalibrationOptions], Laboratory]  # of the engine at that path
 
 RECORDED_PACKAGES = ("torch", "onnx", "onnxscript", "numpy")
@@ -68,28 +65,31 @@ def export_checkpoint(
         ConflictError, ResourceError: the output cannot be written.
         VerificationError: a unit differs from PyTorch.
     """
-    options = replace(options, plans=options.plans or default_plans(options.precision))
     checkpoint, spec, class_names = _read(checkpoint_path, options)
     architecture = ARCHITECTURES[spec.architecture]
     architecture.check_tensors(checkpoint.tensors, spec)
-    vae = None if options.vae is None else read_vae_folder(options.vae, spec)
+    companions = read_companions(options, spec)
+    if companions.captions is not None:
+        spec = replace(spec, classes=len(companions.captions.prompts))
+    calibrates = options.precision != "bf16" and spec.classes > 0
+    options = replace(options, plans=options.plans or default_plans(calibrates=calibrates))
     plans = _compile_plans(spec, options)
     check_options(_calibration(spec, options))
-    provenance = _provenance(checkpoint, vae, options)
+    provenance = _provenance(checkpoint, companions, options)
     with directory_lock(output):
         present = _same_engine(output, provenance)
         if present:
             return present, False
         check_target(output, force=options.force)
-        of_vae = 0 if vae is None else vae.checkpoint.nbytes_fp32
-        check_free_space(output, checkpoint.nbytes_fp32 * ITEM_BYTES[options.precision] // 4 + of_vae)
-        for read in (checkpoint, *([vae.checkpoint] if vae else [])):
+        beside = sum(read.nbytes_fp32 for read in companions.checkpoints)
+        check_free_space(output, checkpoint.nbytes_fp32 * ITEM_BYTES[options.precision] // 4 + beside)
+        for read in (checkpoint, *companions.checkpoints):
             check_values(read, allow_nonfinite=options.allow_nonfinite)
         with staged(output) as stage:
-            bare = _write_units(stage, checkpoint, spec, provenance, options, backend, progress)
-            if vae is not None:
-                bare = _write_decoder(stage, bare, vae, options.vae_tile, backend, progress)
-            bare = replace(bare, class_names=class_names)
+            writer = UnitWriter(stage, backend, progress)
+            bare = _write_units(writer, checkpoint, spec, provenance, options)
+            bare = write_companions(companions, bare, options, writer)
+            bare = replace(bare, class_names=class_names, files=files_below(stage))
             manifest = _write_plans(stage, bare, plans, options, make_laboratory)
     return manifest, True
 
@@ -128,7 +128,11 @@ def _compile_plans(spec: ModelSpec, options: ExportOptions) -> dict[str, tuple[P
         name = check_plan_name(policy.default_name)
         try:
             plan = _compile(policy, name, spec, options, None)
-        except CalibrationNeededError:
+        except CalibrationNeededError as cause:
+            if not spec.classes:
+                raise UsageError(
+                    f"plan {name} is made by calibration, but there are no captions; add --captions"
+                ) from cause
             plan = None
         plans.setdefault(name, (policy, plan))
     return plans
@@ -148,15 +152,15 @@ def _compile(
 
 def _calibration(spec: ModelSpec, options: ExportOptions) -> CalibrationOptions:
     images = options.calibrate if options.calibrate is not None else default_images(spec, options.steps)
-    return CalibrationOptions(images, options.calibration_seed, options.cfg_scale)
+    return CalibrationOptions(images, options.calibration_seed, options.cfg_scale, spec.guided_channels)
 
 
-def _provenance(checkpoint: Checkpoint, vae: Vae | None, options: ExportOptions) -> dict[str, Any]:
+def _provenance(checkpoint: Checkpoint, companions: Companions, options: ExportOptions) -> dict[str, Any]:
     recorded = {**asdict(options), "plans": list(options.plans)}
     recorded = {name: value.name if isinstance(value, Path) else value for name, value in recorded.items()}
     del recorded["force"]
     return {
-        **({"vae_sha256": vae.checkpoint.sha256} if vae else {}),
+        **companions.provenance,
         "checkpoint": checkpoint.path.name,
         "checkpoint_sha256": checkpoint.sha256,
         "weight_set": checkpoint.weight_set,
@@ -179,26 +183,18 @@ def _same_engine(output: Path, provenance: Mapping[str, Any]) -> Manifest | None
 
 
 def _write_units(
-    stage: Path,
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
-    provenance: dict[str, Any],
-    options: ExportOptions,
-    backend: Backend,
-    progress: Progress,
+    writer: UnitWriter, checkpoint: Checkpoint, spec: ModelSpec, provenance: dict[str, Any], options: ExportOptions
 ) -> Manifest:
-    """Write everything but plans."""
-    folder = stage / "onnx"
-    folder.mkdir()
+    """Write the units of the model."""
     kinds = ARCHITECTURES[spec.architecture].unit_kinds(spec, options.precision)
-    units = _write_kinds(folder, kinds, checkpoint, options.precision, backend, progress)
+    units = writer.write(kinds, checkpoint.tensors, options.precision)
     step_graphs = {
         "modulation": modulation_graph(spec, options.precision),
         "collect": collect_graph(spec, options.precision),
         **sampler_graphs(spec),
     }
     for name, graph in step_graphs.items():
-        onnx.save_model(graph, folder / f"{name}.onnx")
+        onnx.save_model(graph, writer.stage / "onnx" / f"{name}.onnx")
         units.append(Unit(name, f"onnx/{name}.onnx", None, (), False, None, options.precision))
     return Manifest(
         model=spec,
@@ -207,7 +203,7 @@ def _write_units(
         units=tuple(units),
         predict={},
         plans=(),
-        files=_files(stage),
+        files=(),
         provenance=provenance,
     )
 
@@ -234,49 +230,6 @@ def _write_plans(
         predict.update(new)
         entries.append(entry)
     path.unlink(missing_ok=True)
-    whole = replace(manifest, predict=predict, plans=tuple(entries), files=_files(stage))
+    whole = replace(manifest, predict=predict, plans=tuple(entries), files=files_below(stage))
     path.write_text(manifest_to_json(whole), encoding="utf-8")
     return whole
-
-
-def _files(stage: Path) -> tuple[FileEntry, ...]:
-    paths = sorted(str(path.relative_to(stage).as_posix()) for path in stage.rglob("*") if path.is_file())
-    return tuple(file_entry(stage, path) for path in paths)
-
-
-def _write_decoder(
-    stage: Path, manifest: Manifest, vae: Vae, largest_tile: int, backend: Backend, progress: Progress
-) -> Manifest:
-    """Write the unit that turns latents into images."""
-    folder = stage / "vae"
-    folder.mkdir()
-    decoder = decoder_spec(vae.config, manifest.model, largest_tile)
-    kind = decoder_kind(vae.config, manifest.model, decoder)
-    units = _write_kinds(folder, (kind,), vae.checkpoint, PRECISION, backend, progress)
-    return replace(manifest, units=(*manifest.units, *units), decoder=decoder, files=_files(stage))
-
-
-def _write_kinds(
-    folder: Path,
-    kinds: Sequence[UnitKind],
-    checkpoint: Checkpoint,
-    precision: str,
-    backend: Backend,
-    progress: Progress,
-) -> list[Unit]:
-    """Trace each kind once; write and verify each copy."""
-    total = sum(len(kind.copies) for kind in kinds)
-    units: list[Unit] = []
-    for kind in kinds:
-        progress(f"tracing {kind.kind}", len(units), total)
-        template = template_from_kind(kind, DTYPES[precision])
-        for name in kind.copies:
-            progress(f"writing {name}", len(units), total)
-            parameters = write_copy(template, name, checkpoint.tensors, folder)
-            error = verify_copy(template, name, parameters, checkpoint.tensors, folder, backend)
-            paths = (f"{folder.name}/{name}.onnx", f"{folder.name}/{name}.weights")
-            units.append(Unit(name, *paths, parameters, kind.weights_are_inputs, error, precision))
-        del template
-        gc.collect()
-    progress("done", total, total)
-    return units

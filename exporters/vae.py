@@ -288,10 +288,10 @@ class PixelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
-        pixels = self.group_norm(x).flatten(2).transpose(1, 2)  # (N, h*w, C)
-        q, k, v = self.to_q(pixels), self.to_k(pixels), self.to_v(pixels)
+        pixels = self.group_norm(x).flatten(2).transpose(1, 2).reshape(-1, channels)  # (N*h*w, C)
+        q, k, v = (layer(pixels).reshape(batch, -1, channels) for layer in (self.to_q, self.to_k, self.to_v))
         weights = torch.softmax(torch.matmul(q * channels**-0.5, k.transpose(1, 2)), dim=-1)  # (N, h*w, h*w)
-        mixed = self.to_out[0](torch.matmul(weights, v))
+        mixed = self.to_out[0](torch.matmul(weights, v).reshape(-1, channels)).reshape(batch, -1, channels)
         return x + mixed.transpose(1, 2).reshape(batch, channels, height, width)
 
 

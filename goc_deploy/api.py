@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from goc_deploy.runtime.pipeline import Pipeline
 
 BACKENDS = ("auto", "onnxruntime")
-PATH_OPTIONS = ("vae",)
+PATH_OPTIONS = ("captions", "vae")
 
 
 def export(checkpoint: str | Path, output: str | Path, *, progress: Progress = no_progress, **options: Any) -> Manifest:

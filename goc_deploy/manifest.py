@@ -10,7 +10,7 @@ from typing import Any
 from goc_deploy.engine_keys import ENGINE_BACKENDS, WEIGHT_MODES, Target
 from goc_deploy.errors import EngineDirError, SafetyError
 from goc_deploy.serde import build, check_format, dump_json, parse_json
-from goc_deploy.spec import ITEM_BYTES, PRECISIONS, PREDICTIONS, DecoderSpec, ModelSpec
+from goc_deploy.spec import ITEM_BYTES, PRECISIONS, PREDICTIONS, DecoderSpec, ModelSpec, TextSpec
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT, MANIFEST_VERSION = "goc_deploy.engine_dir", 4
@@ -55,7 +55,7 @@ class Unit:
 
     Attributes:
         name: ``conditioning``, ``modulation``, ``embed``, ``block_00_attn``, ..., ``collect``, ``final``, ``sampler``,
-            ``sampler_lag1``, ..., ``decoder``.
+            ``sampler_lag1``, ..., ``captions``, ``decoder``, ``text_encoder``.
         onnx: path of the graph.
         weights: path of the external data, or None.
         parameters: what lies where in the weights file.
@@ -125,6 +125,8 @@ class Manifest:
         provenance: checkpoint digest, versions, options. For people; nothing is decided by it but "up to date".
         engines: TensorRT engines, a cache: the ONNX files and plans are the source of truth.
         decoder: what unit ``decoder`` makes of latents, or None where there is none.
+        captions: path of the captions that stand for labels, or None where there are none.
+        text: what unit ``text_encoder`` takes, or None where there is none.
     """
 
     model: ModelSpec
@@ -138,6 +140,8 @@ class Manifest:
     engines: tuple[EngineEntry, ...] = ()
     class_names: tuple[str, ...] = ()
     decoder: DecoderSpec | None = None
+    captions: str | None = None
+    text: TextSpec | None = None
 
     @property
     def image_side(self) -> int | None:
@@ -180,6 +184,8 @@ def _manifest_from_fields(found: dict[str, Any]) -> Manifest:
         engines=tuple(_engine_from_fields(engine) for engine in found.get("engines", ())),
         class_names=tuple(str(name) for name in found["class_names"]),
         decoder=None if found["decoder"] is None else DecoderSpec(**found["decoder"]),
+        captions=None if found["captions"] is None else str(found["captions"]),
+        text=None if found["text"] is None else TextSpec(**found["text"]),
     )
 
 
@@ -205,8 +211,8 @@ def _check(manifest: Manifest, where: str) -> None:
         model.patch,
         model.grid,
         model.channels,
-        model.classes,
         manifest.max_batch,
+        *([model.caption_channels, model.caption_tokens] if model.draws_captions else [model.classes]),
     )
     if not all(type(size) is int and 0 < size <= 10**6 for size in sizes) or manifest.precision not in PRECISIONS:
         raise EngineDirError(f"{where} has sizes or a precision out of range; export again")
@@ -214,6 +220,8 @@ def _check(manifest: Manifest, where: str) -> None:
         raise EngineDirError(
             f"{where}: the model predicts {model.prediction!r}, which this version does not know; export again"
         )
+    if type(model.classes) is not int or model.classes < 0 or ("cross" in model.branches) != model.draws_captions:
+        raise EngineDirError(f"{where}: the classes, captions and branches do not fit each other; export again")
     _check_decoder(manifest, where)
     if len(manifest.class_names) not in (0, model.classes):
         raise EngineDirError(
@@ -245,6 +253,8 @@ def _check(manifest: Manifest, where: str) -> None:
             raise EngineDirError(f"{where} lists engine {engine.path!r} of an unknown kind; build the engines again")
         used += [engine.path, *engine.graphs]
     used += [*manifest.predict.values(), *(p.plan for p in manifest.plans), *(p.schedule for p in manifest.plans)]
+    used += [manifest.captions] if manifest.captions is not None else []
+    used += [manifest.text.tokenizer] if manifest.text is not None else []
     missing = sorted(set(used) - set(paths))
     if missing:
         raise EngineDirError(f"{where} uses {missing[0]!r} but does not list it; export again")

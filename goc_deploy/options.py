@@ -35,6 +35,7 @@ class ExportOptions:
         weights: ``ema``, ``model``, or ``auto`` (ema where there is one).
         allow_nonfinite: accept NaN and infinite weights.
         force: replace an existing engine directory.
+        captions: file of embeddings that stand for labels of a model that draws captions, or None.
         vae: folder of the AutoencoderKL whose decoder turns latents into images, or None.
         vae_tile: latents beyond so many pixels per side are decoded in tiles of that size.
     """
@@ -53,13 +54,15 @@ class ExportOptions:
     weights: str = "auto"
     allow_nonfinite: bool = False
     force: bool = False
+    captions: Path | None = None
     vae: Path | None = None
     vae_tile: int = 64
 
 
-def default_plans(precision: str) -> tuple[str, ...]:
-    """Policy SPECs where none are asked for. bf16 engines have no CPU kernels to calibrate with."""
-    return ("none", "fora:2+gc:1.0" if precision == "bf16" else "fora:2+goc")
+def default_plans(*, calibrates: bool) -> tuple[str, ...]:
+    """Policy SPECs where none are asked for. bf16 engines have no CPU kernels to calibrate with, and a model that draws
+    captions needs some."""
+    return ("none", "fora:2+goc" if calibrates else "fora:2+gc:1.0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +114,13 @@ class GenerateOptions:
     Attributes:
         seed: of the noise; image i of a request depends on (seed, i) alone.
         cfg_scale: classifier-free guidance scale; 1 is none and runs half the rows.
-        cfg_channels: guidance acts on the first channels only, as in DiT's reference; all of them where there are fewer.
+        cfg_channels: guidance acts on the first channels only; None is what the model's reference does (3 for DiT, all for
+            PixArt).
     """
 
     seed: int = 0
     cfg_scale: float = 4.0
-    cfg_channels: int = 3
+    cfg_channels: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +155,7 @@ class EvalOptions:
         num_images: images per plan.
         seed: of noise, labels and resampling; image i has the noise that goc-run gives it.
         cfg_scale: classifier-free guidance scale.
-        cfg_channels: guidance acts on the first channels only.
+        cfg_channels: guidance acts on the first channels only; None is what the model's reference does.
         labels: ``balanced`` (every class equally often, in random order) or ``iid``.
         batch_size: images per run; 0 is what the engine was exported for.
         backend: ``auto`` or ``onnxruntime``.
@@ -172,7 +176,7 @@ class EvalOptions:
     num_images: int = 1000
     seed: int = 0
     cfg_scale: float = 4.0
-    cfg_channels: int = 3
+    cfg_channels: int | None = None
     labels: str = "balanced"
     batch_size: int = 0
     backend: str = "auto"

@@ -75,7 +75,7 @@ def _compiled(
     sampler = options.sampler or (first.sampler.sampler if first else DEFAULTS.sampler)
     sampler_table(sampler, steps, manifest.model.prediction)  # refuses a wrong one before anything is measured
     images = options.calibrate if options.calibrate is not None else default_images(manifest.model, steps)
-    calibration = CalibrationOptions(images, options.seed, options.cfg_scale)
+    calibration = CalibrationOptions(images, options.seed, options.cfg_scale, manifest.model.guided_channels)
 
     laboratory = engine_laboratory(directory, make_backend, sampler, calibration, progress)
     schedule = schedule_from_policy(policy, manifest.model, steps, laboratory)

@@ -76,6 +76,11 @@ class Engine(Protocol):
         ...
 
 
+def taken(engine: Engine, offered: Mapping[str, Buffer]) -> dict[str, Buffer]:
+    """Those of the offered inputs that a graph takes."""
+    return {name: buffer for name, buffer in offered.items() if name in engine.dtypes}
+
+
 class Backend(Protocol):
     """Loads graphs and owns device memory."""
 

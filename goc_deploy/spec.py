@@ -11,7 +11,7 @@ ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Sizes of a class-conditional Diffusion Transformer.
+    """Sizes of a Diffusion Transformer that draws classes or captions.
 
     Attributes:
         depth: number of blocks L.
@@ -21,13 +21,18 @@ class ModelSpec:
         patch: patch side in latent pixels.
         grid: tokens per side, so that a sample is ``grid * patch`` latent pixels high and wide.
         channels: latent (or pixel) channels C.
-        classes: number of labels; the null label is ``classes``.
+        classes: number of labels; the null label is ``classes``. Of a model that draws captions, the number of captions
+            that its engine directory keeps: label i is the i-th of them, the null label the unconditional one.
         learn_sigma: the model predicts 2*C channels: the prediction, then a variance that only ``ddpm`` samplers use.
         architecture: exporter that made the units.
         branches: the branches of each block, in execution order.
         prediction: what the first C channels predict: ``eps`` (the noise), ``v`` (velocity) or ``x0`` (the clean sample).
         frequency_shift: the timestep's 128 frequencies fall to 1/10000 over ``128 - frequency_shift`` intervals.
         mlp_norm_eps: what the layer norm before the MLP branch adds to the variance.
+        guided_channels: classifier-free guidance acts on so many channels in the model's reference.
+        caption_channels: width of a caption's embeddings, or 0 for a class-conditional model.
+        caption_tokens: tokens of a caption; shorter ones are padded.
+        told_size: height and width of the image in pixels, where the model is told them, or 0.
     """
 
     depth: int
@@ -44,6 +49,10 @@ class ModelSpec:
     prediction: str = "eps"
     frequency_shift: int = 0
     mlp_norm_eps: float = 1e-6
+    guided_channels: int = 3
+    caption_channels: int = 0
+    caption_tokens: int = 0
+    told_size: int = 0
 
     @property
     def tokens(self) -> int:
@@ -59,6 +68,11 @@ class ModelSpec:
     def output_channels(self) -> int:
         """Channels that the model predicts."""
         return self.channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def draws_captions(self) -> bool:
+        """Whether captions take the place of labels."""
+        return self.caption_channels > 0
 
     @property
     def units(self) -> int:
@@ -81,3 +95,20 @@ class DecoderSpec:
     upscale: int
     tile: int
     overlap: int
+
+
+@dataclass(frozen=True, slots=True)
+class TextSpec:
+    """What the text encoder unit takes.
+
+    Attributes:
+        tokenizer: path of its ``tokenizer.json`` in the engine directory.
+        vocabulary: tokens that it knows.
+        eos: the token that ends a text.
+        pad: the token behind it.
+    """
+
+    tokenizer: str
+    vocabulary: int
+    eos: int
+    pad: int

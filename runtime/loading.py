@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from goc_deploy.calibration import CalibrationOptions
+from goc_deploy.captions import captions_from_bytes
 from goc_deploy.engine_dir import load_plan
 from goc_deploy.errors import EngineDirError, GocError, ResourceError, UsageError
 from goc_deploy.manifest import Manifest, Unit
@@ -107,6 +108,7 @@ def load_engines(
             f"{directory} lists no predict graph for {missing[0]!r}, which a plan needs; add the plan again"
         )
     needed = {"conditioning", "embed", "final", "modulation", "collect", *more}
+    needed |= {"captions"} if manifest.model.draws_captions else set()
     needed |= {plan.sampler.graph for plan in plans}
     needed |= {f"block_{b:02d}_{branch}" for b in range(manifest.model.depth) for branch in manifest.model.branches}
     lacking = sorted(needed - {unit.name for unit in manifest.units})
@@ -115,7 +117,8 @@ def load_engines(
     entries = {file.path: file for file in manifest.files}
     wanted = [unit for unit in manifest.units if unit.name in needed]
     predict = {signature: manifest.predict[signature] for signature in signatures}
-    paths = sorted({p for unit in wanted for p in (unit.onnx, unit.weights) if p} | set(predict.values()))
+    captions = {manifest.captions} if manifest.captions else set()
+    paths = sorted({p for u in wanted for p in (u.onnx, u.weights) if p} | set(predict.values()) | captions)
 
     def verified(path: str) -> memoryview:
         return read_verified(directory, entries[path])
@@ -138,9 +141,12 @@ def load_engines(
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         content = dict(zip(paths, pool.map(verified, paths), strict=True))
         units = dict(zip([u.name for u in wanted], pool.map(loaded_unit, wanted), strict=True))
-        engines = Engines(units, dict(zip(predict, pool.map(loaded_graph, predict.values()), strict=True)))
+        predictors = dict(zip(predict, pool.map(loaded_graph, predict.values()), strict=True))
+    stored = None
+    if manifest.captions:
+        stored = captions_from_bytes(content[manifest.captions], manifest.model, f"{directory / manifest.captions}")
     memory.return_free_pages(content.values())
-    return engines
+    return Engines(units, predictors, stored)
 
 
 def _check_memory(manifest: Manifest, plan: Plan, images: int, sessions: int) -> None:

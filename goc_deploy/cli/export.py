@@ -28,7 +28,7 @@ DEFAULTS = ExportOptions()
 )
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Engine directory to make.")
-@click.option("--model", type=click.Choice(["auto", "dit"]), default=DEFAULTS.model, help="Architecture.")
+@click.option("--model", type=click.Choice(["auto", "dit", "pixart"]), default=DEFAULTS.model, help="Architecture.")
 @click.option(
     "--num-heads",
     type=click.IntRange(1),
@@ -66,6 +66,11 @@ DEFAULTS = ExportOptions()
     type=click.Choice(["auto", "ema", "model"]),
     default=DEFAULTS.weights,
     help="Which weights of a training checkpoint.",
+)
+@click.option(
+    "--captions",
+    type=click.Path(path_type=Path),
+    help="Embeddings (.npz, .safetensors) that a model of captions calibrates, benches and evaluates with, in place of labels.",
 )
 @click.option(
     "--vae", type=click.Path(path_type=Path), help="Folder of an AutoencoderKL (diffusers), to decode latents with."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,8 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
         raise UsageError("a plan is named twice; give each --plan once")
     compared_with = baselines(plans)
     spec = manifest.model
+    if options.cfg_channels is None:
+        options = replace(options, cfg_channels=spec.guided_channels)
     files = samples_of_plans(options.samples, [plan.name for plan in plans]) if options.samples else {}
     labels, side = _labels(files, options, spec), _image_side(files, manifest)
     judges = make_judges(options, spec, side, len(labels), progress)
