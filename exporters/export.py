@@ -69,8 +69,8 @@ def export_checkpoint(
     architecture = ARCHITECTURES[spec.architecture]
     architecture.check_tensors(checkpoint.tensors, spec)
     companions = read_companions(options, spec)
-    if companions.captions is not None:
-        spec = replace(spec, classes=len(companions.captions.prompts))
+    if spec.draws_captions:
+        spec = replace(spec, classes=companions.labels)
     calibrates = options.precision != "bf16" and spec.classes > 0
     options = replace(options, plans=options.plans or default_plans(calibrates=calibrates))
     plans = _compile_plans(spec, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from goc_deploy.exporters.units import DTYPES, UnitKind
 from goc_deploy.exporters.verification import verify_copy
 from goc_deploy.manifest import FileEntry, Unit
 from goc_deploy.options import Progress
-from goc_deploy.protocols import Backend
+from goc_deploy.protocols import DTYPE_OF_PRECISION, Backend, Engine, mapped_buffer
 from goc_deploy.publish import file_entry
 
 
@@ -57,6 +58,16 @@ class UnitWriter:
             gc.collect()
         self.progress("done", total, total)
         return units
+
+    def loaded(self, unit: Unit) -> Engine:
+        """A unit that was written, loaded from its files."""
+        assert unit.weights is not None
+        with open(self.stage / unit.weights, "rb") as file:
+            weights = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        dtype = DTYPE_OF_PRECISION[unit.precision]
+        parameters = {p.name: mapped_buffer(weights, p.offset, p.shape, dtype) for p in unit.parameters}
+        given = ({}, parameters) if unit.weights_are_inputs else (parameters, {})
+        return self.backend.load(memoryview((self.stage / unit.onnx).read_bytes()), *given)
 
 
 def files_below(stage: Path) -> tuple[FileEntry, ...]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from goc_deploy.runtime.pipeline import Pipeline
 
 BACKENDS = ("auto", "onnxruntime")
-PATH_OPTIONS = ("captions", "vae")
+PATH_OPTIONS = ("captions", "text_encoder", "vae")
 
 
 def export(checkpoint: str | Path, output: str | Path, *, progress: Progress = no_progress, **options: Any) -> Manifest:
@@ -45,6 +45,8 @@ def export_with(
 ) -> tuple[Manifest, bool]:
     """`export` with its options in one object; also says whether anything was written."""
     _require("export", "torch", "onnx", "onnxscript", "safetensors")
+    if options.text_encoder is not None:
+        _require("text", "tokenizers")
     from goc_deploy.exporters.export import export_checkpoint
     from goc_deploy.trials import engine_laboratory
 

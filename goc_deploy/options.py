@@ -35,7 +35,9 @@ class ExportOptions:
         weights: ``ema``, ``model``, or ``auto`` (ema where there is one).
         allow_nonfinite: accept NaN and infinite weights.
         force: replace an existing engine directory.
-        captions: file of embeddings that stand for labels of a model that draws captions, or None.
+        captions: what stands for labels of a model that draws captions: a file of embeddings, or of prompts (``.txt``, one
+            per line, with a text encoder); None takes `goc_deploy.text.DEFAULT_PROMPTS` where there is a text encoder.
+        text_encoder: folder of the T5 encoder that the model was trained with, or None.
         vae: folder of the AutoencoderKL whose decoder turns latents into images, or None.
         vae_tile: latents beyond so many pixels per side are decoded in tiles of that size.
     """
@@ -55,6 +57,7 @@ class ExportOptions:
     allow_nonfinite: bool = False
     force: bool = False
     captions: Path | None = None
+    text_encoder: Path | None = None
     vae: Path | None = None
     vae_tile: int = 64
 

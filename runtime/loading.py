@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 from goc_deploy.calibration import CalibrationOptions
@@ -21,9 +22,10 @@ from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.buffers import planned_bytes
 from goc_deploy.runtime.calibrator import EngineCalibrator
 from goc_deploy.runtime.decoder import LatentDecoder
-from goc_deploy.runtime.pipeline import Pipeline
+from goc_deploy.runtime.pipeline import Attached, Pipeline
 from goc_deploy.runtime.stepper import Stepper
 from goc_deploy.samplers import SamplerTable
+from goc_deploy.text import TextEncoder
 
 
 def load_pipelines(
@@ -54,10 +56,20 @@ def load_pipelines(
         )
     for plan in plans:
         _check_memory(manifest, plan, images, max_sessions)
-    decodes = manifest.decoder is not None
-    engines = load_engines(directory, manifest, plans, backend, ("decoder",) if decodes else ())
-    decoder = _decoder(manifest, engines, backend)
-    return [Pipeline(manifest, plan, engines, backend, images, max_sessions, decoder) for plan in plans]
+    parts = {"decoder": manifest.decoder, "text_encoder": manifest.text}
+    engines = load_engines(directory, manifest, plans, backend, [name for name, part in parts.items() if part])
+    attached = Attached(_decoder(manifest, engines, backend), _text_encoder(directory, manifest, engines, backend))
+    return [Pipeline(manifest, plan, engines, backend, images, max_sessions, attached) for plan in plans]
+
+
+def _text_encoder(directory: Path, manifest: Manifest, engines: Engines, backend: Backend) -> TextEncoder | None:
+    """The text encoder, where there is one and the package that it needs is installed; asked for a prompt without it,
+    the pipeline says so."""
+    if manifest.text is None or find_spec("tokenizers") is None:
+        return None
+    entry = next(file for file in manifest.files if file.path == manifest.text.tokenizer)
+    tokenizer = bytes(read_verified(directory, entry))
+    return TextEncoder(engines.units["text_encoder"], backend, tokenizer, manifest.model, manifest.text)
 
 
 def _decoder(manifest: Manifest, engines: Engines, backend: Backend) -> LatentDecoder | None:

@@ -33,6 +33,7 @@ from goc_deploy.runtime.decoder import LatentDecoder
 from goc_deploy.runtime.images import images_from_latents
 from goc_deploy.runtime.session import Request, Session, Timing
 from goc_deploy.spec import ITEM_BYTES, ModelSpec
+from goc_deploy.text import NO_TOKENIZERS, TextEncoder
 from goc_deploy.trace import Span, recorded
 from goc_deploy.version import __version__
 
@@ -79,6 +80,17 @@ class Result:
     report: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """What comes before and after the sampler, where the engine directory has it."""
+
+    decoder: LatentDecoder | None = None
+    text: TextEncoder | None = None
+
+
+NOTHING_ATTACHED = Attached()
+
+
 class Pipeline:
     """A plan of a loaded engine directory. Thread-safe; at most ``max_sessions`` callers run at a time, others wait.
 
@@ -93,10 +105,10 @@ class Pipeline:
         backend: Backend,
         batch_size: int,
         max_sessions: int,
-        decoder: LatentDecoder | None = None,
+        attached: Attached = NOTHING_ATTACHED,
     ) -> None:
         self._pid = os.getpid()
-        self._decoder = decoder
+        self._attached = attached
         self._backend, self._engines = backend, engines
         self.manifest, self.plan, self.batch_size = manifest, plan, batch_size
         self.spec: ModelSpec = manifest.model
@@ -110,6 +122,8 @@ class Pipeline:
         self,
         labels: Sequence[int] | None = None,
         *,
+        prompts: Sequence[str] | None = None,
+        negative_prompts: Sequence[str] = ("",),
         captions: PromptEmbeds | None = None,
         seed: int = DEFAULTS.seed,
         first_image: int = 0,
@@ -124,8 +138,10 @@ class Pipeline:
         """Generate one image per label, or per caption.
 
         Args:
-            labels: class labels, 0 .. classes - 1. Of a model that draws captions: which of ``captions``, by default each
-                once, or without these which of the captions that the engine directory keeps.
+            labels: class labels, 0 .. classes - 1. Of a model that draws captions: which of ``prompts`` or ``captions``, by
+                default each once, or without these which of the captions that the engine directory keeps.
+            prompts: texts, where the engine has a text encoder. A text with too many tokens is cut; the log says where.
+            negative_prompts: what to draw away from: one for all, or one for each.
             captions: embeddings that `goc_deploy.captions.prompt_embeds_from_arrays` checked.
             seed: image i gets noise from (seed, first_image + i) alone, whatever the batch size.
             first_image: where this request starts in a longer series of images that share a seed.
@@ -144,6 +160,8 @@ class Pipeline:
         """
         self._check_open()
         cfg_channels = self.spec.guided_channels if cfg_channels is None else cfg_channels
+        if prompts is not None:
+            captions = self.encode(prompts, negative_prompts)
         conditions = self._conditions(labels, captions, guided=cfg_scale != 1 and cfg_channels != 0)
         _check_numbers(seed, cfg_scale, cfg_channels)
         images = len(conditions.labels)
@@ -180,15 +198,28 @@ class Pipeline:
         whole = np.concatenate([np.stack(taken) for taken in trajectories], axis=1) if trajectory else None
         return Result(pictures, final_latents, whole, report)
 
+    def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str] = ("",)) -> PromptEmbeds:
+        """Encode prompts; the last ones are remembered.
+
+        Raises:
+            UsageError: the engine has no text encoder, or no prompts are given, or another number of negative ones.
+            EnvironmentUnsupportedError: the package tokenizers is missing.
+        """
+        if self.manifest.text is None:
+            raise UsageError("the engine has no text encoder; export with --text-encoder, or give --prompt-embeds")
+        if self._attached.text is None:
+            raise EnvironmentUnsupportedError(NO_TOKENIZERS)
+        return self._attached.text.prompt_embeds(prompts, negative_prompts)
+
     def with_plan(self, plan: Plan) -> Pipeline:
         """A pipeline of another plan on the same engines, which must hold its predict graphs (a plan that computes
         everything needs none)."""
-        return Pipeline(self.manifest, plan, self._engines, self._backend, self.batch_size, 1, self._decoder)
+        return Pipeline(self.manifest, plan, self._engines, self._backend, self.batch_size, 1, self._attached)
 
     def warmup(self) -> None:
         """Run every step once on one image, so that the first request pays for nothing."""
         captions = blank_captions(self.spec) if self.spec.draws_captions else None
-        self.generate([0], captions=captions, decode=self._decoder is not None)
+        self.generate([0], captions=captions)
 
     def close(self) -> None:
         """Free the engines and buffers; later and waiting calls raise, running ones end. Closing twice is fine."""
@@ -213,10 +244,10 @@ class Pipeline:
         return (self.spec.channels, self.spec.side, self.spec.side)
 
     def _images(self, latents: np.ndarray, spans: list[Span] | None) -> np.ndarray | None:
-        if self._decoder is None:
+        if self._attached.decoder is None:
             return images_from_latents(latents)
         with recorded(spans, "decode", f"decode {len(latents)} images"):
-            return self._decoder.images(latents)
+            return self._attached.decoder.images(latents)
 
     def _conditions(self, labels: Sequence[int] | None, captions: PromptEmbeds | None, *, guided: bool) -> Conditions:
         if captions is None:

@@ -70,7 +70,13 @@ DEFAULTS = ExportOptions()
 @click.option(
     "--captions",
     type=click.Path(path_type=Path),
-    help="Embeddings (.npz, .safetensors) that a model of captions calibrates, benches and evaluates with, in place of labels.",
+    help="What a model of captions calibrates, benches and evaluates with, in place of labels: embeddings (.npz, .safetensors), "
+    "or prompts (.txt, one per line).  [default: 16 prompts of its own, with a text encoder]",
+)
+@click.option(
+    "--text-encoder",
+    type=click.Path(path_type=Path),
+    help="Folder of a T5 encoder and its tokenizer (transformers), to draw prompts with.",
 )
 @click.option(
     "--vae", type=click.Path(path_type=Path), help="Folder of an AutoencoderKL (diffusers), to decode latents with."

@@ -28,6 +28,12 @@ DEFAULTS = GenerateOptions()
     "[default: 0,1,2,... over the classes]",
 )
 @click.option(
+    "--prompt", "prompts", multiple=True, help="A text to draw, repeatable, where the engine has a text encoder."
+)
+@click.option(
+    "--negative-prompt", "negatives", multiple=True, help="What to draw away from: once, or once per --prompt."
+)
+@click.option(
     "--prompt-embeds",
     "embeds_file",
     type=click.Path(path_type=Path),
@@ -72,6 +78,8 @@ def command(
     engine_dir: Path,
     plan: str | None,
     labels: str | None,
+    prompts: tuple[str, ...],
+    negatives: tuple[str, ...],
     embeds_file: Path | None,
     num_images: int | None,
     latents_file: Path | None,
@@ -89,6 +97,7 @@ def command(
     from goc_deploy import outputs
     from goc_deploy.api import load
     from goc_deploy.captions import prompt_embeds_from_arrays
+    from goc_deploy.errors import UsageError
     from goc_deploy.labels import labels_from_text
     from goc_deploy.tensor_files import arrays_from_file
 
@@ -99,12 +108,16 @@ def command(
     for path in (latents_output, trajectory_output, report):
         outputs.check_writable(path)
     latents = outputs.read_latents(latents_file)
+    if bool(prompts) + (embeds_file is not None) > 1 or (negatives and not prompts):
+        raise UsageError("give --prompt or --prompt-embeds, not both; --negative-prompt goes with --prompt")
     arrays = None if embeds_file is None else arrays_from_file(embeds_file)
     with (
         load(engine_dir, backend=backend, plan=plan, batch_size=batch_size, threads=threads) as pipe,
         progress_bar() as progress,
     ):
         captions = None if arrays is None else prompt_embeds_from_arrays(arrays, pipe.spec, str(embeds_file))
+        if prompts:
+            captions = pipe.encode(prompts, negatives or ("",))
         rows = None if labels is None else labels_from_text(labels, pipe.manifest.class_names)
         if captions is not None and rows is None:
             rows = tuple(range(len(captions.prompts)))

@@ -362,3 +362,58 @@ def test_a_folder_draws_what_diffusers_draws(tmp_path: Path, told: bool) -> None
     with goc_deploy.load(tmp_path / "engine", plan="none") as pipe:
         found = pipe.generate(captions=captions, latents=noise, cfg_scale=4.5).latents
     assert relative_l2(found, x.numpy()) < 1e-3
+
+
+@pytest.mark.filterwarnings("ignore")  # of diffusers and transformers about themselves
+def test_images_are_those_of_the_pipeline_of_diffusers(tmp_path: Path) -> None:
+    """PixArtAlphaPipeline with supplied embeddings and a random VAE, from its folder to pixels."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the bench extra")
+    pytest.importorskip("transformers", reason="PixArtAlphaPipeline needs transformers, which is not installed")
+    torch.manual_seed(0)
+    config = {k: v for k, v in CONFIG.items() if not k.startswith("_")} | {"use_additional_conditions": False}
+    transformer = diffusers.PixArtTransformer2DModel(**config).eval()
+    for parameter in transformer.parameters():
+        parameter.data.normal_(0, 0.15)
+    levels = 4
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=[8] * levels,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        norm_num_groups=4,
+    ).eval()
+    scheduler = diffusers.DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    judge = diffusers.PixArtAlphaPipeline(
+        tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler
+    )
+    judge.set_progress_bar_config(disable=True)
+    judge.save_pretrained(tmp_path / "pipeline")
+    manifest = goc_deploy.export(
+        tmp_path / "pipeline",
+        tmp_path / "engine",
+        vae=tmp_path / "pipeline",
+        plans=["none"],
+        sampler="dpm++",
+        steps=STEPS,
+        max_batch=2,
+    )
+    given = arrays(manifest.model)
+    negative = {name: np.repeat(value, 2, axis=0) for name, value in given.items() if name.startswith("negative")}
+    noise = np.random.default_rng(5).standard_normal((2, 4, 8, 8)).astype(np.float32)
+    call = {
+        **{name: torch.from_numpy(value) for name, value in {**given, **negative}.items()},
+        "negative_prompt": None,
+        "num_inference_steps": STEPS,
+        "guidance_scale": 4.5,
+        "height": 64,
+        "width": 64,
+        "use_resolution_binning": False,
+        "latents": torch.from_numpy(noise),
+    }
+    latents = judge(**call, output_type="latent").images.numpy()
+    images = judge(**call, output_type="np").images
+    with goc_deploy.load(tmp_path / "engine") as pipe:
+        captions = prompt_embeds_from_arrays(given, pipe.spec, "")
+        found = pipe.generate(captions=captions, latents=noise, cfg_scale=4.5)
+    assert relative_l2(found.latents, latents) < 1e-3
+    assert found.images is not None
+    assert np.abs(found.images - 255 * images).max() < 1

@@ -100,7 +100,7 @@ def test_images_are_those_of_diffusers(model: Path, tmp_path: Path) -> None:
     assert max(unit.relative_l2 or 0 for unit in manifest.units) < 1e-4
     with goc_deploy.load(tmp_path / "engine") as pipe:
         found = pipe.generate([1, 2, 3], seed=3)
-        pixels = np.stack([pipe._decoder.pixels(image) for image in found.latents])  # type: ignore[union-attr]
+        pixels = np.stack([pipe._attached.decoder.pixels(image) for image in found.latents])  # type: ignore[union-attr]
     latents = torch.from_numpy(found.latents)
     with torch.inference_mode():
         expected = judge.decode(latents / judge.config.scaling_factor + judge.config.shift_factor).sample.numpy()
@@ -121,7 +121,7 @@ def test_tiles_show_no_seams(model: Path, vae: Path, tmp_path: Path) -> None:
     for name in ("whole", "tiled"):
         with goc_deploy.load(tmp_path / name) as pipe:
             x = np.cumsum(pipe.generate([1], seed=1).latents[0], axis=2) / 8
-            images[name] = pipe._decoder.pixels(x)  # type: ignore[union-attr]
+            images[name] = pipe._attached.decoder.pixels(x)  # type: ignore[union-attr]
     assert relative_l2(images["tiled"], images["whole"]) < 0.2
     np.testing.assert_array_equal(images["tiled"].shape, images["whole"].shape)
 
