@@ -12,7 +12,7 @@ import onnx
 
 from goc_deploy.calibration import CalibrationOptions, Laboratory, check_options, default_images
 from goc_deploy.errors import CalibrationNeededError, GocError, ModelError, UsageError
-from goc_deploy.exporters import dit_units, pixart
+from goc_deploy.exporters import dit_units, pixart, sit
 from goc_deploy.exporters.architecture import Architecture
 from goc_deploy.exporters.checkpoint import Checkpoint, check_values, load_checkpoint
 from goc_deploy.exporters.companions import Companions, read_companions, write_companions
@@ -28,12 +28,12 @@ from goc_deploy.plan import Plan
 from goc_deploy.policies import schedule_from_policy
 from goc_deploy.protocols import Backend
 from goc_deploy.publish import check_free_space, check_target, directory_lock, read_manifest, staged
-from goc_deploy.samplers import sampler_table
+from goc_deploy.samplers import default_sampler, sampler_table
 from goc_deploy.spec import ITEM_BYTES, ModelSpec
 from goc_deploy.version import __version__
 
-ARCHITECTURES: dict[str, Architecture] = {"dit": dit_units, "pixart": pixart}
-LaboratoryMaker = Callable[[Path, CalibrationOptions], Laboratory]  # of the engine at that path
+ARCHITECTURES: dict[str, Architecture] = {"dit": dit_units, "pixart": pixart, "sit": sit}
+LaboratoryMaker = Callable[[Path, str, CalibrationOptions], Laboratory]  # of the engine at a path, for a sampler
 
 RECORDED_PACKAGES = ("torch", "onnx", "onnxscript", "numpy")
 
@@ -100,14 +100,18 @@ def _read(path: Path, options: ExportOptions) -> tuple[Checkpoint, ModelSpec, tu
         raise ModelError(f"unknown --model {options.model!r}; this version has {', '.join(ARCHITECTURES)}")
     if not path.is_dir():
         checkpoint = load_checkpoint(path, options.weights)
-        return checkpoint, replace(_recognise(checkpoint, options), prediction=options.prediction), ()
+        return checkpoint, _predicting(_recognise(checkpoint, options), options), ()
     wanted = ARCHITECTURES if options.model == "auto" else {options.model: ARCHITECTURES[options.model]}
     found = read_model_folder(path, wanted)
     if options.num_heads not in (None, found.spec.heads):
         raise UsageError(f"--num-heads {options.num_heads}: the configuration in {path} says {found.spec.heads}")
     if options.weights != "auto":
         raise UsageError(f"--weights {options.weights} is for training checkpoints; {path} holds one set of weights")
-    return found.checkpoint, replace(found.spec, prediction=options.prediction), found.class_names
+    return found.checkpoint, _predicting(found.spec, options), found.class_names
+
+
+def _predicting(spec: ModelSpec, options: ExportOptions) -> ModelSpec:
+    return spec if options.prediction is None else replace(spec, prediction=options.prediction)
 
 
 def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> ModelSpec:
@@ -122,7 +126,7 @@ def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> ModelSpec:
 
 def _compile_plans(spec: ModelSpec, options: ExportOptions) -> dict[str, tuple[PolicySpec, Plan | None]]:
     """Every policy by plan name, compiled, or None where that has to wait for an engine to calibrate on."""
-    sampler_table(options.sampler, options.steps, spec.prediction)  # refuses what no plan could run with
+    sampler_table(_sampler(spec, options), options.steps, spec.prediction)  # refuses what no plan could run with
     plans: dict[str, tuple[PolicySpec, Plan | None]] = {}
     for policy in map(parse_policy, options.plans):
         name = check_plan_name(policy.default_name)
@@ -146,8 +150,12 @@ def _compile(
     laboratory: Laboratory | None,
 ) -> Plan:
     schedule = schedule_from_policy(policy, spec, options.steps, laboratory)
-    table = sampler_table(options.sampler, schedule.steps, spec.prediction)
+    table = sampler_table(_sampler(spec, options), schedule.steps, spec.prediction)
     return compile_schedule(schedule, spec, table, name=name)
+
+
+def _sampler(spec: ModelSpec, options: ExportOptions) -> str:
+    return default_sampler(spec.prediction) if options.sampler is None else options.sampler
 
 
 def _calibration(spec: ModelSpec, options: ExportOptions) -> CalibrationOptions:
@@ -221,7 +229,7 @@ def _write_plans(
     laboratory = None
     if not all(compiled for _, compiled in plans.values()):
         path.write_text(manifest_to_json(manifest), encoding="utf-8")
-        laboratory = make_laboratory(stage, _calibration(spec, options))
+        laboratory = make_laboratory(stage, _sampler(spec, options), _calibration(spec, options))
     predict: dict[str, str] = {}
     entries = []
     for name, (policy, compiled) in plans.items():

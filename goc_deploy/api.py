@@ -52,8 +52,8 @@ def export_with(
 
     backend = make_backend("onnxruntime")
 
-    def laboratory(directory: Path, calibration: CalibrationOptions) -> Laboratory:
-        return engine_laboratory(directory, lambda: backend, options.sampler, calibration, progress)
+    def laboratory(directory: Path, sampler: str, calibration: CalibrationOptions) -> Laboratory:
+        return engine_laboratory(directory, lambda: backend, sampler, calibration, progress)
 
     return export_checkpoint(checkpoint, output, options, backend, laboratory, progress)
 

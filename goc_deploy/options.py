@@ -26,8 +26,8 @@ class ExportOptions:
         precision: ``fp32``, ``fp16`` or ``bf16``: dtype of weights, tokens and history.
         max_batch: most images per run.
         steps: sampling steps of the plans.
-        sampler: sampler SPEC.
-        prediction: what the model predicts: ``eps`` (the noise), ``v`` (velocity) or ``x0`` (the clean sample).
+        sampler: sampler SPEC; None takes ``ddim``, or ``euler`` for a model that predicts a flow.
+        prediction: what the model predicts, one of `goc_deploy.spec.PREDICTIONS`; None is what its architecture does.
         plans: policy SPECs, in order of preference; empty takes `default_plans`.
         calibrate: images that calibrated policies learn from; None takes `goc_deploy.calibration.default_images`.
         calibration_seed: of these images.
@@ -47,8 +47,8 @@ class ExportOptions:
     precision: str = "fp32"
     max_batch: int = 16
     steps: int = 20
-    sampler: str = "ddim"
-    prediction: str = "eps"
+    sampler: str | None = None
+    prediction: str | None = None
     plans: tuple[str, ...] = ()
     calibrate: int | None = None
     calibration_seed: int = CALIBRATION_SEED

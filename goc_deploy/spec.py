@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PREDICTIONS = ("eps", "v", "x0")
+PREDICTIONS = ("eps", "v", "x0", "flow")
 PRECISIONS = ("fp32", "fp16", "bf16")
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -26,7 +26,8 @@ class ModelSpec:
         learn_sigma: the model predicts 2*C channels: the prediction, then a variance that only ``ddpm`` samplers use.
         architecture: exporter that made the units.
         branches: the branches of each block, in execution order.
-        prediction: what the first C channels predict: ``eps`` (the noise), ``v`` (velocity) or ``x0`` (the clean sample).
+        prediction: what the first C channels predict: ``eps`` (the noise), ``v`` (velocity of a diffusion), ``x0`` (the clean
+            sample) or ``flow`` (velocity along the straight line from noise to the clean sample).
         frequency_shift: the timestep's 128 frequencies fall to 1/10000 over ``128 - frequency_shift`` intervals.
         mlp_norm_eps: what the layer norm before the MLP branch adds to the variance.
         guided_channels: classifier-free guidance acts on so many channels in the model's reference.

@@ -28,7 +28,9 @@ DEFAULTS = ExportOptions()
 )
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Engine directory to make.")
-@click.option("--model", type=click.Choice(["auto", "dit", "pixart"]), default=DEFAULTS.model, help="Architecture.")
+@click.option(
+    "--model", type=click.Choice(["auto", "dit", "pixart", "sit"]), default=DEFAULTS.model, help="Architecture."
+)
 @click.option(
     "--num-heads",
     type=click.IntRange(1),
@@ -39,12 +41,11 @@ DEFAULTS = ExportOptions()
 )
 @click.option("--max-batch", type=click.IntRange(1, 1024), default=DEFAULTS.max_batch, help="Most images per run.")
 @click.option("--steps", type=int, default=DEFAULTS.steps, help="Sampling steps of the plans.")
-@click.option("--sampler", default=DEFAULTS.sampler, help=f"{SAMPLER_GRAMMAR}.")
+@click.option("--sampler", help=f"{SAMPLER_GRAMMAR}.  [default: ddim, or euler for flow models]")
 @click.option(
     "--prediction",
     type=click.Choice(PREDICTIONS),
-    default=DEFAULTS.prediction,
-    help="What the model predicts: the noise, velocity, or the clean sample.",
+    help="What the model predicts: the noise, velocity, the clean sample, or the velocity of a flow.  [default: eps; flow for sit]",
 )
 @click.option(
     "--plan",
