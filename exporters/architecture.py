@@ -123,7 +123,7 @@ def empty_module(make: Callable[[], Module], dtype: torch.dtype, generator: torc
         module = make()
     module.to(dtype).to_empty(device="cpu").eval().requires_grad_(False)
     for parameter in module.parameters():
-        if parameter.ndim == 1:
+        if parameter.ndim not in (2, 4):  # no matrix or kernel
             parameter.uniform_(generator=generator)  # the ONNX optimiser drops a bias that happens to be zero
     return module
 

@@ -128,9 +128,8 @@ class SizeEmbed(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(TIMESTEP_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, *numbers: float) -> Tensor:
-        weight = self.mlp[0].weight
-        features = timestep_features(torch.tensor(numbers, device=weight.device)).to(weight.dtype)
+    def forward(self, numbers: Tensor) -> Tensor:
+        features = timestep_features(numbers).to(next(self.parameters()).dtype)
         return self.mlp(features).reshape(1, -1)
 
 
@@ -165,15 +164,17 @@ class ConditioningUnit(nn.Module):
         self.t_embedder = TimestepEmbed(spec)
         self.t_block = nn.Linear(spec.hidden, 6 * spec.hidden)
         self.block_tables = nn.Parameter(torch.empty(spec.depth, 6, spec.hidden))
-        self.final_table = nn.Parameter(torch.empty(2, spec.hidden))
+        self.final_table = nn.Parameter(torch.empty(1, 2, spec.hidden))
         if spec.told_size:
             self.csize_embedder, self.ar_embedder = SizeEmbed(spec.hidden // 3), SizeEmbed(spec.hidden // 3)
 
     def forward(self, t: Tensor) -> Tensor:
         condition = self.t_embedder(t)  # (S, D)
         if self.told_size:
-            size = self.csize_embedder(self.told_size, self.told_size)  # (1, 2 * D / 3)
-            condition = condition + torch.cat([size, self.ar_embedder(1.0)], dim=1)
+            nothing = (t[:1] < 0).float()  # keeps the ONNX optimiser from computing the embedding while it exports
+            side = self.told_size + nothing
+            size = self.csize_embedder(torch.cat([side, side]))  # (1, 2 * D / 3)
+            condition = condition + torch.cat([size, self.ar_embedder(1.0 + nothing)], dim=1)
         steps, hidden = condition.shape
         shared = self.t_block(F.silu(condition)).reshape(steps, 1, 6, hidden)
         own = shared + self.block_tables  # (S, L, 6, D)

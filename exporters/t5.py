@@ -234,8 +234,10 @@ class FeedForward(nn.Module):
         self.wo = Plain(config.inner, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x) if self.gated else F.relu(self.wi(x))
-        return self.wo(inner)
+        first = self.get_submodule("wi_0" if self.gated else "wi")(x)
+        if self.gated:
+            return self.wo(F.gelu(first, approximate="tanh") * self.get_submodule("wi_1")(x))
+        return self.wo(F.relu(first))
 
 
 class Layer(nn.Module):
@@ -253,6 +255,29 @@ class Layer(nn.Module):
         return self.get_submodule(self.name)
 
 
+class Block(nn.Module):
+    """Attention, then the feed-forward layers."""
+
+    def __init__(self, config: T5Config, *, first: bool) -> None:
+        super().__init__()
+        attention = Layer("SelfAttention", SelfAttention(config, first=first), config.width)
+        self.layer = nn.ModuleList([attention, Layer("DenseReluDense", FeedForward(config), config.width)])
+
+
+class Stack(nn.Module):
+    """The blocks, under the names of the state dict."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(Block(config, first=i == 0) for i in range(config.layers))
+        self.final_layer_norm = Norm(config.width)
+
+    @property
+    def branches(self) -> list[tuple[Any, Any]]:
+        """Attention and feed-forward layer of each block."""
+        return [(block.layer[0], block.layer[1]) for block in self.block]  # type: ignore[index]
+
+
 class T5Encoder(nn.Module):
     """Tokens and mask to embeddings, for texts of ``length`` tokens with padding."""
 
@@ -260,28 +285,16 @@ class T5Encoder(nn.Module):
         super().__init__()
         self.positions = (length, config.buckets, config.furthest)
         self.shared = nn.Embedding(config.vocabulary, config.width)
-        self.encoder = nn.ModuleDict(
-            {
-                "block": nn.ModuleList(self._block(config, i) for i in range(config.layers)),
-                "final_layer_norm": Norm(config.width),
-            }
-        )
-
-    @staticmethod
-    def _block(config: T5Config, index: int) -> nn.ModuleDict:
-        attention = Layer("SelfAttention", SelfAttention(config, first=index == 0), config.width)
-        feed_forward = Layer("DenseReluDense", FeedForward(config), config.width)
-        return nn.ModuleDict({"layer": nn.ModuleList([attention, feed_forward])})
+        self.encoder = Stack(config)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         count, length = tokens.shape
         x = self.shared(tokens.reshape(-1))  # (K*L, C)
-        table = self.encoder["block"][0]["layer"][0].branch.relative_attention_bias
+        table = self.encoder.branches[0][0].branch.relative_attention_bias
         nothing = (tokens[:1, :1] < 0).long()  # keeps the ONNX optimiser from looking the table up while it exports
         biases = table(position_buckets(*self.positions) + nothing).permute(2, 0, 1)[None]
         bias = biases + PADDING_SCORE * (1 - mask)[:, None, None]
-        for block in self.encoder["block"]:
-            attention, feed_forward = block["layer"]
+        for attention, feed_forward in self.encoder.branches:
             x = x + attention.branch(attention.layer_norm(x), (count, length), bias)
             x = x + feed_forward.branch(feed_forward.layer_norm(x))
-        return self.encoder["final_layer_norm"](x).reshape(count, length, -1)
+        return self.encoder.final_layer_norm(x).reshape(count, length, -1)

@@ -59,7 +59,8 @@ SETTINGS = Settings(
 )
 _ENCODER = ("encoder.", "quant_conv.")
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_ATTENTION = re.compile(r"(decoder\.mid_block\.attentions\.0)\.(\w+)\.(weight|bias)")
+_ATTENTION = re.compile(r"(decoder\.mid_block\.attentions\.0)\.([\w.]+)\.(weight|bias)")
+_NORM = re.compile(r"decoder\..*norm\w*\.(weight|bias)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +123,10 @@ def read_vae_folder(path: Path, spec: ModelSpec) -> Vae:
     files, found = read_weights(folder)
     tensors = {_today(name): tensor for name, tensor in found.items() if not name.startswith(_ENCODER)}
     for name, tensor in tensors.items():
-        if _ATTENTION.fullmatch(name) and name.endswith("weight"):
+        if _ATTENTION.fullmatch(name) and tensor.ndim == 4:
             tensors[name] = tensor.reshape(tensor.shape[:2])  # 1x1 convolutions in the oldest files
+        elif _NORM.fullmatch(name):
+            tensors[name] = tensor.reshape(-1, 1, 1)
     check_shapes(tensors, shapes_of(lambda: VaeDecoder(config)), f"the VAE decoder that {where} describes")
     return Vae(config, Checkpoint(folder, tensors, "plain", (folder / CONFIG, *files)))
 
@@ -210,7 +213,7 @@ class Decoder(nn.Module):
             UpBlock(before, width, config.layers + 1, groups, doubles=level < len(widths) - 1)
             for level, (before, width) in enumerate(pairwise((widths[0], *widths)))
         )
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPSILON)
+        self.conv_norm_out = Norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], config.image_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -218,6 +221,18 @@ class Decoder(nn.Module):
         for block in self.up_blocks:
             x = block(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Norm(nn.Module):
+    """Group norm; its parameters lie as they are multiplied, because the ONNX exporter would copy them otherwise."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight, self.bias = nn.Parameter(torch.ones(channels, 1, 1)), nn.Parameter(torch.zeros(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.groups, eps=NORM_EPSILON) * self.weight + self.bias
 
 
 class MidBlock(nn.Module):
@@ -254,7 +269,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, before: int, width: int, groups: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = (nn.GroupNorm(groups, channels, eps=NORM_EPSILON) for channels in (before, width))
+        self.norm1, self.norm2 = (Norm(channels, groups) for channels in (before, width))
         self.conv1 = nn.Conv2d(before, width, 3, padding=1)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         if before != width:
@@ -282,7 +297,7 @@ class PixelAttention(nn.Module):
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, width, eps=NORM_EPSILON)
+        self.group_norm = Norm(width, groups)
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -181,13 +182,13 @@ def captions_to_bytes(given: PromptEmbeds) -> bytes:
     """The ``.npz`` that an engine directory keeps; it has one negative caption."""
     assert given.negatives is not None
     file = io.BytesIO()
-    values = {
-        PROMPT: given.prompts.embeds,
-        PROMPT_MASK: given.prompts.mask,
-        NEGATIVE: given.negatives.embeds[:1],
-        NEGATIVE_MASK: given.negatives.mask[:1],
-    }
-    np.savez(file, **values)
+    np.savez(
+        file,
+        prompt_embeds=given.prompts.embeds,
+        prompt_attention_mask=given.prompts.mask,
+        negative_prompt_embeds=given.negatives.embeds[:1],
+        negative_prompt_attention_mask=given.negatives.mask[:1],
+    )
     return file.getvalue()
 
 
@@ -200,7 +201,7 @@ def captions_from_bytes(content: memoryview, spec: ModelSpec, where: str) -> Pro
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             found = prompt_embeds_from_arrays(dict(arrays), spec, where)
-    except (UsageError, ValueError, OSError, EOFError, KeyError) as cause:
+    except (UsageError, ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as cause:
         raise EngineDirError(f"{where} holds no captions for this model ({cause}); export again") from cause
     if len(found.prompts) != spec.classes or found.negatives is None or len(found.negatives) != 1:
         raise EngineDirError(f"{where} holds {len(found.prompts)} captions, not {spec.classes}; export again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def arrays_from_file(path: Path) -> dict[str, np.ndarray]:
             return arrays_from_safetensors(path.read_bytes(), str(path))
         with np.load(path, allow_pickle=False) as arrays:
             return dict(arrays)
-    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError) as cause:
+    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as cause:
         raise UsageError(f"{path} cannot be read: {cause}") from cause
 
 

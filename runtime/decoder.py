@@ -89,4 +89,5 @@ class LatentDecoder:
     def _decoded(self, latents: np.ndarray) -> np.ndarray:
         self._backend.upload(latents[None], self._input)
         self._run()
-        return self._backend.download(self._output)[0]
+        pixels: np.ndarray = self._backend.download(self._output)[0]
+        return pixels

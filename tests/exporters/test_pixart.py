@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from goc_deploy.errors import ModelError, UsageError
 from goc_deploy.exporters import pixart
 from goc_deploy.exporters.model_folder import read_model_folder
 from goc_deploy.exporters.pixart_diffusers import layer_names
+from goc_deploy.options import default_plans
 from goc_deploy.samplers import sampler_table
 from goc_deploy.spec import ModelSpec
 from tests.conftest import Command
@@ -272,16 +274,20 @@ def test_the_command_line_draws_captions(engine: Path, checkpoint: Path, tmp_pat
     command("goc-bench", engine, "--plan", "none", "--labels", "0,1", "--repeats", 1)
 
 
-def test_an_engine_without_captions_says_so(checkpoint: Path, tmp_path: Path) -> None:
-    goc_deploy.export(checkpoint, tmp_path / "engine", num_heads=3, steps=2, max_batch=1)
-    with goc_deploy.load(tmp_path / "engine") as pipe:
-        assert [entry.spec for entry in pipe.manifest.plans] == ["none", "fora:2+gc:1.0"]
+def test_an_engine_without_captions_says_so(engine: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "engine"
+    shutil.copytree(engine, bare)
+    found = json.loads((bare / "manifest.json").read_text())
+    model = {**found["model"], "classes": 0}
+    (bare / "manifest.json").write_text(json.dumps({**found, "captions": None, "model": model}))
+    with goc_deploy.load(bare, plan="none") as pipe:
         pipe.warmup()
         with pytest.raises(UsageError, match="the engine keeps no captions to take instead of class labels"):
             pipe.generate([0])
-    for use in ("fora:2+goc", "search:2"):
+    for use in ("fora:3+goc", "search:2"):
         with pytest.raises(UsageError, match="keeps no captions"):
-            goc_deploy.add_plan(tmp_path / "engine", use)
+            goc_deploy.add_plan(bare, use)
+    assert default_plans(calibrates=False) == ("none", "fora:2+gc:1.0")
 
 
 def test_damaged_captions_are_refused(engine: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -303,17 +309,16 @@ def test_damaged_captions_are_refused(engine: Path, checkpoint: Path, tmp_path: 
 
 
 @pytest.mark.filterwarnings("ignore")  # of diffusers about itself
-@pytest.mark.parametrize("told", [False, True])
-def test_a_folder_draws_what_diffusers_draws(tmp_path: Path, told: bool) -> None:
+def test_a_folder_draws_what_diffusers_draws(tmp_path: Path) -> None:
     """A random model, saved by diffusers: its own blocks, hooked to cache, with its own DPM-Solver++."""
     diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the bench extra")
     torch.manual_seed(0)
     config = {k: v for k, v in CONFIG.items() if not k.startswith("_")}
-    judge = diffusers.PixArtTransformer2DModel(**{**config, "use_additional_conditions": told}).eval()
+    judge = diffusers.PixArtTransformer2DModel(**config).eval()
     for parameter in judge.parameters():
         parameter.data.normal_(0, 0.15)
-    judge.save_pretrained(tmp_path / "transformer", max_shard_size="100KB" if told else "1GB")
-    assert (tmp_path / "transformer" / f"{WEIGHTS}.index.json").exists() == told
+    judge.save_pretrained(tmp_path / "transformer", max_shard_size="100KB")
+    assert (tmp_path / "transformer" / f"{WEIGHTS}.index.json").exists()
     plans = ["none", "fora:2", "fora:2+gc:1.0"]
     manifest = goc_deploy.export(
         tmp_path / "transformer", tmp_path / "engine", plans=plans, sampler="dpm++", steps=STEPS, max_batch=2
@@ -325,7 +330,7 @@ def test_a_folder_draws_what_diffusers_draws(tmp_path: Path, told: bool) -> None
         kind: np.concatenate([given[f"prompt_{kind}"], given[f"negative_prompt_{kind}"]])[rows]
         for kind in ("embeds", "attention_mask")
     }
-    size = {"resolution": torch.full((4, 2), 64.0), "aspect_ratio": torch.ones(4, 1)} if told else None
+    size = {"resolution": torch.full((4, 2), 64.0), "aspect_ratio": torch.ones(4, 1)}
     hooked: dict[str, Feature] = {}
     for i, block in enumerate(judge.transformer_blocks):
         for branch, layer in enumerate((block.attn1, block.attn2, block.ff)):

@@ -90,40 +90,53 @@ def export(model: Path, output: Path, vae: Path, **options: Any) -> Any:
     return goc_deploy.export(model, output, num_heads=3, plans=["none"], steps=2, max_batch=2, vae=vae, **options)
 
 
+@pytest.fixture(scope="module")
+def tiled(model: Path, vae: Path) -> Path:
+    """An engine that decodes 8x8 latents in tiles of 6x6."""
+    manifest = export(model, model.parent / "tiled", vae, vae_tile=6)
+    assert manifest.decoder is not None
+    assert (manifest.decoder.tile, manifest.decoder.overlap, manifest.image_side) == (6, 1, 16)
+    assert max(unit.relative_l2 or 0 for unit in manifest.units) < 1e-4
+    return model.parent / "tiled"
+
+
+def whole_decoder(folder: Path) -> VaeDecoder:
+    found = read_vae_folder(folder, SPEC)
+    module = VaeDecoder(found.config).eval()
+    module.load_state_dict(found.checkpoint.tensors)
+    return module
+
+
 @pytest.mark.filterwarnings("ignore")  # of diffusers about itself
-def test_images_are_those_of_diffusers(model: Path, tmp_path: Path) -> None:
+def test_pixels_are_those_of_diffusers(tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the bench extra")
     torch.manual_seed(2)
     judge = diffusers.AutoencoderKL(**{k: v for k, v in CONFIG.items() if not k.startswith("_")}).eval()
+    for parameter in judge.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape)
     judge.save_pretrained(tmp_path / "vae")
-    manifest = export(model, tmp_path / "engine", tmp_path / "vae")
-    assert max(unit.relative_l2 or 0 for unit in manifest.units) < 1e-4
-    with goc_deploy.load(tmp_path / "engine") as pipe:
-        found = pipe.generate([1, 2, 3], seed=3)
-        pixels = np.stack([pipe._attached.decoder.pixels(image) for image in found.latents])  # type: ignore[union-attr]
-    latents = torch.from_numpy(found.latents)
+    latents = torch.randn(3, 4, 8, 8)
     with torch.inference_mode():
         expected = judge.decode(latents / judge.config.scaling_factor + judge.config.shift_factor).sample.numpy()
-    assert relative_l2(pixels, expected) < 1e-4
-    assert found.images is not None
-    assert found.images.shape == (3, 16, 16, 3)
-    shown = np.clip(expected / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1) * 255
-    assert np.abs(found.images - shown).max() <= 0.51
+        found = whole_decoder(tmp_path / "vae")(latents).numpy()
+    assert relative_l2(found, expected) < 1e-5
 
 
-def test_tiles_show_no_seams(model: Path, vae: Path, tmp_path: Path) -> None:
-    """Group norms and attention see a tile only, so tiles differ a little from the whole, but steps between them do not."""
-    export(model, tmp_path / "whole", vae)
-    manifest = export(model, tmp_path / "tiled", vae, vae_tile=6)
-    assert manifest.decoder is not None
-    assert (manifest.decoder.tile, manifest.decoder.overlap, manifest.image_side) == (6, 1, 16)
-    images = {}
-    for name in ("whole", "tiled"):
-        with goc_deploy.load(tmp_path / name) as pipe:
-            x = np.cumsum(pipe.generate([1], seed=1).latents[0], axis=2) / 8
-            images[name] = pipe._attached.decoder.pixels(x)  # type: ignore[union-attr]
-    assert relative_l2(images["tiled"], images["whole"]) < 0.2
-    np.testing.assert_array_equal(images["tiled"].shape, images["whole"].shape)
+def test_tiles_are_close_to_the_whole(tiled: Path, vae: Path) -> None:
+    """Group norms, attention and padding see a tile only, which shows most in tiles as small as these."""
+    with goc_deploy.load(tiled) as pipe:
+        result = pipe.generate([1], seed=1)
+        decoder = pipe._attached.decoder
+        assert decoder is not None
+        smooth = np.cumsum(result.latents[0], axis=2) / 8
+        found = decoder.pixels(smooth)
+        corner = decoder._decoded(smooth[:, :6, :6])
+    with torch.inference_mode():
+        whole = whole_decoder(vae)(torch.from_numpy(smooth)[None])[0].numpy()
+    assert relative_l2(found, whole) < 0.3
+    np.testing.assert_allclose(found[:, :4, :4], corner[:, :4, :4], atol=1e-6)  # where no other tile reaches
+    assert result.images is not None
+    assert result.images.shape == (1, 16, 16, 3)
 
 
 def test_old_names_of_the_attention_are_read(copy: Path) -> None:
@@ -216,7 +229,8 @@ def test_the_command_line_draws_latents(model: Path, copy: Path, tmp_path: Path,
         assert images["arr_0"].shape == (2, 16, 16, 3)
     assert json.loads((tmp_path / "report.json").read_text())["decode_ms"] > 0
     command("goc-run", engine, "--labels", "1,2", "--output", tmp_path / "x.png")
-    assert Image.open(tmp_path / "x.png").mode == "RGB"
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.mode == "RGB"
     done = command(
         "goc-eval", engine, "--num-images", 2, "--json", tmp_path / "eval.json", "--samples-output", tmp_path / "s"
     )
@@ -233,10 +247,8 @@ def test_the_command_line_draws_latents(model: Path, copy: Path, tmp_path: Path,
     assert not (tmp_path / "other").exists()
 
 
-def test_a_manifest_with_an_impossible_decoder_is_refused(model: Path, vae: Path, tmp_path: Path) -> None:
-    export(model, tmp_path / "engine", vae)
-    path = tmp_path / "engine" / "manifest.json"
-    found = json.loads(path.read_text())
-    path.write_text(json.dumps({**found, "decoder": {**found["decoder"], "tile": 10**3}}))
+def test_a_manifest_with_an_impossible_decoder_is_refused(tiled: Path, tmp_path: Path) -> None:
+    found = json.loads((tiled / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**found, "decoder": {**found["decoder"], "tile": 10**3}}))
     with pytest.raises(EngineDirError, match="describes a decoder that cannot be"):
-        goc_deploy.load(tmp_path / "engine")
+        goc_deploy.load(tmp_path)

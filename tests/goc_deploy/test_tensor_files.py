@@ -75,6 +75,10 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "o.npz", a=np.array([{}], dtype=object))
     with pytest.raises(UsageError, match="cannot be read: Object arrays cannot be loaded"):
         arrays_from_file(tmp_path / "o.npz")
+    np.savez(tmp_path / "cut.npz", a=np.zeros(9))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:-30])
+    with pytest.raises(UsageError, match="cannot be read"):
+        arrays_from_file(tmp_path / "cut.npz")
     np.save(tmp_path / "one.npy", np.zeros(3))
     (tmp_path / "one.npy").rename(tmp_path / "one.npz")
     with pytest.raises(UsageError, match="cannot be read"):
