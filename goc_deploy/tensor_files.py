@@ -31,7 +31,7 @@ def arrays_from_file(path: Path) -> dict[str, np.ndarray]:
             raise UsageError(f"{path} has more than {MAX_BYTES} bytes; give a smaller file")
         if path.suffix == ".safetensors":
             return arrays_from_safetensors(path.read_bytes(), str(path))
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
     except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as cause:
         raise UsageError(f"{path} cannot be read: {cause}") from cause

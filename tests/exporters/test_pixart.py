@@ -269,7 +269,7 @@ def test_the_command_line_draws_captions(engine: Path, checkpoint: Path, tmp_pat
     assert not bare.exists()
     done = command("goc-eval", engine, "--num-images", 3, "--json", tmp_path / "eval.json", "--converged", 8)
     found = json.loads((tmp_path / "eval.json").read_text())["plans"]
-    assert found["fora-2"]["metrics"]["latents_relative_l2"]["value"] > 0
+    assert found["fora-2"]["metrics"]["relative_l2"]["value"] > 0
     assert found["none"]["metrics"]["converged_relative_l2"]["value"] > 0
     command("goc-bench", engine, "--plan", "none", "--labels", "0,1", "--repeats", 1)
 
