@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PREDICTIONS = ("eps", "v", "x0", "flow")
+DIFFUSION_PREDICTIONS = ("eps", "v", "x0")
+PREDICTIONS = (*DIFFUSION_PREDICTIONS, "flow")
 PRECISIONS = ("fp32", "fp16", "bf16")
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
