@@ -137,7 +137,7 @@ def _units(manifest: Manifest, without: Set[str]) -> Iterator[Unit]:
     """Every graph but some predict graphs; these are named after their files."""
     yield from manifest.units
     for path in (path for signature, path in manifest.predict.items() if signature not in without):
-        yield Unit(Path(path).stem, path, None, (), False, None)
+        yield Unit(Path(path).stem, path, None, (), False, None, manifest.precision)
 
 
 def is_there(directory: Path, manifest: Manifest, job: Job) -> bool:
@@ -215,7 +215,7 @@ def _graph(directory: Path, manifest: Manifest, job: Job) -> bytes:
     model = graphs.model_from_bytes(read_verified(directory, files[unit.onnx]), where)
     if job.recipe.weights_sha256 is not None and unit.weights:
         weights = read_verified(directory, files[unit.weights])
-        graphs.embed_weights(model, unit.parameters, weights, manifest.precision, where)
+        graphs.embed_weights(model, unit.parameters, weights, unit.precision, where)
     else:
         graphs.share_weights(model)
     if job.recipe.plugin_sha256 is not None:

@@ -72,7 +72,9 @@ def verify_engines(
 
 def _graphs(manifest: Manifest, backend: TensorrtBackend) -> Iterator[Unit]:
     digests = {file.path: file.sha256 for file in manifest.files}
-    predict = (Unit(Path(path).stem, path, None, (), False, None) for path in manifest.predict.values())
+    predict = (
+        Unit(Path(path).stem, path, None, (), False, None, manifest.precision) for path in manifest.predict.values()
+    )
     yield from (unit for unit in (*manifest.units, *predict) if digests[unit.onnx] in backend.graphs)
 
 
@@ -81,7 +83,7 @@ def _outputs(directory: Path, manifest: Manifest, unit: Unit, backend: Backend) 
     files = {file.path: file for file in manifest.files}
     onnx = read_verified(directory, files[unit.onnx])
     weights = read_verified(directory, files[unit.weights]) if unit.weights else memoryview(b"")
-    dtype = DTYPE_OF_PRECISION[manifest.precision]
+    dtype = DTYPE_OF_PRECISION[unit.precision]
     parameters = {p.name: mapped_buffer(weights, p.offset, p.shape, dtype) for p in unit.parameters}
     where = "inputs" if unit.weights_are_inputs else "initializers"
     engine = backend.load(onnx, **{"initializers": {}, where: parameters}, runs_once=True)

@@ -9,17 +9,42 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from goc_deploy.errors import ModelError
+from goc_deploy.exporters.architecture import (
+    ROWS,
+    STEPS,
+    Examples,
+    Module,
+    block_copies,
+    check_shapes,
+    empty_module,
+    same_names,
+    shapes_of,
+)
 from goc_deploy.exporters.dit import Attention, DiT, LabelEmbed, Mlp, PatchEmbed, TimestepEmbed, modulate, unpatchify
+from goc_deploy.exporters.dit_diffusers import spec_from_config, state_from_diffusers
 from goc_deploy.exporters.units import DTYPES, Input, Slab, UnitKind
 from goc_deploy.schedule import MAX_BLOCKS
 from goc_deploy.spec import ModelSpec
 
+__all__ = [
+    "PIPELINES",
+    "check_tensors",
+    "describes",
+    "matches",
+    "spec_from_config",
+    "spec_from_tensors",
+    "state_from_diffusers",
+    "unit_kinds",
+]
+
+PIPELINES: tuple[str, ...] = ("DiTPipeline",)
 HEADS_OF_KNOWN_SIZES = {384: 6, 768: 12, 1024: 16, 1152: 16}  # S, B, L, XL
 SHIFT_ATTN, SCALE_ATTN, GATE_ATTN, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
@@ -28,6 +53,14 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.")
 def matches(names: Sequence[str]) -> bool:
     """Whether tensors with these names look like a DiT."""
     return {"x_embedder.proj.weight", "final_layer.linear.weight", "y_embedder.embedding_table.weight"} <= set(names)
+
+
+def describes(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is a DiT's; old files name the class that was there before DiTTransformer2DModel."""
+    name = config.get("_class_name")
+    return name == "DiTTransformer2DModel" or (
+        name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero"
+    )
 
 
 def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> ModelSpec:
@@ -158,46 +191,34 @@ class FinalUnit(nn.Module):
 def unit_kinds(spec: ModelSpec, precision: str) -> tuple[UnitKind, ...]:
     """The graphs of a DiT, in the order in which they are written."""
     dtype = DTYPES[precision]
-    generator = torch.Generator().manual_seed(0)
+    examples = Examples(spec, dtype)
 
-    def normal(*shape: int, kind: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, generator=generator).to(kind)
+    def made(make: Callable[[ModelSpec], Module]) -> Module:
+        return empty_module(lambda: make(spec), dtype, examples.generator)
 
-    def modulation(name: str) -> Input:
-        return Input(name, (0.3 * normal(2, spec.hidden, kind=torch.float32)).to(dtype), {0: "batch"})
-
-    def tokens() -> Input:
-        return Input("x", normal(2, spec.tokens, spec.hidden), {0: "batch"})
-
-    def branch_inputs() -> tuple[Input, ...]:
-        return (tokens(), modulation("shift"), modulation("scale"), modulation("gate"))
-
-    steps = Input("timesteps", torch.tensor([999.0, 421.0, 0.0]), {0: "steps"})
+    conditioning, embed, final = made(ConditioningUnit), made(EmbedUnit), made(FinalUnit)
+    attn, mlp = made(AttnUnit), made(MlpUnit)
     labels = Input("labels", torch.tensor([0, spec.classes]), {0: "labels"})
-    latents = Input("latents", normal(2, spec.channels, spec.side, spec.side, kind=torch.float32), {0: "images"})
-    rows = Input("rows", torch.tensor([0, 1, 0, 1]), {0: "batch"})
-    with torch.device("meta"):  # no memory is touched for weights that are bound later
-        conditioning, embed, final = ConditioningUnit(spec), EmbedUnit(spec), FinalUnit(spec)
-        attn, mlp = AttnUnit(spec), MlpUnit(spec)
-    for module in (conditioning, embed, attn, mlp, final):
-        module.to(dtype).to_empty(device="cpu").eval().requires_grad_(False)
-        for parameter in module.parameters():
-            if parameter.ndim == 1:
-                parameter.uniform_(generator=generator)  # the ONNX optimiser drops a bias that happens to be zero
-    final_inputs = (tokens(), modulation("shift"), modulation("scale"))
+    branch = (examples.tokens(), *examples.modulation("shift", "scale", "gate"))
     return (
         UnitKind(
             "conditioning",
             conditioning,
-            (steps, labels),
+            (STEPS, labels),
             ("table",),
             {"conditioning": _conditioning(conditioning, spec)},
             weights_are_inputs=True,
         ),
-        UnitKind("embed", embed, (latents, rows), ("x",), {"embed": _same_names(embed)}),
-        UnitKind("attn", attn, branch_inputs(), ("x_out", "feature"), _blocks(attn, spec.depth, "attn")),
-        UnitKind("mlp", mlp, branch_inputs(), ("x_out", "feature"), _blocks(mlp, spec.depth, "mlp")),
-        UnitKind("final", final, final_inputs, ("prediction",), {"final": _same_names(final, "final_layer.")}),
+        UnitKind("embed", embed, (examples.latents(), ROWS), ("x",), {"embed": same_names(embed)}),
+        UnitKind("attn", attn, branch, ("x_out", "feature"), block_copies(attn, spec.depth, "attn")),
+        UnitKind("mlp", mlp, branch, ("x_out", "feature"), block_copies(mlp, spec.depth, "mlp")),
+        UnitKind(
+            "final",
+            final,
+            (examples.tokens(), *examples.modulation("shift", "scale")),
+            ("prediction",),
+            {"final": same_names(final, "final_layer.")},
+        ),
     )
 
 
@@ -207,39 +228,12 @@ def check_tensors(tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
     Raises:
         ModelError: listing up to ten missing, unexpected and mis-shaped tensors.
     """
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in DiT(spec).state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wrong = [
-        ("missing", sorted(expected.keys() - found.keys())),
-        ("unexpected", sorted(found.keys() - expected.keys())),
-        (
-            "of another shape",
-            [f"{n} {found[n]}, expected {s}" for n, s in expected.items() if n in found and found[n] != s],
-        ),
-    ]
-    parts = [
-        f"{len(names)} {what}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
-        for what, names in wrong
-        if names
-    ]
-    if parts:
-        raise ModelError(
-            f"tensors do not match a DiT of depth {spec.depth} and width {spec.hidden}: {'; '.join(parts)}"
-        )
-
-
-def _same_names(module: nn.Module, prefix: str = "") -> dict[str, tuple[Slab, ...]]:
-    return {name: (Slab(prefix + name),) for name, _ in module.named_parameters()}
-
-
-def _blocks(module: nn.Module, depth: int, branch: str) -> dict[str, dict[str, tuple[Slab, ...]]]:
-    return {f"block_{block:02d}_{branch}": _same_names(module, f"blocks.{block}.") for block in range(depth)}
+    check_shapes(tensors, shapes_of(lambda: DiT(spec)), f"a DiT of depth {spec.depth} and width {spec.hidden}")
 
 
 def _conditioning(module: nn.Module, spec: ModelSpec) -> dict[str, tuple[Slab, ...]]:
     """The embedders as they are, and all adaLN layers as one matrix with gates first."""
-    binding = _same_names(module)
+    binding = same_names(module)
     chunks = [(f"blocks.{b}.adaLN_modulation.1", gate) for b in range(spec.depth) for gate in (GATE_ATTN, GATE_MLP)]
     chunks += [("final_layer.adaLN_modulation.1", chunk) for chunk in (0, 1)]
     for block in range(spec.depth):

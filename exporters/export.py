@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -13,28 +12,28 @@ import onnx
 
 from goc_deploy.calibration import CalibrationOptions, Laboratory, check_options, default_images
 from goc_deploy.errors import CalibrationNeededError, GocError, ModelError, UsageError
-from goc_deploy.exporters import dit_units
+from goc_deploy.exporters import dit_units, pixart, sit
+from goc_deploy.exporters.architecture import Architecture
 from goc_deploy.exporters.checkpoint import Checkpoint, check_values, load_checkpoint
-from goc_deploy.exporters.diffusers_folder import read_dit_folder
-from goc_deploy.exporters.lowering import template_from_kind, write_copy
+from goc_deploy.exporters.companions import Companions, read_companions, write_companions
+from goc_deploy.exporters.model_folder import read_model_folder
 from goc_deploy.exporters.plan_files import write_plan
 from goc_deploy.exporters.step_graphs import collect_graph, modulation_graph, sampler_graphs
-from goc_deploy.exporters.units import DTYPES
-from goc_deploy.exporters.verification import verify_copy
+from goc_deploy.exporters.unit_files import UnitWriter, files_below
 from goc_deploy.grammar import PolicySpec, check_plan_name, parse_policy
-from goc_deploy.manifest import MANIFEST_NAME, FileEntry, Manifest, Unit, manifest_to_json
+from goc_deploy.manifest import MANIFEST_NAME, Manifest, Unit, manifest_to_json
 from goc_deploy.options import ExportOptions, Progress, default_plans
 from goc_deploy.passes import compile_schedule
 from goc_deploy.plan import Plan
 from goc_deploy.policies import schedule_from_policy
 from goc_deploy.protocols import Backend
-from goc_deploy.publish import check_free_space, check_target, directory_lock, file_entry, read_manifest, staged
-from goc_deploy.samplers import sampler_table
+from goc_deploy.publish import check_free_space, check_target, directory_lock, read_manifest, staged
+from goc_deploy.samplers import default_sampler, sampler_table
 from goc_deploy.spec import ITEM_BYTES, ModelSpec
 from goc_deploy.version import __version__
 
-ARCHITECTURES = {"dit": dit_units}
-LaboratoryMaker = Callable[[Path, CalibrationOptions], Laboratory]  # of the engine at that path
+ARCHITECTURES: dict[str, Architecture] = {"dit": dit_units, "pixart": pixart, "sit": sit}
+LaboratoryMaker = Callable[[Path, str, CalibrationOptions], Laboratory]  # of the engine at a path, for a sampler
 
 RECORDED_PACKAGES = ("torch", "onnx", "onnxscript", "numpy")
 
@@ -66,23 +65,31 @@ def export_checkpoint(
         ConflictError, ResourceError: the output cannot be written.
         VerificationError: a unit differs from PyTorch.
     """
-    options = replace(options, plans=options.plans or default_plans(options.precision))
     checkpoint, spec, class_names = _read(checkpoint_path, options)
     architecture = ARCHITECTURES[spec.architecture]
     architecture.check_tensors(checkpoint.tensors, spec)
+    companions = read_companions(options, spec)
+    if spec.draws_captions:
+        spec = replace(spec, classes=companions.labels)
+    calibrates = options.precision != "bf16" and spec.classes > 0
+    options = replace(options, plans=options.plans or default_plans(calibrates=calibrates))
     plans = _compile_plans(spec, options)
     check_options(_calibration(spec, options))
-    provenance = _provenance(checkpoint, options)
+    provenance = _provenance(checkpoint, companions, options)
     with directory_lock(output):
         present = _same_engine(output, provenance)
         if present:
             return present, False
         check_target(output, force=options.force)
-        check_free_space(output, checkpoint.nbytes_fp32 * ITEM_BYTES[options.precision] // 4)
-        check_values(checkpoint, allow_nonfinite=options.allow_nonfinite)
+        beside = sum(read.nbytes_fp32 for read in companions.checkpoints)
+        check_free_space(output, checkpoint.nbytes_fp32 * ITEM_BYTES[options.precision] // 4 + beside)
+        for read in (checkpoint, *companions.checkpoints):
+            check_values(read, allow_nonfinite=options.allow_nonfinite)
         with staged(output) as stage:
-            bare = _write_units(stage, checkpoint, spec, provenance, options, backend, progress)
-            bare = replace(bare, class_names=class_names)
+            writer = UnitWriter(stage, backend, progress)
+            bare = _write_units(writer, checkpoint, spec, provenance, options)
+            bare = write_companions(companions, bare, options, writer)
+            bare = replace(bare, class_names=class_names, files=files_below(stage))
             manifest = _write_plans(stage, bare, plans, options, make_laboratory)
     return manifest, True
 
@@ -93,13 +100,18 @@ def _read(path: Path, options: ExportOptions) -> tuple[Checkpoint, ModelSpec, tu
         raise ModelError(f"unknown --model {options.model!r}; this version has {', '.join(ARCHITECTURES)}")
     if not path.is_dir():
         checkpoint = load_checkpoint(path, options.weights)
-        return checkpoint, replace(_recognise(checkpoint, options), prediction=options.prediction), ()
-    found = read_dit_folder(path)
+        return checkpoint, _predicting(_recognise(checkpoint, options), options), ()
+    wanted = ARCHITECTURES if options.model == "auto" else {options.model: ARCHITECTURES[options.model]}
+    found = read_model_folder(path, wanted)
     if options.num_heads not in (None, found.spec.heads):
         raise UsageError(f"--num-heads {options.num_heads}: the configuration in {path} says {found.spec.heads}")
     if options.weights != "auto":
         raise UsageError(f"--weights {options.weights} is for training checkpoints; {path} holds one set of weights")
-    return found.checkpoint, replace(found.spec, prediction=options.prediction), found.class_names
+    return found.checkpoint, _predicting(found.spec, options), found.class_names
+
+
+def _predicting(spec: ModelSpec, options: ExportOptions) -> ModelSpec:
+    return spec if options.prediction is None else replace(spec, prediction=options.prediction)
 
 
 def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> ModelSpec:
@@ -114,13 +126,17 @@ def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> ModelSpec:
 
 def _compile_plans(spec: ModelSpec, options: ExportOptions) -> dict[str, tuple[PolicySpec, Plan | None]]:
     """Every policy by plan name, compiled, or None where that has to wait for an engine to calibrate on."""
-    sampler_table(options.sampler, options.steps, spec.prediction)  # refuses what no plan could run with
+    sampler_table(_sampler(spec, options), options.steps, spec.prediction)  # refuses what no plan could run with
     plans: dict[str, tuple[PolicySpec, Plan | None]] = {}
     for policy in map(parse_policy, options.plans):
         name = check_plan_name(policy.default_name)
         try:
             plan = _compile(policy, name, spec, options, None)
-        except CalibrationNeededError:
+        except CalibrationNeededError as cause:
+            if not spec.classes:
+                raise UsageError(
+                    f"plan {name} is made by calibration, but there are no captions; add --captions"
+                ) from cause
             plan = None
         plans.setdefault(name, (policy, plan))
     return plans
@@ -134,19 +150,25 @@ def _compile(
     laboratory: Laboratory | None,
 ) -> Plan:
     schedule = schedule_from_policy(policy, spec, options.steps, laboratory)
-    table = sampler_table(options.sampler, schedule.steps, spec.prediction)
+    table = sampler_table(_sampler(spec, options), schedule.steps, spec.prediction)
     return compile_schedule(schedule, spec, table, name=name)
+
+
+def _sampler(spec: ModelSpec, options: ExportOptions) -> str:
+    return default_sampler(spec.prediction) if options.sampler is None else options.sampler
 
 
 def _calibration(spec: ModelSpec, options: ExportOptions) -> CalibrationOptions:
     images = options.calibrate if options.calibrate is not None else default_images(spec, options.steps)
-    return CalibrationOptions(images, options.calibration_seed, options.cfg_scale)
+    return CalibrationOptions(images, options.calibration_seed, options.cfg_scale, spec.guided_channels)
 
 
-def _provenance(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, Any]:
+def _provenance(checkpoint: Checkpoint, companions: Companions, options: ExportOptions) -> dict[str, Any]:
     recorded = {**asdict(options), "plans": list(options.plans)}
+    recorded = {name: value.name if isinstance(value, Path) else value for name, value in recorded.items()}
     del recorded["force"]
     return {
+        **companions.provenance,
         "checkpoint": checkpoint.path.name,
         "checkpoint_sha256": checkpoint.sha256,
         "weight_set": checkpoint.weight_set,
@@ -169,26 +191,19 @@ def _same_engine(output: Path, provenance: Mapping[str, Any]) -> Manifest | None
 
 
 def _write_units(
-    stage: Path,
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
-    provenance: dict[str, Any],
-    options: ExportOptions,
-    backend: Backend,
-    progress: Progress,
+    writer: UnitWriter, checkpoint: Checkpoint, spec: ModelSpec, provenance: dict[str, Any], options: ExportOptions
 ) -> Manifest:
-    """Write everything but plans."""
-    folder = stage / "onnx"
-    folder.mkdir()
-    units = _model_units(folder, checkpoint, spec, options.precision, backend, progress)
+    """Write the units of the model."""
+    kinds = ARCHITECTURES[spec.architecture].unit_kinds(spec, options.precision)
+    units = writer.write(kinds, checkpoint.tensors, options.precision)
     step_graphs = {
         "modulation": modulation_graph(spec, options.precision),
         "collect": collect_graph(spec, options.precision),
         **sampler_graphs(spec),
     }
     for name, graph in step_graphs.items():
-        onnx.save_model(graph, folder / f"{name}.onnx")
-        units.append(Unit(name, f"onnx/{name}.onnx", None, (), False, None))
+        onnx.save_model(graph, writer.stage / "onnx" / f"{name}.onnx")
+        units.append(Unit(name, f"onnx/{name}.onnx", None, (), False, None, options.precision))
     return Manifest(
         model=spec,
         precision=options.precision,
@@ -196,7 +211,7 @@ def _write_units(
         units=tuple(units),
         predict={},
         plans=(),
-        files=_files(stage),
+        files=(),
         provenance=provenance,
     )
 
@@ -214,7 +229,7 @@ def _write_plans(
     laboratory = None
     if not all(compiled for _, compiled in plans.values()):
         path.write_text(manifest_to_json(manifest), encoding="utf-8")
-        laboratory = make_laboratory(stage, _calibration(spec, options))
+        laboratory = make_laboratory(stage, _sampler(spec, options), _calibration(spec, options))
     predict: dict[str, str] = {}
     entries = []
     for name, (policy, compiled) in plans.items():
@@ -223,33 +238,6 @@ def _write_plans(
         predict.update(new)
         entries.append(entry)
     path.unlink(missing_ok=True)
-    whole = replace(manifest, predict=predict, plans=tuple(entries), files=_files(stage))
+    whole = replace(manifest, predict=predict, plans=tuple(entries), files=files_below(stage))
     path.write_text(manifest_to_json(whole), encoding="utf-8")
     return whole
-
-
-def _files(stage: Path) -> tuple[FileEntry, ...]:
-    paths = sorted(str(path.relative_to(stage).as_posix()) for path in stage.rglob("*") if path.is_file())
-    return tuple(file_entry(stage, path) for path in paths)
-
-
-def _model_units(
-    folder: Path, checkpoint: Checkpoint, spec: ModelSpec, precision: str, backend: Backend, progress: Progress
-) -> list[Unit]:
-    """Trace each kind once; write and verify each copy."""
-    kinds = ARCHITECTURES[spec.architecture].unit_kinds(spec, precision)
-    total = sum(len(kind.copies) for kind in kinds)
-    units: list[Unit] = []
-    for kind in kinds:
-        progress(f"tracing {kind.kind}", len(units), total)
-        template = template_from_kind(kind, DTYPES[precision])
-        for name in kind.copies:
-            progress(f"writing {name}", len(units), total)
-            parameters = write_copy(template, name, checkpoint.tensors, folder)
-            error = verify_copy(template, name, parameters, checkpoint.tensors, folder, backend)
-            paths = (f"onnx/{name}.onnx", f"onnx/{name}.weights")
-            units.append(Unit(name, *paths, parameters, kind.weights_are_inputs, error))
-        del template
-        gc.collect()
-    progress("done", total, total)
-    return units

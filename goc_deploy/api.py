@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from goc_deploy.protocols import Backend
     from goc_deploy.runtime.pipeline import Pipeline
 
+PATH_OPTIONS = ("captions", "text_encoder", "vae")
+
 logger = logging.getLogger(__name__)
 
 
@@ -38,6 +40,7 @@ def export(checkpoint: str | Path, output: str | Path, *, progress: Progress = n
     """
     if "plans" in options:
         options["plans"] = tuple(options["plans"])
+    options |= {name: Path(options[name]) for name in PATH_OPTIONS if options.get(name) is not None}
     return export_with(Path(checkpoint), Path(output), ExportOptions(**options), progress)[0]
 
 
@@ -46,13 +49,15 @@ def export_with(
 ) -> tuple[Manifest, bool]:
     """`export` with its options in one object; also says whether anything was written."""
     _require("export", "torch", "onnx", "onnxscript", "safetensors")
+    if options.text_encoder is not None:
+        _require("text", "tokenizers")
     from goc_deploy.exporters.export import export_checkpoint
     from goc_deploy.trials import engine_laboratory
 
     backend = cpu_backend()
 
-    def laboratory(directory: Path, calibration: CalibrationOptions) -> Laboratory:
-        return engine_laboratory(directory, lambda: backend, options.sampler, calibration, progress)
+    def laboratory(directory: Path, sampler: str, calibration: CalibrationOptions) -> Laboratory:
+        return engine_laboratory(directory, lambda: backend, sampler, calibration, progress)
 
     return export_checkpoint(checkpoint, output, options, backend, laboratory, progress)
 

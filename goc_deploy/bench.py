@@ -43,7 +43,7 @@ def compare_plans(
         for number in range(rounds):
             for i, pipe in enumerate(pipes):
                 progress(f"round {number + 1}: {pipe.plan.name}", number * len(pipes) + i, rounds * len(pipes))
-                report = pipe.generate(options.labels, cfg_scale=options.cfg_scale).report
+                report = pipe.generate(options.labels, cfg_scale=options.cfg_scale, decode=False).report
                 if number >= options.warmup:
                     reports.setdefault(pipe.plan.name, []).append(report)
         if spans is not None:

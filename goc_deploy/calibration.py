@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from goc_deploy.captions import NO_CAPTIONS
 from goc_deploy.errors import ScheduleError, UsageError
 from goc_deploy.fitting import FitOptions
 from goc_deploy.options import CALIBRATION_SEED, GenerateOptions, Progress
@@ -36,7 +37,7 @@ class CalibrationOptions:
     images: int = DEFAULT_IMAGES
     seed: int = CALIBRATION_SEED
     cfg_scale: float = GenerateOptions().cfg_scale
-    cfg_channels: int = GenerateOptions().cfg_channels
+    cfg_channels: int = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +151,14 @@ def check_options(options: CalibrationOptions) -> None:
 
 
 def balanced_labels(classes: int, images: int, seed: int) -> tuple[int, ...]:
-    """Labels of calibration images: every class equally often (to one), in an order that the seed shuffles."""
+    """Labels of calibration images: every class equally often (to one), in an order that the seed shuffles.
+
+    Raises:
+        UsageError: there are none: a model that draws captions, in an engine directory that keeps none.
+    """
     generator = np.random.Generator(np.random.Philox(key=np.array([seed, LABELS], np.uint64)))
+    if not classes:
+        raise UsageError(NO_CAPTIONS)
     rounds = [generator.permutation(classes) for _ in range(-(-images // classes))]
     return tuple(int(label) for label in np.concatenate(rounds)[:images])
 

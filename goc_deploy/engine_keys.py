@@ -104,4 +104,5 @@ def dimension_ranges(spec: ModelSpec, max_batch: int, steps: int) -> Mapping[str
         "R": (1, 2, labels),
         "M": (1, modulation, modulation),
         "steps": (1, steps, steps),
+        "captions": (1, 2, rows),
     }

@@ -10,10 +10,11 @@ from typing import Any
 from goc_deploy.engine_keys import ENGINE_BACKENDS, WEIGHT_MODES, Target
 from goc_deploy.errors import EngineDirError, SafetyError
 from goc_deploy.serde import build, check_format, dump_json, parse_json
-from goc_deploy.spec import ITEM_BYTES, PRECISIONS, PREDICTIONS, ModelSpec
+from goc_deploy.spec import ITEM_BYTES, PRECISIONS, PREDICTIONS, DecoderSpec, ModelSpec, TextSpec
 
 MANIFEST_NAME = "manifest.json"
-MANIFEST_FORMAT, MANIFEST_VERSION = "goc_deploy.engine_dir", 3
+MANIFEST_FORMAT, MANIFEST_VERSION = "goc_deploy.engine_dir", 4
+IMAGE_CHANNELS = (1, 3)
 _SAFE_PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,@-]*(/[A-Za-z0-9][A-Za-z0-9._+=,@-]*){0,3}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -54,13 +55,14 @@ class Unit:
 
     Attributes:
         name: ``conditioning``, ``modulation``, ``embed``, ``block_00_attn``, ..., ``collect``, ``final``, ``sampler``,
-            ``sampler_lag1``, ...
+            ``sampler_lag1``, ..., ``captions``, ``decoder``, ``text_encoder``.
         onnx: path of the graph.
         weights: path of the external data, or None.
         parameters: what lies where in the weights file.
         weights_are_inputs: the parameters are inputs of the graph, which reads them in the mapped file, instead of
             initializers that are copied at load.
         relative_l2: largest error to PyTorch over the outputs, measured at export, or None where it has no weights.
+        precision: of the parameters.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Unit:
     parameters: tuple[Parameter, ...]
     weights_are_inputs: bool
     relative_l2: float | None
+    precision: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +126,9 @@ class Manifest:
         class_names: one per class, synonyms separated by commas; empty where the checkpoint has none.
         provenance: checkpoint digest, versions, options. For people; nothing is decided by it but "up to date".
         engines: TensorRT engines, a cache: the ONNX files and plans are the source of truth.
+        decoder: what unit ``decoder`` makes of latents, or None where there is none.
+        captions: path of the captions that stand for labels, or None where there are none.
+        text: what unit ``text_encoder`` takes, or None where there is none.
     """
 
     model: ModelSpec
@@ -135,6 +141,16 @@ class Manifest:
     provenance: dict[str, Any]
     engines: tuple[EngineEntry, ...] = ()
     class_names: tuple[str, ...] = ()
+    decoder: DecoderSpec | None = None
+    captions: str | None = None
+    text: TextSpec | None = None
+
+    @property
+    def image_side(self) -> int | None:
+        """Height and width of the images, or None where there are only latents."""
+        if self.decoder is not None:
+            return self.model.side * self.decoder.upscale
+        return self.model.side if self.model.channels in IMAGE_CHANNELS else None
 
 
 def manifest_to_json(manifest: Manifest) -> str:
@@ -169,6 +185,9 @@ def _manifest_from_fields(found: dict[str, Any]) -> Manifest:
         provenance=dict(found["provenance"]),
         engines=tuple(_engine_from_fields(engine) for engine in found.get("engines", ())),
         class_names=tuple(str(name) for name in found["class_names"]),
+        decoder=None if found["decoder"] is None else DecoderSpec(**found["decoder"]),
+        captions=None if found["captions"] is None else str(found["captions"]),
+        text=None if found["text"] is None else TextSpec(**found["text"]),
     )
 
 
@@ -194,8 +213,8 @@ def _check(manifest: Manifest, where: str) -> None:
         model.patch,
         model.grid,
         model.channels,
-        model.classes,
         manifest.max_batch,
+        *([model.caption_channels, model.caption_tokens] if model.draws_captions else [model.classes]),
     )
     if not all(type(size) is int and 0 < size <= 10**6 for size in sizes) or manifest.precision not in PRECISIONS:
         raise EngineDirError(f"{where} has sizes or a precision out of range; export again")
@@ -203,6 +222,9 @@ def _check(manifest: Manifest, where: str) -> None:
         raise EngineDirError(
             f"{where}: the model predicts {model.prediction!r}, which this version does not know; export again"
         )
+    if type(model.classes) is not int or model.classes < 0 or ("cross" in model.branches) != model.draws_captions:
+        raise EngineDirError(f"{where}: the classes, captions and branches do not fit each other; export again")
+    _check_decoder(manifest, where)
     if len(manifest.class_names) not in (0, model.classes):
         raise EngineDirError(
             f"{where} names {len(manifest.class_names)} classes of a model with {model.classes}; export again"
@@ -218,10 +240,11 @@ def _check(manifest: Manifest, where: str) -> None:
     if not all(type(e.size) is int and e.size >= 0 and _SHA256.fullmatch(e.sha256) for e in manifest.files):
         raise EngineDirError(f"{where} lists a file without a valid size and SHA-256")
     sizes_of = {entry.path: entry.size for entry in manifest.files}
-    item = ITEM_BYTES[manifest.precision]
     for unit in manifest.units:
+        if unit.precision not in PRECISIONS:
+            raise EngineDirError(f"{where}: unit {unit.name} has an unknown precision; export again")
         for p in unit.parameters:
-            end = p.offset + math.prod(p.shape) * item
+            end = p.offset + math.prod(p.shape) * ITEM_BYTES[unit.precision]
             if min(p.offset, *p.shape, end) < 0 or end > sizes_of.get(unit.weights or "", 0):
                 raise EngineDirError(
                     f"{where} places {p.name} of unit {unit.name} outside its weights file; export again"
@@ -232,6 +255,21 @@ def _check(manifest: Manifest, where: str) -> None:
             raise EngineDirError(f"{where} lists engine {engine.path!r} of an unknown kind; build the engines again")
         used += [engine.path, *engine.graphs]
     used += [*manifest.predict.values(), *(p.plan for p in manifest.plans), *(p.schedule for p in manifest.plans)]
+    used += [manifest.captions] if manifest.captions is not None else []
+    used += [manifest.text.tokenizer] if manifest.text is not None else []
     missing = sorted(set(used) - set(paths))
     if missing:
         raise EngineDirError(f"{where} uses {missing[0]!r} but does not list it; export again")
+
+
+def _check_decoder(manifest: Manifest, where: str) -> None:
+    decoder = manifest.decoder
+    if decoder is None:
+        return
+    sizes = (decoder.upscale, decoder.tile, decoder.overlap)
+    if (
+        decoder.channels not in IMAGE_CHANNELS
+        or not all(type(size) is int and 0 < size <= 10**4 for size in sizes)
+        or not decoder.overlap < decoder.tile <= manifest.model.side
+    ):
+        raise EngineDirError(f"{where} describes a decoder that cannot be; export again")

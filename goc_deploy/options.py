@@ -26,8 +26,8 @@ class ExportOptions:
         precision: ``fp32``, ``fp16`` or ``bf16``: dtype of weights, tokens and history.
         max_batch: most images per run.
         steps: sampling steps of the plans.
-        sampler: sampler SPEC.
-        prediction: what the model predicts: ``eps`` (the noise), ``v`` (velocity) or ``x0`` (the clean sample).
+        sampler: sampler SPEC; None takes ``ddim``, or ``euler`` for a model that predicts a flow.
+        prediction: what the model predicts, one of `goc_deploy.spec.PREDICTIONS`; None is what its architecture does.
         plans: policy SPECs, in order of preference; empty takes `default_plans`.
         calibrate: images that calibrated policies learn from; None takes `goc_deploy.calibration.default_images`.
         calibration_seed: of these images.
@@ -35,6 +35,11 @@ class ExportOptions:
         weights: ``ema``, ``model``, or ``auto`` (ema where there is one).
         allow_nonfinite: accept NaN and infinite weights.
         force: replace an existing engine directory.
+        captions: what stands for labels of a model that draws captions: a file of embeddings, or of prompts (``.txt``, one
+            per line, with a text encoder); None takes `goc_deploy.text.DEFAULT_PROMPTS` where there is a text encoder.
+        text_encoder: folder of the T5 encoder that the model was trained with, or None.
+        vae: folder of the AutoencoderKL whose decoder turns latents into images, or None.
+        vae_tile: latents beyond so many pixels per side are decoded in tiles of that size.
     """
 
     model: str = "auto"
@@ -42,8 +47,8 @@ class ExportOptions:
     precision: str = "fp32"
     max_batch: int = 16
     steps: int = 20
-    sampler: str = "ddim"
-    prediction: str = "eps"
+    sampler: str | None = None
+    prediction: str | None = None
     plans: tuple[str, ...] = ()
     calibrate: int | None = None
     calibration_seed: int = CALIBRATION_SEED
@@ -51,11 +56,16 @@ class ExportOptions:
     weights: str = "auto"
     allow_nonfinite: bool = False
     force: bool = False
+    captions: Path | None = None
+    text_encoder: Path | None = None
+    vae: Path | None = None
+    vae_tile: int = 64
 
 
-def default_plans(precision: str) -> tuple[str, ...]:
-    """Policy SPECs where none are asked for. bf16 engines have no CPU kernels to calibrate with."""
-    return ("none", "fora:2+gc:1.0" if precision == "bf16" else "fora:2+goc")
+def default_plans(*, calibrates: bool) -> tuple[str, ...]:
+    """Policy SPECs where none are asked for. bf16 engines have no CPU kernels to calibrate with, and a model that draws
+    captions needs some."""
+    return ("none", "fora:2+goc" if calibrates else "fora:2+gc:1.0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +117,13 @@ class GenerateOptions:
     Attributes:
         seed: of the noise; image i of a request depends on (seed, i) alone.
         cfg_scale: classifier-free guidance scale; 1 is none and runs half the rows.
-        cfg_channels: guidance acts on the first channels only, as in DiT's reference; all of them where there are fewer.
+        cfg_channels: guidance acts on the first channels only; None is what the model's reference does (3 for DiT, all for
+            PixArt).
     """
 
     seed: int = 0
     cfg_scale: float = 4.0
-    cfg_channels: int = 3
+    cfg_channels: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +158,7 @@ class EvalOptions:
         num_images: images per plan.
         seed: of noise, labels and resampling; image i has the noise that goc-run gives it.
         cfg_scale: classifier-free guidance scale.
-        cfg_channels: guidance acts on the first channels only.
+        cfg_channels: guidance acts on the first channels only; None is what the model's reference does.
         labels: ``balanced`` (every class equally often, in random order) or ``iid``.
         batch_size: images per run; 0 is what the engine was exported for.
         backend: as `goc_deploy.load` takes it.
@@ -168,7 +179,7 @@ class EvalOptions:
     num_images: int = 1000
     seed: int = 0
     cfg_scale: float = 4.0
-    cfg_channels: int = 3
+    cfg_channels: int | None = None
     labels: str = "balanced"
     batch_size: int = 0
     backend: str = "auto"

@@ -9,12 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
+from goc_deploy.captions import NO_CAPTIONS
 from goc_deploy.errors import ConflictError, UsageError
 from goc_deploy.publish import disk_errors, replacing
 
 
 def spread_labels(labels: Sequence[int] | None, count: int | None, classes: int) -> list[int]:
-    """Labels of ``count`` images: the given ones (or 0, 1, 2, ...), repeated in order. Without a count once each, or 8."""
+    """Labels of ``count`` images: the given ones (or 0, 1, 2, ...), repeated in order. Without a count once each, or 8.
+
+    Raises:
+        UsageError: none are given and there are no classes to take.
+    """
+    if labels is None and not classes:
+        raise UsageError(f"{NO_CAPTIONS}, or give --prompt-embeds")
     source = list(labels) if labels is not None else list(range(min(classes, count or 8)))
     return [source[i % len(source)] for i in range(count or len(source))]
 

@@ -190,6 +190,11 @@ class Footprint:
     scratch: int = 0
 
 
+def taken(engine: Engine, offered: Mapping[str, Buffer]) -> dict[str, Buffer]:
+    """Those of the offered inputs that a graph takes."""
+    return {name: buffer for name, buffer in offered.items() if name in engine.dtypes}
+
+
 class Backend(Protocol):
     """Loads graphs for a device.
 

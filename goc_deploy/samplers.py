@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from goc_deploy.errors import UsageError
 from goc_deploy.solvers import (
     SPACINGS,
+    TRAIN_STEPS,
     Update,
+    check_steps,
     ddim_updates,
     ddpm_updates,
     dpm_solver_updates,
@@ -18,7 +20,10 @@ from goc_deploy.solvers import (
 )
 from goc_deploy.spec import PREDICTIONS, ModelSpec
 
-SAMPLER_GRAMMAR = "ddim[:ETA] | dpm++[:ORDER] | ddpm, each with [@linspace | @leading | @trailing]"
+SAMPLER_GRAMMAR = (
+    "ddim[:ETA] | dpm++[:ORDER] | ddpm, each with [@linspace | @leading | @trailing], or euler for flow models"
+)
+FLOW_SAMPLER = "euler"
 MAX_LAGS = 2
 
 
@@ -32,8 +37,9 @@ class SamplerTable:
 
     Attributes:
         sampler: the sampler's SPEC, such as ``ddim:0.5`` or ``dpm++``.
-        prediction: what the model predicts: ``eps`` (the noise), ``v`` (velocity) or ``x0`` (the clean sample).
-        timesteps: [T] training timesteps in sampling order.
+        prediction: what the model predicts, one of `goc_deploy.spec.PREDICTIONS`.
+        timesteps: [T] what the model is told of the time, in sampling order: training timesteps, or for a flow the way
+            that was gone, 0 (noise) to 1 (clean).
         latent: [T] weights of the current latents.
         model: [T] weights of the guided model output.
         noise: [T] weights of fresh standard normal noise; all zero for a deterministic sampler.
@@ -44,7 +50,7 @@ class SamplerTable:
 
     sampler: str
     prediction: str
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     latent: tuple[float, ...]
     model: tuple[float, ...]
     noise: tuple[float, ...]
@@ -95,7 +101,7 @@ def sampler_table(sampler: str, steps: int, prediction: str = "eps") -> SamplerT
         sampler: ``ddim`` or ``ddim:ETA`` with ETA in 0..1 (0 is deterministic); ``dpm++`` or ``dpm++:ORDER`` with ORDER 1
             to 3 (default 2); ``ddpm``, which samples with the learned variance. ``@leading`` or ``@trailing`` after it
             spaces the timesteps otherwise than ``@linspace``, the default. The dpm++ family never visits timestep 0
-            except at the end of ``@trailing``.
+            except at the end of ``@trailing``. ``euler`` is for models that predict ``flow``, and no other is.
         steps: T.
         prediction: what the model predicts.
 
@@ -104,6 +110,12 @@ def sampler_table(sampler: str, steps: int, prediction: str = "eps") -> SamplerT
     """
     if prediction not in PREDICTIONS:
         raise UsageError(f"unknown prediction {prediction!r}; use {', '.join(PREDICTIONS)}")
+    if (sampler == FLOW_SAMPLER) != (prediction == "flow"):
+        raise UsageError(
+            f"sampler {sampler!r} does not go with a model that predicts {prediction!r}; use {FLOW_SAMPLER} for flow, and for no other"
+        )
+    if sampler == FLOW_SAMPLER:
+        return _flow_table(steps)
     family, at, spacing = sampler.partition("@")
     if at and spacing not in SPACINGS:
         raise UsageError(f"sampler {sampler!r}: unknown spacing {spacing!r}; use {', '.join(SPACINGS)}")
@@ -124,6 +136,32 @@ def sampler_table(sampler: str, steps: int, prediction: str = "eps") -> SamplerT
         estimate=estimate,
         history=tuple((*u.denoised[1:], *[0.0] * (lags + 1 - len(u.denoised))) for u in updates),
     )
+
+
+def _flow_table(steps: int) -> SamplerTable:
+    """Even steps along the line ``x_t = (1 - t) * noise + t * clean``, whose velocity ``clean - noise`` the model predicts.
+
+    Source: Liu et al., "Flow Straight and Fast", ICLR 2023, eq. 1; Ma et al., "SiT", ECCV 2024, section 2.
+    """
+    check_steps(steps, TRAIN_STEPS)
+    zeros = (0.0,) * steps
+    times = tuple(step / steps for step in range(steps))
+    return SamplerTable(
+        sampler=FLOW_SAMPLER,
+        prediction="flow",
+        timesteps=times,
+        latent=(1.0,) * steps,
+        model=(1 / steps,) * steps,
+        noise=zeros,
+        spread=zeros,
+        estimate=tuple((1.0, 1 - t) for t in times),
+        history=((),) * steps,
+    )
+
+
+def default_sampler(prediction: str) -> str:
+    """The sampler of a model where nobody says."""
+    return FLOW_SAMPLER if prediction == "flow" else "ddim"
 
 
 def sampler_misfit(table: SamplerTable, spec: ModelSpec) -> str | None:

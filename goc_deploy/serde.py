@@ -208,7 +208,7 @@ def _sampler_from_fields(table: dict[str, Any]) -> SamplerTable:
     return SamplerTable(
         sampler=str(table["sampler"]),
         prediction=str(table["prediction"]),
-        timesteps=tuple(int(t) for t in table["timesteps"]),
+        timesteps=tuple(t if isinstance(t, int) else float(t) for t in table["timesteps"]),
         estimate=tuple((float(of_x), float(of_m)) for of_x, of_m in table["estimate"]),
         history=tuple(tuple(float(w) for w in row) for row in table["history"]),
         **numbers,

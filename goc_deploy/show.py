@@ -50,7 +50,7 @@ def action_rows(plan: Plan) -> Table:
             f"; {len(used) - 3} more" if len(used) > 3 else ""
         )
         numbers = [f"{curve[step]:.2f}" for curve in judged]
-        rows.append([str(step), str(plan.sampler.timesteps[step]), plan.step_kind(step), *numbers, actions, shown])
+        rows.append([str(step), f"{plan.sampler.timesteps[step]:g}", plan.step_kind(step), *numbers, actions, shown])
     columns = ["N inverse", "B"] if judged else []
     return ["step", "timestep", "kind", *columns, "units", "coefficients, newest first"], rows
 

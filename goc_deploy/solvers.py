@@ -54,8 +54,7 @@ def spaced_timesteps(steps: int, spacing: str = "linspace", *, visits_zero: bool
     """
     skipped = 0 if visits_zero or spacing == "trailing" else 1
     points, most = steps + skipped, TRAIN_STEPS - skipped
-    if not 1 <= steps <= most:
-        raise UsageError(f"steps must be within 1..{most}, got {steps}")
+    check_steps(steps, most)
     if spacing == "trailing":
         return tuple(round(TRAIN_STEPS - i * TRAIN_STEPS / steps) - 1 for i in range(steps))
     visited = reversed(range(skipped, points))
@@ -65,6 +64,12 @@ def spaced_timesteps(steps: int, spacing: str = "linspace", *, visits_zero: bool
         return (TRAIN_STEPS - 1,)
     stride = (TRAIN_STEPS - 1) / (points - 1)
     return tuple(round(i * stride) for i in visited)
+
+
+def check_steps(steps: int, most: int) -> None:
+    """Raise UsageError unless there are 1 to ``most`` steps."""
+    if not 1 <= steps <= most:
+        raise UsageError(f"steps must be within 1..{most}, got {steps}")
 
 
 def signal_along(timesteps: Sequence[int]) -> list[float]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PREDICTIONS = ("eps", "v", "x0")
+DIFFUSION_PREDICTIONS = ("eps", "v", "x0")
+PREDICTIONS = (*DIFFUSION_PREDICTIONS, "flow")
 PRECISIONS = ("fp32", "fp16", "bf16")
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Sizes of a class-conditional Diffusion Transformer.
+    """Sizes of a Diffusion Transformer that draws classes or captions.
 
     Attributes:
         depth: number of blocks L.
@@ -21,13 +22,19 @@ class ModelSpec:
         patch: patch side in latent pixels.
         grid: tokens per side, so that a sample is ``grid * patch`` latent pixels high and wide.
         channels: latent (or pixel) channels C.
-        classes: number of labels; the null label is ``classes``.
+        classes: number of labels; the null label is ``classes``. Of a model that draws captions, the number of captions
+            that its engine directory keeps: label i is the i-th of them, the null label the unconditional one.
         learn_sigma: the model predicts 2*C channels: the prediction, then a variance that only ``ddpm`` samplers use.
         architecture: exporter that made the units.
         branches: the branches of each block, in execution order.
-        prediction: what the first C channels predict: ``eps`` (the noise), ``v`` (velocity) or ``x0`` (the clean sample).
+        prediction: what the first C channels predict: ``eps`` (the noise), ``v`` (velocity of a diffusion), ``x0`` (the clean
+            sample) or ``flow`` (velocity along the straight line from noise to the clean sample).
         frequency_shift: the timestep's 128 frequencies fall to 1/10000 over ``128 - frequency_shift`` intervals.
         mlp_norm_eps: what the layer norm before the MLP branch adds to the variance.
+        guided_channels: classifier-free guidance acts on so many channels in the model's reference.
+        caption_channels: width of a caption's embeddings, or 0 for a class-conditional model.
+        caption_tokens: tokens of a caption; shorter ones are padded.
+        told_size: height and width of the image in pixels, where the model is told them, or 0.
     """
 
     depth: int
@@ -44,6 +51,10 @@ class ModelSpec:
     prediction: str = "eps"
     frequency_shift: int = 0
     mlp_norm_eps: float = 1e-6
+    guided_channels: int = 3
+    caption_channels: int = 0
+    caption_tokens: int = 0
+    told_size: int = 0
 
     @property
     def tokens(self) -> int:
@@ -61,6 +72,45 @@ class ModelSpec:
         return self.channels * (2 if self.learn_sigma else 1)
 
     @property
+    def draws_captions(self) -> bool:
+        """Whether captions take the place of labels."""
+        return self.caption_channels > 0
+
+    @property
     def units(self) -> int:
         """Number of units, blocks times branches; unit u is block ``u // len(branches)``."""
         return self.depth * len(self.branches)
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSpec:
+    """What the decoder unit makes of latents.
+
+    Attributes:
+        channels: of the images.
+        upscale: image pixels per latent pixel and side.
+        tile: latent pixels per side that the graph takes; larger latents are decoded tile by tile.
+        overlap: least latent pixels that neighbouring tiles share, over which they are blended.
+    """
+
+    channels: int
+    upscale: int
+    tile: int
+    overlap: int
+
+
+@dataclass(frozen=True, slots=True)
+class TextSpec:
+    """What the text encoder unit takes.
+
+    Attributes:
+        tokenizer: path of its ``tokenizer.json`` in the engine directory.
+        vocabulary: tokens that it knows.
+        eos: the token that ends a text.
+        pad: the token behind it.
+    """
+
+    tokenizer: str
+    vocabulary: int
+    eos: int
+    pad: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -64,13 +65,12 @@ class EngineTrials:
         self.sampler, self.options, self.progress = sampler, options, progress
         self._backend, self._manifest = backend, read_manifest(directory)
         graphs = [unit.name for unit in self._manifest.units if unit.name.startswith("sampler")]
-        self._units = load_engines(directory, self._manifest, (), backend, graphs).units
+        self._engines = load_engines(directory, self._manifest, (), backend, graphs)
         self._predict: dict[str, Engine] = {}
 
     def run(self, schedule: Schedule, images: CalibrationOptions) -> Trial:
         """See `goc_deploy.calibration.Trials.run`."""
         from goc_deploy.exporters.cache_update import predict_graph
-        from goc_deploy.runtime.binding import Engines
         from goc_deploy.runtime.pipeline import Pipeline
 
         manifest, model = self._manifest, self._manifest.model
@@ -82,7 +82,8 @@ class EngineTrials:
                 self._predict[signature] = self._backend.load(memoryview(graph.SerializeToString()), {})
         labels = balanced_labels(model.classes, images.images, images.seed)
         size = min(len(labels), manifest.max_batch)
-        with Pipeline(manifest, plan, Engines(self._units, self._predict), self._backend, size, 1) as pipe:
+        engines = replace(self._engines, predict=self._predict)
+        with Pipeline(manifest, plan, engines, self._backend, size, 1) as pipe:
             result = pipe.generate(
                 labels, seed=images.seed, cfg_scale=images.cfg_scale, cfg_channels=images.cfg_channels
             )

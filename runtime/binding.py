@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from goc_deploy import protocols
+from goc_deploy.captions import PromptEmbeds
 from goc_deploy.plan import Collect, Compute, Launch, Plan, Predict
-from goc_deploy.protocols import Buffer, Engine, Stream
-from goc_deploy.runtime.buffers import Buffers, aligned_size, coefficient_row, modulation_rows
+from goc_deploy.protocols import Buffer, Engine, Stream, taken
+from goc_deploy.runtime.buffers import Buffers, aligned_size, coefficient_row, keys_values_shape, modulation_rows
 from goc_deploy.spec import ModelSpec
 
 
@@ -22,10 +24,11 @@ class BoundLaunch:
 
 @dataclass(frozen=True, slots=True)
 class Engines:
-    """Loaded graphs of a model: by unit name, and predict graphs by signature."""
+    """Loaded graphs of a model: by unit name, and predict graphs by signature; and the captions that come with it."""
 
     units: Mapping[str, Engine]
     predict: Mapping[str, Engine]
+    captions: PromptEmbeds | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +38,14 @@ class Batch:
     Attributes:
         images: N.
         guided: whether conditional and unconditional rows run together, B = 2N.
-        labels: R, distinct labels including the null label.
+        labels: R, distinct labels including the null label; 1 where captions take their place.
+        captions: K, distinct captions.
     """
 
     images: int
     guided: bool
     labels: int
+    captions: int = 0
 
     @property
     def rows(self) -> int:
@@ -81,7 +86,8 @@ class Binder:
 
     def _step(self, step: int, latents: Buffer, latents_out: Buffer, noise: Buffer) -> list[BoundLaunch]:
         buffers, batch, spec, ops = self._buffers, self._batch, self._spec, self._plan.launches[step]
-        launches = [self._conditioning(step)] if step % buffers.chunk == 0 else []
+        launches = [self._keys_values()] if step == 0 and buffers.captions else []
+        launches += [self._conditioning(step)] if step % buffers.chunk == 0 else []
         launches.append(self._pick_modulation(step))
         steps_ahead = sorted({op.ahead for op in ops if isinstance(op, Predict) and op.ahead})
         launches += [self._pick_gates(step, ahead) for ahead in steps_ahead]
@@ -129,10 +135,31 @@ class Binder:
         buffers, spec, labels = self._buffers, self._spec, self._batch.labels
         whole = buffers.chunk + self._plan.accumulators
         steps, start = min(whole, self._plan.steps - step), step // buffers.chunk * aligned_size(whole)
-        inputs = {"timesteps": buffers.timesteps.view(steps, start=start), "labels": buffers.labels.view(labels)}
-        return self._unit(
-            "conditioning", inputs, {"table": buffers.table.view(steps, modulation_rows(spec), labels, spec.hidden)}
-        )
+        offered = {"timesteps": buffers.timesteps.view(steps, start=start), "labels": buffers.labels.view(labels)}
+        table = {"table": buffers.table.view(steps, modulation_rows(spec), labels, spec.hidden)}
+        return self._unit("conditioning", taken(self._engines.units["conditioning"], offered), table)
+
+    def _keys_values(self) -> BoundLaunch:
+        """Turn the captions into keys and values of all blocks, once per request."""
+        spec, count, buffers = self._spec, self._batch.captions, self._buffers.captions
+        assert buffers is not None
+        embeds = buffers.embeds.view(count, spec.caption_tokens, spec.caption_channels)
+        keys_values = buffers.keys_values.view(*keys_values_shape(spec, count))
+        return self._unit("captions", {"captions": embeds}, {"keys_values": keys_values})
+
+    def _of_captions(self, block: int) -> dict[str, Buffer]:
+        """What a branch of a block may read of the captions."""
+        spec, count, buffers = self._spec, self._batch.captions, self._buffers.captions
+        if buffers is None:
+            return {}
+        _, *shape = keys_values_shape(spec, count)
+        size = math.prod(shape)
+        return {
+            "keys": buffers.keys_values.view(*shape, start=2 * block * size),
+            "values": buffers.keys_values.view(*shape, start=(2 * block + 1) * size),
+            "bias": buffers.bias.view(count, spec.caption_tokens),
+            "caption_rows": buffers.rows.view(self._batch.rows),
+        }
 
     def _pick_modulation(self, step: int) -> BoundLaunch:
         """Expand a step's table rows to the batch: only those that the step uses."""
@@ -184,16 +211,18 @@ class Binder:
         spec = self._spec
         block, branch = divmod(op.unit, len(spec.branches))
         first = spec.units + 2 + 2 * op.unit
-        inputs = {
+        name = f"block_{block:02d}_{spec.branches[branch]}"
+        offered = {
             "x": x,
             "shift": self._modulation_row(first),
             "scale": self._modulation_row(first + 1),
             "gate": self._modulation_row(op.unit),
+            **self._of_captions(block),
         }
         outputs = {"x_out": x_out}
         if op.store is not None:
             outputs["feature"] = self._buffers.slots[op.store].view(self._batch.rows * spec.tokens, spec.hidden)
-        return self._unit(f"block_{block:02d}_{spec.branches[branch]}", inputs, outputs)
+        return self._unit(name, taken(self._engines.units[name], offered), outputs)
 
     def _predict(self, op: Predict, x: Buffer, x_out: Buffer, gates: Buffer) -> BoundLaunch:
         width = len(coefficient_row(op))

@@ -38,6 +38,7 @@ class Buffers:
         guidance: (C,) guidance weight of each channel.
         labels: distinct labels.
         label_rows, rows, cond_rows, uncond_rows: indices that expand labels, images and predictions to rows.
+        captions: of a model that draws captions, else None.
     """
 
     chunk: int
@@ -62,6 +63,34 @@ class Buffers:
     rows: Buffer
     cond_rows: Buffer
     uncond_rows: Buffer
+    captions: CaptionBuffers | None
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionBuffers:
+    """Device memory for up to K captions: two per image, without and with guidance.
+
+    Attributes:
+        embeds: (K, caption tokens, caption channels) float32.
+        bias: (K, caption tokens) float32, added to attention scores.
+        keys_values: keys, then values of each block, (2L, K, heads, caption tokens, head width).
+        rows: (B,) which caption each row shows.
+    """
+
+    embeds: Buffer
+    bias: Buffer
+    keys_values: Buffer
+    rows: Buffer
+
+
+def table_labels(spec: ModelSpec, capacity: int) -> int:
+    """Most rows R of a modulation table: distinct labels with the null label; captions do not enter it."""
+    return 1 if spec.draws_captions else capacity + 1
+
+
+def keys_values_shape(spec: ModelSpec, captions: int) -> tuple[int, int, int, int, int]:
+    """Keys and values of every block."""
+    return (2 * spec.depth, captions, spec.heads, spec.caption_tokens, spec.hidden // spec.heads)
 
 
 def modulation_rows(spec: ModelSpec) -> int:
@@ -92,7 +121,8 @@ def coefficient_row(op: Predict) -> list[float]:
 def planned_bytes(spec: ModelSpec, precision: str, plan: Plan, capacity: int) -> int:
     """Bytes that `allocate_buffers` takes, without its few kilobytes of indices."""
     item, rows = ITEM_BYTES[precision], 2 * capacity
-    step_bytes = modulation_rows(spec) * (capacity + 1) * spec.hidden * item
+    step_bytes = modulation_rows(spec) * table_labels(spec, capacity) * spec.hidden * item
+    captions = spec.caption_tokens * rows * (4 * (spec.caption_channels + 1) + 2 * spec.depth * spec.hidden * item)
     chunk = _chunk_steps(step_bytes, plan)
     table = min(plan.steps, chunk + plan.accumulators) * step_bytes
     features = (2 + plan.cache_features) * rows * spec.tokens * spec.hidden * item
@@ -100,7 +130,8 @@ def planned_bytes(spec: ModelSpec, precision: str, plan: Plan, capacity: int) ->
     noise = plan.steps if plan.sampler.stochastic else 1
     estimates = plan.sampler.lags + 2 if plan.sampler.lags else 0
     return (
-        table
+        captions
+        + table
         + (modulation_rows(spec) + plan.accumulators * spec.units) * rows * spec.hidden * item
         + features
         + pixels * ((2 + noise + estimates) * spec.channels + 2 * spec.output_channels)
@@ -118,7 +149,7 @@ def allocate_buffers(backend: Backend, spec: ModelSpec, precision: str, plan: Pl
         ResourceError: not enough memory.
     """
     dtype, rows = DTYPE_OF_PRECISION[precision], 2 * capacity
-    table_row = (capacity + 1) * spec.hidden
+    table_row = table_labels(spec, capacity) * spec.hidden
     chunk = _chunk_steps(modulation_rows(spec) * table_row * ITEM_BYTES[precision], plan)
     feature, image = rows * spec.tokens * spec.hidden, spec.channels * spec.side**2
 
@@ -160,4 +191,12 @@ def allocate_buffers(backend: Backend, spec: ModelSpec, precision: str, plan: Pl
         rows=new(rows, dtype="int64"),
         cond_rows=new(capacity, dtype="int64"),
         uncond_rows=new(capacity, dtype="int64"),
+        captions=CaptionBuffers(
+            embeds=new(rows * spec.caption_tokens * spec.caption_channels),
+            bias=new(rows * spec.caption_tokens),
+            keys_values=new(*keys_values_shape(spec, rows), dtype=dtype),
+            rows=new(rows, dtype="int64"),
+        )
+        if spec.draws_captions
+        else None,
     )

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from goc_deploy.manifest import IMAGE_CHANNELS
 from goc_deploy.outputs import written
 from goc_deploy.publish import disk_errors
-
-IMAGE_CHANNELS = (1, 3)
 
 
 def images_from_latents(latents: np.ndarray) -> np.ndarray | None:
@@ -23,9 +22,12 @@ def images_from_latents(latents: np.ndarray) -> np.ndarray | None:
     Returns:
         (N, H, W, C) uint8, ``clamp(127.5 * x + 128)`` as DiT's reference does, or None where C is not 1 or 3.
     """
-    if latents.shape[1] not in IMAGE_CHANNELS:
-        return None
-    return np.clip(127.5 * latents + 128, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    return pixels_to_uint8(latents) if latents.shape[1] in IMAGE_CHANNELS else None
+
+
+def pixels_to_uint8(pixels: np.ndarray) -> np.ndarray:
+    """(..., C, H, W) float32 in -1..1 to (..., H, W, C) uint8."""
+    return np.moveaxis(np.clip(127.5 * pixels + 128, 0, 255).astype(np.uint8), -3, -1)
 
 
 def grid(images: np.ndarray, columns: int | None = None, *, scale: int = 1, gap: int = 2) -> Image.Image:

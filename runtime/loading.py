@@ -6,9 +6,11 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 from goc_deploy.calibration import CalibrationOptions
+from goc_deploy.captions import captions_from_bytes
 from goc_deploy.engine_dir import load_plan
 from goc_deploy.errors import EngineDirError, GocError, ResourceError, UsageError
 from goc_deploy.manifest import Manifest, Unit
@@ -21,9 +23,11 @@ from goc_deploy.runtime import memory
 from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.buffers import planned_bytes
 from goc_deploy.runtime.calibrator import EngineCalibrator
-from goc_deploy.runtime.pipeline import Pipeline
+from goc_deploy.runtime.decoder import LatentDecoder
+from goc_deploy.runtime.pipeline import Attached, Pipeline
 from goc_deploy.runtime.stepper import Stepper
 from goc_deploy.samplers import SamplerTable
+from goc_deploy.text import TextEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +62,27 @@ def load_pipelines(
         plans = [with_stacks(plan, manifest.model) for plan in plans]
     for plan in plans:
         _check_memory(manifest, plan, images, max_sessions, backend)
-    engines = load_engines(directory, manifest, plans, backend)
-    return [Pipeline(manifest, plan, engines, backend, images, max_sessions) for plan in plans]
+    parts = {"decoder": manifest.decoder, "text_encoder": manifest.text}
+    engines = load_engines(directory, manifest, plans, backend, [name for name, part in parts.items() if part])
+    attached = Attached(_decoder(manifest, engines, backend), _text_encoder(directory, manifest, engines, backend))
+    return [Pipeline(manifest, plan, engines, backend, images, max_sessions, attached) for plan in plans]
+
+
+def _text_encoder(directory: Path, manifest: Manifest, engines: Engines, backend: Backend) -> TextEncoder | None:
+    """The text encoder, where there is one and the package that it needs is installed; asked for a prompt without it,
+    the pipeline says so."""
+    if manifest.text is None or find_spec("tokenizers") is None:
+        return None
+    entry = next(file for file in manifest.files if file.path == manifest.text.tokenizer)
+    tokenizer = bytes(read_verified(directory, entry))
+    return TextEncoder(engines.units["text_encoder"], backend, tokenizer, manifest.model, manifest.text)
+
+
+def _decoder(manifest: Manifest, engines: Engines, backend: Backend) -> LatentDecoder | None:
+    if manifest.decoder is None:
+        return None
+    spec = manifest.model
+    return LatentDecoder(engines.units["decoder"], backend, manifest.decoder, (spec.channels, spec.side, spec.side))
 
 
 def load_stepper(directory: Path, backend: Backend, table: SamplerTable, images: int) -> Stepper:
@@ -89,9 +112,9 @@ def load_calibrator(
 
 
 def load_engines(
-    directory: Path, manifest: Manifest, plans: Sequence[Plan], backend: Backend, samplers: Iterable[str] = ()
+    directory: Path, manifest: Manifest, plans: Sequence[Plan], backend: Backend, more: Iterable[str] = ()
 ) -> Engines:
-    """Verify every file that the plans and these sampler units need, then load the graphs; both in parallel.
+    """Verify every file that the plans and these further units need, then load the graphs; both in parallel.
 
     Raises:
         EngineDirError, SafetyError: a file is missing, corrupt or not ours.
@@ -102,7 +125,8 @@ def load_engines(
         raise EngineDirError(
             f"{directory} lists no predict graph for {missing[0]!r}, which a plan needs; add the plan again"
         )
-    needed = {"conditioning", "embed", "final", "modulation", "collect", *samplers}
+    needed = {"conditioning", "embed", "final", "modulation", "collect", *more}
+    needed |= {"captions"} if manifest.model.draws_captions else set()
     needed |= {plan.sampler.graph for plan in plans}
     needed |= {f"block_{b:02d}_{branch}" for b in range(manifest.model.depth) for branch in manifest.model.branches}
     lacking = sorted(needed - {unit.name for unit in manifest.units})
@@ -111,8 +135,8 @@ def load_engines(
     entries = {file.path: file for file in manifest.files}
     wanted = [unit for unit in manifest.units if unit.name in needed]
     predict = {signature: manifest.predict[signature] for signature in signatures}
-    paths = sorted({p for unit in wanted for p in (unit.onnx, unit.weights) if p} | set(predict.values()))
-    dtype = DTYPE_OF_PRECISION[manifest.precision]
+    captions = {manifest.captions} if manifest.captions else set()
+    paths = sorted({p for u in wanted for p in (u.onnx, u.weights) if p} | set(predict.values()) | captions)
 
     def verified(path: str) -> memoryview:
         return read_verified(directory, entries[path])
@@ -127,6 +151,7 @@ def load_engines(
 
     def loaded_unit(unit: Unit) -> Engine:
         weights = content[unit.weights] if unit.weights else memoryview(b"")
+        dtype = DTYPE_OF_PRECISION[unit.precision]
         parameters = {p.name: mapped_buffer(weights, p.offset, p.shape, dtype) for p in unit.parameters}
         where = "inputs" if unit.weights_are_inputs else "initializers"
         return loaded_graph(unit.onnx, **{where: parameters})
@@ -134,9 +159,12 @@ def load_engines(
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         content = dict(zip(paths, pool.map(verified, paths), strict=True))
         units = dict(zip([u.name for u in wanted], pool.map(loaded_unit, wanted), strict=True))
-        engines = Engines(units, dict(zip(predict, pool.map(loaded_graph, predict.values()), strict=True)))
+        predictors = dict(zip(predict, pool.map(loaded_graph, predict.values()), strict=True))
+    stored = None
+    if manifest.captions:
+        stored = captions_from_bytes(content[manifest.captions], manifest.model, f"{directory / manifest.captions}")
     memory.return_free_pages(content.values())
-    return engines
+    return Engines(units, predictors, stored)
 
 
 def _check_memory(manifest: Manifest, plan: Plan, images: int, sessions: int, backend: Backend) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,13 @@ from typing import Any
 import numpy as np
 
 from goc_deploy import noise as noise_source
+from goc_deploy.captions import (
+    Conditions,
+    PromptEmbeds,
+    blank_captions,
+    conditions_from_captions,
+    conditions_from_labels,
+)
 from goc_deploy.errors import EnvironmentUnsupportedError, UsageError, VerificationError
 from goc_deploy.manifest import Manifest
 from goc_deploy.options import GenerateOptions
@@ -21,9 +29,11 @@ from goc_deploy.plan import Plan
 from goc_deploy.protocols import Backend
 from goc_deploy.runtime.binding import Batch, Engines
 from goc_deploy.runtime.buffers import planned_bytes
+from goc_deploy.runtime.decoder import LatentDecoder
 from goc_deploy.runtime.images import images_from_latents
 from goc_deploy.runtime.session import Request, Session, Timing
 from goc_deploy.spec import ITEM_BYTES, ModelSpec
+from goc_deploy.text import NO_TOKENIZERS, TextEncoder
 from goc_deploy.trace import Span, recorded
 from goc_deploy.version import __version__
 
@@ -58,7 +68,7 @@ class Result:
     """What `Pipeline.generate` returns.
 
     Attributes:
-        images: (N, H, W, channels) uint8, or None where the latents need a decoder.
+        images: (N, H, W, channels) uint8, or None where the latents need a decoder that the engine does not have.
         latents: (N, C, H, W) float32.
         trajectory: (T, N, C, H, W) float32, latents after each step, where asked for.
         report: timings, plan, memory and versions; plain JSON types.
@@ -70,6 +80,17 @@ class Result:
     report: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """What comes before and after the sampler, where the engine directory has it."""
+
+    decoder: LatentDecoder | None = None
+    text: TextEncoder | None = None
+
+
+NOTHING_ATTACHED = Attached()
+
+
 class Pipeline:
     """A plan of a loaded engine directory. Thread-safe; at most ``max_sessions`` callers run at a time, others wait.
 
@@ -77,9 +98,17 @@ class Pipeline:
     """
 
     def __init__(
-        self, manifest: Manifest, plan: Plan, engines: Engines, backend: Backend, batch_size: int, max_sessions: int
+        self,
+        manifest: Manifest,
+        plan: Plan,
+        engines: Engines,
+        backend: Backend,
+        batch_size: int,
+        max_sessions: int,
+        attached: Attached = NOTHING_ATTACHED,
     ) -> None:
         self._pid = os.getpid()
+        self._attached = attached
         self._backend, self._engines = backend, engines
         self.manifest, self.plan, self.batch_size = manifest, plan, batch_size
         self.spec: ModelSpec = manifest.model
@@ -91,51 +120,65 @@ class Pipeline:
 
     def generate(
         self,
-        labels: Sequence[int],
+        labels: Sequence[int] | None = None,
         *,
+        prompts: Sequence[str] | None = None,
+        negative_prompts: Sequence[str] = ("",),
+        captions: PromptEmbeds | None = None,
         seed: int = DEFAULTS.seed,
         first_image: int = 0,
         cfg_scale: float = DEFAULTS.cfg_scale,
-        cfg_channels: int = DEFAULTS.cfg_channels,
+        cfg_channels: int | None = DEFAULTS.cfg_channels,
         latents: np.ndarray | None = None,
         trajectory: bool = False,
+        decode: bool = True,
         callback: StepHook | None = None,
         spans: list[Span] | None = None,
     ) -> Result:
-        """Generate one image per label.
+        """Generate one image per label, or per caption.
 
         Args:
-            labels: class labels, 0 .. classes - 1.
+            labels: class labels, 0 .. classes - 1. Of a model that draws captions: which of ``prompts`` or ``captions``, by
+                default each once, or without these which of the captions that the engine directory keeps.
+            prompts: texts, where the engine has a text encoder. A text with too many tokens is cut; the log says where.
+            negative_prompts: what to draw away from: one for all, or one for each.
+            captions: embeddings that `goc_deploy.captions.prompt_embeds_from_arrays` checked.
             seed: image i gets noise from (seed, first_image + i) alone, whatever the batch size.
             first_image: where this request starts in a longer series of images that share a seed.
             cfg_scale: classifier-free guidance scale, finite and not negative; 1 is none.
-            cfg_channels: guidance acts on the first channels only.
+            cfg_channels: guidance acts on the first channels only; None is what the model's reference does.
             latents: x_T instead of seeded noise, (N, C, H, W), converted to float32.
             trajectory: also return the latents after every step.
+            decode: turn latents into images where the engine has a decoder.
             callback: called after every step with a `StepEvent`; an exception in it is logged and the run goes on.
             spans: where to record what ran when, for `goc_deploy.trace`.
 
         Raises:
-            UsageError: a label, number or shape out of range.
+            UsageError: a label, number or shape out of range, or captions for a model that draws classes.
             VerificationError: a result is not finite.
             EnvironmentUnsupportedError: the pipeline was closed, or inherited over a fork.
         """
         self._check_open()
-        _check_numbers(labels, seed, cfg_scale, cfg_channels, self.spec)
+        cfg_channels = self.spec.guided_channels if cfg_channels is None else cfg_channels
+        if prompts is not None:
+            captions = self.encode(prompts, negative_prompts)
+        conditions = self._conditions(labels, captions, guided=cfg_scale != 1 and cfg_channels != 0)
+        _check_numbers(seed, cfg_scale, cfg_channels)
+        images = len(conditions.labels)
         if not _is_whole(first_image) or first_image < 0:
             raise UsageError(f"first_image must be a whole number and not negative, got {first_image!r}")
-        start = None if latents is None else _checked_latents(latents, len(labels), self.spec)
+        start = None if latents is None else _checked_latents(latents, images, self.spec)
         draws = 1 + (self.plan.steps if self.plan.sampler.stochastic else 0)
         outputs, timings, trajectories = [], [], []
         with self._session(spans) as session:
-            for first in range(0, len(labels), self.batch_size):
-                part = range(first, min(first + self.batch_size, len(labels)))
+            for first in range(0, images, self.batch_size):
+                part = range(first, min(first + self.batch_size, images))
                 noise = np.stack(
                     [noise_source.image_noise(int(seed), first_image + i, draws, self._latent_shape) for i in part]
                 )
                 if start is not None:
                     noise[:, 0] = start[part.start : part.stop]
-                request = Request(tuple(int(labels[i]) for i in part), noise, float(cfg_scale), int(cfg_channels))
+                request = Request(conditions.part(part), noise, float(cfg_scale), int(cfg_channels))
                 taken: list[np.ndarray] = []
                 on_step = self._step_callback(callback, taken if trajectory else None, part)
                 final, timing = session.run(request, on_step, spans)
@@ -148,18 +191,35 @@ class Pipeline:
             raise VerificationError(
                 f"the latents of image {bad[0]} are not finite; use a milder plan or --precision fp32"
             )
-        report = self._report(len(labels), seed, cfg_scale, cfg_channels, timings)
+        started = time.perf_counter()
+        pictures = self._images(final_latents, spans) if decode else None
+        decode_ms = 1e3 * (time.perf_counter() - started)
+        report = {**self._report(images, seed, cfg_scale, cfg_channels, timings), "decode_ms": decode_ms}
         whole = np.concatenate([np.stack(taken) for taken in trajectories], axis=1) if trajectory else None
-        return Result(images_from_latents(final_latents), final_latents, whole, report)
+        return Result(pictures, final_latents, whole, report)
+
+    def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str] = ("",)) -> PromptEmbeds:
+        """Encode prompts; the last ones are remembered.
+
+        Raises:
+            UsageError: the engine has no text encoder, or no prompts are given, or another number of negative ones.
+            EnvironmentUnsupportedError: the package tokenizers is missing.
+        """
+        if self.manifest.text is None:
+            raise UsageError("the engine has no text encoder; export with --text-encoder, or give --prompt-embeds")
+        if self._attached.text is None:
+            raise EnvironmentUnsupportedError(NO_TOKENIZERS)
+        return self._attached.text.prompt_embeds(prompts, negative_prompts)
 
     def with_plan(self, plan: Plan) -> Pipeline:
         """A pipeline of another plan on the same engines, which must hold its predict graphs (a plan that computes
         everything needs none)."""
-        return Pipeline(self.manifest, plan, self._engines, self._backend, self.batch_size, 1)
+        return Pipeline(self.manifest, plan, self._engines, self._backend, self.batch_size, 1, self._attached)
 
     def warmup(self) -> None:
         """Run every step once on one image, so that the first request pays for nothing."""
-        self.generate([0])
+        captions = blank_captions(self.spec) if self.spec.draws_captions else None
+        self.generate([0], captions=captions)
 
     def close(self) -> None:
         """Free the engines and buffers; later and waiting calls raise, running ones end. Closing twice is fine."""
@@ -183,6 +243,19 @@ class Pipeline:
     def _latent_shape(self) -> tuple[int, int, int]:
         return (self.spec.channels, self.spec.side, self.spec.side)
 
+    def _images(self, latents: np.ndarray, spans: list[Span] | None) -> np.ndarray | None:
+        if self._attached.decoder is None:
+            return images_from_latents(latents)
+        with recorded(spans, "decode", f"decode {len(latents)} images"):
+            return self._attached.decoder.images(latents)
+
+    def _conditions(self, labels: Sequence[int] | None, captions: PromptEmbeds | None, *, guided: bool) -> Conditions:
+        if captions is None:
+            return conditions_from_labels(() if labels is None else labels, self.spec, self._engines.captions)
+        if not self.spec.draws_captions:
+            raise UsageError("this model draws class labels, not captions; give labels")
+        return conditions_from_captions(labels, captions, guided=guided)
+
     def _check_open(self) -> None:
         if self._closed.is_set():
             raise EnvironmentUnsupportedError("the pipeline is closed; load the engine directory again")
@@ -193,7 +266,8 @@ class Pipeline:
 
     def _new_session(self) -> Session:
         session = Session(self._engines, self._backend, self.spec, self.manifest.precision, self.plan, self.batch_size)
-        session.bind(Batch(images=1, guided=True, labels=2))
+        usual = Batch(1, True, labels=1, captions=2) if self.spec.draws_captions else Batch(1, True, labels=2)
+        session.bind(usual)
         return session
 
     def _offer_empty(self, count: int) -> None:
@@ -264,12 +338,7 @@ class Pipeline:
         }
 
 
-def _check_numbers(labels: Sequence[int], seed: int, cfg_scale: float, cfg_channels: int, spec: ModelSpec) -> None:
-    if len(labels) == 0:
-        raise UsageError("labels are empty; give one label per image")
-    for i, label in enumerate(labels):
-        if not _is_whole(label) or not 0 <= label < spec.classes:
-            raise UsageError(f"label {label!r} (image {i}) must be a whole number within 0..{spec.classes - 1}")
+def _check_numbers(seed: int, cfg_scale: float, cfg_channels: int) -> None:
     if not _is_whole(seed):
         raise UsageError(f"seed must be a whole number, got {seed!r}")
     if not (np.isfinite(cfg_scale) and 0 <= cfg_scale <= 1e3):

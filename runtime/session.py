@@ -15,6 +15,7 @@ from functools import partial
 
 import numpy as np
 
+from goc_deploy.captions import Conditions
 from goc_deploy.plan import Plan
 from goc_deploy.protocols import Backend, Launch, Stream
 from goc_deploy.runtime.binding import Batch, Binder, BoundLaunch, BoundPlan, Engines
@@ -32,13 +33,13 @@ class Request:
     """Inputs of one run.
 
     Attributes:
-        labels: N class labels.
+        conditions: what each image shows.
         noise: (N, draws, C, H, W) float32: x_T, then one tensor for each step where the sampler is stochastic.
         cfg_scale: guidance scale; 1 runs without unconditional rows.
         cfg_channels: guidance acts on channels 0 .. cfg_channels - 1.
     """
 
-    labels: tuple[int, ...]
+    conditions: Conditions
     noise: np.ndarray
     cfg_scale: float
     cfg_channels: int
@@ -121,21 +122,32 @@ class Session:
 
     def _prepare(self, request: Request) -> _Runnable:
         """Bind the plan for the request's shape, or record it if it ran before, and upload the inputs."""
-        spec, images, buffers, upload = self._spec, len(request.labels), self._buffers, self._stream.upload
+        spec, buffers, upload = self._spec, self._buffers, self._stream.upload
+        conditions, images = request.conditions, len(request.conditions.labels)
         guided = request.cfg_scale != 1 and request.cfg_channels > 0
-        null_rows = [spec.classes] * images if guided else []
-        distinct = sorted({*request.labels, *null_rows})
+        wanted = [*conditions.labels, *(conditions.nulls if guided else ())]
+        distinct = sorted(set(wanted))
+        index = np.searchsorted(distinct, wanted)
         if self._pads_labels:
             distinct += distinct[-1:] * (images + guided - len(distinct))
-        batch = Batch(images, guided, len(distinct))
+        captions = conditions.captions
+        batch = Batch(images, guided, len(distinct)) if captions is None else Batch(images, guided, 1, len(distinct))
         runnable = self.bind(batch)
         if runnable.ran and not runnable.recorded:
             runnable.steps = tuple(self._stream.recorded(launches) for launches in runnable.steps)
             runnable.recorded = True
         own = np.arange(images)
         guidance = np.where(np.arange(spec.channels) < request.cfg_channels, request.cfg_scale, 1.0)
-        upload(np.asarray(distinct), buffers.labels.view(batch.labels))
-        upload(np.searchsorted(distinct, [*request.labels, *null_rows]), buffers.label_rows.view(batch.rows))
+        if captions is None:
+            upload(np.asarray(distinct), buffers.labels.view(batch.labels))
+            upload(index, buffers.label_rows.view(batch.rows))
+        else:
+            assert buffers.captions is not None
+            embeds, bias = captions.embeds[distinct], captions.bias[distinct]
+            upload(embeds, buffers.captions.embeds.view(*embeds.shape))
+            upload(bias, buffers.captions.bias.view(*bias.shape))
+            upload(index, buffers.captions.rows.view(batch.rows))
+            upload(np.zeros(batch.rows), buffers.label_rows.view(batch.rows))
         upload(np.resize(own, batch.rows), buffers.rows.view(batch.rows))
         upload(own, buffers.cond_rows.view(images))
         upload(own + batch.rows - images, buffers.uncond_rows.view(images))

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from goc_deploy.protocols import DTYPE_OF_PRECISION, NUMPY_DTYPES, Buffer
+from goc_deploy.protocols import DTYPE_OF_PRECISION, NUMPY_DTYPES, Buffer, taken
 from goc_deploy.runtime.binding import Engines
-from goc_deploy.runtime.buffers import modulation_rows
+from goc_deploy.runtime.buffers import keys_values_shape, modulation_rows, table_labels
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.spec import ModelSpec
 
@@ -39,6 +39,31 @@ class HostArray:
         return self._buffer.view(*shape, start=start)
 
 
+class _CaptionArrays:
+    """Captions of a batch, and their keys and values."""
+
+    def __init__(self, spec: ModelSpec, capacity: int, dtype: str) -> None:
+        most = 2 * capacity
+        self._spec = spec
+        self.embeds = HostArray(most * spec.caption_tokens * spec.caption_channels, "float32")
+        self.bias = HostArray(most * spec.caption_tokens, "float32")
+        self.keys_values = HostArray(math.prod(keys_values_shape(spec, most)), dtype)
+        self.rows = HostArray(most, "int64")
+        self.rows_of_table: list[int] = []
+
+    def of_block(self, block: int, rows: int) -> dict[str, Buffer]:
+        """What a branch of a block may read."""
+        count = len(self.rows_of_table)
+        _, *shape = keys_values_shape(self._spec, count)
+        size = math.prod(shape)
+        return {
+            "keys": self.keys_values.buffer(*shape, start=2 * block * size),
+            "values": self.keys_values.buffer(*shape, start=(2 * block + 1) * size),
+            "bias": self.bias.buffer(count, self._spec.caption_tokens),
+            "caption_rows": self.rows.buffer(rows),
+        }
+
+
 class Stepper:
     """Runs one sampling step of a batch: `begin`, then `compute` or `add` for every unit in order, then `finish`.
 
@@ -60,7 +85,8 @@ class Stepper:
         self._timestep = HostArray(1, "float32")
         self._labels = HostArray(capacity + 1, "int64")
         self._label_rows = HostArray(rows, "int64")
-        self._table = HostArray(modulation_rows(spec) * (capacity + 1) * spec.hidden, dtype)
+        self._table = HostArray(modulation_rows(spec) * table_labels(spec, capacity) * spec.hidden, dtype)
+        self._captions = _CaptionArrays(spec, capacity, dtype) if spec.draws_captions else None
         self._modulation = HostArray(modulation_rows(spec) * rows * spec.hidden, dtype)
         self._rows = HostArray(rows, "int64")
         self._cond_rows, self._uncond_rows = HostArray(capacity, "int64"), HostArray(capacity, "int64")
@@ -104,8 +130,14 @@ class Stepper:
         distinct = sorted(set(rows))
         self._images, self._row_count, self._side = images, len(rows), 0
         self._timestep.array(1)[:] = self.table.timesteps[step]
-        self._labels.array(len(distinct))[:] = distinct
-        self._label_rows.array(len(rows))[:] = np.searchsorted(distinct, rows)
+        index = np.searchsorted(distinct, rows)
+        if self._captions is None:
+            self._labels.array(len(distinct))[:] = distinct
+            self._label_rows.array(len(rows))[:] = index
+        else:
+            self._label_rows.array(len(rows))[:] = 0
+            self._captions.rows.array(len(rows))[:] = index
+            self._use_captions(self._captions, distinct)
         self._rows.array(len(rows))[:] = np.resize(np.arange(images), len(rows))
         self._cond_rows.array(images)[:] = np.arange(images)
         self._uncond_rows.array(images)[:] = np.arange(images) + len(rows) - images
@@ -113,7 +145,7 @@ class Stepper:
         row = self.table.rows[step]
         self._coefficients.array(len(row))[:] = row
         self._latents.array(*self._latent_shape)[:] = latents
-        self._run_conditioning(len(distinct))
+        self._run_conditioning(1 if self._captions else len(distinct))
         inputs = {"latents": self._latents.buffer(*self._latent_shape), "rows": self._rows.buffer(len(rows))}
         self._run("embed", inputs, {"x": self._tokens[0].buffer(*self.feature_shape)})
 
@@ -141,17 +173,19 @@ class Stepper:
         spec, rows = self.spec, self._row_count
         block, branch = divmod(unit, len(spec.branches))
         first = spec.units + 2 + 2 * unit
-        inputs = {
+        name = f"block_{block:02d}_{spec.branches[branch]}"
+        offered = {
             "x": self._tokens[self._side].buffer(*self.feature_shape),
             "shift": self._modulation_row(first),
             "scale": self._modulation_row(first + 1),
             "gate": self._modulation_row(unit),
+            **(self._captions.of_block(block, rows) if self._captions else {}),
         }
         outputs = {
             "x_out": self._tokens[1 - self._side].buffer(*self.feature_shape),
             "feature": self._feature.buffer(rows * spec.tokens, spec.hidden),
         }
-        self._run(f"block_{block:02d}_{spec.branches[branch]}", inputs, outputs)
+        self._run(name, taken(self._engines.units[name], offered), outputs)
         self._side = 1 - self._side
         return self._feature.array(*self.feature_shape)
 
@@ -208,10 +242,25 @@ class Stepper:
 
     def _run_conditioning(self, labels: int) -> None:
         spec, rows, count = self.spec, self._row_count, modulation_rows(self.spec)
-        inputs = {"timesteps": self._timestep.buffer(1), "labels": self._labels.buffer(labels)}
+        offered = {"timesteps": self._timestep.buffer(1), "labels": self._labels.buffer(labels)}
+        inputs = taken(self._engines.units["conditioning"], offered)
         self._run("conditioning", inputs, {"table": self._table.buffer(1, count, labels, spec.hidden)})
         inputs = {"table": self._table.buffer(count, labels, spec.hidden), "rows": self._label_rows.buffer(rows)}
         self._run("modulation", inputs, {"modulation": self._modulation.buffer(count, rows, spec.hidden)})
+
+    def _use_captions(self, arrays: _CaptionArrays, distinct: list[int]) -> None:
+        """Make keys and values of the stored captions, unless they are there from the step before."""
+        if arrays.rows_of_table == distinct:
+            return
+        stored = self._engines.captions
+        assert stored is not None
+        arrays.rows_of_table = distinct
+        table, spec, count = stored.table, self.spec, len(distinct)
+        embeds = (count, spec.caption_tokens, spec.caption_channels)
+        arrays.embeds.array(*embeds)[:] = table.embeds[distinct]
+        arrays.bias.array(count, spec.caption_tokens)[:] = table.bias[distinct]
+        outputs = {"keys_values": arrays.keys_values.buffer(*keys_values_shape(spec, count))}
+        self._run("captions", {"captions": arrays.embeds.buffer(*embeds)}, outputs)
 
     def _modulation_row(self, row: int) -> Buffer:
         rows, hidden = self._row_count, self.spec.hidden

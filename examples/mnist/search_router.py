@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from goc_deploy.api import make_backend
+from goc_deploy.api import cpu_backend
 from goc_deploy.calibration import CalibrationOptions
 from goc_deploy.outputs import written
 from goc_deploy.publish import read_manifest
@@ -35,11 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--share", type=float, default=0.25, help="of all units to reuse at threshold 0.1")
     parser.add_argument("--images", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args(argv)
     spec = read_manifest(args.engine).model
     options = CalibrationOptions(args.images)
-    backend = make_backend("onnxruntime", args.threads)
+    backend = cpu_backend()
     trials = engine_laboratory(args.engine, lambda: backend, "ddim", options, lambda *_: None).trials()
     expected = trials.run(uncached(spec, args.steps), options).latents
     cells = [(step, unit) for step in range(1, args.steps, 2) for unit in range(spec.units)]

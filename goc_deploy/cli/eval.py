@@ -28,7 +28,7 @@ FILE = click.Path(path_type=Path)
     "--cfg-channels",
     type=click.IntRange(0),
     default=DEFAULTS.cfg_channels,
-    help="Guidance acts on the first channels only.",
+    help="Guidance acts on the first channels only.  [default: as in the model's reference]",
 )
 @click.option(
     "--labels",

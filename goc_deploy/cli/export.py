@@ -28,7 +28,9 @@ DEFAULTS = ExportOptions()
 )
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Engine directory to make.")
-@click.option("--model", type=click.Choice(["auto", "dit"]), default=DEFAULTS.model, help="Architecture.")
+@click.option(
+    "--model", type=click.Choice(["auto", "dit", "pixart", "sit"]), default=DEFAULTS.model, help="Architecture."
+)
 @click.option(
     "--num-heads",
     type=click.IntRange(1),
@@ -39,12 +41,11 @@ DEFAULTS = ExportOptions()
 )
 @click.option("--max-batch", type=click.IntRange(1, 1024), default=DEFAULTS.max_batch, help="Most images per run.")
 @click.option("--steps", type=int, default=DEFAULTS.steps, help="Sampling steps of the plans.")
-@click.option("--sampler", default=DEFAULTS.sampler, help=f"{SAMPLER_GRAMMAR}.")
+@click.option("--sampler", help=f"{SAMPLER_GRAMMAR}.  [default: ddim, or euler for flow models]")
 @click.option(
     "--prediction",
     type=click.Choice(PREDICTIONS),
-    default=DEFAULTS.prediction,
-    help="What the model predicts: the noise, velocity, or the clean sample.",
+    help="What the model predicts: the noise, velocity, the clean sample, or the velocity of a flow.  [default: eps; flow for sit]",
 )
 @click.option(
     "--plan",
@@ -66,6 +67,26 @@ DEFAULTS = ExportOptions()
     type=click.Choice(["auto", "ema", "model"]),
     default=DEFAULTS.weights,
     help="Which weights of a training checkpoint.",
+)
+@click.option(
+    "--captions",
+    type=click.Path(path_type=Path),
+    help="What a model of captions calibrates, benches and evaluates with, in place of labels: embeddings (.npz, .safetensors), "
+    "or prompts (.txt, one per line).  [default: 16 prompts of its own, with a text encoder]",
+)
+@click.option(
+    "--text-encoder",
+    type=click.Path(path_type=Path),
+    help="Folder of a T5 encoder and its tokenizer (transformers), to draw prompts with.",
+)
+@click.option(
+    "--vae", type=click.Path(path_type=Path), help="Folder of an AutoencoderKL (diffusers), to decode latents with."
+)
+@click.option(
+    "--vae-tile",
+    type=click.IntRange(8, 512),
+    default=DEFAULTS.vae_tile,
+    help="Latents of more pixels per side are decoded in tiles of this size.",
 )
 @click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinite weights.")
 @click.option("--force", is_flag=True, help="Replace an existing engine directory.")

@@ -24,7 +24,20 @@ DEFAULTS = GenerateOptions()
 @click.option("--plan", help="Name or SPEC of a plan.  [default: the first plan that caches]")
 @click.option(
     "--labels",
-    help="Class labels, one per image: numbers, or class names of the model's folder.  [default: 0,1,2,... over the classes]",
+    help="Class labels, one per image: numbers, or class names of the model's folder; which captions, for a model of captions.  "
+    "[default: 0,1,2,... over the classes]",
+)
+@click.option(
+    "--prompt", "prompts", multiple=True, help="A text to draw, repeatable, where the engine has a text encoder."
+)
+@click.option(
+    "--negative-prompt", "negatives", multiple=True, help="What to draw away from: once, or once per --prompt."
+)
+@click.option(
+    "--prompt-embeds",
+    "embeds_file",
+    type=click.Path(path_type=Path),
+    help="Captions to draw, .npz or .safetensors: prompt_embeds [N,L,C], prompt_attention_mask, negative_prompt_embeds, ...",
 )
 @click.option(
     "--num-images",
@@ -36,7 +49,7 @@ DEFAULTS = GenerateOptions()
     "--cfg-channels",
     type=click.IntRange(0),
     default=DEFAULTS.cfg_channels,
-    help="Guidance acts on the first channels only.",
+    help="Guidance acts on the first channels only.  [default: as in the model's reference]",
 )
 @click.option("--seed", type=int, default=DEFAULTS.seed, help="Of the noise; image i depends on (seed, i) alone.")
 @click.option(
@@ -70,6 +83,9 @@ def command(
     engine_dir: Path,
     plan: str | None,
     labels: str | None,
+    prompts: tuple[str, ...],
+    negatives: tuple[str, ...],
+    embeds_file: Path | None,
     num_images: int | None,
     latents_file: Path | None,
     output: Path | None,
@@ -86,8 +102,11 @@ def command(
     """Generate images from an engine directory."""
     from goc_deploy import outputs
     from goc_deploy.api import load
+    from goc_deploy.captions import prompt_embeds_from_arrays
     from goc_deploy.engines.choice import explanation
+    from goc_deploy.errors import UsageError
     from goc_deploy.labels import labels_from_text
+    from goc_deploy.tensor_files import arrays_from_file
 
     outputs.check_suffix(
         output, "", ".png", ".npz", what="--output ends in .png or .npz, or has no suffix and is a directory"
@@ -96,20 +115,27 @@ def command(
     for path in (latents_output, trajectory_output, report):
         outputs.check_writable(path)
     latents = outputs.read_latents(latents_file)
+    if bool(prompts) + (embeds_file is not None) > 1 or (negatives and not prompts):
+        raise UsageError("give --prompt or --prompt-embeds, not both; --negative-prompt goes with --prompt")
+    arrays = None if embeds_file is None else arrays_from_file(embeds_file)
     with (
         load(
             engine_dir, backend=backend, plan=plan, batch_size=batch_size, threads=threads, cuda_graphs=cuda_graphs
         ) as pipe,
         progress_bar() as progress,
     ):
-        chosen = outputs.spread_labels(
-            None if labels is None else labels_from_text(labels, pipe.manifest.class_names),
-            num_images or (None if latents is None else len(latents)),
-            pipe.spec.classes,
-        )
+        captions = None if arrays is None else prompt_embeds_from_arrays(arrays, pipe.spec, str(embeds_file))
+        if prompts:
+            captions = pipe.encode(prompts, negatives or ("",))
+        rows = None if labels is None else labels_from_text(labels, pipe.manifest.class_names)
+        if captions is not None and rows is None:
+            rows = tuple(range(len(captions.prompts)))
+        count = num_images or (None if latents is None else len(latents))
+        chosen = outputs.spread_labels(rows, count, pipe.spec.classes)
         total = len(chosen) * pipe.plan.steps
         result = pipe.generate(
             chosen,
+            captions=captions,
             latents=latents,
             trajectory=trajectory_output is not None,
             callback=lambda event: progress(
@@ -133,7 +159,7 @@ def command(
         outputs.save_text(json.dumps(described, indent=1) + "\n", report)
     if result.images is None:
         click.echo(
-            f"the model makes {pipe.spec.channels}-channel latents, which need a VAE to become images; use --latents-output",
+            f"the model makes {pipe.spec.channels}-channel latents, which need a VAE to become images; export with --vae, or use --latents-output",
             err=True,
         )
         if output and not latents_output:

@@ -89,7 +89,7 @@ def collect(
     with ExitStack() as stack:
         pipes = _load(stack, engine_dir, list(scores), options)
         converged = _converged(stack, pipes, options)
-        side = pipes[0].spec.side
+        side = pipes[0].manifest.image_side or pipes[0].spec.side
         writers = stack.enter_context(SampleWriters(options.samples_output, list(scores), (len(labels), side, side)))
         for first, found in generated(pipes, labels, options, progress):
             part = labels[first : first + pipes[0].batch_size]
@@ -145,6 +145,7 @@ def _compare_with(
         first_image=first,
         cfg_scale=options.cfg_scale,
         cfg_channels=options.cfg_channels,
+        decode=False,
     ).latents
     for name, of_plan in scores.items():
         latents = found[name].latents

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from goc_deploy.evaluation.distribution import FeatureSet
 from goc_deploy.evaluation.judges import make_judges
 from goc_deploy.evaluation.pairing import baselines
 from goc_deploy.evaluation.sampling import class_labels, samples_of_plans
+from goc_deploy.manifest import Manifest
 from goc_deploy.options import EvalOptions, Progress
 from goc_deploy.publish import read_manifest
 from goc_deploy.schedule import Schedule
@@ -23,7 +24,6 @@ from goc_deploy.spec import ModelSpec
 from goc_deploy.version import __version__
 
 FORMAT, VERSION = "goc_deploy.evaluation", 1
-IMAGE_CHANNELS = (1, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,10 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
         raise UsageError("a plan is named twice; give each --plan once")
     compared_with = baselines(plans)
     spec = manifest.model
+    if options.cfg_channels is None:
+        options = replace(options, cfg_channels=spec.guided_channels)
     files = samples_of_plans(options.samples, [plan.name for plan in plans]) if options.samples else {}
-    labels, side = _labels(files, options, spec), _image_side(files, spec)
+    labels, side = _labels(files, options, spec), _image_side(files, manifest)
     judges = make_judges(options, spec, side, len(labels), progress)
     scores = {plan.name: PlanScores(plan, compared_with[plan.name], FeatureSet(len(labels))) for plan in plans}
     machine = collect(engine_dir, files, labels, options, scores, judges.extractor, progress)
@@ -100,14 +102,14 @@ def _labels(files: dict[str, AdmFile], options: EvalOptions, spec: ModelSpec) ->
     return labels
 
 
-def _image_side(files: dict[str, AdmFile], spec: ModelSpec) -> int | None:
+def _image_side(files: dict[str, AdmFile], manifest: Manifest) -> int | None:
     """Height and width of the images, or None where there are only latents. Read-back images may have been decoded."""
-    makes_images = spec.channels in IMAGE_CHANNELS
+    side = manifest.image_side
     if not files:
-        return spec.side if makes_images else None
+        return side
     path, shape = next((file.path, file.shape) for file in files.values())
     assert shape is not None
-    if shape[1] != shape[2] or (makes_images and shape[1] != spec.side):
-        made = f"this model makes {spec.side}x{spec.side}" if makes_images else "expected as high as wide"
+    if shape[1] != shape[2] or side not in (None, shape[1]):
+        made = f"this model makes {side}x{side}" if side else "expected as high as wide"
         raise UsageError(f"{path} has images of {shape[1]}x{shape[2]}, {made}")
     return shape[1]

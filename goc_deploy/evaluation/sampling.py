@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from goc_deploy.calibration import balanced_labels
+from goc_deploy.captions import NO_CAPTIONS
 from goc_deploy.errors import UsageError
 from goc_deploy.evaluation.adm import AdmFile, adm_writer, open_adm
 from goc_deploy.options import EvalOptions, Progress
@@ -48,6 +49,8 @@ def class_labels(kind: str, images: int, classes: int, seed: int) -> np.ndarray:
         classes: 0 .. classes - 1.
         seed: of the order or the draws.
     """
+    if not classes:
+        raise UsageError(NO_CAPTIONS)
     if kind == "iid":
         return np.random.default_rng([seed, classes]).integers(0, classes, images)
     if kind == "balanced":

@@ -68,7 +68,7 @@ def test_a_searched_router_reuses_the_asked_share_at_odd_steps_and_less_at_a_low
 ) -> None:
     engine, router = tmp_path / "engine", tmp_path / "router.pt"
     shutil.copytree(golden_engine, engine)
-    search = [sys.executable, MNIST / "search_router.py", engine, router, "--images", 2, "--threads", 1]
+    search = [sys.executable, MNIST / "search_router.py", engine, router, "--images", 2]
     subprocess.run([str(word) for word in search], check=True, timeout=120, capture_output=True)
     reused = {}
     for threshold in ("0.05", "0.1"):

@@ -17,8 +17,8 @@ from benchmarks.diffusers_state import diffusers_state
 from benchmarks.make_checkpoint import random_state
 from goc_deploy.errors import GocError, ModelError, SafetyError, UsageError
 from goc_deploy.exporters import dit_units
-from goc_deploy.exporters.diffusers_folder import read_dit_folder
 from goc_deploy.exporters.dit import DiT
+from goc_deploy.exporters.model_folder import FolderModel, read_model_folder
 from goc_deploy.spec import ModelSpec
 from tests.conftest import Command
 from tests.reference import relative_l2
@@ -72,6 +72,10 @@ def save_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, str
     return places
 
 
+def read_folder(path: Path) -> FolderModel:
+    return read_model_folder(path, {"dit": dit_units})
+
+
 @pytest.fixture
 def pipeline_folder(tmp_path: Path) -> Path:
     """A DiTPipeline folder as diffusers writes it."""
@@ -84,13 +88,13 @@ def pipeline_folder(tmp_path: Path) -> Path:
 
 
 def test_a_pipeline_folder_its_transformer_and_shards_hold_the_same_model(pipeline_folder: Path) -> None:
-    whole = read_dit_folder(pipeline_folder)
+    whole = read_folder(pipeline_folder)
     assert whole.spec == SPEC
     assert whole.class_names[207] == "thing 207, item 207"
-    alone = read_dit_folder(pipeline_folder / "transformer")
+    alone = read_folder(pipeline_folder / "transformer")
     assert (alone.spec, alone.class_names) == (SPEC, ())
     save_shards(pipeline_folder / "transformer", state())
-    shards = read_dit_folder(pipeline_folder)
+    shards = read_folder(pipeline_folder)
     assert len(shards.checkpoint.files) == 5
     expected = random_state(SPEC, 0)
     for found in (whole, alone, shards):
@@ -105,11 +109,11 @@ def test_settings_that_old_files_leave_out_are_those_of_diffusers(pipeline_folde
     old = {k: v for k, v in CONFIG.items() if k not in ("norm_eps", "upcast_attention", "num_embeds_ada_norm")}
     old |= {"_class_name": "Transformer2DModel", "cross_attention_dim": None, "num_vector_embeds": None}
     (folder / "config.json").write_text(json.dumps(old))
-    assert read_dit_folder(folder).spec == SPEC
+    assert read_folder(folder).spec == SPEC
 
 
 def read_and_check(folder: Path) -> None:
-    found = read_dit_folder(folder)
+    found = read_folder(folder)
     dit_units.check_tensors(found.checkpoint.tensors, found.spec)
 
 
@@ -126,7 +130,10 @@ def refused(folder: Path, error: type[GocError], message: str) -> None:
         ({"activation_fn": "geglu"}, "activation_fn is 'geglu'"),
         ({"attention_bias": False}, "attention_bias is False, only True"),
         ({"upcast_attention": True}, "upcast_attention is True, only False"),
-        ({"_class_name": "PixArtTransformer2DModel"}, "_class_name is 'PixArtTransformer2DModel'"),
+        (
+            {"_class_name": "PixArtTransformer2DModel"},
+            "is of a PixArtTransformer2DModel with norm_type 'ada_norm_zero'",
+        ),
         ({"num_layers": 0}, "num_layers must be a whole number from 1 on, got 0"),
         ({"num_layers": "2"}, "num_layers must be a whole number from 1 on, got '2'"),
         ({"num_layers": 10**4}, "num_layers is 10000, at most"),
@@ -209,7 +216,7 @@ def test_damaged_folders_are_refused(pipeline_folder: Path, damage: str) -> None
 
 def test_other_pipelines_are_refused(pipeline_folder: Path) -> None:
     (pipeline_folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    refused(pipeline_folder, ModelError, "holds a StableDiffusionPipeline; this version exports a DiTPipeline")
+    refused(pipeline_folder, ModelError, "holds a StableDiffusionPipeline; this version exports DiTPipeline")
 
 
 @pytest.mark.parametrize(
@@ -255,7 +262,7 @@ def test_an_exported_folder_draws_what_the_pipeline_of_diffusers_draws(tmp_path:
     assert max(unit.relative_l2 or 0 for unit in manifest.units) < 1e-4
 
     model = DiT(SPEC).eval()
-    model.load_state_dict(read_dit_folder(tmp_path / "model").checkpoint.tensors)
+    model.load_state_dict(read_folder(tmp_path / "model").checkpoint.tensors)
     x, t, labels = torch.randn(2, 4, 8, 8), torch.tensor([999.0, 7.0]), torch.tensor([3, 1000])
     features: dict[bool, list[torch.Tensor]] = {True: [], False: []}
     for blocks in (transformer.transformer_blocks, model.blocks):

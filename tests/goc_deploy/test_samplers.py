@@ -14,7 +14,7 @@ from goc_deploy.plan import check_plan
 from goc_deploy.samplers import sampler_table
 from goc_deploy.schedule import Schedule
 from goc_deploy.solvers import SPACINGS, spaced_timesteps
-from goc_deploy.spec import PREDICTIONS, ModelSpec
+from goc_deploy.spec import DIFFUSION_PREDICTIONS, ModelSpec
 from tests.reference import SIGNAL
 
 
@@ -91,7 +91,7 @@ def test_tables_are_what_the_schedulers_of_diffusers_compute(sampler: str) -> No
 SAMPLERS = ["ddim", "ddim:0.7@trailing", "dpm++", "dpm++:1", "dpm++:3", "dpm++@leading", "ddpm", "ddpm@leading"]
 
 
-@given(st.sampled_from(SAMPLERS), st.integers(1, 60), st.sampled_from(PREDICTIONS))
+@given(st.sampled_from(SAMPLERS), st.integers(1, 60), st.sampled_from(DIFFUSION_PREDICTIONS))
 def test_a_perfect_model_keeps_a_sample_on_the_diffusion_path(sampler: str, steps: int, prediction: str) -> None:
     """Whatever the model predicts: x = alpha * clean + sigma * eps goes to alpha' * clean + what the noise leaves of sigma'."""
     table, clean, eps = sampler_table(sampler, steps, prediction), 0.3, -1.7
@@ -140,7 +140,7 @@ def test_second_order_uses_one_earlier_estimate_in_all_but_the_first_and_last_st
         ("ddim", 0, "steps must be within 1..1000, got 0"),
         ("ddim", 1001, "got 1001"),
         ("dpm++", 1000, "steps must be within 1..999, got 1000"),
-        ("euler", 20, "unknown sampler 'euler'; use ddim"),
+        ("heun", 20, "unknown sampler 'heun'; use ddim"),
         ("ddpm:1", 20, "unknown sampler 'ddpm:1'"),
         ("ddim:2", 20, "eta must be"),
         ("ddim:x", 20, "eta 'x' is not a number"),

@@ -13,7 +13,7 @@ from goc_deploy.manifest import MANIFEST_VERSION, manifest_from_json
 from goc_deploy.passes import compile_schedule
 from goc_deploy.plan import Plan
 from goc_deploy.serde import PLAN_VERSION, plan_from_json, plan_to_json
-from goc_deploy.spec import PREDICTIONS, ModelSpec
+from goc_deploy.spec import DIFFUSION_PREDICTIONS, ModelSpec
 from tests.goc_deploy.strategies import schedules
 
 
@@ -22,7 +22,11 @@ def plan_of(schedule, sampler: str = "ddim", prediction: str = "eps") -> Plan:
     return compile_schedule(schedule, spec, sampler)
 
 
-@given(schedules(), st.sampled_from(["ddim:0.3", "dpm++", "dpm++:3@leading", "ddpm"]), st.sampled_from(PREDICTIONS))
+@given(
+    schedules(),
+    st.sampled_from(["ddim:0.3", "dpm++", "dpm++:3@leading", "ddpm"]),
+    st.sampled_from(DIFFUSION_PREDICTIONS),
+)
 def test_plans_survive_their_json_form(schedule, sampler: str, prediction: str) -> None:
     plan = plan_of(schedule, sampler, prediction)
     assert plan_from_json(plan_to_json(plan).encode(), schedule, "plan") == plan

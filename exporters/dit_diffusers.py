@@ -1,0 +1,151 @@
+"""A DiT as diffusers saves it: its configuration, and its tensors under the names of the public DiT layout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from goc_deploy.errors import ModelError
+from goc_deploy.exporters.folders import Renaming, Settings
+from goc_deploy.schedule import MAX_BLOCKS
+from goc_deploy.spec import ModelSpec
+
+SETTINGS = Settings(
+    sizes={
+        "num_attention_heads": 16,
+        "attention_head_dim": 72,
+        "in_channels": 4,
+        "num_layers": 28,
+        "sample_size": 32,
+        "patch_size": 2,
+        "num_embeds_ada_norm": 1000,
+    },
+    required={
+        "_class_name": ("DiTTransformer2DModel", "Transformer2DModel"),  # the second is what old files say
+        "norm_type": ("ada_norm_zero",),
+        "activation_fn": ("gelu-approximate",),
+        "attention_bias": (True,),
+        "norm_elementwise_affine": (False,),
+        "upcast_attention": (False,),
+        "attention_type": ("default",),
+        "double_self_attention": (False,),
+        "only_cross_attention": (False,),
+        "use_linear_projection": (False,),
+        "cross_attention_dim": (None,),
+        "caption_channels": (None,),
+        "num_vector_embeds": (None,),
+        "interpolation_scale": (None, 1, 1.0),
+        "use_additional_conditions": (None, False),
+    },
+    read=("out_channels", "norm_eps"),
+)
+FREQUENCY_SHIFT = 1  # diffusers spreads its 128 frequencies over 127 intervals, the public DiT code over 128
+DEFAULT_NORM_EPS = 1e-5
+_EMBEDDER = re.compile(r"transformer_blocks\.(\d+)\.norm1\.emb\.(.+)")
+
+
+def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
+    """Sizes of the model that a ``config.json`` describes.
+
+    Raises:
+        ModelError: naming the setting that is unknown, not supported or out of range.
+    """
+    size = SETTINGS.check(config, where)
+    channels, patch, norm_eps = size["in_channels"], size["patch_size"], config.get("norm_eps", DEFAULT_NORM_EPS)
+    predicted = config.get("out_channels")
+    if predicted not in (None, channels, 2 * channels):
+        raise ModelError(f"{where}: out_channels is {predicted!r}, expected {channels} or {2 * channels} (with sigma)")
+    if not isinstance(norm_eps, float) or not 0 < norm_eps < 1:
+        raise ModelError(f"{where}: norm_eps must be a number between 0 and 1, got {norm_eps!r}")
+    hidden = size["num_attention_heads"] * size["attention_head_dim"]
+    if size["sample_size"] % patch or hidden % 4:
+        raise ModelError(f"{where}: sample_size must be a multiple of patch_size, and the width {hidden} of 4")
+    if size["num_layers"] > MAX_BLOCKS:
+        raise ModelError(f"{where}: num_layers is {size['num_layers']}, at most {MAX_BLOCKS} are supported")
+    return ModelSpec(
+        depth=size["num_layers"],
+        hidden=hidden,
+        heads=size["num_attention_heads"],
+        mlp_hidden=4 * hidden,
+        patch=patch,
+        grid=size["sample_size"] // patch,
+        channels=channels,
+        classes=size["num_embeds_ada_norm"],
+        learn_sigma=predicted == 2 * channels,
+        frequency_shift=FREQUENCY_SHIFT,
+        mlp_norm_eps=norm_eps,
+    )
+
+
+def state_from_diffusers(found: Mapping[str, Tensor], spec: ModelSpec, where: Path) -> dict[str, Tensor]:
+    """Tensors of a DiTTransformer2DModel under the names of the public DiT layout.
+
+    q, k and v are joined, the position table is computed where diffusers did not save it, and the embedders that
+    diffusers keeps in every block are taken once.
+
+    Raises:
+        ModelError: listing tensors that are missing or left over, or naming a block whose embedders are its own.
+    """
+    names = Renaming({n: tensor for n, tensor in found.items() if not _is_repeated_embedder(n, found, where)}, where)
+    table = names.rest.pop("pos_embed.pos_embed", None)
+    state = {"pos_embed": position_table(spec.hidden, spec.grid) if table is None else table}
+    state |= names.take_layers(layer_names(spec.depth))
+    state |= names.take_tensors(
+        {
+            "y_embedder.embedding_table.weight": "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight",
+        }
+    )
+    for block in range(spec.depth):
+        parts = [f"transformer_blocks.{block}.attn1.to_{part}" for part in "qkv"]
+        state |= names.take_joined(f"blocks.{block}.attn.qkv", parts)
+    names.finish()
+    return state
+
+
+def layer_names(depth: int) -> dict[str, str]:
+    """Layers with a weight and a bias that differ in name only: public DiT layout -> diffusers."""
+    names = {
+        "x_embedder.proj": "pos_embed.proj",
+        "t_embedder.mlp.0": "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1",
+        "t_embedder.mlp.2": "transformer_blocks.0.norm1.emb.timestep_embedder.linear_2",
+        "final_layer.adaLN_modulation.1": "proj_out_1",
+        "final_layer.linear": "proj_out_2",
+    }
+    for i in range(depth):
+        block, there = f"blocks.{i}", f"transformer_blocks.{i}"
+        names[f"{block}.adaLN_modulation.1"] = f"{there}.norm1.linear"
+        names[f"{block}.attn.proj"] = f"{there}.attn1.to_out.0"
+        names[f"{block}.mlp.fc1"] = f"{there}.ff.net.0.proj"
+        names[f"{block}.mlp.fc2"] = f"{there}.ff.net.2"
+    return names
+
+
+def position_table(hidden: int, grid: int, stretch: float = 1) -> Tensor:
+    """Sines and cosines of a token's column, then of its row: (1, grid * grid, hidden) float32.
+
+    ``stretch`` is how many tokens lie within a distance of 1.
+
+    Source: Vaswani et al., "Attention Is All You Need", NeurIPS 2017, section 3.5, in two dimensions.
+    """
+    frequencies = 10_000.0 ** (-torch.arange(hidden // 4, dtype=torch.float64) / (hidden // 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] / stretch * frequencies
+    axis = torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)  # (grid, hidden / 2)
+    columns, rows = axis.repeat(grid, 1), axis.repeat_interleave(grid, 0)
+    return torch.cat([columns, rows], dim=1).float().unsqueeze(0)
+
+
+def _is_repeated_embedder(name: str, found: Mapping[str, Tensor], where: Path) -> bool:
+    match = _EMBEDDER.fullmatch(name)
+    if match is None or match[1] == "0":
+        return False
+    first = found.get(f"transformer_blocks.0.norm1.emb.{match[2]}")
+    if first is None or not torch.equal(first, found[name]):
+        raise ModelError(
+            f"{where}: block {match[1]} has another {match[2]} than block 0; only models whose blocks share their embedders are supported"
+        )
+    return True

@@ -1,0 +1,154 @@
+"""Reading models from folders that diffusers or transformers saved, without running anything that stands in them.
+
+A folder has a ``config.json`` and weights in one ``.safetensors`` file, in several with an index, or in a ``.bin`` file.
+Settings that are not known, or that would change the arithmetic, are refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from goc_deploy.errors import ModelError, SafetyError
+from goc_deploy.exporters.checkpoint import load_checkpoint
+from goc_deploy.serde import parse_json
+
+CONFIG, PIPELINE_CONFIG = "config.json", "model_index.json"
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
+WITHOUT_EFFECT = ("_diffusers_version", "_name_or_path", "dropout", "norm_num_groups")  # on any transformer here
+MAX_SIZE = 10**5
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What may stand in a ``config.json``.
+
+    Attributes:
+        sizes: whole numbers, with what the library takes where they are missing.
+        required: setting -> the values that this project computes; others would change the arithmetic.
+        read: settings that the caller reads itself.
+        without_effect: settings that change nothing here.
+    """
+
+    sizes: Mapping[str, int]
+    required: Mapping[str, tuple[Any, ...]]
+    read: Collection[str] = ()
+    without_effect: Collection[str] = WITHOUT_EFFECT
+
+    def check(self, config: Mapping[str, Any], where: str) -> dict[str, int]:
+        """The sizes of a configuration.
+
+        Raises:
+            ModelError: naming the setting that is unknown, not supported or out of range.
+        """
+        unknown = sorted(config.keys() - {*self.sizes, *self.required, *self.read, *self.without_effect})
+        if unknown:
+            raise ModelError(
+                f"{where} has a setting {unknown[0]!r} that this version does not know; it may change the arithmetic"
+            )
+        for name, allowed in self.required.items():
+            found = config.get(name, allowed[0])
+            if not any(type(found) is type(value) and found == value for value in allowed):
+                raise ModelError(f"{where}: {name} is {found!r}, only {' or '.join(map(repr, allowed))} is supported")
+        found_sizes = {name: config.get(name, default) for name, default in self.sizes.items()}
+        for name, value in found_sizes.items():
+            if type(value) is not int or not 1 <= value <= MAX_SIZE:
+                raise ModelError(f"{where}: {name} must be a whole number from 1 on, got {value!r}")
+        return found_sizes
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a model's folder.
+
+    Raises:
+        ModelError: unreadable or not a JSON object.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as cause:
+        raise ModelError(f"{path} cannot be read: {cause.strerror or cause}") from cause
+    return parse_json(text, str(path), ModelError)
+
+
+def read_weights(
+    folder: Path, stem: str = DIFFUSERS_WEIGHTS, old_stem: str | None = None
+) -> tuple[list[Path], dict[str, Tensor]]:
+    """The files that hold the weights, and every tensor in them.
+
+    Args:
+        folder: where they lie.
+        stem: name of the ``.safetensors`` file or of its index.
+        old_stem: name of the ``.bin`` file, where that differs.
+
+    Raises:
+        ModelError: missing or damaged.
+        SafetyError: an index that names files outside the folder, or a file that asks to run code.
+    """
+    index, old = folder / f"{stem}.safetensors.index.json", f"{old_stem or stem}.bin"
+    if not index.exists():
+        present = [path for path in (folder / f"{stem}.safetensors", folder / old) if path.exists()]
+        if not present:
+            raise ModelError(f"{folder} has neither {stem}.safetensors, its index, nor {old}; download it again")
+        return [present[0]], dict(load_checkpoint(present[0]).tensors)
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+        raise ModelError(f"{index} has no weight_map from tensors to files; download it again")
+    tensors: dict[str, Tensor] = {}
+    names = sorted(set(places.values()))
+    for name in names:
+        if Path(name).name != name or name in (".", ".."):
+            raise SafetyError(f"{index} names a file outside its folder: {name!r}; do not use this folder")
+        shard = load_checkpoint(folder / name).tensors
+        listed = {tensor for tensor, file in places.items() if file == name}
+        if shard.keys() != listed:
+            odd = sorted(shard.keys() ^ listed)
+            raise ModelError(
+                f"{folder / name} does not hold the tensors that {index.name} lists for it, see {odd[0]}; download it again"
+            )
+        tensors |= shard
+    return [index, *(folder / name for name in names)], tensors
+
+
+class Renaming:
+    """Takes tensors out of a folder's weights under other names, and says in the end what was missing or left over."""
+
+    def __init__(self, found: Mapping[str, Tensor], where: Path) -> None:
+        self.rest, self._where = dict(found), where
+        self._missing: list[str] = []
+
+    def take_tensors(self, names: Mapping[str, str]) -> dict[str, Tensor]:
+        """Tensors: name here -> name there."""
+        self._missing += [old for old in names.values() if old not in self.rest]
+        return {new: self.rest.pop(old) for new, old in names.items() if old in self.rest}
+
+    def take_layers(self, names: Mapping[str, str]) -> dict[str, Tensor]:
+        """Weights and biases of layers: name here -> name there."""
+        kinds = ("weight", "bias")
+        return self.take_tensors({f"{new}.{kind}": f"{old}.{kind}" for new, old in names.items() for kind in kinds})
+
+    def take_joined(self, new: str, parts: Sequence[str]) -> dict[str, Tensor]:
+        """Layers that are one here, joined along the first dimension of their weights and biases."""
+        state = {}
+        for kind in ("weight", "bias"):
+            tensors = list(self.take_tensors({part: f"{part}.{kind}" for part in parts}).values())
+            same = len({(tensor.shape[1:], tensor.dtype) for tensor in tensors}) == 1
+            state[f"{new}.{kind}"] = torch.cat(tensors) if same else torch.empty(0)
+        return state
+
+    def finish(self) -> None:
+        """Check that everything was there and nothing is left.
+
+        Raises:
+            ModelError: listing up to ten tensors.
+        """
+        for names, what in ((self._missing, "missing"), (sorted(self.rest), "unexpected")):
+            if names:
+                shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+                raise ModelError(
+                    f"{self._where}: the weights are not those of {CONFIG}; {len(names)} tensors {what}: {shown}"
+                )

@@ -1,0 +1,84 @@
+"""A model in a folder that diffusers saved: which architecture it is, its sizes, tensors and class names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from goc_deploy.errors import ModelError
+from goc_deploy.exporters.architecture import Architecture
+from goc_deploy.exporters.checkpoint import Checkpoint
+from goc_deploy.exporters.folders import CONFIG, PIPELINE_CONFIG, read_json, read_weights
+from goc_deploy.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class FolderModel:
+    """A model of a folder.
+
+    Attributes:
+        checkpoint: tensors under the names of the architecture's public layout.
+        spec: sizes, as ``config.json`` gives them.
+        class_names: one per class, synonyms separated by commas; empty where the folder has none.
+    """
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    class_names: tuple[str, ...]
+
+
+def read_model_folder(path: Path, architectures: Mapping[str, Architecture]) -> FolderModel:
+    """Read a folder of a pipeline (``model_index.json`` and ``transformer/``) or its transformer folder alone.
+
+    Args:
+        path: the folder.
+        architectures: what it may hold, by name.
+
+    Raises:
+        ModelError: not such a folder, a setting that is not supported, weights that are missing, damaged, or not those
+            of the configuration.
+        SafetyError: an index that names files outside the folder.
+    """
+    index = read_json(path / PIPELINE_CONFIG) if (path / PIPELINE_CONFIG).exists() else {}
+    pipelines = [name for architecture in architectures.values() for name in architecture.PIPELINES]
+    if index and index.get("_class_name") not in pipelines:
+        raise ModelError(f"{path} holds a {index.get('_class_name')}; this version exports {' or '.join(pipelines)}")
+    folder = path / "transformer" if index else path
+    if not (folder / CONFIG).is_file():
+        raise ModelError(
+            f"{folder} has no {CONFIG}; give a .pt, .pth or .safetensors file, or a folder that diffusers saved a "
+            f"pipeline ({', '.join(pipelines)}) or its transformer to"
+        )
+    config = read_json(folder / CONFIG)
+    architecture = _architecture(config, architectures, folder)
+    spec = architecture.spec_from_config(config, f"{folder / CONFIG}")
+    files, found = read_weights(folder)
+    described = [folder / CONFIG, *([path / PIPELINE_CONFIG] if index else [])]
+    state = architecture.state_from_diffusers(found, spec, folder)
+    checkpoint = Checkpoint(path, state, "plain", (*described, *files))
+    return FolderModel(checkpoint, spec, _class_names(index, spec, path / PIPELINE_CONFIG))
+
+
+def _architecture(config: Mapping[str, Any], architectures: Mapping[str, Architecture], folder: Path) -> Architecture:
+    for architecture in architectures.values():
+        if architecture.describes(config):
+            return architecture
+    raise ModelError(
+        f"{folder / CONFIG} is of a {config.get('_class_name')} with norm_type {config.get('norm_type')!r}, "
+        f"this version exports {', '.join(architectures)}; check --model and the folder"
+    )
+
+
+def _class_names(index: Mapping[str, Any], spec: ModelSpec, where: Path) -> tuple[str, ...]:
+    names = index.get("id2label")
+    if names is None:
+        return ()
+    ids = {str(i) for i in range(spec.classes)}
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()) or names.keys() != ids:
+        count = len(names) if isinstance(names, dict) else 0
+        raise ModelError(
+            f"{where}: id2label must name each of the model's {spec.classes} classes by its number, it has {count} entries"
+        )
+    return tuple(names[str(i)] for i in range(spec.classes))

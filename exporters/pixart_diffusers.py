@@ -1,0 +1,151 @@
+"""A PixArt as diffusers saves it: its configuration, and its tensors under the names of the public layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from goc_deploy.errors import ModelError
+from goc_deploy.exporters.dit_diffusers import position_table
+from goc_deploy.exporters.folders import Renaming, Settings
+from goc_deploy.schedule import MAX_BLOCKS
+from goc_deploy.spec import ModelSpec
+
+SETTINGS = Settings(
+    sizes={
+        "num_attention_heads": 16,
+        "attention_head_dim": 72,
+        "in_channels": 4,
+        "num_layers": 28,
+        "sample_size": 128,
+        "patch_size": 2,
+        "num_embeds_ada_norm": 1000,
+    },
+    required={
+        "_class_name": ("PixArtTransformer2DModel", "Transformer2DModel"),  # the second is what old files say
+        "norm_type": ("ada_norm_single",),
+        "activation_fn": ("gelu-approximate",),
+        "attention_bias": (True,),
+        "norm_elementwise_affine": (False,),
+        "upcast_attention": (False,),
+        "attention_type": ("default",),
+        "double_self_attention": (False,),
+        "only_cross_attention": (False,),
+        "use_linear_projection": (False,),
+        "num_vector_embeds": (None,),
+        "norm_eps": (1e-6,),
+    },
+    read=(
+        "out_channels",
+        "cross_attention_dim",
+        "caption_channels",
+        "interpolation_scale",
+        "use_additional_conditions",
+    ),
+)
+SIDE_THAT_IS_TOLD = 128  # latents of this side come with the size of the image, where the file does not say
+PIXELS_PER_LATENT = 8
+TOKENS = 120  # of a caption, in the pipeline that the configuration belongs to
+BASE_SIDE = 64  # position tables are stretched for larger latents
+
+
+def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
+    """Sizes of the model that a ``config.json`` describes.
+
+    Raises:
+        ModelError: naming the setting that is unknown, not supported or out of range.
+    """
+    size = SETTINGS.check(config, where)
+    channels, patch, side = size["in_channels"], size["patch_size"], size["sample_size"]
+    hidden = size["num_attention_heads"] * size["attention_head_dim"]
+    predicted = config.get("out_channels", 8)
+    if predicted not in (None, channels, 2 * channels):
+        raise ModelError(f"{where}: out_channels is {predicted!r}, expected {channels} or {2 * channels} (with sigma)")
+    if config.get("cross_attention_dim", hidden) != hidden:
+        raise ModelError(
+            f"{where}: cross_attention_dim is {config['cross_attention_dim']!r}, only {hidden} is supported"
+        )
+    captions, told = config.get("caption_channels"), config.get("use_additional_conditions")
+    if type(captions) is not int or not 1 <= captions <= 10**5:
+        raise ModelError(f"{where}: caption_channels must be a whole number from 1 on, got {captions!r}")
+    if told not in (None, True, False):
+        raise ModelError(f"{where}: use_additional_conditions must be true, false or null, got {told!r}")
+    if config.get("interpolation_scale") not in (None, stretch(side)):
+        raise ModelError(
+            f"{where}: interpolation_scale is {config['interpolation_scale']!r}, only {stretch(side)} is supported for sample_size {side}"
+        )
+    told = side == SIDE_THAT_IS_TOLD if told is None else told
+    if side % patch or hidden % 12 or size["num_layers"] > MAX_BLOCKS:
+        raise ModelError(
+            f"{where}: sample_size must be a multiple of patch_size, the width {hidden} of 12, and num_layers at most {MAX_BLOCKS}"
+        )
+    return ModelSpec(
+        depth=size["num_layers"],
+        hidden=hidden,
+        heads=size["num_attention_heads"],
+        mlp_hidden=4 * hidden,
+        patch=patch,
+        grid=side // patch,
+        channels=channels,
+        classes=0,
+        learn_sigma=predicted == 2 * channels,
+        architecture="pixart",
+        branches=("attn", "cross", "mlp"),
+        guided_channels=channels,
+        caption_channels=captions,
+        caption_tokens=TOKENS,
+        told_size=side * PIXELS_PER_LATENT if told else 0,
+    )
+
+
+def stretch(side: int) -> int:
+    """By how much the positions of latents of a side are stretched: those of 64 pixels are 1 apart."""
+    return max(side // BASE_SIDE, 1)
+
+
+def state_from_diffusers(found: Mapping[str, Tensor], spec: ModelSpec, where: Path) -> dict[str, Tensor]:
+    """Tensors of a PixArtTransformer2DModel under the names of the public layout.
+
+    q, k and v are joined, k and v of the cross-attention too, and the position table is computed.
+
+    Raises:
+        ModelError: listing tensors that are missing or left over.
+    """
+    names = Renaming(found, where)
+    names.rest.pop("pos_embed.pos_embed", None)
+    state = {"pos_embed": position_table(spec.hidden, spec.grid, stretch(spec.side))}
+    state |= names.take_layers(layer_names(spec))
+    tables = {f"blocks.{b}.scale_shift_table": f"transformer_blocks.{b}.scale_shift_table" for b in range(spec.depth)}
+    state |= names.take_tensors({**tables, "final_layer.scale_shift_table": "scale_shift_table"})
+    for block in range(spec.depth):
+        there = f"transformer_blocks.{block}"
+        state |= names.take_joined(f"blocks.{block}.attn.qkv", [f"{there}.attn1.to_{part}" for part in "qkv"])
+        state |= names.take_joined(f"blocks.{block}.cross_attn.kv_linear", [f"{there}.attn2.to_{p}" for p in "kv"])
+    names.finish()
+    return state
+
+
+def layer_names(spec: ModelSpec) -> dict[str, str]:
+    """Layers with a weight and a bias that differ in name only: public layout -> diffusers."""
+    embedders = {"t_embedder": "timestep_embedder"}
+    if spec.told_size:
+        embedders |= {"csize_embedder": "resolution_embedder", "ar_embedder": "aspect_ratio_embedder"}
+    names = {
+        "x_embedder.proj": "pos_embed.proj",
+        "t_block.1": "adaln_single.linear",
+        "final_layer.linear": "proj_out",
+    }
+    for i in (1, 2):
+        names[f"y_embedder.y_proj.fc{i}"] = f"caption_projection.linear_{i}"
+        names |= {f"{new}.mlp.{2 * i - 2}": f"adaln_single.emb.{old}.linear_{i}" for new, old in embedders.items()}
+    for i in range(spec.depth):
+        block, there = f"blocks.{i}", f"transformer_blocks.{i}"
+        names[f"{block}.attn.proj"] = f"{there}.attn1.to_out.0"
+        names[f"{block}.cross_attn.q_linear"] = f"{there}.attn2.to_q"
+        names[f"{block}.cross_attn.proj"] = f"{there}.attn2.to_out.0"
+        names[f"{block}.mlp.fc1"] = f"{there}.ff.net.0.proj"
+        names[f"{block}.mlp.fc2"] = f"{there}.ff.net.2"
+    return names

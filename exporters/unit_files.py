@@ -1,0 +1,76 @@
+"""Kinds of units to files: traced once, then written and compared with PyTorch copy by copy."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from goc_deploy.exporters.lowering import template_from_kind, write_copy
+from goc_deploy.exporters.units import DTYPES, UnitKind
+from goc_deploy.exporters.verification import verify_copy
+from goc_deploy.manifest import FileEntry, Unit
+from goc_deploy.options import Progress
+from goc_deploy.protocols import DTYPE_OF_PRECISION, Backend, Engine, mapped_buffer
+from goc_deploy.publish import file_entry
+
+
+@dataclass(frozen=True, slots=True)
+class UnitWriter:
+    """Writes units into a directory that is being made.
+
+    Attributes:
+        stage: the directory.
+        backend: runs what was written.
+        progress: called with (what, done, total).
+    """
+
+    stage: Path
+    backend: Backend
+    progress: Progress
+
+    def write(
+        self, kinds: Sequence[UnitKind], tensors: Mapping[str, Tensor], precision: str, folder: str = "onnx"
+    ) -> list[Unit]:
+        """Write and verify every copy of some kinds.
+
+        Raises:
+            VerificationError: a unit differs from PyTorch.
+        """
+        where = self.stage / folder
+        where.mkdir(exist_ok=True)
+        total = sum(len(kind.copies) for kind in kinds)
+        units: list[Unit] = []
+        for kind in kinds:
+            self.progress(f"tracing {kind.kind}", len(units), total)
+            template = template_from_kind(kind, DTYPES[precision])
+            for name in kind.copies:
+                self.progress(f"writing {name}", len(units), total)
+                parameters = write_copy(template, name, tensors, where)
+                error = verify_copy(template, name, parameters, tensors, where, self.backend)
+                paths = (f"{folder}/{name}.onnx", f"{folder}/{name}.weights")
+                units.append(Unit(name, *paths, parameters, kind.weights_are_inputs, error, precision))
+            del template
+            gc.collect()
+        self.progress("done", total, total)
+        return units
+
+    def loaded(self, unit: Unit) -> Engine:
+        """A unit that was written, loaded from its files."""
+        assert unit.weights is not None
+        with open(self.stage / unit.weights, "rb") as file:
+            weights = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        dtype = DTYPE_OF_PRECISION[unit.precision]
+        parameters = {p.name: mapped_buffer(weights, p.offset, p.shape, dtype) for p in unit.parameters}
+        given = ({}, parameters) if unit.weights_are_inputs else (parameters, {})
+        return self.backend.load(memoryview((self.stage / unit.onnx).read_bytes()), *given)
+
+
+def files_below(stage: Path) -> tuple[FileEntry, ...]:
+    """Every file of a directory, hashed."""
+    paths = sorted(str(path.relative_to(stage).as_posix()) for path in stage.rglob("*") if path.is_file())
+    return tuple(file_entry(stage, path) for path in paths)

@@ -1,0 +1,60 @@
+"""Tiles: they cover everything, their weights add up, and a decoder that is local gives the same as in one piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from goc_deploy.engines.ort import OrtBackend
+from goc_deploy.protocols import Buffer
+from goc_deploy.runtime.decoder import LatentDecoder, ramp, tile_starts
+from goc_deploy.spec import DecoderSpec
+
+
+class Doubler:
+    """An engine that repeats every latent pixel twice: local, so tiles must change nothing."""
+
+    dtypes: Mapping[str, str] = {"latents": "float32", "pixels": "float32"}
+
+    def __init__(self, backend: OrtBackend) -> None:
+        self._backend = backend
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Callable[[], None]:
+        def run() -> None:
+            x = self._backend.download(inputs["latents"])
+            self._backend.upload(x[:, :3].repeat(2, 2).repeat(2, 3), outputs["pixels"])
+
+        return run
+
+
+@given(side=st.integers(1, 200), tile=st.integers(2, 64), data=st.data())
+def test_tiles_cover_a_side_and_overlap(side: int, tile: int, data: st.DataObject) -> None:
+    overlap = data.draw(st.integers(1, tile - 1))
+    starts = tile_starts(side, tile, overlap)
+    assert starts[0] == 0
+    if side <= tile:
+        assert starts == (0,)
+        return
+    assert starts[-1] == side - tile
+    assert all(0 < b - a <= tile - overlap for a, b in pairwise(starts))
+
+
+def test_weights_are_positive_and_one_where_nothing_is_near() -> None:
+    assert (ramp(8, 3, first=False, last=False) > 0).all()
+    np.testing.assert_allclose(ramp(8, 2, first=True, last=False), [1, 1, 1, 1, 1, 1, 0.75, 0.25])
+
+
+def test_a_local_decoder_gives_the_same_in_tiles() -> None:
+    backend = OrtBackend()
+    latents = np.random.default_rng(0).standard_normal((2, 4, 13, 13)).astype(np.float32)
+    tiled = LatentDecoder(Doubler(backend), backend, DecoderSpec(3, 2, 5, 2), (4, 13, 13))
+    expected = latents[:, :3].repeat(2, 2).repeat(2, 3)
+    for image, whole in zip(latents, expected, strict=True):
+        np.testing.assert_allclose(tiled.pixels(image), whole, atol=1e-6)
+    images = tiled.images(latents)
+    assert images.dtype == np.uint8
+    assert images.shape == (2, 26, 26, 3)
