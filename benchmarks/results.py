@@ -1,11 +1,11 @@
 """Quality of plans over many samples: the tables of docs/results.md.
 
     python benchmarks/results.py engine --reference digits.npz --images 10000 --document docs/results.md
-    python benchmarks/results.py engine --reference digits.npz --clock --document docs/results.md
+    python benchmarks/results.py engine --reference digits.npz --images 10000 --document docs/results.md --do clock
 
 Rows stand in benchmarks/results.toml. Samples of a row stay in the work folder and its numbers in another: an
-interrupted run goes on where it stopped, and rows that are done are not made again. ``--clock`` measures how long every
-plan takes, side by side; do nothing else meanwhile. Generated parts of the document stand between
+interrupted run goes on where it stopped, and rows that are done are not made again. ``--do clock`` measures how long every
+plan takes, side by side; do nothing else meanwhile. ``--do show`` measures nothing. Generated parts of the document stand between
 ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, one per table; a table shows the rows that have numbers.
 """
 
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=Path, default=HERE / "results.toml")
     parser.add_argument("--work", type=Path, default=Path("out/results"), help="folder of samples")
     parser.add_argument("--numbers", type=Path, default=HERE.parent / "docs/results", help="folder of a JSON per row")
-    parser.add_argument("--clock", action="store_true", help="measure times instead of quality")
+    parser.add_argument("--do", choices=("measure", "clock", "show"), default="measure", help="quality, times, nothing")
     parser.add_argument("--tables", help="comma-separated, of the rows file  [default: all]")
     parser.add_argument("--images", type=int, default=10_000, help="per row")
     parser.add_argument("--seed", type=int, default=0)
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_tables(args: argparse.Namespace) -> dict[str, str]:
-    """Sample and measure every row that is not done yet, or clock them; returns block name -> Markdown."""
+    """Sample and measure every row that is not done yet, or clock all; returns block name -> Markdown."""
     wanted = tomllib.loads(args.rows.read_text(encoding="utf-8"))
     tables = {table["name"]: (table["title"], [Row(**row) for row in table["rows"]]) for table in wanted["table"]}
     manifest = read_manifest(args.engine)
@@ -181,12 +181,11 @@ def make_tables(args: argparse.Namespace) -> dict[str, str]:
     )
     args.numbers.mkdir(parents=True, exist_ok=True)
     shown = args.tables.split(",") if args.tables else list(tables)
-    if args.clock:
-        clock(study, [row for name in shown for row in tables[name][1]])
-    else:
-        for name in shown:
-            for row in tables[name][1]:
-                measure(study, row)
+    rows = [row for name in shown for row in tables[name][1]]
+    if args.do == "clock":
+        clock(study, rows)
+    for row in rows if args.do == "measure" else ():
+        measure(study, row)
     return {name: block(study, title, rows) for name, (title, rows) in tables.items()}
 
 
@@ -282,6 +281,8 @@ def block(study: Study, title: str, rows: Sequence[Row]) -> str:
     kept = [(row, study.numbers / f"{row.plan}.json") for row in rows]
     found = [(row, json.loads(path.read_text(encoding="utf-8"))) for row, path in kept if path.exists()]
     found = [(row, numbers) for row, numbers in found if numbers["made_for"] == study.made_for()]
+    if not found:
+        return f"### {title}\n\nNot measured yet.\n"
     times_path = study.numbers / TIMES
     times = json.loads(times_path.read_text(encoding="utf-8")) if times_path.exists() else {}
     totals = times.get("total_ms", {})

@@ -195,7 +195,7 @@ def test_rows_of_the_results_are_made_once_and_survive_an_interruption(
     assert [a == b for a, b in zip(times, now, strict=True)] == [True, False, True]
 
     shutil.rmtree(work)  # what is measured needs no samples
-    assert results.main([*arguments, "--tables", "main", "--clock"]) == 0
+    assert results.main([*arguments, "--tables", "main", "--do", "clock"]) == 0
     assert not work.exists()
     (line,) = [line for line in document.read_text().splitlines() if "`fora:2`" in line]
     assert float(line.split("|")[5]) > 0
