@@ -78,7 +78,7 @@ def test_bad_checkpoints(name: str, command: Command, tmp_path: Path) -> None:
         (("--num-heads", 4, "--steps", 0), 2, "steps must be within 1..1000, got 0"),
         (("--num-heads", 4, "--plan", "fora:two"), 2, "SPEC 'fora:two'"),
         (("--num-heads", 4, "--plan", "file:/nowhere.json"), 2, "cannot be read"),
-        (("--num-heads", 4, "--sampler", "euler"), 2, "unknown sampler"),
+        (("--num-heads", 4, "--sampler", "heun"), 2, "unknown sampler"),
         (("--num-heads", 4, "--precision", "fp8"), 2, "fp8"),
         (("--num-heads", 4, "--max-batch", 0), 2, "max-batch"),
         (("--num-heads", 4, "--weights", "ema"), 3, "no 'ema' weights"),
