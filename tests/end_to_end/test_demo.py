@@ -72,7 +72,8 @@ def test_a_searched_router_reuses_the_asked_share_at_odd_steps_and_less_at_a_low
     subprocess.run([str(word) for word in search], check=True, timeout=120, capture_output=True)
     reused = {}
     for threshold in ("0.05", "0.1"):
-        name = command("goc-plan", engine, f"l2c:{router}@{threshold}").stdout.strip()
+        spec, title = f"l2c:{router}@{threshold}", f"searched-{threshold}"
+        name = command("goc-plan", engine, spec, "--name", title).stdout.strip()
         schedule = json.loads((engine / "schedules" / f"{name}.json").read_text())
         rows = [step.split() for step in schedule["actions"]]
         assert all(set(row) == {"C"} for row in rows[::2])
