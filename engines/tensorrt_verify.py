@@ -14,6 +14,7 @@ from goc_deploy.engines.tensorrt_graphs import model_from_bytes
 from goc_deploy.engines.tensorrt_runtime import TensorrtBackend
 from goc_deploy.errors import UsageError, VerificationError
 from goc_deploy.manifest import Manifest, Unit
+from goc_deploy.metrics.paired import whole_relative_l2
 from goc_deploy.options import Progress
 from goc_deploy.protocols import DTYPE_OF_PRECISION, NUMPY_DTYPES, Backend, mapped_buffer
 from goc_deploy.publish import read_manifest, read_verified
@@ -59,7 +60,7 @@ def verify_engines(
     for index, unit in enumerate(graphs):
         progress(f"verifying {unit.name}", index, len(graphs))
         expected, outputs = (_outputs(directory, manifest, unit, one) for one in (reference, backend))
-        difference = Difference(unit.name, max(_relative_l2(outputs[name], expected[name]) for name in expected))
+        difference = Difference(unit.name, max(whole_relative_l2(outputs[name], expected[name]) for name in expected))
         if not difference.relative_l2 <= TOLERANCE[manifest.precision]:
             raise VerificationError(
                 f"unit {unit.name}: {backend.name} differs from ONNX Runtime by {difference.relative_l2:.2e} relative L2, allowed are "
@@ -122,9 +123,3 @@ def _shape(value: Any, sizes: Mapping[str, int]) -> tuple[int, ...]:
         factors = dimension.dim_param.split("*") if dimension.dim_param else [str(dimension.dim_value)]
         dimensions.append(int(np.prod([int(f) if f.strip().isdigit() else sizes[f.strip()] for f in factors])))
     return tuple(dimensions)
-
-
-def _relative_l2(found: np.ndarray, expected: np.ndarray) -> float:
-    difference = float(np.linalg.norm(found.astype(np.float64) - expected))
-    error = difference / max(float(np.linalg.norm(expected.astype(np.float64))), 1e-30)
-    return error if np.isfinite(error) else float("inf")

@@ -16,16 +16,10 @@ from torch import Tensor
 from goc_deploy.errors import VerificationError
 from goc_deploy.exporters.lowering import Template
 from goc_deploy.manifest import Parameter
+from goc_deploy.metrics.paired import whole_relative_l2
 from goc_deploy.protocols import Backend, Buffer, float32_from_bfloat16, mapped_buffer
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-4}  # bf16 graphs are compared widened
-
-
-def relative_l2(found: np.ndarray, expected: np.ndarray) -> float:
-    """``|found - expected| / |expected|`` in float64; infinite where anything is not finite."""
-    difference = float(np.linalg.norm(found.astype(np.float64) - expected))
-    error = difference / max(float(np.linalg.norm(expected.astype(np.float64))), 1e-30)
-    return error if np.isfinite(error) else float("inf")
 
 
 def verify_copy(
@@ -59,7 +53,7 @@ def verify_copy(
         expected = reference(*(i.example.float() if i.example.is_floating_point() else i.example for i in kind.inputs))
     expected_outputs = (expected,) if isinstance(expected, Tensor) else expected
     found = _run(template, name, parameters, folder, weights, [tuple(e.shape) for e in expected_outputs], backend)
-    error = max(relative_l2(f, e.numpy()) for f, e in zip(found, expected_outputs, strict=True))
+    error = max(whole_relative_l2(f, e.numpy()) for f, e in zip(found, expected_outputs, strict=True))
     if not error <= TOLERANCE[template.dtype]:
         raise VerificationError(
             f"unit {name}: the exported graph differs from PyTorch by {error:.2e} relative L2, allowed are "

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 
-import numpy as np
-
 from goc_deploy.bases import PolicyContext
 from goc_deploy.calibration import CalibrationOptions, Trials
 from goc_deploy.errors import ScheduleError, UsageError, VerificationError
 from goc_deploy.grammar import number, whole_number
+from goc_deploy.metrics.paired import whole_relative_l2
 from goc_deploy.samplers import sampler_table
 from goc_deploy.schedule import COMPUTE, Schedule
 from goc_deploy.search import MAX_STEPS, PREDICTORS, Candidate, exchange_units, plain, predicted, search, sizes_for
@@ -105,12 +104,6 @@ def uncached(spec: ModelSpec, steps: int) -> Schedule:
     return Schedule(spec.depth, spec.branches, ((COMPUTE,) * spec.units,) * steps)
 
 
-def relative_l2(found: np.ndarray, expected: np.ndarray) -> float:
-    """``|found - expected| / |expected|`` over everything, in float64."""
-    difference = np.linalg.norm(found.astype(np.float64) - expected)
-    return float(difference / max(float(np.linalg.norm(expected.astype(np.float64))), 1e-30))
-
-
 def _described(candidate: Candidate) -> dict[str, object]:
     return {"steps": candidate.steps, "computed": list(candidate.computed), "predictor": candidate.predictor}
 
@@ -118,7 +111,7 @@ def _described(candidate: Candidate) -> dict[str, object]:
 def _error_to(converged: Schedule, trials: Trials, images: CalibrationOptions) -> Callable[[Schedule], float]:
     trials.progress("search, the converged solution", 0, 1)
     expected = trials.run(converged, images).latents
-    return lambda schedule: relative_l2(trials.run(schedule, images).latents, expected)
+    return lambda schedule: whole_relative_l2(trials.run(schedule, images).latents, expected)
 
 
 def _affordable(budget_ms: float, trials: Trials, spec: ModelSpec) -> Callable[[int], int]:

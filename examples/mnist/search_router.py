@@ -19,10 +19,11 @@ import torch
 
 from goc_deploy.api import cpu_backend
 from goc_deploy.calibration import CalibrationOptions
+from goc_deploy.metrics.paired import whole_relative_l2
 from goc_deploy.outputs import written
 from goc_deploy.publish import read_manifest
 from goc_deploy.search import flipped_errors, plain
-from goc_deploy.searched import relative_l2, uncached
+from goc_deploy.searched import uncached
 from goc_deploy.trials import engine_laboratory
 
 THRESHOLD = 0.1
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     losses = flipped_errors(
         np.ones((args.steps, spec.units), bool),
         cells,
-        lambda mask: relative_l2(trials.run(plain(mask, spec), options).latents, expected),
+        lambda mask: whole_relative_l2(trials.run(plain(mask, spec), options).latents, expected),
     )
     logits = router_logits(losses, args.steps, spec.units, round(args.share * args.steps * spec.units))
     with written(args.output) as temporary:

@@ -24,6 +24,13 @@ def relative_l2(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
     return np.asarray(np.linalg.norm(difference, axis=1) / np.linalg.norm(size, axis=1))
 
 
+def whole_relative_l2(found: np.ndarray, expected: np.ndarray) -> float:
+    """``|found - expected| / |expected|`` over everything, in float64; infinite where anything is not finite."""
+    difference = float(np.linalg.norm(found.astype(np.float64) - expected))
+    error = difference / max(float(np.linalg.norm(expected.astype(np.float64))), 1e-30)
+    return error if np.isfinite(error) else float("inf")
+
+
 def psnr_db(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """Peak signal-to-noise ratio in decibels, ``10 * log10(255**2 / mean squared error)``.
 

@@ -12,10 +12,11 @@ from goc_deploy.api import add_plan, cpu_backend
 from goc_deploy.calibration import CalibrationOptions, Laboratory, Trial
 from goc_deploy.errors import CalibrationNeededError, UsageError
 from goc_deploy.grammar import parse_policy
+from goc_deploy.metrics.paired import whole_relative_l2
 from goc_deploy.options import no_progress
 from goc_deploy.policies import schedule_from_policy
 from goc_deploy.schedule import COMPUTE, REUSE, Schedule
-from goc_deploy.searched import relative_l2, uncached
+from goc_deploy.searched import uncached
 from goc_deploy.spec import ModelSpec
 from goc_deploy.trials import engine_laboratory
 
@@ -52,7 +53,7 @@ def test_a_search_beats_even_spacing_and_says_by_how_much(laboratory: Laboratory
     expected = trials.run(uncached(golden_spec, 40), OPTIONS).latents
 
     def error(tried: Schedule) -> float:
-        return relative_l2(trials.run(tried, OPTIONS).latents, expected)
+        return whole_relative_l2(trials.run(tried, OPTIONS).latents, expected)
 
     assert error(schedule) == pytest.approx(record["error"], rel=1e-4)
     even = (made(f"fora:3+{p}", None, golden_spec) for p in ("gc:1.0", "lagrange:2"))
@@ -88,7 +89,7 @@ def test_units_are_exchanged_where_that_brings_the_images_closer(
     assert (record["exchanges"] > 0) == (len(computed_steps(schedule)) < 3)
     trials = laboratory.trials()
     expected = trials.run(uncached(golden_spec, 20), OPTIONS).latents
-    measured = relative_l2(trials.run(schedule, OPTIONS).latents, expected)
+    measured = whole_relative_l2(trials.run(schedule, OPTIONS).latents, expected)
     assert measured == pytest.approx(record["error_after_exchanges"], rel=1e-4)
 
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from goc_deploy.metrics.paired import psnr_db, relative_l2, ssim
+from goc_deploy.metrics.paired import psnr_db, relative_l2, ssim, whole_relative_l2
+from tests import reference
 
 
 def pair(seed: int, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -44,3 +45,10 @@ def test_relative_l2_does_not_depend_on_scale_and_is_one_number_per_image(seed: 
     expected = [np.linalg.norm(x[i] - y[i]) / np.linalg.norm(y[i]) for i in range(3)]
     np.testing.assert_allclose(relative_l2(x, y), expected)
     np.testing.assert_allclose(relative_l2(scale * x, scale * y), expected)
+
+
+def test_an_error_that_is_not_finite_is_infinite() -> None:
+    assert whole_relative_l2(np.array([np.nan]), np.array([1.0])) == np.inf
+    assert whole_relative_l2(np.array([1.1]), np.array([1.0])) == pytest.approx(
+        reference.relative_l2(np.array([1.1]), np.array([1.0]))
+    )
