@@ -97,8 +97,11 @@ def best_selection(
     directory: Path, manifest: Manifest, library: Library, capability: str, weights: str | None = None
 ) -> Selection:
     """Of all engines that this machine may run, those of the target and weight mode that lack least."""
-    ways = _ways(manifest, library, capability, weights)
-    found = [selection(directory, manifest, target, options) for target, options in ways]
+    found = []
+    for target, options in _ways(manifest, library, capability, weights):
+        found.append(selection(directory, manifest, target, options))
+        if not found[-1].missing:  # each reads every graph of the directory
+            break
     return min(found, key=lambda one: len(one.missing))  # the first of equals
 
 
