@@ -134,10 +134,9 @@ def wanted_engines(directory: Path, manifest: Manifest, target: Target, options:
 
 
 def _units(manifest: Manifest, without: Set[str]) -> Iterator[Unit]:
-    """Every graph but some predict graphs; these are named after their files."""
+    """Every graph but some predict graphs."""
     yield from manifest.units
-    for path in (path for signature, path in manifest.predict.items() if signature not in without):
-        yield Unit(Path(path).stem, path, None, (), False, None, manifest.precision)
+    yield from (manifest.predict_unit(signature) for signature in manifest.predict if signature not in without)
 
 
 def is_there(directory: Path, manifest: Manifest, job: Job) -> bool:

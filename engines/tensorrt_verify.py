@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from goc_deploy.engine_dir import mapped_weights
 from goc_deploy.engine_keys import dimension_ranges
 from goc_deploy.engines.tensorrt_graphs import model_from_bytes
 from goc_deploy.engines.tensorrt_runtime import TensorrtBackend
@@ -16,7 +17,7 @@ from goc_deploy.errors import UsageError, VerificationError
 from goc_deploy.manifest import Manifest, Unit
 from goc_deploy.metrics.paired import whole_relative_l2
 from goc_deploy.options import Progress
-from goc_deploy.protocols import DTYPE_OF_PRECISION, NUMPY_DTYPES, Backend, mapped_buffer
+from goc_deploy.protocols import NUMPY_DTYPES, Backend
 from goc_deploy.publish import read_manifest, read_verified
 
 TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2}  # relative L2 of an output; what the order of sums may change
@@ -73,9 +74,7 @@ def verify_engines(
 
 def _graphs(manifest: Manifest, backend: TensorrtBackend) -> Iterator[Unit]:
     digests = {file.path: file.sha256 for file in manifest.files}
-    predict = (
-        Unit(Path(path).stem, path, None, (), False, None, manifest.precision) for path in manifest.predict.values()
-    )
+    predict = map(manifest.predict_unit, manifest.predict)
     yield from (unit for unit in (*manifest.units, *predict) if digests[unit.onnx] in backend.graphs)
 
 
@@ -84,17 +83,14 @@ def _outputs(directory: Path, manifest: Manifest, unit: Unit, backend: Backend) 
     files = {file.path: file for file in manifest.files}
     onnx = read_verified(directory, files[unit.onnx])
     weights = read_verified(directory, files[unit.weights]) if unit.weights else memoryview(b"")
-    dtype = DTYPE_OF_PRECISION[unit.precision]
-    parameters = {p.name: mapped_buffer(weights, p.offset, p.shape, dtype) for p in unit.parameters}
-    where = "inputs" if unit.weights_are_inputs else "initializers"
-    engine = backend.load(onnx, **{"initializers": {}, where: parameters}, runs_once=True)
+    engine = backend.load(onnx, *mapped_weights(unit, weights), runs_once=True)
     graph = model_from_bytes(onnx, f"{directory / unit.onnx}").graph
     images = min(IMAGES, manifest.max_batch)
     sizes = {symbol: high for symbol, (_, _, high) in dimension_ranges(manifest.model, images, 1).items()}
     rng = np.random.default_rng(len(unit.name))
-    inputs = {}
+    inputs, bound = {}, {p.name for p in unit.parameters}
     for value in graph.input:
-        if value.name not in parameters:
+        if value.name not in bound:
             inputs[value.name] = _filled(backend, _shape(value, sizes), _DTYPES[_kind(value)], images, rng)
     outputs = {value.name: backend.allocate(_shape(value, sizes), _DTYPES[_kind(value)]) for value in graph.output}
     stream = backend.device.stream()  # one for each graph: scratch memory is that of the engines loaded so far

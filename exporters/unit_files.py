@@ -10,12 +10,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from goc_deploy.engine_dir import mapped_weights
 from goc_deploy.exporters.lowering import template_from_kind, write_copy
 from goc_deploy.exporters.units import DTYPES, UnitKind
 from goc_deploy.exporters.verification import verify_copy
 from goc_deploy.manifest import FileEntry, Unit
 from goc_deploy.options import Progress
-from goc_deploy.protocols import DTYPE_OF_PRECISION, Backend, Engine, mapped_buffer
+from goc_deploy.protocols import Backend, Engine
 from goc_deploy.publish import file_entry
 
 
@@ -64,10 +65,8 @@ class UnitWriter:
         assert unit.weights is not None
         with open(self.stage / unit.weights, "rb") as file:
             weights = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        dtype = DTYPE_OF_PRECISION[unit.precision]
-        parameters = {p.name: mapped_buffer(weights, p.offset, p.shape, dtype) for p in unit.parameters}
-        given = ({}, parameters) if unit.weights_are_inputs else (parameters, {})
-        return self.backend.load(memoryview((self.stage / unit.onnx).read_bytes()), *given)
+        onnx = memoryview((self.stage / unit.onnx).read_bytes())
+        return self.backend.load(onnx, *mapped_weights(unit, weights))
 
 
 def files_below(stage: Path) -> tuple[FileEntry, ...]:

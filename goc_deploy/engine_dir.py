@@ -1,4 +1,4 @@
-"""Finding and reading plans in an engine directory."""
+"""Finding and reading plans and weights in an engine directory."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from pathlib import Path
 
 from goc_deploy.errors import EngineDirError, UsageError
 from goc_deploy.grammar import parse_policy
-from goc_deploy.manifest import Manifest, PlanEntry
+from goc_deploy.manifest import Manifest, PlanEntry, Unit
 from goc_deploy.plan import Plan, check_plan
+from goc_deploy.protocols import DTYPE_OF_PRECISION, Buffer, mapped_buffer
 from goc_deploy.publish import read_verified
 from goc_deploy.serde import plan_from_json, schedule_from_json
 
@@ -49,3 +50,10 @@ def load_plan(directory: Path, manifest: Manifest, name: str | None) -> Plan:
         raise EngineDirError(f"plan {entry.name} and its schedule do not fit together; add the plan again")
     check_plan(plan, manifest.model)
     return plan
+
+
+def mapped_weights(unit: Unit, weights: memoryview) -> tuple[dict[str, Buffer], dict[str, Buffer]]:
+    """A unit's weights where they lie in the content of its file: initializers and inputs of `Backend.load`."""
+    dtype = DTYPE_OF_PRECISION[unit.precision]
+    buffers = {p.name: mapped_buffer(weights, p.offset, p.shape, dtype) for p in unit.parameters}
+    return ({}, buffers) if unit.weights_are_inputs else (buffers, {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from goc_deploy.engine_keys import ENGINE_BACKENDS, WEIGHT_MODES, Target
@@ -144,6 +145,11 @@ class Manifest:
     decoder: DecoderSpec | None = None
     captions: str | None = None
     text: TextSpec | None = None
+
+    def predict_unit(self, signature: str) -> Unit:
+        """A predict graph as a unit without weights, named after its file."""
+        path = self.predict[signature]
+        return Unit(PurePosixPath(path).stem, path, None, (), False, None, self.precision)
 
     @property
     def image_side(self) -> int | None:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from goc_deploy.calibration import CalibrationOptions
 from goc_deploy.captions import captions_from_bytes
-from goc_deploy.engine_dir import load_plan
+from goc_deploy.engine_dir import load_plan, mapped_weights
 from goc_deploy.errors import EngineDirError, GocError, ResourceError, UsageError
 from goc_deploy.manifest import Manifest, Unit
 from goc_deploy.options import Progress
 from goc_deploy.passes import with_stacks
 from goc_deploy.plan import Plan
-from goc_deploy.protocols import DTYPE_OF_PRECISION, NOTHING, Backend, Buffer, Engine, mapped_buffer
+from goc_deploy.protocols import NOTHING, Backend, Buffer, Engine
 from goc_deploy.publish import read_manifest, read_verified
 from goc_deploy.runtime import memory
 from goc_deploy.runtime.binding import Engines
@@ -151,10 +151,7 @@ def load_engines(
 
     def loaded_unit(unit: Unit) -> Engine:
         weights = content[unit.weights] if unit.weights else memoryview(b"")
-        dtype = DTYPE_OF_PRECISION[unit.precision]
-        parameters = {p.name: mapped_buffer(weights, p.offset, p.shape, dtype) for p in unit.parameters}
-        where = "inputs" if unit.weights_are_inputs else "initializers"
-        return loaded_graph(unit.onnx, **{where: parameters})
+        return loaded_graph(unit.onnx, *mapped_weights(unit, weights))
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         content = dict(zip(paths, pool.map(verified, paths), strict=True))
