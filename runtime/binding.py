@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,7 +9,14 @@ from goc_deploy import protocols
 from goc_deploy.captions import PromptEmbeds
 from goc_deploy.plan import Collect, Compute, Launch, Plan, Predict
 from goc_deploy.protocols import Buffer, Engine, Stream, taken
-from goc_deploy.runtime.buffers import Buffers, aligned_size, coefficient_row, keys_values_shape, modulation_rows
+from goc_deploy.runtime.buffers import (
+    Buffers,
+    aligned_size,
+    captions_of_block,
+    coefficient_row,
+    keys_values_shape,
+    modulation_rows,
+)
 from goc_deploy.spec import ModelSpec
 
 
@@ -149,17 +155,11 @@ class Binder:
 
     def _of_captions(self, block: int) -> dict[str, Buffer]:
         """What a branch of a block may read of the captions."""
-        spec, count, buffers = self._spec, self._batch.captions, self._buffers.captions
+        batch, buffers = self._batch, self._buffers.captions
         if buffers is None:
             return {}
-        _, *shape = keys_values_shape(spec, count)
-        size = math.prod(shape)
-        return {
-            "keys": buffers.keys_values.view(*shape, start=2 * block * size),
-            "values": buffers.keys_values.view(*shape, start=(2 * block + 1) * size),
-            "bias": buffers.bias.view(count, spec.caption_tokens),
-            "caption_rows": buffers.rows.view(self._batch.rows),
-        }
+        rows = buffers.rows.view(batch.rows)
+        return captions_of_block(self._spec, batch.captions, block, buffers.keys_values, buffers.bias, rows)
 
     def _pick_modulation(self, step: int) -> BoundLaunch:
         """Expand a step's table rows to the batch: only those that the step uses."""

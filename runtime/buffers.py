@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -91,6 +92,28 @@ def table_labels(spec: ModelSpec, capacity: int) -> int:
 def keys_values_shape(spec: ModelSpec, captions: int) -> tuple[int, int, int, int, int]:
     """Keys and values of every block."""
     return (2 * spec.depth, captions, spec.heads, spec.caption_tokens, spec.hidden // spec.heads)
+
+
+def captions_of_block(
+    spec: ModelSpec, captions: int, block: int, keys_values: Buffer, bias: Buffer, rows: Buffer
+) -> dict[str, Buffer]:
+    """What a branch of a block may read of the captions.
+
+    Args:
+        spec: the model.
+        captions: K, distinct captions.
+        block: which block.
+        keys_values, bias: see `CaptionBuffers`.
+        rows: (B,) which caption each row shows.
+    """
+    _, *shape = keys_values_shape(spec, captions)
+    size = math.prod(shape)
+    return {
+        "keys": keys_values.view(*shape, start=2 * block * size),
+        "values": keys_values.view(*shape, start=(2 * block + 1) * size),
+        "bias": bias.view(captions, spec.caption_tokens),
+        "caption_rows": rows,
+    }
 
 
 def modulation_rows(spec: ModelSpec) -> int:

@@ -11,13 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from goc_deploy.protocols import DTYPE_OF_PRECISION, NUMPY_DTYPES, Buffer, taken
+from goc_deploy.protocols import ALIGNMENT, DTYPE_OF_PRECISION, NUMPY_DTYPES, Buffer, taken
 from goc_deploy.runtime.binding import Engines
-from goc_deploy.runtime.buffers import keys_values_shape, modulation_rows, table_labels
+from goc_deploy.runtime.buffers import captions_of_block, keys_values_shape, modulation_rows, table_labels
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.spec import ModelSpec
-
-ALIGNMENT = 256
 
 
 class HostArray:
@@ -28,7 +26,7 @@ class HostArray:
         raw = np.zeros(elements * numpy_dtype.itemsize + ALIGNMENT, np.uint8)
         offset = -raw.ctypes.data % ALIGNMENT
         self._flat = raw[offset : offset + elements * numpy_dtype.itemsize].view(numpy_dtype)
-        self._buffer = Buffer(raw.ctypes.data + offset, (elements,), dtype, raw)
+        self.whole = Buffer(raw.ctypes.data + offset, (elements,), dtype, raw)
 
     def array(self, *shape: int, start: int = 0) -> np.ndarray:
         """Elements ``start ...`` as an array."""
@@ -36,7 +34,7 @@ class HostArray:
 
     def buffer(self, *shape: int, start: int = 0) -> Buffer:
         """The same elements as engines take them."""
-        return self._buffer.view(*shape, start=start)
+        return self.whole.view(*shape, start=start)
 
 
 class _CaptionArrays:
@@ -53,15 +51,8 @@ class _CaptionArrays:
 
     def of_block(self, block: int, rows: int) -> dict[str, Buffer]:
         """What a branch of a block may read."""
-        count = len(self.rows_of_table)
-        _, *shape = keys_values_shape(self._spec, count)
-        size = math.prod(shape)
-        return {
-            "keys": self.keys_values.buffer(*shape, start=2 * block * size),
-            "values": self.keys_values.buffer(*shape, start=(2 * block + 1) * size),
-            "bias": self.bias.buffer(count, self._spec.caption_tokens),
-            "caption_rows": self.rows.buffer(rows),
-        }
+        count, keys_values, bias = len(self.rows_of_table), self.keys_values.whole, self.bias.whole
+        return captions_of_block(self._spec, count, block, keys_values, bias, self.rows.buffer(rows))
 
 
 class Stepper:
