@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +20,7 @@ from goc_deploy.exporters.units import Input, Slab, UnitKind
 from goc_deploy.spec import ModelSpec
 
 SEED = 0  # of example inputs
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -136,6 +140,67 @@ def same_names(module: nn.Module, prefix: str = "") -> dict[str, tuple[Slab, ...
 def block_copies(module: nn.Module, depth: int, branch: str) -> dict[str, dict[str, tuple[Slab, ...]]]:
     """A copy of a branch's unit for every block, with that block's tensors."""
     return {f"block_{block:02d}_{branch}": same_names(module, f"blocks.{block}.") for block in range(depth)}
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What the tensors of DiT and PixArt say of the sizes; the names are the same in both.
+
+    Attributes:
+        patch, patch_width: of the patch embedding.
+        tokens: rows of the position table.
+        predicted: values that the final layer gives per token.
+        own: shape of one more tensor, which only this family has.
+    """
+
+    depth: int
+    hidden: int
+    mlp_hidden: int
+    channels: int
+    patch: int
+    patch_width: int
+    tokens: int
+    predicted: int
+    own: tuple[int, ...]
+
+    @property
+    def grid(self) -> int:
+        """Tokens per side, if they are square."""
+        return math.isqrt(self.tokens)
+
+    @property
+    def ratio(self) -> float:
+        """Predicted channels per channel: 1, or 2 with sigma."""
+        return self.predicted / (self.patch**2 * self.channels)
+
+
+def sizes_from_tensors(tensors: Mapping[str, Tensor], what: str, own: str) -> Sizes:
+    """Read sizes off tensors, as they are.
+
+    Args:
+        tensors: the checkpoint.
+        what: the family, for messages.
+        own: name of the tensor that only this family has.
+
+    Raises:
+        ModelError: a tensor is missing or has another number of dimensions.
+    """
+    try:
+        hidden, channels, patch, patch_width = tensors["x_embedder.proj.weight"].shape
+        _, tokens, _ = tensors["pos_embed"].shape
+        return Sizes(
+            depth=1 + max(int(m[1]) for m in map(_BLOCK.match, tensors) if m),
+            hidden=hidden,
+            mlp_hidden=tensors["blocks.0.mlp.fc1.weight"].shape[0],
+            channels=channels,
+            patch=patch,
+            patch_width=patch_width,
+            tokens=tokens,
+            predicted=tensors["final_layer.linear.weight"].shape[0],
+            own=tuple(tensors[own].shape),
+        )
+    except (KeyError, ValueError) as cause:
+        raise ModelError(f"the checkpoint looks like a {what} but its sizes cannot be read: {cause}") from cause
 
 
 def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], what: str) -> None:

@@ -11,34 +11,25 @@ import torch
 from torch import Tensor
 
 from goc_deploy.errors import ModelError
-from goc_deploy.exporters.folders import Renaming, Settings
+from goc_deploy.exporters.folders import (
+    OLD_CLASS,
+    TRANSFORMER_REQUIRED,
+    TRANSFORMER_SIZES,
+    Renaming,
+    Settings,
+    predicts_sigma,
+)
 from goc_deploy.schedule import MAX_BLOCKS
 from goc_deploy.spec import ModelSpec
 
 SETTINGS = Settings(
-    sizes={
-        "num_attention_heads": 16,
-        "attention_head_dim": 72,
-        "in_channels": 4,
-        "num_layers": 28,
-        "sample_size": 32,
-        "patch_size": 2,
-        "num_embeds_ada_norm": 1000,
-    },
+    sizes={**TRANSFORMER_SIZES, "sample_size": 32},
     required={
-        "_class_name": ("DiTTransformer2DModel", "Transformer2DModel"),  # the second is what old files say
+        "_class_name": ("DiTTransformer2DModel", OLD_CLASS),
         "norm_type": ("ada_norm_zero",),
-        "activation_fn": ("gelu-approximate",),
-        "attention_bias": (True,),
-        "norm_elementwise_affine": (False,),
-        "upcast_attention": (False,),
-        "attention_type": ("default",),
-        "double_self_attention": (False,),
-        "only_cross_attention": (False,),
-        "use_linear_projection": (False,),
+        **TRANSFORMER_REQUIRED,
         "cross_attention_dim": (None,),
         "caption_channels": (None,),
-        "num_vector_embeds": (None,),
         "interpolation_scale": (None, 1, 1.0),
         "use_additional_conditions": (None, False),
     },
@@ -57,9 +48,7 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
     """
     size = SETTINGS.check(config, where)
     channels, patch, norm_eps = size["in_channels"], size["patch_size"], config.get("norm_eps", DEFAULT_NORM_EPS)
-    predicted = config.get("out_channels")
-    if predicted not in (None, channels, 2 * channels):
-        raise ModelError(f"{where}: out_channels is {predicted!r}, expected {channels} or {2 * channels} (with sigma)")
+    learn_sigma = predicts_sigma(config, channels, None, where)
     if not isinstance(norm_eps, float) or not 0 < norm_eps < 1:
         raise ModelError(f"{where}: norm_eps must be a number between 0 and 1, got {norm_eps!r}")
     hidden = size["num_attention_heads"] * size["attention_head_dim"]
@@ -76,7 +65,7 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
         grid=size["sample_size"] // patch,
         channels=channels,
         classes=size["num_embeds_ada_norm"],
-        learn_sigma=predicted == 2 * channels,
+        learn_sigma=learn_sigma,
         frequency_shift=FREQUENCY_SHIFT,
         mlp_norm_eps=norm_eps,
     )

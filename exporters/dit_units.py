@@ -7,8 +7,6 @@ of each unit. Steps that compute nothing need only the first U + 2.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,9 +24,11 @@ from goc_deploy.exporters.architecture import (
     empty_module,
     same_names,
     shapes_of,
+    sizes_from_tensors,
 )
 from goc_deploy.exporters.dit import Attention, DiT, LabelEmbed, Mlp, PatchEmbed, TimestepEmbed, modulate, unpatchify
 from goc_deploy.exporters.dit_diffusers import spec_from_config, state_from_diffusers
+from goc_deploy.exporters.folders import is_transformer
 from goc_deploy.exporters.units import DTYPES, Input, Slab, UnitKind
 from goc_deploy.schedule import MAX_BLOCKS
 from goc_deploy.spec import ModelSpec
@@ -47,7 +47,6 @@ __all__ = [
 PIPELINES: tuple[str, ...] = ("DiTPipeline",)
 HEADS_OF_KNOWN_SIZES = {384: 6, 768: 12, 1024: 16, 1152: 16}  # S, B, L, XL
 SHIFT_ATTN, SCALE_ATTN, GATE_ATTN, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
 def matches(names: Sequence[str]) -> bool:
@@ -56,11 +55,8 @@ def matches(names: Sequence[str]) -> bool:
 
 
 def describes(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is a DiT's; old files name the class that was there before DiTTransformer2DModel."""
-    name = config.get("_class_name")
-    return name == "DiTTransformer2DModel" or (
-        name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero"
-    )
+    """Whether a ``config.json`` is a DiT's."""
+    return is_transformer(config, "DiTTransformer2DModel", "ada_norm_zero")
 
 
 def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> ModelSpec:
@@ -69,33 +65,34 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
     Raises:
         ModelError: sizes that do not fit each other, or heads that cannot be known.
     """
-    try:
-        hidden, channels, patch, patch_width = tensors["x_embedder.proj.weight"].shape
-        _, tokens, _ = tensors["pos_embed"].shape
-        depth = 1 + max(int(m[1]) for m in map(_BLOCK.match, tensors) if m)
-        mlp_hidden = tensors["blocks.0.mlp.fc1.weight"].shape[0]
-        predicted = tensors["final_layer.linear.weight"].shape[0]
-        rows = tensors["y_embedder.embedding_table.weight"].shape[0]
-    except (KeyError, ValueError) as cause:
-        raise ModelError(f"the checkpoint looks like a DiT but its sizes cannot be read: {cause}") from cause
-    grid = math.isqrt(tokens)
-    if grid**2 != tokens or patch != patch_width:
+    sizes = sizes_from_tensors(tensors, "DiT", "y_embedder.embedding_table.weight")
+    hidden, patch, values = sizes.hidden, sizes.patch, sizes.patch**2 * sizes.channels
+    if sizes.grid**2 != sizes.tokens or patch != sizes.patch_width:
         raise ModelError(
-            f"only square samples and patches are supported; found {tokens} tokens and patches of {patch}x{patch_width}"
+            f"only square samples and patches are supported; found {sizes.tokens} tokens and patches of {patch}x{sizes.patch_width}"
         )
-    if depth > MAX_BLOCKS:
-        raise ModelError(f"the checkpoint has {depth} blocks, at most {MAX_BLOCKS} are supported")
-    ratio = predicted / (patch**2 * channels)
-    if ratio not in (1, 2):
+    if sizes.depth > MAX_BLOCKS:
+        raise ModelError(f"the checkpoint has {sizes.depth} blocks, at most {MAX_BLOCKS} are supported")
+    if sizes.ratio not in (1, 2):
         raise ModelError(
-            f"the final layer predicts {predicted} values per token, expected {patch**2 * channels} (or twice that, with sigma)"
+            f"the final layer predicts {sizes.predicted} values per token, expected {values} (or twice that, with sigma)"
         )
     heads = heads or HEADS_OF_KNOWN_SIZES.get(hidden)
     if heads is None:
         raise ModelError(f"the number of attention heads cannot be read off a width of {hidden}; give --num-heads")
     if heads < 1 or hidden % heads:
         raise ModelError(f"{heads} heads do not divide the width {hidden}; give another --num-heads")
-    return ModelSpec(depth, hidden, heads, mlp_hidden, patch, grid, channels, rows - 1, ratio == 2)
+    return ModelSpec(
+        depth=sizes.depth,
+        hidden=hidden,
+        heads=heads,
+        mlp_hidden=sizes.mlp_hidden,
+        patch=patch,
+        grid=sizes.grid,
+        channels=sizes.channels,
+        classes=sizes.own[0] - 1,
+        learn_sigma=sizes.ratio == 2,
+    )
 
 
 class ConditioningUnit(nn.Module):

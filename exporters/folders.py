@@ -23,6 +23,27 @@ DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
 WITHOUT_EFFECT = ("_diffusers_version", "_name_or_path", "dropout", "norm_num_groups")  # on any transformer here
 MAX_SIZE = 10**5
 
+TRANSFORMER_SIZES = {  # of DiT and PixArt alike; the side of the latents differs
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "num_layers": 28,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 1000,
+}
+TRANSFORMER_REQUIRED: dict[str, tuple[Any, ...]] = {
+    "activation_fn": ("gelu-approximate",),
+    "attention_bias": (True,),
+    "norm_elementwise_affine": (False,),
+    "upcast_attention": (False,),
+    "attention_type": ("default",),
+    "double_self_attention": (False,),
+    "only_cross_attention": (False,),
+    "use_linear_projection": (False,),
+    "num_vector_embeds": (None,),
+}
+OLD_CLASS = "Transformer2DModel"  # what old files say in place of a class of its own
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -60,6 +81,24 @@ class Settings:
             if type(value) is not int or not 1 <= value <= MAX_SIZE:
                 raise ModelError(f"{where}: {name} must be a whole number from 1 on, got {value!r}")
         return found_sizes
+
+
+def is_transformer(config: Mapping[str, Any], own_class: str, norm_type: str) -> bool:
+    """Whether a ``config.json`` is of a class; old files name `OLD_CLASS`, and the norm tells."""
+    name = config.get("_class_name")
+    return name == own_class or (name == OLD_CLASS and config.get("norm_type") == norm_type)
+
+
+def predicts_sigma(config: Mapping[str, Any], channels: int, default: int | None, where: str) -> bool:
+    """Whether ``out_channels`` (``default`` where it is missing) says that a transformer predicts sigma too.
+
+    Raises:
+        ModelError: neither once nor twice the channels.
+    """
+    predicted = config.get("out_channels", default)
+    if predicted not in (None, channels, 2 * channels):
+        raise ModelError(f"{where}: out_channels is {predicted!r}, expected {channels} or {2 * channels} (with sigma)")
+    return bool(predicted == 2 * channels)
 
 
 def read_json(path: Path) -> dict[str, Any]:

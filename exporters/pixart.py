@@ -9,8 +9,6 @@ ICLR 2024, section 2.3 and figure 4.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,16 +28,30 @@ from goc_deploy.exporters.architecture import (
     empty_module,
     same_names,
     shapes_of,
+    sizes_from_tensors,
 )
 from goc_deploy.exporters.dit import TIMESTEP_FREQUENCIES, Attention, Mlp, TimestepEmbed, timestep_features
 from goc_deploy.exporters.dit_units import (
+    GATE_ATTN,
+    GATE_MLP,
     HEADS_OF_KNOWN_SIZES,
+    SCALE_ATTN,
+    SCALE_MLP,
+    SHIFT_ATTN,
+    SHIFT_MLP,
     AttnUnit,
     EmbedUnit,
     FinalUnit,
     MlpUnit,
 )
-from goc_deploy.exporters.pixart_diffusers import spec_from_config, state_from_diffusers
+from goc_deploy.exporters.folders import is_transformer
+from goc_deploy.exporters.pixart_diffusers import (
+    BRANCHES,
+    PIXELS_PER_LATENT,
+    TOKENS,
+    spec_from_config,
+    state_from_diffusers,
+)
 from goc_deploy.exporters.units import DTYPES, Input, Slab, UnitKind
 from goc_deploy.schedule import MAX_BLOCKS
 from goc_deploy.spec import ModelSpec
@@ -56,12 +68,7 @@ __all__ = [
 ]
 
 PIPELINES: tuple[str, ...] = ("PixArtAlphaPipeline",)
-BRANCHES = ("attn", "cross", "mlp")
-PIXELS_PER_LATENT = 8  # of the VAE that it was trained with: what a model that is told the image's size is told
-DEFAULT_TOKENS = 120  # of a caption
 NULL_CAPTION = "y_embedder.y_embedding"  # which the reference pipeline of diffusers does not use
-SHIFT_ATTN, SCALE_ATTN, GATE_ATTN, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
 def matches(names: Sequence[str]) -> bool:
@@ -70,11 +77,8 @@ def matches(names: Sequence[str]) -> bool:
 
 
 def describes(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is a PixArt's; old files name the class that was there before its own."""
-    name = config.get("_class_name")
-    return name == "PixArtTransformer2DModel" or (
-        name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_single"
-    )
+    """Whether a ``config.json`` is a PixArt's."""
+    return is_transformer(config, "PixArtTransformer2DModel", "ada_norm_single")
 
 
 def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> ModelSpec:
@@ -83,19 +87,11 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
     Raises:
         ModelError: sizes that do not fit each other, or heads that cannot be known.
     """
-    try:
-        hidden, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
-        _, tokens, _ = tensors["pos_embed"].shape
-        depth = 1 + max(int(m[1]) for m in map(_BLOCK.match, tensors) if m)
-        mlp_hidden = tensors["blocks.0.mlp.fc1.weight"].shape[0]
-        predicted = tensors["final_layer.linear.weight"].shape[0]
-        caption_channels = tensors["y_embedder.y_proj.fc1.weight"].shape[1]
-    except (KeyError, ValueError) as cause:
-        raise ModelError(f"the checkpoint looks like a PixArt but its sizes cannot be read: {cause}") from cause
-    grid, ratio = math.isqrt(tokens), predicted / (patch**2 * channels)
-    if grid**2 != tokens or ratio not in (1, 2) or depth > MAX_BLOCKS:
+    sizes = sizes_from_tensors(tensors, "PixArt", "y_embedder.y_proj.fc1.weight")
+    hidden, patch, channels = sizes.hidden, sizes.patch, sizes.channels
+    if sizes.grid**2 != sizes.tokens or sizes.ratio not in (1, 2) or sizes.depth > MAX_BLOCKS:
         raise ModelError(
-            f"the checkpoint has {tokens} tokens, {depth} blocks and predicts {predicted} values per token; supported are "
+            f"the checkpoint has {sizes.tokens} tokens, {sizes.depth} blocks and predicts {sizes.predicted} values per token; supported are "
             f"square samples, {MAX_BLOCKS} blocks at most, and {patch**2 * channels} values (or twice that, with sigma)"
         )
     heads = heads or HEADS_OF_KNOWN_SIZES.get(hidden)
@@ -103,21 +99,21 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
         raise ModelError(f"the width {hidden} does not tell the number of attention heads; give --num-heads")
     null = tensors.get(NULL_CAPTION)
     return ModelSpec(
-        depth=depth,
+        depth=sizes.depth,
         hidden=hidden,
         heads=heads,
-        mlp_hidden=mlp_hidden,
+        mlp_hidden=sizes.mlp_hidden,
         patch=patch,
-        grid=grid,
+        grid=sizes.grid,
         channels=channels,
         classes=0,
-        learn_sigma=ratio == 2,
+        learn_sigma=sizes.ratio == 2,
         architecture="pixart",
         branches=BRANCHES,
         guided_channels=channels,
-        caption_channels=caption_channels,
-        caption_tokens=DEFAULT_TOKENS if null is None else null.shape[0],
-        told_size=grid * patch * PIXELS_PER_LATENT if "csize_embedder.mlp.0.weight" in tensors else 0,
+        caption_channels=sizes.own[1],
+        caption_tokens=TOKENS if null is None else null.shape[0],
+        told_size=sizes.grid * patch * PIXELS_PER_LATENT if "csize_embedder.mlp.0.weight" in tensors else 0,
     )
 
 

@@ -10,32 +10,23 @@ from torch import Tensor
 
 from goc_deploy.errors import ModelError
 from goc_deploy.exporters.dit_diffusers import position_table
-from goc_deploy.exporters.folders import Renaming, Settings
+from goc_deploy.exporters.folders import (
+    OLD_CLASS,
+    TRANSFORMER_REQUIRED,
+    TRANSFORMER_SIZES,
+    Renaming,
+    Settings,
+    predicts_sigma,
+)
 from goc_deploy.schedule import MAX_BLOCKS
 from goc_deploy.spec import ModelSpec
 
 SETTINGS = Settings(
-    sizes={
-        "num_attention_heads": 16,
-        "attention_head_dim": 72,
-        "in_channels": 4,
-        "num_layers": 28,
-        "sample_size": 128,
-        "patch_size": 2,
-        "num_embeds_ada_norm": 1000,
-    },
+    sizes={**TRANSFORMER_SIZES, "sample_size": 128},
     required={
-        "_class_name": ("PixArtTransformer2DModel", "Transformer2DModel"),  # the second is what old files say
+        "_class_name": ("PixArtTransformer2DModel", OLD_CLASS),
         "norm_type": ("ada_norm_single",),
-        "activation_fn": ("gelu-approximate",),
-        "attention_bias": (True,),
-        "norm_elementwise_affine": (False,),
-        "upcast_attention": (False,),
-        "attention_type": ("default",),
-        "double_self_attention": (False,),
-        "only_cross_attention": (False,),
-        "use_linear_projection": (False,),
-        "num_vector_embeds": (None,),
+        **TRANSFORMER_REQUIRED,
         "norm_eps": (1e-6,),
     },
     read=(
@@ -47,7 +38,8 @@ SETTINGS = Settings(
     ),
 )
 SIDE_THAT_IS_TOLD = 128  # latents of this side come with the size of the image, where the file does not say
-PIXELS_PER_LATENT = 8
+BRANCHES = ("attn", "cross", "mlp")
+PIXELS_PER_LATENT = 8  # of the VAE that it was trained with: what a model that is told the image's size is told
 TOKENS = 120  # of a caption, in the pipeline that the configuration belongs to
 BASE_SIDE = 64  # position tables are stretched for larger latents
 
@@ -61,9 +53,7 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
     size = SETTINGS.check(config, where)
     channels, patch, side = size["in_channels"], size["patch_size"], size["sample_size"]
     hidden = size["num_attention_heads"] * size["attention_head_dim"]
-    predicted = config.get("out_channels", 8)
-    if predicted not in (None, channels, 2 * channels):
-        raise ModelError(f"{where}: out_channels is {predicted!r}, expected {channels} or {2 * channels} (with sigma)")
+    learn_sigma = predicts_sigma(config, channels, 8, where)
     if config.get("cross_attention_dim", hidden) != hidden:
         raise ModelError(
             f"{where}: cross_attention_dim is {config['cross_attention_dim']!r}, only {hidden} is supported"
@@ -91,9 +81,9 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
         grid=side // patch,
         channels=channels,
         classes=0,
-        learn_sigma=predicted == 2 * channels,
+        learn_sigma=learn_sigma,
         architecture="pixart",
-        branches=("attn", "cross", "mlp"),
+        branches=BRANCHES,
         guided_channels=channels,
         caption_channels=captions,
         caption_tokens=TOKENS,
