@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from goc_deploy.errors import EnvironmentUnsupportedError
+
 GOLDEN = Path(__file__).parent / "golden"
 MNIST = Path(__file__).parents[1] / "examples" / "mnist"
 BIN = Path(sys.executable).parent
@@ -51,6 +53,21 @@ def command() -> Command:
         return done
 
     return run
+
+
+@pytest.fixture
+def gpu() -> None:
+    """Skip, with the reason, where no GPU can be used."""
+    import torch
+
+    from goc_deploy.engines.plugin import driver
+
+    try:
+        driver.device_capability()
+    except EnvironmentUnsupportedError as reason:
+        pytest.skip(str(reason))
+    if not torch.cuda.is_available():
+        pytest.skip("this torch has no CUDA")
 
 
 @pytest.fixture(scope="session")

@@ -22,20 +22,10 @@ from goc_deploy.publish import read_manifest
 from tests.conftest import GOLDEN, GOLDEN_PLANS, Command
 from tests.reference import relative_l2, worst_step
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
 
 REQUEST = {"cfg_scale": 2.0, "trajectory": True}
 WAYS = [(backend, weights) for backend in ENGINE_BACKENDS for weights in WEIGHT_MODES]
-
-
-@pytest.fixture(autouse=True)
-def gpu() -> None:
-    try:
-        driver.device_capability()
-    except EnvironmentUnsupportedError as reason:
-        pytest.skip(str(reason))
-    if not torch.cuda.is_available():
-        pytest.skip("this torch has no CUDA")
 
 
 @pytest.fixture(scope="module")
