@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from matplotlib.figure import Figure
 
-TIMES = "times.json"
+from benchmarks.results import TIMES
+
 METRIC = "converged_relative_l2"
 
 
