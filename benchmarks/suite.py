@@ -191,11 +191,11 @@ def _summary(contender: Contender, outcomes: dict[str, list[Outcome]], kinds: li
 
 
 def _warm_up(contender: Contender, work: Work) -> None:
-    """The first two steps, which compile, fault pages in and fill caches; our plans are warm (`contenders.ours`)."""
+    """The first step, which compiles, faults pages in and fills caches; our plans are warm (`contenders.ours`)."""
     if contender.name.startswith("ours"):
         return
     columns = ("timesteps", "latent", "model", "noise", "spread", "estimate", "history")
-    first = replace(work.table, **{column: getattr(work.table, column)[:2] for column in columns})
+    first = replace(work.table, **{column: getattr(work.table, column)[:1] for column in columns})
     _say(f"warming up {contender.name}")
     contender.run(replace(work, table=first))
 
