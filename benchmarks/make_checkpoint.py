@@ -1,6 +1,7 @@
-"""Write a DiT checkpoint of a public size with random weights, in the public layout.
+"""Write a DiT or PixArt checkpoint of a public size with random weights, in the public layout.
 
     python benchmarks/make_checkpoint.py XL/2 dit-xl-2.pt
+    python benchmarks/make_checkpoint.py PixArt-XL/2 pixart-xl-2.pth
 
 Random weights cost what trained ones cost. adaLN layers are not zero, so every unit has an effect.
 """
@@ -8,42 +9,57 @@ Random weights cost what trained ones cost. adaLN layers are not zero, so every 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from goc_deploy.exporters.architecture import shapes_of
 from goc_deploy.exporters.dit import DiT
+from goc_deploy.exporters.pixart import NULL_CAPTION, PublicLayout
 from goc_deploy.spec import ModelSpec
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 MODULATION_SCALE = 0.3
+PIXART = "PixArt-"
+PIXART_SPEC = {
+    "classes": 0,
+    "architecture": "pixart",
+    "branches": ("attn", "cross", "mlp"),
+    "guided_channels": 4,
+    "caption_channels": 4096,
+    "caption_tokens": 120,
+}
 
 
 def spec_of(name: str, image_size: int) -> ModelSpec:
-    """The sizes of ``XL/2`` and its relatives for images of ``image_size`` pixels behind an 8x VAE."""
-    size, patch = name.split("/")
+    """The sizes of ``XL/2`` or ``PixArt-XL/2`` and their relatives for images of ``image_size`` pixels behind an 8x VAE."""
+    size, patch = name.removeprefix(PIXART).split("/")
     depth, hidden, heads = SIZES[size]
-    return ModelSpec(depth, hidden, heads, 4 * hidden, int(patch), image_size // 8 // int(patch), 4, 1000, True)
+    spec = ModelSpec(depth, hidden, heads, 4 * hidden, int(patch), image_size // 8 // int(patch), 4, 1000, True)
+    return replace(spec, **PIXART_SPEC) if name.startswith(PIXART) else spec
 
 
 def random_state(spec: ModelSpec, seed: int) -> dict[str, torch.Tensor]:
     """Weights that keep activations of order one through the depth."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in DiT(spec).state_dict().items()}
+    shapes = shapes_of(lambda: PublicLayout(spec) if spec.draws_captions else DiT(spec))
+    if spec.draws_captions:
+        shapes[NULL_CAPTION] = (spec.caption_tokens, spec.caption_channels)
     state = {}
     for name, shape in shapes.items():
-        fan_in = shape[1:].numel() if len(shape) > 1 else 2500
-        scale = MODULATION_SCALE if "adaLN" in name else 1.0
+        fan_in = math.prod(shape[1:]) if len(shape) > 1 else 2500
+        scale = MODULATION_SCALE if "adaLN" in name or "t_block" in name else 1.0
         state[name] = torch.randn(shape, generator=generator).mul_(scale * fan_in**-0.5)
     return state
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="S/2, B/2, L/2, XL/2, or another patch size")
+    parser.add_argument("model", help="S/2, B/2, L/2, XL/2, or another patch size; PixArt-XL/2")
     parser.add_argument("output", type=Path)
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,246 +1,47 @@
-"""Train the small class-conditional DiT of this example on MNIST digits, on a CPU."""
+"""Train the small class-conditional DiT of this example on MNIST digits, on a CPU: on pixels, or on the latents of a VAE."""
 
 from __future__ import annotations
 
-import argparse
-import copy
-import csv
-import math
-import os
-import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from autoencoder import encoded
+from torch import nn
+from training import add_denoiser_options, initialise, load_digits, save, train_denoiser, training_parser
 
 from goc_deploy.exporters.dit import DiT
 from goc_deploy.spec import ModelSpec
 
-HERE = Path(__file__).resolve().parent
-SPEC = ModelSpec(
+PIXELS = ModelSpec(
     depth=8, hidden=128, heads=4, mlp_hidden=512, patch=4, grid=7, channels=1, classes=10, learn_sigma=False
 )
-TRAIN_TIMESTEPS = 1000
-BETA_START, BETA_END = 1e-4, 0.02
-SNR_CAP = 5.0
-LABEL_DROPOUT = 0.1
-WARMUP_STEPS = 100
-GRADIENT_NORM = 1.0
-MOMENTUM = 0.95
-ORTHOGONAL_STEPS = 5
-ORTHOGONAL_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+LATENTS = replace(PIXELS, depth=6, hidden=96, mlp_hidden=384, patch=1, channels=4)
 
 
-def axis_table(positions: Tensor, width: int) -> Tensor:
-    """Sines and cosines of (T,) positions at width/2 geometrically spaced frequencies: (T, width)."""
-    frequencies = 10_000.0 ** -(torch.arange(width // 2, dtype=torch.float64) / (width // 2))
-    angles = positions.double()[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+class TrainedDiT(DiT):
+    """A DiT with the weights a run starts from; with adaLN-Zero every block starts as the identity."""
 
-
-def position_table(grid: int, hidden: int) -> Tensor:
-    """Fixed 2-D sin-cos table (1, grid*grid, hidden): columns in the first half, rows in the second."""
-    rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-    halves = [axis_table(axis.flatten(), hidden // 2) for axis in (columns, rows)]
-    return torch.cat(halves, dim=1)[None]
-
-
-def initialise(model: DiT) -> None:
-    """Set the weights a run starts from; with adaLN-Zero every block starts as the identity."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for linear in linears.values():
-        nn.init.xavier_uniform_(linear.weight)
-        nn.init.zeros_(linear.bias)
-    patches = model.x_embedder.proj
-    nn.init.xavier_uniform_(patches.weight.data.flatten(1))
-    if patches.bias is not None:
-        nn.init.zeros_(patches.bias)
-    nn.init.normal_(model.y_embedder.embedding_table.weight, std=0.02)
-    for name, linear in linears.items():
-        if name.startswith("t_embedder."):
-            nn.init.normal_(linear.weight, std=0.02)
-        elif "adaLN_modulation" in name or name == "final_layer.linear":
-            nn.init.zeros_(linear.weight)
-    model.pos_embed.data.copy_(position_table(model.spec.grid, model.spec.hidden))
-
-
-def load_digits(path: Path) -> tuple[Tensor, Tensor]:
-    """Images (N, 1, 28, 28) float32 in [-1, 1] and labels (N,) int64."""
-    with np.load(path) as data:
-        images = torch.from_numpy(data["images"]).float()[:, None] / 127.5 - 1
-        labels = torch.from_numpy(data["labels"]).long()
-    return images, labels
-
-
-def signal_levels() -> Tensor:
-    """Cumulative products of 1 - beta for the linear schedule, (1000,) float32."""
-    betas = torch.linspace(BETA_START, BETA_END, TRAIN_TIMESTEPS, dtype=torch.float64)
-    return torch.cumprod(1 - betas, dim=0).float()
-
-
-def spread_timesteps(batch: int) -> Tensor:
-    """One random timestep from each of ``batch`` equal parts of the range, which makes the loss less noisy."""
-    places = (torch.arange(batch) + torch.rand(batch)) / batch
-    return (places * TRAIN_TIMESTEPS).long().clamp(max=TRAIN_TIMESTEPS - 1)
-
-
-def noise_losses(model: DiT, images: Tensor, labels: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted loss to minimise and plain mean squared error of the predicted noise, for one batch.
-
-    The weight min(SNR, 5) / SNR holds back the nearly clean timesteps, whose noise no small model can predict.
-    """
-    t = spread_timesteps(len(images))
-    alpha = alphas[t]
-    noise = torch.randn_like(images)
-    noisy = alpha.sqrt()[:, None, None, None] * images + (1 - alpha).sqrt()[:, None, None, None] * noise
-    dropped = torch.rand(len(labels)) < LABEL_DROPOUT
-    conditions = torch.where(dropped, torch.full_like(labels, model.spec.classes), labels)
-    errors: Tensor = (model(noisy, t.float(), conditions) - noise).square().mean(dim=(1, 2, 3))
-    snr = alpha / (1 - alpha)
-    return (errors * snr.clamp(max=SNR_CAP) / snr).mean(), errors.mean().detach()
-
-
-def orthogonal(matrix: Tensor) -> Tensor:
-    """Roughly the orthogonal factor of a matrix: its singular values are driven towards 1 by a quintic iteration."""
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / (x.norm() + 1e-7)
-    a, b, c = ORTHOGONAL_COEFFICIENTS
-    for _ in range(ORTHOGONAL_STEPS):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if tall else x
-
-
-class Optimizer:
-    """Muon for the matrices of the attention and MLP branches, AdamW for everything else.
-
-    Muon (Jordan et al., 2024) steps along the orthogonal factor of the momentum; in short trials the loss of this
-    model fell faster with it than with AdamW alone.
-    """
-
-    def __init__(self, model: DiT, adam_rate: float, muon_rate: float) -> None:
-        self.rates = adam_rate, muon_rate
-        branches = {
-            name: parameter
-            for name, parameter in model.named_parameters()
-            if name.startswith("blocks.") and "adaLN_modulation" not in name and parameter.ndim == 2
-        }
-        self.matrices = list(branches.values())
-        self.momenta = [torch.zeros_like(matrix) for matrix in self.matrices]
-        others = [p for name, p in model.named_parameters() if p.requires_grad and name not in branches]
-        self.adam = torch.optim.AdamW(others, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
-
-    @torch.no_grad()
-    def step(self, factor: float) -> None:
-        """Update the weights from their gradients, with both learning rates times ``factor``."""
-        adam_rate, muon_rate = self.rates
-        self.adam.param_groups[0]["lr"] = adam_rate * factor
-        self.adam.step()
-        for matrix, momentum in zip(self.matrices, self.momenta, strict=True):
-            assert matrix.grad is not None
-            momentum.lerp_(matrix.grad, 1 - MOMENTUM)
-            direction = orthogonal(matrix.grad.lerp(momentum, MOMENTUM))
-            shape_factor = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
-            matrix.add_(direction, alpha=-muon_rate * factor * shape_factor)
-
-
-def rate_factor(step: int, progress: float) -> float:
-    """Linear warm-up over the first steps, times half a cosine over the run; ``progress`` is 0..1."""
-    return min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def update_average(average: DiT, model: DiT, step: int, decay: float) -> None:
-    """Move the averaged weights towards the model's, faster in the first steps."""
-    rate = 1 - min(decay, (1 + step) / (10 + step))
-    with torch.no_grad():
-        for mean, value in zip(average.parameters(), model.parameters(), strict=True):
-            mean.lerp_(value, rate)
-
-
-def save(model: DiT, path: Path) -> None:
-    """Write the plain state dict; readers see the old file or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(model.state_dict(), temporary)
-    os.replace(temporary, path)
-
-
-def train(args: argparse.Namespace) -> None:
-    """Run the training that the arguments describe and write the checkpoint and the loss log."""
-    torch.manual_seed(args.seed)
-    images, labels = load_digits(args.data)
-    alphas = signal_levels()
-    model = DiT(SPEC)
-    initialise(model)
-    average = copy.deepcopy(model)
-    optimizer = Optimizer(model, args.adam_rate, args.muon_rate)
-    limit = f"{args.steps} steps" if args.steps else f"{args.minutes:g} minutes"
-    print(f"model {asdict(SPEC)}, {sum(p.numel() for p in model.parameters())} parameters")
-    rates = f"learning rates {args.adam_rate:g} (AdamW) and {args.muon_rate:g} (Muon)"
-    print(f"{len(images)} images, batch {args.batch}, {rates}, ema {args.ema}, seed {args.seed}, {limit}", flush=True)
-
-    start = time.monotonic()
-    next_snapshot = args.snapshot_minutes
-    order = torch.randperm(len(images))
-    position = step = 0
-    window: list[tuple[float, float]] = []
-    log_path = args.out.with_suffix(".csv")
-    with log_path.open("w", newline="") as stream:
-        log = csv.writer(stream, lineterminator="\n")
-        log.writerow(["step", "seconds", "rate_factor", "weighted_loss", "mse"])
-        while True:
-            minutes = (time.monotonic() - start) / 60
-            progress = step / args.steps if args.steps else minutes / args.minutes
-            factor = rate_factor(step, progress)
-            if window and (len(window) == args.log_every or progress >= 1):
-                weighted, mse = np.mean(window, axis=0)
-                log.writerow([step, f"{minutes * 60:.0f}", f"{factor:.4f}", f"{weighted:.5f}", f"{mse:.5f}"])
-                stream.flush()
-                print(f"step {step}, {minutes:.1f} min, loss {weighted:.5f}, mse {mse:.5f}", flush=True)
-                window.clear()
-            if args.snapshots and minutes >= next_snapshot:
-                save(average, args.snapshots / f"ema_{next_snapshot:g}min.pt")
-                next_snapshot += args.snapshot_minutes
-            if progress >= 1:
-                break
-            if position + args.batch > len(order):
-                order, position = torch.randperm(len(images)), 0
-            chosen = order[position : position + args.batch]
-            position += args.batch
-            loss, mse_batch = noise_losses(model, images[chosen], labels[chosen], alphas)
-            model.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
-            optimizer.step(factor)
-            update_average(average, model, step, args.ema)
-            window.append((loss.item(), mse_batch.item()))
-            step += 1
-    save(average, args.out)
-    print(f"{step} steps in {(time.monotonic() - start) / 60:.1f} minutes: {args.out}")
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        self.null_condition = spec.classes
+        initialise(self, lambda name: "adaLN_modulation" in name or name == "final_layer.linear")
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, default=40.0, help="train for this long (default %(default)s)")
-    length.add_argument("--steps", type=int, help="train for this many steps instead; repeatable")
-    parser.add_argument("--data", type=Path, default=HERE / "mnist10k.npz")
-    parser.add_argument("--out", type=Path, default=HERE / "dit_mnist.pt", help="checkpoint; the log gets suffix .csv")
-    parser.add_argument("--snapshots", type=Path, help="existing folder for averaged weights on the way")
-    parser.add_argument("--snapshot-minutes", type=float, default=5.0)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--adam-rate", type=float, default=3e-3, help="peak learning rate of AdamW")
-    parser.add_argument("--muon-rate", type=float, default=0.02, help="peak learning rate of Muon")
-    parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights")
-    parser.add_argument("--log-every", type=int, default=100, help="steps per line of the loss log")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser = training_parser(__doc__, "dit_mnist.pt", minutes=40.0)
+    add_denoiser_options(parser)
+    parser.add_argument("--vae", type=Path, help="folder of train_vae.py, to train on its latents")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    train(args)
+    torch.manual_seed(args.seed)
+    images, labels = load_digits(args.data)
+    if args.vae:
+        images = encoded(args.vae, images)
+    model = train_denoiser(TrainedDiT(LATENTS if args.vae else PIXELS), images, labels, args)
+    save(model.state_dict(), args.out)
     return 0
 
 
