@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from goc_deploy.exporters.dit_diffusers import position_table
+
 HERE = Path(__file__).resolve().parent
 TRAIN_TIMESTEPS = 1000
 BETA_START, BETA_END = 1e-4, 0.02
@@ -26,20 +28,6 @@ GRADIENT_NORM = 1.0
 MOMENTUM = 0.95
 ORTHOGONAL_STEPS = 5
 ORTHOGONAL_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-
-
-def axis_table(positions: Tensor, width: int) -> Tensor:
-    """Sines and cosines of (T,) positions at width/2 geometrically spaced frequencies: (T, width)."""
-    frequencies = 10_000.0 ** -(torch.arange(width // 2, dtype=torch.float64) / (width // 2))
-    angles = positions.double()[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
-
-
-def position_table(grid: int, hidden: int) -> Tensor:
-    """Fixed 2-D sin-cos table (1, grid*grid, hidden): columns in the first half, rows in the second."""
-    rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-    halves = [axis_table(axis.flatten(), hidden // 2) for axis in (columns, rows)]
-    return torch.cat(halves, dim=1)[None]
 
 
 def initialise(model: nn.Module, zero: Callable[[str], bool]) -> None:

@@ -62,7 +62,7 @@ def test_the_single_graph_computes_the_same(model: DiT, work: Work, tmp_path: Pa
 
 @pytest.mark.filterwarnings("ignore")  # of diffusers about itself
 def test_diffusers_computes_the_same_on_shared_tensors(model: DiT, work: Work) -> None:
-    pytest.importorskip("diffusers", reason="diffusers comes with the bench extra")
+    pytest.importorskip("diffusers", reason="diffusers comes with the judges extra")
     from benchmarks.diffusers_dit import run_pipeline, transformer_from_dit
 
     transformer = transformer_from_dit(model)

@@ -247,7 +247,7 @@ def test_class_names_are_labels_of_the_command_line(pipeline_folder: Path, comma
 @pytest.mark.filterwarnings("ignore")  # of diffusers about itself
 def test_an_exported_folder_draws_what_the_pipeline_of_diffusers_draws(tmp_path: Path) -> None:
     """A random model, saved by diffusers: units against its blocks, then the whole loop with its own DDIM."""
-    diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the bench extra")
+    diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the judges extra")
     from benchmarks.diffusers_dit import KeepLatents
 
     config = {k: v for k, v in CONFIG.items() if not k.startswith("_")}

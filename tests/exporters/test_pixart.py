@@ -311,7 +311,7 @@ def test_damaged_captions_are_refused(engine: Path, checkpoint: Path, tmp_path: 
 @pytest.mark.filterwarnings("ignore")  # of diffusers about itself
 def test_a_folder_draws_what_diffusers_draws(tmp_path: Path) -> None:
     """A random model, saved by diffusers: its own blocks, hooked to cache, with its own DPM-Solver++."""
-    diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the bench extra")
+    diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the judges extra")
     torch.manual_seed(0)
     config = {k: v for k, v in CONFIG.items() if not k.startswith("_")}
     judge = diffusers.PixArtTransformer2DModel(**config).eval()
@@ -372,7 +372,7 @@ def test_a_folder_draws_what_diffusers_draws(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")  # of diffusers and transformers about themselves
 def test_images_are_those_of_the_pipeline_of_diffusers(tmp_path: Path) -> None:
     """PixArtAlphaPipeline with supplied embeddings and a random VAE, from its folder to pixels."""
-    diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the bench extra")
+    diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the judges extra")
     pytest.importorskip("transformers", reason="PixArtAlphaPipeline needs transformers, which is not installed")
     torch.manual_seed(0)
     config = {k: v for k, v in CONFIG.items() if not k.startswith("_")} | {"use_additional_conditions": False}

@@ -300,7 +300,7 @@ def test_prompts_in_a_file_need_a_text_encoder(tmp_path: Path) -> None:
 def test_tokens_are_those_of_sentencepiece(tmp_path: Path) -> None:
     """A trained model with its character map, read by both libraries."""
     tokenizers = pytest.importorskip("tokenizers", reason="tokenizers comes with the text extra")
-    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece comes with the judges extra")
     text = (Path(__file__).parents[2] / "README.md").read_text()
     (tmp_path / "text.txt").write_text(text)
     sentencepiece.SentencePieceTrainer.train(
@@ -317,7 +317,7 @@ def test_tokens_are_those_of_sentencepiece(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")  # of transformers and diffusers about themselves
 @pytest.mark.parametrize("kind", ["gated-gelu", "relu"])
 def test_embeddings_are_those_of_transformers(tmp_path: Path, kind: str) -> None:
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers comes with the judges extra")
     torch.manual_seed(1)
     config = {**CONFIG, "feed_forward_proj": kind}
     judge = transformers.T5EncoderModel(transformers.T5Config(**config)).eval()

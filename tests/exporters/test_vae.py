@@ -109,7 +109,7 @@ def whole_decoder(folder: Path) -> VaeDecoder:
 
 @pytest.mark.filterwarnings("ignore")  # of diffusers about itself
 def test_pixels_are_those_of_diffusers(tmp_path: Path) -> None:
-    diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the bench extra")
+    diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the judges extra")
     torch.manual_seed(2)
     judge = diffusers.AutoencoderKL(**{k: v for k, v in CONFIG.items() if not k.startswith("_")}).eval()
     for parameter in judge.parameters():

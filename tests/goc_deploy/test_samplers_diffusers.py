@@ -10,7 +10,7 @@ import torch
 from goc_deploy.samplers import sampler_table
 from tests.reference import SIGNAL, relative_l2, table_step
 
-diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (the bench extra)")
+diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the judges extra")
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with NumPy 2
 
