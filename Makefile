@@ -14,7 +14,7 @@ demo: $(VENV)/installed  ## export the shipped checkpoint, run it without cache 
 	$(BIN)/python examples/show.py $(OUT)/demo/goc.png
 
 test: $(VENV)/installed  ## run every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-gpu: $(VENV)/installed  ## what needs a CUDA device (docs/gpu.md)
 	$(BIN)/python -m pytest -m gpu -rs
