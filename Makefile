@@ -3,6 +3,8 @@ VENV ?= .venv
 OUT ?= out
 BIN := $(VENV)/bin
 ENGINE := $(OUT)/demo/engine
+SUITE := $(BIN)/python benchmarks/suite.py --output $(OUT)/bench
+UNCACHED := pytorch none,torch.compile,diffusers,one graph,ours none
 DEMO_RUN := $(BIN)/goc-run $(ENGINE) --num-images 40 --seed 1
 
 .PHONY: demo test test-gpu check format bench bench-full clean
@@ -30,14 +32,17 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 bench: $(VENV)/bench-installed  ## beside PyTorch, torch.compile, diffusers and one ONNX graph: minutes
-	$(BIN)/python benchmarks/suite.py --model demo --batch 1 --batch 4 --batch 16 --output $(OUT)/bench
-	$(BIN)/python benchmarks/suite.py --model S/2 --batch 1 --batch 4 --output $(OUT)/bench
+	$(SUITE) --model demo --batch 1 --batch 4 --batch 16
+	$(SUITE) --model S/2 --batch 1 --batch 4
 
 bench-full: bench  ## and DiT-B/2, DiT-XL/2, bigger batches, and scaling curves: hours
-	$(BIN)/python benchmarks/suite.py --model S/2 --batch 16 --rounds 2 --output $(OUT)/bench
-	$(BIN)/python benchmarks/suite.py --model B/2 --batch 1 --batch 4 --batch 16 --rounds 2 --output $(OUT)/bench
-	$(BIN)/python benchmarks/suite.py --model XL/2 --batch 1 --rounds 2 --output $(OUT)/bench
-	$(BIN)/python benchmarks/suite.py --model XL/2 --batch 4 --batch 16 --rounds 1 --steps 4 --only 'pytorch none,one graph,ours none,ours fora:2' --output $(OUT)/bench
+	$(SUITE) --model S/2 --batch 16 --steps 4 --rounds 2
+	$(SUITE) --model B/2 --batch 1 --steps 10 --rounds 2
+	$(SUITE) --model B/2 --batch 4 --steps 2 --rounds 7 --only '$(UNCACHED),ours fora:2+gc'
+	$(SUITE) --model B/2 --batch 16 --steps 2 --rounds 2 --only '$(UNCACHED),ours fora:2+gc'
+	$(SUITE) --model XL/2 --batch 1 --rounds 2
+	$(SUITE) --model XL/2 --batch 4 --steps 2 --rounds 2 --only '$(UNCACHED),ours fora:2+gc'
+	$(SUITE) --model XL/2 --batch 16 --steps 2 --rounds 1 --only 'pytorch none,one graph,ours none,ours fora:2+gc'
 	$(BIN)/python benchmarks/scaling.py --output $(OUT)/bench
 
 $(VENV)/installed: pyproject.toml constraints.txt
