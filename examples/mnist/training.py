@@ -50,7 +50,7 @@ def initialise(model: nn.Module, zero: Callable[[str], bool]) -> None:
             nn.init.normal_(linear.weight, std=0.02)
         elif zero(name):
             nn.init.zeros_(linear.weight)
-    model.pos_embed.data.copy_(position_table(model.spec.grid, model.spec.hidden))
+    model.pos_embed.data.copy_(position_table(model.spec.hidden, model.spec.grid))
 
 
 def load_digits(path: Path) -> tuple[Tensor, Tensor]:
