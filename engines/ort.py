@@ -213,6 +213,9 @@ class OrtBackend:
         self.upload(host_array(buffer), placed)
         return placed
 
+    def keep_compiled(self) -> None:
+        """Nothing: ONNX Runtime compiles nothing."""
+
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """See `goc_deploy.protocols.Device.allocate`."""
         return self.device.allocate(shape, dtype)

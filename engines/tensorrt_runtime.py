@@ -18,6 +18,7 @@ import numpy as np
 
 from goc_deploy.engines.host import host_array
 from goc_deploy.engines.plugin.registration import register_plugin
+from goc_deploy.engines.tensorrt_kernels import KernelCache
 from goc_deploy.engines.tensorrt_library import Library, message_log
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, ResourceError
 from goc_deploy.protocols import ALIGNMENT, DTYPE_BYTES, NOTHING, Buffer, Device, Footprint, Launch, Stream
@@ -136,7 +137,7 @@ class TensorrtEngine:
         key = (id(self._engine), *sorted(shapes.items()))
         held = lane.contexts.get(key)
         if held is None:
-            context = self._backend.library.new_context(self._engine)
+            context = self._backend.library.new_context(self._engine, self._backend.kernels)
             if context is None:
                 raise EnvironmentUnsupportedError(
                     f"{self._name}: no execution context can be made: {self._backend.last_error()}"
@@ -183,6 +184,7 @@ class TensorrtBackend:
         device: where engines run.
         engines: SHA-256 of an ONNX file -> the engine that stands for it.
         report: what `describe` adds, such as which engines these are.
+        kernels: where compiled kernels are kept, or None.
     """
 
     stacks = True
@@ -193,11 +195,12 @@ class TensorrtBackend:
         device: Device,
         engines: Mapping[str, StoredEngine],
         report: Mapping[str, Any] = NOTHING,
+        kernels: KernelCache | None = None,
     ) -> None:
         self.library, self.name, self.device = library, library.backend, device
         self.own_stream = device.stream()
         self.passed_over: Mapping[str, str] = NOTHING
-        self._engines, self._report = engines, report
+        self._engines, self._report, self.kernels = engines, report, kernels
         self._messages = message_log(library.trt, KEPT_MESSAGES)
         self._runtime = library.trt.Runtime(self._messages)
         self._loaded: dict[str, Any] = {}  # name of a stored engine -> what TensorRT made of it
@@ -307,6 +310,11 @@ class TensorrtBackend:
     def last_error(self) -> str:
         """The last error that TensorRT logged."""
         return next(iter(self._messages.errors()[-1:]), "TensorRT gives no reason")
+
+    def keep_compiled(self) -> None:
+        """Keep the kernels that TensorRT for RTX compiled."""
+        if self.kernels is not None:
+            self.kernels.keep()
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """See `goc_deploy.protocols.Device.allocate`."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from goc_deploy.engine_keys import WEIGHT_MODES, Target
+from goc_deploy.engines.tensorrt_kernels import KernelCache
 from goc_deploy.engines.tensorrt_library import Library, this_platform
 from goc_deploy.engines.tensorrt_runtime import StoredEngine, TensorrtBackend
 from goc_deploy.engines.tensorrt_store import Job, build_engines, read_engine, wanted_engines
@@ -88,7 +89,8 @@ def tensorrt_backend(
     engines = {digests[graph]: content[entry.path] for graph, entry in chosen.engines.items()}
     target = next(iter(chosen.engines.values())).target
     report = {"engine_target": target.folder, "engine_weights": chosen.options.weights}
-    return TensorrtBackend(library, device, engines, report)
+    kernels = KernelCache(directory, target, capability) if library.compiles_at_load else None
+    return TensorrtBackend(library, device, engines, report, kernels)
 
 
 def best_selection(

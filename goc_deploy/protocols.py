@@ -238,6 +238,10 @@ class Backend(Protocol):
         """
         ...
 
+    def keep_compiled(self) -> None:
+        """Called after a batch shape ran for the first time: keep what was compiled for it for the next process."""
+        ...
+
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """See `Device.allocate`."""
         ...
