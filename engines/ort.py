@@ -134,7 +134,7 @@ class OrtBackend:
     def __init__(self, threads: int = 0, *, shared_pool: bool = True, device: Device | None = None) -> None:
         self.device: Device = device or HostDevice()
         self.name = "onnxruntime" if self.device.kind == "cpu" else f"onnxruntime-{self.device.kind}"
-        self.footprint, self._stream = Footprint(), self.device.stream()
+        self._stream = self.device.stream()
         self.passed_over: Mapping[str, str] = NOTHING
         self._provider = PROVIDERS[self.device.kind]
         if self._provider not in onnxruntime.get_available_providers():
@@ -149,6 +149,10 @@ class OrtBackend:
             )
         self._shared_pool = shared_pool
         self._pool, self._threads = shared_pool_of_process(threads) if shared_pool else ("per unit", threads)
+
+    def footprint(self, graphs: Mapping[str, Mapping[str, int]]) -> Footprint:  # noqa: ARG002
+        """Nothing: ONNX Runtime does not tell."""
+        return Footprint()
 
     def load(
         self,
@@ -208,6 +212,9 @@ class OrtBackend:
         placed = self.allocate(buffer.shape, buffer.dtype)
         self.upload(host_array(buffer), placed)
         return placed
+
+    def keep_compiled(self) -> None:
+        """Nothing: ONNX Runtime compiles nothing."""
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """See `goc_deploy.protocols.Device.allocate`."""

@@ -50,8 +50,18 @@ def drop_weight_places(model: Any) -> None:
         del initializer.external_data[:]
 
 
-def embed_weights(model: Any, parameters: Sequence[Parameter], weights: memoryview, precision: str, where: str) -> None:
+def embed_weights(
+    model: Any, parameters: Sequence[Parameter], weights: memoryview, precision: str, where: str, prefix: str = ""
+) -> None:
     """Put the values of external initializers into the graph.
+
+    Args:
+        model: the graph.
+        parameters: what lies where in the weights.
+        weights: of a unit.
+        precision: of the weights.
+        where: for messages.
+        prefix: of the initializers that these weights are for, in a graph of several units.
 
     Raises:
         EngineDirError: the manifest lacks one, or has it in another shape.
@@ -63,8 +73,10 @@ def embed_weights(model: Any, parameters: Sequence[Parameter], weights: memoryvi
         raise ResourceError(
             f"{where}: {len(weights) / 1e9:.1f} GB of weights do not fit into one graph; use --engine-weights shared"
         )
-    known = {p.name: p for p in parameters}
+    known = {prefix + p.name: p for p in parameters}
     for initializer in _external(model):
+        if not initializer.name.startswith(prefix):
+            continue
         parameter = known.get(initializer.name)
         if parameter is None or parameter.shape != tuple(initializer.dims):
             raise EngineDirError(

@@ -14,6 +14,7 @@ from typing import Any
 
 from goc_deploy.engine_keys import ENGINE_BACKENDS, Target
 from goc_deploy.engines.plugin import driver
+from goc_deploy.engines.tensorrt_kernels import KernelCache
 from goc_deploy.errors import EnvironmentUnsupportedError, UsageError
 
 _PACKAGES = {"tensorrt-rtx": ("tensorrt_rtx", "rtx"), "tensorrt": ("tensorrt", "tensorrt")}
@@ -43,19 +44,26 @@ class Library:
         """Whether engines are built for GPUs that this machine may not have."""
         return self.backend == "tensorrt-rtx"
 
-    def new_context(self, engine: Any) -> Any:
+    @property
+    def compiles_at_load(self) -> bool:
+        """Whether kernels are compiled for the GPU by the process that runs them."""
+        return hasattr(self.trt, "DynamicShapesKernelSpecializationStrategy")
+
+    def new_context(self, engine: Any, kernels: KernelCache | None = None) -> Any:
         """An execution context without scratch memory, or None.
 
         TensorRT for RTX compiles kernels for the shapes that it meets. It is told to do so at once, because what runs until
-        then would be what a CUDA graph records.
+        then would be what a CUDA graph records; those that ``kernels`` has are not compiled again.
         """
         strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if not hasattr(self.trt, "DynamicShapesKernelSpecializationStrategy"):
+        if not self.compiles_at_load:
             return engine.create_execution_context(strategy)
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
         specialised = self.trt.DynamicShapesKernelSpecializationStrategy.EAGER
         config.dynamic_shapes_kernel_specialization_strategy = specialised
+        if kernels is not None:
+            kernels.attach(config)
         return engine.create_execution_context(config)
 
 

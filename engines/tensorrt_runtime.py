@@ -18,6 +18,7 @@ import numpy as np
 
 from goc_deploy.engines.host import host_array
 from goc_deploy.engines.plugin.registration import register_plugin
+from goc_deploy.engines.tensorrt_kernels import KernelCache
 from goc_deploy.engines.tensorrt_library import Library, message_log
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, ResourceError
 from goc_deploy.protocols import ALIGNMENT, DTYPE_BYTES, NOTHING, Buffer, Device, Footprint, Launch, Stream
@@ -36,12 +37,24 @@ class StoredEngine:
         uses_plugin: whether it holds a layer of the plugin.
         reads_first: whether an output may lie on an input of its shape: one kernel, or the plugin, which read what they
             overwrite first. Of several kernels one may read what another has overwritten.
+        reads_weights: whether its weights lie beside it, at addresses.
+        scratch_bytes: scratch memory at the largest shapes, as far as the builder told.
     """
 
     name: str
     content: memoryview
     uses_plugin: bool
     reads_first: bool
+    reads_weights: bool = False
+    scratch_bytes: int = 0
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class _Weight:
+    """A weight on the device, for all engines that read it; and where it came from, which therefore stays there."""
+
+    source: Buffer
+    buffer: Buffer
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -72,7 +85,7 @@ class TensorrtEngine:
 
     def __init__(self, backend: TensorrtBackend, stored: StoredEngine, engine: Any) -> None:
         self._backend, self._name, self._engine, self._reads_first = backend, stored.name, engine, stored.reads_first
-        self.weights: dict[str, Buffer] = {}
+        self.weights: dict[str, _Weight] = {}
         mode = backend.library.trt.TensorIOMode
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         self.dtypes: Mapping[str, str] = {
@@ -89,7 +102,7 @@ class TensorrtEngine:
         """
         backend, stream = self._backend, stream or self._backend.own_stream
         stream.wait()  # the first call of a thread to CUDA, which then has the context that the plugin asks for
-        inputs = {**self.weights, **inputs}
+        inputs = {**{name: weight.buffer for name, weight in self.weights.items()}, **inputs}
         self._check(inputs, outputs)
         lane = backend.lane(stream)
         held = self._context(lane, {name: buffer.shape for name, buffer in inputs.items()})
@@ -124,7 +137,7 @@ class TensorrtEngine:
         key = (id(self._engine), *sorted(shapes.items()))
         held = lane.contexts.get(key)
         if held is None:
-            context = self._backend.library.new_context(self._engine)
+            context = self._backend.library.new_context(self._engine, self._backend.kernels)
             if context is None:
                 raise EnvironmentUnsupportedError(
                     f"{self._name}: no execution context can be made: {self._backend.last_error()}"
@@ -170,8 +183,8 @@ class TensorrtBackend:
         library: which TensorRT.
         device: where engines run.
         engines: SHA-256 of an ONNX file -> the engine that stands for it.
-        footprint: device memory that they take.
         report: what `describe` adds, such as which engines these are.
+        kernels: where compiled kernels are kept, or None.
     """
 
     stacks = True
@@ -181,18 +194,35 @@ class TensorrtBackend:
         library: Library,
         device: Device,
         engines: Mapping[str, StoredEngine],
-        footprint: Footprint,
         report: Mapping[str, Any] = NOTHING,
+        kernels: KernelCache | None = None,
     ) -> None:
-        self.library, self.name, self.device, self.footprint = library, library.backend, device, footprint
+        self.library, self.name, self.device = library, library.backend, device
         self.own_stream = device.stream()
         self.passed_over: Mapping[str, str] = NOTHING
-        self._engines, self._report = engines, report
+        self._engines, self._report, self.kernels = engines, report, kernels
         self._messages = message_log(library.trt, KEPT_MESSAGES)
         self._runtime = library.trt.Runtime(self._messages)
         self._loaded: dict[str, Any] = {}  # name of a stored engine -> what TensorRT made of it
+        self._engine_bytes = 0  # of these
+        self._weights: WeakValueDictionary[tuple[Any, ...], _Weight] = WeakValueDictionary()
         self._lanes: WeakKeyDictionary[Stream, _Lane] = WeakKeyDictionary()
         self._lock = threading.RLock()
+
+    def footprint(self, graphs: Mapping[str, Mapping[str, int]]) -> Footprint:
+        """Engines, the weights that they read at an address, and the scratch memory of the largest; see `Backend`."""
+        stored = {digest: self._engines[digest] for digest in graphs if digest in self._engines}
+        engines = {engine.name: engine for engine in stored.values()}
+        apart = {
+            path: size
+            for digest, engine in stored.items()
+            if engine.reads_weights
+            for path, size in graphs[digest].items()
+        }
+        return Footprint(
+            weights=sum(len(engine.content) for engine in engines.values()) + sum(apart.values()),
+            scratch=max((engine.scratch_bytes for engine in engines.values()), default=0),
+        )
 
     @property
     def graphs(self) -> Set[str]:
@@ -221,10 +251,18 @@ class TensorrtBackend:
             engine = TensorrtEngine(self, stored, self._deserialized(stored))
             for name, buffer in {**initializers, **inputs}.items():
                 if name in engine.inputs:
-                    engine.weights[name] = self.allocate(buffer.shape, buffer.dtype)
-                    self.own_stream.upload(host_array(buffer), engine.weights[name])
+                    engine.weights[name] = self._uploaded(buffer)
             self.own_stream.wait()
         return engine
+
+    def _uploaded(self, source: Buffer) -> _Weight:
+        """A weight on the device, uploaded unless another engine reads it."""
+        key = (source.pointer, source.shape, source.dtype)
+        weight = self._weights.get(key)
+        if weight is None:
+            weight = self._weights[key] = _Weight(source, self.allocate(source.shape, source.dtype))
+            self.own_stream.upload(host_array(source), weight.buffer)
+        return weight
 
     def _deserialized(self, stored: StoredEngine) -> Any:
         if stored.name not in self._loaded:
@@ -236,6 +274,7 @@ class TensorrtBackend:
                     f"{self.name} {self.library.version} does not load {stored.name}: {self.last_error()}; build the engines again"
                 )
             self._loaded[stored.name] = engine
+            self._engine_bytes += len(stored.content)
         return self._loaded[stored.name]
 
     def lane(self, stream: Stream) -> _Lane:
@@ -245,7 +284,7 @@ class TensorrtBackend:
             ResourceError: the scratch memory does not fit.
         """
         with self._lock:
-            needed = max((int(engine.device_memory_size_v2) for engine in self._loaded.values()), default=0)
+            needed = self._scratch_bytes
             lane = self._lanes.get(stream)
             if lane is None:
                 lane = self._lanes[stream] = _Lane(self.allocate((needed,), "uint8") if needed else None)
@@ -254,6 +293,11 @@ class TensorrtBackend:
                     "an engine was loaded that needs more scratch memory than this session has; load again"
                 )
             return lane
+
+    @property
+    def _scratch_bytes(self) -> int:
+        """Scratch memory of the largest engine that is loaded."""
+        return max((int(engine.device_memory_size_v2) for engine in self._loaded.values()), default=0)
 
     def aside(self, lane: _Lane, index: int, shape: tuple[int, ...], dtype: str) -> Buffer:
         """Memory of a session for the ``index``-th output of an engine that is not written where it belongs."""
@@ -266,6 +310,11 @@ class TensorrtBackend:
     def last_error(self) -> str:
         """The last error that TensorRT logged."""
         return next(iter(self._messages.errors()[-1:]), "TensorRT gives no reason")
+
+    def keep_compiled(self) -> None:
+        """Keep the kernels that TensorRT for RTX compiled."""
+        if self.kernels is not None:
+            self.kernels.keep()
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """See `goc_deploy.protocols.Device.allocate`."""
@@ -288,7 +337,7 @@ class TensorrtBackend:
             "provider": self.library.trt.__name__,
             **self.device.describe(),
             **self._report,
-            "weight_bytes": self.footprint.weights,
-            "scratch_bytes": self.footprint.scratch,
+            "weight_bytes": self._engine_bytes + sum(weight.buffer.nbytes for weight in self._weights.values()),
+            "scratch_bytes": self._scratch_bytes,
             "passed_over": dict(self.passed_over),
         }

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from goc_deploy.engine_keys import WEIGHT_MODES, Target
+from goc_deploy.engines.tensorrt_kernels import KernelCache
 from goc_deploy.engines.tensorrt_library import Library, this_platform
 from goc_deploy.engines.tensorrt_runtime import StoredEngine, TensorrtBackend
 from goc_deploy.engines.tensorrt_store import Job, build_engines, read_engine, wanted_engines
 from goc_deploy.errors import EnvironmentUnsupportedError, GocError
 from goc_deploy.manifest import EngineEntry, Manifest
 from goc_deploy.options import EngineOptions, Progress, no_progress
-from goc_deploy.protocols import Device, Footprint
+from goc_deploy.protocols import Device
 from goc_deploy.publish import read_manifest
 
 logger = logging.getLogger(__name__)
@@ -86,11 +87,10 @@ def tensorrt_backend(
             )
     digests = {file.path: file.sha256 for file in manifest.files}
     engines = {digests[graph]: content[entry.path] for graph, entry in chosen.engines.items()}
-    report = {
-        "engine_target": next(iter(chosen.engines.values())).target.folder,
-        "engine_weights": chosen.options.weights,
-    }
-    return TensorrtBackend(library, device, engines, footprint(manifest, chosen.engines), report)
+    target = next(iter(chosen.engines.values())).target
+    report = {"engine_target": target.folder, "engine_weights": chosen.options.weights}
+    kernels = KernelCache(directory, target, capability) if library.compiles_at_load else None
+    return TensorrtBackend(library, device, engines, report, kernels)
 
 
 def best_selection(
@@ -150,18 +150,14 @@ def _contents(directory: Path, manifest: Manifest, chosen: Selection) -> tuple[d
         try:
             uses_plugin = entry.plugin_layers > 0
             read = read_engine(directory, manifest, entry)
-            content[path] = StoredEngine(path, read, uses_plugin, reads_first=uses_plugin or entry.kernels == 1)
+            content[path] = StoredEngine(
+                path,
+                read,
+                uses_plugin,
+                reads_first=uses_plugin or entry.kernels == 1,
+                reads_weights=entry.weights == "shared",
+                scratch_bytes=entry.activation_bytes or 0,
+            )
         except GocError as reason:
             logger.warning("an engine is not loaded: %s", reason)
     return content, len(entries) - len(content)
-
-
-def footprint(manifest: Manifest, engines: Mapping[str, EngineEntry]) -> Footprint:
-    """Device memory of engines: themselves, weights that they read at an address, and the scratch memory of the largest."""
-    sizes = {file.path: file.size for file in manifest.files}
-    entries = {entry.path: entry for entry in engines.values()}
-    apart = {unit.weights for unit in manifest.units if unit.weights and engines[unit.onnx].weights == "shared"}
-    return Footprint(
-        weights=sum(sizes[path] for path in (*entries, *sorted(apart))),
-        scratch=max((entry.activation_bytes or 0 for entry in entries.values()), default=0),
-    )

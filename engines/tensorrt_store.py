@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,6 +50,7 @@ class Job:
         served: ONNX files that it serves.
         shapes: of its dynamic inputs.
         weights: ``embedded``, ``shared``, or ``none``.
+        parts: units whose weights the graph of ``unit`` has, by prefix.
     """
 
     recipe: Recipe
@@ -57,6 +58,7 @@ class Job:
     served: tuple[str, ...]
     shapes: graphs.Shapes
     weights: str
+    parts: Mapping[str, Unit]
 
     @property
     def name(self) -> str:
@@ -101,9 +103,10 @@ def build_engines(directory: Path, options: EngineOptions, progress: Progress) -
 
 
 def wanted_engines(directory: Path, manifest: Manifest, target: Target, options: EngineOptions) -> list[Job]:
-    """One job per engine: per unit, or per kind of unit where weights are shared.
+    """One job per engine: per unit, or per kind of unit where weights are shared, and per segment.
 
-    Predict graphs that plans launch only where their predictions are spread over steps (`Backend.stacks`) get none.
+    Predict graphs that plans launch only where their predictions are spread over steps (`Backend.stacks`) get none. A
+    segment whose weights are more than one graph can hold reads them at an address in both weight modes.
     """
     plans = [load_plan(directory, manifest, entry.name) for entry in manifest.plans]
     ranges = dimension_ranges(manifest.model, manifest.max_batch, max((plan.steps for plan in plans), default=1))
@@ -114,13 +117,16 @@ def wanted_engines(directory: Path, manifest: Manifest, target: Target, options:
     for unit in _units(manifest, not_launched):
         where = f"{directory / unit.onnx}"
         model = graphs.model_from_bytes(read_verified(directory, files[unit.onnx]), where)
-        embeds = unit.weights is not None and not unit.weights_are_inputs and options.weights == "embedded"
+        parts = manifest.parts(unit)
+        held = [files[part.weights] for part in parts.values() if part.weights and not part.weights_are_inputs]
+        fits = len(held) == 1 or sum(file.size for file in held) <= graphs.MAX_GRAPH_BYTES
+        embeds = options.weights == "embedded" and bool(held) and fits
         (graphs.drop_weight_places if embeds else graphs.share_weights)(model)
         stacked = stack_updates(model) if options.plugin else 0
         shapes, used = graphs.input_shapes(model, ranges, where)
         recipe = Recipe(
             graph_sha256=hashlib.sha256(graphs.graph_bytes(model)).hexdigest(),
-            weights_sha256=files[unit.weights].sha256 if embeds and unit.weights else None,
+            weights_sha256=_digest_of_all(held) if embeds else None,
             target=target,
             ranges=used,
             workspace_bytes=options.workspace_bytes,
@@ -128,15 +134,22 @@ def wanted_engines(directory: Path, manifest: Manifest, target: Target, options:
         )
         known = jobs.get(recipe.key)
         served = (*(known.served if known else ()), unit.onnx)
-        weights = "embedded" if embeds else "shared" if unit.weights else "none"
-        jobs[recipe.key] = Job(recipe, known.unit if known else unit, served, shapes, weights)
+        weights = "embedded" if embeds else "shared" if parts else "none"
+        first, parts = (known.unit, known.parts) if known else (unit, parts)
+        jobs[recipe.key] = Job(recipe, first, served, shapes, weights, parts)
     return list(jobs.values())
+
+
+def _digest_of_all(files: list[FileEntry]) -> str:
+    """The digest of a file, or of the digests of several."""
+    digests = [file.sha256 for file in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 def _units(manifest: Manifest, without: Set[str]) -> Iterator[Unit]:
     """Every graph but some predict graphs."""
-    yield from manifest.units
-    yield from (manifest.predict_unit(signature) for signature in manifest.predict if signature not in without)
+    skipped = {manifest.predict[signature] for signature in without}
+    yield from (unit for unit in manifest.graphs() if unit.onnx not in skipped)
 
 
 def is_there(directory: Path, manifest: Manifest, job: Job) -> bool:
@@ -210,22 +223,28 @@ class _Builder:
 
 def _graph(directory: Path, manifest: Manifest, job: Job) -> bytes:
     """The graph as the parser takes it."""
-    files, unit, where = {entry.path: entry for entry in manifest.files}, job.unit, f"{directory / job.unit.onnx}"
-    model = graphs.model_from_bytes(read_verified(directory, files[unit.onnx]), where)
-    if job.recipe.weights_sha256 is not None and unit.weights:
-        weights = read_verified(directory, files[unit.weights])
-        graphs.embed_weights(model, unit.parameters, weights, unit.precision, where)
-    else:
+    files, where = {entry.path: entry for entry in manifest.files}, f"{directory / job.unit.onnx}"
+    model = graphs.model_from_bytes(read_verified(directory, files[job.unit.onnx]), where)
+    if job.recipe.weights_sha256 is None:
         graphs.share_weights(model)
+    for prefix, path in _embedded(job).items():
+        part, weights = job.parts[prefix], read_verified(directory, files[path])
+        graphs.embed_weights(model, part.parameters, weights, part.precision, where, prefix)
     if job.recipe.plugin_sha256 is not None:
         stack_updates(model)
     return graphs.graph_bytes(model)
 
 
+def _embedded(job: Job) -> dict[str, str]:
+    """Prefix -> weights file that an engine holds."""
+    if job.recipe.weights_sha256 is None:
+        return {}
+    return {prefix: part.weights for prefix, part in job.parts.items() if part.weights}
+
+
 def _estimated_bytes(manifest: Manifest, jobs: list[Job]) -> int:
     sizes = {entry.path: entry.size for entry in manifest.files}
-    embedded = sum(sizes[job.unit.weights or ""] for job in jobs if job.recipe.weights_sha256 is not None)
-    return embedded + len(jobs) * 2**20
+    return sum(2**20 + sum(sizes[path] for path in _embedded(job).values()) for job in jobs)
 
 
 def add_engine(directory: Path, built_from: Manifest, job: Job, engine: bytes, report: BuildReport) -> Manifest:
@@ -273,5 +292,5 @@ def _supersedes(new: EngineEntry, old: EngineEntry) -> bool:
 
 
 def _sources(manifest: Manifest, job: Job) -> set[FileEntry]:
-    wanted = {*job.served, *([job.unit.weights] if job.recipe.weights_sha256 is not None else [])}
+    wanted = {*job.served, *_embedded(job).values()}
     return {file for file in manifest.files if file.path in wanted}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from goc_deploy.engine_dir import mapped_weights
+from goc_deploy.engine_dir import mapped_parts
 from goc_deploy.engine_keys import dimension_ranges
 from goc_deploy.engines.tensorrt_graphs import model_from_bytes
 from goc_deploy.engines.tensorrt_runtime import TensorrtBackend
@@ -74,23 +74,24 @@ def verify_engines(
 
 def _graphs(manifest: Manifest, backend: TensorrtBackend) -> Iterator[Unit]:
     digests = {file.path: file.sha256 for file in manifest.files}
-    predict = map(manifest.predict_unit, manifest.predict)
-    yield from (unit for unit in (*manifest.units, *predict) if digests[unit.onnx] in backend.graphs)
+    yield from (unit for unit in manifest.graphs() if digests[unit.onnx] in backend.graphs)
 
 
 def _outputs(directory: Path, manifest: Manifest, unit: Unit, backend: Backend) -> dict[str, np.ndarray]:
     """All outputs of a graph on inputs that depend on its name alone."""
     files = {file.path: file for file in manifest.files}
     onnx = read_verified(directory, files[unit.onnx])
-    weights = read_verified(directory, files[unit.weights]) if unit.weights else memoryview(b"")
-    engine = backend.load(onnx, *mapped_weights(unit, weights), runs_once=True)
+    parts = manifest.parts(unit)
+    weights = {part.weights: read_verified(directory, files[part.weights]) for part in parts.values() if part.weights}
+    initializers, fixed = mapped_parts(parts, weights)
+    engine = backend.load(onnx, initializers, fixed, runs_once=True)
     graph = model_from_bytes(onnx, f"{directory / unit.onnx}").graph
     images = min(IMAGES, manifest.max_batch)
     sizes = {symbol: high for symbol, (_, _, high) in dimension_ranges(manifest.model, images, 1).items()}
     rng = np.random.default_rng(len(unit.name))
-    inputs, bound = {}, {p.name for p in unit.parameters}
+    inputs = {}
     for value in graph.input:
-        if value.name not in bound:
+        if value.name not in fixed:
             inputs[value.name] = _filled(backend, _shape(value, sizes), _DTYPES[_kind(value)], images, rng)
     outputs = {value.name: backend.allocate(_shape(value, sizes), _DTYPES[_kind(value)]) for value in graph.output}
     stream = backend.device.stream()  # one for each graph: scratch memory is that of the engines loaded so far

@@ -19,7 +19,7 @@ from goc_deploy.exporters.companions import Companions, read_companions, write_c
 from goc_deploy.exporters.model_folder import read_model_folder
 from goc_deploy.exporters.plan_files import write_plan
 from goc_deploy.exporters.step_graphs import collect_graph, modulation_graph, sampler_graphs
-from goc_deploy.exporters.unit_files import UnitWriter, files_below
+from goc_deploy.exporters.unit_files import UnitWriter
 from goc_deploy.grammar import PolicySpec, check_plan_name, parse_policy
 from goc_deploy.manifest import MANIFEST_NAME, Manifest, Unit, manifest_to_json
 from goc_deploy.options import ExportOptions, Progress, default_plans
@@ -27,7 +27,7 @@ from goc_deploy.passes import compile_schedule
 from goc_deploy.plan import Plan
 from goc_deploy.policies import schedule_from_policy
 from goc_deploy.protocols import Backend
-from goc_deploy.publish import check_free_space, check_target, directory_lock, read_manifest, staged
+from goc_deploy.publish import check_free_space, check_target, directory_lock, files_below, read_manifest, staged
 from goc_deploy.samplers import default_sampler, sampler_table
 from goc_deploy.spec import ITEM_BYTES, ModelSpec
 from goc_deploy.version import __version__
@@ -151,7 +151,7 @@ def _compile(
 ) -> Plan:
     schedule = schedule_from_policy(policy, spec, options.steps, laboratory)
     table = sampler_table(_sampler(spec, options), schedule.steps, spec.prediction)
-    return compile_schedule(schedule, spec, table, name=name)
+    return compile_schedule(schedule, spec, table, name=name, segments=options.segments)
 
 
 def _sampler(spec: ModelSpec, options: ExportOptions) -> str:
@@ -182,8 +182,7 @@ def _same_engine(output: Path, provenance: Mapping[str, Any]) -> Manifest | None
     """The manifest of an engine that the same export made, complete in size but for what can be built again."""
     try:
         manifest = read_manifest(output)
-        built = {engine.path for engine in manifest.engines}
-        kept = [entry for entry in manifest.files if entry.path not in built]
+        kept = [entry for entry in manifest.files if not entry.path.startswith("engines/")]
         whole = all((output / entry.path).stat().st_size == entry.size for entry in kept)
     except (OSError, GocError):
         return None
@@ -230,14 +229,10 @@ def _write_plans(
     if not all(compiled for _, compiled in plans.values()):
         path.write_text(manifest_to_json(manifest), encoding="utf-8")
         laboratory = make_laboratory(stage, _sampler(spec, options), _calibration(spec, options))
-    predict: dict[str, str] = {}
-    entries = []
     for name, (policy, compiled) in plans.items():
         plan = compiled or _compile(policy, name, spec, options, laboratory)
-        entry, new = write_plan(stage, plan, spec, manifest.precision, predict)
-        predict.update(new)
-        entries.append(entry)
+        manifest = write_plan(stage, plan, manifest, lambda unit: (stage / unit).read_bytes())
     path.unlink(missing_ok=True)
-    whole = replace(manifest, predict=predict, plans=tuple(entries), files=files_below(stage))
-    path.write_text(manifest_to_json(whole), encoding="utf-8")
-    return whole
+    manifest = replace(manifest, files=files_below(stage))
+    path.write_text(manifest_to_json(manifest), encoding="utf-8")
+    return manifest

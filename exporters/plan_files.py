@@ -1,44 +1,53 @@
-"""Writing plans into an engine directory: plan, schedule, and the predict graphs that the plan launches."""
+"""Writing plans into an engine directory: plan, schedule, and the graphs that only the plan launches."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 
 from goc_deploy.exporters.cache_update import predict_graph
-from goc_deploy.manifest import PlanEntry
+from goc_deploy.exporters.segments import segment_graph
+from goc_deploy.manifest import Manifest, PlanEntry
 from goc_deploy.passes import with_stacks
-from goc_deploy.plan import Plan
+from goc_deploy.plan import Plan, Segment
 from goc_deploy.serde import plan_to_json, schedule_to_json
-from goc_deploy.spec import ModelSpec
 
 
-def write_plan(
-    folder: Path, plan: Plan, spec: ModelSpec, precision: str, known: Mapping[str, str]
-) -> tuple[PlanEntry, dict[str, str]]:
-    """Write a plan and the predict graphs that are not there yet, of both forms in which it may run.
+def write_plan(folder: Path, plan: Plan, manifest: Manifest, read: Callable[[str], bytes]) -> Manifest:
+    """Write a plan, and the predict graphs and segments that are not there yet, of both forms in which it may run.
 
     Args:
-        folder: the engine directory (or its stage).
+        folder: where to write.
         plan: what to write.
-        spec: the model.
-        precision: of the engine.
-        known: predict signature -> path of the graphs that are there.
+        manifest: of the engine directory.
+        read: the content of a file that the engine directory has.
 
     Returns:
-        The plan's manifest entry, and signature -> path of the new graphs.
+        The manifest with the plan and these graphs; its list of files is as it was.
     """
     for name in ("plans", "schedules", "onnx"):
         (folder / name).mkdir(exist_ok=True)
     entry = PlanEntry(plan.name, plan.schedule.policy, f"plans/{plan.name}.json", f"schedules/{plan.name}.json")
     (folder / entry.plan).write_text(plan_to_json(plan), encoding="utf-8")
     (folder / entry.schedule).write_text(schedule_to_json(plan.schedule), encoding="utf-8")
-    new = {}
-    for signature in sorted({*plan.signatures, *with_stacks(plan, spec).signatures}):
-        if signature not in known:
-            new[signature] = f"onnx/predict_{hashlib.sha256(signature.encode()).hexdigest()[:12]}.onnx"
-            onnx.save_model(predict_graph(signature, spec, precision), folder / new[signature])
-    return entry, new
+    stacked = with_stacks(plan, manifest.model)
+    predict, segments = dict(manifest.predict), dict(manifest.segments)
+    for signature in sorted({*plan.signatures, *stacked.signatures} - predict.keys()):
+        predict[signature] = _path("predict", signature)
+        onnx.save_model(predict_graph(signature, manifest.model, manifest.precision), folder / predict[signature])
+    new = {op.signature: op for step in stacked.launches for op in step if isinstance(op, Segment)}
+    for signature in sorted(new.keys() - segments.keys()):
+        paths = {unit.name: unit.onnx for unit in manifest.units}
+        units = {name: onnx.load_model_from_string(read(paths[name])) for name in manifest.model.unit_names}
+        segments[signature] = _path("segment", signature)
+        stores = [store is not None for store in new[signature].stores]
+        onnx.save_model(segment_graph(units, stores), folder / segments[signature])
+    return replace(manifest, plans=(*manifest.plans, entry), predict=predict, segments=segments)
+
+
+def _path(kind: str, signature: str) -> str:
+    return f"onnx/{kind}_{hashlib.sha256(signature.encode()).hexdigest()[:12]}.onnx"

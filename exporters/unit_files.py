@@ -14,10 +14,9 @@ from goc_deploy.engine_dir import mapped_weights
 from goc_deploy.exporters.lowering import template_from_kind, write_copy
 from goc_deploy.exporters.units import DTYPES, UnitKind
 from goc_deploy.exporters.verification import verify_copy
-from goc_deploy.manifest import FileEntry, Unit
+from goc_deploy.manifest import Unit
 from goc_deploy.options import Progress
 from goc_deploy.protocols import Backend, Engine
-from goc_deploy.publish import file_entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +66,3 @@ class UnitWriter:
             weights = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         onnx = memoryview((self.stage / unit.onnx).read_bytes())
         return self.backend.load(onnx, *mapped_weights(unit, weights))
-
-
-def files_below(stage: Path) -> tuple[FileEntry, ...]:
-    """Every file of a directory, hashed."""
-    paths = sorted(str(path.relative_to(stage).as_posix()) for path in stage.rglob("*") if path.is_file())
-    return tuple(file_entry(stage, path) for path in paths)

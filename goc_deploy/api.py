@@ -173,11 +173,15 @@ def load_plans(
     backend: str = "auto",
     batch_size: int | None = None,
     threads: int = 0,
+    all_units: bool = False,
 ) -> list[Pipeline]:
-    """Like `load` for several plans of one engine directory, which share the weights."""
+    """Like `load` for several plans of one engine directory, which share the weights.
+
+    ``all_units`` also loads units that none of these plans launches, for `goc_deploy.runtime.pipeline.Pipeline.with_plan`.
+    """
     from goc_deploy.engines.choice import RunOptions
 
-    return _load(Path(engine_dir), backend, RunOptions(threads), plans, batch_size, 1)
+    return _load(Path(engine_dir), backend, RunOptions(threads), plans, batch_size, 1, all_units=all_units)
 
 
 def _load(
@@ -187,6 +191,8 @@ def _load(
     plans: Sequence[str | None],
     batch_size: int | None,
     max_sessions: int,
+    *,
+    all_units: bool = False,
 ) -> list[Pipeline]:
     """Load on the backend of that name, or on the first that works."""
     _require(None, "onnxruntime")
@@ -198,7 +204,7 @@ def _load(
         try:
             backend = make()
             backend.passed_over = passed_over
-            pipelines = load_pipelines(engine_dir, backend, plans, batch_size, max_sessions)
+            pipelines = load_pipelines(engine_dir, backend, plans, batch_size, max_sessions, all_units=all_units)
         except (EnvironmentUnsupportedError, ConflictError) as reason:
             if name != "auto" or candidate == "onnxruntime":
                 raise
@@ -218,7 +224,7 @@ def add_plan(
     steps: int | None = None,
     sampler: str | None = None,
     progress: Progress = no_progress,
-    **calibration: Any,
+    **more: Any,
 ) -> PlanEntry:
     """Add a plan to an engine directory.
 
@@ -229,7 +235,7 @@ def add_plan(
         steps: default: the steps of the engine's first plan.
         sampler: default: the sampler of the engine's first plan.
         progress: called with (what, done, total) by policies that calibrate.
-        **calibration: fields of `goc_deploy.options.PlanOptions`: ``calibrate``, ``seed``, ``cfg_scale``.
+        **more: further fields of `goc_deploy.options.PlanOptions`: ``calibrate``, ``seed``, ``cfg_scale``, ``segments``.
 
     Raises:
         UsageError, ScheduleError: a wrong SPEC, name, step count or sampler.
@@ -238,7 +244,7 @@ def add_plan(
     _require("export", "onnx", *(("torch", "safetensors") if spec.startswith("l2c:") else ()))
     from goc_deploy.planning import add_plan_to
 
-    options = PlanOptions(name, steps, sampler, **calibration)
+    options = PlanOptions(name, steps, sampler, **more)
     return add_plan_to(Path(engine_dir), spec, options, cpu_backend, progress)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from goc_deploy.errors import EngineDirError, UsageError
@@ -57,3 +58,22 @@ def mapped_weights(unit: Unit, weights: memoryview) -> tuple[dict[str, Buffer], 
     dtype = DTYPE_OF_PRECISION[unit.precision]
     buffers = {p.name: mapped_buffer(weights, p.offset, p.shape, dtype) for p in unit.parameters}
     return ({}, buffers) if unit.weights_are_inputs else (buffers, {})
+
+
+def mapped_parts(
+    parts: Mapping[str, Unit], content: Mapping[str, memoryview]
+) -> tuple[dict[str, Buffer], dict[str, Buffer]]:
+    """`mapped_weights` of all parts of a graph (`Manifest.parts`).
+
+    Args:
+        parts: prefix in the graph -> unit.
+        content: of the weights files, by path.
+    """
+    initializers: dict[str, Buffer] = {}
+    inputs: dict[str, Buffer] = {}
+    for prefix, unit in parts.items():
+        assert unit.weights is not None
+        of_unit = mapped_weights(unit, content[unit.weights])
+        for found, mine in zip((initializers, inputs), of_unit, strict=True):
+            found.update({prefix + name: buffer for name, buffer in mine.items()})
+    return initializers, inputs

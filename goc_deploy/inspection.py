@@ -9,7 +9,7 @@ from pathlib import Path
 
 from goc_deploy.manifest import EngineEntry, Manifest
 from goc_deploy.passes import with_stacks
-from goc_deploy.plan import Collect, Compute, Plan, Predict
+from goc_deploy.plan import Collect, Compute, Plan, Predict, Segment
 from goc_deploy.show import Table
 
 
@@ -22,8 +22,9 @@ def unit_rows(manifest: Manifest) -> Table:
         weights = f"{sizes[unit.weights] / 1e6:.2f}" if unit.weights else ""
         error = f"{unit.relative_l2:.1e}" if unit.relative_l2 is not None else ""
         rows.append([unit.name, f"{sizes[unit.onnx] / 1e3:.1f}", weights, error, str(served[unit.onnx])])
-    for signature, path in manifest.predict.items():
-        rows.append([f"predict {signature}", f"{sizes[path] / 1e3:.1f}", "", "", str(served[path])])
+    for kind, graphs in (("predict", manifest.predict), ("segment", manifest.segments)):
+        for signature, path in graphs.items():
+            rows.append([f"{kind} {signature}", f"{sizes[path] / 1e3:.1f}", "", "", str(served[path])])
     return ["unit", "graph kB", "weights MB", "error to PyTorch", "engines"], rows
 
 
@@ -62,7 +63,8 @@ def _state(path: Path, size: int) -> str:
 def launch_rows(plans: Sequence[Plan], manifest: Manifest) -> Table:
     """A row per plan and kind of step: how many graphs a step launches, and how many kernels these are on each target.
 
-    TensorRT runs a plan with one launch in steps that compute nothing (`goc_deploy.passes.with_stacks`).
+    TensorRT runs a plan with one launch in steps that compute nothing, and with its segments
+    (`goc_deploy.passes.with_stacks`).
     """
     ways = sorted({(e.target.folder, e.weights) for e in manifest.engines if e.weights != "none"})
     rows = []
@@ -87,8 +89,9 @@ def launched_graphs(plan: Plan, manifest: Manifest, step: int) -> list[str]:
     names = [onnx["modulation"]] * (1 + len(ahead)) + [onnx["embed"]]
     for op in ops:
         if isinstance(op, Compute):
-            block, branch = divmod(op.unit, len(manifest.model.branches))
-            names.append(onnx[f"block_{block:02d}_{manifest.model.branches[branch]}"])
+            names.append(onnx[manifest.model.unit_names[op.unit]])
+        elif isinstance(op, Segment):
+            names.append(manifest.segments[op.signature])
         else:
             names.append(onnx["collect"] if isinstance(op, Collect) else manifest.predict[op.signature])
     return [*names, onnx["final"], onnx[plan.sampler.graph]]

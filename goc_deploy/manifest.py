@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -130,6 +131,7 @@ class Manifest:
         decoder: what unit ``decoder`` makes of latents, or None where there is none.
         captions: path of the captions that stand for labels, or None where there are none.
         text: what unit ``text_encoder`` takes, or None where there is none.
+        segments: segment signature -> path of its graph, which holds all units of the blocks.
     """
 
     model: ModelSpec
@@ -145,11 +147,31 @@ class Manifest:
     decoder: DecoderSpec | None = None
     captions: str | None = None
     text: TextSpec | None = None
+    segments: dict[str, str] = field(default_factory=dict)
 
     def predict_unit(self, signature: str) -> Unit:
         """A predict graph as a unit without weights, named after its file."""
-        path = self.predict[signature]
+        return self._unit_of_plans(self.predict[signature])
+
+    def segment_unit(self, signature: str) -> Unit:
+        """A segment as a unit without weights of its own, named after its file; `parts` says whose it has."""
+        return self._unit_of_plans(self.segments[signature])
+
+    def _unit_of_plans(self, path: str) -> Unit:
         return Unit(PurePosixPath(path).stem, path, None, (), False, None, self.precision)
+
+    def graphs(self) -> Iterator[Unit]:
+        """Every graph as a unit: those that do not depend on a plan, predict graphs, segments."""
+        yield from self.units
+        yield from map(self.predict_unit, self.predict)
+        yield from map(self.segment_unit, self.segments)
+
+    def parts(self, unit: Unit) -> Mapping[str, Unit]:
+        """The units whose weights a graph has, by the prefix of their names in it: itself, or those of a segment."""
+        if unit.onnx not in self.segments.values():
+            return {"": unit} if unit.weights else {}
+        known = {part.name: part for part in self.units}
+        return {f"{name}.": known[name] for name in self.model.unit_names}
 
     @property
     def image_side(self) -> int | None:
@@ -194,6 +216,7 @@ def _manifest_from_fields(found: dict[str, Any]) -> Manifest:
         decoder=None if found["decoder"] is None else DecoderSpec(**found["decoder"]),
         captions=None if found["captions"] is None else str(found["captions"]),
         text=None if found["text"] is None else TextSpec(**found["text"]),
+        segments={str(key): str(path) for key, path in found.get("segments", {}).items()},
     )
 
 
@@ -255,12 +278,19 @@ def _check(manifest: Manifest, where: str) -> None:
                 raise EngineDirError(
                     f"{where} places {p.name} of unit {unit.name} outside its weights file; export again"
                 )
+    if manifest.segments and not set(model.unit_names) <= {unit.name for unit in manifest.units if unit.weights}:
+        raise EngineDirError(f"{where} lists segments without the units that they are made of; export again")
     used = [u.onnx for u in manifest.units] + [u.weights for u in manifest.units if u.weights]
     for engine in manifest.engines:
         if engine.target.backend not in ENGINE_BACKENDS or engine.weights not in (*WEIGHT_MODES, "none"):
             raise EngineDirError(f"{where} lists engine {engine.path!r} of an unknown kind; build the engines again")
         used += [engine.path, *engine.graphs]
-    used += [*manifest.predict.values(), *(p.plan for p in manifest.plans), *(p.schedule for p in manifest.plans)]
+    used += [
+        *manifest.predict.values(),
+        *manifest.segments.values(),
+        *(p.plan for p in manifest.plans),
+        *(p.schedule for p in manifest.plans),
+    ]
     used += [manifest.captions] if manifest.captions is not None else []
     used += [manifest.text.tokenizer] if manifest.text is not None else []
     missing = sorted(set(used) - set(paths))

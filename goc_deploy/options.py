@@ -40,6 +40,7 @@ class ExportOptions:
         text_encoder: folder of the T5 encoder that the model was trained with, or None.
         vae: folder of the AutoencoderKL whose decoder turns latents into images, or None.
         vae_tile: latents beyond so many pixels per side are decoded in tiles of that size.
+        segments: of the plans, as `PlanOptions.segments`.
     """
 
     model: str = "auto"
@@ -60,6 +61,7 @@ class ExportOptions:
     text_encoder: Path | None = None
     vae: Path | None = None
     vae_tile: int = 64
+    segments: str = "full"
 
 
 def default_plans(*, calibrates: bool) -> tuple[str, ...]:
@@ -79,6 +81,8 @@ class PlanOptions:
         calibrate: images that a calibrated policy learns from; None takes `goc_deploy.calibration.default_images`.
         seed: of these images.
         cfg_scale: guidance scale of these images.
+        segments: what TensorRT runs as one engine: ``full``, a step that computes everything, or ``none``. ONNX Runtime
+            always runs units.
     """
 
     name: str | None = None
@@ -87,6 +91,7 @@ class PlanOptions:
     calibrate: int | None = None
     seed: int = CALIBRATION_SEED
     cfg_scale: float = 4.0
+    segments: str = "full"
 
 
 @dataclass(frozen=True, slots=True)

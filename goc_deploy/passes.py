@@ -5,6 +5,11 @@ predictions of steps that compute nothing to where their history is at hand, gro
 launch, and gives the survivors slots:
 
     schedule -> name_values -> drop_dead_stores -> accumulate_ahead -> group_launches -> assign_slots -> Plan
+
+Where a backend builds engines (`with_stacks`), nothing is predicted ahead, and a step that computes everything is one
+launch:
+
+    ... -> drop_dead_stores -> store_alike -> group_launches -> merge_full_steps -> assign_slots -> Plan
 """
 
 from __future__ import annotations
@@ -13,7 +18,18 @@ from dataclasses import dataclass, replace
 from itertools import groupby, islice, takewhile
 
 from goc_deploy.errors import UsageError
-from goc_deploy.plan import MAX_LAUNCH_UNITS, Collect, Compute, Launch, Plan, Predict, Prediction, check_plan
+from goc_deploy.plan import (
+    MAX_LAUNCH_UNITS,
+    SEGMENTS,
+    Collect,
+    Compute,
+    Launch,
+    Plan,
+    Predict,
+    Prediction,
+    Segment,
+    check_plan,
+)
 from goc_deploy.samplers import SamplerTable, sampler_misfit, sampler_table
 from goc_deploy.schedule import (
     MAX_HISTORY,
@@ -56,6 +72,7 @@ def compile_schedule(
     steps: int | None = None,
     *,
     name: str = "plan",
+    segments: str = "none",
     collapse: bool = True,
     eager: bool = True,
 ) -> Plan:
@@ -67,37 +84,46 @@ def compile_schedule(
         sampler: a sampler SPEC or a table.
         steps: number of steps; default: the schedule's.
         name: the plan's name.
+        segments: one of `goc_deploy.plan.SEGMENTS`, for backends that build engines.
         collapse: predict neighbouring units in one launch; off, each prediction is a launch (for comparison).
-        eager: predict for steps that compute nothing while the history is at hand; off, in these steps (for comparison).
+        eager: predict for steps that compute nothing while the history is at hand; off, in these steps, and then with
+            segments, as `with_stacks` does.
 
     Raises:
         ScheduleError: the schedule breaks a rule of legality or does not fit.
-        UsageError: unknown sampler, or one that does not fit the model.
+        UsageError: unknown sampler, or one that does not fit the model, or unknown segments.
     """
+    if segments not in SEGMENTS:
+        raise UsageError(f"segments must be {' or '.join(SEGMENTS)}, got {segments!r}")
     schedule = fill_short_history(schedule)
     check_schedule_fits(schedule, spec, schedule.steps if steps is None else steps)
     check_schedule(schedule)
     check_amplification(schedule)
     evaluations = drop_dead_stores(name_values(schedule))
+    merges = segments == "full" and not eager
     if eager:
         evaluations = accumulate_ahead(evaluations)
-    launches, slots = assign_slots(group_launches(evaluations, collapse=collapse))
+    if merges:
+        evaluations = store_alike(evaluations)
+    groups = group_launches(evaluations, collapse=collapse)
+    launches, slots = assign_slots(merge_full_steps(groups) if merges else groups)
     table = sampler if isinstance(sampler, SamplerTable) else sampler_table(sampler, schedule.steps, spec.prediction)
     misfit = sampler_misfit(table, spec)
     if misfit:
         raise UsageError(misfit)
-    plan = Plan(name, table, launches, slots, schedule)
+    plan = Plan(name, table, launches, slots, schedule, segments)
     check_plan(plan, spec)
     return plan
 
 
 def with_stacks(plan: Plan, spec: ModelSpec) -> Plan:
-    """The same plan with one launch in every step that computes nothing, which a GPU prefers.
+    """The same plan with one launch in every step that computes nothing, which a GPU prefers, and with its segments.
 
-    Before: step 4 computes and, a few units at a time, predicts for step 5, which adds the sum. After: step 4 computes, step 5
-    is one launch over the history of all units. Coefficients and results are the same; the history takes more slots.
+    Before: step 4 computes and, a few units at a time, predicts for step 5, which adds the sum. After: step 4 computes, in one
+    launch with segments, step 5 is one launch over the history of all units. Coefficients and results are the same; the
+    history takes more slots.
     """
-    return compile_schedule(plan.schedule, spec, plan.sampler, name=plan.name, eager=False)
+    return compile_schedule(plan.schedule, spec, plan.sampler, name=plan.name, segments=plan.segments, eager=False)
 
 
 def name_values(schedule: Schedule) -> list[Evaluation]:
@@ -141,6 +167,21 @@ def drop_dead_stores(evaluations: list[Evaluation]) -> list[Evaluation]:
     return kept[::-1]
 
 
+def store_alike(evaluations: list[Evaluation]) -> list[Evaluation]:
+    """Let every step that computes everything store the same units, so that one engine serves all of them.
+
+    A unit that is a launch of its own writes its feature too where nobody reads it.
+
+    Before: step 4 stores units 0 and 1, step 8 stores nothing. After: step 8 stores units 0 and 1, which nobody reads.
+    """
+    predicting = {e.step for e in evaluations if e.reads}
+    stored = {e.unit for e in evaluations if e.step not in predicting and e.value is not None}
+    return [
+        replace(e, value=index) if e.step not in predicting and e.unit in stored else e  # as `name_values` names it
+        for index, e in enumerate(evaluations)
+    ]
+
+
 def accumulate_ahead(evaluations: list[Evaluation]) -> list[Evaluation]:
     """Move the predictions of steps that compute nothing up to the last step that does.
 
@@ -173,11 +214,24 @@ def group_launches(evaluations: list[Evaluation], *, collapse: bool) -> list[lis
     return [run[i : i + MAX_LAUNCH_UNITS] for run in runs for i in range(0, len(run), MAX_LAUNCH_UNITS)]
 
 
+def merge_full_steps(groups: list[list[Evaluation]]) -> list[list[Evaluation]]:
+    """Merge the launches of a step that computes everything into one.
+
+    Before: step 4 launches units 0, 1, 2 and 3. After: step 4 is one launch of units 0 to 3.
+    """
+    steps = [list(step) for _, step in groupby(groups, key=lambda group: group[0].step)]
+    merged: list[list[Evaluation]] = []
+    for step in steps:
+        units = [e for group in step for e in group]
+        merged += step if any(e.reads for e in units) else [units]
+    return merged
+
+
 def assign_slots(groups: list[list[Evaluation]]) -> tuple[tuple[tuple[Launch, ...], ...], int]:
     """Give every stored value a slot for as long as it lives.
 
-    A prediction is written in place of an entry of its own unit that dies with it. Other entries that die in a launch
-    are free from the next launch on, because the order of writes within a launch is not fixed.
+    A prediction is written in place of an entry of its own unit that dies with it. Other entries that die in a launch,
+    and values that nobody reads, are free from the next launch on, because the order of writes within a launch is not fixed.
 
     Returns:
         (launches by the step in which they run, number of slots).
@@ -203,12 +257,20 @@ def assign_slots(groups: list[list[Evaluation]]) -> tuple[tuple[tuple[Launch, ..
                 else:
                     store, slots = slots, slots + 1
                 slot_of[e.value] = store
+                if e.value not in last_read:
+                    dying.add(e.value)
             entries.append(Prediction(read_slots, e.coefficients, store))
         free += sorted((slot_of[value] for value in dying), reverse=True)
         first = group[0]
-        compute = Compute(first.unit, entries[0].store)
-        op: Launch = Predict(first.unit, tuple(entries), first.ahead) if first.reads else compute
-        steps.setdefault(first.step - first.ahead, []).append(op)
+        steps.setdefault(first.step - first.ahead, []).append(_launch(first, entries))
         if first.ahead:
             steps.setdefault(first.step, [Collect(first.ahead)])
     return tuple(tuple(ops) for _, ops in sorted(steps.items())), slots
+
+
+def _launch(first: Evaluation, entries: list[Prediction]) -> Launch:
+    """The launch of a group with this first evaluation."""
+    if first.reads:
+        return Predict(first.unit, tuple(entries), first.ahead)
+    stores = tuple(entry.store for entry in entries)
+    return Segment(stores) if len(stores) > 1 else Compute(first.unit, stores[0])

@@ -13,6 +13,7 @@ from goc_deploy.schedule import MAX_HISTORY, Schedule
 from goc_deploy.spec import ModelSpec
 
 MAX_LAUNCH_UNITS = 88  # predictions of one launch: what the parameters of the plugin's kernel hold
+SEGMENTS = ("full", "none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,23 @@ class Compute:
 
     unit: int
     store: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Run all units of a step, one after the other, as one engine.
+
+    Attributes:
+        stores: per unit the slot that keeps its feature, or None where the engine does not give it.
+    """
+
+    stores: tuple[int | None, ...]
+
+    @property
+    def signature(self) -> str:
+        """Whose features the engine gives, whatever slots keep them: ``-*2 w*6`` are those of all units but the first two."""
+        marks = ("-" if store is None else "w" for store in self.stores)
+        return " ".join(f"{mark}*{len(list(run))}" for mark, run in groupby(marks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +94,7 @@ class Collect:
     ahead: int
 
 
-Launch = Compute | Predict | Collect
+Launch = Compute | Segment | Predict | Collect
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +107,8 @@ class Plan:
         launches: [T] the launches of each step, in execution order.
         slots: number of feature-sized history buffers.
         schedule: what it was compiled from.
+        segments: what runs as one engine where the backend builds engines (`goc_deploy.passes.with_stacks`): ``full``, a
+            step that computes everything, or ``none``.
     """
 
     name: str
@@ -96,6 +116,7 @@ class Plan:
     launches: tuple[tuple[Launch, ...], ...]
     slots: int
     schedule: Schedule
+    segments: str = "none"
 
     @property
     def steps(self) -> int:
@@ -108,14 +129,20 @@ class Plan:
         return tuple(sorted({op.signature for step in self.launches for op in step if isinstance(op, Predict)}))
 
     @property
+    def segment_signatures(self) -> tuple[str, ...]:
+        """Every distinct segment signature, sorted."""
+        return tuple(sorted({op.signature for step in self.launches for op in step if isinstance(op, Segment)}))
+
+    @property
     def accumulators(self) -> int:
         """Number of accumulators, which is also how many steps ahead the furthest prediction is made."""
         return max((op.ahead for step in self.launches for op in step if isinstance(op, Predict)), default=0)
 
     def step_kind(self, step: int) -> str:
         """``full`` computes every unit, ``collapsed`` none, ``mixed`` some."""
-        computed = sum(isinstance(op, Compute) for op in self.launches[step])
-        if computed == self.schedule.units:
+        ops = self.launches[step]
+        computed = sum(isinstance(op, Compute) for op in ops)
+        if computed == self.schedule.units or any(isinstance(op, Segment) for op in ops):
             return "full"
         return "mixed" if computed else "collapsed"
 
@@ -168,12 +195,12 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
             if isinstance(op, Collect):
                 order += _collected(plan, step, op, accumulated, every_unit)
                 continue
-            entries = (Prediction((), (), op.store),) if isinstance(op, Compute) else op.predictions
+            first, entries = _entries(op)
             target = step + (op.ahead if isinstance(op, Predict) else 0)
             if not step <= target < plan.steps:
                 raise EngineDirError(f"plan {plan.name}: step {step} predicts for step {target}, which does not exist")
             units = order if target == step else accumulated.setdefault(target, [])
-            units += range(op.unit, op.unit + len(entries))
+            units += range(first, first + len(entries))
             _check_launch(plan, step, entries, written)
         if order != every_unit:
             raise EngineDirError(
@@ -181,6 +208,14 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
             )
     if accumulated:
         raise EngineDirError(f"plan {plan.name}: what was accumulated for step {min(accumulated)} is never added")
+
+
+def _entries(op: Compute | Segment | Predict) -> tuple[int, tuple[Prediction, ...]]:
+    """The first unit of a launch, and what it reads and stores per unit."""
+    if isinstance(op, Predict):
+        return op.unit, op.predictions
+    first, stores = (op.unit, (op.store,)) if isinstance(op, Compute) else (0, op.stores)
+    return first, tuple(Prediction((), (), store) for store in stores)
 
 
 def _check_table(plan: Plan, spec: ModelSpec) -> None:

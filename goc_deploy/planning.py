@@ -17,7 +17,7 @@ from goc_deploy.passes import compile_schedule
 from goc_deploy.plan import Plan
 from goc_deploy.policies import BASES, schedule_from_policy
 from goc_deploy.protocols import Backend
-from goc_deploy.publish import directory_lock, disk_errors, file_entry, read_manifest, replacing
+from goc_deploy.publish import directory_lock, disk_errors, files_below, read_manifest, read_verified, replacing
 from goc_deploy.samplers import default_sampler, sampler_table
 from goc_deploy.trials import engine_laboratory
 
@@ -32,7 +32,7 @@ def add_plan_to(
     Args:
         directory: the engine directory.
         spec: policy SPEC.
-        options: name, steps, sampler, calibration.
+        options: name, steps, sampler, calibration, segments.
         make_backend: runs the engine for policies that calibrate, and is called by no other.
         progress: called with (what, done, total).
 
@@ -80,26 +80,27 @@ def _compiled(
     laboratory = engine_laboratory(directory, make_backend, sampler, calibration, progress)
     schedule = schedule_from_policy(policy, manifest.model, steps, laboratory)
     table = sampler_table(sampler, schedule.steps, manifest.model.prediction)
-    return compile_schedule(schedule, manifest.model, table, name=name)
+    return compile_schedule(schedule, manifest.model, table, name=name, segments=options.segments)
 
 
 def _add(directory: Path, manifest: Manifest, plan: Plan) -> PlanEntry:
     from goc_deploy.exporters.plan_files import write_plan
 
-    with tempfile.TemporaryDirectory(prefix=".plan-", dir=directory) as stage:
-        entry, predict = write_plan(Path(stage), plan, manifest.model, manifest.precision, manifest.predict)
-        paths = [entry.plan, entry.schedule, *predict.values()]
-        new_files = tuple(file_entry(Path(stage), path) for path in paths)
-        for path in paths:
-            (directory / path).parent.mkdir(exist_ok=True)
-            with replacing(directory / path) as temporary:
-                temporary.write_bytes((Path(stage) / path).read_bytes())
-    manifest = replace(
-        manifest,
-        plans=(*manifest.plans, entry),
-        predict={**manifest.predict, **predict},
-        files=tuple(sorted((*manifest.files, *new_files), key=lambda file: file.path)),
-    )
+    listed = {file.path: file for file in manifest.files}
+
+    def read(path: str) -> bytes:
+        return bytes(read_verified(directory, listed[path]))
+
+    with tempfile.TemporaryDirectory(prefix=".plan-", dir=directory) as folder:
+        stage = Path(folder)
+        manifest = write_plan(stage, plan, manifest, read)
+        new = files_below(stage)
+        for file in new:
+            (directory / file.path).parent.mkdir(exist_ok=True)
+            with replacing(directory / file.path) as temporary:
+                temporary.write_bytes((stage / file.path).read_bytes())
+    files = sorted((*manifest.files, *new), key=lambda file: file.path)
+    manifest = replace(manifest, files=tuple(files))
     with replacing(directory / MANIFEST_NAME) as temporary:
         temporary.write_text(manifest_to_json(manifest), encoding="utf-8")
-    return entry
+    return manifest.plans[-1]

@@ -201,17 +201,24 @@ class Backend(Protocol):
     Attributes:
         name: as on the command line.
         device: where they run.
-        stacks: whether a step that computes nothing is best done in one launch. Where it is not, its predictions are
-            spread over the step before, while their history is in the processor's cache.
-        footprint: device memory, as far as the engine directory tells before anything is loaded.
+        stacks: whether a step that computes nothing is best done in one launch, and one that computes everything too where
+            the plan has segments. Where it is not, predictions are spread over the step before, while their history is in
+            the processor's cache, and every unit is a launch.
         passed_over: faster backends that were tried first -> why they do not work here.
     """
 
     name: str
     device: Device
     stacks: bool
-    footprint: Footprint
     passed_over: Mapping[str, str]
+
+    def footprint(self, graphs: Mapping[str, Mapping[str, int]]) -> Footprint:
+        """Device memory of graphs, as far as the engine directory tells before they are loaded.
+
+        Args:
+            graphs: SHA-256 of an ONNX file -> path and size of every file with weights of the graph.
+        """
+        ...
 
     def load(
         self,
@@ -229,6 +236,10 @@ class Backend(Protocol):
             inputs: inputs that are the same on every run, on the host; they must stay where they lie.
             runs_once: time spent at load to make the graph faster would be lost.
         """
+        ...
+
+    def keep_compiled(self) -> None:
+        """Called after a batch shape ran for the first time: keep what was compiled for it for the next process."""
         ...
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:

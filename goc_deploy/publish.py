@@ -199,6 +199,12 @@ def file_entry(root: Path, relative: str) -> FileEntry:
         return FileEntry(relative, file.tell(), digest)
 
 
+def files_below(root: Path) -> tuple[FileEntry, ...]:
+    """Every file of a directory that was just written, hashed."""
+    paths = sorted(str(path.relative_to(root).as_posix()) for path in root.rglob("*") if path.is_file())
+    return tuple(file_entry(root, path) for path in paths)
+
+
 def read_manifest(directory: Path) -> Manifest:
     """Read the manifest of an engine directory.
 

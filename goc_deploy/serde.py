@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from goc_deploy.errors import EngineDirError, GocError, ScheduleError
-from goc_deploy.plan import Collect, Compute, Launch, Plan, Predict, Prediction
+from goc_deploy.plan import SEGMENTS, Collect, Compute, Launch, Plan, Predict, Prediction, Segment
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import COMPUTE, MAX_BLOCKS, MAX_STEPS, REUSE, Schedule
 
@@ -169,6 +169,7 @@ def plan_to_json(plan: Plan) -> str:
             "format": PLAN_FORMAT,
             "version": PLAN_VERSION,
             "name": plan.name,
+            "segments": plan.segments,
             "slots": plan.slots,
             "sampler": asdict(plan.sampler),
             "launches": [[_launch_to_list(op) for op in step] for step in plan.launches],
@@ -182,6 +183,7 @@ def _launch_to_list(op: Launch) -> list[Any]:
         return ["c", op.unit, op.store]
     if isinstance(op, Collect):
         return ["a", op.ahead]
+    assert not isinstance(op, Segment), "what backends make of a plan is not written"
     return ["p", op.unit, [[list(p.slots), list(p.coefficients), p.store] for p in op.predictions], op.ahead]
 
 
@@ -197,7 +199,10 @@ def plan_from_json(text: bytes, schedule: Schedule, where: str) -> Plan:
     def make() -> Plan:
         sampler = _sampler_from_fields(found["sampler"])
         launches = tuple(tuple(_launch_from_list(op) for op in step) for step in found["launches"])
-        return Plan(str(found["name"]), sampler, launches, int(found["slots"]), schedule)
+        segments = found.get("segments", "none")
+        if segments not in SEGMENTS:
+            raise ValueError(f"unknown segments {segments!r}")
+        return Plan(str(found["name"]), sampler, launches, int(found["slots"]), schedule, segments)
 
     plan: Plan = build(make, where, EngineDirError)
     return plan

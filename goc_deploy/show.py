@@ -24,6 +24,7 @@ def plan_rows(plans: Sequence[Plan], manifest: Manifest) -> Table:
         "mixed",
         "collapsed",
         "computed",
+        "segments",
         "cache MB/image",
         "naive MB/image",
     ]
@@ -33,7 +34,18 @@ def plan_rows(plans: Sequence[Plan], manifest: Manifest) -> Table:
         kinds = [str(plan.kind_counts.get(kind, 0)) for kind in ("full", "mixed", "collapsed")]
         share = f"{100 * plan.schedule.computed / (plan.steps * spec.units):.1f} %"
         megabytes = [f"{b / 1e6:.2f}" for b in (plan.cache_bytes(spec, 2, item), plan.naive_cache_bytes(spec, 2, item))]
-        rows.append([plan.name, plan.schedule.policy, plan.sampler.sampler, str(plan.steps), *kinds, share, *megabytes])
+        rows.append(
+            [
+                plan.name,
+                plan.schedule.policy,
+                plan.sampler.sampler,
+                str(plan.steps),
+                *kinds,
+                share,
+                plan.segments,
+                *megabytes,
+            ]
+        )
     return columns, rows
 
 

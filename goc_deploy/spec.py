@@ -81,6 +81,11 @@ class ModelSpec:
         """Number of units, blocks times branches; unit u is block ``u // len(branches)``."""
         return self.depth * len(self.branches)
 
+    @property
+    def unit_names(self) -> tuple[str, ...]:
+        """``block_00_attn``, ``block_00_mlp``, ...: the units in the order in which a step runs them."""
+        return tuple(f"block_{block:02d}_{branch}" for block in range(self.depth) for branch in self.branches)
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderSpec:

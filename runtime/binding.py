@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from goc_deploy import protocols
 from goc_deploy.captions import PromptEmbeds
-from goc_deploy.plan import Collect, Compute, Launch, Plan, Predict
+from goc_deploy.plan import Collect, Compute, Launch, Plan, Predict, Segment
 from goc_deploy.protocols import Buffer, Engine, Stream, taken
 from goc_deploy.runtime.buffers import (
     Buffers,
@@ -30,11 +30,19 @@ class BoundLaunch:
 
 @dataclass(frozen=True, slots=True)
 class Engines:
-    """Loaded graphs of a model: by unit name, and predict graphs by signature; and the captions that come with it."""
+    """Loaded graphs of a model.
+
+    Attributes:
+        units: by name: those that a plan launches by themselves.
+        predict: predict graphs, by signature.
+        captions: that come with the model.
+        segments: by signature.
+    """
 
     units: Mapping[str, Engine]
     predict: Mapping[str, Engine]
     captions: PromptEmbeds | None = None
+    segments: Mapping[str, Engine] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +172,8 @@ class Binder:
     def _pick_modulation(self, step: int) -> BoundLaunch:
         """Expand a step's table rows to the batch: only those that the step uses."""
         units, kinds = self._spec.units, {type(op) for op in self._plan.launches[step]}
-        used = range(units if kinds == {Collect} else 0, modulation_rows(self._spec) if Compute in kinds else units + 2)
+        last = modulation_rows(self._spec) if kinds & {Compute, Segment} else units + 2
+        used = range(units if kinds == {Collect} else 0, last)
         target = self._modulation_row(used.start, len(used))
         return self._pick_rows(step % self._buffers.chunk, used, target)
 
@@ -195,6 +204,8 @@ class Binder:
         """What changes x of the step itself."""
         if isinstance(op, Compute):
             return self._compute(op, x, x_out)
+        if isinstance(op, Segment):
+            return self._segment(op, x, x_out)
         if isinstance(op, Predict):
             return self._predict(op, x, x_out, self._gates(self._buffers.modulation, op))
         accumulated = self._buffers.accumulators[op.ahead - 1].view(*self._feature)
@@ -208,21 +219,36 @@ class Binder:
         return self._predict(op, x, accumulator, self._gates(buffers.gates_ahead[op.ahead - 1], op))
 
     def _compute(self, op: Compute, x: Buffer, x_out: Buffer) -> BoundLaunch:
+        name, outputs = self._spec.unit_names[op.unit], {"x_out": x_out}
+        if op.store is not None:
+            outputs["feature"] = self._computed(op.store)
+        offered = {"x": x, **self._of_unit(op.unit)}
+        return self._unit(name, taken(self._engines.units[name], offered), outputs)
+
+    def _segment(self, op: Segment, x: Buffer, x_out: Buffer) -> BoundLaunch:
+        """All units as one engine, whose tensors have the names of their unit in front."""
+        offered, outputs = {"x": x}, {"x_out": x_out}
+        for unit, (name, store) in enumerate(zip(self._spec.unit_names, op.stores, strict=True)):
+            offered |= {f"{name}.{of_unit}": buffer for of_unit, buffer in self._of_unit(unit).items()}
+            if store is not None:
+                outputs[f"{name}.feature"] = self._computed(store)
+        engine = self._engines.segments[op.signature]
+        return self._bound("segment", engine, taken(engine, offered), outputs)
+
+    def _of_unit(self, unit: int) -> dict[str, Buffer]:
+        """What a unit may read beside x."""
         spec = self._spec
-        block, branch = divmod(op.unit, len(spec.branches))
-        first = spec.units + 2 + 2 * op.unit
-        name = f"block_{block:02d}_{spec.branches[branch]}"
-        offered = {
-            "x": x,
+        first = spec.units + 2 + 2 * unit
+        return {
             "shift": self._modulation_row(first),
             "scale": self._modulation_row(first + 1),
-            "gate": self._modulation_row(op.unit),
-            **self._of_captions(block),
+            "gate": self._modulation_row(unit),
+            **self._of_captions(unit // len(spec.branches)),
         }
-        outputs = {"x_out": x_out}
-        if op.store is not None:
-            outputs["feature"] = self._buffers.slots[op.store].view(self._batch.rows * spec.tokens, spec.hidden)
-        return self._unit(name, taken(self._engines.units[name], offered), outputs)
+
+    def _computed(self, slot: int) -> Buffer:
+        """A slot as a unit writes its feature."""
+        return self._buffers.slots[slot].view(self._batch.rows * self._spec.tokens, self._spec.hidden)
 
     def _predict(self, op: Predict, x: Buffer, x_out: Buffer, gates: Buffer) -> BoundLaunch:
         width = len(coefficient_row(op))

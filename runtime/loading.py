@@ -6,18 +6,19 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from goc_deploy.calibration import CalibrationOptions
 from goc_deploy.captions import captions_from_bytes
-from goc_deploy.engine_dir import load_plan, mapped_weights
+from goc_deploy.engine_dir import load_plan, mapped_parts
 from goc_deploy.errors import EngineDirError, GocError, ResourceError, UsageError
 from goc_deploy.manifest import Manifest, Unit
 from goc_deploy.options import Progress
 from goc_deploy.passes import with_stacks
-from goc_deploy.plan import Plan
-from goc_deploy.protocols import NOTHING, Backend, Buffer, Engine
+from goc_deploy.plan import Compute, Plan
+from goc_deploy.protocols import Backend, Engine, Footprint
 from goc_deploy.publish import read_manifest, read_verified
 from goc_deploy.runtime import memory
 from goc_deploy.runtime.binding import Engines
@@ -33,7 +34,13 @@ logger = logging.getLogger(__name__)
 
 
 def load_pipelines(
-    directory: Path, backend: Backend, names: Sequence[str | None], batch_size: int | None, max_sessions: int
+    directory: Path,
+    backend: Backend,
+    names: Sequence[str | None],
+    batch_size: int | None,
+    max_sessions: int,
+    *,
+    all_units: bool = False,
 ) -> list[Pipeline]:
     """Load an engine directory once, for one or more of its plans.
 
@@ -43,6 +50,7 @@ def load_pipelines(
         names: plans by name or SPEC; None is the first plan that caches.
         batch_size: images per run; None is the engine's ``max_batch``.
         max_sessions: sessions of each pipeline.
+        all_units: load the units that none of these plans launches too, for `Pipeline.with_plan`.
 
     Raises:
         EngineDirError, SafetyError: the directory is corrupt or not ours.
@@ -60,10 +68,13 @@ def load_pipelines(
         )
     if backend.stacks:
         plans = [with_stacks(plan, manifest.model) for plan in plans]
-    for plan in plans:
-        _check_memory(manifest, plan, images, max_sessions, backend)
     parts = {"decoder": manifest.decoder, "text_encoder": manifest.text}
-    engines = load_engines(directory, manifest, plans, backend, [name for name, part in parts.items() if part])
+    more = [name for name, part in parts.items() if part]
+    more += manifest.model.unit_names if all_units else ()
+    footprint = backend.footprint(_weights_of(manifest, needed_graphs(directory, manifest, plans, more)))
+    for plan in plans:
+        _check_memory(manifest, plan, images, max_sessions, footprint, backend.device.free_bytes())
+    engines = load_engines(directory, manifest, plans, backend, more)
     attached = Attached(_decoder(manifest, engines, backend), _text_encoder(directory, manifest, engines, backend))
     return [Pipeline(manifest, plan, engines, backend, images, max_sessions, attached) for plan in plans]
 
@@ -111,66 +122,114 @@ def load_calibrator(
     return EngineCalibrator(load_stepper(directory, backend, table, options.images), options, provenance, progress)
 
 
+@dataclass(frozen=True, slots=True)
+class NeededGraphs:
+    """Graphs to load: units by name, predict graphs and segments by signature."""
+
+    units: Mapping[str, Unit]
+    predict: Mapping[str, Unit]
+    segments: Mapping[str, Unit]
+
+    @property
+    def all(self) -> tuple[Unit, ...]:
+        """Every one."""
+        return (*self.units.values(), *self.predict.values(), *self.segments.values())
+
+
+def needed_graphs(directory: Path, manifest: Manifest, plans: Sequence[Plan], more: Iterable[str] = ()) -> NeededGraphs:
+    """The graphs that plans launch, and further units.
+
+    Without plans all units of the blocks are needed, with plans those that one of them launches.
+
+    Raises:
+        EngineDirError: the manifest does not list one.
+    """
+    predict = {
+        signature: manifest.predict_unit(signature)
+        for signature in _listed(directory, manifest.predict, [s for plan in plans for s in plan.signatures])
+    }
+    segments = {
+        signature: manifest.segment_unit(signature)
+        for signature in _listed(directory, manifest.segments, [s for plan in plans for s in plan.segment_signatures])
+    }
+    needed = {"conditioning", "embed", "final", "modulation", "collect", *more, *_launched_units(manifest, plans)}
+    needed |= {"captions"} if manifest.model.draws_captions else set()
+    needed |= {plan.sampler.graph for plan in plans}
+    lacking = sorted({*needed, *manifest.model.unit_names} - {unit.name for unit in manifest.units})
+    if lacking:
+        raise EngineDirError(f"{directory} lists no unit {lacking[0]!r}, which the model needs; export again")
+    return NeededGraphs({unit.name: unit for unit in manifest.units if unit.name in needed}, predict, segments)
+
+
+def _weights_of(manifest: Manifest, graphs: NeededGraphs) -> dict[str, dict[str, int]]:
+    """What `Backend.footprint` takes."""
+    files = {file.path: file for file in manifest.files}
+    weights = {
+        unit.onnx: [part.weights for part in manifest.parts(unit).values() if part.weights] for unit in graphs.all
+    }
+    return {files[onnx].sha256: {path: files[path].size for path in paths} for onnx, paths in weights.items()}
+
+
 def load_engines(
     directory: Path, manifest: Manifest, plans: Sequence[Plan], backend: Backend, more: Iterable[str] = ()
 ) -> Engines:
-    """Verify every file that the plans and these further units need, then load the graphs; both in parallel.
+    """Verify every file of the graphs that are needed (`needed_graphs`), then load them; both in parallel.
 
     Raises:
         EngineDirError, SafetyError: a file is missing, corrupt or not ours.
     """
-    signatures = sorted({signature for plan in plans for signature in plan.signatures})
-    missing = [signature for signature in signatures if signature not in manifest.predict]
-    if missing:
-        raise EngineDirError(
-            f"{directory} lists no predict graph for {missing[0]!r}, which a plan needs; add the plan again"
-        )
-    needed = {"conditioning", "embed", "final", "modulation", "collect", *more}
-    needed |= {"captions"} if manifest.model.draws_captions else set()
-    needed |= {plan.sampler.graph for plan in plans}
-    needed |= {f"block_{b:02d}_{branch}" for b in range(manifest.model.depth) for branch in manifest.model.branches}
-    lacking = sorted(needed - {unit.name for unit in manifest.units})
-    if lacking:
-        raise EngineDirError(f"{directory} lists no unit {lacking[0]!r}, which the model needs; export again")
+    graphs = needed_graphs(directory, manifest, plans, more)
     entries = {file.path: file for file in manifest.files}
-    wanted = [unit for unit in manifest.units if unit.name in needed]
-    predict = {signature: manifest.predict[signature] for signature in signatures}
+    weights = {part.weights for unit in graphs.all for part in manifest.parts(unit).values() if part.weights}
     captions = {manifest.captions} if manifest.captions else set()
-    paths = sorted({p for u in wanted for p in (u.onnx, u.weights) if p} | set(predict.values()) | captions)
+    paths = sorted({unit.onnx for unit in graphs.all} | weights | captions)
 
     def verified(path: str) -> memoryview:
         return read_verified(directory, entries[path])
 
-    def loaded_graph(
-        path: str, initializers: Mapping[str, Buffer] = NOTHING, inputs: Mapping[str, Buffer] = NOTHING
-    ) -> Engine:
+    def loaded(unit: Unit) -> Engine:
         try:
-            return backend.load(content[path], initializers, inputs)
+            return backend.load(content[unit.onnx], *mapped_parts(manifest.parts(unit), content))
         except GocError as cause:
-            raise type(cause)(f"{directory / path}: {cause}") from cause
-
-    def loaded_unit(unit: Unit) -> Engine:
-        weights = content[unit.weights] if unit.weights else memoryview(b"")
-        return loaded_graph(unit.onnx, *mapped_weights(unit, weights))
+            raise type(cause)(f"{directory / unit.onnx}: {cause}") from cause
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         content = dict(zip(paths, pool.map(verified, paths), strict=True))
-        units = dict(zip([u.name for u in wanted], pool.map(loaded_unit, wanted), strict=True))
-        predictors = dict(zip(predict, pool.map(loaded_graph, predict.values()), strict=True))
+        units, predict, segments = (
+            dict(zip(kind, pool.map(loaded, kind.values()), strict=True))
+            for kind in (graphs.units, graphs.predict, graphs.segments)
+        )
     stored = None
     if manifest.captions:
         stored = captions_from_bytes(content[manifest.captions], manifest.model, f"{directory / manifest.captions}")
     memory.return_free_pages(content.values())
-    return Engines(units, predictors, stored)
+    return Engines(units, predict, stored, segments)
 
 
-def _check_memory(manifest: Manifest, plan: Plan, images: int, sessions: int, backend: Backend) -> None:
+def _listed(directory: Path, graphs: Mapping[str, str], signatures: Iterable[str]) -> list[str]:
+    """Distinct signatures, whose graphs the manifest lists."""
+    found = sorted(set(signatures))
+    missing = [signature for signature in found if signature not in graphs]
+    if missing:
+        raise EngineDirError(f"{directory} lists no graph for {missing[0]!r}, which a plan needs; add the plan again")
+    return found
+
+
+def _launched_units(manifest: Manifest, plans: Sequence[Plan]) -> Iterable[str]:
+    """Units of the blocks that plans launch by themselves; without plans, all."""
+    names = manifest.model.unit_names
+    ops = [op for plan in plans for step in plan.launches for op in step]
+    return {names[op.unit] for op in ops if isinstance(op, Compute)} if plans else names
+
+
+def _check_memory(
+    manifest: Manifest, plan: Plan, images: int, sessions: int, footprint: Footprint, available: int | None
+) -> None:
     """Report what a plan takes, and refuse it before anything is allocated.
 
     Raises:
         ResourceError: the device has less than that free.
     """
-    footprint, available = backend.footprint, backend.device.free_bytes()
     buffers = planned_bytes(manifest.model, manifest.precision, plan, images)
     needed = footprint.weights + sessions * (footprint.scratch + buffers)
     parts = (

@@ -212,8 +212,8 @@ class Pipeline:
         return self._attached.text.prompt_embeds(prompts, negative_prompts)
 
     def with_plan(self, plan: Plan) -> Pipeline:
-        """A pipeline of another plan on the same engines, which must hold its predict graphs (a plan that computes
-        everything needs none)."""
+        """A pipeline of another plan on the same engines, which must hold the graphs that it launches: its predict graphs
+        (a plan that computes everything has none) and units, or its segments."""
         return Pipeline(self.manifest, plan, self._engines, self._backend, self.batch_size, 1, self._attached)
 
     def warmup(self) -> None:

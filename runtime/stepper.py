@@ -162,15 +162,13 @@ class Stepper:
             The feature (B, T, D) in the engine's dtype: a view that the next call overwrites.
         """
         spec, rows = self.spec, self._row_count
-        block, branch = divmod(unit, len(spec.branches))
-        first = spec.units + 2 + 2 * unit
-        name = f"block_{block:02d}_{spec.branches[branch]}"
+        first, name = spec.units + 2 + 2 * unit, spec.unit_names[unit]
         offered = {
             "x": self._tokens[self._side].buffer(*self.feature_shape),
             "shift": self._modulation_row(first),
             "scale": self._modulation_row(first + 1),
             "gate": self._modulation_row(unit),
-            **(self._captions.of_block(block, rows) if self._captions else {}),
+            **(self._captions.of_block(unit // len(spec.branches), rows) if self._captions else {}),
         }
         outputs = {
             "x_out": self._tokens[1 - self._side].buffer(*self.feature_shape),

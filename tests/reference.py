@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from goc_deploy.exporters.dit import DiT, modulate, unpatchify
-from goc_deploy.plan import Collect, Compute, Plan
+from goc_deploy.plan import Collect, Compute, Plan, Segment
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
 
@@ -51,11 +51,12 @@ def run_plan(plan: Plan, x: np.ndarray, feature: Feature) -> list[np.ndarray]:
                 x = x + accumulators[op.ahead]
                 accumulators[op.ahead] = np.nan
                 continue
-            if isinstance(op, Compute):
-                g = feature(step, op.unit, x)
-                if op.store is not None:
-                    slots[op.store] = g
-                x = x + gate(step, op.unit) * g
+            if isinstance(op, (Compute, Segment)):
+                for unit, store in enumerate(op.stores) if isinstance(op, Segment) else [(op.unit, op.store)]:
+                    g = feature(step, unit, x)
+                    if store is not None:
+                        slots[store] = g
+                    x = x + gate(step, unit) * g
                 continue
             slots_before = slots.copy()
             for unit, p in enumerate(op.predictions, op.unit):

@@ -12,6 +12,7 @@ from goc_deploy.cli.app import debug_option, progress_bar, run_command
 from goc_deploy.cli.engine_options import build_engines_and_tell, engine_options, engines_from_options
 from goc_deploy.grammar import GRAMMAR
 from goc_deploy.options import ExportOptions
+from goc_deploy.plan import SEGMENTS
 from goc_deploy.samplers import SAMPLER_GRAMMAR
 from goc_deploy.spec import PRECISIONS, PREDICTIONS
 
@@ -62,6 +63,12 @@ DEFAULTS = ExportOptions()
 )
 @click.option("--seed", "calibration_seed", type=int, default=DEFAULTS.calibration_seed, help="Of these images.")
 @click.option("--cfg-scale", type=float, default=DEFAULTS.cfg_scale, help="Guidance scale of these images.")
+@click.option(
+    "--segments",
+    type=click.Choice(SEGMENTS),
+    default=DEFAULTS.segments,
+    help="What TensorRT runs as one engine: a full step, or no more than a unit.",
+)
 @click.option(
     "--weights",
     type=click.Choice(["auto", "ema", "model"]),

@@ -11,6 +11,7 @@ import click
 from goc_deploy.cli.app import debug_option, print_table, progress_bar, run_command
 from goc_deploy.cli.engine_options import build_engines_and_tell, engine_options, engines_from_options
 from goc_deploy.options import PlanOptions
+from goc_deploy.plan import SEGMENTS
 from goc_deploy.samplers import SAMPLER_GRAMMAR
 
 DEFAULTS = PlanOptions()
@@ -34,6 +35,11 @@ EPILOG = (
 )
 @click.option("--seed", type=int, help=f"Of these images.  [default: {DEFAULTS.seed}]")
 @click.option("--cfg-scale", type=float, help=f"Guidance scale of these images.  [default: {DEFAULTS.cfg_scale:g}]")
+@click.option(
+    "--segments",
+    type=click.Choice(SEGMENTS),
+    help=f"What TensorRT runs as one engine: a full step, or no more than a unit.  [default: {DEFAULTS.segments}]",
+)
 @click.option("--list", "list_plans", is_flag=True, help="List the plans.")
 @click.option("--show", metavar="NAME", help="Show a plan's actions over steps.")
 @click.option(
@@ -59,6 +65,7 @@ def command(
     calibrate: int | None,
     seed: int | None,
     cfg_scale: float | None,
+    segments: str | None,
     list_plans: bool,
     show: str | None,
     plot: Path | None,
@@ -82,6 +89,7 @@ def command(
         "calibrate": calibrate,
         "seed": seed,
         "cfg_scale": cfg_scale,
+        "segments": segments,
     }
     given = {option: value for option, value in options.items() if value is not None}
     if spec is None and given:

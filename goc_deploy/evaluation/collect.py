@@ -111,6 +111,7 @@ def _load(stack: ExitStack, engine_dir: Path, names: list[str], options: EvalOpt
         backend=options.backend,
         batch_size=options.batch_size or None,
         threads=options.threads,
+        all_units=options.converged > 0,
     )
     return [stack.enter_context(pipe) for pipe in pipes]
 

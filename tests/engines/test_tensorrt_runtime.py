@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 
 from goc_deploy.engines.tensorrt_runtime import StoredEngine, TensorrtBackend, TensorrtEngine
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError
-from goc_deploy.protocols import ALIGNMENT, Footprint, bfloat16_from_float32, mapped_buffer, stored_values
+from goc_deploy.protocols import ALIGNMENT, bfloat16_from_float32, mapped_buffer, stored_values
 from tests.stand_ins.device import Fault, StandInDevice
 from tests.stand_ins.tensorrt import StandInTensorrt
 
@@ -38,7 +38,7 @@ def tensorrt() -> StandInTensorrt:
 def backend(tensorrt: StandInTensorrt) -> TensorrtBackend:
     stored = StoredEngine("here.engine", memoryview(b"vtrt" + bytes(ONNX)), uses_plugin=False, reads_first=False)
     engines = {sha256(ONNX).hexdigest(): stored}
-    return TensorrtBackend(tensorrt.library, tensorrt.device, engines, Footprint())
+    return TensorrtBackend(tensorrt.library, tensorrt.device, engines)
 
 
 def load(backend: TensorrtBackend) -> TensorrtEngine:

@@ -18,7 +18,7 @@ TARGET = Target("tensorrt-rtx", "1.7", "linux-x86_64", ("8.6",))
 
 def with_engines(manifest: Manifest, weights: str, kernels: int | None) -> Manifest:
     """Pretend that every graph has an engine of so many kernels."""
-    paths = [*(unit.onnx for unit in manifest.units), *manifest.predict.values()]
+    paths = [unit.onnx for unit in manifest.graphs()]
     engines = tuple(
         EngineEntry(f"{TARGET.folder}/{weights}{i}.engine", "k", TARGET, weights, (path,), kernels, 0, 1_500_000)
         for i, path in enumerate(paths)
@@ -53,7 +53,7 @@ def test_kernels_of_a_step_are_those_of_its_graphs(golden_engine: Path) -> None:
     for row in rows:
         assert int(row[5]) == 3 * int(row[4])
         assert row[6] == f"{row[4]} graphs unknown"
-    assert [row[:3] for row in rows] == [["fora-2", "collapsed", "10"], ["fora-2", "full", "10"]]
+    assert [[*row[:3], row[4]] for row in rows] == [["fora-2", "collapsed", "10", "5"], ["fora-2", "full", "10", "5"]]
 
 
 def test_engines_are_shown_with_their_size_and_whether_their_file_is_there(golden_engine: Path) -> None:
@@ -64,3 +64,4 @@ def test_engines_are_shown_with_their_size_and_whether_their_file_is_there(golde
     _, units = unit_rows(manifest)
     assert {row[-1] for row in units} == {"1"}
     assert any(row[0].startswith("predict 1*") for row in units)
+    assert {"segment -*8", "segment w*8"} <= {row[0] for row in units}

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from goc_deploy.errors import EngineDirError
+from goc_deploy.errors import EngineDirError, UsageError
 from goc_deploy.grammar import parse_policy
 from goc_deploy.passes import (
     accumulate_ahead,
@@ -16,7 +16,7 @@ from goc_deploy.passes import (
     name_values,
     with_stacks,
 )
-from goc_deploy.plan import Collect, Compute, Plan, Predict, Prediction, check_plan
+from goc_deploy.plan import Collect, Compute, Plan, Predict, Prediction, Segment, check_plan
 from goc_deploy.policies import schedule_from_policy
 from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec
@@ -28,9 +28,9 @@ def spec_of(depth: int) -> ModelSpec:
     return ModelSpec(depth, 8, 2, 16, 2, 2, 4, 10, False)
 
 
-def compiled(text: str, depth: int = 3, steps: int = 20) -> Plan:
+def compiled(text: str, depth: int = 3, steps: int = 20, segments: str = "none") -> Plan:
     spec = spec_of(depth)
-    return compile_schedule(schedule_from_policy(parse_policy(text), spec, steps), spec)
+    return compile_schedule(schedule_from_policy(parse_policy(text), spec, steps), spec, segments=segments)
 
 
 @given(schedules())
@@ -98,6 +98,50 @@ def test_on_a_gpu_a_step_that_computes_nothing_is_one_launch_of_at_most_88_units
     assert sizes == [88, 12]
     assert (stacked.name, stacked.sampler, stacked.schedule) == (plan.name, plan.sampler, plan.schedule)
     assert all(isinstance(op, Compute) for op in stacked.launches[4])
+
+
+@given(schedules())
+def test_segments_change_no_output_and_are_all_full_steps_by_one_engine(schedule: Schedule) -> None:
+    x, spec = np.linspace(-1, 1, 5), spec_of(schedule.depth)
+    plan = compile_schedule(schedule, spec, segments="full")
+    merged, apart = with_stacks(plan, spec), with_stacks(compile_schedule(schedule, spec), spec)
+    assert not plan.segment_signatures
+    assert len(merged.segment_signatures) == 1
+    for k in range(plan.steps):
+        assert merged.step_kind(k) == apart.step_kind(k) == plan.step_kind(k)
+        if merged.step_kind(k) == "full":
+            assert [type(op) for op in merged.launches[k]] == [Segment]
+    np.testing.assert_allclose(
+        run_plan(merged, x, toy_feature), run_schedule(schedule, x, toy_feature), rtol=1e-9, atol=1e-12
+    )
+
+
+def test_full_steps_store_alike_so_that_one_engine_serves_them() -> None:
+    merged = with_stacks(compiled("fora:2@0.5+gc:1.2", segments="full"), spec_of(3))
+    apart = with_stacks(compiled("fora:2@0.5+gc:1.2"), spec_of(3))
+    assert {op.store for op in apart.launches[12]} == {None}
+    (op,) = merged.launches[12]
+    assert isinstance(op, Segment)
+    assert op.signature == "w*6"
+    assert merged.slots == apart.slots  # what nobody reads is put where nothing lies
+    assert with_stacks(compiled("none", segments="full"), spec_of(3)).segment_signatures == ("-*6",)
+
+
+def test_mixed_steps_are_run_unit_by_unit() -> None:
+    reuse = ((1.0,), (1.0,), (), (1.0,))
+    schedule = Schedule(2, ("attn", "mlp"), (((),) * 4, reuse, ((),) * 4))
+    plan = with_stacks(compile_schedule(schedule, spec_of(2), segments="full"), spec_of(2))
+    assert [[type(op).__name__ for op in step] for step in plan.launches] == [
+        ["Segment"],
+        ["Predict", "Compute", "Predict"],
+        ["Segment"],
+    ]
+    assert plan.segment_signatures == ("w*2 -*1 w*1",)
+
+
+def test_unknown_segments_are_refused() -> None:
+    with pytest.raises(UsageError, match="segments must be full or none, got 'all'"):
+        compiled("none", segments="all")
 
 
 def test_a_plan_without_caching_stores_nothing() -> None:
@@ -173,6 +217,9 @@ REUSE_AHEAD = Predict(0, (Prediction((0,), (1.0,), None),), 1)
     ("launches", "slots", "message"),
     [
         (((Compute(0, 5), Compute(1, None)),), 1, "slot outside 0..0"),
+        (((Segment((0, 1)),),), 1, "slot outside 0..0"),
+        (((Segment((0, 0)),),), 1, "overwrites slot 0"),
+        (((Segment((None,)),),), 0, "in order"),
         (((Compute(1, None), Compute(0, None)),), 0, "in order"),
         (((Compute(0, None), Predict(1, (Prediction((0,), (1.0,), None),))),), 1, "before anything is stored"),
         (

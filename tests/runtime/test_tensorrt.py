@@ -14,14 +14,16 @@ from goc_deploy.engine_keys import WEIGHT_MODES
 from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.engines.plugin import stacking
 from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError
+from goc_deploy.passes import compile_schedule
 from goc_deploy.publish import read_manifest
 from goc_deploy.runtime import session
 from goc_deploy.runtime.loading import load_pipelines
+from goc_deploy.schedule import COMPUTE, Schedule
 from goc_deploy.trace import Span
-from tests.conftest import GOLDEN_PLANS
+from tests.conftest import GOLDEN, GOLDEN_PLANS
 from tests.reference import relative_l2, worst_step
 from tests.stand_ins.device import StandInDevice
-from tests.stand_ins.loading import copy_with_engines, stand_in_pipeline
+from tests.stand_ins.loading import copy_with_engines, stand_in_backend, stand_in_pipeline
 
 GRADIENT = "fora:2+gc:1.2"
 
@@ -110,7 +112,48 @@ def test_a_step_that_computes_nothing_is_one_launch_over_the_history(engines: di
         elif span.category == "step":
             launches.append([])
     assert launches[5] == ["modulation", "embed", "predict 0-7", "final", "sampler"]
-    assert not [name for name in launches[4] if name.startswith("predict")]
+    assert launches[4] == ["modulation", "embed", "segment", "final", "sampler"]
+
+
+@pytest.mark.parametrize("weights", WEIGHT_MODES)
+@pytest.mark.parametrize("spec", [GRADIENT, f"l2c:{GOLDEN / 'router.pt'}@0.1"])
+def test_without_segments_units_are_launched_and_the_trajectory_is_the_same(
+    golden_engine: Path,
+    engines: dict[str, Path],
+    golden: dict[str, np.ndarray],
+    tmp_path: Path,
+    weights: str,
+    spec: str,
+) -> None:
+    apart = copy_with_engines(golden_engine, tmp_path / "engine", weights, segments=False)
+    request = {"cfg_scale": 2.0, "latents": golden["noise"], "trajectory": True}
+    expected, found = (stand_in_pipeline(path, spec) for path in (apart, engines[weights]))
+    trajectories = [pipe.generate(golden["labels"], **request).trajectory for pipe, _ in (expected, found)]
+    assert worst_step(trajectories[0], golden[GOLDEN_PLANS[spec]]) < 1e-5
+    assert worst_step(trajectories[1], trajectories[0]) < 1e-5
+    assert len(found[1].calls) < len(expected[1].calls)
+
+
+def test_weights_are_on_the_device_once_for_units_and_segments(engines: dict[str, Path]) -> None:
+    used = {}
+    for all_units in (False, True):
+        backend, tensorrt = stand_in_backend(engines["shared"])
+        pipes = load_pipelines(engines["shared"], backend, ["none"], 1, 1, all_units=all_units)
+        assert pipes[0].plan.segment_signatures
+        used[all_units] = tensorrt.device.capacity - tensorrt.device.free_bytes()
+        assert len(pipes[0]._engines.units) == 6 + 8 * all_units
+    assert used[True] == used[False]
+
+
+def test_another_plan_runs_on_the_units_where_they_were_loaded(
+    engines: dict[str, Path], golden: dict[str, np.ndarray]
+) -> None:
+    backend, _ = stand_in_backend(engines["embedded"])
+    (pipe,) = load_pipelines(engines["embedded"], backend, ["fora:2"], None, 1, all_units=True)
+    spec = pipe.spec
+    plan = compile_schedule(Schedule(spec.depth, spec.branches, ((COMPUTE,) * spec.units,) * 20), spec)
+    found = pipe.with_plan(plan).generate(golden["labels"], cfg_scale=2.0, latents=golden["noise"])
+    assert relative_l2(found.latents, golden["no_cache"][-1]) < 1e-5
 
 
 def test_without_graphs_every_launch_is_made_every_time(engines: dict[str, Path]) -> None:

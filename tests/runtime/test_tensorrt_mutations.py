@@ -13,7 +13,6 @@ import pytest
 from goc_deploy.plan import Compute, Plan, Predict
 from goc_deploy.protocols import Buffer
 from goc_deploy.runtime import binding, session
-from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.pipeline import Pipeline
 from tests.reference import worst_step
 from tests.stand_ins.device import Fault
@@ -25,8 +24,16 @@ Mutation = Callable[[Bound, Bound], tuple[Bound, Bound]]
 
 @pytest.fixture(scope="module")
 def pipe(golden_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    """The gradient, with weights that all units of a kind share an engine for."""
-    engine = copy_with_engines(golden_engine, tmp_path_factory.mktemp("mutations") / "engine", "shared")
+    """The gradient, with weights that all units of a kind share an engine for, unit by unit."""
+    target = tmp_path_factory.mktemp("mutations") / "engine"
+    engine = copy_with_engines(golden_engine, target, "shared", segments=False)
+    return stand_in_pipeline(engine, "fora:2+gc:1.2")[0]
+
+
+@pytest.fixture(scope="module")
+def merged(golden_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    """The same with segments."""
+    engine = copy_with_engines(golden_engine, tmp_path_factory.mktemp("merged") / "engine", "shared")
     return stand_in_pipeline(engine, "fora:2+gc:1.2")[0]
 
 
@@ -55,13 +62,14 @@ def with_plan(pipe: Pipeline, plan: Plan) -> Pipeline:
 
 
 def with_engine(pipe: Pipeline, kind: str, mutation: Mutation) -> Pipeline:
-    """Rebind a unit by name, or all predict graphs."""
-    units, predict = dict(pipe._engines.units), dict(pipe._engines.predict)
-    if kind == "predict":
-        predict = {signature: Rebound(engine, mutation) for signature, engine in predict.items()}
+    """Rebind a unit by name, or all predict graphs, or all segments."""
+    engines = pipe._engines
+    if kind in ("predict", "segments"):
+        rebound = {signature: Rebound(engine, mutation) for signature, engine in getattr(engines, kind).items()}
+        engines = replace(engines, **{kind: rebound})
     else:
-        units[kind] = Rebound(units[kind], mutation)
-    return Pipeline(pipe.manifest, pipe.plan, Engines(units, predict), pipe._backend, pipe.batch_size, 1)
+        engines = replace(engines, units={**engines.units, kind: Rebound(engines.units[kind], mutation)})
+    return Pipeline(pipe.manifest, pipe.plan, engines, pipe._backend, pipe.batch_size, 1)
 
 
 def with_launch(plan: Plan, step: int, index: int, change: Callable[[Any], Any]) -> Plan:
@@ -142,6 +150,26 @@ def test_wrong_bindings_are_noticed(
     pipe: Pipeline, golden: dict[str, np.ndarray], kind: str, mutation: Mutation, complaint: str
 ) -> None:
     assert complaint in notices(with_engine(pipe, kind, mutation), golden)
+
+
+def without(output: str) -> Mutation:
+    return lambda inputs, outputs: (inputs, {name: buffer for name, buffer in outputs.items() if name != output})
+
+
+@pytest.mark.parametrize(
+    ("mutation", "complaint"),
+    [
+        (without("block_02_mlp.feature"), "which nobody wrote"),
+        (swapped("block_01_attn.shift", "block_01_attn.scale"), "trajectory"),
+        (swapped("block_00_mlp.gate", "block_03_mlp.gate"), "trajectory"),
+        (in_place("x_out", "x"), "writes x_out over x, which it reads"),
+    ],
+)
+def test_a_segment_that_forgets_a_feature_or_is_bound_wrong_is_noticed(
+    merged: Pipeline, golden: dict[str, np.ndarray], mutation: Mutation, complaint: str
+) -> None:
+    assert not notices(with_plan(merged, merged.plan), golden)
+    assert complaint in notices(with_engine(merged, "segments", mutation), golden)
 
 
 def test_forgetting_to_alternate_between_token_buffers_is_noticed(

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from goc_deploy.engine_dir import load_plan
 from goc_deploy.engines.tensorrt_runtime import TensorrtBackend
 from goc_deploy.engines.tensorrt_select import tensorrt_backend
+from goc_deploy.manifest import MANIFEST_NAME, manifest_to_json
 from goc_deploy.options import EngineOptions, no_progress
+from goc_deploy.publish import file_entry, read_manifest
 from goc_deploy.runtime.loading import load_pipelines
 from goc_deploy.runtime.pipeline import Pipeline
+from goc_deploy.serde import plan_to_json
 from tests.stand_ins.device import StandInDevice
 from tests.stand_ins.tensorrt import StandInTensorrt
 
@@ -18,13 +23,35 @@ CAPABILITY = "8.9"
 
 
 def copy_with_engines(
-    source: Path, target: Path, weights: str, library: str = "tensorrt-rtx", kernels: int | None = 1
+    source: Path,
+    target: Path,
+    weights: str,
+    library: str = "tensorrt-rtx",
+    kernels: int | None = 1,
+    *,
+    segments: bool = True,
 ) -> Path:
     """A copy of an engine directory with engines of the stand-in."""
     shutil.copytree(source, target)
+    if not segments:
+        drop_segments(target)
     options = EngineOptions(library, (CAPABILITY,), weights)
     StandInTensorrt(StandInDevice(), library, kernels).build(target, options, no_progress)
     return target
+
+
+def drop_segments(directory: Path) -> None:
+    """Make a directory one whose plans were added with ``--segments none``."""
+    manifest = read_manifest(directory)
+    for entry in manifest.plans:
+        plan = replace(load_plan(directory, manifest, entry.name), segments="none")
+        (directory / entry.plan).write_text(plan_to_json(plan))
+    plans, dropped = {entry.plan for entry in manifest.plans}, set(manifest.segments.values())
+    kept = [file for file in manifest.files if file.path not in dropped]
+    files = tuple(file_entry(directory, file.path) if file.path in plans else file for file in kept)
+    (directory / MANIFEST_NAME).write_text(manifest_to_json(replace(manifest, files=files, segments={})))
+    for path in dropped:
+        (directory / path).unlink()
 
 
 def stand_in_backend(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,12 +57,35 @@ class DynamicShapesKernelSpecializationStrategy(Enum):
     LAZY, EAGER, NONE = range(3)
 
 
+class RuntimeCache:
+    """Which kernels were compiled, as a text: an engine and its shapes stand for the kernels."""
+
+    def __init__(self) -> None:
+        self.kernels: set[str] = set()
+
+    def deserialize(self, content: bytes) -> bool:
+        sound = content.startswith(b"kernels")
+        self.kernels.update(content.decode().splitlines()[1:] if sound else ())
+        return sound
+
+    def serialize(self) -> bytes:
+        return "\n".join(["kernels", *sorted(self.kernels)]).encode()
+
+
 class RuntimeConfig:
     dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
     strategy = ExecutionContextAllocationStrategy.STATIC
+    cache: RuntimeCache | None = None
 
     def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
         self.strategy = strategy
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        return RuntimeCache()
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+        self.cache = cache
+        return True
 
 
 class Empty:
@@ -73,10 +97,12 @@ class Empty:
 class Context:
     """See ``IExecutionContext``."""
 
-    def __init__(self, engine: Engine, strategy: ExecutionContextAllocationStrategy) -> None:
+    def __init__(
+        self, engine: Engine, strategy: ExecutionContextAllocationStrategy, cache: RuntimeCache | None = None
+    ) -> None:
         engine.device.forbid_in_capture("make an execution context")
         assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED
-        self._engine, self._device = engine, engine.device
+        self._engine, self._device, self._cache = engine, engine.device, cache
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._scratch: Span | None = None
@@ -119,6 +145,8 @@ class Context:
             self._captured = True
             if not self._warm:
                 raise Fault(f"{engine.name} is captured before it ran once with these shapes")
+        if not self._warm:
+            self._compile()
         self._warm = True
         reads = {name: self._span(name) for name in engine.inputs}
         writes = {name: self._span(name) for name in engine.outputs}
@@ -138,6 +166,13 @@ class Context:
 
         stream.put(Work(engine.name, reads, writes, run))
         return True
+
+    def _compile(self) -> None:
+        kernels = f"{self._engine.digest} {sorted(self._shapes.items())}"
+        if not self._cache or kernels not in self._cache.kernels:
+            self._engine.compiled.append(kernels)
+        if self._cache:
+            self._cache.kernels.add(kernels)
 
     def _span(self, name: str) -> Span:
         shape = self.get_tensor_shape(name)
@@ -165,6 +200,7 @@ class Engine:
 
     def __init__(self, tensorrt: StandInTensorrt, logger: Any, model: onnx.ModelProto, number: int) -> None:
         self.device, self.calls, self.logger, self.is_rtx = tensorrt.device, tensorrt.calls, logger, tensorrt.is_rtx
+        self.compiled, self.digest = tensorrt.compiled, sha256(model.SerializeToString(deterministic=True)).hexdigest()
         graph = model.graph
         held = {initializer.name for initializer in graph.initializer}
         inputs = [value for value in graph.input if value.name not in held]
@@ -198,7 +234,7 @@ class Engine:
             assert not self.is_rtx
             return Context(self, how)
         assert how.dynamic_shapes_kernel_specialization_strategy is DynamicShapesKernelSpecializationStrategy.EAGER
-        return Context(self, how.strategy)
+        return Context(self, how.strategy, how.cache)
 
     def output_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Found by running on zeros, once for each set of input shapes."""
@@ -230,7 +266,7 @@ class Engine:
 
 
 class StandInTensorrt:
-    """The module. ``calls`` lists every run in order, with the addresses of its tensors."""
+    """The module. ``calls`` lists every run in order, with the addresses of its tensors; ``compiled`` what RTX compiled."""
 
     ILogger, TensorIOMode = ILogger, TensorIOMode
     ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
@@ -249,6 +285,7 @@ class StandInTensorrt:
         self.device, self.backend, self.is_rtx = device, backend, backend == "tensorrt-rtx"
         self.__name__ = f"stand_in_{id(self)}"
         self.calls: list[tuple[str, dict[str, int]]] = []
+        self.compiled: list[str] = []
         self.registered: list[str] = []
         self._engines = 0
         if self.is_rtx:

@@ -1,0 +1,45 @@
+"""Segments: the graph of a step that computes everything, made of its units' graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from onnx import GraphProto, ModelProto
+from onnx.compose import add_prefix_graph
+
+
+def segment_graph(units: Mapping[str, ModelProto], stores: Sequence[bool]) -> ModelProto:
+    """Chain units: each takes the tokens that the one before it gives.
+
+    Tensor ``name`` of a unit becomes ``UNIT.name``: the inputs that are its own, the initializers, which stay where they
+    lie, and the feature. Inputs: x (B, T, D) and those of the units. Outputs: x_out (B, T, D), and features (B * T, D).
+
+    Args:
+        units: the graphs by name, in order.
+        stores: per unit whether its feature is an output.
+    """
+    segment, x = ModelProto(), "x"
+    segment.CopyFrom(next(iter(units.values())))
+    segment.graph.Clear()
+    segment.graph.name = "segment"
+    for (name, model), stored in zip(units.items(), stores, strict=True):
+        unit = add_prefix_graph(model.graph, f"{name}.")
+        tokens, x = x, f"{name}.x_out"
+        _rename(unit, f"{name}.x", tokens)
+        segment.graph.input.extend(value for value in unit.input if value.name == "x" or value.name != tokens)
+        segment.graph.initializer.extend(unit.initializer)
+        segment.graph.node.extend(unit.node)
+        segment.graph.output.extend(value for value in unit.output if stored and value.name != x)
+        last = next(value for value in unit.output if value.name == x)
+    segment.graph.output.append(last)
+    _rename(segment.graph, x, "x_out")
+    return segment
+
+
+def _rename(graph: GraphProto, old: str, new: str) -> None:
+    """Give a tensor another name."""
+    for value in (*graph.input, *graph.output):
+        value.name = new if value.name == old else value.name
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = [new if name == old else name for name in names]
