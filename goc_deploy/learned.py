@@ -18,7 +18,7 @@ from goc_deploy.schedule import MAX_HISTORY, REUSE, Schedule
 
 DEFAULT_GAMMA = 0.5
 DEFAULT_READING = "at_eta"
-ETAS = (0.6, 0.8, 1.0, 1.2)
+ETAS = (0.4, 0.6, 0.8, 1.0, 1.2)
 MOST_THRESHOLDS = 6
 
 

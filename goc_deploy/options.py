@@ -66,8 +66,8 @@ class ExportOptions:
 
 def default_plans(*, calibrates: bool) -> tuple[str, ...]:
     """Policy SPECs where none are asked for. bf16 engines have no CPU kernels to calibrate with, and a model that draws
-    captions needs some."""
-    return ("none", "fora:2+goc" if calibrates else "fora:2+gc:1.0")
+    captions needs some; then the gradient is one that no sampler was seen to amplify."""
+    return ("none", "fora:2+goc" if calibrates else "fora:2+gc:0.5")
 
 
 @dataclass(frozen=True, slots=True)

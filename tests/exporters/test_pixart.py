@@ -287,7 +287,7 @@ def test_an_engine_without_captions_says_so(engine: Path, tmp_path: Path) -> Non
     for use in ("fora:3+goc", "search:2"):
         with pytest.raises(UsageError, match="keeps no captions"):
             goc_deploy.add_plan(bare, use)
-    assert default_plans(calibrates=False) == ("none", "fora:2+gc:1.0")
+    assert default_plans(calibrates=False) == ("none", "fora:2+gc:0.5")
 
 
 def test_damaged_captions_are_refused(engine: Path, checkpoint: Path, tmp_path: Path) -> None:
