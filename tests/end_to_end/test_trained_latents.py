@@ -23,7 +23,8 @@ PLANS = ("--plan", "none", "--plan", "fora:2")
 def latent_engine(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
     """A DiT on latents, and the VAE that they belong to."""
     directory = tmp_path_factory.mktemp("latent") / "engine"
-    command("goc-export", MNIST / "latent_dit_mnist.pt", "-o", directory, *VAE, *PLANS, "--plan", "fora:2+gc:1.0", "--max-batch", 50)
+    more = ("--plan", "fora:2+gc:1.0", "--max-batch", 50)
+    command("goc-export", MNIST / "latent_dit_mnist.pt", "-o", directory, *VAE, *PLANS, *more)
     return directory
 
 
