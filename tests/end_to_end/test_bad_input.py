@@ -233,7 +233,8 @@ ENGINES: dict[str, tuple[Callable[[Path], object], int, str]] = {
         "sizes or a precision out of range",
     ),
     "other sizes": (lambda e: edit_manifest(e, lambda m: m["model"].update(hidden=32)), 4, "manifest implies"),
-    "unknown unit": (lambda e: edit_manifest(e, lambda m: m["units"].pop(3)), 4, "lists no unit"),
+    "missing unit": (lambda e: edit_manifest(e, lambda m: m["units"].pop(0)), 4, "lists no unit"),
+    "missing unit of a block": (lambda e: edit_manifest(e, lambda m: m["units"].pop(3)), 4, "lists segments without"),
     "missing file": (lambda e: (e / "onnx" / "block_02_attn.weights").unlink(), 4, "block_02_attn.weights is missing"),
     "truncated file": (lambda e: (e / "onnx" / "embed.weights").write_bytes(b"x"), 4, "embed.weights has 1 bytes"),
     "changed weights": (

@@ -87,7 +87,7 @@ def test_samplers_of_diffusions_and_of_flows_are_not_mixed_up(engine: Path) -> N
 def test_plans_survive_their_files(engine: Path) -> None:
     with goc_deploy.load(engine, plan="fora:2") as pipe:
         schedule = schedule_from_policy(parse_policy("fora:2"), pipe.spec, STEPS)
-        assert compile_schedule(schedule, pipe.spec, "euler", name="fora-2") == pipe.plan
+        assert compile_schedule(schedule, pipe.spec, "euler", name="fora-2", segments="full") == pipe.plan
 
 
 def test_folders_of_diffusers_hold_no_sit(tmp_path: Path) -> None:
