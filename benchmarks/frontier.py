@@ -1,7 +1,7 @@
 """Draw the rows of benchmarks/frontier.toml: distance to the converged solution against compute and against time.
 
     python benchmarks/results.py engine --reference digits.npz --rows benchmarks/frontier.toml --images 256 \\
-        --numbers docs/results/frontier --document docs/results.md
+        --work out/frontier --numbers docs/results/frontier --document docs/results.md
     python benchmarks/frontier.py docs/results/frontier
 """
 
