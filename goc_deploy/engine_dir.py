@@ -25,7 +25,11 @@ def plan_entry(manifest: Manifest, name: str | None) -> PlanEntry:
     if name is None:
         return next((entry for entry in manifest.plans if entry.spec != "none"), manifest.plans[0])
     for entry in manifest.plans:
-        if name in (entry.name, entry.spec) or entry.name == parse_policy(name).default_name:
+        if name in (entry.name, entry.spec):
+            return entry
+    default_name = parse_policy(name).default_name
+    for entry in manifest.plans:
+        if entry.name == default_name:
             return entry
     raise UsageError(
         f"there is no plan {name!r}; this engine has {', '.join(e.name for e in manifest.plans)}; add it with goc-plan"

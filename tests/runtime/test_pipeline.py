@@ -4,6 +4,7 @@ import multiprocessing
 import pickle
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import goc_deploy
+from goc_deploy.engine_dir import plan_entry
 from goc_deploy.engines.host import HostDevice
 from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError, UsageError, VerificationError
@@ -22,6 +24,7 @@ from goc_deploy.exporters.step_graphs import sampler_graphs
 from goc_deploy.noise import image_noise
 from goc_deploy.passes import compile_schedule
 from goc_deploy.protocols import Engine
+from goc_deploy.publish import read_manifest
 from goc_deploy.runtime import buffers, pipeline
 from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.pipeline import Pipeline
@@ -310,6 +313,14 @@ def test_a_pipeline_inherited_over_a_fork_refuses_instead_of_hanging(pipe: Pipel
     child.start()
     assert "loaded before a fork" in answer.get(timeout=60)
     child.join(timeout=60)
+
+
+def test_a_plan_is_found_by_its_name_before_the_name_is_read_as_a_spec(golden_engine: Path) -> None:
+    manifest = read_manifest(golden_engine)
+    named = replace(manifest.plans[1], name="nine.dpm++", spec="fora:9")
+    manifest = replace(manifest, plans=(*manifest.plans, named))
+    assert plan_entry(manifest, "nine.dpm++") == plan_entry(manifest, "fora:9") == named
+    assert plan_entry(manifest, "fora:2").name == "fora-2"
 
 
 def test_numbers_out_of_range_are_refused_at_load(golden_engine: Path) -> None:
