@@ -32,7 +32,8 @@ def test_at_eta_is_what_it_says_and_implies_exists(values: list[float], eta: flo
     e = np.roll(d, 1)
     inverse = is_inverse(d, e, eta, "at_eta")
     assert inverse == (l1(d, e, eta) >= l1(d, e, 0))
-    assert inverse or not is_inverse(d, e, eta, "exists")
+    ties = np.isclose(l1(d, e, eta), l1(d, e, 0), rtol=1e-12)  # where rounding decides
+    assert inverse or ties or not is_inverse(d, e, eta, "exists")
 
 
 def test_a_steady_trend_is_positive_and_a_reversal_inverse() -> None:
