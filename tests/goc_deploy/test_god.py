@@ -26,14 +26,13 @@ def test_exists_agrees_with_a_search_over_eta(data: st.DataObject) -> None:
     assert is_inverse(d, e, 1.0, "exists") == (not helps)
 
 
-@given(VALUES, st.floats(0.1, 3))
+@given(VALUES, st.integers(7, 192).map(lambda n: n / 64))  # sums of such products are exact, so ties are ties
 def test_at_eta_is_what_it_says_and_implies_exists(values: list[float], eta: float) -> None:
     d = np.array(values)
     e = np.roll(d, 1)
     inverse = is_inverse(d, e, eta, "at_eta")
     assert inverse == (l1(d, e, eta) >= l1(d, e, 0))
-    ties = np.isclose(l1(d, e, eta), l1(d, e, 0), rtol=1e-12)  # where rounding decides
-    assert inverse or ties or not is_inverse(d, e, eta, "exists")
+    assert inverse or not is_inverse(d, e, eta, "exists")
 
 
 def test_a_steady_trend_is_positive_and_a_reversal_inverse() -> None:
