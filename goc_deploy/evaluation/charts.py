@@ -13,7 +13,7 @@ from goc_deploy.schedule import Schedule
 WIDTH, HEIGHT = 520, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 12, 42
 LOGARITHMIC_FROM = 5  # the largest value over the smallest
-COLORS = 8  # CSS variables --c0 .. --c7
+COLORS = 8  # CSS variables --c0 .. --c7; the next eight plans are hollow marks and dashed lines of the same colours
 CELL_WIDTH, CELL_HEIGHT, MAX_HEAT_WIDTH, LABEL_WIDTH = 14, 7, 640, 26
 
 
@@ -75,6 +75,11 @@ def _axis(values: Sequence[float], start: float, stop: float, *, logarithmic: bo
     return Axis(low - margin, high + margin, start, stop, False)
 
 
+def color_of(number: int) -> tuple[str, bool]:
+    """CSS colour of the plan with a number, and whether its marks are hollow."""
+    return f"var(--c{number % COLORS})", number // COLORS % 2 == 1
+
+
 def chart(series: Sequence[Series], x_title: str, y_title: str, *, lines: bool = False) -> str:
     """Lines, or points with their intervals, over two axes; every mark has a tooltip.
 
@@ -92,20 +97,23 @@ def chart(series: Sequence[Series], x_title: str, y_title: str, *, lines: bool =
     y = _axis(ends, HEIGHT - BOTTOM, TOP, logarithmic=logarithmic)
     parts = _frame(x, y, x_title, y_title)
     for one in series:
-        color = f"var(--c{one.color % COLORS})"
         if lines:
+            color, dashed = color_of(one.color)
             path = " ".join(f"{x.place(p.x):.1f},{y.place(p.y):.1f}" for p in one.points)
-            parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
-        parts += [_mark(one.name, p, x, y, color, 2.5 if lines else 5) for p in one.points]
+            dashes = ' stroke-dasharray="6 3"' if dashed else ""
+            parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"{dashes}/>')
+        parts += [_mark(one, p, x, y, 2.5 if lines else 5) for p in one.points]
     return _svg(WIDTH, HEIGHT, "".join(parts), f"{y_title} against {x_title}")
 
 
-def _mark(name: str, point: Point, x: Axis, y: Axis, color: str, radius: float) -> str:
+def _mark(series: Series, point: Point, x: Axis, y: Axis, radius: float) -> str:
+    color, hollow = color_of(series.color)
     a, b = x.place(point.x), y.place(point.y)
     top, bottom = (y.place(min(max(end, y.low), y.high)) for end in (point.high, point.low))
-    tip = escape(f"{name}: {point.x:g}, {point.y:.4g}")
+    tip = escape(f"{series.name}: {point.x:g}, {point.y:.4g}")
     bar = f'<line x1="{a:.1f}" x2="{a:.1f}" y1="{top:.1f}" y2="{bottom:.1f}" stroke="{color}"/>' if top < bottom else ""
-    return f'{bar}<circle cx="{a:.1f}" cy="{b:.1f}" r="{radius}" fill="{color}"><title>{tip}</title></circle>'
+    paint = f'fill="var(--panel)" stroke="{color}" stroke-width="2"' if hollow else f'fill="{color}"'
+    return f'{bar}<circle cx="{a:.1f}" cy="{b:.1f}" r="{radius}" {paint}><title>{tip}</title></circle>'
 
 
 def _frame(x: Axis, y: Axis, x_title: str, y_title: str) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from goc_deploy.evaluation.charts import COLORS, Point, Series, chart, heat_map
+from goc_deploy.evaluation.charts import Point, Series, chart, color_of, heat_map
 from goc_deploy.evaluation.evaluate import Evaluation
 from goc_deploy.evaluation.tables import Metric, shown_metrics, shown_value
 from goc_deploy.plots import ACTIONS
@@ -90,8 +90,9 @@ def _subtitle(found: dict[str, Any]) -> str:
     return escape("; ".join(parts))
 
 
-def _key(color: int) -> str:
-    return f'<span class="key" style="background:var(--c{color % COLORS})"></span>'
+def _key(number: int) -> str:
+    color, hollow = color_of(number)
+    return f'<span class="key {"hollow" if hollow else "solid"}" style="color:{color}"></span>'
 
 
 def _tables(found: dict[str, Any], color: dict[str, int]) -> str:

@@ -103,6 +103,13 @@ def test_a_page_without_images_or_distances_is_whole_too(evaluation: Evaluation)
     assert count["svg"] == 1
 
 
+def test_sixteen_plans_look_different() -> None:
+    def look(number: int) -> str:
+        return chart((Series("plan", number, (Point(0, 1, 1, 1), Point(1, 2, 2, 2))),), "x", "y", lines=True)
+
+    assert len({look(number) for number in range(16)}) == 16
+
+
 @given(st.floats(1e-6, 1e6), st.floats(1.2, 1e4), st.booleans())
 def test_an_axis_keeps_its_ticks_and_values_within_its_pixels(low: float, factor: float, logarithmic: bool) -> None:
     axis = Axis(low, low * factor, 100.0, 20.0, logarithmic)
