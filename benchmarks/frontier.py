@@ -52,12 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def series_of(rows: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
-    """Line -> names of its rows by rising compute: uncached steps per sampler, searched plans, every other SPEC alone."""
+    """Line -> names of its rows by rising compute: uncached and searched per sampler, every other SPEC alone."""
     series: dict[str, list[str]] = {}
     for name, row in sorted(rows.items(), key=lambda item: item[1]["full_step_equivalents"]):
-        base = row["spec"].partition(":")[0]
-        uncached = {"ddim": "DDIM, no cache", "dpm++": "DPM-Solver++, no cache"}.get(row["sampler"], row["sampler"])
-        title = {"none": uncached, "search": "searched"}.get(base, f"{row['spec']}, {row['steps']} steps")
+        base, sampler = row["spec"].partition(":")[0], {"ddim": "DDIM", "dpm++": "DPM-Solver++"}[row["sampler"]]
+        shown = {"none": f"{sampler}, no cache", "search": f"{sampler}, searched"}
+        title = shown.get(base, f"{row['spec']}, {row['steps']} steps of {sampler}")
         series.setdefault(title, []).append(name)
     return series
 
