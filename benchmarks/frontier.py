@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     rows = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(args.numbers.glob("*.json"))}
     times = rows.pop(Path(TIMES).stem, {"total_ms": {}, "images": 1})
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
     by_compute, by_time = figure.subplots(1, 2, sharey=True)
     for series, members in series_of(rows).items():
         errors = [rows[name]["metrics"][METRIC]["value"] for name in members]
@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         xlabel="full steps computed", ylabel="relative L2 to the converged solution", xscale="log", yscale="log"
     )
     by_time.set(xlabel="ms per image", xscale="log")
-    by_compute.legend(fontsize=8)
+    handles, titles = by_compute.get_legend_handles_labels()
+    figure.legend(handles, titles, loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(args.numbers.with_suffix(".png"), dpi=120)
     print(args.numbers.with_suffix(".png"))
     return 0
