@@ -56,7 +56,8 @@ def series_of(rows: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
     """Line -> names of its rows by rising compute: uncached and searched per sampler, every other SPEC alone."""
     series: dict[str, list[str]] = {}
     for name, row in sorted(rows.items(), key=lambda item: item[1]["full_step_equivalents"]):
-        base, sampler = row["spec"].partition(":")[0], {"ddim": "DDIM", "dpm++": "DPM-Solver++"}[row["sampler"]]
+        base = row["spec"].partition(":")[0]
+        sampler = {"ddim": "DDIM", "dpm++": "DPM-Solver++"}.get(row["sampler"], row["sampler"])
         shown = {"none": f"{sampler}, no cache", "search": f"{sampler}, searched"}
         title = shown.get(base, f"{row['spec']}, {row['steps']} steps of {sampler}")
         series.setdefault(title, []).append(name)
