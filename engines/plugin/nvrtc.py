@@ -1,40 +1,18 @@
-"""CUDA C++ to machine code with NVRTC from its wheel: no CUDA toolkit, and no GPU, is needed."""
+"""CUDA C++ to machine code with NVRTC, by NVIDIA's cuda-bindings: no CUDA toolkit, and no GPU, is needed.
+
+The bindings find NVRTC's wheel, and load the library that it compiles with beside it, which the library itself of CUDA
+13.0 does not find.
+"""
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import importlib.util
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from goc_deploy.errors import EnvironmentUnsupportedError
 
-_WHEEL_FOLDERS = ("cu13/lib", "cuda_nvrtc/lib")  # of CUDA 13 and of CUDA 12
-_NAMES = ("libnvrtc.so.13", "libnvrtc.so.12")
-
-
-@functools.cache
-def _nvrtc() -> Any:
-    for candidate in _candidates():
-        try:
-            library = ctypes.CDLL(candidate)
-        except OSError:
-            continue
-        library.nvrtcGetErrorString.restype = ctypes.c_char_p
-        return library
-    raise EnvironmentUnsupportedError(
-        "NVRTC, which compiles the plugin, is not installed; run: pip install nvidia-cuda-nvrtc"
-    )
-
-
-def _candidates() -> Iterator[str]:
-    spec = importlib.util.find_spec("nvidia")
-    for root in (spec.submodule_search_locations or ()) if spec else ():
-        for folder in _WHEEL_FOLDERS:
-            yield from map(str, sorted(Path(root, folder).glob("libnvrtc.so.*"), reverse=True))
-    yield from _NAMES
+MISSING = (
+    "NVRTC, which compiles the update kernel, cannot be loaded ({}); run: pip install cuda-bindings nvidia-cuda-nvrtc"
+)
 
 
 def cubin_from_source(source: str, name: str, capability: str) -> bytes:
@@ -48,28 +26,35 @@ def cubin_from_source(source: str, name: str, capability: str) -> bytes:
     Raises:
         EnvironmentUnsupportedError: NVRTC is missing, does not know the GPU, or refuses the source.
     """
-    library, program, size = _nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
-    options = [f"--gpu-architecture=sm_{capability.replace('.', '')}", "--std=c++17"]
-    array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-    _check(library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), 0, None, None))
     try:
-        status = library.nvrtcCompileProgram(program, len(options), array)
-        if status:
-            _check(library.nvrtcGetProgramLogSize(program, ctypes.byref(size)))
-            log = ctypes.create_string_buffer(size.value)
-            _check(library.nvrtcGetProgramLog(program, log))
-            reason = log.value.decode(errors="replace").strip() or library.nvrtcGetErrorString(status).decode()
+        from cuda.bindings import nvrtc
+
+        program = _checked(nvrtc, *nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], []))
+    except (ImportError, RuntimeError) as cause:  # RuntimeError: the bindings find no library
+        raise EnvironmentUnsupportedError(MISSING.format(str(cause).splitlines()[0])) from cause
+    options = [f"--gpu-architecture=sm_{capability.replace('.', '')}".encode(), b"--std=c++17"]
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            log = bytearray(_checked(nvrtc, *nvrtc.nvrtcGetProgramLogSize(program)))
+            _checked(nvrtc, *nvrtc.nvrtcGetProgramLog(program, log))
+            reason = log.rstrip(b"\0").decode(errors="replace").strip() or _text(nvrtc, status)
             raise EnvironmentUnsupportedError(
                 f"NVRTC cannot compile {name} for compute capability {capability}: {reason}"
             )
-        _check(library.nvrtcGetCUBINSize(program, ctypes.byref(size)))
-        cubin = ctypes.create_string_buffer(size.value)
-        _check(library.nvrtcGetCUBIN(program, cubin))
-        return cubin.raw
+        cubin = bytearray(_checked(nvrtc, *nvrtc.nvrtcGetCUBINSize(program)))
+        _checked(nvrtc, *nvrtc.nvrtcGetCUBIN(program, cubin))
+        return bytes(cubin)
     finally:
-        library.nvrtcDestroyProgram(ctypes.byref(program))
+        nvrtc.nvrtcDestroyProgram(program)
 
 
-def _check(status: int) -> None:
-    if status:
-        raise EnvironmentUnsupportedError(f"NVRTC fails: {_nvrtc().nvrtcGetErrorString(status).decode()}")
+def _checked(nvrtc: Any, status: Any, *values: Any) -> Any:
+    """The value of a call, or None; every call of the bindings returns its status first."""
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise EnvironmentUnsupportedError(f"NVRTC fails: {_text(nvrtc, status)}")
+    return values[0] if values else None
+
+
+def _text(nvrtc: Any, status: Any) -> str:
+    return str(nvrtc.nvrtcGetErrorString(status)[1].decode())
