@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -89,6 +91,11 @@ class CudaStream:
         self._stream = torch.cuda.Stream(device)
         self.handle = int(self._stream.cuda_stream)
         self._events: list[Any] = []
+        self._lock = threading.RLock()
+
+    def held(self) -> AbstractContextManager[Any]:
+        """See `goc_deploy.protocols.Stream.held`."""
+        return self._lock
 
     def upload(self, values: np.ndarray, target: Buffer) -> None:
         """Copy from pageable memory: CUDA returns once it has read the values."""

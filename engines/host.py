@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,11 @@ class HostStream:
 
     def __init__(self) -> None:
         self._marks: list[float] = []
+        self._lock = threading.RLock()
+
+    def held(self) -> AbstractContextManager[Any]:
+        """See `goc_deploy.protocols.Stream.held`."""
+        return self._lock
 
     def upload(self, values: np.ndarray, target: Buffer) -> None:
         """Copy host values into a buffer."""

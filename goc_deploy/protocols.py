@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -82,7 +83,7 @@ def mapped_buffer(content: memoryview, offset: int, shape: tuple[int, ...], dtyp
 
 
 class Stream(Protocol):
-    """What a session runs on: what is put on a stream happens in order. Not for two threads at a time.
+    """What a session runs on: what is put on a stream happens in order. For the thread that holds it.
 
     Attributes:
         handle: of the device's stream, 0 on the host.
@@ -90,6 +91,10 @@ class Stream(Protocol):
 
     @property
     def handle(self) -> int: ...
+
+    def held(self) -> AbstractContextManager[Any]:
+        """Take the stream for this thread, which may hold it already; other threads wait until the block ends."""
+        ...
 
     def upload(self, values: np.ndarray, target: Buffer) -> None:
         """Copy host values, which may change afterwards, into a buffer of the same size."""

@@ -100,6 +100,12 @@ class Session:
         Returns:
             Final latents (N, C, H, W) float32, and the timing.
         """
+        with self._stream.held():
+            return self._run(request, on_step, spans)
+
+    def _run(
+        self, request: Request, on_step: StepCallback | None, spans: list[Span] | None
+    ) -> tuple[np.ndarray, Timing]:
         stream, started = self._stream, time.perf_counter()
         with recorded(spans, "prepare", "prepare"):
             runnable = self._prepare(request)

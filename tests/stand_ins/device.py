@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +72,7 @@ class Work:
     reads: dict[str, Span]
     writes: dict[str, Span]
     run: Callable[[], None]
+    thread: int = field(default_factory=threading.get_ident)
 
 
 @dataclass(eq=False)
@@ -183,8 +185,20 @@ class StandInStream:
         self.pending: list[Work] = []
         self.graph: list[Work] | None = None
         self._marks: list[float] = []
+        self._lock, self._holder = threading.RLock(), 0
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        with self._lock:
+            before, self._holder = self._holder, threading.get_ident()
+            try:
+                yield
+            finally:
+                self._holder = before
 
     def put(self, work: Work) -> None:
+        if self._holder != threading.get_ident() and any(w.thread != threading.get_ident() for w in self.pending):
+            raise Fault(f"{work.name}: put on a stream that another thread uses; hold it first")
         if self.graph is not None:
             self.graph.append(work)
             return
