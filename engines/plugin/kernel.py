@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from goc_deploy.engines.plugin import driver, nvrtc
+from goc_deploy.errors import EngineDirError
 from goc_deploy.plan import MAX_LAUNCH_UNITS
 from goc_deploy.protocols import DTYPE_BYTES
 
@@ -19,6 +21,12 @@ MAX_UNITS, MAX_ENTRIES, TOKENS = MAX_LAUNCH_UNITS, 4, 4
 THREADS = 128
 VECTOR_BYTES = 16
 DTYPES = ("float32", "float16", "bfloat16")
+KERNELS = (
+    *(f"goc_stack_{dtype}{suffix}" for dtype in DTYPES for suffix in ("", "_single")),
+    "goc_next_step",
+    "goc_step_moves",
+)
+_RUN = re.compile(rf"([1-{MAX_ENTRIES}])(w?)\*([1-9][0-9]*)")
 
 
 class StackParameters(ctypes.Structure):
@@ -75,6 +83,21 @@ class Stack:
         return (features * rows * tokens * hidden + gates) * DTYPE_BYTES[dtype] + 4 * sum(self.entries)
 
 
+def stack_from_signature(signature: str) -> Stack:
+    """``2w*2 1*1`` to ``Stack((2, 2, 1), (True, True, False))``: the inverse of `goc_deploy.plan.Predict.signature`.
+
+    Raises:
+        EngineDirError: not a signature, or one of a launch that no kernel serves.
+    """
+    runs = [_RUN.fullmatch(word) for word in signature.split(" ")]
+    units = [(int(run[1]), bool(run[2])) for run in runs if run for _ in range(int(run[3]))]
+    if not all(runs) or len(units) > MAX_UNITS:
+        raise EngineDirError(
+            f"{signature!r} is no predict signature of at most {MAX_UNITS} units that read 1 to {MAX_ENTRIES} entries, such as '2w*8 1*3'"
+        )
+    return Stack(tuple(entries for entries, _ in units), tuple(stores for _, stores in units))
+
+
 def parameters_from_addresses(
     stack: Stack, shape: Sequence[int], inputs: Sequence[int], outputs: Sequence[int]
 ) -> StackParameters:
@@ -126,8 +149,14 @@ def geometry(shape: Sequence[int], dtype: str, inputs: Sequence[int], outputs: S
 class Kernels(Protocol):
     """Runs kernels of ``update.cu``."""
 
-    def launch(self, geometry: Geometry, parameters: StackParameters, stream: int) -> None:
-        """Run one on a stream; neither waits nor allocates."""
+    def launch(self, geometry: Geometry, parameters: ctypes.Structure, stream: int) -> None:
+        """Run one on a stream; neither waits nor allocates.
+
+        Args:
+            geometry: which, and on how many threads.
+            parameters: what this kernel takes.
+            stream: handle.
+        """
         ...
 
 
@@ -137,7 +166,7 @@ class DeviceKernels:
 
     functions: Mapping[str, driver.DeviceFunction]
 
-    def launch(self, geometry: Geometry, parameters: StackParameters, stream: int) -> None:
+    def launch(self, geometry: Geometry, parameters: ctypes.Structure, stream: int) -> None:
         """See `Kernels`."""
         self.functions[geometry.kernel].launch(geometry.blocks, THREADS, parameters, stream)
 
@@ -160,5 +189,4 @@ def device_kernels() -> DeviceKernels:
 @functools.cache
 def _loaded_kernels(_context: int) -> DeviceKernels:
     cubin = cubin_for(driver.current_capability())
-    names = [f"goc_stack_{dtype}{suffix}" for dtype in DTYPES for suffix in ("", "_single")]
-    return DeviceKernels({name: driver.function_from_cubin(cubin, name) for name in names})
+    return DeviceKernels({name: driver.function_from_cubin(cubin, name) for name in KERNELS})

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from goc_deploy.engines.plugin.kernel import SOURCE_PATH, THREADS, Geometry, StackParameters
+from goc_deploy.engines.plugin.kernel import SOURCE_PATH, THREADS, Geometry
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class HostKernels:
 
     library: Any
 
-    def launch(self, geometry: Geometry, parameters: StackParameters, stream: int) -> None:
+    def launch(self, geometry: Geometry, parameters: ctypes.Structure, stream: int) -> None:
         assert stream == 0
         run = getattr(self.library, geometry.kernel)
         run(ctypes.byref(parameters), ctypes.c_int64(geometry.blocks * THREADS))
@@ -38,7 +38,8 @@ def host_library(tmp_path_factory: pytest.TempPathFactory) -> Any:
         [compiler, *flags, "-shared", "-fPIC", f"-I{SOURCE_PATH.parent}", str(source), "-o", str(target)], check=True
     )
     library = ctypes.CDLL(str(target))
-    library.parameters_size.restype = library.bytes_moved.restype = ctypes.c_int64
+    for name in ("stack_size", "moves_size", "bytes_moved", "threads_per_block"):
+        getattr(library, name).restype = ctypes.c_int64
     return library
 
 

@@ -1,11 +1,17 @@
-// update.cu compiled for the host, with what it reads and writes counted.
+// update.cu compiled for the host, with what it reads and writes counted, and threads run forwards or backwards.
 
 static long long moved;
+static bool backwards;
 #define GOC_MOVED(bytes) (moved += (bytes))
+#define GOC_ORDER(thread, threads) (backwards ? (threads) - 1 - (thread) : (thread))
 #include "update.cu"
 
 extern "C" {
-long long parameters_size() { return sizeof(GocStack); }
+long long stack_size() { return sizeof(GocStack); }
+long long moves_size() { return sizeof(GocMoves); }
+long long threads_per_block() { return GOC_THREADS; }
+
+void run_backwards(bool value) { backwards = value; }
 
 long long bytes_moved() {
     const long long bytes = moved;

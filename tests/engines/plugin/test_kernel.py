@@ -16,14 +16,19 @@ from hypothesis import strategies as st
 from goc_deploy.engines.plugin import kernel, nvrtc
 from goc_deploy.engines.plugin.kernel import (
     DTYPES,
+    KERNELS,
     MAX_UNITS,
     SOURCE_PATH,
+    THREADS,
     Stack,
     StackParameters,
     geometry,
     parameters_from_addresses,
+    stack_from_signature,
 )
-from goc_deploy.errors import EnvironmentUnsupportedError
+from goc_deploy.engines.plugin.moves import MovesParameters
+from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError
+from goc_deploy.plan import Predict, Prediction
 from goc_deploy.protocols import DTYPE_BYTES
 from tests.engines.plugin.arrays import NUMPY_DTYPES, Case, assert_close, random_case, tensor
 from tests.engines.plugin.conftest import HostKernels
@@ -97,8 +102,27 @@ def test_every_tensor_moves_once_and_a_gate_once_per_four_tokens(
     assert host_library.bytes_moved() == needed - coefficients + gates * (-(-tokens // 4) - 1)
 
 
+@given(stacks)
+def test_a_stack_is_what_the_signature_of_its_plan_says(stack: Stack) -> None:
+    predictions = tuple(
+        Prediction(tuple(range(entries)), (1.0,) * entries, 0 if stores else None)
+        for entries, stores in zip(stack.entries, stack.stores, strict=True)
+    )
+    assert stack_from_signature(Predict(0, predictions).signature) == stack
+
+
+@pytest.mark.parametrize(
+    "signature", ["", "2w", "2w*0", "5*1", "0*1", "2w*8  1*3", "2w*8 ", "1*89", "1w*44 2*45", "2W*1"]
+)
+def test_what_no_kernel_serves_is_no_signature(signature: str) -> None:
+    with pytest.raises(EngineDirError, match=r"is no predict signature of at most 88 units"):
+        stack_from_signature(signature)
+
+
 def test_python_and_the_source_agree_on_the_parameters(host_library: Any) -> None:
-    assert ctypes.sizeof(StackParameters) == host_library.parameters_size() <= 4096
+    assert ctypes.sizeof(StackParameters) == host_library.stack_size() <= 4096
+    assert ctypes.sizeof(MovesParameters) == host_library.moves_size()
+    assert host_library.threads_per_block() == THREADS
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -131,7 +155,7 @@ def test_nvrtc_compiles_for_every_target_without_a_gpu() -> None:
     with ThreadPoolExecutor(2) as pool:
         for cubin in pool.map(kernel.cubin_for, TARGETS):
             assert cubin.startswith(b"\x7fELF")
-            assert all(f"goc_stack_{dtype}{suffix}".encode() in cubin for dtype in DTYPES for suffix in ("", "_single"))
+            assert all(name.encode() in cubin for name in KERNELS)
 
 
 def test_a_process_without_torch_compiles_too() -> None:

@@ -1,0 +1,103 @@
+"""A predict graph as one launch of the kernel, without ONNX and without TensorRT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from goc_deploy.engines.plugin.kernel import (
+    DTYPES,
+    Kernels,
+    Stack,
+    geometry,
+    parameters_from_addresses,
+    stack_from_signature,
+)
+from goc_deploy.errors import EngineDirError
+from goc_deploy.protocols import Buffer, Launch, Stream
+
+
+class PredictKernel:
+    """See `goc_deploy.protocols.Engine`.
+
+    Inputs: x (B, T, D), gates (units, B, D), coefficients (all units' rows joined) float32, and each unit's history
+    ``g{unit}_{entry}`` (B, T, D). Outputs: x_out, and ``g{unit}`` of the units that store. x_out may lie on x, and a
+    stored prediction on an entry that its own or an earlier unit reads.
+
+    Args:
+        signature: of the launch, see `goc_deploy.plan.Predict.signature`.
+        dtype: of every tensor but the coefficients, one of ``DTYPES``.
+        kernels: that are launched.
+
+    Raises:
+        EngineDirError: not a signature, or one of a launch that no kernel serves.
+    """
+
+    def __init__(self, signature: str, dtype: str, kernels: Kernels) -> None:
+        assert dtype in DTYPES
+        self._signature, self._kernels = signature, kernels
+        self._stack = stack = stack_from_signature(signature)
+        histories = [f"g{unit}_{entry}" for unit, entries in enumerate(stack.entries) for entry in range(entries)]
+        self._inputs = ("x", "gates", "coefficients", *histories)
+        self._outputs = ("x_out", *(f"g{unit}" for unit, stores in enumerate(stack.stores) if stores))
+        self.dtypes: Mapping[str, str] = {
+            name: "float32" if name == "coefficients" else dtype for name in (*self._inputs, *self._outputs)
+        }
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], stream: Stream | None = None) -> Launch:
+        """See `goc_deploy.protocols.Engine.bind`; the stream is required, and every output.
+
+        Raises:
+            EngineDirError: a name that is missing or unknown, a dtype or a shape that does not fit, or an output on an
+                input that is read later.
+        """
+        assert stream is not None, "a kernel has no stream of its own"
+        self._check_names("input", self._inputs, inputs)
+        self._check_names("output", self._outputs, outputs)
+        shape = inputs["x"].shape
+        self._check_tensors({**inputs, **outputs}, shape)
+        self._check_order(inputs, outputs)
+        addresses = (
+            [inputs[name].pointer for name in self._inputs],
+            [outputs[name].pointer for name in self._outputs],
+        )
+        chosen = geometry(shape, inputs["x"].dtype, *addresses)
+        parameters = parameters_from_addresses(self._stack, shape, *addresses)
+        kernels, handle, keep_alive = self._kernels, stream.handle, (dict(inputs), dict(outputs))
+
+        def run(_: Any = keep_alive) -> None:
+            kernels.launch(chosen, parameters, handle)
+
+        return run
+
+    def _check_names(self, kind: str, expected: tuple[str, ...], found: Mapping[str, Buffer]) -> None:
+        for name in sorted(found.keys() ^ set(expected)):
+            state = "does not have" if name in found else "needs"
+            raise EngineDirError(f"launch {self._signature!r} {state} {kind} {name!r}; compile the plan again")
+
+    def _check_tensors(self, buffers: Mapping[str, Buffer], shape: tuple[int, ...]) -> None:
+        shapes: dict[str, tuple[int, ...]] = {"coefficients": (sum(self._stack.entries),)}
+        if len(shape) == 3:
+            shapes["gates"] = (self._stack.units, shape[0], shape[2])
+        for name, buffer in buffers.items():
+            expected = shapes.get(name, shape)
+            if len(shape) != 3 or buffer.shape != expected or buffer.dtype != self.dtypes[name]:
+                raise EngineDirError(
+                    f"launch {self._signature!r} takes {name} as {self.dtypes[name]} {list(expected)} where x is (B, T, D), but the "
+                    f"plan binds {buffer.dtype} {list(buffer.shape)}; export again"
+                )
+
+    def _check_order(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        """The kernel reads a unit's history before it writes what earlier units store."""
+        last_read = {inputs[name].pointer: unit for unit, name in _histories(self._stack)}
+        for unit, stores in enumerate(self._stack.stores):
+            if stores and last_read.get(outputs[f"g{unit}"].pointer, unit) > unit:
+                raise EngineDirError(
+                    f"launch {self._signature!r} stores g{unit} on an entry that unit {last_read[outputs[f'g{unit}'].pointer]} "
+                    "reads; compile the plan again"
+                )
+
+
+def _histories(stack: Stack) -> list[tuple[int, str]]:
+    """Each unit and the names of its entries, in the order in which they are read."""
+    return [(unit, f"g{unit}_{entry}") for unit, entries in enumerate(stack.entries) for entry in range(entries)]
