@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from goc_deploy.errors import EnvironmentUnsupportedError
+from goc_deploy.errors import UsageError
 from goc_deploy.protocols import Backend
 
 if TYPE_CHECKING:
     from goc_deploy.engines.tensorrt_runtime import TensorrtBackend
 
+_DEVICE = re.compile(r"auto|cpu|cuda(:(?P<number>[0-9]{1,3}))?")
 FASTEST_FIRST = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime")
 
 
@@ -24,14 +26,32 @@ class RunOptions:
     Attributes:
         threads: of ONNX Runtime; 0 is one per core.
         shared_pool: one ONNX Runtime thread pool for the process.
-        graphs: record the steps as CUDA graphs, on TensorRT.
+        graphs: record CUDA graphs.
+        device: ``cpu``, ``cuda``, ``cuda:1`` (of those that the process may see), or ``auto``.
         weights: TensorRT engines with ``embedded`` or ``shared`` weights; None takes those that are there.
     """
 
     threads: int = 0
     shared_pool: bool = True
     graphs: bool = True
+    device: str = "auto"
     weights: str | None = None
+
+    @property
+    def gpu(self) -> int:
+        """Number of the GPU that a backend on a GPU takes.
+
+        Raises:
+            UsageError: not a device.
+        """
+        found = _DEVICE.fullmatch(self.device)
+        if found is None:
+            raise UsageError(f"there is no device {self.device!r}; use cpu, cuda, cuda:1, or auto")
+        return int(found["number"] or 0)
+
+    def allows(self, backend: str) -> bool:
+        """Whether a backend runs on the device that is asked for."""
+        return self.device == "auto" or (self.device == "cpu") == (backend == "onnxruntime")
 
 
 def candidates(name: str, directory: Path, options: RunOptions) -> Iterator[tuple[str, Callable[[], Backend]]]:
@@ -43,11 +63,14 @@ def candidates(name: str, directory: Path, options: RunOptions) -> Iterator[tupl
         options: how to run it.
 
     Raises:
-        EnvironmentUnsupportedError: no such backend.
+        UsageError: no such backend or device, or a backend that does not run on the device.
     """
     if name not in ("auto", *FASTEST_FIRST):
-        raise EnvironmentUnsupportedError(f"there is no backend {name!r}; use auto, {', '.join(FASTEST_FIRST)}")
-    for candidate in FASTEST_FIRST if name == "auto" else (name,):
+        raise UsageError(f"there is no backend {name!r}; use auto, {', '.join(FASTEST_FIRST)}")
+    assert options.gpu >= 0  # a device, or a UsageError
+    if name != "auto" and not options.allows(name):
+        raise UsageError(f"backend {name} does not run on device {options.device}; name one of the two only")
+    for candidate in filter(options.allows, FASTEST_FIRST) if name == "auto" else (name,):
         yield candidate, partial(_make, candidate, directory, options)
 
 
@@ -65,32 +88,33 @@ def onnxruntime_cuda_backend(options: RunOptions) -> Backend:
     """ONNX Runtime on the GPU of this machine.
 
     Raises:
-        EnvironmentUnsupportedError: there is none, or no ONNX Runtime or torch for it.
+        EnvironmentUnsupportedError: there is none, or no ONNX Runtime or cuda-bindings for it.
     """
-    from goc_deploy.engines.plugin import driver
+    from goc_deploy.engines import driver
 
-    driver.device_capability()  # asks the driver, before anything large is imported
+    driver.device_capability(options.gpu)  # asks the driver, before anything large is imported
     from goc_deploy.engines.cuda import cuda_device
-    from goc_deploy.engines.ort import OrtBackend
+    from goc_deploy.engines.ort_cuda import OrtCudaBackend
 
-    return OrtBackend(options.threads, shared_pool=options.shared_pool, device=cuda_device(graphs=False))
+    device = cuda_device(options.gpu, graphs=options.graphs)
+    return OrtCudaBackend(device, options.threads, shared_pool=options.shared_pool)
 
 
 def tensorrt_backend_here(name: str, directory: Path, options: RunOptions) -> TensorrtBackend:
     """TensorRT or TensorRT for RTX on the GPU of this machine, with the engines of a directory.
 
     Raises:
-        EnvironmentUnsupportedError: there is no GPU, or no TensorRT or torch for it, or an engine cannot be built.
+        EnvironmentUnsupportedError: there is no GPU, or no TensorRT or cuda-bindings for it, or an engine cannot be built.
         ConflictError, ResourceError, EngineDirError, SafetyError: of the directory.
     """
-    from goc_deploy.engines.plugin import driver
+    from goc_deploy.engines import driver
 
-    capability = driver.device_capability()  # asks the driver, before anything large is imported
+    capability = driver.device_capability(options.gpu)  # asks the driver, before anything large is imported
     from goc_deploy.engines.cuda import cuda_device
     from goc_deploy.engines.tensorrt_library import library_from_backend
     from goc_deploy.engines.tensorrt_select import tensorrt_backend
 
-    library, device = library_from_backend(name), cuda_device(graphs=options.graphs)
+    library, device = library_from_backend(name), cuda_device(options.gpu, graphs=options.graphs)
     return tensorrt_backend(directory, library, capability, device, weights=options.weights)
 
 

@@ -1,161 +1,350 @@
-"""A CUDA device by torch, which owns memory, streams, events and graphs. Nothing here knows what an engine is."""
+"""A CUDA device by the driver: memory, streams, events and graphs. Nothing here knows what an engine is.
+
+Every thread that calls here works in the device's primary context, which libraries on the CUDA runtime use too.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import logging
 import math
 import threading
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError
+from goc_deploy.engines.driver import Driver, capability_of, load_driver
+from goc_deploy.engines.plugin import moves as kernel_moves
+from goc_deploy.engines.plugin.kernel import DeviceKernels, cubin_for, load_kernels
+from goc_deploy.errors import EnvironmentUnsupportedError, GocError, ResourceError
 from goc_deploy.protocols import (
     ALIGNMENT,
     DTYPE_BYTES,
     NUMPY_DTYPES,
     Buffer,
     Launch,
+    Move,
+    Stream,
     float32_from_bfloat16,
     stored_values,
 )
 
+logger = logging.getLogger(__name__)
 
-def cuda_device(*, graphs: bool = True) -> CudaDevice:
-    """The first CUDA device that this process may see (``CUDA_VISIBLE_DEVICES`` chooses).
+STAGING_BYTES = 4 * 2**20  # pinned host memory of a stream: larger copies go through it in parts
+NAME_BYTES = 256
+
+# PyTorch documents that a process may have one capture at a time, and other libraries are no clearer: we keep to that.
+_capturing = threading.RLock()
+_this_thread = threading.local()
+
+
+def cuda_device(index: int = 0, *, graphs: bool = True) -> CudaDevice:
+    """A CUDA device of those that this process may see (``CUDA_VISIBLE_DEVICES`` chooses).
 
     Args:
+        index: which.
         graphs: record steps as CUDA graphs; off, every launch is made by itself.
 
     Raises:
-        EnvironmentUnsupportedError: there is no torch, or none with CUDA, or no device.
+        EnvironmentUnsupportedError: there is no driver, no such device, or cuda-bindings is missing.
     """
-    try:
-        import torch
-    except ImportError as cause:
-        raise EnvironmentUnsupportedError(f"torch, which owns GPU memory, cannot be imported ({cause})") from cause
-    if not torch.cuda.is_available():
-        raise EnvironmentUnsupportedError(
-            f"torch {torch.__version__} finds no CUDA device; install a CUDA build of torch that fits the driver"
-        )
-    return CudaDevice(torch, torch.device("cuda", 0), graphs=graphs)
+    driver = load_driver()
+    count = driver.cuDeviceGetCount()
+    if index >= count:
+        raise EnvironmentUnsupportedError(f"there is no CUDA device {index}; the driver finds {count}")
+    return CudaDevice(driver, index, graphs=graphs)
+
+
+class Allocation:
+    """Device memory that is freed with the last buffer on it."""
+
+    __slots__ = ("__weakref__", "pointer")
+
+    def __init__(self, pointer: int) -> None:
+        self.pointer = pointer
+
+
+@dataclass(slots=True)
+class GraphCounts:
+    """What a device recorded so far: graphs, their nodes, and the milliseconds that it took."""
+
+    graphs: int = 0
+    nodes: int = 0
+    ms: float = 0.0
 
 
 class CudaDevice:
     """See `goc_deploy.protocols.Device`."""
 
     kind = "cuda"
+    shares_launches = True
 
-    def __init__(self, torch: Any, device: Any, *, graphs: bool) -> None:
-        self._torch, self._device, self._graphs = torch, device, graphs
+    def __init__(self, driver: Driver, index: int, *, graphs: bool) -> None:
+        self.driver, self.index, self.graphs, self.recorded = driver, index, graphs, GraphCounts()
+        self._handle = driver.cuDeviceGet(index)
+        self._context = driver.cuDevicePrimaryCtxRetain(self._handle)
+        self._later: list[Callable[[], None]] = []  # what a capture of the same thread would not forgive
+        self._kernels: DeviceKernels | None = None
+
+    def enter(self) -> None:
+        """Make the device's context current in this thread."""
+        self.driver.cuCtxSetCurrent(self._context)
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        """New memory; torch aligns it to 512 bytes.
+        """New memory; the driver aligns it to 256 bytes at least.
 
         Raises:
             ResourceError: the device has not that much.
         """
         nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
+        self.enter()
         try:
-            memory = self._torch.empty(max(nbytes, 1), dtype=self._torch.uint8, device=self._device)
-        except self._torch.cuda.OutOfMemoryError as cause:
+            pointer = int(self.driver.cuMemAlloc(max(nbytes, 1)))
+        except ResourceError as cause:
             raise ResourceError(
                 f"{nbytes / 1e9:.2f} GB cannot be allocated on the GPU; use a smaller batch size, or end what else uses it"
             ) from cause
-        assert memory.data_ptr() % ALIGNMENT == 0
-        return Buffer(memory.data_ptr(), tuple(shape), dtype, memory)
+        assert pointer % ALIGNMENT == 0
+        owner = Allocation(pointer)
+        weakref.finalize(owner, self.dispose, self.driver.bindings.cuMemFree, pointer)
+        return Buffer(pointer, tuple(shape), dtype, owner)
 
-    def stream(self) -> CudaStream:
-        """A new stream."""
-        return CudaStream(self._torch, self._device, graphs=self._graphs)
+    def dispose(self, free: Callable[[Any], Any], handle: Any) -> None:
+        """Free something; after the capture, if garbage is collected in a thread that captures."""
+
+        def freed() -> None:
+            with contextlib.suppress(GocError):  # the process ends, and the driver has ended before
+                self.enter()
+                free(handle)
+
+        if getattr(_this_thread, "captures", False):
+            self._later.append(freed)
+        else:
+            freed()
+
+    def stream(self, *, graphs: bool = True) -> CudaStream:
+        """A new stream, which no other code of the process puts anything on.
+
+        Args:
+            graphs: record on it, if the device records at all.
+        """
+        return CudaStream(self, graphs=graphs and self.graphs)
+
+    @property
+    def kernels(self) -> DeviceKernels:
+        """Our kernels, compiled for this device when they are first asked for.
+
+        Raises:
+            EnvironmentUnsupportedError: NVRTC is missing or refuses.
+        """
+        if self._kernels is None:
+            self.enter()
+            self._kernels = load_kernels(self.driver, self._cubin())
+        return self._kernels
+
+    def _cubin(self) -> bytes:
+        return cubin_for(capability_of(self.driver, self._handle))
+
+    def step_start(self, moves: Sequence[Move], step: Buffer, stream: Stream) -> Launch:
+        """See `goc_deploy.protocols.Device.step_start`: two kernels."""
+        kernels, handle = self.kernels, stream.handle
+        counter, by_address = kernel_moves.CounterParameters(step.pointer), [_by_address(move) for move in moves]
+        geometry = kernel_moves.moves_geometry(by_address)
+        parameters = kernel_moves.moves_parameters(by_address, step.pointer)
+
+        def run(_: Any = (moves, step)) -> None:
+            kernels.launch(kernel_moves.NEXT_STEP, counter, handle)
+            kernels.launch(geometry, parameters, handle)
+
+        return run
 
     def free_bytes(self) -> int | None:
-        """What the driver has, and what torch keeps and does not use."""
-        cuda = self._torch.cuda
-        kept = cuda.memory_reserved(self._device) - cuda.memory_allocated(self._device)
-        return int(cuda.mem_get_info(self._device)[0]) + int(kept)
+        """What the driver has."""
+        self.enter()
+        return int(self.driver.cuMemGetInfo()[0])
 
     def describe(self) -> dict[str, Any]:
-        """Name and compute capability of the GPU, and whether steps are recorded."""
-        major, minor = self._torch.cuda.get_device_capability(self._device)
-        name = self._torch.cuda.get_device_name(self._device)
-        return {"device": name, "compute_capability": f"{major}.{minor}", "cuda_graphs": self._graphs}
+        """Name and compute capability of the GPU, and what was recorded."""
+        driver, recorded = self.driver, self.recorded
+        return {
+            "device": driver.cuDeviceGetName(NAME_BYTES, self._handle).rstrip(b"\0").decode(),
+            "device_index": self.index,
+            "compute_capability": capability_of(driver, self._handle),
+            "driver_cuda_version": driver.cuDriverGetVersion(),
+            "cuda_graphs": self.graphs,
+            "recorded_graphs": recorded.graphs,
+            "recorded_nodes": recorded.nodes,
+            "recording_ms": recorded.ms,
+        }
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[None]:
+        """One capture at a time; what this thread frees meanwhile is freed afterwards."""
+        with _capturing:
+            _this_thread.captures = True
+            try:
+                yield
+            finally:
+                _this_thread.captures = False
+                while self._later:
+                    self._later.pop()()
+
+
+def _by_address(move: Move) -> kernel_moves.Move:
+    """A move as the kernel takes it."""
+    (outer, table_rows, width), (_, batch_rows, _) = move.source.shape, move.target.shape
+    item = DTYPE_BYTES[move.source.dtype]
+    return kernel_moves.Move(
+        move.source.pointer,
+        move.target.pointer,
+        period=move.period,
+        step_bytes=move.stride * item,
+        outer=outer,
+        table_rows=table_rows,
+        batch_rows=batch_rows,
+        row_bytes=width * item,
+        rows=None if move.rows is None else move.rows.pointer,
+    )
 
 
 class CudaStream:
     """See `goc_deploy.protocols.Stream`."""
 
-    def __init__(self, torch: Any, device: Any, *, graphs: bool) -> None:
-        self._torch, self._graphs = torch, graphs
-        self._stream = torch.cuda.Stream(device)
-        self.handle = int(self._stream.cuda_stream)
+    def __init__(self, device: CudaDevice, *, graphs: bool) -> None:
+        self._device, self._driver = device, device.driver
+        bindings = device.driver.bindings
+        device.enter()
+        self._stream = device.driver.cuStreamCreate(int(bindings.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        weakref.finalize(self, device.dispose, bindings.cuStreamDestroy, self._stream)
+        self.handle = int(self._stream)
         self._events: list[Any] = []
         self._lock = threading.RLock()
+        self._records = graphs
+        self._staging_at = int(device.driver.cuMemHostAlloc(STAGING_BYTES, 0))
+        weakref.finalize(self, device.dispose, bindings.cuMemFreeHost, self._staging_at)
+        memory = (ctypes.c_uint8 * STAGING_BYTES).from_address(self._staging_at)
+        self._staging, self._staged = np.ctypeslib.as_array(memory), 0
 
-    def held(self) -> AbstractContextManager[Any]:
-        """See `goc_deploy.protocols.Stream.held`."""
-        return self._lock
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """See `goc_deploy.protocols.Stream.held`; the device's context is current in the block."""
+        with self._lock:
+            self._device.enter()
+            yield
 
     def upload(self, values: np.ndarray, target: Buffer) -> None:
-        """Copy from pageable memory: CUDA returns once it has read the values."""
+        """Copy into pinned memory, from which the GPU reads in its time. Waits only if that memory is full."""
         stored = stored_values(values, target.dtype)
         assert stored.nbytes == target.nbytes, (stored.shape, target)
-        if not stored.flags.writeable:  # torch warns about memory that it must not write to
-            stored = stored.copy()
-        source = self._torch.from_numpy(stored.reshape(-1).view(np.uint8))
-        with self._torch.cuda.stream(self._stream):
-            _bytes_of(target).copy_(source, non_blocking=True)
+        content = stored.reshape(-1).view(np.uint8)
+        with self.held():
+            for start in range(0, len(content), STAGING_BYTES):
+                part = content[start : start + STAGING_BYTES]
+                if self._staged + len(part) > STAGING_BYTES:
+                    self.wait()
+                self._staging[self._staged : self._staged + len(part)] = part
+                source = self._staging_at + self._staged
+                self._driver.cuMemcpyHtoDAsync(target.pointer + start, source, len(part), self._stream)
+                self._staged += len(part)
 
     def download(self, source: Buffer) -> np.ndarray:
         """Wait, and copy to the host."""
-        with self._torch.cuda.stream(self._stream):
-            stored = _bytes_of(source).cpu()
-        values: np.ndarray = stored.numpy().view(NUMPY_DTYPES[source.dtype]).reshape(source.shape)
+        content = np.empty(source.nbytes, np.uint8)
+        with self.held():
+            self.wait()
+            for start in range(0, len(content), STAGING_BYTES):
+                part = content[start : start + STAGING_BYTES]
+                self._driver.cuMemcpyDtoHAsync(self._staging_at, source.pointer + start, len(part), self._stream)
+                self.wait()
+                part[:] = self._staging[: len(part)]
+        values: np.ndarray = content.view(NUMPY_DTYPES[source.dtype]).reshape(source.shape)
         return float32_from_bfloat16(values) if source.dtype == "bfloat16" else values
 
     def copy(self, source: Buffer, target: Buffer) -> None:
         """Copy on the device."""
-        with self._torch.cuda.stream(self._stream):
-            _bytes_of(target).copy_(_bytes_of(source), non_blocking=True)
+        self._driver.cuMemcpyDtoDAsync(target.pointer, source.pointer, target.nbytes, self._stream)
 
     def wait(self) -> None:
         """Wait for everything on the stream."""
-        self._stream.synchronize()
+        with self.held():
+            self._driver.cuStreamSynchronize(self._stream)
+            self._staged = 0
 
     def recorded(self, launches: Sequence[Launch]) -> Sequence[Launch]:
-        """Capture the launches into a CUDA graph. Other threads may allocate meanwhile."""
-        if not self._graphs:
+        """Capture the launches into a CUDA graph.
+
+        Where that fails, the log says why, and this stream launches one by one from then on.
+        """
+        if not self._records:
             return launches
-        self.wait()
-        graph = self._torch.cuda.CUDAGraph()
-        with self._torch.cuda.stream(self._stream):
-            graph.capture_begin(capture_error_mode="thread_local")
+        with self.held():
+            self.wait()
+            started = time.perf_counter()
+            try:
+                graph, nodes = self._captured(launches)
+            except GocError as reason:
+                self._records = False
+                logger.warning(
+                    "steps are launched one by one, because one cannot be recorded as a CUDA graph: %s", reason
+                )
+                return launches
+            counts = self._device.recorded
+            counts.graphs, counts.nodes = counts.graphs + 1, counts.nodes + nodes
+            counts.ms += 1e3 * (time.perf_counter() - started)
+        launch, stream = self._driver.cuGraphLaunch, self._stream
+        return (lambda: launch(graph.handle, stream),)
+
+    def _captured(self, launches: Sequence[Launch]) -> tuple[_Graph, int]:
+        """A graph of the launches, and how many nodes it has."""
+        driver = self._driver
+        mode = driver.bindings.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL  # other threads may allocate
+        with self._device.capturing():
+            driver.cuStreamBeginCapture(self._stream, mode)
             try:
                 for launch in launches:
                     launch()
+            except BaseException:
+                with contextlib.suppress(GocError):  # the first failure is the reason
+                    driver.cuGraphDestroy(driver.cuStreamEndCapture(self._stream))
+                raise
+            captured = driver.cuStreamEndCapture(self._stream)
+            try:
+                nodes = driver.cuGraphGetNodes(captured)[1]
+                return _Graph(self._device, driver.cuGraphInstantiate(captured, 0)), int(nodes)
             finally:
-                graph.capture_end()
-
-        def replay() -> None:
-            with self._torch.cuda.stream(self._stream):
-                graph.replay()
-
-        return (replay,)
+                driver.cuGraphDestroy(captured)
 
     def mark(self, index: int) -> None:
         """Record an event; it is made when it is first used."""
         if index == len(self._events):
-            self._events.append(self._torch.cuda.Event(enable_timing=True))
-        self._events[index].record(self._stream)
+            event = self._driver.cuEventCreate(int(self._driver.bindings.CUevent_flags.CU_EVENT_DEFAULT))
+            weakref.finalize(self, self._device.dispose, self._driver.bindings.cuEventDestroy, event)
+            self._events.append(event)
+        self._driver.cuEventRecord(self._events[index], self._stream)
 
     def marked_ms(self, count: int) -> list[float]:
-        """What the events say, which count time on the device."""
+        """What the events measured, which count time on the device."""
         self.wait()
-        return [float(self._events[0].elapsed_time(event)) for event in self._events[:count]]
+        elapsed = self._driver.cuEventElapsedTime
+        return [float(elapsed(self._events[0], event)) for event in self._events[:count]]
 
 
-def _bytes_of(buffer: Buffer) -> Any:
-    """The buffer as a torch tensor of bytes on the same memory."""
-    start = buffer.pointer - buffer.owner.data_ptr()
-    return buffer.owner[start : start + buffer.nbytes]
+class _Graph:
+    """An executable graph, destroyed with the last replay of it."""
+
+    __slots__ = ("__weakref__", "handle")
+
+    def __init__(self, device: CudaDevice, handle: Any) -> None:
+        self.handle = handle
+        weakref.finalize(self, _destroy, device, handle)
+
+
+def _destroy(device: CudaDevice, handle: Any) -> None:
+    with _capturing:  # to destroy a graph while another thread captures may fail that capture
+        device.dispose(device.driver.bindings.cuGraphExecDestroy, handle)

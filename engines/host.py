@@ -18,6 +18,8 @@ from goc_deploy.protocols import (
     NUMPY_DTYPES,
     Buffer,
     Launch,
+    Move,
+    Stream,
     float32_from_bfloat16,
     stored_values,
 )
@@ -77,6 +79,11 @@ class HostDevice:
     """See `goc_deploy.protocols.Device`."""
 
     kind = "cpu"
+    shares_launches = False
+
+    def step_start(self, moves: Sequence[Move], step: Buffer, stream: Stream) -> Launch:
+        """Not for the host, on which steps do not share launches."""
+        raise AssertionError((moves, step, stream))
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """New memory. Pages are taken from the system when they are first written.

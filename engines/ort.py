@@ -1,4 +1,4 @@
-"""ONNX Runtime backend: the CPU provider, or the CUDA provider on memory of a device that is handed in.
+"""ONNX Runtime on the CPU, and what its CUDA provider (`goc_deploy.engines.ort_cuda`) shares with it.
 
 All sessions of a process share one thread pool: a pool per session has threads that spin against each other. Weights
 are initialisers given from memory that was verified before, so ONNX Runtime opens no file.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,13 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from goc_deploy.engines.host import HostDevice, host_array
+from goc_deploy.engines.ort_errors import LOADING, RUNNING, error_from_ort
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, UsageError
-from goc_deploy.protocols import NOTHING, Buffer, Device, Footprint, Launch, Stream
+from goc_deploy.protocols import NOTHING, Buffer, Device, Engine, Footprint, Launch, Stream
 
 logger = logging.getLogger(__name__)
 
 ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _DTYPE_OF_ORT_TYPE = {
     "tensor(float)": "float32",
     "tensor(int64)": "int64",
@@ -55,7 +56,7 @@ def shared_pool_of_process(threads: int) -> tuple[str, int]:
             except Exception as error:
                 logger.warning("the ONNX Runtime thread pool that this process has already is used as it is: %s", error)
                 _pool = ("made by the host program", 0)
-            _register_shared_arena()
+            register_arena("Cpu", 0, state.create_and_register_allocator)
         elif threads not in (0, _pool[1]):
             logger.warning(
                 "the thread pool of this process keeps its size %d; %d threads are ignored", _pool[1], threads
@@ -63,20 +64,33 @@ def shared_pool_of_process(threads: int) -> tuple[str, int]:
         return _pool
 
 
-def _register_shared_arena() -> None:
-    """One arena for the activations of all units: they run one after the other, so each finds warm memory."""
-    where = state.OrtMemoryInfo("Cpu", state.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, state.OrtMemType.DEFAULT)
+def register_arena(memory: str, device: int, register: Callable[[Any, Any], None]) -> None:
+    """One arena for the activations of all units: they run one after the other, so each finds warm memory.
+
+    Args:
+        memory: ONNX Runtime's name for a kind of memory.
+        device: its number.
+        register: ONNX Runtime's call for the process, which takes where the arena is and how it grows.
+    """
+    where = state.OrtMemoryInfo(memory, state.OrtAllocatorType.ORT_ARENA_ALLOCATOR, device, state.OrtMemType.DEFAULT)
     try:
-        state.create_and_register_allocator(where, state.OrtArenaCfg({"arena_extend_strategy": GROW_AS_REQUESTED}))
+        register(where, state.OrtArenaCfg({"arena_extend_strategy": GROW_AS_REQUESTED}))
     except Exception as error:
         logger.warning("the ONNX Runtime memory arena that this process has already is used as it is: %s", error)
 
 
 class OrtEngine:
-    """A session whose tensors are bound by address."""
+    """A session whose tensors are bound by address.
 
-    def __init__(self, session: onnxruntime.InferenceSession, inputs: Mapping[str, Buffer], kind: str) -> None:
-        self._session, self._inputs, self._kind = session, inputs, kind
+    Args:
+        session: of ONNX Runtime.
+        inputs: that are the same on every run.
+        memory: ONNX Runtime's name for the device on which buffers lie, and its number.
+        provider: for messages.
+    """
+
+    def __init__(self, session: Any, inputs: Mapping[str, Buffer], memory: tuple[str, int], provider: str) -> None:
+        self._session, self._inputs, self._memory, self._provider = session, inputs, memory, provider
         tensors = [*session.get_inputs(), *session.get_outputs()]
         self._shapes = {arg.name: arg.shape for arg in tensors}
         self.dtypes: Mapping[str, str] = {arg.name: _DTYPE_OF_ORT_TYPE.get(arg.type, arg.type) for arg in tensors}
@@ -87,20 +101,30 @@ class OrtEngine:
         outputs: Mapping[str, Buffer],
         stream: Stream | None = None,  # noqa: ARG002
     ) -> Launch:
-        """See `goc_deploy.protocols.Engine.bind`. A run is done when the call returns, whatever the stream."""
-        binding = self._session.io_binding()
+        """See `goc_deploy.protocols.Engine.bind`. On the CPU a run is done when the call returns."""
         inputs = {**self._inputs, **inputs}
+        run, keep_alive = self._bound(inputs, outputs), (inputs, dict(outputs))
+
+        def launch(_: Any = keep_alive) -> None:
+            try:
+                run()
+            except Exception as cause:
+                raise error_from_ort(cause, RUNNING, self._provider) from cause
+
+        return launch
+
+    def _bound(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Launch:
+        """A run on these tensors."""
+        return partial(self._session.run_with_iobinding, self._binding(inputs, outputs))
+
+    def _binding(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Any:
         for name, buffer in [*inputs.items(), *outputs.items()]:
             self._check(name, buffer)
+        binding = self._session.io_binding()
         for bind, buffers in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for name, buffer in buffers.items():
-                bind(name, self._kind, 0, ONNX_TYPES[buffer.dtype], list(buffer.shape), buffer.pointer)
-        session, keep_alive = self._session, (inputs, dict(outputs))
-
-        def run(_: Any = keep_alive) -> None:
-            session.run_with_iobinding(binding)
-
-        return run
+                bind(name, *self._memory, ONNX_TYPES[buffer.dtype], list(buffer.shape), buffer.pointer)
+        return binding
 
     def _check(self, name: str, buffer: Buffer) -> None:
         found, dtype = self._shapes.get(name, []), self.dtypes.get(name)
@@ -114,14 +138,13 @@ class OrtEngine:
 
 
 class OrtBackend:
-    """ONNX Runtime.
+    """ONNX Runtime on the CPU.
 
     Args:
         threads: size of the thread pool; 0 is one per core.
         shared_pool: one pool for all sessions of the process. It is faster, but from then on ONNX Runtime refuses any
             session of the process that is made with its default ``use_per_session_threads``. Without it every unit
             has a pool whose threads do not spin.
-        device: where tensors lie, and with it the provider; the host by default.
 
     Raises:
         UsageError: ``threads`` is negative.
@@ -129,17 +152,18 @@ class OrtBackend:
             lacks the provider.
     """
 
+    name = "onnxruntime"
     stacks = False
+    provider = "CPU"
+    runtime: Any = onnxruntime
 
     def __init__(self, threads: int = 0, *, shared_pool: bool = True, device: Device | None = None) -> None:
         self.device: Device = device or HostDevice()
-        self.name = "onnxruntime" if self.device.kind == "cpu" else f"onnxruntime-{self.device.kind}"
         self._stream = self.device.stream()
         self.passed_over: Mapping[str, str] = NOTHING
-        self._provider = PROVIDERS[self.device.kind]
-        if self._provider not in onnxruntime.get_available_providers():
+        if self._provider_name not in self.runtime.get_available_providers():
             raise EnvironmentUnsupportedError(
-                f"ONNX Runtime {onnxruntime.__version__} has no {self._provider}; run: pip install onnxruntime-gpu"
+                f"ONNX Runtime {onnxruntime.__version__} has no {self._provider_name}; run: pip install onnxruntime-gpu"
             )
         if threads < 0:
             raise UsageError(f"threads must not be negative, got {threads}")
@@ -149,6 +173,18 @@ class OrtBackend:
             )
         self._shared_pool = shared_pool
         self._pool, self._threads = shared_pool_of_process(threads) if shared_pool else ("per unit", threads)
+
+    @property
+    def _provider_name(self) -> str:
+        return f"{self.provider}ExecutionProvider"
+
+    def stream(self) -> Stream:
+        """See `goc_deploy.protocols.Backend.stream`."""
+        return self.device.stream()
+
+    def predictor(self, signature: str, dtype: str) -> Engine | None:  # noqa: ARG002
+        """None: predictions are graphs on the CPU."""
+        return None
 
     def footprint(self, graphs: Mapping[str, Mapping[str, int]]) -> Footprint:  # noqa: ARG002
         """Nothing: ONNX Runtime does not tell."""
@@ -167,7 +203,14 @@ class OrtBackend:
         Raises:
             EnvironmentUnsupportedError: this ONNX Runtime has no kernel for it (bf16 on the CPU).
             EngineDirError: not a graph that ONNX Runtime accepts.
+            ResourceError: not enough memory.
         """
+        return OrtEngine(self._session(onnx, initializers, runs_once=runs_once), inputs, ("cpu", 0), self.provider)
+
+    def _session(
+        self, onnx: memoryview, initializers: Mapping[str, Buffer], *, runs_once: bool, **provider: str
+    ) -> Any:
+        """A session, with options of its provider."""
         options = onnxruntime.SessionOptions()
         options.use_per_session_threads = not self._shared_pool
         options.log_severity_level = 3
@@ -189,29 +232,9 @@ class OrtBackend:
         if values:
             options.add_external_initializers(list(values), list(values.values()))
         try:
-            session = onnxruntime.InferenceSession(bytes(onnx), options, providers=[self._provider])
+            return self.runtime.InferenceSession(bytes(onnx), options, providers=[(self._provider_name, provider)])
         except Exception as cause:
-            reason = str(cause).splitlines()[0][:300]
-            if "NOT_IMPLEMENTED" in reason:
-                raise EnvironmentUnsupportedError(
-                    f"ONNX Runtime {onnxruntime.__version__} has no CPU kernel for this graph ({reason}); export with --precision fp32"
-                ) from cause
-            raise EngineDirError(
-                f"ONNX Runtime {onnxruntime.__version__} refuses a graph of the engine: {reason}"
-            ) from cause
-        if self._provider not in session.get_providers():
-            raise EnvironmentUnsupportedError(
-                f"ONNX Runtime {onnxruntime.__version__} cannot start its {self._provider}; check that its CUDA libraries are installed"
-            )
-        return OrtEngine(session, {name: self._placed(buffer) for name, buffer in inputs.items()}, self.device.kind)
-
-    def _placed(self, buffer: Buffer) -> Buffer:
-        """A host buffer where the device can read it."""
-        if self.device.kind == "cpu":
-            return buffer
-        placed = self.allocate(buffer.shape, buffer.dtype)
-        self.upload(host_array(buffer), placed)
-        return placed
+            raise error_from_ort(cause, LOADING, self.provider) from cause
 
     def keep_compiled(self) -> None:
         """Nothing: ONNX Runtime compiles nothing."""
@@ -222,19 +245,21 @@ class OrtBackend:
 
     def upload(self, values: np.ndarray, target: Buffer) -> None:
         """Copy host values into a buffer."""
-        self._stream.upload(values, target)
-        self._stream.wait()
+        with self._stream.held():
+            self._stream.upload(values, target)
+            self._stream.wait()
 
     def download(self, source: Buffer) -> np.ndarray:
         """A copy of a buffer."""
-        return self._stream.download(source)
+        with self._stream.held():
+            return self._stream.download(source)
 
     def describe(self) -> dict[str, Any]:
         """Version, provider and threads."""
         return {
             "backend": self.name,
             "version": onnxruntime.__version__,
-            "provider": self._provider,
+            "provider": self._provider_name,
             **self.device.describe(),
             "threads": self._threads or "one per core",
             "thread_pool": self._pool,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from goc_deploy.engine_keys import ENGINE_BACKENDS, Target
-from goc_deploy.engines.plugin import driver
+from goc_deploy.engines import driver
 from goc_deploy.engines.tensorrt_kernels import KernelCache
 from goc_deploy.errors import EnvironmentUnsupportedError, UsageError
 

@@ -209,6 +209,13 @@ class TensorrtBackend:
         self._lanes: WeakKeyDictionary[Stream, _Lane] = WeakKeyDictionary()
         self._lock = threading.RLock()
 
+    def stream(self) -> Stream:
+        """A stream for a session of its own."""
+        return self.device.stream()
+
+    def predictor(self, signature: str, dtype: str) -> None:
+        """None: predictions are engines, with the plugin where it pays."""
+
     def footprint(self, graphs: Mapping[str, Mapping[str, int]]) -> Footprint:
         """Engines, the weights that they read at an address, and the scratch memory of the largest; see `Backend`."""
         stored = {digest: self._engines[digest] for digest in graphs if digest in self._engines}

@@ -103,7 +103,7 @@ def check_gpu() -> None:
     Raises:
         EnvironmentUnsupportedError: there is no driver, or no GPU.
     """
-    from goc_deploy.engines.plugin.driver import device_capability
+    from goc_deploy.engines.driver import device_capability
 
     device_capability()
 
@@ -142,6 +142,7 @@ def load(
     threads: int = 0,
     shared_pool: bool = True,
     cuda_graphs: bool = True,
+    device: str = "auto",
 ) -> Pipeline:
     """Load an engine directory.
 
@@ -155,14 +156,16 @@ def load(
         threads: size of the thread pool; 0 is one per core.
         shared_pool: one ONNX Runtime thread pool for the process, which is faster. Other sessions that your program
             makes then need ``SessionOptions.use_per_session_threads = False``; turn this off where that is not possible.
-        cuda_graphs: record the steps as CUDA graphs the second time they run for a batch shape; off, for debugging.
+        cuda_graphs: record CUDA graphs, on TensorRT of whole steps the second time they run for a batch shape, on ONNX Runtime
+            of each session; off, for debugging.
+        device: ``cpu``, ``cuda``, or ``cuda:1`` for another GPU than the first; ``auto`` leaves it to the backend.
 
     Raises:
         GocError: a subclass says what is wrong and has an ``exit_code``.
     """
     from goc_deploy.engines.choice import RunOptions
 
-    options = RunOptions(threads, shared_pool, cuda_graphs)
+    options = RunOptions(threads, shared_pool, cuda_graphs, device)
     return _load(Path(engine_dir), backend, options, [plan], batch_size, max_sessions)[0]
 
 
@@ -173,6 +176,7 @@ def load_plans(
     backend: str = "auto",
     batch_size: int | None = None,
     threads: int = 0,
+    device: str = "auto",
     all_units: bool = False,
 ) -> list[Pipeline]:
     """Like `load` for several plans of one engine directory, which share the weights.
@@ -181,7 +185,9 @@ def load_plans(
     """
     from goc_deploy.engines.choice import RunOptions
 
-    return _load(Path(engine_dir), backend, RunOptions(threads), plans, batch_size, 1, all_units=all_units)
+    return _load(
+        Path(engine_dir), backend, RunOptions(threads, device=device), plans, batch_size, 1, all_units=all_units
+    )
 
 
 def _load(
@@ -200,13 +206,14 @@ def _load(
     from goc_deploy.runtime.loading import load_pipelines
 
     passed_over: dict[str, str] = {}
-    for candidate, make in candidates(name, engine_dir, options):
+    choices = list(candidates(name, engine_dir, options))
+    for candidate, make in choices:
         try:
             backend = make()
             backend.passed_over = passed_over
             pipelines = load_pipelines(engine_dir, backend, plans, batch_size, max_sessions, all_units=all_units)
         except (EnvironmentUnsupportedError, ConflictError) as reason:
-            if name != "auto" or candidate == "onnxruntime":
+            if candidate == choices[-1][0]:
                 raise
             passed_over[candidate] = str(reason)
             continue

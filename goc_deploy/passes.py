@@ -230,7 +230,8 @@ def merge_full_steps(groups: list[list[Evaluation]]) -> list[list[Evaluation]]:
 def assign_slots(groups: list[list[Evaluation]]) -> tuple[tuple[tuple[Launch, ...], ...], int]:
     """Give every stored value a slot for as long as it lives.
 
-    A prediction is written in place of an entry of its own unit that dies with it. Other entries that die in a launch,
+    A prediction is written in place of the oldest entry of its own unit that dies with it, and any value goes where its unit
+    kept one before, so that steps of a kind use the same slots, and launch the same. Other entries that die in a launch,
     and values that nobody reads, are free from the next launch on, because the order of writes within a launch is not fixed.
 
     Returns:
@@ -239,6 +240,7 @@ def assign_slots(groups: list[list[Evaluation]]) -> tuple[tuple[tuple[Launch, ..
     last_read = {value: index for index, group in enumerate(groups) for e in group for value in e.reads}
     slot_of: dict[int, int] = {}
     free: list[int] = []
+    owner: dict[int, int] = {}  # slot -> the unit that used it last
     slots = 0
     steps: dict[int, list[Launch]] = {}
     for index, group in enumerate(groups):
@@ -250,13 +252,16 @@ def assign_slots(groups: list[list[Evaluation]]) -> tuple[tuple[tuple[Launch, ..
             if e.value is not None:
                 own = [value for value in e.reads if value in dying]
                 if own:
-                    store = slot_of[own[-1]]
-                    dying.remove(own[-1])
+                    oldest = min(own)  # values are named in order
+                    store = slot_of[oldest]
+                    dying.remove(oldest)
                 elif free:
-                    store = free.pop()
+                    kept = [slot for slot in free if owner[slot] == e.unit]
+                    store = kept[-1] if kept else free[-1]
+                    free.remove(store)
                 else:
                     store, slots = slots, slots + 1
-                slot_of[e.value] = store
+                slot_of[e.value], owner[store] = store, e.unit
                 if e.value not in last_read:
                     dying.add(e.value)
             entries.append(Prediction(read_slots, e.coefficients, store))

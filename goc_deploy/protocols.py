@@ -12,11 +12,12 @@ from typing import Any, Protocol
 import numpy as np
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "uint8": 1}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "uint8": 1}
 NUMPY_DTYPES = {
     "float32": np.float32,
     "float16": np.float16,
     "bfloat16": np.uint16,  # its bits: NumPy has no such dtype
+    "int32": np.int32,
     "int64": np.int64,
     "uint8": np.uint8,
 }
@@ -56,6 +57,25 @@ class Buffer:
         offset = start * DTYPE_BYTES[self.dtype]
         assert offset + math.prod(shape) * DTYPE_BYTES[self.dtype] <= self.nbytes, (self.shape, shape, start)
         return replace(self, pointer=self.pointer + offset, shape=shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """What a step moves to where its launches find it: ``target[m, b] = source[k % period][m, rows[b]]`` at step k.
+
+    Attributes:
+        source: (M, R, W), what step 0 takes.
+        target: (M, B, W).
+        period: number of different sources.
+        stride: elements from the source of a step to that of the next.
+        rows: (B,) int64; None is row b of R = B.
+    """
+
+    source: Buffer
+    target: Buffer
+    period: int = 1
+    stride: int = 0
+    rows: Buffer | None = None
 
 
 def float32_from_bfloat16(bits: np.ndarray) -> np.ndarray:
@@ -130,10 +150,29 @@ class Device(Protocol):
 
     Attributes:
         kind: ``cpu`` or ``cuda``.
+        shares_launches: whether steps of a kind had better be the same launches at the same addresses, so that they are
+            recorded once, and `step_start` moves there what a step needs. Where it is not, each step reads where its
+            values lie.
     """
 
     @property
     def kind(self) -> str: ...
+
+    @property
+    def shares_launches(self) -> bool: ...
+
+    def step_start(self, moves: Sequence[Move], step: Buffer, stream: Stream) -> Launch:
+        """What begins each step of a device that shares launches: it adds one to the step, then moves.
+
+        Args:
+            moves: done in order; a plain move may read what an earlier one of the same size has written over.
+            step: (1,) int32, the step that ran last; -1 before the first.
+            stream: where it is put.
+
+        Raises:
+            EnvironmentUnsupportedError: the kernels for it cannot be compiled.
+        """
+        ...
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """New memory, aligned to ``ALIGNMENT``, not initialised.
@@ -216,6 +255,19 @@ class Backend(Protocol):
     device: Device
     stacks: bool
     passed_over: Mapping[str, str]
+
+    def stream(self) -> Stream:
+        """The stream of a session: one of its own, unless this backend has a single one for all."""
+        ...
+
+    def predictor(self, signature: str, dtype: str) -> Engine | None:
+        """An engine for launches of a predict signature that needs no graph, or None where the graph is loaded.
+
+        Args:
+            signature: see `goc_deploy.plan.Predict.signature`.
+            dtype: of the model's tensors.
+        """
+        ...
 
     def footprint(self, graphs: Mapping[str, Mapping[str, int]]) -> Footprint:
         """Device memory of graphs, as far as the engine directory tells before they are loaded.

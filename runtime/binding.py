@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from goc_deploy import protocols
 from goc_deploy.captions import PromptEmbeds
@@ -13,9 +15,10 @@ from goc_deploy.runtime.buffers import (
     Buffers,
     aligned_size,
     captions_of_block,
-    coefficient_row,
     keys_values_shape,
     modulation_rows,
+    step_rows,
+    step_size,
 )
 from goc_deploy.spec import ModelSpec
 
@@ -68,16 +71,42 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class BoundPlan:
-    """Launches by step, the latents before each step (and after the last), and the noise buffers."""
+class BoundStep:
+    """Launches of a step.
 
-    launches: tuple[tuple[BoundLaunch, ...], ...]
+    Attributes:
+        before: those that only some steps have: what is computed for a whole request, or for several steps.
+        launches: all others, in order. Steps of a kind may be the same objects.
+    """
+
+    before: tuple[BoundLaunch, ...]
+    launches: tuple[BoundLaunch, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BoundPlan:
+    """A plan on addresses.
+
+    Attributes:
+        steps: what to launch.
+        initial: where x_T is put, (N, C, H, W).
+        latents: where they are after each step.
+        noise: of each step where the sampler is stochastic, else one buffer of zeros.
+        resets: copies, from and to, to be made before the first step.
+    """
+
+    steps: tuple[BoundStep, ...]
+    initial: Buffer
     latents: tuple[Buffer, ...]
     noise: tuple[Buffer, ...]
+    resets: tuple[tuple[Buffer, Buffer], ...] = ()
 
 
 class Binder:
-    """Binds one plan for one batch shape. Launches with equal addresses are bound once."""
+    """Binds one plan for one batch shape. Launches with equal addresses are bound once.
+
+    Here every step reads where its own values lie; `goc_deploy.runtime.shared_binding` has steps that share launches.
+    """
 
     def __init__(
         self, engines: Engines, spec: ModelSpec, plan: Plan, buffers: Buffers, batch: Batch, stream: Stream
@@ -85,63 +114,103 @@ class Binder:
         self._engines, self._spec, self._plan, self._buffers, self._batch = engines, spec, plan, buffers, batch
         self._stream = stream
         self._feature = (batch.rows, spec.tokens, spec.hidden)
-        self._coefficient = 0  # position in buffers.coefficients
+        self._latents_shape = (batch.images, spec.channels, spec.side, spec.side)
         self._known: dict[tuple[object, ...], BoundLaunch] = {}
 
     def bind(self) -> BoundPlan:
         """Bind every step."""
-        spec, buffers, images = self._spec, self._buffers, self._batch.images
-        shape = (images, spec.channels, spec.side, spec.side)
-        latents = tuple(buffers.latents[k % 2].view(*shape) for k in range(self._plan.steps + 1))
-        noise = tuple(buffer.view(*shape) for buffer in buffers.noise)
         steps = range(self._plan.steps)
-        launches = tuple(tuple(self._step(k, latents[k], latents[k + 1], noise[k % len(noise)])) for k in steps)
-        return BoundPlan(launches, latents, noise)
+        latents = tuple(map(self._latents_out, steps))
+        noise = tuple(self._noise_of(step) for step in (steps if self._plan.sampler.stochastic else range(1)))
+        return BoundPlan(tuple(map(self._step, steps)), self._initial(), latents, noise, self._resets())
 
-    def _step(self, step: int, latents: Buffer, latents_out: Buffer, noise: Buffer) -> list[BoundLaunch]:
+    def _step(self, step: int) -> BoundStep:
         buffers, batch, spec, ops = self._buffers, self._batch, self._spec, self._plan.launches[step]
-        launches = [self._keys_values()] if step == 0 and buffers.captions else []
-        launches += [self._conditioning(step)] if step % buffers.chunk == 0 else []
-        launches.append(self._pick_modulation(step))
-        steps_ahead = sorted({op.ahead for op in ops if isinstance(op, Predict) and op.ahead})
-        launches += [self._pick_gates(step, ahead) for ahead in steps_ahead]
+        before = [self._keys_values()] if step == 0 and buffers.captions else []
+        before += [self._conditioning(step)] if step % buffers.chunk == 0 else []
+        launches = self._start(step)
         x, spare = (tokens.view(*self._feature) for tokens in buffers.tokens)
-        launches.append(self._unit("embed", {"latents": latents, "rows": buffers.rows.view(batch.rows)}, {"x": x}))
-        for op in ops:
+        inputs = {"latents": self._latents(step), "rows": buffers.rows.view(batch.rows)}
+        launches.append(self._unit("embed", inputs, {"x": x}))
+        for op, coefficients in zip(ops, self._coefficients(step), strict=True):
             if isinstance(op, Predict) and op.ahead:
-                launches.append(self._accumulate(op))
+                launches.append(self._accumulate(op, coefficients))
             else:
-                launches.append(self._update(op, x, spare))
+                launches.append(self._update(op, x, spare, coefficients))
                 x, spare = spare, x
         prediction = buffers.prediction.view(batch.rows, spec.output_channels, spec.side, spec.side)
         shift, scale = self._modulation_row(spec.units), self._modulation_row(spec.units + 1)
         launches.append(self._unit("final", {"x": x, "shift": shift, "scale": scale}, {"prediction": prediction}))
-        launches.append(self._sampler(step, prediction, latents, noise, latents_out))
-        return launches
+        launches.append(self._sampler(step, prediction))
+        return BoundStep(tuple(before), tuple(launches))
 
-    def _sampler(
-        self, step: int, prediction: Buffer, latents: Buffer, noise: Buffer, latents_out: Buffer
-    ) -> BoundLaunch:
+    def _start(self, step: int) -> list[BoundLaunch]:
+        """What a step does first: it expands its rows of the modulation table, and those of steps that it predicts ahead."""
+        used = self._used_modulation(step)
+        target = self._modulation_row(used.start, len(used))
+        steps_ahead = sorted({op.ahead for op in self._plan.launches[step] if isinstance(op, Predict) and op.ahead})
+        picked = [self._pick_rows(step % self._buffers.chunk, used, target)]
+        return picked + [self._pick_gates(step, ahead) for ahead in steps_ahead]
+
+    def _initial(self) -> Buffer:
+        """Where x_T is put, (N, C, H, W)."""
+        return self._latents(0)
+
+    def _latents(self, step: int) -> Buffer:
+        """What a step starts from, (N, C, H, W)."""
+        return self._buffers.latents[step % 2].view(*self._latents_shape)
+
+    def _latents_out(self, step: int) -> Buffer:
+        """What a step makes of it."""
+        return self._latents(step + 1)
+
+    def _noise_of(self, step: int) -> Buffer:
+        """Noise of a step as it is uploaded, (N, C, H, W)."""
+        start = step * aligned_size(math.prod(self._latents_shape)) if self._plan.sampler.stochastic else 0
+        return self._buffers.noise.view(*self._latents_shape, start=start)
+
+    def _noise(self, step: int) -> Buffer:
+        """Noise of a step as its sampler reads it."""
+        return self._noise_of(step)
+
+    def _constants(self, step: int, start: int, width: int) -> Buffer:
+        """Values ``start ...`` of the constants of a step."""
+        return self._buffers.constants.view(width, start=step * step_size(self._plan) + start)
+
+    def _coefficients(self, step: int) -> list[Buffer | None]:
+        """The coefficients of each launch of a step that predicts."""
+        rows = step_rows(self._plan, step)
+        starts = accumulate(aligned_size(len(row)) for row in rows)  # the sampler's row comes first
+        found = (self._constants(step, start, len(row)) for start, row in zip(starts, rows[1:], strict=False))
+        return [next(found) if isinstance(op, Predict) else None for op in self._plan.launches[step]]
+
+    def _estimate(self, step: int, lag: int) -> Buffer:
+        """What a multistep sampler kept ``lag`` steps ago; 0 is where it keeps that of the step itself."""
+        ring, nothing = self._buffers.estimates, self._buffers.no_estimate
+        assert nothing is not None
+        kept = ring[(step - lag) % len(ring)] if lag <= step else nothing
+        return kept.view(*self._latents_shape)
+
+    def _resets(self) -> tuple[tuple[Buffer, Buffer], ...]:
+        """Copies to be made before the first step."""
+        return ()
+
+    def _sampler(self, step: int, prediction: Buffer) -> BoundLaunch:
         """Guidance and one row of the sampler table; a multistep sampler also keeps its estimate."""
         buffers, images, table = self._buffers, self._batch.images, self._plan.sampler
-        width = len(table.rows[step])
         inputs = {
-            "latents": latents,
+            "latents": self._latents(step),
             "prediction": prediction,
             "cond_rows": buffers.cond_rows.view(images),
             "uncond_rows": buffers.uncond_rows.view(images),
             "guidance": buffers.guidance,
-            "coefficients": buffers.sampler.view(width, start=aligned_size(width) * step),
-            "noise": noise,
+            "coefficients": self._constants(step, 0, len(table.rows[step])),
+            "noise": self._noise(step),
         }
-        outputs = {"latents_out": latents_out}
+        outputs = {"latents_out": self._latents_out(step)}
         if table.lags:
-            ring, nothing = buffers.estimates, buffers.no_estimate
-            assert nothing is not None
-            for lag in range(1, table.lags + 1):
-                kept = ring[(step - lag) % len(ring)] if lag <= step else nothing
-                inputs[f"estimate_{lag}"] = kept.view(*latents.shape)
-            outputs["estimate"] = ring[step % len(ring)].view(*latents.shape)
+            inputs |= {f"estimate_{lag}": self._estimate(step, lag) for lag in range(1, table.lags + 1)}
+            outputs["estimate"] = self._estimate(step, 0)
         return self._unit(table.graph, inputs, outputs)
 
     def _conditioning(self, step: int) -> BoundLaunch:
@@ -169,13 +238,11 @@ class Binder:
         rows = buffers.rows.view(batch.rows)
         return captions_of_block(self._spec, batch.captions, block, buffers.keys_values, buffers.bias, rows)
 
-    def _pick_modulation(self, step: int) -> BoundLaunch:
-        """Expand a step's table rows to the batch: only those that the step uses."""
+    def _used_modulation(self, step: int) -> range:
+        """The rows of the modulation table that a step uses."""
         units, kinds = self._spec.units, {type(op) for op in self._plan.launches[step]}
         last = modulation_rows(self._spec) if kinds & {Compute, Segment} else units + 2
-        used = range(units if kinds == {Collect} else 0, last)
-        target = self._modulation_row(used.start, len(used))
-        return self._pick_rows(step % self._buffers.chunk, used, target)
+        return range(units if kinds == {Collect} else 0, last)
 
     def _pick_gates(self, step: int, ahead: int) -> BoundLaunch:
         """Expand the gates of a later step."""
@@ -200,23 +267,24 @@ class Binder:
         rows, hidden = self._batch.rows, self._spec.hidden
         return source.view(len(op.predictions), rows, hidden, start=op.unit * rows * hidden)
 
-    def _update(self, op: Launch, x: Buffer, x_out: Buffer) -> BoundLaunch:
+    def _update(self, op: Launch, x: Buffer, x_out: Buffer, coefficients: Buffer | None) -> BoundLaunch:
         """What changes x of the step itself."""
         if isinstance(op, Compute):
             return self._compute(op, x, x_out)
         if isinstance(op, Segment):
             return self._segment(op, x, x_out)
         if isinstance(op, Predict):
-            return self._predict(op, x, x_out, self._gates(self._buffers.modulation, op))
+            return self._predict(op, x, x_out, self._gates(self._buffers.modulation, op), coefficients)
         accumulated = self._buffers.accumulators[op.ahead - 1].view(*self._feature)
         return self._unit("collect", {"x": x, "accumulated": accumulated}, {"x_out": x_out})
 
-    def _accumulate(self, op: Predict) -> BoundLaunch:
+    def _accumulate(self, op: Predict, coefficients: Buffer | None) -> BoundLaunch:
         """Predict for a later step, into its accumulator; unit 0 starts it."""
         buffers, accumulator = self._buffers, self._buffers.accumulators[op.ahead - 1].view(*self._feature)
         assert buffers.zeros is not None
         x = accumulator if op.unit else buffers.zeros.view(*self._feature)
-        return self._predict(op, x, accumulator, self._gates(buffers.gates_ahead[op.ahead - 1], op))
+        gates = self._gates(buffers.gates_ahead[op.ahead - 1], op)
+        return self._predict(op, x, accumulator, gates, coefficients)
 
     def _compute(self, op: Compute, x: Buffer, x_out: Buffer) -> BoundLaunch:
         name, outputs = self._spec.unit_names[op.unit], {"x_out": x_out}
@@ -250,14 +318,11 @@ class Binder:
         """A slot as a unit writes its feature."""
         return self._buffers.slots[slot].view(self._batch.rows * self._spec.tokens, self._spec.hidden)
 
-    def _predict(self, op: Predict, x: Buffer, x_out: Buffer, gates: Buffer) -> BoundLaunch:
-        width = len(coefficient_row(op))
-        inputs = {
-            "x": x,
-            "gates": gates,
-            "coefficients": self._buffers.coefficients.view(width, start=self._coefficient),
-        }
-        self._coefficient += aligned_size(width)
+    def _predict(
+        self, op: Predict, x: Buffer, x_out: Buffer, gates: Buffer, coefficients: Buffer | None
+    ) -> BoundLaunch:
+        assert coefficients is not None
+        inputs = {"x": x, "gates": gates, "coefficients": coefficients}
         outputs = {"x_out": x_out}
         for u, prediction in enumerate(op.predictions):
             for i, slot in enumerate(prediction.slots):

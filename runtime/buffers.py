@@ -32,9 +32,9 @@ class Buffers:
         prediction: model output (B, C_out, H, W) float32.
         estimates: what a multistep sampler keeps of the last steps, (N, C, H, W) float32 each; one more than it reads.
         no_estimate: zeros, what it reads before there is anything.
-        noise: fresh noise of each step for a stochastic sampler, else one buffer of zeros, (N, C, H, W) each.
-        coefficients: a row per launch that predicts, in execution order, each at an aligned address.
-        sampler: a row per step of the sampler table, each at an aligned address.
+        noise: fresh noise of each step for a stochastic sampler, else zeros once, (N, C, H, W) each, one after the other.
+        constants: (T, `step_size`) float32, the numbers that differ from step to step; see `step_rows`.
+        shared: where steps find theirs on a device that shares launches, else None.
         timesteps: a row per chunk, each at an aligned address.
         guidance: (C,) guidance weight of each channel.
         labels: distinct labels.
@@ -54,9 +54,9 @@ class Buffers:
     prediction: Buffer
     estimates: tuple[Buffer, ...]
     no_estimate: Buffer | None
-    noise: tuple[Buffer, ...]
-    coefficients: Buffer
-    sampler: Buffer
+    noise: Buffer
+    constants: Buffer
+    shared: SharedBuffers | None
     timesteps: Buffer
     guidance: Buffer
     labels: Buffer
@@ -65,6 +65,21 @@ class Buffers:
     cond_rows: Buffer
     uncond_rows: Buffer
     captions: CaptionBuffers | None
+
+
+@dataclass(frozen=True, slots=True)
+class SharedBuffers:
+    """What steps that are the same launches read, whichever step it is.
+
+    Attributes:
+        step: (1,) int32, the step that runs.
+        constants: (`step_size`,) float32, its row of the constants.
+        noise: (N, C, H, W) float32, its noise.
+    """
+
+    step: Buffer
+    constants: Buffer
+    noise: Buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +142,26 @@ def aligned_size(count: int) -> int:
     return -(-count // per_line) * per_line
 
 
-def aligned_rows(rows: Sequence[Sequence[float]]) -> np.ndarray:
-    """Rows one after the other, each from an aligned address on."""
+def aligned_rows(rows: Sequence[Sequence[float]], size: int = 1) -> np.ndarray:
+    """Rows one after the other, each from an aligned address on, as float32; filled up to ``size`` values with zeros."""
     starts = np.cumsum([0, *(aligned_size(len(row)) for row in rows)])
-    values = np.zeros(max(1, starts[-1]), np.float32)
+    values = np.zeros(max(size, starts[-1]), np.float32)
     for start, row in zip(starts, rows, strict=False):
         values[start : start + len(row)] = row
     return values
+
+
+def step_rows(plan: Plan, step: int) -> list[Sequence[float]]:
+    """The numbers of a step: its row of the sampler table, then the coefficients of each launch that predicts."""
+    return [
+        plan.sampler.rows[step],
+        *(coefficient_row(op) for op in plan.launches[step] if isinstance(op, Predict)),
+    ]
+
+
+def step_size(plan: Plan) -> int:
+    """Values from the constants of a step to those of the next: what the largest takes."""
+    return max(sum(aligned_size(len(row)) for row in step_rows(plan, step)) for step in range(plan.steps))
 
 
 def coefficient_row(op: Predict) -> list[float]:
@@ -150,7 +178,7 @@ def planned_bytes(spec: ModelSpec, precision: str, plan: Plan, capacity: int) ->
     table = min(plan.steps, chunk + plan.accumulators) * step_bytes
     features = (2 + plan.cache_features) * rows * spec.tokens * spec.hidden * item
     pixels = spec.side**2 * capacity * 4
-    noise = plan.steps if plan.sampler.stochastic else 1
+    noise = plan.steps + 1 if plan.sampler.stochastic else 1
     estimates = plan.sampler.lags + 2 if plan.sampler.lags else 0
     return (
         captions
@@ -190,7 +218,11 @@ def allocate_buffers(backend: Backend, spec: ModelSpec, precision: str, plan: Pl
     table = plan.sampler
     whole = chunk + plan.accumulators
     padded = (*table.timesteps, *[0.0] * whole)
-    zero_noise = () if table.stochastic else (constant(np.zeros(capacity * image)),)
+    size = step_size(plan)
+    noise = (
+        new(plan.steps * aligned_size(capacity * image)) if table.stochastic else constant(np.zeros(capacity * image))
+    )
+    constants = constant(np.stack([aligned_rows(step_rows(plan, step), size) for step in range(plan.steps)]))
     return Buffers(
         chunk=chunk,
         table=new(min(plan.steps, chunk + plan.accumulators) * modulation_rows(spec) * table_row, dtype=dtype),
@@ -204,9 +236,15 @@ def allocate_buffers(backend: Backend, spec: ModelSpec, precision: str, plan: Pl
         prediction=new(rows * spec.output_channels * spec.side**2),
         estimates=tuple(new(capacity * image) for _ in range(table.lags + 1 if table.lags else 0)),
         no_estimate=constant(np.zeros(capacity * image)) if table.lags else None,
-        noise=zero_noise or tuple(new(capacity * image) for _ in range(plan.steps)),
-        coefficients=rows_of([coefficient_row(op) for step in plan.launches for op in step if isinstance(op, Predict)]),
-        sampler=rows_of(table.rows),
+        noise=noise,
+        constants=constants,
+        shared=SharedBuffers(
+            step=new(1, dtype="int32"),
+            constants=new(size),
+            noise=new(capacity * image) if table.stochastic else noise,
+        )
+        if backend.device.shares_launches
+        else None,
         timesteps=rows_of([padded[first : first + whole] for first in range(0, plan.steps, chunk)]),
         guidance=new(spec.channels),
         labels=new(capacity + 1, dtype="int64"),

@@ -18,7 +18,7 @@ from goc_deploy.manifest import Manifest, Unit
 from goc_deploy.options import Progress
 from goc_deploy.passes import with_stacks
 from goc_deploy.plan import Compute, Plan
-from goc_deploy.protocols import Backend, Engine, Footprint
+from goc_deploy.protocols import DTYPE_OF_PRECISION, Backend, Engine, Footprint
 from goc_deploy.publish import read_manifest, read_verified
 from goc_deploy.runtime import memory
 from goc_deploy.runtime.binding import Engines
@@ -71,7 +71,7 @@ def load_pipelines(
     parts = {"decoder": manifest.decoder, "text_encoder": manifest.text}
     more = [name for name, part in parts.items() if part]
     more += manifest.model.unit_names if all_units else ()
-    footprint = backend.footprint(_weights_of(manifest, needed_graphs(directory, manifest, plans, more)))
+    footprint = backend.footprint(_weights_of(manifest, needed_graphs(directory, manifest, plans, backend, more)))
     for plan in plans:
         _check_memory(manifest, plan, images, max_sessions, footprint, backend.device.free_bytes())
     engines = load_engines(directory, manifest, plans, backend, more)
@@ -124,11 +124,16 @@ def load_calibrator(
 
 @dataclass(frozen=True, slots=True)
 class NeededGraphs:
-    """Graphs to load: units by name, predict graphs and segments by signature."""
+    """Graphs to load: units by name, predict graphs and segments by signature.
+
+    Attributes:
+        predictors: engines of the predict signatures that need no graph.
+    """
 
     units: Mapping[str, Unit]
     predict: Mapping[str, Unit]
     segments: Mapping[str, Unit]
+    predictors: Mapping[str, Engine]
 
     @property
     def all(self) -> tuple[Unit, ...]:
@@ -136,17 +141,22 @@ class NeededGraphs:
         return (*self.units.values(), *self.predict.values(), *self.segments.values())
 
 
-def needed_graphs(directory: Path, manifest: Manifest, plans: Sequence[Plan], more: Iterable[str] = ()) -> NeededGraphs:
-    """The graphs that plans launch, and further units.
+def needed_graphs(
+    directory: Path, manifest: Manifest, plans: Sequence[Plan], backend: Backend, more: Iterable[str] = ()
+) -> NeededGraphs:
+    """The graphs that plans launch on a backend, and further units.
 
     Without plans all units of the blocks are needed, with plans those that one of them launches.
 
     Raises:
         EngineDirError: the manifest does not list one.
     """
+    signatures = {signature for plan in plans for signature in plan.signatures}
+    offered = {s: backend.predictor(s, DTYPE_OF_PRECISION[manifest.precision]) for s in sorted(signatures)}
+    predictors = {signature: engine for signature, engine in offered.items() if engine is not None}
     predict = {
         signature: manifest.predict_unit(signature)
-        for signature in _listed(directory, manifest.predict, [s for plan in plans for s in plan.signatures])
+        for signature in _listed(directory, manifest.predict, signatures - predictors.keys())
     }
     segments = {
         signature: manifest.segment_unit(signature)
@@ -158,7 +168,8 @@ def needed_graphs(directory: Path, manifest: Manifest, plans: Sequence[Plan], mo
     lacking = sorted({*needed, *manifest.model.unit_names} - {unit.name for unit in manifest.units})
     if lacking:
         raise EngineDirError(f"{directory} lists no unit {lacking[0]!r}, which the model needs; export again")
-    return NeededGraphs({unit.name: unit for unit in manifest.units if unit.name in needed}, predict, segments)
+    units = {unit.name: unit for unit in manifest.units if unit.name in needed}
+    return NeededGraphs(units, predict, segments, predictors)
 
 
 def _weights_of(manifest: Manifest, graphs: NeededGraphs) -> dict[str, dict[str, int]]:
@@ -178,7 +189,7 @@ def load_engines(
     Raises:
         EngineDirError, SafetyError: a file is missing, corrupt or not ours.
     """
-    graphs = needed_graphs(directory, manifest, plans, more)
+    graphs = needed_graphs(directory, manifest, plans, backend, more)
     entries = {file.path: file for file in manifest.files}
     weights = {part.weights for unit in graphs.all for part in manifest.parts(unit).values() if part.weights}
     captions = {manifest.captions} if manifest.captions else set()
@@ -203,7 +214,7 @@ def load_engines(
     if manifest.captions:
         stored = captions_from_bytes(content[manifest.captions], manifest.model, f"{directory / manifest.captions}")
     memory.return_free_pages(content.values())
-    return Engines(units, predict, stored, segments)
+    return Engines(units, {**predict, **graphs.predictors}, stored, segments)
 
 
 def _listed(directory: Path, graphs: Mapping[str, str], signatures: Iterable[str]) -> list[str]:

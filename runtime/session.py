@@ -18,12 +18,14 @@ import numpy as np
 from goc_deploy.captions import Conditions
 from goc_deploy.plan import Plan
 from goc_deploy.protocols import Backend, Launch, Stream
-from goc_deploy.runtime.binding import Batch, Binder, BoundLaunch, BoundPlan, Engines
+from goc_deploy.runtime.binding import Batch, Binder, BoundLaunch, BoundPlan, BoundStep, Engines
 from goc_deploy.runtime.buffers import allocate_buffers
+from goc_deploy.runtime.shared_binding import SharedBinder
 from goc_deploy.spec import ModelSpec
 from goc_deploy.trace import Span, recorded
 
 MAX_BOUND_SHAPES = 8
+BEFORE_THE_FIRST_STEP = np.array([-1], np.int32)
 
 StepCallback = Callable[[int, Callable[[], np.ndarray]], None]
 
@@ -63,10 +65,14 @@ class _Runnable:
     recorded: bool = False
 
 
-def _run_profiled(launches: Sequence[BoundLaunch], step: str, stream: Stream, spans: list[Span]) -> None:
+def _runs(launches: Sequence[BoundLaunch]) -> list[Launch]:
+    return [launch.run for launch in launches]
+
+
+def _run_profiled(step: BoundStep, name: str, stream: Stream, spans: list[Span]) -> None:
     """Run a step launch by launch, and wait for each."""
-    with recorded(spans, "step", step):
-        for launch in launches:
+    with recorded(spans, "step", name):
+        for launch in (*step.before, *step.launches):
             with recorded(spans, "launch", launch.name):
                 launch.run()
                 stream.wait()
@@ -79,10 +85,8 @@ class Session:
         self, engines: Engines, backend: Backend, spec: ModelSpec, precision: str, plan: Plan, capacity: int
     ) -> None:
         self._engines, self._backend, self._spec, self._plan = engines, backend, spec, plan
-        self._stream = backend.device.stream()
-        self._pads_labels = (
-            backend.device.kind != "cpu"
-        )  # there it costs more to bind and record a shape than to pad one
+        self._stream = backend.stream()
+        self._pads_labels = backend.device.shares_launches  # to bind and record a shape costs more than to pad one
         self._buffers = allocate_buffers(backend, spec, precision, plan, capacity)
         self._bound: OrderedDict[Batch, _Runnable] = OrderedDict()
 
@@ -117,10 +121,10 @@ class Session:
                     launch()
             else:
                 name = f"step {step} ({self._plan.step_kind(step)})"
-                _run_profiled(bound.launches[step], name, stream, spans)
+                _run_profiled(bound.steps[step], name, stream, spans)
             stream.mark(2 * step + 1)
             if on_step:
-                on_step(step, partial(stream.download, bound.latents[step + 1]))
+                on_step(step, partial(stream.download, bound.latents[step]))
         latents = stream.download(bound.latents[-1])
         marks = stream.marked_ms(2 * self._plan.steps)
         if not runnable.ran:
@@ -143,7 +147,7 @@ class Session:
         batch = Batch(images, guided, len(distinct)) if captions is None else Batch(images, guided, 1, len(distinct))
         runnable = self.bind(batch)
         if runnable.ran and not runnable.recorded:
-            runnable.steps = tuple(self._stream.recorded(launches) for launches in runnable.steps)
+            runnable.steps = self._recorded(runnable.plan)
             runnable.recorded = True
         own = np.arange(images)
         guidance = np.where(np.arange(spec.channels) < request.cfg_channels, request.cfg_scale, 1.0)
@@ -161,20 +165,40 @@ class Session:
         upload(own, buffers.cond_rows.view(images))
         upload(own + batch.rows - images, buffers.uncond_rows.view(images))
         upload(guidance.astype(np.float32), buffers.guidance)
-        upload(request.noise[:, 0], runnable.plan.latents[0])
+        upload(request.noise[:, 0], runnable.plan.initial)
+        if buffers.shared is not None:
+            upload(BEFORE_THE_FIRST_STEP, buffers.shared.step)
+        for source, target in runnable.plan.resets:
+            self._stream.copy(source, target)
         if self._plan.sampler.stochastic:
             for step, target in enumerate(runnable.plan.noise):
                 upload(request.noise[:, step + 1], target)
         self._stream.wait()
         return runnable
 
+    def _recorded(self, plan: BoundPlan) -> tuple[Sequence[Launch], ...]:
+        """What to call for each step: steps of the same launches are recorded once."""
+        known: dict[tuple[int, ...], Sequence[Launch]] = {}
+        found = []
+        for step in plan.steps:
+            key = tuple(map(id, step.launches))
+            if key not in known:
+                known[key] = self._stream.recorded(_runs(step.launches))
+            found.append([*_runs(step.before), *known[key]])
+        return tuple(found)
+
     def bind(self, batch: Batch) -> _Runnable:
         """The plan bound for a batch shape; the last few shapes are kept."""
         if batch not in self._bound:
-            binder = Binder(self._engines, self._spec, self._plan, self._buffers, batch, self._stream)
-            plan = binder.bind()
-            self._bound[batch] = _Runnable(plan, tuple([launch.run for launch in step] for step in plan.launches))
+            plan = self._binder(batch).bind()
+            steps = tuple([*_runs(step.before), *_runs(step.launches)] for step in plan.steps)
+            self._bound[batch] = _Runnable(plan, steps)
             if len(self._bound) > MAX_BOUND_SHAPES:
                 self._bound.popitem(last=False)
         self._bound.move_to_end(batch)
         return self._bound[batch]
+
+    def _binder(self, batch: Batch) -> Binder:
+        args = (self._engines, self._spec, self._plan, self._buffers, batch, self._stream)
+        device = self._backend.device
+        return SharedBinder(device, *args) if device.shares_launches else Binder(*args)

@@ -60,7 +60,7 @@ def gpu() -> None:
     """Skip, with the reason, where no GPU can be used."""
     import torch
 
-    from goc_deploy.engines.plugin import driver
+    from goc_deploy.engines import driver
 
     try:
         driver.device_capability()

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from goc_deploy.engines.plugin import driver, nvrtc
+from goc_deploy.engines import driver
+from goc_deploy.engines.plugin import nvrtc
 from goc_deploy.errors import EngineDirError
 from goc_deploy.plan import MAX_LAUNCH_UNITS
 from goc_deploy.protocols import DTYPE_BYTES
@@ -177,16 +178,21 @@ def cubin_for(capability: str) -> bytes:
     return nvrtc.cubin_from_source(SOURCE_PATH.read_text(encoding="utf-8"), SOURCE_PATH.name, capability)
 
 
+def load_kernels(cuda: driver.Driver, cubin: bytes) -> DeviceKernels:
+    """Load the kernels into the current CUDA context, which keeps them until the process ends."""
+    return DeviceKernels(driver.functions_from_cubin(cuda, cubin, KERNELS))
+
+
 def device_kernels() -> DeviceKernels:
-    """Compile the kernels for the GPU of the current CUDA context and load them into it, once per context.
+    """The kernels in the current CUDA context, compiled for its GPU and loaded once per context.
 
     Raises:
         EnvironmentUnsupportedError: NVRTC is missing or refuses, or there is no context.
     """
-    return _loaded_kernels(driver.current_context())
+    return _loaded_kernels(driver.current_context(driver.load_driver()))
 
 
 @functools.cache
 def _loaded_kernels(_context: int) -> DeviceKernels:
-    cubin = cubin_for(driver.current_capability())
-    return DeviceKernels({name: driver.function_from_cubin(cubin, name) for name in KERNELS})
+    cuda = driver.load_driver()
+    return load_kernels(cuda, cubin_for(driver.capability_of(cuda, cuda.cuCtxGetDevice())))

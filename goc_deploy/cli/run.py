@@ -71,10 +71,11 @@ DEFAULTS = GenerateOptions()
     "--report", type=click.Path(path_type=Path), help="JSON report: time and kind of every step, cache bytes, versions."
 )
 @click.option("--backend", type=str, default="auto", help=BACKEND_HELP)
+@click.option("--device", type=str, default="auto", help="cpu, cuda, or cuda:1 for another GPU than the first.")
 @click.option(
     "--cuda-graphs/--no-cuda-graphs",
     default=True,
-    help="On TensorRT, record the steps the second time they run; off, for debugging.",
+    help="Record CUDA graphs the second time that a step runs; off, for debugging.",
 )
 @click.option("--batch-size", type=int, help="Images per run.  [default: what the engine was exported for]")
 @click.option("--threads", type=click.IntRange(0), default=0, help="Threads; 0 is one per core.")
@@ -93,6 +94,7 @@ def command(
     trajectory_output: Path | None,
     report: Path | None,
     backend: str,
+    device: str,
     batch_size: int | None,
     threads: int,
     cuda_graphs: bool,
@@ -120,7 +122,13 @@ def command(
     arrays = None if embeds_file is None else arrays_from_file(embeds_file)
     with (
         load(
-            engine_dir, backend=backend, plan=plan, batch_size=batch_size, threads=threads, cuda_graphs=cuda_graphs
+            engine_dir,
+            backend=backend,
+            plan=plan,
+            batch_size=batch_size,
+            threads=threads,
+            cuda_graphs=cuda_graphs,
+            device=device,
         ) as pipe,
         progress_bar() as progress,
     ):

@@ -5,23 +5,22 @@ from pathlib import Path
 import pytest
 
 import goc_deploy
-from goc_deploy.engines import choice
+from goc_deploy.engines import choice, driver
 from goc_deploy.engines.choice import FASTEST_FIRST, RunOptions, candidates, explanation
-from goc_deploy.engines.plugin import driver
-from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError
+from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError, UsageError
 from goc_deploy.protocols import Backend
 from tests.conftest import Command
 from tests.stand_ins.loading import copy_with_engines, stand_in_backend
 
 
-def no_gpu() -> str:
+def no_gpu(_index: int = 0) -> str:
     raise EnvironmentUnsupportedError("there is no NVIDIA driver here")
 
 
 def test_the_fastest_is_tried_first_and_a_named_one_alone() -> None:
     assert [name for name, _ in candidates("auto", Path("engine"), RunOptions())] == list(FASTEST_FIRST)
     assert [name for name, _ in candidates("tensorrt", Path("engine"), RunOptions())] == ["tensorrt"]
-    with pytest.raises(EnvironmentUnsupportedError, match="there is no backend 'cuda'; use auto, tensorrt"):
+    with pytest.raises(UsageError, match="there is no backend 'cuda'; use auto, tensorrt"):
         list(candidates("cuda", Path("engine"), RunOptions()))
 
 

@@ -5,7 +5,7 @@ import importlib.util
 
 import pytest
 
-from goc_deploy.engines.plugin import driver
+from goc_deploy.engines import driver
 from goc_deploy.engines.tensorrt_library import Library, library_from_backend, target_from_options, this_platform
 from goc_deploy.errors import EnvironmentUnsupportedError, UsageError
 

@@ -11,7 +11,8 @@ from onnx import TensorProto, helper
 from goc_deploy.engines.tensorrt_runtime import StoredEngine, TensorrtBackend, TensorrtEngine
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError
 from goc_deploy.protocols import ALIGNMENT, bfloat16_from_float32, mapped_buffer, stored_values
-from tests.stand_ins.device import Fault, StandInDevice
+from tests.stand_ins.device import StandInDevice
+from tests.stand_ins.kernels import Fault
 from tests.stand_ins.tensorrt import StandInTensorrt
 
 

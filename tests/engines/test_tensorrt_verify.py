@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from goc_deploy.engine_keys import WEIGHT_MODES
+from goc_deploy.engines import driver
 from goc_deploy.engines.ort import OrtBackend
-from goc_deploy.engines.plugin import driver
 from goc_deploy.engines.tensorrt_verify import verify_engines
 from goc_deploy.errors import EnvironmentUnsupportedError, VerificationError
 from goc_deploy.options import no_progress

@@ -13,8 +13,9 @@ import torch
 import goc_deploy
 from goc_deploy.api import build_engines, verify_engines
 from goc_deploy.engine_keys import ENGINE_BACKENDS, WEIGHT_MODES
+from goc_deploy.engines import driver
 from goc_deploy.engines.cuda import cuda_device
-from goc_deploy.engines.plugin import driver, stacking
+from goc_deploy.engines.plugin import stacking
 from goc_deploy.engines.tensorrt_library import library_from_backend
 from goc_deploy.errors import EnvironmentUnsupportedError
 from goc_deploy.options import EngineOptions

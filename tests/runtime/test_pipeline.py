@@ -330,7 +330,7 @@ def test_numbers_out_of_range_are_refused_at_load(golden_engine: Path) -> None:
         goc_deploy.load(golden_engine, max_sessions=0)
     with pytest.raises(UsageError, match="there is no plan 'other'; this engine has none, fora-2"):
         goc_deploy.load(golden_engine, plan="other")
-    with pytest.raises(EnvironmentUnsupportedError, match="there is no backend 'tensorflow'; use auto, tensorrt"):
+    with pytest.raises(UsageError, match="there is no backend 'tensorflow'; use auto, tensorrt"):
         goc_deploy.load(golden_engine, backend="tensorflow")
 
 
@@ -344,7 +344,7 @@ def test_buffers_that_do_not_fit_into_memory_are_refused_before_allocation(
 
 def test_planned_bytes_are_what_is_allocated(pipe: Pipeline) -> None:
     held = pipe._new_session()._buffers
-    pairs = (*held.tokens, *held.slots, *held.accumulators, *held.latents, *held.noise, *held.gates_ahead)
+    pairs = (*held.tokens, *held.slots, *held.accumulators, *held.latents, held.noise, *held.gates_ahead)
     big = [held.table, held.modulation, held.prediction, held.zeros, *pairs]
     assert sum(b.nbytes for b in big) == buffers.planned_bytes(pipe.spec, "fp32", pipe.plan, pipe.batch_size)
 

@@ -14,8 +14,9 @@ from goc_deploy.plan import Compute, Plan, Predict
 from goc_deploy.protocols import Buffer
 from goc_deploy.runtime import binding, session
 from goc_deploy.runtime.pipeline import Pipeline
+from goc_deploy.runtime.shared_binding import SharedBinder
 from tests.reference import worst_step
-from tests.stand_ins.device import Fault
+from tests.stand_ins.kernels import Fault
 from tests.stand_ins.loading import copy_with_engines, stand_in_pipeline
 
 Bound = dict[str, Buffer]
@@ -176,9 +177,40 @@ def test_forgetting_to_alternate_between_token_buffers_is_noticed(
     pipe: Pipeline, golden: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     update = binding.Binder._update
-    monkeypatch.setattr(binding.Binder, "_update", lambda self, op, x, _spare: update(self, op, x, x))
+    monkeypatch.setattr(binding.Binder, "_update", lambda self, op, x, _spare, row: update(self, op, x, x, row))
     with pytest.raises(Fault, match="writes x_out over x"):
         with_plan(pipe, pipe.plan).generate(golden["labels"])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "complaint"),
+    [
+        ("_left", lambda moves: moves[1:], "which nobody wrote"),  # the latents of the step before stay away
+        ("_numbers", lambda moves: [replace(moves[0], stride=0), *moves[1:]], "trajectory"),
+        ("_numbers", lambda moves: moves[1:], "which nobody wrote"),
+        ("_modulation_of", lambda move: replace(move, period=1), "trajectory"),
+        ("_modulation_of", lambda move: replace(move, stride=move.stride // 2), "trajectory"),
+    ],
+)
+def test_a_step_that_moves_the_wrong_values_is_noticed(
+    merged: Pipeline,
+    golden: dict[str, np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    change: Callable[[Any], Any],
+    complaint: str,
+) -> None:
+    right = getattr(SharedBinder, name)
+    monkeypatch.setattr(SharedBinder, name, lambda self, *args: change(right(self, *args)))
+    assert complaint in notices(with_plan(merged, merged.plan), golden)
+
+
+@pytest.mark.parametrize("start", [0, -2])
+def test_counting_steps_from_elsewhere_is_noticed(
+    merged: Pipeline, golden: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch, start: int
+) -> None:
+    monkeypatch.setattr(session, "BEFORE_THE_FIRST_STEP", np.array([start], np.int32))
+    assert notices(with_plan(merged, merged.plan), golden)
 
 
 def test_running_on_inputs_that_were_not_uploaded_is_noticed(

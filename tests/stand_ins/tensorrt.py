@@ -2,7 +2,7 @@
 
 It runs what the real parser would take: graphs with embedded weights or with weights as inputs, and the plugin's stack. An
 engine file is the graph behind the first bytes of a real one. It keeps the rules of the real library, and raises
-`tests.stand_ins.device.Fault` where the real one would compute something wrong.
+`tests.stand_ins.kernels.Fault` where the real one would compute something wrong.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from goc_deploy.manifest import Manifest
 from goc_deploy.options import EngineOptions, Progress
 from goc_deploy.protocols import ALIGNMENT
 from goc_deploy.publish import read_manifest
-from tests.stand_ins.device import Fault, Span, StandInDevice, Work
+from tests.stand_ins.device import StandInDevice
+from tests.stand_ins.driver import Work
+from tests.stand_ins.kernels import Fault, Span
 
 SCRATCH_BYTES_PER_NODE = 96
 _NAMES = {1: "FLOAT", 7: "INT64", 10: "HALF", 16: "BF16"}

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from goc_deploy.engines.plugin.kernel import SOURCE_PATH, THREADS, Geometry
+from goc_deploy.engines.plugin.kernel import THREADS, Geometry
+from tests.stand_ins import kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,20 +25,8 @@ class HostKernels:
 
 
 @pytest.fixture(scope="session")
-def host_library(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if compiler is None:
-        pytest.skip("there is no C++ compiler to build the kernel for the host")
-    target = tmp_path_factory.mktemp("host") / "update.so"
-    source = Path(__file__).parent / "host.cpp"
-    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fno-strict-aliasing"]
-    subprocess.run(
-        [compiler, *flags, "-shared", "-fPIC", f"-I{SOURCE_PATH.parent}", str(source), "-o", str(target)], check=True
-    )
-    library = ctypes.CDLL(str(target))
-    for name in ("stack_size", "moves_size", "bytes_moved", "threads_per_block"):
-        getattr(library, name).restype = ctypes.c_int64
-    return library
+def host_library() -> Any:
+    return kernels.host_library()
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from goc_deploy.engines.plugin import driver
+from goc_deploy.engines import driver
 from goc_deploy.engines.plugin.kernel import (
     DTYPES,
     MAX_UNITS,

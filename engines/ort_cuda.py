@@ -1,0 +1,210 @@
+"""ONNX Runtime's CUDA provider on a device: what everyone with an NVIDIA GPU can run.
+
+All sessions put their work on one stream, which this backend owns, and no run waits: an order of streams costs a wait on the
+host for each launch otherwise. A step that computes nothing is one launch of our kernel, without ONNX Runtime. A session
+records what it launches as a CUDA graph of its own where it can. Documentation: onnxruntime.ai, "CUDA Execution Provider".
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+from goc_deploy.engines.cuda import CudaDevice
+from goc_deploy.engines.host import host_array
+from goc_deploy.engines.ort import OrtBackend, OrtEngine, register_arena
+from goc_deploy.engines.ort_errors import RUNNING, error_from_ort
+from goc_deploy.engines.plugin.predict import PredictKernel
+from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError
+from goc_deploy.protocols import NOTHING, Buffer, Engine, Footprint, Launch, Stream
+
+logger = logging.getLogger(__name__)
+
+LIBRARIES = ("cudart", "nvrtc", "cublasLt", "cublas", "curand", "cufft", "cudnn")
+_graph_ids = itertools.count(1)  # 0 and -1 mean something else to ONNX Runtime
+
+
+@functools.cache
+def _shared_arena(device: int) -> None:
+    """One arena on a GPU for all sessions of the process; each would have its own, which grows by doubling."""
+    register = partial(state.create_and_register_allocator_v2, "CUDAExecutionProvider")
+    register_arena("Cuda", device, lambda where, how: register(where, {}, how))
+
+
+class OrtCudaEngine(OrtEngine):
+    """A session on the stream of its backend.
+
+    Args:
+        session: of ONNX Runtime.
+        inputs: that are the same on every run.
+        device: number of the GPU.
+        without_graphs: makes the same session without CUDA graphs, or None where this one has none.
+    """
+
+    def __init__(
+        self, session: Any, inputs: Mapping[str, Buffer], device: int, without_graphs: Callable[[], Any] | None
+    ) -> None:
+        super().__init__(session, inputs, ("cuda", device), "CUDA")
+        self.without_graphs = without_graphs
+
+    def _bound(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Launch:
+        return self.run_of(inputs, outputs) if self.without_graphs is None else _RecordedRun(self, inputs, outputs)
+
+    def run_of(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Launch:
+        """A run of the session as it is now, which does not wait; its graph, if it has one, is its own."""
+        options = onnxruntime.RunOptions()
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        if self.without_graphs is not None:
+            options.add_run_config_entry("gpu_graph_id", str(next(_graph_ids)))
+        return partial(self._session.run_with_iobinding, self._binding(inputs, outputs), options)
+
+    def give_up_graphs(self, reason: Exception) -> None:
+        """Take a session without CUDA graphs for the rest of the time."""
+        assert self.without_graphs is not None
+        logger.warning("a session goes on without a CUDA graph, which it cannot record: %s", reason)
+        self._session, self.without_graphs = self.without_graphs(), None
+
+
+class _RecordedRun:
+    """A run that ONNX Runtime records the first time, when it may find that it cannot."""
+
+    def __init__(self, engine: OrtCudaEngine, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        self._engine, self._tensors, self._recorded = engine, (inputs, outputs), False
+        self._run = engine.run_of(inputs, outputs)
+
+    def __call__(self) -> None:
+        if not self._recorded and self._engine.without_graphs is not None:
+            try:
+                self._run()
+            except Exception as reason:
+                if isinstance(error_from_ort(reason, RUNNING, "CUDA"), ResourceError):
+                    raise
+                self._engine.give_up_graphs(reason)
+            else:
+                self._recorded = True
+                return
+        if not self._recorded:
+            self._run, self._recorded = self._engine.run_of(*self._tensors), True
+        self._run()
+
+
+class OrtCudaBackend(OrtBackend):
+    """ONNX Runtime on a GPU.
+
+    Args:
+        device: where tensors lie.
+        threads, shared_pool: see `OrtBackend`.
+
+    Raises:
+        EnvironmentUnsupportedError: this ONNX Runtime lacks the CUDA provider, or our kernels cannot be compiled.
+    """
+
+    name = "onnxruntime-cuda"
+    stacks = True
+    provider = "CUDA"
+
+    def __init__(self, device: CudaDevice, threads: int = 0, *, shared_pool: bool = True) -> None:
+        super().__init__(threads, shared_pool=shared_pool, device=device)
+        self._stream = device.stream(
+            graphs=False
+        )  # what ONNX Runtime 1.31 does in a run must not be captured by others
+        self._cuda, self._weight_bytes, self._graphless = device, 0, 0
+        self._kernels = device.kernels
+        self._load_libraries()
+        if shared_pool:
+            self._register_arena()
+
+    def _load_libraries(self) -> None:
+        """Load what NVIDIA's wheels have of the provider's libraries; the provider finds others by the system's means."""
+        from cuda import pathfinder
+
+        for name in LIBRARIES:
+            try:
+                pathfinder.load_nvidia_dynamic_lib(name)
+            except pathfinder.DynamicLibNotFoundError:
+                logger.info("no package has the CUDA library %s; the system may", name)
+
+    def _register_arena(self) -> None:
+        _shared_arena(self._cuda.index)
+
+    def stream(self) -> Stream:
+        """The one stream of all sessions: ONNX Runtime takes a stream for a session, not for a run."""
+        return self._stream
+
+    def predictor(self, signature: str, dtype: str) -> Engine | None:
+        """Our kernel, launched by the driver."""
+        return PredictKernel(signature, dtype, self._kernels)
+
+    def footprint(self, graphs: Mapping[str, Mapping[str, int]]) -> Footprint:
+        """Weights: each session has its own copy. What activations take ONNX Runtime does not tell."""
+        return Footprint(weights=sum(sum(files.values()) for files in graphs.values()))
+
+    def load(
+        self,
+        onnx: memoryview,
+        initializers: Mapping[str, Buffer],
+        inputs: Mapping[str, Buffer] = NOTHING,
+        *,
+        runs_once: bool = False,
+    ) -> OrtCudaEngine:
+        """Load a graph, with CUDA graphs if ONNX Runtime can record all of it.
+
+        Raises:
+            EnvironmentUnsupportedError: the provider does not start, or has no kernel for a node.
+            EngineDirError: not a graph that ONNX Runtime accepts.
+            ResourceError: the GPU has not enough memory.
+        """
+
+        def made(*, graphs: bool) -> Any:
+            session = self._session(onnx, initializers, runs_once=runs_once, **self._provider_options(graphs=graphs))
+            if self._provider_name not in session.get_providers():
+                raise EnvironmentUnsupportedError(
+                    f"ONNX Runtime {onnxruntime.__version__} cannot start its {self._provider_name}; check that its CUDA libraries "
+                    "are installed (pip install 'goc_deploy[cuda]')"
+                )
+            return session
+
+        placed = {name: self._placed(buffer) for name, buffer in inputs.items()}
+        self._weight_bytes += sum(buffer.nbytes for buffer in (*initializers.values(), *inputs.values()))
+        if self._cuda.graphs:
+            try:
+                session = made(graphs=True)
+            except ResourceError:
+                raise
+            except Exception as reason:
+                self._graphless += 1
+                logger.info("a session has no CUDA graph: %s", reason)
+            else:
+                return OrtCudaEngine(session, placed, self._cuda.index, lambda: made(graphs=False))
+        return OrtCudaEngine(made(graphs=False), placed, self._cuda.index, None)
+
+    def _provider_options(self, *, graphs: bool) -> dict[str, str]:
+        return {
+            "device_id": str(self._cuda.index),
+            "user_compute_stream": str(self._stream.handle),
+            "use_tf32": "0",  # fp32 means fp32: TF32 would cost three digits, and is the provider's default
+            "cudnn_conv_algo_search": "HEURISTIC",
+            "arena_extend_strategy": "kSameAsRequested",
+            "enable_cuda_graph": str(int(graphs)),
+        }
+
+    def _placed(self, buffer: Buffer) -> Buffer:
+        """A host buffer where the device can read it."""
+        placed = self.allocate(buffer.shape, buffer.dtype)
+        self.upload(host_array(buffer), placed)
+        return placed
+
+    def describe(self) -> dict[str, Any]:
+        """What `OrtBackend.describe` says, the weights, and how many sessions have no CUDA graph."""
+        return {
+            **super().describe(),
+            "weight_bytes": self._weight_bytes,
+            "sessions_without_graph": self._graphless,
+        }
