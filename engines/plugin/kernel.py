@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,15 @@ from goc_deploy.plan import MAX_LAUNCH_UNITS
 from goc_deploy.protocols import DTYPE_BYTES
 
 SOURCE_PATH = Path(__file__).parent / "update.cu"
-MAX_UNITS, MAX_ENTRIES, TOKENS = MAX_LAUNCH_UNITS, 4, 4
+MOVES_SOURCE_PATH = SOURCE_PATH.with_name("moves.cu")
+MAX_UNITS, MAX_ENTRIES = MAX_LAUNCH_UNITS, 4
+TOKENS_PER_THREAD = (2, 1)
+BUSY_BLOCKS = 4 * 132  # of an H100's 132 processors: 16 KB of reads under way on each, where a unit has one entry
 THREADS = 128
 VECTOR_BYTES = 16
 DTYPES = ("float32", "float16", "bfloat16")
 KERNELS = (
-    *(f"goc_stack_{dtype}{suffix}" for dtype in DTYPES for suffix in ("", "_single")),
+    *(f"goc_stack_{dtype}_{access}" for dtype in DTYPES for access in (*TOKENS_PER_THREAD, "single")),
     "goc_next_step",
     "goc_step_moves",
 )
@@ -46,7 +48,7 @@ class StackParameters(ctypes.Structure):
         ("history", ctypes.c_void_p * MAX_ENTRIES * MAX_UNITS),
         ("stored", ctypes.c_void_p * MAX_UNITS),
         ("coefficient", ctypes.c_uint16 * MAX_UNITS),
-        ("entries", ctypes.c_uint8 * MAX_UNITS),
+        ("entries", ctypes.c_uint8 * (MAX_UNITS + 1)),
     )
 
 
@@ -63,7 +65,7 @@ class Stack:
     stores: tuple[bool, ...]
 
     def __post_init__(self) -> None:
-        assert len(self.entries) == len(self.stores) <= MAX_UNITS
+        assert 0 < len(self.entries) == len(self.stores) <= MAX_UNITS
         assert all(1 <= count <= MAX_ENTRIES for count in self.entries)
 
     @property
@@ -134,21 +136,39 @@ class Geometry:
         return -(-self.threads // THREADS)
 
 
-def geometry(shape: Sequence[int], dtype: str, inputs: Sequence[int], outputs: Sequence[int]) -> Geometry:
+def geometry(
+    shape: Sequence[int],
+    dtype: str,
+    inputs: Sequence[int],
+    outputs: Sequence[int],
+    *,
+    busy_blocks: int = BUSY_BLOCKS,
+) -> Geometry:
     """Sixteen bytes per access where rows and addresses allow it, else one element.
 
-    Addresses are as in `parameters_from_addresses`; coefficients are read one by one, wherever they lie.
+    A thread serves the most tokens that divide T and leave enough blocks to keep the memory busy: gates, which all tokens
+    of a row share, are fetched less often then.
+
+    Args:
+        shape: (B, T, D).
+        dtype: of all tensors but the coefficients, which are read one by one, wherever they lie.
+        inputs: addresses, see `parameters_from_addresses`.
+        outputs: addresses, likewise.
+        busy_blocks: how many blocks are enough.
     """
     addresses = [*inputs[:2], *inputs[3:], *outputs]
     rows, tokens, hidden = shape
     vector = VECTOR_BYTES // DTYPE_BYTES[dtype]
-    single = bool(hidden % vector) or any(address % VECTOR_BYTES for address in addresses)
-    columns = hidden if single else hidden // vector
-    return Geometry(f"goc_stack_{dtype}{'_single' if single else ''}", rows * math.ceil(tokens / TOKENS) * columns)
+    if hidden % vector or any(address % VECTOR_BYTES for address in addresses):
+        return Geometry(f"goc_stack_{dtype}_single", rows * tokens * hidden)
+    most = rows * tokens * hidden // vector
+    fitting = (n for n in TOKENS_PER_THREAD if tokens % n == 0 and most // n >= busy_blocks * THREADS)
+    per_thread = next(fitting, 1)
+    return Geometry(f"goc_stack_{dtype}_{per_thread}", most // per_thread)
 
 
 class Kernels(Protocol):
-    """Runs kernels of ``update.cu``."""
+    """Runs kernels of ``update.cu`` and ``moves.cu``."""
 
     def launch(self, geometry: Geometry, parameters: ctypes.Structure, stream: int) -> None:
         """Run one on a stream; neither waits nor allocates.
@@ -175,7 +195,10 @@ class DeviceKernels:
 @functools.cache
 def cubin_for(capability: str) -> bytes:
     """Machine code of all kernels for a GPU; compiled once per process."""
-    return nvrtc.cubin_from_source(SOURCE_PATH.read_text(encoding="utf-8"), SOURCE_PATH.name, capability)
+    sources = [
+        f'#line 1 "{path.name}"\n{path.read_text(encoding="utf-8")}' for path in (SOURCE_PATH, MOVES_SOURCE_PATH)
+    ]
+    return nvrtc.cubin_from_source("".join(sources), SOURCE_PATH.name, capability)
 
 
 def load_kernels(cuda: driver.Driver, cubin: bytes) -> DeviceKernels:

@@ -18,13 +18,13 @@ NEXT_STEP = Geometry("goc_next_step", 1)
 
 
 class CounterParameters(ctypes.Structure):
-    """``GocCounter`` of ``update.cu``: the address of an int32."""
+    """``GocCounter`` of ``moves.cu``: the address of an int32."""
 
     _fields_ = (("step", ctypes.c_void_p),)
 
 
 class MoveParameters(ctypes.Structure):
-    """``GocMove`` of ``update.cu``."""
+    """``GocMove`` of ``moves.cu``."""
 
     _fields_ = (
         ("source", ctypes.c_void_p),
@@ -43,7 +43,7 @@ class MoveParameters(ctypes.Structure):
 
 
 class MovesParameters(ctypes.Structure):
-    """``GocMoves`` of ``update.cu``."""
+    """``GocMoves`` of ``moves.cu``."""
 
     _fields_ = (
         ("step", ctypes.c_void_p),

@@ -4,11 +4,14 @@
 //     x_out = x + sum over u of c_u0 * gate_u * g_u
 //
 // x, x_out, g (B, T, D) and gates (units, B, D) are float, half or bfloat16; coefficients are float; sums are float. Every
-// tensor is read once, whatever the number of units, and nothing else is written. All that a thread reads of an element it
-// has read before it writes it, so g_u may lie on an entry of its own history, and x_out on x.
+// tensor is read once, whatever the number of units, and nothing else is written.
 //
-// One thread serves VECTOR neighbouring elements of TOKENS neighbouring tokens, so that a gate is fetched once for all of
-// them. The same source compiles with NVRTC for GPUs, and with any C++ compiler for tests on the host.
+// One thread serves VECTOR neighbouring elements of TOKENS neighbouring tokens (a divisor of T), so that a gate is fetched
+// once for all of them. It fetches the next unit before it stores anything of this one, so that the memory always has
+// requests to serve. Therefore g_u may lie on an entry of unit u or of an earlier unit, all of whose reads come before the
+// store; it must not lie on an entry of a later unit. x_out may lie on x.
+//
+// The same source compiles with NVRTC for GPUs, and with any C++ compiler for tests on the host.
 
 #ifdef __CUDACC__
 #define GOC_FUNCTION static __device__ __forceinline__
@@ -25,7 +28,9 @@
 const int GOC_THREADS = 128;   // per block
 const int GOC_MAX_UNITS = 88;  // what fits into the 4 KB of kernel parameters that every driver takes
 const int GOC_MAX_ENTRIES = 4;
-const int GOC_TOKENS = 4;
+// Accesses to histories that a thread makes ahead. More, or four tokens (155 registers with nvcc 13.0), and ptxas moves the
+// arithmetic of this unit before the fetch of the next one.
+const int GOC_AHEAD = 4;
 
 struct GocStack {
     const void* x;
@@ -37,7 +42,7 @@ struct GocStack {
     const void* history[GOC_MAX_UNITS][GOC_MAX_ENTRIES];  // newest first
     void* stored[GOC_MAX_UNITS];                          // null where g is not kept
     unsigned short coefficient[GOC_MAX_UNITS];            // where the unit's coefficients start
-    unsigned char entries[GOC_MAX_UNITS];
+    unsigned char entries[GOC_MAX_UNITS + 1];             // 0 after the last unit, of which nothing is fetched
 };
 
 struct Float {
@@ -121,17 +126,20 @@ GOC_FUNCTION void goc_write(void* address, const GocPacked& packed) {
 #endif
 }
 
-// Reads and writes of COUNT elements: sixteen bytes at once, or one element.
+// Reads and writes of COUNT elements: sixteen bytes at once, or one element. Raw is what was read, not widened yet.
 template <class Type, int COUNT>
 struct Access {
+    typedef GocPacked Raw;
     static const int PER_WORD = 4 / sizeof(typename Type::bits);
 
-    GOC_FUNCTION void read(float (&values)[COUNT], const void* tensor, long long at) {
+    GOC_FUNCTION Raw read(const void* tensor, long long at) {
         GOC_MOVED(16);
-        const GocPacked packed = *(const GocPacked*)((const typename Type::bits*)tensor + at);
+        return *(const GocPacked*)((const typename Type::bits*)tensor + at);
+    }
+    GOC_FUNCTION void widen(float (&values)[COUNT], const Raw& raw) {
         GOC_UNROLL
         for (int i = 0; i < COUNT; ++i)
-            values[i] = Type::widen((typename Type::bits)(packed.word[i / PER_WORD] >> 16 * (i % PER_WORD)));
+            values[i] = Type::widen((typename Type::bits)(raw.word[i / PER_WORD] >> 16 * (i % PER_WORD)));
     }
     GOC_FUNCTION void write(const float (&values)[COUNT], void* tensor, long long at) {
         GOC_MOVED(16);
@@ -145,120 +153,104 @@ struct Access {
 
 template <class Type>
 struct Access<Type, 1> {
-    GOC_FUNCTION void read(float (&values)[1], const void* tensor, long long at) {
-        GOC_MOVED(sizeof(typename Type::bits));
-        values[0] = Type::widen(((const typename Type::bits*)tensor)[at]);
+    typedef typename Type::bits Raw;
+
+    GOC_FUNCTION Raw read(const void* tensor, long long at) {
+        GOC_MOVED(sizeof(Raw));
+        return ((const Raw*)tensor)[at];
     }
+    GOC_FUNCTION void widen(float (&values)[1], Raw raw) { values[0] = Type::widen(raw); }
     GOC_FUNCTION void write(const float (&values)[1], void* tensor, long long at) {
-        GOC_MOVED(sizeof(typename Type::bits));
-        ((typename Type::bits*)tensor)[at] = Type::narrow(values[0]);
+        GOC_MOVED(sizeof(Raw));
+        ((Raw*)tensor)[at] = Type::narrow(values[0]);
     }
 };
 
-template <class Type, int VECTOR>
-GOC_FUNCTION void goc_stack_thread(const GocStack& stack, long long thread) {
+// Where a thread works: the first element of its tokens, and of its gates.
+struct GocPlace {
+    long long start, gate;
+};
+
+template <class Type, int VECTOR, int TOKENS>
+struct StackUnit {
     typedef Access<Type, VECTOR> Elements;
-    const long long vectors = stack.hidden / VECTOR, groups = (stack.tokens + GOC_TOKENS - 1) / GOC_TOKENS;
-    const long long row = thread / vectors / groups;
-    if (row >= stack.rows) return;
-    const long long column = thread % vectors * VECTOR, token = thread / vectors % groups * GOC_TOKENS;
-    const long long start = (row * stack.tokens + token) * stack.hidden + column;
-    const int tokens = stack.tokens - token < GOC_TOKENS ? (int)(stack.tokens - token) : GOC_TOKENS;
+    typedef typename Elements::Raw Raw;
+    static const int ENTRIES = GOC_AHEAD / TOKENS;  // that are fetched ahead
 
-    float x[GOC_TOKENS][VECTOR], g[GOC_TOKENS][VECTOR];
-    GOC_UNROLL
-    for (int t = 0; t < GOC_TOKENS; ++t)
-        if (t < tokens) Elements::read(x[t], stack.x, start + t * stack.hidden);
+    Raw gate, entry[ENTRIES][TOKENS];
 
-    for (int unit = 0; unit < stack.units; ++unit) {
-        const float* coefficients = stack.coefficients + stack.coefficient[unit];
+    GOC_FUNCTION void fetch(StackUnit& ahead, const GocStack& stack, const GocPlace& place, int unit) {
         GOC_UNROLL
-        for (int t = 0; t < GOC_TOKENS; ++t)
-            if (t < tokens) Elements::read(g[t], stack.history[unit][0], start + t * stack.hidden);
-        for (int entry = 1; entry < stack.entries[unit]; ++entry) {
-            GOC_UNROLL
-            for (int t = 0; t < GOC_TOKENS; ++t)
-                if (t < tokens) {
-                    float older[VECTOR];
-                    Elements::read(older, stack.history[unit][entry], start + t * stack.hidden);
-                    GOC_UNROLL
-                    for (int i = 0; i < VECTOR; ++i) g[t][i] += coefficients[entry] * older[i];
-                }
-        }
-        float gate[VECTOR];
-        Elements::read(gate, stack.gates, (unit * stack.rows + row) * stack.hidden + column);
-        GOC_UNROLL
-        for (int t = 0; t < GOC_TOKENS; ++t)
-            if (t < tokens) {
-                if (stack.stored[unit]) Elements::write(g[t], stack.stored[unit], start + t * stack.hidden);
+        for (int entry = 0; entry < ENTRIES; ++entry)
+            if (entry < stack.entries[unit]) {
                 GOC_UNROLL
-                for (int i = 0; i < VECTOR; ++i) x[t][i] += coefficients[0] * gate[i] * g[t][i];
+                for (int t = 0; t < TOKENS; ++t)
+                    ahead.entry[entry][t] = Elements::read(stack.history[unit][entry], place.start + t * stack.hidden);
+                if (entry == 0) ahead.gate = Elements::read(stack.gates, unit * stack.rows * stack.hidden + place.gate);
             }
     }
 
-    GOC_UNROLL
-    for (int t = 0; t < GOC_TOKENS; ++t)
-        if (t < tokens) Elements::write(x[t], stack.x_out, start + t * stack.hidden);
-}
-
-// What a step needs at its start, so that one recorded graph serves every step of a kind: the number of the step is counted
-// on the device, and everything that depends on it is moved to where the graph reads it.
-struct GocCounter {
-    int* step;
-};
-
-// target[m][b] = source[step % period][m][rows[b]], rows of row_bytes bytes; without rows, row b is row b.
-struct GocMove {
-    const void* source;
-    void* target;
-    const long long* rows;
-    long long step_bytes;  // from the source's values for a step to those for the next
-    int period, outer, table_rows, batch_rows, row_bytes, access_bytes;
-    int first_block, blocks;  // which blocks make the move
-};
-
-const int GOC_MAX_MOVES = 16;
-
-struct GocMoves {
-    const int* step;
-    int moves, reserved;
-    GocMove move[GOC_MAX_MOVES];
-};
-
-GOC_FUNCTION void goc_next_step_thread(const GocCounter& counter, long long thread) {
-    if (thread == 0) ++*counter.step;
-}
-
-template <class Chunk>
-GOC_FUNCTION void goc_move_chunks(const GocMove& move, unsigned int thread) {
-    const unsigned int row_chunks = move.row_bytes / sizeof(Chunk), stride = move.blocks * GOC_THREADS;
-    const unsigned int chunks = (long long)move.outer * move.batch_rows * move.row_bytes / sizeof(Chunk);
-    for (unsigned int chunk = thread; chunk < chunks; chunk += stride) {
-        long long from = chunk;
-        if (move.rows) {
-            const unsigned int row = chunk / row_chunks;
-            const long long table_row = row / move.batch_rows * (long long)move.table_rows + move.rows[row % move.batch_rows];
-            from = table_row * row_chunks + chunk % row_chunks;
+    GOC_FUNCTION void apply(
+        float (&x)[TOKENS][VECTOR], const StackUnit& ahead, const GocStack& stack, const GocPlace& place, int unit) {
+        const float* coefficients = stack.coefficients + stack.coefficient[unit];
+        const float own = coefficients[0];
+        float g[TOKENS][VECTOR], gate[VECTOR];
+        GOC_UNROLL
+        for (int t = 0; t < TOKENS; ++t) Elements::widen(g[t], ahead.entry[0][t]);
+        GOC_UNROLL
+        for (int entry = 1; entry < GOC_MAX_ENTRIES; ++entry)
+            if (entry < stack.entries[unit]) {
+                const float coefficient = coefficients[entry];
+                Raw older[TOKENS];
+                GOC_UNROLL
+                for (int t = 0; t < TOKENS; ++t)
+                    older[t] = entry < ENTRIES ? ahead.entry[entry % ENTRIES][t]
+                                               : Elements::read(stack.history[unit][entry], place.start + t * stack.hidden);
+                GOC_UNROLL
+                for (int t = 0; t < TOKENS; ++t) {
+                    float wide[VECTOR];
+                    Elements::widen(wide, older[t]);
+                    GOC_UNROLL
+                    for (int i = 0; i < VECTOR; ++i) g[t][i] += coefficient * wide[i];
+                }
+            }
+        Elements::widen(gate, ahead.gate);
+        GOC_UNROLL
+        for (int t = 0; t < TOKENS; ++t) {
+            if (stack.stored[unit]) Elements::write(g[t], stack.stored[unit], place.start + t * stack.hidden);
+            GOC_UNROLL
+            for (int i = 0; i < VECTOR; ++i) x[t][i] += own * gate[i] * g[t][i];
         }
-        GOC_MOVED(2 * sizeof(Chunk));
-        ((Chunk*)move.target)[chunk] = ((const Chunk*)move.source)[from];
     }
-}
+};
 
-// Chunk c of a move belongs to the same thread for all moves with the same blocks, and a thread makes its moves in order.
-// So moves without rows may hand values on (b to c, then a to b) where they use the same addresses, accesses and blocks.
-GOC_FUNCTION void goc_step_moves_thread(const GocMoves& moves, long long thread) {
-    const int block = thread / GOC_THREADS, step = *moves.step;
-    for (int m = 0; m < moves.moves; ++m) {
-        GocMove move = moves.move[m];
-        if (block < move.first_block || block >= move.first_block + move.blocks) continue;
-        move.source = (const char*)move.source + step % move.period * move.step_bytes;
-        const unsigned int own = thread - (long long)move.first_block * GOC_THREADS;
-        if (move.access_bytes == 16) goc_move_chunks<GocPacked>(move, own);
-        if (move.access_bytes == 4) goc_move_chunks<unsigned int>(move, own);
-        if (move.access_bytes == 2) goc_move_chunks<unsigned short>(move, own);
-        if (move.access_bytes == 1) goc_move_chunks<unsigned char>(move, own);
+template <class Type, int VECTOR, int TOKENS>
+GOC_FUNCTION void goc_stack_thread(const GocStack& stack, long long thread) {
+    typedef StackUnit<Type, VECTOR, TOKENS> Unit;
+    const long long vectors = stack.hidden / VECTOR, groups = stack.tokens / TOKENS;
+    const long long row = thread / vectors / groups;
+    if (row >= stack.rows) return;
+    const long long column = thread % vectors * VECTOR, token = thread / vectors % groups * TOKENS;
+    const GocPlace place = {(row * stack.tokens + token) * stack.hidden + column, row * stack.hidden + column};
+
+    typename Unit::Raw raw[TOKENS];
+    GOC_UNROLL
+    for (int t = 0; t < TOKENS; ++t) raw[t] = Unit::Elements::read(stack.x, place.start + t * stack.hidden);
+    Unit even = {}, odd = {};  // by turns, because copying what is being fetched would wait for it
+    Unit::fetch(even, stack, place, 0);
+    float x[TOKENS][VECTOR];
+    GOC_UNROLL
+    for (int t = 0; t < TOKENS; ++t) Unit::Elements::widen(x[t], raw[t]);
+    for (int unit = 0; unit < stack.units; unit += 2) {
+        Unit::fetch(odd, stack, place, unit + 1);
+        Unit::apply(x, even, stack, place, unit);
+        if (unit + 1 == stack.units) break;
+        Unit::fetch(even, stack, place, unit + 2);
+        Unit::apply(x, odd, stack, place, unit + 1);
     }
+
+    GOC_UNROLL
+    for (int t = 0; t < TOKENS; ++t) Unit::Elements::write(x[t], stack.x_out, place.start + t * stack.hidden);
 }
 
 // name(parameters): a kernel whose threads call the function that comes last.
@@ -273,11 +265,11 @@ GOC_FUNCTION void goc_step_moves_thread(const GocMoves& moves, long long thread)
         for (long long thread = 0; thread < threads; ++thread) __VA_ARGS__(*parameters, GOC_ORDER(thread, threads)); \
     }
 #endif
-GOC_KERNEL(goc_next_step, GocCounter, goc_next_step_thread)
-GOC_KERNEL(goc_step_moves, GocMoves, goc_step_moves_thread)
-GOC_KERNEL(goc_stack_float32, GocStack, goc_stack_thread<Float, 4>)
-GOC_KERNEL(goc_stack_float16, GocStack, goc_stack_thread<Half, 8>)
-GOC_KERNEL(goc_stack_bfloat16, GocStack, goc_stack_thread<Bfloat16, 8>)
-GOC_KERNEL(goc_stack_float32_single, GocStack, goc_stack_thread<Float, 1>)
-GOC_KERNEL(goc_stack_float16_single, GocStack, goc_stack_thread<Half, 1>)
-GOC_KERNEL(goc_stack_bfloat16_single, GocStack, goc_stack_thread<Bfloat16, 1>)
+
+#define GOC_STACK_KERNELS(dtype, Type, vector)                                          \
+    GOC_KERNEL(goc_stack_##dtype##_1, GocStack, goc_stack_thread<Type, vector, 1>)      \
+    GOC_KERNEL(goc_stack_##dtype##_2, GocStack, goc_stack_thread<Type, vector, 2>)      \
+    GOC_KERNEL(goc_stack_##dtype##_single, GocStack, goc_stack_thread<Type, 1, 1>)
+GOC_STACK_KERNELS(float32, Float, 4)
+GOC_STACK_KERNELS(float16, Half, 8)
+GOC_STACK_KERNELS(bfloat16, Bfloat16, 8)

@@ -1,10 +1,11 @@
-// update.cu compiled for the host, with what it reads and writes counted, and threads run forwards or backwards.
+// The kernels compiled for the host, with what it reads and writes counted, and threads run forwards or backwards.
 
 static long long moved;
 static bool backwards;
 #define GOC_MOVED(bytes) (moved += (bytes))
 #define GOC_ORDER(thread, threads) (backwards ? (threads) - 1 - (thread) : (thread))
 #include "update.cu"
+#include "moves.cu"
 
 extern "C" {
 long long stack_size() { return sizeof(GocStack); }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 
 from goc_deploy.engines.plugin import kernel, nvrtc
 from goc_deploy.engines.plugin.kernel import (
+    BUSY_BLOCKS,
     DTYPES,
     KERNELS,
     MAX_UNITS,
@@ -42,7 +45,7 @@ shapes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.sampled_from([1, 3, 
 
 
 def launch(
-    kernels: HostKernels, stack: Stack, case: Case, dtype: str, *, in_place: bool
+    kernels: HostKernels, stack: Stack, case: Case, dtype: str, *, in_place: bool, busy_blocks: int = 0
 ) -> tuple[str, np.ndarray, list[np.ndarray]]:
     """The kernel that ran, x_out, and what was stored."""
     shape = case.x.shape
@@ -50,26 +53,43 @@ def launch(
     x_out, *stored = own if in_place else [tensor(np.full(shape, np.nan), dtype) for _ in own]
     inputs = [array.ctypes.data for array in case.inputs]
     outputs = [array.ctypes.data for array in (x_out, *stored)]
-    chosen = geometry(shape, dtype, inputs, outputs)
+    chosen = geometry(shape, dtype, inputs, outputs, busy_blocks=busy_blocks)
     kernels.launch(chosen, parameters_from_addresses(stack, shape, inputs, outputs), 0)
     return chosen.kernel, x_out, stored
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(stacks, shapes, st.sampled_from(DTYPES), st.booleans(), st.integers(0, 1), st.integers(0, 2**32 - 1))
+def expected_name(shape: tuple[int, int, int], dtype: str, skew: int) -> str:
+    """The kernel for a shape where any number of blocks is enough."""
+    if shape[2] % (16 // DTYPE_BYTES[dtype]) or skew:
+        return f"goc_stack_{dtype}_single"
+    return f"goc_stack_{dtype}_{math.gcd(2, shape[1])}"
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    stacks,
+    shapes,
+    st.sampled_from(DTYPES),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([0, 0, 1]),
+    st.integers(0, 2**32 - 1),
+)
 def test_a_launch_is_the_sum_over_units_that_numpy_makes(
     host_kernels: HostKernels,
     stack: Stack,
     shape: tuple[int, int, int],
     dtype: str,
     in_place: bool,
+    backwards: bool,
     skew: int,
     seed: int,
 ) -> None:
     case = random_case(stack, shape, dtype, seed, skew)
+    host_kernels.library.run_backwards(backwards)
     name, x_out, stored = launch(host_kernels, stack, case, dtype, in_place=in_place)
-    whole_vectors = shape[2] % (16 // DTYPE_BYTES[dtype]) == 0 and not skew
-    assert name == f"goc_stack_{dtype}" + ("" if whole_vectors else "_single")
+    host_kernels.library.run_backwards(False)
+    assert name == expected_name(shape, dtype, skew)
     terms = 1 + sum(stack.entries)
     assert_close(x_out, case.x_out, dtype, terms)
     for found, expected in zip(stored, case.stored, strict=True):
@@ -89,17 +109,46 @@ def test_a_launch_of_the_most_units_fits_and_is_right(host_kernels: HostKernels,
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("entries", [1, 2, 4])
 @pytest.mark.parametrize("stores", [False, True])
-@pytest.mark.parametrize("tokens", [16, 18])
-def test_every_tensor_moves_once_and_a_gate_once_per_four_tokens(
-    host_kernels: HostKernels, host_library: Any, dtype: str, entries: int, stores: bool, tokens: int
+@pytest.mark.parametrize(("tokens", "hidden", "per_thread"), [(16, 48, 2), (17, 48, 1), (16, 47, 1)])
+def test_every_tensor_moves_once_and_a_gate_once_per_thread(
+    host_kernels: HostKernels,
+    host_library: Any,
+    dtype: str,
+    entries: int,
+    stores: bool,
+    tokens: int,
+    hidden: int,
+    per_thread: int,
 ) -> None:
-    stack, shape = Stack((entries,) * 3, (stores,) * 3), (2, tokens, 48)
+    stack, shape = Stack((entries,) * 3, (stores,) * 3), (2, tokens, hidden)
     host_library.bytes_moved()
     launch(host_kernels, stack, random_case(stack, shape, dtype, 0), dtype, in_place=False)
     gates = stack.units * shape[0] * shape[2] * DTYPE_BYTES[dtype]
     coefficients = 4 * sum(stack.entries)
     needed = stack.bytes_needed(shape, dtype)
-    assert host_library.bytes_moved() == needed - coefficients + gates * (-(-tokens // 4) - 1)
+    assert host_library.bytes_moved() == needed - coefficients + gates * (tokens // per_thread - 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_prediction_may_lie_on_an_entry_of_an_earlier_unit(host_kernels: HostKernels, dtype: str) -> None:
+    """The next unit is fetched before this one is stored, and nothing of the units before is read any more."""
+    stack = Stack((4, 2, 3, 1), (False, False, True, True))
+    case = random_case(stack, (2, 4, 16), dtype, 0)
+    moved = replace(case, last_entry=[4, 3])  # on g1_0 and g0_3
+    _, x_out, stored = launch(host_kernels, stack, moved, dtype, in_place=True)
+    for found, expected in zip([x_out, *stored], [case.x_out, *case.stored], strict=True):
+        assert_close(found, expected, dtype, 20)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "per_thread"),
+    [(1, 256, 1), (2, 256, 1), (4, 256, 2), (64, 256, 2), (8, 255, 1)],
+)
+def test_a_thread_serves_more_tokens_where_enough_blocks_are_left(rows: int, tokens: int, per_thread: int) -> None:
+    chosen = geometry((rows, tokens, 1152), "float16", [256] * 4, [256] * 2)
+    assert chosen.kernel == f"goc_stack_float16_{per_thread}"
+    assert chosen.threads * per_thread * 8 == rows * tokens * 1152
+    assert per_thread == 1 or chosen.blocks >= BUSY_BLOCKS
 
 
 @given(stacks)
