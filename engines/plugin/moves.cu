@@ -44,8 +44,8 @@ GOC_FUNCTION void goc_move_chunks(const GocMove& move, unsigned int thread) {
     }
 }
 
-// Chunk c of a move belongs to the same thread for all moves with the same blocks, and a thread makes its moves in order.
-// So moves without rows may hand values on (b to c, then a to b) where they use the same addresses, accesses and blocks.
+// Chunk c of a target belongs to the same thread for all moves with the same blocks, and a thread makes its moves in order.
+// So moves may hand values on (b to c, then a to b) where they read without rows, at the same addresses and accesses.
 GOC_FUNCTION void goc_step_moves_thread(const GocMoves& moves, long long thread) {
     const int block = thread / GOC_THREADS, step = *moves.step;
     for (int m = 0; m < moves.moves; ++m) {

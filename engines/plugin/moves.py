@@ -67,7 +67,7 @@ class Move:
         table_rows: R.
         batch_rows: B.
         row_bytes: of a row.
-        rows: address of B row numbers below R, int64; None for a plain move, whose row b is row b, with B = R.
+        rows: address of B row numbers below R, int64; None where row b is row b, with B = R.
     """
 
     source: int
@@ -97,6 +97,11 @@ class Move:
         steps = self.step_bytes if self.period > 1 else 0
         numbers = (self.source, self.target, steps, self.nbytes if self.rows is None else self.row_bytes)
         return next(size for size in (16, 4, 2, 1) if not any(number % size for number in numbers))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it reads its source from the first byte to the last, at every step."""
+        return self.rows is None and self.period == 1
 
     @property
     def source_span(self) -> range:
@@ -133,14 +138,14 @@ def _chains(moves: Sequence[Move]) -> list[list[Move]]:
 def _chained(earlier: Move, later: Move) -> bool:
     """Whether one writes what the other uses."""
     pairs = [
-        (earlier.target_span, later.source_span),
-        (earlier.target_span, later.target_span),
-        (earlier.source_span, later.target_span),
+        (earlier.target_span, later.target_span, True),
+        (earlier.target_span, later.source_span, later.is_plain),
+        (earlier.source_span, later.target_span, earlier.is_plain),
     ]
-    shared = [(a, b) for a, b in pairs if _overlap(a, b)]
+    shared = [(a, b, in_order) for a, b, in_order in pairs if _overlap(a, b)]
     if shared:
-        assert all(a.start == b.start for a, b in shared), "moves in a chain use memory from the same address on"
-        assert all(m.rows is None and m.period == 1 for m in (earlier, later)), "only plain moves of period 1 chain"
+        assert all(in_order for _, _, in_order in shared), "only what a plain move of period 1 reads may be written"
+        assert all(a.start == b.start for a, b, _ in shared), "moves in a chain use memory from the same address on"
         assert earlier.access_bytes == later.access_bytes, "moves in a chain use the same accesses"
     return bool(shared)
 
@@ -153,8 +158,9 @@ def moves_geometry(moves: Sequence[Move]) -> Geometry:
 def moves_parameters(moves: Sequence[Move], counter: int) -> MovesParameters:
     """Parameters of `goc_step_moves`.
 
-    A plain move of period 1 may use the memory of an earlier one, from the same address on: ``e1 -> e2``, then ``e0 ->
-    e1``. Such moves happen in the order given; all others must not touch what another one writes, and happen at once.
+    Moves that share memory which one of them writes are a chain, such as ``e1 -> e2``, then ``e0 -> e1``: they happen in
+    the order given. They must use the memory from the same address on, with the same accesses, and read it without rows
+    and with a period of 1. Moves that share nothing happen at once.
 
     Args:
         moves: 1 to ``MAX_MOVES``.

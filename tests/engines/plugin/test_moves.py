@@ -121,6 +121,24 @@ def test_plain_moves_hand_values_on(
         np.testing.assert_array_equal(found, values)
 
 
+def test_what_was_picked_is_handed_on(kernels: HostKernels) -> None:
+    memory = Memory(0)
+    table, rows = memory.random(4, 3, 32), np.array([2, 0])
+    a, b, c = (memory.random(64) for _ in range(3))
+    moves = [
+        plain(b, c),
+        plain(a, b),
+        Move(address(table), address(a), 4, table[0].nbytes, 1, 3, 2, 32, address(rows)),
+    ]
+    expected = [table[5 % 4, rows].reshape(-1), a.copy(), b.copy()]
+    run(kernels, moves, 5)
+    for found, values in zip((a, b, c), expected, strict=True):
+        np.testing.assert_array_equal(found, values)
+    run(kernels, moves[::-1], 6)
+    for found in (a, b, c):
+        np.testing.assert_array_equal(found, table[6 % 4, rows].reshape(-1))
+
+
 def test_chains_run_in_blocks_of_their_own() -> None:
     memory = Memory(0)
     e0, e1, e2, a, b = (memory.zeros(4096) for _ in range(5))
@@ -136,16 +154,17 @@ def test_moves_that_no_order_of_threads_makes_safe_are_refused() -> None:
     a, b, c = (memory.zeros(64) for _ in range(3))
     rows = np.zeros(1, np.int64)
     gathered = Move(address(a), address(b), 1, 0, 1, 1, 1, 64, address(rows))
-    stepwise = Move(address(a), address(b), 2, 16, 1, 1, 1, 16)
-    for later, reason in [
-        ([gathered, plain(b, c)], "only plain moves"),
-        ([plain(b, c), stepwise], "only plain moves"),
+    stepwise = Move(address(a), address(b), 2, 32, 1, 1, 1, 32)
+    for moves, reason in [
+        ([plain(c, a), gathered], "only what a plain move"),
+        ([gathered, plain(c, a)], "only what a plain move"),
+        ([plain(c, a), stepwise], "only what a plain move"),
         ([plain(a, b), plain(b[16:], c[:48])], "the same address"),
         ([plain(a, b), plain(b[:6], c[:6])], "same accesses"),
-        ([plain(a, c), plain(b, c[16:])], "the same address"),
+        ([plain(a, c), plain(b[:48], c[16:])], "the same address"),
     ]:
         with pytest.raises(AssertionError, match=reason):
-            moves_parameters(later, 4)
+            moves_parameters(moves, 4)
     with pytest.raises(AssertionError, match="must not write what it reads"):
         plain(a[:32], a[16:48])
 
