@@ -15,6 +15,7 @@ import click
 
 from goc_deploy.errors import GocError
 from goc_deploy.options import Progress, no_progress
+from goc_deploy.version import __version__
 
 INTERRUPTED, TERMINATED, BUG = 130, 143, 1
 
@@ -23,6 +24,7 @@ _received: int | None = None  # the signal that asked this command to end
 BACKEND_HELP = "auto (the fastest that works here), tensorrt, tensorrt-rtx, onnxruntime-cuda or onnxruntime."
 
 debug_option = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+version_option = click.version_option(__version__, message="%(prog)s %(version)s")
 
 
 def run_command(command: click.Command, argv: Sequence[str] | None) -> int:

@@ -9,7 +9,15 @@ from typing import Any
 
 import click
 
-from goc_deploy.cli.app import BACKEND_HELP, debug_option, numbers, print_table, progress_bar, run_command
+from goc_deploy.cli.app import (
+    BACKEND_HELP,
+    debug_option,
+    numbers,
+    print_table,
+    progress_bar,
+    run_command,
+    version_option,
+)
 from goc_deploy.options import BenchOptions
 
 DEFAULTS = BenchOptions()
@@ -48,6 +56,7 @@ DEFAULTS = BenchOptions()
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a plot of step times (needs the plot extra).")
 @debug_option
+@version_option
 def command(
     engine_dir: Path,
     json_path: Path | None,

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from goc_deploy.cli.app import BACKEND_HELP, debug_option, print_table, progress_bar, run_command
+from goc_deploy.cli.app import BACKEND_HELP, debug_option, print_table, progress_bar, run_command, version_option
 from goc_deploy.options import EvalOptions
 
 DEFAULTS = EvalOptions()
@@ -79,6 +79,7 @@ FILE = click.Path(path_type=Path)
 )
 @click.option("--threads", type=click.IntRange(0), default=DEFAULTS.threads, help="Threads; 0 is one per core.")
 @debug_option
+@version_option
 def command(
     engine_dir: Path,
     json_path: Path | None,

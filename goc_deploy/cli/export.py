@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from goc_deploy.cli.app import debug_option, progress_bar, run_command
+from goc_deploy.cli.app import debug_option, progress_bar, run_command, version_option
 from goc_deploy.cli.engine_options import build_engines_and_tell, engine_options, engines_from_options
 from goc_deploy.grammar import GRAMMAR
 from goc_deploy.options import ExportOptions
@@ -99,6 +99,7 @@ DEFAULTS = ExportOptions()
 @click.option("--force", is_flag=True, help="Replace an existing engine directory.")
 @engine_options
 @debug_option
+@version_option
 def command(checkpoint: Path, output: Path, debug: bool, **options: Any) -> None:  # noqa: ARG001
     """Compile a CHECKPOINT (.pt, .pth, .safetensors, or a folder of diffusers) into an engine directory."""
     from goc_deploy.api import check_engine_options, export_with

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from goc_deploy.cli.app import debug_option, print_table, progress_bar, run_command
+from goc_deploy.cli.app import debug_option, print_table, progress_bar, run_command, version_option
 from goc_deploy.cli.engine_options import build_engines_and_tell, engine_options, engines_from_options
 from goc_deploy.options import PlanOptions
 from goc_deploy.plan import SEGMENTS
@@ -56,6 +56,7 @@ EPILOG = (
 @click.option("--inspect", is_flag=True, help="Show the units, the engines, and what a step launches.")
 @engine_options
 @debug_option
+@version_option
 def command(
     engine_dir: Path,
     spec: str | None,

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from goc_deploy.cli.app import BACKEND_HELP, debug_option, progress_bar, run_command
+from goc_deploy.cli.app import BACKEND_HELP, debug_option, progress_bar, run_command, version_option
 from goc_deploy.options import GenerateOptions
 
 DEFAULTS = GenerateOptions()
@@ -80,6 +80,7 @@ DEFAULTS = GenerateOptions()
 @click.option("--batch-size", type=int, help="Images per run.  [default: what the engine was exported for]")
 @click.option("--threads", type=click.IntRange(0), default=0, help="Threads; 0 is one per core.")
 @debug_option
+@version_option
 def command(
     engine_dir: Path,
     plan: str | None,

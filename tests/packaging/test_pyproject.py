@@ -3,7 +3,12 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+import pytest
+
+from goc_deploy.version import __version__
+from tests.conftest import Command
+
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -30,3 +35,8 @@ def test_what_a_service_installs_is_small() -> None:
     names = " ".join(PROJECT["project"]["dependencies"])
     assert not any(heavy in names.split() for heavy in ("torch", "onnx", "tensorrt"))
     assert "torch" not in names
+
+
+@pytest.mark.parametrize("name", PROJECT["project"]["scripts"])
+def test_every_command_prints_its_version(command: Command, name: str) -> None:
+    assert command(name, "--version").stdout == f"{name} {__version__}\n"
