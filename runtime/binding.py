@@ -115,6 +115,7 @@ class Binder:
         self._stream = stream
         self._feature = (batch.rows, spec.tokens, spec.hidden)
         self._latents_shape = (batch.images, spec.channels, spec.side, spec.side)
+        self._step_size = step_size(plan)
         self._known: dict[tuple[object, ...], BoundLaunch] = {}
 
     def bind(self) -> BoundPlan:
@@ -175,7 +176,7 @@ class Binder:
 
     def _constants(self, step: int, start: int, width: int) -> Buffer:
         """Values ``start ...`` of the constants of a step."""
-        return self._buffers.constants.view(width, start=step * step_size(self._plan) + start)
+        return self._buffers.constants.view(width, start=step * self._step_size + start)
 
     def _coefficients(self, step: int) -> list[Buffer | None]:
         """The coefficients of each launch of a step that predicts."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from goc_deploy.protocols import Buffer, Device, Move
 from goc_deploy.runtime.binding import Binder, BoundLaunch
-from goc_deploy.runtime.buffers import SharedBuffers, aligned_size, modulation_rows, step_size
+from goc_deploy.runtime.buffers import SharedBuffers, aligned_size, modulation_rows
 
 
 class SharedBinder(Binder):
@@ -21,6 +21,7 @@ class SharedBinder(Binder):
 
     def __init__(self, device: Device, *args: Any) -> None:
         super().__init__(*args)
+        assert not self._plan.accumulators, "gates of later steps would not be there"
         self._device = device
 
     @property
@@ -31,9 +32,9 @@ class SharedBinder(Binder):
     def _start(self, step: int) -> list[BoundLaunch]:
         """One launch that moves everything."""
         used = self._used_modulation(step)
-        moves = (self._modulation_of(used), *self._numbers(), *self._left())
         key = ("start", used)
         if key not in self._known:
+            moves = (self._modulation_of(used), *self._numbers(), *self._left())
             run = self._device.step_start(moves, self._places.step, self._stream)
             self._known[key] = BoundLaunch("start", run)
         return [self._known[key]]
@@ -53,7 +54,7 @@ class SharedBinder(Binder):
     def _numbers(self) -> list[Move]:
         """The step's numbers, and its noise."""
         plan, places, buffers = self._plan, self._places, self._buffers
-        size, elements = step_size(plan), math.prod(self._latents_shape)
+        size, elements = self._step_size, math.prod(self._latents_shape)
         moves = [Move(buffers.constants.view(1, 1, size), places.constants.view(1, 1, size), plan.steps, size)]
         if plan.sampler.stochastic:
             noise = buffers.noise.view(1, 1, elements)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections import Counter
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import goc_deploy
 from goc_deploy.engines.ort_cuda import OrtCudaBackend
 from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError
+from goc_deploy.runtime import buffers
 from goc_deploy.runtime.loading import load_pipelines
 from goc_deploy.trace import Span
 from tests.conftest import GOLDEN_PLANS
@@ -104,6 +107,30 @@ def test_two_sessions_take_turns_on_the_stream(golden_engine: Path) -> None:
         thread.join(timeout=60)
     assert not failures
     assert len({session._handle for session in runtime.sessions}) == 1
+
+
+@pytest.fixture(scope="module")
+def sampled_engine(golden_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden model with plans of a multistep and of a stochastic sampler."""
+    engine = shutil.copytree(golden_engine, tmp_path_factory.mktemp("samplers") / "engine")
+    for name, sampler in (("multistep", "dpm++"), ("stochastic", "ddpm")):
+        goc_deploy.add_plan(engine, "fora:2+gc:0.5", name=name, sampler=sampler, steps=9)
+    return engine
+
+
+@pytest.mark.parametrize("budget", [None, 200_000])
+@pytest.mark.parametrize("plan", ["multistep", "stochastic", GRADIENT])
+def test_steps_that_share_launches_compute_what_steps_of_their_own_do(
+    sampled_engine: Path, monkeypatch: pytest.MonkeyPatch, plan: str, budget: int | None
+) -> None:
+    if budget is not None:
+        monkeypatch.setattr(buffers, "TABLE_BUDGET_BYTES", budget)
+    pipe, _ = cuda_pipeline(sampled_engine, plan)
+    assert (pipe._new_session()._buffers.chunk < pipe.plan.steps) == (budget is not None)
+    with goc_deploy.load(sampled_engine, plan=plan, backend="onnxruntime") as cpu:
+        for labels, seed in (([3, 1, 4], 1), ([5], 2), ([3, 1, 4], 3)):
+            found, expected = (one.generate(labels, seed=seed, trajectory=True).trajectory for one in (pipe, cpu))
+            assert worst_step(found, expected) < 1e-5
 
 
 def test_nothing_is_allocated_and_only_the_result_is_read_back(golden_engine: Path) -> None:
