@@ -35,17 +35,27 @@ settings.load_profile("default")
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+def command_words(name: str) -> list[str]:
+    """How to run a command: the script beside this Python, or its module where the tree is not installed."""
+    script = BIN / name
+    return [str(script)] if script.exists() else [sys.executable, "-m", "goc_deploy.cli", name]
+
+
 @pytest.fixture(scope="session")
 def command() -> Command:
-    """Run an installed command; its exit code is checked unless ``code`` is None."""
+    """Run a command; its exit code is checked unless ``code`` is None."""
 
     def run(name: str, *args: Any, code: int | None = 0, **more: Any) -> subprocess.CompletedProcess[str]:
+        words, environment = command_words(name), {**os.environ, "NO_COLOR": "1"}
+        if words[0] == sys.executable:  # the module is found in the tree, whatever the working directory
+            paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         done = subprocess.run(
-            [str(BIN / name), *map(str, args)],
+            [*words, *map(str, args)],
             capture_output=True,
             text=True,
             timeout=300,
-            env={**os.environ, "NO_COLOR": "1"},
+            env=environment,
             **more,
         )
         if code is not None:
