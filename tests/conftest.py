@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from goc_deploy.api import check_gpu
 from goc_deploy.errors import EnvironmentUnsupportedError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -65,6 +66,15 @@ def command() -> Command:
     return run
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test that needs a GPU before fixtures of the session export engines for it."""
+    if item.get_closest_marker("gpu"):
+        try:
+            check_gpu()
+        except EnvironmentUnsupportedError as reason:
+            pytest.skip(str(reason))
+
+
 @pytest.fixture
 def gpu() -> None:
     """Skip, with the reason, where no GPU can be used."""
@@ -88,8 +98,10 @@ def golden() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="session")
 def golden_engine(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
-    """The golden model, exported with every golden plan."""
-    directory = tmp_path_factory.mktemp("golden") / "engine"
+    """The golden model, exported with every golden plan; processes that name a folder in ``GOC_TEST_ENGINES`` share it."""
+    directory = Path(os.environ.get("GOC_TEST_ENGINES") or tmp_path_factory.mktemp("golden")) / "engine"
+    if directory.exists():
+        return directory
     plans = [word for spec in GOLDEN_PLANS for word in ("--plan", spec)]
     command("goc-export", GOLDEN / "model.pt", "-o", directory, "--num-heads", 4, *plans)
     return directory
