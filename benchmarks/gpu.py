@@ -119,7 +119,7 @@ class Bench:
                     images,
                     backends,
                     Deadline(limit),
-                    trace=self._beside(f"trace-{images}.json"),
+                    trace=self._beside(f"{images}-images.trace.json"),
                     graphs=not self.args.no_cuda_graphs,
                     dry=self.dry,
                 )

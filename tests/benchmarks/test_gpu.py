@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +65,11 @@ def test_what_this_python_lacks_is_named_in_a_sentence() -> None:
     assert "cannot import goc_deploy, onnxruntime, pytest" in done.stderr
     assert "make test-gpu PYTHON=... or VENV=..." in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_first_paragraph_of_the_documentation_names_every_card_that_was_measured() -> None:
+    first = (ROOT / "docs/gpu.md").read_text().split("\n\n")[1]
+    cards = {json.loads(path.read_text())["machine"]["card"] for path in (ROOT / "docs/gpu").glob("*[0-9].json")}
+    assert ("Nothing here has run on a GPU yet" in first) == (not cards)
+    for card in cards:
+        assert card in first
