@@ -5,9 +5,14 @@ BIN := $(VENV)/bin
 ENGINE := $(OUT)/demo/engine
 SUITE := $(BIN)/python benchmarks/suite.py --output $(OUT)/bench
 UNCACHED := pytorch none,torch.compile,diffusers,one graph,ours none
+WORK ?= $(OUT)/gpu
+# GPU targets install nothing and need no network: they take $(VENV) if it is there, else $(PYTHON) as it is.
+HERE = $(if $(VENV),$(or $(wildcard $(BIN)/python),$(if $(filter file,$(origin VENV)),$(PYTHON),$(error VENV=$(VENV) has no bin/python))),$(PYTHON))
+ON_GPU = PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(HERE)
+GPU_OPTIONS = $(if $(DRY),--dry) $(if $(REPORTS),--output $(REPORTS)) $(ARGS)
 DEMO_RUN := $(BIN)/goc-run $(ENGINE) --num-images 40 --seed 1
 
-.PHONY: demo test test-gpu check format bench bench-full clean
+.PHONY: demo test test-gpu bench-gpu check format bench bench-full clean
 
 demo: $(VENV)/installed  ## export the shipped checkpoint, run it without cache and with GOC, show the pictures
 	$(BIN)/goc-export examples/mnist/dit_mnist.pt -o $(ENGINE) --num-heads 4 --plan none --plan fora:2 --plan fora:2+gc:1.0 --max-batch 40 --force
@@ -18,8 +23,13 @@ demo: $(VENV)/installed  ## export the shipped checkpoint, run it without cache 
 test: $(VENV)/installed  ## run every test
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-test-gpu: $(VENV)/installed  ## what needs a CUDA device (docs/gpu.md)
-	$(BIN)/python -m pytest -m gpu -rs
+test-gpu:  ## what needs a CUDA device, in 4 minutes (docs/gpu.md); DRY=1: without one
+	@$(ON_GPU) benchmarks/on_gpu/ready.py $@
+	$(ON_GPU) -m tests.on_gpu $(GPU_OPTIONS)
+
+bench-gpu:  ## what a CUDA device does with DiT-XL/2 beside PyTorch, in 6 minutes; DRY=1: a tiny model on the CPU
+	@$(ON_GPU) benchmarks/on_gpu/ready.py $@
+	$(ON_GPU) benchmarks/gpu.py $(if $(DRY),,--work $(WORK)) $(GPU_OPTIONS)
 
 check: $(VENV)/installed  ## lint, types, and which module may import which
 	$(BIN)/ruff check .

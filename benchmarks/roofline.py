@@ -1,6 +1,7 @@
 """What a plan must compute and move on a GPU at least, counted from its launches, and how long that takes at datasheet peaks.
 
     python benchmarks/roofline.py --model XL/2 --precision fp16 --images 1 --images 8
+    python benchmarks/roofline.py --measured docs/gpu/CARD-DATE.json    # beside what benchmarks/gpu.py measured
 
 Predictions, not measurements: a launch takes as long as its operations or its bytes take at the peak, whichever is longer.
 Every tensor between two matrix products passes the memory once in each direction, except within attention. Launches
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks.make_checkpoint import spec_of
 from goc_deploy.grammar import parse_policy
@@ -144,6 +146,16 @@ def total(works: Sequence[Work]) -> Work:
     return Work(sum(work.flops for work in works), sum(work.nbytes for work in works))
 
 
+def predicted(name: str, counter: Counter, steps: int, images: int, gpu: Gpu) -> tuple[Work, float, float]:
+    """Of a plan on a GPU: the work of a full step of ``none`` or a cached step of another, its seconds, and the total's."""
+    plan = compile_schedule(schedule_from_policy(parse_policy(name), counter.spec, steps), counter.spec, "ddim")
+    every = list(steps_of(plan, counter))
+    works = every[2 if name == "none" else 5]
+    before = counter.conditioning(steps, images + 1)
+    seconds = sum(work.seconds(gpu) for step in [before, *every] for work in step)
+    return total(works), sum(work.seconds(gpu) for work in works), seconds
+
+
 def tables(model: str, precision: str, images: int, steps: int) -> str:
     """Markdown: what a step of each kind computes and moves, and what that predicts for each GPU."""
     spec = spec_of(model, 256)
@@ -156,17 +168,13 @@ def tables(model: str, precision: str, images: int, steps: int) -> str:
     ]
     seconds: dict[str, list[float]] = {}
     for name in PLANS:
-        plan = compile_schedule(schedule_from_policy(parse_policy(name), spec, steps), spec, "ddim")
-        every = list(steps_of(plan, counter))
-        shown = {"none": (2, "full")}.get(name, (5, f"cached, `{name}`"))
-        work = total(every[shown[0]])
-        times = [sum(w.seconds(gpu) for w in every[shown[0]]) for gpu in GPUS]
+        found = [predicted(name, counter, steps, images, gpu) for gpu in GPUS]
+        work, what = found[0][0], "full" if name == "none" else f"cached, `{name}`"
         lines.append(
-            f"| {shown[1]} | {work.flops / 1e9:.1f} | {work.nbytes / 1e6:.0f} |"
-            + "".join(f" {1e3 * time:.2f} ms |" for time in times)
+            f"| {what} | {work.flops / 1e9:.1f} | {work.nbytes / 1e6:.0f} |"
+            + "".join(f" {1e3 * step:.2f} ms |" for _, step, _ in found)
         )
-        before = counter.conditioning(steps, images + 1)
-        seconds[name] = [sum(w.seconds(gpu) for works in [before, *every] for w in works) for gpu in GPUS]
+        seconds[name] = [whole for _, _, whole in found]
     for name in PLANS[1:]:
         ratios = [none / own for none, own in zip(seconds["none"], seconds[name], strict=True)]
         lines.append(f"| speed-up of `{name}` | | |" + "".join(f" {ratio:.2f} |" for ratio in ratios))
@@ -179,7 +187,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--precision", choices=PRECISIONS[1:], default="fp16")
     parser.add_argument("--images", type=int, action="append", help="repeatable  [default: 1 and 8]")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument(
+        "--measured", type=Path, help="JSON file of benchmarks/gpu.py; model and sizes are taken from it"
+    )
     args = parser.parse_args(argv)
+    if args.measured:
+        from benchmarks.on_gpu.comparison import compared
+        from benchmarks.on_gpu.results import read
+
+        print(compared(read(args.measured)))
+        return 0
     print("\n\n".join(tables(args.model, args.precision, images, args.steps) for images in args.images or (1, 8)))
     return 0
 

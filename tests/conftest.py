@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from goc_deploy.api import check_gpu
 from goc_deploy.errors import EnvironmentUnsupportedError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -35,17 +36,27 @@ settings.load_profile("default")
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+def command_words(name: str) -> list[str]:
+    """How to run a command: the script beside this Python, or its module where the tree is not installed."""
+    script = BIN / name
+    return [str(script)] if script.exists() else [sys.executable, "-m", "goc_deploy.cli", name]
+
+
 @pytest.fixture(scope="session")
 def command() -> Command:
-    """Run an installed command; its exit code is checked unless ``code`` is None."""
+    """Run a command; its exit code is checked unless ``code`` is None."""
 
     def run(name: str, *args: Any, code: int | None = 0, **more: Any) -> subprocess.CompletedProcess[str]:
+        words, environment = command_words(name), {**os.environ, "NO_COLOR": "1"}
+        if words[0] == sys.executable:  # the module is found in the tree, whatever the working directory
+            paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         done = subprocess.run(
-            [str(BIN / name), *map(str, args)],
+            [*words, *map(str, args)],
             capture_output=True,
             text=True,
             timeout=300,
-            env={**os.environ, "NO_COLOR": "1"},
+            env=environment,
             **more,
         )
         if code is not None:
@@ -53,6 +64,15 @@ def command() -> Command:
         return done
 
     return run
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test that needs a GPU before fixtures of the session export engines for it."""
+    if item.get_closest_marker("gpu"):
+        try:
+            check_gpu()
+        except EnvironmentUnsupportedError as reason:
+            pytest.skip(str(reason))
 
 
 @pytest.fixture
@@ -78,8 +98,10 @@ def golden() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="session")
 def golden_engine(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
-    """The golden model, exported with every golden plan."""
-    directory = tmp_path_factory.mktemp("golden") / "engine"
+    """The golden model, exported with every golden plan; processes that name a folder in ``GOC_TEST_ENGINES`` share it."""
+    directory = Path(os.environ.get("GOC_TEST_ENGINES") or tmp_path_factory.mktemp("golden")) / "engine"
+    if directory.exists():
+        return directory
     plans = [word for spec in GOLDEN_PLANS for word in ("--plan", spec)]
     command("goc-export", GOLDEN / "model.pt", "-o", directory, "--num-heads", 4, *plans)
     return directory
