@@ -136,6 +136,29 @@ def target_from_options(library: Library, capabilities: tuple[str, ...], precisi
     return Target(library.backend, library.version, this_platform(), chosen)
 
 
+def check_target(library: Library, capability: str, precision: str) -> None:
+    """Check that a library can build for the GPU of this machine, before anything is built.
+
+    Args:
+        library: what builds.
+        capability: of the GPU, such as ``9.0``.
+        precision: of the engine directory.
+
+    Raises:
+        EnvironmentUnsupportedError: it has no target for the GPU, or the GPU lacks the precision.
+    """
+    known = _known_capabilities(library) if library.cross_compiles else (capability,)
+    if capability not in known:
+        raise EnvironmentUnsupportedError(
+            f"{library.backend} {library.version} has no target {capability}, only {', '.join(known)}; "
+            "use --backend tensorrt, or onnxruntime-cuda"
+        )
+    if precision == "bf16" and _number(capability) < _FIRST_WITH_BF16:
+        raise EnvironmentUnsupportedError(
+            f"a GPU of compute capability {capability} has no bf16; export with --precision fp16"
+        )
+
+
 def this_platform() -> str:
     """Operating system and machine, such as ``linux-x86_64``."""
     return f"{platform.system().lower()}-{platform.machine()}"

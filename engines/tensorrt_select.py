@@ -13,7 +13,7 @@ from pathlib import Path
 
 from goc_deploy.engine_keys import WEIGHT_MODES, Target
 from goc_deploy.engines.tensorrt_kernels import KernelCache
-from goc_deploy.engines.tensorrt_library import Library, this_platform
+from goc_deploy.engines.tensorrt_library import Library, check_target, this_platform
 from goc_deploy.engines.tensorrt_runtime import StoredEngine, TensorrtBackend
 from goc_deploy.engines.tensorrt_store import Job, build_engines, read_engine, wanted_engines
 from goc_deploy.errors import EnvironmentUnsupportedError, GocError
@@ -64,11 +64,12 @@ def tensorrt_backend(
         progress: of that.
 
     Raises:
-        EnvironmentUnsupportedError: an engine cannot be built.
+        EnvironmentUnsupportedError: the library has no target for the GPU, or an engine cannot be built.
         ConflictError, ResourceError: it cannot be written.
         EngineDirError, SafetyError: the directory is corrupt.
     """
     manifest = read_manifest(directory)
+    check_target(library, capability, manifest.precision)
     chosen = best_selection(directory, manifest, library, capability, weights)
     content, damaged = _contents(directory, manifest, chosen)
     if chosen.missing or damaged:

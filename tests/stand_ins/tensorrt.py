@@ -57,6 +57,10 @@ class DynamicShapesKernelSpecializationStrategy(Enum):
     LAZY, EAGER, NONE = range(3)
 
 
+class ComputeCapability(Enum):
+    NONE, CURRENT, SM75, SM80, SM86, SM89, SM120, SM121 = range(8)  # no 9.0 and no 10.0
+
+
 class RuntimeCache:
     """Which kernels were compiled, as a text: an engine and its shapes stand for the kernels."""
 
@@ -289,6 +293,7 @@ class StandInTensorrt:
         self.registered: list[str] = []
         self._engines = 0
         if self.is_rtx:
+            self.ComputeCapability = ComputeCapability
             self.DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
 
     @property
