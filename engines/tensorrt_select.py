@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from goc_deploy.engine_keys import WEIGHT_MODES, Target
+from goc_deploy.engines.tensorrt_caches import cache_path, driver_version
 from goc_deploy.engines.tensorrt_kernels import KernelCache
 from goc_deploy.engines.tensorrt_library import Library, check_target, this_platform
 from goc_deploy.engines.tensorrt_runtime import StoredEngine, TensorrtBackend
@@ -90,7 +91,9 @@ def tensorrt_backend(
     engines = {digests[graph]: content[entry.path] for graph, entry in chosen.engines.items()}
     target = next(iter(chosen.engines.values())).target
     report = {"engine_target": target.folder, "engine_weights": chosen.options.weights}
-    kernels = KernelCache(directory, target, capability) if library.compiles_at_load else None
+    kernels = None
+    if library.compiles_at_load:
+        kernels = KernelCache(directory, cache_path(target, "kernels", device.describe()["device"], driver_version()))
     return TensorrtBackend(library, device, engines, report, kernels)
 
 
