@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from goc_deploy.engines.tensorrt_runtime import StoredEngine, TensorrtBackend, TensorrtEngine
+from goc_deploy.engines.tensorrt_engine import StoredEngine, TensorrtEngine
+from goc_deploy.engines.tensorrt_runtime import TensorrtBackend
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError
 from goc_deploy.protocols import ALIGNMENT, bfloat16_from_float32, mapped_buffer, stored_values
 from tests.stand_ins.device import Fault, StandInDevice
