@@ -93,7 +93,20 @@ class TensorrtEngine:
             EngineDirError: a name, type or shape that the engine does not have.
             EnvironmentUnsupportedError: an address that TensorRT does not take, or a context that cannot be made.
         """
-        backend, stream = self._backend, stream or self._backend.own_stream
+        if stream is not None:
+            return self._bound(inputs, outputs, stream)
+        own = self._backend.own_stream  # of everybody that has none, so it is held while it is used
+        with own.held():
+            launch = self._bound(inputs, outputs, own)
+
+        def run() -> None:
+            with own.held():
+                launch()
+
+        return run
+
+    def _bound(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], stream: Stream) -> Launch:
+        backend = self._backend
         stream.wait()  # the first call of a thread to CUDA, which then has the context that the plugin asks for
         inputs = {**{name: weight.buffer for name, weight in self.weights.items()}, **inputs}
         self._check(inputs, outputs)

@@ -44,7 +44,7 @@ class TensorrtBackend:
         kernels: KernelCache | None = None,
     ) -> None:
         self.library, self.name, self.device = library, library.backend, device
-        self.own_stream = device.stream()
+        self.own_stream = device.stream()  # held before the lock is taken, never after
         self.passed_over: Mapping[str, str] = NOTHING
         self._engines, self._report, self.kernels = engines, report, kernels
         self._messages = message_log(library.trt, KEPT_MESSAGES)
@@ -93,7 +93,7 @@ class TensorrtBackend:
         stored = self._engines.get(sha256(onnx).hexdigest())
         if stored is None:
             raise EngineDirError(f"{self.name} has no engine for this graph; build the engines again")
-        with self._lock:  # TensorRT does not say that deserialising is safe in parallel
+        with self.own_stream.held(), self._lock:  # TensorRT does not say that deserialising is safe in parallel
             engine = TensorrtEngine(self, stored, self._deserialized(stored))
             for name, buffer in {**initializers, **inputs}.items():
                 if name in engine.inputs:
@@ -168,12 +168,14 @@ class TensorrtBackend:
 
     def upload(self, values: np.ndarray, target: Buffer) -> None:
         """Copy host values into a buffer."""
-        self.own_stream.upload(values, target)
-        self.own_stream.wait()
+        with self.own_stream.held():
+            self.own_stream.upload(values, target)
+            self.own_stream.wait()
 
     def download(self, source: Buffer) -> np.ndarray:
         """A copy of a buffer."""
-        return self.own_stream.download(source)
+        with self.own_stream.held():
+            return self.own_stream.download(source)
 
     def describe(self) -> dict[str, Any]:
         """Library, device and engines."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 
 import numpy as np
@@ -42,8 +43,8 @@ def backend(tensorrt: StandInTensorrt) -> TensorrtBackend:
     return TensorrtBackend(tensorrt.library, tensorrt.device, engines)
 
 
-def load(backend: TensorrtBackend) -> TensorrtEngine:
-    return backend.load(ONNX, {"w": mapped_buffer(WEIGHTS.data.cast("B"), 0, (4, 4), "float32")})
+def load(backend: TensorrtBackend, weights: np.ndarray = WEIGHTS) -> TensorrtEngine:
+    return backend.load(ONNX, {"w": mapped_buffer(weights.data.cast("B"), 0, (4, 4), "float32")})
 
 
 def test_weights_are_uploaded_once_and_outputs_that_nobody_wants_go_elsewhere(backend: TensorrtBackend) -> None:
@@ -96,6 +97,32 @@ def test_a_context_must_have_run_with_its_shapes_before_it_is_captured(backend: 
     other()
     replay()
     np.testing.assert_array_equal(stream.download(c), np.ones((2, 4)) @ WEIGHTS)
+
+
+def test_engines_on_the_stream_of_the_backend_are_for_one_thread_at_a_time(backend: TensorrtBackend) -> None:
+    engine = load(backend)
+    ones, found, kept = np.ones((2, 4), np.float32), {}, []
+    with ThreadPoolExecutor(1) as other:
+
+        def encode(value: int) -> None:
+            a, found[value] = backend.allocate((2, 4), "float32"), backend.allocate((2, 4), "float32")
+            backend.upload(value * ones, a)
+            kept.append(engine.bind({"a": a}, {"c": found[value]}))
+            kept[-1]()
+
+        encode(1)  # and nobody waits for it
+        other.submit(encode, 2).result()
+        other.submit(encode, 3).result()
+        np.testing.assert_array_equal(backend.download(found[1]), ones @ WEIGHTS)
+        encode(4)
+        values = other.submit(backend.download, found[4]).result()
+        np.testing.assert_array_equal(values, 4 * ones @ WEIGHTS)
+        encode(5)
+        other.submit(load, backend, 2 * WEIGHTS).result()
+        for run in kept[:2]:
+            other.submit(run).result()
+            run()
+        np.testing.assert_array_equal(backend.download(found[2]), 2 * ones @ WEIGHTS)
 
 
 def test_values_are_stored_as_their_dtype_says() -> None:
