@@ -92,6 +92,7 @@ class TensorrtEngine:
         Raises:
             EngineDirError: a name, type or shape that the engine does not have.
             EnvironmentUnsupportedError: an address that TensorRT does not take, or a context that cannot be made.
+            ResourceError: there is not enough memory for the context.
         """
         if stream is not None:
             return self._bound(inputs, outputs, stream)
@@ -132,8 +133,9 @@ class TensorrtEngine:
                     if not context.set_tensor_address(name, pointer):
                         raise EnvironmentUnsupportedError(f"{self._name}: TensorRT refuses the address of {name}")
                 held.addresses = addresses
+            before = backend.messages()
             if not context.execute_async_v3(handle):
-                raise EnvironmentUnsupportedError(f"{self._name} does not run: {backend.last_error()}")
+                raise backend.failure(f"{self._name} does not run", before)
             for source, target in copies:
                 stream.copy(source, target)
 
@@ -143,18 +145,17 @@ class TensorrtEngine:
         key = (id(self._engine), *sorted(shapes.items()))
         held = lane.contexts.get(key)
         if held is None:
-            context = self._backend.library.new_context(self._engine, self._backend.kernels)
+            backend = self._backend
+            before = backend.messages()
+            context = backend.library.new_context(self._engine, backend.kernels)
             if context is None:
-                raise EnvironmentUnsupportedError(
-                    f"{self._name}: no execution context can be made: {self._backend.last_error()}"
-                )
+                raise backend.failure(f"{self._name}: no execution context can be made", before)
             if lane.scratch is not None:
                 context.set_device_memory(lane.scratch.pointer, lane.scratch.nbytes)
             for name, shape in shapes.items():
                 if not context.set_input_shape(name, shape):
-                    raise EngineDirError(
-                        f"{self._name} does not take {name} of shape {list(shape)}: {self._backend.last_error()}; build the engines again"
-                    )
+                    refused = f"{self._name} does not take {name} of shape {list(shape)}"
+                    raise backend.failure(refused, before, EngineDirError)
             held = lane.contexts[key] = _Context(context)
         return held
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import platform
+import re
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,9 @@ from goc_deploy.errors import EnvironmentUnsupportedError, UsageError
 _PACKAGES = {"tensorrt-rtx": ("tensorrt_rtx", "rtx"), "tensorrt": ("tensorrt", "tensorrt")}
 _FIRST_BY_DEFAULT = "8.0"  # Ampere: the first with bf16
 _FIRST_WITH_BF16 = (8, 0)
+_OUT_OF_MEMORY = re.compile(
+    r"out ?of ?memory|insufficient memory|allocator error|could not be allocated", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +80,33 @@ def message_log(trt: Any, most: int | None = None) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.lines: deque[tuple[Any, str]] = deque(maxlen=most)
+            self.count = 0  # of all messages so far
 
         def log(self, severity: Any, text: str) -> None:
             self.lines.append((severity, text))
+            self.count += 1
 
-        def errors(self) -> list[str]:
-            serious = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
-            return [text for severity, text in self.lines if severity in serious]
+        def errors(self, since: int = 0) -> list[str]:
+            """Errors among the messages after the first ``since``."""
+            severity = trt.ILogger.Severity
+            return self._of((severity.INTERNAL_ERROR, severity.ERROR), since)
+
+        def memory(self, since: int) -> list[str]:
+            """Errors and warnings that memory is too little, among the messages after the first ``since``."""
+            severity = trt.ILogger.Severity
+            told = self._of((severity.INTERNAL_ERROR, severity.ERROR, severity.WARNING), since)
+            return [text for text in told if is_out_of_memory(text)]
+
+        def _of(self, severities: tuple[Any, ...], since: int) -> list[str]:
+            skipped = len(self.lines) - (self.count - since)
+            return [text for severity, text in list(self.lines)[max(skipped, 0) :] if severity in severities]
 
     return MessageLog()
+
+
+def is_out_of_memory(text: str) -> bool:
+    """Whether a message of TensorRT is about memory that is not there; each of its parts words that differently."""
+    return bool(_OUT_OF_MEMORY.search(text))
 
 
 def library_from_backend(backend: str) -> Library:

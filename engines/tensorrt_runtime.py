@@ -16,7 +16,7 @@ from goc_deploy.engines.plugin.registration import register_plugin
 from goc_deploy.engines.tensorrt_engine import Lane, StoredEngine, TensorrtEngine, Weight
 from goc_deploy.engines.tensorrt_kernels import KernelCache
 from goc_deploy.engines.tensorrt_library import Library, message_log
-from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, ResourceError
+from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, GocError, ResourceError
 from goc_deploy.protocols import DTYPE_BYTES, NOTHING, Buffer, Device, Footprint, Stream
 
 KEPT_MESSAGES = 100
@@ -88,7 +88,7 @@ class TensorrtBackend:
         Raises:
             EngineDirError: no engine was built from this graph.
             EnvironmentUnsupportedError: TensorRT refuses the engine.
-            ResourceError: the weights do not fit.
+            ResourceError: the engine or the weights do not fit.
         """
         stored = self._engines.get(sha256(onnx).hexdigest())
         if stored is None:
@@ -114,11 +114,10 @@ class TensorrtBackend:
         if stored.name not in self._loaded:
             if stored.uses_plugin:
                 register_plugin(self.library.trt)
+            before = self.messages()
             engine = self._runtime.deserialize_cuda_engine(stored.content)
             if engine is None:
-                raise EnvironmentUnsupportedError(
-                    f"{self.name} {self.library.version} does not load {stored.name}: {self.last_error()}; build the engines again"
-                )
+                raise self.failure(f"{self.name} {self.library.version} does not load {stored.name}", before)
             self._loaded[stored.name] = engine
             self._engine_bytes += len(stored.content)
         return self._loaded[stored.name]
@@ -153,9 +152,27 @@ class TensorrtBackend:
         memory = lane.aside[index]
         return Buffer(memory.pointer, shape, dtype, memory.owner)
 
-    def last_error(self) -> str:
-        """The last error that TensorRT logged."""
-        return next(iter(self._messages.errors()[-1:]), "TensorRT gives no reason")
+    def messages(self) -> int:
+        """How many messages TensorRT has logged."""
+        return int(self._messages.count)
+
+    def failure(self, what: str, since: int, otherwise: type[GocError] = EnvironmentUnsupportedError) -> GocError:
+        """The error of a call that TensorRT refused.
+
+        Args:
+            what: the engine, and what was refused.
+            since: `messages` before the call.
+            otherwise: which error it is if it is not about memory or CUDA.
+        """
+        memory, errors = self._messages.memory(since), self._messages.errors(since)
+        if memory:
+            return ResourceError(
+                f"{what}: there is not enough GPU memory ({'; '.join(memory)}); use a smaller batch size or fewer sessions, or "
+                "end what else uses the GPU"
+            )
+        if any("cuda" in text.lower() for text in errors):
+            return EnvironmentUnsupportedError(f"{what}: {errors[-1]}; check the driver, and run again")
+        return otherwise(f"{what}: {errors[-1] if errors else 'TensorRT gives no reason'}; build the engines again")
 
     def keep_compiled(self) -> None:
         """Keep the kernels that TensorRT for RTX compiled."""

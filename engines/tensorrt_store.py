@@ -18,9 +18,9 @@ from goc_deploy.engine_keys import Recipe, Target, dimension_ranges
 from goc_deploy.engines import tensorrt_graphs as graphs
 from goc_deploy.engines.plugin.stacking import KERNEL_SHA256, stack_updates
 from goc_deploy.engines.tensorrt_build import BuildReport, BuildRequest
-from goc_deploy.engines.tensorrt_library import library_from_backend, target_from_options
+from goc_deploy.engines.tensorrt_library import is_out_of_memory, library_from_backend, target_from_options
 from goc_deploy.engines.tensorrt_process import BuildProcess, BuildProcessDied, build_process
-from goc_deploy.errors import ConflictError, EngineDirError, EnvironmentUnsupportedError, GocError
+from goc_deploy.errors import ConflictError, EngineDirError, EnvironmentUnsupportedError, GocError, ResourceError
 from goc_deploy.manifest import MANIFEST_NAME, EngineEntry, FileEntry, Manifest, Unit, manifest_to_json
 from goc_deploy.options import EngineOptions, Progress
 from goc_deploy.passes import with_stacks
@@ -216,6 +216,11 @@ class _Builder:
         except BuildProcessDied as death:
             del self._processes[uses_plugin]
             raise EnvironmentUnsupportedError(f"{where} cannot be built: {death}") from death
+        if is_out_of_memory(report.refusal):
+            raise ResourceError(
+                f"{where} cannot be built: there is not enough GPU memory ({report.refusal}); use --engine-workspace, export with "
+                "a smaller --max-batch, or end what else uses the GPU"
+            )
         if report.refusal:
             raise EnvironmentUnsupportedError(f"{where} cannot be built: {report.refusal}")
         return engine, report

@@ -11,10 +11,10 @@ from onnx import TensorProto, helper
 
 from goc_deploy.engines.tensorrt_engine import StoredEngine, TensorrtEngine
 from goc_deploy.engines.tensorrt_runtime import TensorrtBackend
-from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError
+from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, ResourceError
 from goc_deploy.protocols import ALIGNMENT, bfloat16_from_float32, mapped_buffer, stored_values
 from tests.stand_ins.device import Fault, StandInDevice
-from tests.stand_ins.tensorrt import StandInTensorrt
+from tests.stand_ins.tensorrt import Severity, StandInTensorrt
 
 
 def product() -> bytes:
@@ -123,6 +123,44 @@ def test_engines_on_the_stream_of_the_backend_are_for_one_thread_at_a_time(backe
             other.submit(run).result()
             run()
         np.testing.assert_array_equal(backend.download(found[2]), 2 * ones @ WEIGHTS)
+
+
+ALLOCATION = "[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)"
+OUT_OF_MEMORY = [  # as TensorRT 8.6 to 10 log it: NVIDIA/TensorRT issues 3017 and 4258, open-mmlab/Live2Diff issue 9
+    (Severity.ERROR, ALLOCATION),
+    (Severity.WARNING, "Requested amount of GPU memory (17920000000 bytes) could not be allocated."),
+    (
+        Severity.ERROR,
+        "[executionContext.cpp::ExecutionContext::470] Error Code 2: OutOfMemory (no further information)",
+    ),
+]
+FAULT = [(Severity.ERROR, "Error Code 1: Cuda Runtime (an illegal memory access was encountered)")]
+
+
+@pytest.mark.parametrize(
+    "call", ["deserialize_cuda_engine", "create_execution_context", "set_input_shape", "execute_async_v3"]
+)
+def test_too_little_memory_is_named_as_such_and_other_failures_are_not(
+    backend: TensorrtBackend, tensorrt: StandInTensorrt, call: str
+) -> None:
+    def run() -> None:
+        engine, stream = load(backend), backend.device.stream()
+        a, c = backend.allocate((2, 4), "float32"), backend.allocate((2, 4), "float32")
+        stream.upload(np.ones((2, 4)), a)
+        engine.bind({"a": a}, {"c": c}, stream)()
+        stream.wait()
+
+    tensorrt.failures = {call: OUT_OF_MEMORY}
+    with pytest.raises(ResourceError, match=r"here.engine.*not enough GPU memory .*17920000000 bytes.*smaller batch"):
+        run()
+    tensorrt.failures = {call: FAULT}  # what was logged before does not count
+    with pytest.raises(EnvironmentUnsupportedError, match=r"here.engine.*an illegal memory access"):
+        run()
+    tensorrt.failures = {call: []}
+    with pytest.raises((EnvironmentUnsupportedError, EngineDirError), match=r"here.engine.*no reason"):
+        run()
+    tensorrt.failures = {}
+    run()
 
 
 def test_values_are_stored_as_their_dtype_says() -> None:

@@ -120,6 +120,8 @@ class Context:
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         if self._captured:
             raise Fault(f"{self._engine.name}: a graph was captured with the shapes of this context, which now change")
+        if self._engine.refuses("set_input_shape", self._engine.logger):
+            return False
         declared = self._engine.shapes[name]
         if len(declared) != len(shape) or any(d not in (None, s) for d, s in zip(declared, shape, strict=True)):
             self._engine.logger.log(Severity.ERROR, f"{name} is {declared}, not {list(shape)}")
@@ -140,6 +142,8 @@ class Context:
 
     def execute_async_v3(self, handle: int) -> bool:
         engine, stream = self._engine, self._device.stream_of(handle)
+        if engine.refuses("execute_async_v3", engine.logger):
+            return False
         missing = sorted(engine.dtypes.keys() - self._addresses.keys())
         if missing:
             raise Fault(f"{engine.name}: {missing[0]} has no address")
@@ -204,6 +208,7 @@ class Engine:
 
     def __init__(self, tensorrt: StandInTensorrt, logger: Any, model: onnx.ModelProto, number: int) -> None:
         self.device, self.calls, self.logger, self.is_rtx = tensorrt.device, tensorrt.calls, logger, tensorrt.is_rtx
+        self.refuses = tensorrt.refuses
         self.compiled, self.digest = tensorrt.compiled, sha256(model.SerializeToString(deterministic=True)).hexdigest()
         graph = model.graph
         held = {initializer.name for initializer in graph.initializer}
@@ -233,7 +238,9 @@ class Engine:
     def create_runtime_config(self) -> RuntimeConfig:
         return RuntimeConfig()
 
-    def create_execution_context(self, how: ExecutionContextAllocationStrategy | RuntimeConfig) -> Context:
+    def create_execution_context(self, how: ExecutionContextAllocationStrategy | RuntimeConfig) -> Context | None:
+        if self.refuses("create_execution_context", self.logger):
+            return None
         if not isinstance(how, RuntimeConfig):
             assert not self.is_rtx
             return Context(self, how)
@@ -291,10 +298,17 @@ class StandInTensorrt:
         self.calls: list[tuple[str, dict[str, int]]] = []
         self.compiled: list[str] = []
         self.registered: list[str] = []
+        self.failures: dict[str, list[tuple[Severity, str]]] = {}
         self._engines = 0
         if self.is_rtx:
             self.ComputeCapability = ComputeCapability
             self.DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
+
+    def refuses(self, call: str, logger: Any) -> bool:
+        """Whether a test lets a call fail, which then logs what the test says."""
+        for severity, text in self.failures.get(call, ()):
+            logger.log(severity, text)
+        return call in self.failures
 
     @property
     def library(self) -> Library:
@@ -306,6 +320,8 @@ class StandInTensorrt:
     def Runtime(self, logger: Any) -> SimpleNamespace:
         def deserialize_cuda_engine(content: memoryview) -> Engine | None:
             self.device.forbid_in_capture("load an engine")
+            if self.refuses("deserialize_cuda_engine", logger):
+                return None
             model = onnx.load_model_from_string(bytes(content).removeprefix(self._magic))
             if any(node.op_type == STACK for node in model.graph.node) and STACK not in self.registered:
                 logger.log(Severity.ERROR, f"plugin {STACK} is not registered")
