@@ -14,10 +14,11 @@ from pathlib import Path
 from goc_deploy.engine_keys import WEIGHT_MODES, Target
 from goc_deploy.engines.tensorrt_caches import cache_path, driver_version
 from goc_deploy.engines.tensorrt_engine import StoredEngine
+from goc_deploy.engines.tensorrt_jobs import Job, wanted_engines
 from goc_deploy.engines.tensorrt_kernels import KernelCache
 from goc_deploy.engines.tensorrt_library import Library, check_target, this_platform
 from goc_deploy.engines.tensorrt_runtime import TensorrtBackend
-from goc_deploy.engines.tensorrt_store import Job, build_engines, read_engine, wanted_engines
+from goc_deploy.engines.tensorrt_store import build_engines, read_engine
 from goc_deploy.errors import EnvironmentUnsupportedError, GocError
 from goc_deploy.manifest import EngineEntry, Manifest
 from goc_deploy.options import EngineOptions, Progress, no_progress

@@ -17,9 +17,10 @@ import pytest
 from goc_deploy.engine_dir import load_plan
 from goc_deploy.engines import tensorrt_process
 from goc_deploy.engines.tensorrt_build import BuildReport
+from goc_deploy.engines.tensorrt_jobs import wanted_engines
 from goc_deploy.engines.tensorrt_library import library_from_backend, target_from_options
 from goc_deploy.engines.tensorrt_process import build_process
-from goc_deploy.engines.tensorrt_store import add_engine, build_engines, is_there, read_engine, wanted_engines
+from goc_deploy.engines.tensorrt_store import add_engine, build_engines, is_there, read_engine
 from goc_deploy.errors import ConflictError, EngineDirError, EnvironmentUnsupportedError
 from goc_deploy.exporters.cache_update import predict_graph
 from goc_deploy.manifest import MANIFEST_NAME, Manifest

@@ -22,6 +22,7 @@ from goc_deploy.engines import tensorrt_store as store
 from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.engines.plugin.stacking import STACK
 from goc_deploy.engines.tensorrt_build import BuildReport
+from goc_deploy.engines.tensorrt_jobs import graph_of_job, wanted_engines
 from goc_deploy.engines.tensorrt_library import Library, this_platform
 from goc_deploy.manifest import Manifest
 from goc_deploy.options import EngineOptions, Progress
@@ -340,10 +341,10 @@ class StandInTensorrt:
         manifest = latest = read_manifest(directory)
         target = Target(options.backend, self.__version__, this_platform(), options.capabilities)
         (directory / "engines").mkdir(exist_ok=True)
-        jobs = store.wanted_engines(directory, manifest, target, options)
+        jobs = wanted_engines(directory, manifest, target, options)
         missing = [job for job in jobs if not store.is_there(directory, manifest, job)]
         for job in missing:
-            engine = self._magic + store._graph(directory, manifest, job)
+            engine = self._magic + graph_of_job(directory, manifest, job)
             report = BuildReport(
                 kernels=self.kernels, plugin_layers=int(job.recipe.plugin_sha256 is not None), activation_bytes=4096
             )
