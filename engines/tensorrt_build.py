@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,9 @@ from goc_deploy.engines.tensorrt_library import Library, message_log
 
 _NO_LAUNCH = {"shape_call", "wait", "signal", "NoOp", "Constant", "Shuffle", "copy_d2h"}
 _PLUGIN_LAYERS = ("PluginV3", "custom_layer")
-_LAYER_TYPE = re.compile(r"^Name: .*?, LayerType: (\w+)", re.MULTILINE)
+_LAYER = re.compile(r"Name: .*?, LayerType: (\w+)")
+_COMPILED = re.compile(r"_myl(\d+)_\d+,")
+_PROFILE = re.compile(r"\[profile (\d+)\]")
 _ACTIVATION = re.compile(r"Total Activation Memory: (\d+) bytes")
 
 
@@ -21,12 +22,13 @@ class BuildRequest:
     """How to build a graph.
 
     Attributes:
-        shapes: input -> smallest, usual and largest shape, for inputs with dynamic dimensions.
+        profiles: of each optimisation profile: input -> smallest, usual and largest shape, for inputs with dynamic
+            dimensions.
         capabilities: GPUs to build for; of no meaning where the library builds for the GPU of the machine.
         workspace_bytes: most scratch memory, 0 for no limit.
     """
 
-    shapes: Mapping[str, Sequence[Sequence[int]]]
+    profiles: Sequence[Mapping[str, Sequence[Sequence[int]]]]
     capabilities: Sequence[str]
     workspace_bytes: int
 
@@ -37,7 +39,7 @@ class BuildReport:
 
     Attributes:
         refusal: why there is no engine, or empty.
-        kernels: launches of one run, or None where the library does not tell.
+        kernels: launches of one run, of the profile with most, or None where the library does not tell.
         plugin_layers: how many of them are the plugin.
         activation_bytes: scratch memory at the largest shapes, or None where the library does not tell.
     """
@@ -77,14 +79,16 @@ def engine_from_onnx(library: Library, graph: bytes, request: BuildRequest) -> t
 
 
 def config_from_request(library: Library, builder: Any, network: Any, request: BuildRequest) -> Any:
-    """One profile, all layers on one stream, no TF32; Polygraphy knows how each library says so."""
+    """The profiles, all layers on one stream, no TF32; Polygraphy knows how each library says so."""
     trt = library.trt
     from polygraphy.backend.trt import Profile, create_config
 
-    profile = Profile()
-    for name, (low, usual, high) in request.shapes.items():
-        profile.add(name, tuple(low), tuple(usual), tuple(high))
-    options: dict[str, Any] = {"profiles": [profile], "profiling_verbosity": trt.ProfilingVerbosity.DETAILED}
+    profiles = []
+    for shapes in request.profiles:
+        profiles.append(Profile())
+        for name, (low, usual, high) in shapes.items():
+            profiles[-1].add(name, tuple(low), tuple(usual), tuple(high))
+    options: dict[str, Any] = {"profiles": profiles, "profiling_verbosity": trt.ProfilingVerbosity.DETAILED}
     if request.workspace_bytes:
         options["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: request.workspace_bytes}
     if library.cross_compiles:
@@ -104,15 +108,33 @@ def config_from_request(library: Library, builder: Any, network: Any, request: B
 def _report(messages: Sequence[str]) -> BuildReport:
     """Read what the builder logged: without a GPU nothing else tells what is in an engine."""
     listed = [text for text in messages if text.startswith("Layers:")]
-    activation = [int(m[1]) for text in messages if (m := _ACTIVATION.search(text))]
+    activation = max((int(m[1]) for text in messages if (m := _ACTIVATION.search(text))), default=None)
     if not listed:
-        return BuildReport(activation_bytes=activation[-1] if activation else None)
-    kinds = Counter(_LAYER_TYPE.findall(listed[-1]))
-    return BuildReport(
-        kernels=sum(count for kind, count in kinds.items() if kind not in _NO_LAUNCH),
-        plugin_layers=sum(kinds[kind] for kind in _PLUGIN_LAYERS),
-        activation_bytes=activation[-1] if activation else None,
-    )
+        return BuildReport(activation_bytes=activation)
+    runs = [[kind for kind in kinds if kind not in _NO_LAUNCH] for kinds in _layer_kinds(listed[-1])]
+    longest = max(runs, key=len, default=[])
+    plugin_layers = sum(kind in _PLUGIN_LAYERS for kind in longest)
+    return BuildReport(kernels=len(longest), plugin_layers=plugin_layers, activation_bytes=activation)
+
+
+def _layer_kinds(listed: str) -> list[list[str]]:
+    """Kinds of the layers of each profile.
+
+    All profiles are in one list. The tensors of the second and later ones are marked with their profile; layers that a
+    compiler made together have its number in their names, and one of them has such a tensor. What has no mark counts for
+    the first, so that it is rather taken to have too many kernels than too few.
+    """
+    found = [
+        (m[1], _COMPILED.search(m[0]), _PROFILE.search(line))
+        for line in listed.splitlines()
+        if (m := _LAYER.match(line))
+    ]
+    profile_of = {compiled[1]: mark[1] for _, compiled, mark in found if compiled and mark}
+    kinds: dict[str, list[str]] = {}
+    for kind, compiled, mark in found:
+        profile = mark[1] if mark else profile_of.get(compiled[1], "0") if compiled else "0"
+        kinds.setdefault(profile, []).append(kind)
+    return list(kinds.values())
 
 
 def _first_line(text: str) -> str:

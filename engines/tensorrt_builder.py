@@ -50,7 +50,7 @@ class Builder:
         where = f"unit {job.name}: {target.backend} {target.version} for {', '.join(target.capabilities)}"
         where += " with the plugin" if uses_plugin else ""
         try:
-            request = BuildRequest(job.shapes, target.capabilities, job.recipe.workspace_bytes)
+            request = BuildRequest(job.profiles, target.capabilities, job.recipe.workspace_bytes)
             engine, report = self._processes[uses_plugin].build(graph, request)
         except BuildProcessDied as death:
             del self._processes[uses_plugin]

@@ -6,7 +6,8 @@ once before it can be captured. All contexts of a session share one scratch allo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -17,6 +18,7 @@ from goc_deploy.protocols import ALIGNMENT, Buffer, Launch, Stream
 if TYPE_CHECKING:
     from goc_deploy.engines.tensorrt_runtime import TensorrtBackend
 
+_Profile = Mapping[str, tuple[tuple[int, ...], ...]]  # dynamic input -> smallest, optimal and largest shape
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
 
 
@@ -85,6 +87,11 @@ class TensorrtEngine:
             name: DTYPES.get(engine.get_tensor_dtype(name).name, engine.get_tensor_dtype(name).name) for name in names
         }
         self.inputs = frozenset(name for name in names if engine.get_tensor_mode(name) == mode.INPUT)
+        dynamic = [name for name in sorted(self.inputs) if -1 in tuple(engine.get_tensor_shape(name))]
+        self._profiles: list[_Profile] = [
+            {name: tuple(map(tuple, engine.get_tensor_profile_shape(name, index))) for name in dynamic}
+            for index in range(engine.num_optimization_profiles)
+        ]
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], stream: Stream | None = None) -> Launch:
         """See `goc_deploy.protocols.Engine.bind`.
@@ -112,7 +119,7 @@ class TensorrtEngine:
         inputs = {**{name: weight.buffer for name, weight in self.weights.items()}, **inputs}
         self._check(inputs, outputs)
         lane = backend.lane(stream)
-        held = self._context(lane, {name: buffer.shape for name, buffer in inputs.items()})
+        held = self._context(lane, stream, {name: buffer.shape for name, buffer in inputs.items()})
         shapes = {name: tuple(held.context.get_tensor_shape(name)) for name in self.dtypes.keys() - self.inputs}
         for name, buffer in outputs.items():
             if shapes[name] != buffer.shape:
@@ -141,7 +148,7 @@ class TensorrtEngine:
 
         return run
 
-    def _context(self, lane: Lane, shapes: Mapping[str, tuple[int, ...]]) -> _Context:
+    def _context(self, lane: Lane, stream: Stream, shapes: Mapping[str, tuple[int, ...]]) -> _Context:
         key = (id(self._engine), *sorted(shapes.items()))
         held = lane.contexts.get(key)
         if held is None:
@@ -150,6 +157,10 @@ class TensorrtEngine:
             context = backend.library.new_context(self._engine, backend.kernels)
             if context is None:
                 raise backend.failure(f"{self._name}: no execution context can be made", before)
+            if len(self._profiles) > 1:  # it must be chosen before any shape is set
+                profile = _nearest(self._profiles, shapes)
+                if not context.set_optimization_profile_async(profile, stream.handle):
+                    raise backend.failure(f"{self._name}: profile {profile} cannot be chosen", before)
             if lane.scratch is not None:
                 context.set_device_memory(lane.scratch.pointer, lane.scratch.nbytes)
             for name, shape in shapes.items():
@@ -177,6 +188,16 @@ class TensorrtEngine:
             f"{self._name} has tensor {name!r} as {self.dtypes.get(name)} {shape} but the manifest implies {buffer.dtype} "
             f"{list(buffer.shape)}; build the engines again"
         )
+
+
+def _nearest(profiles: Sequence[_Profile], shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Index of the profile that was optimised for shapes nearest to these, by the ratio of their sizes."""
+
+    def distance(index: int) -> float:
+        optima = {name: optimum for name, (_, optimum, _) in profiles[index].items()}
+        return sum(abs(math.log(math.prod(shapes[name]) / math.prod(optimum))) for name, optimum in optima.items())
+
+    return min(range(len(profiles)), key=distance)
 
 
 def _lies_on(output: Buffer, inputs: Mapping[str, Buffer]) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from goc_deploy.engine_dir import load_plan
-from goc_deploy.engine_keys import Recipe, Target, dimension_ranges
+from goc_deploy.engine_keys import Recipe, Target, dimension_profiles
 from goc_deploy.engines import tensorrt_graphs as graphs
 from goc_deploy.engines.plugin.stacking import KERNEL_SHA256, stack_updates
 from goc_deploy.manifest import FileEntry, Manifest, Unit
@@ -25,7 +25,7 @@ class Job:
         recipe: what it is built from.
         unit: the first unit that it serves.
         served: ONNX files that it serves.
-        shapes: of its dynamic inputs.
+        profiles: of each optimisation profile, the shapes of its dynamic inputs.
         weights: ``embedded``, ``shared``, or ``none``.
         parts: units whose weights the graph of ``unit`` has, by prefix.
     """
@@ -33,7 +33,7 @@ class Job:
     recipe: Recipe
     unit: Unit
     served: tuple[str, ...]
-    shapes: graphs.Shapes
+    profiles: tuple[graphs.Shapes, ...]
     weights: str
     parts: Mapping[str, Unit]
 
@@ -55,7 +55,8 @@ def wanted_engines(directory: Path, manifest: Manifest, target: Target, options:
     segment whose weights are more than one graph can hold reads them at an address in both weight modes.
     """
     plans = [load_plan(directory, manifest, entry.name) for entry in manifest.plans]
-    ranges = dimension_ranges(manifest.model, manifest.max_batch, max((plan.steps for plan in plans), default=1))
+    steps = max((plan.steps for plan in plans), default=1)
+    ways = dimension_profiles(target.backend, manifest.model, manifest.max_batch, steps)
     launched = {signature for plan in plans for signature in with_stacks(plan, manifest.model).signatures}
     not_launched = {signature for plan in plans for signature in plan.signatures} - launched
     files = {entry.path: entry for entry in manifest.files}
@@ -69,12 +70,12 @@ def wanted_engines(directory: Path, manifest: Manifest, target: Target, options:
         embeds = options.weights == "embedded" and bool(held) and fits
         (graphs.drop_weight_places if embeds else graphs.share_weights)(model)
         stacked = stack_updates(model) if options.plugin else 0
-        shapes, used = graphs.input_shapes(model, ranges, where)
+        profiles = {used: shapes for shapes, used in (graphs.input_shapes(model, ranges, where) for ranges in ways)}
         recipe = Recipe(
             graph_sha256=hashlib.sha256(graphs.graph_bytes(model)).hexdigest(),
             weights_sha256=_digest_of_all(held) if embeds else None,
             target=target,
-            ranges=used,
+            profiles=tuple(profiles),
             workspace_bytes=options.workspace_bytes,
             plugin_sha256=KERNEL_SHA256 if stacked else None,
         )
@@ -82,7 +83,7 @@ def wanted_engines(directory: Path, manifest: Manifest, target: Target, options:
         served = (*(known.served if known else ()), unit.onnx)
         weights = "embedded" if embeds else "shared" if parts else "none"
         first, parts = (known.unit, known.parts) if known else (unit, parts)
-        jobs[recipe.key] = Job(recipe, first, served, shapes, weights, parts)
+        jobs[recipe.key] = Job(recipe, first, served, tuple(profiles.values()), weights, parts)
     return list(jobs.values())
 
 

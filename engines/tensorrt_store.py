@@ -112,6 +112,7 @@ def add_engine(directory: Path, built_from: Manifest, job: Job, engine: bytes, r
         plugin_layers=report.plugin_layers,
         activation_bytes=report.activation_bytes,
         workspace_bytes=job.recipe.workspace_bytes,
+        optima=job.recipe.optima,
     )
     with directory_lock(directory), disk_errors(f"adding an engine to {directory}"):
         manifest = read_manifest(directory)

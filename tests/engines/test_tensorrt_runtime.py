@@ -14,7 +14,7 @@ from goc_deploy.engines.tensorrt_runtime import TensorrtBackend
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, ResourceError
 from goc_deploy.protocols import ALIGNMENT, bfloat16_from_float32, mapped_buffer, stored_values
 from tests.stand_ins.device import Fault, StandInDevice
-from tests.stand_ins.tensorrt import Severity, StandInTensorrt
+from tests.stand_ins.tensorrt import Severity, StandInTensorrt, with_profiles
 
 
 def product() -> bytes:
@@ -161,6 +161,38 @@ def test_too_little_memory_is_named_as_such_and_other_failures_are_not(
         run()
     tensorrt.failures = {}
     run()
+
+
+@pytest.fixture
+def two_profiles() -> TensorrtBackend:
+    tensorrt = StandInTensorrt(StandInDevice(), "tensorrt")
+    profiles = [{"a": ((1, 4), (usual, 4), (32, 4))} for usual in (2, 32)]
+    stored = StoredEngine("here.engine", memoryview(with_profiles(bytes(ONNX), profiles)), False, reads_first=False)
+    return TensorrtBackend(tensorrt.library, tensorrt.device, {sha256(ONNX).hexdigest(): stored})
+
+
+def test_a_context_takes_the_profile_of_the_nearest_size(two_profiles: TensorrtBackend) -> None:
+    backend, tensorrt = two_profiles, two_profiles.library.trt
+    engine, stream = load(backend), backend.device.stream()
+    for rows in (1, 2, 7, 9, 32):
+        a, c = backend.allocate((rows, 4), "float32"), backend.allocate((rows, 4), "float32")
+        stream.upload(np.ones((rows, 4)), a)
+        engine.bind({"a": a}, {"c": c}, stream)()
+        np.testing.assert_array_equal(stream.download(c), np.ones((rows, 4)) @ WEIGHTS)
+    assert tensorrt.profiles_used == [0, 0, 0, 1, 1]
+    with pytest.raises(EngineDirError, match=r"does not take a of shape \[33, 4\].* outside of profile 1"):
+        engine.bind({"a": backend.allocate((33, 4), "float32")}, {}, stream)
+
+
+def test_a_profile_is_chosen_before_shapes_and_on_the_stream_of_the_runs(two_profiles: TensorrtBackend) -> None:
+    engine, stream, other = load(two_profiles), two_profiles.device.stream(), two_profiles.device.stream()
+    context = two_profiles.library.new_context(engine._engine)
+    with pytest.raises(Fault, match="several profiles, and none was chosen before the shape of a"):
+        context.set_input_shape("a", (2, 4))
+    assert context.set_optimization_profile_async(1, other.handle)
+    context.set_device_memory(two_profiles.lane(stream).scratch.pointer, two_profiles.lane(stream).scratch.nbytes)
+    with pytest.raises(Fault, match="its profile was chosen on another stream"):
+        context.execute_async_v3(stream.handle)
 
 
 def test_values_are_stored_as_their_dtype_says() -> None:

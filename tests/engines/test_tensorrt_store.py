@@ -338,7 +338,7 @@ def test_the_parser_takes_the_plugin_where_it_is_registered_and_the_body_elsewhe
         for precision in ("fp32", "fp16", "bf16"):
             model = predict_graph("1*1 3w*1", spec, precision)
             shapes, _ = graphs.input_shapes(model, dimension_ranges(spec, 4, 20), "here")
-            content, report = process.build(graphs.graph_bytes(model), BuildRequest(shapes, ["8.6"], 0))
+            content, report = process.build(graphs.graph_bytes(model), BuildRequest([shapes], ["8.6"], 0))
             assert not report.refusal
             assert content[:4] == b"vtrt"
             assert report.plugin_layers == (2 if plugin else 0)

@@ -7,7 +7,8 @@ engine file is the graph behind the first bytes of a real one. It keeps the rule
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from hashlib import sha256
 from pathlib import Path
@@ -31,6 +32,7 @@ from goc_deploy.publish import read_manifest
 from tests.stand_ins.device import Fault, Span, StandInDevice, Work
 
 SCRATCH_BYTES_PER_NODE = 96
+PROFILES = "optimisation profiles"  # among the properties of the graph
 _NAMES = {1: "FLOAT", 7: "INT64", 10: "HALF", 16: "BF16"}
 _NUMPY = {"FLOAT": np.float32, "INT64": np.int64, "HALF": np.float16}
 _ELEMENTWISE = {"Add", "Mul", "Cast", "CastLike", "Split", "Reshape", "Identity"}
@@ -109,6 +111,8 @@ class Context:
         assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED
         self._engine, self._device, self._cache = engine, engine.device, cache
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._profile = 0 if engine.num_optimization_profiles == 1 else None
+        self._profile_stream: int | None = None
         self._addresses: dict[str, int] = {}
         self._scratch: Span | None = None
         self._warm = self._captured = False
@@ -118,6 +122,16 @@ class Context:
             raise Fault(f"{size} bytes of scratch memory at {memory} do not serve {self._engine.name}")
         self._scratch = Span(memory, self._engine.device_memory_size_v2)
 
+    def set_optimization_profile_async(self, index: int, handle: int) -> bool:
+        self._device.forbid_in_capture("choose an optimisation profile")
+        if self._captured:
+            raise Fault(
+                f"{self._engine.name}: a graph was captured with the profile of this context, which now changes"
+            )
+        self._profile_stream = self._device.stream_of(handle).handle
+        self._profile, self._shapes, self._warm = index, {}, False
+        return 0 <= index < self._engine.num_optimization_profiles
+
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         if self._captured:
             raise Fault(f"{self._engine.name}: a graph was captured with the shapes of this context, which now change")
@@ -126,6 +140,13 @@ class Context:
         declared = self._engine.shapes[name]
         if len(declared) != len(shape) or any(d not in (None, s) for d, s in zip(declared, shape, strict=True)):
             self._engine.logger.log(Severity.ERROR, f"{name} is {declared}, not {list(shape)}")
+            return False
+        if self._profile is None:
+            raise Fault(f"{self._engine.name} has several profiles, and none was chosen before the shape of {name}")
+        low, _, high = self._engine.get_tensor_profile_shape(name, self._profile)
+        if not all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True)):
+            said = f"{name} {list(shape)} lies outside of profile {self._profile}, {low} to {high}"
+            self._engine.logger.log(Severity.ERROR, said)
             return False
         self._shapes[name], self._warm = tuple(shape), False
         return True
@@ -145,6 +166,9 @@ class Context:
         engine, stream = self._engine, self._device.stream_of(handle)
         if engine.refuses("execute_async_v3", engine.logger):
             return False
+        if self._profile_stream not in (None, handle):
+            raise Fault(f"{engine.name}: its profile was chosen on another stream than it runs on")
+        engine.profiles_used.append(self._profile)
         missing = sorted(engine.dtypes.keys() - self._addresses.keys())
         if missing:
             raise Fault(f"{engine.name}: {missing[0]} has no address")
@@ -223,6 +247,9 @@ class Engine:
         self.elementwise = all(op in _ELEMENTWISE or op.startswith("GocCache") for op in ops)
         self.stack = graph.node[0] if ops == {STACK} else None
         self._session = None if self.stack else OrtBackend().load(memoryview(model.SerializeToString()), {})._session
+        told = {entry.key: entry.value for entry in model.metadata_props}
+        self._profiles = json.loads(told.get(PROFILES, "[{}]"))
+        self.num_optimization_profiles, self.profiles_used = len(self._profiles), tensorrt.profiles_used
         self._known_shapes: dict[tuple[Any, ...], dict[str, tuple[int, ...]]] = {}
         self.device_memory_size_v2 = 0 if self.elementwise else SCRATCH_BYTES_PER_NODE * len(graph.node)
         self.num_io_tensors = len(types)
@@ -235,6 +262,16 @@ class Engine:
 
     def get_tensor_dtype(self, name: str) -> SimpleNamespace:
         return SimpleNamespace(name=self._types[name])
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(-1 if size is None else size for size in self.shapes[name])
+
+    def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
+        """Without profiles in the file, as tests write it, every size is in range."""
+        known = self._profiles[index].get(name)
+        shape = self.get_tensor_shape(name)
+        low, usual, high = (tuple(size if s == -1 else s for s in shape) for size in (1, 1, 2**31))
+        return [tuple(sizes) for sizes in known] if known else [low, usual, high]
 
     def create_runtime_config(self) -> RuntimeConfig:
         return RuntimeConfig()
@@ -277,6 +314,13 @@ class Engine:
         return {n: v.astype(dtype) for n, v in zip(self.stack.output, [x, *stored], strict=True)}
 
 
+def with_profiles(graph: bytes, profiles: Sequence[Mapping[str, Any]]) -> bytes:
+    """A graph that says which optimisation profiles its engine has."""
+    model = onnx.load_model_from_string(graph)
+    onnx.helper.set_model_props(model, {PROFILES: json.dumps(profiles)})
+    return bytes(model.SerializeToString(deterministic=True))
+
+
 class StandInTensorrt:
     """The module. ``calls`` lists every run in order, with the addresses of its tensors; ``compiled`` what RTX compiled."""
 
@@ -298,6 +342,7 @@ class StandInTensorrt:
         self.__name__ = f"stand_in_{id(self)}"
         self.calls: list[tuple[str, dict[str, int]]] = []
         self.compiled: list[str] = []
+        self.profiles_used: list[int | None] = []
         self.registered: list[str] = []
         self.failures: dict[str, list[tuple[Severity, str]]] = {}
         self._engines = 0
@@ -344,7 +389,7 @@ class StandInTensorrt:
         jobs = wanted_engines(directory, manifest, target, options)
         missing = [job for job in jobs if not store.is_there(directory, manifest, job)]
         for job in missing:
-            engine = self._magic + graph_of_job(directory, manifest, job)
+            engine = self._magic + with_profiles(graph_of_job(directory, manifest, job), job.profiles)
             report = BuildReport(
                 kernels=self.kernels, plugin_layers=int(job.recipe.plugin_sha256 is not None), activation_bytes=4096
             )
