@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from goc_deploy.engines.tensorrt_library import Library, message_log
+from goc_deploy.engines.tensorrt_timings import timings_of, use_timings
 
 _NO_LAUNCH = {"shape_call", "wait", "signal", "NoOp", "Constant", "Shuffle", "copy_d2h"}
 _PLUGIN_LAYERS = ("PluginV3", "custom_layer")
@@ -42,21 +43,35 @@ class BuildReport:
         kernels: launches of one run, of the profile with most, or None where the library does not tell.
         plugin_layers: how many of them are the plugin.
         activation_bytes: scratch memory at the largest shapes, or None where the library does not tell.
+        takes_timings: whether the timings that the build was given are of this library and GPU.
     """
 
     refusal: str = ""
     kernels: int | None = None
     plugin_layers: int = 0
     activation_bytes: int | None = None
+    takes_timings: bool = True
 
 
-def engine_from_onnx(library: Library, graph: bytes, request: BuildRequest) -> tuple[bytes, BuildReport]:
+@dataclass(frozen=True, slots=True)
+class Built:
+    """An engine, empty where it was refused; what came of it; and the timings, with those of this build."""
+
+    engine: bytes
+    report: BuildReport
+    timings: bytes = b""
+
+
+def engine_from_onnx(library: Library, graph: bytes, request: BuildRequest, timings: bytes = b"") -> Built:
     """Build an engine from a graph that holds all its weights, or has them as inputs.
 
     The network is strongly typed: every tensor has the type that the graph says.
 
-    Returns:
-        The engine (empty where it was refused), and what came of it.
+    Args:
+        library: what builds.
+        graph: the ONNX graph.
+        request: how to build it.
+        timings: of earlier builds, which TensorRT for RTX has none of.
     """
     trt, messages = library.trt, message_log(library.trt)
     builder = trt.Builder(messages)
@@ -64,18 +79,19 @@ def engine_from_onnx(library: Library, graph: bytes, request: BuildRequest) -> t
     parser = trt.OnnxParser(network, messages)
     if not parser.parse(graph):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        return b"", BuildReport(
-            "; ".join(f"node {e.node_name()} ({e.node_operator()}): {_first_line(e.desc())}" for e in errors)
-        )
+        reasons = (f"node {e.node_name()} ({e.node_operator()}): {_first_line(e.desc())}" for e in errors)
+        return Built(b"", BuildReport("; ".join(reasons)))
     try:
         config = config_from_request(library, builder, network, request)
+        taken = library.cross_compiles or use_timings(config, timings)
         engine = builder.build_serialized_network(network, config)
     except Exception as error:  # Polygraphy and the bindings raise all kinds; the parent names the unit
-        return b"", BuildReport(f"{type(error).__name__}: {_first_line(str(error))}")
+        return Built(b"", BuildReport(f"{type(error).__name__}: {_first_line(str(error))}"))
     if engine is None:
         errors = [_first_line(text) for text in messages.errors()]
-        return b"", BuildReport("; ".join(errors) or "the builder gives no reason")
-    return bytes(memoryview(engine)), _report([text for _, text in messages.lines])
+        return Built(b"", BuildReport("; ".join(errors) or "the builder gives no reason"))
+    report = replace(_report([text for _, text in messages.lines]), takes_timings=taken)
+    return Built(bytes(memoryview(engine)), report, b"" if library.cross_compiles else timings_of(config))
 
 
 def config_from_request(library: Library, builder: Any, network: Any, request: BuildRequest) -> Any:

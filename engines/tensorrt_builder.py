@@ -11,6 +11,7 @@ from goc_deploy.engines.tensorrt_build import BuildReport, BuildRequest
 from goc_deploy.engines.tensorrt_jobs import Job, graph_of_job
 from goc_deploy.engines.tensorrt_library import is_out_of_memory
 from goc_deploy.engines.tensorrt_process import BuildProcess, BuildProcessDied, build_process
+from goc_deploy.engines.tensorrt_timings import TimingCache
 from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError
 from goc_deploy.manifest import Manifest
 
@@ -18,10 +19,16 @@ logger = logging.getLogger(__name__)
 
 
 class Builder:
-    """Builds in processes of its own: one with the plugin, one without."""
+    """Builds in processes of its own: one with the plugin, one without.
 
-    def __init__(self, backend: str, stack: ExitStack) -> None:
-        self._backend, self._stack = backend, stack
+    Args:
+        backend: which TensorRT builds.
+        stack: ends the processes.
+        timings: given to every build and kept from it, or None where the library has none.
+    """
+
+    def __init__(self, backend: str, stack: ExitStack, timings: TimingCache | None = None) -> None:
+        self._backend, self._stack, self._timings = backend, stack, timings
         self._processes: dict[bool, BuildProcess] = {}
 
     def build(self, directory: Path, manifest: Manifest, job: Job) -> tuple[Job, bytes, BuildReport]:
@@ -32,6 +39,7 @@ class Builder:
 
         Raises:
             EnvironmentUnsupportedError: naming the unit, the op and the reason.
+            ConflictError, ResourceError: the timings cannot be written; there is not enough memory.
         """
         try:
             return (job, *self._build(graph_of_job(directory, manifest, job), job))
@@ -51,10 +59,11 @@ class Builder:
         where += " with the plugin" if uses_plugin else ""
         try:
             request = BuildRequest(job.profiles, target.capabilities, job.recipe.workspace_bytes)
-            engine, report = self._processes[uses_plugin].build(graph, request)
+            built = self._processes[uses_plugin].build(graph, request, self._timings.content if self._timings else b"")
         except BuildProcessDied as death:
             del self._processes[uses_plugin]
             raise EnvironmentUnsupportedError(f"{where} cannot be built: {death}") from death
+        report = built.report
         if is_out_of_memory(report.refusal):
             raise ResourceError(
                 f"{where} cannot be built: there is not enough GPU memory ({report.refusal}); use --engine-workspace, export with "
@@ -62,4 +71,8 @@ class Builder:
             )
         if report.refusal:
             raise EnvironmentUnsupportedError(f"{where} cannot be built: {report.refusal}")
-        return engine, report
+        if self._timings:
+            if not report.takes_timings:
+                self._timings.refused()
+            self._timings.keep(built.timings)
+        return built.engine, report

@@ -11,10 +11,13 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from goc_deploy.engine_keys import Target
 from goc_deploy.engines.tensorrt_build import BuildReport
 from goc_deploy.engines.tensorrt_builder import Builder
+from goc_deploy.engines.tensorrt_caches import cache_path, driver_version, gpu_name
 from goc_deploy.engines.tensorrt_jobs import Job, embedded_weights, wanted_engines
-from goc_deploy.engines.tensorrt_library import library_from_backend, target_from_options
+from goc_deploy.engines.tensorrt_library import Library, library_from_backend, target_from_options
+from goc_deploy.engines.tensorrt_timings import TimingCache
 from goc_deploy.errors import ConflictError, EngineDirError, GocError
 from goc_deploy.manifest import MANIFEST_NAME, EngineEntry, FileEntry, Manifest, manifest_to_json
 from goc_deploy.options import EngineOptions, Progress
@@ -56,13 +59,20 @@ def build_engines(directory: Path, options: EngineOptions, progress: Progress) -
         missing = [job for job in jobs if not is_there(directory, manifest, job)]
         check_free_space(directory / target.folder, _estimated_bytes(manifest, missing))
         if missing:
-            builder = Builder(library.backend, stack)
+            builder = Builder(library.backend, stack, _timing_cache(directory, library, target))
         for index, job in enumerate(missing):
             progress(f"building {job.unit.name}", len(jobs) - len(missing) + index, len(jobs))
             job, engine, report = builder.build(directory, manifest, job)
             latest = add_engine(directory, manifest, job, engine, report)
         progress("done", len(jobs), len(jobs))
     return latest, len(missing)
+
+
+def _timing_cache(directory: Path, library: Library, target: Target) -> TimingCache | None:
+    """The timings of the GPU that a library builds on; None where it builds on no GPU."""
+    if library.cross_compiles:
+        return None
+    return TimingCache(directory, cache_path(target, "timings", gpu_name(), driver_version()))
 
 
 def is_there(directory: Path, manifest: Manifest, job: Job) -> bool:

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from goc_deploy.engines.plugin.stacking import stack_updates
-from goc_deploy.engines.tensorrt_build import BuildRequest
+from goc_deploy.engines.tensorrt_build import BuildReport, BuildRequest
 from goc_deploy.engines.tensorrt_process import build_process
 from goc_deploy.exporters.cache_update import predict_graph
 from goc_deploy.exporters.step_graphs import collect_graph
@@ -23,18 +23,19 @@ SHAPES = dict.fromkeys(("x", "accumulated"), ((1, 4, 8), (2, 4, 8), (2, 4, 8)))
 def test_one_process_builds_one_graph_after_the_other_and_says_why_not() -> None:
     with build_process("tensorrt-rtx", plugin=False) as process:
         graph = collect_graph(SPEC, "bf16").SerializeToString()
-        engine, report = process.build(graph, BuildRequest([SHAPES], ["8.6"], 0))
-        assert engine[:4] == b"vtrt"
-        assert (report.kernels, report.plugin_layers, report.activation_bytes) == (1, 0, 0)
-        engine, report = process.build(graph, BuildRequest([SHAPES], ["7.5"], 0))
-        assert engine == b""
-        assert "HW-specific datatypes: b16" in report.refusal
-        engine, report = process.build(b"no graph", BuildRequest([SHAPES], ["8.6"], 0))
-        assert engine == b""
-        assert report.refusal
-        engine, report = process.build(graph, BuildRequest([{}], ["x"], 0))
-        assert "ValueError" in report.refusal
-        assert process.build(graph, BuildRequest([SHAPES], ["8.6"], 2**20))[1].refusal == ""
+        built = process.build(graph, BuildRequest([SHAPES], ["8.6"], 0))
+        assert built.engine[:4] == b"vtrt"
+        assert built.report == BuildReport(kernels=1, plugin_layers=0, activation_bytes=0)
+        assert built.timings == b""  # it times nothing
+        built = process.build(graph, BuildRequest([SHAPES], ["7.5"], 0))
+        assert built.engine == b""
+        assert "HW-specific datatypes: b16" in built.report.refusal
+        built = process.build(b"no graph", BuildRequest([SHAPES], ["8.6"], 0))
+        assert built.engine == b""
+        assert built.report.refusal
+        built = process.build(graph, BuildRequest([{}], ["x"], 0))
+        assert "ValueError" in built.report.refusal
+        assert process.build(graph, BuildRequest([SHAPES], ["8.6"], 2**20)).report.refusal == ""
 
 
 @pytest.mark.parametrize("plugin", [True, False])
@@ -59,10 +60,10 @@ def test_a_second_profile_is_built_and_its_kernels_are_not_counted_twice(plugin:
             content = graph.SerializeToString()
             reports = []
             for ways in (profiles(shapes), profiles(shapes)[1:]):
-                engine, report = process.build(content, BuildRequest(ways, ["8.6"], 0))
-                assert not report.refusal
-                assert engine[:4] == b"vtrt"
-                reports.append(report)
+                built = process.build(content, BuildRequest(ways, ["8.6"], 0))
+                assert not built.report.refusal
+                assert built.engine[:4] == b"vtrt"
+                reports.append(built.report)
             assert reports[0] == reports[1]
             assert reports[0].kernels
             assert reports[0].plugin_layers == (plugin and graph is stack)
