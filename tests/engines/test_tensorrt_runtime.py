@@ -14,7 +14,8 @@ from goc_deploy.engines.tensorrt_runtime import TensorrtBackend
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, ResourceError
 from goc_deploy.protocols import ALIGNMENT, bfloat16_from_float32, mapped_buffer, stored_values
 from tests.stand_ins.device import Fault, StandInDevice
-from tests.stand_ins.tensorrt import Severity, StandInTensorrt, with_profiles
+from tests.stand_ins.tensorrt import StandInTensorrt, with_profiles
+from tests.stand_ins.tensorrt_context import Severity
 
 
 def product() -> bytes:

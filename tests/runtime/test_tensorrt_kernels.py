@@ -64,7 +64,7 @@ def test_damaged_kernels_are_compiled_again_and_replaced(
         elif damage == "missing":
             path.unlink()
         else:
-            patched.setattr("tests.stand_ins.tensorrt.RuntimeCache.deserialize", lambda _self, _content: False)
+            patched.setattr("tests.stand_ins.tensorrt_context.RuntimeCache.deserialize", lambda _self, _content: False)
         assert compiled(engine, 1) == first
     assert "compiled kernels are not loaded: " in caplog.text
     assert path.exists()
