@@ -140,11 +140,13 @@ def target_from_options(library: Library, capabilities: tuple[str, ...], precisi
 
     Raises:
         UsageError: a capability that the library cannot build for, or that lacks the precision.
-        EnvironmentUnsupportedError: TensorRT without a GPU.
+        EnvironmentUnsupportedError: TensorRT without a GPU, or on one that lacks the precision.
     """
     known = _known_capabilities(library) if library.cross_compiles else (driver.device_capability(),)
     usual = tuple(c for c in known if _number(c) >= _number(_FIRST_BY_DEFAULT)) if library.cross_compiles else known
     chosen = tuple(sorted(set(capabilities), key=_number)) or usual
+    if not capabilities and not library.cross_compiles:
+        check_target(library, known[0], precision)
     for capability in chosen:
         if capability not in known:
             where = "can build for" if library.cross_compiles else "builds for the GPU of this machine only,"

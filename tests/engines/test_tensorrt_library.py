@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 
@@ -58,6 +59,16 @@ def test_a_gpu_that_the_library_has_no_target_for_is_no_wrong_option(
     monkeypatch.setattr(driver, "device_capability", lambda *_: capability)
     with pytest.raises(pytest.skip.Exception, match=r"has no (target|bf16)"):
         library_here("tensorrt-rtx", precision)
+
+
+def test_the_gpu_of_the_machine_without_the_precision_is_no_wrong_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "device_capability", lambda *_: "7.5")
+    library = Library("tensorrt", SimpleNamespace(__version__="11.4"))
+    assert target_from_options(library, (), "fp16").capabilities == ("7.5",)
+    with pytest.raises(EnvironmentUnsupportedError, match=r"compute capability 7.5 has no bf16"):
+        target_from_options(library, (), "bf16")
+    with pytest.raises(UsageError, match=r"--compute-capability 7.5: that GPU has no bf16"):
+        target_from_options(library, ("7.5",), "bf16")
 
 
 def test_backends_that_are_unknown_or_not_installed_say_what_to_do() -> None:
