@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from goc_deploy.engines.driver import Driver, capability_of, load_driver
+from goc_deploy.engines.driver import Driver, capability_of, device_name, load_driver
 from goc_deploy.engines.plugin import moves as kernel_moves
 from goc_deploy.engines.plugin.kernel import DeviceKernels, cubin_for, load_kernels
 from goc_deploy.errors import EnvironmentUnsupportedError, GocError, ResourceError
@@ -37,7 +37,6 @@ from goc_deploy.protocols import (
 logger = logging.getLogger(__name__)
 
 STAGING_BYTES = 4 * 2**20  # pinned host memory of a stream: larger copies go through it in parts
-NAME_BYTES = 256
 
 # PyTorch documents that a process may have one capture at a time, and other libraries are no clearer: we keep to that.
 _capturing = threading.RLock()
@@ -173,7 +172,7 @@ class CudaDevice:
         """Name and compute capability of the GPU, and what was recorded."""
         driver, recorded = self.driver, self.recorded
         return {
-            "device": driver.cuDeviceGetName(NAME_BYTES, self._handle).rstrip(b"\0").decode(),
+            "device": device_name(driver, self._handle),
             "device_index": self.index,
             "compute_capability": capability_of(driver, self._handle),
             "driver_cuda_version": driver.cuDriverGetVersion(),
@@ -234,6 +233,12 @@ class CudaStream:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """See `goc_deploy.protocols.Stream.held`; the device's context is current in the block."""
+        with self._entered():
+            yield
+
+    @contextlib.contextmanager
+    def _entered(self) -> Iterator[None]:
+        """What one call needs; between two calls another thread may have the stream, unless it is held."""
         with self._lock:
             self._device.enter()
             yield
@@ -243,7 +248,7 @@ class CudaStream:
         stored = stored_values(values, target.dtype)
         assert stored.nbytes == target.nbytes, (stored.shape, target)
         content = stored.reshape(-1).view(np.uint8)
-        with self.held():
+        with self._entered():
             for start in range(0, len(content), STAGING_BYTES):
                 part = content[start : start + STAGING_BYTES]
                 if self._staged + len(part) > STAGING_BYTES:
@@ -256,7 +261,7 @@ class CudaStream:
     def download(self, source: Buffer) -> np.ndarray:
         """Wait, and copy to the host."""
         content = np.empty(source.nbytes, np.uint8)
-        with self.held():
+        with self._entered():
             self.wait()
             for start in range(0, len(content), STAGING_BYTES):
                 part = content[start : start + STAGING_BYTES]
@@ -272,7 +277,7 @@ class CudaStream:
 
     def wait(self) -> None:
         """Wait for everything on the stream."""
-        with self.held():
+        with self._entered():
             self._driver.cuStreamSynchronize(self._stream)
             self._staged = 0
 
@@ -283,7 +288,7 @@ class CudaStream:
         """
         if not self._records:
             return launches
-        with self.held():
+        with self._entered():
             self.wait()
             started = time.perf_counter()
             try:

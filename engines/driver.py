@@ -16,6 +16,7 @@ from typing import Any
 from goc_deploy.errors import EnvironmentUnsupportedError, GocError, ResourceError
 
 _LIBRARY = "libcuda.so.1"
+_NAME_BYTES = 256
 
 
 class Driver:
@@ -92,6 +93,12 @@ def capability_of(driver: Driver, device: Any) -> str:
     major = driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
     minor = driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
     return f"{major}.{minor}"
+
+
+def device_name(driver: Driver, device: Any) -> str:
+    """Name of a device of the driver, such as ``NVIDIA L40S``."""
+    name: bytes = driver.cuDeviceGetName(_NAME_BYTES, device)
+    return name.rstrip(b"\0").decode()
 
 
 @dataclass(frozen=True, slots=True)

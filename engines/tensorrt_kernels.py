@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from goc_deploy.engine_keys import Target
+from goc_deploy.engines.tensorrt_caches import keep_cache, read_cache
 from goc_deploy.errors import GocError
-from goc_deploy.manifest import MANIFEST_NAME, manifest_to_json
-from goc_deploy.publish import directory_lock, disk_errors, file_entry, read_manifest, read_verified, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +23,11 @@ class KernelCache:
 
     Args:
         directory: the engine directory.
-        target: of the engines.
-        capability: of the GPU, such as ``8.9``.
+        path: where they lie in it, as `goc_deploy.engines.tensorrt_caches.cache_path` names it.
     """
 
-    def __init__(self, directory: Path, target: Target, capability: str) -> None:
-        self._directory, self.path = directory, f"{target.folder}/kernels-sm{capability.replace('.', '')}.cache"
+    def __init__(self, directory: Path, path: str) -> None:
+        self._directory, self.path = directory, path
         self._lock = threading.Lock()
         self._cache: Any = None
         self._kept = b""  # digest of what lies in the directory, as far as it is sound
@@ -50,12 +46,11 @@ class KernelCache:
 
     def _load(self) -> None:
         try:
-            listed = {file.path: file for file in read_manifest(self._directory).files}
-            if self._cache is None or self.path not in listed:
-                return
-            content = bytes(read_verified(self._directory, listed[self.path]))
+            content = read_cache(self._directory, self.path)
         except GocError as reason:
             logger.warning("compiled kernels are not loaded: %s", reason)
+            return
+        if not content or self._cache is None:
             return
         if self._cache.deserialize(content):
             self._kept = sha256(content).digest()
@@ -77,19 +72,7 @@ class KernelCache:
             if not content or digest == self._kept:
                 return
             try:
-                self._write(content)
+                keep_cache(self._directory, self.path, content)
                 self._kept = digest
             except GocError as reason:
                 logger.info("compiled kernels are not kept: %s", reason)
-
-    def _write(self, content: bytes) -> None:
-        directory, path = self._directory, self.path
-        with directory_lock(directory), disk_errors(f"keeping compiled kernels in {directory}"):
-            manifest = read_manifest(directory)
-            (directory / path).parent.mkdir(parents=True, exist_ok=True)
-            with replacing(directory / path) as temporary:
-                temporary.write_bytes(content)
-            others = [file for file in manifest.files if file.path != path]
-            files = tuple(sorted([*others, file_entry(directory, path)], key=lambda file: file.path))
-            with replacing(directory / MANIFEST_NAME) as temporary:
-                temporary.write_text(manifest_to_json(replace(manifest, files=files)), encoding="utf-8")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import platform
+import re
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,9 @@ from goc_deploy.errors import EnvironmentUnsupportedError, UsageError
 _PACKAGES = {"tensorrt-rtx": ("tensorrt_rtx", "rtx"), "tensorrt": ("tensorrt", "tensorrt")}
 _FIRST_BY_DEFAULT = "8.0"  # Ampere: the first with bf16
 _FIRST_WITH_BF16 = (8, 0)
+_OUT_OF_MEMORY = re.compile(
+    r"out ?of ?memory|insufficient memory|allocator error|could not be allocated", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +80,33 @@ def message_log(trt: Any, most: int | None = None) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.lines: deque[tuple[Any, str]] = deque(maxlen=most)
+            self.count = 0  # of all messages so far
 
         def log(self, severity: Any, text: str) -> None:
             self.lines.append((severity, text))
+            self.count += 1
 
-        def errors(self) -> list[str]:
-            serious = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
-            return [text for severity, text in self.lines if severity in serious]
+        def errors(self, since: int = 0) -> list[str]:
+            """Errors among the messages after the first ``since``."""
+            severity = trt.ILogger.Severity
+            return self._of((severity.INTERNAL_ERROR, severity.ERROR), since)
+
+        def memory(self, since: int) -> list[str]:
+            """Errors and warnings that memory is too little, among the messages after the first ``since``."""
+            severity = trt.ILogger.Severity
+            told = self._of((severity.INTERNAL_ERROR, severity.ERROR, severity.WARNING), since)
+            return [text for text in told if is_out_of_memory(text)]
+
+        def _of(self, severities: tuple[Any, ...], since: int) -> list[str]:
+            skipped = len(self.lines) - (self.count - since)
+            return [text for severity, text in list(self.lines)[max(skipped, 0) :] if severity in severities]
 
     return MessageLog()
+
+
+def is_out_of_memory(text: str) -> bool:
+    """Whether a message of TensorRT is about memory that is not there; each of its parts words that differently."""
+    return bool(_OUT_OF_MEMORY.search(text))
 
 
 def library_from_backend(backend: str) -> Library:
@@ -118,11 +140,13 @@ def target_from_options(library: Library, capabilities: tuple[str, ...], precisi
 
     Raises:
         UsageError: a capability that the library cannot build for, or that lacks the precision.
-        EnvironmentUnsupportedError: TensorRT without a GPU.
+        EnvironmentUnsupportedError: TensorRT without a GPU, or on one that lacks the precision.
     """
     known = _known_capabilities(library) if library.cross_compiles else (driver.device_capability(),)
     usual = tuple(c for c in known if _number(c) >= _number(_FIRST_BY_DEFAULT)) if library.cross_compiles else known
     chosen = tuple(sorted(set(capabilities), key=_number)) or usual
+    if not capabilities and not library.cross_compiles:
+        check_target(library, known[0], precision)
     for capability in chosen:
         if capability not in known:
             where = "can build for" if library.cross_compiles else "builds for the GPU of this machine only,"
@@ -134,6 +158,29 @@ def target_from_options(library: Library, capabilities: tuple[str, ...], precisi
                 f"--compute-capability {capability}: that GPU has no bf16; leave it out, or export with --precision fp16"
             )
     return Target(library.backend, library.version, this_platform(), chosen)
+
+
+def check_target(library: Library, capability: str, precision: str) -> None:
+    """Check that a library can build for the GPU of this machine, before anything is built.
+
+    Args:
+        library: what builds.
+        capability: of the GPU, such as ``9.0``.
+        precision: of the engine directory.
+
+    Raises:
+        EnvironmentUnsupportedError: it has no target for the GPU, or the GPU lacks the precision.
+    """
+    known = _known_capabilities(library) if library.cross_compiles else (capability,)
+    if capability not in known:
+        raise EnvironmentUnsupportedError(
+            f"{library.backend} {library.version} has no target {capability}, only {', '.join(known)}; "
+            "use --backend tensorrt, or onnxruntime-cuda"
+        )
+    if precision == "bf16" and _number(capability) < _FIRST_WITH_BF16:
+        raise EnvironmentUnsupportedError(
+            f"a GPU of compute capability {capability} has no bf16; export with --precision fp16"
+        )
 
 
 def this_platform() -> str:

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
 
-from goc_deploy.engines.tensorrt_build import BuildReport, BuildRequest, engine_from_onnx
+from goc_deploy.engines.tensorrt_build import BuildReport, BuildRequest, Built, engine_from_onnx
 from goc_deploy.engines.tensorrt_library import library_from_backend
 
 _RTX_LIBRARY = "libtensorrt_rtx.so"
@@ -39,7 +39,7 @@ class BuildProcess:
     connection: Connection
     output: IO[bytes]
 
-    def build(self, graph: bytes, request: BuildRequest) -> tuple[bytes, BuildReport]:
+    def build(self, graph: bytes, request: BuildRequest, timings: bytes = b"") -> Built:
         """Build a graph; see `engine_from_onnx`.
 
         Raises:
@@ -48,8 +48,9 @@ class BuildProcess:
         try:
             self.connection.send_bytes(json.dumps(asdict(request)).encode())
             self.connection.send_bytes(graph)
+            self.connection.send_bytes(timings)
             report = BuildReport(**json.loads(self.connection.recv_bytes()))
-            return self.connection.recv_bytes(), report
+            return Built(self.connection.recv_bytes(), report, self.connection.recv_bytes())
         except (EOFError, OSError) as cause:
             code = self.process.wait()
             self.output.seek(0)
@@ -121,9 +122,11 @@ def _serve(connection: Connection, backend: str, *, plugin: bool) -> None:
             request: dict[str, Any] = json.loads(connection.recv_bytes())
         except EOFError:
             return
-        engine, report = engine_from_onnx(library, connection.recv_bytes(), BuildRequest(**request))
-        connection.send_bytes(json.dumps(asdict(report)).encode())
-        connection.send_bytes(engine)
+        graph, timings = connection.recv_bytes(), connection.recv_bytes()
+        built = engine_from_onnx(library, graph, BuildRequest(**request), timings)
+        connection.send_bytes(json.dumps(asdict(built.report)).encode())
+        connection.send_bytes(built.engine)
+        connection.send_bytes(built.timings)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from goc_deploy.engine_keys import WEIGHT_MODES, Target
+from goc_deploy.engines.tensorrt_caches import cache_path, driver_version
+from goc_deploy.engines.tensorrt_engine import StoredEngine
+from goc_deploy.engines.tensorrt_jobs import Job, wanted_engines
 from goc_deploy.engines.tensorrt_kernels import KernelCache
-from goc_deploy.engines.tensorrt_library import Library, this_platform
-from goc_deploy.engines.tensorrt_runtime import StoredEngine, TensorrtBackend
-from goc_deploy.engines.tensorrt_store import Job, build_engines, read_engine, wanted_engines
+from goc_deploy.engines.tensorrt_library import Library, check_target, this_platform
+from goc_deploy.engines.tensorrt_runtime import TensorrtBackend
+from goc_deploy.engines.tensorrt_store import build_engines, read_engine
 from goc_deploy.errors import EnvironmentUnsupportedError, GocError
 from goc_deploy.manifest import EngineEntry, Manifest
 from goc_deploy.options import EngineOptions, Progress, no_progress
@@ -64,11 +67,12 @@ def tensorrt_backend(
         progress: of that.
 
     Raises:
-        EnvironmentUnsupportedError: an engine cannot be built.
+        EnvironmentUnsupportedError: the library has no target for the GPU, or an engine cannot be built.
         ConflictError, ResourceError: it cannot be written.
         EngineDirError, SafetyError: the directory is corrupt.
     """
     manifest = read_manifest(directory)
+    check_target(library, capability, manifest.precision)
     chosen = best_selection(directory, manifest, library, capability, weights)
     content, damaged = _contents(directory, manifest, chosen)
     if chosen.missing or damaged:
@@ -89,7 +93,9 @@ def tensorrt_backend(
     engines = {digests[graph]: content[entry.path] for graph, entry in chosen.engines.items()}
     target = next(iter(chosen.engines.values())).target
     report = {"engine_target": target.folder, "engine_weights": chosen.options.weights}
-    kernels = KernelCache(directory, target, capability) if library.compiles_at_load else None
+    kernels = None
+    if library.compiles_at_load:
+        kernels = KernelCache(directory, cache_path(target, "kernels", device.describe()["device"], driver_version()))
     return TensorrtBackend(library, device, engines, report, kernels)
 
 

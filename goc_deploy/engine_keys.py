@@ -11,7 +11,7 @@ from goc_deploy.spec import ModelSpec
 
 ENGINE_BACKENDS = ("tensorrt-rtx", "tensorrt")
 WEIGHT_MODES = ("embedded", "shared")  # an engine of a graph without weights has "none"
-RECIPE_VERSION = 2  # changes where the same recipe would be built in another way
+RECIPE_VERSION = 3  # changes where the same recipe would be built in another way
 
 Range = tuple[int, int, int]  # (smallest, most usual, largest) size of a dynamic dimension
 
@@ -67,7 +67,7 @@ class Recipe:
         graph_sha256: of the graph that the parser sees, without weights.
         weights_sha256: of the weights file that is embedded, or None.
         target: what it is built for.
-        ranges: symbol of each dynamic dimension of the graph -> sizes.
+        profiles: of each optimisation profile: symbol of each dynamic dimension of the graph -> sizes.
         workspace_bytes: most scratch memory, 0 for no limit.
         plugin_sha256: of the plugin's kernel source where the graph calls it, or None.
     """
@@ -75,15 +75,38 @@ class Recipe:
     graph_sha256: str
     weights_sha256: str | None
     target: Target
-    ranges: tuple[tuple[str, Range], ...]
+    profiles: tuple[tuple[tuple[str, Range], ...], ...]
     workspace_bytes: int
     plugin_sha256: str | None
+
+    @property
+    def optima(self) -> tuple[str, ...]:
+        """Of each profile, the sizes that kernels are chosen for, such as ``batch=2``."""
+        return tuple(" ".join(f"{symbol}={usual}" for symbol, (_, usual, _) in profile) for profile in self.profiles)
 
     @property
     def key(self) -> str:
         """32 hexadecimal digits that differ where anything in the recipe does."""
         text = json.dumps([RECIPE_VERSION, asdict(self)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def dimension_profiles(backend: str, spec: ModelSpec, max_batch: int, steps: int) -> tuple[Mapping[str, Range], ...]:
+    """Sizes that an engine takes and those that its kernels are chosen for, one set for each optimisation profile.
+
+    TensorRT chooses kernels at build time, for the usual sizes of a profile. It gets two profiles of all sizes: one for a
+    single image, one for the most. TensorRT for RTX compiles kernels for the sizes that it meets when it runs, so a second
+    profile would double its engines for nothing.
+
+    Args:
+        backend: one of ``ENGINE_BACKENDS``.
+        spec, max_batch, steps: as `dimension_ranges` takes them.
+    """
+    most = dimension_ranges(spec, max_batch, steps)
+    if backend == "tensorrt-rtx":
+        return (most,)
+    single = dimension_ranges(spec, 1, steps)
+    return {symbol: (low, single[symbol][1], high) for symbol, (low, _, high) in most.items()}, most
 
 
 def dimension_ranges(spec: ModelSpec, max_batch: int, steps: int) -> Mapping[str, Range]:

@@ -39,13 +39,14 @@ def engine_rows(directory: Path, manifest: Manifest, folder: str) -> Table:
             f"{sizes[engine.path] / 1e6:.2f}",
             "?" if engine.kernels is None else str(engine.kernels),
             str(engine.plugin_layers),
+            " | ".join(engine.optima),
             "?" if engine.activation_bytes is None else f"{engine.activation_bytes / 1e6:.1f}",
             _state(directory / engine.path, sizes[engine.path]),
         ]
         for engine in manifest.engines
         if engine.target.folder == folder
     ]
-    return ["engine", "weights", "graphs", "MB", "kernels", "of plugin", "scratch MB", "file"], rows
+    return ["engine", "weights", "graphs", "MB", "kernels", "of plugin", "profiles for", "scratch MB", "file"], rows
 
 
 def target_folders(manifest: Manifest) -> list[str]:

@@ -100,6 +100,7 @@ class EngineEntry:
         plugin_layers: how many of them are the plugin.
         activation_bytes: scratch memory at the largest shapes, or None where the library does not tell.
         workspace_bytes: the limit on scratch memory that it was built under, 0 for none.
+        optima: of each optimisation profile, the sizes that its kernels were chosen for, such as ``batch=2``.
     """
 
     path: str
@@ -111,6 +112,7 @@ class EngineEntry:
     plugin_layers: int
     activation_bytes: int | None
     workspace_bytes: int = 0
+    optima: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +225,8 @@ def _manifest_from_fields(found: dict[str, Any]) -> Manifest:
 def _engine_from_fields(engine: dict[str, Any]) -> EngineEntry:
     target = engine["target"]
     target = Target(**{**target, "capabilities": tuple(str(c) for c in target["capabilities"])})
-    return EngineEntry(**{**engine, "target": target, "graphs": tuple(str(path) for path in engine["graphs"])})
+    names = {name: tuple(str(text) for text in engine.get(name, ())) for name in ("graphs", "optima")}
+    return EngineEntry(**{**engine, "target": target, **names})
 
 
 def _unit_from_fields(unit: dict[str, Any]) -> Unit:

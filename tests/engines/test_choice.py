@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 
 import goc_deploy
-from goc_deploy.engines import choice, driver
+from goc_deploy.engines import choice, cuda, driver, tensorrt_library
 from goc_deploy.engines.choice import FASTEST_FIRST, RunOptions, candidates, explanation
 from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError, UsageError
 from goc_deploy.protocols import Backend
 from tests.conftest import Command
+from tests.stand_ins.device import StandInDevice
 from tests.stand_ins.loading import copy_with_engines, stand_in_backend
+from tests.stand_ins.tensorrt import StandInTensorrt
 
 
 def no_gpu(_index: int = 0) -> str:
@@ -75,6 +77,26 @@ def test_auto_takes_tensorrt_where_it_works_and_goes_on_where_it_does_not(
     refuses[0] = ResourceError("4 GB do not fit")
     with pytest.raises(ResourceError, match="4 GB do not fit"):  # a smaller batch may; the CPU is no answer to that
         goc_deploy.load(engine)
+
+
+@pytest.mark.parametrize("name", ["tensorrt-rtx", "auto"])
+def test_auto_goes_on_where_tensorrt_has_no_target_for_the_gpu(
+    golden_engine: Path, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensorrt = StandInTensorrt(StandInDevice())
+    monkeypatch.setattr(driver, "device_capability", lambda *_: "9.0")
+    monkeypatch.setattr(cuda, "cuda_device", lambda *_, **__: tensorrt.device)
+    monkeypatch.setattr(tensorrt_library, "library_from_backend", lambda _name: tensorrt.library)
+    monkeypatch.setattr(choice, "onnxruntime_cuda_backend", choice.onnxruntime_backend)
+    if name != "auto":
+        with pytest.raises(EnvironmentUnsupportedError, match=r"has no target 9.0"):
+            goc_deploy.load(golden_engine, backend=name)
+        return
+    with goc_deploy.load(golden_engine) as pipe:
+        passed_over = pipe.generate([1]).report["passed_over"]
+    assert list(passed_over) == ["tensorrt", "tensorrt-rtx"]
+    assert "tensorrt-rtx 99.1 has no target 9.0" in passed_over["tensorrt-rtx"]
+    assert "built now" not in caplog.text
 
 
 def test_the_command_names_the_backend_and_why(golden_engine: Path, tmp_path: Path, command: Command) -> None:

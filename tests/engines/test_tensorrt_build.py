@@ -6,8 +6,10 @@ import sys
 
 import pytest
 
-from goc_deploy.engines.tensorrt_build import BuildRequest
+from goc_deploy.engines.plugin.stacking import stack_updates
+from goc_deploy.engines.tensorrt_build import BuildReport, BuildRequest
 from goc_deploy.engines.tensorrt_process import build_process
+from goc_deploy.exporters.cache_update import predict_graph
 from goc_deploy.exporters.step_graphs import collect_graph
 from goc_deploy.spec import ModelSpec
 
@@ -21,18 +23,50 @@ SHAPES = dict.fromkeys(("x", "accumulated"), ((1, 4, 8), (2, 4, 8), (2, 4, 8)))
 def test_one_process_builds_one_graph_after_the_other_and_says_why_not() -> None:
     with build_process("tensorrt-rtx", plugin=False) as process:
         graph = collect_graph(SPEC, "bf16").SerializeToString()
-        engine, report = process.build(graph, BuildRequest(SHAPES, ["8.6"], 0))
-        assert engine[:4] == b"vtrt"
-        assert (report.kernels, report.plugin_layers, report.activation_bytes) == (1, 0, 0)
-        engine, report = process.build(graph, BuildRequest(SHAPES, ["7.5"], 0))
-        assert engine == b""
-        assert "HW-specific datatypes: b16" in report.refusal
-        engine, report = process.build(b"no graph", BuildRequest(SHAPES, ["8.6"], 0))
-        assert engine == b""
-        assert report.refusal
-        engine, report = process.build(graph, BuildRequest({}, ["x"], 0))
-        assert "ValueError" in report.refusal
-        assert process.build(graph, BuildRequest(SHAPES, ["8.6"], 2**20))[1].refusal == ""
+        built = process.build(graph, BuildRequest([SHAPES], ["8.6"], 0))
+        assert built.engine[:4] == b"vtrt"
+        assert built.report == BuildReport(kernels=1, plugin_layers=0, activation_bytes=0)
+        assert built.timings == b""  # it times nothing
+        built = process.build(graph, BuildRequest([SHAPES], ["7.5"], 0))
+        assert built.engine == b""
+        assert "HW-specific datatypes: b16" in built.report.refusal
+        built = process.build(b"no graph", BuildRequest([SHAPES], ["8.6"], 0))
+        assert built.engine == b""
+        assert built.report.refusal
+        built = process.build(graph, BuildRequest([{}], ["x"], 0))
+        assert "ValueError" in built.report.refusal
+        assert process.build(graph, BuildRequest([SHAPES], ["8.6"], 2**20)).report.refusal == ""
+
+
+@pytest.mark.parametrize("plugin", [True, False])
+def test_a_second_profile_is_built_and_its_kernels_are_not_counted_twice(plugin: bool) -> None:
+    def profiles(shapes: dict[str, tuple[int, ...]]) -> list[dict[str, list[tuple[int, ...]]]]:
+        sizes = [(1, usual, 8) for usual in (2, 8)]
+        return [
+            {name: [tuple(s or size for s in shape) for size in way] for name, shape in shapes.items()} for way in sizes
+        ]
+
+    stack = predict_graph("1*1 2w*12", SPEC, "fp16")
+    if plugin:
+        stack_updates(stack)
+    graphs = [collect_graph(SPEC, "fp16"), stack]
+    with build_process("tensorrt-rtx", plugin=plugin) as process:
+        for graph in graphs:
+            shapes = {
+                value.name: tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
+                for value in graph.graph.input
+                if any(dimension.dim_param for dimension in value.type.tensor_type.shape.dim)
+            }
+            content = graph.SerializeToString()
+            reports = []
+            for ways in (profiles(shapes), profiles(shapes)[1:]):
+                built = process.build(content, BuildRequest(ways, ["8.6"], 0))
+                assert not built.report.refusal
+                assert built.engine[:4] == b"vtrt"
+                reports.append(built.report)
+            assert reports[0] == reports[1]
+            assert reports[0].kernels
+            assert reports[0].plugin_layers == (plugin and graph is stack)
 
 
 CONFIGURE = """
@@ -41,7 +75,7 @@ from goc_deploy.engines.tensorrt_build import BuildRequest, config_from_request
 from goc_deploy.engines.tensorrt_library import library_from_backend
 builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
 library, network = library_from_backend("tensorrt-rtx"), builder.create_network(0)
-c = config_from_request(library, builder, network, BuildRequest({}, ["8.6", "12.0"], 2**26))
+c = config_from_request(library, builder, network, BuildRequest([{}], ["8.6", "12.0"], 2**26))
 targets = [c.get_compute_capability(i).name for i in range(c.num_compute_capabilities)]
 print(c.max_aux_streams, c.get_flag(trt.BuilderFlag.TF32), c.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE), *targets)
 """

@@ -2,12 +2,20 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 
 from goc_deploy.engines import driver
-from goc_deploy.engines.tensorrt_library import Library, library_from_backend, target_from_options, this_platform
+from goc_deploy.engines.tensorrt_library import (
+    Library,
+    check_target,
+    library_from_backend,
+    target_from_options,
+    this_platform,
+)
 from goc_deploy.errors import EnvironmentUnsupportedError, UsageError
+from tests.gpus import library_here
 
 
 @pytest.fixture
@@ -39,6 +47,28 @@ def test_capabilities_are_sorted_and_taken_once(rtx: Library) -> None:
 def test_what_cannot_be_built_for_is_refused(rtx: Library, capability: str, precision: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         target_from_options(rtx, (capability,), precision)
+
+
+@pytest.mark.parametrize(("capability", "precision"), [("9.0", "fp16"), ("10.0", "fp16"), ("7.5", "bf16")])
+def test_a_gpu_that_the_library_has_no_target_for_is_no_wrong_option(
+    rtx: Library, capability: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(EnvironmentUnsupportedError, match=r"has no (target|bf16).*; (use|export with)"):
+        check_target(rtx, capability, precision)
+    check_target(rtx, "8.9", precision)
+    monkeypatch.setattr(driver, "device_capability", lambda *_: capability)
+    with pytest.raises(pytest.skip.Exception, match=r"has no (target|bf16)"):
+        library_here("tensorrt-rtx", precision)
+
+
+def test_the_gpu_of_the_machine_without_the_precision_is_no_wrong_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "device_capability", lambda *_: "7.5")
+    library = Library("tensorrt", SimpleNamespace(__version__="11.4"))
+    assert target_from_options(library, (), "fp16").capabilities == ("7.5",)
+    with pytest.raises(EnvironmentUnsupportedError, match=r"compute capability 7.5 has no bf16"):
+        target_from_options(library, (), "bf16")
+    with pytest.raises(UsageError, match=r"--compute-capability 7.5: that GPU has no bf16"):
+        target_from_options(library, ("7.5",), "bf16")
 
 
 def test_backends_that_are_unknown_or_not_installed_say_what_to_do() -> None:

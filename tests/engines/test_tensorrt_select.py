@@ -65,6 +65,27 @@ def test_engines_of_another_gpu_or_version_are_not_loaded(engine: Path, caplog: 
     assert before < {entry.path for entry in read_manifest(engine).engines}
 
 
+@pytest.mark.parametrize(
+    ("capability", "precision", "message"),
+    [
+        (
+            "9.0",
+            "fp32",
+            r"tensorrt-rtx 99.1 has no target 9.0, only 7.5, .*; use --backend tensorrt, or onnxruntime-cuda",
+        ),
+        ("7.5", "bf16", r"a GPU of compute capability 7.5 has no bf16; export with --precision fp16"),
+    ],
+)
+def test_a_gpu_without_a_target_is_refused_before_anything_is_built(
+    engine: Path, capability: str, precision: str, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = replace(read_manifest(engine), precision=precision)
+    (engine / MANIFEST_NAME).write_text(manifest_to_json(manifest))
+    with pytest.raises(EnvironmentUnsupportedError, match=message):
+        asked(engine, capability)
+    assert not caplog.text
+
+
 def test_an_engine_for_several_gpus_runs_on_each(golden_engine: Path, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(golden_engine, tmp_path / "engine"))
     options = EngineOptions(capabilities=("8.6", "8.9", "12.0"), weights="shared")

@@ -17,9 +17,10 @@ import pytest
 from goc_deploy.engine_dir import load_plan
 from goc_deploy.engines import tensorrt_process
 from goc_deploy.engines.tensorrt_build import BuildReport
+from goc_deploy.engines.tensorrt_jobs import wanted_engines
 from goc_deploy.engines.tensorrt_library import library_from_backend, target_from_options
 from goc_deploy.engines.tensorrt_process import build_process
-from goc_deploy.engines.tensorrt_store import add_engine, build_engines, is_there, read_engine, wanted_engines
+from goc_deploy.engines.tensorrt_store import add_engine, build_engines, is_there, read_engine
 from goc_deploy.errors import ConflictError, EngineDirError, EnvironmentUnsupportedError
 from goc_deploy.exporters.cache_update import predict_graph
 from goc_deploy.manifest import MANIFEST_NAME, Manifest
@@ -83,6 +84,8 @@ def test_with_shared_weights_one_engine_serves_every_unit_of_a_kind(built_engine
         assert bytes(read_engine(built_engine, manifest, entry)[:4]) == b"vtrt"
         assert entry.kernels
         assert entry.activation_bytes is not None
+        assert len(entry.optima) == 1
+    assert not [*built_engine.glob("engines/*/timings*")]
     predicted = [e for e in manifest.engines if e.graphs[0] in manifest.predict.values()]
     assert predicted
     assert all((e.kernels, e.plugin_layers, e.activation_bytes) == (1, 0, 0) for e in predicted)  # TensorRT fuses these
@@ -337,10 +340,10 @@ def test_the_parser_takes_the_plugin_where_it_is_registered_and_the_body_elsewhe
         for precision in ("fp32", "fp16", "bf16"):
             model = predict_graph("1*1 3w*1", spec, precision)
             shapes, _ = graphs.input_shapes(model, dimension_ranges(spec, 4, 20), "here")
-            content, report = process.build(graphs.graph_bytes(model), BuildRequest(shapes, ["8.6"], 0))
-            assert not report.refusal
-            assert content[:4] == b"vtrt"
-            assert report.plugin_layers == (2 if plugin else 0)
+            built = process.build(graphs.graph_bytes(model), BuildRequest([shapes], ["8.6"], 0))
+            assert not built.report.refusal
+            assert built.engine[:4] == b"vtrt"
+            assert built.report.plugin_layers == (2 if plugin else 0)
 
 
 def test_a_build_process_that_cannot_start_says_why(

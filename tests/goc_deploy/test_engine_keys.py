@@ -4,16 +4,16 @@ from dataclasses import fields, replace
 
 import pytest
 
-from goc_deploy.engine_keys import Recipe, Target, dimension_ranges
+from goc_deploy.engine_keys import Recipe, Target, dimension_profiles, dimension_ranges
 from goc_deploy.spec import ModelSpec
 
 TARGET = Target("tensorrt-rtx", "1.7.1.116", "linux-x86_64", ("8.6", "12.0"))
-RECIPE = Recipe("a" * 64, "b" * 64, TARGET, (("batch", (1, 2, 2)),), 0, None)
+RECIPE = Recipe("a" * 64, "b" * 64, TARGET, ((("batch", (1, 2, 2)),),), 0, None)
 CHANGED = {
     "graph_sha256": "c" * 64,
     "weights_sha256": None,
     "target": replace(TARGET, capabilities=("8.6",)),
-    "ranges": (("batch", (1, 4, 4)),),
+    "profiles": ((("batch", (1, 2, 4)),), (("batch", (1, 4, 4)),)),
     "workspace_bytes": 1,
     "plugin_sha256": "d" * 64,
 }
@@ -54,3 +54,14 @@ def test_ranges_grow_with_the_batch_and_the_longest_plan() -> None:
     assert ranges["labels"] == ranges["R"] == (1, 2, 4)
     assert ranges["M"] == (1, 14, 14)
     assert ranges["steps"] == (1, 20, 20)
+
+
+def test_tensorrt_is_optimised_for_one_image_and_for_the_most_and_rtx_once() -> None:
+    spec = ModelSpec(2, 8, 2, 16, 2, 2, 4, 10, False)
+    (only,) = dimension_profiles("tensorrt-rtx", spec, 16, 20)
+    single, most = dimension_profiles("tensorrt", spec, 16, 20)
+    assert only == most == dimension_ranges(spec, 16, 20)
+    assert (single["batch"], most["batch"]) == ((1, 2, 32), (1, 32, 32))
+    assert (single["images"], most["images"]) == ((1, 1, 16), (1, 16, 16))
+    assert {symbol for symbol in single if single[symbol] != most[symbol]} == {"batch", "B", "images", "N"}
+    assert replace(RECIPE, profiles=((("B", (1, 2, 8)),), (("B", (1, 8, 8)),))).optima == ("B=2", "B=8")

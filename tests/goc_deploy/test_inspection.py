@@ -20,7 +20,18 @@ def with_engines(manifest: Manifest, weights: str, kernels: int | None) -> Manif
     """Pretend that every graph has an engine of so many kernels."""
     paths = [unit.onnx for unit in manifest.graphs()]
     engines = tuple(
-        EngineEntry(f"{TARGET.folder}/{weights}{i}.engine", "k", TARGET, weights, (path,), kernels, 0, 1_500_000)
+        EngineEntry(
+            f"{TARGET.folder}/{weights}{i}.engine",
+            "k",
+            TARGET,
+            weights,
+            (path,),
+            kernels,
+            0,
+            1_500_000,
+            0,
+            ("B=2", "B=4"),
+        )
         for i, path in enumerate(paths)
     )
     files = tuple(FileEntry(engine.path, 2_500_000, "0" * 64) for engine in engines)
@@ -60,7 +71,7 @@ def test_engines_are_shown_with_their_size_and_whether_their_file_is_there(golde
     manifest = with_engines(read_manifest(golden_engine), "embedded", None)
     assert target_folders(manifest) == [TARGET.folder]
     _, rows = engine_rows(golden_engine, manifest, TARGET.folder)
-    assert rows[0] == ["embedded0.engine", "embedded", "1", "2.50", "?", "0", "1.5", "missing"]
+    assert rows[0] == ["embedded0.engine", "embedded", "1", "2.50", "?", "0", "B=2 | B=4", "1.5", "missing"]
     _, units = unit_rows(manifest)
     assert {row[-1] for row in units} == {"1"}
     assert any(row[0].startswith("predict 1*") for row in units)

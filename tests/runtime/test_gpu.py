@@ -16,11 +16,10 @@ from goc_deploy.engine_keys import ENGINE_BACKENDS, WEIGHT_MODES
 from goc_deploy.engines import driver
 from goc_deploy.engines.cuda import cuda_device
 from goc_deploy.engines.plugin import stacking
-from goc_deploy.engines.tensorrt_library import library_from_backend
-from goc_deploy.errors import EnvironmentUnsupportedError
 from goc_deploy.options import EngineOptions
 from goc_deploy.publish import read_manifest
 from tests.conftest import GOLDEN, GOLDEN_PLANS, Command
+from tests.gpus import library_here
 from tests.reference import relative_l2, worst_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
@@ -35,10 +34,7 @@ def built(golden_engine: Path, tmp_path_factory: pytest.TempPathFactory):
     known: dict[tuple[str, str], Path] = {}
 
     def directory(backend: str, weights: str) -> Path:
-        try:
-            library_from_backend(backend)
-        except EnvironmentUnsupportedError as reason:
-            pytest.skip(str(reason))
+        library_here(backend, "fp32")
         if (backend, weights) not in known:
             target = tmp_path_factory.mktemp(f"{backend}-{weights}") / "engine"
             shutil.copytree(golden_engine, target)
@@ -128,10 +124,7 @@ def test_two_sessions_at_once_give_what_one_gives(built, backend: str, weights: 
 def test_narrow_precisions_stay_near_the_golden_trajectory(
     golden: dict[str, np.ndarray], tmp_path: Path, command: Command, backend: str, precision: str
 ) -> None:
-    try:
-        library_from_backend(backend)
-    except EnvironmentUnsupportedError as reason:
-        pytest.skip(str(reason))
+    library_here(backend, precision)
     engine = tmp_path / "engine"
     options = ("--num-heads", 4, "--precision", precision, "--plan", "fora:2+gc:1.2")
     command("goc-export", GOLDEN / "model.pt", "-o", engine, *options)

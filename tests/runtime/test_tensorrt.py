@@ -82,10 +82,14 @@ def test_tensorrt_that_is_not_rtx_runs_without_a_runtime_configuration(
     golden_engine: Path, golden: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     engine = copy_with_engines(golden_engine, tmp_path / "engine", "shared", "tensorrt")
-    pipe, _ = stand_in_pipeline(engine, GRADIENT, library="tensorrt")
+    pipe, tensorrt = stand_in_pipeline(engine, GRADIENT, library="tensorrt")
     found = pipe.generate(golden["labels"], cfg_scale=2.0, latents=golden["noise"])
     assert relative_l2(found.latents, golden["fora_50_gc"][-1]) < 1e-5
     assert found.report["backend"] == "tensorrt"
+    assert set(tensorrt.profiles_used) == {0}
+    tensorrt.profiles_used.clear()
+    pipe.generate([1] * 16)
+    assert tensorrt.profiles_used.count(1) > tensorrt.profiles_used.count(0) > 0  # 0 is all that some engines have
 
 
 def test_stacks_of_the_plugin_follow_the_golden_trajectory(

@@ -9,12 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from goc_deploy.engines import tensorrt_kernels
+from goc_deploy.engines import tensorrt_caches, tensorrt_select
 from goc_deploy.manifest import MANIFEST_NAME
 from goc_deploy.publish import read_manifest
+from tests.stand_ins.device import StandInDevice
 from tests.stand_ins.loading import copy_with_engines, stand_in_pipeline
 
-KERNELS = "engines/tensorrt-rtx-99.1-sm89/kernels-sm89.cache"
+FOLDER = "engines/tensorrt-rtx-99.1-sm89"
+KERNELS = f"{FOLDER}/kernels-a-stand-in-on-host-memory-cuda13.cache"
+
+
+@pytest.fixture(autouse=True)
+def driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_select, "driver_version", lambda: 13)
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +64,28 @@ def test_damaged_kernels_are_compiled_again_and_replaced(
         elif damage == "missing":
             path.unlink()
         else:
-            patched.setattr("tests.stand_ins.tensorrt.RuntimeCache.deserialize", lambda _self, _content: False)
+            patched.setattr("tests.stand_ins.tensorrt_context.RuntimeCache.deserialize", lambda _self, _content: False)
         assert compiled(engine, 1) == first
     assert "compiled kernels are not loaded: " in caplog.text
     assert path.exists()
     assert compiled(engine, 1) == 0
+
+
+def test_gpus_of_one_compute_capability_and_drivers_keep_their_kernels_apart(
+    engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on(gpu: str, driver: int) -> int:
+        monkeypatch.setattr(StandInDevice, "describe", lambda _self: {"device": gpu, "cuda_graphs": True})
+        monkeypatch.setattr(tensorrt_select, "driver_version", lambda: driver)
+        return compiled(engine, 1)
+
+    ways = [("NVIDIA L4", 13), ("NVIDIA L40S", 13), ("NVIDIA L40S", 14)]
+    first = [on(*way) for way in ways]
+    assert min(first) > 0
+    assert [on(*way) for way in ways] == [0, 0, 0]
+    names = {f"kernels-NVIDIA-{name}.cache" for name in ("L4-cuda13", "L40S-cuda13", "L40S-cuda14")}
+    assert {path.name for path in (engine / FOLDER).glob("*.cache")} == names
+    assert {f"{FOLDER}/{name}" for name in names} <= {file.path for file in read_manifest(engine).files}
 
 
 def test_a_directory_that_cannot_be_written_is_run_all_the_same(
@@ -71,9 +95,9 @@ def test_a_directory_that_cannot_be_written_is_run_all_the_same(
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
     caplog.set_level("INFO")
-    monkeypatch.setattr(tensorrt_kernels, "replacing", read_only)
+    monkeypatch.setattr(tensorrt_caches, "replacing", read_only)
     assert compiled(engine, 1) == compiled(engine, 1) > 0
-    assert "compiled kernels are not kept: keeping compiled kernels in" in caplog.text
+    assert f"compiled kernels are not kept: keeping {KERNELS} in" in caplog.text
     assert "Read-only file system" in caplog.text
 
 

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from goc_deploy.engines.cuda import CudaDevice
+from goc_deploy.engines.cuda import CudaDevice, CudaStream
 from goc_deploy.engines.driver import Driver
 from tests.stand_ins.driver import StandInDriver
+
+
+class StandInStream(CudaStream):
+    """A stream that hands over what is queued when a thread no longer holds it."""
+
+    _depth = 0
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        with super().held():
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                if not self._depth:
+                    self._device.gpu.streams[self.handle].hand_over()
 
 
 class StandInDevice(CudaDevice):
@@ -16,6 +35,9 @@ class StandInDevice(CudaDevice):
         self.gpu = StandInDriver(capacity)
         super().__init__(Driver(self.gpu), 0, graphs=graphs)
         self.enter()
+
+    def stream(self, *, graphs: bool = True) -> StandInStream:
+        return StandInStream(self, graphs=graphs and self.graphs)
 
     def _cubin(self) -> bytes:
         """The stand-in needs no machine code: it has the kernels for the host."""

@@ -56,12 +56,13 @@ class SimulatedStream:
         self.driver, self.handle = driver, handle
         self.pending: list[Work] = []
         self.graph: list[Work] | None = None
+        self._handed_over = 0  # how many of what is pending belong to nobody any more
 
     def __int__(self) -> int:
         return self.handle
 
     def put(self, work: Work) -> None:
-        if any(waiting.thread != work.thread for waiting in self.pending):
+        if any(waiting.thread != work.thread for waiting in self.pending[self._handed_over :]):
             raise Fault(f"{work.name}: put on a stream that another thread uses")
         if self.graph is not None:
             self.graph.append(work)
@@ -69,10 +70,15 @@ class SimulatedStream:
         self.driver.check_race(self, work)
         self.pending.append(work)
 
+    def hand_over(self) -> None:
+        """The thread that holds the stream lets another one go on behind what is queued."""
+        self._handed_over = len(self.pending)
+
     def wait(self) -> None:
         while self.pending:
             self.driver.perform(self.pending[0])
             self.pending.pop(0)
+            self._handed_over = max(0, self._handed_over - 1)
 
 
 class StandInDriver:

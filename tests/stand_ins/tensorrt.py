@@ -7,8 +7,8 @@ engine file is the graph behind the first bytes of a real one. It keeps the rule
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from enum import Enum
+import json
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,72 +22,28 @@ from goc_deploy.engines import tensorrt_store as store
 from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.engines.plugin.stacking import STACK
 from goc_deploy.engines.tensorrt_build import BuildReport
+from goc_deploy.engines.tensorrt_jobs import graph_of_job, wanted_engines
 from goc_deploy.engines.tensorrt_library import Library, this_platform
 from goc_deploy.manifest import Manifest
 from goc_deploy.options import EngineOptions, Progress
-from goc_deploy.protocols import ALIGNMENT
 from goc_deploy.publish import read_manifest
 from tests.stand_ins.device import StandInDevice
-from tests.stand_ins.driver import Work
-from tests.stand_ins.kernels import Fault, Span
+from tests.stand_ins.tensorrt_context import (
+    ComputeCapability,
+    Context,
+    DynamicShapesKernelSpecializationStrategy,
+    ExecutionContextAllocationStrategy,
+    ILogger,
+    RuntimeConfig,
+    Severity,
+    TensorIOMode,
+)
 
 SCRATCH_BYTES_PER_NODE = 96
+PROFILES = "optimisation profiles"  # among the properties of the graph
 _NAMES = {1: "FLOAT", 7: "INT64", 10: "HALF", 16: "BF16"}
 _NUMPY = {"FLOAT": np.float32, "INT64": np.int64, "HALF": np.float16}
 _ELEMENTWISE = {"Add", "Mul", "Cast", "CastLike", "Split", "Reshape", "Identity"}
-
-
-class Severity(Enum):
-    INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
-
-
-class ILogger:
-    Severity = Severity
-
-    def log(self, severity: Severity, text: str) -> None: ...
-
-
-class TensorIOMode(Enum):
-    INPUT, OUTPUT = 1, 2
-
-
-class ExecutionContextAllocationStrategy(Enum):
-    STATIC, ON_PROFILE_CHANGE, USER_MANAGED = range(3)
-
-
-class DynamicShapesKernelSpecializationStrategy(Enum):
-    LAZY, EAGER, NONE = range(3)
-
-
-class RuntimeCache:
-    """Which kernels were compiled, as a text: an engine and its shapes stand for the kernels."""
-
-    def __init__(self) -> None:
-        self.kernels: set[str] = set()
-
-    def deserialize(self, content: bytes) -> bool:
-        sound = content.startswith(b"kernels")
-        self.kernels.update(content.decode().splitlines()[1:] if sound else ())
-        return sound
-
-    def serialize(self) -> bytes:
-        return "\n".join(["kernels", *sorted(self.kernels)]).encode()
-
-
-class RuntimeConfig:
-    dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
-    strategy = ExecutionContextAllocationStrategy.STATIC
-    cache: RuntimeCache | None = None
-
-    def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
-        self.strategy = strategy
-
-    def create_runtime_cache(self) -> RuntimeCache:
-        return RuntimeCache()
-
-    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
-        self.cache = cache
-        return True
 
 
 class Empty:
@@ -96,112 +52,12 @@ class Empty:
     def __init__(self, *_: Any) -> None: ...
 
 
-class Context:
-    """See ``IExecutionContext``."""
-
-    def __init__(
-        self, engine: Engine, strategy: ExecutionContextAllocationStrategy, cache: RuntimeCache | None = None
-    ) -> None:
-        engine.device.forbid_in_capture("make an execution context")
-        assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED
-        self._engine, self._device, self._cache = engine, engine.device, cache
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._addresses: dict[str, int] = {}
-        self._scratch: Span | None = None
-        self._warm = self._captured = False
-
-    def set_device_memory(self, memory: int, size: int) -> None:
-        if memory % ALIGNMENT or size < self._engine.device_memory_size_v2:
-            raise Fault(f"{size} bytes of scratch memory at {memory} do not serve {self._engine.name}")
-        self._scratch = Span(memory, self._engine.device_memory_size_v2)
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        if self._captured:
-            raise Fault(f"{self._engine.name}: a graph was captured with the shapes of this context, which now change")
-        declared = self._engine.shapes[name]
-        if len(declared) != len(shape) or any(d not in (None, s) for d, s in zip(declared, shape, strict=True)):
-            self._engine.logger.log(Severity.ERROR, f"{name} is {declared}, not {list(shape)}")
-            return False
-        self._shapes[name], self._warm = tuple(shape), False
-        return True
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name] if name in self._engine.inputs else self._engine.output_shapes(self._shapes)[name]
-
-    def set_tensor_address(self, name: str, memory: int) -> bool:
-        if memory % ALIGNMENT:
-            raise Fault(f"{self._engine.name}: {name} lies at {memory}, which is no multiple of {ALIGNMENT}")
-        if name not in self._engine.dtypes:
-            return False
-        self._addresses[name] = memory
-        return True
-
-    def execute_async_v3(self, handle: int) -> bool:
-        engine, stream = self._engine, self._device.stream_of(handle)
-        missing = sorted(engine.dtypes.keys() - self._addresses.keys())
-        if missing:
-            raise Fault(f"{engine.name}: {missing[0]} has no address")
-        if engine.device_memory_size_v2 and self._scratch is None:
-            raise Fault(f"{engine.name} runs without scratch memory")
-        if stream.graph is not None:
-            self._captured = True
-            if not self._warm:
-                raise Fault(f"{engine.name} is captured before it ran once with these shapes")
-        if not self._warm:
-            self._compile()
-        self._warm = True
-        reads = {name: self._span(name) for name in engine.inputs}
-        writes = {name: self._span(name) for name in engine.outputs}
-        self._check_overlaps(reads, writes)
-        engine.calls.append((engine.name, {name: span.start for name, span in {**reads, **writes}.items()}))
-        scratch, device, shapes = self._scratch, self._device, dict(self._shapes)
-
-        def run() -> None:
-            feeds = {
-                name: device.bytes_at(span, name).view(engine.dtypes[name]).reshape(shapes[name]).copy()
-                for name, span in reads.items()
-            }
-            if scratch is not None:
-                device.poison(scratch, "scratch memory")
-            for name, values in engine.run(feeds).items():
-                device.bytes_at(writes[name], name)[:] = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-
-        stream.put(Work(engine.name, reads, writes, run))
-        return True
-
-    def _compile(self) -> None:
-        kernels = f"{self._engine.digest} {sorted(self._shapes.items())}"
-        if not self._cache or kernels not in self._cache.kernels:
-            self._engine.compiled.append(kernels)
-        if self._cache:
-            self._cache.kernels.add(kernels)
-
-    def _span(self, name: str) -> Span:
-        shape = self.get_tensor_shape(name)
-        nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(self._engine.dtypes[name]).itemsize
-        return Span(self._addresses[name], nbytes)
-
-    def _check_overlaps(self, reads: Mapping[str, Span], writes: Mapping[str, Span]) -> None:
-        name, placed = self._engine.name, list(writes.items())
-        for i, (one, span) in enumerate(placed):
-            for other, earlier in placed[:i]:
-                if span.overlaps(earlier):
-                    raise Fault(f"{name} writes {one} and {other} to the same memory")
-            for other, read in reads.items():
-                if span.overlaps(read) and not (span == read and self._engine.elementwise):
-                    raise Fault(f"{name} writes {one} over {other}, which it reads")
-            if self._scratch is not None and span.overlaps(self._scratch):
-                raise Fault(f"{name} writes {one} into scratch memory")
-        for other, read in reads.items():
-            if self._scratch is not None and read.overlaps(self._scratch):
-                raise Fault(f"{name} reads {other} from scratch memory")
-
-
 class Engine:
     """See ``ICudaEngine``."""
 
     def __init__(self, tensorrt: StandInTensorrt, logger: Any, model: onnx.ModelProto, number: int) -> None:
         self.device, self.calls, self.logger, self.is_rtx = tensorrt.device, tensorrt.calls, logger, tensorrt.is_rtx
+        self.refuses = tensorrt.refuses
         self.compiled, self.digest = tensorrt.compiled, sha256(model.SerializeToString(deterministic=True)).hexdigest()
         graph = model.graph
         held = {initializer.name for initializer in graph.initializer}
@@ -215,6 +71,9 @@ class Engine:
         self.elementwise = all(op in _ELEMENTWISE or op.startswith("GocCache") for op in ops)
         self.stack = graph.node[0] if ops == {STACK} else None
         self._session = None if self.stack else OrtBackend().load(memoryview(model.SerializeToString()), {})._session
+        told = {entry.key: entry.value for entry in model.metadata_props}
+        self._profiles = json.loads(told.get(PROFILES, "[{}]"))
+        self.num_optimization_profiles, self.profiles_used = len(self._profiles), tensorrt.profiles_used
         self._known_shapes: dict[tuple[Any, ...], dict[str, tuple[int, ...]]] = {}
         self.device_memory_size_v2 = 0 if self.elementwise else SCRATCH_BYTES_PER_NODE * len(graph.node)
         self.num_io_tensors = len(types)
@@ -228,10 +87,22 @@ class Engine:
     def get_tensor_dtype(self, name: str) -> SimpleNamespace:
         return SimpleNamespace(name=self._types[name])
 
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(-1 if size is None else size for size in self.shapes[name])
+
+    def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
+        """Without profiles in the file, as tests write it, every size is in range."""
+        known = self._profiles[index].get(name)
+        shape = self.get_tensor_shape(name)
+        low, usual, high = (tuple(size if s == -1 else s for s in shape) for size in (1, 1, 2**31))
+        return [tuple(sizes) for sizes in known] if known else [low, usual, high]
+
     def create_runtime_config(self) -> RuntimeConfig:
         return RuntimeConfig()
 
-    def create_execution_context(self, how: ExecutionContextAllocationStrategy | RuntimeConfig) -> Context:
+    def create_execution_context(self, how: ExecutionContextAllocationStrategy | RuntimeConfig) -> Context | None:
+        if self.refuses("create_execution_context", self.logger):
+            return None
         if not isinstance(how, RuntimeConfig):
             assert not self.is_rtx
             return Context(self, how)
@@ -267,6 +138,13 @@ class Engine:
         return {n: v.astype(dtype) for n, v in zip(self.stack.output, [x, *stored], strict=True)}
 
 
+def with_profiles(graph: bytes, profiles: Sequence[Mapping[str, Any]]) -> bytes:
+    """A graph that says which optimisation profiles its engine has."""
+    model = onnx.load_model_from_string(graph)
+    onnx.helper.set_model_props(model, {PROFILES: json.dumps(profiles)})
+    return bytes(model.SerializeToString(deterministic=True))
+
+
 class StandInTensorrt:
     """The module. ``calls`` lists every run in order, with the addresses of its tensors; ``compiled`` what RTX compiled."""
 
@@ -288,10 +166,19 @@ class StandInTensorrt:
         self.__name__ = f"stand_in_{id(self)}"
         self.calls: list[tuple[str, dict[str, int]]] = []
         self.compiled: list[str] = []
+        self.profiles_used: list[int | None] = []
         self.registered: list[str] = []
+        self.failures: dict[str, list[tuple[Severity, str]]] = {}
         self._engines = 0
         if self.is_rtx:
+            self.ComputeCapability = ComputeCapability
             self.DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
+
+    def refuses(self, call: str, logger: Any) -> bool:
+        """Whether a test lets a call fail, which then logs what the test says."""
+        for severity, text in self.failures.get(call, ()):
+            logger.log(severity, text)
+        return call in self.failures
 
     @property
     def library(self) -> Library:
@@ -303,6 +190,8 @@ class StandInTensorrt:
     def Runtime(self, logger: Any) -> SimpleNamespace:
         def deserialize_cuda_engine(content: memoryview) -> Engine | None:
             self.device.forbid_in_capture("load an engine")
+            if self.refuses("deserialize_cuda_engine", logger):
+                return None
             model = onnx.load_model_from_string(bytes(content).removeprefix(self._magic))
             if any(node.op_type == STACK for node in model.graph.node) and STACK not in self.registered:
                 logger.log(Severity.ERROR, f"plugin {STACK} is not registered")
@@ -321,10 +210,10 @@ class StandInTensorrt:
         manifest = latest = read_manifest(directory)
         target = Target(options.backend, self.__version__, this_platform(), options.capabilities)
         (directory / "engines").mkdir(exist_ok=True)
-        jobs = store.wanted_engines(directory, manifest, target, options)
+        jobs = wanted_engines(directory, manifest, target, options)
         missing = [job for job in jobs if not store.is_there(directory, manifest, job)]
         for job in missing:
-            engine = self._magic + store._graph(directory, manifest, job)
+            engine = self._magic + with_profiles(graph_of_job(directory, manifest, job), job.profiles)
             report = BuildReport(
                 kernels=self.kernels, plugin_layers=int(job.recipe.plugin_sha256 is not None), activation_bytes=4096
             )

@@ -20,15 +20,14 @@ from goc_deploy.engines.plugin.kernel import (
     parameters_from_addresses,
 )
 from goc_deploy.engines.plugin.registration import register_plugin
-from goc_deploy.engines.tensorrt_library import library_from_backend
 from goc_deploy.engines.tensorrt_store import build_engines, read_engine
-from goc_deploy.errors import EnvironmentUnsupportedError
 from goc_deploy.exporters.cache_update import predict_graph
 from goc_deploy.options import EngineOptions, no_progress
 from goc_deploy.publish import read_manifest
 from tests.conftest import GOLDEN, Command
 from tests.engines.directories import with_graph
 from tests.engines.plugin.arrays import Case, assert_close, random_case
+from tests.gpus import library_here
 
 pytestmark = pytest.mark.gpu
 
@@ -94,10 +93,7 @@ def test_the_most_units_fit_into_a_launch() -> None:
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
 @pytest.mark.parametrize("weights", ["embedded", "shared"])
 def test_engines_build_for_this_gpu_and_load(backend: str, weights: str, tmp_path: Path, command: Command) -> None:
-    try:
-        library = library_from_backend(backend)
-    except EnvironmentUnsupportedError as reason:
-        pytest.skip(str(reason))
+    library = library_here(backend, "fp16")
     engine, plans = tmp_path / "engine", ("--plan", "none", "--plan", "fora:2+gc:1.2")
     command("goc-export", GOLDEN / "model.pt", "-o", engine, "--num-heads", 4, "--precision", "fp16", *plans)
     manifest = read_manifest(engine)
