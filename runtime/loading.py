@@ -86,14 +86,14 @@ def _text_encoder(directory: Path, manifest: Manifest, engines: Engines, backend
         return None
     entry = next(file for file in manifest.files if file.path == manifest.text.tokenizer)
     tokenizer = bytes(read_verified(directory, entry))
-    return TextEncoder(engines.units["text_encoder"], backend, tokenizer, manifest.model, manifest.text)
+    most = 2 * manifest.max_batch  # that TensorRT engines are built for
+    return TextEncoder(engines.units["text_encoder"], backend, tokenizer, manifest.model, manifest.text, most)
 
 
 def _decoder(manifest: Manifest, engines: Engines, backend: Backend) -> LatentDecoder | None:
     if manifest.decoder is None:
         return None
-    spec = manifest.model
-    return LatentDecoder(engines.units["decoder"], backend, manifest.decoder, (spec.channels, spec.side, spec.side))
+    return LatentDecoder(engines.units["decoder"], backend, manifest.decoder, manifest.model)
 
 
 def load_stepper(directory: Path, backend: Backend, table: SamplerTable, images: int) -> Stepper:

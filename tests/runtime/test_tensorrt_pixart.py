@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import goc_deploy
 from goc_deploy.captions import prompt_embeds_from_arrays
 from goc_deploy.engine_keys import WEIGHT_MODES
+from goc_deploy.exporters.vae import VaeDecoder, vae_config
+from tests.exporters.test_vae import CONFIG as VAE
+from tests.exporters.test_vae import WEIGHTS as VAE_WEIGHTS
 from tests.pixart_reference import SPEC as TINY
 from tests.pixart_reference import random_state
 from tests.reference import relative_l2
 from tests.stand_ins.loading import copy_with_engines, stand_in_pipeline
+from tests.t5_folder import save_encoder
 
 PLAN = "fora:2+gc:1.0"
 SPEC = replace(TINY, hidden=64, heads=4, mlp_hidden=128, told_size=0)  # so wide that every address is aligned
@@ -25,7 +32,13 @@ SPEC = replace(TINY, hidden=64, heads=4, mlp_hidden=128, told_size=0)  # so wide
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pixart")
     torch.save({"state_dict": random_state(SPEC)}, folder / "model.pth")
-    more = {"num_heads": 4, "sampler": "dpm++", "steps": 6, "max_batch": 2}
+    (folder / "vae").mkdir()
+    (folder / "vae" / "config.json").write_text(json.dumps(VAE))
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        save_file(VaeDecoder(vae_config(VAE, "")).state_dict(), folder / "vae" / VAE_WEIGHTS)
+    companions = {"text_encoder": save_encoder(folder / "t5"), "vae": folder / "vae", "vae_tile": 6}
+    more = {"num_heads": 4, "sampler": "dpm++", "steps": 6, "max_batch": 2, **companions}
     goc_deploy.export(folder / "model.pth", folder / "engine", plans=[PLAN], **more)
     return folder / "engine"
 
@@ -47,3 +60,25 @@ def test_captions_are_drawn_as_on_onnx_runtime(engine: Path, tmp_path: Path, wei
             found, expected = (one.generate(labels, **request).latents for one in (pipe, judge))
             assert relative_l2(found, expected) < 1e-5
     assert pipe.plan.segment_signatures == (("w*6",) if segments else ())
+
+
+def test_threads_encode_decode_and_sample_at_once(engine: Path, tmp_path: Path) -> None:
+    """Each on its own stream: on one that is shared the stand-in refuses the second thread."""
+    pytest.importorskip("tokenizers", reason="tokenizers comes with the text extra")
+    directory = copy_with_engines(engine, tmp_path / "engine", "shared")
+    pipe, _ = stand_in_pipeline(directory, PLAN, sessions=2, capacity=2**32)
+    prompts = [["a red three", "the blue seven"], ["seven", "three"], ["a blue a"], ["the red the"]]
+
+    def drawn(index: int) -> tuple[np.ndarray, np.ndarray]:
+        result = pipe.generate(prompts=prompts[index], negative_prompts=[f"a {index}"], seed=index)
+        assert result.images is not None
+        return result.latents, result.images
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(drawn, range(4)))
+    with goc_deploy.load(engine, backend="onnxruntime", plan=PLAN) as judge:
+        for index, (latents, images) in enumerate(found):
+            expected = judge.generate(prompts=prompts[index], negative_prompts=[f"a {index}"], seed=index)
+            assert relative_l2(latents, expected.latents) < 1e-5
+            assert expected.images is not None
+            assert np.abs(images.astype(int) - expected.images).max() <= 1
