@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from goc_deploy.engines.host import HostDevice, host_array
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, UsageError
-from goc_deploy.protocols import NOTHING, Buffer, Device, Footprint, Launch, Stream
+from goc_deploy.protocols import NOTHING, Buffer, Device, Engine, Footprint, Launch, Stream
 
 logger = logging.getLogger(__name__)
 
@@ -212,6 +212,18 @@ class OrtBackend:
         placed = self.allocate(buffer.shape, buffer.dtype)
         self.upload(host_array(buffer), placed)
         return placed
+
+    def check_replaceable(self, engine: Engine, weights: Set[str]) -> None:
+        """Nothing to check: graphs are loaded again."""
+
+    def replace_weights(
+        self,
+        engine: Engine,  # noqa: ARG002
+        initializers: Mapping[str, Buffer],  # noqa: ARG002
+        inputs: Mapping[str, Buffer],  # noqa: ARG002
+    ) -> bool:
+        """Not done: ONNX Runtime packs weights when it loads a graph."""
+        return False
 
     def keep_compiled(self) -> None:
         """Nothing: ONNX Runtime compiles nothing."""

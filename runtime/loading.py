@@ -27,6 +27,7 @@ from goc_deploy.runtime.calibrator import EngineCalibrator
 from goc_deploy.runtime.decoder import LatentDecoder
 from goc_deploy.runtime.pipeline import Attached, Pipeline
 from goc_deploy.runtime.stepper import Stepper
+from goc_deploy.runtime.weights import Weights
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.text import TextEncoder
 
@@ -203,7 +204,8 @@ def load_engines(
     if manifest.captions:
         stored = captions_from_bytes(content[manifest.captions], manifest.model, f"{directory / manifest.captions}")
     memory.return_free_pages(content.values())
-    return Engines(units, predict, stored, segments)
+    weights_and_graphs = {path: content[path] for path in content if path != manifest.captions}
+    return Engines(units, predict, stored, segments, Weights(manifest, weights_and_graphs))
 
 
 def _listed(directory: Path, graphs: Mapping[str, str], signatures: Iterable[str]) -> list[str]:

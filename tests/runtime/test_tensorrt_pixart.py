@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import goc_deploy
-from goc_deploy.captions import prompt_embeds_from_arrays
+from goc_deploy.captions import PromptEmbeds, prompt_embeds_from_arrays
 from goc_deploy.engine_keys import WEIGHT_MODES
 from goc_deploy.exporters.vae import VaeDecoder, vae_config
 from tests.exporters.test_vae import CONFIG as VAE
@@ -43,16 +43,20 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "engine"
 
 
-@pytest.mark.parametrize("segments", [True, False])
-@pytest.mark.parametrize("weights", WEIGHT_MODES)
-def test_captions_are_drawn_as_on_onnx_runtime(engine: Path, tmp_path: Path, weights: str, segments: bool) -> None:
+def given_captions() -> PromptEmbeds:
+    """Two captions and one to draw away from."""
     generator, shape = np.random.default_rng(1), (3, SPEC.caption_tokens, SPEC.caption_channels)
     embeds = generator.standard_normal(shape).astype(np.float32)
     mask = (np.arange(SPEC.caption_tokens) < np.array([[3], [7], [2]])).astype(np.int64)
     names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
-    captions = prompt_embeds_from_arrays(
-        dict(zip(names, (embeds[:2], mask[:2], embeds[2:], mask[2:]), strict=True)), SPEC, "given"
-    )
+    arrays = dict(zip(names, (embeds[:2], mask[:2], embeds[2:], mask[2:]), strict=True))
+    return prompt_embeds_from_arrays(arrays, SPEC, "given")
+
+
+@pytest.mark.parametrize("segments", [True, False])
+@pytest.mark.parametrize("weights", WEIGHT_MODES)
+def test_captions_are_drawn_as_on_onnx_runtime(engine: Path, tmp_path: Path, weights: str, segments: bool) -> None:
+    captions = given_captions()
     pipe, _ = stand_in_pipeline(copy_with_engines(engine, tmp_path / "engine", weights, segments=segments), PLAN)
     with goc_deploy.load(engine, backend="onnxruntime") as judge:
         for labels in ([0, 1], [1], [0, 1], [1]):  # launched, then replayed
@@ -82,3 +86,26 @@ def test_threads_encode_decode_and_sample_at_once(engine: Path, tmp_path: Path) 
             assert relative_l2(latents, expected.latents) < 1e-5
             assert expected.images is not None
             assert np.abs(images.astype(int) - expected.images).max() <= 1
+
+
+def test_weights_of_a_fine_tune_are_loaded_beside_the_text_encoder_and_the_decoder(
+    engine: Path, tmp_path: Path
+) -> None:
+    """Its export has neither, and no captions that stand for labels."""
+    torch.save({"state_dict": random_state(SPEC, 7)}, tmp_path / "tuned.pth")
+    more = {"num_heads": 4, "sampler": "dpm++", "steps": 6, "max_batch": 2}
+    goc_deploy.export(tmp_path / "tuned.pth", tmp_path / "tuned", plans=[PLAN], **more)
+    request = {"captions": given_captions(), "seed": 2}
+    with goc_deploy.load(tmp_path / "tuned", backend="onnxruntime", plan=PLAN) as judge:
+        expected = judge.generate([0, 1], **request).latents
+    on_cpu = goc_deploy.load(engine, backend="onnxruntime", plan=PLAN)
+    on_gpu, _ = stand_in_pipeline(copy_with_engines(engine, tmp_path / "engine", "shared"), PLAN)
+    for pipe in (on_cpu, on_gpu):
+        before = pipe.generate([0], seed=1)
+        pipe.load_weights(tmp_path / "tuned")
+        assert relative_l2(pipe.generate([0, 1], **request).latents, expected) < 1e-5
+        after = pipe.generate([0], seed=1)
+        assert relative_l2(after.latents, before.latents) > 1e-3
+        assert after.images is not None
+        pipe.load_weights(engine)
+        np.testing.assert_array_equal(pipe.generate([0], seed=1).latents, before.latents)
