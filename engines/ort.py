@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from functools import partial
 from typing import Any
 
@@ -235,6 +235,18 @@ class OrtBackend:
             return self.runtime.InferenceSession(bytes(onnx), options, providers=[(self._provider_name, provider)])
         except Exception as cause:
             raise error_from_ort(cause, LOADING, self.provider) from cause
+
+    def check_replaceable(self, engine: Engine, weights: Set[str]) -> None:
+        """Nothing to check: graphs are loaded again."""
+
+    def replace_weights(
+        self,
+        engine: Engine,  # noqa: ARG002
+        initializers: Mapping[str, Buffer],  # noqa: ARG002
+        inputs: Mapping[str, Buffer],  # noqa: ARG002
+    ) -> bool:
+        """Not done: ONNX Runtime packs weights when it loads a graph."""
+        return False
 
     def keep_compiled(self) -> None:
         """Nothing: ONNX Runtime compiles nothing."""

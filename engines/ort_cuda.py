@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
@@ -115,7 +116,8 @@ class OrtCudaBackend(OrtBackend):
         self._stream = device.stream(
             graphs=False
         )  # what ONNX Runtime 1.31 does in a run must not be captured by others
-        self._cuda, self._weight_bytes, self._graphless = device, 0, 0
+        self._cuda, self._graphless = device, 0
+        self._weight_bytes: WeakKeyDictionary[OrtCudaEngine, int] = WeakKeyDictionary()
         self._kernels = device.kernels
         self._load_libraries()
         if shared_pool:
@@ -172,18 +174,23 @@ class OrtCudaBackend(OrtBackend):
             return session
 
         placed = {name: self._placed(buffer) for name, buffer in inputs.items()}
-        self._weight_bytes += sum(buffer.nbytes for buffer in (*initializers.values(), *inputs.values()))
+        nbytes = sum(buffer.nbytes for buffer in (*initializers.values(), *inputs.values()))
+        session, graphs = self._made(made)
+        engine = OrtCudaEngine(session, placed, self._cuda.index, partial(made, graphs=False) if graphs else None)
+        self._weight_bytes[engine] = nbytes
+        return engine
+
+    def _made(self, made: Callable[..., Any]) -> tuple[Any, bool]:
+        """A session, and whether it has CUDA graphs."""
         if self._cuda.graphs:
             try:
-                session = made(graphs=True)
+                return made(graphs=True), True
             except ResourceError:
                 raise
             except Exception as reason:
                 self._graphless += 1
                 logger.info("a session has no CUDA graph: %s", reason)
-            else:
-                return OrtCudaEngine(session, placed, self._cuda.index, lambda: made(graphs=False))
-        return OrtCudaEngine(made(graphs=False), placed, self._cuda.index, None)
+        return made(graphs=False), False
 
     def _provider_options(self, *, graphs: bool) -> dict[str, str]:
         return {
@@ -205,6 +212,6 @@ class OrtCudaBackend(OrtBackend):
         """What `OrtBackend.describe` says, the weights, and how many sessions have no CUDA graph."""
         return {
             **super().describe(),
-            "weight_bytes": self._weight_bytes,
+            "weight_bytes": sum(self._weight_bytes.values()),
             "sessions_without_graph": self._graphless,
         }

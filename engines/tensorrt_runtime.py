@@ -17,9 +17,14 @@ from goc_deploy.engines.tensorrt_engine import Lane, StoredEngine, TensorrtEngin
 from goc_deploy.engines.tensorrt_kernels import KernelCache
 from goc_deploy.engines.tensorrt_library import Library, message_log
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, GocError, ResourceError
-from goc_deploy.protocols import DTYPE_BYTES, NOTHING, Buffer, Device, Footprint, Stream
+from goc_deploy.protocols import DTYPE_BYTES, NOTHING, Buffer, Device, Engine, Footprint, Stream
 
 KEPT_MESSAGES = 100
+
+
+def _place(source: Buffer) -> tuple[Any, ...]:
+    """By which engines find that they read the same weight."""
+    return (source.pointer, source.shape, source.dtype)
 
 
 class TensorrtBackend:
@@ -110,12 +115,39 @@ class TensorrtBackend:
 
     def _uploaded(self, source: Buffer) -> Weight:
         """A weight on the device, uploaded unless another engine reads it."""
-        key = (source.pointer, source.shape, source.dtype)
-        weight = self._weights.get(key)
+        weight = self._weights.get(_place(source))
         if weight is None:
-            weight = self._weights[key] = Weight(source, self.allocate(source.shape, source.dtype))
+            weight = self._weights[_place(source)] = Weight(source, self.allocate(source.shape, source.dtype))
             self.own_stream.upload(host_array(source), weight.buffer)
         return weight
+
+    def check_replaceable(self, engine: Engine, weights: Set[str]) -> None:
+        """Check that an engine reads its weights at addresses.
+
+        Raises:
+            EnvironmentUnsupportedError: it was built with them inside.
+        """
+        assert isinstance(engine, TensorrtEngine)
+        if weights - engine.inputs:
+            raise EnvironmentUnsupportedError(
+                f"these engines of {self.name} hold their weights, which cannot be exchanged; build engines with "
+                "--engine-weights shared and load again"
+            )
+
+    def replace_weights(self, engine: Engine, initializers: Mapping[str, Buffer], inputs: Mapping[str, Buffer]) -> bool:
+        """Upload other values to where engines read them; an engine that shares a weight with another finds it done."""
+        assert isinstance(engine, TensorrtEngine)
+        given = {**initializers, **inputs}
+        with self.own_stream.held(), self._lock:
+            for name, source in given.items():
+                weight = engine.weights[name]
+                if weight.source.pointer != source.pointer:
+                    self._weights.pop(_place(weight.source), None)
+                    self._weights[_place(source)] = weight
+                    weight.source = source  # before the upload: if that fails, the former values must be uploaded again
+                    self.own_stream.upload(host_array(source), weight.buffer)
+            self.own_stream.wait()
+        return True
 
     def _deserialized(self, stored: StoredEngine) -> Any:
         if stored.name not in self._loaded:

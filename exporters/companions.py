@@ -118,4 +118,5 @@ def _write_text_encoder(
     (writer.stage / tokenizer).write_bytes(found.tokenizer)
     text = TextSpec(tokenizer, config.vocabulary, config.eos, config.pad)
     manifest = replace(manifest, units=(*manifest.units, unit), text=text)
-    return manifest, TextEncoder(writer.loaded(unit), writer.backend, found.tokenizer, spec, text)
+    most = 2 * manifest.max_batch
+    return manifest, TextEncoder(writer.loaded(unit), writer.backend, found.tokenizer, spec, text, most)

@@ -26,7 +26,7 @@ from goc_deploy.exporters.architecture import (
     shapes_of,
     sizes_from_tensors,
 )
-from goc_deploy.exporters.dit import Attention, DiT, LabelEmbed, Mlp, PatchEmbed, TimestepEmbed, modulate, unpatchify
+from goc_deploy.exporters.dit import Attention, DiT, LabelEmbed, Mlp, TimestepEmbed, modulate, unpatchify
 from goc_deploy.exporters.dit_diffusers import spec_from_config, state_from_diffusers
 from goc_deploy.exporters.folders import is_transformer
 from goc_deploy.exporters.units import DTYPES, Input, Slab, UnitKind
@@ -112,17 +112,41 @@ class ConditioningUnit(nn.Module):
         return table.reshape(steps, rows, self.rows, hidden).transpose(1, 2)  # (S, M, R, D)
 
 
+class PatchRows(nn.Module):
+    """`PatchEmbed` as one matrix product; a checkpoint's kernel (D, C, p, p) is its matrix (D, C*p*p) as it lies there."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.proj = nn.Linear(spec.channels * spec.patch**2, spec.hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        side, p, channels = self.spec.grid, self.spec.patch, self.spec.channels
+        patches = x.reshape(-1, channels, side, p, side, p).permute(0, 2, 4, 1, 3, 5)  # (N, h, w, C, p, p)
+        return self.proj(patches.reshape(-1, channels * p * p)).reshape(-1, side * side, self.spec.hidden)  # (N, T, D)
+
+
 class EmbedUnit(nn.Module):
     """Latents to tokens, once per image, then copied to the rows of the batch."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.x_embedder = PatchEmbed(spec)
+        self.spec = spec
+        self.x_embedder = PatchRows(
+            spec
+        )  # no convolution, which ONNX Runtime's CUDA provider lacks in bf16 at opset 20
         self.pos_embed = nn.Parameter(torch.empty(1, spec.tokens, spec.hidden), requires_grad=False)
 
     def forward(self, latents: Tensor, rows: Tensor) -> Tensor:
         tokens = self.x_embedder(latents.to(self.pos_embed.dtype)) + self.pos_embed  # (N, T, D)
         return tokens.index_select(0, rows)  # (B, T, D)
+
+    def reference(self, latents: Tensor, rows: Tensor) -> Tensor:
+        """The same as the PyTorch model computes it."""
+        layer, p = self.x_embedder.proj, self.spec.patch
+        kernel = layer.weight.reshape(-1, self.spec.channels, p, p)
+        tokens = nn.functional.conv2d(latents, kernel, layer.bias, stride=p).flatten(2).transpose(1, 2)
+        return (tokens + self.pos_embed).index_select(0, rows)
 
 
 def add_gated(x: Tensor, gate: Tensor, feature: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from goc_deploy.exporters.architecture import (
     shapes_of,
     sizes_from_tensors,
 )
-from goc_deploy.exporters.dit import TIMESTEP_FREQUENCIES, Attention, Mlp, TimestepEmbed, timestep_features
+from goc_deploy.exporters.dit import TIMESTEP_FREQUENCIES, Attention, Mlp, PatchEmbed, TimestepEmbed, timestep_features
 from goc_deploy.exporters.dit_units import (
     GATE_ATTN,
     GATE_MLP,
@@ -242,7 +242,7 @@ class PublicLayout(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         embed, conditioning = EmbedUnit(spec), ConditioningUnit(spec)
-        self.x_embedder, self.pos_embed = embed.x_embedder, embed.pos_embed
+        self.x_embedder, self.pos_embed = PatchEmbed(spec), embed.pos_embed
         self.t_embedder = conditioning.t_embedder
         self.t_block = nn.Sequential(nn.SiLU(), conditioning.t_block)
         if spec.told_size:

@@ -23,7 +23,7 @@ from goc_deploy.errors import ModelError
 from goc_deploy.exporters.architecture import Examples, check_shapes, empty_module, same_names, shapes_of
 from goc_deploy.exporters.checkpoint import Checkpoint
 from goc_deploy.exporters.folders import CONFIG, PIPELINE_CONFIG, Settings, read_json, read_weights
-from goc_deploy.exporters.units import UnitKind
+from goc_deploy.exporters.units import Input, UnitKind
 from goc_deploy.spec import DecoderSpec, ModelSpec
 
 DECODER = "decoder"  # name of the unit
@@ -175,13 +175,14 @@ def decoder_spec(config: VaeConfig, spec: ModelSpec, largest_tile: int) -> Decod
 
 
 def decoder_kind(config: VaeConfig, spec: ModelSpec, decoder: DecoderSpec) -> UnitKind:
-    """The graph: one tile of latents (1, C, t, t) float32 to pixels (1, channels, t*upscale, t*upscale), -1..1."""
+    """The graph: tiles of latents (n, C, t, t) float32 to pixels (n, channels, t*upscale, t*upscale), -1..1."""
     examples = Examples(spec, torch.float32)
+    tiles = examples.normal(2, spec.channels, decoder.tile, decoder.tile)
     module = empty_module(lambda: VaeDecoder(config), torch.float32, examples.generator)
     return UnitKind(
         DECODER,
         module,
-        (examples.fixed("latents", 1, spec.channels, decoder.tile, decoder.tile),),
+        (Input("latents", tiles, {0: "tiles"}),),
         ("pixels",),
         {DECODER: same_names(module)},
     )

@@ -39,12 +39,12 @@ def compare_plans(
                 engine_dir, names, backend=options.backend, batch_size=len(options.labels), threads=options.threads
             )
         ]
-        rounds = options.warmup + options.repeats
+        rounds = options.warmup * max(pipe.runs_to_warm for pipe in pipes) + options.repeats
         for number in range(rounds):
             for i, pipe in enumerate(pipes):
                 progress(f"round {number + 1}: {pipe.plan.name}", number * len(pipes) + i, rounds * len(pipes))
                 report = pipe.generate(options.labels, cfg_scale=options.cfg_scale, decode=False).report
-                if number >= options.warmup:
+                if number >= rounds - options.repeats:
                     reports.setdefault(pipe.plan.name, []).append(report)
         if spans is not None:
             for pipe in pipes:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from goc_deploy.spec import ModelSpec
+from goc_deploy.spec import ModelSpec, tiles_at_once
 
 ENGINE_BACKENDS = ("tensorrt-rtx", "tensorrt")
 WEIGHT_MODES = ("embedded", "shared")  # an engine of a graph without weights has "none"
@@ -128,4 +128,5 @@ def dimension_ranges(spec: ModelSpec, max_batch: int, steps: int) -> Mapping[str
         "M": (1, modulation, modulation),
         "steps": (1, steps, steps),
         "captions": (1, 2, rows),
+        "tiles": (1, tiles_at_once(spec), tiles_at_once(spec)),
     }

@@ -140,7 +140,7 @@ class BenchOptions:
         labels: one per image; all images run as one batch.
         cfg_scale: classifier-free guidance scale.
         repeats: measured rounds; every round runs every plan once.
-        warmup: rounds that are not measured.
+        warmup: rounds that are not measured; on a GPU twice as many, because the second run of a plan records it.
         backend: as `goc_deploy.load` takes it.
         threads: 0 is one per core.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -292,6 +292,30 @@ class Backend(Protocol):
             initializers: values of its external initializers, on the host, read during the call.
             inputs: inputs that are the same on every run, on the host; they must stay where they lie.
             runs_once: time spent at load to make the graph faster would be lost.
+        """
+        ...
+
+    def check_replaceable(self, engine: Engine, weights: Set[str]) -> None:
+        """Check that the weights of an engine can be exchanged, before anything is done.
+
+        Args:
+            engine: of this backend.
+            weights: names of its initializers and inputs.
+
+        Raises:
+            EnvironmentUnsupportedError: the engine was built with its weights inside.
+        """
+        ...
+
+    def replace_weights(self, engine: Engine, initializers: Mapping[str, Buffer], inputs: Mapping[str, Buffer]) -> bool:
+        """Overwrite the weights of an engine that reads them at an address; what is bound stays bound.
+
+        Args:
+            engine: on which nothing runs.
+            initializers, inputs: as `load` takes them, of the same names, shapes and dtypes. They must stay where they lie.
+
+        Returns:
+            Whether it was done; otherwise the graph must be loaded again.
         """
         ...
 

@@ -8,6 +8,8 @@ DIFFUSION_PREDICTIONS = ("eps", "v", "x0")
 PREDICTIONS = (*DIFFUSION_PREDICTIONS, "flow")
 PRECISIONS = ("fp32", "fp16", "bf16")
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+DECODED_PIXELS = 64 * 64  # latent pixels of one launch of the decoder: one tile of the default size
+MAX_TILES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,12 @@ class DecoderSpec:
     upscale: int
     tile: int
     overlap: int
+
+
+def tiles_at_once(spec: ModelSpec) -> int:
+    """Most tiles that the decoder takes in one launch: as many latents as fit into ``DECODED_PIXELS``, which bounds its
+    memory. A larger tile fills the processor by itself."""
+    return max(1, min(MAX_TILES, DECODED_PIXELS // spec.side**2))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,18 @@ import numpy as np
 
 from goc_deploy.captions import Captions, PromptEmbeds
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, UsageError
-from goc_deploy.protocols import Backend, Engine
+from goc_deploy.protocols import Backend, Engine, Launch
 from goc_deploy.spec import ModelSpec, TextSpec
 
 logger = logging.getLogger(__name__)
 
 KEPT_PROMPTS = 64
+PROMPTS_AT_ONCE = 8  # bounds the memory of a launch
 SHOWN_CHARACTERS = 60
 MAX_CHARACTERS = 100_000
 NO_TOKENIZERS = "prompts need the package tokenizers, which is not installed; run: pip install 'goc_deploy[text]', or use --prompt-embeds"
 
+_Encoded = tuple[np.ndarray, np.ndarray]  # embeddings (L, C) and mask (L,), float32
 
 DEFAULT_PROMPTS = (  # what policies learn from, and goc-bench and goc-eval draw, where nobody gives captions
     "a red apple on a wooden table",
@@ -61,7 +63,7 @@ def prompts_from_file(path: Path) -> tuple[str, ...]:
 
 
 class TextEncoder:
-    """Encodes prompts and remembers the last ones. Thread-safe: one caller at a time.
+    """Encodes prompts on a stream of its own, several at a time, and remembers the last ones. Thread-safe.
 
     Args:
         engine: unit ``text_encoder``.
@@ -69,22 +71,26 @@ class TextEncoder:
         tokenizer: content of a ``tokenizer.json``.
         spec: the model.
         text: special tokens.
+        most: captions that the unit takes at once.
 
     Raises:
         EnvironmentUnsupportedError: the package tokenizers is not installed.
         EngineDirError: the tokenizer is not one.
     """
 
-    def __init__(self, engine: Engine, backend: Backend, tokenizer: bytes, spec: ModelSpec, text: TextSpec) -> None:
-        self._backend, self._spec, self._text = backend, spec, text
+    def __init__(
+        self, engine: Engine, backend: Backend, tokenizer: bytes, spec: ModelSpec, text: TextSpec, most: int
+    ) -> None:
+        self._engine, self._spec, self._text = engine, spec, text
         self._tokenizer = _tokenizer_from_json(tokenizer)
-        length = spec.caption_tokens
-        self._tokens = backend.allocate((1, length), "int64")
-        self._mask = backend.allocate((1, length), "float32")
-        self._embeds = backend.allocate((1, length, spec.caption_channels), "float32")
-        self._run = engine.bind({"tokens": self._tokens, "mask": self._mask}, {"embeds": self._embeds})
-        self._known: OrderedDict[str, tuple[np.ndarray, np.ndarray]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._most, length = min(most, PROMPTS_AT_ONCE), spec.caption_tokens
+        self._stream = backend.stream()
+        self._tokens = backend.allocate((self._most, length), "int64")
+        self._mask = backend.allocate((self._most, length), "float32")
+        self._embeds = backend.allocate((self._most, length, spec.caption_channels), "float32")
+        self._bound: dict[int, Launch] = {}  # by the number of prompts
+        self._known: OrderedDict[str, _Encoded] = OrderedDict()
+        self._bind(1)
 
     def prompt_embeds(self, prompts: Sequence[str], negatives: Sequence[str] = ("",)) -> PromptEmbeds:
         """Encode what to draw and what to draw away from; by default that is nothing in particular.
@@ -96,23 +102,22 @@ class TextEncoder:
         """
         if not prompts or len(negatives) not in (1, len(prompts)):
             raise UsageError(f"{len(prompts)} prompts and {len(negatives)} negative prompts; give one, or one for each")
-        with self._lock:
-            return PromptEmbeds(self._captions(prompts), self._captions(negatives))
+        texts = [_normalised(prompt) for prompt in (*prompts, *negatives)]
+        with self._stream.held():  # and with it the buffers, and what is remembered
+            encoded = self._encoded(texts)
+        return PromptEmbeds(_captions(encoded[: len(prompts)]), _captions(encoded[len(prompts) :]))
 
-    def _captions(self, prompts: Sequence[str]) -> Captions:
-        found = [self._encoded(prompt) for prompt in prompts]
-        return Captions(np.stack([embeds for embeds, _ in found]), np.stack([mask for _, mask in found]))
-
-    def _encoded(self, prompt: str) -> tuple[np.ndarray, np.ndarray]:
-        if not isinstance(prompt, str) or len(prompt) > MAX_CHARACTERS:
-            raise UsageError(f"a prompt must be a text of at most {MAX_CHARACTERS} characters, got {prompt!r:.60}")
-        text = prompt.lower().strip()  # as the reference pipeline does
-        if text not in self._known:
-            self._known[text] = self._run_encoder(self._tokens_of(text))
-            if len(self._known) > KEPT_PROMPTS:
-                self._known.popitem(last=False)
-        self._known.move_to_end(text)
-        return self._known[text]
+    def _encoded(self, texts: Sequence[str]) -> list[_Encoded]:
+        found = {text: self._known[text] for text in texts if text in self._known}
+        unknown = iter(dict.fromkeys(text for text in texts if text not in found))
+        while together := list(islice(unknown, self._most)):
+            found.update(zip(together, self._run_encoder([self._tokens_of(text) for text in together]), strict=True))
+        for text in texts:
+            self._known[text] = found[text]
+            self._known.move_to_end(text)
+        while len(self._known) > KEPT_PROMPTS:
+            self._known.popitem(last=False)
+        return [found[text] for text in texts]
 
     def _tokens_of(self, text: str) -> list[int]:
         encoding, most, eos = self._tokenizer.encode(text), self._spec.caption_tokens, self._text.eos
@@ -130,14 +135,37 @@ class TextEncoder:
             )
         return tokens
 
-    def _run_encoder(self, tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        padded = np.full((1, self._spec.caption_tokens), self._text.pad)
-        padded[0, : len(tokens)] = tokens
-        mask = (np.arange(self._spec.caption_tokens) < len(tokens)).astype(np.float32)
-        self._backend.upload(padded, self._tokens)
-        self._backend.upload(mask[None], self._mask)
-        self._run()
-        return self._backend.download(self._embeds)[0], mask
+    def _run_encoder(self, prompts: Sequence[Sequence[int]]) -> list[_Encoded]:
+        """Encode tokens of at most ``_most`` prompts."""
+        count, length = len(prompts), self._spec.caption_tokens
+        padded = np.full((count, length), self._text.pad)
+        for row, tokens in zip(padded, prompts, strict=True):
+            row[: len(tokens)] = tokens
+        mask = (np.arange(length) < np.array([[len(tokens)] for tokens in prompts])).astype(np.float32)
+        run = self._bind(count)
+        self._stream.upload(padded, self._tokens.view(count, length))
+        self._stream.upload(mask, self._mask.view(count, length))
+        self._stream.wait()  # for backends whose engines run on a stream of their own
+        run()
+        embeds = self._stream.download(self._embeds.view(count, *self._embeds.shape[1:]))
+        return [(embeds[i].copy(), mask[i].copy()) for i in range(count)]  # which are forgotten one by one
+
+    def _bind(self, count: int) -> Launch:
+        if count not in self._bound:
+            tokens, mask, embeds = (b.view(count, *b.shape[1:]) for b in (self._tokens, self._mask, self._embeds))
+            self._bound[count] = self._engine.bind({"tokens": tokens, "mask": mask}, {"embeds": embeds}, self._stream)
+        return self._bound[count]
+
+
+def _normalised(prompt: str) -> str:
+    """A prompt as the reference pipeline takes it."""
+    if not isinstance(prompt, str) or len(prompt) > MAX_CHARACTERS:
+        raise UsageError(f"a prompt must be a text of at most {MAX_CHARACTERS} characters, got {prompt!r:.60}")
+    return prompt.lower().strip()
+
+
+def _captions(encoded: Sequence[_Encoded]) -> Captions:
+    return Captions(np.stack([embeds for embeds, _ in encoded]), np.stack([mask for _, mask in encoded]))
 
 
 def _tokenizer_from_json(content: bytes) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -20,6 +20,7 @@ from goc_deploy.runtime.buffers import (
     step_rows,
     step_size,
 )
+from goc_deploy.runtime.weights import Weights
 from goc_deploy.spec import ModelSpec
 
 
@@ -40,12 +41,14 @@ class Engines:
         predict: predict graphs, by signature.
         captions: that come with the model.
         segments: by signature.
+        weights: what those of ``units`` and ``segments`` have.
     """
 
-    units: Mapping[str, Engine]
+    units: MutableMapping[str, Engine]
     predict: Mapping[str, Engine]
     captions: PromptEmbeds | None = None
-    segments: Mapping[str, Engine] = field(default_factory=dict)
+    segments: MutableMapping[str, Engine] = field(default_factory=dict)
+    weights: Weights = field(default_factory=Weights)
 
 
 @dataclass(frozen=True, slots=True)

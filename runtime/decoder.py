@@ -7,14 +7,14 @@ edges, so that no seam shows. Memory does not grow with the number of tiles or i
 from __future__ import annotations
 
 import math
-import threading
-from itertools import product
+from collections.abc import Iterable, Iterator
+from itertools import islice, product
 
 import numpy as np
 
-from goc_deploy.protocols import Backend, Engine
+from goc_deploy.protocols import Backend, Buffer, Engine, Launch
 from goc_deploy.runtime.images import pixels_to_uint8
-from goc_deploy.spec import DecoderSpec
+from goc_deploy.spec import DecoderSpec, ModelSpec, tiles_at_once
 
 
 def tile_starts(side: int, tile: int, overlap: int) -> tuple[int, ...]:
@@ -36,32 +36,33 @@ def ramp(tile: int, overlap: int, *, first: bool, last: bool) -> np.ndarray:
 
 
 class LatentDecoder:
-    """Runs the decoder unit. Thread-safe: one caller at a time.
+    """Runs the decoder unit on a stream of its own, several tiles at a time. Thread-safe.
+
+    Latents and pixels pass through the host: a sampler's result is downloaded anyway, and is small beside the pixels.
 
     Args:
         engine: the unit.
         backend: owns its buffers.
         decoder: tiles and scale.
-        latents: (C, H, W) of one image.
+        spec: the model, whose latents have one size.
     """
 
-    def __init__(self, engine: Engine, backend: Backend, decoder: DecoderSpec, latents: tuple[int, int, int]) -> None:
-        channels, height, width = latents
-        assert height == width, latents
+    def __init__(self, engine: Engine, backend: Backend, decoder: DecoderSpec, spec: ModelSpec) -> None:
         tile, scale = decoder.tile, decoder.upscale
-        self._backend, self._decoder, self._side = backend, decoder, height
-        self._input = backend.allocate((1, channels, tile, tile), "float32")
-        self._output = backend.allocate((1, decoder.channels, tile * scale, tile * scale), "float32")
-        self._run = engine.bind({"latents": self._input}, {"pixels": self._output})
-        self._starts = tile_starts(height, tile, decoder.overlap)
+        self._engine, self._decoder, self._side = engine, decoder, spec.side
+        self._most, self._stream = tiles_at_once(spec), backend.stream()
+        self._input = backend.allocate((self._most, spec.channels, tile, tile), "float32")
+        self._output = backend.allocate((self._most, decoder.channels, tile * scale, tile * scale), "float32")
+        self._starts = tile_starts(spec.side, tile, decoder.overlap)
         last = len(self._starts) - 1
         self._ramps = [
             ramp(tile * scale, decoder.overlap * scale, first=i == 0, last=i == last) for i in range(last + 1)
         ]
-        self._lock = threading.Lock()
+        self._bound: dict[int, tuple[Buffer, Buffer, Launch]] = {}  # by the number of tiles
+        self._bind(1)
 
     def images(self, latents: np.ndarray) -> np.ndarray:
-        """Decode images one after the other.
+        """Decode images.
 
         Args:
             latents: (N, C, H, W) float32.
@@ -69,25 +70,45 @@ class LatentDecoder:
         Returns:
             (N, H*upscale, W*upscale, channels) uint8.
         """
-        with self._lock:
-            return np.stack([pixels_to_uint8(self.pixels(image)) for image in latents])
+        return np.stack([pixels_to_uint8(pixels) for pixels in self.pixels(latents)])
 
-    def pixels(self, latents: np.ndarray) -> np.ndarray:
-        """One image: (C, H, W) float32 latents to (channels, H*upscale, W*upscale) float32, about -1..1."""
-        tile, scale, side = self._decoder.tile, self._decoder.upscale, self._side * self._decoder.upscale
+    def pixels(self, latents: np.ndarray) -> Iterator[np.ndarray]:
+        """One after the other, (channels, H*upscale, W*upscale) float32, about -1..1, of (N, C, H, W) float32 latents."""
+        tile = self._decoder.tile
+        places = list(product(self._starts, repeat=2))
+        decoded = self._decoded(image[:, y : y + tile, x : x + tile] for image in latents for y, x in places)
+        for _ in latents:
+            yield self._blended(islice(decoded, len(places)))
+
+    def _blended(self, tiles: Iterator[np.ndarray]) -> np.ndarray:
+        """An image of its tiles."""
         if len(self._starts) == 1:
-            return self._decoded(latents)
+            return next(tiles)
+        tile, scale, side = self._decoder.tile, self._decoder.upscale, self._side * self._decoder.upscale
         total = np.zeros((self._decoder.channels, side, side))
         weight = np.zeros((side, side))
-        for (i, y), (j, x) in product(enumerate(self._starts), repeat=2):
+        for ((i, y), (j, x)), pixels in zip(product(enumerate(self._starts), repeat=2), tiles, strict=True):
             there = np.s_[y * scale : (y + tile) * scale, x * scale : (x + tile) * scale]
             share = np.outer(self._ramps[i], self._ramps[j])
-            total[:, *there] += share * self._decoded(latents[:, y : y + tile, x : x + tile])
+            total[:, *there] += share * pixels
             weight[there] += share
         return (total / weight).astype(np.float32)
 
-    def _decoded(self, latents: np.ndarray) -> np.ndarray:
-        self._backend.upload(latents[None], self._input)
-        self._run()
-        pixels: np.ndarray = self._backend.download(self._output)[0]
-        return pixels
+    def _decoded(self, tiles: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Pixels of tiles, in their order."""
+        waiting = iter(tiles)
+        while together := list(islice(waiting, self._most)):
+            with self._stream.held():  # and with it the buffers
+                latents, pixels, run = self._bind(len(together))
+                self._stream.upload(np.stack(together), latents)
+                self._stream.wait()  # for backends whose engines run on a stream of their own
+                run()
+                found = self._stream.download(pixels)
+            yield from found
+
+    def _bind(self, tiles: int) -> tuple[Buffer, Buffer, Launch]:
+        if tiles not in self._bound:
+            latents, pixels = (b.view(tiles, *b.shape[1:]) for b in (self._input, self._output))
+            run = self._engine.bind({"latents": latents}, {"pixels": pixels}, self._stream)
+            self._bound[tiles] = (latents, pixels, run)
+        return self._bound[tiles]

@@ -27,6 +27,7 @@ from goc_deploy.runtime.calibrator import EngineCalibrator
 from goc_deploy.runtime.decoder import LatentDecoder
 from goc_deploy.runtime.pipeline import Attached, Pipeline
 from goc_deploy.runtime.stepper import Stepper
+from goc_deploy.runtime.weights import Weights
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.text import TextEncoder
 
@@ -86,14 +87,14 @@ def _text_encoder(directory: Path, manifest: Manifest, engines: Engines, backend
         return None
     entry = next(file for file in manifest.files if file.path == manifest.text.tokenizer)
     tokenizer = bytes(read_verified(directory, entry))
-    return TextEncoder(engines.units["text_encoder"], backend, tokenizer, manifest.model, manifest.text)
+    most = 2 * manifest.max_batch  # that TensorRT engines are built for
+    return TextEncoder(engines.units["text_encoder"], backend, tokenizer, manifest.model, manifest.text, most)
 
 
 def _decoder(manifest: Manifest, engines: Engines, backend: Backend) -> LatentDecoder | None:
     if manifest.decoder is None:
         return None
-    spec = manifest.model
-    return LatentDecoder(engines.units["decoder"], backend, manifest.decoder, (spec.channels, spec.side, spec.side))
+    return LatentDecoder(engines.units["decoder"], backend, manifest.decoder, manifest.model)
 
 
 def load_stepper(directory: Path, backend: Backend, table: SamplerTable, images: int) -> Stepper:
@@ -214,7 +215,8 @@ def load_engines(
     if manifest.captions:
         stored = captions_from_bytes(content[manifest.captions], manifest.model, f"{directory / manifest.captions}")
     memory.return_free_pages(content.values())
-    return Engines(units, {**predict, **graphs.predictors}, stored, segments)
+    weights_and_graphs = {path: content[path] for path in content if path != manifest.captions}
+    return Engines(units, {**predict, **graphs.predictors}, stored, segments, Weights(manifest, weights_and_graphs))
 
 
 def _listed(directory: Path, graphs: Mapping[str, str], signatures: Iterable[str]) -> list[str]:

@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -113,10 +115,11 @@ class Pipeline:
         self.manifest, self.plan, self.batch_size = manifest, plan, batch_size
         self.spec: ModelSpec = manifest.model
         self._free: queue.LifoQueue[Session | None] = queue.LifoQueue()
-        self._closed = threading.Event()
+        self._closed, self._warming = threading.Event(), threading.Lock()
         self._max_sessions = max_sessions
         self._offer_empty(max_sessions - 1)
-        self._free.put(self._new_session())
+        with engines.weights.running():
+            self._free.put(self._new_session())
 
     def generate(
         self,
@@ -168,13 +171,17 @@ class Pipeline:
         if not _is_whole(first_image) or first_image < 0:
             raise UsageError(f"first_image must be a whole number and not negative, got {first_image!r}")
         start = None if latents is None else _checked_latents(latents, images, self.spec)
-        draws = 1 + (self.plan.steps if self.plan.sampler.stochastic else 0)
         outputs, timings, trajectories = [], [], []
-        with self._session(spans) as session:
+        weights = self._engines.weights
+        with weights.running(), self._session(spans) as session:
+            checkpoint = weights.checkpoint_sha256
             for first in range(0, images, self.batch_size):
                 part = range(first, min(first + self.batch_size, images))
                 noise = np.stack(
-                    [noise_source.image_noise(int(seed), first_image + i, draws, self._latent_shape) for i in part]
+                    [
+                        noise_source.image_noise(int(seed), first_image + i, self._draws, self._latent_shape)
+                        for i in part
+                    ]
                 )
                 if start is not None:
                     noise[:, 0] = start[part.start : part.stop]
@@ -194,7 +201,8 @@ class Pipeline:
         started = time.perf_counter()
         pictures = self._images(final_latents, spans) if decode else None
         decode_ms = 1e3 * (time.perf_counter() - started)
-        report = {**self._report(images, seed, cfg_scale, cfg_channels, timings), "decode_ms": decode_ms}
+        report = self._report(images, seed, cfg_scale, cfg_channels, timings)
+        report |= {"checkpoint_sha256": checkpoint, "decode_ms": decode_ms}
         whole = np.concatenate([np.stack(taken) for taken in trajectories], axis=1) if trajectory else None
         return Result(pictures, final_latents, whole, report)
 
@@ -216,10 +224,68 @@ class Pipeline:
         (a plan that computes everything has none) and units, or its segments."""
         return Pipeline(self.manifest, plan, self._engines, self._backend, self.batch_size, 1, self._attached)
 
-    def warmup(self) -> None:
-        """Run every step once on one image, so that the first request pays for nothing."""
+    def load_weights(self, engine_dir: str | Path) -> None:
+        """Exchange the weights for those of another engine directory, such as a fine-tune's, without building engines.
+
+        Requests that run now end first, later ones wait. All pipelines on the same engines have the new weights then, and
+        results tell which these are (``checkpoint_sha256`` in the report). Plans stay, though they may have been learned from
+        other weights; so do a VAE's decoder, a text encoder, and captions that stand for labels. TensorRT engines with shared
+        weights get new values at the same addresses, and recorded steps stay; ONNX Runtime loads one graph after the other
+        again, and drops the one before first, so that memory holds at most the old or the new weights of each.
+
+        Args:
+            engine_dir: an export of the same architecture, sizes and precision by the same version of the exporter.
+
+        Raises:
+            UsageError: its model, precision or graphs differ; the message says what does. Or a callback of a request calls it.
+            EngineDirError, SafetyError: a file is missing, corrupt or not ours.
+            EnvironmentUnsupportedError: TensorRT engines hold their weights, or the pipeline was closed.
+            ResourceError: there is not enough memory.
+            GocError: whatever is raised, the weights are those from before.
+        """
+        from goc_deploy.runtime.exchange import load_weights
+
+        self._check_open()
+        load_weights(Path(engine_dir), self._engines, self._backend)
+
+    def warmup(self, images: Sequence[int] = (1,), *, guided: Sequence[bool] = (True,)) -> None:
+        """Run every session as often as it takes until nothing is compiled or recorded for requests like these.
+
+        It waits for all sessions.
+
+        Args:
+            images: sizes of the requests, each within the batch size; ``(1, batch_size)`` also warms a full batch.
+            guided: whether they are guided.
+
+        Raises:
+            UsageError: a size that is not within 1..batch_size.
+            EnvironmentUnsupportedError: the pipeline was closed, or inherited over a fork.
+        """
+        self._check_open()
+        for size in images:
+            if not _is_whole(size) or not 1 <= size <= self.batch_size:
+                raise UsageError(f"images to warm up with must be within 1..{self.batch_size}, got {size!r}")
+        with self._engines.weights.running(), self._warming, contextlib.ExitStack() as taken:
+            sessions = [taken.enter_context(self._session(None)) for _ in range(self._max_sessions)]
+            for size, is_guided in product(images, guided):
+                request = self._request_to_warm_up(size, guided=is_guided)
+                for session, _ in product(sessions, range(self.runs_to_warm)):
+                    session.run(request)
+        if self._attached.decoder is not None:
+            for size in images:
+                self._attached.decoder.images(np.zeros((size, *self._latent_shape), np.float32))
+
+    @property
+    def runs_to_warm(self) -> int:
+        """Requests of a shape after which the next one finds everything there: a GPU records what ran once."""
+        return 1 if self._backend.device.kind == "cpu" else 2
+
+    def _request_to_warm_up(self, images: int, *, guided: bool) -> Request:
         captions = blank_captions(self.spec) if self.spec.draws_captions else None
-        self.generate([0], captions=captions)
+        labels = [0] * images if captions else [i % self.spec.classes for i in range(images)]
+        conditions = self._conditions(labels, captions, guided=guided)
+        noise = np.zeros((images, self._draws, *self._latent_shape), np.float32)
+        return Request(conditions, noise, DEFAULTS.cfg_scale if guided else 1.0, self.spec.guided_channels)
 
     def close(self) -> None:
         """Free the engines and buffers; later and waiting calls raise, running ones end. Closing twice is fine."""
@@ -238,6 +304,11 @@ class Pipeline:
 
     def __reduce__(self) -> Any:
         raise TypeError("a loaded pipeline cannot be pickled; load the engine directory in the other process")
+
+    @property
+    def _draws(self) -> int:
+        """Noise tensors of an image: x_T, and one per step of a stochastic sampler."""
+        return 1 + (self.plan.steps if self.plan.sampler.stochastic else 0)
 
     @property
     def _latent_shape(self) -> tuple[int, int, int]:
@@ -268,6 +339,7 @@ class Pipeline:
         session = Session(self._engines, self._backend, self.spec, self.manifest.precision, self.plan, self.batch_size)
         usual = Batch(1, True, labels=1, captions=2) if self.spec.draws_captions else Batch(1, True, labels=2)
         session.bind(usual)
+        self._engines.weights.sessions.add(session)
         return session
 
     def _offer_empty(self, count: int) -> None:

@@ -187,6 +187,18 @@ class Session:
             found.append([*_runs(step.before), *known[key]])
         return tuple(found)
 
+    def unbind(self) -> tuple[Batch, ...]:
+        """Forget engines, which other weights take the place of; returns the shapes that were bound, for `bind_all`."""
+        batches = tuple(self._bound)
+        self._bound.clear()
+        return batches
+
+    def bind_all(self, batches: Sequence[Batch]) -> None:
+        """Bind the plan for some shapes."""
+        with self._stream.held():
+            for batch in batches:
+                self.bind(batch)
+
     def bind(self, batch: Batch) -> _Runnable:
         """The plan bound for a batch shape; the last few shapes are kept."""
         if batch not in self._bound:

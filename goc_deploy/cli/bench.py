@@ -45,7 +45,12 @@ DEFAULTS = BenchOptions()
     default=DEFAULTS.repeats,
     help="Measured rounds; every round runs every plan once.",
 )
-@click.option("--warmup", type=click.IntRange(0), default=DEFAULTS.warmup, help="Rounds that are not measured.")
+@click.option(
+    "--warmup",
+    type=click.IntRange(0),
+    default=DEFAULTS.warmup,
+    help="Rounds that are not measured; on a GPU twice as many.",
+)
 @click.option("--backend", default=DEFAULTS.backend, help=BACKEND_HELP)
 @click.option("--threads", type=click.IntRange(0), default=DEFAULTS.threads, help="Threads; 0 is one per core.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write every measurement.")

@@ -112,14 +112,15 @@ def test_far_positions_share_buckets() -> None:
 
 def test_prompts_are_encoded_once_and_stand_for_labels(engine: Path, encoder: Path) -> None:
     with goc_deploy.load(engine, plan="none") as pipe:
-        runs = []
         text = pipe._attached.text
         assert text is not None
-        run, text._run = text._run, lambda: runs.append(1) or run()  # type: ignore[func-returns-value]
+        runs: list[int] = []
+        run = text._run_encoder
+        text._run_encoder = lambda prompts: runs.append(len(prompts)) or run(prompts)  # type: ignore[method-assign,func-returns-value]
         given = pipe.encode(PROMPTS)
-        assert len(runs) == 4  # three prompts and the empty one
+        assert runs == [4]  # three prompts and the empty one, in one launch
         again = pipe.generate(prompts=["A red three ", PROMPTS[1]], seed=3).latents
-        assert len(runs) == 4
+        assert runs == [4]
         np.testing.assert_array_equal(pipe.generate([0, 1], seed=3).latents, again)
         np.testing.assert_array_equal(pipe.generate([0, 1], captions=given, seed=3).latents, again)
         other = pipe.generate([0, 1], prompts=PROMPTS, negative_prompts=["the blue three"], seed=3).latents
@@ -134,6 +135,30 @@ def test_prompts_are_encoded_once_and_stand_for_labels(engine: Path, encoder: Pa
         expected = encoded_by_hand(state, text._tokens_of("a red three"), t5_config(CONFIG, ""))
         assert relative_l2(given.prompts.embeds[0, : len(expected)], expected) < 1e-5
         assert given.prompts.mask[0].sum() == len(expected)
+
+
+def test_prompts_that_share_a_launch_are_encoded_as_alone(engine: Path) -> None:
+    words = ["a", "the", "three", "seven", "red", "blue"]
+    prompts = [f"{first} {second}" for first in words for second in words for _ in range(2)]
+    with goc_deploy.load(engine, plan="none") as pipe, goc_deploy.load(engine, plan="none") as single:
+        text, other = pipe._attached.text, single._attached.text
+        assert text is not None
+        assert other is not None
+        assert text._most == 4  # of two images with guidance
+        other._most = 1
+        found, alone = pipe.encode(prompts), single.encode(prompts)
+        assert sorted(text._bound) == [1, 4]  # 36 different prompts and the empty one
+        assert sorted(other._bound) == [1]
+    np.testing.assert_allclose(found.prompts.embeds, alone.prompts.embeds, atol=1e-6)
+    np.testing.assert_array_equal(found.prompts.mask, alone.prompts.mask)
+
+
+def test_more_prompts_than_are_remembered_are_encoded(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("goc_deploy.text.KEPT_PROMPTS", 2)
+    with goc_deploy.load(engine, plan="none") as pipe:
+        assert pipe._attached.text is not None
+        assert len(pipe.encode(PROMPTS).prompts.embeds) == len(PROMPTS)
+        assert list(pipe._attached.text._known) == [PROMPTS[-1].lower().strip(), ""]
 
 
 def test_a_long_prompt_is_cut_and_the_log_says_what_is_left_out(engine: Path, caplog: pytest.LogCaptureFixture) -> None:

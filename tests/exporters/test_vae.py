@@ -129,14 +129,26 @@ def test_tiles_are_close_to_the_whole(tiled: Path, vae: Path) -> None:
         decoder = pipe._attached.decoder
         assert decoder is not None
         smooth = np.cumsum(result.latents[0], axis=2) / 8
-        found = decoder.pixels(smooth)
-        corner = decoder._decoded(smooth[:, :6, :6])
+        (found,) = decoder.pixels(smooth[None])
+        (corner,) = decoder._decoded([smooth[:, :6, :6]])
     with torch.inference_mode():
         whole = whole_decoder(vae)(torch.from_numpy(smooth)[None])[0].numpy()
     assert relative_l2(found, whole) < 0.3
     np.testing.assert_allclose(found[:, :4, :4], corner[:, :4, :4], atol=1e-6)  # where no other tile reaches
     assert result.images is not None
     assert result.images.shape == (1, 16, 16, 3)
+
+
+def test_tiles_of_several_images_share_a_launch_and_give_the_same_pixels(tiled: Path) -> None:
+    latents = np.random.default_rng(0).standard_normal((3, 4, 8, 8)).astype(np.float32)
+    with goc_deploy.load(tiled) as pipe:
+        decoder = pipe._attached.decoder
+        assert decoder is not None
+        together = list(decoder.pixels(latents))
+        assert sorted(decoder._bound) == [1, 4, 8]  # 3 images of 4 tiles, 8 tiles at most
+        decoder._most = 1
+        alone = list(decoder.pixels(latents))
+    np.testing.assert_allclose(together, alone, atol=1e-6)
 
 
 def test_old_names_of_the_attention_are_read(copy: Path) -> None:

@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from goc_deploy.engines.ort import OrtBackend
-from goc_deploy.protocols import Buffer
+from goc_deploy.protocols import Buffer, Stream
 from goc_deploy.runtime.decoder import LatentDecoder, ramp, tile_starts
-from goc_deploy.spec import DecoderSpec
+from goc_deploy.spec import DecoderSpec, ModelSpec, tiles_at_once
+
+SPEC = ModelSpec(1, 8, 2, 16, 1, 13, 4, 10, False)  # latents of 13x13
 
 
 class Doubler:
@@ -23,7 +25,11 @@ class Doubler:
     def __init__(self, backend: OrtBackend) -> None:
         self._backend = backend
 
-    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Callable[[], None]:
+    def bind(
+        self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], stream: Stream | None = None
+    ) -> Callable[[], None]:
+        assert stream is not None
+
         def run() -> None:
             x = self._backend.download(inputs["latents"])
             self._backend.upload(x[:, :3].repeat(2, 2).repeat(2, 3), outputs["pixels"])
@@ -51,10 +57,16 @@ def test_weights_are_positive_and_one_where_nothing_is_near() -> None:
 def test_a_local_decoder_gives_the_same_in_tiles() -> None:
     backend = OrtBackend()
     latents = np.random.default_rng(0).standard_normal((2, 4, 13, 13)).astype(np.float32)
-    tiled = LatentDecoder(Doubler(backend), backend, DecoderSpec(3, 2, 5, 2), (4, 13, 13))
+    tiled = LatentDecoder(Doubler(backend), backend, DecoderSpec(3, 2, 5, 2), SPEC)
     expected = latents[:, :3].repeat(2, 2).repeat(2, 3)
-    for image, whole in zip(latents, expected, strict=True):
-        np.testing.assert_allclose(tiled.pixels(image), whole, atol=1e-6)
+    for found, whole in zip(tiled.pixels(latents), expected, strict=True):
+        np.testing.assert_allclose(found, whole, atol=1e-6)
     images = tiled.images(latents)
     assert images.dtype == np.uint8
     assert images.shape == (2, 26, 26, 3)
+
+
+@given(side=st.integers(1, 300))
+def test_a_launch_of_the_decoder_has_bounded_memory(side: int) -> None:
+    tiles = tiles_at_once(ModelSpec(1, 8, 2, 16, 1, side, 4, 10, False))
+    assert tiles == 1 or (tiles <= 8 and tiles * side**2 <= 64**2)

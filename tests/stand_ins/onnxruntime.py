@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import onnxruntime
@@ -63,7 +64,7 @@ class StandInSession:
             raise RuntimeError("BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of size 7")
         self._real = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         self._recorded: dict[tuple[int, int], dict[str, Span]] = {}  # (thread, graph) -> addresses
-        runtime.sessions.append(self)
+        runtime.sessions.add(self)
         self.get_inputs, self.get_outputs = self._real.get_inputs, self._real.get_outputs
 
     def get_providers(self) -> list[str]:
@@ -122,7 +123,7 @@ class StandInRuntime(SimpleNamespace):
 
     def __init__(self, device: StandInDevice, refuses_graphs: str = "", out_of_memory: str = "") -> None:
         super().__init__(device=device, refuses_graphs=refuses_graphs, out_of_memory=out_of_memory)
-        self.sessions: list[StandInSession] = []
+        self.sessions: WeakSet[StandInSession] = WeakSet()
         self.calls: list[str] = []
         self.runs = 0
 

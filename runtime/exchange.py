@@ -1,0 +1,171 @@
+"""Other weights for engines that are loaded: checked and verified first, then all of them or none.
+
+The graphs must be the same, byte for byte, because engines stand for graphs. The decoder of a VAE and a text encoder are no
+part of the model and stay as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from goc_deploy.engine_dir import mapped_parts
+from goc_deploy.errors import UsageError
+from goc_deploy.manifest import Manifest, Unit
+from goc_deploy.protocols import Backend, Engine
+from goc_deploy.publish import read_manifest, read_verified
+from goc_deploy.runtime import memory
+from goc_deploy.runtime.binding import Batch, Engines
+from goc_deploy.runtime.session import Session
+from goc_deploy.runtime.weights import Weights
+
+logger = logging.getLogger(__name__)
+
+COMPANIONS = ("decoder", "text_encoder")
+SHOWN_DIFFERENCES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    """A loaded graph with weights.
+
+    Attributes:
+        engines: those of its kind.
+        key: which of them it is.
+        onnx: path of the graph.
+        parts: the units whose weights it has, by prefix.
+    """
+
+    engines: MutableMapping[str, Engine]
+    key: str
+    onnx: str
+    parts: Mapping[str, Unit]
+
+
+def load_weights(directory: Path, engines: Engines, backend: Backend) -> None:
+    """See `goc_deploy.runtime.pipeline.Pipeline.load_weights`."""
+    weights = engines.weights
+    with weights.exchange():
+        if weights.manifest is None:
+            raise UsageError("these engines come from no engine directory, so their weights cannot be exchanged")
+        graphs = list(_graphs(weights.manifest, engines))
+        parts = {part.name: part for graph in graphs for part in graph.parts.values()}
+        other = read_manifest(directory)
+        _check(directory, list(_differences(weights.manifest, other, parts)))
+        for graph in graphs:
+            names = {prefix + p.name for prefix, part in graph.parts.items() for p in part.parameters}
+            backend.check_replaceable(graph.engines[graph.key], names)
+        content = {**weights.content, **_verified(directory, other, parts)}
+        with weights.alone():
+            _Exchange(backend, weights).run(graphs, content)
+            weights.content, weights.checkpoint_sha256 = content, other.provenance.get("checkpoint_sha256")
+    logger.info("the weights of %s are in use now", directory)
+
+
+def _check(directory: Path, differences: Sequence[str]) -> None:
+    if differences:
+        rest = len(differences) - SHOWN_DIFFERENCES
+        more = f" and {rest} more" if rest > 0 else ""
+        raise UsageError(
+            f"the weights of {directory} do not fit the engines that are loaded: {'; '.join(differences[:SHOWN_DIFFERENCES])}{more}; "
+            "load that directory by itself, or export its checkpoint with the same options and version"
+        )
+
+
+class _Exchange:
+    """Gives engines other weights, or those that they had."""
+
+    def __init__(self, backend: Backend, weights: Weights) -> None:
+        self._backend, self._weights = backend, weights
+        self._unbound: dict[Session, tuple[Batch, ...]] = {}
+
+    def run(self, graphs: Sequence[_Graph], content: Mapping[str, memoryview]) -> None:
+        """Exchange the weights of all graphs, or of none if one fails."""
+        weights, touched = self._weights, list[_Graph]()
+        try:
+            for graph in graphs:
+                touched.append(graph)
+                self._give(graph, content)
+            self._bind()
+        except BaseException:
+            try:
+                for graph in touched:
+                    self._give(graph, weights.content)
+                self._bind()
+            except BaseException as cause:
+                weights.lost = (
+                    f"weights could neither be exchanged nor restored ({cause}); load the engine directory again"
+                )
+                raise
+            raise
+
+    def _give(self, graph: _Graph, content: Mapping[str, memoryview]) -> None:
+        initializers, inputs = mapped_parts(graph.parts, content)
+        engine = graph.engines.get(graph.key)  # which is missing if it could not be loaded a moment ago
+        if engine is None or not self._backend.replace_weights(engine, initializers, inputs):
+            del engine
+            self._unbind()
+            graph.engines.pop(graph.key, None)  # before the new one is made: memory never holds both
+            graph.engines[graph.key] = self._backend.load(content[graph.onnx], initializers, inputs)
+        memory.return_free_pages(content[part.weights] for part in graph.parts.values() if part.weights)
+
+    def _bind(self) -> None:
+        """Bind what was bound before; binding is done once, and fails here if it fails."""
+        for session, batches in self._unbound.items():
+            session.bind_all(batches)
+
+    def _unbind(self) -> None:
+        """Let sessions forget the engines, which live as long as they are bound."""
+        for session in self._weights.sessions:
+            self._unbound[session] = session.unbind() or self._unbound.get(session, ())
+
+
+def _graphs(manifest: Manifest, engines: Engines) -> Iterator[_Graph]:
+    units = {unit.name: unit for unit in manifest.units}
+    for kind, unit_of in ((engines.units, units.__getitem__), (engines.segments, manifest.segment_unit)):
+        for key in kind:
+            unit = unit_of(key)
+            parts = {} if key in COMPANIONS else manifest.parts(unit)
+            if parts:
+                yield _Graph(kind, key, unit.onnx, parts)
+
+
+def _differences(manifest: Manifest, other: Manifest, parts: Mapping[str, Unit]) -> Iterator[str]:
+    """What of another engine directory does not fit: the model, or graphs and parameters of units."""
+    if other.precision != manifest.precision:
+        yield f"precision {other.precision} instead of {manifest.precision}"
+    mine, theirs = asdict(manifest.model), asdict(other.model)
+    if manifest.model.draws_captions:
+        del mine["classes"], theirs["classes"]  # how many captions a directory keeps
+    yield from (f"{name} {theirs[name]} instead of {value}" for name, value in mine.items() if theirs[name] != value)
+    units, digests = ({unit.name: unit for unit in other.units}, {file.path: file.sha256 for file in other.files})
+    own_digests = {file.path: file.sha256 for file in manifest.files}
+    for name, unit in parts.items():
+        twin = units.get(name)
+        if twin is None:
+            yield f"no unit {name}"
+        elif digests[twin.onnx] != own_digests[unit.onnx]:
+            yield f"unit {name} is another graph"
+        elif (twin.parameters, twin.precision) != (unit.parameters, unit.precision):
+            yield f"unit {name} has other parameters"
+
+
+def _verified(directory: Path, other: Manifest, parts: Mapping[str, Unit]) -> dict[str, memoryview]:
+    """The weights of units, by their path in the directory that was loaded first."""
+    files = {file.path: file for file in other.files}
+    units = {unit.name: unit for unit in other.units}
+
+    def verified(unit: Unit) -> memoryview:
+        path = units[unit.name].weights
+        assert path is not None  # it has parameters
+        content = read_verified(directory, files[path])
+        memory.return_free_pages([content])
+        return content
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        found = pool.map(verified, parts.values())
+        return {str(unit.weights): content for unit, content in zip(parts.values(), found, strict=True)}

@@ -1,0 +1,91 @@
+"""Where the weights of loaded engines come from, and who runs on them."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+from weakref import WeakSet
+
+from goc_deploy.errors import EnvironmentUnsupportedError, UsageError
+from goc_deploy.manifest import Manifest
+from goc_deploy.protocols import NOTHING
+
+if TYPE_CHECKING:
+    from goc_deploy.runtime.session import Session
+
+
+class Weights:
+    """Shared by all pipelines on the same engines: any number of requests run on them, or one thread exchanges them.
+
+    Attributes:
+        manifest: of the engine directory that the engines come from, or None where they come from nowhere.
+        content: graphs of that directory and the weights in use, mapped, by path in that directory.
+        checkpoint_sha256: digest of the checkpoint that the weights in use were exported from.
+        sessions: that may have engines bound.
+        lost: why the engines cannot be used any more, or None.
+    """
+
+    def __init__(self, manifest: Manifest | None = None, content: Mapping[str, memoryview] = NOTHING) -> None:
+        self.manifest, self.content = manifest, dict(content)
+        self.checkpoint_sha256 = None if manifest is None else manifest.provenance.get("checkpoint_sha256")
+        self.sessions: WeakSet[Session] = WeakSet()
+        self.lost: str | None = None
+        self._one_exchange, self._changed = threading.Lock(), threading.Condition()
+        self._running: Counter[int] = Counter()  # by thread, which may run a request within one
+        self._exchanging = False
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Use the engines; an exchange is waited for, and waits.
+
+        Raises:
+            EnvironmentUnsupportedError: an exchange lost the weights.
+        """
+        me = threading.get_ident()
+        with self._changed:
+            self._changed.wait_for(lambda: me in self._running or not self._exchanging)
+            if self.lost is not None:
+                raise EnvironmentUnsupportedError(self.lost)
+            self._running[me] += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running[me] -= 1
+                if not self._running[me]:
+                    del self._running[me]
+                self._changed.notify_all()
+
+    @contextmanager
+    def exchange(self) -> Iterator[None]:
+        """Be the only one that prepares an exchange; requests go on.
+
+        Raises:
+            UsageError: called by a callback of a request, which would wait for itself.
+            EnvironmentUnsupportedError: an exchange lost the weights.
+        """
+        with self._changed:
+            if threading.get_ident() in self._running:
+                raise UsageError(
+                    "weights cannot be loaded by a callback of a request that runs on them; load them afterwards"
+                )
+        with self._one_exchange:
+            if self.lost is not None:
+                raise EnvironmentUnsupportedError(self.lost)
+            yield
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within `exchange`: have the engines alone, once the requests that run now have ended; later ones wait."""
+        try:
+            with self._changed:
+                self._exchanging = True
+                self._changed.wait_for(lambda: not self._running)
+            yield
+        finally:
+            with self._changed:
+                self._exchanging = False
+                self._changed.notify_all()
