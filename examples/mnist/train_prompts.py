@@ -5,21 +5,17 @@ Writes ``pixart_mnist.pt`` in PixArt's public layout, and beside it ``text_encod
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from autoencoder import encoded
-from safetensors.torch import save_file
+from prompted import PromptedPixArt, save_text_encoder, without_text_encoder
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from torch import Tensor, nn
-from training import HERE, add_denoiser_options, initialise, load_digits, save, train_denoiser, training_parser
+from torch import Tensor
+from training import HERE, add_denoiser_options, load_digits, save, train_denoiser, training_parser
 
-from goc_deploy.exporters.dit import modulate, unpatchify
-from goc_deploy.exporters.pixart import NULL_CAPTION, CrossAttention, PublicLayout
-from goc_deploy.exporters.t5 import T5Encoder, t5_config
+from goc_deploy.exporters.pixart import NULL_CAPTION
 from goc_deploy.spec import ModelSpec
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -71,64 +67,19 @@ def tokens_and_mask(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
     return tokens, (torch.arange(TOKENS) < torch.tensor([[len(row)] for row in ids])).float()
 
 
-def attended(layers: CrossAttention, x: Tensor, caption: Tensor, mask: Tensor) -> Tensor:
-    """Cross-attention of tokens (B, T, D) to captions (B, L, D), of which ``mask`` (B, L) counts."""
-
-    def heads(rows: Tensor) -> Tensor:
-        return rows.unflatten(-1, (SPEC.heads, -1)).transpose(1, 2)
-
-    keys, values = layers.kv_linear(caption).chunk(2, dim=-1)
-    mixed = F.scaled_dot_product_attention(
-        heads(layers.q_linear(x)), heads(keys), heads(values), attn_mask=mask.bool()[:, None, None]
-    )
-    return layers.proj(mixed.transpose(1, 2).flatten(2))
-
-
-class PromptedPixArt(PublicLayout):
-    """A PixArt and its text encoder. Conditions are rows of `PROMPTS`; the row behind the last is the empty prompt."""
+class DigitPainter(PromptedPixArt):
+    """Conditions are rows of `PROMPTS`; the row behind the last is the empty prompt."""
 
     def __init__(self) -> None:
-        super().__init__(SPEC)
-        self.spec, self.null_condition = SPEC, len(PROMPTS)
-        initialise(self, lambda name: name.endswith("cross_attn.proj") or name == "final_layer.linear")
-        nn.init.normal_(self.t_block[1].weight, std=0.02)
-        for name, parameter in self.named_parameters():
-            if name.endswith("scale_shift_table"):
-                nn.init.normal_(parameter, std=SPEC.hidden**-0.5)
-        self.text_encoder = T5Encoder(t5_config(TEXT, "the example"), TOKENS)
-        for name, parameter in self.text_encoder.named_parameters():
-            if parameter.ndim == 1:
-                nn.init.ones_(parameter)
-            else:
-                nn.init.normal_(parameter, std=1.0 if name == "shared.weight" else parameter.shape[1] ** -0.5)
+        super().__init__(SPEC, TEXT)
+        self.null_condition = len(PROMPTS)
         tokens, mask = tokens_and_mask([*PROMPTS, ""])
         self.register_buffer("tokens", tokens, persistent=False)
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, x: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
         """Noise in latents (B, C, H, W) at timesteps (B,), of rows of the prompts (B,)."""
-        captions = self.y_embedder["y_proj"](self.text_encoder(self.tokens, self.mask))[prompts]  # (B, L, D)
-        mask = self.mask[prompts]
-        condition = self.t_embedder(t)  # (B, D)
-        shared = self.t_block(condition).unflatten(-1, (6, -1))
-        h = self.x_embedder(x) + self.pos_embed
-        for block in self.blocks:
-            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (shared + block.scale_shift_table).unbind(1)
-            h = h + gate_a[:, None] * block.attn(modulate(h, shift_a, scale_a))
-            h = h + attended(block.cross_attn, h, captions, mask)
-            h = h + gate_m[:, None] * block.mlp(modulate(h, shift_m, scale_m))
-        shift, scale = (condition[:, None] + self.final_layer.scale_shift_table).unbind(1)
-        return unpatchify(self.final_layer.linear(modulate(h, shift, scale)), self.spec)
-
-
-def save_text_encoder(encoder: T5Encoder, folder: Path) -> None:
-    """Write the folder that ``T5EncoderModel.from_pretrained`` and ``goc-export --text-encoder`` read."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(TEXT, indent=1) + "\n", encoding="utf-8")
-    save_file(
-        {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}, folder / "model.safetensors"
-    )
-    tokenizer().save(str(folder / "tokenizer.json"))
+        return super().forward(x, t, self.tokens[prompts])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,12 +94,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     def prompts(labels: Tensor) -> Tensor:
         return labels + len(DIGITS) * torch.randint(len(TEMPLATES), labels.shape)
 
-    model = train_denoiser(PromptedPixArt(), encoded(args.vae, images), labels, args, prompts)
+    model = train_denoiser(DigitPainter(), encoded(args.vae, images), labels, args, prompts)
     with torch.inference_mode():
         null = model.text_encoder(model.tokens[-1:], model.mask[-1:])[0]
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("text_encoder.")}
-    save({**state, NULL_CAPTION: null}, args.out)
-    save_text_encoder(model.text_encoder, args.out.with_name("text_encoder"))
+    state = model.state_dict()
+    save({**without_text_encoder(state), NULL_CAPTION: null}, args.out)
+    save_text_encoder(state, TEXT, tokenizer(), args.out.with_name("text_encoder"))
     return 0
 
 

@@ -1,0 +1,65 @@
+"""The sizes of this example's PixArt and T5 encoder, and the files that goc-export reads."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from captions import PAD, SPECIAL, TOKENS, token_rows
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from goc_deploy.exporters.pixart import NULL_CAPTION
+from goc_deploy.spec import ModelSpec
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "mnist"))  # what both examples train with
+from prompted import PromptedPixArt, save_text_encoder, without_text_encoder
+from training import save
+
+TEXT_WIDTH = 128
+CHECKPOINT, TEXT_ENCODER = "pixart_emoji.pt", "text_encoder"
+SPEC = ModelSpec(
+    depth=8, hidden=192, heads=6, mlp_hidden=768, patch=6, grid=8, channels=3, classes=0, learn_sigma=False,
+    architecture="pixart", branches=("attn", "cross", "mlp"), guided_channels=3, caption_channels=TEXT_WIDTH,
+    caption_tokens=TOKENS,
+)  # fmt: skip
+
+
+def text_settings(words: int) -> dict[str, Any]:
+    """``config.json`` of the text encoder for a vocabulary of so many words."""
+    return {
+        "architectures": ["T5EncoderModel"],
+        "model_type": "t5",
+        "d_model": TEXT_WIDTH,
+        "d_kv": 32,
+        "d_ff": 256,
+        "num_heads": 4,
+        "num_layers": 2,
+        "vocab_size": -(-(len(SPECIAL) + words) // 64) * 64,
+        "feed_forward_proj": "gated-gelu",
+        "layer_norm_epsilon": 1e-6,
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 16,
+        "pad_token_id": PAD,
+        "eos_token_id": SPECIAL.index("</s>"),
+        "tie_word_embeddings": False,
+    }
+
+
+def as_tensor(tokenizer: Tokenizer, prompts: Sequence[str]) -> Tensor:
+    """Tokens of prompts, (N, L) int64."""
+    return torch.tensor(token_rows(tokenizer, prompts))
+
+
+def save_pipeline(model: PromptedPixArt, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write float16 weights as PixArt and T5 lay them out: what ``goc-export`` and its ``--text-encoder`` read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    empty = as_tensor(tokenizer, [""]).to(model.pos_embed.device)
+    with torch.inference_mode():
+        null = model.text_encoder(empty, (empty != PAD).float())[0]
+    halves = {name: tensor.detach().cpu().half() for name, tensor in model.state_dict().items()}
+    save({**without_text_encoder(halves), NULL_CAPTION: null.cpu().half()}, folder / CHECKPOINT)
+    save_text_encoder(halves, model.text_settings, tokenizer, folder / TEXT_ENCODER)

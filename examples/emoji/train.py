@@ -1,0 +1,239 @@
+"""Train the PixArt of this example and its text encoder on pictures.npz, over as many sessions as it takes.
+
+    python examples/emoji/train.py --resume                         # until it is stopped; starts if there is nothing
+    python examples/emoji/train.py --resume --decay-steps 20000     # the last steps: the rates fall to zero, then it ends
+
+Everything is in one folder outside the repository: ``checkpoint.pt`` with the whole state, written every few minutes and when
+the process is asked to stop, and ``pipeline/``, which goc-export reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import os
+import random
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from captions import (
+    CAPTIONS,
+    Captions,
+    normalised,
+    random_prompt,
+    read_captions,
+    token_rows,
+    tokenizer_of_words,
+    vocabulary,
+)
+from model import SPEC, save_pipeline, text_settings
+from prompted import PromptedPixArt
+from torch import Tensor, nn
+from training import (
+    CONDITION_DROPOUT,
+    GRADIENT_NORM,
+    SNR_CAP,
+    WARMUP_STEPS,
+    Optimizer,
+    signal_levels,
+    spread_timesteps,
+    update_average,
+)
+
+HERE = Path(__file__).resolve().parent
+FOLDER = Path("~/.cache/goc_deploy/emoji").expanduser()
+CHECKPOINT, PIPELINE = "checkpoint.pt", "pipeline"
+
+
+def load_pictures(path: Path, names: Sequence[str]) -> Tensor:
+    """Pictures (N, 3, H, W) float32 in [-1, 1], in the order of the captions.
+
+    Raises:
+        ValueError: the file is of other emoji than the captions.
+    """
+    with np.load(path) as arrays:
+        found, images = arrays["names"].tolist(), arrays["images"]
+    if found != list(names):
+        raise ValueError(f"{path} and {CAPTIONS} are not of the same emoji; run render_pictures.py")
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class Training:
+    """A model, the average of its weights, its optimizer and random numbers: everything that a checkpoint keeps."""
+
+    def __init__(self, args: argparse.Namespace, captions: Sequence[Captions], pictures: Tensor) -> None:
+        words = vocabulary({str(i): entry for i, entry in enumerate(captions)})
+        torch.manual_seed(args.seed)
+        self.args, self.captions = args, captions
+        self.tokenizer, self.draw = tokenizer_of_words(words), random.Random(args.seed)
+        self.device = torch.device(args.device)
+        self.noise = torch.Generator(self.device).manual_seed(args.seed)
+        self.pictures, self.alphas = pictures.to(self.device), signal_levels().to(self.device)
+        spec = replace(SPEC, depth=args.depth, grid=pictures.shape[-1] // SPEC.patch)
+        self.model = PromptedPixArt(spec, text_settings(len(words))).to(self.device)
+        self.average = copy.deepcopy(self.model)
+        self.optimizer = Optimizer(self.model, args.adam_rate, args.muon_rate)
+        self.predict = torch.compile(self.model) if args.compile else self.model
+        self.step = 0
+        trained = repr([[normalised(text) for text in entry.train] for entry in captions])
+        self.trained = hashlib.sha256(trained.encode()).hexdigest()
+
+    def take_step(self, factor: float) -> tuple[float, float]:
+        """One update at this factor of the learning rates; the weighted loss and the plain squared error."""
+        chosen = [self.draw.randrange(len(self.captions)) for _ in range(self.args.batch)]
+        prompts = [
+            "" if self.draw.random() < CONDITION_DROPOUT else random_prompt(self.captions[i], self.draw) for i in chosen
+        ]
+        tokens = torch.tensor(token_rows(self.tokenizer, prompts)).to(self.device)
+        images = self.pictures[chosen]
+        t = spread_timesteps(len(chosen)).to(self.device)
+        noise = torch.randn(images.shape, generator=self.noise, device=self.device)
+        alpha = self.alphas[t]
+        noisy = alpha.sqrt()[:, None, None, None] * images + (1 - alpha).sqrt()[:, None, None, None] * noise
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
+            predicted = self.predict(noisy, t.float(), tokens)
+        errors = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
+        snr = alpha / (1 - alpha)
+        loss = (errors * snr.clamp(max=SNR_CAP) / snr).mean()
+        self.model.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
+        self.optimizer.step(factor)
+        update_average(self.average, self.model, self.step, self.args.ema)
+        self.step += 1
+        return loss.item(), errors.mean().item()
+
+    def save(self) -> None:
+        """Write the whole state and the averaged weights for goc-export; readers see the old files or the new ones."""
+        path = self.args.folder / CHECKPOINT
+        temporary = path.with_name(path.name + ".tmp")
+        version, numbers, gauss = self.draw.getstate()
+        state: dict[str, Any] = {
+            "step": self.step,
+            "trained": self.trained,
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "adam": self.optimizer.adam.state_dict(),
+            "momenta": self.optimizer.momenta,
+            "torch_rng": torch.get_rng_state(),
+            "noise_rng": self.noise.get_state(),
+            "device": self.device.type,
+            "python_rng": [version, list(numbers), gauss],
+        }
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        save_pipeline(self.average, self.tokenizer, self.args.folder / PIPELINE)
+
+    def restore(self) -> None:
+        """Go on from the checkpoint.
+
+        Raises:
+            ValueError: it was trained with other captions, whose words have other numbers.
+        """
+        path = self.args.folder / CHECKPOINT
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        if state["trained"] != self.trained:
+            raise ValueError(f"{path} was trained with other captions than {CAPTIONS}; choose another --folder")
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.adam.load_state_dict(state["adam"])
+        for momentum, saved in zip(self.optimizer.momenta, state["momenta"], strict=True):
+            momentum.copy_(saved)
+        torch.set_rng_state(state["torch_rng"].cpu())
+        if state["device"] == self.device.type:
+            self.noise.set_state(state["noise_rng"].cpu())
+        else:  # the two kinds of device have different states
+            self.noise.manual_seed(self.args.seed + self.step)
+        version, numbers, gauss = state["python_rng"]
+        self.draw.setstate((version, tuple(numbers), gauss))
+
+
+def run(training: Training) -> None:
+    """Take steps until the last one or until the process is asked to stop, log the losses and keep checkpoints."""
+    args = training.args
+    asked: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda signum, _: asked.append(signum))
+    first = training.step
+    last = first + args.decay_steps if args.decay_steps else args.steps
+    losses: list[tuple[float, float]] = []
+    saved = logged = time.monotonic()
+    while not asked and (last is None or training.step < last):
+        factor = min(1.0, (training.step + 1) / WARMUP_STEPS)
+        if args.decay_steps:
+            factor = 1 - (training.step - first) / args.decay_steps
+        losses.append(training.take_step(factor))
+        now = time.monotonic()
+        if len(losses) == args.log_every:
+            weighted, mse = np.mean(losses, axis=0)
+            speed = args.batch * len(losses) / (now - logged)
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+            print(
+                f"{stamp} step {training.step} loss {weighted:.5f} mse {mse:.5f} rate {factor:.3f} {speed:.1f} images/s",
+                flush=True,
+            )
+            losses.clear()
+            logged = now
+        if now - saved >= 60 * args.save_minutes:
+            training.save()
+            saved = time.monotonic()
+    training.save()
+    print(f"stopped after step {training.step}: {args.folder}", flush=True)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="of the checkpoint (default %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
+    parser.add_argument("--pictures", type=Path, default=HERE / "pictures.npz")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help="stop at this step of all sessions together (default: never)")
+    length.add_argument(
+        "--decay-steps", type=int, help="let the rates fall to zero in so many steps from here, and stop"
+    )
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--depth", type=int, default=SPEC.depth, help="blocks (default %(default)s)")
+    parser.add_argument("--adam-rate", type=float, default=1e-3, help="learning rate of AdamW (default %(default)s)")
+    parser.add_argument("--muon-rate", type=float, default=0.01, help="learning rate of Muon (default %(default)s)")
+    parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights (default %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--bf16", action="store_true", help="matrix products in bfloat16")
+    parser.add_argument("--compile", action="store_true", help="torch.compile; needs a C++ compiler on a CPU")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-minutes", type=float, default=5.0)
+    parser.add_argument("--log-every", type=int, default=100, help="steps per line (default %(default)s)")
+    args = parser.parse_args(argv)
+    if (args.folder / CHECKPOINT).exists() and not args.resume:
+        parser.error(f"{args.folder} has a checkpoint; go on from it with --resume, or choose another --folder")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    captions = read_captions()
+    pictures = load_pictures(args.pictures, list(captions))
+    args.folder.mkdir(parents=True, exist_ok=True)
+    training = Training(args, list(captions.values()), pictures)
+    parameters = sum(p.numel() for p in training.model.parameters())
+    if (args.folder / CHECKPOINT).exists():
+        training.restore()
+    print(f"{len(captions)} emoji, {parameters} parameters, step {training.step}: {args.folder}", flush=True)
+    run(training)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
