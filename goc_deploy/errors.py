@@ -8,7 +8,7 @@
     ├── EngineDirError              4   engine directory corrupt or not ours
     ├── EnvironmentUnsupportedError 5   provider, GPU, versions, driver
     ├── VerificationError           6   numbers beyond tolerance, non-finite results
-    ├── ResourceError               7   disk, memory
+    ├── ResourceError               7   disk, memory, file descriptors
     ├── ConflictError               8   output exists, lock held
     └── SafetyError                 9   pickle globals, path escape
 
@@ -63,7 +63,7 @@ class VerificationError(GocError):
 
 
 class ResourceError(GocError):
-    """Not enough disk or memory."""
+    """Not enough disk, memory or file descriptors."""
 
     exit_code = 7
 
