@@ -21,6 +21,7 @@ from goc_deploy.engines.tensorrt_build import BuildReport, BuildRequest
 from goc_deploy.engines.tensorrt_library import library_from_backend, target_from_options
 from goc_deploy.engines.tensorrt_process import BuildProcess, BuildProcessDied, build_process
 from goc_deploy.errors import ConflictError, EngineDirError, EnvironmentUnsupportedError, GocError
+from goc_deploy.graph_check import check_graph, external_tensors
 from goc_deploy.manifest import MANIFEST_NAME, EngineEntry, FileEntry, Manifest, Unit, manifest_to_json
 from goc_deploy.options import EngineOptions, Progress
 from goc_deploy.passes import with_stacks
@@ -116,8 +117,9 @@ def wanted_engines(directory: Path, manifest: Manifest, target: Target, options:
     jobs: dict[str, Job] = {}
     for unit in _units(manifest, not_launched):
         where = f"{directory / unit.onnx}"
-        model = graphs.model_from_bytes(read_verified(directory, files[unit.onnx]), where)
-        parts = manifest.parts(unit)
+        content, parts = read_verified(directory, files[unit.onnx]), manifest.parts(unit)
+        check_graph(content, external_tensors(parts), where)
+        model = graphs.model_from_bytes(content, where)
         held = [files[part.weights] for part in parts.values() if part.weights and not part.weights_are_inputs]
         fits = len(held) == 1 or sum(file.size for file in held) <= graphs.MAX_GRAPH_BYTES
         embeds = options.weights == "embedded" and bool(held) and fits
