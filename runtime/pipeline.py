@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +29,7 @@ from goc_deploy.runtime.buffers import planned_bytes
 from goc_deploy.runtime.decoder import LatentDecoder
 from goc_deploy.runtime.images import images_from_latents
 from goc_deploy.runtime.session import Request, Session, Timing
+from goc_deploy.runtime.session_pool import CLOSED, SessionPool
 from goc_deploy.spec import ITEM_BYTES, ModelSpec
 from goc_deploy.text import NO_TOKENIZERS, TextEncoder
 from goc_deploy.trace import Span, recorded
@@ -112,11 +110,8 @@ class Pipeline:
         self._backend, self._engines = backend, engines
         self.manifest, self.plan, self.batch_size = manifest, plan, batch_size
         self.spec: ModelSpec = manifest.model
-        self._free: queue.LifoQueue[Session | None] = queue.LifoQueue()
-        self._closed = threading.Event()
-        self._max_sessions = max_sessions
-        self._offer_empty(max_sessions - 1)
-        self._free.put(self._new_session())
+        self._pool = SessionPool(max_sessions)
+        self._pool.run(self._new_session, lambda _: None)
 
     def generate(
         self,
@@ -169,8 +164,11 @@ class Pipeline:
             raise UsageError(f"first_image must be a whole number and not negative, got {first_image!r}")
         start = None if latents is None else _checked_latents(latents, images, self.spec)
         draws = 1 + (self.plan.steps if self.plan.sampler.stochastic else 0)
-        outputs, timings, trajectories = [], [], []
-        with self._session(spans) as session:
+        outputs: list[np.ndarray] = []
+        timings: list[Timing] = []
+        trajectories: list[list[np.ndarray]] = []
+
+        def run_batches(session: Session) -> None:
             for first in range(0, images, self.batch_size):
                 part = range(first, min(first + self.batch_size, images))
                 noise = np.stack(
@@ -185,6 +183,8 @@ class Pipeline:
                 outputs.append(final)
                 timings.append(timing)
                 trajectories.append(taken)
+
+        self._pool.run(self._new_session, run_batches, spans)
         final_latents = np.concatenate(outputs)
         if not np.isfinite(final_latents).all():
             bad = [i for i, x in enumerate(final_latents) if not np.isfinite(x).all()]
@@ -223,12 +223,8 @@ class Pipeline:
 
     def close(self) -> None:
         """Free the engines and buffers; later and waiting calls raise, running ones end. Closing twice is fine."""
-        self._closed.set()
+        self._pool.close()
         self._engines = Engines({}, {})
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._free.get_nowait()
-        self._offer_empty(self._max_sessions)  # wakes whoever waits
 
     def __enter__(self) -> Pipeline:
         return self
@@ -257,8 +253,8 @@ class Pipeline:
         return conditions_from_captions(labels, captions, guided=guided)
 
     def _check_open(self) -> None:
-        if self._closed.is_set():
-            raise EnvironmentUnsupportedError("the pipeline is closed; load the engine directory again")
+        if self._pool.closed:
+            raise EnvironmentUnsupportedError(CLOSED)
         if os.getpid() != self._pid:
             raise EnvironmentUnsupportedError(
                 "the pipeline was loaded before a fork, which its threads do not survive; load after forking"
@@ -269,23 +265,6 @@ class Pipeline:
         usual = Batch(1, True, labels=1, captions=2) if self.spec.draws_captions else Batch(1, True, labels=2)
         session.bind(usual)
         return session
-
-    def _offer_empty(self, count: int) -> None:
-        """Offer places of sessions that are made when first taken."""
-        for _ in range(count):
-            self._free.put(None)
-
-    @contextlib.contextmanager
-    def _session(self, spans: list[Span] | None) -> Iterator[Session]:
-        """Take a session, or wait for one; its place is offered again whatever happens."""
-        with recorded(spans, "wait", "wait for a session"):
-            session = self._free.get()
-        try:
-            self._check_open()
-            session = session or self._new_session()
-            yield session
-        finally:
-            self._free.put(None if self._closed.is_set() else session)
 
     def _step_callback(self, callback: StepHook | None, taken: list[np.ndarray] | None, part: range) -> Any:
         if callback is None and taken is None:
