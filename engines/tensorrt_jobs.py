@@ -11,6 +11,7 @@ from goc_deploy.engine_dir import load_plan
 from goc_deploy.engine_keys import Recipe, Target, dimension_profiles
 from goc_deploy.engines import tensorrt_graphs as graphs
 from goc_deploy.engines.plugin.stacking import KERNEL_SHA256, stack_updates
+from goc_deploy.graph_check import check_graph, external_tensors
 from goc_deploy.manifest import FileEntry, Manifest, Unit
 from goc_deploy.options import EngineOptions
 from goc_deploy.passes import with_stacks
@@ -63,8 +64,9 @@ def wanted_engines(directory: Path, manifest: Manifest, target: Target, options:
     jobs: dict[str, Job] = {}
     for unit in _units(manifest, not_launched):
         where = f"{directory / unit.onnx}"
-        model = graphs.model_from_bytes(read_verified(directory, files[unit.onnx]), where)
-        parts = manifest.parts(unit)
+        content, parts = read_verified(directory, files[unit.onnx]), manifest.parts(unit)
+        check_graph(content, external_tensors(parts), where)
+        model = graphs.model_from_bytes(content, where)
         held = [files[part.weights] for part in parts.values() if part.weights and not part.weights_are_inputs]
         fits = len(held) == 1 or sum(file.size for file in held) <= graphs.MAX_GRAPH_BYTES
         embeds = options.weights == "embedded" and bool(held) and fits

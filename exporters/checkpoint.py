@@ -7,7 +7,9 @@ Accepted: a plain state dict (``.pt``, ``.pth``), a training checkpoint that hol
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import mmap
 import os
 import pickle
 import re
@@ -27,6 +29,9 @@ from goc_deploy.errors import ModelError, SafetyError
 
 PREFIXES = ("module.", "_orig_mod.")
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_CALL = "Trying to call"  # in what torch raises of a function that it does not know
+_ALLOCATOR = b"bytearray"  # no name in a state dict has that word
+_ALLOCATOR_GLOBAL = re.compile(rb"c(builtins|__builtin__)\nbytearray\n|bytearray.{0,4}\x93", re.DOTALL)
 _SAVE_HINT = "save it with torch.save(model.state_dict(), ...) or as .safetensors"
 
 
@@ -92,6 +97,9 @@ def load_checkpoint(path: Path, weight_set: str = "auto") -> Checkpoint:
         tensors[_without_prefix(name)] = value
     if not tensors:
         raise ModelError(f"{path} holds no tensors; {_SAVE_HINT}")
+    odd = [name for name, tensor in tensors.items() if not _is_plain(tensor)]
+    if odd:
+        raise ModelError(f"{path}: no plain tensor with values in memory: {_some(odd)}; {_SAVE_HINT}")
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if claimed > path.stat().st_size:
         raise ModelError(f"{path} claims {claimed} bytes of tensors but has {path.stat().st_size}; {_SAVE_HINT}")
@@ -137,6 +145,12 @@ def check_values(checkpoint: Checkpoint, *, allow_nonfinite: bool) -> None:
         )
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has values of its own: neither meta nor sparse, nested, quantised or empty."""
+    dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
+    return dense and tensor.device.type == "cpu" and tensor.numel() > 0
+
+
 def _all_finite(tensor: Tensor) -> bool:
     """Check in pieces, so that a mapped tensor is never copied whole."""
     return all(bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.reshape(-1), 2**22))
@@ -180,26 +194,19 @@ def _load_torch(path: Path, head: bytes) -> Any:
     elif not head.startswith(b"\x80"):
         raise ModelError(f"{path} is neither a torch checkpoint nor safetensors; {_SAVE_HINT}")
     try:
+        _refuse_allocation(path, is_zip=is_zip)
         if is_zip:
             _refuse_globals(path, torch.serialization.get_unsafe_globals_in_checkpoint(path))
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old pickle protocols; what matters is whether loading succeeds
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as cause:
+    except Exception as cause:  # on a damaged file torch raises whatever its readers run into
         named = re.search(r"GLOBAL ([\w.]+)", str(cause))
-        asked = f": it names {named[1]}" if named else ""
-        raise SafetyError(f"{path} is refused, it asks to run code{asked}; {_SAVE_HINT}") from cause
-    except (
-        RuntimeError,
-        EOFError,
-        KeyError,
-        ValueError,
-        AttributeError,
-        IndexError,
-        TypeError,
-        OSError,
-        AssertionError,
-    ) as cause:
+        if isinstance(cause, SafetyError | ModelError):
+            raise
+        if isinstance(cause, pickle.UnpicklingError) and (named or _CALL in str(cause)):
+            asked = f": it names {named[1]}" if named else ""
+            raise SafetyError(f"{path} is refused, it asks to run code{asked}; {_SAVE_HINT}") from cause
         reason = str(cause).splitlines()[0][:200] if str(cause) else type(cause).__name__
         raise ModelError(
             f"{path} is not a sound torch checkpoint, it may end early: {reason}; download or save it again"
@@ -216,6 +223,21 @@ def _check_zip(path: Path) -> None:
         raise ModelError(f"{path} is a zip archive but not a torch checkpoint; {_SAVE_HINT}")
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise ModelError(f"{path} has compressed members, which torch never writes; {_SAVE_HINT}")
+
+
+def _refuse_allocation(path: Path, *, is_zip: bool) -> None:
+    """Refuse what torch lets through although it allocates by a number. A legacy file begins with its pickles."""
+    with contextlib.ExitStack() as stack:
+        if is_zip:
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            found = any(_ALLOCATOR in archive.read(name) for name in names)
+        else:
+            content = stack.enter_context(open(path, "rb"))
+            view = stack.enter_context(mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ))
+            found = _ALLOCATOR_GLOBAL.search(view) is not None
+    if found:
+        raise SafetyError(f"{path} is refused, it asks for memory by a number: it names bytearray; {_SAVE_HINT}")
 
 
 def _refuse_globals(path: Path, names: list[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from goc_deploy.errors import EngineDirError, UsageError
 from goc_deploy.spec import ModelSpec
+from goc_deploy.tensor_files import arrays_from_npz
 
 MASKED = -10_000.0  # added to the attention scores of padding, as in PixArt's reference
 PROMPT, PROMPT_MASK = "prompt_embeds", "prompt_attention_mask"  # diffusers' argument names
@@ -199,9 +199,8 @@ def captions_from_bytes(content: memoryview, spec: ModelSpec, where: str) -> Pro
         EngineDirError: something else, or another number of captions than the model's spec says.
     """
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            found = prompt_embeds_from_arrays(dict(arrays), spec, where)
-    except (UsageError, ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as cause:
+        found = prompt_embeds_from_arrays(arrays_from_npz(io.BytesIO(content), where), spec, where)
+    except UsageError as cause:
         raise EngineDirError(f"{where} holds no captions for this model ({cause}); export again") from cause
     if len(found.prompts) != spec.classes or found.negatives is None or len(found.negatives) != 1:
         raise EngineDirError(f"{where} holds {len(found.prompts)} captions, not {spec.classes}; export again")

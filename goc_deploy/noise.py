@@ -12,7 +12,7 @@ def image_noise(seed: int, image: int, draws: int, shape: tuple[int, ...]) -> np
 
     Args:
         seed: 0 .. 2**64 - 1.
-        image: index of the image, from 0.
+        image: index of the image, 0 .. 2**64 - 1.
         draws: number of tensors: the first is x_T, the others are for stochastic samplers.
         shape: of one tensor, (C, H, W).
 
@@ -20,9 +20,11 @@ def image_noise(seed: int, image: int, draws: int, shape: tuple[int, ...]) -> np
         (draws, C, H, W) float32.
 
     Raises:
-        UsageError: the seed is out of range.
+        UsageError: the seed or the index is out of range.
     """
-    if not 0 <= seed < 2**64:
-        raise UsageError(f"seed must be within 0..2**64-1, got {seed}")
-    generator = np.random.Generator(np.random.Philox(key=[seed, image]))
+    for name, word in (("seed", seed), ("the index of an image", image)):
+        if not 0 <= word < 2**64:
+            raise UsageError(f"{name} must be within 0..2**64-1, got {word}")
+    key = np.array([seed, image], np.uint64)  # of a list with words of 64 bits NumPy makes float64
+    generator = np.random.Generator(np.random.Philox(key=key))
     return generator.standard_normal((draws, *shape), dtype=np.float32)

@@ -12,6 +12,7 @@ import numpy as np
 from goc_deploy.captions import NO_CAPTIONS
 from goc_deploy.errors import ConflictError, UsageError
 from goc_deploy.publish import disk_errors, replacing
+from goc_deploy.tensor_files import array_from_npy
 
 
 def spread_labels(labels: Sequence[int] | None, count: int | None, classes: int) -> list[int]:
@@ -42,12 +43,7 @@ def read_latents(path: Path | None) -> np.ndarray | None:
     """
     if path is None:
         return None
-    try:
-        found = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as cause:
-        raise UsageError(f"latents {path} cannot be read: {cause}") from cause
-    if not isinstance(found, np.ndarray):
-        raise UsageError(f"latents {path} hold several arrays; give a .npy file with one of shape [N,C,H,W]")
+    found = array_from_npy(path)
     if found.ndim != 4 or not len(found):
         raise UsageError(f"latents {path} have shape {list(found.shape)}, expected [N,C,H,W]")
     return found
@@ -82,6 +78,22 @@ def check_writable(path: Path | None, *, may_be_folder: bool = False) -> None:
             raise ConflictError(f"{target} is not writable; choose another output")
 
 
+def check_distinct(**paths: Path | None) -> None:
+    """Refuse two outputs of one name, of which the second would replace the first.
+
+    Raises:
+        UsageError: naming the two options.
+    """
+    seen: dict[Path, str] = {}
+    for option, path in paths.items():
+        if path is None or (path.exists() and not path.is_file()):
+            continue
+        option, target = f"--{option.replace('_', '-')}", path.resolve()
+        if target in seen:
+            raise UsageError(f"{seen[target]} and {option} name the same file {path}; give each its own")
+        seen[target] = option
+
+
 def check_folder(path: Path | None) -> None:
     """Make a folder for outputs where it is missing; its parent must be there.
 
@@ -110,7 +122,8 @@ def written(path: Path) -> Iterator[Path]:
 def save_array(values: np.ndarray, path: Path) -> None:
     """Write a ``.npy`` file, whatever the name ends in."""
     with written(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, values)
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
+        file.write(np.ascontiguousarray(values).data)  # NumPy would write by itself, and not tell why it cannot
 
 
 def save_text(text: str, path: Path) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from goc_deploy.errors import UsageError
+from goc_deploy.errors import GocError, UsageError
 from goc_deploy.protocols import float32_from_bfloat16
 from goc_deploy.serde import build, parse_json
 
 SUFFIXES = (".npz", ".safetensors")
 MAX_BYTES = 2**32
+MAX_RATIO, ALWAYS_UNPACKED = 20, 64 * 2**20  # an archive unpacks to that many times its size, and to that much more
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
 
 
@@ -31,9 +33,42 @@ def arrays_from_file(path: Path) -> dict[str, np.ndarray]:
             raise UsageError(f"{path} has more than {MAX_BYTES} bytes; give a smaller file")
         if path.suffix == ".safetensors":
             return arrays_from_safetensors(path.read_bytes(), str(path))
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as cause:
+        with open(path, "rb") as file:
+            return arrays_from_npz(file, str(path))
+    except OSError as cause:
+        raise UsageError(f"{path} cannot be read: {cause}") from cause
+
+
+def arrays_from_npz(file: BinaryIO, where: str) -> dict[str, np.ndarray]:
+    """Arrays of an ``.npz`` file, unless it unpacks to far more than its size.
+
+    Raises:
+        UsageError: damaged, of another kind, or a bomb.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+        packed = file.seek(0, os.SEEK_END)
+        if unpacked > ALWAYS_UNPACKED + MAX_RATIO * packed:
+            raise UsageError(f"{where} has {packed} bytes that unpack to {unpacked}; save it uncompressed")
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: np.asarray(arrays[name]) for name in arrays}
+    except GocError:
+        raise
+    except Exception as cause:  # on a damaged file zipfile, zlib and NumPy raise whatever they run into
+        raise UsageError(f"{where} cannot be read: {cause}") from cause
+
+
+def array_from_npy(path: Path) -> np.ndarray:
+    """The array of a ``.npy`` file; nothing is allocated for what the file does not hold.
+
+    Raises:
+        UsageError: unreadable, damaged, or of another kind.
+    """
+    try:
+        return np.array(np.lib.format.open_memmap(path, mode="r"))  # it takes no archive and no pickle
+    except Exception as cause:  # as above
         raise UsageError(f"{path} cannot be read: {cause}") from cause
 
 

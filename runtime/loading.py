@@ -14,6 +14,7 @@ from goc_deploy.calibration import CalibrationOptions
 from goc_deploy.captions import captions_from_bytes
 from goc_deploy.engine_dir import load_plan, mapped_parts
 from goc_deploy.errors import EngineDirError, GocError, ResourceError, UsageError
+from goc_deploy.graph_check import check_graph, external_tensors
 from goc_deploy.manifest import Manifest, Unit
 from goc_deploy.options import Progress
 from goc_deploy.passes import with_stacks
@@ -185,10 +186,10 @@ def _weights_of(manifest: Manifest, graphs: NeededGraphs) -> dict[str, dict[str,
 def load_engines(
     directory: Path, manifest: Manifest, plans: Sequence[Plan], backend: Backend, more: Iterable[str] = ()
 ) -> Engines:
-    """Verify every file of the graphs that are needed (`needed_graphs`), then load them; both in parallel.
+    """Verify every file of the graphs that are needed (`needed_graphs`), then check and load them; both in parallel.
 
     Raises:
-        EngineDirError, SafetyError: a file is missing, corrupt or not ours.
+        EngineDirError, SafetyError: a file is missing, corrupt or not ours, or a graph asks for more than its weights.
     """
     graphs = needed_graphs(directory, manifest, plans, backend, more)
     entries = {file.path: file for file in manifest.files}
@@ -200,8 +201,10 @@ def load_engines(
         return read_verified(directory, entries[path])
 
     def loaded(unit: Unit) -> Engine:
+        parts = manifest.parts(unit)
+        check_graph(content[unit.onnx], external_tensors(parts), str(directory / unit.onnx))
         try:
-            return backend.load(content[unit.onnx], *mapped_parts(manifest.parts(unit), content))
+            return backend.load(content[unit.onnx], *mapped_parts(parts, content))
         except GocError as cause:
             raise type(cause)(f"{directory / unit.onnx}: {cause}") from cause
 

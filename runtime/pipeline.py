@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -34,6 +31,7 @@ from goc_deploy.runtime.buffers import planned_bytes
 from goc_deploy.runtime.decoder import LatentDecoder
 from goc_deploy.runtime.images import images_from_latents
 from goc_deploy.runtime.session import Request, Session, Timing
+from goc_deploy.runtime.session_pool import CLOSED, SessionPool
 from goc_deploy.spec import ITEM_BYTES, ModelSpec
 from goc_deploy.text import NO_TOKENIZERS, TextEncoder
 from goc_deploy.trace import Span, recorded
@@ -114,12 +112,9 @@ class Pipeline:
         self._backend, self._engines = backend, engines
         self.manifest, self.plan, self.batch_size = manifest, plan, batch_size
         self.spec: ModelSpec = manifest.model
-        self._free: queue.LifoQueue[Session | None] = queue.LifoQueue()
-        self._closed, self._warming = threading.Event(), threading.Lock()
-        self._max_sessions = max_sessions
-        self._offer_empty(max_sessions - 1)
+        self._pool = SessionPool(max_sessions)
         with engines.weights.running():
-            self._free.put(self._new_session())
+            self._pool.run(self._new_session, lambda _: None)
 
     def generate(
         self,
@@ -171,10 +166,12 @@ class Pipeline:
         if not _is_whole(first_image) or first_image < 0:
             raise UsageError(f"first_image must be a whole number and not negative, got {first_image!r}")
         start = None if latents is None else _checked_latents(latents, images, self.spec)
-        outputs, timings, trajectories = [], [], []
+        outputs: list[np.ndarray] = []
+        timings: list[Timing] = []
+        trajectories: list[list[np.ndarray]] = []
         weights = self._engines.weights
-        with weights.running(), self._session(spans) as session:
-            checkpoint = weights.checkpoint_sha256
+
+        def run_batches(session: Session) -> None:
             for first in range(0, images, self.batch_size):
                 part = range(first, min(first + self.batch_size, images))
                 noise = np.stack(
@@ -192,6 +189,10 @@ class Pipeline:
                 outputs.append(final)
                 timings.append(timing)
                 trajectories.append(taken)
+
+        with weights.running():
+            checkpoint = weights.checkpoint_sha256
+            self._pool.run(self._new_session, run_batches, spans)
         final_latents = np.concatenate(outputs)
         if not np.isfinite(final_latents).all():
             bad = [i for i, x in enumerate(final_latents) if not np.isfinite(x).all()]
@@ -251,7 +252,7 @@ class Pipeline:
     def warmup(self, images: Sequence[int] = (1,), *, guided: Sequence[bool] = (True,)) -> None:
         """Run every session as often as it takes until nothing is compiled or recorded for requests like these.
 
-        It waits for all sessions.
+        It waits for each session, one after the other.
 
         Args:
             images: sizes of the requests, each within the batch size; ``(1, batch_size)`` also warms a full batch.
@@ -265,12 +266,14 @@ class Pipeline:
         for size in images:
             if not _is_whole(size) or not 1 <= size <= self.batch_size:
                 raise UsageError(f"images to warm up with must be within 1..{self.batch_size}, got {size!r}")
-        with self._engines.weights.running(), self._warming, contextlib.ExitStack() as taken:
-            sessions = [taken.enter_context(self._session(None)) for _ in range(self._max_sessions)]
-            for size, is_guided in product(images, guided):
-                request = self._request_to_warm_up(size, guided=is_guided)
-                for session, _ in product(sessions, range(self.runs_to_warm)):
-                    session.run(request)
+        requests = [self._request_to_warm_up(size, guided=is_guided) for size, is_guided in product(images, guided)]
+
+        def run_each(session: Session) -> None:
+            for request, _ in product(requests, range(self.runs_to_warm)):
+                session.run(request)
+
+        with self._engines.weights.running():
+            self._pool.run_on_each(self._new_session, run_each)
         if self._attached.decoder is not None:
             for size in images:
                 self._attached.decoder.images(np.zeros((size, *self._latent_shape), np.float32))
@@ -289,12 +292,8 @@ class Pipeline:
 
     def close(self) -> None:
         """Free the engines and buffers; later and waiting calls raise, running ones end. Closing twice is fine."""
-        self._closed.set()
+        self._pool.close()
         self._engines = Engines({}, {})
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._free.get_nowait()
-        self._offer_empty(self._max_sessions)  # wakes whoever waits
 
     def __enter__(self) -> Pipeline:
         return self
@@ -328,8 +327,8 @@ class Pipeline:
         return conditions_from_captions(labels, captions, guided=guided)
 
     def _check_open(self) -> None:
-        if self._closed.is_set():
-            raise EnvironmentUnsupportedError("the pipeline is closed; load the engine directory again")
+        if self._pool.closed:
+            raise EnvironmentUnsupportedError(CLOSED)
         if os.getpid() != self._pid:
             raise EnvironmentUnsupportedError(
                 "the pipeline was loaded before a fork, which its threads do not survive; load after forking"
@@ -341,23 +340,6 @@ class Pipeline:
         session.bind(usual)
         self._engines.weights.sessions.add(session)
         return session
-
-    def _offer_empty(self, count: int) -> None:
-        """Offer places of sessions that are made when first taken."""
-        for _ in range(count):
-            self._free.put(None)
-
-    @contextlib.contextmanager
-    def _session(self, spans: list[Span] | None) -> Iterator[Session]:
-        """Take a session, or wait for one; its place is offered again whatever happens."""
-        with recorded(spans, "wait", "wait for a session"):
-            session = self._free.get()
-        try:
-            self._check_open()
-            session = session or self._new_session()
-            yield session
-        finally:
-            self._free.put(None if self._closed.is_set() else session)
 
     def _step_callback(self, callback: StepHook | None, taken: list[np.ndarray] | None, part: range) -> Any:
         if callback is None and taken is None:

@@ -117,6 +117,9 @@ def command(
     outputs.check_writable(output, may_be_folder=True)
     for path in (latents_output, trajectory_output, report):
         outputs.check_writable(path)
+    outputs.check_distinct(
+        output=output, latents_output=latents_output, trajectory_output=trajectory_output, report=report
+    )
     latents = outputs.read_latents(latents_file)
     if bool(prompts) + (embeds_file is not None) > 1 or (negatives and not prompts):
         raise UsageError("give --prompt or --prompt-embeds, not both; --negative-prompt goes with --prompt")

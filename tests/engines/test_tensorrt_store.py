@@ -277,13 +277,22 @@ def children() -> list[str]:
 
 def test_a_unit_that_cannot_be_built_is_named_with_its_op_and_the_reason(engine: Path, command: Command) -> None:
     model = onnx.load(engine / "onnx/collect.onnx")
-    model.graph.node[0].op_type, model.graph.node[0].name = "NoSuchOperator", "odd_one"
+    model.graph.node[0].op_type, model.graph.node[0].name = "Where", "odd_one"  # which takes three inputs
     with_graph(engine, "onnx/collect.onnx", model.SerializeToString())
     done = command("goc-plan", engine, *FLAGS, "--engine-weights", "shared", code=5)
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: unit collect: tensorrt-rtx 1.")
-    assert "for 8.6, 8.9, 12.0 cannot be built: node odd_one (NoSuchOperator): " in line
+    assert "for 8.6, 8.9, 12.0 cannot be built: node odd_one (Where): " in line
     assert "Traceback" not in done.stderr
+
+
+def test_a_graph_that_asks_for_a_file_is_not_parsed(engine: Path, command: Command) -> None:
+    model = onnx.load(engine / "onnx/collect.onnx")
+    stolen = model.graph.initializer.add(name="stolen", data_type=1, dims=[4], data_location=1)
+    stolen.external_data.add(key="location", value="etc/passwd")
+    with_graph(engine, "onnx/collect.onnx", model.SerializeToString())
+    done = command("goc-plan", engine, *FLAGS, "--engine-weights", "shared", code=9)
+    assert "asks for the values of 'stolen' from 'etc/passwd'" in done.stderr
 
 
 @pytest.fixture

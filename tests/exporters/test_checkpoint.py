@@ -4,7 +4,9 @@ import argparse
 import io
 import os
 import pickle
+import random
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +205,61 @@ def test_tensors_that_do_not_fit_are_listed() -> None:
         "blocks.0.attn.proj.bias (3,), expected (64,)",
     ):
         assert part in str(caught.value)
+
+
+def raw_pickle(folder: Path, code: bytes) -> Path:
+    (folder / "raw.pt").write_bytes(b"\x80\x02" + code + b".")
+    return folder / "raw.pt"
+
+
+def zipped(folder: Path, code: bytes) -> Path:
+    """A torch checkpoint whose pickle is that code."""
+    source, target = saved(folder, {"a": torch.ones(2)}), folder / "zipped.pt"
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, b"\x80\x02" + code + b"." if name.endswith("/data.pkl") else old.read(name))
+    return target
+
+
+@pytest.mark.parametrize("make", [raw_pickle, zipped])
+@pytest.mark.parametrize(
+    "code", [b"cbuiltins\nbytearray\nI1000000000000\n\x85R", b"\x8c\x08builtins\x8c\x09bytearray\x93I9\n\x85R"]
+)
+def test_a_pickle_does_not_allocate_by_a_number(
+    make: Callable[[Path, bytes], Path], code: bytes, tmp_path: Path
+) -> None:
+    with pytest.raises(SafetyError, match="asks for memory by a number: it names bytearray"):
+        load_checkpoint(make(tmp_path, code))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning", "ignore:.*nested tensors:UserWarning")
+@pytest.mark.parametrize("kind", ["meta", "sparse", "csr", "nested", "empty"])
+def test_tensors_without_plain_values_are_named(kind: str, tmp_path: Path) -> None:
+    odd = {
+        "meta": lambda: torch.empty(2, 2, device="meta"),
+        "sparse": lambda: torch.eye(2).to_sparse(),
+        "csr": lambda: torch.eye(2).to_sparse_csr(),
+        "nested": lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]),
+        "empty": lambda: torch.ones(0, 3),
+    }[kind]()
+    with pytest.raises(ModelError, match="x"):
+        load_checkpoint(saved(tmp_path, {**STATE, "x": odd}))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_damage_is_damage_and_no_malice(legacy: bool, tmp_path: Path) -> None:
+    path = saved(tmp_path, {"a": torch.ones(64)}, _use_new_zipfile_serialization=not legacy)
+    sound, kinds = path.read_bytes(), []
+    generator = random.Random(0)
+    for _ in range(150):
+        content = bytearray(sound)
+        for _ in range(generator.choice((1, 4))):
+            content[generator.randrange(len(content))] = generator.randrange(256)
+        path.write_bytes(content)
+        try:
+            load_checkpoint(path)
+        except SafetyError as error:
+            kinds.append("it names" in str(error) or "Trying" in str(error.__cause__))
+        except GocError:
+            pass
+    assert all(kinds)

@@ -1,12 +1,25 @@
 from __future__ import annotations
 
+import contextlib
+import resource
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from goc_deploy.errors import ConflictError
-from goc_deploy.outputs import check_folder, check_writable, grid_columns, save_array, save_text, spread_labels, written
+from goc_deploy.errors import ConflictError, GocError, ResourceError, UsageError
+from goc_deploy.outputs import (
+    check_distinct,
+    check_folder,
+    check_writable,
+    grid_columns,
+    read_latents,
+    save_array,
+    save_text,
+    spread_labels,
+    written,
+)
 
 
 def test_labels_are_repeated_in_order() -> None:
@@ -73,3 +86,66 @@ def test_a_folder_for_outputs_is_made_unless_something_stands_in_its_place(tmp_p
     for bad in (tmp_path / "file", tmp_path / "no" / "folder"):
         with pytest.raises(ConflictError, match="making the folder"):
             check_folder(bad)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.arange(12, dtype=np.float32).reshape(3, 4),
+        np.asfortranarray(np.eye(3)),
+        np.ones((2, 3))[::, ::2],
+        np.float32(3),
+    ],
+)
+def test_an_array_is_read_back_as_it_was(values: np.ndarray, tmp_path: Path) -> None:
+    save_array(values, tmp_path / "x")
+    np.testing.assert_array_equal(np.load(tmp_path / "x"), values)
+
+
+def test_a_full_disk_is_named_as_such_for_large_arrays(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(ResourceError, match="the disk is full"):
+            save_array(np.zeros(10**6), tmp_path / "x.npy")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_outputs_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    check_distinct(output=tmp_path / "x.png", report=tmp_path / "x.json", latents_output=None)
+    check_distinct(output=Path("/dev/null"), report=Path("/dev/null"))
+    with pytest.raises(UsageError, match="--output and --latents-output name the same file"):
+        check_distinct(output=tmp_path / "x.png", latents_output=tmp_path / "there" / ".." / "x.png")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"PK\x03\x04 no archive",
+        b"\x93NUMPY\x01\x00\x46\x00" + b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000, 1000, 1000, 1000)}\n"[:70],
+        b"\x93NUMPY\x01\x00\x10\x00{'descr': ((((  \n",
+        b"\x93NUMPY\x01\x00\x10\x00" + b"\xff" * 16,
+    ],
+)  # fmt: skip
+def test_damaged_latents_are_a_usage_error(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.npy").write_bytes(content)
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_latents(tmp_path / "x.npy")
+
+
+def test_randomly_damaged_latents_end_as_errors_of_ours(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((1, 4, 2, 2), np.float32))
+    sound, generator = (tmp_path / "x.npy").read_bytes(), np.random.default_rng(0)
+    for _ in range(300):
+        content = bytearray(sound)
+        for _ in range(3):
+            content[generator.integers(140)] = generator.integers(256)
+        (tmp_path / "x.npy").write_bytes(content)
+        with contextlib.suppress(GocError):
+            read_latents(tmp_path / "x.npy")

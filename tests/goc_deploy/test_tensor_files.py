@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -83,3 +85,22 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     (tmp_path / "one.npy").rename(tmp_path / "one.npz")
     with pytest.raises(UsageError, match="cannot be read"):
         arrays_from_file(tmp_path / "one.npz")
+
+
+def test_an_archive_that_unpacks_to_far_more_than_its_size_is_refused(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "x.npz", a=np.zeros(2**27, np.uint8))
+    with pytest.raises(UsageError, match=r"bytes that unpack to 134217856; save it uncompressed"):
+        arrays_from_file(tmp_path / "x.npz")
+
+
+def test_randomly_damaged_archives_end_as_errors_of_ours(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "x.npz", a=np.arange(50), b=np.ones((2, 3)))
+    sound, generator = (tmp_path / "x.npz").read_bytes(), np.random.default_rng(0)
+    for _ in range(300):
+        content = bytearray(sound)
+        for _ in range(3):
+            content[generator.integers(len(content))] = generator.integers(256)
+        (tmp_path / "x.npz").write_bytes(content)
+        with contextlib.suppress(UsageError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            arrays_from_file(tmp_path / "x.npz")

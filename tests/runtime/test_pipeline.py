@@ -3,7 +3,9 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import shutil
+import signal
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -280,8 +282,7 @@ def test_a_session_that_cannot_be_made_does_not_block_later_callers(
     golden_engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = goc_deploy.load(golden_engine)
-    loaded._free.get()
-    loaded._free.put(None)
+    loaded._pool._slots[0].session = None
 
     def fail() -> None:
         raise ResourceError("no memory")
@@ -291,6 +292,40 @@ def test_a_session_that_cannot_be_made_does_not_block_later_callers(
         with pytest.raises(ResourceError):
             loaded.generate([1])
     assert loaded.generate([1]).latents.shape == (1, 4, 8, 8)
+
+
+def test_interrupts_lose_no_session_and_spoil_no_image(golden_engine: Path) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    loaded = goc_deploy.load(golden_engine, plan="fora:2")
+    alone, moments, interrupted = loaded.generate([1, 2]).latents, np.random.default_rng(5), 0
+    started = time.perf_counter()
+    loaded.generate([1, 2])
+    seconds = time.perf_counter() - started
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(100):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, max(1e-5, moments.random() * 1.1 * seconds))
+                loaded.generate([1, 2])
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                interrupted += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert loaded._pool.free == 1
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 50
+    np.testing.assert_array_equal(loaded.generate([1, 2]).latents, alone)
+
+
+def test_a_callback_that_generates_is_told_instead_of_waiting_for_itself(
+    golden_engine: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with goc_deploy.load(golden_engine) as loaded:
+        loaded.generate([1], callback=lambda _: loaded.generate([1]))
+    assert "do not generate from a callback, or load with a larger max_sessions" in caplog.text
 
 
 def test_a_pipeline_cannot_be_pickled(pipe: Pipeline) -> None:

@@ -77,10 +77,9 @@ def test_models_that_predict_something_else_run_too(engine: Path, model: DiT, sa
 def test_a_run_does_not_see_the_estimates_of_the_one_before(engine: Path) -> None:
     with goc_deploy.load(engine, plan="dpmpp") as pipe:
         alone = pipe.generate(LABELS, seed=5).latents
-        session = pipe._free.get()
-        for estimate in session._buffers.estimates:
+        (slot,) = pipe._pool._slots
+        for estimate in slot.session._buffers.estimates:
             pipe._backend.upload(np.full(estimate.shape, np.nan, np.float32), estimate)
-        pipe._free.put(session)
         np.testing.assert_array_equal(pipe.generate(LABELS, seed=5).latents, alone)
 
 

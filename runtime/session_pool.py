@@ -1,0 +1,144 @@
+"""Sessions that callers take in turn, such that no interrupt loses one.
+
+Ctrl-C may arrive at any call, also at those of a ``finally``; a queue that a session is popped from, or a semaphore that is
+counted down, then stays short of one for ever. Here nothing is popped or counted. A session belongs to the claim that its
+slot names, a claim knows its slot before the slot names it, and the end of a call gives the slot back by one assignment,
+before anything that can be interrupted.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from goc_deploy.errors import EnvironmentUnsupportedError, UsageError
+from goc_deploy.runtime.session import Session
+from goc_deploy.trace import Span, recorded
+
+CLOSED = "the pipeline is closed; load the engine directory again"
+
+Returned = TypeVar("Returned")
+
+
+@dataclass(slots=True, eq=False)
+class _Claim:
+    """A call that wants a session, or has the one of its slot."""
+
+    thread: int
+    slot: _Slot | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    """A place for a session, which is made when it is first needed; free while no claim has it."""
+
+    session: Session | None = None
+    claim: _Claim | None = None
+
+
+class SessionPool:
+    """At most ``size`` callers run at a time, others wait.
+
+    Args:
+        size: number of sessions.
+
+    Attributes:
+        closed: whether `close` was called.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._slots = tuple(_Slot() for _ in range(size))
+        self._choosing = threading.Lock()
+        # Wakes a caller that waits, who looks for a free slot itself: one too many does no harm, and every call that ends
+        # or takes a slot rings, so none is missing. It is written in C, and an interrupted wait takes nothing.
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.closed = False
+
+    @property
+    def free(self) -> int:
+        """Slots that no call has."""
+        return sum(slot.claim is None for slot in self._slots)
+
+    def run(
+        self, make: Callable[[], Session], work: Callable[[Session], Returned], spans: list[Span] | None = None
+    ) -> Returned:
+        """Call ``work`` with a session that nobody else has meanwhile, once there is one.
+
+        Args:
+            make: makes a session.
+            work: what to do with it.
+            spans: where to record the wait.
+
+        Raises:
+            EnvironmentUnsupportedError: the pool is closed.
+            UsageError: all sessions are taken, and this thread would wait for itself.
+        """
+        return self._run(self._slots, make, work, spans)
+
+    def run_on_each(self, make: Callable[[], Session], work: Callable[[Session], Returned]) -> None:
+        """Call ``work`` with every session, one after the other; see `run`."""
+        for slot in self._slots:
+            self._run((slot,), make, work, None)
+
+    def _run(
+        self,
+        slots: Sequence[_Slot],
+        make: Callable[[], Session],
+        work: Callable[[Session], Returned],
+        spans: list[Span] | None,
+    ) -> Returned:
+        claim = _Claim(threading.get_ident())
+        try:
+            with recorded(spans, "wait", "wait for a session"):
+                slot = self._take(claim, slots)
+            if slot.session is None:
+                slot.session = make()
+            if self.closed:
+                raise EnvironmentUnsupportedError(CLOSED)
+            return work(slot.session)
+        finally:
+            taken = claim.slot
+            if taken is not None and taken.claim is claim:
+                taken.claim = None
+                if self.closed:
+                    taken.session = None
+            self._bell.put(None)
+
+    def close(self) -> None:
+        """Drop sessions that are free, and others when their call ends; wake whoever waits."""
+        self.closed = True
+        for slot in self._slots:
+            if slot.claim is None:
+                slot.session = None
+        self._bell.put(None)
+
+    def _take(self, claim: _Claim, slots: Sequence[_Slot]) -> _Slot:
+        while True:
+            if self.closed:
+                raise EnvironmentUnsupportedError(CLOSED)
+            with self._choosing:
+                for slot in slots:
+                    if slot.claim is None:
+                        claim.slot = slot
+                        slot.claim = claim
+                        break
+            if claim.slot is not None:
+                self._forget_rings()
+                self._bell.put(None)  # for the next who waits: another slot may be free too
+                return claim.slot
+            if any(slot.claim is not None and slot.claim.thread == claim.thread for slot in slots):
+                raise UsageError(
+                    f"all {len(self._slots)} sessions of the pipeline are taken, one of them by this thread, which would wait for itself; "
+                    "do not generate from a callback, or load with a larger max_sessions"
+                )
+            self._bell.get()
+
+    def _forget_rings(self) -> None:
+        try:
+            while True:
+                self._bell.get_nowait()
+        except queue.Empty:
+            pass
