@@ -163,8 +163,9 @@ def _some(names: list[str]) -> str:
 def _check_file(path: Path) -> None:
     try:
         status = path.stat()
-    except OSError as cause:
-        raise ModelError(f"checkpoint {path} cannot be read: {cause.strerror or cause}") from cause
+    except (OSError, ValueError) as cause:  # ValueError: a name that no file can have
+        reason = getattr(cause, "strerror", None) or cause
+        raise ModelError(f"checkpoint {str(path)[:300]!r} cannot be read: {reason}") from cause
     if stat.S_ISDIR(status.st_mode):
         raise ModelError(f"checkpoint {path} is a directory; give a .pt, .pth or .safetensors file")
     if not stat.S_ISREG(status.st_mode):

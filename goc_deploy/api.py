@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from goc_deploy.errors import ConflictError, EnvironmentUnsupportedError
+from goc_deploy.errors import ConflictError, EnvironmentUnsupportedError, UsageError
 from goc_deploy.options import EngineOptions, ExportOptions, PlanOptions, Progress, no_progress
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from goc_deploy.protocols import Backend
     from goc_deploy.runtime.pipeline import Pipeline
 
+MAX_THREADS = 1024  # each takes memory, and ONNX Runtime has no limit
 PATH_OPTIONS = ("captions", "text_encoder", "vae")
 
 logger = logging.getLogger(__name__)
@@ -202,6 +203,8 @@ def _load(
 ) -> list[Pipeline]:
     """Load on the backend of that name, or on the first that works."""
     _require(None, "onnxruntime")
+    if not isinstance(options.threads, int) or options.threads > MAX_THREADS:
+        raise UsageError(f"threads must be a whole number and at most {MAX_THREADS}, got {options.threads!r:.60}")
     from goc_deploy.engines.choice import candidates, explanation
     from goc_deploy.runtime.loading import load_pipelines
 

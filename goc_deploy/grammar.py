@@ -105,8 +105,8 @@ def whole_number(text: str, what: str, low: int, high: int) -> int:
     Raises:
         UsageError: it is not.
     """
-    if not text.isdecimal() or not low <= int(text) <= high:
-        raise UsageError(f"{what} {text!r} must be a whole number from {low} to {high}")
+    if not re.fullmatch("[0-9]{1,18}", text) or not low <= int(text) <= high:
+        raise UsageError(f"{what} {text!r:.60} must be a whole number from {low} to {high}")
     return int(text)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from goc_deploy.errors import UsageError
@@ -25,10 +26,8 @@ def labels_from_text(text: str, class_names: Sequence[str]) -> tuple[int, ...]:
 
 
 def _label(word: str, known: dict[str, list[int]]) -> int:
-    try:
+    if re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", word):
         return int(word)
-    except ValueError:
-        pass
     found = sorted(set(known.get(_key(word), ())))
     if len(found) == 1:
         return found[0]

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from operator import index
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -198,7 +199,7 @@ def manifest_from_json(text: bytes, where: str) -> Manifest:
     found = parse_json(text, where, EngineDirError)
     check_format(found, MANIFEST_FORMAT, MANIFEST_VERSION, where, EngineDirError)
     manifest: Manifest = build(lambda: _manifest_from_fields(found), where, EngineDirError)
-    _check(manifest, where)
+    build(lambda: _check(manifest, where), where, EngineDirError)
     return manifest
 
 
@@ -207,7 +208,7 @@ def _manifest_from_fields(found: dict[str, Any]) -> Manifest:
     return Manifest(
         model=ModelSpec(**model),
         precision=str(found["precision"]),
-        max_batch=int(found["max_batch"]),
+        max_batch=index(found["max_batch"]),
         units=tuple(_unit_from_fields(unit) for unit in found["units"]),
         predict={str(key): str(path) for key, path in found["predict"].items()},
         plans=tuple(PlanEntry(**plan) for plan in found["plans"]),
@@ -231,7 +232,7 @@ def _engine_from_fields(engine: dict[str, Any]) -> EngineEntry:
 
 def _unit_from_fields(unit: dict[str, Any]) -> Unit:
     parameters = tuple(
-        Parameter(str(p["name"]), int(p["offset"]), tuple(int(d) for d in p["shape"])) for p in unit["parameters"]
+        Parameter(str(p["name"]), index(p["offset"]), tuple(index(d) for d in p["shape"])) for p in unit["parameters"]
     )
     return Unit(**{**unit, "parameters": parameters})
 

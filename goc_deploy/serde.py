@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import stat
 from collections.abc import Callable
 from dataclasses import asdict
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,25 @@ SCHEDULE_FORMAT, SCHEDULE_VERSION = "goc_deploy.schedule", 2
 OLDEST_SCHEDULE_VERSION = 1  # had no provenance
 PLAN_FORMAT, PLAN_VERSION = "goc_deploy.plan", 3
 MAX_JSON_BYTES = 64 * 2**20
+MAX_DIGITS = 20  # of a whole number, which therefore fits a float
+
+
+def bytes_from_file(path: Path, where: str, error: type[GocError]) -> bytes:
+    """The content of a regular file of at most ``MAX_JSON_BYTES``.
+
+    Raises:
+        error: missing, unreadable, larger, or a device or pipe, which might never end.
+    """
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise error(f"{where} cannot be read: it is not a regular file")
+        if status.st_size > MAX_JSON_BYTES:
+            raise error(f"{where} has {status.st_size} bytes, more than {MAX_JSON_BYTES} are not read")
+        with open(path, "rb") as file:
+            return file.read(MAX_JSON_BYTES)
+    except (OSError, ValueError) as cause:  # ValueError: a name that no file can have
+        raise error(f"{where} cannot be read: {getattr(cause, 'strerror', None) or cause}") from cause
 
 
 def parse_json(text: bytes, where: str, error: type[GocError]) -> dict[str, Any]:
@@ -37,8 +60,19 @@ def parse_json(text: bytes, where: str, error: type[GocError]) -> dict[str, Any]
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not allowed")
 
+    def finite(number: str) -> float:
+        if math.isinf(float(number)):
+            raise ValueError(f"{number:.20} is out of range")
+        return float(number)
+
+    def bounded(number: str) -> int:
+        if len(number) > MAX_DIGITS:
+            raise ValueError(f"{number:.20}... is out of range")
+        return int(number)
+
+    hooks: dict[str, Any] = {"parse_constant": refuse, "parse_float": finite, "parse_int": bounded}
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, **hooks)
     except (ValueError, RecursionError) as cause:
         reason = "it is nested too deep" if isinstance(cause, RecursionError) else str(cause)
         raise error(f"{where} is not valid JSON: {reason}") from cause
@@ -122,11 +156,7 @@ def schedule_from_file(path: Path) -> Schedule:
     Raises:
         ScheduleError: unreadable, or as `schedule_from_json`.
     """
-    try:
-        text = path.read_bytes()
-    except OSError as cause:
-        raise ScheduleError(f"schedule {path} cannot be read: {cause.strerror or cause}") from cause
-    return schedule_from_json(text, f"schedule {path}")
+    return schedule_from_json(bytes_from_file(path, f"schedule {path}", ScheduleError), f"schedule {path}")
 
 
 def _schedule_from_fields(found: dict[str, Any], where: str) -> Schedule:
@@ -202,7 +232,7 @@ def plan_from_json(text: bytes, schedule: Schedule, where: str) -> Plan:
         segments = found.get("segments", "none")
         if segments not in SEGMENTS:
             raise ValueError(f"unknown segments {segments!r}")
-        return Plan(str(found["name"]), sampler, launches, int(found["slots"]), schedule, segments)
+        return Plan(str(found["name"]), sampler, launches, index(found["slots"]), schedule, segments)
 
     plan: Plan = build(make, where, EngineDirError)
     return plan
@@ -222,14 +252,14 @@ def _sampler_from_fields(table: dict[str, Any]) -> SamplerTable:
 
 def _launch_from_list(op: list[Any]) -> Launch:
     if op[0] == "c":
-        return Compute(int(op[1]), _slot(op[2]))
+        return Compute(index(op[1]), _slot(op[2]))
     if op[0] == "a":
-        return Collect(int(op[1]))
+        return Collect(index(op[1]))
     if op[0] != "p":
         raise ValueError(f"unknown launch {op[0]!r}")
-    rows = (Prediction(tuple(int(s) for s in p[0]), tuple(float(c) for c in p[1]), _slot(p[2])) for p in op[2])
-    return Predict(int(op[1]), tuple(rows), int(op[3]))
+    rows = (Prediction(tuple(index(s) for s in p[0]), tuple(float(c) for c in p[1]), _slot(p[2])) for p in op[2])
+    return Predict(index(op[1]), tuple(rows), index(op[3]))
 
 
 def _slot(value: Any) -> int | None:
-    return None if value is None else int(value)
+    return None if value is None else index(value)

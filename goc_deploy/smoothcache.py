@@ -18,7 +18,7 @@ from goc_deploy.calibration import MAX_GAP
 from goc_deploy.errors import ScheduleError, UsageError
 from goc_deploy.grammar import number
 from goc_deploy.schedule import COMPUTE, MAX_STEPS, REUSE, Schedule
-from goc_deploy.serde import parse_json
+from goc_deploy.serde import bytes_from_file, parse_json
 
 BRANCH_OF_COMPONENT = {
     "attn": "attn",
@@ -76,10 +76,8 @@ def schedule_from_smoothcache(path: Path, context: PolicyContext) -> Schedule:
     Raises:
         ScheduleError: unreadable, of another form, for another number of steps, or for branches the model lacks.
     """
-    try:
-        found = parse_json(path.read_bytes(), f"schedule {path}", ScheduleError)
-    except OSError as cause:
-        raise ScheduleError(f"schedule {path} cannot be read: {cause.strerror or cause}") from cause
+    where = f"schedule {path}"
+    found = parse_json(bytes_from_file(path, where, ScheduleError), where, ScheduleError)
     spec, steps = context.spec, context.steps
     computed = np.ones((steps, spec.units), bool)
     for component, actions in found.items():

@@ -14,6 +14,7 @@ import numpy as np
 from goc_deploy.captions import Captions, PromptEmbeds
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, UsageError
 from goc_deploy.protocols import Backend, Engine, Launch
+from goc_deploy.serde import bytes_from_file
 from goc_deploy.spec import ModelSpec, TextSpec
 
 logger = logging.getLogger(__name__)
@@ -53,8 +54,8 @@ def prompts_from_file(path: Path) -> tuple[str, ...]:
         UsageError: unreadable, not UTF-8, or without prompts.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as cause:
+        lines = bytes_from_file(path, f"prompts {path}", UsageError).decode("utf-8").splitlines()
+    except UnicodeDecodeError as cause:
         raise UsageError(f"prompts {path} cannot be read: {cause}") from cause
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
@@ -100,6 +101,8 @@ class TextEncoder:
         Raises:
             UsageError: no prompts, one that is no text, or negatives that are neither one nor one for each.
         """
+        if isinstance(prompts, str) or isinstance(negatives, str):  # which is a sequence of letters
+            raise UsageError("prompts and negative prompts are lists of texts, got one text; put it into a list")
         if not prompts or len(negatives) not in (1, len(prompts)):
             raise UsageError(f"{len(prompts)} prompts and {len(negatives)} negative prompts; give one, or one for each")
         texts = [_normalised(prompt) for prompt in (*prompts, *negatives)]
@@ -161,6 +164,8 @@ def _normalised(prompt: str) -> str:
     """A prompt as the reference pipeline takes it."""
     if not isinstance(prompt, str) or len(prompt) > MAX_CHARACTERS:
         raise UsageError(f"a prompt must be a text of at most {MAX_CHARACTERS} characters, got {prompt!r:.60}")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UsageError(f"a prompt holds half a surrogate pair, which is no character: {prompt!a:.60}")
     return prompt.lower().strip()
 
 

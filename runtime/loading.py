@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
+from numbers import Integral
 from pathlib import Path
 
 from goc_deploy.calibration import CalibrationOptions
@@ -34,6 +35,8 @@ from goc_deploy.text import TextEncoder
 
 logger = logging.getLogger(__name__)
 
+MAX_SESSIONS = 1024
+
 
 def load_pipelines(
     directory: Path,
@@ -59,8 +62,14 @@ def load_pipelines(
         UsageError: no such plan, or a number out of range.
         ResourceError: the buffers do not fit into memory.
     """
-    if max_sessions < 1:
-        raise UsageError(f"max_sessions must be at least 1, got {max_sessions}")
+    for option, value in (("max_sessions", max_sessions), ("batch_size", batch_size)):
+        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
+            raise UsageError(f"{option} must be a whole number, got {value!r:.60}")
+    if max_sessions is None or not 1 <= max_sessions <= MAX_SESSIONS:
+        raise UsageError(f"max_sessions must be at least 1 and at most {MAX_SESSIONS}, got {max_sessions}")
+    odd = [name for name in names if name is not None and not isinstance(name, str)]
+    if odd:
+        raise UsageError(f"a plan is named by its name or SPEC, got {odd[0]!r:.60}")
     manifest = read_manifest(directory)
     plans = [load_plan(directory, manifest, name) for name in names]
     images = manifest.max_batch if batch_size is None else batch_size

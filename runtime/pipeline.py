@@ -30,6 +30,7 @@ from goc_deploy.runtime.binding import Batch, Engines
 from goc_deploy.runtime.buffers import planned_bytes
 from goc_deploy.runtime.decoder import LatentDecoder
 from goc_deploy.runtime.images import images_from_latents
+from goc_deploy.runtime.interpreter_exit import check_not_exiting, code_of_the_caller, native_calls
 from goc_deploy.runtime.session import Request, Session, Timing
 from goc_deploy.runtime.session_pool import CLOSED, SessionPool
 from goc_deploy.spec import ITEM_BYTES, ModelSpec
@@ -160,11 +161,17 @@ class Pipeline:
         cfg_channels = self.spec.guided_channels if cfg_channels is None else cfg_channels
         if prompts is not None:
             captions = self.encode(prompts, negative_prompts)
-        conditions = self._conditions(labels, captions, guided=cfg_scale != 1 and cfg_channels != 0)
         _check_numbers(seed, cfg_scale, cfg_channels)
+        if labels is not None and (isinstance(labels, str | bytes) or not hasattr(labels, "__len__")):
+            raise UsageError(
+                f"labels are a list of whole numbers, got {labels!r:.60}; for one image give a list of one"
+            )
+        conditions = self._conditions(labels, captions, guided=cfg_scale != 1 and cfg_channels != 0)
         images = len(conditions.labels)
         if not _is_whole(first_image) or first_image < 0:
             raise UsageError(f"first_image must be a whole number and not negative, got {first_image!r}")
+        if first_image + images > 2**64:
+            raise UsageError(f"first_image {first_image} leaves less than {images} images up to 2**64; start earlier")
         start = None if latents is None else _checked_latents(latents, images, self.spec)
         outputs: list[np.ndarray] = []
         timings: list[Timing] = []
@@ -218,7 +225,8 @@ class Pipeline:
             raise UsageError("the engine has no text encoder; export with --text-encoder, or give --prompt-embeds")
         if self._attached.text is None:
             raise EnvironmentUnsupportedError(NO_TOKENIZERS)
-        return self._attached.text.prompt_embeds(prompts, negative_prompts)
+        with native_calls():
+            return self._attached.text.prompt_embeds(prompts, negative_prompts)
 
     def with_plan(self, plan: Plan) -> Pipeline:
         """A pipeline of another plan on the same engines, which must hold the graphs that it launches: its predict graphs
@@ -316,7 +324,7 @@ class Pipeline:
     def _images(self, latents: np.ndarray, spans: list[Span] | None) -> np.ndarray | None:
         if self._attached.decoder is None:
             return images_from_latents(latents)
-        with recorded(spans, "decode", f"decode {len(latents)} images"):
+        with recorded(spans, "decode", f"decode {len(latents)} images"), native_calls():
             return self._attached.decoder.images(latents)
 
     def _conditions(self, labels: Sequence[int] | None, captions: PromptEmbeds | None, *, guided: bool) -> Conditions:
@@ -342,17 +350,19 @@ class Pipeline:
         return session
 
     def _step_callback(self, callback: StepHook | None, taken: list[np.ndarray] | None, part: range) -> Any:
-        if callback is None and taken is None:
-            return None
+        if callback is None and taken is None and self._backend.device.kind != "cpu":
+            return None  # a run is short there, and may be one launch
 
         def on_step(step: int, latents: Callable[[], np.ndarray]) -> None:
+            check_not_exiting()
             if taken is not None:
                 taken.append(latents())
             if callback is not None:
-                try:
-                    callback(StepEvent(step, self.plan.steps, self.plan.step_kind(step), part.start, len(part)))
-                except Exception:
-                    logger.exception("the callback failed at step %d; the run goes on", step)
+                with code_of_the_caller():
+                    try:
+                        callback(StepEvent(step, self.plan.steps, self.plan.step_kind(step), part.start, len(part)))
+                    except Exception:
+                        logger.exception("the callback failed at step %d; the run goes on", step)
 
         return on_step
 
@@ -395,8 +405,9 @@ class Pipeline:
 def _check_numbers(seed: int, cfg_scale: float, cfg_channels: int) -> None:
     if not _is_whole(seed):
         raise UsageError(f"seed must be a whole number, got {seed!r}")
-    if not (np.isfinite(cfg_scale) and 0 <= cfg_scale <= 1e3):
-        raise UsageError(f"cfg_scale must be a number within 0..1000, got {cfg_scale}")
+    number = isinstance(cfg_scale, (int, float, np.integer, np.floating)) and not isinstance(cfg_scale, bool)
+    if not number or not 0 <= cfg_scale <= 1e3:
+        raise UsageError(f"cfg_scale must be a number within 0..1000, got {cfg_scale!r:.60}")
     if not _is_whole(cfg_channels) or cfg_channels < 0:
         raise UsageError(f"cfg_channels must be a whole number and not negative, got {cfg_channels!r}")
 
@@ -407,11 +418,18 @@ def _is_whole(value: object) -> bool:
 
 def _checked_latents(latents: np.ndarray, images: int, spec: ModelSpec) -> np.ndarray:
     expected = (images, spec.channels, spec.side, spec.side)
-    found = np.asarray(latents)
+    try:
+        found = np.asarray(latents)
+    except Exception as cause:  # whatever an object raises that is asked to be an array
+        raise UsageError(
+            f"latents are no array: {cause}; for a tensor of torch use latents.detach().float().numpy()"
+        ) from cause
     if found.shape != expected:
         raise UsageError(f"latents have shape {list(found.shape)}, expected {list(expected)} for {images} labels")
     if found.dtype.kind != "f":
         raise UsageError(f"latents have dtype {found.dtype}, expected float32")
-    if not np.isfinite(found).all():
-        raise UsageError("latents hold NaN or infinite values")
-    return found.astype(np.float32)
+    with np.errstate(over="ignore"):
+        narrow = found.astype(np.float32)
+    if not np.isfinite(narrow).all():
+        raise UsageError("latents hold NaN or infinite values, or such that float32 cannot hold")
+    return narrow

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from goc_deploy.errors import EnvironmentUnsupportedError, UsageError
+from goc_deploy.runtime.interpreter_exit import native_calls
 from goc_deploy.runtime.session import Session
 from goc_deploy.trace import Span, recorded
 
@@ -98,7 +99,8 @@ class SessionPool:
                 slot.session = make()
             if self.closed:
                 raise EnvironmentUnsupportedError(CLOSED)
-            return work(slot.session)
+            with native_calls():
+                return work(slot.session)
         finally:
             taken = claim.slot
             if taken is not None and taken.claim is claim:

@@ -127,6 +127,11 @@ def test_prompts_are_encoded_once_and_stand_for_labels(engine: Path, encoder: Pa
         assert relative_l2(other, again) > 1e-3
         with pytest.raises(UsageError, match="3 prompts and 2 negative prompts; give one, or one for each"):
             pipe.generate(prompts=PROMPTS, negative_prompts=["a", "b"])
+        for wrong in ({"prompts": "a three"}, {"prompts": ["a"], "negative_prompts": "b"}):
+            with pytest.raises(UsageError, match="lists of texts, got one text; put it into a list"):
+                pipe.generate(**wrong)
+        with pytest.raises(UsageError, match="half a surrogate pair"):
+            pipe.generate(prompts=["a \ud83d three"])
         with pytest.raises(UsageError, match="0 prompts"):
             pipe.generate(prompts=[])
         tokens = [2 + 3, 2 + 1, 1]

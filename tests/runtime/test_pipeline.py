@@ -214,6 +214,14 @@ def test_the_report_says_what_ran(pipe: Pipeline) -> None:
         ),
         ({"labels": [1], "latents": np.zeros((1, 4, 8, 8), np.int64)}, "dtype int64, expected float32"),
         ({"labels": [1], "latents": np.full((1, 4, 8, 8), np.inf, np.float32)}, "NaN or infinite"),
+        ({"labels": [1], "latents": np.full((1, 4, 8, 8), 1e39)}, "float32 cannot hold"),
+        ({"labels": [1], "latents": torch.ones(1, 4, 8, 8, requires_grad=True)}, r"no array: .* use latents.detach"),
+        ({"labels": [1], "latents": torch.ones(1, 4, 8, 8, dtype=torch.bfloat16)}, r"no array: .* use latents.detach"),
+        ({"labels": 5}, "labels are a list of whole numbers, got 5; for one image give a list of one"),
+        ({"labels": "12"}, "labels are a list of whole numbers, got '12'"),
+        ({"labels": [1], "cfg_scale": None}, "cfg_scale must be a number within 0..1000, got None"),
+        ({"labels": [1], "cfg_scale": "4"}, "cfg_scale must be a number within 0..1000, got '4'"),
+        ({"labels": [1, 2], "first_image": 2**64 - 1}, "leaves less than 2 images up to"),
     ],
 )
 def test_bad_requests_are_refused_and_the_pipeline_stays_usable(pipe: Pipeline, arguments: dict, message: str) -> None:
@@ -363,6 +371,13 @@ def test_numbers_out_of_range_are_refused_at_load(golden_engine: Path) -> None:
         goc_deploy.load(golden_engine, batch_size=17)
     with pytest.raises(UsageError, match="max_sessions must be at least 1"):
         goc_deploy.load(golden_engine, max_sessions=0)
+    for wrong in ({"batch_size": 1.5}, {"batch_size": "2"}, {"max_sessions": "2"}):
+        with pytest.raises(UsageError, match="must be a whole number, got"):
+            goc_deploy.load(golden_engine, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="max_sessions must be at least 1 and at most 1024"):
+        goc_deploy.load(golden_engine, max_sessions=10**9)
+    with pytest.raises(UsageError, match="a plan is named by its name or SPEC, got 5"):
+        goc_deploy.load(golden_engine, plan=5)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="there is no plan 'other'; this engine has none, fora-2"):
         goc_deploy.load(golden_engine, plan="other")
     with pytest.raises(UsageError, match="there is no backend 'tensorflow'; use auto, tensorrt"):
