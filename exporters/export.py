@@ -26,6 +26,7 @@ from goc_deploy.options import ExportOptions, Progress, default_plans
 from goc_deploy.passes import compile_schedule
 from goc_deploy.plan import Plan
 from goc_deploy.policies import schedule_from_policy
+from goc_deploy.process import Process
 from goc_deploy.protocols import Backend
 from goc_deploy.publish import check_free_space, check_target, directory_lock, files_below, read_manifest, staged
 from goc_deploy.samplers import default_sampler, sampler_table
@@ -126,7 +127,9 @@ def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> ModelSpec:
 
 def _compile_plans(spec: ModelSpec, options: ExportOptions) -> dict[str, tuple[PolicySpec, Plan | None]]:
     """Every policy by plan name, compiled, or None where that has to wait for an engine to calibrate on."""
-    sampler_table(_sampler(spec, options), options.steps, spec.prediction)  # refuses what no plan could run with
+    sampler_table(
+        _sampler(spec, options), options.steps, Process(spec.prediction)
+    )  # refuses what no plan could run with
     plans: dict[str, tuple[PolicySpec, Plan | None]] = {}
     for policy in map(parse_policy, options.plans):
         name = check_plan_name(policy.default_name)
@@ -150,7 +153,7 @@ def _compile(
     laboratory: Laboratory | None,
 ) -> Plan:
     schedule = schedule_from_policy(policy, spec, options.steps, laboratory)
-    table = sampler_table(_sampler(spec, options), schedule.steps, spec.prediction)
+    table = sampler_table(_sampler(spec, options), schedule.steps, Process(spec.prediction))
     return compile_schedule(schedule, spec, table, name=name, segments=options.segments)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from goc_deploy.engine_keys import ENGINE_BACKENDS, WEIGHT_MODES, Target
 from goc_deploy.errors import EngineDirError, SafetyError
+from goc_deploy.process import Process
 from goc_deploy.serde import build, check_format, dump_json, parse_json
 from goc_deploy.spec import ITEM_BYTES, PRECISIONS, PREDICTIONS, DecoderSpec, ModelSpec, TextSpec
 
@@ -148,6 +149,11 @@ class Manifest:
     captions: str | None = None
     text: TextSpec | None = None
     segments: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def process(self) -> Process:
+        """What the model was trained to undo."""
+        return Process(self.model.prediction)
 
     def predict_unit(self, signature: str) -> Unit:
         """A predict graph as a unit without weights, named after its file."""

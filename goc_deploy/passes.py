@@ -30,6 +30,7 @@ from goc_deploy.plan import (
     Segment,
     check_plan,
 )
+from goc_deploy.process import Process
 from goc_deploy.samplers import SamplerTable, sampler_misfit, sampler_table
 from goc_deploy.schedule import (
     MAX_HISTORY,
@@ -107,7 +108,8 @@ def compile_schedule(
         evaluations = store_alike(evaluations)
     groups = group_launches(evaluations, collapse=collapse)
     launches, slots = assign_slots(merge_full_steps(groups) if merges else groups)
-    table = sampler if isinstance(sampler, SamplerTable) else sampler_table(sampler, schedule.steps, spec.prediction)
+    process = Process(spec.prediction)
+    table = sampler if isinstance(sampler, SamplerTable) else sampler_table(sampler, schedule.steps, process)
     misfit = sampler_misfit(table, spec)
     if misfit:
         raise UsageError(misfit)

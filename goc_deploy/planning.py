@@ -73,13 +73,13 @@ def _compiled(
     first = load_plan(directory, manifest, manifest.plans[0].name) if manifest.plans else None
     steps = options.steps if options.steps is not None else first.steps if first else DEFAULTS.steps
     sampler = options.sampler or (first.sampler.sampler if first else default_sampler(manifest.model.prediction))
-    sampler_table(sampler, steps, manifest.model.prediction)  # refuses a wrong one before anything is measured
+    sampler_table(sampler, steps, manifest.process)  # refuses a wrong one before anything is measured
     images = options.calibrate if options.calibrate is not None else default_images(manifest.model, steps)
     calibration = CalibrationOptions(images, options.seed, options.cfg_scale, manifest.model.guided_channels)
 
     laboratory = engine_laboratory(directory, make_backend, sampler, calibration, progress)
     schedule = schedule_from_policy(policy, manifest.model, steps, laboratory)
-    table = sampler_table(sampler, schedule.steps, manifest.model.prediction)
+    table = sampler_table(sampler, schedule.steps, manifest.process)
     return compile_schedule(schedule, manifest.model, table, name=name, segments=options.segments)
 
 

@@ -6,16 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from goc_deploy.errors import UsageError
+from goc_deploy.process import TRAIN_STEPS, Process
 from goc_deploy.solvers import (
     SPACINGS,
-    TRAIN_STEPS,
     Update,
     check_steps,
     ddim_updates,
     ddpm_updates,
     dpm_solver_updates,
     estimate_weights,
-    signal_along,
     spaced_timesteps,
 )
 from goc_deploy.spec import PREDICTIONS, ModelSpec
@@ -94,7 +93,7 @@ class SamplerTable:
         return tuple((*row, *e, *h) for row, e, h in zip(plain, self.estimate, self.history, strict=True))
 
 
-def sampler_table(sampler: str, steps: int, prediction: str = "eps") -> SamplerTable:
+def sampler_table(sampler: str, steps: int, process: Process) -> SamplerTable:
     """The table of a sampler.
 
     Args:
@@ -103,11 +102,12 @@ def sampler_table(sampler: str, steps: int, prediction: str = "eps") -> SamplerT
             spaces the timesteps otherwise than ``@linspace``, the default. The dpm++ family never visits timestep 0
             except at the end of ``@trailing``. ``euler`` is for models that predict ``flow``, and no other is.
         steps: T.
-        prediction: what the model predicts.
+        process: what the model predicts, and the process that it was trained on.
 
     Raises:
         UsageError: unknown sampler, or a number out of range.
     """
+    prediction = process.prediction
     if prediction not in PREDICTIONS:
         raise UsageError(f"unknown prediction {prediction!r}; use {', '.join(PREDICTIONS)}")
     if (sampler == FLOW_SAMPLER) != (prediction == "flow"):
@@ -121,7 +121,7 @@ def sampler_table(sampler: str, steps: int, prediction: str = "eps") -> SamplerT
         raise UsageError(f"sampler {sampler!r}: unknown spacing {spacing!r}; use {', '.join(SPACINGS)}")
     solve, visits_zero = _solver(sampler, family)
     timesteps = spaced_timesteps(steps, spacing or SPACINGS[0], visits_zero=visits_zero)
-    signal = signal_along(timesteps)
+    signal = process.signal_along(timesteps)
     updates = solve(signal)
     estimate = tuple(estimate_weights(prediction, s) for s in signal[:-1])
     lags = max(len(update.denoised) for update in updates) - 1
