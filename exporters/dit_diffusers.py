@@ -68,6 +68,7 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
         learn_sigma=learn_sigma,
         frequency_shift=FREQUENCY_SHIFT,
         mlp_norm_eps=norm_eps,
+        guided_channels=channels,
     )
 
 

@@ -6,6 +6,7 @@ Settings that are not known, or that would change the arithmetic, are refused by
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from goc_deploy.errors import ModelError, SafetyError
 from goc_deploy.exporters.checkpoint import load_checkpoint
 from goc_deploy.serde import parse_json
 
-CONFIG, PIPELINE_CONFIG = "config.json", "model_index.json"
+CONFIG, PIPELINE_CONFIG, SCHEDULER_CONFIG = "config.json", "model_index.json", "scheduler/scheduler_config.json"
+UNLIMITED = "lambda_min_clipped"  # the setting of a scheduler that may be -Infinity
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
 WITHOUT_EFFECT = ("_diffusers_version", "_name_or_path", "dropout", "norm_num_groups")  # on any transformer here
 MAX_SIZE = 10**5
@@ -101,8 +103,8 @@ def predicts_sigma(config: Mapping[str, Any], channels: int, default: int | None
     return bool(predicted == 2 * channels)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a model's folder.
+def read_json(path: Path, constants: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """A JSON object of a model's folder; ``constants`` as in `goc_deploy.serde.parse_json`.
 
     Raises:
         ModelError: unreadable or not a JSON object.
@@ -111,7 +113,25 @@ def read_json(path: Path) -> dict[str, Any]:
         text = path.read_bytes()
     except OSError as cause:
         raise ModelError(f"{path} cannot be read: {cause.strerror or cause}") from cause
-    return parse_json(text, str(path), ModelError)
+    return parse_json(text, str(path), ModelError, constants)
+
+
+def read_scheduler(path: Path) -> dict[str, Any]:
+    """The settings of a scheduler.
+
+    diffusers writes ``-Infinity``, which is no JSON, where no limit is set, and takes the same where the setting is missing.
+
+    Raises:
+        ModelError: unreadable, not a JSON object, or another setting is infinite.
+    """
+    settings = read_json(path, {"-Infinity": -math.inf})
+    if settings.get(UNLIMITED) == -math.inf:
+        del settings[UNLIMITED]
+    for name, value in settings.items():
+        numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, float)]
+        if any(map(math.isinf, numbers)):
+            raise ModelError(f"{path}: {name} is infinite; it must be a finite number")
+    return settings
 
 
 def read_weights(

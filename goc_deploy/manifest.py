@@ -133,6 +133,7 @@ class Manifest:
         captions: path of the captions that stand for labels, or None where there are none.
         text: what unit ``text_encoder`` takes, or None where there is none.
         segments: segment signature -> path of its graph, which holds all units of the blocks.
+        scheduler: settings of the scheduler of diffusers that came with the model, or None where none did.
     """
 
     model: ModelSpec
@@ -149,11 +150,12 @@ class Manifest:
     captions: str | None = None
     text: TextSpec | None = None
     segments: dict[str, str] = field(default_factory=dict)
+    scheduler: dict[str, Any] | None = None
 
     @property
     def process(self) -> Process:
         """What the model was trained to undo."""
-        return Process(self.model.prediction)
+        return Process(self.model.prediction, self.scheduler)
 
     def predict_unit(self, signature: str) -> Unit:
         """A predict graph as a unit without weights, named after its file."""
@@ -223,6 +225,7 @@ def _manifest_from_fields(found: dict[str, Any]) -> Manifest:
         captions=None if found["captions"] is None else str(found["captions"]),
         text=None if found["text"] is None else TextSpec(**found["text"]),
         segments={str(key): str(path) for key, path in found.get("segments", {}).items()},
+        scheduler=None if found.get("scheduler") is None else dict(found["scheduler"]),
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DIFFUSION_PREDICTIONS = ("eps", "v", "x0")
-PREDICTIONS = (*DIFFUSION_PREDICTIONS, "flow")
+FLOW_PREDICTIONS = ("flow", "flow_to_noise")
+PREDICTIONS = (*DIFFUSION_PREDICTIONS, *FLOW_PREDICTIONS)
 PRECISIONS = ("fp32", "fp16", "bf16")
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -28,7 +29,8 @@ class ModelSpec:
         architecture: exporter that made the units.
         branches: the branches of each block, in execution order.
         prediction: what the first C channels predict: ``eps`` (the noise), ``v`` (velocity of a diffusion), ``x0`` (the clean
-            sample) or ``flow`` (velocity along the straight line from noise to the clean sample).
+            sample), ``flow`` (velocity along the straight line from noise to the clean sample, told a time that rises from 0
+            to 1, as SiT) or ``flow_to_noise`` (the opposite velocity, told a time that falls from 1000 to 0, as diffusers).
         frequency_shift: the timestep's 128 frequencies fall to 1/10000 over ``128 - frequency_shift`` intervals.
         mlp_norm_eps: what the layer norm before the MLP branch adds to the variance.
         guided_channels: classifier-free guidance acts on so many channels in the model's reference.

@@ -138,9 +138,9 @@ class Binder:
         if table.lags:
             ring, nothing = buffers.estimates, buffers.no_estimate
             assert nothing is not None
-            for lag in range(1, table.lags + 1):
+            for place, lag in enumerate(table.reads(step), 1):
                 kept = ring[(step - lag) % len(ring)] if lag <= step else nothing
-                inputs[f"estimate_{lag}"] = kept.view(*latents.shape)
+                inputs[f"estimate_{place}"] = kept.view(*latents.shape)
             outputs["estimate"] = ring[step % len(ring)].view(*latents.shape)
         return self._unit(table.graph, inputs, outputs)
 

@@ -161,7 +161,7 @@ class Session:
         upload(own, buffers.cond_rows.view(images))
         upload(own + batch.rows - images, buffers.uncond_rows.view(images))
         upload(guidance.astype(np.float32), buffers.guidance)
-        upload(request.noise[:, 0], runnable.plan.latents[0])
+        upload(np.float32(self._plan.sampler.start) * request.noise[:, 0], runnable.plan.latents[0])
         if self._plan.sampler.stochastic:
             for step, target in enumerate(runnable.plan.noise):
                 upload(request.noise[:, step + 1], target)

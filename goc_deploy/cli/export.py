@@ -42,11 +42,15 @@ DEFAULTS = ExportOptions()
 )
 @click.option("--max-batch", type=click.IntRange(1, 1024), default=DEFAULTS.max_batch, help="Most images per run.")
 @click.option("--steps", type=int, default=DEFAULTS.steps, help="Sampling steps of the plans.")
-@click.option("--sampler", help=f"{SAMPLER_GRAMMAR}.  [default: ddim, or euler for flow models]")
+@click.option(
+    "--sampler",
+    help=f"{SAMPLER_GRAMMAR}.  [default: diffusers where the folder has a scheduler, else ddim, or euler for flow models]",
+)
 @click.option(
     "--prediction",
     type=click.Choice(PREDICTIONS),
-    help="What the model predicts: the noise, velocity, the clean sample, or the velocity of a flow.  [default: eps; flow for sit]",
+    help="What the model predicts: the noise, velocity, the clean sample, or the velocity of a flow.  "
+    "[default: what the folder says, else eps; flow for sit]",
 )
 @click.option(
     "--plan",

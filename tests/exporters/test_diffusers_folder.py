@@ -23,7 +23,7 @@ from goc_deploy.spec import ModelSpec
 from tests.conftest import Command
 from tests.reference import relative_l2
 
-SPEC = ModelSpec(2, 48, 3, 192, 2, 4, 4, 1000, True, frequency_shift=1, mlp_norm_eps=1e-5)
+SPEC = ModelSpec(2, 48, 3, 192, 2, 4, 4, 1000, True, frequency_shift=1, mlp_norm_eps=1e-5, guided_channels=4)
 CONFIG = {
     "_class_name": "DiTTransformer2DModel",
     "_diffusers_version": "0.42.1",
@@ -283,7 +283,7 @@ def test_an_exported_folder_draws_what_the_pipeline_of_diffusers_draws(tmp_path:
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4))
     pipe([3, 207], guidance_scale=4.0, num_inference_steps=5, generator=torch.Generator().manual_seed(4))
     with goc_deploy.load(tmp_path / "engine") as ours:
-        found = ours.generate([3, 207], cfg_scale=4.0, cfg_channels=4, latents=noise.numpy())
+        found = ours.generate([3, 207], cfg_scale=4.0, latents=noise.numpy())
     assert relative_l2(found.latents, vae.latents.numpy()) < 1e-3
     assert manifest.class_names == tuple(NAMES.values())
     assert np.isfinite(found.latents).all()

@@ -176,8 +176,9 @@ def test_predictions_that_are_unknown_or_not_the_models_are_refused() -> None:
     ("column", "value", "message"),
     [
         ("latent", (1.0,), "columns of its sampler table differ in length"),
-        ("history", ((0.0,) * 3,) * 5, "same 0 to 2 earlier estimates at every step"),
-        ("history", ((0.0,), (), (), (), ()), "same 0 to 2 earlier estimates at every step"),
+        ("history", ((0.0,) * 13,) * 5, "reach back the same 0 to 12 steps at every step"),
+        ("history", ((0.0,), (), (), (), ()), "reach back the same 0 to 12 steps at every step"),
+        ("history", ((1.0, 0.0, 1.0, 1.0, 1.0),) * 5, "more than 3 earlier estimates in a step"),
         ("spread", (1.0,) * 5, "both earlier estimates and a learned variance"),
         ("prediction", "v", "predicts v, this one predicts eps"),
     ],
