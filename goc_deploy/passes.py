@@ -82,7 +82,8 @@ def compile_schedule(
     Args:
         schedule: what to do where.
         spec: the model.
-        sampler: a sampler SPEC or a table.
+        sampler: a table, or a sampler SPEC for the process that DiT and PixArt are trained on; for a model whose folder has
+            a scheduler, use `goc_deploy.schedulers.table_from_sampler` with its manifest's ``process``.
         steps: number of steps; default: the schedule's.
         name: the plan's name.
         segments: one of `goc_deploy.plan.SEGMENTS`, for backends that build engines.

@@ -58,13 +58,14 @@ def _betas(scheduler: Mapping[str, Any]) -> list[float]:
         )
     if trained is not None:
         return _given(trained)
-    first, last = float(scheduler.get("beta_start", BETA_FIRST)), float(scheduler.get("beta_end", BETA_LAST))
+    first, last = scheduler.get("beta_start", BETA_FIRST), scheduler.get("beta_end", BETA_LAST)
     if kind == "squaredcos_cap_v2":
         left = [math.cos((t / TRAIN_STEPS + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(TRAIN_STEPS + 1)]
         return [min(1 - after / now, BETA_MOST) for now, after in pairwise(left)]
-    if kind not in ("linear", "scaled_linear") or not 0 < first <= last < 1:
+    numbers = isinstance(first, int | float) and isinstance(last, int | float)
+    if kind not in ("linear", "scaled_linear") or not numbers or not 0 < first <= last < 1:
         raise UsageError(
-            f"the folder's scheduler has beta_schedule {kind!r} from {first} to {last}, which the samplers of this project do not know; "
+            f"the folder's scheduler has beta_schedule {kind!r} from {first!r} to {last!r}, which the samplers of this project do not know; "
             "use the folder's own: --sampler diffusers"
         )
     if kind == "scaled_linear":

@@ -65,7 +65,7 @@ def prediction_of(scheduler: Mapping[str, Any], where: str) -> str:
     told = scheduler.get("prediction_type", "epsilon")
     if scheduler.get("_class_name") == FLOW_CLASS:
         return "flow_to_noise"
-    if told not in PREDICTION_TYPES:
+    if not isinstance(told, str) or told not in PREDICTION_TYPES:
         raise ModelError(
             f"{where}: prediction_type is {told!r}, only {', '.join(PREDICTION_TYPES)} are supported; if it is one of them, give --prediction"
         )
@@ -170,11 +170,9 @@ def _own_table(steps: int, process: Process) -> SamplerTable | None:
 
     if name == FLOW_CLASS:
         sigmas = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "shift_terminal")
-        return (
-            _shifted_flow(steps, float(scheduler.get("shift", 1.0)))
-            if plain(*sigmas, num_train_timesteps=1000)
-            else None
-        )
+        shift = scheduler.get("shift", 1.0)
+        known = isinstance(shift, int | float) and shift > 0 and plain(*sigmas, num_train_timesteps=TRAIN_STEPS)
+        return _shifted_flow(steps, shift) if known else None
     spacing = scheduler.get("timestep_spacing", spacings.get(name))
     common = plain("steps_offset", "rescale_betas_zero_snr", num_train_timesteps=TRAIN_STEPS)
     common = common and scheduler.get("beta_schedule", "linear") in ("linear", "scaled_linear", "squaredcos_cap_v2")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ import pytest
 import torch
 
 import goc_deploy
+from goc_deploy.api import load_plans
 from goc_deploy.errors import EngineDirError, ModelError
+from goc_deploy.evaluation.collect import _converged
 from goc_deploy.exporters.folders import read_scheduler
 from goc_deploy.grammar import parse_policy
 from goc_deploy.manifest import MANIFEST_NAME, manifest_to_json
+from goc_deploy.options import EvalOptions
 from goc_deploy.publish import read_manifest
 from goc_deploy.schedulers import prediction_of
 from tests.conftest import Command
@@ -180,6 +184,15 @@ def test_policies_that_learn_follow_the_folders_scheduler(dit: tuple[Any, Path],
         first, again = (pipe.generate([3], seed=seed).latents for seed in (0, 0))
         pipe.generate([3], seed=1)
         np.testing.assert_array_equal(first, again)
+
+
+def test_a_converged_solution_follows_the_folders_scheduler(dit: tuple[Any, Path]) -> None:
+    with ExitStack() as stack:
+        pipes = load_plans(dit[1], ["none"], all_units=True)
+        converged = _converged(stack, pipes, EvalOptions(converged=12))
+        assert converged is not None
+        assert (converged.plan.steps, converged.plan.sampler.sampler) == (12, "diffusers")
+        pipes[0].close()
 
 
 REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {

@@ -218,6 +218,10 @@ def test_what_diffusers_refuses_is_refused_with_its_reason() -> None:
         table_from_sampler("diffusers", 5, Process("eps"))
     with pytest.raises(ModelError, match=r"prediction_type is 'score', only epsilon, .*give --prediction"):
         prediction_of({"prediction_type": "score"}, "here")
+    with pytest.raises(ModelError, match=r"prediction_type is \[\], only"):
+        prediction_of({"prediction_type": []}, "here")
+    with pytest.raises(ModelError, match="diffusers refuses the folder's FlowMatch"):
+        probed({**CONFIGS["flow"], "shift": "3"}, 5)
 
 
 def test_own_samplers_follow_the_betas_of_the_folder() -> None:
@@ -230,8 +234,9 @@ def test_own_samplers_follow_the_betas_of_the_folder() -> None:
         "rescale_betas_zero_snr": True,
         "num_train_timesteps": 500,
         "beta_schedule": "sigmoid",
+        "beta_start": "small",
     }.items():
-        with pytest.raises(UsageError, match=f"has {setting} .*use the folder's own: --sampler diffusers"):
+        with pytest.raises(UsageError, match=f"has .*{value}.*use the folder's own: --sampler diffusers"):
             sampler_table("ddim", 5, Process("eps", {**DDIM, setting: value}))
     for betas_given in ([0.1], [2.0] * 1000, "abc"):
         with pytest.raises(UsageError, match="has trained_betas"):
