@@ -1,6 +1,7 @@
 """Reading models from folders that diffusers or transformers saved, without running anything that stands in them.
 
-A folder has a ``config.json`` and weights in one ``.safetensors`` file, in several with an index, or in a ``.bin`` file.
+A folder has a ``config.json`` and weights in one ``.safetensors`` file, in several with an index, in a ``.bin`` file, or in
+``.fp16.safetensors``.
 Settings that are not known, or that would change the arithmetic, are refused by name.
 """
 
@@ -22,6 +23,7 @@ from goc_deploy.serde import parse_json
 CONFIG, PIPELINE_CONFIG, SCHEDULER_CONFIG = "config.json", "model_index.json", "scheduler/scheduler_config.json"
 UNLIMITED = "lambda_min_clipped"  # the setting of a scheduler that may be -Infinity
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
+VARIANTS = ("", ".fp16")
 WITHOUT_EFFECT = ("_diffusers_version", "_name_or_path", "dropout", "norm_num_groups")  # on any transformer here
 MAX_SIZE = 10**5
 
@@ -137,7 +139,7 @@ def read_scheduler(path: Path) -> dict[str, Any]:
 def read_weights(
     folder: Path, stem: str = DIFFUSERS_WEIGHTS, old_stem: str | None = None
 ) -> tuple[list[Path], dict[str, Tensor]]:
-    """The files that hold the weights, and every tensor in them.
+    """The files that hold the weights, and every tensor in them; of half precision only where there is nothing else.
 
     Args:
         folder: where they lie.
@@ -148,12 +150,17 @@ def read_weights(
         ModelError: missing or damaged.
         SafetyError: an index that names files outside the folder, or a file that asks to run code.
     """
-    index, old = folder / f"{stem}.safetensors.index.json", f"{old_stem or stem}.bin"
-    if not index.exists():
-        present = [path for path in (folder / f"{stem}.safetensors", folder / old) if path.exists()]
-        if not present:
-            raise ModelError(f"{folder} has neither {stem}.safetensors, its index, nor {old}; download it again")
-        return [present[0]], dict(load_checkpoint(present[0]).tensors)
+    indices = [folder / f"{stem}.safetensors.index{variant}.json" for variant in VARIANTS]
+    whole = [folder / f"{stem}{variant}.safetensors" for variant in VARIANTS]
+    old = folder / f"{old_stem or stem}.bin"
+    present = [path for path in (indices[0], whole[0], old, indices[1], whole[1]) if path.exists()]
+    if not present:
+        raise ModelError(
+            f"{folder} has neither {whole[0].name}, its index, their {VARIANTS[1]} variants, nor {old.name}; download it again"
+        )
+    index = present[0]
+    if index not in indices:
+        return [index], dict(load_checkpoint(index).tensors)
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
         raise ModelError(f"{index} has no weight_map from tensors to files; download it again")

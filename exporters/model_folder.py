@@ -75,7 +75,7 @@ def read_model_folder(
         described.append(settings)
         prediction = prediction or prediction_of(scheduler, str(settings))
     spec = replace(spec, prediction=prediction or spec.prediction)
-    state = architecture.state_from_diffusers(found, spec, folder)
+    spec, state = architecture.state_from_diffusers(found, spec, folder)
     checkpoint = Checkpoint(path, state, "plain", (*described, *files))
     return FolderModel(checkpoint, spec, _class_names(index, spec, path / PIPELINE_CONFIG), scheduler)
 

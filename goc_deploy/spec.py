@@ -37,6 +37,8 @@ class ModelSpec:
         caption_channels: width of a caption's embeddings, or 0 for a class-conditional model.
         caption_tokens: tokens of a caption; shorter ones are padded.
         told_size: height and width of the image in pixels, where the model is told them, or 0.
+        block_embedders: every block embeds timesteps and labels with weights of its own, as a DiT that was trained in
+            diffusers; the final layer takes what block 0 makes.
     """
 
     depth: int
@@ -57,6 +59,7 @@ class ModelSpec:
     caption_channels: int = 0
     caption_tokens: int = 0
     told_size: int = 0
+    block_embedders: bool = False
 
     @property
     def tokens(self) -> int:
