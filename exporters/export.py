@@ -17,6 +17,7 @@ from goc_deploy.exporters import dit_units, pixart, sit
 from goc_deploy.exporters.architecture import Architecture
 from goc_deploy.exporters.checkpoint import Checkpoint, check_values, load_checkpoint
 from goc_deploy.exporters.companions import Companions, read_companions, write_companions
+from goc_deploy.exporters.hub import folder_from_hub, hub_id
 from goc_deploy.exporters.model_folder import FolderModel, read_model_folder
 from goc_deploy.exporters.plan_files import write_plan
 from goc_deploy.exporters.step_graphs import collect_graph, modulation_graph, sampler_graphs
@@ -52,7 +53,8 @@ def export_checkpoint(
     """Export a checkpoint; the directory appears whole or not at all.
 
     Args:
-        checkpoint_path: a ``.pt``, ``.pth`` or ``.safetensors`` file, or a folder that diffusers saved.
+        checkpoint_path: a ``.pt``, ``.pth`` or ``.safetensors`` file, a folder that diffusers saved, or the id of one on the
+            Hugging Face Hub, ``org/name``.
         output: engine directory to make.
         options: how.
         backend: runs the written units for the comparison with PyTorch.
@@ -68,7 +70,8 @@ def export_checkpoint(
         ConflictError, ResourceError: the output cannot be written.
         VerificationError: a unit differs from PyTorch.
     """
-    found = _read(checkpoint_path, options)
+    name = hub_id(checkpoint_path)
+    found = _read(folder_from_hub(name) if name else checkpoint_path, options)
     checkpoint, spec = found.checkpoint, found.spec
     architecture = ARCHITECTURES[spec.architecture]
     architecture.check_tensors(checkpoint.tensors, spec)
@@ -81,6 +84,8 @@ def export_checkpoint(
     plans = _compile_plans(spec, process, options)
     check_options(_calibration(spec, options))
     provenance = _provenance(found, companions, options)
+    if name:
+        provenance["checkpoint"] = f"{name}@{checkpoint.path.name}"
     with directory_lock(output):
         present = _same_engine(output, provenance)
         if present:

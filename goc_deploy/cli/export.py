@@ -104,7 +104,7 @@ DEFAULTS = ExportOptions()
 @engine_options
 @debug_option
 def command(checkpoint: Path, output: Path, debug: bool, **options: Any) -> None:  # noqa: ARG001
-    """Compile a CHECKPOINT (.pt, .pth, .safetensors, or a folder of diffusers) into an engine directory."""
+    """Compile a CHECKPOINT (.pt, .pth, .safetensors, a folder of diffusers, or its Hub id org/name) into an engine directory."""
     from goc_deploy.api import check_engine_options, export_with
 
     engines, verify = engines_from_options(options)
