@@ -13,7 +13,7 @@ from goc_deploy.spec import ModelSpec
 def diffusers_state(state: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
     """What ``DiTTransformer2DModel.load_state_dict`` takes. Nothing is copied; every block gets the one embedder."""
     kinds, found = ("weight", "bias"), {}
-    for ours, theirs in layer_names(spec.depth).items():
+    for ours, theirs in layer_names(spec).items():
         for kind in kinds:
             found[f"{theirs}.{kind}"] = state[f"{ours}.{kind}"]
     for i in range(spec.depth):

@@ -39,6 +39,7 @@ from benchmarks.work import Contender, Outcome, Work
 from goc_deploy.exporters.checkpoint import load_checkpoint
 from goc_deploy.exporters.dit import DiT
 from goc_deploy.exporters.dit_units import spec_from_tensors
+from goc_deploy.process import Process
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.samplers import sampler_table
 from goc_deploy.trace import Span, totals_ms
@@ -110,7 +111,7 @@ def measure(name: str, batch: int, args: argparse.Namespace, work_folder: Path) 
     ]
     noise = np.random.default_rng(0).standard_normal((batch, spec.channels, spec.side, spec.side)).astype(np.float32)
     labels = tuple(i % spec.classes for i in range(batch))
-    work = Work(noise, labels, spec.classes, 4.0, sampler_table("ddim", args.steps))
+    work = Work(noise, labels, spec.classes, 4.0, sampler_table("ddim", args.steps, Process("eps")))
     skipped: dict[str, str] = {}
     entered: list[Contender] = []
     wanted = args.only.split(",")

@@ -20,7 +20,7 @@ import numpy as np
 
 from goc_deploy.engines.driver import Driver, capability_of, device_name, load_driver
 from goc_deploy.engines.plugin import moves as kernel_moves
-from goc_deploy.engines.plugin.kernel import DeviceKernels, cubin_for, load_kernels
+from goc_deploy.engines.plugin.kernel import DeviceKernels, Geometry, cubin_for, load_kernels
 from goc_deploy.errors import EnvironmentUnsupportedError, GocError, ResourceError
 from goc_deploy.protocols import (
     ALIGNMENT,
@@ -151,15 +151,19 @@ class CudaDevice:
         return cubin_for(capability_of(self.driver, self._handle))
 
     def step_start(self, moves: Sequence[Move], step: Buffer, stream: Stream) -> Launch:
-        """See `goc_deploy.protocols.Device.step_start`: two kernels."""
+        """See `goc_deploy.protocols.Device.step_start`: two kernels, or more for many moves."""
         kernels, handle = self.kernels, stream.handle
-        counter, by_address = kernel_moves.CounterParameters(step.pointer), [_by_address(move) for move in moves]
-        geometry = kernel_moves.moves_geometry(by_address)
-        parameters = kernel_moves.moves_parameters(by_address, step.pointer)
+        counter = kernel_moves.CounterParameters(step.pointer)
+        by_address, most = [_by_address(move) for move in moves], kernel_moves.MAX_MOVES
+        parts = [by_address[first : first + most] for first in range(0, len(by_address), most)]
+        launches: list[tuple[Geometry, ctypes.Structure]] = [(kernel_moves.NEXT_STEP, counter)]
+        launches += [
+            (kernel_moves.moves_geometry(part), kernel_moves.moves_parameters(part, step.pointer)) for part in parts
+        ]
 
         def run(_: Any = (moves, step)) -> None:
-            kernels.launch(kernel_moves.NEXT_STEP, counter, handle)
-            kernels.launch(geometry, parameters, handle)
+            for geometry, parameters in launches:
+                kernels.launch(geometry, parameters, handle)
 
         return run
 

@@ -58,8 +58,10 @@ class Architecture(Protocol):
         """
         ...
 
-    def state_from_diffusers(self, found: Mapping[str, Tensor], spec: ModelSpec, where: Path) -> dict[str, Tensor]:
-        """Tensors that diffusers saved under the names of the public layout.
+    def state_from_diffusers(
+        self, found: Mapping[str, Tensor], spec: ModelSpec, where: Path
+    ) -> tuple[ModelSpec, dict[str, Tensor]]:
+        """Tensors that diffusers saved under the names of the public layout, and the spec with what only they tell.
 
         Raises:
             ModelError: listing tensors that are missing or left over.

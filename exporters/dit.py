@@ -8,6 +8,8 @@ Diffusion Models with Transformers", ICCV 2023, figure 3 (adaLN-Zero block).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +102,8 @@ class Block(nn.Module):
         self.mlp = Mlp(spec.hidden, spec.mlp_hidden)
         self.adaLN_modulation = adaln(spec.hidden, 6)
         self.mlp_norm_eps = spec.mlp_norm_eps
+        if spec.block_embedders:
+            self.t_embedder, self.y_embedder = TimestepEmbed(spec), LabelEmbed(spec)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, dim=1)
@@ -170,8 +174,8 @@ class DiT(nn.Module):
         super().__init__()
         self.spec = spec
         self.x_embedder = PatchEmbed(spec)
-        self.t_embedder = TimestepEmbed(spec)
-        self.y_embedder = LabelEmbed(spec)
+        if not spec.block_embedders:
+            self.t_embedder, self.y_embedder = TimestepEmbed(spec), LabelEmbed(spec)
         self.pos_embed = nn.Parameter(torch.zeros(1, spec.tokens, spec.hidden), requires_grad=False)
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.depth))
         self.final_layer = FinalLayer(spec)
@@ -187,9 +191,10 @@ class DiT(nn.Module):
         Returns:
             (B, output_channels, H, W).
         """
-        condition = self.t_embedder(t) + self.y_embedder(labels)  # (B, D)
+        embedders: Iterable[Any] = self.blocks if self.spec.block_embedders else [self] * self.spec.depth
+        conditions = [own.t_embedder(t) + own.y_embedder(labels) for own in embedders]  # (B, D) each
         x = self.x_embedder(x) + self.pos_embed  # (B, T, D)
-        for block in self.blocks:
+        for block, condition in zip(self.blocks, conditions, strict=True):
             x = block(x, condition)
-        shift, scale = self.final_layer.adaLN_modulation(condition).chunk(2, dim=1)
+        shift, scale = self.final_layer.adaLN_modulation(conditions[0]).chunk(2, dim=1)
         return unpatchify(self.final_layer.linear(modulate(x, shift, scale)), self.spec)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,44 +69,60 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
         learn_sigma=learn_sigma,
         frequency_shift=FREQUENCY_SHIFT,
         mlp_norm_eps=norm_eps,
+        guided_channels=channels,
     )
 
 
-def state_from_diffusers(found: Mapping[str, Tensor], spec: ModelSpec, where: Path) -> dict[str, Tensor]:
+def state_from_diffusers(
+    found: Mapping[str, Tensor], spec: ModelSpec, where: Path
+) -> tuple[ModelSpec, dict[str, Tensor]]:
     """Tensors of a DiTTransformer2DModel under the names of the public DiT layout.
 
-    q, k and v are joined, the position table is computed where diffusers did not save it, and the embedders that
-    diffusers keeps in every block are taken once.
+    q, k and v are joined, and the position table is computed where diffusers did not save it. diffusers keeps embedders in
+    every block: where they are equal, as in a converted checkpoint, they are taken once; where they are not, as in a model
+    that was trained in diffusers, every block keeps its own, under its name.
 
     Raises:
-        ModelError: listing tensors that are missing or left over, or naming a block whose embedders are its own.
+        ModelError: listing tensors that are missing or left over.
     """
-    names = Renaming({n: tensor for n, tensor in found.items() if not _is_repeated_embedder(n, found, where)}, where)
+    own = any(not _equals_block_0(name, found) for name in found)
+    spec = replace(spec, block_embedders=own)
+    kept = {name: tensor for name, tensor in found.items() if own or not _is_repeated_embedder(name)}
+    names = Renaming(kept, where)
     table = names.rest.pop("pos_embed.pos_embed", None)
     state = {"pos_embed": position_table(spec.hidden, spec.grid) if table is None else table}
-    state |= names.take_layers(layer_names(spec.depth))
+    state |= names.take_layers(layer_names(spec))
     state |= names.take_tensors(
         {
-            "y_embedder.embedding_table.weight": "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight",
+            f"{here}y_embedder.embedding_table.weight": f"{there}.class_embedder.embedding_table.weight"
+            for here, there in embedders(spec).items()
         }
     )
     for block in range(spec.depth):
         parts = [f"transformer_blocks.{block}.attn1.to_{part}" for part in "qkv"]
         state |= names.take_joined(f"blocks.{block}.attn.qkv", parts)
     names.finish()
-    return state
+    return spec, state
 
 
-def layer_names(depth: int) -> dict[str, str]:
+def embedders(spec: ModelSpec) -> dict[str, str]:
+    """Where embedders stand: prefix of their names in the public layout -> module in diffusers."""
+    if spec.block_embedders:
+        return {f"blocks.{i}.": f"transformer_blocks.{i}.norm1.emb" for i in range(spec.depth)}
+    return {"": "transformer_blocks.0.norm1.emb"}
+
+
+def layer_names(spec: ModelSpec) -> dict[str, str]:
     """Layers with a weight and a bias that differ in name only: public DiT layout -> diffusers."""
     names = {
         "x_embedder.proj": "pos_embed.proj",
-        "t_embedder.mlp.0": "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1",
-        "t_embedder.mlp.2": "transformer_blocks.0.norm1.emb.timestep_embedder.linear_2",
         "final_layer.adaLN_modulation.1": "proj_out_1",
         "final_layer.linear": "proj_out_2",
     }
-    for i in range(depth):
+    for here, there in embedders(spec).items():
+        names[f"{here}t_embedder.mlp.0"] = f"{there}.timestep_embedder.linear_1"
+        names[f"{here}t_embedder.mlp.2"] = f"{there}.timestep_embedder.linear_2"
+    for i in range(spec.depth):
         block, there = f"blocks.{i}", f"transformer_blocks.{i}"
         names[f"{block}.adaLN_modulation.1"] = f"{there}.norm1.linear"
         names[f"{block}.attn.proj"] = f"{there}.attn1.to_out.0"
@@ -128,13 +145,15 @@ def position_table(hidden: int, grid: int, stretch: float = 1) -> Tensor:
     return torch.cat([columns, rows], dim=1).float().unsqueeze(0)
 
 
-def _is_repeated_embedder(name: str, found: Mapping[str, Tensor], where: Path) -> bool:
+def _is_repeated_embedder(name: str) -> bool:
+    match = _EMBEDDER.fullmatch(name)
+    return match is not None and match[1] != "0"
+
+
+def _equals_block_0(name: str, found: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor is no embedder, or the same as that of block 0."""
     match = _EMBEDDER.fullmatch(name)
     if match is None or match[1] == "0":
-        return False
+        return True
     first = found.get(f"transformer_blocks.0.norm1.emb.{match[2]}")
-    if first is None or not torch.equal(first, found[name]):
-        raise ModelError(
-            f"{where}: block {match[1]} has another {match[2]} than block 0; only models whose blocks share their embedders are supported"
-        )
-    return True
+    return first is not None and torch.equal(first, found[name])

@@ -26,7 +26,7 @@ from goc_deploy.exporters.architecture import (
     shapes_of,
     sizes_from_tensors,
 )
-from goc_deploy.exporters.dit import Attention, DiT, LabelEmbed, Mlp, TimestepEmbed, modulate, unpatchify
+from goc_deploy.exporters.dit import Attention, DiT, LabelEmbed, Mlp, TimestepEmbed, adaln, modulate, unpatchify
 from goc_deploy.exporters.dit_diffusers import spec_from_config, state_from_diffusers
 from goc_deploy.exporters.folders import is_transformer
 from goc_deploy.exporters.units import DTYPES, Input, Slab, UnitKind
@@ -126,6 +126,41 @@ class PatchRows(nn.Module):
         return self.proj(patches.reshape(-1, channels * p * p)).reshape(-1, side * side, self.spec.hidden)  # (N, T, D)
 
 
+class OwnConditioning(nn.Module):
+    """What a block makes of timesteps and labels where its embedders are its own."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.t_embedder = TimestepEmbed(spec)
+        self.y_embedder = LabelEmbed(spec)
+        self.adaLN_modulation = adaln(spec.hidden, 6)
+
+    def forward(self, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        condition = self.t_embedder(t).unsqueeze(1) + self.y_embedder(labels).unsqueeze(0)  # (S, R, D)
+        chunks = self.adaLN_modulation(condition.reshape(-1, condition.shape[-1]))  # (S*R, 6*D)
+        return condition, chunks.reshape(*condition.shape[:2], 6, -1)
+
+
+class BlockConditioningUnit(nn.Module):
+    """`ConditioningUnit` of a model whose blocks own their embedders; parameters have the names of the layout."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(OwnConditioning(spec) for _ in range(spec.depth))
+        self.final_layer = nn.ModuleDict({"adaLN_modulation": adaln(spec.hidden, 2)})
+
+    def forward(self, t: Tensor, labels: Tensor) -> Tensor:
+        conditions, chunks = zip(*(block(t, labels) for block in self.blocks), strict=True)
+        steps, rows, hidden = conditions[0].shape
+        last = self.final_layer["adaLN_modulation"](conditions[0].reshape(-1, hidden))  # (S*R, 2*D)
+        of_blocks = torch.stack(chunks, dim=2)  # (S, R, L, 6, D)
+        kinds = of_blocks.unbind(3)
+        gates = torch.stack([kinds[GATE_ATTN], kinds[GATE_MLP]], dim=3)
+        shifts = torch.stack([kinds[chunk] for chunk in (SHIFT_ATTN, SCALE_ATTN, SHIFT_MLP, SCALE_MLP)], dim=3)
+        parts = [part.reshape(steps, rows, -1, hidden) for part in (gates, last, shifts)]
+        return torch.cat(parts, dim=2).transpose(1, 2)  # (S, M, R, D)
+
+
 class EmbedUnit(nn.Module):
     """Latents to tokens, once per image, then copied to the rows of the batch."""
 
@@ -217,7 +252,8 @@ def unit_kinds(spec: ModelSpec, precision: str) -> tuple[UnitKind, ...]:
     def made(make: Callable[[ModelSpec], Module]) -> Module:
         return empty_module(lambda: make(spec), dtype, examples.generator)
 
-    conditioning, embed, final = made(ConditioningUnit), made(EmbedUnit), made(FinalUnit)
+    conditioning: nn.Module = made(BlockConditioningUnit if spec.block_embedders else ConditioningUnit)
+    embed, final = made(EmbedUnit), made(FinalUnit)
     attn, mlp = made(AttnUnit), made(MlpUnit)
     labels = Input("labels", torch.tensor([0, spec.classes]), {0: "labels"})
     branch = (examples.tokens(), *examples.modulation("shift", "scale", "gate"))
@@ -253,8 +289,10 @@ def check_tensors(tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
 
 
 def _conditioning(module: nn.Module, spec: ModelSpec) -> dict[str, tuple[Slab, ...]]:
-    """The embedders as they are, and all adaLN layers as one matrix with gates first."""
+    """The embedders as they are, and all adaLN layers as one matrix with gates first, if they read one condition."""
     binding = same_names(module)
+    if spec.block_embedders:
+        return binding
     chunks = [(f"blocks.{b}.adaLN_modulation.1", gate) for b in range(spec.depth) for gate in (GATE_ATTN, GATE_MLP)]
     chunks += [("final_layer.adaLN_modulation.1", chunk) for chunk in (0, 1)]
     for block in range(spec.depth):

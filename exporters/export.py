@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from goc_deploy.exporters import dit_units, pixart, sit
 from goc_deploy.exporters.architecture import Architecture
 from goc_deploy.exporters.checkpoint import Checkpoint, check_values, load_checkpoint
 from goc_deploy.exporters.companions import Companions, read_companions, write_companions
-from goc_deploy.exporters.model_folder import read_model_folder
+from goc_deploy.exporters.hub import folder_from_hub, hub_id
+from goc_deploy.exporters.model_folder import FolderModel, read_model_folder
 from goc_deploy.exporters.plan_files import write_plan
 from goc_deploy.exporters.step_graphs import collect_graph, modulation_graph, sampler_graphs
 from goc_deploy.exporters.unit_files import UnitWriter
@@ -26,9 +28,11 @@ from goc_deploy.options import ExportOptions, Progress, default_plans
 from goc_deploy.passes import compile_schedule
 from goc_deploy.plan import Plan
 from goc_deploy.policies import schedule_from_policy
+from goc_deploy.process import Process
 from goc_deploy.protocols import Backend
 from goc_deploy.publish import check_free_space, check_target, directory_lock, files_below, read_manifest, staged
-from goc_deploy.samplers import default_sampler, sampler_table
+from goc_deploy.samplers import default_sampler
+from goc_deploy.schedulers import table_from_sampler
 from goc_deploy.spec import ITEM_BYTES, ModelSpec
 from goc_deploy.version import __version__
 
@@ -49,7 +53,8 @@ def export_checkpoint(
     """Export a checkpoint; the directory appears whole or not at all.
 
     Args:
-        checkpoint_path: a ``.pt``, ``.pth`` or ``.safetensors`` file, or a folder that diffusers saved.
+        checkpoint_path: a ``.pt``, ``.pth`` or ``.safetensors`` file, a folder that diffusers saved, or the id of one on the
+            Hugging Face Hub, ``org/name``.
         output: engine directory to make.
         options: how.
         backend: runs the written units for the comparison with PyTorch.
@@ -65,7 +70,9 @@ def export_checkpoint(
         ConflictError, ResourceError: the output cannot be written.
         VerificationError: a unit differs from PyTorch.
     """
-    checkpoint, spec, class_names = _read(checkpoint_path, options)
+    name = hub_id(checkpoint_path)
+    found = _read(folder_from_hub(name) if name else checkpoint_path, options)
+    checkpoint, spec = found.checkpoint, found.spec
     architecture = ARCHITECTURES[spec.architecture]
     architecture.check_tensors(checkpoint.tensors, spec)
     companions = read_companions(options, spec)
@@ -73,9 +80,12 @@ def export_checkpoint(
         spec = replace(spec, classes=companions.labels)
     calibrates = options.precision != "bf16" and spec.classes > 0
     options = replace(options, plans=options.plans or default_plans(calibrates=calibrates))
-    plans = _compile_plans(spec, options)
+    process = Process(spec.prediction, found.scheduler)
+    plans = _compile_plans(spec, process, options)
     check_options(_calibration(spec, options))
-    provenance = _provenance(checkpoint, companions, options)
+    provenance = _provenance(found, companions, options)
+    if name:
+        provenance["checkpoint"] = f"{name}@{checkpoint.path.name}"
     with directory_lock(output):
         present = _same_engine(output, provenance)
         if present:
@@ -89,29 +99,26 @@ def export_checkpoint(
             writer = UnitWriter(stage, backend, progress)
             bare = _write_units(writer, checkpoint, spec, provenance, options)
             bare = write_companions(companions, bare, options, writer)
-            bare = replace(bare, class_names=class_names, files=files_below(stage))
+            bare = replace(bare, class_names=found.class_names, scheduler=found.scheduler, files=files_below(stage))
             manifest = _write_plans(stage, bare, plans, options, make_laboratory)
     return manifest, True
 
 
-def _read(path: Path, options: ExportOptions) -> tuple[Checkpoint, ModelSpec, tuple[str, ...]]:
-    """Tensors, sizes and class names of a checkpoint file or of a folder that diffusers saved."""
+def _read(path: Path, options: ExportOptions) -> FolderModel:
+    """A checkpoint file, or a folder that diffusers saved."""
     if options.model not in ("auto", *ARCHITECTURES):
         raise ModelError(f"unknown --model {options.model!r}; this version has {', '.join(ARCHITECTURES)}")
     if not path.is_dir():
         checkpoint = load_checkpoint(path, options.weights)
-        return checkpoint, _predicting(_recognise(checkpoint, options), options), ()
+        spec = _recognise(checkpoint, options)
+        return FolderModel(checkpoint, replace(spec, prediction=options.prediction or spec.prediction), (), None)
     wanted = ARCHITECTURES if options.model == "auto" else {options.model: ARCHITECTURES[options.model]}
-    found = read_model_folder(path, wanted)
+    found = read_model_folder(path, wanted, options.prediction)
     if options.num_heads not in (None, found.spec.heads):
         raise UsageError(f"--num-heads {options.num_heads}: the configuration in {path} says {found.spec.heads}")
     if options.weights != "auto":
         raise UsageError(f"--weights {options.weights} is for training checkpoints; {path} holds one set of weights")
-    return found.checkpoint, _predicting(found.spec, options), found.class_names
-
-
-def _predicting(spec: ModelSpec, options: ExportOptions) -> ModelSpec:
-    return spec if options.prediction is None else replace(spec, prediction=options.prediction)
+    return found
 
 
 def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> ModelSpec:
@@ -124,14 +131,16 @@ def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> ModelSpec:
     )
 
 
-def _compile_plans(spec: ModelSpec, options: ExportOptions) -> dict[str, tuple[PolicySpec, Plan | None]]:
+def _compile_plans(
+    spec: ModelSpec, process: Process, options: ExportOptions
+) -> dict[str, tuple[PolicySpec, Plan | None]]:
     """Every policy by plan name, compiled, or None where that has to wait for an engine to calibrate on."""
-    sampler_table(_sampler(spec, options), options.steps, spec.prediction)  # refuses what no plan could run with
+    table_from_sampler(_sampler(process, options), options.steps, process)  # refuses what no plan could run with
     plans: dict[str, tuple[PolicySpec, Plan | None]] = {}
     for policy in map(parse_policy, options.plans):
         name = check_plan_name(policy.default_name)
         try:
-            plan = _compile(policy, name, spec, options, None)
+            plan = _compile(policy, name, spec, process, options, None)
         except CalibrationNeededError as cause:
             if not spec.classes:
                 raise UsageError(
@@ -146,16 +155,17 @@ def _compile(
     policy: PolicySpec,
     name: str,
     spec: ModelSpec,
+    process: Process,
     options: ExportOptions,
     laboratory: Laboratory | None,
 ) -> Plan:
     schedule = schedule_from_policy(policy, spec, options.steps, laboratory)
-    table = sampler_table(_sampler(spec, options), schedule.steps, spec.prediction)
+    table = table_from_sampler(_sampler(process, options), schedule.steps, process)
     return compile_schedule(schedule, spec, table, name=name, segments=options.segments)
 
 
-def _sampler(spec: ModelSpec, options: ExportOptions) -> str:
-    return default_sampler(spec.prediction) if options.sampler is None else options.sampler
+def _sampler(process: Process, options: ExportOptions) -> str:
+    return default_sampler(process) if options.sampler is None else options.sampler
 
 
 def _calibration(spec: ModelSpec, options: ExportOptions) -> CalibrationOptions:
@@ -163,7 +173,9 @@ def _calibration(spec: ModelSpec, options: ExportOptions) -> CalibrationOptions:
     return CalibrationOptions(images, options.calibration_seed, options.cfg_scale, spec.guided_channels)
 
 
-def _provenance(checkpoint: Checkpoint, companions: Companions, options: ExportOptions) -> dict[str, Any]:
+def _provenance(found: FolderModel, companions: Companions, options: ExportOptions) -> dict[str, Any]:
+    checkpoint = found.checkpoint
+    probes = ("diffusers",) if found.scheduler is not None and find_spec("diffusers") else ()
     recorded = {**asdict(options), "plans": list(options.plans)}
     recorded = {name: value.name if isinstance(value, Path) else value for name, value in recorded.items()}
     del recorded["force"]
@@ -174,7 +186,10 @@ def _provenance(checkpoint: Checkpoint, companions: Companions, options: ExportO
         "weight_set": checkpoint.weight_set,
         "checkpoint_dtypes": checkpoint.dtypes,
         "options": recorded,
-        "versions": {"goc_deploy": __version__, **{package: version(package) for package in RECORDED_PACKAGES}},
+        "versions": {
+            "goc_deploy": __version__,
+            **{package: version(package) for package in (*RECORDED_PACKAGES, *probes)},
+        },
     }
 
 
@@ -228,9 +243,9 @@ def _write_plans(
     laboratory = None
     if not all(compiled for _, compiled in plans.values()):
         path.write_text(manifest_to_json(manifest), encoding="utf-8")
-        laboratory = make_laboratory(stage, _sampler(spec, options), _calibration(spec, options))
+        laboratory = make_laboratory(stage, _sampler(manifest.process, options), _calibration(spec, options))
     for name, (policy, compiled) in plans.items():
-        plan = compiled or _compile(policy, name, spec, options, laboratory)
+        plan = compiled or _compile(policy, name, spec, manifest.process, options, laboratory)
         manifest = write_plan(stage, plan, manifest, lambda unit: (stage / unit).read_bytes())
     path.unlink(missing_ok=True)
     manifest = replace(manifest, files=files_below(stage))

@@ -1,11 +1,13 @@
 """Reading models from folders that diffusers or transformers saved, without running anything that stands in them.
 
-A folder has a ``config.json`` and weights in one ``.safetensors`` file, in several with an index, or in a ``.bin`` file.
+A folder has a ``config.json`` and weights in one ``.safetensors`` file, in several with an index, in a ``.bin`` file, or in
+``.fp16.safetensors``.
 Settings that are not known, or that would change the arithmetic, are refused by name.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +20,10 @@ from goc_deploy.errors import ModelError, SafetyError
 from goc_deploy.exporters.checkpoint import load_checkpoint
 from goc_deploy.serde import parse_json
 
-CONFIG, PIPELINE_CONFIG = "config.json", "model_index.json"
+CONFIG, PIPELINE_CONFIG, SCHEDULER_CONFIG = "config.json", "model_index.json", "scheduler/scheduler_config.json"
+UNLIMITED = "lambda_min_clipped"  # the setting of a scheduler that may be -Infinity
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
+VARIANTS = ("", ".fp16")
 WITHOUT_EFFECT = ("_diffusers_version", "_name_or_path", "dropout", "norm_num_groups")  # on any transformer here
 MAX_SIZE = 10**5
 
@@ -101,8 +105,8 @@ def predicts_sigma(config: Mapping[str, Any], channels: int, default: int | None
     return bool(predicted == 2 * channels)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a model's folder.
+def read_json(path: Path, constants: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """A JSON object of a model's folder; ``constants`` as in `goc_deploy.serde.parse_json`.
 
     Raises:
         ModelError: unreadable or not a JSON object.
@@ -111,13 +115,31 @@ def read_json(path: Path) -> dict[str, Any]:
         text = path.read_bytes()
     except OSError as cause:
         raise ModelError(f"{path} cannot be read: {cause.strerror or cause}") from cause
-    return parse_json(text, str(path), ModelError)
+    return parse_json(text, str(path), ModelError, constants)
+
+
+def read_scheduler(path: Path) -> dict[str, Any]:
+    """The settings of a scheduler.
+
+    diffusers writes ``-Infinity``, which is no JSON, where no limit is set, and takes the same where the setting is missing.
+
+    Raises:
+        ModelError: unreadable, not a JSON object, or another setting is infinite.
+    """
+    settings = read_json(path, {"-Infinity": -math.inf})
+    if settings.get(UNLIMITED) == -math.inf:
+        del settings[UNLIMITED]
+    for name, value in settings.items():
+        numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, float)]
+        if any(map(math.isinf, numbers)):
+            raise ModelError(f"{path}: {name} is infinite; it must be a finite number")
+    return settings
 
 
 def read_weights(
     folder: Path, stem: str = DIFFUSERS_WEIGHTS, old_stem: str | None = None
 ) -> tuple[list[Path], dict[str, Tensor]]:
-    """The files that hold the weights, and every tensor in them.
+    """The files that hold the weights, and every tensor in them; of half precision only where there is nothing else.
 
     Args:
         folder: where they lie.
@@ -128,12 +150,17 @@ def read_weights(
         ModelError: missing or damaged.
         SafetyError: an index that names files outside the folder, or a file that asks to run code.
     """
-    index, old = folder / f"{stem}.safetensors.index.json", f"{old_stem or stem}.bin"
-    if not index.exists():
-        present = [path for path in (folder / f"{stem}.safetensors", folder / old) if path.exists()]
-        if not present:
-            raise ModelError(f"{folder} has neither {stem}.safetensors, its index, nor {old}; download it again")
-        return [present[0]], dict(load_checkpoint(present[0]).tensors)
+    indices = [folder / f"{stem}.safetensors.index{variant}.json" for variant in VARIANTS]
+    whole = [folder / f"{stem}{variant}.safetensors" for variant in VARIANTS]
+    old = folder / f"{old_stem or stem}.bin"
+    present = [path for path in (indices[0], whole[0], old, indices[1], whole[1]) if path.exists()]
+    if not present:
+        raise ModelError(
+            f"{folder} has neither {whole[0].name}, its index, their {VARIANTS[1]} variants, nor {old.name}; download it again"
+        )
+    index = present[0]
+    if index not in indices:
+        return [index], dict(load_checkpoint(index).tensors)
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
         raise ModelError(f"{index} has no weight_map from tensors to files; download it again")

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from goc_deploy.errors import ModelError
 from goc_deploy.exporters.architecture import Architecture
 from goc_deploy.exporters.checkpoint import Checkpoint
-from goc_deploy.exporters.folders import CONFIG, PIPELINE_CONFIG, read_json, read_weights
+from goc_deploy.exporters.folders import (
+    CONFIG,
+    PIPELINE_CONFIG,
+    SCHEDULER_CONFIG,
+    read_json,
+    read_scheduler,
+    read_weights,
+)
+from goc_deploy.schedulers import prediction_of
 from goc_deploy.spec import ModelSpec
 
 
@@ -22,19 +30,24 @@ class FolderModel:
         checkpoint: tensors under the names of the architecture's public layout.
         spec: sizes, as ``config.json`` gives them.
         class_names: one per class, synonyms separated by commas; empty where the folder has none.
+        scheduler: settings of the scheduler that the pipeline samples with, or None where the folder has none.
     """
 
     checkpoint: Checkpoint
     spec: ModelSpec
     class_names: tuple[str, ...]
+    scheduler: dict[str, Any] | None
 
 
-def read_model_folder(path: Path, architectures: Mapping[str, Architecture]) -> FolderModel:
-    """Read a folder of a pipeline (``model_index.json`` and ``transformer/``) or its transformer folder alone.
+def read_model_folder(
+    path: Path, architectures: Mapping[str, Architecture], prediction: str | None = None
+) -> FolderModel:
+    """Read a folder of a pipeline (``model_index.json``, ``transformer/`` and ``scheduler/``) or its transformer folder alone.
 
     Args:
         path: the folder.
         architectures: what it may hold, by name.
+        prediction: what the model predicts, where somebody says otherwise than its scheduler.
 
     Raises:
         ModelError: not such a folder, a setting that is not supported, weights that are missing, damaged, or not those
@@ -56,9 +69,15 @@ def read_model_folder(path: Path, architectures: Mapping[str, Architecture]) -> 
     spec = architecture.spec_from_config(config, f"{folder / CONFIG}")
     files, found = read_weights(folder)
     described = [folder / CONFIG, *([path / PIPELINE_CONFIG] if index else [])]
-    state = architecture.state_from_diffusers(found, spec, folder)
+    scheduler, settings = None, path / SCHEDULER_CONFIG
+    if index and settings.exists():
+        scheduler = read_scheduler(settings)
+        described.append(settings)
+        prediction = prediction or prediction_of(scheduler, str(settings))
+    spec = replace(spec, prediction=prediction or spec.prediction)
+    spec, state = architecture.state_from_diffusers(found, spec, folder)
     checkpoint = Checkpoint(path, state, "plain", (*described, *files))
-    return FolderModel(checkpoint, spec, _class_names(index, spec, path / PIPELINE_CONFIG))
+    return FolderModel(checkpoint, spec, _class_names(index, spec, path / PIPELINE_CONFIG), scheduler)
 
 
 def _architecture(config: Mapping[str, Any], architectures: Mapping[str, Architecture], folder: Path) -> Architecture:

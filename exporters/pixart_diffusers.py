@@ -96,7 +96,9 @@ def stretch(side: int) -> int:
     return max(side // BASE_SIDE, 1)
 
 
-def state_from_diffusers(found: Mapping[str, Tensor], spec: ModelSpec, where: Path) -> dict[str, Tensor]:
+def state_from_diffusers(
+    found: Mapping[str, Tensor], spec: ModelSpec, where: Path
+) -> tuple[ModelSpec, dict[str, Tensor]]:
     """Tensors of a PixArtTransformer2DModel under the names of the public layout.
 
     q, k and v are joined, k and v of the cross-attention too, and the position table is computed.
@@ -115,7 +117,7 @@ def state_from_diffusers(found: Mapping[str, Tensor], spec: ModelSpec, where: Pa
         state |= names.take_joined(f"blocks.{block}.attn.qkv", [f"{there}.attn1.to_{part}" for part in "qkv"])
         state |= names.take_joined(f"blocks.{block}.cross_attn.kv_linear", [f"{there}.attn2.to_{p}" for p in "kv"])
     names.finish()
-    return state
+    return spec, state
 
 
 def layer_names(spec: ModelSpec) -> dict[str, str]:

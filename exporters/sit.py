@@ -62,6 +62,6 @@ def state_from_diffusers(
     found: Mapping[str, Tensor],  # noqa: ARG001 (of the contract)
     spec: ModelSpec,  # noqa: ARG001
     where: Path,
-) -> dict[str, Tensor]:
+) -> tuple[ModelSpec, dict[str, Tensor]]:
     """diffusers has no SiT."""
     raise ModelError(f"{where}: {NO_FOLDERS}")

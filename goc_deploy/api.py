@@ -28,7 +28,7 @@ def export(checkpoint: str | Path, output: str | Path, *, progress: Progress = n
     """Export a checkpoint to an engine directory.
 
     Args:
-        checkpoint: ``.pt``, ``.pth`` or ``.safetensors``, or a folder in which diffusers saved a DiT.
+        checkpoint: ``.pt``, ``.pth`` or ``.safetensors``, a folder that diffusers saved, or its id on the Hugging Face Hub.
         output: directory to make; it appears whole or not at all.
         progress: called with (what, done, total).
         **options: fields of `goc_deploy.options.ExportOptions`.

@@ -13,6 +13,7 @@ from goc_deploy.captions import NO_CAPTIONS
 from goc_deploy.errors import ScheduleError, UsageError
 from goc_deploy.fitting import FitOptions
 from goc_deploy.options import CALIBRATION_SEED, GenerateOptions, Progress
+from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule, check_amplification
 from goc_deploy.spec import ModelSpec
 
@@ -101,6 +102,14 @@ class Trials(Protocol):
     sampler: str
     options: CalibrationOptions
     progress: Progress
+
+    def table(self, steps: int) -> SamplerTable:
+        """The sampler's table for a step count.
+
+        Raises:
+            UsageError: the sampler does not go with the model, or not with so many steps.
+        """
+        ...
 
     def run(self, schedule: Schedule, images: CalibrationOptions) -> Trial:
         """Draw images with a schedule.

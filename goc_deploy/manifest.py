@@ -12,6 +12,7 @@ from typing import Any
 
 from goc_deploy.engine_keys import ENGINE_BACKENDS, WEIGHT_MODES, Target
 from goc_deploy.errors import EngineDirError, SafetyError
+from goc_deploy.process import Process
 from goc_deploy.serde import build, check_format, dump_json, parse_json
 from goc_deploy.spec import ITEM_BYTES, PRECISIONS, PREDICTIONS, DecoderSpec, ModelSpec, TextSpec
 
@@ -135,6 +136,7 @@ class Manifest:
         captions: path of the captions that stand for labels, or None where there are none.
         text: what unit ``text_encoder`` takes, or None where there is none.
         segments: segment signature -> path of its graph, which holds all units of the blocks.
+        scheduler: settings of the scheduler of diffusers that came with the model, or None where none did.
     """
 
     model: ModelSpec
@@ -151,6 +153,12 @@ class Manifest:
     captions: str | None = None
     text: TextSpec | None = None
     segments: dict[str, str] = field(default_factory=dict)
+    scheduler: dict[str, Any] | None = None
+
+    @property
+    def process(self) -> Process:
+        """What the model was trained to undo."""
+        return Process(self.model.prediction, self.scheduler)
 
     def predict_unit(self, signature: str) -> Unit:
         """A predict graph as a unit without weights, named after its file."""
@@ -220,6 +228,7 @@ def _manifest_from_fields(found: dict[str, Any]) -> Manifest:
         captions=None if found["captions"] is None else str(found["captions"]),
         text=None if found["text"] is None else TextSpec(**found["text"]),
         segments={str(key): str(path) for key, path in found.get("segments", {}).items()},
+        scheduler=None if found.get("scheduler") is None else dict(found["scheduler"]),
     )
 
 

@@ -26,8 +26,10 @@ class ExportOptions:
         precision: ``fp32``, ``fp16`` or ``bf16``: dtype of weights, tokens and history.
         max_batch: most images per run.
         steps: sampling steps of the plans.
-        sampler: sampler SPEC; None takes ``ddim``, or ``euler`` for a model that predicts a flow.
-        prediction: what the model predicts, one of `goc_deploy.spec.PREDICTIONS`; None is what its architecture does.
+        sampler: sampler SPEC; None takes ``diffusers``, the scheduler of the model's folder, or where there is none
+            ``ddim``, or ``euler`` for a model that predicts a flow.
+        prediction: what the model predicts, one of `goc_deploy.spec.PREDICTIONS`; None is what the scheduler of its folder
+            says, or where there is none what its architecture does.
         plans: policy SPECs, in order of preference; empty takes `default_plans`.
         calibrate: images that calibrated policies learn from; None takes `goc_deploy.calibration.default_images`.
         calibration_seed: of these images.
@@ -122,8 +124,8 @@ class GenerateOptions:
     Attributes:
         seed: of the noise; image i of a request depends on (seed, i) alone.
         cfg_scale: classifier-free guidance scale; 1 is none and runs half the rows.
-        cfg_channels: guidance acts on the first channels only; None is what the model's reference does (3 for DiT, all for
-            PixArt).
+        cfg_channels: guidance acts on the first channels only; None is what the model's reference does (3 for
+            checkpoints of DiT, all for PixArt and folders of diffusers).
     """
 
     seed: int = 0

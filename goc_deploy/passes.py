@@ -30,6 +30,7 @@ from goc_deploy.plan import (
     Segment,
     check_plan,
 )
+from goc_deploy.process import Process
 from goc_deploy.samplers import SamplerTable, sampler_misfit, sampler_table
 from goc_deploy.schedule import (
     MAX_HISTORY,
@@ -81,7 +82,8 @@ def compile_schedule(
     Args:
         schedule: what to do where.
         spec: the model.
-        sampler: a sampler SPEC or a table.
+        sampler: a table, or a sampler SPEC for the process that DiT and PixArt are trained on; for a model whose folder has
+            a scheduler, use `goc_deploy.schedulers.table_from_sampler` with its manifest's ``process``.
         steps: number of steps; default: the schedule's.
         name: the plan's name.
         segments: one of `goc_deploy.plan.SEGMENTS`, for backends that build engines.
@@ -107,7 +109,8 @@ def compile_schedule(
         evaluations = store_alike(evaluations)
     groups = group_launches(evaluations, collapse=collapse)
     launches, slots = assign_slots(merge_full_steps(groups) if merges else groups)
-    table = sampler if isinstance(sampler, SamplerTable) else sampler_table(sampler, schedule.steps, spec.prediction)
+    process = Process(spec.prediction)
+    table = sampler if isinstance(sampler, SamplerTable) else sampler_table(sampler, schedule.steps, process)
     misfit = sampler_misfit(table, spec)
     if misfit:
         raise UsageError(misfit)

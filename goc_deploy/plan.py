@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from goc_deploy.errors import EngineDirError
-from goc_deploy.samplers import MAX_LAGS, SamplerTable, sampler_misfit
+from goc_deploy.samplers import MAX_LAGS, MAX_REACH, SamplerTable, sampler_misfit
 from goc_deploy.schedule import MAX_HISTORY, Schedule
 from goc_deploy.spec import ModelSpec
 
@@ -223,10 +223,12 @@ def _check_table(plan: Plan, spec: ModelSpec) -> None:
     columns = (table.latent, table.model, table.noise, table.spread, table.estimate, table.history)
     if any(len(column) != table.steps for column in columns):
         raise EngineDirError(f"plan {plan.name}: the columns of its sampler table differ in length")
-    if table.lags > MAX_LAGS or any(len(row) != table.lags for row in table.history):
+    if table.reach > MAX_REACH or any(len(row) != table.reach for row in table.history):
         raise EngineDirError(
-            f"plan {plan.name}: its sampler must read the same 0 to {MAX_LAGS} earlier estimates at every step"
+            f"plan {plan.name}: its sampler must reach back the same 0 to {MAX_REACH} steps at every step"
         )
+    if any(sum(map(bool, row)) > MAX_LAGS for row in table.history):
+        raise EngineDirError(f"plan {plan.name}: its sampler reads more than {MAX_LAGS} earlier estimates in a step")
     if table.lags and table.learned_variance:
         raise EngineDirError(f"plan {plan.name}: its sampler reads both earlier estimates and a learned variance")
     misfit = sampler_misfit(table, spec)

@@ -18,7 +18,8 @@ from goc_deploy.plan import Plan
 from goc_deploy.policies import BASES, schedule_from_policy
 from goc_deploy.protocols import Backend
 from goc_deploy.publish import directory_lock, disk_errors, files_below, read_manifest, read_verified, replacing
-from goc_deploy.samplers import default_sampler, sampler_table
+from goc_deploy.samplers import default_sampler
+from goc_deploy.schedulers import table_from_sampler
 from goc_deploy.trials import engine_laboratory
 
 DEFAULTS = ExportOptions()
@@ -72,14 +73,14 @@ def _compiled(
     name = check_plan_name(options.name or policy.default_name)
     first = load_plan(directory, manifest, manifest.plans[0].name) if manifest.plans else None
     steps = options.steps if options.steps is not None else first.steps if first else DEFAULTS.steps
-    sampler = options.sampler or (first.sampler.sampler if first else default_sampler(manifest.model.prediction))
-    sampler_table(sampler, steps, manifest.model.prediction)  # refuses a wrong one before anything is measured
+    sampler = options.sampler or (first.sampler.sampler if first else default_sampler(manifest.process))
+    table_from_sampler(sampler, steps, manifest.process)  # refuses a wrong one before anything is measured
     images = options.calibrate if options.calibrate is not None else default_images(manifest.model, steps)
     calibration = CalibrationOptions(images, options.seed, options.cfg_scale, manifest.model.guided_channels)
 
     laboratory = engine_laboratory(directory, make_backend, sampler, calibration, progress)
     schedule = schedule_from_policy(policy, manifest.model, steps, laboratory)
-    table = sampler_table(sampler, schedule.steps, manifest.model.prediction)
+    table = table_from_sampler(sampler, schedule.steps, manifest.process)
     return compile_schedule(schedule, manifest.model, table, name=name, segments=options.segments)
 
 

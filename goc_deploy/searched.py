@@ -12,7 +12,6 @@ from goc_deploy.calibration import CalibrationOptions, Trials
 from goc_deploy.errors import ScheduleError, UsageError, VerificationError
 from goc_deploy.grammar import number, whole_number
 from goc_deploy.metrics.paired import whole_relative_l2
-from goc_deploy.samplers import sampler_table
 from goc_deploy.schedule import COMPUTE, Schedule
 from goc_deploy.search import MAX_STEPS, PREDICTORS, Candidate, exchange_units, plain, predicted, search, sizes_for
 from goc_deploy.spec import ModelSpec
@@ -43,7 +42,7 @@ def searched(argument: str, context: PolicyContext) -> Schedule:
     budget_ms = number(argument.removesuffix("ms"), "budget") if argument.endswith("ms") else None
     computed = whole_number(argument, "budget", 1, MAX_STEPS) if budget_ms is None else 0
     trials = context.engine().trials()
-    if sampler_table(trials.sampler, reference_steps).stochastic:
+    if trials.table(reference_steps).stochastic:
         raise UsageError(
             f"sampler {trials.sampler!r} draws fresh noise, so there is no converged solution; use ddim or dpm++"
         )

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from operator import index
 from pathlib import Path
@@ -42,8 +42,16 @@ def bytes_from_file(path: Path, where: str, error: type[GocError]) -> bytes:
         raise error(f"{where} cannot be read: {getattr(cause, 'strerror', None) or cause}") from cause
 
 
-def parse_json(text: bytes, where: str, error: type[GocError]) -> dict[str, Any]:
+def parse_json(
+    text: bytes, where: str, error: type[GocError], constants: Mapping[str, float] | None = None
+) -> dict[str, Any]:
     """Read one JSON object, refusing what ``json`` lets through: duplicate keys, NaN, endless nesting.
+
+    Args:
+        text: UTF-8.
+        where: the file, for messages.
+        error: what is raised.
+        constants: numbers that are no JSON and are taken all the same, such as ``-Infinity``, by name.
 
     Raises:
         error: saying where and why.
@@ -57,8 +65,10 @@ def parse_json(text: bytes, where: str, error: type[GocError]) -> dict[str, Any]
             raise ValueError("a key stands twice")
         return found
 
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not allowed")
+    def known(constant: str) -> float:
+        if constant not in (constants or {}):
+            raise ValueError(f"{constant} is not allowed")
+        return (constants or {})[constant]
 
     def finite(number: str) -> float:
         if math.isinf(float(number)):
@@ -70,7 +80,7 @@ def parse_json(text: bytes, where: str, error: type[GocError]) -> dict[str, Any]
             raise ValueError(f"{number:.20}... is out of range")
         return int(number)
 
-    hooks: dict[str, Any] = {"parse_constant": refuse, "parse_float": finite, "parse_int": bounded}
+    hooks: dict[str, Any] = {"parse_constant": known, "parse_float": finite, "parse_int": bounded}
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, **hooks)
     except (ValueError, RecursionError) as cause:
@@ -201,11 +211,18 @@ def plan_to_json(plan: Plan) -> str:
             "name": plan.name,
             "segments": plan.segments,
             "slots": plan.slots,
-            "sampler": asdict(plan.sampler),
+            "sampler": _sampler_to_fields(plan.sampler),
             "launches": [[_launch_to_list(op) for op in step] for step in plan.launches],
         },
         indent=None,
     )
+
+
+def _sampler_to_fields(table: SamplerTable) -> dict[str, Any]:
+    fields = asdict(table)
+    if table.start == 1:  # as in files that were written before there was a start
+        del fields["start"]
+    return fields
 
 
 def _launch_to_list(op: Launch) -> list[Any]:
@@ -246,6 +263,7 @@ def _sampler_from_fields(table: dict[str, Any]) -> SamplerTable:
         timesteps=tuple(t if isinstance(t, int) else float(t) for t in table["timesteps"]),
         estimate=tuple((float(of_x), float(of_m)) for of_x, of_m in table["estimate"]),
         history=tuple(tuple(float(w) for w in row) for row in table["history"]),
+        start=float(table.get("start", 1)),
         **numbers,
     )
 

@@ -10,13 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from operator import mul
+from itertools import pairwise
 
 from goc_deploy.errors import UsageError
+from goc_deploy.process import TRAIN_STEPS
 
-TRAIN_STEPS = 1000
-BETA_FIRST, BETA_LAST = 1e-4, 0.02
 SPACINGS = ("linspace", "leading", "trailing")
 FEW_STEPS = 15  # below this, a third-order solver takes its last but one step at second order
 
@@ -70,13 +68,6 @@ def check_steps(steps: int, most: int) -> None:
     """Raise UsageError unless there are 1 to ``most`` steps."""
     if not 1 <= steps <= most:
         raise UsageError(f"steps must be within 1..{most}, got {steps}")
-
-
-def signal_along(timesteps: Sequence[int]) -> list[float]:
-    """Signal at each timestep of the process that DiT and PixArt are trained with (linear betas), closed by 1.0."""
-    slope = (BETA_LAST - BETA_FIRST) / (TRAIN_STEPS - 1)
-    signal = list(accumulate((1 - (BETA_FIRST + slope * t) for t in range(TRAIN_STEPS)), mul))
-    return [*(signal[t] for t in timesteps), 1.0]
 
 
 def estimate_weights(prediction: str, signal: float) -> tuple[float, float]:

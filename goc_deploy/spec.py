@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DIFFUSION_PREDICTIONS = ("eps", "v", "x0")
-PREDICTIONS = (*DIFFUSION_PREDICTIONS, "flow")
+FLOW_PREDICTIONS = ("flow", "flow_to_noise")
+PREDICTIONS = (*DIFFUSION_PREDICTIONS, *FLOW_PREDICTIONS)
 PRECISIONS = ("fp32", "fp16", "bf16")
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 DECODED_PIXELS = 64 * 64  # latent pixels of one launch of the decoder: one tile of the default size
@@ -30,13 +31,16 @@ class ModelSpec:
         architecture: exporter that made the units.
         branches: the branches of each block, in execution order.
         prediction: what the first C channels predict: ``eps`` (the noise), ``v`` (velocity of a diffusion), ``x0`` (the clean
-            sample) or ``flow`` (velocity along the straight line from noise to the clean sample).
+            sample), ``flow`` (velocity along the straight line from noise to the clean sample, told a time that rises from 0
+            to 1, as SiT) or ``flow_to_noise`` (the opposite velocity, told a time that falls from 1000 to 0, as diffusers).
         frequency_shift: the timestep's 128 frequencies fall to 1/10000 over ``128 - frequency_shift`` intervals.
         mlp_norm_eps: what the layer norm before the MLP branch adds to the variance.
         guided_channels: classifier-free guidance acts on so many channels in the model's reference.
         caption_channels: width of a caption's embeddings, or 0 for a class-conditional model.
         caption_tokens: tokens of a caption; shorter ones are padded.
         told_size: height and width of the image in pixels, where the model is told them, or 0.
+        block_embedders: every block embeds timesteps and labels with weights of its own, as a DiT that was trained in
+            diffusers; the final layer takes what block 0 makes.
     """
 
     depth: int
@@ -57,6 +61,7 @@ class ModelSpec:
     caption_channels: int = 0
     caption_tokens: int = 0
     told_size: int = 0
+    block_embedders: bool = False
 
     @property
     def tokens(self) -> int:

@@ -14,8 +14,9 @@ from goc_deploy.options import Progress
 from goc_deploy.passes import compile_schedule
 from goc_deploy.protocols import Backend, Engine
 from goc_deploy.publish import read_manifest
-from goc_deploy.samplers import sampler_table
+from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
+from goc_deploy.schedulers import table_from_sampler
 
 
 def engine_laboratory(
@@ -40,7 +41,7 @@ def engine_laboratory(
     def calibrator(steps: int) -> Calibrator:
         from goc_deploy.runtime.loading import load_calibrator
 
-        table = sampler_table(sampler, steps, read_manifest(directory).model.prediction)
+        table = table_from_sampler(sampler, steps, read_manifest(directory).process)
         return load_calibrator(directory, backend(), table, options, progress)
 
     return Laboratory(calibrator, cache(lambda: EngineTrials(directory, backend(), sampler, options, progress)))
@@ -67,6 +68,13 @@ class EngineTrials:
         graphs = [unit.name for unit in self._manifest.units if unit.name.startswith("sampler")]
         self._engines = load_engines(directory, self._manifest, (), backend, graphs)
         self._predict: dict[str, Engine] = {}
+        self._tables: dict[int, SamplerTable] = {}
+
+    def table(self, steps: int) -> SamplerTable:
+        """See `goc_deploy.calibration.Trials.table`."""
+        if steps not in self._tables:
+            self._tables[steps] = table_from_sampler(self.sampler, steps, self._manifest.process)
+        return self._tables[steps]
 
     def run(self, schedule: Schedule, images: CalibrationOptions) -> Trial:
         """See `goc_deploy.calibration.Trials.run`."""
@@ -74,8 +82,7 @@ class EngineTrials:
         from goc_deploy.runtime.pipeline import Pipeline
 
         manifest, model = self._manifest, self._manifest.model
-        table = sampler_table(self.sampler, schedule.steps, model.prediction)
-        plan = compile_schedule(schedule, model, table, name="trial")
+        plan = compile_schedule(schedule, model, self.table(schedule.steps), name="trial")
         for signature in plan.signatures:
             if signature not in self._predict:
                 graph = predict_graph(signature, model, manifest.precision)

@@ -213,7 +213,8 @@ class Binder:
         }
         outputs = {"latents_out": self._latents_out(step)}
         if table.lags:
-            inputs |= {f"estimate_{lag}": self._estimate(step, lag) for lag in range(1, table.lags + 1)}
+            for place, lag in enumerate(table.reads(step), 1):
+                inputs[f"estimate_{place}"] = self._estimate(step, lag)
             outputs["estimate"] = self._estimate(step, 0)
         return self._unit(table.graph, inputs, outputs)
 

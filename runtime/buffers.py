@@ -30,7 +30,7 @@ class Buffers:
         zeros: what an accumulator starts from, (B, T, D), or None where nothing is predicted ahead.
         latents: two latents buffers (N, C, H, W) float32 that steps alternate between.
         prediction: model output (B, C_out, H, W) float32.
-        estimates: what a multistep sampler keeps of the last steps, (N, C, H, W) float32 each; one more than it reads.
+        estimates: what a multistep sampler keeps of the last steps, (N, C, H, W) float32 each; one more than it reaches back.
         no_estimate: zeros, what it reads before there is anything.
         noise: fresh noise of each step for a stochastic sampler, else zeros once, (N, C, H, W) each, one after the other.
         constants: (T, `step_size`) float32, the numbers that differ from step to step; see `step_rows`.
@@ -179,7 +179,7 @@ def planned_bytes(spec: ModelSpec, precision: str, plan: Plan, capacity: int) ->
     features = (2 + plan.cache_features) * rows * spec.tokens * spec.hidden * item
     pixels = spec.side**2 * capacity * 4
     noise = plan.steps + 1 if plan.sampler.stochastic else 1
-    estimates = plan.sampler.lags + 2 if plan.sampler.lags else 0
+    estimates = plan.sampler.reach + 2 if plan.sampler.reach else 0
     return (
         captions
         + table
@@ -234,7 +234,7 @@ def allocate_buffers(backend: Backend, spec: ModelSpec, precision: str, plan: Pl
         zeros=constant(np.zeros(feature), dtype) if plan.accumulators else None,
         latents=(new(capacity * image), new(capacity * image)),
         prediction=new(rows * spec.output_channels * spec.side**2),
-        estimates=tuple(new(capacity * image) for _ in range(table.lags + 1 if table.lags else 0)),
+        estimates=tuple(new(capacity * image) for _ in range(table.reach + 1 if table.reach else 0)),
         no_estimate=constant(np.zeros(capacity * image)) if table.lags else None,
         noise=noise,
         constants=constants,

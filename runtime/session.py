@@ -165,7 +165,7 @@ class Session:
         upload(own, buffers.cond_rows.view(images))
         upload(own + batch.rows - images, buffers.uncond_rows.view(images))
         upload(guidance.astype(np.float32), buffers.guidance)
-        upload(request.noise[:, 0], runnable.plan.initial)
+        upload(np.float32(self._plan.sampler.start) * request.noise[:, 0], runnable.plan.initial)
         if buffers.shared is not None:
             upload(BEFORE_THE_FIRST_STEP, buffers.shared.step)
         for source, target in runnable.plan.resets:

@@ -63,9 +63,9 @@ class SharedBinder(Binder):
 
     def _left(self) -> list[Move]:
         """What the step before left: its latents, and estimates, which all grow older by a step."""
-        lags, elements = self._plan.sampler.lags, math.prod(self._latents_shape)
+        reach, elements = self._plan.sampler.reach, math.prod(self._latents_shape)
         pairs = [(self._latents_out(0), self._latents(0))]
-        pairs += [(self._estimate(0, lag - 1), self._estimate(0, lag)) for lag in range(lags, 0, -1)]
+        pairs += [(self._estimate(0, lag - 1), self._estimate(0, lag)) for lag in range(reach, 0, -1)]
         return [Move(source.view(1, 1, elements), target.view(1, 1, elements)) for source, target in pairs]
 
     def _latents(self, step: int) -> Buffer:  # noqa: ARG002
@@ -88,7 +88,7 @@ class SharedBinder(Binder):
 
     def _resets(self) -> tuple[tuple[Buffer, Buffer], ...]:
         """Before the first step there were no estimates."""
-        nothing, lags = self._buffers.no_estimate, self._plan.sampler.lags
+        nothing, reach = self._buffers.no_estimate, self._plan.sampler.reach
         if nothing is None:
             return ()
-        return tuple((nothing.view(*self._latents_shape), self._estimate(0, lag)) for lag in range(lags + 1))
+        return tuple((nothing.view(*self._latents_shape), self._estimate(0, lag)) for lag in range(reach + 1))

@@ -96,7 +96,7 @@ class Stepper:
         self._feature = HostArray(feature, dtype)
         self._update = np.empty(feature, np.float32)
         self._bound: dict[tuple[object, ...], Callable[[], None]] = {}
-        self._images = self._row_count = self._side = 0
+        self._images = self._row_count = self._side = self._step = 0
 
     def begin(
         self,
@@ -119,7 +119,7 @@ class Stepper:
         guided = cfg_scale != 1 and cfg_channels > 0
         rows = [*labels, *([spec.classes] * images if guided else [])]
         distinct = sorted(set(rows))
-        self._images, self._row_count, self._side = images, len(rows), 0
+        self._images, self._row_count, self._side, self._step = images, len(rows), 0, step
         self._timestep.array(1)[:] = self.table.timesteps[step]
         index = np.searchsorted(distinct, rows)
         if self._captions is None:
@@ -216,9 +216,9 @@ class Stepper:
             "noise": self._noise.buffer(*shape),
         }
         outputs = {"latents_out": self._latents_out.buffer(*shape)}
-        for lag in range(1, self.table.lags + 1):
-            self._estimates[lag].array(*shape)[:] = estimates[lag - 1] if lag <= len(estimates) else 0.0
-            inputs[f"estimate_{lag}"] = self._estimates[lag].buffer(*shape)
+        for place, lag in enumerate(self.table.reads(self._step), 1):
+            self._estimates[place].array(*shape)[:] = estimates[lag - 1] if lag <= len(estimates) else 0.0
+            inputs[f"estimate_{place}"] = self._estimates[place].buffer(*shape)
         if self.table.lags:
             outputs["estimate"] = self._estimates[0].buffer(*shape)
         self._run(self.table.graph, inputs, outputs)

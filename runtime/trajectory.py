@@ -44,7 +44,7 @@ class Trajectory:
     def __init__(self, stepper: Stepper, batch: ImageBatch, history: str, depth: int) -> None:
         self._stepper, self._batch = stepper, batch
         self._pushes_predictions, self._depth = history == "used", depth
-        self.latents = np.ascontiguousarray(batch.noise[:, 0])
+        self.latents = np.float32(stepper.table.start) * batch.noise[:, 0]
         self._entries: list[list[np.ndarray]] = [[] for _ in range(stepper.spec.units)]  # newest first
         self._estimates: list[np.ndarray] = []  # newest first
         self._scratch: np.ndarray = np.empty(0, np.float32)
@@ -70,7 +70,7 @@ class Trajectory:
         noise = batch.noise[:, step + 1] if stepper.table.stochastic else None
         self.latents, estimate = stepper.finish(noise, self._estimates)
         if estimate is not None:
-            self._estimates = [estimate, *self._estimates][: stepper.table.lags]
+            self._estimates = [estimate, *self._estimates][: stepper.table.reach]
 
     def look(self, step: int, on_feature: FeatureHook) -> None:
         """Compute every unit of a full step from the latents as they stand, and leave everything as it was."""

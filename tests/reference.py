@@ -162,7 +162,7 @@ def eager_trajectory(
     """
     step_of = step_of or table_step(table)
     spec, n = model.spec, len(labels)
-    x = torch.from_numpy(noise[:, 0])
+    x = table.start * torch.from_numpy(noise[:, 0])
     rows = torch.tensor([*labels, *[spec.classes] * n])
     histories: list[list[torch.Tensor]] = [[] for _ in range(spec.units)]
     outputs = []

@@ -42,11 +42,15 @@ DEFAULTS = ExportOptions()
 )
 @click.option("--max-batch", type=click.IntRange(1, 1024), default=DEFAULTS.max_batch, help="Most images per run.")
 @click.option("--steps", type=int, default=DEFAULTS.steps, help="Sampling steps of the plans.")
-@click.option("--sampler", help=f"{SAMPLER_GRAMMAR}.  [default: ddim, or euler for flow models]")
+@click.option(
+    "--sampler",
+    help=f"{SAMPLER_GRAMMAR}.  [default: diffusers where the folder has a scheduler, else ddim, or euler for flow models]",
+)
 @click.option(
     "--prediction",
     type=click.Choice(PREDICTIONS),
-    help="What the model predicts: the noise, velocity, the clean sample, or the velocity of a flow.  [default: eps; flow for sit]",
+    help="What the model predicts: the noise, velocity, the clean sample, or the velocity of a flow.  "
+    "[default: what the folder says, else eps; flow for sit]",
 )
 @click.option(
     "--plan",
@@ -101,7 +105,7 @@ DEFAULTS = ExportOptions()
 @debug_option
 @version_option
 def command(checkpoint: Path, output: Path, debug: bool, **options: Any) -> None:  # noqa: ARG001
-    """Compile a CHECKPOINT (.pt, .pth, .safetensors, or a folder of diffusers) into an engine directory."""
+    """Compile a CHECKPOINT (.pt, .pth, .safetensors, a folder of diffusers, or its Hub id org/name) into an engine directory."""
     from goc_deploy.api import check_engine_options, export_with
 
     engines, verify = engines_from_options(options)

@@ -22,6 +22,7 @@ from goc_deploy.options import EvalOptions, Progress
 from goc_deploy.passes import compile_schedule
 from goc_deploy.plan import Plan
 from goc_deploy.schedule import COMPUTE, Schedule
+from goc_deploy.schedulers import table_from_sampler
 
 if TYPE_CHECKING:
     from goc_deploy.runtime.pipeline import Pipeline
@@ -127,7 +128,8 @@ def _converged(stack: ExitStack, pipes: Sequence[Pipeline], options: EvalOptions
             )
     spec = pipes[0].spec
     schedule = Schedule(spec.depth, spec.branches, ((COMPUTE,) * spec.units,) * options.converged)
-    plan = compile_schedule(schedule, spec, pipes[0].plan.sampler.sampler, name="converged")
+    table = table_from_sampler(pipes[0].plan.sampler.sampler, options.converged, pipes[0].manifest.process)
+    plan = compile_schedule(schedule, spec, table, name="converged")
     return stack.enter_context(pipes[0].with_plan(plan))
 
 

@@ -17,6 +17,7 @@ from goc_deploy.exporters.dit import DiT
 from goc_deploy.grammar import parse_policy
 from goc_deploy.passes import compile_schedule
 from goc_deploy.policies import schedule_from_policy
+from goc_deploy.process import Process
 from goc_deploy.samplers import sampler_table
 from goc_deploy.spec import ModelSpec
 from tests.reference import eager_trajectory, relative_l2
@@ -35,7 +36,7 @@ def model() -> DiT:
 @pytest.fixture(scope="module")
 def work() -> Work:
     noise = np.random.default_rng(0).standard_normal((2, 4, 8, 8)).astype(np.float32)
-    return Work(noise, (1, 207), SPEC.classes, 4.0, sampler_table("ddim", STEPS))
+    return Work(noise, (1, 207), SPEC.classes, 4.0, sampler_table("ddim", STEPS, Process("eps")))
 
 
 @pytest.mark.parametrize(

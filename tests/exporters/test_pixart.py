@@ -20,6 +20,7 @@ from goc_deploy.exporters import pixart
 from goc_deploy.exporters.model_folder import read_model_folder
 from goc_deploy.exporters.pixart_diffusers import layer_names
 from goc_deploy.options import default_plans
+from goc_deploy.process import Process
 from goc_deploy.samplers import sampler_table
 from goc_deploy.spec import ModelSpec
 from tests.conftest import Command
@@ -355,7 +356,7 @@ def test_a_folder_draws_what_diffusers_draws(tmp_path: Path) -> None:
         with goc_deploy.load(tmp_path / "engine", plan=plan) as pipe:
             captions = prompt_embeds_from_arrays(given, spec, "")
             found = pipe.generate(captions=captions, latents=noise, cfg_scale=4.5).latents
-        expected = eager_latents(run, compiled.schedule, sampler_table("dpm++", STEPS), noise, 4.5)
+        expected = eager_latents(run, compiled.schedule, sampler_table("dpm++", STEPS, Process("eps")), noise, 4.5)
         assert relative_l2(found, expected) < 1e-4, plan
     scheduler = diffusers.DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
     scheduler.set_timesteps(STEPS)

@@ -15,6 +15,7 @@ from goc_deploy.exporters.dit import DiT
 from goc_deploy.grammar import parse_policy
 from goc_deploy.passes import compile_schedule
 from goc_deploy.policies import schedule_from_policy
+from goc_deploy.process import Process
 from goc_deploy.samplers import sampler_table
 from goc_deploy.spec import ModelSpec
 from tests.conftest import Command
@@ -61,7 +62,7 @@ def test_a_flow_is_followed_as_pytorch_follows_it(engine: Path, plan: str) -> No
 
 
 def test_a_straight_line_is_followed_exactly() -> None:
-    table, rng = sampler_table("euler", 7, "flow"), np.random.default_rng(0)
+    table, rng = sampler_table("euler", 7, Process("flow")), np.random.default_rng(0)
     noise, clean = rng.standard_normal((2, 5))
     x = noise
     for k, t in enumerate(table.timesteps):
@@ -78,9 +79,9 @@ def test_samplers_of_diffusions_and_of_flows_are_not_mixed_up(engine: Path) -> N
     ):
         goc_deploy.add_plan(engine, "fora:3", sampler="ddim")
     with pytest.raises(UsageError, match="sampler 'euler' does not go with a model that predicts 'eps'"):
-        sampler_table("euler", 5)
+        sampler_table("euler", 5, Process("eps"))
     with pytest.raises(UsageError, match=r"steps must be within 1..1000, got 0"):
-        sampler_table("euler", 0, "flow")
+        sampler_table("euler", 0, Process("flow"))
     assert goc_deploy.add_plan(engine, "fora:3", steps=9).name == "fora-3"
 
 

@@ -10,6 +10,8 @@ from onnx.reference import ReferenceEvaluator
 from goc_deploy.exporters.step_graphs import modulation_graph, sampler_graph, sampler_graphs
 from goc_deploy.spec import ModelSpec
 
+LAGS = ("sampler_lag1", "sampler_lag2", "sampler_lag3")
+
 
 def run(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> np.ndarray:
     return ReferenceEvaluator(model).run(None, inputs)[0]
@@ -35,7 +37,7 @@ def test_guidance_acts_on_weighted_channels_and_the_table_row_is_applied(learn_s
     np.testing.assert_allclose(found, 0.9 * x - 0.3 * guided + 0.1 * z, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("lags", [1, 2])
+@pytest.mark.parametrize("lags", [1, 2, 3])
 def test_earlier_estimates_join_the_update_and_a_new_one_is_kept(lags: int) -> None:
     spec, rng = ModelSpec(1, 8, 2, 16, 2, 2, 4, 10, False), np.random.default_rng(1)
     x, m, z, *kept = rng.standard_normal((3 + lags, 2, 4, 4, 4)).astype(np.float32)
@@ -65,8 +67,8 @@ def test_the_conditional_rows_variance_scales_the_noise() -> None:
 
 def test_only_models_that_learn_sigma_get_the_graph_that_reads_it() -> None:
     spec = ModelSpec(1, 8, 2, 16, 2, 2, 4, 10, True)
-    assert sampler_graphs(spec).keys() == {"sampler", "sampler_lag1", "sampler_lag2", "sampler_learned"}
-    assert sampler_graphs(replace(spec, learn_sigma=False)).keys() == {"sampler", "sampler_lag1", "sampler_lag2"}
+    assert sampler_graphs(spec).keys() == {"sampler", *LAGS, "sampler_learned"}
+    assert sampler_graphs(replace(spec, learn_sigma=False)).keys() == {"sampler", *LAGS}
 
 
 def test_modulation_rows_are_expanded_to_the_batch() -> None:

@@ -11,6 +11,7 @@ from goc_deploy.errors import EngineDirError, UsageError
 from goc_deploy.noise import image_noise
 from goc_deploy.passes import compile_schedule
 from goc_deploy.plan import check_plan
+from goc_deploy.process import Process
 from goc_deploy.samplers import sampler_table
 from goc_deploy.schedule import Schedule
 from goc_deploy.solvers import SPACINGS, spaced_timesteps
@@ -32,10 +33,10 @@ def test_timesteps_fall_from_999_to_0_without_repeats(steps: int) -> None:
 
 
 def test_ddim_without_eta_draws_no_noise() -> None:
-    assert not sampler_table("ddim", 20).stochastic
-    assert sampler_table("ddim:1", 20).stochastic
-    assert sampler_table("ddpm", 20).stochastic
-    assert not sampler_table("dpm++", 20).stochastic
+    assert not sampler_table("ddim", 20, Process("eps")).stochastic
+    assert sampler_table("ddim:1", 20, Process("eps")).stochastic
+    assert sampler_table("ddpm", 20, Process("eps")).stochastic
+    assert not sampler_table("dpm++", 20, Process("eps")).stochastic
 
 
 @given(st.sampled_from(SPACINGS), st.booleans(), st.integers(1, 999))
@@ -80,7 +81,7 @@ GOLDEN_TIMESTEPS = {"dpm++": (999, 799, 599, 400, 200), "ddpm": (999, 749, 500, 
 @pytest.mark.parametrize("sampler", GOLDEN_ROWS)
 def test_tables_are_what_the_schedulers_of_diffusers_compute(sampler: str) -> None:
     """`test_samplers_diffusers` compares many more where diffusers is installed."""
-    table = sampler_table(sampler, 5, "x0")
+    table = sampler_table(sampler, 5, Process("x0"))
     assert table.timesteps == GOLDEN_TIMESTEPS[sampler.partition(":")[0]]
     more = table.history if table.lags else zip(table.noise, table.spread, strict=True)
     rows = [(x, m, *rest) for x, m, rest in zip(table.latent, table.model, more, strict=True)]
@@ -94,7 +95,7 @@ SAMPLERS = ["ddim", "ddim:0.7@trailing", "dpm++", "dpm++:1", "dpm++:3", "dpm++@l
 @given(st.sampled_from(SAMPLERS), st.integers(1, 60), st.sampled_from(DIFFUSION_PREDICTIONS))
 def test_a_perfect_model_keeps_a_sample_on_the_diffusion_path(sampler: str, steps: int, prediction: str) -> None:
     """Whatever the model predicts: x = alpha * clean + sigma * eps goes to alpha' * clean + what the noise leaves of sigma'."""
-    table, clean, eps = sampler_table(sampler, steps, prediction), 0.3, -1.7
+    table, clean, eps = sampler_table(sampler, steps, Process(prediction)), 0.3, -1.7
     signal = [*(SIGNAL[t] for t in table.timesteps), 1.0]
     for k in range(steps):
         alpha, sigma = np.sqrt(signal[k]), np.sqrt(1 - signal[k])
@@ -110,9 +111,9 @@ def test_a_perfect_model_keeps_a_sample_on_the_diffusion_path(sampler: str, step
 
 @given(st.integers(2, 300))
 def test_the_learned_variance_lies_between_its_bounds(steps: int) -> None:
-    table = sampler_table("ddpm", steps)
+    table = sampler_table("ddpm", steps, Process("eps"))
     signal = [*(SIGNAL[t] for t in table.timesteps), 1.0]
-    least = sampler_table("ddim:1", steps)
+    least = sampler_table("ddim:1", steps, Process("eps"))
     np.testing.assert_allclose(table.latent, least.latent, rtol=1e-9)
     np.testing.assert_allclose(table.model, least.model, rtol=1e-6, atol=1e-9)
     for k in range(steps - 1):
@@ -122,16 +123,19 @@ def test_the_learned_variance_lies_between_its_bounds(steps: int) -> None:
 
 
 def test_first_order_dpm_solver_is_ddim() -> None:
-    one, ddim = sampler_table("dpm++:1@trailing", 20), sampler_table("ddim@trailing", 20)
+    one, ddim = (
+        sampler_table("dpm++:1@trailing", 20, Process("eps")),
+        sampler_table("ddim@trailing", 20, Process("eps")),
+    )
     assert one.graph == ddim.graph == "sampler"
     np.testing.assert_allclose(one.rows, ddim.rows, rtol=1e-9, atol=1e-12)
 
 
 def test_second_order_uses_one_earlier_estimate_in_all_but_the_first_and_last_step() -> None:
-    table = sampler_table("dpm++", 20)
+    table = sampler_table("dpm++", 20, Process("eps"))
     assert table.graph == "sampler_lag1"
     assert [bool(row[0]) for row in table.history] == [False, *[True] * 18, False]
-    assert sampler_table("dpm++", 1).graph == "sampler"
+    assert sampler_table("dpm++", 1, Process("eps")).graph == "sampler"
 
 
 @pytest.mark.parametrize(
@@ -153,27 +157,28 @@ def test_second_order_uses_one_earlier_estimate_in_all_but_the_first_and_last_st
 )
 def test_wrong_samplers_and_step_counts_are_refused(sampler: str, steps: int, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        sampler_table(sampler, steps)
+        sampler_table(sampler, steps, Process("eps"))
 
 
 def test_predictions_that_are_unknown_or_not_the_models_are_refused() -> None:
     with pytest.raises(UsageError, match="unknown prediction 'score'; use eps, v, x0"):
-        sampler_table("ddim", 5, "score")
+        sampler_table("ddim", 5, Process("score"))
     schedule = Schedule(1, ("attn", "mlp"), (((), ()),) * 5)
     learns = ModelSpec(1, 8, 2, 16, 2, 2, 4, 10, True)
     compile_schedule(schedule, learns, "ddpm")
     with pytest.raises(UsageError, match="needs the variance that this model does not predict; use ddim:1"):
         compile_schedule(schedule, replace(learns, learn_sigma=False), "ddpm")
     with pytest.raises(UsageError, match="made for a model that predicts v, this one predicts eps"):
-        compile_schedule(schedule, learns, sampler_table("ddim", 5, "v"))
+        compile_schedule(schedule, learns, sampler_table("ddim", 5, Process("v")))
 
 
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
         ("latent", (1.0,), "columns of its sampler table differ in length"),
-        ("history", ((0.0,) * 3,) * 5, "same 0 to 2 earlier estimates at every step"),
-        ("history", ((0.0,), (), (), (), ()), "same 0 to 2 earlier estimates at every step"),
+        ("history", ((0.0,) * 13,) * 5, "reach back the same 0 to 12 steps at every step"),
+        ("history", ((0.0,), (), (), (), ()), "reach back the same 0 to 12 steps at every step"),
+        ("history", ((1.0, 0.0, 1.0, 1.0, 1.0),) * 5, "more than 3 earlier estimates in a step"),
         ("spread", (1.0,) * 5, "both earlier estimates and a learned variance"),
         ("prediction", "v", "predicts v, this one predicts eps"),
     ],

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from goc_deploy.process import Process
 from goc_deploy.samplers import sampler_table
 from tests.reference import SIGNAL, relative_l2, table_step
 
@@ -42,7 +43,7 @@ def follow(
     """
     scheduler.alphas_cumprod = torch.from_numpy(SIGNAL)
     scheduler.set_timesteps(steps)
-    table = sampler_table(sampler, steps, prediction)
+    table = sampler_table(sampler, steps, Process(prediction))
     assert scheduler.timesteps.tolist() == list(table.timesteps)
     step_of, generator, noises = table_step(table), torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
     x, worst = torch.randn(1, 1, 4, 4, generator=generator, dtype=torch.float64), 0.0

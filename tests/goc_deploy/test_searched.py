@@ -15,6 +15,8 @@ from goc_deploy.grammar import parse_policy
 from goc_deploy.metrics.paired import whole_relative_l2
 from goc_deploy.options import no_progress
 from goc_deploy.policies import schedule_from_policy
+from goc_deploy.process import Process
+from goc_deploy.samplers import SamplerTable, sampler_table
 from goc_deploy.schedule import COMPUTE, REUSE, Schedule
 from goc_deploy.searched import uncached
 from goc_deploy.spec import ModelSpec
@@ -97,6 +99,9 @@ class Clock:
     """Trials whose full steps take 10 ms and whose predicted steps 1 ms, and whose latents say what ran."""
 
     sampler, options, progress = "ddim", OPTIONS, staticmethod(no_progress)
+
+    def table(self, steps: int) -> SamplerTable:
+        return sampler_table(self.sampler, steps, Process("eps"))
 
     def run(self, schedule: Schedule, images: CalibrationOptions) -> Trial:
         computed = sum(not any(rows) for rows in schedule.coefficients)

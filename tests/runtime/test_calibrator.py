@@ -17,6 +17,7 @@ from goc_deploy.grammar import parse_policy
 from goc_deploy.noise import image_noise
 from goc_deploy.options import no_progress
 from goc_deploy.policies import schedule_from_policy
+from goc_deploy.process import Process
 from goc_deploy.runtime import calibrator as module
 from goc_deploy.runtime.calibrator import EngineCalibrator
 from goc_deploy.runtime.loading import load_calibrator, load_stepper
@@ -33,7 +34,7 @@ OPTIONS = CalibrationOptions(IMAGES, SEED, SCALE)
 
 @pytest.fixture(scope="module")
 def stepper(golden_engine: Path) -> Stepper:
-    return load_stepper(golden_engine, cpu_backend(), sampler_table("ddim", STEPS), 2)
+    return load_stepper(golden_engine, cpu_backend(), sampler_table("ddim", STEPS, Process("eps")), 2)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_beyond_the_budget_features_go_to_a_file_and_batches_shrink(
 
 def test_the_measured_error_is_that_of_the_compiled_plan(golden_engine: Path) -> None:
     options = CalibrationOptions(3, SEED, SCALE)
-    table = sampler_table("ddim", 20)
+    table = sampler_table("ddim", 20, Process("eps"))
     calibrator = load_calibrator(golden_engine, cpu_backend(), table, options, no_progress)
     labels, latents = balanced_labels(10, 3, SEED), {}
     for plan in ("none", "fora:2+gc:1.2"):

@@ -25,6 +25,7 @@ from goc_deploy.exporters.dit import DiT
 from goc_deploy.exporters.step_graphs import sampler_graphs
 from goc_deploy.noise import image_noise
 from goc_deploy.passes import compile_schedule
+from goc_deploy.process import Process
 from goc_deploy.protocols import Engine
 from goc_deploy.publish import read_manifest
 from goc_deploy.runtime import buffers, pipeline
@@ -113,7 +114,7 @@ def test_any_schedule_runs_as_eager_pytorch_runs_it(
     draws = 1 + (plan.steps if plan.sampler.stochastic else 0)
     noise = np.stack([image_noise(5, i, draws, (4, 8, 8)) for i in range(3)])
     expected = eager_trajectory(
-        model, schedule, sampler_table(sampler, schedule.steps), noise, LABELS, cfg, cfg_channels
+        model, schedule, sampler_table(sampler, schedule.steps, Process("eps")), noise, LABELS, cfg, cfg_channels
     )
     assert worst_step(found.trajectory, expected) < 1e-4
 

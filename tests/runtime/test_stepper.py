@@ -11,6 +11,7 @@ from goc_deploy.api import cpu_backend, load
 from goc_deploy.errors import EngineDirError
 from goc_deploy.grammar import parse_policy
 from goc_deploy.policies import schedule_from_policy
+from goc_deploy.process import Process
 from goc_deploy.runtime.loading import load_stepper
 from goc_deploy.runtime.stepper import Stepper
 from goc_deploy.runtime.trajectory import ImageBatch, Trajectory
@@ -24,7 +25,7 @@ LABELS, SCALE, STEPS = (1, 7, 4), 2.0, 20
 
 @pytest.fixture(scope="module")
 def stepper(golden_engine: Path) -> Stepper:
-    return load_stepper(golden_engine, cpu_backend(), sampler_table("ddim", STEPS), 3)
+    return load_stepper(golden_engine, cpu_backend(), sampler_table("ddim", STEPS, Process("eps")), 3)
 
 
 def stepped(stepper: Stepper, schedule: Schedule, noise: np.ndarray, scale: float = SCALE) -> np.ndarray:
@@ -68,4 +69,4 @@ def test_looking_at_a_full_step_changes_nothing(stepper: Stepper, golden: dict[s
 
 def test_a_directory_without_a_unit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineDirError, match="not a directory"):
-        load_stepper(tmp_path / "nothing", cpu_backend(), sampler_table("ddim", STEPS), 1)
+        load_stepper(tmp_path / "nothing", cpu_backend(), sampler_table("ddim", STEPS, Process("eps")), 1)
