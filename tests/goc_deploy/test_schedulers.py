@@ -154,7 +154,7 @@ def test_our_own_solvers_stand_in_where_diffusers_is_missing(
     np.testing.assert_allclose(found.noise, expected.noise, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", CONFIGS.keys() - OWN.keys() | {"ddim, trailing v"})
+@pytest.mark.parametrize("name", sorted(CONFIGS.keys() - OWN.keys() | {"ddim, trailing v"}))
 def test_without_diffusers_what_we_cannot_follow_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schedulers, "find_spec", lambda _name: None)
     with pytest.raises(EnvironmentUnsupportedError, match=r"install 'goc_deploy\[export,diffusers\]', or name another"):
