@@ -16,6 +16,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from goc_deploy.engines.host import HostDevice, host_array
+from goc_deploy.engines.ort_errors import LOADING, RUNNING, error_from_ort
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, UsageError
 from goc_deploy.protocols import NOTHING, Buffer, Device, Footprint, Launch, Stream
 
@@ -98,7 +99,10 @@ class OrtEngine:
         session, keep_alive = self._session, (inputs, dict(outputs))
 
         def run(_: Any = keep_alive) -> None:
-            session.run_with_iobinding(binding)
+            try:
+                session.run_with_iobinding(binding)
+            except Exception as cause:
+                raise error_from_ort(cause, RUNNING) from cause
 
         return run
 
@@ -167,6 +171,7 @@ class OrtBackend:
         Raises:
             EnvironmentUnsupportedError: this ONNX Runtime has no kernel for it (bf16 on the CPU).
             EngineDirError: not a graph that ONNX Runtime accepts.
+            ResourceError: memory or file descriptors do not suffice.
         """
         options = onnxruntime.SessionOptions()
         options.use_per_session_threads = not self._shared_pool
@@ -182,23 +187,18 @@ class OrtBackend:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if runs_once:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        values = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(host_array(buffer), ONNX_TYPES[buffer.dtype])
-            for name, buffer in initializers.items()
-        }
-        if values:
-            options.add_external_initializers(list(values), list(values.values()))
         try:
+            values = {
+                name: onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(
+                    host_array(buffer), ONNX_TYPES[buffer.dtype]
+                )
+                for name, buffer in initializers.items()
+            }
+            if values:
+                options.add_external_initializers(list(values), list(values.values()))
             session = onnxruntime.InferenceSession(bytes(onnx), options, providers=[self._provider])
         except Exception as cause:
-            reason = str(cause).splitlines()[0][:300]
-            if "NOT_IMPLEMENTED" in reason:
-                raise EnvironmentUnsupportedError(
-                    f"ONNX Runtime {onnxruntime.__version__} has no CPU kernel for this graph ({reason}); export with --precision fp32"
-                ) from cause
-            raise EngineDirError(
-                f"ONNX Runtime {onnxruntime.__version__} refuses a graph of the engine: {reason}"
-            ) from cause
+            raise error_from_ort(cause, LOADING, self.device.kind.upper()) from cause
         if self._provider not in session.get_providers():
             raise EnvironmentUnsupportedError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot start its {self._provider}; check that its CUDA libraries are installed"
