@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= out
+FUZZ_SECONDS ?= 600
 BIN := $(VENV)/bin
 ENGINE := $(OUT)/demo/engine
 SUITE := $(BIN)/python benchmarks/suite.py --output $(OUT)/bench
@@ -12,7 +13,7 @@ ON_GPU = PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(HERE)
 GPU_OPTIONS = $(if $(DRY),--dry) $(if $(REPORTS),--output $(REPORTS)) $(ARGS)
 DEMO_RUN := $(BIN)/goc-run $(ENGINE) --num-images 40 --seed 1
 
-.PHONY: demo test test-gpu bench-gpu check format bench bench-full clean
+.PHONY: demo test fuzz test-gpu bench-gpu check format bench bench-full clean
 
 demo: $(VENV)/installed  ## export the shipped checkpoint, run it without cache and with GOC, show the pictures
 	$(BIN)/goc-export examples/mnist/dit_mnist.pt -o $(ENGINE) --num-heads 4 --plan none --plan fora:2 --plan fora:2+gc:1.0 --max-batch 40 --force
@@ -22,6 +23,9 @@ demo: $(VENV)/installed  ## export the shipped checkpoint, run it without cache 
 
 test: $(VENV)/installed  ## run every test
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+fuzz: demo  ## mutants of every kind of file, for minutes; nothing but an error of ours may come out
+	$(BIN)/python -m tests.fuzz.run $(ENGINE) --seconds $(FUZZ_SECONDS)
 
 test-gpu:  ## what needs a CUDA device, in 4 minutes (docs/gpu.md); DRY=1: without one
 	@$(ON_GPU) benchmarks/on_gpu/ready.py $@

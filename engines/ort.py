@@ -203,7 +203,7 @@ class OrtBackend:
         Raises:
             EnvironmentUnsupportedError: this ONNX Runtime has no kernel for it (bf16 on the CPU).
             EngineDirError: not a graph that ONNX Runtime accepts.
-            ResourceError: not enough memory.
+            ResourceError: memory or file descriptors do not suffice.
         """
         return OrtEngine(self._session(onnx, initializers, runs_once=runs_once), inputs, ("cpu", 0), self.provider)
 
@@ -225,13 +225,15 @@ class OrtBackend:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if runs_once:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        values = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(host_array(buffer), ONNX_TYPES[buffer.dtype])
-            for name, buffer in initializers.items()
-        }
-        if values:
-            options.add_external_initializers(list(values), list(values.values()))
         try:
+            values = {
+                name: onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(
+                    host_array(buffer), ONNX_TYPES[buffer.dtype]
+                )
+                for name, buffer in initializers.items()
+            }
+            if values:
+                options.add_external_initializers(list(values), list(values.values()))
             return self.runtime.InferenceSession(bytes(onnx), options, providers=[(self._provider_name, provider)])
         except Exception as cause:
             raise error_from_ort(cause, LOADING, self.provider) from cause

@@ -71,6 +71,10 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
         raise ModelError(
             f"only square samples and patches are supported; found {sizes.tokens} tokens and patches of {patch}x{sizes.patch_width}"
         )
+    if sizes.own[0] < 2:
+        raise ModelError(
+            "the label table has one row, so there is no class besides the null label; give a conditional model"
+        )
     if sizes.depth > MAX_BLOCKS:
         raise ModelError(f"the checkpoint has {sizes.depth} blocks, at most {MAX_BLOCKS} are supported")
     if sizes.ratio not in (1, 2):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,15 @@ from goc_deploy.passes import compile_schedule
 from goc_deploy.plan import Plan
 from goc_deploy.policies import BASES, schedule_from_policy
 from goc_deploy.protocols import Backend
-from goc_deploy.publish import directory_lock, disk_errors, files_below, read_manifest, read_verified, replacing
+from goc_deploy.publish import (
+    directory_lock,
+    disk_errors,
+    files_below,
+    read_manifest,
+    read_verified,
+    replacing,
+    scratch_folder,
+)
 from goc_deploy.samplers import default_sampler
 from goc_deploy.schedulers import table_from_sampler
 from goc_deploy.trials import engine_laboratory
@@ -92,16 +99,22 @@ def _add(directory: Path, manifest: Manifest, plan: Plan) -> PlanEntry:
     def read(path: str) -> bytes:
         return bytes(read_verified(directory, listed[path]))
 
-    with tempfile.TemporaryDirectory(prefix=".plan-", dir=directory) as folder:
-        stage = Path(folder)
-        manifest = write_plan(stage, plan, manifest, read)
-        new = files_below(stage)
-        for file in new:
-            (directory / file.path).parent.mkdir(exist_ok=True)
-            with replacing(directory / file.path) as temporary:
-                temporary.write_bytes((stage / file.path).read_bytes())
-    files = sorted((*manifest.files, *new), key=lambda file: file.path)
-    manifest = replace(manifest, files=tuple(files))
-    with replacing(directory / MANIFEST_NAME) as temporary:
-        temporary.write_text(manifest_to_json(manifest), encoding="utf-8")
+    made: list[Path] = []
+    try:
+        with scratch_folder(directory, ".plan-") as stage:
+            manifest = write_plan(stage, plan, manifest, read)
+            new = files_below(stage)
+            for file in new:
+                (directory / file.path).parent.mkdir(exist_ok=True)
+                made.append(directory / file.path)
+                with replacing(directory / file.path) as temporary:
+                    temporary.write_bytes((stage / file.path).read_bytes())
+        files = sorted((*manifest.files, *new), key=lambda file: file.path)
+        manifest = replace(manifest, files=tuple(files))
+        with replacing(directory / MANIFEST_NAME) as temporary:
+            temporary.write_text(manifest_to_json(manifest), encoding="utf-8")
+    except BaseException:
+        for path in made:  # files that no manifest lists
+            path.unlink(missing_ok=True)
+        raise
     return manifest.plans[-1]

@@ -12,19 +12,26 @@ import errno
 import hashlib
 import mmap
 import os
+import re
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
 
-from goc_deploy.errors import ConflictError, EngineDirError, ResourceError, SafetyError
+from goc_deploy.errors import ConflictError, EngineDirError, GocError, ResourceError, SafetyError
 from goc_deploy.manifest import MANIFEST_FORMAT, MANIFEST_NAME, FileEntry, Manifest, manifest_from_json
 
 LOCK_SECONDS = 10.0
+LEFTOVER_SECONDS = 600.0
 MAX_MANIFEST_BYTES = 8 * 2**20
+NO_FILES = (errno.EMFILE, errno.ENFILE)
+TOO_MANY_FILES = "this process has too many open files; raise the limit (ulimit -n)"
+_FIRST_KEY = re.compile(rb'\s*\{\s*"format"\s*:\s*"' + re.escape(MANIFEST_FORMAT.encode()) + rb'"')
+_OURS_BY_NAME = re.compile(r"(.*/)?\.[^/]*(\.tmp-|plan-)|(onnx|plans|schedules|engines|vae|text_encoder|kernels)/")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -65,6 +72,8 @@ def disk_errors(doing: str) -> Iterator[None]:
         yield
     except OSError as cause:
         reason = cause.strerror or str(cause)
+        if cause.errno in NO_FILES:
+            raise ResourceError(f"{doing}: {TOO_MANY_FILES}") from cause
         if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ResourceError(f"{doing}: the disk is full ({reason}); free some space and run again") from cause
         raise ConflictError(f"{doing}: {reason}{f' ({cause.filename})' if cause.filename else ''}") from cause
@@ -103,15 +112,33 @@ def check_target(directory: Path, *, force: bool) -> None:
         raise ConflictError(
             f"{directory} already holds another engine; use --force to replace it, or choose another output"
         )
+    foreign = foreign_files(directory)
+    if foreign:
+        raise ConflictError(
+            f"{directory} holds {foreign[0]!r}{f' and {len(foreign) - 1} more files' if foreign[1:] else ''}, which no export wrote; move "
+            "them away before you use --force, or choose another output"
+        )
 
 
 def _is_ours(directory: Path) -> bool:
-    """Whether a directory has a manifest of ours, of any version and however damaged behind its first lines."""
+    """Whether a directory has a manifest that begins as ours of any version do, however damaged it is behind that."""
     try:
         with _open_beneath(directory, MANIFEST_NAME) as (fd, _):
-            return MANIFEST_FORMAT.encode() in os.read(fd, 4096)
-    except (OSError, EngineDirError, SafetyError):
+            return _FIRST_KEY.match(os.read(fd, 200)) is not None
+    except (OSError, GocError):
         return False
+
+
+def foreign_files(directory: Path) -> list[str]:
+    """Files in an engine directory that its manifest does not list and no command of ours leaves there; none where the manifest
+    cannot be read."""
+    try:
+        listed = {file.path for file in read_manifest(directory).files} | {MANIFEST_NAME}
+    except GocError:
+        return []
+    paths = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
+    names = (path.relative_to(directory).as_posix() for path in paths)
+    return sorted(name for name in names if name not in listed and not _OURS_BY_NAME.match(name))
 
 
 def check_free_space(directory: Path, needed_bytes: int) -> None:
@@ -123,9 +150,45 @@ def check_free_space(directory: Path, needed_bytes: int) -> None:
         )
 
 
+def remove_leftovers(folder: Path, prefix: str, seconds: float = 0.0) -> None:
+    """Remove what commands that were killed left in a folder: names ``PREFIX<process>-<8 digits>`` whose process is gone.
+
+    Args:
+        folder: where.
+        prefix: of the names.
+        seconds: keep what changed since then; 0 where a lock keeps other writers, of other machines too, away.
+    """
+    pattern = re.compile(re.escape(prefix) + r"(\d{1,9})-[0-9a-f]{8}(\.\w+)?")
+    with contextlib.suppress(OSError):
+        for path in list(folder.iterdir()):
+            made = pattern.fullmatch(path.name)
+            if not made or os.path.exists(f"/proc/{made[1]}") or time.time() - path.lstat().st_mtime < seconds:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _own_name(prefix: str) -> str:
+    return f"{prefix}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+@contextlib.contextmanager
+def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A folder that vanishes with the body; those that killed commands left vanish first. For who holds the lock."""
+    remove_leftovers(parent, prefix)
+    folder = parent / _own_name(prefix)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def staged(directory: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes ``directory`` when the body ends well, and vanishes otherwise.
+    """A temporary sibling that becomes ``directory`` when the body ends well, and vanishes otherwise. For who holds the lock.
 
     An existing directory is swapped out atomically and removed afterwards.
 
@@ -133,7 +196,8 @@ def staged(directory: Path) -> Iterator[Path]:
         ConflictError, ResourceError: the system refuses to write.
     """
     directory = directory.absolute()
-    stage = directory.parent / f".{directory.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    remove_leftovers(directory.parent, f".{directory.name}.tmp-")
+    stage = directory.parent / _own_name(f".{directory.name}.tmp-")
     try:
         with disk_errors(f"writing {directory}"):
             stage.mkdir()
@@ -183,7 +247,9 @@ def replacing(path: Path) -> Iterator[Path]:
     if path.exists() and not path.is_file():
         yield path
         return
-    temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}{path.suffix}")
+    prefix = f".{path.stem}.tmp-"
+    remove_leftovers(path.parent, prefix, LEFTOVER_SECONDS)
+    temporary = path.with_name(_own_name(prefix) + path.suffix)
     try:
         yield temporary
         _sync(temporary)
@@ -273,6 +339,8 @@ def _open_beneath(directory: Path, relative: str) -> Iterator[tuple[int, int]]:
                 raise SafetyError(
                     f"{where} is or lies behind a symbolic link; an engine directory holds plain files only"
                 ) from cause
+            if cause.errno in NO_FILES:
+                raise ResourceError(f"{where} cannot be read: {TOO_MANY_FILES}") from cause
             raise EngineDirError(f"{where} cannot be read: {cause.strerror}") from cause
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:

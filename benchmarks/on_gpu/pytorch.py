@@ -22,6 +22,7 @@ from benchmarks.on_gpu.workers import SKIPPED, Found, channel, serve
 from goc_deploy.exporters.checkpoint import load_checkpoint
 from goc_deploy.exporters.dit import DiT
 from goc_deploy.exporters.dit_units import spec_from_tensors
+from goc_deploy.process import Process
 from goc_deploy.samplers import sampler_table
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -53,7 +54,7 @@ class Sampler:
     def run(self, noise: np.ndarray) -> tuple[Found, np.ndarray]:
         """What a run took, as `benchmarks.on_gpu.ours.one_run`, and its latents (N, C, H, W) float32."""
         n, channels = noise.shape[:2]
-        table = sampler_table("ddim", self.steps)
+        table = sampler_table("ddim", self.steps, Process("eps"))
         started = time.perf_counter()
         x = torch.from_numpy(noise).to(self.device)
         labels = torch.tensor([*(i % self.null for i in range(n)), *[self.null] * n], device=self.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -13,11 +14,12 @@ from typing import Any
 
 import click
 
-from goc_deploy.errors import GocError
+from goc_deploy.errors import GocError, ResourceError
 from goc_deploy.options import Progress, no_progress
 from goc_deploy.version import __version__
 
 INTERRUPTED, TERMINATED, BUG = 130, 143, 1
+OUT_OF = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 _received: int | None = None  # the signal that asked this command to end
 
@@ -34,6 +36,7 @@ def run_command(command: click.Command, argv: Sequence[str] | None) -> int:
     130, SIGTERM as 143; anything else is a bug of ours: 1.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    _open_streams()
     debug = "--debug" in args
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     _catch_signals()
@@ -58,10 +61,19 @@ def run_command(command: click.Command, argv: Sequence[str] | None) -> int:
             return _interrupted()
         if isinstance(error, GocError):
             return _say(f"error: {error}", error.exit_code)
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in OUT_OF):
+            return _say(f"error: this machine is short of memory, disk or open files: {error}", ResourceError.exit_code)
         return _say(
             f"error: a bug in goc_deploy: {type(error).__name__}: {error}; run again with --debug and report it", BUG
         )
     return 0
+
+
+def _open_streams() -> None:
+    """Python has None for streams that were closed by whoever started the command; what is written there is lost."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (it stays open)
 
 
 def _catch_signals() -> None:
@@ -97,7 +109,8 @@ def _interrupted() -> int:
 
 
 def _say(message: str, code: int) -> int:
-    click.echo(message, err=True)
+    with contextlib.suppress(OSError, ValueError):  # standard error may be full or closed; the code tells it too
+        click.echo(message, err=True)
     return code
 
 

@@ -263,3 +263,9 @@ def test_damage_is_damage_and_no_malice(legacy: bool, tmp_path: Path) -> None:
         except GocError:
             pass
     assert all(kinds)
+
+
+def test_a_label_table_without_a_class_is_refused() -> None:
+    one = {**STATE, "y_embedder.embedding_table.weight": STATE["y_embedder.embedding_table.weight"][:1]}
+    with pytest.raises(ModelError, match="no class besides the null label"):
+        spec_from_tensors(one, 4)

@@ -200,7 +200,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[GocError], str]] = {
     "shard lost": (
         lambda f: (save_shards(f, state()), (f / "model-00002-of-00002.safetensors").unlink()),
         ModelError,
-        "model-00002-of-00002.safetensors cannot be read",
+        "model-00002-of-00002.safetensors' cannot be read",
     ),
     "index lies": (
         lambda f: (

@@ -285,7 +285,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[GocError], str]] = {
     "more layers": (_set(num_layers=3), ModelError, "missing: encoder.block.2"),
     "few words": (_set(vocab_size=20), ModelError, "has 36 tokens but the text encoder knows 20; they do not belong"),
     "header lies": (_lie, ModelError, "not a sound safetensors file"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), ModelError, "its index, nor pytorch_model.bin"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), ModelError, "nor pytorch_model.bin"),
     "code": (
         lambda f: ((f / "model.safetensors").unlink(), torch.save({"a": print}, f / "pytorch_model.bin")),
         SafetyError,

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.conftest import BIN
+
 INTERRUPTED_IN_A_WEAK_REFERENCE = """
 import os, signal, sys, weakref, click
 from goc_deploy.cli.app import progress_bar, run_command
@@ -50,3 +52,16 @@ def test_a_signal_that_native_code_turned_into_an_error_is_an_interruption(numbe
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (code, ""), done.stderr
     assert "bug" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code"), [(">&-", 0), (">/dev/full", 7), ("2>/dev/full", 0), ("2>&-", 0), (">&- 2>&-", 0)]
+)
+def test_streams_that_are_full_or_closed_end_a_command_quietly(redirection: str, code: int) -> None:
+    words = f"{BIN / 'goc-plan'} --help {redirection}"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert "bug" not in done.stderr
+    assert "Traceback" not in done.stderr
+    failing = f"{BIN / 'goc-plan'} /nowhere --list {redirection}"
+    assert subprocess.run(["bash", "-c", failing], capture_output=True, timeout=60).returncode == 4

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,17 @@ from hypothesis import strategies as st
 from goc_deploy import publish
 from goc_deploy.errors import ConflictError, EngineDirError, ResourceError, SafetyError
 from goc_deploy.manifest import MANIFEST_NAME, manifest_from_json, manifest_to_json
-from goc_deploy.publish import check_free_space, directory_lock, file_entry, read_manifest, read_verified, staged
+from goc_deploy.publish import (
+    check_free_space,
+    check_target,
+    directory_lock,
+    file_entry,
+    read_manifest,
+    read_verified,
+    replacing,
+    scratch_folder,
+    staged,
+)
 
 
 def test_a_staged_directory_appears_whole(tmp_path: Path) -> None:
@@ -120,3 +131,59 @@ def test_no_damage_to_a_manifest_crashes_the_reader(golden_engine: Path, data: s
     damaged = data.draw(st.sampled_from([json.dumps(found).encode(), text[: data.draw(st.integers(0, len(text) - 1))]]))
     with contextlib.suppress(EngineDirError, SafetyError):
         manifest_from_json(damaged, "test")
+
+
+GONE = 999_999_999  # no process has that number
+
+
+def test_what_a_killed_writer_left_vanishes_with_the_next(tmp_path: Path) -> None:
+    left, mine, foreign = (
+        tmp_path / f".engine.tmp-{word}" for word in (f"{GONE}-0123abcd", f"{os.getpid()}-0123abcd", "x")
+    )
+    for folder in (left, mine, foreign):
+        (folder / "onnx").mkdir(parents=True)
+    with staged(tmp_path / "engine") as stage:
+        assert not left.exists()
+        (stage / "a").touch()
+    assert mine.exists()
+    assert foreign.exists()
+
+
+def test_a_half_written_output_vanishes_with_the_next_unless_it_is_young(tmp_path: Path) -> None:
+    old, young = (tmp_path / f".x.tmp-{GONE}-0123abc{digit}.png" for digit in "de")
+    for path in (old, young):
+        path.touch()
+    os.utime(old, (0, 0))
+    with replacing(tmp_path / "x.png") as temporary:
+        temporary.touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [young.name, "x.png"]
+
+
+def test_a_scratch_folder_vanishes_and_takes_the_ones_of_the_dead_along(tmp_path: Path) -> None:
+    (tmp_path / f".plan-{GONE}-0123abcd").mkdir()
+    with scratch_folder(tmp_path, ".plan-") as folder:
+        assert list(tmp_path.iterdir()) == [folder]
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_a_manifest_that_begins_as_ours_may_be_replaced(tmp_path: Path) -> None:
+    for text in (
+        '{"about": "goc_deploy.engine_dir"}',
+        'notes on "format": "goc_deploy.engine_dir"',
+        '["goc_deploy.engine_dir"]',
+    ):
+        (tmp_path / MANIFEST_NAME).write_text(text)
+        with pytest.raises(ConflictError, match="not an engine directory that can be replaced"):
+            check_target(tmp_path, force=True)
+    (tmp_path / MANIFEST_NAME).write_text('{\n "format": "goc_deploy.engine_dir", cut sho')
+    check_target(tmp_path, force=True)
+
+
+def test_files_that_no_export_wrote_are_never_replaced(golden_engine: Path, tmp_path: Path) -> None:
+    engine = Path(shutil.copytree(golden_engine, tmp_path / "engine"))
+    (engine / f".plan-{GONE}-0123abcd").mkdir()
+    (engine / f".plan-{GONE}-0123abcd" / "x").touch()
+    check_target(engine, force=True)
+    (engine / "notes.txt").write_text("mine")
+    with pytest.raises(ConflictError, match=r"holds 'notes.txt', which no export wrote; move them away"):
+        check_target(engine, force=True)

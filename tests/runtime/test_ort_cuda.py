@@ -5,15 +5,19 @@ from __future__ import annotations
 import shutil
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import goc_deploy
+from goc_deploy.engine_dir import load_plan
 from goc_deploy.engines.ort_cuda import OrtCudaBackend
 from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError
-from goc_deploy.runtime import buffers
+from goc_deploy.manifest import Manifest
+from goc_deploy.plan import Plan
+from goc_deploy.runtime import buffers, loading
 from goc_deploy.runtime.loading import load_pipelines
 from goc_deploy.trace import Span
 from tests.conftest import GOLDEN_PLANS
@@ -130,6 +134,30 @@ def test_steps_that_share_launches_compute_what_steps_of_their_own_do(
     with goc_deploy.load(sampled_engine, plan=plan, backend="onnxruntime") as cpu:
         for labels, seed in (([3, 1, 4], 1), ([5], 2), ([3, 1, 4], 3)):
             found, expected = (one.generate(labels, seed=seed, trajectory=True).trajectory for one in (pipe, cpu))
+            assert worst_step(found, expected) < 1e-5
+
+
+def test_a_sampler_may_reach_back_to_other_steps_each_time(
+    golden_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of PNDM does: a step reads at most three estimates, and which these are changes."""
+    rng = np.random.default_rng(0)
+    history = np.zeros((20, 5))
+    for step in range(20):
+        history[step, rng.choice(5, 3, replace=False)] = rng.uniform(-0.1, 0.1, 3)
+        history[step, step:] = 0.0  # there is nothing before the first step
+
+    def loaded(directory: Path, manifest: Manifest, name: str | None) -> Plan:
+        plan = load_plan(directory, manifest, name)
+        rows, estimate = tuple(map(tuple, history.tolist())), ((0.5, -0.25),) * 20
+        return replace(plan, sampler=replace(plan.sampler, history=rows, estimate=estimate))
+
+    monkeypatch.setattr(loading, "load_plan", loaded)
+    pipe, _ = cuda_pipeline(golden_engine, "none")
+    with goc_deploy.load(golden_engine, plan="none", backend="onnxruntime") as cpu:
+        assert pipe.plan.sampler.reach > pipe.plan.sampler.lags
+        for seed in (1, 2):
+            found, expected = (one.generate([3, 1], seed=seed, trajectory=True).trajectory for one in (pipe, cpu))
             assert worst_step(found, expected) < 1e-5
 
 
