@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from goc_deploy.engines.driver import Driver, capability_of, load_driver
+from goc_deploy.engines.driver import Driver, capability_of, device_handle, device_name, load_driver
 from goc_deploy.engines.plugin import moves as kernel_moves
 from goc_deploy.engines.plugin.kernel import DeviceKernels, cubin_for, load_kernels
-from goc_deploy.errors import EnvironmentUnsupportedError, GocError, ResourceError
+from goc_deploy.errors import GocError, ResourceError
 from goc_deploy.protocols import (
     ALIGNMENT,
     DTYPE_BYTES,
@@ -37,7 +37,6 @@ from goc_deploy.protocols import (
 logger = logging.getLogger(__name__)
 
 STAGING_BYTES = 4 * 2**20  # pinned host memory of a stream: larger copies go through it in parts
-NAME_BYTES = 256
 
 # PyTorch documents that a process may have one capture at a time, and other libraries are no clearer: we keep to that.
 _capturing = threading.RLock()
@@ -54,11 +53,7 @@ def cuda_device(index: int = 0, *, graphs: bool = True) -> CudaDevice:
     Raises:
         EnvironmentUnsupportedError: there is no driver, no such device, or cuda-bindings is missing.
     """
-    driver = load_driver()
-    count = driver.cuDeviceGetCount()
-    if index >= count:
-        raise EnvironmentUnsupportedError(f"there is no CUDA device {index}; the driver finds {count}")
-    return CudaDevice(driver, index, graphs=graphs)
+    return CudaDevice(load_driver(), index, graphs=graphs)
 
 
 class Allocation:
@@ -87,7 +82,7 @@ class CudaDevice:
 
     def __init__(self, driver: Driver, index: int, *, graphs: bool) -> None:
         self.driver, self.index, self.graphs, self.recorded = driver, index, graphs, GraphCounts()
-        self._handle = driver.cuDeviceGet(index)
+        self._handle = device_handle(driver, index)
         self._context = driver.cuDevicePrimaryCtxRetain(self._handle)
         self._later: list[Callable[[], None]] = []  # what a capture of the same thread would not forgive
         self._kernels: DeviceKernels | None = None
@@ -173,7 +168,7 @@ class CudaDevice:
         """Name and compute capability of the GPU, and what was recorded."""
         driver, recorded = self.driver, self.recorded
         return {
-            "device": driver.cuDeviceGetName(NAME_BYTES, self._handle).rstrip(b"\0").decode(),
+            "device": device_name(driver, self._handle),
             "device_index": self.index,
             "compute_capability": capability_of(driver, self._handle),
             "driver_cuda_version": driver.cuDriverGetVersion(),
