@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from goc_deploy.engines.driver import Driver, capability_of, device_name, load_driver
+from goc_deploy.engines.driver import Driver, capability_of, device_handle, device_name, load_driver
 from goc_deploy.engines.plugin import moves as kernel_moves
 from goc_deploy.engines.plugin.kernel import DeviceKernels, Geometry, cubin_for, load_kernels
-from goc_deploy.errors import EnvironmentUnsupportedError, GocError, ResourceError
+from goc_deploy.errors import GocError, ResourceError
 from goc_deploy.protocols import (
     ALIGNMENT,
     DTYPE_BYTES,
@@ -53,11 +53,7 @@ def cuda_device(index: int = 0, *, graphs: bool = True) -> CudaDevice:
     Raises:
         EnvironmentUnsupportedError: there is no driver, no such device, or cuda-bindings is missing.
     """
-    driver = load_driver()
-    count = driver.cuDeviceGetCount()
-    if index >= count:
-        raise EnvironmentUnsupportedError(f"there is no CUDA device {index}; the driver finds {count}")
-    return CudaDevice(driver, index, graphs=graphs)
+    return CudaDevice(load_driver(), index, graphs=graphs)
 
 
 class Allocation:
@@ -86,7 +82,7 @@ class CudaDevice:
 
     def __init__(self, driver: Driver, index: int, *, graphs: bool) -> None:
         self.driver, self.index, self.graphs, self.recorded = driver, index, graphs, GraphCounts()
-        self._handle = driver.cuDeviceGet(index)
+        self._handle = device_handle(driver, index)
         self._context = driver.cuDevicePrimaryCtxRetain(self._handle)
         self._later: list[Callable[[], None]] = []  # what a capture of the same thread would not forgive
         self._kernels: DeviceKernels | None = None

@@ -58,7 +58,7 @@ def load_driver() -> Driver:
     """The driver of this machine.
 
     Raises:
-        EnvironmentUnsupportedError: there is none, it does not start, or cuda-bindings is missing.
+        EnvironmentUnsupportedError: there is none, it does not start, cuda-bindings is missing, or it is for a later CUDA.
     """
     try:
         ctypes.CDLL(_LIBRARY)
@@ -74,7 +74,16 @@ def load_driver() -> Driver:
         ) from cause
     driver = Driver(bindings)
     driver.cuInit(0)
+    has, needs = driver.cuDriverGetVersion(), bindings.CUDA_VERSION
+    if has // 1000 < needs // 1000:  # later minor versions run on it, later major ones do not
+        raise EnvironmentUnsupportedError(
+            f"the NVIDIA driver is for CUDA {_dotted(has)}, and cuda-bindings for CUDA {_dotted(needs)}; update the driver"
+        )
     return driver
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def device_capability(index: int = 0) -> str:
@@ -84,7 +93,19 @@ def device_capability(index: int = 0) -> str:
         EnvironmentUnsupportedError: there is no driver or no such GPU.
     """
     driver = load_driver()
-    return capability_of(driver, driver.cuDeviceGet(index))
+    return capability_of(driver, device_handle(driver, index))
+
+
+def device_handle(driver: Driver, index: int) -> Any:
+    """A device of those that this process may see.
+
+    Raises:
+        EnvironmentUnsupportedError: there is no such device.
+    """
+    count = driver.cuDeviceGetCount()
+    if index >= count:
+        raise EnvironmentUnsupportedError(f"there is no CUDA device {index}; the driver finds {count}")
+    return driver.cuDeviceGet(index)
 
 
 def capability_of(driver: Driver, device: Any) -> str:
@@ -98,7 +119,7 @@ def capability_of(driver: Driver, device: Any) -> str:
 def device_name(driver: Driver, device: Any) -> str:
     """Name of a device of the driver, such as ``NVIDIA L40S``."""
     name: bytes = driver.cuDeviceGetName(_NAME_BYTES, device)
-    return name.rstrip(b"\0").decode()
+    return name.partition(b"\0")[0].decode()  # the bindings fill the rest with spaces
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,19 +11,13 @@ from goc_deploy.exporters.dit import DiT, modulate, unpatchify
 from goc_deploy.plan import Collect, Compute, Plan, Segment
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
+from tests.distances import relative_l2 as relative_l2
+from tests.distances import worst_step as worst_step
 
 Feature = Callable[[int, int, np.ndarray], np.ndarray]
 # (step, x, guided model output, variance channels, noise) -> x of the next step
 SamplerStep = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 SIGNAL = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))  # alphas_cumprod
-
-
-def relative_l2(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
-
-
-def worst_step(found: np.ndarray, expected: np.ndarray) -> float:
-    return max(relative_l2(f, e) for f, e in zip(found, expected, strict=True))
 
 
 def run_schedule(schedule: Schedule, x: np.ndarray, feature: Feature) -> list[np.ndarray]:

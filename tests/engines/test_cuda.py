@@ -205,7 +205,6 @@ def test_the_device_describes_itself_and_its_memory(device: StandInDevice) -> No
 
 def test_a_missing_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     bindings = StandInDevice().gpu
-    bindings.cuDeviceGetCount = lambda: (SUCCESS, 1)
     monkeypatch.setattr(cuda, "load_driver", lambda: Driver(bindings))
     assert cuda_device().index == 0
     with pytest.raises(EnvironmentUnsupportedError, match="there is no CUDA device 1; the driver finds 1"):

@@ -162,11 +162,15 @@ class StandInDriver:
     def cuGetErrorString(self, error: Any) -> tuple[Any, bytes]:
         return SUCCESS, str(error.name).encode()
 
+    def cuDeviceGetCount(self) -> tuple[Any, int]:
+        return SUCCESS, 1
+
     def cuDeviceGet(self, index: int) -> tuple[Any, int]:
         return SUCCESS, index
 
     def cuDeviceGetName(self, length: int, _device: int) -> tuple[Any, bytes]:
-        return SUCCESS, b"a stand-in on host memory".ljust(length, b"\0")
+        """The bindings fill what the driver leaves with spaces."""
+        return SUCCESS, b"a stand-in on host memory\0".ljust(length)
 
     def cuDeviceGetAttribute(self, attribute: Any, _device: int) -> tuple[Any, int]:
         return SUCCESS, 8 if "MAJOR" in attribute.name else 9

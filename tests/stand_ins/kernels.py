@@ -51,17 +51,22 @@ class Kernel:
     run: Callable[[], None]
 
 
-@functools.cache
-def host_library() -> Any:
-    """The kernels as a library for the host; skips the test where there is no compiler."""
+def build_library(target: Path, *more: Path) -> Path:
+    """Compile the kernels for the host, with further sources; skips the test where there is no compiler."""
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
         pytest.skip("there is no C++ compiler to build the kernel for the host")
+    sources = map(str, (HOST_SOURCE, *more))
+    link = ["-shared", "-fPIC", f"-Wl,-soname,{target.name}", "-o", str(target), "-ldl"]
+    subprocess.run([compiler, *FLAGS, f"-I{SOURCE_PATH.parent}", *sources, *link], check=True)
+    return target
+
+
+@functools.cache
+def host_library() -> Any:
+    """The kernels as a library for the host; skips the test where there is no compiler."""
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder, "update.so")
-        command = [compiler, *FLAGS, "-shared", "-fPIC", f"-I{SOURCE_PATH.parent}", str(HOST_SOURCE), "-o", str(target)]
-        subprocess.run(command, check=True)
-        library = ctypes.CDLL(str(target))
+        library = ctypes.CDLL(str(build_library(Path(folder, "update.so"))))
     for name in ("stack_size", "moves_size", "bytes_moved", "threads_per_block"):
         getattr(library, name).restype = ctypes.c_int64
     return library

@@ -1,24 +1,14 @@
-"""The kernels and engines with them on a GPU. What the other tests show on the host, these show where it runs."""
+"""Engines with the plugin on a GPU. What the other tests show on the host, these show where it runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
 from goc_deploy.engines import driver
-from goc_deploy.engines.plugin.kernel import (
-    DTYPES,
-    MAX_UNITS,
-    Stack,
-    device_kernels,
-    geometry,
-    parameters_from_addresses,
-)
+from goc_deploy.engines.cuda import cuda_device
 from goc_deploy.engines.plugin.registration import register_plugin
 from goc_deploy.engines.tensorrt_store import build_engines, read_engine
 from goc_deploy.exporters.cache_update import predict_graph
@@ -26,68 +16,14 @@ from goc_deploy.options import EngineOptions, no_progress
 from goc_deploy.publish import read_manifest
 from tests.conftest import GOLDEN, Command
 from tests.engines.directories import with_graph
-from tests.engines.plugin.arrays import Case, assert_close, random_case
 from tests.gpus import library_here
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("context")]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def context(gpu: None) -> None:  # noqa: ARG001
-    torch.zeros(1, device="cuda")  # makes the context
-
-
-def on_device(array: np.ndarray) -> torch.Tensor:
-    """The bytes of an array on the GPU."""
-    return torch.from_numpy(np.ascontiguousarray(array).view(np.uint8).reshape(-1)).cuda()
-
-
-def launcher(stack: Stack, case: Case, dtype: str) -> tuple[Callable[[], None], Callable[[], list[np.ndarray]]]:
-    """Launch on the current stream, each stored prediction over the entry that dies; and read what came of it."""
-    inputs = [on_device(array) for array in case.inputs]
-    outputs = [inputs[0], *(inputs[3 + entry] for entry in case.last_entry)]
-    addresses = [t.data_ptr() for t in inputs], [t.data_ptr() for t in outputs]
-    shape = case.x.shape
-    chosen = geometry(shape, dtype, *addresses)
-    parameters, kernels = parameters_from_addresses(stack, shape, *addresses), device_kernels()
-
-    def launch() -> None:
-        kernels.launch(chosen, parameters, torch.cuda.current_stream().cuda_stream)
-
-    def read() -> list[np.ndarray]:
-        torch.cuda.synchronize()
-        return [t.cpu().numpy().view(case.x.dtype).reshape(shape) for t in outputs]
-
-    return launch, read
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 256, 1152), (3, 17, 40), (1, 5, 3)])
-@pytest.mark.parametrize("captured", [False, True])
-def test_the_gpu_computes_what_numpy_does_also_in_a_cuda_graph(
-    shape: tuple[int, int, int], dtype: str, captured: bool
-) -> None:
-    stack = Stack((1, 2, 3, 4) * 3, (False, True, True, True) * 3)
-    case = random_case(stack, shape, dtype, 0)
-    launch, read = launcher(stack, case, dtype)
-    if captured:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            launch()
-        graph.replay()
-    else:
-        launch()
-    for found, expected in zip(read(), [case.x_out, *case.stored], strict=True):
-        assert_close(found, expected, dtype, 100)
-
-
-def test_the_most_units_fit_into_a_launch() -> None:
-    stack = Stack((4,) * MAX_UNITS, (True,) * MAX_UNITS)
-    case = random_case(stack, (2, 16, 64), "float16", 0)
-    launch, read = launcher(stack, case, "float16")
-    launch()
-    for found, expected in zip(read(), [case.x_out, *case.stored], strict=True):
-        assert_close(found, expected, "float16", 1000)
+    cuda_device().enter()  # the plugin uses the context of its thread
 
 
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])

@@ -11,6 +11,7 @@ import pytest
 from goc_deploy.engines.plugin.kernel import (
     BUSY_BLOCKS,
     DTYPES,
+    MAX_UNITS,
     DeviceKernels,
     Stack,
     device_kernels,
@@ -50,6 +51,29 @@ def kernels(device: CudaMemory) -> DeviceKernels:  # noqa: ARG001
     return device_kernels()
 
 
+def check(
+    memory: CudaMemory,
+    kernels: DeviceKernels,
+    stack: Stack,
+    shape: tuple[int, int, int],
+    dtype: str,
+    *,
+    busy_blocks: int = BUSY_BLOCKS,
+    recorded: bool = False,
+) -> None:
+    """A stack is what NumPy makes, each stored prediction over the entry that dies."""
+    case = random_case(stack, shape, dtype, 0)
+    inputs = [memory.put(array) for array in case.inputs]
+    outputs = [inputs[0], *(inputs[3 + entry] for entry in case.last_entry)]
+    chosen = geometry(shape, dtype, inputs, outputs, busy_blocks=busy_blocks)
+    launch = partial(kernels.launch, chosen, parameters_from_addresses(stack, shape, inputs, outputs), memory.stream)
+    run = memory.recorded([launch]) if recorded else launch
+    run()
+    for address, expected in zip(outputs, [case.x_out, *case.stored], strict=True):
+        assert_close(memory.get(address, case.x), expected, dtype, 10 * stack.units)
+    memory.free()
+
+
 @pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -64,21 +88,14 @@ def test_a_stack_is_what_numpy_makes(
     dtype: str,
     recorded: bool,
 ) -> None:
-    """An odd and an even number of units, each stored prediction over the entry that dies."""
+    """An odd and an even number of units."""
     for units in (11, 12):
         stack = Stack(((1, 2, 3, 4) * 3)[:units], ((False, True, True, True) * 3)[:units])
-        case = random_case(stack, shape, dtype, 0)
-        inputs = [memory.put(array) for array in case.inputs]
-        outputs = [inputs[0], *(inputs[3 + entry] for entry in case.last_entry)]
-        chosen = geometry(shape, dtype, inputs, outputs, busy_blocks=busy_blocks)
-        launch = partial(
-            kernels.launch, chosen, parameters_from_addresses(stack, shape, inputs, outputs), memory.stream
-        )
-        run = memory.recorded([launch]) if recorded else launch
-        run()
-        for address, expected in zip(outputs, [case.x_out, *case.stored], strict=True):
-            assert_close(memory.get(address, case.x), expected, dtype, 100)
-        memory.free()
+        check(memory, kernels, stack, shape, dtype, busy_blocks=busy_blocks, recorded=recorded)
+
+
+def test_the_most_units_fit_into_a_launch(memory: CudaMemory, kernels: DeviceKernels) -> None:
+    check(memory, kernels, Stack((4,) * MAX_UNITS, (True,) * MAX_UNITS), (2, 16, 64), "float16")
 
 
 def gathered(memory: CudaMemory, row_bytes: int) -> tuple[Move, Callable[[int], Moved]]:
