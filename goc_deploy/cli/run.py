@@ -9,7 +9,20 @@ from typing import Any
 
 import click
 
-from goc_deploy.cli.app import BACKEND_HELP, debug_option, progress_bar, run_command, version_option
+from goc_deploy.cli.app import run_command
+from goc_deploy.cli.options import (
+    PATH,
+    SETTINGS,
+    backend_option,
+    cfg_scale_option,
+    debug_option,
+    device_option,
+    plans_of_directory,
+    threads_option,
+    verbose_option,
+    version_option,
+)
+from goc_deploy.cli.progress import progress_bar
 from goc_deploy.options import GenerateOptions
 
 DEFAULTS = GenerateOptions()
@@ -17,11 +30,15 @@ DEFAULTS = GenerateOptions()
 
 @click.command(
     "goc-run",
-    context_settings={"show_default": True},
+    context_settings=SETTINGS,
     epilog="Example: goc-run engine --labels 207,360 --cfg-scale 4.0 --output images.png",
 )
-@click.argument("engine_dir", type=click.Path(path_type=Path))
-@click.option("--plan", help="Name or SPEC of a plan.  [default: the first plan that caches]")
+@click.argument("engine_dir", type=PATH)
+@click.option(
+    "--plan",
+    shell_complete=plans_of_directory,
+    help="Name or SPEC of a plan.  [default: the first plan that caches]",
+)
 @click.option(
     "--labels",
     help="Class labels, one per image: numbers, or class names of the model's folder; which captions, for a model of captions.  "
@@ -36,7 +53,7 @@ DEFAULTS = GenerateOptions()
 @click.option(
     "--prompt-embeds",
     "embeds_file",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Captions to draw, .npz or .safetensors: prompt_embeds [N,L,C], prompt_attention_mask, negative_prompt_embeds, ...",
 )
 @click.option(
@@ -44,41 +61,39 @@ DEFAULTS = GenerateOptions()
     type=click.IntRange(1, 1_000_000),
     help="Images; labels are repeated in order.  [default: one per label, or 8]",
 )
-@click.option("--cfg-scale", type=float, default=DEFAULTS.cfg_scale, help="Classifier-free guidance scale; 1 is none.")
+@cfg_scale_option(DEFAULTS.cfg_scale, "Classifier-free guidance scale; 1 is none.")
 @click.option(
     "--cfg-channels",
     type=click.IntRange(0),
     default=DEFAULTS.cfg_channels,
-    help="Guidance acts on the first channels only.  [default: as in the model's reference]",
+    help="Guidance acts on so many channels only, the first ones.  [default: as in the model's reference]",
 )
-@click.option("--seed", type=int, default=DEFAULTS.seed, help="Of the noise; image i depends on (seed, i) alone.")
+@click.option("--seed", type=int, default=DEFAULTS.seed, help="Seed of the noise; image i depends on (seed, i) alone.")
 @click.option(
     "--latents",
     "latents_file",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="x_T, float32 [N,C,H,W] .npy, instead of seeded noise.",
 )
 @click.option(
+    "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Images: .png is a grid, .npz the ADM format, else a directory of PNGs.",
 )
-@click.option("--latents-output", type=click.Path(path_type=Path), help="Final latents, .npy [N,C,H,W].")
-@click.option(
-    "--trajectory-output", type=click.Path(path_type=Path), help="Latents after every step, .npy [T,N,C,H,W]."
-)
-@click.option(
-    "--report", type=click.Path(path_type=Path), help="JSON report: time and kind of every step, cache bytes, versions."
-)
-@click.option("--backend", type=str, default="auto", help=BACKEND_HELP)
-@click.option("--device", type=str, default="auto", help="cpu, cuda, or cuda:1 for another GPU than the first.")
+@click.option("--latents-output", type=PATH, help="Final latents, .npy [N,C,H,W].")
+@click.option("--trajectory-output", type=PATH, help="Latents after every step, .npy [T,N,C,H,W].")
+@click.option("--report", type=PATH, help="JSON report: time and kind of every step, cache bytes, versions.")
+@backend_option
+@device_option
 @click.option(
     "--cuda-graphs/--no-cuda-graphs",
     default=True,
     help="Record CUDA graphs the second time that a step runs; off, for debugging.",
 )
 @click.option("--batch-size", type=int, help="Images per run.  [default: what the engine was exported for]")
-@click.option("--threads", type=click.IntRange(0), default=0, help="Threads; 0 is one per core.")
+@threads_option
+@verbose_option
 @debug_option
 @version_option
 def command(
@@ -99,14 +114,12 @@ def command(
     batch_size: int | None,
     threads: int,
     cuda_graphs: bool,
-    debug: bool,  # noqa: ARG001
     **generate: Any,
 ) -> None:
     """Generate images from an engine directory."""
     from goc_deploy import outputs
     from goc_deploy.api import load
     from goc_deploy.captions import prompt_embeds_from_arrays
-    from goc_deploy.engines.choice import explanation
     from goc_deploy.errors import UsageError
     from goc_deploy.labels import labels_from_text
     from goc_deploy.tensor_files import arrays_from_file
@@ -148,18 +161,19 @@ def command(
             latents=latents,
             trajectory=trajectory_output is not None,
             callback=lambda event: progress(
-                f"step {event.step + 1}", event.first_image * event.steps + (event.step + 1) * event.images, total
+                f"steps of images {event.first_image + 1}-{event.first_image + event.images}",
+                event.first_image * event.steps + (event.step + 1) * event.images,
+                total,
             ),
             **generate,
         )
     described = result.report
     click.echo(
-        f"{len(chosen)} images with plan {described['plan']} on {described['backend']} {described['version']} ({described['provider']}), "
+        f"{len(chosen)} images with plan {described['plan']} on {described['backend']} {described['version']} ({described['provider']}"
+        f"{'; -v tells why no faster backend' if described['passed_over'] else ''}), "
         f"{described['computed_units']} of {described['all_units']} units computed, {described['total_ms'] / 1e3:.2f} s",
         err=True,
     )
-    if described["passed_over"]:
-        click.echo(explanation(described["backend"], described["passed_over"]), err=True)
     if latents_output:
         outputs.save_array(result.latents, latents_output)
     if result.trajectory is not None and trajectory_output:
