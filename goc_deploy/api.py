@@ -48,6 +48,9 @@ def export_with(
     checkpoint: Path, output: Path, options: ExportOptions, progress: Progress = no_progress
 ) -> tuple[Manifest, bool]:
     """`export` with its options in one object; also says whether anything was written."""
+    from goc_deploy.publish import check_parent
+
+    check_parent(output)  # before torch is imported
     _require("export", "torch", "onnx", "onnxscript", "safetensors")
     if options.text_encoder is not None:
         _require("text", "tokenizers")

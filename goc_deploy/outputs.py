@@ -11,7 +11,7 @@ import numpy as np
 
 from goc_deploy.captions import NO_CAPTIONS
 from goc_deploy.errors import ConflictError, UsageError
-from goc_deploy.publish import disk_errors, replacing
+from goc_deploy.publish import check_parent, disk_errors, made_parents, nearest_parent, replacing
 
 
 def spread_labels(labels: Sequence[int] | None, count: int | None, classes: int) -> list[int]:
@@ -63,7 +63,7 @@ def check_writable(path: Path | None, *, may_be_folder: bool = False) -> None:
     """Refuse an output path before any work is done. With ``may_be_folder`` a name without a suffix is a folder.
 
     Raises:
-        ConflictError: its folder is missing or not writable, or a folder stands in its place.
+        ConflictError: no such file can be made, or a folder stands in its place.
     """
     if path is None:
         return
@@ -75,35 +75,36 @@ def check_writable(path: Path | None, *, may_be_folder: bool = False) -> None:
             raise ConflictError(
                 f"{path} is a file; for single images give a directory, or a name ending in .png or .npz"
             )
-        target = path if path.is_dir() else path.absolute().parent
+        target = path if path.is_dir() else nearest_parent(path)
         if not target.is_dir():
-            raise ConflictError(f"{target} is not a directory, so {path.name} cannot be written; create it first")
+            raise ConflictError(f"{target} is not a directory, so {path} cannot be written; choose another output")
         if not os.access(target, os.W_OK):
             raise ConflictError(f"{target} is not writable; choose another output")
 
 
 def check_folder(path: Path | None) -> None:
-    """Make a folder for outputs where it is missing; its parent must be there.
+    """Check before any work is done that a folder for outputs is there, or can be made by `written`.
 
     Raises:
         ConflictError: it cannot be made or written to, or a file stands in its place.
     """
     if path is None:
         return
-    with disk_errors(f"making the folder {path}"):
-        path.mkdir(exist_ok=True)
-    if not os.access(path, os.W_OK):
+    if path.is_dir() and not os.access(path, os.W_OK):
         raise ConflictError(f"{path} is not writable; choose another folder")
+    if os.path.lexists(path) and not path.is_dir():
+        raise ConflictError(f"{path} is a file, and a folder is needed; choose another name")
+    check_parent(path)
 
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes ``path`` when it is whole.
+    """A path to write to, which becomes ``path`` when it is whole. Missing folders are made.
 
     Raises:
         ConflictError, ResourceError: the system refuses to write.
     """
-    with disk_errors(f"writing {path}"), replacing(path) as temporary:
+    with made_parents(path), disk_errors(f"writing {path}"), replacing(path) as temporary:
         yield temporary
 
 
