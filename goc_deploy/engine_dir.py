@@ -13,6 +13,7 @@ from goc_deploy.plan import Plan, check_plan
 from goc_deploy.protocols import DTYPE_OF_PRECISION, Buffer, mapped_buffer
 from goc_deploy.publish import read_verified
 from goc_deploy.serde import plan_from_json, schedule_from_json
+from goc_deploy.suggestions import closest, meant_spec
 
 
 def plan_entry(manifest: Manifest, name: str | None, directory: Path = Path("ENGINE_DIR")) -> PlanEntry:
@@ -44,8 +45,6 @@ def plan_entry(manifest: Manifest, name: str | None, directory: Path = Path("ENG
 
 def _hint(directory: Path, manifest: Manifest, name: str) -> str:
     """What to do where there is no plan of that name."""
-    from goc_deploy.suggestions import closest, meant_spec  # which imports every policy
-
     spec = meant_spec(name)
     if spec is not None:
         return f"add it with: goc plan {shlex.quote(str(directory))} {shlex.quote(spec)}"

@@ -13,6 +13,8 @@ GRAMMAR = (
     "+goc[:ETA], +steps:K,K,..:ETA, +fit[:N], +taylor[:ORDER], +lagrange[:ORDER] or +hermite[:ORDER[:SIGMA]], then options "
     "such as ,history=computed"
 )
+BASE_NAMES = ("none", "fora", "l2c", "file", "search", "smoothcache")
+CORRECTION_NAMES = ("gc", "steps", "taylor", "lagrange", "hermite", "goc", "fit")
 FLAGS = ("both_branches", "per_unit", "units")
 BASES_WITH_A_PATH = ("file", "l2c", "smoothcache")
 _OPTION = re.compile(rf",(?=[a-z_]+=|(?:{'|'.join(FLAGS)})(?:,|$))")

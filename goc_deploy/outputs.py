@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +29,20 @@ def spread_labels(labels: Sequence[int] | None, count: int | None, classes: int)
 
 
 def grid_columns(labels: Sequence[int]) -> int | None:
-    """Columns of a grid in which every repetition of the labels is a row, or None where that is no good shape."""
+    """Columns of a grid in which a row is a repetition of the labels, or several, or None where that is no good shape."""
     period = next(
         p for p in range(1, len(labels) + 1) if all(labels[i] == labels[i - p] for i in range(p, len(labels)))
     )
-    return period if 1 < period <= 24 and 2 * period <= len(labels) else None
+    if not (1 < period <= 24 and 2 * period <= len(labels)):
+        return None
+    return period * max(1, round(math.sqrt(len(labels)) / period))
+
+
+def dated_picture() -> Path:
+    """A name for a picture in the current folder that no file has."""
+    base = datetime.now().strftime("goc-%Y%m%d-%H%M%S")
+    names = (Path(f"{base}{end}.png") for end in ("", *(f"-{i}" for i in range(2, 1000))))
+    return next(path for path in names if not path.exists())
 
 
 def read_latents(path: Path | None) -> np.ndarray | None:

@@ -7,10 +7,9 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 from goc_deploy.errors import UsageError
-from goc_deploy.grammar import parse_policy
-from goc_deploy.policies import BASES, CORRECTIONS
+from goc_deploy.grammar import BASE_NAMES, CORRECTION_NAMES, parse_policy
 
-_DASHED = re.compile(rf"(?<![a-z])({'|'.join([*BASES, *CORRECTIONS])})-")
+_DASHED = re.compile(rf"(?<![a-z])({'|'.join((*BASE_NAMES, *CORRECTION_NAMES))})-")
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:
@@ -29,7 +28,7 @@ def meant_spec(text: str) -> str | None:
             policy = parse_policy(candidate)
         except UsageError:
             return None
-        if policy.base[0] in BASES and (policy.correction is None or policy.correction[0] in CORRECTIONS):
+        if policy.base[0] in BASE_NAMES and (policy.correction is None or policy.correction[0] in CORRECTION_NAMES):
             return candidate
     return None
 
@@ -38,14 +37,14 @@ def hint_for_policy(name: str) -> str:
     """How to write a base policy instead of ``name``, which is none."""
     if not name:
         return "begin with what is computed, such as fora:2+goc"
-    if name in CORRECTIONS:
+    if name in CORRECTION_NAMES:
         return f"it predicts what a policy reuses, so it comes after one, such as fora:2+{name}"
-    found = meant_spec(name) or closest(name, BASES)
-    return f"did you mean {found}?" if found else f"the policies are {', '.join(BASES)}"
+    found = meant_spec(name) or closest(name, BASE_NAMES)
+    return f"did you mean {found}?" if found else f"the policies are {', '.join(BASE_NAMES)}"
 
 
 def hint_for_correction(name: str) -> str:
     """How to write a correction instead of ``name``, which is none."""
     spec = meant_spec(f"none+{name}")
-    found = spec.removeprefix("none+") if spec else closest(name, CORRECTIONS)
-    return f"did you mean +{found}?" if found else f"the corrections are {', '.join(CORRECTIONS)}"
+    found = spec.removeprefix("none+") if spec else closest(name, CORRECTION_NAMES)
+    return f"did you mean +{found}?" if found else f"the corrections are {', '.join(CORRECTION_NAMES)}"

@@ -171,7 +171,7 @@ def test_a_killed_export_leaves_no_engine_and_does_not_block_the_next(command: C
     process.communicate(timeout=60)
     assert not (tmp_path / "engine").exists()
     command("goc-export", GOLDEN / "model.pt", "-o", tmp_path / "engine", "--num-heads", 4, "--plan", "none")
-    command("goc-run", tmp_path / "engine", "--labels", "1")
+    command("goc-run", tmp_path / "engine", "--labels", "1", cwd=tmp_path)
 
 
 def test_two_exports_to_one_directory_do_not_mix(tmp_path: Path) -> None:
@@ -305,6 +305,11 @@ def test_files_that_are_not_listed_are_ignored(golden_engine: Path, command: Com
         (("--labels", "1", "--backend", "tensorflow"), 2, "there is no backend 'tensorflow'"),
         (("--labels", "10", "--output", "{tmp}/missing/x.png"), 2, "label 10"),
         (("--labels", "1", "--output", "{tmp}/flat.npy/x.png"), 8, "is not a directory"),
+        (("--labels", "1", "--resume"), 2, "--resume goes with --output DIRECTORY"),
+        (("--labels", "1", "--resume", "--output", "{tmp}/x.png"), 2, "--resume goes with --output DIRECTORY"),
+        (("--labels", "1", "--resume", "--output", "{tmp}/x"), 2, "the model makes latents"),
+        (("--labels", ",".join(["1"] * 40 + ["10"]), "--output", "{tmp}/x"), 2, "label 10 (image 40)"),
+        (("--labels", "1,2", "--latents", "{tmp}/wrong.npy"), 2, "expected [2, 4, 8, 8] for 2 labels"),
         (("--labels", "1", "--output", "{tmp}/x.jpg"), 2, "--output ends in .png or .npz"),
         (("--labels", "1", "--output", "{tmp}/" + "x" * 300 + ".png"), 8, "File name too long"),
         (("--labels", "1", "--report", "{tmp}/flat.npy/missing/x.json"), 8, "is not a directory"),

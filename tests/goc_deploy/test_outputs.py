@@ -1,12 +1,22 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from goc_deploy.errors import ConflictError
-from goc_deploy.outputs import check_folder, check_writable, grid_columns, save_array, save_text, spread_labels, written
+from goc_deploy.outputs import (
+    check_folder,
+    check_writable,
+    dated_picture,
+    grid_columns,
+    save_array,
+    save_text,
+    spread_labels,
+    written,
+)
 
 
 def test_labels_are_repeated_in_order() -> None:
@@ -24,12 +34,24 @@ def test_labels_are_repeated_in_order() -> None:
         ([*range(10), *range(5)], None),
         ([1] * 9, None),
         ([1, 2, 1, 2, 1], 2),
+        ([1, 2] * 10, 4),
         (list(range(30)) * 2, None),
         ([7], None),
     ],
 )
 def test_a_grid_has_a_row_per_repetition_where_that_looks_good(labels: list[int], columns: int | None) -> None:
     assert grid_columns(labels) == columns
+
+
+def test_a_dated_picture_replaces_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = set()
+    for _ in range(3):
+        path = dated_picture()
+        path.touch()
+        names.add(path.name)
+    assert len(names) == 3
+    assert all(re.fullmatch(r"goc-\d{8}-\d{6}(-\d)?\.png", name) for name in names)
 
 
 def test_an_output_is_whole_or_absent(tmp_path: Path) -> None:
