@@ -19,6 +19,7 @@ from goc_deploy.cli.options import (
     debug_option,
     device_option,
     plans_of_directory,
+    steps_option,
     threads_option,
     verbose_option,
     version_option,
@@ -42,8 +43,10 @@ DEFAULTS = GenerateOptions()
 @click.option(
     "--plan",
     shell_complete=plans_of_directory,
-    help="Name or SPEC of a plan.  [default: the first plan that caches]",
+    help="Name of a plan of the engine, or any SPEC that does not learn from images, which is compiled for this run.  "
+    "[default: the first plan that caches]",
 )
+@steps_option(None, "Sampling steps. Others than the plan's are compiled for this run.  [default: those of the plan]")
 @click.option(
     "--labels",
     help="Class labels, one per image: numbers, or class names of the model's folder; which captions, for a model of captions.  "

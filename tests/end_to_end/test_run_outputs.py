@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -15,6 +16,28 @@ from PIL import Image
 from tests.conftest import Command, command_words
 
 SERIES = ("--num-images", 6, "--seed", 3, "--batch-size", 2)
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_spec_and_a_step_count_are_compiled_for_one_run(demo_engine: Path, command: Command, tmp_path: Path) -> None:
+    before = files_below(demo_engine)
+    words = ("--labels", "1,2", "--latents-output")
+    for plan, steps, name in (("fora:3+lagrange:1", 12, "unlisted"), ("fora-2", 12, "steps")):
+        out, report = tmp_path / f"{name}.npy", tmp_path / f"{name}.json"
+        command("goc-run", demo_engine, "--plan", plan, "--num-inference-steps", steps, *words, out, "--report", report)
+        assert json.loads(report.read_text())["steps"] == 12
+    assert json.loads((tmp_path / "unlisted.json").read_text())["step_kinds"] == {"collapsed": 8, "full": 4}
+    assert files_below(demo_engine) == before
+    engine = Path(shutil.copytree(demo_engine, tmp_path / "engine"))
+    command("goc-plan", engine, "fora:3+lagrange:1", "--steps", 12)
+    command("goc-run", engine, "--plan", "fora:3+lagrange:1", *words, tmp_path / "listed.npy")
+    np.testing.assert_array_equal(np.load(tmp_path / "unlisted.npy"), np.load(tmp_path / "listed.npy"))
+    done = command("goc-run", demo_engine, "--plan", "fora:2+goc", "--steps", 10, *words, tmp_path / "x.npy", code=2)
+    assert f"must be added to the engine first, with: goc plan {demo_engine} fora:2+goc --steps 10" in done.stderr
+    assert not (tmp_path / "x.npy").exists()
 
 
 def pixels(folder: Path) -> dict[str, np.ndarray]:
