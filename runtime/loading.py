@@ -90,7 +90,7 @@ def load_pipelines(
     parts = {"decoder": manifest.decoder, "text_encoder": manifest.text}
     more = [name for name, part in parts.items() if part]
     more += manifest.model.unit_names if all_units else ()
-    made = _made_predictors(manifest, unlisted, backend) if unlisted else {}
+    made = _made_predictors(manifest, plans, unlisted.predict_graph, backend) if unlisted else {}
     footprint = backend.footprint(_weights_of(manifest, needed_graphs(directory, manifest, plans, backend, more, made)))
     for plan in plans:
         _check_memory(manifest, plan, images, max_sessions, footprint, backend.device.free_bytes())
@@ -99,20 +99,22 @@ def load_pipelines(
     return [Pipeline(manifest, plan, engines, backend, images, max_sessions, attached) for plan in plans]
 
 
-def _made_predictors(manifest: Manifest, unlisted: UnlistedPlans, backend: Backend) -> dict[str, Engine]:
-    """Engines of the predict signatures that only plans launch that are not in the directory.
+def _made_predictors(
+    manifest: Manifest, plans: Sequence[Plan], predict_graph: Callable[[str], bytes], backend: Backend
+) -> dict[str, Engine]:
+    """Engines of the predict signatures of plans for which the directory has no graph.
 
     Raises:
         EnvironmentUnsupportedError: the backend runs built engines only.
     """
     dtype = DTYPE_OF_PRECISION[manifest.precision]
-    signatures = {signature for plan in unlisted.plans.values() for signature in plan.signatures}
+    signatures = {signature for plan in plans for signature in plan.signatures}
     missing = [s for s in sorted(signatures - manifest.predict.keys()) if backend.predictor(s, dtype) is None]
     if missing and backend.stacks:
         raise EnvironmentUnsupportedError(
             "it runs engines that were built for a plan of the directory, and this plan is not there; add it with goc plan"
         )
-    return {s: backend.load(memoryview(unlisted.predict_graph(s)), {}) for s in missing}
+    return {s: backend.load(memoryview(predict_graph(s)), {}) for s in missing}
 
 
 def _text_encoder(directory: Path, manifest: Manifest, engines: Engines, backend: Backend) -> TextEncoder | None:

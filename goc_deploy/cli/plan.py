@@ -116,6 +116,7 @@ def command(
 
         with progress_bar() as progress:
             entry = add_plan(engine_dir, spec, progress=progress, **given)
+        _tell(engine_dir, entry.name)
         click.echo(entry.name)
         return
     if engines:
@@ -157,6 +158,21 @@ def command(
 
         plot_schedule(plan.schedule, plan.name, plot)
         click.echo(plot)
+
+
+def _tell(engine_dir: Path, name: str) -> None:
+    """What a plan computes, on stderr."""
+    from goc_deploy.engine_dir import load_plan
+    from goc_deploy.publish import read_manifest
+
+    plan = load_plan(engine_dir, read_manifest(engine_dir), name)
+    schedule = plan.schedule
+    kinds = ", ".join(f"{count} {kind}" for kind, count in plan.kind_counts.items())
+    click.echo(
+        f"{plan.schedule.policy}: {plan.steps} steps of {plan.sampler.sampler} ({kinds}), "
+        f"{schedule.computed} of {plan.steps * schedule.units} units computed",
+        err=True,
+    )
 
 
 def _inspect(engine_dir: Path) -> None:

@@ -309,7 +309,7 @@ def test_files_that_are_not_listed_are_ignored(golden_engine: Path, command: Com
         (("--labels", "1", "--resume", "--output", "{tmp}/x.png"), 2, "--resume goes with --output DIRECTORY"),
         (("--labels", "1", "--resume", "--output", "{tmp}/x"), 2, "the model makes latents"),
         (("--labels", ",".join(["1"] * 40 + ["10"]), "--output", "{tmp}/x"), 2, "label 10 (image 40)"),
-        (("--labels", "1,2", "--latents", "{tmp}/wrong.npy"), 2, "expected [2, 4, 8, 8] for 2 labels"),
+        (("--num-images", "2", "--latents", "{tmp}/wrong.npy"), 2, "expected [2, 4, 8, 8] for 2 labels"),
         (("--labels", "1", "--output", "{tmp}/x.jpg"), 2, "--output ends in .png or .npz"),
         (("--labels", "1", "--output", "{tmp}/" + "x" * 300 + ".png"), 8, "File name too long"),
         (("--labels", "1", "--report", "{tmp}/flat.npy/missing/x.json"), 8, "is not a directory"),
