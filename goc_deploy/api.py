@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from goc_deploy.engines.tensorrt_verify import Difference
     from goc_deploy.manifest import Manifest, PlanEntry
     from goc_deploy.protocols import Backend
+    from goc_deploy.runtime.loading import UnlistedPlans
     from goc_deploy.runtime.pipeline import Pipeline
 
 MAX_THREADS = 1024  # each takes memory, and ONNX Runtime has no limit
@@ -49,6 +50,9 @@ def export_with(
     checkpoint: Path, output: Path, options: ExportOptions, progress: Progress = no_progress
 ) -> tuple[Manifest, bool]:
     """`export` with its options in one object; also says whether anything was written."""
+    from goc_deploy.publish import check_parent
+
+    check_parent(output)  # before torch is imported
     _require("export", "torch", "onnx", "onnxscript", "safetensors")
     if options.text_encoder is not None:
         _require("text", "tokenizers")
@@ -138,6 +142,7 @@ def load(
     *,
     backend: str = "auto",
     plan: str | None = None,
+    steps: int | None = None,
     batch_size: int | None = None,
     max_sessions: int = 1,
     threads: int = 0,
@@ -151,7 +156,9 @@ def load(
         engine_dir: what `export` made.
         backend: ``tensorrt``, ``tensorrt-rtx``, ``onnxruntime-cuda``, ``onnxruntime``, or ``auto``, the first of these that
             works; the log and the report say why others do not. TensorRT engines that are missing are built first.
-        plan: name or SPEC; default: the first plan that caches.
+        plan: name or SPEC; default: the first plan that caches. A SPEC that learns nothing from images need not be in the
+            directory: it is compiled here, for TensorRT only where the directory has engines of its predictions.
+        steps: sampling steps, if others than the plan's; such a plan is compiled here too.
         batch_size: images per run, at most the engine's ``max_batch`` (the default).
         max_sessions: callers that run at the same time; each session has its own buffers.
         threads: size of the thread pool; 0 is one per core.
@@ -167,7 +174,35 @@ def load(
     from goc_deploy.engines.choice import RunOptions
 
     options = RunOptions(threads, shared_pool, cuda_graphs, device)
-    return _load(Path(engine_dir), backend, options, [plan], batch_size, max_sessions)[0]
+    directory, unlisted = Path(engine_dir), None
+    if plan is not None or steps is not None:
+        plan, unlisted = _plan_on_the_fly(directory, plan, steps)
+    return _load(directory, backend, options, [plan], batch_size, max_sessions, unlisted=unlisted)[0]
+
+
+def _plan_on_the_fly(directory: Path, plan: str | None, steps: int | None) -> tuple[str | None, UnlistedPlans | None]:
+    """The name to load, and the plan of that name if the directory does not hold it."""
+    from goc_deploy.planning import plan_on_the_fly
+    from goc_deploy.publish import read_manifest
+    from goc_deploy.runtime.loading import UnlistedPlans
+
+    try:
+        found = plan_on_the_fly(directory, plan, steps)
+    except ModuleNotFoundError as cause:  # of a router that torch saved
+        _require("export", cause.name or "torch")
+        raise
+    if found is None:
+        return plan, None
+    manifest = read_manifest(directory)
+
+    def graph(signature: str) -> bytes:
+        _require("export", "onnx")
+        from goc_deploy.exporters.cache_update import predict_graph
+
+        content: bytes = predict_graph(signature, manifest.model, manifest.precision).SerializeToString()
+        return content
+
+    return found[0], UnlistedPlans(dict([found]), graph)
 
 
 def load_plans(
@@ -200,6 +235,7 @@ def _load(
     max_sessions: int,
     *,
     all_units: bool = False,
+    unlisted: UnlistedPlans | None = None,
 ) -> list[Pipeline]:
     """Load on the backend of that name, or on the first that works."""
     _require(None, "onnxruntime")
@@ -214,7 +250,9 @@ def _load(
         try:
             backend = make()
             backend.passed_over = passed_over
-            pipelines = load_pipelines(engine_dir, backend, plans, batch_size, max_sessions, all_units=all_units)
+            pipelines = load_pipelines(
+                engine_dir, backend, plans, batch_size, max_sessions, all_units=all_units, unlisted=unlisted
+            )
         except (EnvironmentUnsupportedError, ConflictError) as reason:
             if candidate == choices[-1][0]:
                 raise

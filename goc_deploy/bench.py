@@ -36,7 +36,12 @@ def compare_plans(
         pipes = [
             stack.enter_context(pipe)
             for pipe in load_plans(
-                engine_dir, names, backend=options.backend, batch_size=len(options.labels), threads=options.threads
+                engine_dir,
+                names,
+                backend=options.backend,
+                device=options.device,
+                batch_size=len(options.labels),
+                threads=options.threads,
             )
         ]
         rounds = options.warmup * max(pipe.runs_to_warm for pipe in pipes) + options.repeats

@@ -93,7 +93,7 @@ def conditions_from_labels(labels: Sequence[int], spec: ModelSpec, stored: Promp
         raise UsageError("labels are empty; give one label per image")
     if spec.draws_captions and stored is None:
         raise UsageError(f"{NO_CAPTIONS}, or give prompts")
-    _check_rows(labels, spec.classes)
+    check_rows(labels, spec.classes)
     table = None if stored is None else stored.table
     return Conditions(tuple(int(label) for label in labels), (spec.classes,) * len(labels), table)
 
@@ -106,7 +106,7 @@ def conditions_from_captions(labels: Sequence[int] | None, given: PromptEmbeds, 
     """
     count = len(given.prompts)
     rows = tuple(range(count)) if labels is None else tuple(labels)
-    _check_rows(rows, count)
+    check_rows(rows, count)
     if given.negatives is None:
         if guided:
             raise UsageError(f"guidance needs {NEGATIVE} too; add them, or use --cfg-scale 1")
@@ -207,7 +207,7 @@ def captions_from_bytes(content: memoryview, spec: ModelSpec, where: str) -> Pro
     return found
 
 
-def _check_rows(labels: Sequence[int], count: int) -> None:
+def check_rows(labels: Sequence[int], count: int) -> None:
     for i, label in enumerate(labels):
         whole = isinstance(label, (int, np.integer)) and not isinstance(label, bool)
         if not whole or not 0 <= label < count:

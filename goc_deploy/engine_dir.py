@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,16 +14,24 @@ from goc_deploy.protocols import DTYPE_OF_PRECISION, Buffer, mapped_buffer
 from goc_deploy.publish import read_verified
 from goc_deploy.schedule import COMPUTE, Schedule
 from goc_deploy.serde import plan_from_json, schedule_from_json
+from goc_deploy.suggestions import closest, meant_spec
 
 
-def plan_entry(manifest: Manifest, name: str | None) -> PlanEntry:
+def plan_entry(manifest: Manifest, name: str | None, directory: Path = Path("ENGINE_DIR")) -> PlanEntry:
     """The plan of that name or SPEC; without a name the first plan that caches, else the first.
+
+    Args:
+        manifest: lists the plans.
+        name: name or SPEC, or None.
+        directory: what an error calls the engine directory.
 
     Raises:
         UsageError: there is no such plan.
     """
     if not manifest.plans:
-        raise EngineDirError("the engine directory has no plans; add one with goc-plan")
+        raise EngineDirError(
+            f"the engine directory has no plans; add one with: goc plan {shlex.quote(str(directory))} none"
+        )
     if name is None:
         return next((entry for entry in manifest.plans if entry.spec != "none"), manifest.plans[0])
     for entry in manifest.plans:
@@ -32,9 +41,17 @@ def plan_entry(manifest: Manifest, name: str | None) -> PlanEntry:
     for entry in manifest.plans:
         if entry.name == default_name:
             return entry
-    raise UsageError(
-        f"there is no plan {name!r}; this engine has {', '.join(e.name for e in manifest.plans)}; add it with goc-plan"
-    )
+    raise UsageError(f"there is no plan {name!r}; {_hint(directory, manifest, name)}")
+
+
+def _hint(directory: Path, manifest: Manifest, name: str) -> str:
+    """What to do where there is no plan of that name."""
+    spec = meant_spec(name)
+    if spec is not None:
+        return f"add it with: goc plan {shlex.quote(str(directory))} {shlex.quote(spec)}"
+    found = closest(name, [word for entry in manifest.plans for word in (entry.name, entry.spec)])
+    there = f"this engine has {', '.join(entry.name for entry in manifest.plans)}"
+    return f"did you mean {found}? Otherwise {there}" if found else there
 
 
 def load_plan(directory: Path, manifest: Manifest, name: str | None) -> Plan:
@@ -44,7 +61,7 @@ def load_plan(directory: Path, manifest: Manifest, name: str | None) -> Plan:
         UsageError: no such plan.
         EngineDirError: its files are corrupt or do not fit the model.
     """
-    entry = plan_entry(manifest, name)
+    entry = plan_entry(manifest, name, directory)
     files = {file.path: file for file in manifest.files}
     schedule_text, plan_text = (bytes(read_verified(directory, files[path])) for path in (entry.schedule, entry.plan))
     try:

@@ -13,6 +13,8 @@ GRAMMAR = (
     "+goc[:ETA], +steps:K,K,..:ETA, +fit[:N], +taylor[:ORDER], +lagrange[:ORDER] or +hermite[:ORDER[:SIGMA]], then options "
     "such as ,history=computed"
 )
+BASE_NAMES = ("none", "fora", "l2c", "file", "search", "smoothcache")
+CORRECTION_NAMES = ("gc", "steps", "taylor", "lagrange", "hermite", "goc", "fit")
 FLAGS = ("both_branches", "per_unit", "units")
 BASES_WITH_A_PATH = ("file", "l2c", "smoothcache")
 _OPTION = re.compile(rf",(?=[a-z_]+=|(?:{'|'.join(FLAGS)})(?:,|$))")
@@ -63,7 +65,7 @@ def parse_policy(text: str) -> PolicySpec:
     head, *option_texts = _OPTION.split(text.strip())
     parts = _CORRECTION.split(head) if head.partition(":")[0] in BASES_WITH_A_PATH else head.split("+")
     if len(parts) > 2:
-        raise UsageError(f"SPEC {text!r}: more than one '+'; the form is {GRAMMAR}")
+        raise UsageError(f"SPEC {text!r}: more than one '+'; the form is BASE[+CORRECTION][,OPTION]...")
     options = [(name, value) for name, _, value in (option.partition("=") for option in option_texts)]
     if len({name for name, _ in options}) != len(options):
         raise UsageError(f"SPEC {text!r}: an option stands twice")

@@ -144,6 +144,7 @@ class BenchOptions:
         repeats: measured rounds; every round runs every plan once.
         warmup: rounds that are not measured; on a GPU twice as many, because the second run of a plan records it.
         backend: as `goc_deploy.load` takes it.
+        device: as `goc_deploy.load` takes it.
         threads: 0 is one per core.
     """
 
@@ -153,6 +154,7 @@ class BenchOptions:
     repeats: int = 5
     warmup: int = 1
     backend: str = "auto"
+    device: str = "auto"
     threads: int = 0
 
 
@@ -169,6 +171,7 @@ class EvalOptions:
         labels: ``balanced`` (every class equally often, in random order) or ``iid``.
         batch_size: images per run; 0 is what the engine was exported for.
         backend: as `goc_deploy.load` takes it.
+        device: as `goc_deploy.load` takes it.
         threads: 0 is one per core.
         reference: ADM file to compare the distribution with, or None.
         features: ``inception``, the path of an ONNX model, or None for paired metrics only.
@@ -190,6 +193,7 @@ class EvalOptions:
     labels: str = "balanced"
     batch_size: int = 0
     backend: str = "auto"
+    device: str = "auto"
     threads: int = 0
     reference: Path | None = None
     features: str | None = None

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 
 from goc_deploy.captions import NO_CAPTIONS
 from goc_deploy.errors import ConflictError, UsageError
-from goc_deploy.publish import disk_errors, replacing
+from goc_deploy.publish import check_parent, disk_errors, made_parents, nearest_parent, replacing
 from goc_deploy.tensor_files import array_from_npy
 
 
@@ -28,11 +30,20 @@ def spread_labels(labels: Sequence[int] | None, count: int | None, classes: int)
 
 
 def grid_columns(labels: Sequence[int]) -> int | None:
-    """Columns of a grid in which every repetition of the labels is a row, or None where that is no good shape."""
+    """Columns of a grid in which a row is a repetition of the labels, or several, or None where that is no good shape."""
     period = next(
         p for p in range(1, len(labels) + 1) if all(labels[i] == labels[i - p] for i in range(p, len(labels)))
     )
-    return period if 1 < period <= 24 and 2 * period <= len(labels) else None
+    if not (1 < period <= 24 and 2 * period <= len(labels)):
+        return None
+    return period * max(1, round(math.sqrt(len(labels)) / period))
+
+
+def dated_picture() -> Path:
+    """A name for a picture in the current folder that no file has."""
+    base = datetime.now().strftime("goc-%Y%m%d-%H%M%S")
+    names = (Path(f"{base}{end}.png") for end in ("", *(f"-{i}" for i in range(2, 1000))))
+    return next(path for path in names if not path.exists())
 
 
 def read_latents(path: Path | None) -> np.ndarray | None:
@@ -59,7 +70,7 @@ def check_writable(path: Path | None, *, may_be_folder: bool = False) -> None:
     """Refuse an output path before any work is done. With ``may_be_folder`` a name without a suffix is a folder.
 
     Raises:
-        ConflictError: its folder is missing or not writable, or a folder stands in its place.
+        ConflictError: no such file can be made, or a folder stands in its place.
     """
     if path is None:
         return
@@ -71,9 +82,9 @@ def check_writable(path: Path | None, *, may_be_folder: bool = False) -> None:
             raise ConflictError(
                 f"{path} is a file; for single images give a directory, or a name ending in .png or .npz"
             )
-        target = path if path.is_dir() else path.absolute().parent
+        target = path if path.is_dir() else nearest_parent(path)
         if not target.is_dir():
-            raise ConflictError(f"{target} is not a directory, so {path.name} cannot be written; create it first")
+            raise ConflictError(f"{target} is not a directory, so {path} cannot be written; choose another output")
         if not os.access(target, os.W_OK):
             raise ConflictError(f"{target} is not writable; choose another output")
 
@@ -95,27 +106,28 @@ def check_distinct(**paths: Path | None) -> None:
 
 
 def check_folder(path: Path | None) -> None:
-    """Make a folder for outputs where it is missing; its parent must be there.
+    """Check before any work is done that a folder for outputs is there, or can be made by `written`.
 
     Raises:
         ConflictError: it cannot be made or written to, or a file stands in its place.
     """
     if path is None:
         return
-    with disk_errors(f"making the folder {path}"):
-        path.mkdir(exist_ok=True)
-    if not os.access(path, os.W_OK):
+    if path.is_dir() and not os.access(path, os.W_OK):
         raise ConflictError(f"{path} is not writable; choose another folder")
+    if os.path.lexists(path) and not path.is_dir():
+        raise ConflictError(f"{path} is a file, and a folder is needed; choose another name")
+    check_parent(path)
 
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes ``path`` when it is whole.
+    """A path to write to, which becomes ``path`` when it is whole. Missing folders are made.
 
     Raises:
         ConflictError, ResourceError: the system refuses to write.
     """
-    with disk_errors(f"writing {path}"), replacing(path) as temporary:
+    with made_parents(path), disk_errors(f"writing {path}"), replacing(path) as temporary:
         yield temporary
 
 

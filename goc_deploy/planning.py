@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from goc_deploy.calibration import CalibrationOptions, default_images
-from goc_deploy.engine_dir import load_plan
-from goc_deploy.errors import ConflictError, UsageError
-from goc_deploy.grammar import check_plan_name, parse_policy
+from goc_deploy.engine_dir import load_plan, plan_entry
+from goc_deploy.errors import CalibrationNeededError, ConflictError, UsageError
+from goc_deploy.grammar import BASES_WITH_A_PATH, check_plan_name, parse_policy
 from goc_deploy.manifest import MANIFEST_NAME, Manifest, PlanEntry, manifest_to_json
-from goc_deploy.options import ExportOptions, PlanOptions, Progress
+from goc_deploy.options import ExportOptions, PlanOptions, Progress, no_progress
 from goc_deploy.passes import compile_schedule
 from goc_deploy.plan import Plan
 from goc_deploy.policies import BASES, schedule_from_policy
@@ -27,6 +28,7 @@ from goc_deploy.publish import (
 )
 from goc_deploy.samplers import default_sampler
 from goc_deploy.schedulers import table_from_sampler
+from goc_deploy.suggestions import meant_spec
 from goc_deploy.trials import engine_laboratory
 
 DEFAULTS = ExportOptions()
@@ -118,3 +120,48 @@ def _add(directory: Path, manifest: Manifest, plan: Plan) -> PlanEntry:
             path.unlink(missing_ok=True)
         raise
     return manifest.plans[-1]
+
+
+def plan_on_the_fly(directory: Path, name: str | None, steps: int | None) -> tuple[str, Plan] | None:
+    """The plan that a name or SPEC asks for where the engine directory does not hold it, and what to call it.
+
+    Args:
+        directory: the engine directory, in which nothing is written.
+        name: plan or SPEC; None is the first plan that caches.
+        steps: sampling steps; None takes those of the plan, or of the engine's first plan.
+
+    Returns:
+        None if the directory holds the plan.
+
+    Raises:
+        UsageError: no such plan, one that learns from images, or one made from a file that is not known any more.
+        EngineDirError: the directory is corrupt.
+    """
+    manifest = read_manifest(directory)
+    try:
+        entry = plan_entry(manifest, name, directory)
+    except UsageError:
+        if name is None or meant_spec(name) != name:
+            raise
+        return name, _uncalibrated(directory, manifest, name, PlanOptions(steps=steps, segments="none"))
+    present = load_plan(directory, manifest, entry.name)
+    if steps is None or steps == present.steps:
+        return None
+    if parse_policy(entry.spec).base[0] in BASES_WITH_A_PATH:
+        raise UsageError(
+            f"plan {entry.name} was made from a file for {present.steps} steps; give its SPEC with the file's path instead"
+        )
+    options = PlanOptions(entry.name, steps, present.sampler.sampler, segments="none")
+    return entry.name, _uncalibrated(directory, manifest, entry.spec, options)
+
+
+def _uncalibrated(directory: Path, manifest: Manifest, spec: str, options: PlanOptions) -> Plan:
+    def no_backend() -> Backend:
+        raise CalibrationNeededError("it learns from images")
+
+    try:
+        return _compiled(directory, manifest, spec, options, no_backend, no_progress)
+    except CalibrationNeededError as cause:
+        steps = "" if options.steps is None else f" --steps {options.steps}"
+        command = f"goc plan {shlex.quote(str(directory))} {shlex.quote(spec)}{steps}"
+        raise UsageError(f"{cause}, so the plan must be added to the engine first, with: {command}") from cause

@@ -89,12 +89,15 @@ def _plot_god(axes: Any, schedule: Schedule, curves: list[list[float]]) -> None:
 def plot_step_times(rows: Sequence[tuple[str, Sequence[float]]], title: str, path: Path) -> None:
     """Median milliseconds of every step, one line per plan."""
     plt = pyplot()
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     for name, milliseconds in rows:
         axes.plot(range(len(milliseconds)), milliseconds, marker="o", markersize=3, label=name)
     axes.set_xlabel("step")
     axes.set_ylabel("median time of the step (ms)")
-    axes.set_ylim(bottom=0)
+    axes.set_yscale("log")  # a step that computes nothing takes a thousandth of a full one
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(title)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     with written(path) as temporary:

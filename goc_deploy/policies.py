@@ -13,9 +13,10 @@ from goc_deploy import bases, corrections, learned, searched, smoothcache
 from goc_deploy.bases import PolicyContext
 from goc_deploy.calibration import Laboratory
 from goc_deploy.errors import GocError, UsageError
-from goc_deploy.grammar import GRAMMAR, PolicySpec
+from goc_deploy.grammar import PolicySpec
 from goc_deploy.schedule import HISTORY_KINDS, Schedule, check_schedule, check_schedule_fits, fill_short_history
 from goc_deploy.spec import ModelSpec
+from goc_deploy.suggestions import hint_for_correction, hint_for_policy
 
 COMMON_OPTIONS = ("history",)
 
@@ -94,9 +95,9 @@ def _named(policy: PolicySpec) -> tuple[Base, Correction | None]:
     """The base and the correction that a SPEC names, once its options are known to belong to them."""
     name, correction_name = policy.base[0], policy.correction[0] if policy.correction else None
     if name not in BASES:
-        raise UsageError(f"unknown policy {name!r}; the form is {GRAMMAR}")
+        raise UsageError(f"unknown policy {name!r}; {hint_for_policy(name)}")
     if correction_name is not None and correction_name not in CORRECTIONS:
-        raise UsageError(f"unknown correction {correction_name!r}; the form is {GRAMMAR}")
+        raise UsageError(f"unknown correction {correction_name!r}; {hint_for_correction(correction_name)}")
     base, correction = BASES[name], CORRECTIONS[correction_name] if correction_name else None
     allowed = (*COMMON_OPTIONS, *base.options, *(correction.options if correction else ()))
     for option, _ in policy.options:

@@ -48,6 +48,12 @@ def directory_lock(directory: Path, seconds: float | None = None) -> Iterator[No
     """
     check_parent(directory)
     directory = directory.absolute()
+    with made_parents(directory), _locked(directory, seconds):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, seconds: float | None) -> Iterator[None]:
     timeout = LOCK_SECONDS if seconds is None else seconds
     lock = filelock.FileLock(directory.parent / f".{directory.name}.lock", timeout=timeout)
     with disk_errors(f"locking {directory}"):
@@ -80,16 +86,44 @@ def disk_errors(doing: str) -> Iterator[None]:
 
 
 def check_parent(directory: Path) -> None:
-    """Check that something may be made beside ``directory``.
+    """Check that ``directory`` may be made, with parents that are missing.
 
     Raises:
-        ConflictError: the parent is missing, not a directory, or not writable.
+        ConflictError: the nearest parent that exists is not a directory, or not writable.
     """
-    parent = directory.absolute().parent
+    with disk_errors(f"checking {directory}"):
+        parent = nearest_parent(directory)
     if not parent.is_dir():
-        raise ConflictError(f"{parent} is not a directory, so {directory.name} cannot be made there; create it first")
+        raise ConflictError(f"{parent} is not a directory, so {directory} cannot be made; choose another output")
     if not os.access(parent, os.W_OK):
-        raise ConflictError(f"{parent} is not writable; choose another output directory")
+        raise ConflictError(f"{parent} is not writable; choose another output")
+
+
+def nearest_parent(path: Path) -> Path:
+    """The nearest parent that exists."""
+    return next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+
+
+@contextlib.contextmanager
+def made_parents(path: Path) -> Iterator[None]:
+    """Make missing parents of ``path``; they stay if the body ends well.
+
+    Raises:
+        ConflictError, ResourceError: the system refuses to.
+    """
+    made: list[Path] = []
+    try:
+        with disk_errors(f"making the folder of {path}"):
+            for parent in reversed(path.absolute().parents):
+                if not parent.exists():
+                    parent.mkdir(exist_ok=True)  # somebody else may be making it
+                    made.append(parent)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # somebody else has put something there
+            for parent in reversed(made):
+                parent.rmdir()
+        raise
 
 
 def check_target(directory: Path, *, force: bool) -> None:

@@ -1,16 +1,13 @@
-"""Latents to pictures, and pictures to files."""
+"""Latents to pictures."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from goc_deploy.manifest import IMAGE_CHANNELS
-from goc_deploy.outputs import written
-from goc_deploy.publish import disk_errors
 
 
 def images_from_latents(latents: np.ndarray) -> np.ndarray | None:
@@ -48,39 +45,9 @@ def grid(images: np.ndarray, columns: int | None = None, *, scale: int = 1, gap:
     for i, image in enumerate(images):
         y, x = (i // columns) * (height * scale + gap), (i % columns) * (width * scale + gap)
         canvas[y : y + height * scale, x : x + width * scale] = image.repeat(scale, 0).repeat(scale, 1)
-    return _image(canvas)
+    return picture(canvas)
 
 
-def _image(pixels: np.ndarray) -> Image.Image:
+def picture(pixels: np.ndarray) -> Image.Image:
+    """(H, W, 1 or 3) uint8 as Pillow has it."""
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-
-
-def save_images(images: np.ndarray, output: Path, columns: int | None = None) -> list[Path]:
-    """Write pictures: ``.png`` is a grid, ``.npz`` the ADM evaluation format, anything else a directory of PNGs.
-
-    ``columns`` is for the grid; by default it is as square as possible.
-    ADM format: ``arr_0`` uint8 (N, H, W, 3); grey pictures are repeated over three channels.
-
-    Returns:
-        The files written.
-
-    Raises:
-        ConflictError, ResourceError: the system refuses to write.
-    """
-    if output.suffix == ".png":
-        scale = max(1, 112 // images.shape[1])
-        with written(output) as temporary:
-            grid(images, columns, scale=scale, gap=2 * scale).save(temporary)
-        return [output]
-    if output.suffix == ".npz":
-        with written(output) as temporary:
-            np.savez(temporary, arr_0=np.broadcast_to(images, (*images.shape[:3], 3)))
-        return [output]
-    with disk_errors(f"writing {output}"):
-        output.mkdir(parents=True, exist_ok=True)
-    digits = max(4, len(str(len(images) - 1)))
-    paths = [output / f"{i:0{digits}d}.png" for i in range(len(images))]
-    for image, path in zip(images, paths, strict=True):
-        with written(path) as temporary:
-            _image(image).save(temporary)
-    return paths

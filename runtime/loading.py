@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from numbers import Integral
 from pathlib import Path
+from types import MappingProxyType
 
 from goc_deploy.calibration import CalibrationOptions
 from goc_deploy.captions import captions_from_bytes
 from goc_deploy.engine_dir import load_plan, mapped_parts
-from goc_deploy.errors import EngineDirError, GocError, ResourceError, UsageError
+from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, GocError, ResourceError, UsageError
 from goc_deploy.graph_check import check_graph, external_tensors
 from goc_deploy.manifest import Manifest, Unit
 from goc_deploy.options import Progress
@@ -38,6 +39,19 @@ logger = logging.getLogger(__name__)
 MAX_SESSIONS = 1024
 
 
+@dataclass(frozen=True, slots=True)
+class UnlistedPlans:
+    """Plans that an engine directory does not hold.
+
+    Attributes:
+        plans: by the name or SPEC that asks for one.
+        predict_graph: makes the ONNX file of a predict signature.
+    """
+
+    plans: Mapping[str, Plan]
+    predict_graph: Callable[[str], bytes]
+
+
 def load_pipelines(
     directory: Path,
     backend: Backend,
@@ -46,6 +60,7 @@ def load_pipelines(
     max_sessions: int,
     *,
     all_units: bool = False,
+    unlisted: UnlistedPlans | None = None,
 ) -> list[Pipeline]:
     """Load an engine directory once, for one or more of its plans.
 
@@ -56,6 +71,7 @@ def load_pipelines(
         batch_size: images per run; None is the engine's ``max_batch``.
         max_sessions: sessions of each pipeline.
         all_units: load the units that none of these plans launches too, for `Pipeline.with_plan`.
+        unlisted: plans that are not in the directory.
 
     Raises:
         EngineDirError, SafetyError: the directory is corrupt or not ours.
@@ -71,7 +87,10 @@ def load_pipelines(
     if odd:
         raise UsageError(f"a plan is named by its name or SPEC, got {odd[0]!r:.60}")
     manifest = read_manifest(directory)
-    plans = [load_plan(directory, manifest, name) for name in names]
+    others = unlisted.plans if unlisted else {}
+    plans = [
+        others[name] if name is not None and name in others else load_plan(directory, manifest, name) for name in names
+    ]
     images = manifest.max_batch if batch_size is None else batch_size
     if not 1 <= images <= manifest.max_batch:
         raise UsageError(
@@ -82,12 +101,31 @@ def load_pipelines(
     parts = {"decoder": manifest.decoder, "text_encoder": manifest.text}
     more = [name for name, part in parts.items() if part]
     more += manifest.model.unit_names if all_units else ()
-    footprint = backend.footprint(_weights_of(manifest, needed_graphs(directory, manifest, plans, backend, more)))
+    made = _made_predictors(manifest, plans, unlisted.predict_graph, backend) if unlisted else {}
+    footprint = backend.footprint(_weights_of(manifest, needed_graphs(directory, manifest, plans, backend, more, made)))
     for plan in plans:
         _check_memory(manifest, plan, images, max_sessions, footprint, backend.device.free_bytes())
-    engines = load_engines(directory, manifest, plans, backend, more)
+    engines = load_engines(directory, manifest, plans, backend, more, made)
     attached = Attached(_decoder(manifest, engines, backend), _text_encoder(directory, manifest, engines, backend))
     return [Pipeline(manifest, plan, engines, backend, images, max_sessions, attached) for plan in plans]
+
+
+def _made_predictors(
+    manifest: Manifest, plans: Sequence[Plan], predict_graph: Callable[[str], bytes], backend: Backend
+) -> dict[str, Engine]:
+    """Engines of the predict signatures of plans for which the directory has no graph.
+
+    Raises:
+        EnvironmentUnsupportedError: the backend runs built engines only.
+    """
+    dtype = DTYPE_OF_PRECISION[manifest.precision]
+    signatures = {signature for plan in plans for signature in plan.signatures}
+    missing = [s for s in sorted(signatures - manifest.predict.keys()) if backend.predictor(s, dtype) is None]
+    if missing and backend.stacks:
+        raise EnvironmentUnsupportedError(
+            "it runs engines that were built for a plan of the directory, and this plan is not there; add it with goc plan"
+        )
+    return {s: backend.load(memoryview(predict_graph(s)), {}) for s in missing}
 
 
 def _text_encoder(directory: Path, manifest: Manifest, engines: Engines, backend: Backend) -> TextEncoder | None:
@@ -153,17 +191,24 @@ class NeededGraphs:
 
 
 def needed_graphs(
-    directory: Path, manifest: Manifest, plans: Sequence[Plan], backend: Backend, more: Iterable[str] = ()
+    directory: Path,
+    manifest: Manifest,
+    plans: Sequence[Plan],
+    backend: Backend,
+    more: Iterable[str] = (),
+    made: Mapping[str, Engine] = MappingProxyType({}),
 ) -> NeededGraphs:
     """The graphs that plans launch on a backend, and further units.
 
-    Without plans all units of the blocks are needed, with plans those that one of them launches.
+    Without plans all units of the blocks are needed, with plans those that one of them launches. ``made`` are engines of
+    predict signatures that are loaded already.
 
     Raises:
         EngineDirError: the manifest does not list one.
     """
     signatures = {signature for plan in plans for signature in plan.signatures}
-    offered = {s: backend.predictor(s, DTYPE_OF_PRECISION[manifest.precision]) for s in sorted(signatures)}
+    dtype = DTYPE_OF_PRECISION[manifest.precision]
+    offered = {s: made[s] if s in made else backend.predictor(s, dtype) for s in sorted(signatures)}
     predictors = {signature: engine for signature, engine in offered.items() if engine is not None}
     predict = {
         signature: manifest.predict_unit(signature)
@@ -193,14 +238,19 @@ def _weights_of(manifest: Manifest, graphs: NeededGraphs) -> dict[str, dict[str,
 
 
 def load_engines(
-    directory: Path, manifest: Manifest, plans: Sequence[Plan], backend: Backend, more: Iterable[str] = ()
+    directory: Path,
+    manifest: Manifest,
+    plans: Sequence[Plan],
+    backend: Backend,
+    more: Iterable[str] = (),
+    made: Mapping[str, Engine] = MappingProxyType({}),
 ) -> Engines:
     """Verify every file of the graphs that are needed (`needed_graphs`), then check and load them; both in parallel.
 
     Raises:
         EngineDirError, SafetyError: a file is missing, corrupt or not ours, or a graph asks for more than its weights.
     """
-    graphs = needed_graphs(directory, manifest, plans, backend, more)
+    graphs = needed_graphs(directory, manifest, plans, backend, more, made)
     entries = {file.path: file for file in manifest.files}
     weights = {part.weights for unit in graphs.all for part in manifest.parts(unit).values() if part.weights}
     captions = {manifest.captions} if manifest.captions else set()

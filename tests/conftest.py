@@ -39,7 +39,9 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 def command_words(name: str) -> list[str]:
     """How to run a command: the script beside this Python, or its module where the tree is not installed."""
     script = BIN / name
-    return [str(script)] if script.exists() else [sys.executable, "-m", "goc_deploy.cli", name]
+    if script.exists():
+        return [str(script)]
+    return [sys.executable, "-m", "goc_deploy", *([] if name == "goc" else [name.removeprefix("goc-")])]
 
 
 @pytest.fixture(scope="session")

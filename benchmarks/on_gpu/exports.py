@@ -97,7 +97,7 @@ def _export(checkpoint: Path, target: Path, precision: str, heads: int | None, s
 
 
 def _command(*words: object) -> None:
-    subprocess.run([sys.executable, "-m", "goc_deploy.cli", *map(str, words)], check=True)
+    subprocess.run([sys.executable, "-m", "goc_deploy", *map(str, words)], check=True)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What every command shares: error to exit code, signals, progress."""
+"""What every command shares: error to exit code, signals, shell completion, tables."""
 
 from __future__ import annotations
 
@@ -9,24 +9,18 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import click
+from click.shell_completion import shell_complete
 
 from goc_deploy.errors import GocError, ResourceError
-from goc_deploy.options import Progress, no_progress
-from goc_deploy.version import __version__
 
 INTERRUPTED, TERMINATED, BUG = 130, 143, 1
 OUT_OF = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 _received: int | None = None  # the signal that asked this command to end
-
-BACKEND_HELP = "auto (the fastest that works here), tensorrt, tensorrt-rtx, onnxruntime-cuda or onnxruntime."
-
-debug_option = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-version_option = click.version_option(__version__, message="%(prog)s %(version)s")
 
 
 def run_command(command: click.Command, argv: Sequence[str] | None) -> int:
@@ -40,6 +34,7 @@ def run_command(command: click.Command, argv: Sequence[str] | None) -> int:
     debug = "--debug" in args
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     _catch_signals()
+    _complete(command)
     try:
         with command.make_context(command.name, args) as context:
             command.invoke(context)
@@ -76,6 +71,17 @@ def _open_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (it stays open)
 
 
+def _complete(command: click.Command) -> None:
+    """Answer a shell that asks for completion, and exit.
+
+    Click's own ``main`` does no more for us: it ends with 1 where a pipe was closed, and takes an EOFError for Ctrl-C.
+    """
+    name = command.name or ""
+    variable = f"_{name.replace('-', '_')}_COMPLETE".upper()
+    if instruction := os.environ.get(variable):
+        raise SystemExit(shell_complete(command, {}, name, variable, instruction))
+
+
 def _catch_signals() -> None:
     global _received
     _received = None
@@ -88,7 +94,7 @@ def _catch_signals() -> None:
 def _on_signal(number: int, _frame: Any) -> None:
     global _received
     _received = number
-    _raise_if_interrupted()
+    raise_if_interrupted()
 
 
 def _report_unless_interrupted(unraisable: sys.UnraisableHookArgs) -> None:
@@ -97,7 +103,7 @@ def _report_unless_interrupted(unraisable: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _raise_if_interrupted() -> None:
+def raise_if_interrupted() -> None:
     """Python swallows what a signal handler raises while a weak reference dies, so commands ask again as they go."""
     if _received is not None:
         raise KeyboardInterrupt if _received == signal.SIGINT else SystemExit(TERMINATED)
@@ -114,35 +120,6 @@ def _say(message: str, code: int) -> int:
     return code
 
 
-@contextlib.contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A progress bar on stderr where that is a terminal; anywhere, reporting progress ends an interrupted command."""
-    with _terminal_bar() if sys.stderr.isatty() else contextlib.nullcontext(no_progress) as show:
-
-        def progress(what: str, done: int, total: int) -> None:
-            _raise_if_interrupted()
-            show(what, done, total)
-
-        yield progress
-
-
-@contextlib.contextmanager
-def _terminal_bar() -> Iterator[Progress]:
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
-    columns = (
-        TextColumn("{task.description:<24}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-    )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
-
-
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on stdout; numbers are right-aligned by their content."""
     from rich.console import Console
@@ -156,17 +133,3 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     text = io.StringIO()  # rich would exit by itself where stdout is a closed pipe
     Console(file=text, width=None if sys.stdout.isatty() else 140).print(table)
     click.echo("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
-
-
-def numbers(kind: Callable[[str], Any], what: str) -> Callable[[Any, Any, str | None], tuple[Any, ...] | None]:
-    """A click callback that splits a comma-separated list."""
-
-    def parse(_context: Any, _parameter: Any, text: str | None) -> tuple[Any, ...] | None:
-        if text is None:
-            return None
-        try:
-            return tuple(kind(part) for part in text.split(","))
-        except ValueError:
-            raise click.BadParameter(f"{text!r} must be {what} separated by commas") from None
-
-    return parse

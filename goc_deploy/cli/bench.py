@@ -9,15 +9,23 @@ from typing import Any
 
 import click
 
-from goc_deploy.cli.app import (
-    BACKEND_HELP,
+from goc_deploy.cli.app import print_table, run_command
+from goc_deploy.cli.options import (
+    PATH,
+    SETTINGS,
+    backend_option,
+    cfg_scale_option,
     debug_option,
+    device_option,
     numbers,
-    print_table,
-    progress_bar,
-    run_command,
+    output_option,
+    plans_of_directory,
+    sort_outputs,
+    threads_option,
+    verbose_option,
     version_option,
 )
+from goc_deploy.cli.progress import progress_bar
 from goc_deploy.options import BenchOptions
 
 DEFAULTS = BenchOptions()
@@ -25,12 +33,16 @@ DEFAULTS = BenchOptions()
 
 @click.command(
     "goc-bench",
-    context_settings={"show_default": True},
+    context_settings=SETTINGS,
     epilog="Example: goc-bench engine --plan none --plan fora:2 --plan fora:2+gc:1.2 --json bench.json",
 )
-@click.argument("engine_dir", type=click.Path(path_type=Path))
+@click.argument("engine_dir", type=PATH)
 @click.option(
-    "--plan", "plans", multiple=True, help="Plans to compare, repeatable; the first is the baseline.  [default: all]"
+    "--plan",
+    "plans",
+    multiple=True,
+    shell_complete=plans_of_directory,
+    help="Plan to compare, repeatable; the first is the baseline.  [default: all]",
 )
 @click.option(
     "--labels",
@@ -38,7 +50,7 @@ DEFAULTS = BenchOptions()
     default="0",
     help="One label per image; all images run as one batch.",
 )
-@click.option("--cfg-scale", type=float, default=DEFAULTS.cfg_scale, help="Classifier-free guidance scale.")
+@cfg_scale_option(DEFAULTS.cfg_scale, "Classifier-free guidance scale; 1 is none.")
 @click.option(
     "--repeats",
     type=click.IntRange(1),
@@ -51,15 +63,18 @@ DEFAULTS = BenchOptions()
     default=DEFAULTS.warmup,
     help="Rounds that are not measured; on a GPU twice as many.",
 )
-@click.option("--backend", default=DEFAULTS.backend, help=BACKEND_HELP)
-@click.option("--threads", type=click.IntRange(0), default=DEFAULTS.threads, help="Threads; 0 is one per core.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write every measurement.")
+@backend_option
+@device_option
+@threads_option
+@output_option("File to write, repeatable: .json is --json, .png, .svg or .pdf is --plot.")
+@click.option("--json", "json_path", type=PATH, help="File for every measurement.")
 @click.option(
     "--profile",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Run each plan once more and write a Chrome trace of its steps and launches (open it at ui.perfetto.dev).",
 )
-@click.option("--plot", type=click.Path(path_type=Path), help="Write a plot of step times (needs the plot extra).")
+@click.option("--plot", type=PATH, help="File for a plot of step times; it needs the plot extra.")
+@verbose_option
 @debug_option
 @version_option
 def command(
@@ -67,7 +82,7 @@ def command(
     json_path: Path | None,
     profile: Path | None,
     plot: Path | None,
-    debug: bool,  # noqa: ARG001
+    outputs: tuple[Path, ...],
     **options: Any,
 ) -> None:
     """Measure plans side by side: rounds are interleaved, times are medians."""
@@ -75,6 +90,7 @@ def command(
     from goc_deploy.outputs import check_suffix, check_writable, save_text
     from goc_deploy.trace import Span, chrome_trace, totals_ms
 
+    json_path, plot = sort_outputs(outputs, {(".json",): json_path, (".png", ".svg", ".pdf"): plot})
     check_suffix(plot, ".png", ".svg", ".pdf", what="--plot ends in .png, .svg or .pdf")
     for path in (json_path, profile, plot):
         check_writable(path)

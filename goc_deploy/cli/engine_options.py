@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from goc_deploy.cli.app import progress_bar
+from goc_deploy.cli.progress import progress_bar
 from goc_deploy.engine_keys import ENGINE_BACKENDS, WEIGHT_MODES
 from goc_deploy.options import EngineOptions
 

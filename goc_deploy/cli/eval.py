@@ -8,27 +8,47 @@ from typing import Any
 
 import click
 
-from goc_deploy.cli.app import BACKEND_HELP, debug_option, print_table, progress_bar, run_command, version_option
+from goc_deploy.cli.app import print_table, run_command
+from goc_deploy.cli.options import (
+    PATH,
+    SETTINGS,
+    backend_option,
+    cfg_scale_option,
+    debug_option,
+    device_option,
+    output_option,
+    plans_of_directory,
+    sort_outputs,
+    threads_option,
+    verbose_option,
+    version_option,
+)
+from goc_deploy.cli.progress import progress_bar
 from goc_deploy.options import EvalOptions
 
 DEFAULTS = EvalOptions()
 EPILOG = (
     "Example: goc-eval engine --num-images 2000 --features classifier.onnx --reference digits.npz --html report.html"
 )
-FILE = click.Path(path_type=Path)
 
 
-@click.command("goc-eval", context_settings={"show_default": True}, epilog=EPILOG)
-@click.argument("engine_dir", type=FILE)
-@click.option("--plan", "plans", multiple=True, help="Plans to evaluate, repeatable.  [default: all]")
+@click.command("goc-eval", context_settings=SETTINGS, epilog=EPILOG)
+@click.argument("engine_dir", type=PATH)
+@click.option(
+    "--plan",
+    "plans",
+    multiple=True,
+    shell_complete=plans_of_directory,
+    help="Plan to evaluate, repeatable.  [default: all]",
+)
 @click.option("--num-images", type=click.IntRange(1, 1_000_000), default=DEFAULTS.num_images, help="Images per plan.")
-@click.option("--seed", type=int, default=DEFAULTS.seed, help="Of noise, labels and resampling.")
-@click.option("--cfg-scale", type=float, default=DEFAULTS.cfg_scale, help="Classifier-free guidance scale; 1 is none.")
+@click.option("--seed", type=int, default=DEFAULTS.seed, help="Seed of noise, labels and resampling.")
+@cfg_scale_option(DEFAULTS.cfg_scale, "Classifier-free guidance scale; 1 is none.")
 @click.option(
     "--cfg-channels",
     type=click.IntRange(0),
     default=DEFAULTS.cfg_channels,
-    help="Guidance acts on the first channels only.  [default: as in the model's reference]",
+    help="Guidance acts on so many channels only, the first ones.  [default: as in the model's reference]",
 )
 @click.option(
     "--labels",
@@ -37,8 +57,8 @@ FILE = click.Path(path_type=Path)
     help="Every class equally often in random order, or each label drawn alone.",
 )
 @click.option("--features", metavar="MODEL.onnx|inception", help="Feature extractor for FID and the like.")
-@click.option("--inception-weights", type=FILE, help="torch-fidelity's weights file, for --features inception.")
-@click.option("--reference", type=FILE, help="ADM .npz to compare the distribution with.")
+@click.option("--inception-weights", type=PATH, help="torch-fidelity's weights file, for --features inception.")
+@click.option("--reference", type=PATH, help="ADM .npz to compare the distribution with.")
 @click.option(
     "--converged",
     type=click.IntRange(0, 1000),
@@ -66,25 +86,28 @@ FILE = click.Path(path_type=Path)
 @click.option(
     "--grid-images", type=click.IntRange(1), default=DEFAULTS.grid_images, help="Pictures per plan in the report."
 )
-@click.option("--samples", type=FILE, help="Folder of --samples-output to read images from instead of generating.")
-@click.option("--samples-output", type=FILE, help="Folder for an ADM .npz per plan.")
-@click.option("--json", "json_path", type=FILE, help="Write every number.")
-@click.option("--html", "html_path", type=FILE, help="Write the report: one file, no network.")
-@click.option("--backend", default=DEFAULTS.backend, help=BACKEND_HELP)
+@click.option("--samples", type=PATH, help="Folder of --samples-output to read images from instead of generating.")
+@click.option("--samples-output", type=PATH, help="Folder for an ADM .npz per plan.")
+@output_option("File to write, repeatable: .json is --json, .html is --html.")
+@click.option("--json", "json_path", type=PATH, help="File for every number.")
+@click.option("--html", "html_path", type=PATH, help="File for the report, which needs no other file and no network.")
+@backend_option
+@device_option
 @click.option(
     "--batch-size",
     type=click.IntRange(0),
     default=DEFAULTS.batch_size,
     help="Images per run; 0 is what the engine was exported for.",
 )
-@click.option("--threads", type=click.IntRange(0), default=DEFAULTS.threads, help="Threads; 0 is one per core.")
+@threads_option
+@verbose_option
 @debug_option
 @version_option
 def command(
     engine_dir: Path,
     json_path: Path | None,
     html_path: Path | None,
-    debug: bool,  # noqa: ARG001
+    outputs: tuple[Path, ...],
     **options: Any,
 ) -> None:
     """Compare the plans of ENGINE_DIR with no cache on the same noise and labels, and with a reference set."""
@@ -95,6 +118,7 @@ def command(
     from goc_deploy.serde import dump_json
 
     chosen = EvalOptions(**options)
+    json_path, html_path = sort_outputs(outputs, {(".json",): json_path, (".html", ".htm"): html_path})
     for path in (json_path, html_path):
         check_writable(path)
     check_folder(chosen.samples_output)

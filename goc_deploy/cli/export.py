@@ -8,13 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from goc_deploy.cli.app import debug_option, progress_bar, run_command, version_option
+from goc_deploy.cli.app import run_command
 from goc_deploy.cli.engine_options import build_engines_and_tell, engine_options, engines_from_options
+from goc_deploy.cli.options import (
+    PATH,
+    SETTINGS,
+    Precision,
+    cfg_scale_option,
+    debug_option,
+    steps_option,
+    verbose_option,
+    version_option,
+)
+from goc_deploy.cli.progress import progress_bar
 from goc_deploy.grammar import GRAMMAR
 from goc_deploy.options import ExportOptions
 from goc_deploy.plan import SEGMENTS
 from goc_deploy.samplers import SAMPLER_GRAMMAR
-from goc_deploy.spec import PRECISIONS, PREDICTIONS
+from goc_deploy.spec import PREDICTIONS
 
 if TYPE_CHECKING:
     from goc_deploy.manifest import Manifest
@@ -24,11 +35,11 @@ DEFAULTS = ExportOptions()
 
 @click.command(
     "goc-export",
-    context_settings={"show_default": True},
+    context_settings=SETTINGS,
     epilog="Example: goc-export model.pt -o engine --plan none --plan fora:2+gc:1.2",
 )
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Engine directory to make.")
+@click.argument("checkpoint", type=PATH)
+@click.option("-o", "--output", type=PATH, required=True, help="Engine directory to make.")
 @click.option(
     "--model", type=click.Choice(["auto", "dit", "pixart", "sit"]), default=DEFAULTS.model, help="Architecture."
 )
@@ -38,10 +49,15 @@ DEFAULTS = ExportOptions()
     help="Attention heads, where the width does not tell (384, 768, 1024, 1152 do).",
 )
 @click.option(
-    "--precision", type=click.Choice(PRECISIONS), default=DEFAULTS.precision, help="Of weights, tokens and cache."
+    "--precision",
+    "--dtype",
+    "precision",
+    type=Precision(),
+    default=DEFAULTS.precision,
+    help="Precision of weights, tokens and cache. float32, float16 and bfloat16 are other names of the three.",
 )
 @click.option("--max-batch", type=click.IntRange(1, 1024), default=DEFAULTS.max_batch, help="Most images per run.")
-@click.option("--steps", type=int, default=DEFAULTS.steps, help="Sampling steps of the plans.")
+@steps_option(DEFAULTS.steps, "Sampling steps of the plans.")
 @click.option(
     "--sampler",
     help=f"{SAMPLER_GRAMMAR}.  [default: diffusers where the folder has a scheduler, else ddim, or euler for flow models]",
@@ -65,8 +81,8 @@ DEFAULTS = ExportOptions()
     metavar="K",
     help="Images that calibrated policies (goc, fit, smoothcache, search) learn from.  [default: 16, fewer for large models]",
 )
-@click.option("--seed", "calibration_seed", type=int, default=DEFAULTS.calibration_seed, help="Of these images.")
-@click.option("--cfg-scale", type=float, default=DEFAULTS.cfg_scale, help="Guidance scale of these images.")
+@click.option("--seed", "calibration_seed", type=int, default=DEFAULTS.calibration_seed, help="Seed of these images.")
+@cfg_scale_option(DEFAULTS.cfg_scale, "Guidance scale of these images.")
 @click.option(
     "--segments",
     type=click.Choice(SEGMENTS),
@@ -81,18 +97,16 @@ DEFAULTS = ExportOptions()
 )
 @click.option(
     "--captions",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="What a model of captions calibrates, benches and evaluates with, in place of labels: embeddings (.npz, .safetensors), "
     "or prompts (.txt, one per line).  [default: 16 prompts of its own, with a text encoder]",
 )
 @click.option(
     "--text-encoder",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Folder of a T5 encoder and its tokenizer (transformers), to draw prompts with.",
 )
-@click.option(
-    "--vae", type=click.Path(path_type=Path), help="Folder of an AutoencoderKL (diffusers), to decode latents with."
-)
+@click.option("--vae", type=PATH, help="Folder of an AutoencoderKL (diffusers), to decode latents with.")
 @click.option(
     "--vae-tile",
     type=click.IntRange(8, 512),
@@ -102,9 +116,10 @@ DEFAULTS = ExportOptions()
 @click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinite weights.")
 @click.option("--force", is_flag=True, help="Replace an existing engine directory.")
 @engine_options
+@verbose_option
 @debug_option
 @version_option
-def command(checkpoint: Path, output: Path, debug: bool, **options: Any) -> None:  # noqa: ARG001
+def command(checkpoint: Path, output: Path, **options: Any) -> None:
     """Compile a CHECKPOINT (.pt, .pth, .safetensors, a folder of diffusers, or its Hub id org/name) into an engine directory."""
     from goc_deploy.api import check_engine_options, export_with
 

@@ -8,8 +8,21 @@ from typing import Any
 
 import click
 
-from goc_deploy.cli.app import debug_option, print_table, progress_bar, run_command, version_option
+from goc_deploy.cli.app import print_table, run_command
 from goc_deploy.cli.engine_options import build_engines_and_tell, engine_options, engines_from_options
+from goc_deploy.cli.options import (
+    PATH,
+    SETTINGS,
+    cfg_scale_option,
+    debug_option,
+    output_option,
+    plans_of_directory,
+    sort_outputs,
+    steps_option,
+    verbose_option,
+    version_option,
+)
+from goc_deploy.cli.progress import progress_bar
 from goc_deploy.options import PlanOptions
 from goc_deploy.plan import SEGMENTS
 from goc_deploy.samplers import SAMPLER_GRAMMAR
@@ -21,11 +34,11 @@ EPILOG = (
 )
 
 
-@click.command("goc-plan", epilog=EPILOG)
-@click.argument("engine_dir", type=click.Path(path_type=Path))
+@click.command("goc-plan", context_settings=SETTINGS, epilog=EPILOG)
+@click.argument("engine_dir", type=PATH)
 @click.argument("spec", required=False)
 @click.option("--name", help="Name of the new plan.  [default: SPEC made file-safe]")
-@click.option("--steps", type=int, help="Sampling steps.  [default: those of the engine's first plan]")
+@steps_option(None, "Sampling steps.  [default: those of the engine's first plan]")
 @click.option("--sampler", help=f"{SAMPLER_GRAMMAR}.  [default: that of the engine's first plan]")
 @click.option(
     "--calibrate",
@@ -33,28 +46,30 @@ EPILOG = (
     metavar="K",
     help="Images that a calibrated policy (goc, fit, smoothcache, search) learns from.  [default: 16, fewer for large models]",
 )
-@click.option("--seed", type=int, help=f"Of these images.  [default: {DEFAULTS.seed}]")
-@click.option("--cfg-scale", type=float, help=f"Guidance scale of these images.  [default: {DEFAULTS.cfg_scale:g}]")
+@click.option("--seed", type=int, help=f"Seed of these images.  [default: {DEFAULTS.seed}]")
+@cfg_scale_option(None, f"Guidance scale of these images.  [default: {DEFAULTS.cfg_scale:g}]")
 @click.option(
     "--segments",
     type=click.Choice(SEGMENTS),
     help=f"What TensorRT runs as one engine: a full step, or no more than a unit.  [default: {DEFAULTS.segments}]",
 )
 @click.option("--list", "list_plans", is_flag=True, help="List the plans.")
-@click.option("--show", metavar="NAME", help="Show a plan's actions over steps.")
+@click.option("--show", metavar="NAME", shell_complete=plans_of_directory, help="Show a plan's actions over steps.")
+@output_option("With --show, file to write, repeatable: .png, .svg or .pdf is --plot, .json is --smoothcache.")
 @click.option(
     "--plot",
-    type=click.Path(path_type=Path),
-    help="With --show: write a heat map of actions over steps and units (needs the plot extra).",
+    type=PATH,
+    help="With --show, file for a heat map of actions over steps and units; it needs the plot extra.",
 )
 @click.option(
     "--smoothcache",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE.json",
-    help="With --show: write what the plan computes as a schedule file of SmoothCache's.",
+    help="With --show, file for what the plan computes, in the form of SmoothCache's schedules.",
 )
 @click.option("--inspect", is_flag=True, help="Show the units, the engines, and what a step launches.")
 @engine_options
+@verbose_option
 @debug_option
 @version_option
 def command(
@@ -72,7 +87,7 @@ def command(
     plot: Path | None,
     smoothcache: Path | None,
     inspect: bool,
-    debug: bool,  # noqa: ARG001
+    outputs: tuple[Path, ...],
     **engine_choices: Any,
 ) -> None:
     """Add the plan that SPEC names to ENGINE_DIR, list and show its plans, or build TensorRT engines for it."""
@@ -81,6 +96,7 @@ def command(
         raise click.UsageError(
             "give a SPEC to add, --list, --show NAME, --inspect, or a --backend to build engines for"
         )
+    plot, smoothcache = sort_outputs(outputs, {(".png", ".svg", ".pdf"): plot, (".json",): smoothcache})
     if (plot or smoothcache) and not show:
         raise click.UsageError("--plot and --smoothcache go with --show NAME")
     options: dict[str, Any] = {
@@ -100,6 +116,7 @@ def command(
 
         with progress_bar() as progress:
             entry = add_plan(engine_dir, spec, progress=progress, **given)
+        _tell(engine_dir, entry.name)
         click.echo(entry.name)
         return
     if engines:
@@ -141,6 +158,21 @@ def command(
 
         plot_schedule(plan.schedule, plan.name, plot)
         click.echo(plot)
+
+
+def _tell(engine_dir: Path, name: str) -> None:
+    """What a plan computes, on stderr."""
+    from goc_deploy.engine_dir import load_plan
+    from goc_deploy.publish import read_manifest
+
+    plan = load_plan(engine_dir, read_manifest(engine_dir), name)
+    schedule = plan.schedule
+    kinds = ", ".join(f"{count} {kind}" for kind, count in plan.kind_counts.items())
+    click.echo(
+        f"{plan.schedule.policy}: {plan.steps} steps of {plan.sampler.sampler} ({kinds}), "
+        f"{schedule.computed} of {plan.steps * schedule.units} units computed",
+        err=True,
+    )
 
 
 def _inspect(engine_dir: Path) -> None:

@@ -4,24 +4,49 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from goc_deploy.cli.app import BACKEND_HELP, debug_option, progress_bar, run_command, version_option
+from goc_deploy.cli.app import run_command
+from goc_deploy.cli.options import (
+    PATH,
+    SETTINGS,
+    backend_option,
+    cfg_scale_option,
+    debug_option,
+    device_option,
+    plans_of_directory,
+    steps_option,
+    threads_option,
+    verbose_option,
+    version_option,
+)
+from goc_deploy.cli.progress import progress_bar
 from goc_deploy.options import GenerateOptions
+
+if TYPE_CHECKING:
+    from goc_deploy.runtime.pipeline import Pipeline
+    from goc_deploy.series import Series
 
 DEFAULTS = GenerateOptions()
 
 
 @click.command(
     "goc-run",
-    context_settings={"show_default": True},
+    context_settings=SETTINGS,
     epilog="Example: goc-run engine --labels 207,360 --cfg-scale 4.0 --output images.png",
 )
-@click.argument("engine_dir", type=click.Path(path_type=Path))
-@click.option("--plan", help="Name or SPEC of a plan.  [default: the first plan that caches]")
+@click.argument("engine_dir", type=PATH)
+@click.option(
+    "--plan",
+    shell_complete=plans_of_directory,
+    help="Name of a plan of the engine, or any SPEC that does not learn from images, which is compiled for this run.  "
+    "[default: the first plan that caches]",
+)
+@steps_option(None, "Sampling steps. Others than the plan's are compiled for this run.  [default: those of the plan]")
 @click.option(
     "--labels",
     help="Class labels, one per image: numbers, or class names of the model's folder; which captions, for a model of captions.  "
@@ -36,7 +61,7 @@ DEFAULTS = GenerateOptions()
 @click.option(
     "--prompt-embeds",
     "embeds_file",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Captions to draw, .npz or .safetensors: prompt_embeds [N,L,C], prompt_attention_mask, negative_prompt_embeds, ...",
 )
 @click.option(
@@ -44,46 +69,49 @@ DEFAULTS = GenerateOptions()
     type=click.IntRange(1, 1_000_000),
     help="Images; labels are repeated in order.  [default: one per label, or 8]",
 )
-@click.option("--cfg-scale", type=float, default=DEFAULTS.cfg_scale, help="Classifier-free guidance scale; 1 is none.")
+@cfg_scale_option(DEFAULTS.cfg_scale, "Classifier-free guidance scale; 1 is none.")
 @click.option(
     "--cfg-channels",
     type=click.IntRange(0),
     default=DEFAULTS.cfg_channels,
-    help="Guidance acts on the first channels only.  [default: as in the model's reference]",
+    help="Guidance acts on so many channels only, the first ones.  [default: as in the model's reference]",
 )
-@click.option("--seed", type=int, default=DEFAULTS.seed, help="Of the noise; image i depends on (seed, i) alone.")
+@click.option("--seed", type=int, default=DEFAULTS.seed, help="Seed of the noise; image i depends on (seed, i) alone.")
 @click.option(
     "--latents",
     "latents_file",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="x_T, float32 [N,C,H,W] .npy, instead of seeded noise.",
 )
 @click.option(
+    "-o",
     "--output",
-    type=click.Path(path_type=Path),
-    help="Images: .png is a grid, .npz the ADM format, else a directory of PNGs.",
-)
-@click.option("--latents-output", type=click.Path(path_type=Path), help="Final latents, .npy [N,C,H,W].")
-@click.option(
-    "--trajectory-output", type=click.Path(path_type=Path), help="Latents after every step, .npy [T,N,C,H,W]."
+    type=PATH,
+    help="File or directory for the images: .png is a grid, .npz the ADM format with labels, another name is a directory of pictures, "
+    "each of which is written when it is drawn.  [default: goc-DATE-TIME.png, if no other output is given]",
 )
 @click.option(
-    "--report", type=click.Path(path_type=Path), help="JSON report: time and kind of every step, cache bytes, versions."
+    "--resume",
+    is_flag=True,
+    help="Keep the pictures that an interrupted run left in the --output directory, and draw the others.",
 )
-@click.option("--backend", type=str, default="auto", help=BACKEND_HELP)
-@click.option("--device", type=str, default="auto", help="cpu, cuda, or cuda:1 for another GPU than the first.")
+@click.option("--latents-output", type=PATH, help="Final latents, .npy [N,C,H,W].")
+@click.option("--trajectory-output", type=PATH, help="Latents after every step, .npy [T,N,C,H,W].")
+@click.option("--report", type=PATH, help="JSON report: time and kind of every step, cache bytes, versions.")
+@backend_option
+@device_option
 @click.option(
     "--cuda-graphs/--no-cuda-graphs",
     default=True,
     help="Record CUDA graphs the second time that a step runs; off, for debugging.",
 )
 @click.option("--batch-size", type=int, help="Images per run.  [default: what the engine was exported for]")
-@click.option("--threads", type=click.IntRange(0), default=0, help="Threads; 0 is one per core.")
+@threads_option
+@verbose_option
 @debug_option
 @version_option
 def command(
     engine_dir: Path,
-    plan: str | None,
     labels: str | None,
     prompts: tuple[str, ...],
     negatives: tuple[str, ...],
@@ -94,26 +122,31 @@ def command(
     latents_output: Path | None,
     trajectory_output: Path | None,
     report: Path | None,
-    backend: str,
-    device: str,
-    batch_size: int | None,
-    threads: int,
-    cuda_graphs: bool,
-    debug: bool,  # noqa: ARG001
-    **generate: Any,
+    resume: bool,
+    seed: int,
+    cfg_scale: float,
+    cfg_channels: int | None,
+    **loading: Any,
 ) -> None:
-    """Generate images from an engine directory."""
+    """Generate images from an engine directory.
+
+    Without an output, the images become a picture with a dated name in the current folder. What is written is printed.
+    """
     from goc_deploy import outputs
     from goc_deploy.api import load
     from goc_deploy.captions import prompt_embeds_from_arrays
-    from goc_deploy.engines.choice import explanation
     from goc_deploy.errors import UsageError
     from goc_deploy.labels import labels_from_text
+    from goc_deploy.series import Series
     from goc_deploy.tensor_files import arrays_from_file
 
     outputs.check_suffix(
         output, "", ".png", ".npz", what="--output ends in .png or .npz, or has no suffix and is a directory"
     )
+    if resume and (output is None or output.suffix or latents_output or trajectory_output):
+        raise UsageError("--resume goes with --output DIRECTORY, and with no output of latents")
+    if not (output or latents_output or trajectory_output or report):
+        output = outputs.dated_picture()
     outputs.check_writable(output, may_be_folder=True)
     for path in (latents_output, trajectory_output, report):
         outputs.check_writable(path)
@@ -124,18 +157,7 @@ def command(
     if bool(prompts) + (embeds_file is not None) > 1 or (negatives and not prompts):
         raise UsageError("give --prompt or --prompt-embeds, not both; --negative-prompt goes with --prompt")
     arrays = None if embeds_file is None else arrays_from_file(embeds_file)
-    with (
-        load(
-            engine_dir,
-            backend=backend,
-            plan=plan,
-            batch_size=batch_size,
-            threads=threads,
-            cuda_graphs=cuda_graphs,
-            device=device,
-        ) as pipe,
-        progress_bar() as progress,
-    ):
+    with load(engine_dir, **loading) as pipe:
         captions = None if arrays is None else prompt_embeds_from_arrays(arrays, pipe.spec, str(embeds_file))
         if prompts:
             captions = pipe.encode(prompts, negatives or ("",))
@@ -144,46 +166,79 @@ def command(
             rows = tuple(range(len(captions.prompts)))
         count = num_images or (None if latents is None else len(latents))
         chosen = outputs.spread_labels(rows, count, pipe.spec.classes)
-        total = len(chosen) * pipe.plan.steps
-        result = pipe.generate(
-            chosen,
-            captions=captions,
-            latents=latents,
-            trajectory=trajectory_output is not None,
-            callback=lambda event: progress(
-                f"step {event.step + 1}", event.first_image * event.steps + (event.step + 1) * event.images, total
-            ),
-            **generate,
-        )
-    described = result.report
-    click.echo(
-        f"{len(chosen)} images with plan {described['plan']} on {described['backend']} {described['version']} ({described['provider']}), "
-        f"{described['computed_units']} of {described['all_units']} units computed, {described['total_ms'] / 1e3:.2f} s",
-        err=True,
-    )
-    if described["passed_over"]:
-        click.echo(explanation(described["backend"], described["passed_over"]), err=True)
-    if latents_output:
-        outputs.save_array(result.latents, latents_output)
-    if result.trajectory is not None and trajectory_output:
-        outputs.save_array(result.trajectory, trajectory_output)
-    if report:
+        series = Series(chosen, GenerateOptions(seed, cfg_scale, cfg_channels), captions, latents)
+        series.check(pipe)
+        files = {"latents": latents_output, "trajectory": trajectory_output}
+        described = _draw(pipe, series, series.records(pipe, prompts, negatives), output, files, resume=resume)
+    if described is None:
+        click.echo(f"all {len(chosen)} images are there", err=True)
+    else:
+        _tell(described)
+    if report and described is not None:
         outputs.save_text(json.dumps(described, indent=1) + "\n", report)
-    if result.images is None:
+    if output and pipe.manifest.image_side is None:
+        output = None if latents_output else output.with_suffix(".npy")
+    for path in (output, latents_output, trajectory_output, report if described is not None else None):
+        if path:
+            click.echo(path)
+
+
+def _draw(
+    pipe: Pipeline,
+    series: Series,
+    records: list[dict[str, Any]],
+    output: Path | None,
+    arrays: dict[str, Path | None],
+    *,
+    resume: bool,
+) -> dict[str, Any] | None:
+    """Draw what is not there yet and write it; the report, or None where all was there."""
+    import numpy as np
+
+    from goc_deploy import outputs
+    from goc_deploy.errors import UsageError
+    from goc_deploy.runtime.picture_files import PictureFiles, finished_pictures
+    from goc_deploy.series import joined_report
+
+    draws = pipe.manifest.image_side is not None
+    if resume and not draws:
+        raise UsageError("--resume continues pictures, and the model makes latents; export with --vae")
+    start = finished_pictures(output, records) if resume and output else 0
+    latents, trajectories, reports = [], [], []
+    needs_latents = arrays["latents"] is not None or not draws
+    with ExitStack() as stack:
+        files = stack.enter_context(PictureFiles(output, series.labels, records)) if output and draws else None
+        progress = stack.enter_context(progress_bar())
+        for first, result in series.results(pipe, start, progress, trajectory=arrays["trajectory"] is not None):
+            reports.append(result.report)
+            if files is not None and result.images is not None:
+                files.add(first, result.images)
+            if needs_latents:
+                latents.append(result.latents)
+            if result.trajectory is not None:
+                trajectories.append(result.trajectory)
+    if arrays["latents"]:
+        outputs.save_array(np.concatenate(latents), arrays["latents"])
+    if arrays["trajectory"]:
+        outputs.save_array(np.concatenate(trajectories, axis=1), arrays["trajectory"])
+    if not draws:
         click.echo(
             f"the model makes {pipe.spec.channels}-channel latents, which need a VAE to become images; export with --vae, or use --latents-output",
             err=True,
         )
-        if output and not latents_output:
-            outputs.save_array(result.latents, output.with_suffix(".npy"))
+        if output and not arrays["latents"]:
+            outputs.save_array(np.concatenate(latents), output.with_suffix(".npy"))
             click.echo(f"wrote the latents to {output.with_suffix('.npy')} instead of images", err=True)
-    elif output:
-        from goc_deploy.runtime.images import save_images
+    return joined_report(reports) if reports else None
 
-        save_images(result.images, output, outputs.grid_columns(chosen))
-    for path in (output if result.images is not None else None, latents_output, trajectory_output, report):
-        if path:
-            click.echo(path)
+
+def _tell(described: dict[str, Any]) -> None:
+    click.echo(
+        f"{described['images']} images with plan {described['plan']} on {described['backend']} {described['version']} ({described['provider']}"
+        f"{'; -v tells why no faster backend' if described['passed_over'] else ''}), "
+        f"{described['computed_units']} of {described['all_units']} units computed, {described['total_ms'] / 1e3:.2f} s",
+        err=True,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

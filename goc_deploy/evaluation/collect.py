@@ -110,6 +110,7 @@ def _load(stack: ExitStack, engine_dir: Path, names: list[str], options: EvalOpt
         engine_dir,
         names,
         backend=options.backend,
+        device=options.device,
         batch_size=options.batch_size or None,
         threads=options.threads,
         all_units=options.converged > 0,

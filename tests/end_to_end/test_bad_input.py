@@ -65,7 +65,7 @@ def test_bad_checkpoints(name: str, command: Command, tmp_path: Path) -> None:
     make, code, message = CHECKPOINTS[name]
     make(tmp_path / "model.pt")
     before = tree(tmp_path)
-    done = command("goc-export", tmp_path / "model.pt", "-o", tmp_path / "engine", "--num-heads", 4, code=code)
+    done = command("goc-export", tmp_path / "model.pt", "-o", tmp_path / "a" / "b", "--num-heads", 4, code=code)
     assert_one_sentence(done, message)
     assert tree(tmp_path) == before
 
@@ -86,7 +86,7 @@ def test_bad_checkpoints(name: str, command: Command, tmp_path: Path) -> None:
     ],
 )
 def test_bad_export_options(options: tuple, code: int, message: str, command: Command, tmp_path: Path) -> None:
-    done = command("goc-export", GOLDEN / "model.pt", "-o", tmp_path / "engine", *options, code=code)
+    done = command("goc-export", GOLDEN / "model.pt", "-o", tmp_path / "new" / "engine", *options, code=code)
     assert_one_sentence(done, message)
     assert tree(tmp_path) == {}
 
@@ -114,9 +114,9 @@ def test_a_directory_that_is_not_ours_is_never_replaced(command: Command, tmp_pa
     assert tree(tmp_path) == before
 
 
-def test_an_output_below_a_missing_folder_or_a_file_is_refused(command: Command, tmp_path: Path) -> None:
+def test_an_output_below_a_file_is_refused(command: Command, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for target in ("missing/engine", "file", "file/engine"):
+    for target in ("file", "file/engine", "file/missing/engine"):
         done = command("goc-export", GOLDEN / "model.pt", "-o", tmp_path / target, "--num-heads", 4, code=8)
         assert_one_sentence(done, target.split("/")[0])
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
@@ -171,7 +171,7 @@ def test_a_killed_export_leaves_no_engine_and_does_not_block_the_next(command: C
     process.communicate(timeout=60)
     assert not (tmp_path / "engine").exists()
     command("goc-export", GOLDEN / "model.pt", "-o", tmp_path / "engine", "--num-heads", 4, "--plan", "none")
-    command("goc-run", tmp_path / "engine", "--labels", "1")
+    command("goc-run", tmp_path / "engine", "--labels", "1", cwd=tmp_path)
 
 
 def test_two_exports_to_one_directory_do_not_mix(tmp_path: Path) -> None:
@@ -303,10 +303,19 @@ def test_files_that_are_not_listed_are_ignored(golden_engine: Path, command: Com
         (("--labels", "1", "--latents", "{tmp}/objects.npy"), 2, "cannot be read"),
         (("--labels", "1", "--latents", "{tmp}/missing.npy"), 2, "cannot be read"),
         (("--labels", "1", "--backend", "tensorflow"), 2, "there is no backend 'tensorflow'"),
-        (("--labels", "1", "--output", "{tmp}/missing/x.png"), 8, "create it first"),
+        (("--labels", "10", "--output", "{tmp}/missing/x.png"), 2, "label 10"),
+        (("--labels", "1", "--output", "{tmp}/flat.npy/x.png"), 8, "is not a directory"),
+        (("--labels", "1", "--resume"), 2, "--resume goes with --output DIRECTORY"),
+        (("--labels", "1", "--resume", "--output", "{tmp}/x.png"), 2, "--resume goes with --output DIRECTORY"),
+        (("--labels", "1", "--resume", "--output", "{tmp}/x"), 2, "the model makes latents"),
+        (("--labels", ",".join(["1"] * 40 + ["10"]), "--output", "{tmp}/x"), 2, "label 10 (image 40)"),
+        (("--num-images", "2", "--latents", "{tmp}/wrong.npy"), 2, "expected [2, 4, 8, 8] for 2 labels"),
         (("--labels", "1", "--output", "{tmp}/x.jpg"), 2, "--output ends in .png or .npz"),
         (("--labels", "1", "--output", "{tmp}/" + "x" * 300 + ".png"), 8, "File name too long"),
-        (("--labels", "1", "--report", "{tmp}/missing/x.json"), 8, "create it first"),
+        (("--labels", "1", "--report", "{tmp}/flat.npy/missing/x.json"), 8, "is not a directory"),
+        (("--labels", "1", "--plan", "fora-2+gc-1.3"), 2, "engine fora:2+gc:1.3"),
+        (("--labels", "1", "--plan", "fora-2+gc-12"), 2, "add it with: goc plan"),
+        (("--labels", "1", "--plan", "frra-2"), 2, "did you mean fora-2?"),
         (("--labels", "1", "--latents-output", "/dev/full"), 7, "disk is full"),
     ],
 )

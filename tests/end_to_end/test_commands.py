@@ -124,7 +124,9 @@ def test_a_hand_edited_schedule_runs(engine: Path, command: Command, tmp_path: P
 
 
 def test_adding_the_same_plan_again_is_no_conflict_but_another_of_that_name_is(engine: Path, command: Command) -> None:
-    command("goc-plan", engine, "fora:2")
+    done = command("goc-plan", engine, "fora:2")
+    assert done.stdout == "fora-2\n"
+    assert "fora:2: 20 steps of ddim (10 collapsed, 10 full), 80 of 160 units computed" in done.stderr
     before = (engine / "manifest.json").read_bytes()
     done = command("goc-plan", engine, "fora:2", "--steps", "10", code=8)
     assert "already has another plan named fora-2; choose another --name" in done.stderr

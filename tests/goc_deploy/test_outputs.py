@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import resource
 import signal
 from pathlib import Path
@@ -13,6 +14,7 @@ from goc_deploy.outputs import (
     check_distinct,
     check_folder,
     check_writable,
+    dated_picture,
     grid_columns,
     read_latents,
     save_array,
@@ -37,12 +39,24 @@ def test_labels_are_repeated_in_order() -> None:
         ([*range(10), *range(5)], None),
         ([1] * 9, None),
         ([1, 2, 1, 2, 1], 2),
+        ([1, 2] * 10, 4),
         (list(range(30)) * 2, None),
         ([7], None),
     ],
 )
 def test_a_grid_has_a_row_per_repetition_where_that_looks_good(labels: list[int], columns: int | None) -> None:
     assert grid_columns(labels) == columns
+
+
+def test_a_dated_picture_replaces_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = set()
+    for _ in range(3):
+        path = dated_picture()
+        path.touch()
+        names.add(path.name)
+    assert len(names) == 3
+    assert all(re.fullmatch(r"goc-\d{8}-\d{6}(-\d)?\.png", name) for name in names)
 
 
 def test_an_output_is_whole_or_absent(tmp_path: Path) -> None:
@@ -66,26 +80,39 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: P
     (tmp_path / "file").touch()
     for path, message in (
         (tmp_path / "folder.png", "is a directory"),
-        (tmp_path / "no" / "x.png", "create it first"),
+        (tmp_path / "file" / "no" / "x.png", "is not a directory"),
         (tmp_path / "file", "is a file"),
     ):
         with pytest.raises(ConflictError, match=message):
             check_writable(path, may_be_folder=True)
-    for good in (None, tmp_path / "new.png", tmp_path / "new_folder"):
+    for good in (None, tmp_path / "new.png", tmp_path / "new_folder", tmp_path / "no" / "no" / "x.png"):
         check_writable(good, may_be_folder=True)
     np.save(tmp_path / "x.npy", np.zeros(1))
     check_writable(tmp_path / "x.npy")
 
 
-def test_a_folder_for_outputs_is_made_unless_something_stands_in_its_place(tmp_path: Path) -> None:
-    check_folder(None)
-    for _ in range(2):
-        check_folder(tmp_path / "new")
-    assert (tmp_path / "new").is_dir()
+def test_a_folder_for_outputs_can_be_made_unless_something_stands_in_its_place(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for good in (None, tmp_path / "there", tmp_path / "no" / "new"):
+        check_folder(good)
     (tmp_path / "file").touch()
-    for bad in (tmp_path / "file", tmp_path / "no" / "folder"):
-        with pytest.raises(ConflictError, match="making the folder"):
+    for bad, message in ((tmp_path / "file", "is a file"), (tmp_path / "file" / "folder", "is not a directory")):
+        with pytest.raises(ConflictError, match=message):
             check_folder(bad)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there"]
+
+
+def test_folders_of_an_output_are_made_and_stay_if_it_is_written(tmp_path: Path) -> None:
+    def fail() -> None:
+        with written(tmp_path / "a" / "b" / "x.json") as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+    save_text("whole", tmp_path / "a" / "b" / "x.json")
+    assert (tmp_path / "a" / "b" / "x.json").read_text() == "whole"
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,13 @@ def test_the_default_name_is_the_spec_made_file_safe(text: str, name: str) -> No
     ("text", "message"),
     [
         ("", "unknown policy ''"),
+        ("goc", "unknown policy 'goc'; it predicts what a policy reuses, so it comes after one, such as fora:2.goc"),
+        ("+goc", "unknown policy ''; begin with what is computed, such as fora:2"),
+        ("fora-2", r"unknown policy 'fora-2'; did you mean fora:2\?"),
+        ("fore:2", r"unknown policy 'fore'; did you mean fora\?"),
+        ("xyz", "unknown policy 'xyz'; the policies are none, fora,"),
+        ("fora:2+gc-1.2", r"unknown correction 'gc-1.2'; did you mean \+gc:1.2\?"),
+        ("fora:2+talyor", r"unknown correction 'talyor'; did you mean \+taylor\?"),
         ("fora", "interval '' must be"),
         ("fora:0", "interval '0' must be"),
         ("fora:2.5", "interval '2.5' must be"),

@@ -15,6 +15,7 @@ from goc_deploy.errors import ConflictError, EngineDirError, ResourceError, Safe
 from goc_deploy.manifest import MANIFEST_NAME, manifest_from_json, manifest_to_json
 from goc_deploy.publish import (
     check_free_space,
+    check_parent,
     check_target,
     directory_lock,
     file_entry,
@@ -60,6 +61,39 @@ def test_an_error_leaves_the_old_directory_and_nothing_else(tmp_path: Path, erro
         write_and_fail()
     assert os.listdir(tmp_path / "engine") == ["old"]
     assert os.listdir(tmp_path) == ["engine"]
+
+
+def test_missing_parents_of_a_locked_directory_stay_if_the_work_ends_well(tmp_path: Path) -> None:
+    directory = tmp_path / "a" / "b" / "engine"
+
+    def fail() -> None:
+        with directory_lock(directory):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert os.listdir(tmp_path) == []
+    with directory_lock(directory), staged(directory):
+        pass
+    assert os.listdir(tmp_path / "a" / "b") == ["engine"]
+
+
+def test_a_parent_that_somebody_else_uses_too_is_kept(tmp_path: Path) -> None:
+    def fail() -> None:
+        with directory_lock(tmp_path / "a" / "engine"):
+            (tmp_path / "a" / "other").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert os.listdir(tmp_path / "a") == ["other"]
+
+
+def test_a_directory_below_a_file_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConflictError, match=r"file is not a directory, so .*engine cannot be made"):
+        check_parent(tmp_path / "file" / "b" / "engine")
+    check_parent(tmp_path / "a" / "b" / "engine")
 
 
 def test_a_lock_that_is_held_is_a_conflict_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

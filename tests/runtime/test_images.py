@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-from PIL import Image
 
-from goc_deploy.runtime.images import grid, images_from_latents, save_images
+from goc_deploy.runtime.images import grid, images_from_latents
 
 
 def test_pixels_are_scaled_as_the_reference_does() -> None:
@@ -25,19 +22,3 @@ def test_a_grid_holds_every_picture(channels: int) -> None:
     images = np.random.default_rng(0).integers(0, 255, (5, 4, 6, channels), np.uint8)
     canvas = np.asarray(grid(images, scale=2, gap=1)).reshape(2 * 8 + 1, 3 * 12 + 2, -1)
     np.testing.assert_array_equal(canvas[9:17:2, 13:25:2].reshape(4, 6, channels), images[4])
-
-
-def test_the_adm_file_has_three_channels(tmp_path: Path) -> None:
-    images = np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4, 1)
-    save_images(images, tmp_path / "s.npz")
-    with np.load(tmp_path / "s.npz") as found:
-        assert found["arr_0"].shape == (2, 4, 4, 3)
-        np.testing.assert_array_equal(found["arr_0"][..., 2:], images)
-
-
-def test_a_directory_gets_single_pictures(tmp_path: Path) -> None:
-    images = np.arange(3 * 4 * 4, dtype=np.uint8).reshape(3, 4, 4, 1)
-    paths = save_images(images, tmp_path / "a" / "b")
-    assert [p.name for p in paths] == ["0000.png", "0001.png", "0002.png"]
-    with Image.open(paths[2]) as picture:
-        np.testing.assert_array_equal(np.asarray(picture), images[2, ..., 0])

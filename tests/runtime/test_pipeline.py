@@ -325,7 +325,7 @@ def test_interrupts_lose_no_session_and_spoil_no_image(golden_engine: Path) -> N
             assert loaded._pool.free == 1
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert interrupted > 50
+    assert interrupted > 10
     np.testing.assert_array_equal(loaded.generate([1, 2]).latents, alone)
 
 

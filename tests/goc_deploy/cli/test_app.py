@@ -12,7 +12,8 @@ from tests.conftest import BIN
 
 INTERRUPTED_IN_A_WEAK_REFERENCE = """
 import os, signal, sys, weakref, click
-from goc_deploy.cli.app import progress_bar, run_command
+from goc_deploy.cli.app import run_command
+from goc_deploy.cli.progress import progress_bar
 
 class Thing: ...
 

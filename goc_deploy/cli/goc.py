@@ -1,0 +1,54 @@
+"""goc: the commands under one name. A command's module is imported when the command is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+
+import click
+
+from goc_deploy.cli.app import run_command
+from goc_deploy.cli.options import SETTINGS, version_option
+
+COMMANDS = {
+    "export": "Compile a checkpoint into an engine directory.",
+    "plan": "Add, list and show plans, and build TensorRT engines.",
+    "run": "Generate images from an engine directory.",
+    "bench": "Measure the speed of plans side by side.",
+    "eval": "Measure the quality of plans beside no cache.",
+}
+
+
+class LazyGroup(click.Group):
+    """Commands that are known by name and by one sentence before they are imported."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """Names in the order of work."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """The command of that name, also with ``goc-`` in front."""
+        name = cmd_name.removeprefix("goc-")
+        if name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"goc_deploy.cli.{name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.command("goc", cls=LazyGroup, context_settings=SETTINGS, epilog="Example: goc export model.pt -o engine")
+@version_option
+def command() -> None:
+    """Compile Diffusion Transformers with feature caching, and run them.
+
+    Each command also has a name of its own: goc-run is goc run.
+    """
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of goc and of ``python -m goc_deploy``."""
+    return run_command(command, argv)

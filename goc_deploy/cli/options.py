@@ -1,0 +1,131 @@
+"""Options that several commands share, so that they have the same names, types and help everywhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from goc_deploy.spec import PRECISIONS
+from goc_deploy.version import __version__
+
+SETTINGS: dict[str, Any] = {"show_default": True, "help_option_names": ["-h", "--help"]}
+PATH = click.Path(path_type=Path)
+LONG_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+version_option = click.version_option(__version__, message="%(prog)s %(version)s")
+debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(0), default=0, help="Size of the thread pool; 0 is one thread per core."
+)
+backend_option = click.option(
+    "--backend",
+    default="auto",
+    help="What runs the engine: tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime, or auto, the first of these that works here.",
+)
+device_option = click.option(
+    "--device",
+    default="auto",
+    help="Where it runs: cpu, cuda, cuda:1 for another GPU than the first, or auto, which leaves it to the backend.",
+)
+
+
+def _log_more(_context: click.Context, _parameter: click.Parameter, verbose: bool) -> None:
+    if verbose:
+        import logging
+
+        logging.getLogger("goc_deploy").setLevel(logging.INFO)
+
+
+verbose_option = click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    expose_value=False,
+    callback=_log_more,
+    help="Tell more on stderr, such as why a faster backend does not work here.",
+)
+
+
+def cfg_scale_option(default: float | None, text: str) -> Decorator:
+    """The guidance scale, under our name and under that of diffusers."""
+    return click.option("--cfg-scale", "--guidance-scale", "cfg_scale", type=float, default=default, help=text)
+
+
+def steps_option(default: int | None, text: str) -> Decorator:
+    """The number of sampling steps, under our name and under that of diffusers."""
+    return click.option("--steps", "--num-inference-steps", "steps", type=int, default=default, help=text)
+
+
+def plans_of_directory(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Complete the name of a plan of the ENGINE_DIR that was typed before."""
+    directory = context.params.get("engine_dir") or next(
+        iter(context.args), ""
+    )  # not yet assigned before "--plan" has a value
+    try:
+        text = (Path(directory) / "manifest.json").read_text(encoding="utf-8")
+        plans = [(str(plan["name"]), str(plan["spec"])) for plan in json.loads(text)["plans"]]
+    except (KeyError, TypeError, ValueError, OSError):
+        return []  # a shell has no place for a message; the command itself reports what is wrong
+    return [CompletionItem(name, help=spec) for name, spec in plans if name.startswith(incomplete)]
+
+
+class Precision(click.Choice):
+    """A precision under our short name or under that of NumPy and PyTorch."""
+
+    def __init__(self) -> None:
+        super().__init__(PRECISIONS)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The short name."""
+        return super().convert(LONG_NAMES.get(value, value), param, ctx)
+
+
+def numbers(kind: Callable[[str], Any], what: str) -> Callable[[Any, Any, str | None], tuple[Any, ...] | None]:
+    """A click callback that splits a comma-separated list."""
+
+    def parse(_context: Any, _parameter: Any, text: str | None) -> tuple[Any, ...] | None:
+        if text is None:
+            return None
+        try:
+            return tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            raise click.BadParameter(f"{text!r} must be {what} separated by commas") from None
+
+    return parse
+
+
+def output_option(help_text: str) -> Decorator:
+    """``-o FILE``, repeatable: the end of its name tells which of a command's files it is (`sort_outputs`)."""
+    return click.option("-o", "--output", "outputs", type=PATH, multiple=True, metavar="FILE", help=help_text)
+
+
+def sort_outputs(outputs: tuple[Path, ...], given: dict[tuple[str, ...], Path | None]) -> list[Path | None]:
+    """Give each ``-o FILE`` to the option that writes files of that kind.
+
+    Args:
+        outputs: values of ``-o``.
+        given: suffixes -> the value of the option that writes such files.
+
+    Returns:
+        The value of each option of ``given``, in order.
+
+    Raises:
+        click.UsageError: no option writes such a file, or it has a value already.
+    """
+    found = dict(given)
+    for path in outputs:
+        kind = next((suffixes for suffixes in found if path.suffix.lower() in suffixes), None)
+        if kind is None:
+            ends = ", ".join(suffix for suffixes in found for suffix in suffixes)
+            raise click.UsageError(f"-o {path}: its name must end in one of {ends}")
+        if found[kind] is not None:
+            raise click.UsageError(f"-o {path}: {found[kind]} is written already; one file of a kind is")
+        found[kind] = path
+    return list(found.values())

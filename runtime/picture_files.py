@@ -1,0 +1,110 @@
+"""Pictures of a series to files, as they come, and where an interrupted series goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from goc_deploy.errors import ConflictError
+from goc_deploy.evaluation.adm import AdmWriter, adm_writer
+from goc_deploy.outputs import grid_columns, written
+from goc_deploy.runtime.images import grid, picture
+
+RECORD = "goc_deploy"  # name of a PNG's text that keeps what the picture was made from
+
+
+class PictureFiles:
+    """The files of one output, made in a ``with``.
+
+    ``.png`` is a grid and ``.npz`` the ADM format (``arr_0`` the pictures, uint8 (N, H, W, 3), ``arr_1`` their labels); both
+    appear whole when the body ends well. Any other name is a directory, in which each picture appears when it is added.
+    """
+
+    def __init__(self, output: Path, labels: Sequence[int], records: Sequence[Mapping[str, Any]]) -> None:
+        """``labels`` and ``records`` are of the whole series; a record is what its picture was made from, in JSON types."""
+        self._output, self._labels, self._records = output, labels, records
+        self._stack = ExitStack()
+        self._adm: AdmWriter | None = None
+        self._kept: list[np.ndarray] = []
+
+    def __enter__(self) -> PictureFiles:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *raised: Any) -> None:
+        if kind is None and self._kept:
+            images = np.concatenate(self._kept)
+            scale = max(1, 112 // images.shape[1])
+            with written(self._output) as temporary:
+                grid(images, grid_columns(self._labels), scale=scale, gap=2 * scale).save(temporary)
+        self._stack.__exit__(kind, *raised)
+
+    def add(self, first: int, images: np.ndarray) -> None:
+        """Take the next pictures.
+
+        Args:
+            first: index of the first one in the series.
+            images: (n, H, W, 1 or 3) uint8.
+
+        Raises:
+            ConflictError, ResourceError: the system refuses to write.
+        """
+        suffix = self._output.suffix.lower()
+        if suffix == ".png":
+            self._kept.append(images)
+        elif suffix == ".npz":
+            if self._adm is None:
+                self._adm = self._stack.enter_context(adm_writer(self._output, len(self._labels), *images.shape[1:3]))
+            self._adm.add(images, tuple(self._labels[first : first + len(images)]))
+        else:
+            for i, image in enumerate(images, first):
+                text = PngInfo()
+                text.add_text(RECORD, _text(self._records[i]))
+                with written(picture_path(self._output, i, len(self._labels))) as temporary:
+                    picture(image).save(temporary, pnginfo=text)
+
+
+def picture_path(folder: Path, index: int, total: int) -> Path:
+    """Where a picture of a series of ``total`` stands."""
+    return folder / f"{index:0{max(4, len(str(total - 1)))}d}.png"
+
+
+def finished_pictures(folder: Path, records: Sequence[Mapping[str, Any]]) -> int:
+    """How many pictures of a series stand in a folder, from the first one on without a gap.
+
+    Raises:
+        ConflictError: one of them is no picture, or was made from something else than its record.
+    """
+    for i, record in enumerate(records):
+        path = picture_path(folder, i, len(records))
+        if not path.exists():
+            return i
+        try:
+            with Image.open(path) as found:
+                text = found.info.get(RECORD)
+        except (OSError, UnidentifiedImageError) as cause:
+            raise ConflictError(f"{path} cannot be read ({cause}); remove it, and run again with --resume") from cause
+        if text != _text(record):
+            raise ConflictError(f"{path} {_difference(text, record)}; choose another directory, or the same options")
+    return len(records)
+
+
+def _text(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, sort_keys=True)
+
+
+def _difference(text: object, record: Mapping[str, Any]) -> str:
+    try:
+        found = json.loads(text) if isinstance(text, str) else None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        return "does not tell what it was made from"
+    name = next(name for name in sorted({*record, *found}) if found.get(name) != record.get(name))
+    return f"was made with {name} {found.get(name)}, not {record.get(name)}"
