@@ -13,6 +13,7 @@ from goc_deploy.cli.engine_options import build_engines_and_tell, engine_options
 from goc_deploy.grammar import GRAMMAR
 from goc_deploy.options import ExportOptions
 from goc_deploy.plan import SEGMENTS
+from goc_deploy.registration import installed_policies
 from goc_deploy.samplers import SAMPLER_GRAMMAR
 from goc_deploy.spec import PRECISIONS, PREDICTIONS
 
@@ -53,7 +54,7 @@ DEFAULTS = ExportOptions()
     "plans",
     multiple=True,
     metavar="SPEC",
-    help=f"Caching policy, repeatable: {GRAMMAR}.  [default: none and fora:2+goc]",
+    help=f"Caching policy, repeatable: {GRAMMAR}{installed_policies()}.  [default: none and fora:2+goc]",
 )
 @click.option(
     "--calibrate",

@@ -10,14 +10,17 @@ import click
 
 from goc_deploy.cli.app import debug_option, print_table, progress_bar, run_command, version_option
 from goc_deploy.cli.engine_options import build_engines_and_tell, engine_options, engines_from_options
+from goc_deploy.grammar import GRAMMAR
 from goc_deploy.options import PlanOptions
 from goc_deploy.plan import SEGMENTS
+from goc_deploy.registration import installed_policies
 from goc_deploy.samplers import SAMPLER_GRAMMAR
 
 DEFAULTS = PlanOptions()
 EPILOG = (
     "Examples: goc-plan engine fora:3+gc:1.0 --steps 50 --name fast; goc-plan engine --list; "
-    "goc-plan engine --show fast --plot fast.png; goc-plan engine --backend tensorrt-rtx --compute-capability 8.9"
+    "goc-plan engine --show fast --plot fast.png; goc-plan engine --backend tensorrt-rtx --compute-capability 8.9. "
+    f"SPEC is {GRAMMAR}{installed_policies()}"
 )
 
 
