@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from goc_deploy.cli.app import BACKEND_HELP, debug_option, print_table, progress_bar, run_command, version_option
-from goc_deploy.options import EvalOptions
+from goc_deploy.options import PRESETS, EvalOptions
 
 DEFAULTS = EvalOptions()
 EPILOG = (
@@ -21,6 +21,13 @@ FILE = click.Path(path_type=Path)
 @click.command("goc-eval", context_settings={"show_default": True}, epilog=EPILOG)
 @click.argument("engine_dir", type=FILE)
 @click.option("--plan", "plans", multiple=True, help="Plans to evaluate, repeatable.  [default: all]")
+@click.option(
+    "--preset",
+    type=click.Choice(PRESETS),
+    help="Rows and columns of Table 1 of GOC's paper, in place of --plan: no cache, FORA at 50 and 25 %, each also with GC and GOC. "
+    "Plans that ENGINE_DIR lacks are added to it.",
+)
+@click.option("--router", type=FILE, help="With --preset: Learning-to-Cache router (.pt) for three rows more.")
 @click.option("--num-images", type=click.IntRange(1, 1_000_000), default=DEFAULTS.num_images, help="Images per plan.")
 @click.option("--seed", type=int, default=DEFAULTS.seed, help="Of noise, labels and resampling.")
 @click.option("--cfg-scale", type=float, default=DEFAULTS.cfg_scale, help="Classifier-free guidance scale; 1 is none.")
@@ -100,6 +107,8 @@ def command(
     check_folder(chosen.samples_output)
     with progress_bar() as progress:
         evaluation = evaluate(engine_dir, chosen, progress)
+    if evaluation.found["added_plans"]:
+        click.echo(f"added to {engine_dir}: {', '.join(evaluation.found['added_plans'])}", err=True)
     title = f"{evaluation.found['images']} images per plan; +- is half of a 95 % interval"
     for columns, rows in (cost_rows(evaluation.found), distribution_rows(evaluation.found)):
         if rows:

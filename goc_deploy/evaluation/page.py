@@ -13,7 +13,7 @@ import numpy as np
 
 from goc_deploy.evaluation.charts import Point, Series, chart, color_of
 from goc_deploy.evaluation.evaluate import Evaluation
-from goc_deploy.evaluation.tables import Metric, shown_metrics, shown_value
+from goc_deploy.evaluation.tables import Metric, costs, name_columns, named, shown_metrics, shown_value
 from goc_deploy.heat_map import heat_map, svg
 
 PICTURE_SIDE = 64  # pixels, at least
@@ -51,8 +51,9 @@ def page(evaluation: Evaluation, engine: str) -> str:
         "<h2>Quality and cost</h2>",
         _tables(found, color),
         '<p class="soft">&plusmn; is half of a 95 % interval; the best plan that caches is marked if its interval '
-        "overlaps that of no other. Full steps are "
-        "computed units over units per step. Milliseconds are medians of this run, which is no benchmark.</p>",
+        "overlaps that of no other. Full steps are computed units over units per step, the caching level is the share of "
+        "units that are not computed, FLOPs are of one image, two per multiply-add. Milliseconds and speed-ups are medians "
+        "of this run, which is no benchmark.</p>",
         *_section("Quality against compute", _frontier(found, color)),
         *_section("Error over steps", _steps(found, color)),
         "<h2>Schedules</h2>",
@@ -105,14 +106,14 @@ def _tables(found: dict[str, Any], color: dict[str, int]) -> str:
 
 
 def _table(found: dict[str, Any], color: dict[str, int], metrics: Sequence[Metric], *, with_cost: bool) -> str:
-    titles = ["plan", *(["steps", "full steps", "ms/image"] if with_cost else []), *(m.title for m in metrics)]
+    columns, cost = costs(found)
+    titles = [*name_columns(found), *(columns if with_cost else []), *(m.title for m in metrics)]
     best = {metric.key: _best(found, metric) for metric in metrics}
     lines = []
-    for name, plan in found["plans"].items():
-        cells = [f"<td>{_key(color[name])}{escape(name)}</td>"]
-        if with_cost:
-            ms = "" if plan["ms_per_image"] is None else f"{plan['ms_per_image']:.1f}"
-            cells.append(f"<td>{plan['steps']}</td><td>{plan['full_step_equivalents']:.2f}</td><td>{ms}</td>")
+    for name, (first, *more) in named(found).items():
+        plan = found["plans"][name]
+        cells = [f"<td>{_key(color[name])}{escape(first)}</td>"]
+        cells += [f"<td>{escape(cell)}</td>" for cell in (*more, *(cost[name] if with_cost else ()))]
         for metric in metrics:
             value, _, half = shown_value(plan["metrics"].get(metric.key), metric, "|").partition(" |")
             mark = ' class="best"' if best[metric.key] == name else ""

@@ -165,3 +165,17 @@ def test_tables_show_values_with_half_their_interval(evaluation: Evaluation) -> 
     kid = next(metric for metric in METRICS if metric.key == "kid")
     assert shown_value({"value": 211.248040, "low": 211.248040, "high": 211.248040}, kid) == "211.248"
     assert shown_value({"value": 0.0, "low": 0.0, "high": 0.0}, kid) == "0.00000"
+
+
+def test_a_preset_has_the_columns_of_papers(evaluation: Evaluation) -> None:
+    for (name, entry), method in zip(evaluation.found["plans"].items(), ("no cache", "A", "B & C"), strict=True):
+        entry |= {"method": method, "flops_per_image": 2e12 if name == "none" else 1.5e12}
+    columns, rows = cost_rows(evaluation.found)
+    assert columns == ["method", "plan", "caching level %", "FLOPs (T)", "speed-up", "relative L2"]
+    assert rows[0] == ["no cache", "none", "0.0", "2", "1.00", ""]
+    assert rows[1] == ["A", "<b>", "33.3", "1.5", "1.50", "0.0500 +-0.0050"]
+    assert distribution_rows(evaluation.found)[1][1][:2] == ["A", "<b>"]
+    text = page(evaluation, "engine")
+    checked(text)
+    assert "<td>&lt;b&gt;</td><td>33.3</td><td>1.5</td><td>1.50</td>" in text
+    assert "B &amp; C</td>" in text
