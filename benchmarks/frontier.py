@@ -16,7 +16,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.results import TIMES
 
@@ -45,11 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         xlabel="full steps computed", ylabel="relative L2 to the converged solution", xscale="log", yscale="log"
     )
     by_time.set(xlabel="ms per image", xscale="log")
+    for axis in (by_compute.xaxis, by_compute.yaxis, by_time.xaxis):
+        label_round_numbers(axis)
     handles, titles = by_compute.get_legend_handles_labels()
     figure.legend(handles, titles, loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(args.numbers.with_suffix(".png"), dpi=120)
     print(args.numbers.with_suffix(".png"))
     return 0
+
+
+def label_round_numbers(axis: Axis) -> None:
+    """Labels at 1, 2 and 5 times powers of ten of a logarithmic axis; those of every tick overlap on less than two decades."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def series_of(rows: dict[str, dict[str, Any]]) -> dict[str, list[str]]:

@@ -18,15 +18,6 @@ SQUARES = (2048, 4096)
 COPY_BYTES = 2**28
 
 
-def matmul_flops(spec: ModelSpec, rows: int) -> int:
-    """Floating point operations of the matrix products of a full step for ``rows`` batch rows, adaLN not counted."""
-    tokens, hidden = spec.tokens, spec.hidden
-    linears = tokens * hidden * (4 * hidden + 2 * spec.mlp_hidden)
-    attention = 2 * tokens * tokens * hidden
-    patch = spec.patch**2 * (spec.channels + spec.output_channels) * hidden * tokens
-    return 2 * rows * (spec.depth * (linears + attention) + patch)
-
-
 def measured_peaks(spec: ModelSpec, rows: int, threads: int, repeats: int = 10) -> dict[str, Any]:
     """The fastest matrix product over libraries and shapes, and memory traffic.
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarks.make_checkpoint import spec_of
 from goc_deploy.grammar import parse_policy
+from goc_deploy.operations import product_flops
 from goc_deploy.passes import compile_schedule, with_stacks
 from goc_deploy.plan import Compute, Plan, Predict
 from goc_deploy.policies import schedule_from_policy
@@ -76,29 +77,23 @@ class Counter:
         """Bytes of a tensor (B, T, D)."""
         return self.rows * self.spec.tokens * self.spec.hidden * self.item
 
-    def linear(self, inputs: int, outputs: int) -> Work:
-        """A linear layer on all tokens, with its weights, without its inputs and outputs."""
-        tokens = self.rows * self.spec.tokens
-        return Work(2 * tokens * inputs * outputs, inputs * outputs * self.item)
-
     def compute(self, op: Compute) -> list[Work]:
         """A unit: each matrix product, then the gated sum. In features, what each reads and writes."""
-        spec, d, h = self.spec, self.spec.hidden, self.spec.mlp_hidden
-        tokens, wide = self.rows * spec.tokens, h / d
+        spec, d = self.spec, self.spec.hidden
+        branch, wide = spec.branches[op.unit % len(spec.branches)], spec.mlp_hidden / spec.hidden
+        captions = 2 * spec.caption_tokens / spec.tokens  # keys and values
+        layers, moved = {
+            "attn": ((3 * d * d, 0, d * d), (1 + 3, 3 + 1, 1 + 1)),
+            "cross": ((d * d, 0, d * d), (1 + 1, 1 + captions + 1, 1 + 1)),
+            "mlp": ((d * spec.mlp_hidden, spec.mlp_hidden * d), (1 + wide, wide + 1)),
+        }[branch]
         modulated = Work(0, 2 * self.feature)
         added = Work(0, 3 * self.feature)
-        if spec.branches[op.unit % len(spec.branches)] == "attn":
-            products = [
-                self._on(self.linear(d, 3 * d), 1 + 3),
-                Work(4 * tokens * spec.tokens * d, (3 + 1) * self.feature),
-                self._on(self.linear(d, d), 1 + 1),
-            ]
-        else:
-            products = [self._on(self.linear(d, h), 1 + wide), self._on(self.linear(h, d), wide + 1)]
+        products = [
+            Work(self.rows * flops, weights * self.item + features * self.feature)
+            for flops, weights, features in zip(product_flops(spec, branch), layers, moved, strict=True)
+        ]
         return [modulated, *products, added]
-
-    def _on(self, linear: Work, features: float) -> Work:
-        return Work(linear.flops, linear.nbytes + features * self.feature)
 
     def predict(self, op: Predict) -> list[Work]:
         """One pass over x, the history and what is stored, and the gates."""
@@ -120,8 +115,8 @@ class Counter:
         ]
 
     def _patch(self, channels: int, pixels: int) -> Work:
-        layer = self.linear(self.spec.patch**2 * channels, self.spec.hidden)
-        return Work(layer.flops, layer.nbytes + self.feature + pixels)
+        weights, tokens = self.spec.patch**2 * channels * self.spec.hidden, self.rows * self.spec.tokens
+        return Work(2 * tokens * weights, weights * self.item + self.feature + pixels)
 
     def conditioning(self, steps: int, labels: int) -> list[Work]:
         """The modulation table, once per batch."""

@@ -34,11 +34,12 @@ from rich.table import Table
 
 from benchmarks import contenders
 from benchmarks.make_checkpoint import random_state, spec_of
-from benchmarks.peaks import matmul_flops, measured_peaks
+from benchmarks.peaks import measured_peaks
 from benchmarks.work import Contender, Outcome, Work
 from goc_deploy.exporters.checkpoint import load_checkpoint
 from goc_deploy.exporters.dit import DiT
 from goc_deploy.exporters.dit_units import spec_from_tensors
+from goc_deploy.operations import full_step_flops
 from goc_deploy.process import Process
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.samplers import sampler_table
@@ -148,7 +149,7 @@ def measure(name: str, batch: int, args: argparse.Namespace, work_folder: Path) 
         + (f" --only '{args.only}'" if args.only else ""),
         **machine_report(),
         "depth": spec.depth,
-        "matmul_flops_full_step": matmul_flops(spec, 2 * batch),
+        "matmul_flops_full_step": full_step_flops(spec, 2 * batch),
         "peaks": measured_peaks(spec, 2 * batch, args.threads),
         "export": exported,
         "load": loaded,

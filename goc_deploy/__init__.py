@@ -10,8 +10,21 @@ from goc_deploy.api import add_plan, export, load
 from goc_deploy.errors import GocError
 from goc_deploy.passes import compile_schedule as compile
 from goc_deploy.plan import Plan
+from goc_deploy.registration import register_correction, register_policy
 from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec
 from goc_deploy.version import __version__
 
-__all__ = ["GocError", "ModelSpec", "Plan", "Schedule", "__version__", "add_plan", "compile", "export", "load"]
+__all__ = [
+    "GocError",
+    "ModelSpec",
+    "Plan",
+    "Schedule",
+    "__version__",
+    "add_plan",
+    "compile",
+    "export",
+    "load",
+    "register_correction",
+    "register_policy",
+]

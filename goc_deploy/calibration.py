@@ -12,6 +12,7 @@ import numpy as np
 from goc_deploy.captions import NO_CAPTIONS
 from goc_deploy.errors import ScheduleError, UsageError
 from goc_deploy.fitting import FitOptions
+from goc_deploy.operations import full_step_flops
 from goc_deploy.options import CALIBRATION_SEED, GenerateOptions, Progress
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule, check_amplification
@@ -140,9 +141,7 @@ class Laboratory:
 
 def default_images(spec: ModelSpec, steps: int) -> int:
     """Images to calibrate on where nobody says: 16, or what ``DEFAULT_FLOPS`` pay for, but one at least."""
-    per_token = 2 * spec.hidden * (4 * spec.hidden + 2 * spec.mlp_hidden + 2 * spec.tokens)
-    image = 2 * steps * spec.depth * spec.tokens * per_token
-    return max(1, min(DEFAULT_IMAGES, DEFAULT_FLOPS // image))
+    return max(1, min(DEFAULT_IMAGES, DEFAULT_FLOPS // (steps * full_step_flops(spec, 2))))
 
 
 def check_options(options: CalibrationOptions) -> None:

@@ -18,7 +18,7 @@ CORRECTION_NAMES = ("gc", "steps", "taylor", "lagrange", "hermite", "goc", "fit"
 FLAGS = ("both_branches", "per_unit", "units")
 BASES_WITH_A_PATH = ("file", "l2c", "smoothcache")
 _OPTION = re.compile(rf",(?=[a-z_]+=|(?:{'|'.join(FLAGS)})(?:,|$))")
-_CORRECTION = re.compile(r"\+(?=[a-z]+(?::[^/\\]*)?$)")
+_CORRECTION = re.compile(r"\+(?=[a-z][a-z0-9_]*(?::[^/\\]*)?$)")
 _PLAN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,@-]{0,99}")
 
 

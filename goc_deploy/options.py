@@ -10,6 +10,7 @@ Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 
 CALIBRATION_SEED = 2**32  # far from the small seeds that people generate with: calibration images stay unseen
+PRESETS = ("paper",)  # tables of the literature that goc-eval makes
 
 
 def no_progress(what: str, done: int, total: int) -> None:
@@ -164,6 +165,8 @@ class EvalOptions:
 
     Attributes:
         plans: names or SPECs; empty takes all plans of the engine.
+        preset: one of ``PRESETS``, which chooses the plans, or None.
+        router: Learning-to-Cache router for the preset's rows of it, or None.
         num_images: images per plan.
         seed: of noise, labels and resampling; image i has the noise that goc-run gives it.
         cfg_scale: classifier-free guidance scale.
@@ -186,6 +189,8 @@ class EvalOptions:
     """
 
     plans: tuple[str, ...] = ()
+    preset: str | None = None
+    router: Path | None = None
     num_images: int = 1000
     seed: int = 0
     cfg_scale: float = 4.0

@@ -15,7 +15,7 @@ from goc_deploy.manifest import MANIFEST_NAME, Manifest, PlanEntry, manifest_to_
 from goc_deploy.options import ExportOptions, PlanOptions, Progress, no_progress
 from goc_deploy.passes import compile_schedule
 from goc_deploy.plan import Plan
-from goc_deploy.policies import BASES, schedule_from_policy
+from goc_deploy.policies import schedule_from_policy
 from goc_deploy.protocols import Backend
 from goc_deploy.publish import (
     directory_lock,
@@ -26,6 +26,7 @@ from goc_deploy.publish import (
     replacing,
     scratch_folder,
 )
+from goc_deploy.registration import base_named
 from goc_deploy.samplers import default_sampler
 from goc_deploy.schedulers import table_from_sampler
 from goc_deploy.suggestions import meant_spec
@@ -75,7 +76,8 @@ def _compiled(
 ) -> Plan:
     """The plan, for a directory that nobody needs to lock: calibration may take minutes."""
     policy = parse_policy(spec)
-    if options.steps is not None and BASES.get(policy.base[0], BASES["none"]).chooses_steps:
+    base = base_named(policy.base[0])
+    if options.steps is not None and base is not None and base.chooses_steps:
         raise UsageError(
             f"{policy.base[0]!r} chooses the number of steps; use the option ,steps={options.steps} in the SPEC"
         )

@@ -1,4 +1,4 @@
-"""Plots (need the ``plot`` extra)."""
+"""Plots (PNG and PDF need the ``plot`` extra)."""
 
 from __future__ import annotations
 
@@ -7,99 +7,82 @@ from pathlib import Path
 from typing import Any
 
 from goc_deploy.errors import EnvironmentUnsupportedError
+from goc_deploy.heat_map import COLORS, FONT_SIZE, Drawing, Label, Line, heat_map, svg_file
 from goc_deploy.outputs import written
 from goc_deploy.schedule import Schedule
-from goc_deploy.show import god_curves
 
-ACTIONS = {"compute": "#1b3a57", "reuse": "#d9e4ec", "gradient": "#f2a541", "blend": "#8e5ea2"}
+POINTS_PER_INCH = 72  # a pixel of a drawing is a point
+DOTS_PER_INCH = 160
+ALIGNMENT = {"start": "left", "middle": "center", "end": "right"}
 
 
-def pyplot() -> Any:
-    """matplotlib.pyplot without a screen.
+def make_figure(**options: Any) -> Any:
+    """A figure of matplotlib, which needs no screen.
 
     Raises:
         EnvironmentUnsupportedError: matplotlib is not installed.
     """
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as cause:
         raise EnvironmentUnsupportedError("plots need matplotlib; run: pip install 'goc_deploy[plot]'") from cause
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    return Figure(**options)
 
 
 def plot_schedule(schedule: Schedule, title: str, path: Path) -> None:
-    """Heat map of actions: steps from left to right, units from bottom to top; above it GOD's N and B where it chose."""
-    plt = pyplot()
-    from matplotlib.colors import ListedColormap
-    from matplotlib.patches import Patch
+    """Write `goc_deploy.heat_map.heat_map` as SVG, or with matplotlib as PNG or PDF.
 
-    names = list(ACTIONS)
-    codes = [[names.index(schedule.action(k, u)) for k in range(schedule.steps)] for u in range(schedule.units)]
-    width, height = max(6.0, 1.5 + 0.28 * schedule.steps), max(3.0, 1.5 + 0.12 * schedule.units)
-    curves = god_curves(schedule)
-    panels = {"nrows": 2, "sharex": True, "height_ratios": [1, 2]} if curves else {}
-    figure, found = plt.subplots(
-        figsize=(min(width, 24), min(height + 1.5 * bool(curves), 16)), layout="constrained", **panels
-    )
-    axes = found[-1] if curves else found
-    if curves:
-        _plot_god(found[0], schedule, curves)
-    axes.pcolormesh(
-        codes,
-        cmap=ListedColormap(list(ACTIONS.values())),
-        vmin=-0.5,
-        vmax=len(names) - 0.5,
-        edgecolors="white",
-        linewidth=0.4,
-    )
-    branches = len(schedule.branches)
-    axes.set_yticks(
-        [branches * b + branches / 2 for b in range(schedule.depth)], [str(b) for b in range(schedule.depth)]
-    )
-    axes.set_xticks(
-        [k + 0.5 for k in range(0, schedule.steps, max(1, schedule.steps // 20))],
-        range(0, schedule.steps, max(1, schedule.steps // 20)),
-    )
-    axes.set_xlabel("step (0 is the noisiest)")
-    axes.set_ylabel(f"block (rows from below: {', '.join(schedule.branches)})")
-    figure.suptitle(title)
-    present = sorted({code for row in codes for code in row})
-    handles = [Patch(facecolor=ACTIONS[names[code]], edgecolor="grey", label=names[code]) for code in present]
-    figure.legend(handles=handles, loc="outside right upper", frameon=False)
+    Raises:
+        EnvironmentUnsupportedError: PNG or PDF, and matplotlib is not installed.
+    """
+    drawing = heat_map(schedule, title)
+    if path.suffix == ".svg":
+        with written(path) as temporary:
+            temporary.write_text(svg_file(drawing), encoding="utf-8")
+        return
+    figure = _figure_of(drawing)
     with written(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-    plt.close(figure)
+        figure.savefig(temporary, dpi=DOTS_PER_INCH)
 
 
-def _plot_god(axes: Any, schedule: Schedule, curves: list[list[float]]) -> None:
-    """N, B and the threshold over steps."""
-    middles = [step + 0.5 for step in range(schedule.steps)]
-    axes.step(middles, curves[0], where="mid", color="#b23a48", label="N, share of inverse units")
-    axes.plot(middles, curves[1], color="#1b3a57", marker="o", markersize=3, label="B, boundary")
-    threshold = schedule.provenance["god"].get("threshold")
-    if isinstance(threshold, (int, float)) and threshold <= 1:
-        axes.axhline(threshold, color="grey", linestyle="--", label="threshold")
-    axes.set_ylim(-0.05, 1.05)
-    axes.legend(loc="upper left", fontsize="small", frameon=False)
+def _figure_of(drawing: Drawing) -> Any:
+    figure = make_figure(figsize=(drawing.width / POINTS_PER_INCH, drawing.height / POINTS_PER_INCH))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, drawing.width), ylim=(drawing.height, 0))
+    axes.set_axis_off()
+    from matplotlib.patches import Rectangle
+
+    for mark in drawing.marks:
+        if isinstance(mark, Line):
+            axes.plot(*zip(*mark.points, strict=True), color=COLORS[mark.kind], linewidth=1)
+        elif isinstance(mark, Label):
+            axes.text(
+                mark.x,
+                mark.y,
+                mark.text,
+                ha=ALIGNMENT[mark.anchor],
+                va="baseline" if not mark.upwards else "center",
+                rotation=90 * mark.upwards,
+                fontsize=FONT_SIZE,
+                color="#333333",
+                parse_math=False,
+            )
+        else:
+            shape = Rectangle((mark.x, mark.y), mark.width, mark.height, facecolor=COLORS[mark.kind], linewidth=0)
+            axes.add_patch(shape)
+    return figure
 
 
 def plot_step_times(rows: Sequence[tuple[str, Sequence[float]]], title: str, path: Path) -> None:
-    """Median milliseconds of every step, one line per plan."""
-    plt = pyplot()
+    """Median milliseconds of every step, one line per plan. The scale is logarithmic: cached steps take hundredths of full ones."""
+    figure = make_figure(figsize=(9, 4.5), layout="constrained")
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
     for name, milliseconds in rows:
         axes.plot(range(len(milliseconds)), milliseconds, marker="o", markersize=3, label=name)
-    axes.set_xlabel("step")
-    axes.set_ylabel("median time of the step (ms)")
-    axes.set_yscale("log")  # a step that computes nothing takes a thousandth of a full one
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title(title)
+    axes.set(xlabel="step", ylabel="median time of the step (ms)", yscale="log", title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
+    axes.yaxis.set_major_formatter("{x:g}")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     with written(path) as temporary:
         figure.savefig(temporary, dpi=120)
-    plt.close(figure)

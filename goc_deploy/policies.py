@@ -1,19 +1,27 @@
 """Policies: what makes a schedule. A SPEC such as ``fora:2+gc:1.2,history=computed`` names one.
 
 A base says what is computed, a correction how the rest is predicted; see `goc_deploy.bases` and
-`goc_deploy.corrections` for the arguments and options of each.
+`goc_deploy.corrections` for the arguments and options of each, and `goc_deploy.registration` for those of other packages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from goc_deploy import bases, corrections, learned, searched, smoothcache
 from goc_deploy.bases import PolicyContext
 from goc_deploy.calibration import Laboratory
 from goc_deploy.errors import GocError, UsageError
 from goc_deploy.grammar import PolicySpec
+from goc_deploy.registration import (
+    BASES,
+    CORRECTIONS,
+    Base,
+    Correction,
+    base_named,
+    correction_named,
+    registered_names,
+)
 from goc_deploy.schedule import HISTORY_KINDS, Schedule, check_schedule, check_schedule_fits, fill_short_history
 from goc_deploy.spec import ModelSpec
 from goc_deploy.suggestions import hint_for_correction, hint_for_policy
@@ -21,40 +29,27 @@ from goc_deploy.suggestions import hint_for_correction, hint_for_policy
 COMMON_OPTIONS = ("history",)
 
 
-@dataclass(frozen=True, slots=True)
-class Base:
-    """A base policy, the options that it reads, and whether it chooses the number of steps by itself."""
-
-    make: Callable[[str, PolicyContext], Schedule]
-    options: tuple[str, ...] = ()
-    chooses_steps: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Correction:
-    """A correction and the options that it reads."""
-
-    apply: Callable[[Schedule, str, PolicyContext], Schedule]
-    options: tuple[str, ...] = ("both_branches",)
-
-
-BASES = {
-    "none": Base(bases.compute_all),
-    "fora": Base(bases.fora, ("phase",)),
-    "l2c": Base(bases.l2c),
-    "file": Base(bases.from_file),
-    "search": Base(searched.searched, ("steps", "reference", "units"), chooses_steps=True),
-    "smoothcache": Base(smoothcache.smoothcache, ("per_unit",)),
-}
-CORRECTIONS = {
-    "gc": Correction(corrections.gradient_everywhere),
-    "steps": Correction(corrections.gradient_at_steps),
-    "taylor": Correction(corrections.taylor),
-    "lagrange": Correction(corrections.lagrange),
-    "hermite": Correction(corrections.hermite),
-    "goc": Correction(learned.goc, ("both_branches", "gamma", "threshold", "reading", "per_unit")),
-    "fit": Correction(learned.fit, ("fit", "target", "ridge")),
-}
+BASES.update(
+    {
+        "none": Base(bases.compute_all),
+        "fora": Base(bases.fora, ("phase",)),
+        "l2c": Base(bases.l2c),
+        "file": Base(bases.from_file),
+        "search": Base(searched.searched, ("steps", "reference", "units"), chooses_steps=True),
+        "smoothcache": Base(smoothcache.smoothcache, ("per_unit",)),
+    }
+)
+CORRECTIONS.update(
+    {
+        "gc": Correction(corrections.gradient_everywhere),
+        "steps": Correction(corrections.gradient_at_steps),
+        "taylor": Correction(corrections.taylor),
+        "lagrange": Correction(corrections.lagrange),
+        "hermite": Correction(corrections.hermite),
+        "goc": Correction(learned.goc, ("both_branches", "gamma", "threshold", "reading", "per_unit")),
+        "fit": Correction(learned.fit, ("fit", "target", "ridge")),
+    }
+)
 
 
 def schedule_from_policy(
@@ -69,7 +64,9 @@ def schedule_from_policy(
         laboratory: asked by policies that learn, and by no other.
 
     Raises:
-        UsageError: an unknown name, or an argument or option of the SPEC that is out of range.
+        UsageError: an unknown name, an argument or option of the SPEC that is out of range, or a registered policy that
+            raises or returns no schedule.
+        EnvironmentUnsupportedError: the package of an installed policy cannot be imported.
         ScheduleError: a schedule file is wrong or does not fit.
         ModelError, SafetyError: a router file is unreadable or asks to run code.
     """
@@ -93,17 +90,24 @@ def schedule_from_policy(
 
 def _named(policy: PolicySpec) -> tuple[Base, Correction | None]:
     """The base and the correction that a SPEC names, once its options are known to belong to them."""
-    name, correction_name = policy.base[0], policy.correction[0] if policy.correction else None
-    if name not in BASES:
-        raise UsageError(f"unknown policy {name!r}; {hint_for_policy(name)}")
-    if correction_name is not None and correction_name not in CORRECTIONS:
-        raise UsageError(f"unknown correction {correction_name!r}; {hint_for_correction(correction_name)}")
-    base, correction = BASES[name], CORRECTIONS[correction_name] if correction_name else None
+    base = base_named(policy.base[0])
+    if base is None:
+        raise UsageError(f"unknown policy {policy.base[0]!r}; {hint_for_policy(policy.base[0])}{_more()}")
+    correction = correction_named(policy.correction[0]) if policy.correction else None
+    if policy.correction and correction is None:
+        raise UsageError(
+            f"unknown correction {policy.correction[0]!r}; {hint_for_correction(policy.correction[0])}{_more()}"
+        )
     allowed = (*COMMON_OPTIONS, *base.options, *(correction.options if correction else ()))
     for option, _ in policy.options:
         if option not in allowed:
             raise UsageError(f"option {option!r} is not one of {', '.join(allowed)}, which this policy takes")
     return base, correction
+
+
+def _more() -> str:
+    names = registered_names()
+    return f"; registered are {', '.join(names)}" if names else ""
 
 
 def _written(named_argument: tuple[str, str] | None) -> str | None:

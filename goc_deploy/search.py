@@ -19,6 +19,7 @@ import numpy as np
 from goc_deploy.bases import PolicyContext
 from goc_deploy.errors import UsageError
 from goc_deploy.grammar import parse_policy
+from goc_deploy.registration import correction_named
 from goc_deploy.schedule import COMPUTE, REUSE, Schedule, fill_short_history
 from goc_deploy.spec import ModelSpec
 
@@ -65,12 +66,12 @@ def plain(mask: np.ndarray, spec: ModelSpec) -> Schedule:
 
 def predicted(schedule: Schedule, predictor: str, spec: ModelSpec) -> Schedule:
     """The schedule with a correction, such as ``lagrange:2``, in place of plain reuse."""
-    from goc_deploy.policies import CORRECTIONS
-
-    correction = parse_policy(f"none+{predictor}").correction
+    named = parse_policy(f"none+{predictor}").correction
+    correction = correction_named(named[0]) if named else None
+    assert named is not None
     assert correction is not None
     context = PolicyContext(spec, schedule.steps, {})
-    return fill_short_history(CORRECTIONS[correction[0]].apply(schedule, correction[1], context))
+    return fill_short_history(correction.apply(schedule, named[1], context))
 
 
 def warped(steps: int, count: int, warp: float, tail: int) -> tuple[int, ...]:

@@ -46,7 +46,9 @@ def searched(argument: str, context: PolicyContext) -> Schedule:
         raise UsageError(
             f"sampler {trials.sampler!r} draws fresh noise, so there is no converged solution; use ddim or dpm++"
         )
-    predictors = PREDICTORS if correction is None else (STAND_IN if correction.startswith(LEARNED) else correction,)
+    predictors = (
+        PREDICTORS if correction is None else (STAND_IN if correction.partition(":")[0] in LEARNED else correction,)
+    )
     sizes = sizes_for((lambda _: computed) if budget_ms is None else _affordable(budget_ms, trials, spec), fixed_steps)
     converged = uncached(spec, reference_steps)
     numbers = count(1)

@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from goc_deploy.errors import UsageError
+from goc_deploy.grammar import parse_policy
 from goc_deploy.manifest import Manifest
 from goc_deploy.plan import Plan
 from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ITEM_BYTES
 
 Table = tuple[list[str], list[list[str]]]
+
+PREDICTION_NAMES = {
+    "gc": "gradient",
+    "steps": "gradient",
+    "goc": "gradient",
+    "taylor": "Taylor",
+    "lagrange": "Lagrange",
+    "hermite": "Hermite",
+    "fit": "fitted",
+}
 
 
 def plan_rows(plans: Sequence[Plan], manifest: Manifest) -> Table:
@@ -52,10 +64,11 @@ def plan_rows(plans: Sequence[Plan], manifest: Manifest) -> Table:
 def action_rows(plan: Plan) -> Table:
     """A row per step: timestep, kind, how many units do what, and with which coefficients; GOD's N and B where it chose."""
     schedule = plan.schedule
+    prediction = prediction_name(schedule)
     judged = god_curves(schedule)
     rows = []
     for step, units in enumerate(schedule.coefficients):
-        counts = Counter(schedule.action(step, unit) for unit in range(schedule.units))
+        counts = Counter(action_name(schedule, step, unit, prediction) for unit in range(schedule.units))
         actions = ", ".join(f"{count} {action}" for action, count in sorted(counts.items()))
         used = sorted({row for row in units if row})
         shown = "; ".join(" ".join(f"{c:+g}" for c in row) for row in used[:3]) + (
@@ -65,6 +78,29 @@ def action_rows(plan: Plan) -> Table:
         rows.append([str(step), f"{plan.sampler.timesteps[step]:g}", plan.step_kind(step), *numbers, actions, shown])
     columns = ["N inverse", "B"] if judged else []
     return ["step", "timestep", "kind", *columns, "units", "coefficients, newest first"], rows
+
+
+def action_name(schedule: Schedule, step: int, unit: int, prediction: str) -> str:
+    """``compute``, ``reuse``, or ``prediction``, which is the schedule's `prediction_name`."""
+    action = schedule.action(step, unit)
+    return action if action in ("compute", "reuse") else prediction
+
+
+def prediction_name(schedule: Schedule) -> str:
+    """What a schedule's predictions are: the correction of its SPEC, or the predictor that its search chose.
+
+    Coefficients do not tell: the gradient with eta 0.5 and the line through two features may be the same numbers.
+    """
+    try:
+        policy = parse_policy(schedule.policy)
+    except UsageError:  # a file may have any text there
+        return "prediction"
+    if policy.base[0] == "file":  # which may hold predictions of its own
+        return "prediction"
+    found = schedule.provenance.get("search")
+    chosen = found.get("predictor") if isinstance(found, dict) else None
+    name = policy.correction[0] if policy.correction else str(chosen or "prediction").partition(":")[0]
+    return PREDICTION_NAMES.get(name, name)
 
 
 def god_curves(schedule: Schedule) -> list[list[float]]:

@@ -19,8 +19,11 @@ assert not after, after
 
 def test_the_public_names_are_these() -> None:
     assert sorted(goc_deploy.__all__) == sorted(
-        ["GocError", "ModelSpec", "Plan", "Schedule", "__version__", "add_plan", "compile", "export", "load"]
-    )
+        [
+            "GocError", "ModelSpec", "Plan", "Schedule", "__version__", "add_plan", "compile", "export", "load",
+            "register_correction", "register_policy",
+        ]
+    )  # fmt: skip
     assert all(getattr(goc_deploy, name) for name in goc_deploy.__all__)
 
 

@@ -24,7 +24,7 @@ from goc_deploy.cli.options import (
     version_option,
 )
 from goc_deploy.cli.progress import progress_bar
-from goc_deploy.options import EvalOptions
+from goc_deploy.options import PRESETS, EvalOptions
 
 DEFAULTS = EvalOptions()
 EPILOG = (
@@ -41,6 +41,13 @@ EPILOG = (
     shell_complete=plans_of_directory,
     help="Plan to evaluate, repeatable.  [default: all]",
 )
+@click.option(
+    "--preset",
+    type=click.Choice(PRESETS),
+    help="Rows and columns of Table 1 of GOC's paper, in place of --plan: no cache, FORA at 50 and 25 %, each also with GC and GOC. "
+    "Plans that ENGINE_DIR lacks are added to it.",
+)
+@click.option("--router", type=PATH, help="With --preset: Learning-to-Cache router (.pt) for three rows more.")
 @click.option("--num-images", type=click.IntRange(1, 1_000_000), default=DEFAULTS.num_images, help="Images per plan.")
 @click.option("--seed", type=int, default=DEFAULTS.seed, help="Seed of noise, labels and resampling.")
 @cfg_scale_option(DEFAULTS.cfg_scale, "Classifier-free guidance scale; 1 is none.")
@@ -124,6 +131,8 @@ def command(
     check_folder(chosen.samples_output)
     with progress_bar() as progress:
         evaluation = evaluate(engine_dir, chosen, progress)
+    if evaluation.found["added_plans"]:
+        click.echo(f"added to {engine_dir}: {', '.join(evaluation.found['added_plans'])}", err=True)
     title = f"{evaluation.found['images']} images per plan; +- is half of a 95 % interval"
     for columns, rows in (cost_rows(evaluation.found), distribution_rows(evaluation.found)):
         if rows:

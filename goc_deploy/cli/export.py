@@ -24,6 +24,7 @@ from goc_deploy.cli.progress import progress_bar
 from goc_deploy.grammar import GRAMMAR
 from goc_deploy.options import ExportOptions
 from goc_deploy.plan import SEGMENTS
+from goc_deploy.registration import installed_policies
 from goc_deploy.samplers import SAMPLER_GRAMMAR
 from goc_deploy.spec import PREDICTIONS
 
@@ -73,7 +74,7 @@ DEFAULTS = ExportOptions()
     "plans",
     multiple=True,
     metavar="SPEC",
-    help=f"Caching policy, repeatable: {GRAMMAR}.  [default: none and fora:2+goc]",
+    help=f"Caching policy, repeatable: {GRAMMAR}{installed_policies()}.  [default: none and fora:2+goc]",
 )
 @click.option(
     "--calibrate",

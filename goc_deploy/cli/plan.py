@@ -23,14 +23,17 @@ from goc_deploy.cli.options import (
     version_option,
 )
 from goc_deploy.cli.progress import progress_bar
+from goc_deploy.grammar import GRAMMAR
 from goc_deploy.options import PlanOptions
 from goc_deploy.plan import SEGMENTS
+from goc_deploy.registration import installed_policies
 from goc_deploy.samplers import SAMPLER_GRAMMAR
 
 DEFAULTS = PlanOptions()
 EPILOG = (
     "Examples: goc-plan engine fora:3+gc:1.0 --steps 50 --name fast; goc-plan engine --list; "
-    "goc-plan engine --show fast --plot fast.png; goc-plan engine --backend tensorrt-rtx --compute-capability 8.9"
+    "goc-plan engine --show fast --plot fast.png; goc-plan engine --backend tensorrt-rtx --compute-capability 8.9. "
+    f"SPEC is {GRAMMAR}{installed_policies()}"
 )
 
 

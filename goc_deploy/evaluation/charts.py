@@ -6,15 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import groupby
-
-from goc_deploy.schedule import Schedule
 
 WIDTH, HEIGHT = 520, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 12, 42
 LOGARITHMIC_FROM = 5  # the largest value over the smallest
 COLORS = 8  # CSS variables --c0 .. --c7; the next eight plans are hollow marks and dashed lines of the same colours
-CELL_WIDTH, CELL_HEIGHT, MAX_HEAT_WIDTH, LABEL_WIDTH = 14, 7, 640, 26
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,38 +128,6 @@ def _frame(x: Axis, y: Axis, x_title: str, y_title: str) -> list[str]:
         f'<text class="title" x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{escape(y_title)}</text>'
     )
     return parts
-
-
-def heat_map(schedule: Schedule) -> str:
-    """Actions of a schedule: steps from left to right, units from top to bottom; runs of equal actions are one mark."""
-    cell = min(CELL_WIDTH, MAX_HEAT_WIDTH / schedule.steps)
-    width, height = cell * schedule.steps, CELL_HEIGHT * schedule.units
-    parts = []
-    for unit in range(schedule.units):
-        actions = [(step, schedule.action(step, unit)) for step in range(schedule.steps)]
-        for action, run in groupby(actions, key=lambda pair: pair[1]):
-            steps = [step for step, _ in run]
-            parts.append(
-                f'<rect class="{action}" x="{LEFT + cell * steps[0]:.2f}" y="{TOP + CELL_HEIGHT * unit}" '
-                f'width="{cell * len(steps) - 0.6:.2f}" height="{CELL_HEIGHT - 0.6}"><title>'
-                f"{escape(schedule.place(steps[0], unit))}{f' to step {steps[-1]}' if len(steps) > 1 else ''}: {action}"
-                f"</title></rect>"
-            )
-    branches = len(schedule.branches)
-    every = max(1, math.ceil(11 / (CELL_HEIGHT * branches)))
-    for block in range(0, schedule.depth, every):
-        at = TOP + CELL_HEIGHT * branches * (block + 0.5) + 4
-        parts.append(f'<text x="{LEFT - 8}" y="{at:.1f}" text-anchor="end">{block}</text>')
-    for step in range(0, schedule.steps, math.ceil(LABEL_WIDTH / cell)):
-        parts.append(
-            f'<text x="{LEFT + cell * (step + 0.5):.1f}" y="{TOP + height + 15}" text-anchor="middle">{step}</text>'
-        )
-    middle = TOP + height / 2
-    parts.append(
-        f'<text class="title" x="{LEFT + width / 2}" y="{TOP + height + 32}" text-anchor="middle">step</text>'
-        f'<text class="title" x="24" y="{middle}" text-anchor="middle" transform="rotate(-90 24 {middle})">block</text>'
-    )
-    return _svg(LEFT + width + RIGHT, TOP + height + 38, "".join(parts), "actions over steps and blocks")
 
 
 def _svg(width: float, height: float, content: str, title: str) -> str:

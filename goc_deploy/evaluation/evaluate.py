@@ -15,8 +15,10 @@ from goc_deploy.evaluation.collect import PlanScores, collect
 from goc_deploy.evaluation.distribution import FeatureSet
 from goc_deploy.evaluation.judges import make_judges
 from goc_deploy.evaluation.pairing import baselines
+from goc_deploy.evaluation.preset import plans_of_preset
 from goc_deploy.evaluation.sampling import class_labels, samples_of_plans
 from goc_deploy.manifest import Manifest
+from goc_deploy.operations import schedule_flops
 from goc_deploy.options import EvalOptions, Progress
 from goc_deploy.publish import read_manifest
 from goc_deploy.schedule import Schedule
@@ -46,15 +48,21 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
 
     Memory: features, one number per image and metric, and one batch; the images themselves are never all held.
 
+    Plans of a preset that the engine directory lacks are added to it.
+
     Raises:
-        UsageError: an option, plan, reference, sample file or extractor that does not fit.
+        UsageError: an option, preset, plan, reference, sample file or extractor that does not fit.
         EngineDirError: the engine directory is corrupt.
         EnvironmentUnsupportedError: a package is missing.
     """
     if options.seed < 0 or options.num_images < 1:
         raise UsageError(f"seed must be 0 or more and images at least 1, got {options.seed} and {options.num_images}")
+    if options.router is not None and options.preset is None:
+        raise UsageError("a router is for a preset; without one name its plan, or give --preset paper")
+    before = {entry.name for entry in read_manifest(engine_dir).plans}
+    methods = plans_of_preset(engine_dir, options, progress) if options.preset is not None else {}
     manifest = read_manifest(engine_dir)
-    names = options.plans or tuple(entry.name for entry in manifest.plans)
+    names = tuple(methods) or options.plans or tuple(entry.name for entry in manifest.plans)
     plans = [load_plan(engine_dir, manifest, name) for name in names]
     if len({plan.name for plan in plans}) != len(plans):
         raise UsageError("a plan is named twice; give each --plan once")
@@ -67,12 +75,14 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
     judges = make_judges(options, spec, side, len(labels), progress)
     scores = {plan.name: PlanScores(plan, compared_with[plan.name], FeatureSet(len(labels))) for plan in plans}
     machine = collect(engine_dir, files, labels, options, scores, judges.extractor, progress)
+    rows = 1 if options.cfg_scale == 1 else 2
     entries = {}
     for number, (name, of_plan) in enumerate(scores.items()):
         progress(f"metrics of {name}", number, len(scores))
         estimates = of_plan.paired.estimates(options.seed)
         estimates |= judges.metrics(of_plan.features, labels, spec.classes, options.seed)
-        entries[name] = {**of_plan.entry(), "metrics": {key: asdict(value) for key, value in estimates.items()}}
+        cost = {"method": methods.get(name), "flops_per_image": schedule_flops(of_plan.plan.schedule, spec, rows)}
+        entries[name] = {**of_plan.entry(), **cost, "metrics": {key: asdict(value) for key, value in estimates.items()}}
     found = {
         "format": FORMAT,
         "version": VERSION,
@@ -86,6 +96,7 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
         "features": None if judges.extractor is None else judges.extractor.name,
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()},
         "warnings": list(judges.warnings),
+        "added_plans": [name for name in methods if name not in before],
         "plans": entries,
     }
     schedules = {plan.name: plan.schedule for plan in plans}

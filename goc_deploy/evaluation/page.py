@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from goc_deploy.evaluation.charts import Point, Series, chart, color_of, heat_map
+from goc_deploy.evaluation.charts import Point, Series, chart, color_of
 from goc_deploy.evaluation.evaluate import Evaluation
-from goc_deploy.evaluation.tables import Metric, shown_metrics, shown_value
-from goc_deploy.plots import ACTIONS
+from goc_deploy.evaluation.tables import Metric, costs, name_columns, named, shown_metrics, shown_value
+from goc_deploy.heat_map import heat_map, svg
 
 PICTURE_SIDE = 64  # pixels, at least
 
@@ -50,12 +50,13 @@ def page(evaluation: Evaluation, engine: str) -> str:
         *(f'<p class="warn">{escape(warning)}</p>' for warning in found["warnings"]),
         "<h2>Quality and cost</h2>",
         _tables(found, color),
-        '<p class="soft">&plusmn; is half of a 95 % interval; the best plan that caches is marked. Full steps are '
-        "computed units over units per step. Milliseconds are medians of this run, which is no benchmark.</p>",
+        '<p class="soft">&plusmn; is half of a 95 % interval; the best plan that caches is marked if its interval '
+        "overlaps that of no other. Full steps are computed units over units per step, the caching level is the share of "
+        "units that are not computed, FLOPs are of one image, two per multiply-add. Milliseconds and speed-ups are medians "
+        "of this run, which is no benchmark.</p>",
         *_section("Quality against compute", _frontier(found, color)),
         *_section("Error over steps", _steps(found, color)),
         "<h2>Schedules</h2>",
-        _action_legend(evaluation),
         f'<div class="row">{"".join(_schedule(name, evaluation, color) for name in plans)}</div>',
         *_section("The same noise, plan by plan", _pictures(evaluation, color)),
         "<h2>What the numbers mean</h2>",
@@ -105,14 +106,14 @@ def _tables(found: dict[str, Any], color: dict[str, int]) -> str:
 
 
 def _table(found: dict[str, Any], color: dict[str, int], metrics: Sequence[Metric], *, with_cost: bool) -> str:
-    titles = ["plan", *(["steps", "full steps", "ms/image"] if with_cost else []), *(m.title for m in metrics)]
+    columns, cost = costs(found)
+    titles = [*name_columns(found), *(columns if with_cost else []), *(m.title for m in metrics)]
     best = {metric.key: _best(found, metric) for metric in metrics}
     lines = []
-    for name, plan in found["plans"].items():
-        cells = [f"<td>{_key(color[name])}{escape(name)}</td>"]
-        if with_cost:
-            ms = "" if plan["ms_per_image"] is None else f"{plan['ms_per_image']:.1f}"
-            cells.append(f"<td>{plan['steps']}</td><td>{plan['full_step_equivalents']:.2f}</td><td>{ms}</td>")
+    for name, (first, *more) in named(found).items():
+        plan = found["plans"][name]
+        cells = [f"<td>{_key(color[name])}{escape(first)}</td>"]
+        cells += [f"<td>{escape(cell)}</td>" for cell in (*more, *(cost[name] if with_cost else ()))]
         for metric in metrics:
             value, _, half = shown_value(plan["metrics"].get(metric.key), metric, "|").partition(" |")
             mark = ' class="best"' if best[metric.key] == name else ""
@@ -123,15 +124,26 @@ def _table(found: dict[str, Any], color: dict[str, int], metrics: Sequence[Metri
 
 
 def _best(found: dict[str, Any], metric: Metric) -> str | None:
-    """The plan that caches with the best value, where more than one has a value."""
-    values: dict[str, float] = {
-        name: plan["metrics"][metric.key]["value"]
-        for name, plan in found["plans"].items()
-        if metric.key in plan["metrics"] and plan["computed_units"] < plan["all_units"]
-    }
-    if len(values) < 2:
+    """The plan that caches with the best value, if its interval overlaps that of no other plan that caches.
+
+    Values without an interval have none, because nothing tells how much of their difference is noise.
+    """
+    ranked = sorted(
+        (
+            (plan["metrics"][metric.key], name)
+            for name, plan in found["plans"].items()
+            if metric.key in plan["metrics"] and plan["computed_units"] < plan["all_units"]
+        ),
+        key=lambda entry: (entry[0]["value"] if metric.lower_is_better else -entry[0]["value"], entry[1]),
+    )
+    if len(ranked) < 2 or any(estimate["low"] == estimate["high"] for estimate, _ in ranked):
         return None
-    return (min if metric.lower_is_better else max)(values, key=values.__getitem__)
+    (best, name), *others = ranked
+    if metric.lower_is_better:
+        apart = best["high"] < min(other["low"] for other, _ in others)
+    else:
+        apart = best["low"] > max(other["high"] for other, _ in others)
+    return name if apart else None
 
 
 def _frontier(found: dict[str, Any], color: dict[str, int]) -> str:
@@ -171,20 +183,8 @@ def _legend(color: dict[str, int]) -> str:
     return f'<div class="legend">{"".join(f"<span>{_key(i)}{escape(name)}</span>" for name, i in color.items())}</div>'
 
 
-def _action_legend(evaluation: Evaluation) -> str:
-    used = {
-        schedule.action(step, unit)
-        for schedule in evaluation.schedules.values()
-        for step in range(schedule.steps)
-        for unit in range(schedule.units)
-    }
-    keys = (f'<span><span class="key {action}"></span>{action}</span>' for action in ACTIONS if action in used)
-    branches = next(iter(evaluation.schedules.values())).branches
-    return f'<div class="legend">{"".join(keys)}<span class="soft">rows of a block: {", ".join(branches)}</span></div>'
-
-
 def _schedule(name: str, evaluation: Evaluation, color: dict[str, int]) -> str:
-    return f'<div class="panel"><h3>{_key(color[name])}{escape(name)}</h3>{heat_map(evaluation.schedules[name])}</div>'
+    return f'<div class="panel"><h3>{_key(color[name])}{escape(name)}</h3>{svg(heat_map(evaluation.schedules[name]))}</div>'
 
 
 def _pictures(evaluation: Evaluation, color: dict[str, int]) -> str:
@@ -212,7 +212,9 @@ def _strip(images: np.ndarray) -> str:
 def _definitions(found: dict[str, Any]) -> str:
     metrics: Sequence[Metric] = shown_metrics(found)
     lines = [f"<dt>{escape(metric.title)}</dt><dd>{escape(MEANINGS[metric.key])}</dd>" for metric in metrics]
-    options = "; ".join(f"{key} {value}" for key, value in found["options"].items() if value not in (None, 0, []))
+    given = {key: value for key, value in found["options"].items() if value not in (None, 0, "", [], ())}
+    shown = {key: ", ".join(value) if isinstance(value, (list, tuple)) else value for key, value in given.items()}
+    options = "; ".join(f"{key} {value}" for key, value in shown.items())
     lines.append(f"<dt>options</dt><dd>{escape(options)}</dd>")
     lines.append(f"<dt>goc_deploy</dt><dd>{escape(found['goc_deploy'])}</dd>")
     return f"<dl>{''.join(lines)}</dl>"

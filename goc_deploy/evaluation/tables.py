@@ -59,22 +59,58 @@ def shown_value(estimate: dict[str, float] | None, metric: Metric, plus_minus: s
     return f"{value:.{digits}f}" + (f" {plus_minus}{half:.{digits}f}" if half else "")
 
 
+def named(found: dict[str, Any]) -> dict[str, list[str]]:
+    """Plan -> its name, and in a preset before it the method that the literature names."""
+    methods = {name: plan.get("method") for name, plan in found["plans"].items()}
+    return {name: [method, name] if method else [name] for name, method in methods.items()}
+
+
+def costs(found: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
+    """Columns of what a plan costs, and plan -> its cells: in a preset those of papers, else what was counted and measured."""
+    plans: dict[str, Any] = found["plans"]
+    if not _of_preset(found):
+        cells = {
+            name: [str(plan["steps"]), f"{plan['full_step_equivalents']:.2f}", _ms(plan)]
+            for name, plan in plans.items()
+        }
+        return ["steps", "full steps", "ms/image"], cells
+    cells = {}
+    for name, plan in plans.items():
+        cached = 100 * (1 - plan["computed_units"] / plan["all_units"])
+        own, baseline = plan["ms_per_image"], plans[plan["baseline"]]["ms_per_image"]
+        speed_up = "" if own is None else f"{baseline / own:.2f}"
+        cells[name] = [f"{cached:.1f}", f"{plan['flops_per_image'] / 1e12:.3g}", speed_up]
+    return ["caching level %", "FLOPs (T)", "speed-up"], cells
+
+
 def cost_rows(found: dict[str, Any]) -> Table:
     """A row per plan: what it costs and how near its baseline it stays."""
     metrics = [metric for metric in shown_metrics(found) if metric.paired]
-    rows = []
-    for name, plan in found["plans"].items():
-        ms = "" if plan["ms_per_image"] is None else f"{plan['ms_per_image']:.1f}"
-        cost = [str(plan["steps"]), f"{plan['full_step_equivalents']:.2f}", ms]
-        rows.append([name, *cost, *_values(plan, metrics)])
-    return ["plan", "steps", "full steps", "ms/image", *(metric.title for metric in metrics)], rows
+    columns, cells = costs(found)
+    titles = [*name_columns(found), *columns, *(metric.title for metric in metrics)]
+    names = named(found)
+    return titles, [[*names[name], *cells[name], *_values(plan, metrics)] for name, plan in found["plans"].items()]
 
 
 def distribution_rows(found: dict[str, Any]) -> Table:
     """A row per plan: how its images compare as a set; no rows where nothing was measured."""
     metrics = [metric for metric in shown_metrics(found) if not metric.paired]
-    rows = [[name, *_values(plan, metrics)] for name, plan in found["plans"].items() if metrics]
-    return ["plan", *(metric.title for metric in metrics)], rows
+    names = named(found)
+    rows = [[*names[name], *_values(plan, metrics)] for name, plan in found["plans"].items() if metrics]
+    return [*name_columns(found), *(metric.title for metric in metrics)], rows
+
+
+def name_columns(found: dict[str, Any]) -> list[str]:
+    """Titles of what `named` has."""
+    return ["method", "plan"] if _of_preset(found) else ["plan"]
+
+
+def _of_preset(found: dict[str, Any]) -> bool:
+    return any(plan.get("method") for plan in found["plans"].values())
+
+
+def _ms(plan: dict[str, Any]) -> str:
+    return "" if plan["ms_per_image"] is None else f"{plan['ms_per_image']:.1f}"
 
 
 def _values(plan: dict[str, Any], metrics: list[Metric]) -> list[str]:

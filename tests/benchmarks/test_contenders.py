@@ -11,10 +11,10 @@ from benchmarks.contenders import ETA, l2c_like_schedule
 from benchmarks.eager import EagerDiT
 from benchmarks.make_checkpoint import random_state
 from benchmarks.monolithic import MonolithicGraph, write_graph
-from benchmarks.peaks import matmul_flops
 from benchmarks.work import Work, sampled
 from goc_deploy.exporters.dit import DiT
 from goc_deploy.grammar import parse_policy
+from goc_deploy.operations import full_step_flops
 from goc_deploy.passes import compile_schedule
 from goc_deploy.policies import schedule_from_policy
 from goc_deploy.process import Process
@@ -80,7 +80,7 @@ def test_flops_are_those_that_pytorch_counts(model: DiT) -> None:
         EagerDiT(model)(torch.randn(2, 4, 8, 8), torch.tensor([9.0, 9.0]), torch.tensor([1, 2]), 0)
     conditioning = 2 * 2 * SPEC.hidden * (256 + SPEC.hidden + 6 * SPEC.depth * SPEC.hidden + 2 * SPEC.hidden)
     attention = 2 * 2 * SPEC.depth * 2 * SPEC.tokens**2 * SPEC.hidden  # PyTorch does not count its fused CPU kernel
-    assert counter.get_total_flops() - conditioning + attention == matmul_flops(SPEC, 2)
+    assert counter.get_total_flops() - conditioning + attention == full_step_flops(SPEC, 2)
 
 
 def test_the_l2c_like_schedule_caches_as_many_units_as_the_public_router() -> None:

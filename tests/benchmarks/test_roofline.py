@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import peaks, roofline
+from benchmarks import roofline
 from benchmarks.make_checkpoint import spec_of
 from goc_deploy.engines.plugin.kernel import Stack
 from goc_deploy.grammar import parse_policy
+from goc_deploy.operations import full_step_flops
 from goc_deploy.passes import compile_schedule, with_stacks
 from goc_deploy.plan import Plan
 from goc_deploy.policies import schedule_from_policy
@@ -20,7 +21,7 @@ def plan_of(policy: str) -> Plan:
 
 def test_a_full_step_computes_what_the_model_does() -> None:
     step = roofline.total(next(roofline.steps_of(plan_of("none"), COUNTER)))
-    assert step.flops == pytest.approx(peaks.matmul_flops(SPEC, 4), rel=1e-6)
+    assert step.flops == pytest.approx(full_step_flops(SPEC, 4), rel=1e-6)
     assert step.nbytes > 2 * SPEC.depth * (4 * SPEC.hidden**2 + 2 * SPEC.hidden * SPEC.mlp_hidden)  # the weights
 
 

@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 
 from benchmarks import results
+from goc_deploy.api import add_plan
 from goc_deploy.errors import ConflictError, UsageError
 from goc_deploy.evaluation.evaluate import evaluate
 from goc_deploy.evaluation.sampling import class_labels
+from goc_deploy.manifest import manifest_to_json
 from goc_deploy.options import EvalOptions, no_progress
-from tests.conftest import MNIST, Command
+from goc_deploy.publish import read_manifest
+from goc_deploy.schedule import Schedule
+from tests.conftest import GOLDEN, MNIST, Command
 from tests.reference import relative_l2
 
 IMAGES = 8
@@ -92,6 +96,69 @@ def test_the_images_are_those_of_goc_run_and_plans_without_images_are_compared_b
     assert metrics["relative_l2"]["value"] == pytest.approx(expected, rel=1e-3)
     assert found["plans"]["fora-2+gc-1.2"]["step_errors"][-1] == pytest.approx(expected, rel=1e-3)
     assert any("4-channel latents, which need a VAE" in warning for warning in found["warnings"])
+
+
+def test_the_paper_s_table_is_one_command(golden_engine: Path, command: Command, tmp_path: Path) -> None:
+    engine, found_at, html = (
+        Path(shutil.copytree(golden_engine, tmp_path / "e")),
+        tmp_path / "e.json",
+        tmp_path / "e.html",
+    )
+    asked = ("--preset", "paper", "--router", GOLDEN / "router.pt", "--num-images", 4, "--cfg-scale", 2, "--threads", 1)
+    done = command("goc-eval", engine, *asked, "--json", found_at, "--html", html)
+    found = json.loads(found_at.read_text())
+    plans = found["plans"]
+    methods = {plan["method"]: name for name, plan in plans.items()}
+    assert list(methods) == [
+        "no cache", "FORA-50", "FORA-50 + GC", "FORA-50 + GOC", "FORA-25", "FORA-25 + GC", "FORA-25 + GOC",
+        "L2C", "L2C + GC", "L2C + GOC",
+    ]  # fmt: skip
+    assert (methods["no cache"], methods["FORA-50"]) == ("none", "fora-2")
+    assert {"fora-2+goc", "fora-2@0.5+goc", "l2c-router+goc"} <= set(found["added_plans"]) < set(plans)
+    assert "added to" in done.stderr
+    assert "threads are ignored" not in done.stderr
+    table = done.stdout.split("converged")[0]
+    assert all(column in table for column in ("method", "caching level %", "FLOPs (T)", "speed-up", "relative L2"))
+    schedules = {name: Schedule.load(engine / "schedules" / f"{name}.json") for name in plans}
+    for base in ("FORA-50", "FORA-25", "L2C"):
+        plain, gc, goc = (plans[methods[base + more]] for more in ("", " + GC", " + GOC"))
+        assert plain["computed_units"] == gc["computed_units"] == goc["computed_units"]
+        eta = schedules[methods[f"{base} + GOC"]].provenance["god"]["eta"]
+        assert gc["policy"].endswith(f"+gc:{eta}")
+    none, half = plans["none"], plans["fora-2"]
+    assert half["computed_units"] * 2 == none["computed_units"]
+    assert 0.5 < half["flops_per_image"] / none["flops_per_image"] < 0.52
+    assert "<td>50.0</td>" in html.read_text()
+    manifest = (engine / "manifest.json").read_bytes()
+    again = command("goc-eval", engine, *asked)
+    assert "added to" not in again.stderr
+    assert (engine / "manifest.json").read_bytes() == manifest
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "book"}, "preset 'book' is not one of paper"),
+        ({"preset": "paper", "plans": ("none",)}, "a preset chooses the plans"),
+        ({"router": GOLDEN / "router.pt"}, "a router is for a preset"),
+        ({"preset": "paper"}, "plan fora-2 has 4 steps of ddim, but none has 20 of ddim"),
+    ],
+)
+def test_a_preset_that_does_not_fit_is_refused(
+    options: dict, message: str, golden_engine: Path, tmp_path: Path
+) -> None:
+    engine = Path(shutil.copytree(golden_engine, tmp_path / "engine"))
+    if "4 steps" in message:
+        manifest = read_manifest(engine)
+        plans = tuple(entry for entry in manifest.plans if entry.name != "fora-2")
+        listed = {path for entry in manifest.plans if entry not in plans for path in (entry.plan, entry.schedule)}
+        files = tuple(file for file in manifest.files if file.path not in listed)
+        (engine / "manifest.json").write_text(manifest_to_json(replace(manifest, plans=plans, files=files)))
+        add_plan(engine, "fora:2", steps=4)
+    before = (engine / "manifest.json").read_bytes()
+    with pytest.raises(UsageError, match=message):
+        evaluate(engine, replace(SMALL, **options), no_progress)
+    assert (engine / "manifest.json").read_bytes() == before
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_sampled(

@@ -8,12 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from goc_deploy.evaluation.charts import Axis, Point, Series, chart, heat_map
+from goc_deploy.evaluation.charts import Axis, Point, Series, chart
 from goc_deploy.evaluation.evaluate import Evaluation
 from goc_deploy.evaluation.page import page
 from goc_deploy.evaluation.tables import METRICS, cost_rows, distribution_rows, shown_value
 from goc_deploy.schedule import Schedule
-from tests.goc_deploy.strategies import schedules
 
 VOID = {"meta", "img"}
 
@@ -90,10 +89,39 @@ def test_the_page_nests_needs_nothing_else_and_escapes_names(evaluation: Evaluat
     assert "mind the &lt;gap&gt;" in text
 
 
+def marked(evaluation: Evaluation) -> list[str]:
+    cells = page(evaluation, "engine").split('<td class="best">')[1:]
+    return [cell.split("</td>")[0].split(" ")[0] for cell in cells]
+
+
 def test_the_best_plan_that_caches_is_marked(evaluation: Evaluation) -> None:
-    text = page(evaluation, "engine")
-    marked = [part.split("</td>")[0] for part in text.split('<td class="best">')[1:]]
-    assert [cell.split(" ")[0] for cell in marked] == ["0.0500", "3.500"]
+    evaluation.found["plans"]["c"]["metrics"]["fid"] = {"value": 2.5, "low": 2.0, "high": 3.0}
+    assert marked(evaluation) == ["0.0500", "2.500"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ((3.5, 3.1, 3.9), (4.0, 3.8, 4.2)),  # intervals overlap
+        ((1.0, 1.0, 1.0), (1.0, 1.0, 1.0)),  # all equal
+        ((3.5, 3.5, 3.5), (4.0, 4.0, 4.0)),  # no intervals
+    ],
+)
+@pytest.mark.parametrize("metric", ["fid", "agreement"])
+def test_no_plan_is_the_best_within_the_noise(
+    one: tuple[float, ...], other: tuple[float, ...], metric: str, evaluation: Evaluation
+) -> None:
+    for name, values in (("<b>", other), ("c", one)):
+        estimate = dict(zip(("value", "low", "high"), values, strict=True))
+        evaluation.found["plans"][name]["metrics"] = {metric: estimate}
+    assert marked(evaluation) == []
+
+
+def test_options_without_a_value_are_left_out(evaluation: Evaluation) -> None:
+    evaluation.found["options"]["plans"] = ()
+    assert "plans" not in page(evaluation, "engine").split("<dt>options</dt>")[1]
+    evaluation.found["options"]["plans"] = ("none", "fora-2")
+    assert "plans none, fora-2;" in page(evaluation, "engine").replace("</dd>", ";")
 
 
 def test_a_page_without_images_or_distances_is_whole_too(evaluation: Evaluation) -> None:
@@ -128,17 +156,6 @@ def test_charts_of_any_values_are_whole(values: list[float], lines: bool) -> Non
     assert "nan" not in text
 
 
-@given(schedules())
-def test_a_heat_map_has_a_mark_per_run_of_equal_actions(schedule: Schedule) -> None:
-    text = heat_map(schedule)
-    checked(text)
-    runs = sum(
-        1 + sum(schedule.action(k, u) != schedule.action(k - 1, u) for k in range(1, schedule.steps))
-        for u in range(schedule.units)
-    )
-    assert text.count("<rect") == runs
-
-
 def test_tables_show_values_with_half_their_interval(evaluation: Evaluation) -> None:
     columns, rows = cost_rows(evaluation.found)
     assert columns == ["plan", "steps", "full steps", "ms/image", "relative L2"]
@@ -148,3 +165,17 @@ def test_tables_show_values_with_half_their_interval(evaluation: Evaluation) -> 
     kid = next(metric for metric in METRICS if metric.key == "kid")
     assert shown_value({"value": 211.248040, "low": 211.248040, "high": 211.248040}, kid) == "211.248"
     assert shown_value({"value": 0.0, "low": 0.0, "high": 0.0}, kid) == "0.00000"
+
+
+def test_a_preset_has_the_columns_of_papers(evaluation: Evaluation) -> None:
+    for (name, entry), method in zip(evaluation.found["plans"].items(), ("no cache", "A", "B & C"), strict=True):
+        entry |= {"method": method, "flops_per_image": 2e12 if name == "none" else 1.5e12}
+    columns, rows = cost_rows(evaluation.found)
+    assert columns == ["method", "plan", "caching level %", "FLOPs (T)", "speed-up", "relative L2"]
+    assert rows[0] == ["no cache", "none", "0.0", "2", "1.00", ""]
+    assert rows[1] == ["A", "<b>", "33.3", "1.5", "1.50", "0.0500 +-0.0050"]
+    assert distribution_rows(evaluation.found)[1][1][:2] == ["A", "<b>"]
+    text = page(evaluation, "engine")
+    checked(text)
+    assert "<td>&lt;b&gt;</td><td>33.3</td><td>1.5</td><td>1.50</td>" in text
+    assert "B &amp; C</td>" in text

@@ -1,0 +1,99 @@
+"""Presets: the rows of a table of the literature, for any engine directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from goc_deploy.engine_dir import load_plan
+from goc_deploy.errors import UsageError
+from goc_deploy.grammar import parse_policy
+from goc_deploy.options import PRESETS, EvalOptions, Progress
+from goc_deploy.plan import Plan
+from goc_deploy.publish import read_manifest
+
+PAPER_BASES = (("FORA-50", "fora:2"), ("FORA-25", "fora:2@0.5"))
+
+
+def plans_of_preset(engine_dir: Path, options: EvalOptions, progress: Progress) -> dict[str, str]:
+    """The plans of a preset, which are added to the engine directory where it lacks them.
+
+    ``paper`` has the rows of Table 1 of GOC's paper: no cache, FORA at 50 and 25 %, and Learning-to-Cache if
+    ``options.router`` is its file, each also with the gradient everywhere (GC) and where GOD says so (GOC). Strengths are
+    chosen on calibration images, by GOC; GC has the same, so that the two rows differ by GOD alone.
+
+    Returns:
+        Plan name -> method.
+
+    Raises:
+        UsageError: another preset, or a plan of the engine directory has other steps or another sampler than no cache.
+        GocError: a plan cannot be added, as `goc_deploy.add_plan`.
+    """
+    if options.preset not in PRESETS:
+        raise UsageError(f"preset {options.preset!r} is not one of {', '.join(PRESETS)}")
+    if options.plans:
+        raise UsageError("a preset chooses the plans; leave out the plans or the preset")
+    plan_of = _plan_finder(engine_dir, options, progress)
+    uncached = plan_of("none")
+    methods = {uncached.name: "no cache"}
+    bases = (*PAPER_BASES, *((("L2C", f"l2c:{options.router}"),) if options.router else ()))
+    for method, base in bases:
+        plain, learned = plan_of(base), plan_of(f"{base}+goc")
+        everywhere = plan_of(f"{base}+gc:{_eta(learned)}")
+        for other in (everywhere, learned):
+            _check_computes_the_same(other, plain)
+        rows = ((plain, method), (everywhere, f"{method} + GC"), (learned, f"{method} + GOC"))
+        methods |= {plan.name: title for plan, title in rows}
+    return methods
+
+
+def _plan_finder(engine_dir: Path, options: EvalOptions, progress: Progress) -> Callable[[str], Plan]:
+    """SPEC -> its plan, which is made where there is none, with the steps and the sampler of the first plan asked for."""
+    from goc_deploy.api import add_plan
+    from goc_deploy.engines.ort import shared_pool_of_process
+
+    first: list[Plan] = []
+
+    def plan_of(spec: str) -> Plan:
+        manifest = read_manifest(engine_dir)
+        wanted = {spec, parse_policy(spec).default_name}
+        entry = next((entry for entry in manifest.plans if wanted & {entry.name, entry.spec}), None)
+        if (
+            entry is None or spec == f"l2c:{options.router}"
+        ):  # which may be another file of that name, then adding it fails
+            if options.threads:
+                shared_pool_of_process(options.threads)  # its first size stays, and add_plan asks for every core
+            like: dict[str, Any] = {"steps": first[0].steps, "sampler": first[0].sampler.sampler} if first else {}
+            entry = add_plan(engine_dir, spec, progress=progress, cfg_scale=options.cfg_scale, **like)
+            manifest = read_manifest(engine_dir)
+        plan = load_plan(engine_dir, manifest, entry.name)
+        first.append(plan)
+        if (plan.steps, plan.sampler.sampler) != (first[0].steps, first[0].sampler.sampler):
+            raise UsageError(
+                f"plan {plan.name} has {plan.steps} steps of {plan.sampler.sampler}, but {first[0].name} has {first[0].steps} of "
+                f"{first[0].sampler.sampler}; a preset compares plans of one step count and sampler, so use another engine directory"
+            )
+        return plan
+
+    return plan_of
+
+
+def _check_computes_the_same(plan: Plan, plain: Plan) -> None:
+    """Check that a corrected plan, which may have been there, is of the base that it is shown with."""
+    computed = [[[not row for row in step] for step in p.schedule.coefficients] for p in (plan, plain)]
+    if computed[0] != computed[1]:
+        raise UsageError(
+            f"plan {plan.name} computes other units than {plain.name}, so it was made from another base; use another engine directory"
+        )
+
+
+def _eta(plan: Plan) -> float:
+    """The strength that GOC chose."""
+    found = plan.schedule.provenance.get("god")
+    eta = found.get("eta") if isinstance(found, dict) else None
+    if not isinstance(eta, (int, float)):
+        raise UsageError(
+            f"plan {plan.name} does not tell its eta; make it again with goc-plan and the SPEC of its name"
+        )
+    return float(eta)
