@@ -177,7 +177,9 @@ def _schedule_from_fields(found: dict[str, Any], where: str) -> Schedule:
         raise ScheduleError(f"{where}: short_history must be 'reuse' or 'error'")
     if not 1 <= len(found["actions"]) <= MAX_STEPS:
         raise ScheduleError(f"{where}: there must be 1 to {MAX_STEPS} steps")
-    predictors = {str(word): tuple(float(c) for c in row) for word, row in found["predictors"].items()}
+    predictors = {
+        str(word): _coefficients(row, f"{where}: predictors.{word}") for word, row in found["predictors"].items()
+    }
     if "C" in predictors or not all(predictors.values()):
         raise ScheduleError(f"{where}: a predictor needs at least one coefficient and cannot be named C")
     words = {"C": COMPUTE, **predictors}
@@ -196,6 +198,15 @@ def _schedule_from_fields(found: dict[str, Any], where: str) -> Schedule:
         raise ScheduleError(f"{where}: provenance must be a JSON object")
     kinds = (found["history"], found["short_history"], str(found["policy"]))
     return Schedule(depth, branches, tuple(rows), *kinds, provenance)
+
+
+def _coefficients(row: Any, place: str) -> tuple[float, ...]:
+    if not isinstance(row, list):
+        raise ScheduleError(f"{place} is {row!r}, it must be a list of numbers")
+    for index, coefficient in enumerate(row):
+        if type(coefficient) not in (int, float):
+            raise ScheduleError(f"{place}[{index}] is {coefficient!r}, it must be a number")
+    return tuple(float(coefficient) for coefficient in row)
 
 
 def plan_to_json(plan: Plan) -> str:

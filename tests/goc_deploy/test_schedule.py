@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,3 +128,20 @@ def test_a_gradient_beyond_one_is_refused_once_it_amplifies_too_much() -> None:
         ScheduleError, match=r"step \d+, block 0, attn: the prediction amplifies .* use an eta within -1..1"
     ):
         check_amplification(alternating(1.5, 50))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([1.5, "a"], r"s\.json: predictors\.R\[1\] is 'a', it must be a number"),
+        ([None], r"predictors\.R\[0\] is None"),
+        ([True], r"predictors\.R\[0\] is True"),
+        ("1", r"predictors\.R is '1', it must be a list of numbers"),
+    ],
+)
+def test_a_wrong_number_in_a_file_is_named_with_its_place(row: object, message: str, tmp_path: Path) -> None:
+    found = json.loads(schedule_to_json(Schedule(1, ("attn", "mlp"), (((), ()), ((1.0,), (1.0,))))))
+    found["predictors"]["R"] = row
+    (tmp_path / "s.json").write_text(json.dumps(found))
+    with pytest.raises(ScheduleError, match=message):
+        Schedule.load(tmp_path / "s.json")
