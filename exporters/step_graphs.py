@@ -46,7 +46,7 @@ def sampler_graphs(spec: ModelSpec) -> dict[str, ModelProto]:
 
 
 def sampler_graph(spec: ModelSpec, *, lags: int = 0, learned: bool = False) -> ModelProto:
-    """Classifier-free guidance per channel, then one row of the sampler table, in float32.
+    """Classifier-free guidance per image and channel, then one row of the sampler table, in float32.
 
     ``guided = uncond + guidance * (cond - uncond)``; ``latents_out = c0 * latents + c1 * guided + c2 * noise``.
 
@@ -57,7 +57,7 @@ def sampler_graph(spec: ModelSpec, *, lags: int = 0, learned: bool = False) -> M
         learned: the noise is scaled by ``exp(c3 * variance)``, the sigma channels of the conditional rows; without it
             they are ignored.
 
-    Inputs: latents (N, C, H, W), prediction (B, C_out, H, W), cond_rows and uncond_rows (N,) int64, guidance (C,),
+    Inputs: latents (N, C, H, W), prediction (B, C_out, H, W), cond_rows and uncond_rows (N,) int64, guidance (N, C),
     coefficients (3 + ...,), noise (N, C, H, W), estimate_1 ... (N, C, H, W). Outputs: latents_out, and with lags estimate.
     """
     latents = f"float[N, {spec.channels}, {spec.side}, {spec.side}]"
@@ -85,18 +85,18 @@ def sampler_graph(spec: ModelSpec, *, lags: int = 0, learned: bool = False) -> M
     )
     return _parse(
         f"""sampler ({latents} latents, float[B, {spec.output_channels}, {spec.side}, {spec.side}] prediction,
-            int64[N] cond_rows, int64[N] uncond_rows, float[{spec.channels}] guidance, float[{len(names)}] coefficients,
+            int64[N] cond_rows, int64[N] uncond_rows, float[N, {spec.channels}] guidance, float[{len(names)}] coefficients,
             {latents} noise{more_inputs}) => ({latents} latents_out{more_outputs})
         {{
             first = Constant<value = int64[1] {{0}}>()
             channels = Constant<value = int64[1] {{{spec.channels}}}>()
             channel_axis = Constant<value = int64[1] {{1}}>()
-            per_channel = Constant<value = int64[4] {{1, {spec.channels}, 1, 1}}>()
+            pixel_axes = Constant<value = int64[2] {{2, 3}}>()
             epsilon = Slice(prediction, first, channels, channel_axis)
             cond = Gather<axis=0>(epsilon, cond_rows)
             uncond = Gather<axis=0>(epsilon, uncond_rows)
             difference = Sub(cond, uncond)
-            weight = Reshape(guidance, per_channel)
+            weight = Unsqueeze(guidance, pixel_axes)
             correction = Mul(weight, difference)
             guided = Add(uncond, correction)
             {", ".join(names)} = Split<num_outputs={len(names)}>(coefficients)

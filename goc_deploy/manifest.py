@@ -17,7 +17,7 @@ from goc_deploy.serde import build, check_format, dump_json, parse_json
 from goc_deploy.spec import ITEM_BYTES, PRECISIONS, PREDICTIONS, DecoderSpec, ModelSpec, TextSpec
 
 MANIFEST_NAME = "manifest.json"
-MANIFEST_FORMAT, MANIFEST_VERSION = "goc_deploy.engine_dir", 4
+MANIFEST_FORMAT, MANIFEST_VERSION = "goc_deploy.engine_dir", 5
 IMAGE_CHANNELS = (1, 3)
 _SAFE_PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,@-]*(/[A-Za-z0-9][A-Za-z0-9._+=,@-]*){0,3}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -7,6 +7,17 @@ import numpy as np
 from goc_deploy.errors import UsageError
 
 
+def check_key(seed: int, image: int) -> None:
+    """Check that noise can be made from a seed and the index of an image.
+
+    Raises:
+        UsageError: one of them is not within 0 .. 2**64 - 1.
+    """
+    for name, word in (("seed", seed), ("the index of an image", image)):
+        if not 0 <= word < 2**64:
+            raise UsageError(f"{name} must be within 0..2**64-1, got {word}")
+
+
 def image_noise(seed: int, image: int, draws: int, shape: tuple[int, ...]) -> np.ndarray:
     """Standard normal noise of one image from a counter-based generator.
 
@@ -22,9 +33,7 @@ def image_noise(seed: int, image: int, draws: int, shape: tuple[int, ...]) -> np
     Raises:
         UsageError: the seed or the index is out of range.
     """
-    for name, word in (("seed", seed), ("the index of an image", image)):
-        if not 0 <= word < 2**64:
-            raise UsageError(f"{name} must be within 0..2**64-1, got {word}")
+    check_key(seed, image)
     key = np.array([seed, image], np.uint64)  # of a list with words of 64 bits NumPy makes float64
     generator = np.random.Generator(np.random.Philox(key=key))
     return generator.standard_normal((draws, *shape), dtype=np.float32)

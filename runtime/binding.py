@@ -207,7 +207,7 @@ class Binder:
             "prediction": prediction,
             "cond_rows": buffers.cond_rows.view(images),
             "uncond_rows": buffers.uncond_rows.view(images),
-            "guidance": buffers.guidance,
+            "guidance": buffers.guidance.view(images, self._spec.channels),
             "coefficients": self._constants(step, 0, len(table.rows[step])),
             "noise": self._noise(step),
         }

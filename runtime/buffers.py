@@ -36,7 +36,7 @@ class Buffers:
         constants: (T, `step_size`) float32, the numbers that differ from step to step; see `step_rows`.
         shared: where steps find theirs on a device that shares launches, else None.
         timesteps: a row per chunk, each at an aligned address.
-        guidance: (C,) guidance weight of each channel.
+        guidance: (N, C) guidance weight of each channel of each image.
         labels: distinct labels.
         label_rows, rows, cond_rows, uncond_rows: indices that expand labels, images and predictions to rows.
         captions: of a model that draws captions, else None.
@@ -246,7 +246,7 @@ def allocate_buffers(backend: Backend, spec: ModelSpec, precision: str, plan: Pl
         if backend.device.shares_launches
         else None,
         timesteps=rows_of([padded[first : first + whole] for first in range(0, plan.steps, chunk)]),
-        guidance=new(spec.channels),
+        guidance=new(capacity * spec.channels),
         labels=new(capacity + 1, dtype="int64"),
         label_rows=new(rows, dtype="int64"),
         rows=new(rows, dtype="int64"),

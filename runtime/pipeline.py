@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from goc_deploy import noise as noise_source
 from goc_deploy.captions import (
     Conditions,
     PromptEmbeds,
@@ -23,9 +22,11 @@ from goc_deploy.captions import (
 )
 from goc_deploy.errors import EnvironmentUnsupportedError, UsageError, VerificationError
 from goc_deploy.manifest import Manifest
+from goc_deploy.noise import image_noise
 from goc_deploy.options import GenerateOptions
 from goc_deploy.plan import Plan
 from goc_deploy.protocols import Backend
+from goc_deploy.runtime import arguments
 from goc_deploy.runtime.binding import Batch, Engines
 from goc_deploy.runtime.buffers import planned_bytes
 from goc_deploy.runtime.decoder import LatentDecoder
@@ -124,9 +125,9 @@ class Pipeline:
         prompts: Sequence[str] | None = None,
         negative_prompts: Sequence[str] = ("",),
         captions: PromptEmbeds | None = None,
-        seed: int = DEFAULTS.seed,
+        seed: int | Sequence[int] = DEFAULTS.seed,
         first_image: int = 0,
-        cfg_scale: float = DEFAULTS.cfg_scale,
+        cfg_scale: float | Sequence[float] = DEFAULTS.cfg_scale,
         cfg_channels: int | None = DEFAULTS.cfg_channels,
         latents: np.ndarray | None = None,
         trajectory: bool = False,
@@ -142,9 +143,12 @@ class Pipeline:
             prompts: texts, where the engine has a text encoder. A text with too many tokens is cut; the log says where.
             negative_prompts: what to draw away from: one for all, or one for each.
             captions: embeddings that `goc_deploy.captions.prompt_embeds_from_arrays` checked.
-            seed: image i gets noise from (seed, first_image + i) alone, whatever the batch size.
+            seed: image i gets noise from (seed, first_image + i) alone, whatever the batch size. Or one per image: image i then
+                gets noise from (seed[i], first_image), for the steps of a stochastic sampler too, as in a request of its own with
+                that seed. Equal seeds mean equal noise.
             first_image: where this request starts in a longer series of images that share a seed.
-            cfg_scale: classifier-free guidance scale, finite and not negative; 1 is none.
+            cfg_scale: classifier-free guidance scale, 0..1000; 1 is none. Or one per image: images of different scales share a
+                batch. An image of scale 1 among others is what it is alone, but takes their time.
             cfg_channels: guidance acts on the first channels only; None is what the model's reference does.
             latents: x_T instead of seeded noise, (N, C, H, W), converted to float32.
             trajectory: also return the latents after every step.
@@ -153,7 +157,8 @@ class Pipeline:
             spans: where to record what ran when, for `goc_deploy.trace`.
 
         Raises:
-            UsageError: a label, number or shape out of range, or captions for a model that draws classes.
+            UsageError: a label, number or shape out of range, another number of seeds or scales than images, or captions for a
+                model that draws classes.
             VerificationError: a result is not finite.
             EnvironmentUnsupportedError: the pipeline was closed, or inherited over a fork.
         """
@@ -161,18 +166,17 @@ class Pipeline:
         cfg_channels = self.spec.guided_channels if cfg_channels is None else cfg_channels
         if prompts is not None:
             captions = self.encode(prompts, negative_prompts)
-        _check_numbers(seed, cfg_scale, cfg_channels)
-        if labels is not None and (isinstance(labels, str | bytes) or not hasattr(labels, "__len__")):
-            raise UsageError(
-                f"labels are a list of whole numbers, got {labels!r:.60}; for one image give a list of one"
-            )
-        conditions = self._conditions(labels, captions, guided=cfg_scale != 1 and cfg_channels != 0)
+        seed, cfg_scale = arguments.checked_seed(seed), arguments.checked_scale(cfg_scale)
+        arguments.check_channels(cfg_channels)
+        if labels is not None:
+            arguments.check_labels(labels)
+        conditions = self._conditions(
+            labels, captions, guided=bool(np.any(np.not_equal(cfg_scale, 1))) and cfg_channels != 0
+        )
         images = len(conditions.labels)
-        if not _is_whole(first_image) or first_image < 0:
-            raise UsageError(f"first_image must be a whole number and not negative, got {first_image!r}")
-        if first_image + images > 2**64:
-            raise UsageError(f"first_image {first_image} leaves less than {images} images up to 2**64; start earlier")
-        start = None if latents is None else _checked_latents(latents, images, self.spec)
+        keys = arguments.noise_keys(seed, first_image, images)
+        scales = arguments.scale_of_each(cfg_scale, images)
+        start = None if latents is None else arguments.checked_latents(latents, images, self.spec)
         outputs: list[np.ndarray] = []
         timings: list[Timing] = []
         trajectories: list[list[np.ndarray]] = []
@@ -181,15 +185,11 @@ class Pipeline:
         def run_batches(session: Session) -> None:
             for first in range(0, images, self.batch_size):
                 part = range(first, min(first + self.batch_size, images))
-                noise = np.stack(
-                    [
-                        noise_source.image_noise(int(seed), first_image + i, self._draws, self._latent_shape)
-                        for i in part
-                    ]
-                )
+                noise = np.stack([image_noise(*keys[i], self._draws, self._latent_shape) for i in part])
+                cut = slice(part.start, part.stop)
                 if start is not None:
-                    noise[:, 0] = start[part.start : part.stop]
-                request = Request(conditions.part(part), noise, float(cfg_scale), int(cfg_channels))
+                    noise[:, 0] = start[cut]
+                request = Request(conditions.part(part), noise, scales[cut], int(cfg_channels))
                 taken: list[np.ndarray] = []
                 on_step = self._step_callback(callback, taken if trajectory else None, part)
                 final, timing = session.run(request, on_step, spans)
@@ -272,7 +272,7 @@ class Pipeline:
         """
         self._check_open()
         for size in images:
-            if not _is_whole(size) or not 1 <= size <= self.batch_size:
+            if not arguments.is_whole(size) or not 1 <= size <= self.batch_size:
                 raise UsageError(f"images to warm up with must be within 1..{self.batch_size}, got {size!r}")
         requests = [self._request_to_warm_up(size, guided=is_guided) for size, is_guided in product(images, guided)]
 
@@ -296,7 +296,8 @@ class Pipeline:
         labels = [0] * images if captions else [i % self.spec.classes for i in range(images)]
         conditions = self._conditions(labels, captions, guided=guided)
         noise = np.zeros((images, self._draws, *self._latent_shape), np.float32)
-        return Request(conditions, noise, DEFAULTS.cfg_scale if guided else 1.0, self.spec.guided_channels)
+        scales = np.full(images, DEFAULTS.cfg_scale if guided else 1.0)
+        return Request(conditions, noise, scales, self.spec.guided_channels)
 
     def close(self) -> None:
         """Free the engines and buffers; later and waiting calls raise, running ones end. Closing twice is fine."""
@@ -367,7 +368,12 @@ class Pipeline:
         return on_step
 
     def _report(
-        self, images: int, seed: int, cfg_scale: float, cfg_channels: int, timings: Sequence[Timing]
+        self,
+        images: int,
+        seed: int | list[int],
+        cfg_scale: float | list[float],
+        cfg_channels: int,
+        timings: Sequence[Timing],
     ) -> dict[str, Any]:
         plan, rows = self.plan, 2 * self.batch_size
         item = ITEM_BYTES[self.manifest.precision]
@@ -385,8 +391,8 @@ class Pipeline:
             "precision": self.manifest.precision,
             "images": images,
             "batch_size": self.batch_size,
-            "seed": int(seed),
-            "cfg_scale": float(cfg_scale),
+            "seed": seed,
+            "cfg_scale": cfg_scale,
             "cfg_channels": int(cfg_channels),
             "cache_bytes": plan.cache_bytes(self.spec, rows, item),
             "naive_cache_bytes": plan.naive_cache_bytes(self.spec, rows, item),
@@ -400,36 +406,3 @@ class Pipeline:
                 for t in timings
             ],
         }
-
-
-def _check_numbers(seed: int, cfg_scale: float, cfg_channels: int) -> None:
-    if not _is_whole(seed):
-        raise UsageError(f"seed must be a whole number, got {seed!r}")
-    number = isinstance(cfg_scale, (int, float, np.integer, np.floating)) and not isinstance(cfg_scale, bool)
-    if not number or not 0 <= cfg_scale <= 1e3:
-        raise UsageError(f"cfg_scale must be a number within 0..1000, got {cfg_scale!r:.60}")
-    if not _is_whole(cfg_channels) or cfg_channels < 0:
-        raise UsageError(f"cfg_channels must be a whole number and not negative, got {cfg_channels!r}")
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def _checked_latents(latents: np.ndarray, images: int, spec: ModelSpec) -> np.ndarray:
-    expected = (images, spec.channels, spec.side, spec.side)
-    try:
-        found = np.asarray(latents)
-    except Exception as cause:  # whatever an object raises that is asked to be an array
-        raise UsageError(
-            f"latents are no array: {cause}; for a tensor of torch use latents.detach().float().numpy()"
-        ) from cause
-    if found.shape != expected:
-        raise UsageError(f"latents have shape {list(found.shape)}, expected {list(expected)} for {images} labels")
-    if found.dtype.kind != "f":
-        raise UsageError(f"latents have dtype {found.dtype}, expected float32")
-    with np.errstate(over="ignore"):
-        narrow = found.astype(np.float32)
-    if not np.isfinite(narrow).all():
-        raise UsageError("latents hold NaN or infinite values, or such that float32 cannot hold")
-    return narrow

@@ -37,13 +37,13 @@ class Request:
     Attributes:
         conditions: what each image shows.
         noise: (N, draws, C, H, W) float32: x_T, then one tensor for each step where the sampler is stochastic.
-        cfg_scale: guidance scale; 1 runs without unconditional rows.
+        cfg_scale: (N,) guidance scale of each image; where all are 1, there are no unconditional rows.
         cfg_channels: guidance acts on channels 0 .. cfg_channels - 1.
     """
 
     conditions: Conditions
     noise: np.ndarray
-    cfg_scale: float
+    cfg_scale: np.ndarray
     cfg_channels: int
 
 
@@ -135,9 +135,9 @@ class Session:
 
     def _prepare(self, request: Request) -> _Runnable:
         """Bind the plan for the request's shape, or record it if it ran before, and upload the inputs."""
-        spec, buffers, upload = self._spec, self._buffers, self._stream.upload
+        buffers, upload = self._buffers, self._stream.upload
         conditions, images = request.conditions, len(request.conditions.labels)
-        guided = request.cfg_scale != 1 and request.cfg_channels > 0
+        guided = request.cfg_channels > 0 and bool((request.cfg_scale != 1).any())
         wanted = [*conditions.labels, *(conditions.nulls if guided else ())]
         distinct = sorted(set(wanted))
         index = np.searchsorted(distinct, wanted)
@@ -150,7 +150,6 @@ class Session:
             runnable.steps = self._recorded(runnable.plan)
             runnable.recorded = True
         own = np.arange(images)
-        guidance = np.where(np.arange(spec.channels) < request.cfg_channels, request.cfg_scale, 1.0)
         if captions is None:
             upload(np.asarray(distinct), buffers.labels.view(batch.labels))
             upload(index, buffers.label_rows.view(batch.rows))
@@ -162,9 +161,7 @@ class Session:
             upload(index, buffers.captions.rows.view(batch.rows))
             upload(np.zeros(batch.rows), buffers.label_rows.view(batch.rows))
         upload(np.resize(own, batch.rows), buffers.rows.view(batch.rows))
-        upload(own, buffers.cond_rows.view(images))
-        upload(own + batch.rows - images, buffers.uncond_rows.view(images))
-        upload(guidance.astype(np.float32), buffers.guidance)
+        self._upload_guidance(request, batch)
         upload(np.float32(self._plan.sampler.start) * request.noise[:, 0], runnable.plan.initial)
         if buffers.shared is not None:
             upload(BEFORE_THE_FIRST_STEP, buffers.shared.step)
@@ -175,6 +172,15 @@ class Session:
                 upload(request.noise[:, step + 1], target)
         self._stream.wait()
         return runnable
+
+    def _upload_guidance(self, request: Request, batch: Batch) -> None:
+        """Weights, and which rows of the prediction they lie between: for an image of scale 1, one row and itself."""
+        buffers, upload, scales, channels = self._buffers, self._stream.upload, request.cfg_scale, self._spec.channels
+        own = np.arange(batch.images)
+        guidance = np.where(np.arange(channels) < request.cfg_channels, scales[:, None], 1.0)
+        upload(own, buffers.cond_rows.view(batch.images))
+        upload(np.where(scales == 1, own, own + batch.rows - batch.images), buffers.uncond_rows.view(batch.images))
+        upload(guidance.astype(np.float32), buffers.guidance.view(batch.images, channels))
 
     def _recorded(self, plan: BoundPlan) -> tuple[Sequence[Launch], ...]:
         """What to call for each step: steps of the same launches are recorded once."""

@@ -82,7 +82,7 @@ class Stepper:
         self._rows = HostArray(rows, "int64")
         self._cond_rows, self._uncond_rows = HostArray(capacity, "int64"), HostArray(capacity, "int64")
         self._guidance, self._coefficients = (
-            HostArray(spec.channels, "float32"),
+            HostArray(capacity * spec.channels, "float32"),
             HostArray(len(table.rows[0]), "float32"),
         )
         self._latents, self._latents_out = (
@@ -132,7 +132,9 @@ class Stepper:
         self._rows.array(len(rows))[:] = np.resize(np.arange(images), len(rows))
         self._cond_rows.array(images)[:] = np.arange(images)
         self._uncond_rows.array(images)[:] = np.arange(images) + len(rows) - images
-        self._guidance.array(spec.channels)[:] = np.where(np.arange(spec.channels) < cfg_channels, cfg_scale, 1.0)
+        self._guidance.array(images, spec.channels)[:] = np.where(
+            np.arange(spec.channels) < cfg_channels, cfg_scale, 1.0
+        )
         row = self.table.rows[step]
         self._coefficients.array(len(row))[:] = row
         self._latents.array(*self._latent_shape)[:] = latents
@@ -211,7 +213,7 @@ class Stepper:
             "prediction": prediction,
             "cond_rows": self._cond_rows.buffer(self._images),
             "uncond_rows": self._uncond_rows.buffer(self._images),
-            "guidance": self._guidance.buffer(spec.channels),
+            "guidance": self._guidance.buffer(self._images, spec.channels),
             "coefficients": self._coefficients.buffer(len(self.table.rows[0])),
             "noise": self._noise.buffer(*shape),
         }

@@ -18,11 +18,11 @@ def run(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("learn_sigma", [False, True])
-def test_guidance_acts_on_weighted_channels_and_the_table_row_is_applied(learn_sigma: bool) -> None:
+def test_guidance_weighs_each_channel_of_each_image_and_the_table_row_is_applied(learn_sigma: bool) -> None:
     spec, rng = ModelSpec(1, 8, 2, 16, 2, 2, 4, 10, learn_sigma), np.random.default_rng(0)
     x, z = rng.standard_normal((2, 2, 4, 4, 4)).astype(np.float32)
     prediction = rng.standard_normal((4, spec.output_channels, 4, 4)).astype(np.float32)
-    guidance = np.array([3, 3, 3, 1], np.float32)
+    guidance = np.array([[3, 3, 3, 1], [2, 2, 2, 1]], np.float32)
     inputs = {
         "latents": x,
         "prediction": prediction,
@@ -33,7 +33,7 @@ def test_guidance_acts_on_weighted_channels_and_the_table_row_is_applied(learn_s
     rows = {"cond_rows": np.array([0, 1]), "uncond_rows": np.array([2, 3])}
     found = run(sampler_graph(spec), {**inputs, **rows})
     cond, uncond = prediction[:2, :4], prediction[2:, :4]
-    guided = uncond + guidance[None, :, None, None] * (cond - uncond)
+    guided = uncond + guidance[..., None, None] * (cond - uncond)
     np.testing.assert_allclose(found, 0.9 * x - 0.3 * guided + 0.1 * z, rtol=1e-5, atol=1e-6)
 
 
@@ -42,7 +42,7 @@ def test_earlier_estimates_join_the_update_and_a_new_one_is_kept(lags: int) -> N
     spec, rng = ModelSpec(1, 8, 2, 16, 2, 2, 4, 10, False), np.random.default_rng(1)
     x, m, z, *kept = rng.standard_normal((3 + lags, 2, 4, 4, 4)).astype(np.float32)
     coefficients = rng.standard_normal(5 + lags).astype(np.float32)
-    inputs = {"latents": x, "prediction": m, "noise": z, "guidance": np.ones(4, np.float32)}
+    inputs = {"latents": x, "prediction": m, "noise": z, "guidance": np.ones((2, 4), np.float32)}
     inputs |= {"cond_rows": np.array([0, 1]), "uncond_rows": np.array([0, 1]), "coefficients": coefficients}
     inputs |= {f"estimate_{lag}": estimate for lag, estimate in enumerate(kept, 1)}
     found, estimate = ReferenceEvaluator(sampler_graph(spec, lags=lags)).run(None, inputs)
@@ -56,7 +56,7 @@ def test_the_conditional_rows_variance_scales_the_noise() -> None:
     spec, rng = ModelSpec(1, 8, 2, 16, 2, 2, 4, 10, True), np.random.default_rng(2)
     x, z = rng.standard_normal((2, 2, 4, 4, 4)).astype(np.float32)
     prediction = rng.standard_normal((4, 8, 4, 4)).astype(np.float32)
-    inputs = {"latents": x, "prediction": prediction, "noise": z, "guidance": np.full(4, 2, np.float32)}
+    inputs = {"latents": x, "prediction": prediction, "noise": z, "guidance": np.full((2, 4), 2, np.float32)}
     inputs |= {"cond_rows": np.array([0, 1]), "uncond_rows": np.array([2, 3])}
     inputs["coefficients"] = np.array([0.9, -0.3, 0.1, 0.7], np.float32)
     found = run(sampler_graph(spec, learned=True), inputs)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import multiprocessing
 import pickle
 import shutil
@@ -147,6 +148,36 @@ def test_scale_one_skips_the_unconditional_rows_and_changes_nothing(pipe: Pipeli
     np.testing.assert_array_equal(pipe.generate(LABELS, cfg_channels=0).latents, unguided)
 
 
+@pytest.mark.parametrize("batch_size", [4, 2, 1])
+def test_a_seed_for_each_image_draws_what_requests_of_one_image_draw(golden_engine: Path, batch_size: int) -> None:
+    seeds = [5, 2**64 - 1, 5, 0]
+    with goc_deploy.load(golden_engine, plan="fora:2+gc:1.2", batch_size=batch_size) as pipe:
+        together = pipe.generate([1, 7, 4, 2], seed=seeds)
+        alone = [pipe.generate([label], seed=seed).latents for label, seed in zip([1, 7, 4, 2], seeds, strict=True)]
+        np.testing.assert_array_equal(together.latents, np.concatenate(alone))
+        later = pipe.generate([1, 7], seed=np.array([5, 6]), first_image=3).latents
+        np.testing.assert_array_equal(later[1:], pipe.generate([7], seed=6, first_image=3).latents)
+    assert json.loads(json.dumps(together.report))["seed"] == seeds
+
+
+@pytest.mark.parametrize("batch_size", [4, 3])
+def test_a_scale_for_each_image_guides_as_requests_of_one_image_do(golden_engine: Path, batch_size: int) -> None:
+    labels, scales = [1, 7, 4, 2], [1.5, 1, 4.0, 0]
+    with goc_deploy.load(golden_engine, plan="fora:2+gc:1.2", batch_size=batch_size) as pipe:
+        together = pipe.generate(labels, seed=[3] * 4, cfg_scale=scales)
+        alone = [pipe.generate([label], seed=3, cfg_scale=s).latents for label, s in zip(labels, scales, strict=True)]
+        np.testing.assert_array_equal(together.latents, np.concatenate(alone))
+        again = pipe.generate(labels, seed=[3] * 4, cfg_scale=4.0).latents
+        np.testing.assert_array_equal(again[2], together.latents[2])
+    assert together.report["cfg_scale"] == [1.5, 1.0, 4.0, 0.0]
+
+
+def test_scales_of_one_for_each_image_skip_the_unconditional_rows(pipe: Pipeline) -> None:
+    np.testing.assert_array_equal(
+        pipe.generate(LABELS, cfg_scale=np.ones(3)).latents, pipe.generate(LABELS, cfg_scale=1.0).latents
+    )
+
+
 def test_threads_share_a_pipeline_and_get_what_they_would_get_alone(pipe: Pipeline) -> None:
     alone = {seed: pipe.generate([seed % 10] * (1 + seed % 3), seed=seed).latents for seed in range(8)}
     found: dict[int, np.ndarray] = {}
@@ -207,7 +238,14 @@ def test_the_report_says_what_ran(pipe: Pipeline) -> None:
         ({"labels": [1], "cfg_scale": -1}, "cfg_scale must be"),
         ({"labels": [1], "cfg_channels": -1}, "cfg_channels must be a whole number and not negative"),
         ({"labels": [1], "seed": -1}, "seed must be"),
-        ({"labels": [1], "seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ({"labels": [1], "seed": 1.5}, "seed must be a whole number, or a list of one per image, got 1.5"),
+        ({"labels": [1], "seed": "1"}, "seed must be a whole number, or a list of one per image, got '1'"),
+        ({"labels": [1, 2], "seed": [1, 2.5]}, "seed must be a whole number, .* got 2.5"),
+        ({"labels": [1, 2], "seed": [1, 2**64]}, r"seed must be within 0\.\.2\*\*64-1"),
+        ({"labels": [1, 2], "seed": [1]}, "seed is a list of 1 for 2 images; give one number, or one for each image"),
+        ({"labels": [1], "cfg_scale": [1, 2]}, "cfg_scale is a list of 2 for 1 images"),
+        ({"labels": [1, 2], "cfg_scale": [4, -1]}, "cfg_scale must be a number within 0..1000, .* got -1"),
+        ({"labels": [1, 2], "cfg_scale": np.ones((2, 1))}, "cfg_scale must be a number within 0..1000"),
         ({"labels": [1], "cfg_channels": 1.5}, "cfg_channels must be a whole number"),
         (
             {"labels": [1], "latents": np.zeros((2, 4, 8, 8), np.float32)},
@@ -219,9 +257,13 @@ def test_the_report_says_what_ran(pipe: Pipeline) -> None:
         ({"labels": [1], "latents": torch.ones(1, 4, 8, 8, requires_grad=True)}, r"no array: .* use latents.detach"),
         ({"labels": [1], "latents": torch.ones(1, 4, 8, 8, dtype=torch.bfloat16)}, r"no array: .* use latents.detach"),
         ({"labels": 5}, "labels are a list of whole numbers, got 5; for one image give a list of one"),
+        ({"labels": np.array(5)}, "labels are a list of whole numbers, got array\\(5\\)"),
         ({"labels": "12"}, "labels are a list of whole numbers, got '12'"),
-        ({"labels": [1], "cfg_scale": None}, "cfg_scale must be a number within 0..1000, got None"),
-        ({"labels": [1], "cfg_scale": "4"}, "cfg_scale must be a number within 0..1000, got '4'"),
+        (
+            {"labels": [1], "cfg_scale": None},
+            "cfg_scale must be a number within 0..1000, or a list of one per image, got None",
+        ),
+        ({"labels": [1], "cfg_scale": "4"}, "cfg_scale must be a number within 0..1000, .* got '4'"),
         ({"labels": [1, 2], "first_image": 2**64 - 1}, "leaves less than 2 images up to"),
     ],
 )

@@ -74,6 +74,20 @@ def test_models_that_predict_something_else_run_too(engine: Path, model: DiT, sa
         assert worst_step(found, eager(pipe, model, STEPS[sampler], prediction)) < 1e-4
 
 
+@pytest.mark.parametrize("batch_size", [3, 2])
+def test_each_image_has_the_step_noise_of_its_own_seed(engine: Path, batch_size: int) -> None:
+    seeds = [9, 0, 9]
+    with goc_deploy.load(engine, plan="ddpm", batch_size=batch_size) as pipe:
+        together = pipe.generate(LABELS, seed=seeds, cfg_scale=[2.0, 1.0, 4.0]).latents
+        for image, (label, seed, scale) in enumerate(zip(LABELS, seeds, (2.0, 1.0, 4.0), strict=True)):
+            alone = pipe.generate([label], seed=seed, cfg_scale=scale).latents
+            np.testing.assert_array_equal(together[image : image + 1], alone)
+        x_t = np.stack([image_noise(seed, 0, 1, (4, 8, 8))[0] for seed in seeds])
+        np.testing.assert_array_equal(
+            pipe.generate(LABELS, seed=seeds, cfg_scale=4.0, latents=x_t).latents[2], together[2]
+        )
+
+
 def test_a_run_does_not_see_the_estimates_of_the_one_before(engine: Path) -> None:
     with goc_deploy.load(engine, plan="dpmpp") as pipe:
         alone = pipe.generate(LABELS, seed=5).latents
