@@ -5,8 +5,9 @@
 
 Rows stand in benchmarks/results.toml. Samples of a row stay in the work folder and its numbers in another: an
 interrupted run goes on where it stopped, and rows that are done are not made again. ``--do clock`` measures how long every
-plan takes, side by side; do nothing else meanwhile. ``--do show`` measures nothing. Generated parts of the document stand between
-``<!-- begin NAME -->`` and ``<!-- end NAME -->``, one per table; a table shows the rows that have numbers.
+plan takes, side by side; do nothing else meanwhile. ``--do plans`` writes what the plans of measured rows compute once more;
+``--do show`` measures nothing. Generated parts of the document stand between ``<!-- begin NAME -->`` and
+``<!-- end NAME -->``, one per table; a table shows the rows that have numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import sys
 import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +27,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from benchmarks.report import markdown, with_blocks
+from benchmarks.rows import COST, Row, Study, contents_of, cost_cells, god_text, update_contents
 from benchmarks.sampled_rows import Request, Workers, chunks_of, engine_digest, sample
 from goc_deploy.api import add_plan
 from goc_deploy.bench import compare_plans
 from goc_deploy.engine_dir import load_plan
 from goc_deploy.errors import GocError
 from goc_deploy.evaluation.adm import open_adm
-from goc_deploy.evaluation.distribution import FeatureSet, Reference, distribution_metrics, reference_from_adm
-from goc_deploy.evaluation.features import Extractor, OnnxExtractor
+from goc_deploy.evaluation.distribution import FeatureSet, distribution_metrics, reference_from_adm
+from goc_deploy.evaluation.features import OnnxExtractor
 from goc_deploy.evaluation.pairing import PairedScores
 from goc_deploy.evaluation.sampling import Sampled
 from goc_deploy.evaluation.tables import METRICS, shown_value
-from goc_deploy.grammar import parse_policy, plan_name_from_spec
 from goc_deploy.metrics.estimate import Estimate
 from goc_deploy.metrics.paired import relative_l2
 from goc_deploy.options import BenchOptions, no_progress
 from goc_deploy.outputs import save_text
 from goc_deploy.publish import read_manifest
 from goc_deploy.runtime.images import images_from_latents
+from goc_deploy.schedule import Schedule
 
 HERE = Path(__file__).resolve().parent
 MNIST = HERE.parent / "examples" / "mnist"
@@ -53,83 +55,13 @@ TIMES = "times.json"
 Samples = tuple[Path, Request]  # where the chunks lie, and what they are of
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A plan that the tables show.
-
-    Attributes:
-        title: what a reader calls it.
-        spec: policy SPEC.
-        steps: sampling steps; 0 where the policy chooses them.
-        sampler: sampler SPEC.
-    """
-
-    title: str
-    spec: str
-    steps: int = 20
-    sampler: str = "ddim"
-
-    @property
-    def plan(self) -> str:
-        """Its name in the engine directory."""
-        steps = f".T{self.steps}" if self.steps else ""
-        sampler = "" if self.sampler == "ddim" else f".{plan_name_from_spec(self.sampler)}"
-        return f"{parse_policy(self.spec).default_name[:80]}{steps}{sampler}"
-
-
-@dataclass(frozen=True, slots=True)
-class Study:
-    """What every row shares.
-
-    Attributes:
-        engine: the engine directory.
-        work: folder of samples.
-        numbers: folder of a JSON file per row.
-        request: of no plan in particular.
-        workers: how to sample.
-        extractor: features for the distribution metrics.
-        reference: the images to compare with.
-        calibration_images: for plans that learn.
-        baseline: the first row, which rows of its steps and sampler are compared with.
-        converged: no cache at many steps, of few images.
-        converged_images: how many.
-        metrics: keys of the only columns to show, or nothing for all.
-    """
-
-    engine: Path
-    work: Path
-    numbers: Path
-    request: Request
-    workers: Workers
-    extractor: Extractor
-    reference: Reference
-    calibration_images: int
-    baseline: Row
-    converged: Row
-    converged_images: int
-    metrics: tuple[str, ...]
-
-    def made_for(self) -> dict[str, Any]:
-        """What numbers must have been made for to be shown beside each other."""
-        return {
-            "checkpoint_sha256": read_manifest(self.engine).provenance["checkpoint_sha256"],
-            "images": self.request.images,
-            "seed": self.request.seed,
-            "cfg_scale": self.request.cfg_scale,
-            "features": self.extractor.name,
-            "reference_images": self.reference.images,
-            "calibration_images": self.calibration_images,
-            "converged": [self.converged.steps, self.converged_images],
-        }
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("engine", type=Path, help="engine directory; plans are added to it")
     parser.add_argument("--rows", type=Path, default=HERE / "results.toml")
     parser.add_argument("--work", type=Path, default=Path("out/results"), help="folder of samples")
     parser.add_argument("--numbers", type=Path, default=HERE.parent / "docs/results", help="folder of a JSON per row")
-    parser.add_argument("--do", choices=("measure", "clock", "show"), default="measure", help="quality, times, nothing")
+    parser.add_argument("--do", choices=("measure", "clock", "plans", "show"), default="measure")
     parser.add_argument("--tables", help="comma-separated, of the rows file  [default: all]")
     parser.add_argument("--images", type=int, default=10_000, help="per row")
     parser.add_argument("--seed", type=int, default=0)
@@ -186,6 +118,8 @@ def make_tables(args: argparse.Namespace) -> dict[str, str]:
         clock(study, rows)
     for row in rows if args.do == "measure" else ():
         measure(study, row)
+    for row in rows if args.do == "plans" else ():
+        update_contents(study.path(row), schedule_of(study, row))
     return {name: block(study, title, rows) for name, (title, rows) in tables.items()}
 
 
@@ -207,6 +141,12 @@ def add(study: Study, row: Row) -> None:
         add_plan(study.engine, row.spec, name=row.plan, steps=row.steps or None, sampler=row.sampler, **calibration)
 
 
+def schedule_of(study: Study, row: Row) -> Schedule:
+    """Of a row's plan, which is made where it is missing."""
+    add(study, row)
+    return load_plan(study.engine, read_manifest(study.engine), row.plan).schedule
+
+
 def say(line: str) -> None:
     """Progress, for people."""
     print(line, file=sys.stderr, flush=True)
@@ -214,12 +154,12 @@ def say(line: str) -> None:
 
 def measure(study: Study, row: Row) -> None:
     """Sample a row and write its numbers, unless they are there."""
-    path, made_for = study.numbers / f"{row.plan}.json", study.made_for()
+    path, made_for = study.path(row), study.made_for()
     if path.exists() and json.loads(path.read_text(encoding="utf-8"))["made_for"] == made_for:
         return
     samples = sampled(study, row, study.request.images)
     _, request = samples
-    schedule = load_plan(study.engine, read_manifest(study.engine), row.plan).schedule
+    schedule = schedule_of(study, row)
     estimates = paired_metrics(study, replace(row, steps=schedule.steps), samples)
     features = FeatureSet(request.images)
     for _, latents in chunks_of(*samples):
@@ -230,9 +170,8 @@ def measure(study: Study, row: Row) -> None:
     found = {
         "made_for": made_for,
         "spec": row.spec,
-        "steps": schedule.steps,
         "sampler": row.sampler,
-        "full_step_equivalents": schedule.computed / schedule.units,
+        **contents_of(schedule),
         "metrics": {key: asdict(value) for key, value in estimates.items()},
     }
     save_text(json.dumps(found, indent=1) + "\n", path)
@@ -278,8 +217,7 @@ def pictures(latents: np.ndarray) -> np.ndarray:
 
 def block(study: Study, title: str, rows: Sequence[Row]) -> str:
     """A table of cost and quality as Markdown, with what it was made with."""
-    kept = [(row, study.numbers / f"{row.plan}.json") for row in rows]
-    found = [(row, json.loads(path.read_text(encoding="utf-8"))) for row, path in kept if path.exists()]
+    found = [(row, json.loads(study.path(row).read_text(encoding="utf-8"))) for row in rows if study.path(row).exists()]
     found = [(row, numbers) for row, numbers in found if numbers["made_for"] == study.made_for()]
     if not found:
         return f"### {title}\n\nNot measured yet.\n"
@@ -288,14 +226,16 @@ def block(study: Study, title: str, rows: Sequence[Row]) -> str:
     totals = times.get("total_ms", {})
     present = [metric for metric in METRICS if any(metric.key in numbers["metrics"] for _, numbers in found)]
     shown = [metric for metric in present if not study.metrics or metric.key in study.metrics]
-    columns = ["method", "SPEC", "steps", "full steps", "speed-up", *(metric.title for metric in shown)]
+    model, god = read_manifest(study.engine).model, any("god" in numbers for _, numbers in found)
+    columns = ["method", "SPEC", "steps", *COST, "speed-up", *(["GOD decided"] if god else [])]
     lines = []
     for row, numbers in found:
-        steps = f"{numbers['steps']}" if row.sampler == "ddim" else f"{numbers['steps']} {row.sampler}"
         speed = f"{totals[study.baseline.plan] / totals[row.plan]:.2f}" if row.plan in totals else ""
-        cost = [f"{numbers['full_step_equivalents']:.2f}", speed]
+        decided = [god_text(numbers.get("god"))] if god else []
         values = [shown_value(numbers["metrics"].get(metric.key), metric, "±") for metric in shown]
-        lines.append([row.title, f"`{row.spec}`", steps, *cost, *values])
+        steps = f"{numbers['steps']}" if row.sampler == "ddim" else f"{numbers['steps']} {row.sampler}"
+        lines.append([row.title, f"`{row.spec}`", steps, *cost_cells(numbers, model), speed, *decided, *values])
+    columns += [metric.title for metric in shown]
     return f"### {title}\n\n{markdown(columns, lines)}\n{conditions(study, times)}"
 
 
@@ -312,7 +252,7 @@ def conditions(study: Study, times: dict[str, Any]) -> str:
         f"{request.images} samples per row, guidance {request.cfg_scale:g}, seed {request.seed}, features of "
         f"`{study.extractor.name}`, plans that learn did so on {study.calibration_images} images of another seed; ± is "
         f"half of a 95 % interval, {RESAMPLES} resamples for FID and IS; L2 to converged is to {study.converged.steps} "
-        f"uncached steps over {study.converged_images} images.{speed}\n"
+        f"uncached steps over {study.converged_images} images; FLOPs are of the matrix products, per image.{speed}\n"
     )
 
 

@@ -2,7 +2,7 @@
 
 With mean features A_k of a unit, ``d = A_k - A_(k-1)`` is what reuse misses at step k and ``e = A_(k-1) - A_(k-2)`` the
 trend that the gradient extends. Where extending it raises the error, the unit is *inverse*. Source: "Accelerating
-Diffusion Transformer via Gradient-Optimized Cache", eq. 7 to 9.
+Diffusion Transformer via Gradient-Optimized Cache", eq. 7 and 8, and the threshold after them, which has no number.
 """
 
 from __future__ import annotations
