@@ -28,6 +28,8 @@ def plan_entry(manifest: Manifest, name: str | None, directory: Path = Path("ENG
     Raises:
         UsageError: there is no such plan.
     """
+    if name is not None and not isinstance(name, str):
+        raise UsageError(f"a plan is named by its name or SPEC, got {name!r:.60}")
     if not manifest.plans:
         raise EngineDirError(
             f"the engine directory has no plans; add one with: goc plan {shlex.quote(str(directory))} none"

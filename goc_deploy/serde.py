@@ -203,9 +203,9 @@ def _schedule_from_fields(found: dict[str, Any], where: str) -> Schedule:
 def _coefficients(row: Any, place: str) -> tuple[float, ...]:
     if not isinstance(row, list):
         raise ScheduleError(f"{place} is {row!r}, it must be a list of numbers")
-    for index, coefficient in enumerate(row):
+    for position, coefficient in enumerate(row):
         if type(coefficient) not in (int, float):
-            raise ScheduleError(f"{place}[{index}] is {coefficient!r}, it must be a number")
+            raise ScheduleError(f"{place}[{position}] is {coefficient!r}, it must be a number")
     return tuple(float(coefficient) for coefficient in row)
 
 

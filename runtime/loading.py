@@ -83,9 +83,6 @@ def load_pipelines(
             raise UsageError(f"{option} must be a whole number, got {value!r:.60}")
     if max_sessions is None or not 1 <= max_sessions <= MAX_SESSIONS:
         raise UsageError(f"max_sessions must be at least 1 and at most {MAX_SESSIONS}, got {max_sessions}")
-    odd = [name for name in names if name is not None and not isinstance(name, str)]
-    if odd:
-        raise UsageError(f"a plan is named by its name or SPEC, got {odd[0]!r:.60}")
     manifest = read_manifest(directory)
     others = unlisted.plans if unlisted else {}
     plans = [
