@@ -6,7 +6,8 @@
 ...     images = pipe.generate(labels=[2, 0, 7]).images
 """
 
-from goc_deploy.api import add_plan, export, load
+from goc_deploy import errors
+from goc_deploy.api import add_plan, export, load, load_plans
 from goc_deploy.errors import GocError
 from goc_deploy.passes import compile_schedule as compile
 from goc_deploy.plan import Plan
@@ -14,4 +15,16 @@ from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec
 from goc_deploy.version import __version__
 
-__all__ = ["GocError", "ModelSpec", "Plan", "Schedule", "__version__", "add_plan", "compile", "export", "load"]
+__all__ = [
+    "GocError",
+    "ModelSpec",
+    "Plan",
+    "Schedule",
+    "__version__",
+    "add_plan",
+    "compile",
+    "errors",
+    "export",
+    "load",
+    "load_plans",
+]

@@ -138,5 +138,7 @@ def _numbers(given: Any) -> Any:
 
 def _one_per_image(name: str, values: list[Any], images: int) -> list[Any]:
     if len(values) != images:
-        raise UsageError(f"{name} is a list of {len(values)} for {images} images; give one number, or one for each image")
+        raise UsageError(
+            f"{name} is a list of {len(values)} for {images} images; give one number, or one for each image"
+        )
     return values

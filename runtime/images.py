@@ -51,6 +51,18 @@ def grid(images: np.ndarray, columns: int | None = None, *, scale: int = 1, gap:
     return _image(canvas)
 
 
+def pil_images(images: np.ndarray) -> list[Image.Image]:
+    """Pictures as Pillow has them.
+
+    Args:
+        images: (N, H, W, C) uint8, C is 1 or 3.
+
+    Returns:
+        N pictures, mode ``L`` where C is 1, else ``RGB``.
+    """
+    return [_image(image) for image in images]
+
+
 def _image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 

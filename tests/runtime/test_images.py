@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from goc_deploy.errors import UsageError
 from goc_deploy.runtime.images import grid, images_from_latents, save_images
+from goc_deploy.runtime.pipeline import Result
 
 
 def test_pixels_are_scaled_as_the_reference_does() -> None:
@@ -33,6 +35,20 @@ def test_the_adm_file_has_three_channels(tmp_path: Path) -> None:
     with np.load(tmp_path / "s.npz") as found:
         assert found["arr_0"].shape == (2, 4, 4, 3)
         np.testing.assert_array_equal(found["arr_0"][..., 2:], images)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_a_result_gives_its_pictures_to_pillow(channels: int, mode: str) -> None:
+    images = np.arange(2 * 4 * 6 * channels, dtype=np.uint8).reshape(2, 4, 6, channels)
+    result = Result(images, np.zeros((2, channels, 4, 6), np.float32), None, {})
+    assert [(picture.mode, picture.size) for picture in result.pil()] == [(mode, (6, 4))] * 2
+    np.testing.assert_array_equal(np.stack([np.asarray(p).reshape(4, 6, channels) for p in result.pil()]), images)
+
+
+def test_latents_without_a_decoder_are_no_pictures() -> None:
+    result = Result(None, np.zeros((1, 4, 4, 4), np.float32), None, {})
+    with pytest.raises(UsageError, match=r"the result has latents but no images; .* with its decoder"):
+        result.pil()
 
 
 def test_a_directory_gets_single_pictures(tmp_path: Path) -> None:
