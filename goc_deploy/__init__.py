@@ -6,7 +6,8 @@
 ...     images = pipe.generate(labels=[2, 0, 7]).images
 """
 
-from goc_deploy.api import add_plan, export, load
+from goc_deploy import errors
+from goc_deploy.api import add_plan, export, load, load_plans
 from goc_deploy.errors import GocError
 from goc_deploy.passes import compile_schedule as compile
 from goc_deploy.plan import Plan
@@ -23,8 +24,10 @@ __all__ = [
     "__version__",
     "add_plan",
     "compile",
+    "errors",
     "export",
     "load",
+    "load_plans",
     "register_correction",
     "register_policy",
 ]

@@ -211,19 +211,32 @@ def load_plans(
     *,
     backend: str = "auto",
     batch_size: int | None = None,
+    max_sessions: int = 1,
     threads: int = 0,
+    shared_pool: bool = True,
+    cuda_graphs: bool = True,
     device: str = "auto",
     all_units: bool = False,
 ) -> list[Pipeline]:
-    """Like `load` for several plans of one engine directory, which share the weights.
+    """Load several plans of one engine directory, such as tiers of quality, on one set of weights.
 
-    ``all_units`` also loads units that none of these plans launches, for `goc_deploy.runtime.pipeline.Pipeline.with_plan`.
+    Args:
+        engine_dir: what `export` made.
+        plans: names or SPECs.
+        backend, batch_size, threads, shared_pool, cuda_graphs, device: as `load` takes them.
+        max_sessions: callers of each pipeline that run at the same time.
+        all_units: also load units that none of these plans launches, for `goc_deploy.runtime.pipeline.Pipeline.with_plan`.
+
+    Returns:
+        A pipeline for each plan, in their order. Each is closed by itself.
+
+    Raises:
+        GocError: a subclass says what is wrong and has an ``exit_code``.
     """
     from goc_deploy.engines.choice import RunOptions
 
-    return _load(
-        Path(engine_dir), backend, RunOptions(threads, device=device), plans, batch_size, 1, all_units=all_units
-    )
+    options = RunOptions(threads, shared_pool, cuda_graphs, device)
+    return _load(Path(engine_dir), backend, options, plans, batch_size, max_sessions, all_units=all_units)
 
 
 def _load(

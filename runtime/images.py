@@ -48,6 +48,18 @@ def grid(images: np.ndarray, columns: int | None = None, *, scale: int = 1, gap:
     return picture(canvas)
 
 
+def pil_images(images: np.ndarray) -> list[Image.Image]:
+    """Pictures as Pillow has them.
+
+    Args:
+        images: (N, H, W, C) uint8, C is 1 or 3.
+
+    Returns:
+        N pictures, mode ``L`` where C is 1, else ``RGB``.
+    """
+    return [picture(image) for image in images]
+
+
 def picture(pixels: np.ndarray) -> Image.Image:
     """(H, W, 1 or 3) uint8 as Pillow has it."""
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)

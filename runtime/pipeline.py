@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from goc_deploy.captions import (
     Conditions,
@@ -30,7 +31,7 @@ from goc_deploy.runtime import arguments
 from goc_deploy.runtime.binding import Batch, Engines
 from goc_deploy.runtime.buffers import planned_bytes
 from goc_deploy.runtime.decoder import LatentDecoder
-from goc_deploy.runtime.images import images_from_latents
+from goc_deploy.runtime.images import images_from_latents, pil_images
 from goc_deploy.runtime.interpreter_exit import check_not_exiting, code_of_the_caller, native_calls
 from goc_deploy.runtime.session import Request, Session, Timing
 from goc_deploy.runtime.session_pool import CLOSED, SessionPool
@@ -80,6 +81,18 @@ class Result:
     latents: np.ndarray
     trajectory: np.ndarray | None
     report: dict[str, Any]
+
+    def pil(self) -> list[Image.Image]:
+        """The images as Pillow has them, mode ``L`` where they are grey, else ``RGB``.
+
+        Raises:
+            UsageError: there are latents only.
+        """
+        if self.images is None:
+            raise UsageError(
+                "the result has latents but no images; leave out decode=False, or export the model with its decoder (--vae)"
+            )
+        return pil_images(self.images)
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +311,11 @@ class Pipeline:
         noise = np.zeros((images, self._draws, *self._latent_shape), np.float32)
         scales = np.full(images, DEFAULTS.cfg_scale if guided else 1.0)
         return Request(conditions, noise, scales, self.spec.guided_channels)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called, after which every request raises."""
+        return self._pool.closed
 
     def close(self) -> None:
         """Free the engines and buffers; later and waiting calls raise, running ones end. Closing twice is fine."""

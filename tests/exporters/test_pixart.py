@@ -141,6 +141,14 @@ def test_stored_captions_stand_for_labels(engine: Path) -> None:
             pipe.generate([0, 3])
 
 
+def test_requests_of_other_seeds_and_scales_share_a_batch(engine: Path) -> None:
+    with goc_deploy.load(engine, plan="fora:2") as pipe:
+        together = pipe.generate([2, 0], seed=[4, 9], cfg_scale=[1.0, 4.5]).latents
+        for image, (label, seed, scale) in enumerate(((2, 4, 1.0), (0, 9, 4.5))):
+            alone = pipe.generate([label], seed=seed, cfg_scale=scale).latents
+            assert relative_l2(together[image : image + 1], alone) < 1e-6
+
+
 def test_an_image_does_not_depend_on_its_neighbours_or_on_padding(engine: Path) -> None:
     given = arrays(SPEC, 3)
     with goc_deploy.load(engine, plan="fora:2") as pipe:

@@ -293,8 +293,10 @@ def test_results_that_are_not_finite_are_an_error(pipe: Pipeline) -> None:
 def test_closing_twice_is_fine_and_a_closed_pipeline_says_so(golden_engine: Path) -> None:
     loaded = goc_deploy.load(golden_engine)
     loaded.warmup()
+    assert not loaded.closed
     loaded.close()
     loaded.close()
+    assert loaded.closed
     with pytest.raises(EnvironmentUnsupportedError, match="closed"):
         loaded.generate([0])
 

@@ -61,6 +61,16 @@ def test_steps_of_a_kind_are_one_graph(engines: dict[str, Path], spec: str, grap
     assert (report["recorded_graphs"], report["recorded_nodes"]) == (graphs, sum(captured))
 
 
+def test_seed_and_scale_of_each_image_reach_steps_that_are_recorded(engines: dict[str, Path]) -> None:
+    pipe, tensorrt = stand_in_pipeline(engines["shared"], GRADIENT)
+    for seeds, scales in (([5, 6], [1.0, 4.0]), ([7, 8], [2.0, 3.0]), ([6, 5], [4.0, 1.0])):
+        together = pipe.generate([1, 7], seed=seeds, cfg_scale=scales).latents
+        for image, (seed, scale) in enumerate(zip(seeds, scales, strict=True)):
+            alone = pipe.generate([[1, 7][image]], seed=seed, cfg_scale=scale).latents
+            assert relative_l2(together[image : image + 1], alone) < 1e-6
+    assert any(what == "replay" for what, *_ in tensorrt.device.calls)
+
+
 @pytest.mark.parametrize("spec", GOLDEN_PLANS)
 @pytest.mark.parametrize("weights", WEIGHT_MODES)
 def test_golden_trajectories_launched_one_by_one_and_replayed(
