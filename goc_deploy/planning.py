@@ -143,7 +143,7 @@ def plan_on_the_fly(directory: Path, name: str | None, steps: int | None) -> tup
     try:
         entry = plan_entry(manifest, name, directory)
     except UsageError:
-        if name is None or meant_spec(name) != name:
+        if not isinstance(name, str) or meant_spec(name) != name:
             raise
         return name, _uncalibrated(directory, manifest, name, PlanOptions(steps=steps, segments="none"))
     present = load_plan(directory, manifest, entry.name)

@@ -244,7 +244,7 @@ def test_rows_of_the_results_are_made_once_and_survive_an_interruption(
     text = document.read_text()
     assert text.startswith("kept\n")
     (line,) = [line for line in text.splitlines() if "`fora:2`" in line]
-    assert line.startswith("| FORA | `fora:2` | 4 | 2.00 |  | 0.")
+    assert line.startswith("| FORA | `fora:2` | 4 | 50 | 0.0007 | 2.00 |  | 0.")
     assert "searched" not in text
 
     chunks = sorted((work / "fora-2.T4").glob("latents-*.npz"))

@@ -63,7 +63,7 @@ def test_the_cpu_runs_each_shape_once(golden_engine: Path, monkeypatch: pytest.M
         run = goc_deploy.runtime.session.Session.run
 
         def counted(session: Any, request: Any, *more: Any) -> Any:
-            shapes.append((len(request.noise), request.cfg_scale))
+            shapes.append((len(request.noise), float(request.cfg_scale[0])))
             return run(session, request, *more)
 
         monkeypatch.setattr("goc_deploy.runtime.session.Session.run", counted)
