@@ -195,11 +195,11 @@ class CudaDevice:
                     self._later.pop()()
 
 
-def _by_address(move: Move) -> kernel_moves.Move:
+def _by_address(move: Move) -> kernel_moves.ByteMove:
     """A move as the kernel takes it."""
     (outer, table_rows, width), (_, batch_rows, _) = move.source.shape, move.target.shape
     item = DTYPE_BYTES[move.source.dtype]
-    return kernel_moves.Move(
+    return kernel_moves.ByteMove(
         move.source.pointer,
         move.target.pointer,
         period=move.period,

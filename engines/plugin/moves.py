@@ -54,8 +54,8 @@ class MovesParameters(ctypes.Structure):
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
-    """``target[m, b] = source[step % period, m, rows[b]]``.
+class ByteMove:
+    """A `goc_deploy.protocols.Move` by addresses and bytes: ``target[m, b] = source[step % period, m, rows[b]]``.
 
     Attributes:
         source: address of (period, outer, table_rows, row); the values for a step start ``step_bytes`` after those for
@@ -124,10 +124,10 @@ def _overlap(a: range, b: range) -> bool:
     return a.start < b.stop and b.start < a.stop
 
 
-def _chains(moves: Sequence[Move]) -> list[list[Move]]:
+def _chains(moves: Sequence[ByteMove]) -> list[list[ByteMove]]:
     """Moves that must run in order, together; chains run at the same time."""
     assert 0 < len(moves) <= MAX_MOVES
-    chains: list[list[Move]] = []
+    chains: list[list[ByteMove]] = []
     for move in moves:
         before = [chain for chain in chains if any(_chained(earlier, move) for earlier in chain)]
         chains = [chain for chain in chains if chain not in before]
@@ -135,7 +135,7 @@ def _chains(moves: Sequence[Move]) -> list[list[Move]]:
     return chains
 
 
-def _chained(earlier: Move, later: Move) -> bool:
+def _chained(earlier: ByteMove, later: ByteMove) -> bool:
     """Whether one writes what the other uses."""
     pairs = [
         (earlier.target_span, later.target_span, True),
@@ -150,12 +150,12 @@ def _chained(earlier: Move, later: Move) -> bool:
     return bool(shared)
 
 
-def moves_geometry(moves: Sequence[Move]) -> Geometry:
+def moves_geometry(moves: Sequence[ByteMove]) -> Geometry:
     """Blocks of each chain, one chain after the other."""
     return Geometry("goc_step_moves", THREADS * sum(max(m.blocks for m in chain) for chain in _chains(moves)))
 
 
-def moves_parameters(moves: Sequence[Move], counter: int) -> MovesParameters:
+def moves_parameters(moves: Sequence[ByteMove], counter: int) -> MovesParameters:
     """Parameters of `goc_step_moves`.
 
     Moves that share memory which one of them writes are a chain, such as ``e1 -> e2``, then ``e0 -> e1``: they happen in

@@ -20,8 +20,8 @@ from goc_deploy.engines.plugin.kernel import (
 )
 from goc_deploy.engines.plugin.moves import (
     NEXT_STEP,
+    ByteMove,
     CounterParameters,
-    Move,
     moves_geometry,
     moves_parameters,
 )
@@ -98,14 +98,14 @@ def test_the_most_units_fit_into_a_launch(memory: CudaMemory, kernels: DeviceKer
     check(memory, kernels, Stack((4,) * MAX_UNITS, (True,) * MAX_UNITS), (2, 16, 64), "float16")
 
 
-def gathered(memory: CudaMemory, row_bytes: int) -> tuple[Move, Callable[[int], Moved]]:
+def gathered(memory: CudaMemory, row_bytes: int) -> tuple[ByteMove, Callable[[int], Moved]]:
     """Modulation rows of DiT-XL/2: some rows of a table of 4 steps and 3 labels, for 2 rows of a batch."""
     rng = np.random.default_rng(row_bytes)
     table, rows = rng.integers(0, 256, (4, 172, 3, row_bytes), np.uint8), np.array([2, 0])
     target = np.zeros((170, 2, row_bytes), np.uint8)
     address = memory.put(target)
     source = memory.put(table) + 2 * table[0, 0].nbytes
-    move = Move(source, address, 4, table[0].nbytes, 170, 3, 2, row_bytes, memory.put(rows))
+    move = ByteMove(source, address, 4, table[0].nbytes, 170, 3, 2, row_bytes, memory.put(rows))
     return move, lambda step: [(address, table[step % 4, 2:][:, rows])]
 
 
@@ -116,7 +116,7 @@ def test_the_counter_and_the_moves_serve_every_step_of_one_graph(memory: CudaMem
     nothing = np.zeros(nbytes, np.uint8)
     source = memory.put(values)
     newest, before, oldest = (memory.put(nothing) for _ in range(3))
-    flat = partial(Move, outer=1, table_rows=1, batch_rows=1, row_bytes=nbytes)
+    flat = partial(ByteMove, outer=1, table_rows=1, batch_rows=1, row_bytes=nbytes)
     moves = [
         flat(before, oldest, period=1, step_bytes=0),
         wide[0],

@@ -16,8 +16,8 @@ from goc_deploy.engines.plugin.moves import (
     MAX_BLOCKS,
     MAX_MOVES,
     NEXT_STEP,
+    ByteMove,
     CounterParameters,
-    Move,
     moves_geometry,
     moves_parameters,
 )
@@ -57,14 +57,14 @@ def address(array: np.ndarray) -> int:
     return array.ctypes.data
 
 
-def run(kernels: HostKernels, moves: Sequence[Move], step: int) -> None:
+def run(kernels: HostKernels, moves: Sequence[ByteMove], step: int) -> None:
     counter = np.array([step], np.int32)
     kernels.launch(moves_geometry(moves), moves_parameters(moves, address(counter)), 0)
     assert counter[0] == step
 
 
-def plain(source: np.ndarray, target: np.ndarray) -> Move:
-    return Move(address(source), address(target), 1, 0, 1, 1, 1, target.nbytes)
+def plain(source: np.ndarray, target: np.ndarray) -> ByteMove:
+    return ByteMove(address(source), address(target), 1, 0, 1, 1, 1, target.nbytes)
 
 
 @st.composite
@@ -92,7 +92,7 @@ def test_moves_are_what_numpy_picks(kernels: HostKernels, cases: list[dict[str, 
         target = memory.zeros(outer, batch_rows, case["row_bytes"], skew=case["skew"])
         memory.kept.append(rows)
         size = (period, table[0].nbytes, outer, table_rows, batch_rows, case["row_bytes"])
-        moves.append(Move(address(table), address(target), *size, address(rows) if case["gathered"] else None))
+        moves.append(ByteMove(address(table), address(target), *size, address(rows) if case["gathered"] else None))
         found.append(target)
         expected.append(table[step % period, :outer][:, rows])
     run(kernels, moves, step)
@@ -128,7 +128,7 @@ def test_what_was_picked_is_handed_on(kernels: HostKernels) -> None:
     moves = [
         plain(b, c),
         plain(a, b),
-        Move(address(table), address(a), 4, table[0].nbytes, 1, 3, 2, 32, address(rows)),
+        ByteMove(address(table), address(a), 4, table[0].nbytes, 1, 3, 2, 32, address(rows)),
     ]
     expected = [table[5 % 4, rows].reshape(-1), a.copy(), b.copy()]
     run(kernels, moves, 5)
@@ -153,8 +153,8 @@ def test_moves_that_no_order_of_threads_makes_safe_are_refused() -> None:
     memory = Memory(0)
     a, b, c = (memory.zeros(64) for _ in range(3))
     rows = np.zeros(1, np.int64)
-    gathered = Move(address(a), address(b), 1, 0, 1, 1, 1, 64, address(rows))
-    stepwise = Move(address(a), address(b), 2, 32, 1, 1, 1, 32)
+    gathered = ByteMove(address(a), address(b), 1, 0, 1, 1, 1, 64, address(rows))
+    stepwise = ByteMove(address(a), address(b), 2, 32, 1, 1, 1, 32)
     for moves, reason in [
         ([plain(c, a), gathered], "only what a plain move"),
         ([gathered, plain(c, a)], "only what a plain move"),
@@ -170,8 +170,8 @@ def test_moves_that_no_order_of_threads_makes_safe_are_refused() -> None:
 
 
 def test_a_move_uses_the_widest_access_that_fits_and_no_more_blocks_than_accesses() -> None:
-    def row(nbytes: int, *, rows: int | None = None, source: int = 1 << 20, step_bytes: int = 0) -> Move:
-        return Move(source, 1 << 40, 2, step_bytes, 170, 2, 2, nbytes, rows)
+    def row(nbytes: int, *, rows: int | None = None, source: int = 1 << 20, step_bytes: int = 0) -> ByteMove:
+        return ByteMove(source, 1 << 40, 2, step_bytes, 170, 2, 2, nbytes, rows)
 
     assert [row(n, rows=8).access_bytes for n in (2304, 2308, 2306, 2305)] == [16, 4, 2, 1]
     assert row(2308).access_bytes == 16  # rows follow each other
@@ -187,7 +187,7 @@ def test_every_byte_moves_once(host_kernels: HostKernels, host_library: Any) -> 
     table, target = memory.random(2, 6, 3, 48), memory.zeros(6, 4, 48)
     rows = np.array([2, 0, 0, 1])
     host_library.bytes_moved()
-    run(host_kernels, [Move(address(table), address(target), 2, table[0].nbytes, 6, 3, 4, 48, address(rows))], 1)
+    run(host_kernels, [ByteMove(address(table), address(target), 2, table[0].nbytes, 6, 3, 4, 48, address(rows))], 1)
     assert host_library.bytes_moved() == 2 * target.nbytes
 
 
