@@ -159,7 +159,7 @@ class OrtBackend:
 
     def __init__(self, threads: int = 0, *, shared_pool: bool = True, device: Device | None = None) -> None:
         self.device: Device = device or HostDevice()
-        self._stream = self.device.stream()
+        self._stream = self._own_stream()
         self.passed_over: Mapping[str, str] = NOTHING
         if self._provider_name not in self.runtime.get_available_providers():
             raise EnvironmentUnsupportedError(
@@ -177,6 +177,10 @@ class OrtBackend:
     @property
     def _provider_name(self) -> str:
         return f"{self.provider}ExecutionProvider"
+
+    def _own_stream(self) -> Stream:
+        """What the backend itself uploads and downloads on."""
+        return self.device.stream()
 
     def stream(self) -> Stream:
         """See `goc_deploy.protocols.Backend.stream`."""

@@ -112,11 +112,8 @@ class OrtCudaBackend(OrtBackend):
     provider = "CUDA"
 
     def __init__(self, device: CudaDevice, threads: int = 0, *, shared_pool: bool = True) -> None:
-        super().__init__(threads, shared_pool=shared_pool, device=device)
-        self._stream = device.stream(
-            graphs=False
-        )  # what ONNX Runtime 1.31 does in a run must not be captured by others
         self._cuda, self._graphless = device, 0
+        super().__init__(threads, shared_pool=shared_pool, device=device)
         self._weight_bytes: WeakKeyDictionary[OrtCudaEngine, int] = WeakKeyDictionary()
         self._kernels = device.kernels
         self._load_libraries()
@@ -135,6 +132,10 @@ class OrtCudaBackend(OrtBackend):
 
     def _register_arena(self) -> None:
         _shared_arena(self._cuda.index)
+
+    def _own_stream(self) -> Stream:
+        """Not recorded on: what ONNX Runtime 1.31 does in a run must not be captured by others."""
+        return self._cuda.stream(graphs=False)
 
     def stream(self) -> Stream:
         """The one stream of all sessions: ONNX Runtime takes a stream for a session, not for a run."""
