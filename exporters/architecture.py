@@ -20,6 +20,7 @@ from goc_deploy.exporters.units import Input, Slab, UnitKind
 from goc_deploy.spec import ModelSpec
 
 SEED = 0  # of example inputs
+SMALL = 4096  # elements; the ONNX optimiser merges equal initializers of up to 1024
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -124,13 +125,17 @@ ROWS = Input("rows", torch.tensor([0, 1, 0, 1]), {0: "batch"})
 
 
 def empty_module(make: Callable[[], Module], dtype: torch.dtype, generator: torch.Generator) -> Module:
-    """A module to trace: no memory is touched for weights that are bound later."""
+    """A module to trace; the large weights, which are bound later, stay uninitialized and touch no memory.
+
+    The ONNX optimiser drops a bias that happens to be zero and merges small initializers that happen to be equal, so
+    biases and small weights get random values.
+    """
     with torch.device("meta"):
         module = make()
     module.to(dtype).to_empty(device="cpu").eval().requires_grad_(False)
     for parameter in module.parameters():
-        if parameter.ndim not in (2, 4):  # no matrix or kernel
-            parameter.uniform_(generator=generator)  # the ONNX optimiser drops a bias that happens to be zero
+        if parameter.ndim not in (2, 4) or parameter.numel() <= SMALL:
+            parameter.uniform_(generator=generator)
     return module
 
 

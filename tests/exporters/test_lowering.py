@@ -9,9 +9,10 @@ import torch
 
 from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.errors import VerificationError
+from goc_deploy.exporters.architecture import empty_module, same_names
 from goc_deploy.exporters.dit_units import spec_from_tensors, unit_kinds
 from goc_deploy.exporters.lowering import OPSET, Template, template_from_kind, write_copy
-from goc_deploy.exporters.units import DTYPES
+from goc_deploy.exporters.units import DTYPES, Input, UnitKind
 from goc_deploy.exporters.verification import TOLERANCE, verify_copy
 from tests.conftest import GOLDEN
 
@@ -80,3 +81,26 @@ def test_a_graph_that_computes_something_else_fails_the_comparison(tmp_path: Pat
     onnx.save(model, tmp_path / "block_00_mlp.onnx")
     with pytest.raises(VerificationError, match="unit block_00_mlp: the exported graph differs from PyTorch"):
         verify_copy(template, "block_00_mlp", parameters, STATE, tmp_path, OrtBackend())
+
+
+def test_small_weights_are_kept_whatever_memory_they_were_given() -> None:
+    torch.use_deterministic_algorithms(True)  # uninitialized memory is filled with one value
+    try:
+        module = empty_module(lambda: TwoProjections(16), torch.float32, torch.Generator().manual_seed(0))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    kind = UnitKind("two", module, (Input("x", torch.ones(2, 16), {0: "rows"}),), ("y",), {"two": same_names(module)})
+    template = template_from_kind(kind, torch.float32)
+    assert {"first.weight", "second.weight"} <= template.model.graph.initializers.keys()
+
+
+class TwoProjections(torch.nn.Module):
+    """Two equal weights, if they are equal, are one initializer to the ONNX optimiser."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(width, width, bias=False)
+        self.second = torch.nn.Linear(width, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) + self.second(x).sin()
