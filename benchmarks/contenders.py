@@ -46,10 +46,16 @@ def l2c_like_schedule(spec: ModelSpec, steps: int) -> Schedule:
 def pytorch(model: DiT, steps: int) -> Iterator[Contender]:
     """(a) The reference algorithm in eager PyTorch."""
     odd = frozenset(range(1, steps, 2))
-    variants = {"none": EagerDiT(model), "fora:2": EagerDiT(model, odd), f"fora:2+gc:{ETA}": EagerDiT(model, odd, ETA)}
+    variants = {
+        "none": EagerDiT(model),
+        "fora:2": EagerDiT(model, odd),
+        f"fora:2+gc:{ETA}": EagerDiT(model, odd, ETA),
+    }
     for spec, predict in variants.items():
         name = f"pytorch {spec}"
-        yield Contender(name, f"eager PyTorch, {PLANS[spec]}", name, lambda work, p=predict: sampled(p, work))
+        yield Contender(
+            name, f"eager PyTorch, {PLANS[spec]}", name, lambda work, p=predict: sampled(p, work)
+        )
 
 
 def torch_compile(model: DiT) -> Contender:
@@ -89,7 +95,12 @@ def monolithic(model: DiT, folder: Path, threads: int) -> Contender:
     if not path.exists():
         write_graph(model, path)
     graph = MonolithicGraph(path, threads)
-    return Contender("one graph none", "one ONNX graph per step on ONNX Runtime, no cache", "pytorch none", graph.run)
+    return Contender(
+        "one graph none",
+        "one ONNX graph per step on ONNX Runtime, no cache",
+        "pytorch none",
+        graph.run,
+    )
 
 
 def add_warm_plan(engine: Path) -> str:
@@ -97,7 +108,9 @@ def add_warm_plan(engine: Path) -> str:
     return goc_deploy.add_plan(engine, "none", name="warm", steps=2).name
 
 
-def ours(engine: Path, steps: int, batch: int, threads: int) -> tuple[list[Contender], dict[str, Pipeline]]:
+def ours(
+    engine: Path, steps: int, batch: int, threads: int
+) -> tuple[list[Contender], dict[str, Pipeline]]:
     """(e) goc_deploy's plans, which are added to the engine, and one of two steps for warming up."""
     spec = read_manifest(engine).model
     file = engine.with_name("l2c-like.json")
@@ -105,14 +118,19 @@ def ours(engine: Path, steps: int, batch: int, threads: int) -> tuple[list[Conte
     names = []
     for plan in PLANS:
         source = f"file:{file}" if plan == "l2c-like" else plan
-        names.append(goc_deploy.add_plan(engine, source, name=f"t{steps}-{_safe(plan)}", steps=steps).name)
+        names.append(
+            goc_deploy.add_plan(engine, source, name=f"t{steps}-{_safe(plan)}", steps=steps).name
+        )
     pipes = load_plans(engine, [*names, add_warm_plan(engine)], batch_size=batch, threads=threads)
     pipes[-1].generate([0] * batch)
     found = dict(zip(PLANS, pipes, strict=False))
     twins = {"none", "fora:2", f"fora:2+gc:{ETA}"}
     return [
         Contender(
-            f"ours {plan}", f"goc_deploy, {what}", f"pytorch {plan}" if plan in twins else "", _runner(found[plan])
+            f"ours {plan}",
+            f"goc_deploy, {what}",
+            f"pytorch {plan}" if plan in twins else "",
+            _runner(found[plan]),
         )
         for plan, what in PLANS.items()
     ], found
@@ -125,7 +143,9 @@ def _safe(plan: str) -> str:
 def _runner(pipe: Pipeline) -> Callable[[Work], Outcome]:
     def run(work: Work) -> Outcome:
         channels = work.noise.shape[1]
-        done = pipe.generate(work.labels, cfg_scale=work.cfg_scale, cfg_channels=channels, latents=work.noise)
+        done = pipe.generate(
+            work.labels, cfg_scale=work.cfg_scale, cfg_channels=channels, latents=work.noise
+        )
         step_ms = tuple(step["ms"] for step in done.report["batches"][0]["steps"])
         return Outcome(done.latents, step_ms, done.report["total_ms"])
 

@@ -35,7 +35,9 @@ def transformer_from_dit(model: DiT) -> DiTTransformer2DModel:
     transformer.load_state_dict(diffusers_state(model.state_dict(), spec), assign=True)
     transformer.pos_embed.pos_embed = model.pos_embed
     for block in transformer.transformer_blocks:
-        block.norm1.emb.time_proj.downscale_freq_shift = 0  # the checkpoint's convention; diffusers' default is 1
+        block.norm1.emb.time_proj.downscale_freq_shift = (
+            0  # the checkpoint's convention; diffusers' default is 1
+        )
     return transformer.eval()
 
 
@@ -50,7 +52,9 @@ class TableScheduler(DDIMScheduler):
 
     def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **_: Any) -> Any:
         k = self.table.timesteps.index(int(timestep))
-        return SimpleNamespace(prev_sample=self.table.latent[k] * sample + self.table.model[k] * model_output)
+        return SimpleNamespace(
+            prev_sample=self.table.latent[k] * sample + self.table.model[k] * model_output
+        )
 
 
 class KeepLatents(torch.nn.Module):
@@ -80,7 +84,11 @@ def run_pipeline(transformer: DiTTransformer2DModel, work: Work) -> Outcome:
     started = time.perf_counter()
     try:
         with mock.patch(where, return_value=torch.from_numpy(work.noise)):
-            pipe(class_labels=list(work.labels), guidance_scale=work.cfg_scale, num_inference_steps=work.table.steps)
+            pipe(
+                class_labels=list(work.labels),
+                guidance_scale=work.cfg_scale,
+                num_inference_steps=work.table.steps,
+            )
     finally:
         hook.remove()
     stopped = time.perf_counter()

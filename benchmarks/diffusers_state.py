@@ -19,10 +19,18 @@ def diffusers_state(state: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, T
     for i in range(spec.depth):
         block = f"transformer_blocks.{i}"
         embedders = f"{block}.norm1.emb"
-        found[f"{embedders}.class_embedder.embedding_table.weight"] = state["y_embedder.embedding_table.weight"]
+        found[f"{embedders}.class_embedder.embedding_table.weight"] = state[
+            "y_embedder.embedding_table.weight"
+        ]
         for kind in kinds:
-            found[f"{embedders}.timestep_embedder.linear_1.{kind}"] = state[f"t_embedder.mlp.0.{kind}"]
-            found[f"{embedders}.timestep_embedder.linear_2.{kind}"] = state[f"t_embedder.mlp.2.{kind}"]
-            for name, part in zip("qkv", state[f"blocks.{i}.attn.qkv.{kind}"].chunk(3), strict=True):
+            found[f"{embedders}.timestep_embedder.linear_1.{kind}"] = state[
+                f"t_embedder.mlp.0.{kind}"
+            ]
+            found[f"{embedders}.timestep_embedder.linear_2.{kind}"] = state[
+                f"t_embedder.mlp.2.{kind}"
+            ]
+            for name, part in zip(
+                "qkv", state[f"blocks.{i}.attn.qkv.{kind}"].chunk(3), strict=True
+            ):
                 found[f"{block}.attn1.to_{name}.{kind}"] = part
     return found

@@ -20,7 +20,9 @@ def attention(block: Block, x: Tensor) -> Tensor:
     """The attention branch with PyTorch's fused kernel, (B, T, D) to (B, T, D)."""
     batch, tokens, hidden = x.shape
     heads = block.attn.heads
-    q, k, v = block.attn.qkv(x).reshape(batch, tokens, 3, heads, hidden // heads).permute(2, 0, 3, 1, 4)
+    q, k, v = (
+        block.attn.qkv(x).reshape(batch, tokens, 3, heads, hidden // heads).permute(2, 0, 3, 1, 4)
+    )
     mixed = F.scaled_dot_product_attention(q, k, v)  # (B, heads, T, D / heads)
     return block.attn.proj(mixed.transpose(1, 2).reshape(batch, tokens, hidden))
 
@@ -34,7 +36,9 @@ class EagerDiT:
         eta: weight of the trend at reused steps from 3 on; None reuses plainly.
     """
 
-    def __init__(self, model: DiT, reused: frozenset[int] = frozenset(), eta: float | None = None) -> None:
+    def __init__(
+        self, model: DiT, reused: frozenset[int] = frozenset(), eta: float | None = None
+    ) -> None:
         self.model, self.reused, self.eta = model, reused, eta
         self.queues: list[list[Pair]] = []
 
@@ -50,8 +54,12 @@ class EagerDiT:
         shift, scale = model.final_layer.adaLN_modulation(condition).chunk(2, dim=1)
         return unpatchify(model.final_layer.linear(modulate(x, shift, scale)), model.spec)
 
-    def _block(self, block: Block, queue: list[Pair], x: Tensor, condition: Tensor, step: int) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = block.adaLN_modulation(condition).chunk(6, dim=1)
+    def _block(
+        self, block: Block, queue: list[Pair], x: Tensor, condition: Tensor, step: int
+    ) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = block.adaLN_modulation(
+            condition
+        ).chunk(6, dim=1)
         trend: Pair | None = None
         if self.eta is not None and step >= 2:
             trend = (queue[0][0] - queue[1][0], queue[0][1] - queue[1][1])

@@ -29,22 +29,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("numbers", type=Path, help="folder that benchmarks/results.py wrote")
     args = parser.parse_args(argv)
-    rows = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(args.numbers.glob("*.json"))}
+    rows = {
+        path.stem: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(args.numbers.glob("*.json"))
+    }
     times = rows.pop(Path(TIMES).stem, {"total_ms": {}, "images": 1})
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     by_compute, by_time = figure.subplots(1, 2, sharey=True)
     for series, members in series_of(rows).items():
         errors = [rows[name]["metrics"][METRIC]["value"] for name in members]
         line = "o-" if len(members) > 1 else "s"
-        by_compute.plot([rows[name]["full_step_equivalents"] for name in members], errors, line, label=series)
+        by_compute.plot(
+            [rows[name]["full_step_equivalents"] for name in members], errors, line, label=series
+        )
         clocked = [
             (times["total_ms"][n] / times["images"], e)
             for n, e in zip(members, errors, strict=True)
             if n in times["total_ms"]
         ]
-        by_time.plot(*zip(*sorted(clocked), strict=True) if clocked else ([], []), line, label=series)
+        by_time.plot(
+            *zip(*sorted(clocked), strict=True) if clocked else ([], []), line, label=series
+        )
     by_compute.set(
-        xlabel="full steps computed", ylabel="relative L2 to the converged solution", xscale="log", yscale="log"
+        xlabel="full steps computed",
+        ylabel="relative L2 to the converged solution",
+        xscale="log",
+        yscale="log",
     )
     by_time.set(xlabel="ms per image", xscale="log")
     for axis in (by_compute.xaxis, by_compute.yaxis, by_time.xaxis):

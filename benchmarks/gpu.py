@@ -75,10 +75,14 @@ class Bench:
         precisions = () if self.dry else PRECISIONS  # dry, one engine serves both
         goldens = {p: self.engines / f"{exports.GOLDEN}{p}" for p in precisions}
         golden_jobs = {
-            p: self._job(f"export golden {p}", "exports", self.engines, "goldens", "--precision", p) for p in goldens
+            p: self._job(f"export golden {p}", "exports", self.engines, "goldens", "--precision", p)
+            for p in goldens
         }
         dit_job = self._job(
-            "export DiT", "exports", self.engines, *(["dry"] if self.dry else ["dit", "--model", self.subject.name])
+            "export DiT",
+            "exports",
+            self.engines,
+            *(["dry"] if self.dry else ["dit", "--model", self.subject.name]),
         )
         try:
             dry = ["--dry"] if self.dry else []
@@ -98,12 +102,20 @@ class Bench:
     def _goldens(self, backend: str, engines: Mapping[str, Path]) -> list[dict[str, Any]]:
         if not engines:
             return []
-        words = [word for precision, engine in engines.items() for word in ("--engine", f"{precision}={engine}")]
+        words = [
+            word
+            for precision, engine in engines.items()
+            for word in ("--engine", f"{precision}={engine}")
+        ]
         graphs = ["--no-cuda-graphs"] if self.args.no_cuda_graphs else []
         return self._part(f"goldens {backend}", 100, "--backend", backend, *words, *graphs) or []
 
     def _contest(self) -> None:
-        absent = {e["backend"] for e in self.found["goldens"] if "not_here" in e and e["precision"] == "fp32"}
+        absent = {
+            e["backend"]
+            for e in self.found["goldens"]
+            if "not_here" in e and e["precision"] == "fp32"
+        }
         backends = [backend for backend in self.args.backend if backend not in absent]
         if find_spec("torch") is None:
             print("torch is not installed: there are no rows of PyTorch", flush=True)
@@ -136,7 +148,9 @@ class Bench:
         found.unlink(missing_ok=True)
         command = [sys.executable, "-m", f"benchmarks.on_gpu.{module}", str(found), *words]
         limit_s = DRY_SECONDS if self.dry else limit_s
-        outcome = run_part(name, command, self.work / f"{safe_name(name)}.log", self.deadline, limit_s)
+        outcome = run_part(
+            name, command, self.work / f"{safe_name(name)}.log", self.deadline, limit_s
+        )
         self._note(outcome)
         return json.loads(found.read_text(encoding="utf-8")) if found.exists() else None
 
@@ -147,12 +161,19 @@ class Bench:
 
     def _note(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
-        print(f"+ {outcome.part}: {outcome.state} in {outcome.seconds:.0f} s {outcome.reason}".rstrip(), flush=True)
+        print(
+            f"+ {outcome.part}: {outcome.state} in {outcome.seconds:.0f} s {outcome.reason}".rstrip(),
+            flush=True,
+        )
 
     def finish(self) -> None:
         """Judge, write the file and print the table."""
-        backends = [b for b in self.args.backend if any(_names(run, b) for run in self.found["dit"]["runs"])]
-        self.found["targets"] = [] if self.dry else results.judged(self.found["dit"]["runs"], backends)
+        backends = [
+            b for b in self.args.backend if any(_names(run, b) for run in self.found["dit"]["runs"])
+        ]
+        self.found["targets"] = (
+            [] if self.dry else results.judged(self.found["dit"]["runs"], backends)
+        )
         self.found["parts"] = [
             {"part": o.part, "state": o.state, "seconds": round(o.seconds, 1), "reason": o.reason}
             for o in self.outcomes
@@ -168,13 +189,17 @@ class Bench:
         goldens = [e for e in self.found["goldens"] if "not_here" not in e]
         met = all(e["worst_step"] is not None and e["worst_step"] < e["most"] for e in goldens)
         runs = self.found["dit"]["runs"]
-        done = all(outcome.state == DONE for outcome in self.outcomes) and len(runs) == len(self.subject.images)
+        done = all(outcome.state == DONE for outcome in self.outcomes) and len(runs) == len(
+            self.subject.images
+        )
         return done and met and bool(goldens) and not any(run["failed"] for run in runs)
 
     def _beside(self, ending: str) -> Path:
         self.args.output.mkdir(parents=True, exist_ok=True)
         name = f"{safe_name(self.found['machine']['card'])}-{self.found['date']}"
-        return self.args.output / (f"{name}{ending}" if ending.startswith(".") else f"{name}-{ending}")
+        return self.args.output / (
+            f"{name}{ending}" if ending.startswith(".") else f"{name}-{ending}"
+        )
 
 
 def command(args: argparse.Namespace) -> str:
@@ -187,7 +212,9 @@ def command(args: argparse.Namespace) -> str:
         *(word for name in args.backend for word in ("--backend", name)),
     ]
     flags = {"--no-cuda-graphs": args.no_cuda_graphs, "--dry": args.dry}
-    return shlex.join(["python", "benchmarks/gpu.py", *words, *(flag for flag, on in flags.items() if on)])
+    return shlex.join(
+        ["python", "benchmarks/gpu.py", *words, *(flag for flag, on in flags.items() if on)]
+    )
 
 
 def _names(run: dict[str, Any], backend: str) -> bool:
@@ -197,14 +224,24 @@ def _names(run: dict[str, Any], backend: str) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--output", type=Path, help="folder of the JSON file and traces  [default: docs/gpu, dry: temporary]"
+        "--output",
+        type=Path,
+        help="folder of the JSON file and traces  [default: docs/gpu, dry: temporary]",
     )
-    parser.add_argument("--work", type=Path, help="folder of engines and logs, kept  [default: out/gpu]")
-    parser.add_argument("--backend", action="append", help=f"of ours; repeatable  [default: {', '.join(BACKENDS)}]")
-    parser.add_argument("--model", default=exports.DIT.name, help="S/2, B/2, L/2 or XL/2  [default: %(default)s]")
+    parser.add_argument(
+        "--work", type=Path, help="folder of engines and logs, kept  [default: out/gpu]"
+    )
+    parser.add_argument(
+        "--backend", action="append", help=f"of ours; repeatable  [default: {', '.join(BACKENDS)}]"
+    )
+    parser.add_argument(
+        "--model", default=exports.DIT.name, help="S/2, B/2, L/2 or XL/2  [default: %(default)s]"
+    )
     parser.add_argument("--seconds", type=float, help=f"when to be over  [default: {SECONDS:.0f}]")
     parser.add_argument("--no-cuda-graphs", action="store_true", help="launch our steps one by one")
-    parser.add_argument("--dry", action="store_true", help="on the CPU, with a tiny model, one round")
+    parser.add_argument(
+        "--dry", action="store_true", help="on the CPU, with a tiny model, one round"
+    )
     args = parser.parse_args(argv)
     args.seconds = args.seconds or (DRY_SECONDS if args.dry else SECONDS)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended too
@@ -212,7 +249,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="goc-gpu-")))
         args.output = (args.output or (temporary if args.dry else ROOT / "docs" / "gpu")).resolve()
         args.backend = args.backend or (["onnxruntime"] if args.dry else list(BACKENDS))
-        work = (args.work or (temporary if args.dry else ROOT / "out" / "gpu")).resolve()  # parts run in the root
+        work = (
+            args.work or (temporary if args.dry else ROOT / "out" / "gpu")
+        ).resolve()  # parts run in the root
         work.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(work / "inductor"))
         try:

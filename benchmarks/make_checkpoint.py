@@ -39,7 +39,9 @@ def spec_of(name: str, image_size: int) -> ModelSpec:
     """The sizes of ``XL/2`` or ``PixArt-XL/2`` and their relatives for images of ``image_size`` pixels behind an 8x VAE."""
     size, patch = name.removeprefix(PIXART).split("/")
     depth, hidden, heads = SIZES[size]
-    spec = ModelSpec(depth, hidden, heads, 4 * hidden, int(patch), image_size // 8 // int(patch), 4, 1000, True)
+    spec = ModelSpec(
+        depth, hidden, heads, 4 * hidden, int(patch), image_size // 8 // int(patch), 4, 1000, True
+    )
     return replace(spec, **PIXART_SPEC) if name.startswith(PIXART) else spec
 
 

@@ -18,7 +18,11 @@ def write_graph(model: DiT, path: Path) -> None:
     """Export ``model(x, t, labels)`` with its weights beside the graph."""
     spec = model.spec
     rows = torch.export.Dim("rows", min=2, max=1 << 16)
-    example = (torch.randn(2, spec.channels, spec.side, spec.side), torch.tensor([999.0, 3.0]), torch.tensor([0, 1]))
+    example = (
+        torch.randn(2, spec.channels, spec.side, spec.side),
+        torch.tensor([999.0, 3.0]),
+        torch.tensor([0, 1]),
+    )
     program = torch.onnx.export(
         model,
         example,
@@ -42,7 +46,9 @@ class MonolithicGraph:
         options = onnxruntime.SessionOptions()
         options.use_per_session_threads = False
         options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
 
     def run(self, work: Work) -> Outcome:
         """Sample with one run of the graph per step."""
@@ -56,6 +62,9 @@ class MonolithicGraph:
             feed = {"x": np.concatenate([x, x]), "t": timesteps, "labels": labels}
             cond, uncond = np.split(self._session.run(["prediction"], feed)[0][:, :channels], 2)
             guided = uncond + np.float32(work.cfg_scale) * (cond - uncond)
-            x = np.float32(work.table.latent[step]) * x + np.float32(work.table.model[step]) * guided
+            x = (
+                np.float32(work.table.latent[step]) * x
+                + np.float32(work.table.model[step]) * guided
+            )
             step_ms.append(1e3 * (time.perf_counter() - step_started))
         return Outcome(x, tuple(step_ms), 1e3 * (time.perf_counter() - started))

@@ -29,7 +29,10 @@ def measured_peaks(spec: ModelSpec, rows: int, threads: int, repeats: int = 10) 
     shapes = [(m, d, 3 * d), (m, d, d), (m, d, h), (m, h, d), *((s, s, s) for s in SQUARES)]
     found: dict[str, float] = {}
     for shape in shapes:
-        a, b = np.random.rand(*shape[:2]).astype(np.float32), np.random.rand(*shape[1:]).astype(np.float32)
+        a, b = (
+            np.random.rand(*shape[:2]).astype(np.float32),
+            np.random.rand(*shape[1:]).astype(np.float32),
+        )
         torch_a, torch_b = torch.from_numpy(a), torch.from_numpy(b)
         session = _matmul_session(b, threads)
         for library, run in (
@@ -37,7 +40,9 @@ def measured_peaks(spec: ModelSpec, rows: int, threads: int, repeats: int = 10) 
             ("numpy", lambda x=a, y=b: x @ y),
             ("onnxruntime", lambda x=a, s=session: s.run(None, {"a": x})),
         ):
-            found[f"{library} {'x'.join(map(str, shape))}"] = 2 * np.prod(shape) / best_seconds(run, repeats) / 1e9
+            found[f"{library} {'x'.join(map(str, shape))}"] = (
+                2 * np.prod(shape) / best_seconds(run, repeats) / 1e9
+            )
     source, target = torch.ones(COPY_BYTES // 4), torch.empty(COPY_BYTES // 4)
     return {
         "sgemm_gflops": max(found.values()),
@@ -73,4 +78,6 @@ def _matmul_session(b: np.ndarray, threads: int) -> onnxruntime.InferenceSession
     shared_pool_of_process(threads)
     options = onnxruntime.SessionOptions()
     options.use_per_session_threads = False
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )

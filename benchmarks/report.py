@@ -19,10 +19,14 @@ Found = dict[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("document", type=Path, help="docs/performance.md; its JSON files lie in docs/performance/")
+    parser.add_argument(
+        "document", type=Path, help="docs/performance.md; its JSON files lie in docs/performance/"
+    )
     args = parser.parse_args(argv)
     folder = args.document.with_suffix("")
-    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*-batch-*.json"), key=_order)]
+    runs = [
+        json.loads(path.read_text()) for path in sorted(folder.glob("*-batch-*.json"), key=_order)
+    ]
     blocks = {"results": "\n".join(map(result_table, runs))}
     plot_totals(runs, folder / "totals.png")
     big = [run for run in runs if run["model"] == "XL/2" and run["batch"] == 1]
@@ -32,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         scaling = json.loads((folder / "scaling.json").read_text())
         blocks["scaling"] = scaling_table(scaling)
         plot_scaling(scaling, folder / "scaling.png")
-    args.document.write_text(with_blocks(args.document.read_text(encoding="utf-8"), blocks), encoding="utf-8")
+    args.document.write_text(
+        with_blocks(args.document.read_text(encoding="utf-8"), blocks), encoding="utf-8"
+    )
     return 0
 
 
@@ -75,12 +81,18 @@ def result_table(run: Found) -> str:
         steps = [f"{kinds[kind]:.2f}" if kind in kinds else "" for kind in ("full", "collapsed")]
         spread = f"{min(rounds) / 1e3:.3f}-{max(rounds) / 1e3:.3f}"
         rows.append([f"`{name}`", f"{entry['total_ms'] / 1e3:.3f}", spread, ratio, *steps, shown])
-    rows += [[f"`{name}`", "skipped: " + reason, *[""] * 5] for name, reason in run["skipped"].items()]
+    rows += [
+        [f"`{name}`", "skipped: " + reason, *[""] * 5] for name, reason in run["skipped"].items()
+    ]
     columns = [
         "contender", "total s", "min-max", "total / ours without cache", "full step ms", "collapsed step ms",
         "relative L2 to PyTorch",
     ]  # fmt: skip
-    versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items() if k not in ("python", "numpy", "onnxruntime"))
+    versions = ", ".join(
+        f"{k} {v}"
+        for k, v in run["versions"].items()
+        if k not in ("python", "numpy", "onnxruntime")
+    )
     peaks = run["peaks"]
     heading = f"### {run['model']}, {run['batch']} image{'s' if run['batch'] > 1 else ''}, {run['steps']} steps\n"
     return (
@@ -152,7 +164,10 @@ def plot_totals(runs: Sequence[Found], path: Path) -> None:
     """A bar per contender, a panel per run."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 0.6 + sum(0.5 + 0.24 * len(run["contenders"]) for run in runs)), layout="constrained")
+    figure = Figure(
+        figsize=(11, 0.6 + sum(0.5 + 0.24 * len(run["contenders"]) for run in runs)),
+        layout="constrained",
+    )
     heights = [len(run["contenders"]) for run in runs]
     axes = figure.subplots(len(runs), 1, squeeze=False, height_ratios=heights)[:, 0]
     for panel, run in zip(axes, runs, strict=True):
@@ -163,7 +178,11 @@ def plot_totals(runs: Sequence[Found], path: Path) -> None:
         panel.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
         panel.invert_yaxis()
         panel.tick_params(labelsize=8)
-        panel.set_title(f"{run['model']}, {run['batch']} images, {run['steps']} steps: seconds", fontsize=9, loc="left")
+        panel.set_title(
+            f"{run['model']}, {run['batch']} images, {run['steps']} steps: seconds",
+            fontsize=9,
+            loc="left",
+        )
         panel.margins(x=0.1)
     figure.savefig(path, dpi=110)
 
@@ -174,11 +193,15 @@ def plot_scaling(scaling: Found, path: Path) -> None:
 
     curves = scaling["curves"]
     figure = Figure(figsize=(3.4 * len(curves), 3.4), layout="constrained")
-    for panel, (axis, curve) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+    for panel, (axis, curve) in zip(
+        figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True
+    ):
         values = [point["value"] for point in curve["points"]]
         for what in curve["fits"]:
             exponent = curve["fits"][what]["exponent"]
-            panel.loglog(values, [p[what] for p in curve["points"]], "o-", label=f"{what} ~ n^{exponent:.2f}")
+            panel.loglog(
+                values, [p[what] for p in curve["points"]], "o-", label=f"{what} ~ n^{exponent:.2f}"
+            )
         panel.set_title(axis, fontsize=9)
         panel.set_xticks(values, labels=[str(value) for value in values], minor=False)
         panel.minorticks_off()

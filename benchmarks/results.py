@@ -60,21 +60,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("engine", type=Path, help="engine directory; plans are added to it")
     parser.add_argument("--rows", type=Path, default=HERE / "results.toml")
     parser.add_argument("--work", type=Path, default=Path("out/results"), help="folder of samples")
-    parser.add_argument("--numbers", type=Path, default=HERE.parent / "docs/results", help="folder of a JSON per row")
+    parser.add_argument(
+        "--numbers",
+        type=Path,
+        default=HERE.parent / "docs/results",
+        help="folder of a JSON per row",
+    )
     parser.add_argument("--do", choices=("measure", "clock", "plans", "show"), default="measure")
     parser.add_argument("--tables", help="comma-separated, of the rows file  [default: all]")
     parser.add_argument("--images", type=int, default=10_000, help="per row")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cfg-scale", type=float, default=4.0)
     parser.add_argument("--features", type=Path, default=MNIST / "classifier.onnx")
-    parser.add_argument("--reference", type=Path, required=True, help="ADM .npz, from examples/mnist/make_reference.py")
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        required=True,
+        help="ADM .npz, from examples/mnist/make_reference.py",
+    )
     # Measured on two cores, one of them half busy, images per second of 20 uncached steps of the demo model: two
     # processes of one thread 20.3, 19.0 and 14.5 at batch 8, 16 and 40; one process of two threads 4.4, 5.4 and 5.8.
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--chunk-images", type=int, default=200, help="what an interruption loses at most, per process")
-    parser.add_argument("--document", type=Path, help="rewrite its blocks; without it the tables go to stdout")
+    parser.add_argument(
+        "--chunk-images",
+        type=int,
+        default=200,
+        help="what an interruption loses at most, per process",
+    )
+    parser.add_argument(
+        "--document", type=Path, help="rewrite its blocks; without it the tables go to stdout"
+    )
     args = parser.parse_args(argv)
     try:
         blocks = make_tables(args)
@@ -94,14 +111,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_tables(args: argparse.Namespace) -> dict[str, str]:
     """Sample and measure every row that is not done yet, or clock all; returns block name -> Markdown."""
     wanted = tomllib.loads(args.rows.read_text(encoding="utf-8"))
-    tables = {table["name"]: (table["title"], [Row(**row) for row in table["rows"]]) for table in wanted["table"]}
+    tables = {
+        table["name"]: (table["title"], [Row(**row) for row in table["rows"]])
+        for table in wanted["table"]
+    }
     manifest = read_manifest(args.engine)
     extractor = OnnxExtractor(args.features)
     study = Study(
         args.engine,
         args.work,
         args.numbers,
-        Request("", args.images, args.seed, args.cfg_scale, manifest.model.classes, args.chunk_images, ""),
+        Request(
+            "",
+            args.images,
+            args.seed,
+            args.cfg_scale,
+            manifest.model.classes,
+            args.chunk_images,
+            "",
+        ),
         Workers(args.processes, args.threads, args.batch_size),
         extractor,
         reference_from_adm(open_adm(args.reference), extractor, no_progress),
@@ -138,7 +166,14 @@ def add(study: Study, row: Row) -> None:
     if all(entry.name != row.plan for entry in read_manifest(study.engine).plans):
         say(f"making {row.spec}")
         calibration = {"calibrate": study.calibration_images, "cfg_scale": study.request.cfg_scale}
-        add_plan(study.engine, row.spec, name=row.plan, steps=row.steps or None, sampler=row.sampler, **calibration)
+        add_plan(
+            study.engine,
+            row.spec,
+            name=row.plan,
+            steps=row.steps or None,
+            sampler=row.sampler,
+            **calibration,
+        )
 
 
 def schedule_of(study: Study, row: Row) -> Schedule:
@@ -183,8 +218,12 @@ def paired_metrics(study: Study, row: Row, samples: Samples) -> dict[str, Estima
     baseline = study.baseline
     if (row.steps, row.sampler) == (baseline.steps, baseline.sampler) and row.spec != baseline.spec:
         uncached = sampled(study, baseline, study.request.images)
-        for (_, found), (_, expected) in zip(chunks_of(*samples), chunks_of(*uncached), strict=True):
-            scores.add(*(Sampled(latents, pictures(latents), None, {}) for latents in (found, expected)))
+        for (_, found), (_, expected) in zip(
+            chunks_of(*samples), chunks_of(*uncached), strict=True
+        ):
+            scores.add(
+                *(Sampled(latents, pictures(latents), None, {}) for latents in (found, expected))
+            )
     converged = sampled(study, study.converged, study.converged_images)
     for (_, found), (_, truth) in zip(chunks_of(*samples), chunks_of(*converged), strict=False):
         scores.add_values("converged_relative_l2", relative_l2(found[: len(truth)], truth))
@@ -197,8 +236,12 @@ def clock(study: Study, rows: Sequence[Row]) -> None:
     for row in unique.values():
         add(study, row)
     labels = tuple(range(study.request.classes))
-    options = BenchOptions(tuple(unique), labels=labels, cfg_scale=study.request.cfg_scale, repeats=CLOCK_ROUNDS)
-    plans = compare_plans(study.engine, options, lambda what, done, total: say(f"{what} ({done} of {total})"))["plans"]
+    options = BenchOptions(
+        tuple(unique), labels=labels, cfg_scale=study.request.cfg_scale, repeats=CLOCK_ROUNDS
+    )
+    plans = compare_plans(
+        study.engine, options, lambda what, done, total: say(f"{what} ({done} of {total})")
+    )["plans"]
     found = {
         "images": len(labels),
         "rounds": CLOCK_ROUNDS,
@@ -217,24 +260,46 @@ def pictures(latents: np.ndarray) -> np.ndarray:
 
 def block(study: Study, title: str, rows: Sequence[Row]) -> str:
     """A table of cost and quality as Markdown, with what it was made with."""
-    found = [(row, json.loads(study.path(row).read_text(encoding="utf-8"))) for row in rows if study.path(row).exists()]
+    found = [
+        (row, json.loads(study.path(row).read_text(encoding="utf-8")))
+        for row in rows
+        if study.path(row).exists()
+    ]
     found = [(row, numbers) for row, numbers in found if numbers["made_for"] == study.made_for()]
     if not found:
         return f"### {title}\n\nNot measured yet.\n"
     times_path = study.numbers / TIMES
     times = json.loads(times_path.read_text(encoding="utf-8")) if times_path.exists() else {}
     totals = times.get("total_ms", {})
-    present = [metric for metric in METRICS if any(metric.key in numbers["metrics"] for _, numbers in found)]
+    present = [
+        metric
+        for metric in METRICS
+        if any(metric.key in numbers["metrics"] for _, numbers in found)
+    ]
     shown = [metric for metric in present if not study.metrics or metric.key in study.metrics]
     model, god = read_manifest(study.engine).model, any("god" in numbers for _, numbers in found)
     columns = ["method", "SPEC", "steps", *COST, "speed-up", *(["GOD decided"] if god else [])]
     lines = []
     for row, numbers in found:
-        speed = f"{totals[study.baseline.plan] / totals[row.plan]:.2f}" if row.plan in totals else ""
+        speed = (
+            f"{totals[study.baseline.plan] / totals[row.plan]:.2f}" if row.plan in totals else ""
+        )
         decided = [god_text(numbers.get("god"))] if god else []
         values = [shown_value(numbers["metrics"].get(metric.key), metric, "±") for metric in shown]
-        steps = f"{numbers['steps']}" if row.sampler == "ddim" else f"{numbers['steps']} {row.sampler}"
-        lines.append([row.title, f"`{row.spec}`", steps, *cost_cells(numbers, model), speed, *decided, *values])
+        steps = (
+            f"{numbers['steps']}" if row.sampler == "ddim" else f"{numbers['steps']} {row.sampler}"
+        )
+        lines.append(
+            [
+                row.title,
+                f"`{row.spec}`",
+                steps,
+                *cost_cells(numbers, model),
+                speed,
+                *decided,
+                *values,
+            ]
+        )
     columns += [metric.title for metric in shown]
     return f"### {title}\n\n{markdown(columns, lines)}\n{conditions(study, times)}"
 

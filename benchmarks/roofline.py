@@ -55,7 +55,9 @@ class Work:
 
     def seconds(self, gpu: Gpu) -> float:
         """At the peaks."""
-        return max(self.flops / (gpu.teraflops * 1e12), self.nbytes / (gpu.gigabytes_per_second * 1e9))
+        return max(
+            self.flops / (gpu.teraflops * 1e12), self.nbytes / (gpu.gigabytes_per_second * 1e9)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,9 @@ class Counter:
         added = Work(0, 3 * self.feature)
         products = [
             Work(self.rows * flops, weights * self.item + features * self.feature)
-            for flops, weights, features in zip(product_flops(spec, branch), layers, moved, strict=True)
+            for flops, weights, features in zip(
+                product_flops(spec, branch), layers, moved, strict=True
+            )
         ]
         return [modulated, *products, added]
 
@@ -106,7 +110,10 @@ class Counter:
         """Modulation rows, embedding, final layer and sampler: the graphs that every step runs."""
         spec = self.spec
         pixels = spec.side**2 * 4
-        latents, prediction = self.rows * spec.channels * pixels, self.rows * spec.output_channels * pixels
+        latents, prediction = (
+            self.rows * spec.channels * pixels,
+            self.rows * spec.output_channels * pixels,
+        )
         return [
             Work(0, 2 * rows_used * self.rows * spec.hidden * self.item),
             self._patch(spec.channels, latents),
@@ -115,7 +122,10 @@ class Counter:
         ]
 
     def _patch(self, channels: int, pixels: int) -> Work:
-        weights, tokens = self.spec.patch**2 * channels * self.spec.hidden, self.rows * self.spec.tokens
+        weights, tokens = (
+            self.spec.patch**2 * channels * self.spec.hidden,
+            self.rows * self.spec.tokens,
+        )
         return Work(2 * tokens * weights, weights * self.item + self.feature + pixels)
 
     def conditioning(self, steps: int, labels: int) -> list[Work]:
@@ -141,9 +151,13 @@ def total(works: Sequence[Work]) -> Work:
     return Work(sum(work.flops for work in works), sum(work.nbytes for work in works))
 
 
-def predicted(name: str, counter: Counter, steps: int, images: int, gpu: Gpu) -> tuple[Work, float, float]:
+def predicted(
+    name: str, counter: Counter, steps: int, images: int, gpu: Gpu
+) -> tuple[Work, float, float]:
     """Of a plan on a GPU: the work of a full step of ``none`` or a cached step of another, its seconds, and the total's."""
-    plan = compile_schedule(schedule_from_policy(parse_policy(name), counter.spec, steps), counter.spec, "ddim")
+    plan = compile_schedule(
+        schedule_from_policy(parse_policy(name), counter.spec, steps), counter.spec, "ddim"
+    )
     every = list(steps_of(plan, counter))
     works = every[2 if name == "none" else 5]
     before = counter.conditioning(steps, images + 1)
@@ -172,18 +186,26 @@ def tables(model: str, precision: str, images: int, steps: int) -> str:
         seconds[name] = [whole for _, _, whole in found]
     for name in PLANS[1:]:
         ratios = [none / own for none, own in zip(seconds["none"], seconds[name], strict=True)]
-        lines.append(f"| speed-up of `{name}` | | |" + "".join(f" {ratio:.2f} |" for ratio in ratios))
+        lines.append(
+            f"| speed-up of `{name}` | | |" + "".join(f" {ratio:.2f} |" for ratio in ratios)
+        )
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="XL/2", help="S/2, B/2, L/2, XL/2, or another patch size")
+    parser.add_argument(
+        "--model", default="XL/2", help="S/2, B/2, L/2, XL/2, or another patch size"
+    )
     parser.add_argument("--precision", choices=PRECISIONS[1:], default="fp16")
-    parser.add_argument("--images", type=int, action="append", help="repeatable  [default: 1 and 8]")
+    parser.add_argument(
+        "--images", type=int, action="append", help="repeatable  [default: 1 and 8]"
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument(
-        "--measured", type=Path, help="JSON file of benchmarks/gpu.py; model and sizes are taken from it"
+        "--measured",
+        type=Path,
+        help="JSON file of benchmarks/gpu.py; model and sizes are taken from it",
     )
     args = parser.parse_args(argv)
     if args.measured:
@@ -192,7 +214,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(compared(read(args.measured)))
         return 0
-    print("\n\n".join(tables(args.model, args.precision, images, args.steps) for images in args.images or (1, 8)))
+    print(
+        "\n\n".join(
+            tables(args.model, args.precision, images, args.steps)
+            for images in args.images or (1, 8)
+        )
+    )
     return 0
 
 

@@ -108,7 +108,10 @@ def contents_of(schedule: Schedule) -> dict[str, Any]:
     """
     branches = schedule.branches
     computed = Tally(
-        branches[u % len(branches)] for step in schedule.coefficients for u, row in enumerate(step) if not row
+        branches[u % len(branches)]
+        for step in schedule.coefficients
+        for u, row in enumerate(step)
+        if not row
     )
     found = {
         "steps": schedule.steps,

@@ -66,12 +66,17 @@ class Workers:
 def engine_digest(manifest: Manifest, plan: str) -> str:
     """Digest of what decides the numbers of a plan: the model's graphs and weights, and the plan."""
     entry = plan_entry(manifest, plan)
-    decides = {path for unit in manifest.units for path in (unit.onnx, unit.weights)} | {entry.plan, entry.schedule}
+    decides = {path for unit in manifest.units for path in (unit.onnx, unit.weights)} | {
+        entry.plan,
+        entry.schedule,
+    }
     digests = [f"{file.path} {file.sha256}" for file in manifest.files if file.path in decides]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def sample(folder: Path, request: Request, engine: Path, workers: Workers, report: Callable[[str], None]) -> None:
+def sample(
+    folder: Path, request: Request, engine: Path, workers: Workers, report: Callable[[str], None]
+) -> None:
     """Make the chunks of a request that are not there yet.
 
     Raises:
@@ -89,9 +94,13 @@ def sample(folder: Path, request: Request, engine: Path, workers: Workers, repor
             pending = [pool.submit(_sample_chunk, str(folder), first) for first in missing]
             for done, future in enumerate(as_completed(pending), 1):
                 future.result()
-                report(f"{request.plan}: {len(request.chunks) - len(missing) + done} of {len(request.chunks)} chunks")
+                report(
+                    f"{request.plan}: {len(request.chunks) - len(missing) + done} of {len(request.chunks)} chunks"
+                )
         except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)  # what runs ends its chunk; the rest is for next time
+            pool.shutdown(
+                wait=True, cancel_futures=True
+            )  # what runs ends its chunk; the rest is for next time
             raise
 
 
@@ -128,7 +137,9 @@ def _load(engine: str, request: Request, workers: Workers) -> None:
     import goc_deploy
 
     _request = request
-    _pipe = goc_deploy.load(engine, plan=request.plan, batch_size=workers.batch_size, threads=workers.threads)
+    _pipe = goc_deploy.load(
+        engine, plan=request.plan, batch_size=workers.batch_size, threads=workers.threads
+    )
     _pipe.warmup()
 
 
@@ -136,6 +147,8 @@ def _sample_chunk(folder: str, first: int) -> None:
     assert _pipe is not None
     assert _request is not None
     labels = _request.labels[first : first + _request.chunk_images].tolist()
-    result: Any = _pipe.generate(labels, seed=_request.seed, first_image=first, cfg_scale=_request.cfg_scale)
+    result: Any = _pipe.generate(
+        labels, seed=_request.seed, first_image=first, cfg_scale=_request.cfg_scale
+    )
     with written(_chunk(Path(folder), first)) as temporary:
         np.savez(temporary, latents=result.latents)

@@ -64,13 +64,21 @@ print(json.dumps({**found, "run_peak_bytes": peak}))
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", action="append", help="demo, S/2, B/2, L/2, XL/2; repeatable  [default: demo]")
-    parser.add_argument("--batch", action="append", type=int, help="images per run; repeatable  [default: 1]")
+    parser.add_argument(
+        "--model", action="append", help="demo, S/2, B/2, L/2, XL/2; repeatable  [default: demo]"
+    )
+    parser.add_argument(
+        "--batch", action="append", type=int, help="images per run; repeatable  [default: 1]"
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--only", default="", help="comma-separated prefixes of contender names  [default: all]")
-    parser.add_argument("--work", type=Path, help="folder for checkpoints and engines, kept  [default: temporary]")
+    parser.add_argument(
+        "--only", default="", help="comma-separated prefixes of contender names  [default: all]"
+    )
+    parser.add_argument(
+        "--work", type=Path, help="folder for checkpoints and engines, kept  [default: temporary]"
+    )
     parser.add_argument("--output", type=Path, default=Path("out/bench"))
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -80,7 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             for batch in args.batch or [1]:
                 found = measure(model, batch, args, args.work or Path(temporary))
                 name = f"{model.replace('/', '-')}-batch-{batch}.json"
-                (args.output / name).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                (args.output / name).write_text(
+                    json.dumps(found, indent=1) + "\n", encoding="utf-8"
+                )
                 show(found)
                 gc.collect()
     return 0
@@ -110,7 +120,11 @@ def measure(name: str, batch: int, args: argparse.Namespace, work_folder: Path) 
         ("one graph none", lambda: [contenders.monolithic(model, folder, args.threads)]),
         ("ours", lambda: plans),
     ]
-    noise = np.random.default_rng(0).standard_normal((batch, spec.channels, spec.side, spec.side)).astype(np.float32)
+    noise = (
+        np.random.default_rng(0)
+        .standard_normal((batch, spec.channels, spec.side, spec.side))
+        .astype(np.float32)
+    )
     labels = tuple(i % spec.classes for i in range(batch))
     work = Work(noise, labels, spec.classes, 4.0, sampler_table("ddim", args.steps, Process("eps")))
     skipped: dict[str, str] = {}
@@ -134,11 +148,16 @@ def measure(name: str, batch: int, args: argparse.Namespace, work_folder: Path) 
     for round_number in range(args.rounds):
         turn = round_number % len(entered)
         for contender in entered[turn:] + entered[:turn]:
-            _say(f"{name}, {batch} images, round {round_number + 1} of {args.rounds}: {contender.name}")
+            _say(
+                f"{name}, {batch} images, round {round_number + 1} of {args.rounds}: {contender.name}"
+            )
             outcomes[contender.name].append(contender.run(work))
     profiled: list[Span] = []
     pipes[f"fora:2+gc:{contenders.ETA}"].generate(labels, latents=noise, spans=profiled)
-    kinds = {f"ours {plan}": [pipe.plan.step_kind(k) for k in range(args.steps)] for plan, pipe in pipes.items()}
+    kinds = {
+        f"ours {plan}": [pipe.plan.step_kind(k) for k in range(args.steps)]
+        for plan, pipe in pipes.items()
+    }
     return {
         "model": name,
         "batch": batch,
@@ -171,7 +190,9 @@ def _cache(pipe: Pipeline) -> dict[str, Any]:
     }
 
 
-def _summary(contender: Contender, outcomes: dict[str, list[Outcome]], kinds: list[str] | None) -> dict[str, Any]:
+def _summary(
+    contender: Contender, outcomes: dict[str, list[Outcome]], kinds: list[str] | None
+) -> dict[str, Any]:
     runs = outcomes[contender.name]
     step_ms = [median(run.step_ms[k] for run in runs) for k in range(len(runs[0].step_ms))]
     twin = outcomes.get(contender.twin)
@@ -180,7 +201,8 @@ def _summary(contender: Contender, outcomes: dict[str, list[Outcome]], kinds: li
         expected = twin[0].latents
         difference = float(np.linalg.norm(runs[0].latents - expected) / np.linalg.norm(expected))
     by_kind = {
-        kind: median(ms for ms, k in zip(step_ms, kinds, strict=True) if k == kind) for kind in sorted({*(kinds or [])})
+        kind: median(ms for ms, k in zip(step_ms, kinds, strict=True) if k == kind)
+        for kind in sorted({*(kinds or [])})
     }
     return {
         "what": contender.what,
@@ -214,8 +236,20 @@ def _checkpoint(name: str, folder: Path) -> Path:
 
 def _exported(checkpoint: Path, engine: Path, heads: int | None, max_batch: int) -> dict[str, Any]:
     """Export in a process of its own, for its wall time and peak memory."""
-    command = [str(Path(sys.executable).with_name("goc-export")), str(checkpoint), "-o", str(engine), "--force"]
-    command += ["--plan", "none", "--max-batch", str(max_batch), *(["--num-heads", str(heads)] if heads else [])]
+    command = [
+        str(Path(sys.executable).with_name("goc-export")),
+        str(checkpoint),
+        "-o",
+        str(engine),
+        "--force",
+    ]
+    command += [
+        "--plan",
+        "none",
+        "--max-batch",
+        str(max_batch),
+        *(["--num-heads", str(heads)] if heads else []),
+    ]
     _say("exporting")
     started = time.perf_counter()
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -225,7 +259,11 @@ def _exported(checkpoint: Path, engine: Path, heads: int | None, max_batch: int)
         raise SystemExit(f"goc-export ended with exit code {process.returncode}")
     peak = usage.ru_maxrss * 1024
     size = checkpoint.stat().st_size
-    return {"wall_s": time.perf_counter() - started, "peak_rss_bytes": peak, "checkpoint_bytes": size}
+    return {
+        "wall_s": time.perf_counter() - started,
+        "peak_rss_bytes": peak,
+        "checkpoint_bytes": size,
+    }
 
 
 def _probed_load(engine: Path, batch: int, threads: int) -> dict[str, Any]:
@@ -244,13 +282,21 @@ def machine_report() -> dict[str, Any]:
     """Date, machine and versions."""
     return {
         "date": date.today().isoformat(),
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()},
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "system": platform.system(),
+        },
         "versions": _versions(),
     }
 
 
 def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    lines = (
+        Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
@@ -271,14 +317,22 @@ def show(found: dict[str, Any]) -> None:
     table = Table(
         title=f"{found['model']}, {found['batch']} images, {found['steps']} steps, {found['threads']} threads"
     )
-    for column in ("contender", "total ms", "min-max", "no cache of ours / total", "relative L2 to PyTorch"):
+    for column in (
+        "contender",
+        "total ms",
+        "min-max",
+        "no cache of ours / total",
+        "relative L2 to PyTorch",
+    ):
         table.add_column(column, justify="left" if column == "contender" else "right")
     base = entries.get("ours none", next(iter(entries.values())))["total_ms"]
     for name, entry in entries.items():
         rounds, difference = entry["total_ms_rounds"], entry["relative_l2_to_twin"]
         shown = "" if difference is None else f"{difference:.1e}"
         spread = f"{min(rounds):.1f}-{max(rounds):.1f}"
-        table.add_row(name, f"{entry['total_ms']:.1f}", spread, f"{base / entry['total_ms']:.3f}", shown)
+        table.add_row(
+            name, f"{entry['total_ms']:.1f}", spread, f"{base / entry['total_ms']:.3f}", shown
+        )
     Console().print(table)
 
 

@@ -54,7 +54,9 @@ class RunOptions:
         return self.device == "auto" or (self.device == "cpu") == (backend == "onnxruntime")
 
 
-def candidates(name: str, directory: Path, options: RunOptions) -> Iterator[tuple[str, Callable[[], Backend]]]:
+def candidates(
+    name: str, directory: Path, options: RunOptions
+) -> Iterator[tuple[str, Callable[[], Backend]]]:
     """Backends to try in turn, each with what makes it.
 
     Args:
@@ -69,7 +71,9 @@ def candidates(name: str, directory: Path, options: RunOptions) -> Iterator[tupl
         raise UsageError(f"there is no backend {name!r}; use auto, {', '.join(FASTEST_FIRST)}")
     assert options.gpu >= 0  # a device, or a UsageError
     if name != "auto" and not options.allows(name):
-        raise UsageError(f"backend {name} does not run on device {options.device}; name one of the two only")
+        raise UsageError(
+            f"backend {name} does not run on device {options.device}; name one of the two only"
+        )
     for candidate in filter(options.allows, FASTEST_FIRST) if name == "auto" else (name,):
         yield candidate, partial(_make, candidate, directory, options)
 
@@ -109,7 +113,9 @@ def tensorrt_backend_here(name: str, directory: Path, options: RunOptions) -> Te
     """
     from goc_deploy.engines import driver
 
-    capability = driver.device_capability(options.gpu)  # asks the driver, before anything large is imported
+    capability = driver.device_capability(
+        options.gpu
+    )  # asks the driver, before anything large is imported
     from goc_deploy.engines.cuda import cuda_device
     from goc_deploy.engines.tensorrt_library import library_from_backend
     from goc_deploy.engines.tensorrt_select import tensorrt_backend

@@ -84,7 +84,9 @@ class CudaDevice:
         self.driver, self.index, self.graphs, self.recorded = driver, index, graphs, GraphCounts()
         self._handle = device_handle(driver, index)
         self._context = driver.cuDevicePrimaryCtxRetain(self._handle)
-        self._later: list[Callable[[], None]] = []  # what a capture of the same thread would not forgive
+        self._later: list[
+            Callable[[], None]
+        ] = []  # what a capture of the same thread would not forgive
         self._kernels: DeviceKernels | None = None
 
     def enter(self) -> None:
@@ -154,7 +156,8 @@ class CudaDevice:
         parts = [by_address[first : first + most] for first in range(0, len(by_address), most)]
         launches: list[tuple[Geometry, ctypes.Structure]] = [(kernel_moves.NEXT_STEP, counter)]
         launches += [
-            (kernel_moves.moves_geometry(part), kernel_moves.moves_parameters(part, step.pointer)) for part in parts
+            (kernel_moves.moves_geometry(part), kernel_moves.moves_parameters(part, step.pointer))
+            for part in parts
         ]
 
         def run(_: Any = (moves, step)) -> None:
@@ -219,7 +222,9 @@ class CudaStream:
         self._device, self._driver = device, device.driver
         bindings = device.driver.bindings
         device.enter()
-        self._stream = device.driver.cuStreamCreate(int(bindings.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        self._stream = device.driver.cuStreamCreate(
+            int(bindings.CUstream_flags.CU_STREAM_NON_BLOCKING)
+        )
         weakref.finalize(self, device.dispose, bindings.cuStreamDestroy, self._stream)
         self.handle = int(self._stream)
         self._events: list[Any] = []
@@ -255,7 +260,9 @@ class CudaStream:
                     self.wait()
                 self._staging[self._staged : self._staged + len(part)] = part
                 source = self._staging_at + self._staged
-                self._driver.cuMemcpyHtoDAsync(target.pointer + start, source, len(part), self._stream)
+                self._driver.cuMemcpyHtoDAsync(
+                    target.pointer + start, source, len(part), self._stream
+                )
                 self._staged += len(part)
 
     def download(self, source: Buffer) -> np.ndarray:
@@ -265,7 +272,9 @@ class CudaStream:
             self.wait()
             for start in range(0, len(content), STAGING_BYTES):
                 part = content[start : start + STAGING_BYTES]
-                self._driver.cuMemcpyDtoHAsync(self._staging_at, source.pointer + start, len(part), self._stream)
+                self._driver.cuMemcpyDtoHAsync(
+                    self._staging_at, source.pointer + start, len(part), self._stream
+                )
                 self.wait()
                 part[:] = self._staging[: len(part)]
         values: np.ndarray = content.view(NUMPY_DTYPES[source.dtype]).reshape(source.shape)
@@ -296,7 +305,8 @@ class CudaStream:
             except GocError as reason:
                 self._records = False
                 logger.warning(
-                    "steps are launched one by one, because one cannot be recorded as a CUDA graph: %s", reason
+                    "steps are launched one by one, because one cannot be recorded as a CUDA graph: %s",
+                    reason,
                 )
                 return launches
             counts = self._device.recorded
@@ -308,7 +318,9 @@ class CudaStream:
     def _captured(self, launches: Sequence[Launch]) -> tuple[_Graph, int]:
         """A graph of the launches, and how many nodes it has."""
         driver = self._driver
-        mode = driver.bindings.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL  # other threads may allocate
+        mode = (
+            driver.bindings.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        )  # other threads may allocate
         with self._device.capturing():
             driver.cuStreamBeginCapture(self._stream, mode)
             try:
@@ -328,8 +340,12 @@ class CudaStream:
     def mark(self, index: int) -> None:
         """Record an event; it is made when it is first used."""
         if index == len(self._events):
-            event = self._driver.cuEventCreate(int(self._driver.bindings.CUevent_flags.CU_EVENT_DEFAULT))
-            weakref.finalize(self, self._device.dispose, self._driver.bindings.cuEventDestroy, event)
+            event = self._driver.cuEventCreate(
+                int(self._driver.bindings.CUevent_flags.CU_EVENT_DEFAULT)
+            )
+            weakref.finalize(
+                self, self._device.dispose, self._driver.bindings.cuEventDestroy, event
+            )
             self._events.append(event)
         self._driver.cuEventRecord(self._events[index], self._stream)
 

@@ -49,7 +49,9 @@ class Driver:
         reason = text.decode() if known == self.bindings.CUresult.CUDA_SUCCESS else "unknown error"
         message = f"the NVIDIA driver refuses {call}: {reason} ({int(status)})"
         if status == self.bindings.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-            return ResourceError(f"{message}; use a smaller batch size, or end what else uses the GPU's memory")
+            return ResourceError(
+                f"{message}; use a smaller batch size, or end what else uses the GPU's memory"
+            )
         return EnvironmentUnsupportedError(message)
 
 
@@ -104,15 +106,21 @@ def device_handle(driver: Driver, index: int) -> Any:
     """
     count = driver.cuDeviceGetCount()
     if index >= count:
-        raise EnvironmentUnsupportedError(f"there is no CUDA device {index}; the driver finds {count}")
+        raise EnvironmentUnsupportedError(
+            f"there is no CUDA device {index}; the driver finds {count}"
+        )
     return driver.cuDeviceGet(index)
 
 
 def capability_of(driver: Driver, device: Any) -> str:
     """Compute capability of a device of the driver."""
     attribute = driver.bindings.CUdevice_attribute
-    major = driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
-    minor = driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
+    major = driver.cuDeviceGetAttribute(
+        attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device
+    )
+    minor = driver.cuDeviceGetAttribute(
+        attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device
+    )
     return f"{major}.{minor}"
 
 
@@ -136,17 +144,24 @@ class DeviceFunction:
             EnvironmentUnsupportedError: the driver refuses.
         """
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
-        self.driver.cuLaunchKernel(self.function, blocks, 1, 1, threads, 1, 1, 0, stream, ctypes.addressof(pointers), 0)
+        self.driver.cuLaunchKernel(
+            self.function, blocks, 1, 1, threads, 1, 1, 0, stream, ctypes.addressof(pointers), 0
+        )
 
 
-def functions_from_cubin(driver: Driver, cubin: bytes, names: Iterable[str]) -> dict[str, DeviceFunction]:
+def functions_from_cubin(
+    driver: Driver, cubin: bytes, names: Iterable[str]
+) -> dict[str, DeviceFunction]:
     """Load code into the current CUDA context, which keeps it until the process ends.
 
     Raises:
         EnvironmentUnsupportedError: there is no context, or the code is for another GPU.
     """
     module = driver.cuModuleLoadData(cubin)
-    return {name: DeviceFunction(driver, driver.cuModuleGetFunction(module, name.encode())) for name in names}
+    return {
+        name: DeviceFunction(driver, driver.cuModuleGetFunction(module, name.encode()))
+        for name in names
+    }
 
 
 def current_context(driver: Driver) -> int:
@@ -157,5 +172,7 @@ def current_context(driver: Driver) -> int:
     """
     handle = int(driver.cuCtxGetCurrent())
     if not handle:
-        raise EnvironmentUnsupportedError("this thread has no CUDA context; make one before the plugin is used")
+        raise EnvironmentUnsupportedError(
+            "this thread has no CUDA context; make one before the plugin is used"
+        )
     return handle

@@ -47,7 +47,9 @@ class HostStream:
 
     def upload(self, values: np.ndarray, target: Buffer) -> None:
         """Copy host values into a buffer."""
-        host_array(target)[...] = stored_values(values, target.dtype) if target.dtype == "bfloat16" else values
+        host_array(target)[...] = (
+            stored_values(values, target.dtype) if target.dtype == "bfloat16" else values
+        )
 
     def download(self, source: Buffer) -> np.ndarray:
         """A copy of a buffer."""

@@ -54,12 +54,17 @@ def shared_pool_of_process(threads: int) -> tuple[str, int]:
                 onnxruntime.set_global_thread_pool_sizes(threads, 1)
                 _pool = ("shared", threads)
             except Exception as error:
-                logger.warning("the ONNX Runtime thread pool that this process has already is used as it is: %s", error)
+                logger.warning(
+                    "the ONNX Runtime thread pool that this process has already is used as it is: %s",
+                    error,
+                )
                 _pool = ("made by the host program", 0)
             register_arena("Cpu", 0, state.create_and_register_allocator)
         elif threads not in (0, _pool[1]):
             logger.warning(
-                "the thread pool of this process keeps its size %d; %d threads are ignored", _pool[1], threads
+                "the thread pool of this process keeps its size %d; %d threads are ignored",
+                _pool[1],
+                threads,
             )
         return _pool
 
@@ -72,11 +77,16 @@ def register_arena(memory: str, device: int, register: Callable[[Any, Any], None
         device: its number.
         register: ONNX Runtime's call for the process, which takes where the arena is and how it grows.
     """
-    where = state.OrtMemoryInfo(memory, state.OrtAllocatorType.ORT_ARENA_ALLOCATOR, device, state.OrtMemType.DEFAULT)
+    where = state.OrtMemoryInfo(
+        memory, state.OrtAllocatorType.ORT_ARENA_ALLOCATOR, device, state.OrtMemType.DEFAULT
+    )
     try:
         register(where, state.OrtArenaCfg({"arena_extend_strategy": GROW_AS_REQUESTED}))
     except Exception as error:
-        logger.warning("the ONNX Runtime memory arena that this process has already is used as it is: %s", error)
+        logger.warning(
+            "the ONNX Runtime memory arena that this process has already is used as it is: %s",
+            error,
+        )
 
 
 class OrtEngine:
@@ -89,11 +99,20 @@ class OrtEngine:
         provider: for messages.
     """
 
-    def __init__(self, session: Any, inputs: Mapping[str, Buffer], memory: tuple[str, int], provider: str) -> None:
-        self._session, self._inputs, self._memory, self._provider = session, inputs, memory, provider
+    def __init__(
+        self, session: Any, inputs: Mapping[str, Buffer], memory: tuple[str, int], provider: str
+    ) -> None:
+        self._session, self._inputs, self._memory, self._provider = (
+            session,
+            inputs,
+            memory,
+            provider,
+        )
         tensors = [*session.get_inputs(), *session.get_outputs()]
         self._shapes = {arg.name: arg.shape for arg in tensors}
-        self.dtypes: Mapping[str, str] = {arg.name: _DTYPE_OF_ORT_TYPE.get(arg.type, arg.type) for arg in tensors}
+        self.dtypes: Mapping[str, str] = {
+            arg.name: _DTYPE_OF_ORT_TYPE.get(arg.type, arg.type) for arg in tensors
+        }
 
     def bind(
         self,
@@ -123,7 +142,13 @@ class OrtEngine:
         binding = self._session.io_binding()
         for bind, buffers in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for name, buffer in buffers.items():
-                bind(name, *self._memory, ONNX_TYPES[buffer.dtype], list(buffer.shape), buffer.pointer)
+                bind(
+                    name,
+                    *self._memory,
+                    ONNX_TYPES[buffer.dtype],
+                    list(buffer.shape),
+                    buffer.pointer,
+                )
         return binding
 
     def _check(self, name: str, buffer: Buffer) -> None:
@@ -157,7 +182,9 @@ class OrtBackend:
     provider = "CPU"
     runtime: Any = onnxruntime
 
-    def __init__(self, threads: int = 0, *, shared_pool: bool = True, device: Device | None = None) -> None:
+    def __init__(
+        self, threads: int = 0, *, shared_pool: bool = True, device: Device | None = None
+    ) -> None:
         self.device: Device = device or HostDevice()
         self._stream = self._own_stream()
         self.passed_over: Mapping[str, str] = NOTHING
@@ -172,7 +199,9 @@ class OrtBackend:
                 "this process has a shared ONNX Runtime thread pool already, so shared_pool=False is not possible; use it from the first load on"
             )
         self._shared_pool = shared_pool
-        self._pool, self._threads = shared_pool_of_process(threads) if shared_pool else ("per unit", threads)
+        self._pool, self._threads = (
+            shared_pool_of_process(threads) if shared_pool else ("per unit", threads)
+        )
 
     @property
     def _provider_name(self) -> str:
@@ -209,10 +238,20 @@ class OrtBackend:
             EngineDirError: not a graph that ONNX Runtime accepts.
             ResourceError: memory or file descriptors do not suffice.
         """
-        return OrtEngine(self._session(onnx, initializers, runs_once=runs_once), inputs, ("cpu", 0), self.provider)
+        return OrtEngine(
+            self._session(onnx, initializers, runs_once=runs_once),
+            inputs,
+            ("cpu", 0),
+            self.provider,
+        )
 
     def _session(
-        self, onnx: memoryview, initializers: Mapping[str, Buffer], *, runs_once: bool, **provider: str
+        self,
+        onnx: memoryview,
+        initializers: Mapping[str, Buffer],
+        *,
+        runs_once: bool,
+        **provider: str,
     ) -> Any:
         """A session, with options of its provider."""
         options = onnxruntime.SessionOptions()
@@ -220,7 +259,9 @@ class OrtBackend:
         options.log_severity_level = 3
         # As the graph says; by default the sums of a prediction launch come last, when their terms left the CPU's cache.
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
-        options.enable_mem_pattern = False  # a pattern is a block of memory per unit; the shared arena serves all
+        options.enable_mem_pattern = (
+            False  # a pattern is a block of memory per unit; the shared arena serves all
+        )
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         if self._shared_pool:
             options.add_session_config_entry("session.use_env_allocators", "1")
@@ -238,7 +279,9 @@ class OrtBackend:
             }
             if values:
                 options.add_external_initializers(list(values), list(values.values()))
-            return self.runtime.InferenceSession(bytes(onnx), options, providers=[(self._provider_name, provider)])
+            return self.runtime.InferenceSession(
+                bytes(onnx), options, providers=[(self._provider_name, provider)]
+            )
         except Exception as cause:
             raise error_from_ort(cause, LOADING, self.provider) from cause
 

@@ -50,13 +50,21 @@ class OrtCudaEngine(OrtEngine):
     """
 
     def __init__(
-        self, session: Any, inputs: Mapping[str, Buffer], device: int, without_graphs: Callable[[], Any] | None
+        self,
+        session: Any,
+        inputs: Mapping[str, Buffer],
+        device: int,
+        without_graphs: Callable[[], Any] | None,
     ) -> None:
         super().__init__(session, inputs, ("cuda", device), "CUDA")
         self.without_graphs = without_graphs
 
     def _bound(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Launch:
-        return self.run_of(inputs, outputs) if self.without_graphs is None else _RecordedRun(self, inputs, outputs)
+        return (
+            self.run_of(inputs, outputs)
+            if self.without_graphs is None
+            else _RecordedRun(self, inputs, outputs)
+        )
 
     def run_of(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Launch:
         """A run of the session as it is now, which does not wait; its graph, if it has one, is its own."""
@@ -76,7 +84,9 @@ class OrtCudaEngine(OrtEngine):
 class _RecordedRun:
     """A run that ONNX Runtime records the first time, when it may find that it cannot."""
 
-    def __init__(self, engine: OrtCudaEngine, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+    def __init__(
+        self, engine: OrtCudaEngine, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
+    ) -> None:
         self._engine, self._tensors, self._recorded = engine, (inputs, outputs), False
         self._run = engine.run_of(inputs, outputs)
 
@@ -166,7 +176,9 @@ class OrtCudaBackend(OrtBackend):
         """
 
         def made(*, graphs: bool) -> Any:
-            session = self._session(onnx, initializers, runs_once=runs_once, **self._provider_options(graphs=graphs))
+            session = self._session(
+                onnx, initializers, runs_once=runs_once, **self._provider_options(graphs=graphs)
+            )
             if self._provider_name not in session.get_providers():
                 raise EnvironmentUnsupportedError(
                     f"ONNX Runtime {onnxruntime.__version__} cannot start its {self._provider_name}; check that its CUDA libraries "
@@ -177,7 +189,9 @@ class OrtCudaBackend(OrtBackend):
         placed = {name: self._placed(buffer) for name, buffer in inputs.items()}
         nbytes = sum(buffer.nbytes for buffer in (*initializers.values(), *inputs.values()))
         session, graphs = self._made(made)
-        engine = OrtCudaEngine(session, placed, self._cuda.index, partial(made, graphs=False) if graphs else None)
+        engine = OrtCudaEngine(
+            session, placed, self._cuda.index, partial(made, graphs=False) if graphs else None
+        )
         self._weight_bytes[engine] = nbytes
         return engine
 

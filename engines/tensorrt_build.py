@@ -62,7 +62,9 @@ class Built:
     timings: bytes = b""
 
 
-def engine_from_onnx(library: Library, graph: bytes, request: BuildRequest, timings: bytes = b"") -> Built:
+def engine_from_onnx(
+    library: Library, graph: bytes, request: BuildRequest, timings: bytes = b""
+) -> Built:
     """Build an engine from a graph that holds all its weights, or has them as inputs.
 
     The network is strongly typed: every tensor has the type that the graph says.
@@ -79,19 +81,25 @@ def engine_from_onnx(library: Library, graph: bytes, request: BuildRequest, timi
     parser = trt.OnnxParser(network, messages)
     if not parser.parse(graph):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        reasons = (f"node {e.node_name()} ({e.node_operator()}): {_first_line(e.desc())}" for e in errors)
+        reasons = (
+            f"node {e.node_name()} ({e.node_operator()}): {_first_line(e.desc())}" for e in errors
+        )
         return Built(b"", BuildReport("; ".join(reasons)))
     try:
         config = config_from_request(library, builder, network, request)
         taken = library.cross_compiles or use_timings(config, timings)
         engine = builder.build_serialized_network(network, config)
-    except Exception as error:  # Polygraphy and the bindings raise all kinds; the parent names the unit
+    except (
+        Exception
+    ) as error:  # Polygraphy and the bindings raise all kinds; the parent names the unit
         return Built(b"", BuildReport(f"{type(error).__name__}: {_first_line(str(error))}"))
     if engine is None:
         errors = [_first_line(text) for text in messages.errors()]
         return Built(b"", BuildReport("; ".join(errors) or "the builder gives no reason"))
     report = replace(_report([text for _, text in messages.lines]), takes_timings=taken)
-    return Built(bytes(memoryview(engine)), report, b"" if library.cross_compiles else timings_of(config))
+    return Built(
+        bytes(memoryview(engine)), report, b"" if library.cross_compiles else timings_of(config)
+    )
 
 
 def config_from_request(library: Library, builder: Any, network: Any, request: BuildRequest) -> Any:
@@ -104,33 +112,47 @@ def config_from_request(library: Library, builder: Any, network: Any, request: B
         profiles.append(Profile())
         for name, (low, usual, high) in shapes.items():
             profiles[-1].add(name, tuple(low), tuple(usual), tuple(high))
-    options: dict[str, Any] = {"profiles": profiles, "profiling_verbosity": trt.ProfilingVerbosity.DETAILED}
+    options: dict[str, Any] = {
+        "profiles": profiles,
+        "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
+    }
     if request.workspace_bytes:
         options["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: request.workspace_bytes}
     if library.cross_compiles:
         from polygraphy.backend.tensorrt_rtx import create_config_rtx
 
-        targets = [tuple(int(part) for part in capability.split(".")) for capability in request.capabilities]
+        targets = [
+            tuple(int(part) for part in capability.split("."))
+            for capability in request.capabilities
+        ]
         config = create_config_rtx(builder, network, compute_capabilities=targets, **options)
     else:
         config = create_config(builder, network, **options)
     config.max_aux_streams = 0
     config.clear_flag(trt.BuilderFlag.TF32)
     if library.cross_compiles:
-        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # without it a run may allocate, and not be recorded
+        config.set_flag(
+            trt.BuilderFlag.REQUIRE_USER_ALLOCATION
+        )  # without it a run may allocate, and not be recorded
     return config
 
 
 def _report(messages: Sequence[str]) -> BuildReport:
     """Read what the builder logged: without a GPU nothing else tells what is in an engine."""
     listed = [text for text in messages if text.startswith("Layers:")]
-    activation = max((int(m[1]) for text in messages if (m := _ACTIVATION.search(text))), default=None)
+    activation = max(
+        (int(m[1]) for text in messages if (m := _ACTIVATION.search(text))), default=None
+    )
     if not listed:
         return BuildReport(activation_bytes=activation)
-    runs = [[kind for kind in kinds if kind not in _NO_LAUNCH] for kinds in _layer_kinds(listed[-1])]
+    runs = [
+        [kind for kind in kinds if kind not in _NO_LAUNCH] for kinds in _layer_kinds(listed[-1])
+    ]
     longest = max(runs, key=len, default=[])
     plugin_layers = sum(kind in _PLUGIN_LAYERS for kind in longest)
-    return BuildReport(kernels=len(longest), plugin_layers=plugin_layers, activation_bytes=activation)
+    return BuildReport(
+        kernels=len(longest), plugin_layers=plugin_layers, activation_bytes=activation
+    )
 
 
 def _layer_kinds(listed: str) -> list[list[str]]:

@@ -31,7 +31,9 @@ class Builder:
         self._backend, self._stack, self._timings = backend, stack, timings
         self._processes: dict[bool, BuildProcess] = {}
 
-    def build(self, directory: Path, manifest: Manifest, job: Job) -> tuple[Job, bytes, BuildReport]:
+    def build(
+        self, directory: Path, manifest: Manifest, job: Job
+    ) -> tuple[Job, bytes, BuildReport]:
         """Build a job; where the plugin cannot be used, from the function bodies.
 
         Returns:
@@ -46,7 +48,9 @@ class Builder:
         except EnvironmentUnsupportedError as cause:
             if job.recipe.plugin_sha256 is None:
                 raise
-            logger.warning("%s; it is built from the function bodies instead, which takes more launches", cause)
+            logger.warning(
+                "%s; it is built from the function bodies instead, which takes more launches", cause
+            )
         job = replace(job, recipe=replace(job.recipe, plugin_sha256=None))
         return (job, *self._build(graph_of_job(directory, manifest, job), job))
 
@@ -59,7 +63,9 @@ class Builder:
         where += " with the plugin" if uses_plugin else ""
         try:
             request = BuildRequest(job.profiles, target.capabilities, job.recipe.workspace_bytes)
-            built = self._processes[uses_plugin].build(graph, request, self._timings.content if self._timings else b"")
+            built = self._processes[uses_plugin].build(
+                graph, request, self._timings.content if self._timings else b""
+            )
         except BuildProcessDied as death:
             del self._processes[uses_plugin]
             raise EnvironmentUnsupportedError(f"{where} cannot be built: {death}") from death

@@ -14,7 +14,14 @@ from goc_deploy.engine_keys import Target
 from goc_deploy.engines.driver import device_name, load_driver
 from goc_deploy.errors import EnvironmentUnsupportedError
 from goc_deploy.manifest import MANIFEST_NAME, manifest_to_json
-from goc_deploy.publish import directory_lock, disk_errors, file_entry, read_manifest, read_verified, replacing
+from goc_deploy.publish import (
+    directory_lock,
+    disk_errors,
+    file_entry,
+    read_manifest,
+    read_verified,
+    replacing,
+)
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9.]+")
 

@@ -18,7 +18,9 @@ from goc_deploy.protocols import ALIGNMENT, Buffer, Launch, Stream
 if TYPE_CHECKING:
     from goc_deploy.engines.tensorrt_runtime import TensorrtBackend
 
-_Profile = Mapping[str, tuple[tuple[int, ...], ...]]  # dynamic input -> smallest, optimal and largest shape
+_Profile = Mapping[
+    str, tuple[tuple[int, ...], ...]
+]  # dynamic input -> smallest, optimal and largest shape
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
 
 
@@ -72,28 +74,48 @@ class Lane:
 
     scratch: Buffer | None
     aside: list[Buffer] = field(default_factory=list)
-    contexts: WeakValueDictionary[tuple[Any, ...], _Context] = field(default_factory=WeakValueDictionary)
+    contexts: WeakValueDictionary[tuple[Any, ...], _Context] = field(
+        default_factory=WeakValueDictionary
+    )
 
 
 class TensorrtEngine:
     """An engine with the weights that it reads at an address."""
 
     def __init__(self, backend: TensorrtBackend, stored: StoredEngine, engine: Any) -> None:
-        self._backend, self._name, self._engine, self._reads_first = backend, stored.name, engine, stored.reads_first
+        self._backend, self._name, self._engine, self._reads_first = (
+            backend,
+            stored.name,
+            engine,
+            stored.reads_first,
+        )
         self.weights: dict[str, Weight] = {}
         mode = backend.library.trt.TensorIOMode
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         self.dtypes: Mapping[str, str] = {
-            name: DTYPES.get(engine.get_tensor_dtype(name).name, engine.get_tensor_dtype(name).name) for name in names
+            name: DTYPES.get(engine.get_tensor_dtype(name).name, engine.get_tensor_dtype(name).name)
+            for name in names
         }
-        self.inputs = frozenset(name for name in names if engine.get_tensor_mode(name) == mode.INPUT)
-        dynamic = [name for name in sorted(self.inputs) if -1 in tuple(engine.get_tensor_shape(name))]
+        self.inputs = frozenset(
+            name for name in names if engine.get_tensor_mode(name) == mode.INPUT
+        )
+        dynamic = [
+            name for name in sorted(self.inputs) if -1 in tuple(engine.get_tensor_shape(name))
+        ]
         self._profiles: list[_Profile] = [
-            {name: tuple(map(tuple, engine.get_tensor_profile_shape(name, index))) for name in dynamic}
+            {
+                name: tuple(map(tuple, engine.get_tensor_profile_shape(name, index)))
+                for name in dynamic
+            }
             for index in range(engine.num_optimization_profiles)
         ]
 
-    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], stream: Stream | None = None) -> Launch:
+    def bind(
+        self,
+        inputs: Mapping[str, Buffer],
+        outputs: Mapping[str, Buffer],
+        stream: Stream | None = None,
+    ) -> Launch:
         """See `goc_deploy.protocols.Engine.bind`.
 
         Raises:
@@ -113,32 +135,43 @@ class TensorrtEngine:
 
         return run
 
-    def _bound(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], stream: Stream) -> Launch:
+    def _bound(
+        self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], stream: Stream
+    ) -> Launch:
         backend = self._backend
         stream.wait()  # the first call of a thread to CUDA, which then has the context that the plugin asks for
         inputs = {**{name: weight.buffer for name, weight in self.weights.items()}, **inputs}
         self._check(inputs, outputs)
         lane = backend.lane(stream)
         held = self._context(lane, stream, {name: buffer.shape for name, buffer in inputs.items()})
-        shapes = {name: tuple(held.context.get_tensor_shape(name)) for name in self.dtypes.keys() - self.inputs}
+        shapes = {
+            name: tuple(held.context.get_tensor_shape(name))
+            for name in self.dtypes.keys() - self.inputs
+        }
         for name, buffer in outputs.items():
             if shapes[name] != buffer.shape:
                 raise self._misfit(name, f"{list(shapes[name])}", buffer)
-        moved = [name for name in outputs if not self._reads_first and _lies_on(outputs[name], inputs)]
+        moved = [
+            name for name in outputs if not self._reads_first and _lies_on(outputs[name], inputs)
+        ]
         unwanted = sorted(shapes.keys() - outputs.keys())
         aside = {
             name: backend.aside(lane, index, shapes[name], self.dtypes[name])
             for index, name in enumerate([*moved, *unwanted])
         }
         bound, copies = {**outputs, **aside}, [(aside[name], outputs[name]) for name in moved]
-        addresses = tuple((name, buffer.pointer) for name, buffer in (*inputs.items(), *bound.items()))
+        addresses = tuple(
+            (name, buffer.pointer) for name, buffer in (*inputs.items(), *bound.items())
+        )
         context, handle, keep = held.context, stream.handle, (inputs, bound)
 
         def run(_: Any = keep) -> None:
             if held.addresses is not addresses:
                 for name, pointer in addresses:
                     if not context.set_tensor_address(name, pointer):
-                        raise EnvironmentUnsupportedError(f"{self._name}: TensorRT refuses the address of {name}")
+                        raise EnvironmentUnsupportedError(
+                            f"{self._name}: TensorRT refuses the address of {name}"
+                        )
                 held.addresses = addresses
             before = backend.messages()
             if not context.execute_async_v3(handle):
@@ -148,7 +181,9 @@ class TensorrtEngine:
 
         return run
 
-    def _context(self, lane: Lane, stream: Stream, shapes: Mapping[str, tuple[int, ...]]) -> _Context:
+    def _context(
+        self, lane: Lane, stream: Stream, shapes: Mapping[str, tuple[int, ...]]
+    ) -> _Context:
         key = (id(self._engine), *sorted(shapes.items()))
         held = lane.contexts.get(key)
         if held is None:
@@ -160,7 +195,9 @@ class TensorrtEngine:
             if len(self._profiles) > 1:  # it must be chosen before any shape is set
                 profile = _nearest(self._profiles, shapes)
                 if not context.set_optimization_profile_async(profile, stream.handle):
-                    raise backend.failure(f"{self._name}: profile {profile} cannot be chosen", before)
+                    raise backend.failure(
+                        f"{self._name}: profile {profile} cannot be chosen", before
+                    )
             if lane.scratch is not None:
                 context.set_device_memory(lane.scratch.pointer, lane.scratch.nbytes)
             for name, shape in shapes.items():
@@ -181,7 +218,9 @@ class TensorrtEngine:
                 )
         missing = sorted(self.inputs - inputs.keys())
         if missing:
-            raise EngineDirError(f"{self._name} has an input {missing[0]!r} that nobody binds; build the engines again")
+            raise EngineDirError(
+                f"{self._name} has an input {missing[0]!r} that nobody binds; build the engines again"
+            )
 
     def _misfit(self, name: str, shape: str, buffer: Buffer) -> EngineDirError:
         return EngineDirError(
@@ -195,7 +234,10 @@ def _nearest(profiles: Sequence[_Profile], shapes: Mapping[str, tuple[int, ...]]
 
     def distance(index: int) -> float:
         optima = {name: optimum for name, (_, optimum, _) in profiles[index].items()}
-        return sum(abs(math.log(math.prod(shapes[name]) / math.prod(optimum))) for name, optimum in optima.items())
+        return sum(
+            abs(math.log(math.prod(shapes[name]) / math.prod(optimum)))
+            for name, optimum in optima.items()
+        )
 
     return min(range(len(profiles)), key=distance)
 

@@ -39,7 +39,9 @@ def share_weights(model: Any) -> None:
     from onnx import helper
 
     for initializer in _external(model):
-        value = helper.make_tensor_value_info(initializer.name, initializer.data_type, list(initializer.dims))
+        value = helper.make_tensor_value_info(
+            initializer.name, initializer.data_type, list(initializer.dims)
+        )
         model.graph.input.append(value)
     _keep_internal(model)
 
@@ -51,7 +53,12 @@ def drop_weight_places(model: Any) -> None:
 
 
 def embed_weights(
-    model: Any, parameters: Sequence[Parameter], weights: memoryview, precision: str, where: str, prefix: str = ""
+    model: Any,
+    parameters: Sequence[Parameter],
+    weights: memoryview,
+    precision: str,
+    where: str,
+    prefix: str = "",
 ) -> None:
     """Put the values of external initializers into the graph.
 
@@ -96,7 +103,9 @@ def graph_bytes(model: Any) -> bytes:
 Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
 
-def input_shapes(model: Any, ranges: Mapping[str, Range], where: str) -> tuple[Shapes, tuple[tuple[str, Range], ...]]:
+def input_shapes(
+    model: Any, ranges: Mapping[str, Range], where: str
+) -> tuple[Shapes, tuple[tuple[str, Range], ...]]:
     """Smallest, usual and largest shape of each input with dynamic dimensions.
 
     Returns:
@@ -111,7 +120,9 @@ def input_shapes(model: Any, ranges: Mapping[str, Range], where: str) -> tuple[S
         for dimension in value.type.tensor_type.shape.dim:
             symbol, size = dimension.dim_param, dimension.dim_value
             if not symbol and not size:
-                raise EngineDirError(f"{where}: input {value.name} has a dimension without name or size; export again")
+                raise EngineDirError(
+                    f"{where}: input {value.name} has a dimension without name or size; export again"
+                )
             if symbol and symbol not in ranges:
                 raise EngineDirError(
                     f"{where}: input {value.name} has the dynamic dimension {symbol!r}, whose sizes this version does not know; export again"
@@ -126,10 +137,14 @@ def input_shapes(model: Any, ranges: Mapping[str, Range], where: str) -> tuple[S
 
 
 def _external(model: Any) -> list[Any]:
-    return [initializer for initializer in model.graph.initializer if initializer.data_location == 1]
+    return [
+        initializer for initializer in model.graph.initializer if initializer.data_location == 1
+    ]
 
 
 def _keep_internal(model: Any) -> None:
-    kept = [initializer for initializer in model.graph.initializer if initializer.data_location != 1]
+    kept = [
+        initializer for initializer in model.graph.initializer if initializer.data_location != 1
+    ]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)

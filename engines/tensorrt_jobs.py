@@ -41,7 +41,9 @@ class Job:
     @property
     def name(self) -> str:
         """For messages."""
-        return self.unit.name + (f" and {len(self.served) - 1} like it" if len(self.served) > 1 else "")
+        return self.unit.name + (
+            f" and {len(self.served) - 1} like it" if len(self.served) > 1 else ""
+        )
 
     @property
     def path(self) -> str:
@@ -49,7 +51,9 @@ class Job:
         return f"{self.recipe.target.folder}/{self.unit.name}-{self.recipe.key[:12]}.engine"
 
 
-def wanted_engines(directory: Path, manifest: Manifest, target: Target, options: EngineOptions) -> list[Job]:
+def wanted_engines(
+    directory: Path, manifest: Manifest, target: Target, options: EngineOptions
+) -> list[Job]:
     """One job per engine: per unit, or per kind of unit where weights are shared, and per segment.
 
     Predict graphs that plans launch only where their predictions are spread over steps (`Backend.stacks`) get none. A
@@ -58,7 +62,9 @@ def wanted_engines(directory: Path, manifest: Manifest, target: Target, options:
     plans = [load_plan(directory, manifest, entry.name) for entry in manifest.plans]
     steps = max((plan.steps for plan in plans), default=1)
     ways = dimension_profiles(target.backend, manifest.model, manifest.max_batch, steps)
-    launched = {signature for plan in plans for signature in with_stacks(plan, manifest.model).signatures}
+    launched = {
+        signature for plan in plans for signature in with_stacks(plan, manifest.model).signatures
+    }
     not_launched = {signature for plan in plans for signature in plan.signatures} - launched
     files = {entry.path: entry for entry in manifest.files}
     jobs: dict[str, Job] = {}
@@ -67,12 +73,19 @@ def wanted_engines(directory: Path, manifest: Manifest, target: Target, options:
         content, parts = read_verified(directory, files[unit.onnx]), manifest.parts(unit)
         check_graph(content, external_tensors(parts), where)
         model = graphs.model_from_bytes(content, where)
-        held = [files[part.weights] for part in parts.values() if part.weights and not part.weights_are_inputs]
+        held = [
+            files[part.weights]
+            for part in parts.values()
+            if part.weights and not part.weights_are_inputs
+        ]
         fits = len(held) == 1 or sum(file.size for file in held) <= graphs.MAX_GRAPH_BYTES
         embeds = options.weights == "embedded" and bool(held) and fits
         (graphs.drop_weight_places if embeds else graphs.share_weights)(model)
         stacked = stack_updates(model) if options.plugin else 0
-        profiles = {used: shapes for shapes, used in (graphs.input_shapes(model, ranges, where) for ranges in ways)}
+        profiles = {
+            used: shapes
+            for shapes, used in (graphs.input_shapes(model, ranges, where) for ranges in ways)
+        }
         recipe = Recipe(
             graph_sha256=hashlib.sha256(graphs.graph_bytes(model)).hexdigest(),
             weights_sha256=_digest_of_all(held) if embeds else None,
@@ -92,7 +105,9 @@ def wanted_engines(directory: Path, manifest: Manifest, target: Target, options:
 def _digest_of_all(files: list[FileEntry]) -> str:
     """The digest of a file, or of the digests of several."""
     digests = [file.sha256 for file in files]
-    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+    return (
+        digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+    )
 
 
 def _units(manifest: Manifest, without: Set[str]) -> Iterator[Unit]:

@@ -40,7 +40,9 @@ class KernelCache:
                 self._cache = config.create_runtime_cache()
                 self._load()
             if self._cache is None or not config.set_runtime_cache(self._cache):
-                logger.warning("TensorRT takes no cache for compiled kernels; every process compiles them")
+                logger.warning(
+                    "TensorRT takes no cache for compiled kernels; every process compiles them"
+                )
                 return
             self._has_grown = True
 
@@ -55,7 +57,10 @@ class KernelCache:
         if self._cache.deserialize(content):
             self._kept = sha256(content).digest()
         else:
-            logger.warning("compiled kernels are not loaded: TensorRT does not take %s", self._directory / self.path)
+            logger.warning(
+                "compiled kernels are not loaded: TensorRT does not take %s",
+                self._directory / self.path,
+            )
 
     def keep(self) -> None:
         """Write the kernels, file first, then the manifest that lists it; nothing where there are no new ones.

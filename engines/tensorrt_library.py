@@ -99,7 +99,11 @@ def message_log(trt: Any, most: int | None = None) -> Any:
 
         def _of(self, severities: tuple[Any, ...], since: int) -> list[str]:
             skipped = len(self.lines) - (self.count - since)
-            return [text for severity, text in list(self.lines)[max(skipped, 0) :] if severity in severities]
+            return [
+                text
+                for severity, text in list(self.lines)[max(skipped, 0) :]
+                if severity in severities
+            ]
 
     return MessageLog()
 
@@ -117,7 +121,9 @@ def library_from_backend(backend: str) -> Library:
         EnvironmentUnsupportedError: it is not installed, or too old.
     """
     if backend not in ENGINE_BACKENDS:
-        raise UsageError(f"backend {backend!r} builds no engines; use {' or '.join(ENGINE_BACKENDS)}")
+        raise UsageError(
+            f"backend {backend!r} builds no engines; use {' or '.join(ENGINE_BACKENDS)}"
+        )
     module, extra = _PACKAGES[backend]
     try:
         trt = importlib.import_module(module)
@@ -126,7 +132,9 @@ def library_from_backend(backend: str) -> Library:
             f"{backend} cannot be imported ({cause}); run: pip install 'goc_deploy[{extra}]'"
         ) from cause
     if not hasattr(trt, "IPluginV3"):
-        raise EnvironmentUnsupportedError(f"{backend} {trt.__version__} is too old; install 10.3 or newer")
+        raise EnvironmentUnsupportedError(
+            f"{backend} {trt.__version__} is too old; install 10.3 or newer"
+        )
     return Library(backend, trt)
 
 
@@ -142,14 +150,24 @@ def target_from_options(library: Library, capabilities: tuple[str, ...], precisi
         UsageError: a capability that the library cannot build for, or that lacks the precision.
         EnvironmentUnsupportedError: TensorRT without a GPU, or on one that lacks the precision.
     """
-    known = _known_capabilities(library) if library.cross_compiles else (driver.device_capability(),)
-    usual = tuple(c for c in known if _number(c) >= _number(_FIRST_BY_DEFAULT)) if library.cross_compiles else known
+    known = (
+        _known_capabilities(library) if library.cross_compiles else (driver.device_capability(),)
+    )
+    usual = (
+        tuple(c for c in known if _number(c) >= _number(_FIRST_BY_DEFAULT))
+        if library.cross_compiles
+        else known
+    )
     chosen = tuple(sorted(set(capabilities), key=_number)) or usual
     if not capabilities and not library.cross_compiles:
         check_target(library, known[0], precision)
     for capability in chosen:
         if capability not in known:
-            where = "can build for" if library.cross_compiles else "builds for the GPU of this machine only,"
+            where = (
+                "can build for"
+                if library.cross_compiles
+                else "builds for the GPU of this machine only,"
+            )
             raise UsageError(
                 f"--compute-capability {capability}: {library.backend} {library.version} {where} {', '.join(known)}"
             )

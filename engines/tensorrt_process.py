@@ -55,7 +55,9 @@ class BuildProcess:
             code = self.process.wait()
             self.output.seek(0)
             last = self.output.read()[-2000:].decode(errors="replace").strip().splitlines()[-3:]
-            raise BuildProcessDied(f"it ended with exit code {code}: {' / '.join(last) or 'no message'}") from cause
+            raise BuildProcessDied(
+                f"it ended with exit code {code}: {' / '.join(last) or 'no message'}"
+            ) from cause
 
 
 @contextlib.contextmanager
@@ -72,7 +74,14 @@ def build_process(backend: str, *, plugin: bool) -> Iterator[BuildProcess]:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="goc_deploy-"))
         output = stack.enter_context(tempfile.TemporaryFile())
         process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(theirs.fileno()), backend, "plugin" if plugin else ""],
+            [
+                sys.executable,
+                "-m",
+                __name__,
+                str(theirs.fileno()),
+                backend,
+                "plugin" if plugin else "",
+            ],
             pass_fds=[theirs.fileno()],
             env=_environment(backend, Path(folder)),
             stdin=subprocess.DEVNULL,
@@ -91,7 +100,9 @@ def _environment(backend: str, folder: Path) -> dict[str, str]:
     package_folder = Path(str(sys.modules["goc_deploy"].__file__)).parents[1]
     environment = {**os.environ, "PYTHONPATH": _prepended(str(package_folder), "PYTHONPATH")}
     if backend == "tensorrt-rtx":
-        environment["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # it must stand before Polygraphy is imported
+        environment["POLYGRAPHY_USE_TENSORRT_RTX"] = (
+            "1"  # it must stand before Polygraphy is imported
+        )
         versioned = next(iter(_rtx_folder().glob(f"{_RTX_LIBRARY}.*")), None)
         if versioned is not None and not (versioned.parent / _RTX_LIBRARY).exists():
             (folder / _RTX_LIBRARY).symlink_to(versioned)

@@ -104,8 +104,13 @@ class TensorrtBackend:
         """
         stored = self._engines.get(sha256(onnx).hexdigest())
         if stored is None:
-            raise EngineDirError(f"{self.name} has no engine for this graph; build the engines again")
-        with self.own_stream.held(), self._lock:  # TensorRT does not say that deserialising is safe in parallel
+            raise EngineDirError(
+                f"{self.name} has no engine for this graph; build the engines again"
+            )
+        with (
+            self.own_stream.held(),
+            self._lock,
+        ):  # TensorRT does not say that deserialising is safe in parallel
             engine = TensorrtEngine(self, stored, self._deserialized(stored))
             for name, buffer in {**initializers, **inputs}.items():
                 if name in engine.inputs:
@@ -117,7 +122,9 @@ class TensorrtBackend:
         """A weight on the device, uploaded unless another engine reads it."""
         weight = self._weights.get(_place(source))
         if weight is None:
-            weight = self._weights[_place(source)] = Weight(source, self.allocate(source.shape, source.dtype))
+            weight = self._weights[_place(source)] = Weight(
+                source, self.allocate(source.shape, source.dtype)
+            )
             self.own_stream.upload(host_array(source), weight.buffer)
         return weight
 
@@ -134,7 +141,9 @@ class TensorrtBackend:
                 "--engine-weights shared and load again"
             )
 
-    def replace_weights(self, engine: Engine, initializers: Mapping[str, Buffer], inputs: Mapping[str, Buffer]) -> bool:
+    def replace_weights(
+        self, engine: Engine, initializers: Mapping[str, Buffer], inputs: Mapping[str, Buffer]
+    ) -> bool:
         """Upload other values to where engines read them; an engine that shares a weight with another finds it done."""
         assert isinstance(engine, TensorrtEngine)
         given = {**initializers, **inputs}
@@ -156,7 +165,9 @@ class TensorrtBackend:
             before = self.messages()
             engine = self._runtime.deserialize_cuda_engine(stored.content)
             if engine is None:
-                raise self.failure(f"{self.name} {self.library.version} does not load {stored.name}", before)
+                raise self.failure(
+                    f"{self.name} {self.library.version} does not load {stored.name}", before
+                )
             self._loaded[stored.name] = engine
             self._engine_bytes += len(stored.content)
         return self._loaded[stored.name]
@@ -171,7 +182,9 @@ class TensorrtBackend:
             needed = self._scratch_bytes
             lane = self._lanes.get(stream)
             if lane is None:
-                lane = self._lanes[stream] = Lane(self.allocate((needed,), "uint8") if needed else None)
+                lane = self._lanes[stream] = Lane(
+                    self.allocate((needed,), "uint8") if needed else None
+                )
             if needed > (lane.scratch.nbytes if lane.scratch else 0):
                 raise ResourceError(
                     "an engine was loaded that needs more scratch memory than this session has; load again"
@@ -181,7 +194,9 @@ class TensorrtBackend:
     @property
     def _scratch_bytes(self) -> int:
         """Scratch memory of the largest engine that is loaded."""
-        return max((int(engine.device_memory_size_v2) for engine in self._loaded.values()), default=0)
+        return max(
+            (int(engine.device_memory_size_v2) for engine in self._loaded.values()), default=0
+        )
 
     def aside(self, lane: Lane, index: int, shape: tuple[int, ...], dtype: str) -> Buffer:
         """Memory of a session for the ``index``-th output of an engine that is not written where it belongs."""
@@ -195,7 +210,9 @@ class TensorrtBackend:
         """How many messages TensorRT has logged."""
         return int(self._messages.count)
 
-    def failure(self, what: str, since: int, otherwise: type[GocError] = EnvironmentUnsupportedError) -> GocError:
+    def failure(
+        self, what: str, since: int, otherwise: type[GocError] = EnvironmentUnsupportedError
+    ) -> GocError:
         """The error of a call that TensorRT refused.
 
         Args:
@@ -210,8 +227,12 @@ class TensorrtBackend:
                 "end what else uses the GPU"
             )
         if any("cuda" in text.lower() for text in errors):
-            return EnvironmentUnsupportedError(f"{what}: {errors[-1]}; check the driver, and run again")
-        return otherwise(f"{what}: {errors[-1] if errors else 'TensorRT gives no reason'}; build the engines again")
+            return EnvironmentUnsupportedError(
+                f"{what}: {errors[-1]}; check the driver, and run again"
+            )
+        return otherwise(
+            f"{what}: {errors[-1] if errors else 'TensorRT gives no reason'}; build the engines again"
+        )
 
     def keep_compiled(self) -> None:
         """Keep the kernels that TensorRT for RTX compiled."""
@@ -241,7 +262,8 @@ class TensorrtBackend:
             "provider": self.library.trt.__name__,
             **self.device.describe(),
             **self._report,
-            "weight_bytes": self._engine_bytes + sum(weight.buffer.nbytes for weight in self._weights.values()),
+            "weight_bytes": self._engine_bytes
+            + sum(weight.buffer.nbytes for weight in self._weights.values()),
             "scratch_bytes": self._scratch_bytes,
             "passed_over": dict(self.passed_over),
         }

@@ -78,7 +78,12 @@ def tensorrt_backend(
     if chosen.missing or damaged:
         logger.warning(
             "%s: %d of %d graphs have no %s engine for this GPU, so they are built now, once (goc-plan --backend %s builds them ahead)",
-            *(directory, len(chosen.missing) + damaged, len(chosen.engines) + len(chosen.missing), library.backend),
+            *(
+                directory,
+                len(chosen.missing) + damaged,
+                len(chosen.engines) + len(chosen.missing),
+                library.backend,
+            ),
             library.backend,
         )
         manifest, _ = build(directory, chosen.options, progress)
@@ -95,12 +100,18 @@ def tensorrt_backend(
     report = {"engine_target": target.folder, "engine_weights": chosen.options.weights}
     kernels = None
     if library.compiles_at_load:
-        kernels = KernelCache(directory, cache_path(target, "kernels", device.describe()["device"], driver_version()))
+        kernels = KernelCache(
+            directory, cache_path(target, "kernels", device.describe()["device"], driver_version())
+        )
     return TensorrtBackend(library, device, engines, report, kernels)
 
 
 def best_selection(
-    directory: Path, manifest: Manifest, library: Library, capability: str, weights: str | None = None
+    directory: Path,
+    manifest: Manifest,
+    library: Library,
+    capability: str,
+    weights: str | None = None,
 ) -> Selection:
     """Of all engines that this machine may run, those of the target and weight mode that lack least."""
     found = []
@@ -119,16 +130,21 @@ def _ways(
     listed = dict.fromkeys(
         (engine.target, engine.weights)
         for engine in manifest.engines
-        if engine.weights in (WEIGHT_MODES if weights is None else (weights,)) and engine.target.refusal(*here) is None
+        if engine.weights in (WEIGHT_MODES if weights is None else (weights,))
+        and engine.target.refusal(*here) is None
     )
-    for target, mode in sorted(listed, key=lambda way: way[1]):  # embedded before shared: fewer kernels
+    for target, mode in sorted(
+        listed, key=lambda way: way[1]
+    ):  # embedded before shared: fewer kernels
         for plugin in (True, False):
             yield target, EngineOptions(library.backend, target.capabilities, mode, plugin=plugin)
     usual = EngineOptions(library.backend, (capability,))
     yield Target(*here[:3], (capability,)), replace(usual, weights=weights or usual.weights)
 
 
-def selection(directory: Path, manifest: Manifest, target: Target, options: EngineOptions) -> Selection:
+def selection(
+    directory: Path, manifest: Manifest, target: Target, options: EngineOptions
+) -> Selection:
     """The engines that are listed for a target, by the keys that they must have."""
     engines: dict[str, EngineEntry] = {}
     missing: list[str] = []
@@ -148,7 +164,9 @@ def _stands_for(entry: EngineEntry, job: Job) -> bool:
     return entry.key in keys and entry.target == recipe.target and entry.graphs == job.served
 
 
-def _contents(directory: Path, manifest: Manifest, chosen: Selection) -> tuple[dict[str, StoredEngine], int]:
+def _contents(
+    directory: Path, manifest: Manifest, chosen: Selection
+) -> tuple[dict[str, StoredEngine], int]:
     """The verified bytes of the chosen engines by path, and how many are damaged."""
     content: dict[str, StoredEngine] = {}
     entries = {entry.path: entry for entry in chosen.engines.values()}

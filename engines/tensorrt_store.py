@@ -37,7 +37,9 @@ BUILD_WAIT_SECONDS = 6 * 3600.0  # for another process that builds for the same 
 MAGIC = {"tensorrt-rtx": b"vtrt"}  # first bytes of an engine, where they are known
 
 
-def build_engines(directory: Path, options: EngineOptions, progress: Progress) -> tuple[Manifest, int]:
+def build_engines(
+    directory: Path, options: EngineOptions, progress: Progress
+) -> tuple[Manifest, int]:
     """Build the engines of a directory that are missing; each is there as soon as it is built.
 
     Returns:
@@ -77,7 +79,9 @@ def _timing_cache(directory: Path, library: Library, target: Target) -> TimingCa
 
 def is_there(directory: Path, manifest: Manifest, job: Job) -> bool:
     """Whether a directory holds the engine of a job, undamaged."""
-    entry = next((e for e in manifest.engines if e.key == job.recipe.key and e.graphs == job.served), None)
+    entry = next(
+        (e for e in manifest.engines if e.key == job.recipe.key and e.graphs == job.served), None
+    )
     if entry is None:
         return False
     try:
@@ -95,9 +99,13 @@ def read_engine(directory: Path, manifest: Manifest, entry: EngineEntry) -> memo
         EngineDirError: missing, truncated, changed, or no engine.
         SafetyError: a link, or not a regular file.
     """
-    content = read_verified(directory, next(file for file in manifest.files if file.path == entry.path))
+    content = read_verified(
+        directory, next(file for file in manifest.files if file.path == entry.path)
+    )
     if not bytes(content[:8]).startswith(MAGIC.get(entry.target.backend, b"")):
-        raise EngineDirError(f"{directory / entry.path} is not an engine of {entry.target.backend}; build it again")
+        raise EngineDirError(
+            f"{directory / entry.path} is not an engine of {entry.target.backend}; build it again"
+        )
     return content
 
 
@@ -106,7 +114,9 @@ def _estimated_bytes(manifest: Manifest, jobs: list[Job]) -> int:
     return sum(2**20 + sum(sizes[path] for path in embedded_weights(job).values()) for job in jobs)
 
 
-def add_engine(directory: Path, built_from: Manifest, job: Job, engine: bytes, report: BuildReport) -> Manifest:
+def add_engine(
+    directory: Path, built_from: Manifest, job: Job, engine: bytes, report: BuildReport
+) -> Manifest:
     """Add an engine: its file first, the manifest that lists it last, each in one step. It replaces older ones.
 
     Raises:
@@ -127,7 +137,9 @@ def add_engine(directory: Path, built_from: Manifest, job: Job, engine: bytes, r
     with directory_lock(directory), disk_errors(f"adding an engine to {directory}"):
         manifest = read_manifest(directory)
         if _sources(manifest, job) != _sources(built_from, job):
-            raise ConflictError(f"{directory} was replaced while engines were built for it; run again")
+            raise ConflictError(
+                f"{directory} was replaced while engines were built for it; run again"
+            )
         (directory / entry.path).parent.mkdir(exist_ok=True)
         with replacing(directory / entry.path) as temporary:
             temporary.write_bytes(engine)
@@ -135,8 +147,13 @@ def add_engine(directory: Path, built_from: Manifest, job: Job, engine: bytes, r
         kept = [file for file in manifest.files if file.path not in {*replaced, entry.path}]
         manifest = replace(
             manifest,
-            engines=(*(e for e in manifest.engines if e.path not in {*replaced, entry.path}), entry),
-            files=tuple(sorted([*kept, file_entry(directory, entry.path)], key=lambda file: file.path)),
+            engines=(
+                *(e for e in manifest.engines if e.path not in {*replaced, entry.path}),
+                entry,
+            ),
+            files=tuple(
+                sorted([*kept, file_entry(directory, entry.path)], key=lambda file: file.path)
+            ),
         )
         with replacing(directory / MANIFEST_NAME) as temporary:
             temporary.write_text(manifest_to_json(manifest), encoding="utf-8")

@@ -34,7 +34,9 @@ class TimingCache:
 
     def refused(self) -> None:
         """Tell that TensorRT does not take them: they are of another version or GPU. The next `keep` replaces them."""
-        logger.warning("timings are not used: TensorRT does not take %s", self._directory / self._path)
+        logger.warning(
+            "timings are not used: TensorRT does not take %s", self._directory / self._path
+        )
 
     def keep(self, content: bytes) -> None:
         """Write what a build made of the timings.
@@ -52,7 +54,9 @@ def use_timings(config: Any, content: bytes) -> bool:
     if not content:
         return True
     earlier = config.create_timing_cache(content)
-    return earlier is not None and bool(config.get_timing_cache().combine(earlier, ignore_mismatch=False))
+    return earlier is not None and bool(
+        config.get_timing_cache().combine(earlier, ignore_mismatch=False)
+    )
 
 
 def timings_of(config: Any) -> bytes:

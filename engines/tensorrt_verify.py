@@ -20,7 +20,10 @@ from goc_deploy.options import Progress
 from goc_deploy.protocols import NUMPY_DTYPES, Backend
 from goc_deploy.publish import read_manifest, read_verified
 
-TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2}  # relative L2 of an output; what the order of sums may change
+TOLERANCE = {
+    "fp32": 1e-3,
+    "fp16": 2e-2,
+}  # relative L2 of an output; what the order of sums may change
 IMAGES = 2
 _DTYPES = {1: "float32", 7: "int64", 10: "float16"}
 
@@ -60,8 +63,12 @@ def verify_engines(
     graphs, found = list(_graphs(manifest, backend)), []
     for index, unit in enumerate(graphs):
         progress(f"verifying {unit.name}", index, len(graphs))
-        expected, outputs = (_outputs(directory, manifest, unit, one) for one in (reference, backend))
-        difference = Difference(unit.name, max(whole_relative_l2(outputs[name], expected[name]) for name in expected))
+        expected, outputs = (
+            _outputs(directory, manifest, unit, one) for one in (reference, backend)
+        )
+        difference = Difference(
+            unit.name, max(whole_relative_l2(outputs[name], expected[name]) for name in expected)
+        )
         if not difference.relative_l2 <= TOLERANCE[manifest.precision]:
             raise VerificationError(
                 f"unit {unit.name}: {backend.name} differs from ONNX Runtime by {difference.relative_l2:.2e} relative L2, allowed are "
@@ -77,30 +84,47 @@ def _graphs(manifest: Manifest, backend: TensorrtBackend) -> Iterator[Unit]:
     yield from (unit for unit in manifest.graphs() if digests[unit.onnx] in backend.graphs)
 
 
-def _outputs(directory: Path, manifest: Manifest, unit: Unit, backend: Backend) -> dict[str, np.ndarray]:
+def _outputs(
+    directory: Path, manifest: Manifest, unit: Unit, backend: Backend
+) -> dict[str, np.ndarray]:
     """All outputs of a graph on inputs that depend on its name alone."""
     files = {file.path: file for file in manifest.files}
     onnx = read_verified(directory, files[unit.onnx])
     parts = manifest.parts(unit)
-    weights = {part.weights: read_verified(directory, files[part.weights]) for part in parts.values() if part.weights}
+    weights = {
+        part.weights: read_verified(directory, files[part.weights])
+        for part in parts.values()
+        if part.weights
+    }
     initializers, fixed = mapped_parts(parts, weights)
     engine = backend.load(onnx, initializers, fixed, runs_once=True)
     graph = model_from_bytes(onnx, f"{directory / unit.onnx}").graph
     images = min(IMAGES, manifest.max_batch)
-    sizes = {symbol: high for symbol, (_, _, high) in dimension_ranges(manifest.model, images, 1).items()}
+    sizes = {
+        symbol: high for symbol, (_, _, high) in dimension_ranges(manifest.model, images, 1).items()
+    }
     rng = np.random.default_rng(len(unit.name))
     inputs = {}
     for value in graph.input:
         if value.name not in fixed:
-            inputs[value.name] = _filled(backend, _shape(value, sizes), _DTYPES[_kind(value)], images, rng)
-    outputs = {value.name: backend.allocate(_shape(value, sizes), _DTYPES[_kind(value)]) for value in graph.output}
-    stream = backend.device.stream()  # one for each graph: scratch memory is that of the engines loaded so far
+            inputs[value.name] = _filled(
+                backend, _shape(value, sizes), _DTYPES[_kind(value)], images, rng
+            )
+    outputs = {
+        value.name: backend.allocate(_shape(value, sizes), _DTYPES[_kind(value)])
+        for value in graph.output
+    }
+    stream = (
+        backend.device.stream()
+    )  # one for each graph: scratch memory is that of the engines loaded so far
     engine.bind(inputs, outputs, stream)()
     stream.wait()
     return {name: backend.download(buffer) for name, buffer in outputs.items()}
 
 
-def _filled(backend: Backend, shape: tuple[int, ...], dtype: str, images: int, rng: np.random.Generator) -> Any:
+def _filled(
+    backend: Backend, shape: tuple[int, ...], dtype: str, images: int, rng: np.random.Generator
+) -> Any:
     """Indices below the number of images, which every graph takes; else normal values."""
     count = int(np.prod(shape))
     values = np.arange(count) % images if dtype == "int64" else rng.standard_normal(count)
@@ -117,6 +141,10 @@ def _shape(value: Any, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """Dimensions with their symbols replaced; the exporter writes products such as ``256*batch``."""
     dimensions = []
     for dimension in value.type.tensor_type.shape.dim:
-        factors = dimension.dim_param.split("*") if dimension.dim_param else [str(dimension.dim_value)]
-        dimensions.append(int(np.prod([int(f) if f.strip().isdigit() else sizes[f.strip()] for f in factors])))
+        factors = (
+            dimension.dim_param.split("*") if dimension.dim_param else [str(dimension.dim_value)]
+        )
+        dimensions.append(
+            int(np.prod([int(f) if f.strip().isdigit() else sizes[f.strip()] for f in factors]))
+        )
     return tuple(dimensions)

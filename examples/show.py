@@ -33,8 +33,12 @@ def half_blocks(picture: Image.Image, width: int) -> str:
 def characters(picture: Image.Image, width: int) -> str:
     """The picture's brightness as characters; white (the gaps of a grid) is left blank."""
     height = max(1, round(width * picture.height / picture.width / 2))
-    pixels = np.asarray(picture.convert("L").resize((width, height), Image.Resampling.BOX)).astype(int)
-    return "\n".join("".join(RAMP[value * len(RAMP) // 256] for value in row).rstrip() for row in pixels)
+    pixels = np.asarray(picture.convert("L").resize((width, height), Image.Resampling.BOX)).astype(
+        int
+    )
+    return "\n".join(
+        "".join(RAMP[value * len(RAMP) // 256] for value in row).rstrip() for row in pixels
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

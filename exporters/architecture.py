@@ -109,7 +109,11 @@ class Examples:
     def modulation(self, *names: str) -> tuple[Input, ...]:
         """Vectors (B, D), such as shift, scale and gate."""
         return tuple(
-            Input(name, (0.3 * self.normal(2, self._spec.hidden, dtype=torch.float32)).to(self._dtype), {0: "batch"})
+            Input(
+                name,
+                (0.3 * self.normal(2, self._spec.hidden, dtype=torch.float32)).to(self._dtype),
+                {0: "batch"},
+            )
             for name in names
         )
 
@@ -124,7 +128,9 @@ STEPS = Input("timesteps", torch.tensor([999.0, 421.0, 0.0]), {0: "steps"})
 ROWS = Input("rows", torch.tensor([0, 1, 0, 1]), {0: "batch"})
 
 
-def empty_module(make: Callable[[], Module], dtype: torch.dtype, generator: torch.Generator) -> Module:
+def empty_module(
+    make: Callable[[], Module], dtype: torch.dtype, generator: torch.Generator
+) -> Module:
     """A module to trace; the large weights, which are bound later, stay uninitialized and touch no memory.
 
     The ONNX optimiser drops a bias that happens to be zero and merges small initializers that happen to be equal, so
@@ -144,9 +150,14 @@ def same_names(module: nn.Module, prefix: str = "") -> dict[str, tuple[Slab, ...
     return {name: (Slab(prefix + name),) for name, _ in module.named_parameters()}
 
 
-def block_copies(module: nn.Module, depth: int, branch: str) -> dict[str, dict[str, tuple[Slab, ...]]]:
+def block_copies(
+    module: nn.Module, depth: int, branch: str
+) -> dict[str, dict[str, tuple[Slab, ...]]]:
     """A copy of a branch's unit for every block, with that block's tensors."""
-    return {f"block_{block:02d}_{branch}": same_names(module, f"blocks.{block}.") for block in range(depth)}
+    return {
+        f"block_{block:02d}_{branch}": same_names(module, f"blocks.{block}.")
+        for block in range(depth)
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,10 +218,14 @@ def sizes_from_tensors(tensors: Mapping[str, Tensor], what: str, own: str) -> Si
             own=tuple(tensors[own].shape),
         )
     except (KeyError, ValueError) as cause:
-        raise ModelError(f"the checkpoint looks like a {what} but its sizes cannot be read: {cause}") from cause
+        raise ModelError(
+            f"the checkpoint looks like a {what} but its sizes cannot be read: {cause}"
+        ) from cause
 
 
-def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
+def check_shapes(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], what: str
+) -> None:
     """Check names and shapes.
 
     Raises:
@@ -222,7 +237,11 @@ def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int
         ("unexpected", sorted(found.keys() - expected.keys())),
         (
             "of another shape",
-            [f"{n} {found[n]}, expected {s}" for n, s in expected.items() if n in found and found[n] != s],
+            [
+                f"{n} {found[n]}, expected {s}"
+                for n, s in expected.items()
+                if n in found and found[n] != s
+            ],
         ),
     ]
     parts = [

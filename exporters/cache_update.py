@@ -36,14 +36,18 @@ def update_function(entries: int, *, stores: bool, precision: str) -> FunctionPr
     history = [f"g{i}" for i in range(entries)]
     wide = {name: f"{name}_32" if narrow else name for name in ("x", "gate", *history)}
     lines = [f"{wide[name]} = Cast<to=1>({name})" for name in wide if narrow]
-    lines.append(f"{', '.join(f'c{i}' for i in range(entries))} = {_split_text('coefficients', entries)}")
+    lines.append(
+        f"{', '.join(f'c{i}' for i in range(entries))} = {_split_text('coefficients', entries)}"
+    )
     before = wide["g0"]
     for i in range(1, entries):
         total = "g" if i == entries - 1 and not narrow else f"sum{i}"
         lines += [f"scaled{i} = Mul(c{i}, {wide[f'g{i}']})", f"{total} = Add({before}, scaled{i})"]
         before = total
     if stores and before != "g":
-        lines.append(f"g = {'CastLike' if narrow else 'Identity'}({before}{', x' if narrow else ''})")
+        lines.append(
+            f"g = {'CastLike' if narrow else 'Identity'}({before}{', x' if narrow else ''})"
+        )
     lines += [f"scaled_gate = Mul({wide['gate']}, c0)", f"update = Mul(scaled_gate, {before})"]
     if narrow:
         lines += ["total = Add(x_32, update)", "x_out = CastLike(total, x)"]
@@ -53,7 +57,9 @@ def update_function(entries: int, *, stores: bool, precision: str) -> FunctionPr
     header = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>'
     outputs = "(x_out, g)" if stores else "(x_out)"
     body = "\n".join(lines)
-    return parser.parse_function(f"{header} {update_name(entries, stores=stores)} ({inputs}) => {outputs} {{ {body} }}")
+    return parser.parse_function(
+        f"{header} {update_name(entries, stores=stores)} ({inputs}) => {outputs} {{ {body} }}"
+    )
 
 
 def update_name(entries: int, *, stores: bool) -> str:
@@ -89,14 +95,18 @@ def predict_graph(signature: str, spec: ModelSpec, precision: str) -> ModelProto
     inputs = [
         helper.make_tensor_value_info("x", dtype, feature),
         helper.make_tensor_value_info("gates", dtype, [n, "batch", spec.hidden]),
-        helper.make_tensor_value_info("coefficients", TensorProto.FLOAT, [sum(k for k, _ in entries)]),
+        helper.make_tensor_value_info(
+            "coefficients", TensorProto.FLOAT, [sum(k for k, _ in entries)]
+        ),
     ]
     outputs = [helper.make_tensor_value_info("x_out", dtype, feature)]
     gate_shape = helper.make_tensor("gate_shape", TensorProto.INT64, [3], [-1, 1, spec.hidden])
     widths = helper.make_tensor("widths", TensorProto.INT64, [n], [k for k, _ in entries])
     nodes = [
         _split("gates", [f"gate{u}" for u in range(n)]),
-        helper.make_node("Split", ["coefficients", "widths"], [f"row{u}" for u in range(n)], axis=0),
+        helper.make_node(
+            "Split", ["coefficients", "widths"], [f"row{u}" for u in range(n)], axis=0
+        ),
     ]
     x = "x"
     for u, (k, stored) in enumerate(entries):
@@ -120,7 +130,9 @@ def predict_graph(signature: str, spec: ModelSpec, precision: str) -> ModelProto
         x = x_out
     graph = helper.make_graph(nodes, "predict", inputs, outputs, [gate_shape, widths])
     kinds = sorted(set(entries))
-    return _model(graph, [update_function(k, stores=stored, precision=precision) for k, stored in kinds])
+    return _model(
+        graph, [update_function(k, stores=stored, precision=precision) for k, stored in kinds]
+    )
 
 
 def _split(source: str, targets: list[str]) -> NodeProto:

@@ -31,7 +31,9 @@ PREFIXES = ("module.", "_orig_mod.")
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _CALL = "Trying to call"  # in what torch raises of a function that it does not know
 _ALLOCATOR = b"bytearray"  # no name in a state dict has that word
-_ALLOCATOR_GLOBAL = re.compile(rb"c(builtins|__builtin__)\nbytearray\n|bytearray.{0,4}\x93", re.DOTALL)
+_ALLOCATOR_GLOBAL = re.compile(
+    rb"c(builtins|__builtin__)\nbytearray\n|bytearray.{0,4}\x93", re.DOTALL
+)
 _SAVE_HINT = "save it with torch.save(model.state_dict(), ...) or as .safetensors"
 
 
@@ -57,7 +59,9 @@ class Checkpoint:
         """Digest of the file, or of the names and digests of several."""
         if len(self.files) == 1:
             return sha256_of(self.files[0])
-        lines = [f"{sha256_of(file)} {file.relative_to(self.path).as_posix()}" for file in self.files]
+        lines = [
+            f"{sha256_of(file)} {file.relative_to(self.path).as_posix()}" for file in self.files
+        ]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     @property
@@ -93,16 +97,22 @@ def load_checkpoint(path: Path, weight_set: str = "auto") -> Checkpoint:
     tensors: dict[str, Tensor] = {}
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ModelError(f"{path}: entry {name!r} is a {type(value).__name__}, not a tensor; {_SAVE_HINT}")
+            raise ModelError(
+                f"{path}: entry {name!r} is a {type(value).__name__}, not a tensor; {_SAVE_HINT}"
+            )
         tensors[_without_prefix(name)] = value
     if not tensors:
         raise ModelError(f"{path} holds no tensors; {_SAVE_HINT}")
     odd = [name for name, tensor in tensors.items() if not _is_plain(tensor)]
     if odd:
-        raise ModelError(f"{path}: no plain tensor with values in memory: {_some(odd)}; {_SAVE_HINT}")
+        raise ModelError(
+            f"{path}: no plain tensor with values in memory: {_some(odd)}; {_SAVE_HINT}"
+        )
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if claimed > path.stat().st_size:
-        raise ModelError(f"{path} claims {claimed} bytes of tensors but has {path.stat().st_size}; {_SAVE_HINT}")
+        raise ModelError(
+            f"{path} claims {claimed} bytes of tensors but has {path.stat().st_size}; {_SAVE_HINT}"
+        )
     if len(tensors) != len(state):
         raise ModelError(
             f"{path}: two tensors have the same name once {' and '.join(PREFIXES)} are removed; {_SAVE_HINT}"
@@ -120,7 +130,9 @@ def load_file(path: Path) -> Any:
     _check_file(path)
     with open(path, "rb") as file:
         head = file.read(9)
-    return _load_safetensors(path) if _looks_like_safetensors(path, head) else _load_torch(path, head)
+    return (
+        _load_safetensors(path) if _looks_like_safetensors(path, head) else _load_torch(path, head)
+    )
 
 
 def check_values(checkpoint: Checkpoint, *, allow_nonfinite: bool) -> None:
@@ -130,7 +142,9 @@ def check_values(checkpoint: Checkpoint, *, allow_nonfinite: bool) -> None:
         ModelError: naming up to ten tensors.
     """
     odd = [
-        f"{n} ({str(t.dtype).removeprefix('torch.')})" for n, t in checkpoint.tensors.items() if t.dtype not in FLOATING
+        f"{n} ({str(t.dtype).removeprefix('torch.')})"
+        for n, t in checkpoint.tensors.items()
+        if t.dtype not in FLOATING
     ]
     if odd:
         raise ModelError(
@@ -153,7 +167,9 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _all_finite(tensor: Tensor) -> bool:
     """Check in pieces, so that a mapped tensor is never copied whole."""
-    return all(bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.reshape(-1), 2**22))
+    return all(
+        bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.reshape(-1), 2**22)
+    )
 
 
 def _some(names: list[str]) -> str:
@@ -169,7 +185,9 @@ def _check_file(path: Path) -> None:
     if stat.S_ISDIR(status.st_mode):
         raise ModelError(f"checkpoint {path} is a directory; give a .pt, .pth or .safetensors file")
     if not stat.S_ISREG(status.st_mode):
-        raise ModelError(f"checkpoint {path} is not a regular file; give a .pt, .pth or .safetensors file")
+        raise ModelError(
+            f"checkpoint {path} is not a regular file; give a .pt, .pth or .safetensors file"
+        )
     if status.st_size == 0:
         raise ModelError(f"checkpoint {path} is empty; download or save it again")
     if not os.access(path, os.R_OK):
@@ -177,7 +195,9 @@ def _check_file(path: Path) -> None:
 
 
 def _looks_like_safetensors(path: Path, head: bytes) -> bool:
-    return path.suffix == ".safetensors" or (len(head) == 9 and head[8:9] == b"{" and not head.startswith(b"PK"))
+    return path.suffix == ".safetensors" or (
+        len(head) == 9 and head[8:9] == b"{" and not head.startswith(b"PK")
+    )
 
 
 def _load_safetensors(path: Path) -> dict[str, Any]:
@@ -185,7 +205,9 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (safetensors.SafetensorError, OSError, ValueError, KeyError) as cause:
-        raise ModelError(f"{path} is not a sound safetensors file: {cause}; download or save it again") from cause
+        raise ModelError(
+            f"{path} is not a sound safetensors file: {cause}; download or save it again"
+        ) from cause
 
 
 def _load_torch(path: Path, head: bytes) -> Any:
@@ -199,7 +221,9 @@ def _load_torch(path: Path, head: bytes) -> Any:
         if is_zip:
             _refuse_globals(path, torch.serialization.get_unsafe_globals_in_checkpoint(path))
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old pickle protocols; what matters is whether loading succeeds
+            warnings.simplefilter(
+                "ignore"
+            )  # about old pickle protocols; what matters is whether loading succeeds
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as cause:  # on a damaged file torch raises whatever its readers run into
         named = re.search(r"GLOBAL ([\w.]+)", str(cause))
@@ -207,7 +231,9 @@ def _load_torch(path: Path, head: bytes) -> Any:
             raise
         if isinstance(cause, pickle.UnpicklingError) and (named or _CALL in str(cause)):
             asked = f": it names {named[1]}" if named else ""
-            raise SafetyError(f"{path} is refused, it asks to run code{asked}; {_SAVE_HINT}") from cause
+            raise SafetyError(
+                f"{path} is refused, it asks to run code{asked}; {_SAVE_HINT}"
+            ) from cause
         reason = str(cause).splitlines()[0][:200] if str(cause) else type(cause).__name__
         raise ModelError(
             f"{path} is not a sound torch checkpoint, it may end early: {reason}; download or save it again"
@@ -219,7 +245,9 @@ def _check_zip(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as cause:
-        raise ModelError(f"{path} is cut short or damaged ({cause}); download or save it again") from cause
+        raise ModelError(
+            f"{path} is cut short or damaged ({cause}); download or save it again"
+        ) from cause
     if not any(member.filename.endswith("/data.pkl") for member in members):
         raise ModelError(f"{path} is a zip archive but not a torch checkpoint; {_SAVE_HINT}")
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
@@ -238,7 +266,9 @@ def _refuse_allocation(path: Path, *, is_zip: bool) -> None:
             view = stack.enter_context(mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ))
             found = _ALLOCATOR_GLOBAL.search(view) is not None
     if found:
-        raise SafetyError(f"{path} is refused, it asks for memory by a number: it names bytearray; {_SAVE_HINT}")
+        raise SafetyError(
+            f"{path} is refused, it asks for memory by a number: it names bytearray; {_SAVE_HINT}"
+        )
 
 
 def _refuse_globals(path: Path, names: list[str]) -> None:
@@ -246,16 +276,24 @@ def _refuse_globals(path: Path, names: list[str]) -> None:
     if any(name.startswith("torch.nn.modules.") for name in names):
         raise ModelError(f"{path} holds a whole module, not its weights; {_SAVE_HINT}")
     if names:
-        raise SafetyError(f"{path} is refused, it asks to run code: it names {_some(sorted(names))}; {_SAVE_HINT}")
+        raise SafetyError(
+            f"{path} is refused, it asks to run code: it names {_some(sorted(names))}; {_SAVE_HINT}"
+        )
 
 
 def _choose_weights(found: Any, weight_set: str, path: Path) -> tuple[dict[Any, Any], str]:
     if not isinstance(found, dict):
         raise ModelError(f"{path} holds a {type(found).__name__}, not a state dict; {_SAVE_HINT}")
-    sets = {name: found[name] for name in ("ema", "model", "state_dict") if isinstance(found.get(name), dict)}
+    sets = {
+        name: found[name]
+        for name in ("ema", "model", "state_dict")
+        if isinstance(found.get(name), dict)
+    }
     if weight_set != "auto":
         if weight_set not in sets:
-            raise ModelError(f"{path} has no {weight_set!r} weights; it has {', '.join(sets) or 'a plain state dict'}")
+            raise ModelError(
+                f"{path} has no {weight_set!r} weights; it has {', '.join(sets) or 'a plain state dict'}"
+            )
         return dict(sets[weight_set]), weight_set
     for name, state in sets.items():
         return dict(state), name

@@ -10,7 +10,12 @@ from goc_deploy.captions import PromptEmbeds, captions_to_bytes, prompt_embeds_f
 from goc_deploy.errors import UsageError
 from goc_deploy.exporters.checkpoint import Checkpoint
 from goc_deploy.exporters.t5 import PRECISION as TEXT_PRECISION
-from goc_deploy.exporters.t5 import TEXT_ENCODER, TextEncoderFiles, read_text_encoder, text_encoder_kind
+from goc_deploy.exporters.t5 import (
+    TEXT_ENCODER,
+    TextEncoderFiles,
+    read_text_encoder,
+    text_encoder_kind,
+)
 from goc_deploy.exporters.unit_files import UnitWriter
 from goc_deploy.exporters.vae import PRECISION, Vae, decoder_kind, decoder_spec, read_vae_folder
 from goc_deploy.manifest import Manifest
@@ -60,7 +65,9 @@ class Companions:
             found["prompts_sha256"] = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
         if self.captions is not None:
             table = self.captions.table
-            found["captions_sha256"] = hashlib.sha256(table.embeds.tobytes() + table.mask.tobytes()).hexdigest()
+            found["captions_sha256"] = hashlib.sha256(
+                table.embeds.tobytes() + table.mask.tobytes()
+            ).hexdigest()
         return found
 
 
@@ -77,11 +84,17 @@ def read_companions(options: ExportOptions, spec: ModelSpec) -> Companions:
         return Companions(vae, text, None, DEFAULT_PROMPTS if text else ())
     if options.captions.suffix == ".txt":
         if text is None:
-            raise UsageError(f"{options.captions} holds texts, which need a text encoder; add --text-encoder")
+            raise UsageError(
+                f"{options.captions} holds texts, which need a text encoder; add --text-encoder"
+            )
         return Companions(vae, text, None, prompts_from_file(options.captions))
-    captions = prompt_embeds_from_arrays(arrays_from_file(options.captions), spec, str(options.captions))
+    captions = prompt_embeds_from_arrays(
+        arrays_from_file(options.captions), spec, str(options.captions)
+    )
     if captions.negatives is None:
-        raise UsageError(f"{options.captions} has no negative_prompt_embeds, the caption of nothing; add it")
+        raise UsageError(
+            f"{options.captions} has no negative_prompt_embeds, the caption of nothing; add it"
+        )
     return Companions(vae, text, captions, ())
 
 
@@ -119,4 +132,6 @@ def _write_text_encoder(
     text = TextSpec(tokenizer, config.vocabulary, config.eos, config.pad)
     manifest = replace(manifest, units=(*manifest.units, unit), text=text)
     most = 2 * manifest.max_batch
-    return manifest, TextEncoder(writer.loaded(unit), writer.backend, found.tokenizer, spec, text, most)
+    return manifest, TextEncoder(
+        writer.loaded(unit), writer.backend, found.tokenizer, spec, text, most
+    )

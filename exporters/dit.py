@@ -27,7 +27,9 @@ def normalize(x: Tensor, epsilon: float = LAYER_NORM_EPSILON) -> Tensor:
     return F.layer_norm(x.float(), (x.shape[-1],), eps=epsilon)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, epsilon: float = LAYER_NORM_EPSILON) -> Tensor:
+def modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, epsilon: float = LAYER_NORM_EPSILON
+) -> Tensor:
     """Normalise tokens, then shift and scale them per sample (adaLN).
 
     Args:
@@ -106,7 +108,9 @@ class Block(nn.Module):
             self.t_embedder, self.y_embedder = TimestepEmbed(spec), LabelEmbed(spec)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, dim=1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(
+            6, dim=1
+        )
         x = x + gate_a.unsqueeze(1) * self.attn(modulate(x, shift_a, scale_a))
         return x + gate_m.unsqueeze(1) * self.mlp(modulate(x, shift_m, scale_m, self.mlp_norm_eps))
 
@@ -129,11 +133,15 @@ class TimestepEmbed(nn.Module):
         super().__init__()
         self.frequency_shift = spec.frequency_shift
         self.mlp = nn.Sequential(
-            nn.Linear(TIMESTEP_FREQUENCIES, spec.hidden), nn.SiLU(), nn.Linear(spec.hidden, spec.hidden)
+            nn.Linear(TIMESTEP_FREQUENCIES, spec.hidden),
+            nn.SiLU(),
+            nn.Linear(spec.hidden, spec.hidden),
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_features(t, self.frequency_shift).to(next(self.mlp.parameters()).dtype))
+        return self.mlp(
+            timestep_features(t, self.frequency_shift).to(next(self.mlp.parameters()).dtype)
+        )
 
 
 class LabelEmbed(nn.Module):
@@ -191,8 +199,12 @@ class DiT(nn.Module):
         Returns:
             (B, output_channels, H, W).
         """
-        embedders: Iterable[Any] = self.blocks if self.spec.block_embedders else [self] * self.spec.depth
-        conditions = [own.t_embedder(t) + own.y_embedder(labels) for own in embedders]  # (B, D) each
+        embedders: Iterable[Any] = (
+            self.blocks if self.spec.block_embedders else [self] * self.spec.depth
+        )
+        conditions = [
+            own.t_embedder(t) + own.y_embedder(labels) for own in embedders
+        ]  # (B, D) each
         x = self.x_embedder(x) + self.pos_embed  # (B, T, D)
         for block, condition in zip(self.blocks, conditions, strict=True):
             x = block(x, condition)

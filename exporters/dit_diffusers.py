@@ -36,7 +36,9 @@ SETTINGS = Settings(
     },
     read=("out_channels", "norm_eps"),
 )
-FREQUENCY_SHIFT = 1  # diffusers spreads its 128 frequencies over 127 intervals, the public DiT code over 128
+FREQUENCY_SHIFT = (
+    1  # diffusers spreads its 128 frequencies over 127 intervals, the public DiT code over 128
+)
 DEFAULT_NORM_EPS = 1e-5
 _EMBEDDER = re.compile(r"transformer_blocks\.(\d+)\.norm1\.emb\.(.+)")
 
@@ -48,15 +50,23 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
         ModelError: naming the setting that is unknown, not supported or out of range.
     """
     size = SETTINGS.check(config, where)
-    channels, patch, norm_eps = size["in_channels"], size["patch_size"], config.get("norm_eps", DEFAULT_NORM_EPS)
+    channels, patch, norm_eps = (
+        size["in_channels"],
+        size["patch_size"],
+        config.get("norm_eps", DEFAULT_NORM_EPS),
+    )
     learn_sigma = predicts_sigma(config, channels, None, where)
     if not isinstance(norm_eps, float) or not 0 < norm_eps < 1:
         raise ModelError(f"{where}: norm_eps must be a number between 0 and 1, got {norm_eps!r}")
     hidden = size["num_attention_heads"] * size["attention_head_dim"]
     if size["sample_size"] % patch or hidden % 4:
-        raise ModelError(f"{where}: sample_size must be a multiple of patch_size, and the width {hidden} of 4")
+        raise ModelError(
+            f"{where}: sample_size must be a multiple of patch_size, and the width {hidden} of 4"
+        )
     if size["num_layers"] > MAX_BLOCKS:
-        raise ModelError(f"{where}: num_layers is {size['num_layers']}, at most {MAX_BLOCKS} are supported")
+        raise ModelError(
+            f"{where}: num_layers is {size['num_layers']}, at most {MAX_BLOCKS} are supported"
+        )
     return ModelSpec(
         depth=size["num_layers"],
         hidden=hidden,
@@ -87,7 +97,9 @@ def state_from_diffusers(
     """
     own = any(not _equals_block_0(name, found) for name in found)
     spec = replace(spec, block_embedders=own)
-    kept = {name: tensor for name, tensor in found.items() if own or not _is_repeated_embedder(name)}
+    kept = {
+        name: tensor for name, tensor in found.items() if own or not _is_repeated_embedder(name)
+    }
     names = Renaming(kept, where)
     table = names.rest.pop("pos_embed.pos_embed", None)
     state = {"pos_embed": position_table(spec.hidden, spec.grid) if table is None else table}

@@ -26,7 +26,16 @@ from goc_deploy.exporters.architecture import (
     shapes_of,
     sizes_from_tensors,
 )
-from goc_deploy.exporters.dit import Attention, DiT, LabelEmbed, Mlp, TimestepEmbed, adaln, modulate, unpatchify
+from goc_deploy.exporters.dit import (
+    Attention,
+    DiT,
+    LabelEmbed,
+    Mlp,
+    TimestepEmbed,
+    adaln,
+    modulate,
+    unpatchify,
+)
 from goc_deploy.exporters.dit_diffusers import spec_from_config, state_from_diffusers
 from goc_deploy.exporters.folders import is_transformer
 from goc_deploy.exporters.units import DTYPES, Input, Slab, UnitKind
@@ -51,7 +60,11 @@ SHIFT_ATTN, SCALE_ATTN, GATE_ATTN, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
 
 def matches(names: Sequence[str]) -> bool:
     """Whether tensors with these names look like a DiT."""
-    return {"x_embedder.proj.weight", "final_layer.linear.weight", "y_embedder.embedding_table.weight"} <= set(names)
+    return {
+        "x_embedder.proj.weight",
+        "final_layer.linear.weight",
+        "y_embedder.embedding_table.weight",
+    } <= set(names)
 
 
 def describes(config: Mapping[str, Any]) -> bool:
@@ -76,16 +89,22 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
             "the label table has one row, so there is no class besides the null label; give a conditional model"
         )
     if sizes.depth > MAX_BLOCKS:
-        raise ModelError(f"the checkpoint has {sizes.depth} blocks, at most {MAX_BLOCKS} are supported")
+        raise ModelError(
+            f"the checkpoint has {sizes.depth} blocks, at most {MAX_BLOCKS} are supported"
+        )
     if sizes.ratio not in (1, 2):
         raise ModelError(
             f"the final layer predicts {sizes.predicted} values per token, expected {values} (or twice that, with sigma)"
         )
     heads = heads or HEADS_OF_KNOWN_SIZES.get(hidden)
     if heads is None:
-        raise ModelError(f"the number of attention heads cannot be read off a width of {hidden}; give --num-heads")
+        raise ModelError(
+            f"the number of attention heads cannot be read off a width of {hidden}; give --num-heads"
+        )
     if heads < 1 or hidden % heads:
-        raise ModelError(f"{heads} heads do not divide the width {hidden}; give another --num-heads")
+        raise ModelError(
+            f"{heads} heads do not divide the width {hidden}; give another --num-heads"
+        )
     return ModelSpec(
         depth=sizes.depth,
         hidden=hidden,
@@ -110,7 +129,9 @@ class ConditioningUnit(nn.Module):
         self.modulation = nn.Linear(spec.hidden, self.rows * spec.hidden)
 
     def forward(self, t: Tensor, labels: Tensor) -> Tensor:
-        condition = self.t_embedder(t).unsqueeze(1) + self.y_embedder(labels).unsqueeze(0)  # (S, R, D)
+        condition = self.t_embedder(t).unsqueeze(1) + self.y_embedder(labels).unsqueeze(
+            0
+        )  # (S, R, D)
         steps, rows, hidden = condition.shape
         table = self.modulation(nn.functional.silu(condition).reshape(-1, hidden))  # (S*R, M*D)
         return table.reshape(steps, rows, self.rows, hidden).transpose(1, 2)  # (S, M, R, D)
@@ -126,8 +147,12 @@ class PatchRows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         side, p, channels = self.spec.grid, self.spec.patch, self.spec.channels
-        patches = x.reshape(-1, channels, side, p, side, p).permute(0, 2, 4, 1, 3, 5)  # (N, h, w, C, p, p)
-        return self.proj(patches.reshape(-1, channels * p * p)).reshape(-1, side * side, self.spec.hidden)  # (N, T, D)
+        patches = x.reshape(-1, channels, side, p, side, p).permute(
+            0, 2, 4, 1, 3, 5
+        )  # (N, h, w, C, p, p)
+        return self.proj(patches.reshape(-1, channels * p * p)).reshape(
+            -1, side * side, self.spec.hidden
+        )  # (N, T, D)
 
 
 class OwnConditioning(nn.Module):
@@ -140,7 +165,9 @@ class OwnConditioning(nn.Module):
         self.adaLN_modulation = adaln(spec.hidden, 6)
 
     def forward(self, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        condition = self.t_embedder(t).unsqueeze(1) + self.y_embedder(labels).unsqueeze(0)  # (S, R, D)
+        condition = self.t_embedder(t).unsqueeze(1) + self.y_embedder(labels).unsqueeze(
+            0
+        )  # (S, R, D)
         chunks = self.adaLN_modulation(condition.reshape(-1, condition.shape[-1]))  # (S*R, 6*D)
         return condition, chunks.reshape(*condition.shape[:2], 6, -1)
 
@@ -160,7 +187,9 @@ class BlockConditioningUnit(nn.Module):
         of_blocks = torch.stack(chunks, dim=2)  # (S, R, L, 6, D)
         kinds = of_blocks.unbind(3)
         gates = torch.stack([kinds[GATE_ATTN], kinds[GATE_MLP]], dim=3)
-        shifts = torch.stack([kinds[chunk] for chunk in (SHIFT_ATTN, SCALE_ATTN, SHIFT_MLP, SCALE_MLP)], dim=3)
+        shifts = torch.stack(
+            [kinds[chunk] for chunk in (SHIFT_ATTN, SCALE_ATTN, SHIFT_MLP, SCALE_MLP)], dim=3
+        )
         parts = [part.reshape(steps, rows, -1, hidden) for part in (gates, last, shifts)]
         return torch.cat(parts, dim=2).transpose(1, 2)  # (S, M, R, D)
 
@@ -184,7 +213,9 @@ class EmbedUnit(nn.Module):
         """The same as the PyTorch model computes it."""
         layer, p = self.x_embedder.proj, self.spec.patch
         kernel = layer.weight.reshape(-1, self.spec.channels, p, p)
-        tokens = nn.functional.conv2d(latents, kernel, layer.bias, stride=p).flatten(2).transpose(1, 2)
+        tokens = (
+            nn.functional.conv2d(latents, kernel, layer.bias, stride=p).flatten(2).transpose(1, 2)
+        )
         return (tokens + self.pos_embed).index_select(0, rows)
 
 
@@ -200,18 +231,26 @@ class AttnUnit(nn.Module):
         super().__init__()
         self.attn = Attention(spec.hidden, spec.heads)
 
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor
+    ) -> tuple[Tensor, Tensor]:
         batch, tokens, hidden = x.shape
         heads = self.attn.heads
         qkv = self.attn.qkv(modulate(x, shift, scale).reshape(-1, hidden))  # (B*T, 3*D)
-        q, k, v = qkv.reshape(batch, tokens, 3, heads, hidden // heads).permute(2, 0, 3, 1, 4).unbind(0)
-        scores = torch.matmul(q * (hidden // heads) ** -0.5, k.transpose(-1, -2))  # (B, heads, T, T)
+        q, k, v = (
+            qkv.reshape(batch, tokens, 3, heads, hidden // heads).permute(2, 0, 3, 1, 4).unbind(0)
+        )
+        scores = torch.matmul(
+            q * (hidden // heads) ** -0.5, k.transpose(-1, -2)
+        )  # (B, heads, T, T)
         weights = torch.softmax(scores.float(), dim=-1).to(x.dtype)
         mixed = torch.matmul(weights, v).transpose(1, 2).reshape(-1, hidden)  # (B*T, D)
         feature = self.attn.proj(mixed)
         return add_gated(x, gate, feature.reshape(x.shape)), feature
 
-    def reference(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    def reference(
+        self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The same branch as the PyTorch model computes it."""
         feature = self.attn(modulate(x, shift, scale))
         return x + gate.unsqueeze(1) * feature, feature.reshape(-1, x.shape[-1])
@@ -225,11 +264,17 @@ class MlpUnit(nn.Module):
         self.mlp = Mlp(spec.hidden, spec.mlp_hidden)
         self.norm_eps = spec.mlp_norm_eps
 
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-        feature = self.mlp(modulate(x, shift, scale, self.norm_eps).reshape(-1, x.shape[-1]))  # (B*T, D)
+    def forward(
+        self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        feature = self.mlp(
+            modulate(x, shift, scale, self.norm_eps).reshape(-1, x.shape[-1])
+        )  # (B*T, D)
         return add_gated(x, gate, feature.reshape(x.shape)), feature
 
-    def reference(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    def reference(
+        self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The same branch as the PyTorch model computes it."""
         feature = self.mlp(modulate(x, shift, scale, self.norm_eps))
         return x + gate.unsqueeze(1) * feature, feature.reshape(-1, x.shape[-1])
@@ -244,7 +289,9 @@ class FinalUnit(nn.Module):
         self.linear = nn.Linear(spec.hidden, spec.patch**2 * spec.output_channels)
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        patches = self.linear(modulate(x, shift, scale).reshape(-1, x.shape[-1]))  # (B*T, p*p*C_out)
+        patches = self.linear(
+            modulate(x, shift, scale).reshape(-1, x.shape[-1])
+        )  # (B*T, p*p*C_out)
         return unpatchify(patches, self.spec).float()  # (B, C_out, H, W)
 
 
@@ -256,7 +303,9 @@ def unit_kinds(spec: ModelSpec, precision: str) -> tuple[UnitKind, ...]:
     def made(make: Callable[[ModelSpec], Module]) -> Module:
         return empty_module(lambda: make(spec), dtype, examples.generator)
 
-    conditioning: nn.Module = made(BlockConditioningUnit if spec.block_embedders else ConditioningUnit)
+    conditioning: nn.Module = made(
+        BlockConditioningUnit if spec.block_embedders else ConditioningUnit
+    )
     embed, final = made(EmbedUnit), made(FinalUnit)
     attn, mlp = made(AttnUnit), made(MlpUnit)
     labels = Input("labels", torch.tensor([0, spec.classes]), {0: "labels"})
@@ -271,7 +320,9 @@ def unit_kinds(spec: ModelSpec, precision: str) -> tuple[UnitKind, ...]:
             weights_are_inputs=True,
         ),
         UnitKind("embed", embed, (examples.latents(), ROWS), ("x",), {"embed": same_names(embed)}),
-        UnitKind("attn", attn, branch, ("x_out", "feature"), block_copies(attn, spec.depth, "attn")),
+        UnitKind(
+            "attn", attn, branch, ("x_out", "feature"), block_copies(attn, spec.depth, "attn")
+        ),
         UnitKind("mlp", mlp, branch, ("x_out", "feature"), block_copies(mlp, spec.depth, "mlp")),
         UnitKind(
             "final",
@@ -289,7 +340,11 @@ def check_tensors(tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
     Raises:
         ModelError: listing up to ten missing, unexpected and mis-shaped tensors.
     """
-    check_shapes(tensors, shapes_of(lambda: DiT(spec)), f"a DiT of depth {spec.depth} and width {spec.hidden}")
+    check_shapes(
+        tensors,
+        shapes_of(lambda: DiT(spec)),
+        f"a DiT of depth {spec.depth} and width {spec.hidden}",
+    )
 
 
 def _conditioning(module: nn.Module, spec: ModelSpec) -> dict[str, tuple[Slab, ...]]:
@@ -297,13 +352,18 @@ def _conditioning(module: nn.Module, spec: ModelSpec) -> dict[str, tuple[Slab, .
     binding = same_names(module)
     if spec.block_embedders:
         return binding
-    chunks = [(f"blocks.{b}.adaLN_modulation.1", gate) for b in range(spec.depth) for gate in (GATE_ATTN, GATE_MLP)]
+    chunks = [
+        (f"blocks.{b}.adaLN_modulation.1", gate)
+        for b in range(spec.depth)
+        for gate in (GATE_ATTN, GATE_MLP)
+    ]
     chunks += [("final_layer.adaLN_modulation.1", chunk) for chunk in (0, 1)]
     for block in range(spec.depth):
         layer = f"blocks.{block}.adaLN_modulation.1"
         chunks += [(layer, chunk) for chunk in (SHIFT_ATTN, SCALE_ATTN, SHIFT_MLP, SCALE_MLP)]
     for kind in ("weight", "bias"):
         binding[f"modulation.{kind}"] = tuple(
-            Slab(f"{layer}.{kind}", chunk * spec.hidden, (chunk + 1) * spec.hidden) for layer, chunk in chunks
+            Slab(f"{layer}.{kind}", chunk * spec.hidden, (chunk + 1) * spec.hidden)
+            for layer, chunk in chunks
         )
     return binding

@@ -30,14 +30,23 @@ from goc_deploy.plan import Plan
 from goc_deploy.policies import schedule_from_policy
 from goc_deploy.process import Process
 from goc_deploy.protocols import Backend
-from goc_deploy.publish import check_free_space, check_target, directory_lock, files_below, read_manifest, staged
+from goc_deploy.publish import (
+    check_free_space,
+    check_target,
+    directory_lock,
+    files_below,
+    read_manifest,
+    staged,
+)
 from goc_deploy.samplers import default_sampler
 from goc_deploy.schedulers import table_from_sampler
 from goc_deploy.spec import ITEM_BYTES, ModelSpec
 from goc_deploy.version import __version__
 
 ARCHITECTURES: dict[str, Architecture] = {"dit": dit_units, "pixart": pixart, "sit": sit}
-LaboratoryMaker = Callable[[Path, str, CalibrationOptions], Laboratory]  # of the engine at a path, for a sampler
+LaboratoryMaker = Callable[
+    [Path, str, CalibrationOptions], Laboratory
+]  # of the engine at a path, for a sampler
 
 RECORDED_PACKAGES = ("torch", "onnx", "onnxscript", "numpy")
 
@@ -92,14 +101,21 @@ def export_checkpoint(
             return present, False
         check_target(output, force=options.force)
         beside = sum(read.nbytes_fp32 for read in companions.checkpoints)
-        check_free_space(output, checkpoint.nbytes_fp32 * ITEM_BYTES[options.precision] // 4 + beside)
+        check_free_space(
+            output, checkpoint.nbytes_fp32 * ITEM_BYTES[options.precision] // 4 + beside
+        )
         for read in (checkpoint, *companions.checkpoints):
             check_values(read, allow_nonfinite=options.allow_nonfinite)
         with staged(output) as stage:
             writer = UnitWriter(stage, backend, progress)
             bare = _write_units(writer, checkpoint, spec, provenance, options)
             bare = write_companions(companions, bare, options, writer)
-            bare = replace(bare, class_names=found.class_names, scheduler=found.scheduler, files=files_below(stage))
+            bare = replace(
+                bare,
+                class_names=found.class_names,
+                scheduler=found.scheduler,
+                files=files_below(stage),
+            )
             manifest = _write_plans(stage, bare, plans, options, make_laboratory)
     return manifest, True
 
@@ -107,17 +123,27 @@ def export_checkpoint(
 def _read(path: Path, options: ExportOptions) -> FolderModel:
     """A checkpoint file, or a folder that diffusers saved."""
     if options.model not in ("auto", *ARCHITECTURES):
-        raise ModelError(f"unknown --model {options.model!r}; this version has {', '.join(ARCHITECTURES)}")
+        raise ModelError(
+            f"unknown --model {options.model!r}; this version has {', '.join(ARCHITECTURES)}"
+        )
     if not path.is_dir():
         checkpoint = load_checkpoint(path, options.weights)
         spec = _recognise(checkpoint, options)
-        return FolderModel(checkpoint, replace(spec, prediction=options.prediction or spec.prediction), (), None)
-    wanted = ARCHITECTURES if options.model == "auto" else {options.model: ARCHITECTURES[options.model]}
+        return FolderModel(
+            checkpoint, replace(spec, prediction=options.prediction or spec.prediction), (), None
+        )
+    wanted = (
+        ARCHITECTURES if options.model == "auto" else {options.model: ARCHITECTURES[options.model]}
+    )
     found = read_model_folder(path, wanted, options.prediction)
     if options.num_heads not in (None, found.spec.heads):
-        raise UsageError(f"--num-heads {options.num_heads}: the configuration in {path} says {found.spec.heads}")
+        raise UsageError(
+            f"--num-heads {options.num_heads}: the configuration in {path} says {found.spec.heads}"
+        )
     if options.weights != "auto":
-        raise UsageError(f"--weights {options.weights} is for training checkpoints; {path} holds one set of weights")
+        raise UsageError(
+            f"--weights {options.weights} is for training checkpoints; {path} holds one set of weights"
+        )
     return found
 
 
@@ -135,7 +161,9 @@ def _compile_plans(
     spec: ModelSpec, process: Process, options: ExportOptions
 ) -> dict[str, tuple[PolicySpec, Plan | None]]:
     """Every policy by plan name, compiled, or None where that has to wait for an engine to calibrate on."""
-    table_from_sampler(_sampler(process, options), options.steps, process)  # refuses what no plan could run with
+    table_from_sampler(
+        _sampler(process, options), options.steps, process
+    )  # refuses what no plan could run with
     plans: dict[str, tuple[PolicySpec, Plan | None]] = {}
     for policy in map(parse_policy, options.plans):
         name = check_plan_name(policy.default_name)
@@ -169,15 +197,23 @@ def _sampler(process: Process, options: ExportOptions) -> str:
 
 
 def _calibration(spec: ModelSpec, options: ExportOptions) -> CalibrationOptions:
-    images = options.calibrate if options.calibrate is not None else default_images(spec, options.steps)
-    return CalibrationOptions(images, options.calibration_seed, options.cfg_scale, spec.guided_channels)
+    images = (
+        options.calibrate if options.calibrate is not None else default_images(spec, options.steps)
+    )
+    return CalibrationOptions(
+        images, options.calibration_seed, options.cfg_scale, spec.guided_channels
+    )
 
 
-def _provenance(found: FolderModel, companions: Companions, options: ExportOptions) -> dict[str, Any]:
+def _provenance(
+    found: FolderModel, companions: Companions, options: ExportOptions
+) -> dict[str, Any]:
     checkpoint = found.checkpoint
     probes = ("diffusers",) if found.scheduler is not None and find_spec("diffusers") else ()
     recorded = {**asdict(options), "plans": list(options.plans)}
-    recorded = {name: value.name if isinstance(value, Path) else value for name, value in recorded.items()}
+    recorded = {
+        name: value.name if isinstance(value, Path) else value for name, value in recorded.items()
+    }
     del recorded["force"]
     return {
         **companions.provenance,
@@ -205,7 +241,11 @@ def _same_engine(output: Path, provenance: Mapping[str, Any]) -> Manifest | None
 
 
 def _write_units(
-    writer: UnitWriter, checkpoint: Checkpoint, spec: ModelSpec, provenance: dict[str, Any], options: ExportOptions
+    writer: UnitWriter,
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    provenance: dict[str, Any],
+    options: ExportOptions,
 ) -> Manifest:
     """Write the units of the model."""
     kinds = ARCHITECTURES[spec.architecture].unit_kinds(spec, options.precision)
@@ -243,7 +283,9 @@ def _write_plans(
     laboratory = None
     if not all(compiled for _, compiled in plans.values()):
         path.write_text(manifest_to_json(manifest), encoding="utf-8")
-        laboratory = make_laboratory(stage, _sampler(manifest.process, options), _calibration(spec, options))
+        laboratory = make_laboratory(
+            stage, _sampler(manifest.process, options), _calibration(spec, options)
+        )
     for name, (policy, compiled) in plans.items():
         plan = compiled or _compile(policy, name, spec, manifest.process, options, laboratory)
         manifest = write_plan(stage, plan, manifest, lambda unit: (stage / unit).read_bytes())

@@ -20,11 +20,20 @@ from goc_deploy.errors import ModelError, SafetyError
 from goc_deploy.exporters.checkpoint import load_checkpoint
 from goc_deploy.serde import parse_json
 
-CONFIG, PIPELINE_CONFIG, SCHEDULER_CONFIG = "config.json", "model_index.json", "scheduler/scheduler_config.json"
+CONFIG, PIPELINE_CONFIG, SCHEDULER_CONFIG = (
+    "config.json",
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+)
 UNLIMITED = "lambda_min_clipped"  # the setting of a scheduler that may be -Infinity
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
 VARIANTS = ("", ".fp16")
-WITHOUT_EFFECT = ("_diffusers_version", "_name_or_path", "dropout", "norm_num_groups")  # on any transformer here
+WITHOUT_EFFECT = (
+    "_diffusers_version",
+    "_name_or_path",
+    "dropout",
+    "norm_num_groups",
+)  # on any transformer here
 MAX_SIZE = 10**5
 
 TRANSFORMER_SIZES = {  # of DiT and PixArt alike; the side of the latents differs
@@ -71,7 +80,9 @@ class Settings:
         Raises:
             ModelError: naming the setting that is unknown, not supported or out of range.
         """
-        unknown = sorted(config.keys() - {*self.sizes, *self.required, *self.read, *self.without_effect})
+        unknown = sorted(
+            config.keys() - {*self.sizes, *self.required, *self.read, *self.without_effect}
+        )
         if unknown:
             raise ModelError(
                 f"{where} has a setting {unknown[0]!r} that this version does not know; it may change the arithmetic"
@@ -79,7 +90,9 @@ class Settings:
         for name, allowed in self.required.items():
             found = config.get(name, allowed[0])
             if not any(type(found) is type(value) and found == value for value in allowed):
-                raise ModelError(f"{where}: {name} is {found!r}, only {' or '.join(map(repr, allowed))} is supported")
+                raise ModelError(
+                    f"{where}: {name} is {found!r}, only {' or '.join(map(repr, allowed))} is supported"
+                )
         found_sizes = {name: config.get(name, default) for name, default in self.sizes.items()}
         for name, value in found_sizes.items():
             if type(value) is not int or not 1 <= value <= MAX_SIZE:
@@ -93,7 +106,9 @@ def is_transformer(config: Mapping[str, Any], own_class: str, norm_type: str) ->
     return name == own_class or (name == OLD_CLASS and config.get("norm_type") == norm_type)
 
 
-def predicts_sigma(config: Mapping[str, Any], channels: int, default: int | None, where: str) -> bool:
+def predicts_sigma(
+    config: Mapping[str, Any], channels: int, default: int | None, where: str
+) -> bool:
     """Whether ``out_channels`` (``default`` where it is missing) says that a transformer predicts sigma too.
 
     Raises:
@@ -101,7 +116,9 @@ def predicts_sigma(config: Mapping[str, Any], channels: int, default: int | None
     """
     predicted = config.get("out_channels", default)
     if predicted not in (None, channels, 2 * channels):
-        raise ModelError(f"{where}: out_channels is {predicted!r}, expected {channels} or {2 * channels} (with sigma)")
+        raise ModelError(
+            f"{where}: out_channels is {predicted!r}, expected {channels} or {2 * channels} (with sigma)"
+        )
     return bool(predicted == 2 * channels)
 
 
@@ -130,7 +147,11 @@ def read_scheduler(path: Path) -> dict[str, Any]:
     if settings.get(UNLIMITED) == -math.inf:
         del settings[UNLIMITED]
     for name, value in settings.items():
-        numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, float)]
+        numbers = [
+            number
+            for number in (value if isinstance(value, list) else [value])
+            if isinstance(number, float)
+        ]
         if any(map(math.isinf, numbers)):
             raise ModelError(f"{path}: {name} is infinite; it must be a finite number")
     return settings
@@ -162,13 +183,19 @@ def read_weights(
     if index not in indices:
         return [index], dict(load_checkpoint(index).tensors)
     places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+    if (
+        not isinstance(places, dict)
+        or not places
+        or not all(isinstance(file, str) for file in places.values())
+    ):
         raise ModelError(f"{index} has no weight_map from tensors to files; download it again")
     tensors: dict[str, Tensor] = {}
     names = sorted(set(places.values()))
     for name in names:
         if Path(name).name != name or name in (".", ".."):
-            raise SafetyError(f"{index} names a file outside its folder: {name!r}; do not use this folder")
+            raise SafetyError(
+                f"{index} names a file outside its folder: {name!r}; do not use this folder"
+            )
         shard = load_checkpoint(folder / name).tensors
         listed = {tensor for tensor, file in places.items() if file == name}
         if shard.keys() != listed:
@@ -195,7 +222,9 @@ class Renaming:
     def take_layers(self, names: Mapping[str, str]) -> dict[str, Tensor]:
         """Weights and biases of layers: name here -> name there."""
         kinds = ("weight", "bias")
-        return self.take_tensors({f"{new}.{kind}": f"{old}.{kind}" for new, old in names.items() for kind in kinds})
+        return self.take_tensors(
+            {f"{new}.{kind}": f"{old}.{kind}" for new, old in names.items() for kind in kinds}
+        )
 
     def take_joined(self, new: str, parts: Sequence[str]) -> dict[str, Tensor]:
         """Layers that are one here, joined along the first dimension of their weights and biases."""

@@ -7,7 +7,12 @@ from pathlib import Path
 
 from goc_deploy.errors import ModelError
 
-CONFIGS = ("model_index.json", "config.json", "transformer/config.json", "scheduler/scheduler_config.json")
+CONFIGS = (
+    "model_index.json",
+    "config.json",
+    "transformer/config.json",
+    "scheduler/scheduler_config.json",
+)
 WEIGHTS = (
     "diffusion_pytorch_model*.safetensors",
     "diffusion_pytorch_model.safetensors.index*.json",
@@ -41,7 +46,9 @@ def folder_from_hub(name: str) -> Path:
             f"run: pip install huggingface_hub, or where it is installed: {command}"
         ) from cause
     try:
-        folder = Path(snapshot_download(name, allow_patterns=[*CONFIGS, *WEIGHTS], ignore_patterns=[VARIANTS]))
+        folder = Path(
+            snapshot_download(name, allow_patterns=[*CONFIGS, *WEIGHTS], ignore_patterns=[VARIANTS])
+        )
         if not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
             folder = Path(snapshot_download(name, allow_patterns=[*CONFIGS, *WEIGHTS]))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as cause:

@@ -25,7 +25,11 @@ from goc_deploy.manifest import Parameter
 
 OPSET = 20
 ALIGNMENT = 4096  # a page, so that weights can be mapped
-IR_TYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
+IR_TYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,9 @@ def template_from_kind(kind: UnitKind, dtype: torch.dtype) -> Template:
         VerificationError: the exporter lost a parameter, so weights could not be bound.
     """
     symbols = {
-        symbol: torch.export.Dim(symbol, min=1, max=1 << 20) for i in kind.inputs for symbol in i.dynamic.values()
+        symbol: torch.export.Dim(symbol, min=1, max=1 << 20)
+        for i in kind.inputs
+        for symbol in i.dynamic.values()
     }
     with _quiet():
         program = torch.onnx.export(
@@ -59,7 +65,9 @@ def template_from_kind(kind: UnitKind, dtype: torch.dtype) -> Template:
             dynamo=True,
             input_names=[i.name for i in kind.inputs],
             output_names=list(kind.outputs),
-            dynamic_shapes=tuple({dim: symbols[symbol] for dim, symbol in i.dynamic.items()} for i in kind.inputs),
+            dynamic_shapes=tuple(
+                {dim: symbols[symbol] for dim, symbol in i.dynamic.items()} for i in kind.inputs
+            ),
             opset_version=OPSET,
             verbose=False,
         )
@@ -67,7 +75,10 @@ def template_from_kind(kind: UnitKind, dtype: torch.dtype) -> Template:
         raise VerificationError(
             f"unit kind {kind.kind}: torch.onnx returned no graph; use the torch version in constraints.txt"
         )
-    lost = sorted({name for name, _ in kind.module.named_parameters()} - program.model.graph.initializers.keys())
+    lost = sorted(
+        {name for name, _ in kind.module.named_parameters()}
+        - program.model.graph.initializers.keys()
+    )
     if lost:
         raise VerificationError(
             f"unit kind {kind.kind}: the ONNX exporter folded {', '.join(lost)} away; use the torch and onnxscript versions in constraints.txt"
@@ -81,7 +92,9 @@ def template_from_kind(kind: UnitKind, dtype: torch.dtype) -> Template:
     return Template(kind, program.model, dtype)
 
 
-def write_copy(template: Template, name: str, tensors: Mapping[str, Tensor], folder: Path) -> tuple[Parameter, ...]:
+def write_copy(
+    template: Template, name: str, tensors: Mapping[str, Tensor], folder: Path
+) -> tuple[Parameter, ...]:
     """Write ``NAME.onnx`` and ``NAME.weights`` for one copy of a unit kind.
 
     Args:
@@ -118,7 +131,11 @@ def write_copy(template: Template, name: str, tensors: Mapping[str, Tensor], fol
 
 
 def _write_rows(
-    file: BinaryIO, binding: Binding, parameter: str, tensors: Mapping[str, Tensor], dtype: torch.dtype
+    file: BinaryIO,
+    binding: Binding,
+    parameter: str,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
 ) -> None:
     for slab in binding[parameter]:
         rows = slab.read(tensors, dtype)

@@ -57,7 +57,9 @@ def read_model_folder(
     index = read_json(path / PIPELINE_CONFIG) if (path / PIPELINE_CONFIG).exists() else {}
     pipelines = [name for architecture in architectures.values() for name in architecture.PIPELINES]
     if index and index.get("_class_name") not in pipelines:
-        raise ModelError(f"{path} holds a {index.get('_class_name')}; this version exports {' or '.join(pipelines)}")
+        raise ModelError(
+            f"{path} holds a {index.get('_class_name')}; this version exports {' or '.join(pipelines)}"
+        )
     folder = path / "transformer" if index else path
     if not (folder / CONFIG).is_file():
         raise ModelError(
@@ -77,10 +79,14 @@ def read_model_folder(
     spec = replace(spec, prediction=prediction or spec.prediction)
     spec, state = architecture.state_from_diffusers(found, spec, folder)
     checkpoint = Checkpoint(path, state, "plain", (*described, *files))
-    return FolderModel(checkpoint, spec, _class_names(index, spec, path / PIPELINE_CONFIG), scheduler)
+    return FolderModel(
+        checkpoint, spec, _class_names(index, spec, path / PIPELINE_CONFIG), scheduler
+    )
 
 
-def _architecture(config: Mapping[str, Any], architectures: Mapping[str, Architecture], folder: Path) -> Architecture:
+def _architecture(
+    config: Mapping[str, Any], architectures: Mapping[str, Architecture], folder: Path
+) -> Architecture:
     for architecture in architectures.values():
         if architecture.describes(config):
             return architecture
@@ -95,7 +101,11 @@ def _class_names(index: Mapping[str, Any], spec: ModelSpec, where: Path) -> tupl
     if names is None:
         return ()
     ids = {str(i) for i in range(spec.classes)}
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()) or names.keys() != ids:
+    if (
+        not isinstance(names, dict)
+        or not all(isinstance(name, str) for name in names.values())
+        or names.keys() != ids
+    ):
         count = len(names) if isinstance(names, dict) else 0
         raise ModelError(
             f"{where}: id2label must name each of the model's {spec.classes} classes by its number, it has {count} entries"

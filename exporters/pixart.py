@@ -30,7 +30,14 @@ from goc_deploy.exporters.architecture import (
     shapes_of,
     sizes_from_tensors,
 )
-from goc_deploy.exporters.dit import TIMESTEP_FREQUENCIES, Attention, Mlp, PatchEmbed, TimestepEmbed, timestep_features
+from goc_deploy.exporters.dit import (
+    TIMESTEP_FREQUENCIES,
+    Attention,
+    Mlp,
+    PatchEmbed,
+    TimestepEmbed,
+    timestep_features,
+)
 from goc_deploy.exporters.dit_units import (
     GATE_ATTN,
     GATE_MLP,
@@ -73,7 +80,9 @@ NULL_CAPTION = "y_embedder.y_embedding"  # which the reference pipeline of diffu
 
 def matches(names: Sequence[str]) -> bool:
     """Whether tensors with these names look like a PixArt."""
-    return {"x_embedder.proj.weight", "t_block.1.weight", "y_embedder.y_proj.fc1.weight"} <= set(names)
+    return {"x_embedder.proj.weight", "t_block.1.weight", "y_embedder.y_proj.fc1.weight"} <= set(
+        names
+    )
 
 
 def describes(config: Mapping[str, Any]) -> bool:
@@ -96,7 +105,9 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
         )
     heads = heads or HEADS_OF_KNOWN_SIZES.get(hidden)
     if heads is None or hidden % heads:
-        raise ModelError(f"the width {hidden} does not tell the number of attention heads; give --num-heads")
+        raise ModelError(
+            f"the width {hidden} does not tell the number of attention heads; give --num-heads"
+        )
     null = tensors.get(NULL_CAPTION)
     return ModelSpec(
         depth=sizes.depth,
@@ -113,7 +124,9 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
         guided_channels=channels,
         caption_channels=sizes.own[1],
         caption_tokens=TOKENS if null is None else null.shape[0],
-        told_size=sizes.grid * patch * PIXELS_PER_LATENT if "csize_embedder.mlp.0.weight" in tensors else 0,
+        told_size=sizes.grid * patch * PIXELS_PER_LATENT
+        if "csize_embedder.mlp.0.weight" in tensors
+        else 0,
     )
 
 
@@ -122,7 +135,9 @@ class SizeEmbed(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(TIMESTEP_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(TIMESTEP_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width)
+        )
 
     def forward(self, numbers: Tensor) -> Tensor:
         features = timestep_features(numbers).to(next(self.parameters()).dtype)
@@ -162,24 +177,36 @@ class ConditioningUnit(nn.Module):
         self.block_tables = nn.Parameter(torch.empty(spec.depth, 6, spec.hidden))
         self.final_table = nn.Parameter(torch.empty(1, 2, spec.hidden))
         if spec.told_size:
-            self.csize_embedder, self.ar_embedder = SizeEmbed(spec.hidden // 3), SizeEmbed(spec.hidden // 3)
+            self.csize_embedder, self.ar_embedder = (
+                SizeEmbed(spec.hidden // 3),
+                SizeEmbed(spec.hidden // 3),
+            )
 
     def forward(self, t: Tensor) -> Tensor:
         condition = self.t_embedder(t)  # (S, D)
         if self.told_size:
-            nothing = (t[:1] < 0).float()  # keeps the ONNX optimiser from computing the embedding while it exports
+            nothing = (
+                t[:1] < 0
+            ).float()  # keeps the ONNX optimiser from computing the embedding while it exports
             side = self.told_size + nothing
             size = self.csize_embedder(torch.cat([side, side]))  # (1, 2 * D / 3)
             condition = condition + torch.cat([size, self.ar_embedder(1.0 + nothing)], dim=1)
         steps, hidden = condition.shape
         shared = self.t_block(F.silu(condition)).reshape(steps, 1, 6, hidden)
         own = shared + self.block_tables  # (S, L, 6, D)
-        one, nothing = torch.ones_like(own[:, :, 0]), torch.zeros_like(own[:, :, 0])  # of the cross branch
+        one, nothing = (
+            torch.ones_like(own[:, :, 0]),
+            torch.zeros_like(own[:, :, 0]),
+        )  # of the cross branch
         gates = torch.stack([own[:, :, GATE_ATTN], one, own[:, :, GATE_MLP]], dim=2)
         rest = (SHIFT_ATTN, SCALE_ATTN, None, None, SHIFT_MLP, SCALE_MLP)
-        shifts = torch.stack([nothing if chunk is None else own[:, :, chunk] for chunk in rest], dim=2)
+        shifts = torch.stack(
+            [nothing if chunk is None else own[:, :, chunk] for chunk in rest], dim=2
+        )
         last = condition.unsqueeze(1) + self.final_table  # (S, 2, D)
-        table = torch.cat([gates.reshape(steps, -1, hidden), last, shifts.reshape(steps, -1, hidden)], dim=1)
+        table = torch.cat(
+            [gates.reshape(steps, -1, hidden), last, shifts.reshape(steps, -1, hidden)], dim=1
+        )
         return table.unsqueeze(2)  # (S, M, 1, D)
 
 
@@ -194,7 +221,9 @@ class CaptionsUnit(nn.Module):
 
     def forward(self, captions: Tensor) -> Tensor:
         rows, tokens, width = captions.shape
-        projected = self.y_proj(captions.reshape(-1, width).to(self.kv_linear.weight.dtype))  # (R*Lc, D)
+        projected = self.y_proj(
+            captions.reshape(-1, width).to(self.kv_linear.weight.dtype)
+        )  # (R*Lc, D)
         head = projected.shape[-1] // self.heads
         both = self.kv_linear(projected).reshape(rows, tokens, -1, self.heads, head)
         return both.permute(2, 0, 3, 1, 4)
@@ -206,19 +235,26 @@ class CrossUnit(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.heads = spec.heads
-        self.cross_attn = nn.ModuleDict({name: nn.Linear(spec.hidden, spec.hidden) for name in ("q_linear", "proj")})
+        self.cross_attn = nn.ModuleDict(
+            {name: nn.Linear(spec.hidden, spec.hidden) for name in ("q_linear", "proj")}
+        )
 
     def forward(
         self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor, caption_rows: Tensor
     ) -> tuple[Tensor, Tensor]:
-        k, v = keys.index_select(0, caption_rows), values.index_select(0, caption_rows)  # (B, heads, Lc, head width)
+        k, v = (
+            keys.index_select(0, caption_rows),
+            values.index_select(0, caption_rows),
+        )  # (B, heads, Lc, head width)
         q = self._queries(x)
         scores = (
             torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).float()
             + bias.index_select(0, caption_rows)[:, None, None]
         )
         mixed = torch.matmul(torch.softmax(scores, dim=-1).to(x.dtype), v)
-        feature = self.cross_attn["proj"](mixed.transpose(1, 2).reshape(-1, x.shape[-1]))  # (B*T, D)
+        feature = self.cross_attn["proj"](
+            mixed.transpose(1, 2).reshape(-1, x.shape[-1])
+        )  # (B*T, D)
         return (x.float() + feature.reshape(x.shape).float()).to(x.dtype), feature
 
     def reference(
@@ -233,7 +269,9 @@ class CrossUnit(nn.Module):
     def _queries(self, x: Tensor) -> Tensor:
         batch, tokens, hidden = x.shape
         q = self.cross_attn["q_linear"](x.reshape(-1, hidden))
-        return q.reshape(batch, tokens, self.heads, hidden // self.heads).transpose(1, 2)  # (B, heads, T, head width)
+        return q.reshape(batch, tokens, self.heads, hidden // self.heads).transpose(
+            1, 2
+        )  # (B, heads, T, head width)
 
 
 class PublicLayout(nn.Module):
@@ -246,7 +284,10 @@ class PublicLayout(nn.Module):
         self.t_embedder = conditioning.t_embedder
         self.t_block = nn.Sequential(nn.SiLU(), conditioning.t_block)
         if spec.told_size:
-            self.csize_embedder, self.ar_embedder = conditioning.csize_embedder, conditioning.ar_embedder
+            self.csize_embedder, self.ar_embedder = (
+                conditioning.csize_embedder,
+                conditioning.ar_embedder,
+            )
         self.y_embedder = nn.ModuleDict({"y_proj": CaptionProjection(spec)})
         self.blocks = nn.ModuleList(PublicBlock(spec) for _ in range(spec.depth))
         self.final_layer = FinalUnit(spec)
@@ -283,7 +324,12 @@ def unit_kinds(spec: ModelSpec, precision: str) -> tuple[UnitKind, ...]:
     def made(make: Callable[[ModelSpec], Module]) -> Module:
         return empty_module(lambda: make(spec), dtype, examples.generator)
 
-    conditioning, captions, embed, final = made(ConditioningUnit), made(CaptionsUnit), made(EmbedUnit), made(FinalUnit)
+    conditioning, captions, embed, final = (
+        made(ConditioningUnit),
+        made(CaptionsUnit),
+        made(EmbedUnit),
+        made(FinalUnit),
+    )
     attn, cross, mlp = made(AttnUnit), made(CrossUnit), made(MlpUnit)
     length, head = spec.caption_tokens, spec.hidden // spec.heads
     by_caption = {0: "captions"}
@@ -316,7 +362,13 @@ def unit_kinds(spec: ModelSpec, precision: str) -> tuple[UnitKind, ...]:
         ),
         UnitKind("embed", embed, (examples.latents(), ROWS), ("x",), {"embed": same_names(embed)}),
         UnitKind("attn", attn, branch, outputs, block_copies(attn, spec.depth, "attn")),
-        UnitKind("cross", cross, (examples.tokens(), *of_caption), outputs, block_copies(cross, spec.depth, "cross")),
+        UnitKind(
+            "cross",
+            cross,
+            (examples.tokens(), *of_caption),
+            outputs,
+            block_copies(cross, spec.depth, "cross"),
+        ),
         UnitKind("mlp", mlp, branch, outputs, block_copies(mlp, spec.depth, "mlp")),
         UnitKind(
             "final",
@@ -332,7 +384,9 @@ def _conditioning(module: nn.Module, spec: ModelSpec) -> dict[str, tuple[Slab, .
     binding = same_names(module)
     for kind in ("weight", "bias"):
         binding[f"t_block.{kind}"] = (Slab(f"t_block.1.{kind}"),)
-    binding["block_tables"] = tuple(Slab(f"blocks.{block}.scale_shift_table") for block in range(spec.depth))
+    binding["block_tables"] = tuple(
+        Slab(f"blocks.{block}.scale_shift_table") for block in range(spec.depth)
+    )
     binding["final_table"] = (Slab("final_layer.scale_shift_table"),)
     return binding
 
@@ -342,5 +396,7 @@ def _captions(module: nn.Module, spec: ModelSpec) -> dict[str, tuple[Slab, ...]]
     binding = same_names(module, "y_embedder.")
     for kind in ("weight", "bias"):
         blocks = range(spec.depth)
-        binding[f"kv_linear.{kind}"] = tuple(Slab(f"blocks.{block}.cross_attn.kv_linear.{kind}") for block in blocks)
+        binding[f"kv_linear.{kind}"] = tuple(
+            Slab(f"blocks.{block}.cross_attn.kv_linear.{kind}") for block in blocks
+        )
     return binding

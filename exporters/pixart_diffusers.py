@@ -37,9 +37,13 @@ SETTINGS = Settings(
         "use_additional_conditions",
     ),
 )
-SIDE_THAT_IS_TOLD = 128  # latents of this side come with the size of the image, where the file does not say
+SIDE_THAT_IS_TOLD = (
+    128  # latents of this side come with the size of the image, where the file does not say
+)
 BRANCHES = ("attn", "cross", "mlp")
-PIXELS_PER_LATENT = 8  # of the VAE that it was trained with: what a model that is told the image's size is told
+PIXELS_PER_LATENT = (
+    8  # of the VAE that it was trained with: what a model that is told the image's size is told
+)
 TOKENS = 120  # of a caption, in the pipeline that the configuration belongs to
 BASE_SIDE = 64  # position tables are stretched for larger latents
 
@@ -60,9 +64,13 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
         )
     captions, told = config.get("caption_channels"), config.get("use_additional_conditions")
     if type(captions) is not int or not 1 <= captions <= 10**5:
-        raise ModelError(f"{where}: caption_channels must be a whole number from 1 on, got {captions!r}")
+        raise ModelError(
+            f"{where}: caption_channels must be a whole number from 1 on, got {captions!r}"
+        )
     if told not in (None, True, False):
-        raise ModelError(f"{where}: use_additional_conditions must be true, false or null, got {told!r}")
+        raise ModelError(
+            f"{where}: use_additional_conditions must be true, false or null, got {told!r}"
+        )
     if config.get("interpolation_scale") not in (None, stretch(side)):
         raise ModelError(
             f"{where}: interpolation_scale is {config['interpolation_scale']!r}, only {stretch(side)} is supported for sample_size {side}"
@@ -110,12 +118,19 @@ def state_from_diffusers(
     names.rest.pop("pos_embed.pos_embed", None)
     state = {"pos_embed": position_table(spec.hidden, spec.grid, stretch(spec.side))}
     state |= names.take_layers(layer_names(spec))
-    tables = {f"blocks.{b}.scale_shift_table": f"transformer_blocks.{b}.scale_shift_table" for b in range(spec.depth)}
+    tables = {
+        f"blocks.{b}.scale_shift_table": f"transformer_blocks.{b}.scale_shift_table"
+        for b in range(spec.depth)
+    }
     state |= names.take_tensors({**tables, "final_layer.scale_shift_table": "scale_shift_table"})
     for block in range(spec.depth):
         there = f"transformer_blocks.{block}"
-        state |= names.take_joined(f"blocks.{block}.attn.qkv", [f"{there}.attn1.to_{part}" for part in "qkv"])
-        state |= names.take_joined(f"blocks.{block}.cross_attn.kv_linear", [f"{there}.attn2.to_{p}" for p in "kv"])
+        state |= names.take_joined(
+            f"blocks.{block}.attn.qkv", [f"{there}.attn1.to_{part}" for part in "qkv"]
+        )
+        state |= names.take_joined(
+            f"blocks.{block}.cross_attn.kv_linear", [f"{there}.attn2.to_{p}" for p in "kv"]
+        )
     names.finish()
     return spec, state
 
@@ -124,7 +139,10 @@ def layer_names(spec: ModelSpec) -> dict[str, str]:
     """Layers with a weight and a bias that differ in name only: public layout -> diffusers."""
     embedders = {"t_embedder": "timestep_embedder"}
     if spec.told_size:
-        embedders |= {"csize_embedder": "resolution_embedder", "ar_embedder": "aspect_ratio_embedder"}
+        embedders |= {
+            "csize_embedder": "resolution_embedder",
+            "ar_embedder": "aspect_ratio_embedder",
+        }
     names = {
         "x_embedder.proj": "pos_embed.proj",
         "t_block.1": "adaln_single.linear",
@@ -132,7 +150,10 @@ def layer_names(spec: ModelSpec) -> dict[str, str]:
     }
     for i in (1, 2):
         names[f"y_embedder.y_proj.fc{i}"] = f"caption_projection.linear_{i}"
-        names |= {f"{new}.mlp.{2 * i - 2}": f"adaln_single.emb.{old}.linear_{i}" for new, old in embedders.items()}
+        names |= {
+            f"{new}.mlp.{2 * i - 2}": f"adaln_single.emb.{old}.linear_{i}"
+            for new, old in embedders.items()
+        }
     for i in range(spec.depth):
         block, there = f"blocks.{i}", f"transformer_blocks.{i}"
         names[f"{block}.attn.proj"] = f"{there}.attn1.to_out.0"

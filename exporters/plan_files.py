@@ -17,7 +17,9 @@ from goc_deploy.plan import Plan, Segment
 from goc_deploy.serde import plan_to_json, schedule_to_json
 
 
-def write_plan(folder: Path, plan: Plan, manifest: Manifest, read: Callable[[str], bytes]) -> Manifest:
+def write_plan(
+    folder: Path, plan: Plan, manifest: Manifest, read: Callable[[str], bytes]
+) -> Manifest:
     """Write a plan, and the predict graphs and segments that are not there yet, of both forms in which it may run.
 
     Args:
@@ -31,18 +33,26 @@ def write_plan(folder: Path, plan: Plan, manifest: Manifest, read: Callable[[str
     """
     for name in ("plans", "schedules", "onnx"):
         (folder / name).mkdir(exist_ok=True)
-    entry = PlanEntry(plan.name, plan.schedule.policy, f"plans/{plan.name}.json", f"schedules/{plan.name}.json")
+    entry = PlanEntry(
+        plan.name, plan.schedule.policy, f"plans/{plan.name}.json", f"schedules/{plan.name}.json"
+    )
     (folder / entry.plan).write_text(plan_to_json(plan), encoding="utf-8")
     (folder / entry.schedule).write_text(schedule_to_json(plan.schedule), encoding="utf-8")
     stacked = with_stacks(plan, manifest.model)
     predict, segments = dict(manifest.predict), dict(manifest.segments)
     for signature in sorted({*plan.signatures, *stacked.signatures} - predict.keys()):
         predict[signature] = _path("predict", signature)
-        onnx.save_model(predict_graph(signature, manifest.model, manifest.precision), folder / predict[signature])
+        onnx.save_model(
+            predict_graph(signature, manifest.model, manifest.precision),
+            folder / predict[signature],
+        )
     new = {op.signature: op for step in stacked.launches for op in step if isinstance(op, Segment)}
     for signature in sorted(new.keys() - segments.keys()):
         paths = {unit.name: unit.onnx for unit in manifest.units}
-        units = {name: onnx.load_model_from_string(read(paths[name])) for name in manifest.model.unit_names}
+        units = {
+            name: onnx.load_model_from_string(read(paths[name]))
+            for name in manifest.model.unit_names
+        }
         segments[signature] = _path("segment", signature)
         stores = [store is not None for store in new[signature].stores]
         onnx.save_model(segment_graph(units, stores), folder / segments[signature])

@@ -29,7 +29,9 @@ def router_probabilities(path: str | Path) -> tuple[tuple[float, ...], ...]:
     for i in range(len(routers)):
         row = routers.get(f"{i}.prob")
         if not isinstance(row, Tensor) or row.ndim != 1 or not row.is_floating_point():
-            raise ModelError(f"{path} is not a Learning-to-Cache router: '{i}.prob' is not a row of numbers")
+            raise ModelError(
+                f"{path} is not a Learning-to-Cache router: '{i}.prob' is not a row of numbers"
+            )
         probabilities = torch.sigmoid(row.detach().double())
         if not bool(torch.isfinite(probabilities).all()):
             raise ModelError(f"{path}: '{i}.prob' holds NaN; train or download the router again")

@@ -21,9 +21,21 @@ from goc_deploy.errors import EnvironmentUnsupportedError, ModelError, UsageErro
 from goc_deploy.samplers import FOLDER_SAMPLER, MAX_LAGS, MAX_REACH, SamplerTable
 
 EXACT = 1e-9  # of the recurrence; float64 gives 1e-14
-EXTRA_RUNS = (0, 1, 9)  # how often a scheduler runs the model more than it has steps: PNDM with and without Runge-Kutta
+EXTRA_RUNS = (
+    0,
+    1,
+    9,
+)  # how often a scheduler runs the model more than it has steps: PNDM with and without Runge-Kutta
 SEED = 0
-REFUSALS = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
+REFUSALS = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def probed_table(settings: Mapping[str, Any], steps: int, prediction: str) -> SamplerTable:
@@ -60,7 +72,9 @@ def _scheduler(settings: Mapping[str, Any], steps: int) -> Any:
 
         made = getattr(diffusers, name)
     except (ImportError, AttributeError, RuntimeError) as cause:
-        raise EnvironmentUnsupportedError(f"diffusers has no working {name}: {cause}; update diffusers") from cause
+        raise EnvironmentUnsupportedError(
+            f"diffusers has no working {name}: {cause}; update diffusers"
+        ) from cause
     known = inspect.signature(made.__init__).parameters
     given = {setting: value for setting, value in settings.items() if setting in known}
     for extra in EXTRA_RUNS:
@@ -87,7 +101,10 @@ class _Probe:
     def __init__(self, scheduler: Any, steps: int) -> None:
         self.timesteps = tuple(t.item() for t in scheduler.timesteps)
         self.noise = np.zeros(steps)
-        self.kept, self.keeps = np.zeros((steps, 2)), hasattr(scheduler, "model_outputs") or hasattr(scheduler, "ets")
+        self.kept, self.keeps = (
+            np.zeros((steps, 2)),
+            hasattr(scheduler, "model_outputs") or hasattr(scheduler, "ets"),
+        )
         given, said, shown = np.zeros((steps, steps)), np.zeros((steps, steps)), np.ones(steps + 1)
         draws = "DDPM" in type(scheduler).__name__
         if hasattr(scheduler, "set_begin_index"):
@@ -100,9 +117,14 @@ class _Probe:
             step = scheduler.step(m, t, x, **fixed)
             after = step.prev_sample.double()
             if draws:
-                zeros, fixed = torch.zeros_like(x), {"generator": torch.Generator().manual_seed(SEED)}
+                zeros, fixed = (
+                    torch.zeros_like(x),
+                    {"generator": torch.Generator().manual_seed(SEED)},
+                )
                 alone = scheduler.step(zeros, t, zeros, **fixed).prev_sample.double()
-                drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(SEED), dtype=x.dtype)
+                drawn = torch.randn(
+                    x.shape, generator=torch.Generator().manual_seed(SEED), dtype=x.dtype
+                )
                 self.noise[k], after = float(alone[0, 0, 0, 0] / drawn[0, 0, 0, 0]), after - alone
             given[k], said[k] = after[0, 0, 0, 0::2], after[0, 0, 0, 1::2]
             of_x, of_m = _kept(scheduler, step, x, m)[0, 0, 0, 2 * k : 2 * k + 2].tolist()

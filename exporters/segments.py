@@ -26,7 +26,9 @@ def segment_graph(units: Mapping[str, ModelProto], stores: Sequence[bool]) -> Mo
         unit = add_prefix_graph(model.graph, f"{name}.")
         tokens, x = x, f"{name}.x_out"
         _rename(unit, f"{name}.x", tokens)
-        segment.graph.input.extend(value for value in unit.input if value.name == "x" or value.name != tokens)
+        segment.graph.input.extend(
+            value for value in unit.input if value.name == "x" or value.name != tokens
+        )
         segment.graph.initializer.extend(unit.initializer)
         segment.graph.node.extend(unit.node)
         segment.graph.output.extend(value for value in unit.output if stored and value.name != x)

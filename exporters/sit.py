@@ -50,7 +50,9 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
     Raises:
         ModelError: sizes that do not fit each other, or heads that cannot be known.
     """
-    return replace(dit_units.spec_from_tensors(tensors, heads), architecture="sit", prediction="flow")
+    return replace(
+        dit_units.spec_from_tensors(tensors, heads), architecture="sit", prediction="flow"
+    )
 
 
 def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:  # noqa: ARG001 (of the contract)

@@ -40,9 +40,14 @@ def collect_graph(spec: ModelSpec, precision: str) -> ModelProto:
 def sampler_graphs(spec: ModelSpec) -> dict[str, ModelProto]:
     """The sampler unit in every form that `goc_deploy.samplers.SamplerTable.graph` may name for this model."""
     graphs = {
-        f"sampler_lag{lags}" if lags else "sampler": sampler_graph(spec, lags=lags) for lags in range(MAX_LAGS + 1)
+        f"sampler_lag{lags}" if lags else "sampler": sampler_graph(spec, lags=lags)
+        for lags in range(MAX_LAGS + 1)
     }
-    return {**graphs, "sampler_learned": sampler_graph(spec, learned=True)} if spec.learn_sigma else graphs
+    return (
+        {**graphs, "sampler_learned": sampler_graph(spec, learned=True)}
+        if spec.learn_sigma
+        else graphs
+    )
 
 
 def sampler_graph(spec: ModelSpec, *, lags: int = 0, learned: bool = False) -> ModelProto:
@@ -113,10 +118,17 @@ def _with_history(earlier: Sequence[str]) -> str:
     """Close the update: the new estimate, and the sum over the earlier ones."""
     if not earlier:
         return "latents_out = Add(deterministic, from_noise)"
-    lines = ["e_latents = Mul(e0, latents)", "e_model = Mul(e1, guided)", "estimate = Add(e_latents, e_model)"]
+    lines = [
+        "e_latents = Mul(e0, latents)",
+        "e_model = Mul(e1, guided)",
+        "estimate = Add(e_latents, e_model)",
+    ]
     total = "deterministic"
     for name in earlier:
-        lines += [f"from_{name} = Mul(w_{name}, {name})", f"with_{name} = Add({total}, from_{name})"]
+        lines += [
+            f"from_{name} = Mul(w_{name}, {name})",
+            f"with_{name} = Add({total}, from_{name})",
+        ]
         total = f"with_{name}"
     return "\n".join([*lines, f"latents_out = Add({total}, from_noise)"])
 

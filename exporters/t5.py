@@ -18,7 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from goc_deploy.errors import ModelError
-from goc_deploy.exporters.architecture import Examples, check_shapes, empty_module, same_names, shapes_of
+from goc_deploy.exporters.architecture import (
+    Examples,
+    check_shapes,
+    empty_module,
+    same_names,
+    shapes_of,
+)
 from goc_deploy.exporters.checkpoint import Checkpoint
 from goc_deploy.exporters.folders import CONFIG, PIPELINE_CONFIG, Settings, read_json, read_weights
 from goc_deploy.exporters.tokenizer_files import read_tokenizer
@@ -101,11 +107,15 @@ def read_text_encoder(path: Path, spec: ModelSpec) -> TextEncoderFiles:
         SafetyError: an index that names files outside the folder, or a file that asks to run code.
     """
     if not spec.draws_captions:
-        raise ModelError(f"{path} is a text encoder, but the model draws class labels; leave it out")
+        raise ModelError(
+            f"{path} is a text encoder, but the model draws class labels; leave it out"
+        )
     pipeline = (path / PIPELINE_CONFIG).exists()
     folder = path / "text_encoder" if pipeline else path
     if not (folder / CONFIG).is_file():
-        raise ModelError(f"{folder} has no {CONFIG}; give the folder that transformers saved a T5 encoder to")
+        raise ModelError(
+            f"{folder} has no {CONFIG}; give the folder that transformers saved a T5 encoder to"
+        )
     where = f"{folder / CONFIG}"
     config = t5_config(read_json(folder / CONFIG), where)
     if config.width != spec.caption_channels:
@@ -113,13 +123,19 @@ def read_text_encoder(path: Path, spec: ModelSpec) -> TextEncoderFiles:
             f"{where}: the encoder makes embeddings of width {config.width} but the model takes {spec.caption_channels}; "
             "give the one that it was trained with"
         )
-    tokenizer_file, tokenizer = read_tokenizer([folder, folder.parent / "tokenizer"], config.vocabulary)
+    tokenizer_file, tokenizer = read_tokenizer(
+        [folder, folder.parent / "tokenizer"], config.vocabulary
+    )
     files, found = read_weights(folder, "model", "pytorch_model")
-    tensors = {name: tensor for name, tensor in found.items() if not name.startswith(OF_THE_DECODER)}
+    tensors = {
+        name: tensor for name, tensor in found.items() if not name.startswith(OF_THE_DECODER)
+    }
     same = tensors.pop(_SAME_EMBEDDING, None)
     if same is not None:
         tensors.setdefault(_EMBEDDING, same)
-    check_shapes(tensors, shapes_of(lambda: T5Encoder(config, 2)), f"the T5 encoder that {where} describes")
+    check_shapes(
+        tensors, shapes_of(lambda: T5Encoder(config, 2)), f"the T5 encoder that {where} describes"
+    )
     used = (folder / CONFIG, *files, tokenizer_file)
     return TextEncoderFiles(config, Checkpoint(folder.parent, tensors, "plain", used), tokenizer)
 
@@ -140,7 +156,9 @@ def t5_config(config: Mapping[str, Any], where: str) -> T5Config:
         )
     eos, pad = config.get("eos_token_id", 1), config.get("pad_token_id", 0)
     if any(type(token) is not int or not 0 <= token < size["vocab_size"] for token in (eos, pad)):
-        raise ModelError(f"{where}: eos_token_id and pad_token_id must be tokens, got {eos!r} and {pad!r}")
+        raise ModelError(
+            f"{where}: eos_token_id and pad_token_id must be tokens, got {eos!r} and {pad!r}"
+        )
     if size["relative_attention_num_buckets"] % 4:
         raise ModelError(f"{where}: relative_attention_num_buckets must be a multiple of 4")
     return T5Config(
@@ -191,7 +209,9 @@ class Plain(nn.Module):
         self.weight = nn.Parameter(torch.empty(after, before))
 
     def forward(self, rows: Tensor) -> Tensor:
-        return F.linear(rows, self.weight, torch.zeros(self.weight.shape[0]))  # zeros keep it one Gemm in ONNX
+        return F.linear(
+            rows, self.weight, torch.zeros(self.weight.shape[0])
+        )  # zeros keep it one Gemm in ONNX
 
 
 class Norm(nn.Module):
@@ -217,8 +237,12 @@ class SelfAttention(nn.Module):
             self.relative_attention_bias = nn.Embedding(config.buckets, config.heads)
 
     def forward(self, x: Tensor, shape: tuple[int, int], bias: Tensor) -> Tensor:
-        q, k, v = (p(x).reshape(*shape, self.heads, -1).transpose(1, 2) for p in (self.q, self.k, self.v))
-        weights = torch.softmax(torch.matmul(q, k.transpose(-1, -2)) + bias, dim=-1)  # (K, heads, L, L)
+        q, k, v = (
+            p(x).reshape(*shape, self.heads, -1).transpose(1, 2) for p in (self.q, self.k, self.v)
+        )
+        weights = torch.softmax(
+            torch.matmul(q, k.transpose(-1, -2)) + bias, dim=-1
+        )  # (K, heads, L, L)
         mixed = torch.matmul(weights, v).transpose(1, 2)
         return self.o(mixed.reshape(x.shape[0], -1))
 
@@ -261,7 +285,9 @@ class Block(nn.Module):
     def __init__(self, config: T5Config, *, first: bool) -> None:
         super().__init__()
         attention = Layer("SelfAttention", SelfAttention(config, first=first), config.width)
-        self.layer = nn.ModuleList([attention, Layer("DenseReluDense", FeedForward(config), config.width)])
+        self.layer = nn.ModuleList(
+            [attention, Layer("DenseReluDense", FeedForward(config), config.width)]
+        )
 
 
 class Stack(nn.Module):
@@ -291,7 +317,9 @@ class T5Encoder(nn.Module):
         count, length = tokens.shape
         x = self.shared(tokens.reshape(-1))  # (K*L, C)
         table = self.encoder.branches[0][0].branch.relative_attention_bias
-        nothing = (tokens[:1, :1] < 0).long()  # keeps the ONNX optimiser from looking the table up while it exports
+        nothing = (
+            tokens[:1, :1] < 0
+        ).long()  # keeps the ONNX optimiser from looking the table up while it exports
         biases = table(position_buckets(*self.positions) + nothing).permute(2, 0, 1)[None]
         bias = biases + PADDING_SCORE * (1 - mask)[:, None, None]
         for attention, feed_forward in self.encoder.branches:

@@ -41,7 +41,9 @@ def read_tokenizer(folders: Sequence[Path], vocabulary: int) -> tuple[Path, byte
             path = folder / name
             if path.is_file():
                 if path.stat().st_size > MAX_BYTES:
-                    raise ModelError(f"{path} has more than {MAX_BYTES} bytes; give a tokenizer of a text encoder")
+                    raise ModelError(
+                        f"{path} has more than {MAX_BYTES} bytes; give a tokenizer of a text encoder"
+                    )
                 content = read(path.read_bytes(), str(path))
                 _check_size(content, vocabulary, path)
                 return path, content
@@ -78,9 +80,17 @@ def json_from_sentencepiece(content: bytes, where: str) -> bytes:
         end = names.index(END)
         unknown = next(i for i, (_, _, kind) in enumerate(pieces) if kind == UNKNOWN)
     except (ValueError, IndexError, struct.error, StopIteration, UnicodeDecodeError) as cause:
-        raise ModelError(f"{where} is not a sound SentencePiece model with {END!r}; download it again") from cause
+        raise ModelError(
+            f"{where} is not a sound SentencePiece model with {END!r}; download it again"
+        ) from cause
     special = [i for i, (_, _, kind) in enumerate(pieces) if kind in (UNKNOWN, CONTROL)]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    flags = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
     steps: list[dict[str, Any]] = [
         {"type": "Strip", "strip_left": False, "strip_right": True},
         {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": SPACE},
@@ -89,7 +99,10 @@ def json_from_sentencepiece(content: bytes, where: str) -> bytes:
         encoded = base64.b64encode(charsmap).decode()
         steps.insert(0, {"type": "Precompiled", "precompiled_charsmap": encoded})
     spaces = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "always", "split": True}
-    text, last = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": END, "type_id": 0}}
+    text, last = (
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": END, "type_id": 0}},
+    )
     found = {
         "version": "1.0",
         "truncation": None,
@@ -124,7 +137,13 @@ def _pieces(content: bytes) -> tuple[list[tuple[str, float, int]], bytes]:
             assert isinstance(name, bytes)
             assert isinstance(score, bytes)
             kind = entry.get(3, 1)
-            pieces.append((name.decode(), struct.unpack("<f", score)[0], int(kind) if isinstance(kind, int) else 1))
+            pieces.append(
+                (
+                    name.decode(),
+                    struct.unpack("<f", score)[0],
+                    int(kind) if isinstance(kind, int) else 1,
+                )
+            )
         elif field == 3 and isinstance(value, bytes):
             found = dict(_fields(value)).get(2, b"")
             charsmap = found if isinstance(found, bytes) else b""

@@ -34,7 +34,11 @@ class UnitWriter:
     progress: Progress
 
     def write(
-        self, kinds: Sequence[UnitKind], tensors: Mapping[str, Tensor], precision: str, folder: str = "onnx"
+        self,
+        kinds: Sequence[UnitKind],
+        tensors: Mapping[str, Tensor],
+        precision: str,
+        folder: str = "onnx",
     ) -> list[Unit]:
         """Write and verify every copy of some kinds.
 
@@ -53,7 +57,9 @@ class UnitWriter:
                 parameters = write_copy(template, name, tensors, where)
                 error = verify_copy(template, name, parameters, tensors, where, self.backend)
                 paths = (f"{folder}/{name}.onnx", f"{folder}/{name}.weights")
-                units.append(Unit(name, *paths, parameters, kind.weights_are_inputs, error, precision))
+                units.append(
+                    Unit(name, *paths, parameters, kind.weights_are_inputs, error, precision)
+                )
             del template
             gc.collect()
         self.progress("done", total, total)

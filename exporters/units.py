@@ -22,7 +22,11 @@ class Slab:
     def read(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The rows as one contiguous tensor."""
         tensor = tensors[self.key]
-        rows = tensor[self.start : self.stop] if tensor.ndim and (self.start or self.stop is not None) else tensor
+        rows = (
+            tensor[self.start : self.stop]
+            if tensor.ndim and (self.start or self.stop is not None)
+            else tensor
+        )
         return rows.to(dtype).contiguous()
 
 

@@ -20,7 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from goc_deploy.errors import ModelError
-from goc_deploy.exporters.architecture import Examples, check_shapes, empty_module, same_names, shapes_of
+from goc_deploy.exporters.architecture import (
+    Examples,
+    check_shapes,
+    empty_module,
+    same_names,
+    shapes_of,
+)
 from goc_deploy.exporters.checkpoint import Checkpoint
 from goc_deploy.exporters.folders import CONFIG, PIPELINE_CONFIG, Settings, read_json, read_weights
 from goc_deploy.exporters.units import Input, UnitKind
@@ -113,7 +119,9 @@ def read_vae_folder(path: Path, spec: ModelSpec) -> Vae:
     """
     folder = path / "vae" if (path / PIPELINE_CONFIG).exists() else path
     if not (folder / CONFIG).is_file():
-        raise ModelError(f"{folder} has no {CONFIG}; give the folder that diffusers saved an AutoencoderKL to")
+        raise ModelError(
+            f"{folder} has no {CONFIG}; give the folder that diffusers saved an AutoencoderKL to"
+        )
     where = f"{folder / CONFIG}"
     config = vae_config(read_json(folder / CONFIG), where)
     if config.latent_channels != spec.channels:
@@ -121,13 +129,17 @@ def read_vae_folder(path: Path, spec: ModelSpec) -> Vae:
             f"{where}: the VAE decodes {config.latent_channels} channels but the model makes {spec.channels}; give the VAE that it was trained with"
         )
     files, found = read_weights(folder)
-    tensors = {_today(name): tensor for name, tensor in found.items() if not name.startswith(_ENCODER)}
+    tensors = {
+        _today(name): tensor for name, tensor in found.items() if not name.startswith(_ENCODER)
+    }
     for name, tensor in tensors.items():
         if _ATTENTION.fullmatch(name) and tensor.ndim == 4:
             tensors[name] = tensor.reshape(tensor.shape[:2])  # 1x1 convolutions in the oldest files
         elif _NORM.fullmatch(name):
             tensors[name] = tensor.reshape(-1, 1, 1)
-    check_shapes(tensors, shapes_of(lambda: VaeDecoder(config)), f"the VAE decoder that {where} describes")
+    check_shapes(
+        tensors, shapes_of(lambda: VaeDecoder(config)), f"the VAE decoder that {where} describes"
+    )
     return Vae(config, Checkpoint(folder, tensors, "plain", (folder / CONFIG, *files)))
 
 
@@ -139,22 +151,41 @@ def vae_config(config: Mapping[str, Any], where: str) -> VaeConfig:
     """
     size = SETTINGS.check(config, where)
     widths = config.get("block_out_channels", [64])
-    if not isinstance(widths, list) or not 1 <= len(widths) <= 8 or not all(type(w) is int for w in widths):
-        raise ModelError(f"{where}: block_out_channels must be a list of 1 to 8 whole numbers, got {widths!r}")
+    if (
+        not isinstance(widths, list)
+        or not 1 <= len(widths) <= 8
+        or not all(type(w) is int for w in widths)
+    ):
+        raise ModelError(
+            f"{where}: block_out_channels must be a list of 1 to 8 whole numbers, got {widths!r}"
+        )
     if any(not 1 <= w <= 2**14 or w % size["norm_num_groups"] for w in widths):
-        raise ModelError(f"{where}: block_out_channels {widths} must be multiples of norm_num_groups")
+        raise ModelError(
+            f"{where}: block_out_channels {widths} must be multiples of norm_num_groups"
+        )
     kinds = config.get("up_block_types", ["UpDecoderBlock2D"] * len(widths))
     if kinds != ["UpDecoderBlock2D"] * len(widths):
-        raise ModelError(f"{where}: up_block_types is {kinds!r}, only UpDecoderBlock2D once per level is supported")
+        raise ModelError(
+            f"{where}: up_block_types is {kinds!r}, only UpDecoderBlock2D once per level is supported"
+        )
     if size["out_channels"] not in (1, 3):
         raise ModelError(f"{where}: out_channels is {size['out_channels']}, images have 1 or 3")
     scaling, shift = config.get("scaling_factor", 0.18215), config.get("shift_factor")
     shift = 0.0 if shift is None else shift
-    if not _is_number(scaling) or not _is_number(shift) or not 0 < scaling < MAX_FACTOR or abs(shift) > MAX_FACTOR:
-        raise ModelError(f"{where}: scaling_factor {scaling!r} and shift_factor {shift!r} are not usable numbers")
+    if (
+        not _is_number(scaling)
+        or not _is_number(shift)
+        or not 0 < scaling < MAX_FACTOR
+        or abs(shift) > MAX_FACTOR
+    ):
+        raise ModelError(
+            f"{where}: scaling_factor {scaling!r} and shift_factor {shift!r} are not usable numbers"
+        )
     flags = [config.get(name, True) for name in ("use_post_quant_conv", "mid_block_add_attention")]
     if not all(isinstance(flag, bool) for flag in flags):
-        raise ModelError(f"{where}: use_post_quant_conv and mid_block_add_attention must be true or false")
+        raise ModelError(
+            f"{where}: use_post_quant_conv and mid_block_add_attention must be true or false"
+        )
     return VaeConfig(
         latent_channels=size["latent_channels"],
         image_channels=size["out_channels"],
@@ -171,7 +202,9 @@ def vae_config(config: Mapping[str, Any], where: str) -> VaeConfig:
 def decoder_spec(config: VaeConfig, spec: ModelSpec, largest_tile: int) -> DecoderSpec:
     """Tiles for the model's latents: one where they are no larger than ``largest_tile`` per side."""
     tile = min(spec.side, largest_tile)
-    return DecoderSpec(config.image_channels, config.upscale, tile, max(1, min(tile - 1, tile // OVERLAP_SHARE)))
+    return DecoderSpec(
+        config.image_channels, config.upscale, tile, max(1, min(tile - 1, tile // OVERLAP_SHARE))
+    )
 
 
 def decoder_kind(config: VaeConfig, spec: ModelSpec, decoder: DecoderSpec) -> UnitKind:
@@ -196,7 +229,9 @@ class VaeDecoder(nn.Module):
         self.scaling, self.shift = config.scaling, config.shift
         self.decoder = Decoder(config)
         channels = config.latent_channels
-        self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.has_post_quant else nn.Identity()
+        self.post_quant_conv = (
+            nn.Conv2d(channels, channels, 1) if config.has_post_quant else nn.Identity()
+        )
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(latents / self.scaling + self.shift))
@@ -230,7 +265,10 @@ class Norm(nn.Module):
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.groups = groups
-        self.weight, self.bias = nn.Parameter(torch.ones(channels, 1, 1)), nn.Parameter(torch.zeros(channels, 1, 1))
+        self.weight, self.bias = (
+            nn.Parameter(torch.ones(channels, 1, 1)),
+            nn.Parameter(torch.zeros(channels, 1, 1)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.group_norm(x, self.groups, eps=NORM_EPSILON) * self.weight + self.bias
@@ -256,7 +294,9 @@ class UpBlock(nn.Module):
 
     def __init__(self, before: int, width: int, layers: int, groups: int, *, doubles: bool) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResidualBlock(before if i == 0 else width, width, groups) for i in range(layers))
+        self.resnets = nn.ModuleList(
+            ResidualBlock(before if i == 0 else width, width, groups) for i in range(layers)
+        )
         self.upsamplers = nn.ModuleList([Doubling(width)] if doubles else [])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -305,9 +345,16 @@ class PixelAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
         pixels = self.group_norm(x).flatten(2).transpose(1, 2).reshape(-1, channels)  # (N*h*w, C)
-        q, k, v = (layer(pixels).reshape(batch, -1, channels) for layer in (self.to_q, self.to_k, self.to_v))
-        weights = torch.softmax(torch.matmul(q * channels**-0.5, k.transpose(1, 2)), dim=-1)  # (N, h*w, h*w)
-        mixed = self.to_out[0](torch.matmul(weights, v).reshape(-1, channels)).reshape(batch, -1, channels)
+        q, k, v = (
+            layer(pixels).reshape(batch, -1, channels)
+            for layer in (self.to_q, self.to_k, self.to_v)
+        )
+        weights = torch.softmax(
+            torch.matmul(q * channels**-0.5, k.transpose(1, 2)), dim=-1
+        )  # (N, h*w, h*w)
+        mixed = self.to_out[0](torch.matmul(weights, v).reshape(-1, channels)).reshape(
+            batch, -1, channels
+        )
         return x + mixed.transpose(1, 2).reshape(batch, channels, height, width)
 
 

@@ -19,7 +19,11 @@ from goc_deploy.manifest import Parameter
 from goc_deploy.metrics.paired import whole_relative_l2
 from goc_deploy.protocols import Backend, Buffer, float32_from_bfloat16, mapped_buffer
 
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-4}  # bf16 graphs are compared widened
+TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 1e-4,
+}  # bf16 graphs are compared widened
 
 
 def verify_copy(
@@ -50,10 +54,25 @@ def verify_copy(
         value.data = stored[parameter].float()
     reference = getattr(kind.module, "reference", kind.module.forward)
     with torch.inference_mode():
-        expected = reference(*(i.example.float() if i.example.is_floating_point() else i.example for i in kind.inputs))
+        expected = reference(
+            *(
+                i.example.float() if i.example.is_floating_point() else i.example
+                for i in kind.inputs
+            )
+        )
     expected_outputs = (expected,) if isinstance(expected, Tensor) else expected
-    found = _run(template, name, parameters, folder, weights, [tuple(e.shape) for e in expected_outputs], backend)
-    error = max(whole_relative_l2(f, e.numpy()) for f, e in zip(found, expected_outputs, strict=True))
+    found = _run(
+        template,
+        name,
+        parameters,
+        folder,
+        weights,
+        [tuple(e.shape) for e in expected_outputs],
+        backend,
+    )
+    error = max(
+        whole_relative_l2(f, e.numpy()) for f, e in zip(found, expected_outputs, strict=True)
+    )
     if not error <= TOLERANCE[template.dtype]:
         raise VerificationError(
             f"unit {name}: the exported graph differs from PyTorch by {error:.2e} relative L2, allowed are "
@@ -63,14 +82,20 @@ def verify_copy(
 
 
 def _stored_parameters(
-    template: Template, name: str, tensors: Mapping[str, Tensor], weights: memoryview, parameters: Sequence[Parameter]
+    template: Template,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    weights: memoryview,
+    parameters: Sequence[Parameter],
 ) -> dict[str, Tensor]:
     """The parameters in a weights file, without copying them, once they equal the checkpoint to the last bit."""
     stored = {}
     for p in parameters:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the mapping is read-only; nothing writes to it
-            whole = torch.frombuffer(weights, dtype=template.dtype, count=math.prod(p.shape), offset=p.offset)
+            whole = torch.frombuffer(
+                weights, dtype=template.dtype, count=math.prod(p.shape), offset=p.offset
+            )
         stored[p.name] = whole.reshape(p.shape)
         start = 0
         for slab in template.kind.copies[name][p.name]:
@@ -95,7 +120,11 @@ def _run(
 ) -> list[np.ndarray]:
     graph = memoryview((folder / f"{name}.onnx").read_bytes())
     if template.dtype == torch.bfloat16:
-        inputs = {p.name: _widened_buffer(weights, p) for p in parameters if template.kind.weights_are_inputs}
+        inputs = {
+            p.name: _widened_buffer(weights, p)
+            for p in parameters
+            if template.kind.weights_are_inputs
+        }
         engine = backend.load(memoryview(_widened(graph, weights)), {}, inputs, runs_once=True)
     else:
         dtype = str(template.dtype).removeprefix("torch.")
@@ -106,7 +135,8 @@ def _run(
     for i in template.kind.inputs:
         inputs[i.name] = backend.allocate(tuple(i.example.shape), engine.dtypes[i.name])
         backend.upload(
-            i.example.float().numpy() if i.example.is_floating_point() else i.example.numpy(), inputs[i.name]
+            i.example.float().numpy() if i.example.is_floating_point() else i.example.numpy(),
+            inputs[i.name],
         )
     for output, shape in zip(template.kind.outputs, shapes, strict=True):
         outputs[output] = backend.allocate(shape, engine.dtypes[output])
@@ -129,9 +159,9 @@ def _widened(graph: memoryview, weights: memoryview) -> bytes:
             if initializer.data_location == onnx.TensorProto.EXTERNAL:
                 place = {entry.key: entry.value for entry in initializer.external_data}
                 start, length = int(place["offset"]), int(place["length"])
-                values = float32_from_bfloat16(np.frombuffer(weights[start : start + length], np.uint16)).reshape(
-                    initializer.dims
-                )
+                values = float32_from_bfloat16(
+                    np.frombuffer(weights[start : start + length], np.uint16)
+                ).reshape(initializer.dims)
             else:
                 values = onnx.numpy_helper.to_array(initializer).astype(np.float32)
             initializer.CopyFrom(onnx.numpy_helper.from_array(values, initializer.name))

@@ -25,7 +25,9 @@ PATH_OPTIONS = ("captions", "text_encoder", "vae")
 logger = logging.getLogger(__name__)
 
 
-def export(checkpoint: str | Path, output: str | Path, *, progress: Progress = no_progress, **options: Any) -> Manifest:
+def export(
+    checkpoint: str | Path, output: str | Path, *, progress: Progress = no_progress, **options: Any
+) -> Manifest:
     """Export a checkpoint to an engine directory.
 
     Args:
@@ -133,7 +135,9 @@ def verify_engines(
     from goc_deploy.engines.choice import RunOptions, tensorrt_backend_here
     from goc_deploy.engines.tensorrt_verify import verify_engines as verify
 
-    backend = tensorrt_backend_here(options.backend, Path(engine_dir), RunOptions(weights=options.weights))
+    backend = tensorrt_backend_here(
+        options.backend, Path(engine_dir), RunOptions(weights=options.weights)
+    )
     return verify(Path(engine_dir), backend, cpu_backend(), progress)
 
 
@@ -177,10 +181,14 @@ def load(
     directory, unlisted = Path(engine_dir), None
     if plan is not None or steps is not None:
         plan, unlisted = _plan_on_the_fly(directory, plan, steps)
-    return _load(directory, backend, options, [plan], batch_size, max_sessions, unlisted=unlisted)[0]
+    return _load(directory, backend, options, [plan], batch_size, max_sessions, unlisted=unlisted)[
+        0
+    ]
 
 
-def _plan_on_the_fly(directory: Path, plan: str | None, steps: int | None) -> tuple[str | None, UnlistedPlans | None]:
+def _plan_on_the_fly(
+    directory: Path, plan: str | None, steps: int | None
+) -> tuple[str | None, UnlistedPlans | None]:
     """The name to load, and the plan of that name if the directory does not hold it."""
     from goc_deploy.planning import plan_on_the_fly
     from goc_deploy.publish import read_manifest
@@ -199,7 +207,9 @@ def _plan_on_the_fly(directory: Path, plan: str | None, steps: int | None) -> tu
         _require("export", "onnx")
         from goc_deploy.exporters.cache_update import predict_graph
 
-        content: bytes = predict_graph(signature, manifest.model, manifest.precision).SerializeToString()
+        content: bytes = predict_graph(
+            signature, manifest.model, manifest.precision
+        ).SerializeToString()
         return content
 
     return found[0], UnlistedPlans(dict([found]), graph)
@@ -236,7 +246,9 @@ def load_plans(
     from goc_deploy.engines.choice import RunOptions
 
     options = RunOptions(threads, shared_pool, cuda_graphs, device)
-    return _load(Path(engine_dir), backend, options, plans, batch_size, max_sessions, all_units=all_units)
+    return _load(
+        Path(engine_dir), backend, options, plans, batch_size, max_sessions, all_units=all_units
+    )
 
 
 def _load(
@@ -253,7 +265,9 @@ def _load(
     """Load on the backend of that name, or on the first that works."""
     _require(None, "onnxruntime")
     if not isinstance(options.threads, int) or options.threads > MAX_THREADS:
-        raise UsageError(f"threads must be a whole number and at most {MAX_THREADS}, got {options.threads!r:.60}")
+        raise UsageError(
+            f"threads must be a whole number and at most {MAX_THREADS}, got {options.threads!r:.60}"
+        )
     from goc_deploy.engines.choice import candidates, explanation
     from goc_deploy.runtime.loading import load_pipelines
 
@@ -264,7 +278,13 @@ def _load(
             backend = make()
             backend.passed_over = passed_over
             pipelines = load_pipelines(
-                engine_dir, backend, plans, batch_size, max_sessions, all_units=all_units, unlisted=unlisted
+                engine_dir,
+                backend,
+                plans,
+                batch_size,
+                max_sessions,
+                all_units=all_units,
+                unlisted=unlisted,
             )
         except (EnvironmentUnsupportedError, ConflictError) as reason:
             if candidate == choices[-1][0]:

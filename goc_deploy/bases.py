@@ -65,12 +65,18 @@ def fora(argument: str, context: PolicyContext) -> Schedule:
     interval = whole_number(interval_text, "interval", 1, 1000)
     if at and not 0 < number(fraction_text, "fraction") <= 1:
         raise UsageError(f"fraction {fraction_text} must be above 0 and at most 1")
-    fraction = Fraction(fraction_text) if at else Fraction(1)  # exact: 0.55 of 20 steps is 11, not a little more
+    fraction = (
+        Fraction(fraction_text) if at else Fraction(1)
+    )  # exact: 0.55 of 20 steps is 11, not a little more
     phase, steps = context.options.get("phase", "first"), context.steps
     if phase not in ("first", "last"):
         raise UsageError(f"phase {phase!r} must be first or last")
-    computed = set(range(0, steps, interval) if phase == "first" else range(steps - 1, -1, -interval)) | {0}
-    return _same_for_all_units(context, [k not in computed and k < fraction * steps for k in range(steps)])
+    computed = set(
+        range(0, steps, interval) if phase == "first" else range(steps - 1, -1, -interval)
+    ) | {0}
+    return _same_for_all_units(
+        context, [k not in computed and k < fraction * steps for k in range(steps)]
+    )
 
 
 def l2c(argument: str, context: PolicyContext) -> Schedule:
@@ -118,4 +124,6 @@ def from_file(argument: str, _context: PolicyContext) -> Schedule:
 
 def _same_for_all_units(context: PolicyContext, reused: list[bool]) -> Schedule:
     spec = context.spec
-    return Schedule(spec.depth, spec.branches, tuple(((REUSE if r else COMPUTE),) * spec.units for r in reused))
+    return Schedule(
+        spec.depth, spec.branches, tuple(((REUSE if r else COMPUTE),) * spec.units for r in reused)
+    )

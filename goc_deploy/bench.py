@@ -15,7 +15,10 @@ from goc_deploy.trace import Span
 
 
 def compare_plans(
-    engine_dir: Path, options: BenchOptions, progress: Progress, spans: dict[str, list[Span]] | None = None
+    engine_dir: Path,
+    options: BenchOptions,
+    progress: Progress,
+    spans: dict[str, list[Span]] | None = None,
 ) -> dict[str, Any]:
     """Run every plan once per round, in turn, so that drift of the machine hits all alike.
 
@@ -47,14 +50,22 @@ def compare_plans(
         rounds = options.warmup * max(pipe.runs_to_warm for pipe in pipes) + options.repeats
         for number in range(rounds):
             for i, pipe in enumerate(pipes):
-                progress(f"round {number + 1}: {pipe.plan.name}", number * len(pipes) + i, rounds * len(pipes))
-                report = pipe.generate(options.labels, cfg_scale=options.cfg_scale, decode=False).report
+                progress(
+                    f"round {number + 1}: {pipe.plan.name}",
+                    number * len(pipes) + i,
+                    rounds * len(pipes),
+                )
+                report = pipe.generate(
+                    options.labels, cfg_scale=options.cfg_scale, decode=False
+                ).report
                 if number >= rounds - options.repeats:
                     reports.setdefault(pipe.plan.name, []).append(report)
         if spans is not None:
             for pipe in pipes:
                 spans[pipe.plan.name] = []
-                pipe.generate(options.labels, cfg_scale=options.cfg_scale, spans=spans[pipe.plan.name])
+                pipe.generate(
+                    options.labels, cfg_scale=options.cfg_scale, spans=spans[pipe.plan.name]
+                )
     return {
         "machine": {
             "processor": platform.processor() or platform.machine(),
@@ -100,7 +111,9 @@ def summary_rows(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     ]
     plans = found["plans"]
     baseline = next(iter(plans.values()))["total_ms"]
-    full = median([p["step_ms_by_kind"]["full"] for p in plans.values() if "full" in p["step_ms_by_kind"]])
+    full = median(
+        [p["step_ms_by_kind"]["full"] for p in plans.values() if "full" in p["step_ms_by_kind"]]
+    )
     rows = []
     for name, p in plans.items():
         kinds = p["step_ms_by_kind"]
@@ -112,7 +125,10 @@ def summary_rows(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 f"{min(p['total_ms_rounds']):.1f}-{max(p['total_ms_rounds']):.1f}",
                 f"{baseline / p['total_ms']:.3f}",
                 f"{100 * p['computed_units'] / p['all_units']:.1f} %",
-                *(f"{kinds[kind]:.2f}" if kind in kinds else "" for kind in ("full", "mixed", "collapsed")),
+                *(
+                    f"{kinds[kind]:.2f}" if kind in kinds else ""
+                    for kind in ("full", "mixed", "collapsed")
+                ),
                 "" if collapsed is None else f"{collapsed / full:.4f}",
                 f"{p['cache_bytes'] / 1e6:.1f}",
             ]

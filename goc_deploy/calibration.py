@@ -20,7 +20,9 @@ from goc_deploy.spec import ModelSpec
 
 MAX_GAP = 3  # steps that SmoothCache looks back, its calibration_lookahead
 DEFAULT_IMAGES = 16
-DEFAULT_FLOPS = 10**12  # for the images without cache; policies that measure schedules take a few times that
+DEFAULT_FLOPS = (
+    10**12
+)  # for the images without cache; policies that measure schedules take a few times that
 MAX_IMAGES = 100_000
 LABELS = 2**64 - 1  # in place of an image index
 

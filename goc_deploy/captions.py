@@ -16,7 +16,9 @@ MASKED = -10_000.0  # added to the attention scores of padding, as in PixArt's r
 PROMPT, PROMPT_MASK = "prompt_embeds", "prompt_attention_mask"  # diffusers' argument names
 NEGATIVE, NEGATIVE_MASK = "negative_prompt_embeds", "negative_prompt_attention_mask"
 NAMES = (PROMPT, PROMPT_MASK, NEGATIVE, NEGATIVE_MASK)
-NO_CAPTIONS = "the engine keeps no captions to take instead of class labels; export it with --captions"
+NO_CAPTIONS = (
+    "the engine keeps no captions to take instead of class labels; export it with --captions"
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,7 +85,9 @@ class Conditions:
         return Conditions(self.labels[cut], self.nulls[cut], self.captions)
 
 
-def conditions_from_labels(labels: Sequence[int], spec: ModelSpec, stored: PromptEmbeds | None) -> Conditions:
+def conditions_from_labels(
+    labels: Sequence[int], spec: ModelSpec, stored: PromptEmbeds | None
+) -> Conditions:
     """Conditions of class labels, or of the captions that an engine directory keeps.
 
     Raises:
@@ -98,7 +102,9 @@ def conditions_from_labels(labels: Sequence[int], spec: ModelSpec, stored: Promp
     return Conditions(tuple(int(label) for label in labels), (spec.classes,) * len(labels), table)
 
 
-def conditions_from_captions(labels: Sequence[int] | None, given: PromptEmbeds, *, guided: bool) -> Conditions:
+def conditions_from_captions(
+    labels: Sequence[int] | None, given: PromptEmbeds, *, guided: bool
+) -> Conditions:
     """Conditions of captions; ``labels`` are rows of the prompts, by default each of them once.
 
     Raises:
@@ -115,7 +121,9 @@ def conditions_from_captions(labels: Sequence[int] | None, given: PromptEmbeds, 
     return Conditions(rows, tuple(count + row % negatives for row in rows), given.table)
 
 
-def prompt_embeds_from_arrays(arrays: Mapping[str, np.ndarray], spec: ModelSpec, where: str) -> PromptEmbeds:
+def prompt_embeds_from_arrays(
+    arrays: Mapping[str, np.ndarray], spec: ModelSpec, where: str
+) -> PromptEmbeds:
     """Check and pad embeddings.
 
     Args:
@@ -134,7 +142,9 @@ def prompt_embeds_from_arrays(arrays: Mapping[str, np.ndarray], spec: ModelSpec,
         has = f"it has {', '.join(sorted(arrays)) or 'nothing'}"
         raise UsageError(f"{where} must hold {PROMPT}, and may hold {', '.join(NAMES[1:])}; {has}")
     prompts = _captions(arrays, PROMPT, PROMPT_MASK, spec, where)
-    negatives = _captions(arrays, NEGATIVE, NEGATIVE_MASK, spec, where) if NEGATIVE in arrays else None
+    negatives = (
+        _captions(arrays, NEGATIVE, NEGATIVE_MASK, spec, where) if NEGATIVE in arrays else None
+    )
     if negatives is not None and len(negatives) not in (1, len(prompts)):
         raise UsageError(
             f"{where} has {len(negatives)} negative captions for {len(prompts)}; give one, or one for each"
@@ -142,10 +152,14 @@ def prompt_embeds_from_arrays(arrays: Mapping[str, np.ndarray], spec: ModelSpec,
     return PromptEmbeds(prompts, negatives)
 
 
-def _captions(arrays: Mapping[str, np.ndarray], name: str, mask_name: str, spec: ModelSpec, where: str) -> Captions:
+def _captions(
+    arrays: Mapping[str, np.ndarray], name: str, mask_name: str, spec: ModelSpec, where: str
+) -> Captions:
     embeds = np.asarray(arrays[name])
     if embeds.ndim != 3 or 0 in embeds.shape or embeds.dtype.kind != "f":
-        raise UsageError(f"{where}: {name} is {embeds.dtype} {list(embeds.shape)}, expected floating point [N,L,C]")
+        raise UsageError(
+            f"{where}: {name} is {embeds.dtype} {list(embeds.shape)}, expected floating point [N,L,C]"
+        )
     count, tokens, width = embeds.shape
     if width != spec.caption_channels:
         raise UsageError(
@@ -158,7 +172,11 @@ def _captions(arrays: Mapping[str, np.ndarray], name: str, mask_name: str, spec:
     if not np.isfinite(embeds).all():
         raise UsageError(f"{where}: {name} holds NaN or infinite values")
     mask = np.asarray(arrays.get(mask_name, np.ones((count, tokens))))
-    if mask.shape != (count, tokens) or not np.isin(mask, (0, 1)).all() or not mask.any(axis=1).all():
+    if (
+        mask.shape != (count, tokens)
+        or not np.isin(mask, (0, 1)).all()
+        or not mask.any(axis=1).all()
+    ):
         raise UsageError(
             f"{where}: {mask_name} must be {[count, tokens]} of zeros and ones with a one for each caption, got {list(mask.shape)}"
         )
@@ -201,9 +219,13 @@ def captions_from_bytes(content: memoryview, spec: ModelSpec, where: str) -> Pro
     try:
         found = prompt_embeds_from_arrays(arrays_from_npz(io.BytesIO(content), where), spec, where)
     except UsageError as cause:
-        raise EngineDirError(f"{where} holds no captions for this model ({cause}); export again") from cause
+        raise EngineDirError(
+            f"{where} holds no captions for this model ({cause}); export again"
+        ) from cause
     if len(found.prompts) != spec.classes or found.negatives is None or len(found.negatives) != 1:
-        raise EngineDirError(f"{where} holds {len(found.prompts)} captions, not {spec.classes}; export again")
+        raise EngineDirError(
+            f"{where} holds {len(found.prompts)} captions, not {spec.classes}; export again"
+        )
     return found
 
 
@@ -211,4 +233,6 @@ def check_rows(labels: Sequence[int], count: int) -> None:
     for i, label in enumerate(labels):
         whole = isinstance(label, (int, np.integer)) and not isinstance(label, bool)
         if not whole or not 0 <= label < count:
-            raise UsageError(f"label {label!r} (image {i}) must be a whole number within 0..{count - 1}")
+            raise UsageError(
+                f"label {label!r} (image {i}) must be a whole number within 0..{count - 1}"
+            )

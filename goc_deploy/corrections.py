@@ -14,12 +14,16 @@ from goc_deploy.schedule import REUSE, Schedule, gradient
 DEFAULT_ETA = 1.0
 DEFAULT_ORDER = "2"
 
-Row = Callable[[Sequence[int], int], tuple[float, ...]]  # (computed steps, newest first; step) -> coefficients
+Row = Callable[
+    [Sequence[int], int], tuple[float, ...]
+]  # (computed steps, newest first; step) -> coefficients
 
 
 def gradient_everywhere(schedule: Schedule, argument: str, _context: PolicyContext) -> Schedule:
     """``gc[:ETA]``: the gradient wherever history allows (GOC without GOD)."""
-    return _with_gradient(schedule, set(range(schedule.steps)), number(argument, "eta") if argument else DEFAULT_ETA)
+    return _with_gradient(
+        schedule, set(range(schedule.steps)), number(argument, "eta") if argument else DEFAULT_ETA
+    )
 
 
 def gradient_at_steps(schedule: Schedule, argument: str, _context: PolicyContext) -> Schedule:
@@ -56,10 +60,14 @@ def hermite(schedule: Schedule, argument: str, context: PolicyContext) -> Schedu
     """``hermite[:ORDER[:SIGMA]]``: HiCache."""
     order, _, sigma_text = argument.partition(":")
     sigma = number(sigma_text, "sigma") if sigma_text else HERMITE_SIGMA
-    return _over_computed(schedule, order, context, lambda computed, step: hermite_row(computed, step, sigma))
+    return _over_computed(
+        schedule, order, context, lambda computed, step: hermite_row(computed, step, sigma)
+    )
 
 
-def _over_computed(schedule: Schedule, order_text: str, context: PolicyContext, row_of: Row) -> Schedule:
+def _over_computed(
+    schedule: Schedule, order_text: str, context: PolicyContext, row_of: Row
+) -> Schedule:
     """Predict from the last ORDER + 1 features that were computed, or as many as there are."""
     order = whole_number(order_text or DEFAULT_ORDER, "order", 0, MAX_ORDER)
     if context.options.get("history", "computed") != "computed":
@@ -74,7 +82,8 @@ def predict_from_computed(schedule: Schedule, order: int, row_of: Row) -> Schedu
     for step, actions in enumerate(schedule.coefficients):
         rows.append(
             tuple(
-                row_of(computed[unit][: order + 1], step) if row == REUSE else row for unit, row in enumerate(actions)
+                row_of(computed[unit][: order + 1], step) if row == REUSE else row
+                for unit, row in enumerate(actions)
             )
         )
         for unit, row in enumerate(actions):
@@ -89,5 +98,10 @@ def only_where_all_branches_are_reused(base: Schedule, corrected: Schedule) -> S
     rows = []
     for before, after in zip(base.coefficients, corrected.coefficients, strict=True):
         blocks = [before[first : first + branches] for first in range(0, len(before), branches)]
-        rows.append(tuple(row if all(blocks[unit // branches]) else before[unit] for unit, row in enumerate(after)))
+        rows.append(
+            tuple(
+                row if all(blocks[unit // branches]) else before[unit]
+                for unit, row in enumerate(after)
+            )
+        )
     return replace(corrected, coefficients=tuple(rows))

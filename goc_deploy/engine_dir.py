@@ -17,7 +17,9 @@ from goc_deploy.serde import plan_from_json, schedule_from_json
 from goc_deploy.suggestions import closest, meant_spec
 
 
-def plan_entry(manifest: Manifest, name: str | None, directory: Path = Path("ENGINE_DIR")) -> PlanEntry:
+def plan_entry(
+    manifest: Manifest, name: str | None, directory: Path = Path("ENGINE_DIR")
+) -> PlanEntry:
     """The plan of that name or SPEC; without a name the first plan that caches, else the first.
 
     Args:
@@ -65,7 +67,9 @@ def load_plan(directory: Path, manifest: Manifest, name: str | None) -> Plan:
     """
     entry = plan_entry(manifest, name, directory)
     files = {file.path: file for file in manifest.files}
-    schedule_text, plan_text = (bytes(read_verified(directory, files[path])) for path in (entry.schedule, entry.plan))
+    schedule_text, plan_text = (
+        bytes(read_verified(directory, files[path])) for path in (entry.schedule, entry.plan)
+    )
     try:
         schedule = schedule_from_json(schedule_text, str(directory / entry.schedule))
     except UsageError as cause:
@@ -76,7 +80,9 @@ def load_plan(directory: Path, manifest: Manifest, name: str | None) -> Plan:
         or schedule.units != manifest.model.units
         or _computed(plan) != _scheduled(schedule)
     ):
-        raise EngineDirError(f"plan {entry.name} and its schedule do not fit together; add the plan again")
+        raise EngineDirError(
+            f"plan {entry.name} and its schedule do not fit together; add the plan again"
+        )
     check_plan(plan, manifest.model)
     return plan
 
@@ -88,7 +94,9 @@ def _computed(plan: Plan) -> list[set[int]]:
 
 def _scheduled(schedule: Schedule) -> list[set[int]]:
     """Units that each step is to compute."""
-    return [{unit for unit, row in enumerate(step) if row == COMPUTE} for step in schedule.coefficients]
+    return [
+        {unit for unit, row in enumerate(step) if row == COMPUTE} for step in schedule.coefficients
+    ]
 
 
 def mapped_weights(unit: Unit, weights: memoryview) -> tuple[dict[str, Buffer], dict[str, Buffer]]:

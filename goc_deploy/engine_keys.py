@@ -35,7 +35,9 @@ class Target:
     @property
     def folder(self) -> str:
         """Where its engines lie in an engine directory."""
-        architectures = "+".join(f"sm{capability.replace('.', '')}" for capability in self.capabilities)
+        architectures = "+".join(
+            f"sm{capability.replace('.', '')}" for capability in self.capabilities
+        )
         return f"engines/{self.backend}-{self.version}-{architectures}"
 
     def refusal(self, backend: str, version: str, platform: str, capability: str) -> str | None:
@@ -82,7 +84,10 @@ class Recipe:
     @property
     def optima(self) -> tuple[str, ...]:
         """Of each profile, the sizes that kernels are chosen for, such as ``batch=2``."""
-        return tuple(" ".join(f"{symbol}={usual}" for symbol, (_, usual, _) in profile) for profile in self.profiles)
+        return tuple(
+            " ".join(f"{symbol}={usual}" for symbol, (_, usual, _) in profile)
+            for profile in self.profiles
+        )
 
     @property
     def key(self) -> str:
@@ -91,7 +96,9 @@ class Recipe:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def dimension_profiles(backend: str, spec: ModelSpec, max_batch: int, steps: int) -> tuple[Mapping[str, Range], ...]:
+def dimension_profiles(
+    backend: str, spec: ModelSpec, max_batch: int, steps: int
+) -> tuple[Mapping[str, Range], ...]:
     """Sizes that an engine takes and those that its kernels are chosen for, one set for each optimisation profile.
 
     TensorRT chooses kernels at build time, for the usual sizes of a profile. It gets two profiles of all sizes: one for a

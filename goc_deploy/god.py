@@ -113,8 +113,14 @@ def decide(
     """
     own = boundaries(inverse, gamma)
     of_step = own.mean(axis=1)
-    chosen = own < threshold if per_unit else np.repeat(of_step[:, None] < threshold, own.shape[1], axis=1)
-    return Decision(with_gradient_at(schedule, chosen & allowed, eta), eta, threshold, tuple(of_step.tolist()))
+    chosen = (
+        own < threshold
+        if per_unit
+        else np.repeat(of_step[:, None] < threshold, own.shape[1], axis=1)
+    )
+    return Decision(
+        with_gradient_at(schedule, chosen & allowed, eta), eta, threshold, tuple(of_step.tolist())
+    )
 
 
 def candidate_thresholds(

@@ -46,12 +46,16 @@ class PolicySpec:
     @property
     def default_name(self) -> str:
         """The SPEC made file-safe, without folders and suffixes of files that it names."""
-        return plan_name_from_spec(self.text.replace(self._path, Path(self._path).stem, 1) if self._path else self.text)
+        return plan_name_from_spec(
+            self.text.replace(self._path, Path(self._path).stem, 1) if self._path else self.text
+        )
 
     @property
     def _path(self) -> str:
         name, argument = self.base
-        if name not in BASES_WITH_A_PATH or (name == "smoothcache" and not argument.endswith(".json")):
+        if name not in BASES_WITH_A_PATH or (
+            name == "smoothcache" and not argument.endswith(".json")
+        ):
             return ""
         return split_threshold(argument)[0] if name == "l2c" else argument
 
@@ -63,10 +67,16 @@ def parse_policy(text: str) -> PolicySpec:
         UsageError: more than one correction, or an option given twice.
     """
     head, *option_texts = _OPTION.split(text.strip())
-    parts = _CORRECTION.split(head) if head.partition(":")[0] in BASES_WITH_A_PATH else head.split("+")
+    parts = (
+        _CORRECTION.split(head) if head.partition(":")[0] in BASES_WITH_A_PATH else head.split("+")
+    )
     if len(parts) > 2:
-        raise UsageError(f"SPEC {text!r}: more than one '+'; the form is BASE[+CORRECTION][,OPTION]...")
-    options = [(name, value) for name, _, value in (option.partition("=") for option in option_texts)]
+        raise UsageError(
+            f"SPEC {text!r}: more than one '+'; the form is BASE[+CORRECTION][,OPTION]..."
+        )
+    options = [
+        (name, value) for name, _, value in (option.partition("=") for option in option_texts)
+    ]
     if len({name for name, _ in options}) != len(options):
         raise UsageError(f"SPEC {text!r}: an option stands twice")
     correction = _named_argument(parts[1]) if len(parts) == 2 else None

@@ -30,7 +30,9 @@ MAX_ELEMENTS = 2**31  # of one tensor
 MAX_PADDING, MAX_SCALE = 64, 8
 _STANDARD = frozenset(("", "ai.onnx"))
 _DTYPES = frozenset((1, 6, 7, 9, 10, 16))  # float32, int32, int64, bool, float16, bfloat16
-_ORT_FORMAT = b"ORTM"  # at byte 4; ONNX Runtime then reads its own format, whatever else the bytes are
+_ORT_FORMAT = (
+    b"ORTM"  # at byte 4; ONNX Runtime then reads its own format, whatever else the bytes are
+)
 _EXTERNAL = 1
 _PLACE = frozenset(("location", "offset", "length", "checksum"))
 
@@ -62,7 +64,9 @@ def external_tensors(parts: Mapping[str, Unit]) -> dict[str, ExternalTensor]:
     }
 
 
-def check_graph(content: bytes | memoryview, external: Mapping[str, ExternalTensor], where: str) -> None:
+def check_graph(
+    content: bytes | memoryview, external: Mapping[str, ExternalTensor], where: str
+) -> None:
     """Check a graph that nobody vouches for.
 
     Args:
@@ -85,12 +89,17 @@ def check_graph(content: bytes | memoryview, external: Mapping[str, ExternalTens
         _check_operators(model)
         _check_sizes(model, len(content))
     except ValueError as cause:
-        raise EngineDirError(f"{where} is not a graph that goc_deploy wrote: {cause}; export again") from cause
+        raise EngineDirError(
+            f"{where} is not a graph that goc_deploy wrote: {cause}; export again"
+        ) from cause
     _check_places(model, external, where)
 
 
 def _check_operators(model: Any) -> None:
-    opsets = [*model.opset_import, *(opset for function in model.functions for opset in function.opset_import)]
+    opsets = [
+        *model.opset_import,
+        *(opset for function in model.functions for opset in function.opset_import),
+    ]
     for opset in opsets:
         if opset.domain not in (*_STANDARD, FUNCTION_DOMAIN):
             raise ValueError(f"it uses operators of domain {opset.domain!r}")
@@ -104,20 +113,37 @@ def _check_operators(model: Any) -> None:
     _check_nodes(model.graph.node, frozenset(functions), model.graph.initializer)
 
 
-def _check_nodes(nodes: Iterable[Any], functions: frozenset[str], initializers: Iterable[Any]) -> None:
+def _check_nodes(
+    nodes: Iterable[Any], functions: frozenset[str], initializers: Iterable[Any]
+) -> None:
     values = {tensor.name: tensor for tensor in initializers}
     sources = {name: node.op_type for node in nodes for name in node.output}
     for node in nodes:
-        known = OPERATORS if node.domain in _STANDARD else functions if node.domain == FUNCTION_DOMAIN else ()
+        known = (
+            OPERATORS
+            if node.domain in _STANDARD
+            else functions
+            if node.domain == FUNCTION_DOMAIN
+            else ()
+        )
         if node.op_type not in known:
             raise ValueError(f"it has operator {node.domain or 'ai.onnx'}::{node.op_type}")
         if node.op_type == "Expand" and [sources.get(name) for name in node.input[1:]] != ["Shape"]:
             raise ValueError("it expands a tensor to another shape than that of a tensor")
         if node.op_type == "Resize":
             scales = [scale for name in node.input[2:] for scale in _floats(values.get(name))]
-            if len(node.input) != 3 or not scales or not all(0 < scale <= MAX_SCALE for scale in scales):
+            if (
+                len(node.input) != 3
+                or not scales
+                or not all(0 < scale <= MAX_SCALE for scale in scales)
+            ):
                 raise ValueError(f"it makes a tensor more than {MAX_SCALE} times as large")
-        if any(size > MAX_PADDING for field in node.attribute if field.name == "pads" for size in field.ints):
+        if any(
+            size > MAX_PADDING
+            for field in node.attribute
+            if field.name == "pads"
+            for size in field.ints
+        ):
             raise ValueError(f"it pads by more than {MAX_PADDING}")
 
 
@@ -134,7 +160,9 @@ def _check_sizes(model: Any, nbytes: int) -> None:
         if tensor.data_type not in _DTYPES:
             raise ValueError(f"tensor {tensor.name!r} has element type {tensor.data_type}")
         if not tensor.data_location and elements > nbytes:
-            raise ValueError(f"tensor {tensor.name!r} claims {elements} elements, more than the file can hold")
+            raise ValueError(
+                f"tensor {tensor.name!r} claims {elements} elements, more than the file can hold"
+            )
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         _elements(dim.dim_value for dim in value.type.tensor_type.shape.dim if dim.dim_value)
 
@@ -149,7 +177,9 @@ def _elements(dims: Iterable[int]) -> int:
 def _tensors(model: Any) -> list[Any]:
     """Initializers, and values of nodes."""
     nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
-    values = [attribute.t for node in nodes for attribute in node.attribute if attribute.HasField("t")]
+    values = [
+        attribute.t for node in nodes for attribute in node.attribute if attribute.HasField("t")
+    ]
     return [*model.graph.initializer, *values]
 
 
@@ -165,7 +195,11 @@ def _check_places(model: Any, external: Mapping[str, ExternalTensor], where: str
             continue
         place = {entry.key: entry.value for entry in tensor.external_data}
         known = external.get(tensor.name) if index < inside else None
-        expected = tensor.data_location == _EXTERNAL and known is not None and place.get("location") == known.location
+        expected = (
+            tensor.data_location == _EXTERNAL
+            and known is not None
+            and place.get("location") == known.location
+        )
         if not expected or len(place) != len(tensor.external_data) or not place.keys() <= _PLACE:
             raise SafetyError(
                 f"{where} asks for the values of {tensor.name!r} from {place.get('location')!r}, which the manifest does not say; "

@@ -92,22 +92,31 @@ def heat_map(schedule: Schedule, title: str = "") -> Drawing:
         legend_width = max(legend_width, _legend_width([name for _, name in names]))
         marks += _legend(names, top)
         top += LINE_HEIGHT + 6
-        marks += [Label(str(value), LEFT - 8, top + CURVES_HEIGHT * (1 - value) + 4, "end") for value in (0, 1)]
+        marks += [
+            Label(str(value), LEFT - 8, top + CURVES_HEIGHT * (1 - value) + 4, "end")
+            for value in (0, 1)
+        ]
         for kind, _, values in lines:
-            points = zip(middles, (top + CURVES_HEIGHT * (1 - value) for value in values), strict=True)
+            points = zip(
+                middles, (top + CURVES_HEIGHT * (1 - value) for value in values), strict=True
+            )
             marks.append(Line(kind, tuple(points)))
         top += CURVES_HEIGHT + 8
     marks += _cells(schedule, cell, top)
     width, height = cell * schedule.steps, float(CELL_HEIGHT * schedule.units)
     branches = len(schedule.branches)
     for block in range(0, schedule.depth, max(1, math.ceil(FONT_SIZE / (CELL_HEIGHT * branches)))):
-        marks.append(Label(str(block), LEFT - 8, top + CELL_HEIGHT * branches * (block + 0.5) + 4, "end"))
+        marks.append(
+            Label(str(block), LEFT - 8, top + CELL_HEIGHT * branches * (block + 0.5) + 4, "end")
+        )
     for step in range(0, schedule.steps, math.ceil(LABEL_WIDTH / cell)):
         marks.append(Label(str(step), middles[step], top + height + 15))
     axis = f"step (0 is the noisiest); rows of a block: {', '.join(schedule.branches)}"
     marks.append(Label(axis, LEFT, top + height + 32, "start", title=True))
     marks.append(Label("block", 24, top + height / 2, upwards=True, title=True))
-    whole = max(LEFT + width + RIGHT, legend_width, LEFT + LETTER * max(len(title), len(axis)) + RIGHT)
+    whole = max(
+        LEFT + width + RIGHT, legend_width, LEFT + LETTER * max(len(title), len(axis)) + RIGHT
+    )
     return Drawing(whole, top + height + BOTTOM, tuple(marks))
 
 
@@ -119,7 +128,8 @@ def svg(drawing: Drawing) -> str:
 def svg_file(drawing: Drawing) -> str:
     """The drawing as an SVG file, with colours and fonts of its own."""
     rules = "".join(
-        f"rect.{kind} {{ fill: {color} }} polyline.{kind} {{ stroke: {color} }} " for kind, color in COLORS.items()
+        f"rect.{kind} {{ fill: {color} }} polyline.{kind} {{ stroke: {color} }} "
+        for kind, color in COLORS.items()
     )
     style = f"<style>{rules}polyline {{ fill: none }} text {{ font: {FONT_SIZE}px sans-serif; fill: #333333 }}</style>"
     return _svg(drawing, ' xmlns="http://www.w3.org/2000/svg"', style) + "\n"
@@ -154,7 +164,11 @@ def _kind(schedule: Schedule, step: int, unit: int) -> str:
 def _keys(schedule: Schedule) -> list[tuple[str, str]]:
     """(kind, name) of what the schedule does."""
     names = {"compute": "compute", "reuse": "reuse", "predict": prediction_name(schedule)}
-    used = {_kind(schedule, step, unit) for step in range(schedule.steps) for unit in range(schedule.units)}
+    used = {
+        _kind(schedule, step, unit)
+        for step in range(schedule.steps)
+        for unit in range(schedule.units)
+    }
     return [(kind, name) for kind, name in names.items() if kind in used]
 
 
@@ -172,17 +186,25 @@ def _legend_width(names: Sequence[str]) -> float:
 
 def _god_lines(schedule: Schedule, curves: list[list[float]]) -> list[tuple[str, str, list[float]]]:
     """(kind, name, a value per step within 0..1) of what GOD decided by."""
-    lines = [("inverse", "N, share of inverse units", curves[0]), ("boundary", "B, boundary", curves[1])]
+    lines = [
+        ("inverse", "N, share of inverse units", curves[0]),
+        ("boundary", "B, boundary", curves[1]),
+    ]
     threshold = schedule.provenance["god"].get("threshold")
     if isinstance(threshold, (int, float)) and 0 <= threshold <= 1:
         lines.append(("threshold", "threshold", [float(threshold)] * schedule.steps))
-    return [(kind, name, [min(max(value, 0.0), 1.0) for value in values]) for kind, name, values in lines]
+    return [
+        (kind, name, [min(max(value, 0.0), 1.0) for value in values])
+        for kind, name, values in lines
+    ]
 
 
 def _cells(schedule: Schedule, cell: float, top: float) -> Iterator[Rectangle]:
     prediction = prediction_name(schedule)
     for unit in range(schedule.units):
-        for kind, run in groupby(range(schedule.steps), key=lambda step: _kind(schedule, step, unit)):
+        for kind, run in groupby(
+            range(schedule.steps), key=lambda step: _kind(schedule, step, unit)
+        ):
             steps = list(run)
             until = f" to step {steps[-1]}" if len(steps) > 1 else ""
             action = action_name(schedule, steps[0], unit, prediction)

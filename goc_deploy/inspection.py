@@ -21,10 +21,14 @@ def unit_rows(manifest: Manifest) -> Table:
     for unit in manifest.units:
         weights = f"{sizes[unit.weights] / 1e6:.2f}" if unit.weights else ""
         error = f"{unit.relative_l2:.1e}" if unit.relative_l2 is not None else ""
-        rows.append([unit.name, f"{sizes[unit.onnx] / 1e3:.1f}", weights, error, str(served[unit.onnx])])
+        rows.append(
+            [unit.name, f"{sizes[unit.onnx] / 1e3:.1f}", weights, error, str(served[unit.onnx])]
+        )
     for kind, graphs in (("predict", manifest.predict), ("segment", manifest.segments)):
         for signature, path in graphs.items():
-            rows.append([f"{kind} {signature}", f"{sizes[path] / 1e3:.1f}", "", "", str(served[path])])
+            rows.append(
+                [f"{kind} {signature}", f"{sizes[path] / 1e3:.1f}", "", "", str(served[path])]
+            )
     return ["unit", "graph kB", "weights MB", "error to PyTorch", "engines"], rows
 
 
@@ -46,7 +50,17 @@ def engine_rows(directory: Path, manifest: Manifest, folder: str) -> Table:
         for engine in manifest.engines
         if engine.target.folder == folder
     ]
-    return ["engine", "weights", "graphs", "MB", "kernels", "of plugin", "profiles for", "scratch MB", "file"], rows
+    return [
+        "engine",
+        "weights",
+        "graphs",
+        "MB",
+        "kernels",
+        "of plugin",
+        "profiles for",
+        "scratch MB",
+        "file",
+    ], rows
 
 
 def target_folders(manifest: Manifest) -> list[str]:
@@ -77,7 +91,16 @@ def launch_rows(plans: Sequence[Plan], manifest: Manifest) -> Table:
         for kind, step in sorted(kinds.items()):
             on_cpu, on_gpu = (launched_graphs(form, manifest, step) for form in (plan, stacked))
             kernels = [_kernels(on_gpu, manifest, folder, weights) for folder, weights in ways]
-            rows.append([plan.name, kind, str(plan.kind_counts[kind]), str(len(on_cpu)), str(len(on_gpu)), *kernels])
+            rows.append(
+                [
+                    plan.name,
+                    kind,
+                    str(plan.kind_counts[kind]),
+                    str(len(on_cpu)),
+                    str(len(on_gpu)),
+                    *kernels,
+                ]
+            )
     names = [f"{folder.removeprefix('engines/')} {weights}: kernels" for folder, weights in ways]
     return ["plan", "kind of step", "steps", "graphs per step", "on TensorRT", *names], rows
 
@@ -94,7 +117,9 @@ def launched_graphs(plan: Plan, manifest: Manifest, step: int) -> list[str]:
         elif isinstance(op, Segment):
             names.append(manifest.segments[op.signature])
         else:
-            names.append(onnx["collect"] if isinstance(op, Collect) else manifest.predict[op.signature])
+            names.append(
+                onnx["collect"] if isinstance(op, Collect) else manifest.predict[op.signature]
+            )
     return [*names, onnx["final"], onnx[plan.sampler.graph]]
 
 
@@ -104,10 +129,16 @@ def _kernels(graphs: Sequence[str], manifest: Manifest, folder: str, weights: st
     for engine in manifest.engines:
         if engine.target.folder == folder and engine.weights in (weights, "none"):
             of_graph.update(dict.fromkeys(engine.graphs, engine))
-    for engine in manifest.engines:  # weights that are inputs of the graph itself are so in both ways
+    for (
+        engine
+    ) in manifest.engines:  # weights that are inputs of the graph itself are so in both ways
         if engine.target.folder == folder:
             for graph in engine.graphs:
                 of_graph.setdefault(graph, engine)
     counts = [of_graph[graph].kernels if graph in of_graph else None for graph in graphs]
     known = [count for count in counts if count is not None]
-    return str(sum(known)) if len(known) == len(counts) else f"{len(counts) - len(known)} graphs unknown"
+    return (
+        str(sum(known))
+        if len(known) == len(counts)
+        else f"{len(counts) - len(known)} graphs unknown"
+    )

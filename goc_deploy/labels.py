@@ -35,7 +35,11 @@ def _label(word: str, known: dict[str, list[int]]) -> int:
         raise UsageError(
             f"{word.strip()!r} is the name of the classes {' and '.join(map(str, found))}; give the number"
         )
-    hint = "is not the name of a class" if known else "must be a whole number, the model has no class names"
+    hint = (
+        "is not the name of a class"
+        if known
+        else "must be a whole number, the model has no class names"
+    )
     raise UsageError(f"label {word.strip()!r} {hint}; separate labels by commas")
 
 

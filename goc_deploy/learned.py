@@ -49,10 +49,14 @@ def goc(schedule: Schedule, argument: str, context: PolicyContext) -> Schedule:
         if threshold is None
         else (threshold,)
     )
-    decisions = [god.decide(schedule, allowed, inverse, eta, gamma, t, per_unit=per_unit) for t in thresholds]
+    decisions = [
+        god.decide(schedule, allowed, inverse, eta, gamma, t, per_unit=per_unit) for t in thresholds
+    ]
     errors = [measured_error(calibrator, decision.schedule) for decision in decisions]
     best = min(range(len(errors)), key=lambda i: (errors[i], -thresholds[i]))
-    measured = [{"threshold": t, "error": error} for t, error in zip(thresholds, errors, strict=True)]
+    measured = [
+        {"threshold": t, "error": error} for t, error in zip(thresholds, errors, strict=True)
+    ]
     record = {
         **_record(decisions[best], inverse),
         "gamma": gamma,
@@ -74,7 +78,10 @@ def _where_reused(schedule: Schedule, *, all_branches: bool) -> np.ndarray:
 
 
 def _best_eta(schedule: Schedule, allowed: np.ndarray, calibrator: Calibrator) -> float:
-    errors = {eta: measured_error(calibrator, god.with_gradient_at(schedule, allowed, eta)) for eta in ETAS}
+    errors = {
+        eta: measured_error(calibrator, god.with_gradient_at(schedule, allowed, eta))
+        for eta in ETAS
+    }
     return min(errors, key=lambda eta: errors[eta])
 
 
@@ -95,7 +102,11 @@ def fit(schedule: Schedule, argument: str, context: PolicyContext) -> Schedule:
     See `goc_deploy.fitting.FitOptions` for ``fit=``, ``target=`` and ``ridge=``.
     """
     options = context.options
-    entries = whole_number(argument, "history entries", 1, MAX_HISTORY) if argument else FitOptions().entries
+    entries = (
+        whole_number(argument, "history entries", 1, MAX_HISTORY)
+        if argument
+        else FitOptions().entries
+    )
     granularity = options.get("fit", FitOptions().granularity)
     ridge = number(options["ridge"], "ridge") if "ridge" in options else FitOptions().ridge
     if granularity not in GRANULARITIES:
@@ -105,4 +116,8 @@ def fit(schedule: Schedule, argument: str, context: PolicyContext) -> Schedule:
     target = options.get("target", FitOptions().target)
     if target not in TARGETS:
         raise UsageError(f"target {target!r} must be {' or '.join(TARGETS)}")
-    return context.engine().calibrator(schedule.steps).fit(schedule, FitOptions(entries, granularity, target, ridge))
+    return (
+        context.engine()
+        .calibrator(schedule.steps)
+        .fit(schedule, FitOptions(entries, granularity, target, ridge))
+    )

@@ -212,7 +212,10 @@ def manifest_from_json(text: bytes, where: str) -> Manifest:
 
 
 def _manifest_from_fields(found: dict[str, Any]) -> Manifest:
-    model = {**found["model"], "branches": tuple(str(branch) for branch in found["model"]["branches"])}
+    model = {
+        **found["model"],
+        "branches": tuple(str(branch) for branch in found["model"]["branches"]),
+    }
     return Manifest(
         model=ModelSpec(**model),
         precision=str(found["precision"]),
@@ -235,13 +238,16 @@ def _manifest_from_fields(found: dict[str, Any]) -> Manifest:
 def _engine_from_fields(engine: dict[str, Any]) -> EngineEntry:
     target = engine["target"]
     target = Target(**{**target, "capabilities": tuple(str(c) for c in target["capabilities"])})
-    names = {name: tuple(str(text) for text in engine.get(name, ())) for name in ("graphs", "optima")}
+    names = {
+        name: tuple(str(text) for text in engine.get(name, ())) for name in ("graphs", "optima")
+    }
     return EngineEntry(**{**engine, "target": target, **names})
 
 
 def _unit_from_fields(unit: dict[str, Any]) -> Unit:
     parameters = tuple(
-        Parameter(str(p["name"]), index(p["offset"]), tuple(index(d) for d in p["shape"])) for p in unit["parameters"]
+        Parameter(str(p["name"]), index(p["offset"]), tuple(index(d) for d in p["shape"]))
+        for p in unit["parameters"]
     )
     return Unit(**{**unit, "parameters": parameters})
 
@@ -256,16 +262,29 @@ def _check(manifest: Manifest, where: str) -> None:
         model.grid,
         model.channels,
         manifest.max_batch,
-        *([model.caption_channels, model.caption_tokens] if model.draws_captions else [model.classes]),
+        *(
+            [model.caption_channels, model.caption_tokens]
+            if model.draws_captions
+            else [model.classes]
+        ),
     )
-    if not all(type(size) is int and 0 < size <= 10**6 for size in sizes) or manifest.precision not in PRECISIONS:
+    if (
+        not all(type(size) is int and 0 < size <= 10**6 for size in sizes)
+        or manifest.precision not in PRECISIONS
+    ):
         raise EngineDirError(f"{where} has sizes or a precision out of range; export again")
     if model.prediction not in PREDICTIONS:
         raise EngineDirError(
             f"{where}: the model predicts {model.prediction!r}, which this version does not know; export again"
         )
-    if type(model.classes) is not int or model.classes < 0 or ("cross" in model.branches) != model.draws_captions:
-        raise EngineDirError(f"{where}: the classes, captions and branches do not fit each other; export again")
+    if (
+        type(model.classes) is not int
+        or model.classes < 0
+        or ("cross" in model.branches) != model.draws_captions
+    ):
+        raise EngineDirError(
+            f"{where}: the classes, captions and branches do not fit each other; export again"
+        )
     _check_decoder(manifest, where)
     if len(manifest.class_names) not in (0, model.classes):
         raise EngineDirError(
@@ -278,25 +297,40 @@ def _check(manifest: Manifest, where: str) -> None:
                 f"{where} names a file that may lie outside the directory: {path!r}; do not use this directory"
             )
     if len({path.lower() for path in paths}) != len(paths):
-        raise SafetyError(f"{where} lists a file twice (names that differ only in case count as equal)")
-    if not all(type(e.size) is int and e.size >= 0 and _SHA256.fullmatch(e.sha256) for e in manifest.files):
+        raise SafetyError(
+            f"{where} lists a file twice (names that differ only in case count as equal)"
+        )
+    if not all(
+        type(e.size) is int and e.size >= 0 and _SHA256.fullmatch(e.sha256) for e in manifest.files
+    ):
         raise EngineDirError(f"{where} lists a file without a valid size and SHA-256")
     sizes_of = {entry.path: entry.size for entry in manifest.files}
     for unit in manifest.units:
         if unit.precision not in PRECISIONS:
-            raise EngineDirError(f"{where}: unit {unit.name} has an unknown precision; export again")
+            raise EngineDirError(
+                f"{where}: unit {unit.name} has an unknown precision; export again"
+            )
         for p in unit.parameters:
             end = p.offset + math.prod(p.shape) * ITEM_BYTES[unit.precision]
             if min(p.offset, *p.shape, end) < 0 or end > sizes_of.get(unit.weights or "", 0):
                 raise EngineDirError(
                     f"{where} places {p.name} of unit {unit.name} outside its weights file; export again"
                 )
-    if manifest.segments and not set(model.unit_names) <= {unit.name for unit in manifest.units if unit.weights}:
-        raise EngineDirError(f"{where} lists segments without the units that they are made of; export again")
+    if manifest.segments and not set(model.unit_names) <= {
+        unit.name for unit in manifest.units if unit.weights
+    }:
+        raise EngineDirError(
+            f"{where} lists segments without the units that they are made of; export again"
+        )
     used = [u.onnx for u in manifest.units] + [u.weights for u in manifest.units if u.weights]
     for engine in manifest.engines:
-        if engine.target.backend not in ENGINE_BACKENDS or engine.weights not in (*WEIGHT_MODES, "none"):
-            raise EngineDirError(f"{where} lists engine {engine.path!r} of an unknown kind; build the engines again")
+        if engine.target.backend not in ENGINE_BACKENDS or engine.weights not in (
+            *WEIGHT_MODES,
+            "none",
+        ):
+            raise EngineDirError(
+                f"{where} lists engine {engine.path!r} of an unknown kind; build the engines again"
+            )
         used += [engine.path, *engine.graphs]
     used += [
         *manifest.predict.values(),

@@ -14,7 +14,12 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 _PACKAGE = "goc_deploy.onnx"
-_SCALARS = {"int": "TYPE_INT64", "text": "TYPE_STRING", "bytes": "TYPE_BYTES", "float": "TYPE_FLOAT"}
+_SCALARS = {
+    "int": "TYPE_INT64",
+    "text": "TYPE_STRING",
+    "bytes": "TYPE_BYTES",
+    "float": "TYPE_FLOAT",
+}
 
 _TYPES = descriptor_pb2.FieldDescriptorProto.Type
 _LABELS = descriptor_pb2.FieldDescriptorProto.Label
@@ -106,7 +111,9 @@ SCHEMA: Mapping[str, Fields] = {
 @cache
 def _message_class(name: str) -> Any:
     """A class made of ``SCHEMA``, in a pool of its own: the process may hold ``onnx`` as well."""
-    file = descriptor_pb2.FileDescriptorProto(name="goc_deploy/onnx.proto", package=_PACKAGE, syntax="proto3")
+    file = descriptor_pb2.FileDescriptorProto(
+        name="goc_deploy/onnx.proto", package=_PACKAGE, syntax="proto3"
+    )
     for message, fields in SCHEMA.items():
         described = file.message_type.add(name=message)
         for field, (number, kind) in fields.items():

@@ -9,7 +9,9 @@ from pathlib import Path
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 
-CALIBRATION_SEED = 2**32  # far from the small seeds that people generate with: calibration images stay unseen
+CALIBRATION_SEED = (
+    2**32
+)  # far from the small seeds that people generate with: calibration images stay unseen
 PRESETS = ("paper",)  # tables of the literature that goc-eval makes
 
 

@@ -32,7 +32,9 @@ def spread_labels(labels: Sequence[int] | None, count: int | None, classes: int)
 def grid_columns(labels: Sequence[int]) -> int | None:
     """Columns of a grid in which a row is a repetition of the labels, or several, or None where that is no good shape."""
     period = next(
-        p for p in range(1, len(labels) + 1) if all(labels[i] == labels[i - p] for i in range(p, len(labels)))
+        p
+        for p in range(1, len(labels) + 1)
+        if all(labels[i] == labels[i - p] for i in range(p, len(labels)))
     )
     if not (1 < period <= 24 and 2 * period <= len(labels)):
         return None
@@ -84,7 +86,9 @@ def check_writable(path: Path | None, *, may_be_folder: bool = False) -> None:
             )
         target = path if path.is_dir() else nearest_parent(path)
         if not target.is_dir():
-            raise ConflictError(f"{target} is not a directory, so {path} cannot be written; choose another output")
+            raise ConflictError(
+                f"{target} is not a directory, so {path} cannot be written; choose another output"
+            )
         if not os.access(target, os.W_OK):
             raise ConflictError(f"{target} is not writable; choose another output")
 
@@ -101,7 +105,9 @@ def check_distinct(**paths: Path | None) -> None:
             continue
         option, target = f"--{option.replace('_', '-')}", path.resolve()
         if target in seen:
-            raise UsageError(f"{seen[target]} and {option} name the same file {path}; give each its own")
+            raise UsageError(
+                f"{seen[target]} and {option} name the same file {path}; give each its own"
+            )
         seen[target] = option
 
 
@@ -135,7 +141,9 @@ def save_array(values: np.ndarray, path: Path) -> None:
     """Write a ``.npy`` file, whatever the name ends in."""
     with written(path) as temporary, open(temporary, "wb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
-        file.write(np.ascontiguousarray(values).data)  # NumPy would write by itself, and not tell why it cannot
+        file.write(
+            np.ascontiguousarray(values).data
+        )  # NumPy would write by itself, and not tell why it cannot
 
 
 def save_text(text: str, path: Path) -> None:

@@ -110,7 +110,11 @@ def compile_schedule(
     groups = group_launches(evaluations, collapse=collapse)
     launches, slots = assign_slots(merge_full_steps(groups) if merges else groups)
     process = Process(spec.prediction)
-    table = sampler if isinstance(sampler, SamplerTable) else sampler_table(sampler, schedule.steps, process)
+    table = (
+        sampler
+        if isinstance(sampler, SamplerTable)
+        else sampler_table(sampler, schedule.steps, process)
+    )
     misfit = sampler_misfit(table, spec)
     if misfit:
         raise UsageError(misfit)
@@ -126,7 +130,9 @@ def with_stacks(plan: Plan, spec: ModelSpec) -> Plan:
     launch with segments, step 5 is one launch over the history of all units. Coefficients and results are the same; the
     history takes more slots.
     """
-    return compile_schedule(plan.schedule, spec, plan.sampler, name=plan.name, segments=plan.segments, eager=False)
+    return compile_schedule(
+        plan.schedule, spec, plan.sampler, name=plan.name, segments=plan.segments, eager=False
+    )
 
 
 def name_values(schedule: Schedule) -> list[Evaluation]:
@@ -148,7 +154,11 @@ def name_values(schedule: Schedule) -> list[Evaluation]:
                 weights[value] = weights.get(value, 0.0) + coefficient * factor
             reads = tuple(sorted(weights, key=lambda value: -abs(weights[value])))
             whole = weights[reads[0]] if reads else 1.0
-            coefficients = (whole, *(weights[value] / whole if whole else 0.0 for value in reads[1:])) if reads else ()
+            coefficients = (
+                (whole, *(weights[value] / whole if whole else 0.0 for value in reads[1:]))
+                if reads
+                else ()
+            )
             new = len(evaluations) if len(reads) != 1 else None
             evaluations.append(Evaluation(step, unit, reads, coefficients, new))
             if not row or schedule.history == "used":
@@ -180,7 +190,9 @@ def store_alike(evaluations: list[Evaluation]) -> list[Evaluation]:
     predicting = {e.step for e in evaluations if e.reads}
     stored = {e.unit for e in evaluations if e.step not in predicting and e.value is not None}
     return [
-        replace(e, value=index) if e.step not in predicting and e.unit in stored else e  # as `name_values` names it
+        replace(e, value=index)
+        if e.step not in predicting and e.unit in stored
+        else e  # as `name_values` names it
         for index, e in enumerate(evaluations)
     ]
 
@@ -205,7 +217,11 @@ def accumulate_ahead(evaluations: list[Evaluation]) -> list[Evaluation]:
         while some := list(islice(groups, LAUNCHES_BEFORE_AHEAD)):
             ran = [e for group in some for e in group]
             moved += ran
-            moved += [replace(later[e.unit], ahead=ahead) for ahead, later in enumerate(collapsed, 1) for e in ran]
+            moved += [
+                replace(later[e.unit], ahead=ahead)
+                for ahead, later in enumerate(collapsed, 1)
+                for e in ran
+            ]
     return moved
 
 
@@ -214,7 +230,9 @@ def group_launches(evaluations: list[Evaluation], *, collapse: bool) -> list[lis
     keyed = ((e.step, -1 if e.reads and collapse else e.unit, bool(e.reads)) for e in evaluations)
     pairs = zip(keyed, evaluations, strict=True)
     runs = ([e for _, e in run] for _, run in groupby(pairs, key=lambda pair: pair[0]))
-    return [run[i : i + MAX_LAUNCH_UNITS] for run in runs for i in range(0, len(run), MAX_LAUNCH_UNITS)]
+    return [
+        run[i : i + MAX_LAUNCH_UNITS] for run in runs for i in range(0, len(run), MAX_LAUNCH_UNITS)
+    ]
 
 
 def merge_full_steps(groups: list[list[Evaluation]]) -> list[list[Evaluation]]:
@@ -240,7 +258,9 @@ def assign_slots(groups: list[list[Evaluation]]) -> tuple[tuple[tuple[Launch, ..
     Returns:
         (launches by the step in which they run, number of slots).
     """
-    last_read = {value: index for index, group in enumerate(groups) for e in group for value in e.reads}
+    last_read = {
+        value: index for index, group in enumerate(groups) for e in group for value in e.reads
+    }
     slot_of: dict[int, int] = {}
     free: list[int] = []
     owner: dict[int, int] = {}  # slot -> the unit that used it last

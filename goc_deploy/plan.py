@@ -126,17 +126,28 @@ class Plan:
     @property
     def signatures(self) -> tuple[str, ...]:
         """Every distinct predict signature, sorted."""
-        return tuple(sorted({op.signature for step in self.launches for op in step if isinstance(op, Predict)}))
+        return tuple(
+            sorted(
+                {op.signature for step in self.launches for op in step if isinstance(op, Predict)}
+            )
+        )
 
     @property
     def segment_signatures(self) -> tuple[str, ...]:
         """Every distinct segment signature, sorted."""
-        return tuple(sorted({op.signature for step in self.launches for op in step if isinstance(op, Segment)}))
+        return tuple(
+            sorted(
+                {op.signature for step in self.launches for op in step if isinstance(op, Segment)}
+            )
+        )
 
     @property
     def accumulators(self) -> int:
         """Number of accumulators, which is also how many steps ahead the furthest prediction is made."""
-        return max((op.ahead for step in self.launches for op in step if isinstance(op, Predict)), default=0)
+        return max(
+            (op.ahead for step in self.launches for op in step if isinstance(op, Predict)),
+            default=0,
+        )
 
     def step_kind(self, step: int) -> str:
         """``full`` computes every unit, ``collapsed`` none, ``mixed`` some."""
@@ -184,7 +195,9 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
         EngineDirError: naming the step and what is wrong.
     """
     if plan.sampler.steps != plan.steps or not plan.steps:
-        raise EngineDirError(f"plan {plan.name}: {plan.steps} steps but a sampler table of {plan.sampler.steps}")
+        raise EngineDirError(
+            f"plan {plan.name}: {plan.steps} steps but a sampler table of {plan.sampler.steps}"
+        )
     _check_table(plan, spec)
     every_unit = list(range(spec.units))
     written: set[int] = set()
@@ -198,7 +211,9 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
             first, entries = _entries(op)
             target = step + (op.ahead if isinstance(op, Predict) else 0)
             if not step <= target < plan.steps:
-                raise EngineDirError(f"plan {plan.name}: step {step} predicts for step {target}, which does not exist")
+                raise EngineDirError(
+                    f"plan {plan.name}: step {step} predicts for step {target}, which does not exist"
+                )
             units = order if target == step else accumulated.setdefault(target, [])
             units += range(first, first + len(entries))
             _check_launch(plan, step, entries, written)
@@ -207,7 +222,9 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
                 f"plan {plan.name}: step {step} does not run each of the {spec.units} units once, in order"
             )
     if accumulated:
-        raise EngineDirError(f"plan {plan.name}: what was accumulated for step {min(accumulated)} is never added")
+        raise EngineDirError(
+            f"plan {plan.name}: what was accumulated for step {min(accumulated)} is never added"
+        )
 
 
 def _entries(op: Compute | Segment | Predict) -> tuple[int, tuple[Prediction, ...]]:
@@ -228,9 +245,13 @@ def _check_table(plan: Plan, spec: ModelSpec) -> None:
             f"plan {plan.name}: its sampler must reach back the same 0 to {MAX_REACH} steps at every step"
         )
     if any(sum(map(bool, row)) > MAX_LAGS for row in table.history):
-        raise EngineDirError(f"plan {plan.name}: its sampler reads more than {MAX_LAGS} earlier estimates in a step")
+        raise EngineDirError(
+            f"plan {plan.name}: its sampler reads more than {MAX_LAGS} earlier estimates in a step"
+        )
     if table.lags and table.learned_variance:
-        raise EngineDirError(f"plan {plan.name}: its sampler reads both earlier estimates and a learned variance")
+        raise EngineDirError(
+            f"plan {plan.name}: its sampler reads both earlier estimates and a learned variance"
+        )
     misfit = sampler_misfit(table, spec)
     if misfit:
         raise EngineDirError(f"plan {plan.name}: {misfit}")
@@ -247,29 +268,41 @@ def _collected(
         if isinstance(filling, Predict) and filling.ahead == op.ahead
         for unit in range(filling.unit, filling.unit + len(filling.predictions))
     ]
-    if filled != every_unit or accumulated.pop(step, None) != every_unit or len(plan.launches[step]) != 1:
+    if (
+        filled != every_unit
+        or accumulated.pop(step, None) != every_unit
+        or len(plan.launches[step]) != 1
+    ):
         raise EngineDirError(
             f"plan {plan.name}: step {step} adds an accumulator that does not hold each of the {len(every_unit)} units once"
         )
     return filled
 
 
-def _check_launch(plan: Plan, step: int, entries: tuple[Prediction, ...], written: set[int]) -> None:
+def _check_launch(
+    plan: Plan, step: int, entries: tuple[Prediction, ...], written: set[int]
+) -> None:
     stores: list[int] = []
     for entry in entries:
         used = [*entry.slots, *([] if entry.store is None else [entry.store])]
         if any(not 0 <= slot < plan.slots for slot in used):
-            raise EngineDirError(f"plan {plan.name}: step {step} uses a slot outside 0..{plan.slots - 1}")
+            raise EngineDirError(
+                f"plan {plan.name}: step {step} uses a slot outside 0..{plan.slots - 1}"
+            )
         if len(entry.slots) != len(entry.coefficients) or len(entry.slots) > MAX_HISTORY:
             raise EngineDirError(
                 f"plan {plan.name}: step {step} has {len(entry.coefficients)} coefficients for {len(entry.slots)} slots"
             )
         if not written.issuperset(entry.slots):
-            raise EngineDirError(f"plan {plan.name}: step {step} reads a slot before anything is stored in it")
+            raise EngineDirError(
+                f"plan {plan.name}: step {step} reads a slot before anything is stored in it"
+            )
         if entry.store is not None:
             stores.append(entry.store)
     for index, store in enumerate(stores):
         readers = sum(store in entry.slots for entry in entries if entry.store != store)
         if readers or store in stores[:index]:
-            raise EngineDirError(f"plan {plan.name}: step {step} overwrites slot {store} while the same launch uses it")
+            raise EngineDirError(
+                f"plan {plan.name}: step {step} overwrites slot {store} while the same launch uses it"
+            )
     written.update(stores)

@@ -36,7 +36,11 @@ DEFAULTS = ExportOptions()
 
 
 def add_plan_to(
-    directory: Path, spec: str, options: PlanOptions, make_backend: Callable[[], Backend], progress: Progress
+    directory: Path,
+    spec: str,
+    options: PlanOptions,
+    make_backend: Callable[[], Backend],
+    progress: Progress,
 ) -> PlanEntry:
     """Compile a plan and add it: its files first, the manifest that lists them last, each in one step.
 
@@ -57,12 +61,16 @@ def add_plan_to(
     with directory_lock(directory), disk_errors(f"adding a plan to {directory}"):
         manifest = read_manifest(directory)
         if (manifest.model, manifest.units) != (before.model, before.units):
-            raise ConflictError(f"{directory} was replaced while the plan was made; add the plan again")
+            raise ConflictError(
+                f"{directory} was replaced while the plan was made; add the plan again"
+            )
         for entry in manifest.plans:
             if entry.name.lower() == plan.name.lower():
                 if load_plan(directory, manifest, entry.name) == plan:
                     return entry
-                raise ConflictError(f"{directory} already has another plan named {entry.name}; choose another --name")
+                raise ConflictError(
+                    f"{directory} already has another plan named {entry.name}; choose another --name"
+                )
         return _add(directory, manifest, plan)
 
 
@@ -84,10 +92,20 @@ def _compiled(
     name = check_plan_name(options.name or policy.default_name)
     first = load_plan(directory, manifest, manifest.plans[0].name) if manifest.plans else None
     steps = options.steps if options.steps is not None else first.steps if first else DEFAULTS.steps
-    sampler = options.sampler or (first.sampler.sampler if first else default_sampler(manifest.process))
-    table_from_sampler(sampler, steps, manifest.process)  # refuses a wrong one before anything is measured
-    images = options.calibrate if options.calibrate is not None else default_images(manifest.model, steps)
-    calibration = CalibrationOptions(images, options.seed, options.cfg_scale, manifest.model.guided_channels)
+    sampler = options.sampler or (
+        first.sampler.sampler if first else default_sampler(manifest.process)
+    )
+    table_from_sampler(
+        sampler, steps, manifest.process
+    )  # refuses a wrong one before anything is measured
+    images = (
+        options.calibrate
+        if options.calibrate is not None
+        else default_images(manifest.model, steps)
+    )
+    calibration = CalibrationOptions(
+        images, options.seed, options.cfg_scale, manifest.model.guided_channels
+    )
 
     laboratory = engine_laboratory(directory, make_backend, sampler, calibration, progress)
     schedule = schedule_from_policy(policy, manifest.model, steps, laboratory)
@@ -124,7 +142,9 @@ def _add(directory: Path, manifest: Manifest, plan: Plan) -> PlanEntry:
     return manifest.plans[-1]
 
 
-def plan_on_the_fly(directory: Path, name: str | None, steps: int | None) -> tuple[str, Plan] | None:
+def plan_on_the_fly(
+    directory: Path, name: str | None, steps: int | None
+) -> tuple[str, Plan] | None:
     """The plan that a name or SPEC asks for where the engine directory does not hold it, and what to call it.
 
     Args:
@@ -145,7 +165,9 @@ def plan_on_the_fly(directory: Path, name: str | None, steps: int | None) -> tup
     except UsageError:
         if not isinstance(name, str) or meant_spec(name) != name:
             raise
-        return name, _uncalibrated(directory, manifest, name, PlanOptions(steps=steps, segments="none"))
+        return name, _uncalibrated(
+            directory, manifest, name, PlanOptions(steps=steps, segments="none")
+        )
     present = load_plan(directory, manifest, entry.name)
     if steps is None or steps == present.steps:
         return None
@@ -166,4 +188,6 @@ def _uncalibrated(directory: Path, manifest: Manifest, spec: str, options: PlanO
     except CalibrationNeededError as cause:
         steps = "" if options.steps is None else f" --steps {options.steps}"
         command = f"goc plan {shlex.quote(str(directory))} {shlex.quote(spec)}{steps}"
-        raise UsageError(f"{cause}, so the plan must be added to the engine first, with: {command}") from cause
+        raise UsageError(
+            f"{cause}, so the plan must be added to the engine first, with: {command}"
+        ) from cause

@@ -25,7 +25,9 @@ def make_figure(**options: Any) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as cause:
-        raise EnvironmentUnsupportedError("plots need matplotlib; run: pip install 'goc_deploy[plot]'") from cause
+        raise EnvironmentUnsupportedError(
+            "plots need matplotlib; run: pip install 'goc_deploy[plot]'"
+        ) from cause
     return Figure(**options)
 
 
@@ -46,7 +48,9 @@ def plot_schedule(schedule: Schedule, title: str, path: Path) -> None:
 
 
 def _figure_of(drawing: Drawing) -> Any:
-    figure = make_figure(figsize=(drawing.width / POINTS_PER_INCH, drawing.height / POINTS_PER_INCH))
+    figure = make_figure(
+        figsize=(drawing.width / POINTS_PER_INCH, drawing.height / POINTS_PER_INCH)
+    )
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, drawing.width), ylim=(drawing.height, 0))
     axes.set_axis_off()
     from matplotlib.patches import Rectangle
@@ -67,7 +71,9 @@ def _figure_of(drawing: Drawing) -> Any:
                 parse_math=False,
             )
         else:
-            shape = Rectangle((mark.x, mark.y), mark.width, mark.height, facecolor=COLORS[mark.kind], linewidth=0)
+            shape = Rectangle(
+                (mark.x, mark.y), mark.width, mark.height, facecolor=COLORS[mark.kind], linewidth=0
+            )
             axes.add_patch(shape)
     return figure
 

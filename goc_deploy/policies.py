@@ -22,7 +22,13 @@ from goc_deploy.registration import (
     correction_named,
     registered_names,
 )
-from goc_deploy.schedule import HISTORY_KINDS, Schedule, check_schedule, check_schedule_fits, fill_short_history
+from goc_deploy.schedule import (
+    HISTORY_KINDS,
+    Schedule,
+    check_schedule,
+    check_schedule_fits,
+    fill_short_history,
+)
 from goc_deploy.spec import ModelSpec
 from goc_deploy.suggestions import hint_for_correction, hint_for_policy
 
@@ -46,7 +52,9 @@ CORRECTIONS.update(
         "taylor": Correction(corrections.taylor),
         "lagrange": Correction(corrections.lagrange),
         "hermite": Correction(corrections.hermite),
-        "goc": Correction(learned.goc, ("both_branches", "gamma", "threshold", "reading", "per_unit")),
+        "goc": Correction(
+            learned.goc, ("both_branches", "gamma", "threshold", "reading", "per_unit")
+        ),
         "fit": Correction(learned.fit, ("fit", "target", "ridge")),
     }
 )
@@ -72,14 +80,20 @@ def schedule_from_policy(
     """
     try:
         base, correction = _named(policy)
-        context = PolicyContext(spec, steps, dict(policy.options), _written(policy.correction), laboratory)
+        context = PolicyContext(
+            spec, steps, dict(policy.options), _written(policy.correction), laboratory
+        )
         schedule = base.make(policy.base[1], context)
         check_schedule_fits(schedule, spec, schedule.steps if base.chooses_steps else steps)
         schedule = replace(schedule, history=_history(context, schedule.history))
         if policy.correction and correction:
             corrected = correction.apply(schedule, policy.correction[1], context)
             every = "both_branches" not in context.options
-            schedule = corrected if every else corrections.only_where_all_branches_are_reused(schedule, corrected)
+            schedule = (
+                corrected
+                if every
+                else corrections.only_where_all_branches_are_reused(schedule, corrected)
+            )
         schedule = replace(schedule, history=_history(context, schedule.history))
         schedule = replace(fill_short_history(schedule), policy=policy.recorded)
         check_schedule(schedule)
@@ -92,7 +106,9 @@ def _named(policy: PolicySpec) -> tuple[Base, Correction | None]:
     """The base and the correction that a SPEC names, once its options are known to belong to them."""
     base = base_named(policy.base[0])
     if base is None:
-        raise UsageError(f"unknown policy {policy.base[0]!r}; {hint_for_policy(policy.base[0])}{_more()}")
+        raise UsageError(
+            f"unknown policy {policy.base[0]!r}; {hint_for_policy(policy.base[0])}{_more()}"
+        )
     correction = correction_named(policy.correction[0]) if policy.correction else None
     if policy.correction and correction is None:
         raise UsageError(
@@ -101,7 +117,9 @@ def _named(policy: PolicySpec) -> tuple[Base, Correction | None]:
     allowed = (*COMMON_OPTIONS, *base.options, *(correction.options if correction else ()))
     for option, _ in policy.options:
         if option not in allowed:
-            raise UsageError(f"option {option!r} is not one of {', '.join(allowed)}, which this policy takes")
+            raise UsageError(
+                f"option {option!r} is not one of {', '.join(allowed)}, which this policy takes"
+            )
     return base, correction
 
 

@@ -12,7 +12,9 @@ from math import factorial, prod
 MAX_ORDER = 3
 HERMITE_SIGMA = 0.5
 
-Weight = Callable[[int, float], float]  # (order i, steps since the newest feature) -> factor of the i-th derivative
+Weight = Callable[
+    [int, float], float
+]  # (order i, steps since the newest feature) -> factor of the i-th derivative
 
 
 def lagrange_row(computed: Sequence[int], step: int) -> tuple[float, ...]:
@@ -20,7 +22,10 @@ def lagrange_row(computed: Sequence[int], step: int) -> tuple[float, ...]:
 
     Three steps 2 apart, one step on: ``(1.875, -1.25, 0.375)``.
     """
-    return tuple(prod((step - other) / (own - other) for other in computed if other != own) for own in computed)
+    return tuple(
+        prod((step - other) / (own - other) for other in computed if other != own)
+        for own in computed
+    )
 
 
 def taylor_row(computed: Sequence[int], step: int) -> tuple[float, ...]:
@@ -30,10 +35,14 @@ def taylor_row(computed: Sequence[int], step: int) -> tuple[float, ...]:
 
     Source: TaylorSeer, "From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers", eq. 7.
     """
-    return _expansion_row(computed, step, lambda order, distance: distance**order / factorial(order))
+    return _expansion_row(
+        computed, step, lambda order, distance: distance**order / factorial(order)
+    )
 
 
-def hermite_row(computed: Sequence[int], step: int, sigma: float = HERMITE_SIGMA) -> tuple[float, ...]:
+def hermite_row(
+    computed: Sequence[int], step: int, sigma: float = HERMITE_SIGMA
+) -> tuple[float, ...]:
     """Like `taylor_row` with scaled Hermite polynomials instead of powers, which damps high orders.
 
     Three steps 2 apart, one step on, sigma 0.5: ``(1.21875, -0.1875, -0.03125)``.
@@ -41,18 +50,25 @@ def hermite_row(computed: Sequence[int], step: int, sigma: float = HERMITE_SIGMA
     Source: HiCache, "Training-free Acceleration of Diffusion Models via Hermite Polynomial-based Feature Caching", eq. 8.
     """
     return _expansion_row(
-        computed, step, lambda order, distance: sigma**order * _hermite(order, sigma * distance) / factorial(order)
+        computed,
+        step,
+        lambda order, distance: sigma**order * _hermite(order, sigma * distance) / factorial(order),
     )
 
 
 def _expansion_row(computed: Sequence[int], step: int, weight: Weight) -> tuple[float, ...]:
-    rows = [[float(i == j) for j in range(len(computed))] for i in range(len(computed))]  # features themselves
+    rows = [
+        [float(i == j) for j in range(len(computed))] for i in range(len(computed))
+    ]  # features themselves
     total = [0.0] * len(computed)
     for order in range(len(computed)):
         factor = weight(order, step - computed[0])
         total = [sum_ + factor * value for sum_, value in zip(total, rows[0], strict=True)]
         rows = [
-            [(new - old) / (computed[i] - computed[i + 1]) for new, old in zip(rows[i], rows[i + 1], strict=True)]
+            [
+                (new - old) / (computed[i] - computed[i + 1])
+                for new, old in zip(rows[i], rows[i + 1], strict=True)
+            ]
             for i in range(len(rows) - 1)
         ]  # the next derivative at each feature but the oldest
     return tuple(total)

@@ -49,10 +49,20 @@ def _betas(scheduler: Mapping[str, Any]) -> list[float]:
     Source: Ho et al., NeurIPS 2020, section 4 (linear); Rombach et al., CVPR 2022, appendix (scaled linear); Nichol and
     Dhariwal, ICML 2021, eq. 17 (cosine).
     """
-    steps, kind = scheduler.get("num_train_timesteps", TRAIN_STEPS), scheduler.get("beta_schedule", "linear")
-    trained, rescaled = scheduler.get("trained_betas"), scheduler.get("rescale_betas_zero_snr", False)
+    steps, kind = (
+        scheduler.get("num_train_timesteps", TRAIN_STEPS),
+        scheduler.get("beta_schedule", "linear"),
+    )
+    trained, rescaled = (
+        scheduler.get("trained_betas"),
+        scheduler.get("rescale_betas_zero_snr", False),
+    )
     if steps != TRAIN_STEPS or rescaled not in (None, False):
-        name, value = ("num_train_timesteps", steps) if steps != TRAIN_STEPS else ("rescale_betas_zero_snr", rescaled)
+        name, value = (
+            ("num_train_timesteps", steps)
+            if steps != TRAIN_STEPS
+            else ("rescale_betas_zero_snr", rescaled)
+        )
         raise UsageError(
             f"the folder's scheduler has {name} {value!r}, which the samplers of this project do not know; use the folder's own: --sampler diffusers"
         )
@@ -60,7 +70,10 @@ def _betas(scheduler: Mapping[str, Any]) -> list[float]:
         return _given(trained)
     first, last = scheduler.get("beta_start", BETA_FIRST), scheduler.get("beta_end", BETA_LAST)
     if kind == "squaredcos_cap_v2":
-        left = [math.cos((t / TRAIN_STEPS + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(TRAIN_STEPS + 1)]
+        left = [
+            math.cos((t / TRAIN_STEPS + 0.008) / 1.008 * math.pi / 2) ** 2
+            for t in range(TRAIN_STEPS + 1)
+        ]
         return [min(1 - after / now, BETA_MOST) for now, after in pairwise(left)]
     numbers = isinstance(first, int | float) and isinstance(last, int | float)
     if kind not in ("linear", "scaled_linear") or not numbers or not 0 < first <= last < 1:
@@ -77,8 +90,12 @@ def _betas(scheduler: Mapping[str, Any]) -> list[float]:
 
 def _given(trained: Any) -> list[float]:
     if not isinstance(trained, list) or len(trained) != TRAIN_STEPS:
-        raise UsageError(f"the folder's scheduler has trained_betas that are not a list of {TRAIN_STEPS} numbers")
+        raise UsageError(
+            f"the folder's scheduler has trained_betas that are not a list of {TRAIN_STEPS} numbers"
+        )
     betas = [float(beta) if isinstance(beta, int | float) else math.nan for beta in trained]
     if not all(0 < beta < 1 for beta in betas):
-        raise UsageError("the folder's scheduler has trained_betas outside 0..1; every beta must lie between")
+        raise UsageError(
+            "the folder's scheduler has trained_betas outside 0..1; every beta must lie between"
+        )
     return betas

@@ -50,12 +50,19 @@ class Buffer:
 
     def overlaps(self, other: Buffer) -> bool:
         """Whether two buffers share memory."""
-        return self.pointer < other.pointer + other.nbytes and other.pointer < self.pointer + self.nbytes
+        return (
+            self.pointer < other.pointer + other.nbytes
+            and other.pointer < self.pointer + self.nbytes
+        )
 
     def view(self, *shape: int, start: int = 0) -> Buffer:
         """Elements ``start ...`` of this memory with another shape."""
         offset = start * DTYPE_BYTES[self.dtype]
-        assert offset + math.prod(shape) * DTYPE_BYTES[self.dtype] <= self.nbytes, (self.shape, shape, start)
+        assert offset + math.prod(shape) * DTYPE_BYTES[self.dtype] <= self.nbytes, (
+            self.shape,
+            shape,
+            start,
+        )
         return replace(self, pointer=self.pointer + offset, shape=shape)
 
 
@@ -205,7 +212,12 @@ class Engine(Protocol):
     @property
     def dtypes(self) -> Mapping[str, str]: ...
 
-    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], stream: Stream | None = None) -> Launch:
+    def bind(
+        self,
+        inputs: Mapping[str, Buffer],
+        outputs: Mapping[str, Buffer],
+        stream: Stream | None = None,
+    ) -> Launch:
         """Bind tensors by address; the returned function puts a run of the graph on the stream.
 
         Outputs that are not named are not kept. An output may lie on an input that the graph reads element by
@@ -307,7 +319,9 @@ class Backend(Protocol):
         """
         ...
 
-    def replace_weights(self, engine: Engine, initializers: Mapping[str, Buffer], inputs: Mapping[str, Buffer]) -> bool:
+    def replace_weights(
+        self, engine: Engine, initializers: Mapping[str, Buffer], inputs: Mapping[str, Buffer]
+    ) -> bool:
         """Overwrite the weights of an engine that reads them at an address; what is bound stays bound.
 
         Args:

@@ -23,7 +23,13 @@ from pathlib import Path
 import filelock
 
 from goc_deploy.errors import ConflictError, EngineDirError, GocError, ResourceError, SafetyError
-from goc_deploy.manifest import MANIFEST_FORMAT, MANIFEST_NAME, FileEntry, Manifest, manifest_from_json
+from goc_deploy.manifest import (
+    MANIFEST_FORMAT,
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    manifest_from_json,
+)
 
 LOCK_SECONDS = 10.0
 LEFTOVER_SECONDS = 600.0
@@ -31,7 +37,9 @@ MAX_MANIFEST_BYTES = 8 * 2**20
 NO_FILES = (errno.EMFILE, errno.ENFILE)
 TOO_MANY_FILES = "this process has too many open files; raise the limit (ulimit -n)"
 _FIRST_KEY = re.compile(rb'\s*\{\s*"format"\s*:\s*"' + re.escape(MANIFEST_FORMAT.encode()) + rb'"')
-_OURS_BY_NAME = re.compile(r"(.*/)?\.[^/]*(\.tmp-|plan-)|(onnx|plans|schedules|engines|vae|text_encoder|kernels)/")
+_OURS_BY_NAME = re.compile(
+    r"(.*/)?\.[^/]*(\.tmp-|plan-)|(onnx|plans|schedules|engines|vae|text_encoder|kernels)/"
+)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -67,7 +75,9 @@ def _locked(directory: Path, seconds: float | None) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            os.unlink(lock.lock_file)  # still held: whoever waits sees that the file is gone, and retries
+            os.unlink(
+                lock.lock_file
+            )  # still held: whoever waits sees that the file is gone, and retries
         lock.release()
 
 
@@ -81,8 +91,12 @@ def disk_errors(doing: str) -> Iterator[None]:
         if cause.errno in NO_FILES:
             raise ResourceError(f"{doing}: {TOO_MANY_FILES}") from cause
         if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ResourceError(f"{doing}: the disk is full ({reason}); free some space and run again") from cause
-        raise ConflictError(f"{doing}: {reason}{f' ({cause.filename})' if cause.filename else ''}") from cause
+            raise ResourceError(
+                f"{doing}: the disk is full ({reason}); free some space and run again"
+            ) from cause
+        raise ConflictError(
+            f"{doing}: {reason}{f' ({cause.filename})' if cause.filename else ''}"
+        ) from cause
 
 
 def check_parent(directory: Path) -> None:
@@ -94,7 +108,9 @@ def check_parent(directory: Path) -> None:
     with disk_errors(f"checking {directory}"):
         parent = nearest_parent(directory)
     if not parent.is_dir():
-        raise ConflictError(f"{parent} is not a directory, so {directory} cannot be made; choose another output")
+        raise ConflictError(
+            f"{parent} is not a directory, so {directory} cannot be made; choose another output"
+        )
     if not os.access(parent, os.W_OK):
         raise ConflictError(f"{parent} is not writable; choose another output")
 
@@ -196,7 +212,11 @@ def remove_leftovers(folder: Path, prefix: str, seconds: float = 0.0) -> None:
     with contextlib.suppress(OSError):
         for path in list(folder.iterdir()):
             made = pattern.fullmatch(path.name)
-            if not made or os.path.exists(f"/proc/{made[1]}") or time.time() - path.lstat().st_mtime < seconds:
+            if (
+                not made
+                or os.path.exists(f"/proc/{made[1]}")
+                or time.time() - path.lstat().st_mtime < seconds
+            ):
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
@@ -249,7 +269,11 @@ def staged(directory: Path) -> Iterator[Path]:
 def _exchange(left: Path, right: Path) -> None:
     """Swap two directories in one step; where the system cannot, replace with two renames."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 and renameat2(_AT_FDCWD, os.fsencode(left), _AT_FDCWD, os.fsencode(right), _RENAME_EXCHANGE) == 0:
+    if (
+        renameat2
+        and renameat2(_AT_FDCWD, os.fsencode(left), _AT_FDCWD, os.fsencode(right), _RENAME_EXCHANGE)
+        == 0
+    ):
         return
     aside = right.parent / f".{right.name}.old-{uuid.uuid4().hex[:8]}"
     os.rename(right, aside)
@@ -301,7 +325,9 @@ def file_entry(root: Path, relative: str) -> FileEntry:
 
 def files_below(root: Path) -> tuple[FileEntry, ...]:
     """Every file of a directory that was just written, hashed."""
-    paths = sorted(str(path.relative_to(root).as_posix()) for path in root.rglob("*") if path.is_file())
+    paths = sorted(
+        str(path.relative_to(root).as_posix()) for path in root.rglob("*") if path.is_file()
+    )
     return tuple(file_entry(root, path) for path in paths)
 
 
@@ -314,11 +340,15 @@ def read_manifest(directory: Path) -> Manifest:
     """
     where = f"{directory / MANIFEST_NAME}"
     if not os.path.isdir(directory):  # unlike Path.is_dir, False for names that are too long
-        raise EngineDirError(f"{directory} is not a directory; give the engine directory that goc-export wrote")
+        raise EngineDirError(
+            f"{directory} is not a directory; give the engine directory that goc-export wrote"
+        )
     try:
         with _open_beneath(directory, MANIFEST_NAME) as (fd, size):
             if size > MAX_MANIFEST_BYTES:
-                raise EngineDirError(f"{where} has {size} bytes, more than {MAX_MANIFEST_BYTES} are not read")
+                raise EngineDirError(
+                    f"{where} has {size} bytes, more than {MAX_MANIFEST_BYTES} are not read"
+                )
             text = os.read(fd, size)
     except FileNotFoundError as cause:
         raise EngineDirError(
@@ -378,5 +408,7 @@ def _open_beneath(directory: Path, relative: str) -> Iterator[tuple[int, int]]:
             raise EngineDirError(f"{where} cannot be read: {cause.strerror}") from cause
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-            raise SafetyError(f"{where} is not a plain file with one name; an engine directory holds plain files only")
+            raise SafetyError(
+                f"{where} is not a plain file with one name; an engine directory holds plain files only"
+            )
         yield fd, status.st_size

@@ -92,7 +92,9 @@ def register_policy(
     return register
 
 
-def register_correction(name: str, *, options: tuple[str, ...] = ()) -> Callable[[CorrectT], CorrectT]:
+def register_correction(
+    name: str, *, options: tuple[str, ...] = ()
+) -> Callable[[CorrectT], CorrectT]:
     """Decorator: a SPEC may have ``+name[:ARGUMENT]`` as its correction.
 
     The function takes the schedule of the base, the argument, "" where there is none, and a
@@ -110,7 +112,9 @@ def register_correction(name: str, *, options: tuple[str, ...] = ()) -> Callable
     def register(apply: CorrectT) -> CorrectT:
         _built_in()
         _check(name, options, apply, CORRECTIONS[name].apply if name in CORRECTIONS else None)
-        CORRECTIONS[name] = Correction(_guarded(apply), ("both_branches", *options), registered=True)
+        CORRECTIONS[name] = Correction(
+            _guarded(apply), ("both_branches", *options), registered=True
+        )
         return apply
 
     return register
@@ -141,7 +145,9 @@ def registered_names() -> tuple[str, ...]:
     _built_in()
     bases = {name for name, base in BASES.items() if base.registered}
     corrections = {name for name, correction in CORRECTIONS.items() if correction.registered}
-    return tuple(sorted(bases | corrections | set(installed_names()) - BASES.keys() - CORRECTIONS.keys()))
+    return tuple(
+        sorted(bases | corrections | set(installed_names()) - BASES.keys() - CORRECTIONS.keys())
+    )
 
 
 def installed_names() -> tuple[str, ...]:
@@ -166,7 +172,10 @@ def _built_in() -> None:
 
 
 def _check(
-    name: str, options: tuple[str, ...], function: Callable[..., object], registered: Callable[..., object] | None
+    name: str,
+    options: tuple[str, ...],
+    function: Callable[..., object],
+    registered: Callable[..., object] | None,
 ) -> None:
     if not _NAME.fullmatch(name):
         raise UsageError(
@@ -197,7 +206,9 @@ def _guarded(function: Callable[..., Any]) -> Callable[..., Schedule]:
         except Exception as cause:
             raise UsageError(f"{place} raised {type(cause).__name__}: {cause}") from cause
         if not isinstance(found, Schedule):
-            raise UsageError(f"{place} returned a {type(found).__name__}, it must return a goc_deploy.Schedule")
+            raise UsageError(
+                f"{place} returned a {type(found).__name__}, it must return a goc_deploy.Schedule"
+            )
         return _with_plain_rows(found, place)
 
     return guarded
@@ -206,12 +217,18 @@ def _guarded(function: Callable[..., Any]) -> Callable[..., Schedule]:
 def _with_plain_rows(schedule: Schedule, place: str) -> Schedule:
     """The schedule with tuples of floats, where it may have lists and NumPy's numbers."""
     try:
-        rows = tuple(tuple(tuple(float(c) for c in row) for row in step) for step in schedule.coefficients)
+        rows = tuple(
+            tuple(tuple(float(c) for c in row) for row in step) for step in schedule.coefficients
+        )
     except (TypeError, ValueError) as cause:
-        raise UsageError(f"{place}: coefficients must be numbers, [steps][units][history entries]: {cause}") from cause
+        raise UsageError(
+            f"{place}: coefficients must be numbers, [steps][units][history entries]: {cause}"
+        ) from cause
     for step, units in enumerate(rows):
         if len(units) != schedule.units:
-            raise UsageError(f"{place}: step {step} has {len(units)} units, the schedule says {schedule.units}")
+            raise UsageError(
+                f"{place}: step {step} has {len(units)} units, the schedule says {schedule.units}"
+            )
     return replace(schedule, coefficients=rows)
 
 

@@ -102,7 +102,13 @@ class SamplerTable:
     @property
     def graph(self) -> str:
         """Name of the unit that executes a row: ``sampler``, ``sampler_learned``, or ``sampler_lag1`` to ``sampler_lag3``."""
-        return "sampler_learned" if self.learned_variance else f"sampler_lag{self.lags}" if self.lags else "sampler"
+        return (
+            "sampler_learned"
+            if self.learned_variance
+            else f"sampler_lag{self.lags}"
+            if self.lags
+            else "sampler"
+        )
 
     @property
     def rows(self) -> tuple[tuple[float, ...], ...]:
@@ -112,8 +118,12 @@ class SamplerTable:
             return tuple((*row, spread) for row, spread in zip(plain, self.spread, strict=True))
         if not self.lags:
             return tuple(plain)
-        weights = (tuple(row[lag - 1] for lag in self.reads(step)) for step, row in enumerate(self.history))
-        return tuple((*row, *e, *w) for row, e, w in zip(plain, self.estimate, weights, strict=True))
+        weights = (
+            tuple(row[lag - 1] for lag in self.reads(step)) for step, row in enumerate(self.history)
+        )
+        return tuple(
+            (*row, *e, *w) for row, e, w in zip(plain, self.estimate, weights, strict=True)
+        )
 
 
 def sampler_table(sampler: str, steps: int, process: Process) -> SamplerTable:
@@ -144,7 +154,9 @@ def sampler_table(sampler: str, steps: int, process: Process) -> SamplerTable:
         return _even_flow_table(steps, process.prediction)
     family, at, spacing = sampler.partition("@")
     if at and spacing not in SPACINGS:
-        raise UsageError(f"sampler {sampler!r}: unknown spacing {spacing!r}; use {', '.join(SPACINGS)}")
+        raise UsageError(
+            f"sampler {sampler!r}: unknown spacing {spacing!r}; use {', '.join(SPACINGS)}"
+        )
     solve, visits_zero = _solver(sampler, family)
     timesteps = spaced_timesteps(steps, spacing or SPACINGS[0], visits_zero=visits_zero)
     signal = process.signal_along(timesteps)
@@ -155,7 +167,9 @@ def sampler_table(sampler: str, steps: int, process: Process) -> SamplerTable:
         sampler=sampler,
         prediction=process.prediction,
         timesteps=timesteps,
-        latent=tuple(u.latent + u.denoised[0] * of_x for u, (of_x, _) in zip(updates, estimate, strict=True)),
+        latent=tuple(
+            u.latent + u.denoised[0] * of_x for u, (of_x, _) in zip(updates, estimate, strict=True)
+        ),
         model=tuple(u.denoised[0] * of_m for u, (_, of_m) in zip(updates, estimate, strict=True)),
         noise=tuple(u.noise for u in updates),
         spread=tuple(u.spread for u in updates),
@@ -215,9 +229,7 @@ def default_sampler(process: Process) -> str:
 def sampler_misfit(table: SamplerTable, spec: ModelSpec) -> str | None:
     """Why a table cannot drive a model, or None."""
     if table.learned_variance and not spec.learn_sigma:
-        return (
-            f"sampler {table.sampler!r} needs the variance that this model does not predict; use ddim:1, which fixes it"
-        )
+        return f"sampler {table.sampler!r} needs the variance that this model does not predict; use ddim:1, which fixes it"
     if table.prediction != spec.prediction:
         return f"sampler {table.sampler!r} is made for a model that predicts {table.prediction}, this one predicts {spec.prediction}"
     return None

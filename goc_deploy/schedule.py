@@ -111,7 +111,9 @@ def check_schedule(schedule: Schedule) -> None:
         ScheduleError: naming step, block and branch of the first evaluation that breaks a rule.
     """
     if schedule.history not in HISTORY_KINDS:
-        raise ScheduleError(f"history {schedule.history!r} is not one of {', '.join(HISTORY_KINDS)}")
+        raise ScheduleError(
+            f"history {schedule.history!r} is not one of {', '.join(HISTORY_KINDS)}"
+        )
     if not 1 <= schedule.steps <= MAX_STEPS:
         raise ScheduleError(f"a schedule has 1 to {MAX_STEPS} steps, this one has {schedule.steps}")
     for step, unit, stored in schedule.available_history():
@@ -122,9 +124,13 @@ def check_schedule(schedule: Schedule) -> None:
                 f"{where}: {schedule.action(0, unit)} at step 0, where nothing is stored yet; compute it"
             )
         if len(row) > MAX_HISTORY:
-            raise ScheduleError(f"{where}: {len(row)} coefficients, at most {MAX_HISTORY} are supported")
+            raise ScheduleError(
+                f"{where}: {len(row)} coefficients, at most {MAX_HISTORY} are supported"
+            )
         if any(not abs(c) < 1e6 for c in row):
-            raise ScheduleError(f"{where}: coefficients {list(row)} must be finite and below 1e6 in magnitude")
+            raise ScheduleError(
+                f"{where}: coefficients {list(row)} must be finite and below 1e6 in magnitude"
+            )
         if len(row) > stored:
             raise ScheduleError(
                 f"{where}: {schedule.action(step, unit)} reads {len(row)} history entries but only {stored} "
@@ -175,7 +181,9 @@ def check_amplification(schedule: Schedule) -> None:
         ScheduleError: naming step, block and branch of the first prediction beyond it.
     """
     for unit in range(schedule.units):
-        history: list[dict[int, float]] = []  # newest first: weights over the steps that computed the unit
+        history: list[
+            dict[int, float]
+        ] = []  # newest first: weights over the steps that computed the unit
         for step, rows in enumerate(schedule.coefficients):
             row, weights = rows[unit], {step: 1.0}
             if row:

@@ -19,7 +19,12 @@ from goc_deploy.solvers import check_steps
 
 INSTEAD = "name another sampler with --sampler"
 FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
-PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow_to_noise"}
+PREDICTION_TYPES = {
+    "epsilon": "eps",
+    "v_prediction": "v",
+    "sample": "x0",
+    "flow_prediction": "flow_to_noise",
+}
 MAX_TRAIN_STEPS = 10**5
 TOLERANCE = 1e-3  # diffusers computes its betas in float32
 
@@ -44,7 +49,9 @@ _UNCLIPPED = {**_LINEAR, "clip_sample": (False, None)}
 FIXED_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 SCHEDULERS = {
     "DDIMScheduler": _Allowed(_UNCLIPPED, {"clip_sample": True}),
-    "DDPMScheduler": _Allowed({**_UNCLIPPED, "variance_type": FIXED_VARIANCES}, {"clip_sample": True}),
+    "DDPMScheduler": _Allowed(
+        {**_UNCLIPPED, "variance_type": FIXED_VARIANCES}, {"clip_sample": True}
+    ),
     "PNDMScheduler": _Allowed(),
     "DPMSolverMultistepScheduler": _Allowed(
         {**_STATIC, "algorithm_type": ("dpmsolver++", "dpmsolver"), "variance_type": (None,)}
@@ -52,7 +59,9 @@ SCHEDULERS = {
     "DEISMultistepScheduler": _Allowed(_STATIC),
     "UniPCMultistepScheduler": _Allowed({**_STATIC, "solver_p": (None,)}),
     "EulerDiscreteScheduler": _Allowed(),
-    FLOW_CLASS: _Allowed({"use_dynamic_shifting": (False, None), "stochastic_sampling": (False, None)}),
+    FLOW_CLASS: _Allowed(
+        {"use_dynamic_shifting": (False, None), "stochastic_sampling": (False, None)}
+    ),
 }
 
 
@@ -80,22 +89,34 @@ def check_scheduler(scheduler: Mapping[str, Any]) -> None:
     """
     name = scheduler.get("_class_name")
     if not isinstance(name, str) or name not in SCHEDULERS:
-        raise ModelError(f"the folder's scheduler is {name!r}, which is not one of {', '.join(SCHEDULERS)}; {INSTEAD}")
+        raise ModelError(
+            f"the folder's scheduler is {name!r}, which is not one of {', '.join(SCHEDULERS)}; {INSTEAD}"
+        )
     allowed = SCHEDULERS[name]
     for setting, values in allowed.values.items():
         found = scheduler.get(setting, allowed.missing.get(setting, values[0]))
         if not any(type(found) is type(value) and found == value for value in values):
-            shown = " or ".join(repr(value) for value in values if value is not None or len(values) == 1)
-            raise ModelError(f"the folder's {name} has {setting} {found!r}, only {shown} is supported; {INSTEAD}")
+            shown = " or ".join(
+                repr(value) for value in values if value is not None or len(values) == 1
+            )
+            raise ModelError(
+                f"the folder's {name} has {setting} {found!r}, only {shown} is supported; {INSTEAD}"
+            )
     for setting, value in scheduler.items():
         if not isinstance(value, bool | int | float | str | list | None) or (
             isinstance(value, list)
-            and (len(value) > MAX_TRAIN_STEPS or not all(isinstance(v, int | float | str) for v in value))
+            and (
+                len(value) > MAX_TRAIN_STEPS
+                or not all(isinstance(v, int | float | str) for v in value)
+            )
         ):
             raise ModelError(
                 f"the folder's {name} has a {setting} that is neither a number, a word nor a list; {INSTEAD}"
             )
-    for setting, least, most in (("num_train_timesteps", 1, MAX_TRAIN_STEPS), ("solver_order", 1, 3)):
+    for setting, least, most in (
+        ("num_train_timesteps", 1, MAX_TRAIN_STEPS),
+        ("solver_order", 1, 3),
+    ):
         number = scheduler.get(setting, least)
         if type(number) is not int or not least <= number <= most:
             raise ModelError(
@@ -115,7 +136,11 @@ def table_from_sampler(sampler: str, steps: int, process: Process) -> SamplerTab
         UsageError: unknown sampler, or a number out of range.
         ModelError, EnvironmentUnsupportedError, VerificationError: as `scheduler_table`.
     """
-    return scheduler_table(steps, process) if sampler == FOLDER_SAMPLER else sampler_table(sampler, steps, process)
+    return (
+        scheduler_table(steps, process)
+        if sampler == FOLDER_SAMPLER
+        else sampler_table(sampler, steps, process)
+    )
 
 
 def scheduler_table(steps: int, process: Process) -> SamplerTable:
@@ -160,7 +185,11 @@ def scheduler_table(steps: int, process: Process) -> SamplerTable:
 def _own_table(steps: int, process: Process) -> SamplerTable | None:
     """The table of our own sampler that takes the same steps, or None where there is none."""
     scheduler = process.scheduler or {}
-    spacings = {"DDIMScheduler": "leading", "DDPMScheduler": "leading", "DPMSolverMultistepScheduler": "linspace"}
+    spacings = {
+        "DDIMScheduler": "leading",
+        "DDPMScheduler": "leading",
+        "DPMSolverMultistepScheduler": "linspace",
+    }
     name = scheduler["_class_name"]
 
     def plain(*settings: str, **values: Any) -> bool:
@@ -169,25 +198,53 @@ def _own_table(steps: int, process: Process) -> SamplerTable | None:
         )
 
     if name == FLOW_CLASS:
-        sigmas = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "shift_terminal")
+        sigmas = (
+            "use_karras_sigmas",
+            "use_exponential_sigmas",
+            "use_beta_sigmas",
+            "invert_sigmas",
+            "shift_terminal",
+        )
         shift = scheduler.get("shift", 1.0)
-        known = isinstance(shift, int | float) and shift > 0 and plain(*sigmas, num_train_timesteps=TRAIN_STEPS)
+        known = (
+            isinstance(shift, int | float)
+            and shift > 0
+            and plain(*sigmas, num_train_timesteps=TRAIN_STEPS)
+        )
         return _shifted_flow(steps, shift) if known else None
     spacing = scheduler.get("timestep_spacing", spacings.get(name))
     common = plain("steps_offset", "rescale_betas_zero_snr", num_train_timesteps=TRAIN_STEPS)
-    common = common and scheduler.get("beta_schedule", "linear") in ("linear", "scaled_linear", "squaredcos_cap_v2")
+    common = common and scheduler.get("beta_schedule", "linear") in (
+        "linear",
+        "scaled_linear",
+        "squaredcos_cap_v2",
+    )
     if not common or name not in spacings:
         return None
     if name == "DPMSolverMultistepScheduler":
-        sigmas = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas")
-        values = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "lower_order_final": True}
-        if not plain(*sigmas, "euler_at_final", "lambda_min_clipped", final_sigmas_type="zero", **values):
+        sigmas = (
+            "use_karras_sigmas",
+            "use_exponential_sigmas",
+            "use_beta_sigmas",
+            "use_lu_lambdas",
+            "use_flow_sigmas",
+        )
+        values = {
+            "algorithm_type": "dpmsolver++",
+            "solver_type": "midpoint",
+            "lower_order_final": True,
+        }
+        if not plain(
+            *sigmas, "euler_at_final", "lambda_min_clipped", final_sigmas_type="zero", **values
+        ):
             return None
         if spacing != "trailing" and steps == TRAIN_STEPS:
             return None
         return sampler_table(f"dpm++:{scheduler.get('solver_order', 2)}@{spacing}", steps, process)
     # diffusers steps to t - 1000 // T, which these spacings visit next
-    even = spacing == "leading" or (spacing == "trailing" and TRAIN_STEPS % steps == 0 and name == "DDIMScheduler")
+    even = spacing == "leading" or (
+        spacing == "trailing" and TRAIN_STEPS % steps == 0 and name == "DDIMScheduler"
+    )
     if not even or not plain(set_alpha_to_one=True, variance_type="fixed_small"):
         return None
     return sampler_table(f"ddim{':1' if name == 'DDPMScheduler' else ''}@{spacing}", steps, process)
@@ -209,7 +266,10 @@ def _shifted_flow(steps: int, shift: float) -> SamplerTable:
 
 def _same_steps(one: SamplerTable, other: SamplerTable) -> bool:
     """Whether two tables tell the model the same times and take the same latents to the same ones."""
-    if max(abs(a - b) for a, b in zip(one.timesteps, other.timesteps, strict=True)) > TOLERANCE * TRAIN_STEPS:
+    if (
+        max(abs(a - b) for a, b in zip(one.timesteps, other.timesteps, strict=True))
+        > TOLERANCE * TRAIN_STEPS
+    ):
         return False
     ends = [_followed(table) for table in (one, other)]
     return all(abs(a - b) <= TOLERANCE * max(1.0, abs(a)) for a, b in zip(*ends, strict=True))
@@ -222,7 +282,9 @@ def _followed(table: SamplerTable) -> list[float]:
     for k in range(table.steps):
         m, z = generator.uniform(-1, 1), generator.uniform(-1, 1)
         after = table.latent[k] * x + table.model[k] * m + table.noise[k] * z
-        after += sum(weight * earlier for weight, earlier in zip(table.history[k], kept, strict=True))
+        after += sum(
+            weight * earlier for weight, earlier in zip(table.history[k], kept, strict=True)
+        )
         kept = [table.estimate[k][0] * x + table.estimate[k][1] * m, *kept][: table.reach]
         x = after
         path.append(x)

@@ -150,13 +150,20 @@ def exchange_units(
     now, errors = probe(mask), flipped_errors(mask, cells, probe)
     pairs: list[tuple[float, tuple[int, int], tuple[int, int]]] = []
     for branch in range(branches):
-        ranked = sorted((error - now, cell) for cell, error in errors.items() if cell[1] % branches == branch)
+        ranked = sorted(
+            (error - now, cell) for cell, error in errors.items() if cell[1] % branches == branch
+        )
         dropped = [(change, cell) for change, cell in ranked if mask[cell]]
         added = [(change, cell) for change, cell in ranked if not mask[cell]]
-        pairs += [(loss + gain, drop, add) for (loss, drop), (gain, add) in zip(dropped, added, strict=False)]
+        pairs += [
+            (loss + gain, drop, add)
+            for (loss, drop), (gain, add) in zip(dropped, added, strict=False)
+        ]
     promising = sorted(pair for pair in pairs if pair[0] < 0)
     best = (measure(mask), 0, mask)
-    for count in sorted({min(2**i, len(promising)) for i in range(len(promising).bit_length() + 1)} - {0}):
+    for count in sorted(
+        {min(2**i, len(promising)) for i in range(len(promising).bit_length() + 1)} - {0}
+    ):
         other = mask.copy()
         for _, drop, add in promising[:count]:
             other[drop], other[add] = False, True
@@ -164,11 +171,15 @@ def exchange_units(
     return best[1], best[2], best[0]
 
 
-def _evenly_spaced(sizes: Sequence[tuple[int, int]], predictors: Sequence[str]) -> Iterator[Candidate]:
+def _evenly_spaced(
+    sizes: Sequence[tuple[int, int]], predictors: Sequence[str]
+) -> Iterator[Candidate]:
     for steps, count in sizes:
         interval = -(-steps // count)
         for predictor in predictors if steps > count else predictors[:1]:
-            yield Candidate(steps, warped(steps, count, 1.0, min(interval - 1, steps - count)), predictor)
+            yield Candidate(
+                steps, warped(steps, count, 1.0, min(interval - 1, steps - count)), predictor
+            )
 
 
 def _warped_variants(finalist: Candidate) -> Iterator[Candidate]:

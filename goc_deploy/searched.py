@@ -13,7 +13,16 @@ from goc_deploy.errors import ScheduleError, UsageError, VerificationError
 from goc_deploy.grammar import number, whole_number
 from goc_deploy.metrics.paired import whole_relative_l2
 from goc_deploy.schedule import COMPUTE, Schedule
-from goc_deploy.search import MAX_STEPS, PREDICTORS, Candidate, exchange_units, plain, predicted, search, sizes_for
+from goc_deploy.search import (
+    MAX_STEPS,
+    PREDICTORS,
+    Candidate,
+    exchange_units,
+    plain,
+    predicted,
+    search,
+    sizes_for,
+)
 from goc_deploy.spec import ModelSpec
 
 REFERENCE_STEPS = 250
@@ -37,8 +46,12 @@ def searched(argument: str, context: PolicyContext) -> Schedule:
         UsageError: a budget that pays for nothing, or a sampler with fresh noise.
     """
     spec, options, correction = context.spec, context.options, context.correction
-    reference_steps = whole_number(options.get("reference", str(REFERENCE_STEPS)), "reference", 2, 1000)
-    fixed_steps = whole_number(options["steps"], "steps", 1, MAX_STEPS) if "steps" in options else None
+    reference_steps = whole_number(
+        options.get("reference", str(REFERENCE_STEPS)), "reference", 2, 1000
+    )
+    fixed_steps = (
+        whole_number(options["steps"], "steps", 1, MAX_STEPS) if "steps" in options else None
+    )
     budget_ms = number(argument.removesuffix("ms"), "budget") if argument.endswith("ms") else None
     computed = whole_number(argument, "budget", 1, MAX_STEPS) if budget_ms is None else 0
     trials = context.engine().trials()
@@ -47,9 +60,14 @@ def searched(argument: str, context: PolicyContext) -> Schedule:
             f"sampler {trials.sampler!r} draws fresh noise, so there is no converged solution; use ddim or dpm++"
         )
     predictors = (
-        PREDICTORS if correction is None else (STAND_IN if correction.partition(":")[0] in LEARNED else correction,)
+        PREDICTORS
+        if correction is None
+        else (STAND_IN if correction.partition(":")[0] in LEARNED else correction,)
     )
-    sizes = sizes_for((lambda _: computed) if budget_ms is None else _affordable(budget_ms, trials, spec), fixed_steps)
+    sizes = sizes_for(
+        (lambda _: computed) if budget_ms is None else _affordable(budget_ms, trials, spec),
+        fixed_steps,
+    )
     converged = uncached(spec, reference_steps)
     numbers = count(1)
 
@@ -60,7 +78,10 @@ def searched(argument: str, context: PolicyContext) -> Schedule:
             trials.progress(f"search, trial {next(numbers)}", 0, 1)
             try:
                 return error_of(schedule)
-            except (VerificationError, ScheduleError):  # it diverges, or the compiler sees that it would
+            except (
+                VerificationError,
+                ScheduleError,
+            ):  # it diverges, or the compiler sees that it would
                 return math.inf
 
         return measure
@@ -92,12 +113,16 @@ def searched(argument: str, context: PolicyContext) -> Schedule:
         **exchanged,
         "held_out_seed": held_out.seed,
         "held_out_error": held_out_error(found),
-        "held_out_error_of_as_many_uncached_steps": held_out_error(uncached(spec, len(best.computed))),
+        "held_out_error_of_as_many_uncached_steps": held_out_error(
+            uncached(spec, len(best.computed))
+        ),
         "trials": next(numbers) - 1,
         "best": [{"error": e, **_described(c)} for e, c in ranking[:SHOWN] if math.isfinite(e)],
         "calibration": trials.describe(),
     }
-    return replace(found if correction is None else plain(mask, spec), provenance={"search": record})
+    return replace(
+        found if correction is None else plain(mask, spec), provenance={"search": record}
+    )
 
 
 def uncached(spec: ModelSpec, steps: int) -> Schedule:
@@ -106,10 +131,16 @@ def uncached(spec: ModelSpec, steps: int) -> Schedule:
 
 
 def _described(candidate: Candidate) -> dict[str, object]:
-    return {"steps": candidate.steps, "computed": list(candidate.computed), "predictor": candidate.predictor}
+    return {
+        "steps": candidate.steps,
+        "computed": list(candidate.computed),
+        "predictor": candidate.predictor,
+    }
 
 
-def _error_to(converged: Schedule, trials: Trials, images: CalibrationOptions) -> Callable[[Schedule], float]:
+def _error_to(
+    converged: Schedule, trials: Trials, images: CalibrationOptions
+) -> Callable[[Schedule], float]:
     trials.progress("search, the converged solution", 0, 1)
     expected = trials.run(converged, images).latents
     return lambda schedule: whole_relative_l2(trials.run(schedule, images).latents, expected)
@@ -122,4 +153,6 @@ def _affordable(budget_ms: float, trials: Trials, spec: ModelSpec) -> Callable[[
     total_ms = trials.run(Candidate(steps, CLOCKED, STAND_IN).schedule(spec), one).total_ms
     predicted_ms = (total_ms - len(CLOCKED) * full_ms) / (steps - len(CLOCKED))
     predicted_ms = min(max(predicted_ms, 0.0), full_ms / 2)  # single runs are noisy
-    return lambda steps: max(0, math.floor((budget_ms - steps * predicted_ms) / (full_ms - predicted_ms)))
+    return lambda steps: max(
+        0, math.floor((budget_ms - steps * predicted_ms) / (full_ms - predicted_ms))
+    )

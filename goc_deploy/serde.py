@@ -35,11 +35,15 @@ def bytes_from_file(path: Path, where: str, error: type[GocError]) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise error(f"{where} cannot be read: it is not a regular file")
         if status.st_size > MAX_JSON_BYTES:
-            raise error(f"{where} has {status.st_size} bytes, more than {MAX_JSON_BYTES} are not read")
+            raise error(
+                f"{where} has {status.st_size} bytes, more than {MAX_JSON_BYTES} are not read"
+            )
         with open(path, "rb") as file:
             return file.read(MAX_JSON_BYTES)
     except (OSError, ValueError) as cause:  # ValueError: a name that no file can have
-        raise error(f"{where} cannot be read: {getattr(cause, 'strerror', None) or cause}") from cause
+        raise error(
+            f"{where} cannot be read: {getattr(cause, 'strerror', None) or cause}"
+        ) from cause
 
 
 def parse_json(
@@ -92,7 +96,12 @@ def parse_json(
 
 
 def check_format(
-    found: dict[str, Any], name: str, version: int, where: str, error: type[GocError], oldest: int | None = None
+    found: dict[str, Any],
+    name: str,
+    version: int,
+    where: str,
+    error: type[GocError],
+    oldest: int | None = None,
 ) -> None:
     """Check the ``format`` and ``version`` fields; ``oldest`` is the first version that is read, by default ``version``.
 
@@ -106,7 +115,9 @@ def check_format(
             f"{where} has format version {found.get('version')!r}, this goc_deploy reads up to {version}; update goc_deploy"
         )
     if found["version"] < (version if oldest is None else oldest):
-        raise error(f"{where} has format version {found['version']}, this goc_deploy reads {version}; export again")
+        raise error(
+            f"{where} has format version {found['version']}, this goc_deploy reads {version}; export again"
+        )
 
 
 def build(make: Callable[[], Any], where: str, error: type[GocError]) -> Any:
@@ -114,7 +125,9 @@ def build(make: Callable[[], Any], where: str, error: type[GocError]) -> Any:
     try:
         return make()
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as cause:
-        raise error(f"{where} does not have the expected form: {type(cause).__name__} {cause}") from cause
+        raise error(
+            f"{where} does not have the expected form: {type(cause).__name__} {cause}"
+        ) from cause
 
 
 def dump_json(value: dict[str, Any], *, indent: int | None = 1) -> str:
@@ -155,7 +168,9 @@ def schedule_from_json(text: bytes, where: str) -> Schedule:
         ScheduleError: not JSON, another format, an unknown action word, or a wrong number of units.
     """
     found = parse_json(text, where, ScheduleError)
-    check_format(found, SCHEDULE_FORMAT, SCHEDULE_VERSION, where, ScheduleError, OLDEST_SCHEDULE_VERSION)
+    check_format(
+        found, SCHEDULE_FORMAT, SCHEDULE_VERSION, where, ScheduleError, OLDEST_SCHEDULE_VERSION
+    )
     schedule: Schedule = build(lambda: _schedule_from_fields(found, where), where, ScheduleError)
     return schedule
 
@@ -166,32 +181,43 @@ def schedule_from_file(path: Path) -> Schedule:
     Raises:
         ScheduleError: unreadable, or as `schedule_from_json`.
     """
-    return schedule_from_json(bytes_from_file(path, f"schedule {path}", ScheduleError), f"schedule {path}")
+    return schedule_from_json(
+        bytes_from_file(path, f"schedule {path}", ScheduleError), f"schedule {path}"
+    )
 
 
 def _schedule_from_fields(found: dict[str, Any], where: str) -> Schedule:
     depth, branches = found["depth"], tuple(str(branch) for branch in found["branches"])
     if type(depth) is not int or not 1 <= depth <= MAX_BLOCKS or not 1 <= len(branches) <= 3:
-        raise ScheduleError(f"{where}: depth must be 1 to {MAX_BLOCKS} and there are 1 to 3 branches")
+        raise ScheduleError(
+            f"{where}: depth must be 1 to {MAX_BLOCKS} and there are 1 to 3 branches"
+        )
     if found["short_history"] not in ("reuse", "error"):
         raise ScheduleError(f"{where}: short_history must be 'reuse' or 'error'")
     if not 1 <= len(found["actions"]) <= MAX_STEPS:
         raise ScheduleError(f"{where}: there must be 1 to {MAX_STEPS} steps")
     predictors = {
-        str(word): _coefficients(row, f"{where}: predictors.{word}") for word, row in found["predictors"].items()
+        str(word): _coefficients(row, f"{where}: predictors.{word}")
+        for word, row in found["predictors"].items()
     }
     if "C" in predictors or not all(predictors.values()):
-        raise ScheduleError(f"{where}: a predictor needs at least one coefficient and cannot be named C")
+        raise ScheduleError(
+            f"{where}: a predictor needs at least one coefficient and cannot be named C"
+        )
     words = {"C": COMPUTE, **predictors}
     rows = []
     for step, text in enumerate(found["actions"]):
         actions = text.split()
         if len(actions) != depth * len(branches):
-            raise ScheduleError(f"{where}: step {step} has {len(actions)} actions for {depth * len(branches)} units")
+            raise ScheduleError(
+                f"{where}: step {step} has {len(actions)} actions for {depth * len(branches)} units"
+            )
         for unit, word in enumerate(actions):
             if word not in words:
                 block, branch = divmod(unit, len(branches))
-                raise ScheduleError(f"{where}: step {step}, block {block}, {branches[branch]}: unknown action {word!r}")
+                raise ScheduleError(
+                    f"{where}: step {step}, block {block}, {branches[branch]}: unknown action {word!r}"
+                )
         rows.append(tuple(words[word] for word in actions))
     provenance = found.get("provenance", {})
     if not isinstance(provenance, dict):
@@ -242,7 +268,12 @@ def _launch_to_list(op: Launch) -> list[Any]:
     if isinstance(op, Collect):
         return ["a", op.ahead]
     assert not isinstance(op, Segment), "what backends make of a plan is not written"
-    return ["p", op.unit, [[list(p.slots), list(p.coefficients), p.store] for p in op.predictions], op.ahead]
+    return [
+        "p",
+        op.unit,
+        [[list(p.slots), list(p.coefficients), p.store] for p in op.predictions],
+        op.ahead,
+    ]
 
 
 def plan_from_json(text: bytes, schedule: Schedule, where: str) -> Plan:
@@ -260,14 +291,18 @@ def plan_from_json(text: bytes, schedule: Schedule, where: str) -> Plan:
         segments = found.get("segments", "none")
         if segments not in SEGMENTS:
             raise ValueError(f"unknown segments {segments!r}")
-        return Plan(str(found["name"]), sampler, launches, index(found["slots"]), schedule, segments)
+        return Plan(
+            str(found["name"]), sampler, launches, index(found["slots"]), schedule, segments
+        )
 
     plan: Plan = build(make, where, EngineDirError)
     return plan
 
 
 def _sampler_from_fields(table: dict[str, Any]) -> SamplerTable:
-    numbers = {key: tuple(float(v) for v in table[key]) for key in ("latent", "model", "noise", "spread")}
+    numbers = {
+        key: tuple(float(v) for v in table[key]) for key in ("latent", "model", "noise", "spread")
+    }
     return SamplerTable(
         sampler=str(table["sampler"]),
         prediction=str(table["prediction"]),
@@ -286,7 +321,10 @@ def _launch_from_list(op: list[Any]) -> Launch:
         return Collect(index(op[1]))
     if op[0] != "p":
         raise ValueError(f"unknown launch {op[0]!r}")
-    rows = (Prediction(tuple(index(s) for s in p[0]), tuple(float(c) for c in p[1]), _slot(p[2])) for p in op[2])
+    rows = (
+        Prediction(tuple(index(s) for s in p[0]), tuple(float(c) for c in p[1]), _slot(p[2]))
+        for p in op[2]
+    )
     return Predict(index(op[1]), tuple(rows), index(op[3]))
 
 

@@ -46,7 +46,9 @@ class Series:
             check_rows(self.labels, len(self.captions.prompts))
         if self.latents is not None and len(self.latents) != images:
             shape = [images, spec.channels, spec.side, spec.side]
-            raise UsageError(f"latents have shape {list(self.latents.shape)}, expected {shape} for {images} labels")
+            raise UsageError(
+                f"latents have shape {list(self.latents.shape)}, expected {shape} for {images} labels"
+            )
 
     def records(
         self, pipe: Pipeline, prompts: Sequence[str] = (), negatives: Sequence[str] = ()
@@ -67,7 +69,9 @@ class Series:
         }
         if self.latents is not None:
             del common["seed"]
-            common["latents_sha256"] = hashlib.sha256(np.ascontiguousarray(self.latents).tobytes()).hexdigest()
+            common["latents_sha256"] = hashlib.sha256(
+                np.ascontiguousarray(self.latents).tobytes()
+            ).hexdigest()
         if self.captions is not None and not prompts:
             common["captions_sha256"] = hashlib.sha256(captions_to_bytes(self.captions)).hexdigest()
 
@@ -100,7 +104,9 @@ class Series:
             yield first, result
 
 
-def _step_callback(progress: Progress, first: int, done: int, total: int) -> Callable[[StepEvent], None]:
+def _step_callback(
+    progress: Progress, first: int, done: int, total: int
+) -> Callable[[StepEvent], None]:
     def show(event: StepEvent) -> None:
         what = f"steps of images {first + 1}-{first + event.images}"
         progress(what, done + (event.step + 1) * event.images, total)
@@ -110,5 +116,11 @@ def _step_callback(progress: Progress, first: int, done: int, total: int) -> Cal
 
 def joined_report(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One report of batches that were run one after the other."""
-    summed = {key: sum(report[key] for report in reports) for key in ("images", "total_ms", "decode_ms")}
-    return {**reports[0], **summed, "batches": [batch for report in reports for batch in report["batches"]]}
+    summed = {
+        key: sum(report[key] for report in reports) for key in ("images", "total_ms", "decode_ms")
+    }
+    return {
+        **reports[0],
+        **summed,
+        "batches": [batch for report in reports for batch in report["batches"]],
+    }

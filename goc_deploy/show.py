@@ -45,7 +45,10 @@ def plan_rows(plans: Sequence[Plan], manifest: Manifest) -> Table:
     for plan in plans:
         kinds = [str(plan.kind_counts.get(kind, 0)) for kind in ("full", "mixed", "collapsed")]
         share = f"{100 * plan.schedule.computed / (plan.steps * spec.units):.1f} %"
-        megabytes = [f"{b / 1e6:.2f}" for b in (plan.cache_bytes(spec, 2, item), plan.naive_cache_bytes(spec, 2, item))]
+        megabytes = [
+            f"{b / 1e6:.2f}"
+            for b in (plan.cache_bytes(spec, 2, item), plan.naive_cache_bytes(spec, 2, item))
+        ]
         rows.append(
             [
                 plan.name,
@@ -68,14 +71,25 @@ def action_rows(plan: Plan) -> Table:
     judged = god_curves(schedule)
     rows = []
     for step, units in enumerate(schedule.coefficients):
-        counts = Counter(action_name(schedule, step, unit, prediction) for unit in range(schedule.units))
+        counts = Counter(
+            action_name(schedule, step, unit, prediction) for unit in range(schedule.units)
+        )
         actions = ", ".join(f"{count} {action}" for action, count in sorted(counts.items()))
         used = sorted({row for row in units if row})
         shown = "; ".join(" ".join(f"{c:+g}" for c in row) for row in used[:3]) + (
             f"; {len(used) - 3} more" if len(used) > 3 else ""
         )
         numbers = [f"{curve[step]:.2f}" for curve in judged]
-        rows.append([str(step), f"{plan.sampler.timesteps[step]:g}", plan.step_kind(step), *numbers, actions, shown])
+        rows.append(
+            [
+                str(step),
+                f"{plan.sampler.timesteps[step]:g}",
+                plan.step_kind(step),
+                *numbers,
+                actions,
+                shown,
+            ]
+        )
     columns = ["N inverse", "B"] if judged else []
     return ["step", "timestep", "kind", *columns, "units", "coefficients, newest first"], rows
 
@@ -99,16 +113,24 @@ def prediction_name(schedule: Schedule) -> str:
         return "prediction"
     found = schedule.provenance.get("search")
     chosen = found.get("predictor") if isinstance(found, dict) else None
-    name = policy.correction[0] if policy.correction else str(chosen or "prediction").partition(":")[0]
+    name = (
+        policy.correction[0] if policy.correction else str(chosen or "prediction").partition(":")[0]
+    )
     return PREDICTION_NAMES.get(name, name)
 
 
 def god_curves(schedule: Schedule) -> list[list[float]]:
     """N and B of every step from a schedule's provenance; empty where GOD did not make it or somebody edited it."""
     found = schedule.provenance.get("god")
-    curves = [found.get(name) for name in ("inverse_share", "boundary")] if isinstance(found, dict) else []
+    curves = (
+        [found.get(name) for name in ("inverse_share", "boundary")]
+        if isinstance(found, dict)
+        else []
+    )
     fits = all(
-        isinstance(curve, list) and len(curve) == schedule.steps and all(isinstance(v, (int, float)) for v in curve)
+        isinstance(curve, list)
+        and len(curve) == schedule.steps
+        and all(isinstance(v, (int, float)) for v in curve)
         for curve in curves
     )
     return [[float(v) for v in curve] for curve in curves if curve] if fits else []
@@ -122,8 +144,15 @@ def calibration_lines(schedule: Schedule) -> list[str]:
             continue
         images = found.get("calibration", {})
         shown = {k: v for k, v in found.items() if isinstance(v, (bool, int, float, str))}
-        on = {k: v for k, v in images.items() if k != "checkpoint_sha256"} if isinstance(images, dict) else {}
-        words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in {**shown, **on}.items()]
+        on = (
+            {k: v for k, v in images.items() if k != "checkpoint_sha256"}
+            if isinstance(images, dict)
+            else {}
+        )
+        words = [
+            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+            for k, v in {**shown, **on}.items()
+        ]
         lines.append(f"{part}: {', '.join(words)}")
         lines += [
             f"  threshold {m['threshold']:.3f}: error {m['error']:.4f}"

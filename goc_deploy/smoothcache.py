@@ -48,7 +48,11 @@ def smoothcache(argument: str, context: PolicyContext) -> Schedule:
         per_branch = changes.reshape(len(changes), spec.depth, branches, MAX_GAP).mean(axis=1)
         changes = np.tile(per_branch, (1, spec.depth, 1))
     computed = np.array([greedy_steps(changes[:, unit], alpha) for unit in range(spec.units)]).T
-    provenance = {"alpha": alpha, "per_unit": "per_unit" in context.options, "calibration": calibrator.describe()}
+    provenance = {
+        "alpha": alpha,
+        "per_unit": "per_unit" in context.options,
+        "calibration": calibrator.describe(),
+    }
     return replace(_schedule(computed, context), provenance={"smoothcache": provenance})
 
 
@@ -64,7 +68,11 @@ def greedy_steps(changes: np.ndarray, alpha: float) -> list[bool]:
     step = 0
     while step < steps:
         computed[step] = True
-        gaps = (j for j in range(MAX_GAP, 0, -1) if step + j < steps and changes[step + j, j - 1] <= alpha)
+        gaps = (
+            j
+            for j in range(MAX_GAP, 0, -1)
+            if step + j < steps and changes[step + j, j - 1] <= alpha
+        )
         step += 1 + next(gaps, 0)
     computed[-1] = True
     return computed
@@ -83,16 +91,24 @@ def schedule_from_smoothcache(path: Path, context: PolicyContext) -> Schedule:
     for component, actions in found.items():
         branch = BRANCH_OF_COMPONENT.get(component)
         if branch not in spec.branches:
-            raise ScheduleError(f"schedule {path} names {component!r} but the model has {', '.join(spec.branches)}")
-        computed[:, spec.branches.index(branch) :: len(spec.branches)] = _actions(actions, steps, path, component)[
-            :, None
-        ]
+            raise ScheduleError(
+                f"schedule {path} names {component!r} but the model has {', '.join(spec.branches)}"
+            )
+        computed[:, spec.branches.index(branch) :: len(spec.branches)] = _actions(
+            actions, steps, path, component
+        )[:, None]
     return _schedule(computed, context)
 
 
 def _actions(actions: Any, steps: int, path: Path, component: str) -> np.ndarray:
-    if not isinstance(actions, list) or len(actions) > MAX_STEPS or any(action not in (0, 1) for action in actions):
-        raise ScheduleError(f"schedule {path}: {component} must be a list of 0 (reuse) and 1 (compute)")
+    if (
+        not isinstance(actions, list)
+        or len(actions) > MAX_STEPS
+        or any(action not in (0, 1) for action in actions)
+    ):
+        raise ScheduleError(
+            f"schedule {path}: {component} must be a list of 0 (reuse) and 1 (compute)"
+        )
     if len(actions) != steps:
         raise ScheduleError(
             f"schedule {path} has {len(actions)} steps but {steps} are asked for; use --steps {len(actions)}"
@@ -108,7 +124,10 @@ def smoothcache_from_schedule(schedule: Schedule) -> str:
     """
     lists: dict[str, list[int]] = {}
     for index, branch in enumerate(schedule.branches):
-        rows = [{int(not row) for row in step[index :: len(schedule.branches)]} for step in schedule.coefficients]
+        rows = [
+            {int(not row) for row in step[index :: len(schedule.branches)]}
+            for step in schedule.coefficients
+        ]
         mixed = next((step for step, actions in enumerate(rows) if len(actions) > 1), None)
         if mixed is not None:
             raise ScheduleError(

@@ -36,7 +36,9 @@ class Update:
     spread: float = 0.0
 
 
-def spaced_timesteps(steps: int, spacing: str = "linspace", *, visits_zero: bool = True) -> tuple[int, ...]:
+def spaced_timesteps(
+    steps: int, spacing: str = "linspace", *, visits_zero: bool = True
+) -> tuple[int, ...]:
     """``steps`` training timesteps in sampling order.
 
     Args:
@@ -106,7 +108,9 @@ def ddpm_updates(signal: Sequence[float]) -> list[Update]:
         if after == 1.0:
             return Update(latent, (denoised,))
         log_most, log_least = math.log(beta), math.log(beta * (1 - after) / (1 - now))
-        return Update(latent, (denoised,), math.exp((log_most + log_least) / 4), (log_most - log_least) / 4)
+        return Update(
+            latent, (denoised,), math.exp((log_most + log_least) / 4), (log_most - log_least) / 4
+        )
 
     return [update(now, after) for now, after in pairwise(signal)]
 
@@ -119,12 +123,16 @@ def dpm_solver_updates(signal: Sequence[float], order: int) -> list[Update]:
     """
     steps = len(signal) - 1
     alpha, sigma = [math.sqrt(s) for s in signal], [math.sqrt(1 - s) for s in signal]
-    log_snr = [math.log(a / s) for a, s in zip(alpha[:-1], sigma[:-1], strict=True)]  # halved, as in the paper
+    log_snr = [
+        math.log(a / s) for a, s in zip(alpha[:-1], sigma[:-1], strict=True)
+    ]  # halved, as in the paper
     updates = []
     for k in range(steps):
         last = 1 if k == steps - 1 else 2 if k == steps - 2 and steps < FEW_STEPS else order
         gain = alpha[k + 1] - alpha[k] * sigma[k + 1] / sigma[k]  # alpha' * (1 - exp(-h))
-        widths = [later - earlier for earlier, later in pairwise(log_snr[max(0, k - 2) : k + 2])][::-1]
+        widths = [later - earlier for earlier, later in pairwise(log_snr[max(0, k - 2) : k + 2])][
+            ::-1
+        ]
         weights = _corrected(gain, alpha[k + 1], widths, min(order, k + 1, last))
         updates.append(Update(sigma[k + 1] / sigma[k], weights))
     return updates

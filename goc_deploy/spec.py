@@ -91,7 +91,9 @@ class ModelSpec:
     @property
     def unit_names(self) -> tuple[str, ...]:
         """``block_00_attn``, ``block_00_mlp``, ...: the units in the order in which a step runs them."""
-        return tuple(f"block_{block:02d}_{branch}" for block in range(self.depth) for branch in self.branches)
+        return tuple(
+            f"block_{block:02d}_{branch}" for block in range(self.depth) for branch in self.branches
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,9 @@ def meant_spec(text: str) -> str | None:
             policy = parse_policy(candidate)
         except UsageError:
             return None
-        if policy.base[0] in BASE_NAMES and (policy.correction is None or policy.correction[0] in CORRECTION_NAMES):
+        if policy.base[0] in BASE_NAMES and (
+            policy.correction is None or policy.correction[0] in CORRECTION_NAMES
+        ):
             return candidate
     return None
 
@@ -47,4 +49,6 @@ def hint_for_correction(name: str) -> str:
     """How to write a correction instead of ``name``, which is none."""
     spec = meant_spec(f"none+{name}")
     found = spec.removeprefix("none+") if spec else closest(name, CORRECTION_NAMES)
-    return f"did you mean +{found}?" if found else f"the corrections are {', '.join(CORRECTION_NAMES)}"
+    return (
+        f"did you mean +{found}?" if found else f"the corrections are {', '.join(CORRECTION_NAMES)}"
+    )

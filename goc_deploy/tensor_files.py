@@ -16,8 +16,20 @@ from goc_deploy.serde import build, parse_json
 
 SUFFIXES = (".npz", ".safetensors")
 MAX_BYTES = 2**32
-MAX_RATIO, ALWAYS_UNPACKED = 20, 64 * 2**20  # an archive unpacks to that many times its size, and to that much more
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
+MAX_RATIO, ALWAYS_UNPACKED = (
+    20,
+    64 * 2**20,
+)  # an archive unpacks to that many times its size, and to that much more
+_DTYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "U8": "u1",
+    "BOOL": "?",
+}
 
 
 def arrays_from_file(path: Path) -> dict[str, np.ndarray]:
@@ -50,13 +62,17 @@ def arrays_from_npz(file: BinaryIO, where: str) -> dict[str, np.ndarray]:
             unpacked = sum(member.file_size for member in archive.infolist())
         packed = file.seek(0, os.SEEK_END)
         if unpacked > ALWAYS_UNPACKED + MAX_RATIO * packed:
-            raise UsageError(f"{where} has {packed} bytes that unpack to {unpacked}; save it uncompressed")
+            raise UsageError(
+                f"{where} has {packed} bytes that unpack to {unpacked}; save it uncompressed"
+            )
         file.seek(0)
         with np.load(file, allow_pickle=False) as arrays:
             return {name: np.asarray(arrays[name]) for name in arrays}
     except GocError:
         raise
-    except Exception as cause:  # on a damaged file zipfile, zlib and NumPy raise whatever they run into
+    except (
+        Exception
+    ) as cause:  # on a damaged file zipfile, zlib and NumPy raise whatever they run into
         raise UsageError(f"{where} cannot be read: {cause}") from cause
 
 
@@ -67,7 +83,9 @@ def array_from_npy(path: Path) -> np.ndarray:
         UsageError: unreadable, damaged, or of another kind.
     """
     try:
-        return np.array(np.lib.format.open_memmap(path, mode="r"))  # it takes no archive and no pickle
+        return np.array(
+            np.lib.format.open_memmap(path, mode="r")
+        )  # it takes no archive and no pickle
     except Exception as cause:  # as above
         raise UsageError(f"{path} cannot be read: {cause}") from cause
 
@@ -80,7 +98,9 @@ def arrays_from_safetensors(content: bytes, where: str) -> dict[str, np.ndarray]
     """
     length = int.from_bytes(content[:8], "little")
     if len(content) < 8 or length > len(content) - 8:
-        raise UsageError(f"{where} is not a sound safetensors file: its header is longer than the file")
+        raise UsageError(
+            f"{where} is not a sound safetensors file: its header is longer than the file"
+        )
     header = parse_json(content[8 : 8 + length], f"the header of {where}", UsageError)
     header.pop("__metadata__", None)
     tensors = content[8 + length :]
@@ -91,7 +111,9 @@ def arrays_from_safetensors(content: bytes, where: str) -> dict[str, np.ndarray]
         if not all(type(n) is int and n >= 0 for n in (start, stop, *shape)):
             raise ValueError("a size or an offset is not a whole number")
         if stop > len(tensors) or stop - start != math.prod(shape) * dtype.itemsize:
-            raise UsageError(f"{where} is not a sound safetensors file: its header lies about the place of {name!r}")
+            raise UsageError(
+                f"{where} is not a sound safetensors file: its header lies about the place of {name!r}"
+            )
         values = np.frombuffer(tensors, dtype, math.prod(shape), start).reshape(shape)
         return float32_from_bfloat16(values) if entry["dtype"] == "BF16" else values
 

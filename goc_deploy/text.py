@@ -80,7 +80,13 @@ class TextEncoder:
     """
 
     def __init__(
-        self, engine: Engine, backend: Backend, tokenizer: bytes, spec: ModelSpec, text: TextSpec, most: int
+        self,
+        engine: Engine,
+        backend: Backend,
+        tokenizer: bytes,
+        spec: ModelSpec,
+        text: TextSpec,
+        most: int,
     ) -> None:
         self._engine, self._spec, self._text = engine, spec, text
         self._tokenizer = _tokenizer_from_json(tokenizer)
@@ -93,7 +99,9 @@ class TextEncoder:
         self._known: OrderedDict[str, _Encoded] = OrderedDict()
         self._bind(1)
 
-    def prompt_embeds(self, prompts: Sequence[str], negatives: Sequence[str] = ("",)) -> PromptEmbeds:
+    def prompt_embeds(
+        self, prompts: Sequence[str], negatives: Sequence[str] = ("",)
+    ) -> PromptEmbeds:
         """Encode what to draw and what to draw away from; by default that is nothing in particular.
 
         A prompt that has more tokens than the model takes is cut, and the log says what is left out.
@@ -102,9 +110,13 @@ class TextEncoder:
             UsageError: no prompts, one that is no text, or negatives that are neither one nor one for each.
         """
         if isinstance(prompts, str) or isinstance(negatives, str):  # which is a sequence of letters
-            raise UsageError("prompts and negative prompts are lists of texts, got one text; put it into a list")
+            raise UsageError(
+                "prompts and negative prompts are lists of texts, got one text; put it into a list"
+            )
         if not prompts or len(negatives) not in (1, len(prompts)):
-            raise UsageError(f"{len(prompts)} prompts and {len(negatives)} negative prompts; give one, or one for each")
+            raise UsageError(
+                f"{len(prompts)} prompts and {len(negatives)} negative prompts; give one, or one for each"
+            )
         texts = [_normalised(prompt) for prompt in (*prompts, *negatives)]
         with self._stream.held():  # and with it the buffers, and what is remembered
             encoded = self._encoded(texts)
@@ -114,7 +126,13 @@ class TextEncoder:
         found = {text: self._known[text] for text in texts if text in self._known}
         unknown = iter(dict.fromkeys(text for text in texts if text not in found))
         while together := list(islice(unknown, self._most)):
-            found.update(zip(together, self._run_encoder([self._tokens_of(text) for text in together]), strict=True))
+            found.update(
+                zip(
+                    together,
+                    self._run_encoder([self._tokens_of(text) for text in together]),
+                    strict=True,
+                )
+            )
         for text in texts:
             self._known[text] = found[text]
             self._known.move_to_end(text)
@@ -123,14 +141,20 @@ class TextEncoder:
         return [found[text] for text in texts]
 
     def _tokens_of(self, text: str) -> list[int]:
-        encoding, most, eos = self._tokenizer.encode(text), self._spec.caption_tokens, self._text.eos
+        encoding, most, eos = (
+            self._tokenizer.encode(text),
+            self._spec.caption_tokens,
+            self._text.eos,
+        )
         tokens = list(encoding.ids)
         if not tokens or tokens[-1] != eos:
             tokens.append(eos)
         if len(tokens) > most:
             rest = text[encoding.offsets[most - 1][0] :]
             shown = rest if len(rest) <= SHOWN_CHARACTERS else f"{rest[:SHOWN_CHARACTERS]}..."
-            logger.warning("a prompt has %d tokens, the model takes %d; left out: %r", len(tokens), most, shown)
+            logger.warning(
+                "a prompt has %d tokens, the model takes %d; left out: %r", len(tokens), most, shown
+            )
             tokens = [*tokens[: most - 1], eos]
         if max(tokens) >= self._text.vocabulary:
             raise EngineDirError(
@@ -144,33 +168,47 @@ class TextEncoder:
         padded = np.full((count, length), self._text.pad)
         for row, tokens in zip(padded, prompts, strict=True):
             row[: len(tokens)] = tokens
-        mask = (np.arange(length) < np.array([[len(tokens)] for tokens in prompts])).astype(np.float32)
+        mask = (np.arange(length) < np.array([[len(tokens)] for tokens in prompts])).astype(
+            np.float32
+        )
         run = self._bind(count)
         self._stream.upload(padded, self._tokens.view(count, length))
         self._stream.upload(mask, self._mask.view(count, length))
         self._stream.wait()  # for backends whose engines run on a stream of their own
         run()
         embeds = self._stream.download(self._embeds.view(count, *self._embeds.shape[1:]))
-        return [(embeds[i].copy(), mask[i].copy()) for i in range(count)]  # which are forgotten one by one
+        return [
+            (embeds[i].copy(), mask[i].copy()) for i in range(count)
+        ]  # which are forgotten one by one
 
     def _bind(self, count: int) -> Launch:
         if count not in self._bound:
-            tokens, mask, embeds = (b.view(count, *b.shape[1:]) for b in (self._tokens, self._mask, self._embeds))
-            self._bound[count] = self._engine.bind({"tokens": tokens, "mask": mask}, {"embeds": embeds}, self._stream)
+            tokens, mask, embeds = (
+                b.view(count, *b.shape[1:]) for b in (self._tokens, self._mask, self._embeds)
+            )
+            self._bound[count] = self._engine.bind(
+                {"tokens": tokens, "mask": mask}, {"embeds": embeds}, self._stream
+            )
         return self._bound[count]
 
 
 def _normalised(prompt: str) -> str:
     """A prompt as the reference pipeline takes it."""
     if not isinstance(prompt, str) or len(prompt) > MAX_CHARACTERS:
-        raise UsageError(f"a prompt must be a text of at most {MAX_CHARACTERS} characters, got {prompt!r:.60}")
+        raise UsageError(
+            f"a prompt must be a text of at most {MAX_CHARACTERS} characters, got {prompt!r:.60}"
+        )
     if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise UsageError(f"a prompt holds half a surrogate pair, which is no character: {prompt!a:.60}")
+        raise UsageError(
+            f"a prompt holds half a surrogate pair, which is no character: {prompt!a:.60}"
+        )
     return prompt.lower().strip()
 
 
 def _captions(encoded: Sequence[_Encoded]) -> Captions:
-    return Captions(np.stack([embeds for embeds, _ in encoded]), np.stack([mask for _, mask in encoded]))
+    return Captions(
+        np.stack([embeds for embeds, _ in encoded]), np.stack([mask for _, mask in encoded])
+    )
 
 
 def _tokenizer_from_json(content: bytes) -> Any:

@@ -73,7 +73,9 @@ def chrome_trace(spans_of_process: Mapping[str, Sequence[Span]]) -> dict[str, An
     """
     events: list[dict[str, Any]] = []
     for pid, (process, spans) in enumerate(spans_of_process.items()):
-        events.append({"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": process}})
+        events.append(
+            {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": process}}
+        )
         origin = min((span.start_ns for span in spans), default=0)
         events += [
             {

@@ -9,7 +9,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from goc_deploy.calibration import CalibrationOptions, Calibrator, Laboratory, Trial, balanced_labels, check_options
+from goc_deploy.calibration import (
+    CalibrationOptions,
+    Calibrator,
+    Laboratory,
+    Trial,
+    balanced_labels,
+    check_options,
+)
 from goc_deploy.options import Progress
 from goc_deploy.passes import compile_schedule
 from goc_deploy.protocols import Backend, Engine
@@ -44,7 +51,9 @@ def engine_laboratory(
         table = table_from_sampler(sampler, steps, read_manifest(directory).process)
         return load_calibrator(directory, backend(), table, options, progress)
 
-    return Laboratory(calibrator, cache(lambda: EngineTrials(directory, backend(), sampler, options, progress)))
+    return Laboratory(
+        calibrator, cache(lambda: EngineTrials(directory, backend(), sampler, options, progress))
+    )
 
 
 class EngineTrials:
@@ -58,7 +67,12 @@ class EngineTrials:
     """
 
     def __init__(
-        self, directory: Path, backend: Backend, sampler: str, options: CalibrationOptions, progress: Progress
+        self,
+        directory: Path,
+        backend: Backend,
+        sampler: str,
+        options: CalibrationOptions,
+        progress: Progress,
     ) -> None:
         from goc_deploy.runtime.loading import load_engines
 
@@ -86,16 +100,28 @@ class EngineTrials:
         for signature in plan.signatures:
             if signature not in self._predict:
                 graph = predict_graph(signature, model, manifest.precision)
-                self._predict[signature] = self._backend.load(memoryview(graph.SerializeToString()), {})
+                self._predict[signature] = self._backend.load(
+                    memoryview(graph.SerializeToString()), {}
+                )
         labels = balanced_labels(model.classes, images.images, images.seed)
         size = min(len(labels), manifest.max_batch)
         engines = replace(self._engines, predict=self._predict)
         with Pipeline(manifest, plan, engines, self._backend, size, 1) as pipe:
             result = pipe.generate(
-                labels, seed=images.seed, cfg_scale=images.cfg_scale, cfg_channels=images.cfg_channels
+                labels,
+                seed=images.seed,
+                cfg_scale=images.cfg_scale,
+                cfg_channels=images.cfg_channels,
             )
-        steps = [(step["kind"], step["ms"]) for batch in result.report["batches"] for step in batch["steps"]]
-        kinds = {kind: median(ms for k, ms in steps if k == kind) for kind in sorted({k for k, _ in steps})}
+        steps = [
+            (step["kind"], step["ms"])
+            for batch in result.report["batches"]
+            for step in batch["steps"]
+        ]
+        kinds = {
+            kind: median(ms for k, ms in steps if k == kind)
+            for kind in sorted({k for k, _ in steps})
+        }
         return Trial(result.latents, result.report["total_ms"], kinds)
 
     def describe(self) -> dict[str, Any]:
@@ -107,5 +133,9 @@ class EngineTrials:
             "cfg_scale": options.cfg_scale,
             "cfg_channels": options.cfg_channels,
             "sampler": self.sampler,
-            **({"checkpoint_sha256": found["checkpoint_sha256"]} if "checkpoint_sha256" in found else {}),
+            **(
+                {"checkpoint_sha256": found["checkpoint_sha256"]}
+                if "checkpoint_sha256" in found
+                else {}
+            ),
         }

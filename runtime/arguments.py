@@ -25,8 +25,14 @@ def check_labels(labels: Any) -> None:
     Raises:
         UsageError: one label instead of a list, a text, or an array of another rank than one.
     """
-    if isinstance(labels, str | bytes) or not hasattr(labels, "__len__") or getattr(labels, "ndim", 1) != 1:
-        raise UsageError(f"labels are a list of whole numbers, got {labels!r:.60}; for one image give a list of one")
+    if (
+        isinstance(labels, str | bytes)
+        or not hasattr(labels, "__len__")
+        or getattr(labels, "ndim", 1) != 1
+    ):
+        raise UsageError(
+            f"labels are a list of whole numbers, got {labels!r:.60}; for one image give a list of one"
+        )
 
 
 def checked_seed(seed: Any) -> int | list[int]:
@@ -38,7 +44,9 @@ def checked_seed(seed: Any) -> int | list[int]:
     found = _numbers(seed)
     for value in found if isinstance(found, list) else [found]:
         if not is_whole(value):
-            raise UsageError(f"seed must be a whole number, or a list of one per image, got {value!r:.60}")
+            raise UsageError(
+                f"seed must be a whole number, or a list of one per image, got {value!r:.60}"
+            )
     return [int(value) for value in found] if isinstance(found, list) else int(found)
 
 
@@ -50,7 +58,9 @@ def checked_scale(cfg_scale: Any) -> float | list[float]:
     """
     found = _numbers(cfg_scale)
     for value in found if isinstance(found, list) else [found]:
-        number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+        number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(
+            value, bool
+        )
         if not number or not 0 <= value <= MAX_SCALE:
             raise UsageError(
                 f"cfg_scale must be a number within 0..{MAX_SCALE:g}, or a list of one per image, got {value!r:.60}"
@@ -65,7 +75,9 @@ def check_channels(cfg_channels: Any) -> None:
         UsageError: something that is not a whole number, or a negative one.
     """
     if not is_whole(cfg_channels) or cfg_channels < 0:
-        raise UsageError(f"cfg_channels must be a whole number and not negative, got {cfg_channels!r:.60}")
+        raise UsageError(
+            f"cfg_channels must be a whole number and not negative, got {cfg_channels!r:.60}"
+        )
 
 
 def noise_keys(seed: int | list[int], first_image: Any, images: int) -> list[tuple[int, int]]:
@@ -81,11 +93,15 @@ def noise_keys(seed: int | list[int], first_image: Any, images: int) -> list[tup
         UsageError: another number of seeds, or a word that is out of range.
     """
     if not is_whole(first_image) or first_image < 0:
-        raise UsageError(f"first_image must be a whole number and not negative, got {first_image!r:.60}")
+        raise UsageError(
+            f"first_image must be a whole number and not negative, got {first_image!r:.60}"
+        )
     first = int(first_image)
     if isinstance(seed, int):
         if first + images > 2**64:
-            raise UsageError(f"first_image {first} leaves less than {images} images up to 2**64; start earlier")
+            raise UsageError(
+                f"first_image {first} leaves less than {images} images up to 2**64; start earlier"
+            )
         keys = [(seed, first + i) for i in range(images)]
     else:
         keys = [(of_image, first) for of_image in _one_per_image("seed", seed, images)]
@@ -119,7 +135,9 @@ def checked_latents(latents: Any, images: int, spec: ModelSpec) -> np.ndarray:
             f"latents are no array: {cause}; for a tensor of torch use latents.detach().float().numpy()"
         ) from cause
     if found.shape != expected:
-        raise UsageError(f"latents have shape {list(found.shape)}, expected {list(expected)} for {images} labels")
+        raise UsageError(
+            f"latents have shape {list(found.shape)}, expected {list(expected)} for {images} labels"
+        )
     if found.dtype.kind != "f":
         raise UsageError(f"latents have dtype {found.dtype}, expected float32")
     with np.errstate(over="ignore"):

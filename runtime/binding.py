@@ -112,9 +112,21 @@ class Binder:
     """
 
     def __init__(
-        self, engines: Engines, spec: ModelSpec, plan: Plan, buffers: Buffers, batch: Batch, stream: Stream
+        self,
+        engines: Engines,
+        spec: ModelSpec,
+        plan: Plan,
+        buffers: Buffers,
+        batch: Batch,
+        stream: Stream,
     ) -> None:
-        self._engines, self._spec, self._plan, self._buffers, self._batch = engines, spec, plan, buffers, batch
+        self._engines, self._spec, self._plan, self._buffers, self._batch = (
+            engines,
+            spec,
+            plan,
+            buffers,
+            batch,
+        )
         self._stream = stream
         self._feature = (batch.rows, spec.tokens, spec.hidden)
         self._latents_shape = (batch.images, spec.channels, spec.side, spec.side)
@@ -125,11 +137,20 @@ class Binder:
         """Bind every step."""
         steps = range(self._plan.steps)
         latents = tuple(map(self._latents_out, steps))
-        noise = tuple(self._noise_of(step) for step in (steps if self._plan.sampler.stochastic else range(1)))
-        return BoundPlan(tuple(map(self._step, steps)), self._initial(), latents, noise, self._resets())
+        noise = tuple(
+            self._noise_of(step) for step in (steps if self._plan.sampler.stochastic else range(1))
+        )
+        return BoundPlan(
+            tuple(map(self._step, steps)), self._initial(), latents, noise, self._resets()
+        )
 
     def _step(self, step: int) -> BoundStep:
-        buffers, batch, spec, ops = self._buffers, self._batch, self._spec, self._plan.launches[step]
+        buffers, batch, spec, ops = (
+            self._buffers,
+            self._batch,
+            self._spec,
+            self._plan.launches[step],
+        )
         before = [self._keys_values()] if step == 0 and buffers.captions else []
         before += [self._conditioning(step)] if step % buffers.chunk == 0 else []
         launches = self._start(step)
@@ -144,7 +165,11 @@ class Binder:
                 x, spare = spare, x
         prediction = buffers.prediction.view(batch.rows, spec.output_channels, spec.side, spec.side)
         shift, scale = self._modulation_row(spec.units), self._modulation_row(spec.units + 1)
-        launches.append(self._unit("final", {"x": x, "shift": shift, "scale": scale}, {"prediction": prediction}))
+        launches.append(
+            self._unit(
+                "final", {"x": x, "shift": shift, "scale": scale}, {"prediction": prediction}
+            )
+        )
         launches.append(self._sampler(step, prediction))
         return BoundStep(tuple(before), tuple(launches))
 
@@ -152,7 +177,9 @@ class Binder:
         """What a step does first: it expands its rows of the modulation table, and those of steps that it predicts ahead."""
         used = self._used_modulation(step)
         target = self._modulation_row(used.start, len(used))
-        steps_ahead = sorted({op.ahead for op in self._plan.launches[step] if isinstance(op, Predict) and op.ahead})
+        steps_ahead = sorted(
+            {op.ahead for op in self._plan.launches[step] if isinstance(op, Predict) and op.ahead}
+        )
         picked = [self._pick_rows(step % self._buffers.chunk, used, target)]
         return picked + [self._pick_gates(step, ahead) for ahead in steps_ahead]
 
@@ -170,7 +197,11 @@ class Binder:
 
     def _noise_of(self, step: int) -> Buffer:
         """Noise of a step as it is uploaded, (N, C, H, W)."""
-        start = step * aligned_size(math.prod(self._latents_shape)) if self._plan.sampler.stochastic else 0
+        start = (
+            step * aligned_size(math.prod(self._latents_shape))
+            if self._plan.sampler.stochastic
+            else 0
+        )
         return self._buffers.noise.view(*self._latents_shape, start=start)
 
     def _noise(self, step: int) -> Buffer:
@@ -185,8 +216,13 @@ class Binder:
         """The coefficients of each launch of a step that predicts."""
         rows = step_rows(self._plan, step)
         starts = accumulate(aligned_size(len(row)) for row in rows)  # the sampler's row comes first
-        found = (self._constants(step, start, len(row)) for start, row in zip(starts, rows[1:], strict=False))
-        return [next(found) if isinstance(op, Predict) else None for op in self._plan.launches[step]]
+        found = (
+            self._constants(step, start, len(row))
+            for start, row in zip(starts, rows[1:], strict=False)
+        )
+        return [
+            next(found) if isinstance(op, Predict) else None for op in self._plan.launches[step]
+        ]
 
     def _estimate(self, step: int, lag: int) -> Buffer:
         """What a multistep sampler kept ``lag`` steps ago; 0 is where it keeps that of the step itself."""
@@ -222,10 +258,18 @@ class Binder:
         """Fill the modulation table for the steps of a chunk and those that they predict ahead."""
         buffers, spec, labels = self._buffers, self._spec, self._batch.labels
         whole = buffers.chunk + self._plan.accumulators
-        steps, start = min(whole, self._plan.steps - step), step // buffers.chunk * aligned_size(whole)
-        offered = {"timesteps": buffers.timesteps.view(steps, start=start), "labels": buffers.labels.view(labels)}
+        steps, start = (
+            min(whole, self._plan.steps - step),
+            step // buffers.chunk * aligned_size(whole),
+        )
+        offered = {
+            "timesteps": buffers.timesteps.view(steps, start=start),
+            "labels": buffers.labels.view(labels),
+        }
         table = {"table": buffers.table.view(steps, modulation_rows(spec), labels, spec.hidden)}
-        return self._unit("conditioning", taken(self._engines.units["conditioning"], offered), table)
+        return self._unit(
+            "conditioning", taken(self._engines.units["conditioning"], offered), table
+        )
 
     def _keys_values(self) -> BoundLaunch:
         """Turn the captions into keys and values of all blocks, once per request."""
@@ -241,7 +285,9 @@ class Binder:
         if buffers is None:
             return {}
         rows = buffers.rows.view(batch.rows)
-        return captions_of_block(self._spec, batch.captions, block, buffers.keys_values, buffers.bias, rows)
+        return captions_of_block(
+            self._spec, batch.captions, block, buffers.keys_values, buffers.bias, rows
+        )
 
     def _used_modulation(self, step: int) -> range:
         """The rows of the modulation table that a step uses."""
@@ -252,7 +298,9 @@ class Binder:
     def _pick_gates(self, step: int, ahead: int) -> BoundLaunch:
         """Expand the gates of a later step."""
         spec = self._spec
-        target = self._buffers.gates_ahead[ahead - 1].view(spec.units, self._batch.rows, spec.hidden)
+        target = self._buffers.gates_ahead[ahead - 1].view(
+            spec.units, self._batch.rows, spec.hidden
+        )
         return self._pick_rows(step % self._buffers.chunk + ahead, range(spec.units), target)
 
     def _pick_rows(self, table_step: int, used: range, target: Buffer) -> BoundLaunch:
@@ -272,20 +320,27 @@ class Binder:
         rows, hidden = self._batch.rows, self._spec.hidden
         return source.view(len(op.predictions), rows, hidden, start=op.unit * rows * hidden)
 
-    def _update(self, op: Launch, x: Buffer, x_out: Buffer, coefficients: Buffer | None) -> BoundLaunch:
+    def _update(
+        self, op: Launch, x: Buffer, x_out: Buffer, coefficients: Buffer | None
+    ) -> BoundLaunch:
         """What changes x of the step itself."""
         if isinstance(op, Compute):
             return self._compute(op, x, x_out)
         if isinstance(op, Segment):
             return self._segment(op, x, x_out)
         if isinstance(op, Predict):
-            return self._predict(op, x, x_out, self._gates(self._buffers.modulation, op), coefficients)
+            return self._predict(
+                op, x, x_out, self._gates(self._buffers.modulation, op), coefficients
+            )
         accumulated = self._buffers.accumulators[op.ahead - 1].view(*self._feature)
         return self._unit("collect", {"x": x, "accumulated": accumulated}, {"x_out": x_out})
 
     def _accumulate(self, op: Predict, coefficients: Buffer | None) -> BoundLaunch:
         """Predict for a later step, into its accumulator; unit 0 starts it."""
-        buffers, accumulator = self._buffers, self._buffers.accumulators[op.ahead - 1].view(*self._feature)
+        buffers, accumulator = (
+            self._buffers,
+            self._buffers.accumulators[op.ahead - 1].view(*self._feature),
+        )
         assert buffers.zeros is not None
         x = accumulator if op.unit else buffers.zeros.view(*self._feature)
         gates = self._gates(buffers.gates_ahead[op.ahead - 1], op)
@@ -302,7 +357,9 @@ class Binder:
         """All units as one engine, whose tensors have the names of their unit in front."""
         offered, outputs = {"x": x}, {"x_out": x_out}
         for unit, (name, store) in enumerate(zip(self._spec.unit_names, op.stores, strict=True)):
-            offered |= {f"{name}.{of_unit}": buffer for of_unit, buffer in self._of_unit(unit).items()}
+            offered |= {
+                f"{name}.{of_unit}": buffer for of_unit, buffer in self._of_unit(unit).items()
+            }
             if store is not None:
                 outputs[f"{name}.feature"] = self._computed(store)
         engine = self._engines.segments[op.signature]
@@ -321,7 +378,9 @@ class Binder:
 
     def _computed(self, slot: int) -> Buffer:
         """A slot as a unit writes its feature."""
-        return self._buffers.slots[slot].view(self._batch.rows * self._spec.tokens, self._spec.hidden)
+        return self._buffers.slots[slot].view(
+            self._batch.rows * self._spec.tokens, self._spec.hidden
+        )
 
     def _predict(
         self, op: Predict, x: Buffer, x_out: Buffer, gates: Buffer, coefficients: Buffer | None
@@ -338,7 +397,9 @@ class Binder:
         name = f"predict {op.unit}-{last}" + (f", {op.ahead} ahead" if op.ahead else "")
         return self._bound(name, self._engines.predict[op.signature], inputs, outputs)
 
-    def _unit(self, name: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> BoundLaunch:
+    def _unit(
+        self, name: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
+    ) -> BoundLaunch:
         return self._bound(name, self._engines.units[name], inputs, outputs)
 
     def _bound(

@@ -161,7 +161,9 @@ def step_rows(plan: Plan, step: int) -> list[Sequence[float]]:
 
 def step_size(plan: Plan) -> int:
     """Values from the constants of a step to those of the next: what the largest takes."""
-    return max(sum(aligned_size(len(row)) for row in step_rows(plan, step)) for step in range(plan.steps))
+    return max(
+        sum(aligned_size(len(row)) for row in step_rows(plan, step)) for step in range(plan.steps)
+    )
 
 
 def coefficient_row(op: Predict) -> list[float]:
@@ -173,7 +175,11 @@ def planned_bytes(spec: ModelSpec, precision: str, plan: Plan, capacity: int) ->
     """Bytes that `allocate_buffers` takes, without its few kilobytes of indices."""
     item, rows = ITEM_BYTES[precision], 2 * capacity
     step_bytes = modulation_rows(spec) * table_labels(spec, capacity) * spec.hidden * item
-    captions = spec.caption_tokens * rows * (4 * (spec.caption_channels + 1) + 2 * spec.depth * spec.hidden * item)
+    captions = (
+        spec.caption_tokens
+        * rows
+        * (4 * (spec.caption_channels + 1) + 2 * spec.depth * spec.hidden * item)
+    )
     chunk = _chunk_steps(step_bytes, plan)
     table = min(plan.steps, chunk + plan.accumulators) * step_bytes
     features = (2 + plan.cache_features) * rows * spec.tokens * spec.hidden * item
@@ -193,7 +199,9 @@ def _chunk_steps(step_bytes: int, plan: Plan) -> int:
     return max(1, min(plan.steps, TABLE_BUDGET_BYTES // step_bytes - plan.accumulators))
 
 
-def allocate_buffers(backend: Backend, spec: ModelSpec, precision: str, plan: Plan, capacity: int) -> Buffers:
+def allocate_buffers(
+    backend: Backend, spec: ModelSpec, precision: str, plan: Plan, capacity: int
+) -> Buffers:
     """Allocate a session's memory and fill in what never changes.
 
     Raises:
@@ -220,21 +228,32 @@ def allocate_buffers(backend: Backend, spec: ModelSpec, precision: str, plan: Pl
     padded = (*table.timesteps, *[0.0] * whole)
     size = step_size(plan)
     noise = (
-        new(plan.steps * aligned_size(capacity * image)) if table.stochastic else constant(np.zeros(capacity * image))
+        new(plan.steps * aligned_size(capacity * image))
+        if table.stochastic
+        else constant(np.zeros(capacity * image))
     )
-    constants = constant(np.stack([aligned_rows(step_rows(plan, step), size) for step in range(plan.steps)]))
+    constants = constant(
+        np.stack([aligned_rows(step_rows(plan, step), size) for step in range(plan.steps)])
+    )
     return Buffers(
         chunk=chunk,
-        table=new(min(plan.steps, chunk + plan.accumulators) * modulation_rows(spec) * table_row, dtype=dtype),
+        table=new(
+            min(plan.steps, chunk + plan.accumulators) * modulation_rows(spec) * table_row,
+            dtype=dtype,
+        ),
         modulation=new(modulation_rows(spec) * rows * spec.hidden, dtype=dtype),
-        gates_ahead=tuple(new(spec.units * rows * spec.hidden, dtype=dtype) for _ in range(plan.accumulators)),
+        gates_ahead=tuple(
+            new(spec.units * rows * spec.hidden, dtype=dtype) for _ in range(plan.accumulators)
+        ),
         tokens=(new(feature, dtype=dtype), new(feature, dtype=dtype)),
         slots=tuple(new(feature, dtype=dtype) for _ in range(plan.slots)),
         accumulators=tuple(new(feature, dtype=dtype) for _ in range(plan.accumulators)),
         zeros=constant(np.zeros(feature), dtype) if plan.accumulators else None,
         latents=(new(capacity * image), new(capacity * image)),
         prediction=new(rows * spec.output_channels * spec.side**2),
-        estimates=tuple(new(capacity * image) for _ in range(table.reach + 1 if table.reach else 0)),
+        estimates=tuple(
+            new(capacity * image) for _ in range(table.reach + 1 if table.reach else 0)
+        ),
         no_estimate=constant(np.zeros(capacity * image)) if table.lags else None,
         noise=noise,
         constants=constants,

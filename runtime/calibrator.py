@@ -30,7 +30,9 @@ from goc_deploy.runtime.trajectory import ImageBatch, Trajectory
 from goc_deploy.schedule import COMPUTE, Schedule, check_schedule
 
 TINY = np.finfo(np.float64).tiny
-BUDGET_BYTES = 2**30  # for features of a batch in memory, and again for mean features; beyond it these lie in a file
+BUDGET_BYTES = (
+    2**30
+)  # for features of a batch in memory, and again for mean features; beyond it these lie in a file
 
 
 class EngineCalibrator:
@@ -91,7 +93,9 @@ class EngineCalibrator:
         """See `goc_deploy.calibration.Calibrator.error`. Infinite where the results are not finite."""
         check_schedule(schedule)
         if schedule.steps != self._table.steps:
-            raise ScheduleError(f"the schedule has {schedule.steps} steps but the sampler {self._table.steps}")
+            raise ScheduleError(
+                f"the schedule has {schedule.steps} steps but the sampler {self._table.steps}"
+            )
         self.statistics()
         if schedule not in self._errors:
             depth = max(len(row) for step in schedule.coefficients for row in step)
@@ -122,8 +126,12 @@ class EngineCalibrator:
                 self._progress,
             )
         else:
-            candidate = fitted_schedule(schedule, self._all_trajectories(schedule, options), options, self._progress)
-            fitted = min(schedule, candidate, key=lambda tried: measured_error(self, tried))  # the sums may mislead
+            candidate = fitted_schedule(
+                schedule, self._all_trajectories(schedule, options), options, self._progress
+            )
+            fitted = min(
+                schedule, candidate, key=lambda tried: measured_error(self, tried)
+            )  # the sums may mislead
         record = {**asdict(options), "calibration": self.describe(), "error": self.error(fitted)}
         return replace(fitted, provenance={**schedule.provenance, "fit": record})
 
@@ -141,7 +149,10 @@ class EngineCalibrator:
                 f"fitting keeps the history of {images} images, {needed / 1e9:.1f} GB, but {available / 1e9:.1f} GB are "
                 "available; use fewer images (--calibrate) or history entries"
             )
-        return [Trajectory(self._stepper, batch, schedule.history, options.entries) for batch in self._batches()]
+        return [
+            Trajectory(self._stepper, batch, schedule.history, options.entries)
+            for batch in self._batches()
+        ]
 
     def _without_cache(self) -> Statistics:
         spec, steps = self._stepper.spec, self._table.steps
@@ -154,10 +165,14 @@ class EngineCalibrator:
             for step in range(steps):
                 trajectory.advance(step, (COMPUTE,) * spec.units, watcher.at(step))
                 self._progress(
-                    "calibrating without cache", done * steps + step * len(batch.labels), len(self._labels) * steps
+                    "calibrating without cache",
+                    done * steps + step * len(batch.labels),
+                    len(self._labels) * steps,
                 )
             if not np.isfinite(trajectory.latents).all():
-                raise VerificationError("calibration without cache gives NaN or infinite latents; check the engine")
+                raise VerificationError(
+                    "calibration without cache gives NaN or infinite latents; check the engine"
+                )
             self._final.append(trajectory.latents)
             done += len(batch.labels)
             rows += self._stepper.feature_shape[0]
@@ -207,7 +222,9 @@ class _Watcher:
 
     def _per_image(self, values: np.ndarray) -> np.ndarray:
         """(B, T, D) summed up per image, over its conditional and unconditional row."""
-        summed: np.ndarray = values.sum(axis=(1, 2), dtype=np.float64).reshape(-1, self._images).sum(axis=0)
+        summed: np.ndarray = (
+            values.sum(axis=(1, 2), dtype=np.float64).reshape(-1, self._images).sum(axis=0)
+        )
         return summed
 
 

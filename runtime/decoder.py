@@ -47,16 +47,21 @@ class LatentDecoder:
         spec: the model, whose latents have one size.
     """
 
-    def __init__(self, engine: Engine, backend: Backend, decoder: DecoderSpec, spec: ModelSpec) -> None:
+    def __init__(
+        self, engine: Engine, backend: Backend, decoder: DecoderSpec, spec: ModelSpec
+    ) -> None:
         tile, scale = decoder.tile, decoder.upscale
         self._engine, self._decoder, self._side = engine, decoder, spec.side
         self._most, self._stream = tiles_at_once(spec), backend.stream()
         self._input = backend.allocate((self._most, spec.channels, tile, tile), "float32")
-        self._output = backend.allocate((self._most, decoder.channels, tile * scale, tile * scale), "float32")
+        self._output = backend.allocate(
+            (self._most, decoder.channels, tile * scale, tile * scale), "float32"
+        )
         self._starts = tile_starts(spec.side, tile, decoder.overlap)
         last = len(self._starts) - 1
         self._ramps = [
-            ramp(tile * scale, decoder.overlap * scale, first=i == 0, last=i == last) for i in range(last + 1)
+            ramp(tile * scale, decoder.overlap * scale, first=i == 0, last=i == last)
+            for i in range(last + 1)
         ]
         self._bound: dict[int, tuple[Buffer, Buffer, Launch]] = {}  # by the number of tiles
         self._bind(1)
@@ -76,7 +81,9 @@ class LatentDecoder:
         """One after the other, (channels, H*upscale, W*upscale) float32, about -1..1, of (N, C, H, W) float32 latents."""
         tile = self._decoder.tile
         places = list(product(self._starts, repeat=2))
-        decoded = self._decoded(image[:, y : y + tile, x : x + tile] for image in latents for y, x in places)
+        decoded = self._decoded(
+            image[:, y : y + tile, x : x + tile] for image in latents for y, x in places
+        )
         for _ in latents:
             yield self._blended(islice(decoded, len(places)))
 
@@ -84,10 +91,16 @@ class LatentDecoder:
         """An image of its tiles."""
         if len(self._starts) == 1:
             return next(tiles)
-        tile, scale, side = self._decoder.tile, self._decoder.upscale, self._side * self._decoder.upscale
+        tile, scale, side = (
+            self._decoder.tile,
+            self._decoder.upscale,
+            self._side * self._decoder.upscale,
+        )
         total = np.zeros((self._decoder.channels, side, side))
         weight = np.zeros((side, side))
-        for ((i, y), (j, x)), pixels in zip(product(enumerate(self._starts), repeat=2), tiles, strict=True):
+        for ((i, y), (j, x)), pixels in zip(
+            product(enumerate(self._starts), repeat=2), tiles, strict=True
+        ):
             there = np.s_[y * scale : (y + tile) * scale, x * scale : (x + tile) * scale]
             share = np.outer(self._ramps[i], self._ramps[j])
             total[:, *there] += share * pixels

@@ -51,18 +51,25 @@ def load_weights(directory: Path, engines: Engines, backend: Backend) -> None:
     weights = engines.weights
     with weights.exchange():
         if weights.manifest is None:
-            raise UsageError("these engines come from no engine directory, so their weights cannot be exchanged")
+            raise UsageError(
+                "these engines come from no engine directory, so their weights cannot be exchanged"
+            )
         graphs = list(_graphs(weights.manifest, engines))
         parts = {part.name: part for graph in graphs for part in graph.parts.values()}
         other = read_manifest(directory)
         _check(directory, list(_differences(weights.manifest, other, parts)))
         for graph in graphs:
-            names = {prefix + p.name for prefix, part in graph.parts.items() for p in part.parameters}
+            names = {
+                prefix + p.name for prefix, part in graph.parts.items() for p in part.parameters
+            }
             backend.check_replaceable(graph.engines[graph.key], names)
         content = {**weights.content, **_verified(directory, other, parts)}
         with weights.alone():
             _Exchange(backend, weights).run(graphs, content)
-            weights.content, weights.checkpoint_sha256 = content, other.provenance.get("checkpoint_sha256")
+            weights.content, weights.checkpoint_sha256 = (
+                content,
+                other.provenance.get("checkpoint_sha256"),
+            )
     logger.info("the weights of %s are in use now", directory)
 
 
@@ -97,21 +104,25 @@ class _Exchange:
                     self._give(graph, weights.content)
                 self._bind()
             except BaseException as cause:
-                weights.lost = (
-                    f"weights could neither be exchanged nor restored ({cause}); load the engine directory again"
-                )
+                weights.lost = f"weights could neither be exchanged nor restored ({cause}); load the engine directory again"
                 raise
             raise
 
     def _give(self, graph: _Graph, content: Mapping[str, memoryview]) -> None:
         initializers, inputs = mapped_parts(graph.parts, content)
-        engine = graph.engines.get(graph.key)  # which is missing if it could not be loaded a moment ago
+        engine = graph.engines.get(
+            graph.key
+        )  # which is missing if it could not be loaded a moment ago
         if engine is None or not self._backend.replace_weights(engine, initializers, inputs):
             del engine
             self._unbind()
-            graph.engines.pop(graph.key, None)  # before the new one is made: memory never holds both
+            graph.engines.pop(
+                graph.key, None
+            )  # before the new one is made: memory never holds both
             graph.engines[graph.key] = self._backend.load(content[graph.onnx], initializers, inputs)
-        memory.return_free_pages(content[part.weights] for part in graph.parts.values() if part.weights)
+        memory.return_free_pages(
+            content[part.weights] for part in graph.parts.values() if part.weights
+        )
 
     def _bind(self) -> None:
         """Bind what was bound before; binding is done once, and fails here if it fails."""
@@ -126,7 +137,10 @@ class _Exchange:
 
 def _graphs(manifest: Manifest, engines: Engines) -> Iterator[_Graph]:
     units = {unit.name: unit for unit in manifest.units}
-    for kind, unit_of in ((engines.units, units.__getitem__), (engines.segments, manifest.segment_unit)):
+    for kind, unit_of in (
+        (engines.units, units.__getitem__),
+        (engines.segments, manifest.segment_unit),
+    ):
         for key in kind:
             unit = unit_of(key)
             parts = {} if key in COMPANIONS else manifest.parts(unit)
@@ -141,8 +155,15 @@ def _differences(manifest: Manifest, other: Manifest, parts: Mapping[str, Unit])
     mine, theirs = asdict(manifest.model), asdict(other.model)
     if manifest.model.draws_captions:
         del mine["classes"], theirs["classes"]  # how many captions a directory keeps
-    yield from (f"{name} {theirs[name]} instead of {value}" for name, value in mine.items() if theirs[name] != value)
-    units, digests = ({unit.name: unit for unit in other.units}, {file.path: file.sha256 for file in other.files})
+    yield from (
+        f"{name} {theirs[name]} instead of {value}"
+        for name, value in mine.items()
+        if theirs[name] != value
+    )
+    units, digests = (
+        {unit.name: unit for unit in other.units},
+        {file.path: file.sha256 for file in other.files},
+    )
     own_digests = {file.path: file.sha256 for file in manifest.files}
     for name, unit in parts.items():
         twin = units.get(name)
@@ -168,4 +189,6 @@ def _verified(directory: Path, other: Manifest, parts: Mapping[str, Unit]) -> di
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         found = pool.map(verified, parts.values())
-        return {str(unit.weights): content for unit, content in zip(parts.values(), found, strict=True)}
+        return {
+            str(unit.weights): content for unit, content in zip(parts.values(), found, strict=True)
+        }

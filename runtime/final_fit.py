@@ -11,7 +11,9 @@ from goc_deploy.fitting import FitOptions, NormalEquations
 from goc_deploy.runtime.trajectory import Row, Trajectory
 from goc_deploy.schedule import REUSE, Schedule
 
-DELTA = 0.1  # of the difference quotients: well above float32 noise, small against weights of about 1
+DELTA = (
+    0.1  # of the difference quotients: well above float32 noise, small against weights of about 1
+)
 MAX_WEIGHT = 2.0
 ITERATIONS = 2
 STARTS = (0.0, 0.5, 1.0)  # eta of the gradient, 0 is plain reuse
@@ -36,7 +38,9 @@ def directions(schedule: Schedule, options: FitOptions) -> list[Direction]:
     for step, unit, stored in schedule.available_history():
         if schedule.coefficients[step][unit] == REUSE:
             for order in range(min(stored, options.entries) - 1):
-                of_place = {"unit": (step, unit), "step": (step,), "global": ()}[options.granularity]
+                of_place = {"unit": (step, unit), "step": (step,), "global": ()}[
+                    options.granularity
+                ]
                 groups.setdefault((*of_place, order), []).append((step, unit))
     return [Direction(tuple(places), key[-1]) for key, places in groups.items()]
 
@@ -88,7 +92,9 @@ def fit_to_final(
             progress(f"fitting, pass {iteration + 1} of {ITERATIONS}", batch, 0)
             columns, final = _effects(schedule, found, weights, trajectory)
             equations.see(columns, expected - final)
-        ridge = options.ridge * np.diag(np.maximum(np.diag(equations.gram), np.finfo(np.float64).tiny))
+        ridge = options.ridge * np.diag(
+            np.maximum(np.diag(equations.gram), np.finfo(np.float64).tiny)
+        )
         step = np.linalg.solve(equations.gram + ridge, equations.cross)
         tried = np.clip(weights + step, -MAX_WEIGHT, MAX_WEIGHT)
         measured = error(with_weights(schedule, found, tried))
@@ -119,7 +125,9 @@ def _effects(
     return [(ends[index] - final) / DELTA for index in range(len(found))], final
 
 
-def _finish(trajectory: Trajectory, first: int, coefficients: tuple[tuple[Row, ...], ...]) -> np.ndarray:
+def _finish(
+    trajectory: Trajectory, first: int, coefficients: tuple[tuple[Row, ...], ...]
+) -> np.ndarray:
     for step in range(first, len(coefficients)):
         trajectory.advance(step, coefficients[step])
     return trajectory.latents

@@ -38,7 +38,9 @@ def fitted_schedule(
         reused = [unit for unit, row in enumerate(rows) if row == REUSE]
         equations = _equations(trajectories, step, reused) if reused else {}
         seen |= {(step, unit): found for unit, found in equations.items()}
-        groups = [[unit] for unit in reused] if options.granularity == "unit" else _by_entries(equations)
+        groups = (
+            [[unit] for unit in reused] if options.granularity == "unit" else _by_entries(equations)
+        )
         made = list(rows)
         for units in groups:
             coefficients = solve(_total([equations[unit] for unit in units]), options.ridge)
@@ -52,13 +54,17 @@ def fitted_schedule(
         for places in _by_entries(seen):
             coefficients = solve(_total([seen[place] for place in places]), options.ridge)
             steps = [
-                tuple(coefficients if (step, unit) in places else row for unit, row in enumerate(rows))
+                tuple(
+                    coefficients if (step, unit) in places else row for unit, row in enumerate(rows)
+                )
                 for step, rows in enumerate(steps)
             ]
     return replace(schedule, coefficients=tuple(steps))
 
 
-def _equations(trajectories: Sequence[Trajectory], step: int, units: list[int]) -> dict[int, NormalEquations]:
+def _equations(
+    trajectories: Sequence[Trajectory], step: int, units: list[int]
+) -> dict[int, NormalEquations]:
     """What the history says of the features of a full step, summed over all images."""
     equations = {unit: NormalEquations.zeros(len(trajectories[0].history(unit))) for unit in units}
     for trajectory in trajectories:
@@ -74,8 +80,12 @@ def _equations(trajectories: Sequence[Trajectory], step: int, units: list[int]) 
 def _by_entries(equations: dict[Place, NormalEquations]) -> list[list[Place]]:
     """Places with as many history entries as each other."""
     sizes = sorted({len(found.cross) for found in equations.values()})
-    return [[place for place, found in equations.items() if len(found.cross) == size] for size in sizes]
+    return [
+        [place for place, found in equations.items() if len(found.cross) == size] for size in sizes
+    ]
 
 
 def _total(equations: list[NormalEquations]) -> NormalEquations:
-    return NormalEquations(np.sum([e.gram for e in equations], axis=0), np.sum([e.cross for e in equations], axis=0))
+    return NormalEquations(
+        np.sum([e.gram for e in equations], axis=0), np.sum([e.cross for e in equations], axis=0)
+    )

@@ -27,7 +27,9 @@ def pixels_to_uint8(pixels: np.ndarray) -> np.ndarray:
     return np.moveaxis(np.clip(127.5 * pixels + 128, 0, 255).astype(np.uint8), -3, -1)
 
 
-def grid(images: np.ndarray, columns: int | None = None, *, scale: int = 1, gap: int = 2) -> Image.Image:
+def grid(
+    images: np.ndarray, columns: int | None = None, *, scale: int = 1, gap: int = 2
+) -> Image.Image:
     """Arrange pictures in rows.
 
     Args:
@@ -40,11 +42,19 @@ def grid(images: np.ndarray, columns: int | None = None, *, scale: int = 1, gap:
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     canvas = np.full(
-        (rows * (height * scale + gap) - gap, columns * (width * scale + gap) - gap, images.shape[3]), 255, np.uint8
+        (
+            rows * (height * scale + gap) - gap,
+            columns * (width * scale + gap) - gap,
+            images.shape[3],
+        ),
+        255,
+        np.uint8,
     )
     for i, image in enumerate(images):
         y, x = (i // columns) * (height * scale + gap), (i % columns) * (width * scale + gap)
-        canvas[y : y + height * scale, x : x + width * scale] = image.repeat(scale, 0).repeat(scale, 1)
+        canvas[y : y + height * scale, x : x + width * scale] = image.repeat(scale, 0).repeat(
+            scale, 1
+        )
     return picture(canvas)
 
 

@@ -25,7 +25,9 @@ _exiting = False
 def check_not_exiting() -> None:
     """Raise EnvironmentUnsupportedError once the interpreter exits."""
     if _exiting:
-        raise EnvironmentUnsupportedError("the interpreter is exiting, so nothing more is generated")
+        raise EnvironmentUnsupportedError(
+            "the interpreter is exiting, so nothing more is generated"
+        )
 
 
 @contextlib.contextmanager
@@ -66,6 +68,8 @@ def _wait_for_launches() -> None:
     this, deadline = threading.get_ident(), time.monotonic() + MAX_WAIT_SECONDS
     while time.monotonic() < deadline:
         alive = {thread.ident for thread in threading.enumerate()}
-        if not any(count and thread != this and thread in alive for thread, count in list(_busy.items())):
+        if not any(
+            count and thread != this and thread in alive for thread, count in list(_busy.items())
+        ):
             return
         time.sleep(POLL_SECONDS)

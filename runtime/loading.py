@@ -15,7 +15,13 @@ from types import MappingProxyType
 from goc_deploy.calibration import CalibrationOptions
 from goc_deploy.captions import captions_from_bytes
 from goc_deploy.engine_dir import load_plan, mapped_parts
-from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, GocError, ResourceError, UsageError
+from goc_deploy.errors import (
+    EngineDirError,
+    EnvironmentUnsupportedError,
+    GocError,
+    ResourceError,
+    UsageError,
+)
 from goc_deploy.graph_check import check_graph, external_tensors
 from goc_deploy.manifest import Manifest, Unit
 from goc_deploy.options import Progress
@@ -82,11 +88,16 @@ def load_pipelines(
         if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
             raise UsageError(f"{option} must be a whole number, got {value!r:.60}")
     if max_sessions is None or not 1 <= max_sessions <= MAX_SESSIONS:
-        raise UsageError(f"max_sessions must be at least 1 and at most {MAX_SESSIONS}, got {max_sessions}")
+        raise UsageError(
+            f"max_sessions must be at least 1 and at most {MAX_SESSIONS}, got {max_sessions}"
+        )
     manifest = read_manifest(directory)
     others = unlisted.plans if unlisted else {}
     plans = [
-        others[name] if name is not None and name in others else load_plan(directory, manifest, name) for name in names
+        others[name]
+        if name is not None and name in others
+        else load_plan(directory, manifest, name)
+        for name in names
     ]
     images = manifest.max_batch if batch_size is None else batch_size
     if not 1 <= images <= manifest.max_batch:
@@ -99,16 +110,25 @@ def load_pipelines(
     more = [name for name, part in parts.items() if part]
     more += manifest.model.unit_names if all_units else ()
     made = _made_predictors(manifest, plans, unlisted.predict_graph, backend) if unlisted else {}
-    footprint = backend.footprint(_weights_of(manifest, needed_graphs(directory, manifest, plans, backend, more, made)))
+    footprint = backend.footprint(
+        _weights_of(manifest, needed_graphs(directory, manifest, plans, backend, more, made))
+    )
     for plan in plans:
         _check_memory(manifest, plan, images, max_sessions, footprint, backend.device.free_bytes())
     engines = load_engines(directory, manifest, plans, backend, more, made)
-    attached = Attached(_decoder(manifest, engines, backend), _text_encoder(directory, manifest, engines, backend))
-    return [Pipeline(manifest, plan, engines, backend, images, max_sessions, attached) for plan in plans]
+    attached = Attached(
+        _decoder(manifest, engines, backend), _text_encoder(directory, manifest, engines, backend)
+    )
+    return [
+        Pipeline(manifest, plan, engines, backend, images, max_sessions, attached) for plan in plans
+    ]
 
 
 def _made_predictors(
-    manifest: Manifest, plans: Sequence[Plan], predict_graph: Callable[[str], bytes], backend: Backend
+    manifest: Manifest,
+    plans: Sequence[Plan],
+    predict_graph: Callable[[str], bytes],
+    backend: Backend,
 ) -> dict[str, Engine]:
     """Engines of the predict signatures of plans for which the directory has no graph.
 
@@ -117,7 +137,11 @@ def _made_predictors(
     """
     dtype = DTYPE_OF_PRECISION[manifest.precision]
     signatures = {signature for plan in plans for signature in plan.signatures}
-    missing = [s for s in sorted(signatures - manifest.predict.keys()) if backend.predictor(s, dtype) is None]
+    missing = [
+        s
+        for s in sorted(signatures - manifest.predict.keys())
+        if backend.predictor(s, dtype) is None
+    ]
     if missing and backend.stacks:
         raise EnvironmentUnsupportedError(
             "it runs engines that were built for a plan of the directory, and this plan is not there; add it with goc plan"
@@ -125,7 +149,9 @@ def _made_predictors(
     return {s: backend.load(memoryview(predict_graph(s)), {}) for s in missing}
 
 
-def _text_encoder(directory: Path, manifest: Manifest, engines: Engines, backend: Backend) -> TextEncoder | None:
+def _text_encoder(
+    directory: Path, manifest: Manifest, engines: Engines, backend: Backend
+) -> TextEncoder | None:
     """The text encoder, where there is one and the package that it needs is installed; asked for a prompt without it,
     the pipeline says so."""
     if manifest.text is None or find_spec("tokenizers") is None:
@@ -133,7 +159,9 @@ def _text_encoder(directory: Path, manifest: Manifest, engines: Engines, backend
     entry = next(file for file in manifest.files if file.path == manifest.text.tokenizer)
     tokenizer = bytes(read_verified(directory, entry))
     most = 2 * manifest.max_batch  # that TensorRT engines are built for
-    return TextEncoder(engines.units["text_encoder"], backend, tokenizer, manifest.model, manifest.text, most)
+    return TextEncoder(
+        engines.units["text_encoder"], backend, tokenizer, manifest.model, manifest.text, most
+    )
 
 
 def _decoder(manifest: Manifest, engines: Engines, backend: Backend) -> LatentDecoder | None:
@@ -151,11 +179,17 @@ def load_stepper(directory: Path, backend: Backend, table: SamplerTable, images:
     """
     manifest = read_manifest(directory)
     engines = load_engines(directory, manifest, (), backend, (table.graph,))
-    return Stepper(engines, manifest.model, manifest.precision, table, min(images, manifest.max_batch))
+    return Stepper(
+        engines, manifest.model, manifest.precision, table, min(images, manifest.max_batch)
+    )
 
 
 def load_calibrator(
-    directory: Path, backend: Backend, table: SamplerTable, options: CalibrationOptions, progress: Progress
+    directory: Path,
+    backend: Backend,
+    table: SamplerTable,
+    options: CalibrationOptions,
+    progress: Progress,
 ) -> EngineCalibrator:
     """Load an engine directory to calibrate on it.
 
@@ -164,8 +198,12 @@ def load_calibrator(
         EngineDirError, SafetyError, EnvironmentUnsupportedError: as `load_stepper`.
     """
     found = read_manifest(directory).provenance
-    provenance = {"checkpoint_sha256": found["checkpoint_sha256"]} if "checkpoint_sha256" in found else {}
-    return EngineCalibrator(load_stepper(directory, backend, table, options.images), options, provenance, progress)
+    provenance = (
+        {"checkpoint_sha256": found["checkpoint_sha256"]} if "checkpoint_sha256" in found else {}
+    )
+    return EngineCalibrator(
+        load_stepper(directory, backend, table, options.images), options, provenance, progress
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,14 +251,26 @@ def needed_graphs(
     }
     segments = {
         signature: manifest.segment_unit(signature)
-        for signature in _listed(directory, manifest.segments, [s for plan in plans for s in plan.segment_signatures])
+        for signature in _listed(
+            directory, manifest.segments, [s for plan in plans for s in plan.segment_signatures]
+        )
     }
-    needed = {"conditioning", "embed", "final", "modulation", "collect", *more, *_launched_units(manifest, plans)}
+    needed = {
+        "conditioning",
+        "embed",
+        "final",
+        "modulation",
+        "collect",
+        *more,
+        *_launched_units(manifest, plans),
+    }
     needed |= {"captions"} if manifest.model.draws_captions else set()
     needed |= {plan.sampler.graph for plan in plans}
     lacking = sorted({*needed, *manifest.model.unit_names} - {unit.name for unit in manifest.units})
     if lacking:
-        raise EngineDirError(f"{directory} lists no unit {lacking[0]!r}, which the model needs; export again")
+        raise EngineDirError(
+            f"{directory} lists no unit {lacking[0]!r}, which the model needs; export again"
+        )
     units = {unit.name: unit for unit in manifest.units if unit.name in needed}
     return NeededGraphs(units, predict, segments, predictors)
 
@@ -229,9 +279,13 @@ def _weights_of(manifest: Manifest, graphs: NeededGraphs) -> dict[str, dict[str,
     """What `Backend.footprint` takes."""
     files = {file.path: file for file in manifest.files}
     weights = {
-        unit.onnx: [part.weights for part in manifest.parts(unit).values() if part.weights] for unit in graphs.all
+        unit.onnx: [part.weights for part in manifest.parts(unit).values() if part.weights]
+        for unit in graphs.all
     }
-    return {files[onnx].sha256: {path: files[path].size for path in paths} for onnx, paths in weights.items()}
+    return {
+        files[onnx].sha256: {path: files[path].size for path in paths}
+        for onnx, paths in weights.items()
+    }
 
 
 def load_engines(
@@ -249,7 +303,12 @@ def load_engines(
     """
     graphs = needed_graphs(directory, manifest, plans, backend, more, made)
     entries = {file.path: file for file in manifest.files}
-    weights = {part.weights for unit in graphs.all for part in manifest.parts(unit).values() if part.weights}
+    weights = {
+        part.weights
+        for unit in graphs.all
+        for part in manifest.parts(unit).values()
+        if part.weights
+    }
     captions = {manifest.captions} if manifest.captions else set()
     paths = sorted({unit.onnx for unit in graphs.all} | weights | captions)
 
@@ -272,10 +331,18 @@ def load_engines(
         )
     stored = None
     if manifest.captions:
-        stored = captions_from_bytes(content[manifest.captions], manifest.model, f"{directory / manifest.captions}")
+        stored = captions_from_bytes(
+            content[manifest.captions], manifest.model, f"{directory / manifest.captions}"
+        )
     memory.return_free_pages(content.values())
     weights_and_graphs = {path: content[path] for path in content if path != manifest.captions}
-    return Engines(units, {**predict, **graphs.predictors}, stored, segments, Weights(manifest, weights_and_graphs))
+    return Engines(
+        units,
+        {**predict, **graphs.predictors},
+        stored,
+        segments,
+        Weights(manifest, weights_and_graphs),
+    )
 
 
 def _listed(directory: Path, graphs: Mapping[str, str], signatures: Iterable[str]) -> list[str]:
@@ -283,7 +350,9 @@ def _listed(directory: Path, graphs: Mapping[str, str], signatures: Iterable[str
     found = sorted(set(signatures))
     missing = [signature for signature in found if signature not in graphs]
     if missing:
-        raise EngineDirError(f"{directory} lists no graph for {missing[0]!r}, which a plan needs; add the plan again")
+        raise EngineDirError(
+            f"{directory} lists no graph for {missing[0]!r}, which a plan needs; add the plan again"
+        )
     return found
 
 
@@ -295,7 +364,12 @@ def _launched_units(manifest: Manifest, plans: Sequence[Plan]) -> Iterable[str]:
 
 
 def _check_memory(
-    manifest: Manifest, plan: Plan, images: int, sessions: int, footprint: Footprint, available: int | None
+    manifest: Manifest,
+    plan: Plan,
+    images: int,
+    sessions: int,
+    footprint: Footprint,
+    available: int | None,
 ) -> None:
     """Report what a plan takes, and refuse it before anything is allocated.
 

@@ -27,7 +27,9 @@ class PictureFiles:
     appear whole when the body ends well. Any other name is a directory, in which each picture appears when it is added.
     """
 
-    def __init__(self, output: Path, labels: Sequence[int], records: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(
+        self, output: Path, labels: Sequence[int], records: Sequence[Mapping[str, Any]]
+    ) -> None:
         """``labels`` and ``records`` are of the whole series; a record is what its picture was made from, in JSON types."""
         self._output, self._labels, self._records = output, labels, records
         self._stack = ExitStack()
@@ -60,7 +62,9 @@ class PictureFiles:
             self._kept.append(images)
         elif suffix == ".npz":
             if self._adm is None:
-                self._adm = self._stack.enter_context(adm_writer(self._output, len(self._labels), *images.shape[1:3]))
+                self._adm = self._stack.enter_context(
+                    adm_writer(self._output, len(self._labels), *images.shape[1:3])
+                )
             self._adm.add(images, tuple(self._labels[first : first + len(images)]))
         else:
             for i, image in enumerate(images, first):
@@ -89,9 +93,13 @@ def finished_pictures(folder: Path, records: Sequence[Mapping[str, Any]]) -> int
             with Image.open(path) as found:
                 text = found.info.get(RECORD)
         except (OSError, UnidentifiedImageError) as cause:
-            raise ConflictError(f"{path} cannot be read ({cause}); remove it, and run again with --resume") from cause
+            raise ConflictError(
+                f"{path} cannot be read ({cause}); remove it, and run again with --resume"
+            ) from cause
         if text != _text(record):
-            raise ConflictError(f"{path} {_difference(text, record)}; choose another directory, or the same options")
+            raise ConflictError(
+                f"{path} {_difference(text, record)}; choose another directory, or the same options"
+            )
     return len(records)
 
 

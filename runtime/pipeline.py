@@ -198,7 +198,9 @@ class Pipeline:
         def run_batches(session: Session) -> None:
             for first in range(0, images, self.batch_size):
                 part = range(first, min(first + self.batch_size, images))
-                noise = np.stack([image_noise(*keys[i], self._draws, self._latent_shape) for i in part])
+                noise = np.stack(
+                    [image_noise(*keys[i], self._draws, self._latent_shape) for i in part]
+                )
                 cut = slice(part.start, part.stop)
                 if start is not None:
                     noise[:, 0] = start[cut]
@@ -224,10 +226,16 @@ class Pipeline:
         decode_ms = 1e3 * (time.perf_counter() - started)
         report = self._report(images, seed, cfg_scale, cfg_channels, timings)
         report |= {"checkpoint_sha256": checkpoint, "decode_ms": decode_ms}
-        whole = np.concatenate([np.stack(taken) for taken in trajectories], axis=1) if trajectory else None
+        whole = (
+            np.concatenate([np.stack(taken) for taken in trajectories], axis=1)
+            if trajectory
+            else None
+        )
         return Result(pictures, final_latents, whole, report)
 
-    def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str] = ("",)) -> PromptEmbeds:
+    def encode(
+        self, prompts: Sequence[str], negative_prompts: Sequence[str] = ("",)
+    ) -> PromptEmbeds:
         """Encode prompts; the last ones are remembered.
 
         Raises:
@@ -235,7 +243,9 @@ class Pipeline:
             EnvironmentUnsupportedError: the package tokenizers is missing.
         """
         if self.manifest.text is None:
-            raise UsageError("the engine has no text encoder; export with --text-encoder, or give --prompt-embeds")
+            raise UsageError(
+                "the engine has no text encoder; export with --text-encoder, or give --prompt-embeds"
+            )
         if self._attached.text is None:
             raise EnvironmentUnsupportedError(NO_TOKENIZERS)
         with native_calls():
@@ -244,7 +254,9 @@ class Pipeline:
     def with_plan(self, plan: Plan) -> Pipeline:
         """A pipeline of another plan on the same engines, which must hold the graphs that it launches: its predict graphs
         (a plan that computes everything has none) and units, or its segments."""
-        return Pipeline(self.manifest, plan, self._engines, self._backend, self.batch_size, 1, self._attached)
+        return Pipeline(
+            self.manifest, plan, self._engines, self._backend, self.batch_size, 1, self._attached
+        )
 
     def load_weights(self, engine_dir: str | Path) -> None:
         """Exchange the weights for those of another engine directory, such as a fine-tune's, without building engines.
@@ -286,8 +298,13 @@ class Pipeline:
         self._check_open()
         for size in images:
             if not arguments.is_whole(size) or not 1 <= size <= self.batch_size:
-                raise UsageError(f"images to warm up with must be within 1..{self.batch_size}, got {size!r}")
-        requests = [self._request_to_warm_up(size, guided=is_guided) for size, is_guided in product(images, guided)]
+                raise UsageError(
+                    f"images to warm up with must be within 1..{self.batch_size}, got {size!r}"
+                )
+        requests = [
+            self._request_to_warm_up(size, guided=is_guided)
+            for size, is_guided in product(images, guided)
+        ]
 
         def run_each(session: Session) -> None:
             for request, _ in product(requests, range(self.runs_to_warm)):
@@ -329,7 +346,9 @@ class Pipeline:
         self.close()
 
     def __reduce__(self) -> Any:
-        raise TypeError("a loaded pipeline cannot be pickled; load the engine directory in the other process")
+        raise TypeError(
+            "a loaded pipeline cannot be pickled; load the engine directory in the other process"
+        )
 
     @property
     def _draws(self) -> int:
@@ -346,9 +365,13 @@ class Pipeline:
         with recorded(spans, "decode", f"decode {len(latents)} images"), native_calls():
             return self._attached.decoder.images(latents)
 
-    def _conditions(self, labels: Sequence[int] | None, captions: PromptEmbeds | None, *, guided: bool) -> Conditions:
+    def _conditions(
+        self, labels: Sequence[int] | None, captions: PromptEmbeds | None, *, guided: bool
+    ) -> Conditions:
         if captions is None:
-            return conditions_from_labels(() if labels is None else labels, self.spec, self._engines.captions)
+            return conditions_from_labels(
+                () if labels is None else labels, self.spec, self._engines.captions
+            )
         if not self.spec.draws_captions:
             raise UsageError("this model draws class labels, not captions; give labels")
         return conditions_from_captions(labels, captions, guided=guided)
@@ -362,13 +385,26 @@ class Pipeline:
             )
 
     def _new_session(self) -> Session:
-        session = Session(self._engines, self._backend, self.spec, self.manifest.precision, self.plan, self.batch_size)
-        usual = Batch(1, True, labels=1, captions=2) if self.spec.draws_captions else Batch(1, True, labels=2)
+        session = Session(
+            self._engines,
+            self._backend,
+            self.spec,
+            self.manifest.precision,
+            self.plan,
+            self.batch_size,
+        )
+        usual = (
+            Batch(1, True, labels=1, captions=2)
+            if self.spec.draws_captions
+            else Batch(1, True, labels=2)
+        )
         session.bind(usual)
         self._engines.weights.sessions.add(session)
         return session
 
-    def _step_callback(self, callback: StepHook | None, taken: list[np.ndarray] | None, part: range) -> Any:
+    def _step_callback(
+        self, callback: StepHook | None, taken: list[np.ndarray] | None, part: range
+    ) -> Any:
         if callback is None and taken is None and self._backend.device.kind != "cpu":
             return None  # a run is short there, and may be one launch
 
@@ -379,7 +415,15 @@ class Pipeline:
             if callback is not None:
                 with code_of_the_caller():
                     try:
-                        callback(StepEvent(step, self.plan.steps, self.plan.step_kind(step), part.start, len(part)))
+                        callback(
+                            StepEvent(
+                                step,
+                                self.plan.steps,
+                                self.plan.step_kind(step),
+                                part.start,
+                                len(part),
+                            )
+                        )
                     except Exception:
                         logger.exception("the callback failed at step %d; the run goes on", step)
 
@@ -414,12 +458,17 @@ class Pipeline:
             "cfg_channels": int(cfg_channels),
             "cache_bytes": plan.cache_bytes(self.spec, rows, item),
             "naive_cache_bytes": plan.naive_cache_bytes(self.spec, rows, item),
-            "buffer_bytes": planned_bytes(self.spec, self.manifest.precision, plan, self.batch_size),
+            "buffer_bytes": planned_bytes(
+                self.spec, self.manifest.precision, plan, self.batch_size
+            ),
             "total_ms": sum(t.prepare_ms + sum(t.step_ms) for t in timings),
             "batches": [
                 {
                     "prepare_ms": t.prepare_ms,
-                    "steps": [{"step": k, "kind": plan.step_kind(k), "ms": ms} for k, ms in enumerate(t.step_ms)],
+                    "steps": [
+                        {"step": k, "kind": plan.step_kind(k), "ms": ms}
+                        for k, ms in enumerate(t.step_ms)
+                    ],
                 }
                 for t in timings
             ],

@@ -82,11 +82,19 @@ class Session:
     """Buffers for one plan and up to ``capacity`` images; runs one request at a time."""
 
     def __init__(
-        self, engines: Engines, backend: Backend, spec: ModelSpec, precision: str, plan: Plan, capacity: int
+        self,
+        engines: Engines,
+        backend: Backend,
+        spec: ModelSpec,
+        precision: str,
+        plan: Plan,
+        capacity: int,
     ) -> None:
         self._engines, self._backend, self._spec, self._plan = engines, backend, spec, plan
         self._stream = backend.stream()
-        self._pads_labels = backend.device.shares_launches  # to bind and record a shape costs more than to pad one
+        self._pads_labels = (
+            backend.device.shares_launches
+        )  # to bind and record a shape costs more than to pad one
         self._buffers = allocate_buffers(backend, spec, precision, plan, capacity)
         self._bound: OrderedDict[Batch, _Runnable] = OrderedDict()
 
@@ -130,7 +138,9 @@ class Session:
         if not runnable.ran:
             runnable.ran = True
             self._backend.keep_compiled()
-        step_ms = tuple(after - before for before, after in zip(marks[::2], marks[1::2], strict=True))
+        step_ms = tuple(
+            after - before for before, after in zip(marks[::2], marks[1::2], strict=True)
+        )
         return latents, Timing(prepare_ms, step_ms)
 
     def _prepare(self, request: Request) -> _Runnable:
@@ -144,7 +154,11 @@ class Session:
         if self._pads_labels:
             distinct += distinct[-1:] * (images + guided - len(distinct))
         captions = conditions.captions
-        batch = Batch(images, guided, len(distinct)) if captions is None else Batch(images, guided, 1, len(distinct))
+        batch = (
+            Batch(images, guided, len(distinct))
+            if captions is None
+            else Batch(images, guided, 1, len(distinct))
+        )
         runnable = self.bind(batch)
         if runnable.ran and not runnable.recorded:
             runnable.steps = self._recorded(runnable.plan)
@@ -175,11 +189,19 @@ class Session:
 
     def _upload_guidance(self, request: Request, batch: Batch) -> None:
         """Weights, and which rows of the prediction they lie between: for an image of scale 1, one row and itself."""
-        buffers, upload, scales, channels = self._buffers, self._stream.upload, request.cfg_scale, self._spec.channels
+        buffers, upload, scales, channels = (
+            self._buffers,
+            self._stream.upload,
+            request.cfg_scale,
+            self._spec.channels,
+        )
         own = np.arange(batch.images)
         guidance = np.where(np.arange(channels) < request.cfg_channels, scales[:, None], 1.0)
         upload(own, buffers.cond_rows.view(batch.images))
-        upload(np.where(scales == 1, own, own + batch.rows - batch.images), buffers.uncond_rows.view(batch.images))
+        upload(
+            np.where(scales == 1, own, own + batch.rows - batch.images),
+            buffers.uncond_rows.view(batch.images),
+        )
         upload(guidance.astype(np.float32), buffers.guidance.view(batch.images, channels))
 
     def _recorded(self, plan: BoundPlan) -> tuple[Sequence[Launch], ...]:

@@ -64,7 +64,10 @@ class SessionPool:
         return sum(slot.claim is None for slot in self._slots)
 
     def run(
-        self, make: Callable[[], Session], work: Callable[[Session], Returned], spans: list[Span] | None = None
+        self,
+        make: Callable[[], Session],
+        work: Callable[[Session], Returned],
+        spans: list[Span] | None = None,
     ) -> Returned:
         """Call ``work`` with a session that nobody else has meanwhile, once there is one.
 

@@ -42,7 +42,9 @@ class SharedBinder(Binder):
     def _modulation_of(self, used: range) -> Move:
         """Rows of the modulation table, expanded to the batch."""
         spec, labels, rows = self._spec, self._batch.labels, self._batch.rows
-        source = self._buffers.table.view(len(used), labels, spec.hidden, start=used.start * labels * spec.hidden)
+        source = self._buffers.table.view(
+            len(used), labels, spec.hidden, start=used.start * labels * spec.hidden
+        )
         return Move(
             source,
             self._modulation_row(used.start, len(used)),
@@ -55,18 +57,32 @@ class SharedBinder(Binder):
         """The step's numbers, and its noise."""
         plan, places, buffers = self._plan, self._places, self._buffers
         size, elements = self._step_size, math.prod(self._latents_shape)
-        moves = [Move(buffers.constants.view(1, 1, size), places.constants.view(1, 1, size), plan.steps, size)]
+        moves = [
+            Move(
+                buffers.constants.view(1, 1, size),
+                places.constants.view(1, 1, size),
+                plan.steps,
+                size,
+            )
+        ]
         if plan.sampler.stochastic:
             noise = buffers.noise.view(1, 1, elements)
-            moves.append(Move(noise, places.noise.view(1, 1, elements), plan.steps, aligned_size(elements)))
+            moves.append(
+                Move(noise, places.noise.view(1, 1, elements), plan.steps, aligned_size(elements))
+            )
         return moves
 
     def _left(self) -> list[Move]:
         """What the step before left: its latents, and estimates, which all grow older by a step."""
         reach, elements = self._plan.sampler.reach, math.prod(self._latents_shape)
         pairs = [(self._latents_out(0), self._latents(0))]
-        pairs += [(self._estimate(0, lag - 1), self._estimate(0, lag)) for lag in range(reach, 0, -1)]
-        return [Move(source.view(1, 1, elements), target.view(1, 1, elements)) for source, target in pairs]
+        pairs += [
+            (self._estimate(0, lag - 1), self._estimate(0, lag)) for lag in range(reach, 0, -1)
+        ]
+        return [
+            Move(source.view(1, 1, elements), target.view(1, 1, elements))
+            for source, target in pairs
+        ]
 
     def _latents(self, step: int) -> Buffer:  # noqa: ARG002
         return self._buffers.latents[0].view(*self._latents_shape)
@@ -91,4 +107,6 @@ class SharedBinder(Binder):
         nothing, reach = self._buffers.no_estimate, self._plan.sampler.reach
         if nothing is None:
             return ()
-        return tuple((nothing.view(*self._latents_shape), self._estimate(0, lag)) for lag in range(reach + 1))
+        return tuple(
+            (nothing.view(*self._latents_shape), self._estimate(0, lag)) for lag in range(reach + 1)
+        )

@@ -13,7 +13,12 @@ import numpy as np
 
 from goc_deploy.protocols import ALIGNMENT, DTYPE_OF_PRECISION, NUMPY_DTYPES, Buffer, taken
 from goc_deploy.runtime.binding import Engines
-from goc_deploy.runtime.buffers import captions_of_block, keys_values_shape, modulation_rows, table_labels
+from goc_deploy.runtime.buffers import (
+    captions_of_block,
+    keys_values_shape,
+    modulation_rows,
+    table_labels,
+)
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.spec import ModelSpec
 
@@ -52,7 +57,9 @@ class _CaptionArrays:
     def of_block(self, block: int, rows: int) -> dict[str, Buffer]:
         """What a branch of a block may read."""
         count, keys_values, bias = len(self.rows_of_table), self.keys_values.whole, self.bias.whole
-        return captions_of_block(self._spec, count, block, keys_values, bias, self.rows.buffer(rows))
+        return captions_of_block(
+            self._spec, count, block, keys_values, bias, self.rows.buffer(rows)
+        )
 
 
 class Stepper:
@@ -69,18 +76,25 @@ class Stepper:
         capacity: most images of a batch.
     """
 
-    def __init__(self, engines: Engines, spec: ModelSpec, precision: str, table: SamplerTable, capacity: int) -> None:
+    def __init__(
+        self, engines: Engines, spec: ModelSpec, precision: str, table: SamplerTable, capacity: int
+    ) -> None:
         self.spec, self.table, self.capacity, self._engines = spec, table, capacity, engines
         dtype, rows = DTYPE_OF_PRECISION[precision], 2 * capacity
         feature, image = rows * spec.tokens * spec.hidden, spec.channels * spec.side**2
         self._timestep = HostArray(1, "float32")
         self._labels = HostArray(capacity + 1, "int64")
         self._label_rows = HostArray(rows, "int64")
-        self._table = HostArray(modulation_rows(spec) * table_labels(spec, capacity) * spec.hidden, dtype)
+        self._table = HostArray(
+            modulation_rows(spec) * table_labels(spec, capacity) * spec.hidden, dtype
+        )
         self._captions = _CaptionArrays(spec, capacity, dtype) if spec.draws_captions else None
         self._modulation = HostArray(modulation_rows(spec) * rows * spec.hidden, dtype)
         self._rows = HostArray(rows, "int64")
-        self._cond_rows, self._uncond_rows = HostArray(capacity, "int64"), HostArray(capacity, "int64")
+        self._cond_rows, self._uncond_rows = (
+            HostArray(capacity, "int64"),
+            HostArray(capacity, "int64"),
+        )
         self._guidance, self._coefficients = (
             HostArray(capacity * spec.channels, "float32"),
             HostArray(len(table.rows[0]), "float32"),
@@ -139,7 +153,10 @@ class Stepper:
         self._coefficients.array(len(row))[:] = row
         self._latents.array(*self._latent_shape)[:] = latents
         self._run_conditioning(1 if self._captions else len(distinct))
-        inputs = {"latents": self._latents.buffer(*self._latent_shape), "rows": self._rows.buffer(len(rows))}
+        inputs = {
+            "latents": self._latents.buffer(*self._latent_shape),
+            "rows": self._rows.buffer(len(rows)),
+        }
         self._run("embed", inputs, {"x": self._tokens[0].buffer(*self.feature_shape)})
 
     @property
@@ -219,7 +236,9 @@ class Stepper:
         }
         outputs = {"latents_out": self._latents_out.buffer(*shape)}
         for place, lag in enumerate(self.table.reads(self._step), 1):
-            self._estimates[place].array(*shape)[:] = estimates[lag - 1] if lag <= len(estimates) else 0.0
+            self._estimates[place].array(*shape)[:] = (
+                estimates[lag - 1] if lag <= len(estimates) else 0.0
+            )
             inputs[f"estimate_{place}"] = self._estimates[place].buffer(*shape)
         if self.table.lags:
             outputs["estimate"] = self._estimates[0].buffer(*shape)
@@ -235,9 +254,16 @@ class Stepper:
         spec, rows, count = self.spec, self._row_count, modulation_rows(self.spec)
         offered = {"timesteps": self._timestep.buffer(1), "labels": self._labels.buffer(labels)}
         inputs = taken(self._engines.units["conditioning"], offered)
-        self._run("conditioning", inputs, {"table": self._table.buffer(1, count, labels, spec.hidden)})
-        inputs = {"table": self._table.buffer(count, labels, spec.hidden), "rows": self._label_rows.buffer(rows)}
-        self._run("modulation", inputs, {"modulation": self._modulation.buffer(count, rows, spec.hidden)})
+        self._run(
+            "conditioning", inputs, {"table": self._table.buffer(1, count, labels, spec.hidden)}
+        )
+        inputs = {
+            "table": self._table.buffer(count, labels, spec.hidden),
+            "rows": self._label_rows.buffer(rows),
+        }
+        self._run(
+            "modulation", inputs, {"modulation": self._modulation.buffer(count, rows, spec.hidden)}
+        )
 
     def _use_captions(self, arrays: _CaptionArrays, distinct: list[int]) -> None:
         """Make keys and values of the stored captions, unless they are there from the step before."""

@@ -45,11 +45,15 @@ class Trajectory:
         self._stepper, self._batch = stepper, batch
         self._pushes_predictions, self._depth = history == "used", depth
         self.latents = np.float32(stepper.table.start) * batch.noise[:, 0]
-        self._entries: list[list[np.ndarray]] = [[] for _ in range(stepper.spec.units)]  # newest first
+        self._entries: list[list[np.ndarray]] = [
+            [] for _ in range(stepper.spec.units)
+        ]  # newest first
         self._estimates: list[np.ndarray] = []  # newest first
         self._scratch: np.ndarray = np.empty(0, np.float32)
 
-    def advance(self, step: int, rows: Sequence[Row], on_feature: FeatureHook | None = None) -> None:
+    def advance(
+        self, step: int, rows: Sequence[Row], on_feature: FeatureHook | None = None
+    ) -> None:
         """Run one step.
 
         Args:
@@ -110,6 +114,8 @@ class Trajectory:
         entries = self._entries[unit]
         if not self._depth:
             return
-        memory = entries.pop() if len(entries) == self._depth else np.empty(feature.shape, np.float32)
+        memory = (
+            entries.pop() if len(entries) == self._depth else np.empty(feature.shape, np.float32)
+        )
         memory[...] = feature
         entries.insert(0, memory)

@@ -28,9 +28,13 @@ class Weights:
         lost: why the engines cannot be used any more, or None.
     """
 
-    def __init__(self, manifest: Manifest | None = None, content: Mapping[str, memoryview] = NOTHING) -> None:
+    def __init__(
+        self, manifest: Manifest | None = None, content: Mapping[str, memoryview] = NOTHING
+    ) -> None:
         self.manifest, self.content = manifest, dict(content)
-        self.checkpoint_sha256 = None if manifest is None else manifest.provenance.get("checkpoint_sha256")
+        self.checkpoint_sha256 = (
+            None if manifest is None else manifest.provenance.get("checkpoint_sha256")
+        )
         self.sessions: WeakSet[Session] = WeakSet()
         self.lost: str | None = None
         self._one_exchange, self._changed = threading.Lock(), threading.Condition()

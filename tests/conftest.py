@@ -41,16 +41,25 @@ def command_words(name: str) -> list[str]:
     script = BIN / name
     if script.exists():
         return [str(script)]
-    return [sys.executable, "-m", "goc_deploy", *([] if name == "goc" else [name.removeprefix("goc-")])]
+    return [
+        sys.executable,
+        "-m",
+        "goc_deploy",
+        *([] if name == "goc" else [name.removeprefix("goc-")]),
+    ]
 
 
 @pytest.fixture(scope="session")
 def command() -> Command:
     """Run a command; its exit code is checked unless ``code`` is None."""
 
-    def run(name: str, *args: Any, code: int | None = 0, **more: Any) -> subprocess.CompletedProcess[str]:
+    def run(
+        name: str, *args: Any, code: int | None = 0, **more: Any
+    ) -> subprocess.CompletedProcess[str]:
         words, environment = command_words(name), {**os.environ, "NO_COLOR": "1"}
-        if words[0] == sys.executable:  # the module is found in the tree, whatever the working directory
+        if (
+            words[0] == sys.executable
+        ):  # the module is found in the tree, whatever the working directory
             paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         done = subprocess.run(
@@ -62,7 +71,9 @@ def command() -> Command:
             **more,
         )
         if code is not None:
-            assert done.returncode == code, f"exit {done.returncode}, expected {code}\n{done.stdout}\n{done.stderr}"
+            assert done.returncode == code, (
+                f"exit {done.returncode}, expected {code}\n{done.stdout}\n{done.stderr}"
+            )
         return done
 
     return run
@@ -97,7 +108,9 @@ def golden() -> dict[str, np.ndarray]:
 @pytest.fixture(scope="session")
 def golden_engine(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
     """The golden model, exported with every golden plan; processes that name a folder in ``GOC_TEST_ENGINES`` share it."""
-    directory = Path(os.environ.get("GOC_TEST_ENGINES") or tmp_path_factory.mktemp("golden")) / "engine"
+    directory = (
+        Path(os.environ.get("GOC_TEST_ENGINES") or tmp_path_factory.mktemp("golden")) / "engine"
+    )
     if directory.exists():
         return directory
     plans = [word for spec in GOLDEN_PLANS for word in ("--plan", spec)]
@@ -110,5 +123,15 @@ def demo_engine(tmp_path_factory: pytest.TempPathFactory, command: Command) -> P
     """The shipped demo checkpoint, exported without cache, with plain reuse and with the gradient."""
     directory = tmp_path_factory.mktemp("demo") / "engine"
     plans = ("--plan", "none", "--plan", "fora:2", "--plan", "fora:2+gc:1.0")
-    command("goc-export", MNIST / "dit_mnist.pt", "-o", directory, "--num-heads", 4, "--max-batch", 50, *plans)
+    command(
+        "goc-export",
+        MNIST / "dit_mnist.pt",
+        "-o",
+        directory,
+        "--num-heads",
+        4,
+        "--max-batch",
+        50,
+        *plans,
+    )
     return directory

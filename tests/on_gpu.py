@@ -61,7 +61,11 @@ class Part:
 def files_with_gpu_tests() -> list[str]:
     """Those that carry the mark; collecting all tests would take most of a minute."""
     paths = sorted((ROOT / "tests").glob("**/test_*.py"))
-    marked = [p for p in paths if re.search(r"^\s*(pytestmark\b.*|@)pytest\.mark\.gpu\b", p.read_text(), re.MULTILINE)]
+    marked = [
+        p
+        for p in paths
+        if re.search(r"^\s*(pytestmark\b.*|@)pytest\.mark\.gpu\b", p.read_text(), re.MULTILINE)
+    ]
     return [str(path.relative_to(ROOT)) for path in marked]
 
 
@@ -71,7 +75,16 @@ def collected() -> list[str]:
     Raises:
         RuntimeError: pytest cannot collect them.
     """
-    words = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", *files_with_gpu_tests()]
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "--collect-only",
+        "-q",
+        *files_with_gpu_tests(),
+    ]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"pytest cannot collect the tests:\n{done.stdout}{done.stderr}")
@@ -82,7 +95,9 @@ def divided(ids: Iterable[str]) -> dict[str, list[str]]:
     """Tests by part, in the order in which parts run."""
     found: dict[str, list[str]] = {name: [] for name in ORDER}
     for test in ids:
-        found[next(name for name, pattern in PARTS.items() if re.search(pattern, test))].append(test)
+        found[next(name for name, pattern in PARTS.items() if re.search(pattern, test))].append(
+            test
+        )
     return {name: tests for name, tests in found.items() if tests}
 
 
@@ -93,7 +108,18 @@ def run(name: str, tests: Sequence[str], own: Deadline, log: Path) -> Part:
         if own.left < LEAST_SECONDS:
             part.left_out += left
             break
-        words = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-ra", "-p", "no:cacheprovider", *left]
+        words = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "gpu",
+            "-v",
+            "-ra",
+            "-p",
+            "no:cacheprovider",
+            *left,
+        ]
         job = Job(name, words, log)
         try:
             outcome = job.finish(own.left)
@@ -128,7 +154,9 @@ def note(part: Part, log: str) -> set[str]:
 def table(parts: Sequence[Part]) -> str:
     """Markdown: a row per part, and below it why tests failed or were skipped."""
     counts = ("passed", "failed", "crashed", "skipped", "left_out")
-    rows = [[p.name, *(str(len(getattr(p, key))) for key in counts), f"{p.seconds:.0f}"] for p in parts]
+    rows = [
+        [p.name, *(str(len(getattr(p, key))) for key in counts), f"{p.seconds:.0f}"] for p in parts
+    ]
     reasons = [f"{p.name}: {reason}" for p in parts for reason in dict.fromkeys(p.reasons)]
     return "\n".join([markdown(["part", *counts, "seconds"], rows), *reasons])
 
@@ -142,7 +170,9 @@ def exit_code(parts: Sequence[Part], *, dry: bool) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="folder of the JSON file  [default: docs/gpu, dry: none]")
+    parser.add_argument(
+        "--output", type=Path, help="folder of the JSON file  [default: docs/gpu, dry: none]"
+    )
     parser.add_argument("--seconds", type=float, help=f"when to be over  [default: {SECONDS:.0f}]")
     parser.add_argument("--dry", action="store_true", help="without a GPU")
     args = parser.parse_args(argv)
@@ -159,7 +189,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"+ {name}: {len(ids)} tests, {deadline.left:.0f} s are left", flush=True)
             own = Deadline(deadline.limit(DRY_SECONDS if args.dry else PART_SECONDS))
             parts.append(run(name, ids, own, Path(folder) / f"{name}.log"))
-    title = f"{where['card']}, driver {where['driver']}" if not args.dry else "dry run: nothing ran on a GPU"
+    title = (
+        f"{where['card']}, driver {where['driver']}"
+        if not args.dry
+        else "dry run: nothing ran on a GPU"
+    )
     print(f"{title}, {date.today().isoformat()}\n\n{table(parts)}")
     output = args.output or (None if args.dry else ROOT / "docs" / "gpu")
     if output is not None:

@@ -21,7 +21,9 @@ SPEC = ModelSpec(
     2, 48, 3, 192, 2, 4, 4, 0, True, "pixart", ("attn", "cross", "mlp"), guided_channels=4, caption_channels=20,
     caption_tokens=11, told_size=64,
 )  # fmt: skip
-Feature = Callable[[int, Callable[[], Tensor]], Tensor]  # (unit, what computes it) -> the feature to use
+Feature = Callable[
+    [int, Callable[[], Tensor]], Tensor
+]  # (unit, what computes it) -> the feature to use
 
 
 def random_state(spec: ModelSpec = SPEC, seed: int = 0) -> dict[str, Tensor]:
@@ -31,12 +33,20 @@ def random_state(spec: ModelSpec = SPEC, seed: int = 0) -> dict[str, Tensor]:
         shapes = {name: tensor.shape for name, tensor in PublicLayout(spec).state_dict().items()}
     state = {name: 0.15 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     state["pos_embed"] = position_table(spec.hidden, spec.grid)
-    state["y_embedder.y_embedding"] = torch.randn(spec.caption_tokens, spec.caption_channels, generator=generator)
+    state["y_embedder.y_embedding"] = torch.randn(
+        spec.caption_tokens, spec.caption_channels, generator=generator
+    )
     return state
 
 
 def forward(
-    state: Mapping[str, Tensor], spec: ModelSpec, x: Tensor, t: Tensor, captions: Tensor, mask: Tensor, feature: Feature
+    state: Mapping[str, Tensor],
+    spec: ModelSpec,
+    x: Tensor,
+    t: Tensor,
+    captions: Tensor,
+    mask: Tensor,
+    feature: Feature,
 ) -> Tensor:
     """(B, C, H, W) latents, (B,) timesteps, (B, L, C) captions and (B, L) masks to the prediction."""
 
@@ -58,12 +68,18 @@ def forward(
 
     condition = mlp("t_embedder", timestep_features(t))
     if spec.told_size:
-        size = mlp("csize_embedder", timestep_features(torch.full((2,), float(spec.told_size)))).reshape(1, -1)
-        condition = condition + torch.cat([size, mlp("ar_embedder", timestep_features(torch.ones(1)))], dim=1)
+        size = mlp(
+            "csize_embedder", timestep_features(torch.full((2,), float(spec.told_size)))
+        ).reshape(1, -1)
+        condition = condition + torch.cat(
+            [size, mlp("ar_embedder", timestep_features(torch.ones(1)))], dim=1
+        )
     shared = linear("t_block.1", F.silu(condition)).unflatten(-1, (6, -1))
     y = linear("y_embedder.y_proj.fc1", captions)
     y = linear("y_embedder.y_proj.fc2", F.gelu(y, approximate="tanh"))
-    h = F.conv2d(x, state["x_embedder.proj.weight"], state["x_embedder.proj.bias"], stride=spec.patch)
+    h = F.conv2d(
+        x, state["x_embedder.proj.weight"], state["x_embedder.proj.bias"], stride=spec.patch
+    )
     h = h.flatten(2).transpose(1, 2) + state["pos_embed"]
     for i in range(spec.depth):
         block = f"blocks.{i}"
@@ -72,7 +88,8 @@ def forward(
         h = h + own[:, 2] * feature(
             3 * i,
             lambda b=block, q=qkv, h=h, own=own: linear(
-                f"{b}.attn.proj", attention(*linear(q, modulated(h, own[:, 0], own[:, 1])).chunk(3, dim=-1))
+                f"{b}.attn.proj",
+                attention(*linear(q, modulated(h, own[:, 0], own[:, 1])).chunk(3, dim=-1)),
             ),
         )
         h = h + feature(
@@ -90,7 +107,9 @@ def forward(
             3 * i + 2,
             lambda b=block, h=h, own=own: linear(
                 f"{b}.mlp.fc2",
-                F.gelu(linear(f"{b}.mlp.fc1", modulated(h, own[:, 3], own[:, 4])), approximate="tanh"),
+                F.gelu(
+                    linear(f"{b}.mlp.fc1", modulated(h, own[:, 3], own[:, 4])), approximate="tanh"
+                ),
             ),
         )
     last = (condition.unsqueeze(1) + state["final_layer.scale_shift_table"]).unsqueeze(2)

@@ -26,7 +26,11 @@ def run_schedule(schedule: Schedule, x: np.ndarray, feature: Feature) -> list[np
     outputs = []
     for step, rows in enumerate(schedule.coefficients):
         for unit, row in enumerate(rows):
-            g = sum(c * h for c, h in zip(row, histories[unit], strict=False)) if row else feature(step, unit, x)
+            g = (
+                sum(c * h for c, h in zip(row, histories[unit], strict=False))
+                if row
+                else feature(step, unit, x)
+            )
             if not row or schedule.history == "used":
                 histories[unit].insert(0, g)
             x = x + gate(step, unit) * g
@@ -46,7 +50,9 @@ def run_plan(plan: Plan, x: np.ndarray, feature: Feature) -> list[np.ndarray]:
                 accumulators[op.ahead] = np.nan
                 continue
             if isinstance(op, (Compute, Segment)):
-                for unit, store in enumerate(op.stores) if isinstance(op, Segment) else [(op.unit, op.store)]:
+                for unit, store in (
+                    enumerate(op.stores) if isinstance(op, Segment) else [(op.unit, op.store)]
+                ):
                     g = feature(step, unit, x)
                     if store is not None:
                         slots[store] = g
@@ -56,7 +62,8 @@ def run_plan(plan: Plan, x: np.ndarray, feature: Feature) -> list[np.ndarray]:
             for unit, p in enumerate(op.predictions, op.unit):
                 whole, *others = p.coefficients
                 g = sum(
-                    (c * slots_before[s] for c, s in zip(others, p.slots[1:], strict=True)), slots_before[p.slots[0]]
+                    (c * slots_before[s] for c, s in zip(others, p.slots[1:], strict=True)),
+                    slots_before[p.slots[0]],
                 )
                 if p.store is not None:
                     slots[p.store] = g
@@ -82,19 +89,26 @@ def table_step(table: SamplerTable) -> SamplerStep:
     """A sampler table as its docstring says it."""
     kept: list[torch.Tensor] = []
 
-    def step_of(k: int, x: torch.Tensor, m: torch.Tensor, v: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    def step_of(
+        k: int, x: torch.Tensor, m: torch.Tensor, v: torch.Tensor, z: torch.Tensor
+    ) -> torch.Tensor:
         after = table.latent[k] * x + table.model[k] * m
         for weight, earlier in zip(table.history[k], reversed(kept), strict=False):
             after = after + weight * earlier
         kept.append(table.estimate[k][0] * x + table.estimate[k][1] * m)
         if table.noise[k]:
-            after = after + table.noise[k] * (torch.exp(table.spread[k] * v) if table.spread[k] else 1) * z
+            after = (
+                after
+                + table.noise[k] * (torch.exp(table.spread[k] * v) if table.spread[k] else 1) * z
+            )
         return after
 
     return step_of
 
 
-def _clean(prediction: str, x: torch.Tensor, m: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
+def _clean(
+    prediction: str, x: torch.Tensor, m: torch.Tensor, alpha: float, sigma: float
+) -> torch.Tensor:
     if prediction == "eps":
         return (x - sigma * m) / alpha
     return alpha * x - sigma * m if prediction == "v" else m
@@ -106,7 +120,9 @@ def dpm_solver_step(timesteps: Sequence[int], prediction: str) -> SamplerStep:
     half_log_snr = np.log(alpha / sigma)
     kept: list[torch.Tensor] = []
 
-    def step_of(k: int, x: torch.Tensor, m: torch.Tensor, _v: torch.Tensor, _z: torch.Tensor) -> torch.Tensor:
+    def step_of(
+        k: int, x: torch.Tensor, m: torch.Tensor, _v: torch.Tensor, _z: torch.Tensor
+    ) -> torch.Tensor:
         kept.append(_clean(prediction, x, m, alpha[k], sigma[k]))
         if k == len(timesteps) - 1:
             return kept[k]
@@ -122,10 +138,14 @@ def dpm_solver_step(timesteps: Sequence[int], prediction: str) -> SamplerStep:
 def ancestral_step(timesteps: Sequence[int], prediction: str) -> SamplerStep:
     """DDPM on the respaced process, with the variance between beta tilde and beta that the model learned."""
     signal = SIGNAL[list(timesteps)]
-    before = np.append(signal[1:], 1.0)  # of the step after this one, which came before in the forward process
+    before = np.append(
+        signal[1:], 1.0
+    )  # of the step after this one, which came before in the forward process
     betas = 1 - signal / before
 
-    def step_of(k: int, x: torch.Tensor, m: torch.Tensor, v: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    def step_of(
+        k: int, x: torch.Tensor, m: torch.Tensor, v: torch.Tensor, z: torch.Tensor
+    ) -> torch.Tensor:
         clean = _clean(prediction, x, m, np.sqrt(signal[k]), np.sqrt(1 - signal[k]))
         of_clean = betas[k] * np.sqrt(before[k]) / (1 - signal[k])
         of_x = (1 - before[k]) * np.sqrt(1 - betas[k]) / (1 - signal[k])

@@ -36,7 +36,10 @@ PIECES = (
     ("<pad>", 0.0, 3),
     ("</s>", 0.0, 3),
     ("<unk>", 0.0, 2),
-    *((f"{SPACE}{word}", -float(i), 1) for i, word in enumerate(("a", "the", "three", "seven", "red", "blue"), 2)),
+    *(
+        (f"{SPACE}{word}", -float(i), 1)
+        for i, word in enumerate(("a", "the", "three", "seven", "red", "blue"), 2)
+    ),
     (SPACE, -8.0, 1),
     *((letter, -9.0 - i / 10, 1) for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")),
 )
@@ -52,7 +55,12 @@ def sentencepiece_model() -> bytes:
     """A unigram model of ``PIECES``."""
     pieces = b""
     for name, score, kind in PIECES:
-        entry = field(1, name.encode()) + bytes([2 << 3 | 5]) + struct.pack("<f", score) + bytes([3 << 3, kind])
+        entry = (
+            field(1, name.encode())
+            + bytes([2 << 3 | 5])
+            + struct.pack("<f", score)
+            + bytes([3 << 3, kind])
+        )
         pieces += field(1, entry)
     return pieces + field(3, field(1, b"identity"))
 
@@ -62,7 +70,10 @@ def save_encoder(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
     generator = torch.Generator().manual_seed(seed)
-    shapes = {n: t.shape for n, t in T5Encoder(t5_config({**CONFIG, **changes}, ""), 4).state_dict().items()}
+    shapes = {
+        n: t.shape
+        for n, t in T5Encoder(t5_config({**CONFIG, **changes}, ""), 4).state_dict().items()
+    }
     state = {
         name: 0.3 * torch.randn(shape, generator=generator) + (1.0 if len(shape) == 1 else 0.0)
         for name, shape in shapes.items()

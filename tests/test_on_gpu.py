@@ -44,7 +44,9 @@ def test_a_test_that_ends_the_process_is_named_and_the_others_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tests").mkdir()
-    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\nmarkers = ['gpu: needs one']\n")
+    (tmp_path / "pyproject.toml").write_text(
+        "[tool.pytest.ini_options]\nmarkers = ['gpu: needs one']\n"
+    )
     (tmp_path / "tests" / "test_x.py").write_text(
         "import os, pytest\npytestmark = pytest.mark.gpu\n"
         "def test_a(): pass\ndef test_b(): os.abort()\ndef test_c(): pass\ndef test_d(): assert 0\n"
@@ -52,7 +54,11 @@ def test_a_test_that_ends_the_process_is_named_and_the_others_run(
     monkeypatch.setattr("benchmarks.on_gpu.jobs.ROOT", tmp_path)
     tests = [f"tests/test_x.py::test_{letter}" for letter in "abcd"]
     part = on_gpu.run("x", tests, Deadline(100), tmp_path / "log")
-    assert (part.passed, part.crashed, part.failed) == ([tests[0], tests[2]], [tests[1]], [tests[3]])
+    assert (part.passed, part.crashed, part.failed) == (
+        [tests[0], tests[2]],
+        [tests[1]],
+        [tests[3]],
+    )
     assert any("ended by SIGABRT" in reason for reason in part.reasons)
 
 
@@ -65,5 +71,11 @@ def test_only_a_dry_run_may_skip_everything() -> None:
     skipped, passed = on_gpu.Part("x", skipped=["a"]), on_gpu.Part("y", passed=["b"])
     failed, late = on_gpu.Part("z", failed=["c"]), on_gpu.Part("z", left_out=["c"])
     assert on_gpu.exit_code([skipped], dry=False) == 5
-    assert on_gpu.exit_code([skipped], dry=True) == on_gpu.exit_code([skipped, passed], dry=False) == 0
-    assert on_gpu.exit_code([passed, failed], dry=False) == on_gpu.exit_code([passed, late], dry=True) == 1
+    assert (
+        on_gpu.exit_code([skipped], dry=True) == on_gpu.exit_code([skipped, passed], dry=False) == 0
+    )
+    assert (
+        on_gpu.exit_code([passed, failed], dry=False)
+        == on_gpu.exit_code([passed, late], dry=True)
+        == 1
+    )

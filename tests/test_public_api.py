@@ -22,7 +22,15 @@ assert not after, after
 
 def test_the_public_names_are_these() -> None:
     types = ["GocError", "ModelSpec", "Plan", "Schedule", "__version__"]
-    functions = ["add_plan", "compile", "export", "load", "load_plans", "register_correction", "register_policy"]
+    functions = [
+        "add_plan",
+        "compile",
+        "export",
+        "load",
+        "load_plans",
+        "register_correction",
+        "register_policy",
+    ]
     assert sorted(goc_deploy.__all__) == sorted([*types, *functions, "errors"])
     assert all(getattr(goc_deploy, name) for name in goc_deploy.__all__)
 
@@ -41,12 +49,18 @@ def test_plans_that_are_loaded_together_give_what_each_gives_alone(golden_engine
     pipes = goc_deploy.load_plans(golden_engine, names, batch_size=2, max_sessions=2)
     for name, pipe in zip(names, pipes, strict=True):
         with goc_deploy.load(golden_engine, plan=name, batch_size=2) as alone, pipe:
-            np.testing.assert_array_equal(pipe.generate([1, 7]).latents, alone.generate([1, 7]).latents)
+            np.testing.assert_array_equal(
+                pipe.generate([1, 7]).latents, alone.generate([1, 7]).latents
+            )
     assert [pipe.closed for pipe in pipes] == [True, True]
 
 
-def test_importing_needs_nothing_heavy_and_running_needs_neither_torch_nor_onnx(golden_engine: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", RUN, str(golden_engine)], capture_output=True, text=True, timeout=120)
+def test_importing_needs_nothing_heavy_and_running_needs_neither_torch_nor_onnx(
+    golden_engine: Path,
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(golden_engine)], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
 
 

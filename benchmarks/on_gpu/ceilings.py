@@ -18,8 +18,14 @@ from benchmarks.on_gpu.device import device_here, microseconds, saver
 def copy_gb_s(nbytes: int, repeats: int, *, dry: bool) -> float:
     """Bytes read plus bytes written per second of a copy by the device layer, in GB/s."""
     device = device_here(dry=dry)
-    stream, source, target = device.stream(), device.allocate((nbytes,), "uint8"), device.allocate((nbytes,), "uint8")
-    return 2 * nbytes / (1e3 * microseconds(stream, [lambda: stream.copy(source, target)], 1, repeats))
+    stream, source, target = (
+        device.stream(),
+        device.allocate((nbytes,), "uint8"),
+        device.allocate((nbytes,), "uint8"),
+    )
+    return (
+        2 * nbytes / (1e3 * microseconds(stream, [lambda: stream.copy(source, target)], 1, repeats))
+    )
 
 
 def torch_ceilings(nbytes: int, side: int, repeats: int, *, dry: bool) -> dict[str, float]:
@@ -29,7 +35,12 @@ def torch_ceilings(nbytes: int, side: int, repeats: int, *, dry: bool) -> dict[s
     where = "cpu" if dry else "cuda"
     source = torch.ones(nbytes, dtype=torch.uint8, device=where)
     target = torch.empty_like(source)
-    found = {"copy_gb_s_torch": 2 * nbytes / 1e6 / milliseconds(lambda: target.copy_(source), repeats, dry=dry)}
+    found = {
+        "copy_gb_s_torch": 2
+        * nbytes
+        / 1e6
+        / milliseconds(lambda: target.copy_(source), repeats, dry=dry)
+    }
     for name, dtype in {"fp16": torch.float16, "bf16": torch.bfloat16}.items():
         a, b = (torch.randn(side, side, dtype=torch.float32).to(where, dtype) for _ in range(2))
         elapsed = milliseconds(lambda x=a, y=b: x @ y, repeats, dry=dry)
@@ -66,7 +77,10 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--dry", action="store_true", help="small sizes, on the host")
     args = parser.parse_args()
-    save, nbytes, side, repeats = saver(args.output), *((2**22, 128, 1) if args.dry else (2**30, 8192, 20))
+    save, nbytes, side, repeats = (
+        saver(args.output),
+        *((2**22, 128, 1) if args.dry else (2**30, 8192, 20)),
+    )
     found: dict[str, Any] = {"copy_gb_s_ours": copy_gb_s(nbytes, repeats, dry=args.dry)}
     save({**found, "copy_gb_s": found["copy_gb_s_ours"]})
     if find_spec("torch") is None:

@@ -22,7 +22,9 @@ def compared(found: Found) -> str:
         raise ValueError("the file is of a dry run on the CPU, which measures no GPU")
     gpus = list(known_peaks(found))
     if not gpus:
-        raise ValueError(f"no peaks are known for {found['machine']['card']}, and none were measured")
+        raise ValueError(
+            f"no peaks are known for {found['machine']['card']}, and none were measured"
+        )
     tables = [_table(found, run, gpus) for run in found["dit"]["runs"]]
     return "\n".join([title(found), "", *tables])
 
@@ -41,16 +43,26 @@ def known_peaks(found: Found) -> Iterator[Gpu]:
 def _table(found: Found, run: Found, gpus: list[Gpu]) -> str:
     dit, images = found["dit"], run["images"]
     counter = Counter(spec_of(dit["model"], 256), 2 * images, ITEM_BYTES[dit["precision"]])
-    backends = [backend for backend in OURS if any(name.startswith(f"{backend} ") for name in run["contenders"])]
+    backends = [
+        backend
+        for backend in OURS
+        if any(name.startswith(f"{backend} ") for name in run["contenders"])
+    ]
     rows = []
     for plan in PLANS:
-        steps, wholes = zip(*(predicted(plan, counter, dit["steps"], images, gpu)[1:] for gpu in gpus), strict=True)
+        steps, wholes = zip(
+            *(predicted(plan, counter, dit["steps"], images, gpu)[1:] for gpu in gpus), strict=True
+        )
         kind = "full" if plan == "none" else "collapsed"
         entries = [run["contenders"].get(f"{backend} {plan}") for backend in backends]
         of_step = [entry and entry["step_ms_by_kind"].get(kind) for entry in entries]
         rows.append([f"{kind} step, `{plan}`", *_cells(steps, of_step)])
-        rows.append([f"total, `{plan}`", *_cells(wholes, [entry and entry["wall_ms"] for entry in entries])])
-    heads = [f"predicted, {gpu.name}" for gpu in gpus] + [f"measured, {b} (x prediction)" for b in backends]
+        rows.append(
+            [f"total, `{plan}`", *_cells(wholes, [entry and entry["wall_ms"] for entry in entries])]
+        )
+    heads = [f"predicted, {gpu.name}" for gpu in gpus] + [
+        f"measured, {b} (x prediction)" for b in backends
+    ]
     plural = "s" if images > 1 else ""
     text = f"DiT-{dit['model']} 256, {dit['precision']}, {images} image{plural} with guidance, {dit['steps']} steps:"
     return f"{text}\n\n{markdown(['', *heads], rows)}"

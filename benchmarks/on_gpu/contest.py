@@ -50,7 +50,10 @@ def contest(
         dry: on the CPU, one round.
     """
     noise = work / f"noise-{images}.npy"
-    np.save(noise, np.random.default_rng(0).standard_normal((images, 4, *_sides(subject))).astype(np.float32))
+    np.save(
+        noise,
+        np.random.default_rng(0).standard_normal((images, 4, *_sides(subject))).astype(np.float32),
+    )
     commands: dict[str, list[str]] = {}
     for backend in backends:
         words = ["benchmarks.on_gpu.ours", str(engines / subject.folder), "--backend", backend]
@@ -62,10 +65,21 @@ def contest(
         words += ["--precision", subject.precision, "--steps", str(subject.steps)]
         words += ["--heads", str(subject.heads)] if subject.heads else []
         commands[name] = [*words, *(["--dry"] if dry else [])]
-    workers, latents = {}, {name: work / f"latents-{images}-{name.replace(' ', '-')}.npy" for name in commands}
+    workers, latents = (
+        {},
+        {name: work / f"latents-{images}-{name.replace(' ', '-')}.npy" for name in commands},
+    )
     for name, words in commands.items():
         latents[name].unlink(missing_ok=True)
-        command = [sys.executable, "-m", *words, "--noise", str(noise), "--latents", str(latents[name])]
+        command = [
+            sys.executable,
+            "-m",
+            *words,
+            "--noise",
+            str(noise),
+            "--latents",
+            str(latents[name]),
+        ]
         workers[name] = Worker(name, command, work / f"{images}-{name.replace(' ', '-')}.log")
     try:
         found = _rounds(workers, deadline, 1 if dry else ROUNDS)
@@ -88,7 +102,9 @@ def _rounds(workers: dict[str, Worker], deadline: Deadline, rounds: int) -> Foun
     ready_by = Deadline(deadline.limit(deadline.left, FOR_ROUNDS))
     with ThreadPoolExecutor(max(len(workers), 1)) as pool:
         for name, result in zip(
-            workers, pool.map(_caught(lambda w: w.answer(ready_by.left)), workers.values()), strict=True
+            workers,
+            pool.map(_caught(lambda w: w.answer(ready_by.left)), workers.values()),
+            strict=True,
         ):
             if isinstance(result, str):
                 failed[name] = result

@@ -58,7 +58,14 @@ def kernels_here(*, dry: bool) -> Kernels:
         raise RuntimeError("there is no C++ compiler to build the kernel for the host")
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "update.so"
-        flags = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-shared", "-fPIC", f"-I{SOURCE_PATH.parent}"]
+        flags = [
+            "-std=c++17",
+            "-O1",
+            "-fno-strict-aliasing",
+            "-shared",
+            "-fPIC",
+            f"-I{SOURCE_PATH.parent}",
+        ]
         subprocess.run([compiler, *flags, str(HOST_SOURCE), "-o", str(target)], check=True)
         return _HostKernels(ctypes.CDLL(str(target)))
 
@@ -75,20 +82,30 @@ class _HostKernels:
 
 
 def stack_launch(
-    device: Device, stream: Stream, kernels: Kernels, stack: Stack, shape: tuple[int, int, int], dtype: str
+    device: Device,
+    stream: Stream,
+    kernels: Kernels,
+    stack: Stack,
+    shape: tuple[int, int, int],
+    dtype: str,
 ) -> Launch:
     """A launch of the update kernel on fresh memory with random values; predictions lie on the entries that die."""
     rows, _, hidden = shape
     rng = np.random.default_rng(0)
     values = rng.standard_normal(shape).astype(np.float32)
-    coefficients = [weight for count in stack.entries for weight in (0.01, -0.5, 0.1, -0.1)[:count]]  # sums stay small
+    coefficients = [
+        weight for count in stack.entries for weight in (0.01, -0.5, 0.1, -0.1)[:count]
+    ]  # sums stay small
 
     def filled(content: np.ndarray, kind: str) -> Buffer:
         target = device.allocate(content.shape, kind)
         stream.upload(content, target)
         return target
 
-    x, gates = filled(values, dtype), filled(rng.standard_normal((stack.units, rows, hidden)).astype(np.float32), dtype)
+    x, gates = (
+        filled(values, dtype),
+        filled(rng.standard_normal((stack.units, rows, hidden)).astype(np.float32), dtype),
+    )
     weights = filled(np.array(coefficients, np.float32), "float32")
     history = [device.allocate(shape, dtype) for _ in coefficients]
     for entry in history:
@@ -97,7 +114,10 @@ def stack_launch(
     stored = [history[end - 1] for end, stores in zip(ends, stack.stores, strict=True) if stores]
     buffers = [x, gates, weights, *history]
     addresses = [b.pointer for b in buffers], [x.pointer, *(b.pointer for b in stored)]
-    chosen, parameters = geometry(shape, dtype, *addresses), parameters_from_addresses(stack, shape, *addresses)
+    chosen, parameters = (
+        geometry(shape, dtype, *addresses),
+        parameters_from_addresses(stack, shape, *addresses),
+    )
 
     def launch(_: Any = buffers) -> None:
         kernels.launch(chosen, parameters, stream.handle)

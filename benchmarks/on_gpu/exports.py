@@ -51,7 +51,11 @@ class Subject:
 
     def checkpoint(self, engines: Path) -> Path:
         """Where its weights are, or will be."""
-        return goldens.CHECKPOINT if self.name == "golden" else engines / f"{self.name.replace('/', '-')}.pt"
+        return (
+            goldens.CHECKPOINT
+            if self.name == "golden"
+            else engines / f"{self.name.replace('/', '-')}.pt"
+        )
 
 
 MANY = ("fora:5+lagrange:2,history=computed", 50)  # 10 of 50 steps computed; needs no calibration
@@ -62,7 +66,9 @@ DRY = Subject("golden", "fp32", 20, MANY, (1,))
 def engines_folder(work: Path) -> Path:
     """Where engines of this version of the exporter are kept: a change of its sources exports again."""
     digest = hashlib.sha256()
-    for path in sorted([*(ROOT / "exporters").glob("**/*.py"), *(ROOT / "goc_deploy").glob("*.py")]):
+    for path in sorted(
+        [*(ROOT / "exporters").glob("**/*.py"), *(ROOT / "goc_deploy").glob("*.py")]
+    ):
         digest.update(path.read_bytes())
     return work / f"engines-{digest.hexdigest()[:12]}"
 
@@ -79,21 +85,36 @@ def export_subject(engines: Path, subject: Subject) -> None:
         return
     checkpoint = subject.checkpoint(engines)
     if not checkpoint.exists():
-        subprocess.run([sys.executable, "-m", "benchmarks.make_checkpoint", subject.name, str(checkpoint)], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks.make_checkpoint", subject.name, str(checkpoint)],
+            check=True,
+        )
     unfinished = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    _export(checkpoint, unfinished, subject.precision, subject.heads, subject.steps, max(subject.images))
+    _export(
+        checkpoint, unfinished, subject.precision, subject.heads, subject.steps, max(subject.images)
+    )
     plan, steps = subject.many
     _command("plan", unfinished, plan, "--name", "many", "--steps", steps)
     os.replace(unfinished, target)
 
 
-def _export(checkpoint: Path, target: Path, precision: str, heads: int | None, steps: int, most: int) -> None:
+def _export(
+    checkpoint: Path, target: Path, precision: str, heads: int | None, steps: int, most: int
+) -> None:
     if target.exists():
         return
     plans = [word for plan in PLANS for word in ("--plan", plan)]
     sizes = ["--precision", precision, "--steps", steps, "--max-batch", most]
-    _command("export", checkpoint, "-o", target, *sizes, *plans, *(["--num-heads", heads] if heads else []))
+    _command(
+        "export",
+        checkpoint,
+        "-o",
+        target,
+        *sizes,
+        *plans,
+        *(["--num-heads", heads] if heads else []),
+    )
 
 
 def _command(*words: object) -> None:

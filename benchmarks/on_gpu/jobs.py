@@ -63,10 +63,16 @@ class Job:
         pipes: keep its standard input and output open for `benchmarks.on_gpu.workers`; then only errors go to the log.
     """
 
-    def __init__(self, name: str, command: Sequence[str], log: Path, *, pipes: bool = False) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], log: Path, *, pipes: bool = False
+    ) -> None:
         self.name, self.log = name, log
         paths = [str(ROOT), os.environ.get("PYTHONPATH")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "NO_COLOR": "1"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "NO_COLOR": "1",
+        }
         self._started = time.monotonic()
         pipe = subprocess.PIPE if pipes else None
         with log.open("wb") as sink:
@@ -87,10 +93,17 @@ class Job:
             code = self.process.wait(limit_s)
         except subprocess.TimeoutExpired:
             self.kill()
-            reason = f"it was ended after {self.seconds:.0f} s; its last line: {last_line(self.log)}"
+            reason = (
+                f"it was ended after {self.seconds:.0f} s; its last line: {last_line(self.log)}"
+            )
             return Outcome(self.name, TIMED_OUT, self.seconds, reason)
         if code:
-            return Outcome(self.name, FAILED, self.seconds, f"{_ending(code)}; its last line: {last_line(self.log)}")
+            return Outcome(
+                self.name,
+                FAILED,
+                self.seconds,
+                f"{_ending(code)}; its last line: {last_line(self.log)}",
+            )
         return Outcome(self.name, DONE, self.seconds)
 
     @property
@@ -106,7 +119,12 @@ class Job:
 
 
 def run_part(
-    name: str, command: Sequence[str], log: Path, deadline: Deadline, limit_s: float, least_s: float = 5.0
+    name: str,
+    command: Sequence[str],
+    log: Path,
+    deadline: Deadline,
+    limit_s: float,
+    least_s: float = 5.0,
 ) -> Outcome:
     """Run a part, unless less time is left than it needs at least."""
     if deadline.left < least_s:
@@ -121,7 +139,11 @@ def run_part(
 
 def last_line(log: Path) -> str:
     """The last line of a log that is not empty."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [
+        line.strip()
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.strip()
+    ]
     return lines[-1][:300] if lines else "(none)"
 
 

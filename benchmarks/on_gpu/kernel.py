@@ -16,7 +16,10 @@ from goc_deploy.engines.plugin.kernel import Kernels, Stack
 from goc_deploy.protocols import Device
 
 UNITS, TOKENS, HIDDEN = 56, 256, 1152
-STACKS = {"reuse": Stack((1,) * UNITS, (False,) * UNITS), "gradient": Stack((2,) * UNITS, (True,) * UNITS)}
+STACKS = {
+    "reuse": Stack((1,) * UNITS, (False,) * UNITS),
+    "gradient": Stack((2,) * UNITS, (True,) * UNITS),
+}
 ROWS = (2, 8, 16, 32)
 BEYOND_THE_CACHE, LAUNCHES = 2**29, 16
 
@@ -35,7 +38,10 @@ def measured(
     sets = [stack_launch(device, stream, kernels, stack, shape, "float16") for _ in range(copies)]
     launches = sets if dry else sets * -(-LAUNCHES // copies)
     count, repeats = len(launches), 1 if dry else 20
-    found: dict[str, Any] = {"nbytes": nbytes, "launched_us": microseconds(stream, launches, count, repeats)}
+    found: dict[str, Any] = {
+        "nbytes": nbytes,
+        "launched_us": microseconds(stream, launches, count, repeats),
+    }
     try:
         replay = stream.recorded(launches)
     except Exception as error:  # launched times are worth having without it
@@ -56,7 +62,13 @@ def main() -> None:
     for rows in (2,) if args.dry else ROWS:
         for form, stack in STACKS.items():
             shape = (rows, 4, 64) if args.dry else (rows, TOKENS, HIDDEN)
-            found.append({"form": form, "rows": rows, **measured(device, kernels, stack, shape, dry=args.dry)})
+            found.append(
+                {
+                    "form": form,
+                    "rows": rows,
+                    **measured(device, kernels, stack, shape, dry=args.dry),
+                }
+            )
             save(found)
 
 

@@ -53,7 +53,9 @@ def smi(*query: str) -> str:
     words = ["nvidia-smi", *query, *(["--format=csv,noheader,nounits"] if query else [])]
     done = subprocess.run(words, capture_output=True, text=True, timeout=30)
     if done.returncode or not done.stdout.strip():
-        raise RuntimeError(f"{' '.join(words)}: {(done.stderr or done.stdout).strip() or 'no output'}")
+        raise RuntimeError(
+            f"{' '.join(words)}: {(done.stderr or done.stdout).strip() or 'no output'}"
+        )
     return done.stdout
 
 

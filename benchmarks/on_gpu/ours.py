@@ -33,21 +33,37 @@ KEPT = (
 )
 
 
-def pipelines(engine: Path, plans: Sequence[str], backend: str, images: int, *, graphs: bool) -> list[Pipeline]:
+def pipelines(
+    engine: Path, plans: Sequence[str], backend: str, images: int, *, graphs: bool
+) -> list[Pipeline]:
     """Plans that share the weights; without CUDA graphs, which only single plans can be loaded without, each has its own."""
     if graphs:
         return goc_deploy.api.load_plans(engine, plans, backend=backend, batch_size=images)
-    return [goc_deploy.load(engine, plan=p, backend=backend, batch_size=images, cuda_graphs=False) for p in plans]
+    return [
+        goc_deploy.load(engine, plan=p, backend=backend, batch_size=images, cuda_graphs=False)
+        for p in plans
+    ]
 
 
 def one_run(pipe: Pipeline, noise: np.ndarray, **more: Any) -> tuple[Found, np.ndarray]:
     """What a run took, and its latents. ``wall_ms`` is from noise on the host to latents on the host."""
     started = time.perf_counter()
     labels = [i % pipe.spec.classes for i in range(len(noise))]
-    done = pipe.generate(labels, latents=noise, cfg_scale=CFG_SCALE, cfg_channels=noise.shape[1], decode=False, **more)
+    done = pipe.generate(
+        labels,
+        latents=noise,
+        cfg_scale=CFG_SCALE,
+        cfg_channels=noise.shape[1],
+        decode=False,
+        **more,
+    )
     wall_ms = 1e3 * (time.perf_counter() - started)
     steps = done.report["batches"][0]["steps"]
-    found = {"wall_ms": wall_ms, "step_ms": [s["ms"] for s in steps], "kinds": [s["kind"] for s in steps]}
+    found = {
+        "wall_ms": wall_ms,
+        "step_ms": [s["ms"] for s in steps],
+        "kinds": [s["kind"] for s in steps],
+    }
     return found, done.latents
 
 
@@ -57,8 +73,12 @@ def main() -> None:
     parser.add_argument("--backend", required=True)
     parser.add_argument("--plan", action="append", required=True)
     parser.add_argument("--noise", type=Path, required=True, help=".npy, (N, C, H, W)")
-    parser.add_argument("--latents", type=Path, help="where to write the first plan's result (.npy)")
-    parser.add_argument("--trace", type=Path, help="where to write a Chrome trace of one run of each plan")
+    parser.add_argument(
+        "--latents", type=Path, help="where to write the first plan's result (.npy)"
+    )
+    parser.add_argument(
+        "--trace", type=Path, help="where to write a Chrome trace of one run of each plan"
+    )
     parser.add_argument("--no-cuda-graphs", action="store_true")
     args = parser.parse_args()
     send, noise = channel(), np.load(args.noise)
@@ -67,7 +87,9 @@ def main() -> None:
         pipes = dict(
             zip(
                 args.plan,
-                pipelines(args.engine, args.plan, args.backend, len(noise), graphs=not args.no_cuda_graphs),
+                pipelines(
+                    args.engine, args.plan, args.backend, len(noise), graphs=not args.no_cuda_graphs
+                ),
                 strict=True,
             )
         )
@@ -86,7 +108,11 @@ def main() -> None:
     if args.trace:
         args.trace.write_text(json.dumps(chrome_trace(spans)), encoding="utf-8")
     report = pipes[args.plan[0]].generate([0] * len(noise), decode=False).report
-    about = {"load_s": load_s, "warm_s": time.perf_counter() - started - load_s, "gpu_bytes": gpu_bytes_of(os.getpid())}
+    about = {
+        "load_s": load_s,
+        "warm_s": time.perf_counter() - started - load_s,
+        "gpu_bytes": gpu_bytes_of(os.getpid()),
+    }
     about["report"] = {key: report[key] for key in KEPT if key in report}
     serve(send, about, {plan: lambda p=pipe: one_run(p, noise)[0] for plan, pipe in pipes.items()})
 

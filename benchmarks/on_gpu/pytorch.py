@@ -57,11 +57,15 @@ class Sampler:
         table = sampler_table("ddim", self.steps, Process("eps"))
         started = time.perf_counter()
         x = torch.from_numpy(noise).to(self.device)
-        labels = torch.tensor([*(i % self.null for i in range(n)), *[self.null] * n], device=self.device)
+        labels = torch.tensor(
+            [*(i % self.null for i in range(n)), *[self.null] * n], device=self.device
+        )
         marks = [self._mark()]
         for step, timestep in enumerate(table.timesteps):
             timesteps = torch.full((2 * n,), float(timestep), device=self.device)
-            out = self.predict(torch.cat([x, x]).to(self.dtype), timesteps, labels, step)[:, :channels].float()
+            out = self.predict(torch.cat([x, x]).to(self.dtype), timesteps, labels, step)[
+                :, :channels
+            ].float()
             cond, uncond = out.chunk(2)
             x = table.latent[step] * x + table.model[step] * (uncond + CFG_SCALE * (cond - uncond))
             marks.append(self._mark())
@@ -121,7 +125,9 @@ def main() -> None:
     parser.add_argument("--precision", choices=DTYPES, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--noise", type=Path, required=True, help=".npy, (N, C, H, W)")
-    parser.add_argument("--latents", type=Path, help="where to write the first contender's result (.npy)")
+    parser.add_argument(
+        "--latents", type=Path, help="where to write the first contender's result (.npy)"
+    )
     parser.add_argument("--mode", default="eager", help="eager, or a mode of torch.compile")
     parser.add_argument("--dry", action="store_true", help="on the CPU")
     args = parser.parse_args()
@@ -141,7 +147,12 @@ def main() -> None:
     report: Found = {"torch": torch.__version__}
     if not args.dry:
         report["reserved_bytes"] = torch.cuda.max_memory_reserved()
-    about = {"load_s": load_s, "warm_s": warm_s, "gpu_bytes": gpu_bytes_of(os.getpid()), "report": report}
+    about = {
+        "load_s": load_s,
+        "warm_s": warm_s,
+        "gpu_bytes": gpu_bytes_of(os.getpid()),
+        "report": report,
+    }
     serve(send, about, {name: lambda s=sampler: s.run(noise)[0] for name, sampler in found.items()})
 
 

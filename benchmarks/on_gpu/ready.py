@@ -9,7 +9,16 @@ import sys
 from importlib import import_module
 
 NEEDED = {
-    "test-gpu": ("goc_deploy", "onnxruntime", "pytest", "hypothesis", "torch", "onnx", "onnxscript", "safetensors"),
+    "test-gpu": (
+        "goc_deploy",
+        "onnxruntime",
+        "pytest",
+        "hypothesis",
+        "torch",
+        "onnx",
+        "onnxscript",
+        "safetensors",
+    ),
     "bench-gpu": ("goc_deploy", "onnxruntime", "numpy"),
 }
 UNSUPPORTED = 5  # goc_deploy.errors.EnvironmentUnsupportedError, which may not be importable

@@ -12,7 +12,19 @@ from typing import Any
 Found = dict[str, Any]
 
 FORMAT = 1
-KEYS = ("format", "dry", "date", "command", "machine", "ceilings", "kernel", "goldens", "dit", "targets", "parts")
+KEYS = (
+    "format",
+    "dry",
+    "date",
+    "command",
+    "machine",
+    "ceilings",
+    "kernel",
+    "goldens",
+    "dit",
+    "targets",
+    "parts",
+)
 FIRST = 2  # steps that no median counts: nothing is cached before them
 OURS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime")
 COMPILED = "torch.compile"
@@ -26,13 +38,17 @@ def check(found: Found) -> Found:
         ValueError: they do not.
     """
     if found.get("format") != FORMAT:
-        raise ValueError(f"the file has format {found.get('format')!r}, and this version reads {FORMAT}")
+        raise ValueError(
+            f"the file has format {found.get('format')!r}, and this version reads {FORMAT}"
+        )
     if missing := [key for key in KEYS if key not in found]:
         raise ValueError(f"the file lacks {', '.join(missing)}")
     for run in found["dit"]["runs"]:
         for name, entry in run["contenders"].items():
             if missing := [key for key in ("wall_ms", "step_ms_by_kind") if key not in entry]:
-                raise ValueError(f"{run['images']} images, {name}: the file lacks {', '.join(missing)}")
+                raise ValueError(
+                    f"{run['images']} images, {name}: the file lacks {', '.join(missing)}"
+                )
     return found
 
 
@@ -52,10 +68,21 @@ def summary(runs: Sequence[Found]) -> Found:
     by_kind = {
         kind: median(late)
         for kind in sorted(set(kinds))
-        if (late := [ms for k, (ms, of) in enumerate(zip(step_ms, kinds, strict=True)) if of == kind and k >= FIRST])
+        if (
+            late := [
+                ms
+                for k, (ms, of) in enumerate(zip(step_ms, kinds, strict=True))
+                if of == kind and k >= FIRST
+            ]
+        )
     }
     walls = [run["wall_ms"] for run in runs]
-    return {"wall_ms": median(walls), "wall_ms_rounds": walls, "step_ms": step_ms, "step_ms_by_kind": by_kind}
+    return {
+        "wall_ms": median(walls),
+        "wall_ms_rounds": walls,
+        "step_ms": step_ms,
+        "step_ms_by_kind": by_kind,
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +107,9 @@ class Target:
 
     def value(self, contenders: Mapping[str, Found], backend: str) -> float | None:
         """The ratio, or None where a side was not measured."""
-        above, below = (milliseconds(contenders, backend, *side) for side in (self.above, self.below))
+        above, below = (
+            milliseconds(contenders, backend, *side) for side in (self.above, self.below)
+        )
         return above / below if above is not None and below else None
 
     def verdict(self, value: float | None) -> str:
@@ -90,11 +119,15 @@ class Target:
         return MET if (value >= self.bound if self.least else value <= self.bound) else MISSED
 
 
-def milliseconds(contenders: Mapping[str, Found], backend: str, contender: str, kind: str) -> float | None:
+def milliseconds(
+    contenders: Mapping[str, Found], backend: str, contender: str, kind: str
+) -> float | None:
     """Of a contender; of ``torch.compile none`` the fastest mode."""
     if contender.startswith(COMPILED):
         plan = contender.removeprefix(COMPILED)
-        entries = [e for name, e in contenders.items() if name.startswith(COMPILED) and name.endswith(plan)]
+        entries = [
+            e for name, e in contenders.items() if name.startswith(COMPILED) and name.endswith(plan)
+        ]
     else:
         name = contender.replace("ours", backend, 1)
         entries = [contenders[name]] if name in contenders else []
@@ -110,7 +143,14 @@ def _targets() -> Iterator[Target]:
             yield Target(f"collapsed step of `{plan}` / full step", images, *sides, share, False)
         yield Target("`none` / `fora:2`", images, none, ("ours fora:2", "wall"), speed_up, True)
         yield Target("torch.compile / `none`", images, compiled, none, 1.0, True)
-        yield Target("torch.compile / `fora:2+gc:1.2`", images, compiled, ("ours fora:2+gc:1.2", "wall"), 1.9, True)
+        yield Target(
+            "torch.compile / `fora:2+gc:1.2`",
+            images,
+            compiled,
+            ("ours fora:2+gc:1.2", "wall"),
+            1.9,
+            True,
+        )
 
 
 TARGETS = tuple(_targets())
@@ -121,9 +161,18 @@ def judged(runs: Sequence[Found], backends: Sequence[str]) -> list[Found]:
     found = []
     for backend in backends:
         for target in TARGETS:
-            contenders = next((run["contenders"] for run in runs if run["images"] == target.images), {})
+            contenders = next(
+                (run["contenders"] for run in runs if run["images"] == target.images), {}
+            )
             value = target.value(contenders, backend)
             sign = ">=" if target.least else "<="
-            entry = {"backend": backend, "images": target.images, "what": target.what, "value": value}
-            found.append({**entry, "bound": f"{sign} {target.bound}", "verdict": target.verdict(value)})
+            entry = {
+                "backend": backend,
+                "images": target.images,
+                "what": target.what,
+                "value": value,
+            }
+            found.append(
+                {**entry, "bound": f"{sign} {target.bound}", "verdict": target.verdict(value)}
+            )
     return found

@@ -13,8 +13,17 @@ _US = {"launched_us": "launched", "replayed_us": "replayed"}
 
 def table(found: Found) -> str:
     """Markdown: everything that was found, a row each."""
-    rows = [*_ceilings(found), *_kernel(found), *_goldens(found), *_dit(found), *_judged(found), *_parts(found)]
-    return f"{title(found)}\n\n" + markdown(("part", "what", "measured", "against", "verdict"), rows)
+    rows = [
+        *_ceilings(found),
+        *_kernel(found),
+        *_goldens(found),
+        *_dit(found),
+        *_judged(found),
+        *_parts(found),
+    ]
+    return f"{title(found)}\n\n" + markdown(
+        ("part", "what", "measured", "against", "verdict"), rows
+    )
 
 
 def title(found: Found) -> str:
@@ -27,7 +36,11 @@ def title(found: Found) -> str:
 
 
 def _ceilings(found: Found) -> Iterator[list[str]]:
-    for key, unit in {"copy_gb_s": "GB/s", "fp16_tflops": "TFLOP/s", "bf16_tflops": "TFLOP/s"}.items():
+    for key, unit in {
+        "copy_gb_s": "GB/s",
+        "fp16_tflops": "TFLOP/s",
+        "bf16_tflops": "TFLOP/s",
+    }.items():
         if key in (found["ceilings"] or {}):
             yield ["ceilings", key.split("_")[0], f"{found['ceilings'][key]:.0f} {unit}", "", ""]
 
@@ -35,10 +48,18 @@ def _ceilings(found: Found) -> Iterator[list[str]]:
 def _kernel(found: Found) -> Iterator[list[str]]:
     copy = (found["ceilings"] or {}).get("copy_gb_s")
     for entry in found["kernel"]:
-        times = [f"{entry[key]:.1f} us {word}" for key, word in _US.items() if entry[key] is not None]
+        times = [
+            f"{entry[key]:.1f} us {word}" for key, word in _US.items() if entry[key] is not None
+        ]
         share = "" if copy is None else f"{100 * entry['gb_s'] / copy:.0f} % of copy"
         measured = f"{', '.join(times)}; {entry['gb_s']:.0f} GB/s"
-        yield ["kernel", f"{entry['form']}, {entry['rows']} rows", measured, f"{entry['nbytes'] / 1e6:.0f} MB", share]
+        yield [
+            "kernel",
+            f"{entry['form']}, {entry['rows']} rows",
+            measured,
+            f"{entry['nbytes'] / 1e6:.0f} MB",
+            share,
+        ]
 
 
 def _goldens(found: Found) -> Iterator[list[str]]:
@@ -63,9 +84,17 @@ def _dit(found: Found) -> Iterator[list[str]]:
             against = [f"{entry['gpu_bytes'] / 1e9:.2f} GB"] if entry.get("gpu_bytes") else []
             if entry.get("relative_l2") is not None:
                 against.append(f"L2 {entry['relative_l2']:.1e}")
-            speed_up = "" if compiled is None else f"{compiled / entry['wall_ms']:.2f} x torch.compile"
+            speed_up = (
+                "" if compiled is None else f"{compiled / entry['wall_ms']:.2f} x torch.compile"
+            )
             what = f"{dit['model']} {dit['precision']}, {run['images']} images, {name}"
-            yield ["DiT", what, f"{entry['wall_ms']:.2f} ms; steps {steps} ms", "; ".join(against), speed_up]
+            yield [
+                "DiT",
+                what,
+                f"{entry['wall_ms']:.2f} ms; steps {steps} ms",
+                "; ".join(against),
+                speed_up,
+            ]
         for key, verdict in {"skipped": UNKNOWN, "failed": "failed"}.items():
             for name, reason in run[key].items():
                 yield ["DiT", f"{run['images']} images, {name}", reason, "", verdict]
@@ -81,4 +110,10 @@ def _judged(found: Found) -> Iterator[list[str]]:
 def _parts(found: Found) -> Iterator[list[str]]:
     for entry in found["parts"]:
         if entry["state"] != DONE:
-            yield ["parts", entry["part"], entry["reason"], f"{entry['seconds']:.0f} s", entry["state"]]
+            yield [
+                "parts",
+                entry["part"],
+                entry["reason"],
+                f"{entry['seconds']:.0f} s",
+                entry["state"],
+            ]

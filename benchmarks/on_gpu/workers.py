@@ -53,7 +53,9 @@ class Worker:
             line = self._answers.get(timeout=max(limit_s, 0.01))
         except queue.Empty:
             self.job.kill()
-            raise RuntimeError(f"no answer within {limit_s:.0f} s; its last line: {last_line(self.job.log)}") from None
+            raise RuntimeError(
+                f"no answer within {limit_s:.0f} s; its last line: {last_line(self.job.log)}"
+            ) from None
         if not line:
             raise RuntimeError(self.job.finish(5).reason or "it ended without an answer")
         found: Found = json.loads(line)
@@ -95,7 +97,9 @@ def channel() -> Callable[[Found], None]:
     return send
 
 
-def serve(send: Callable[[Found], None], about: Found, contenders: Mapping[str, Callable[[], Found]]) -> None:
+def serve(
+    send: Callable[[Found], None], about: Found, contenders: Mapping[str, Callable[[], Found]]
+) -> None:
     """Answer until the other side is gone. Each answer is of a second run: the first gets the card from another process."""
     send({**about, "contenders": list(contenders)})
     for line in sys.stdin:

@@ -20,12 +20,18 @@ SOURCE_PATH = Path(__file__).parent / "update.cu"
 MOVES_SOURCE_PATH = SOURCE_PATH.with_name("moves.cu")
 MAX_UNITS, MAX_ENTRIES = MAX_LAUNCH_UNITS, 4
 TOKENS_PER_THREAD = (2, 1)
-BUSY_BLOCKS = 4 * 132  # of an H100's 132 processors: 16 KB of reads under way on each, where a unit has one entry
+BUSY_BLOCKS = (
+    4 * 132
+)  # of an H100's 132 processors: 16 KB of reads under way on each, where a unit has one entry
 THREADS = 128
 VECTOR_BYTES = 16
 DTYPES = ("float32", "float16", "bfloat16")
 KERNELS = (
-    *(f"goc_stack_{dtype}_{access}" for dtype in DTYPES for access in (*TOKENS_PER_THREAD, "single")),
+    *(
+        f"goc_stack_{dtype}_{access}"
+        for dtype in DTYPES
+        for access in (*TOKENS_PER_THREAD, "single")
+    ),
     "goc_next_step",
     "goc_step_moves",
 )
@@ -81,9 +87,13 @@ class Stack:
             dtype: of the tensors.
         """
         rows, tokens, hidden = shape
-        features = 2 + sum(self.entries) + sum(self.stores)  # x, x_out, histories, stored predictions
+        features = (
+            2 + sum(self.entries) + sum(self.stores)
+        )  # x, x_out, histories, stored predictions
         gates = self.units * rows * hidden
-        return (features * rows * tokens * hidden + gates) * DTYPE_BYTES[dtype] + 4 * sum(self.entries)
+        return (features * rows * tokens * hidden + gates) * DTYPE_BYTES[dtype] + 4 * sum(
+            self.entries
+        )
 
 
 def stack_from_signature(signature: str) -> Stack:
@@ -162,7 +172,9 @@ def geometry(
     if hidden % vector or any(address % VECTOR_BYTES for address in addresses):
         return Geometry(f"goc_stack_{dtype}_single", rows * tokens * hidden)
     most = rows * tokens * hidden // vector
-    fitting = (n for n in TOKENS_PER_THREAD if tokens % n == 0 and most // n >= busy_blocks * THREADS)
+    fitting = (
+        n for n in TOKENS_PER_THREAD if tokens % n == 0 and most // n >= busy_blocks * THREADS
+    )
     per_thread = next(fitting, 1)
     return Geometry(f"goc_stack_{dtype}_{per_thread}", most // per_thread)
 
@@ -196,7 +208,8 @@ class DeviceKernels:
 def cubin_for(capability: str) -> bytes:
     """Machine code of all kernels for a GPU; compiled once per process."""
     sources = [
-        f'#line 1 "{path.name}"\n{path.read_text(encoding="utf-8")}' for path in (SOURCE_PATH, MOVES_SOURCE_PATH)
+        f'#line 1 "{path.name}"\n{path.read_text(encoding="utf-8")}'
+        for path in (SOURCE_PATH, MOVES_SOURCE_PATH)
     ]
     return nvrtc.cubin_from_source("".join(sources), SOURCE_PATH.name, capability)
 

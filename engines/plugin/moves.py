@@ -84,7 +84,9 @@ class ByteMove:
         assert min(self.period, self.outer, self.table_rows, self.batch_rows, self.row_bytes) > 0
         assert self.rows is not None or self.table_rows == self.batch_rows
         assert self.nbytes // self.access_bytes < 2**31, "the kernel counts accesses in 31 bits"
-        assert not _overlap(self.source_span, self.target_span), "a move must not write what it reads"
+        assert not _overlap(self.source_span, self.target_span), (
+            "a move must not write what it reads"
+        )
 
     @property
     def nbytes(self) -> int:
@@ -95,7 +97,12 @@ class ByteMove:
     def access_bytes(self) -> int:
         """Bytes per access: the most that divides every address, and every row unless rows follow each other."""
         steps = self.step_bytes if self.period > 1 else 0
-        numbers = (self.source, self.target, steps, self.nbytes if self.rows is None else self.row_bytes)
+        numbers = (
+            self.source,
+            self.target,
+            steps,
+            self.nbytes if self.rows is None else self.row_bytes,
+        )
         return next(size for size in (16, 4, 2, 1) if not any(number % size for number in numbers))
 
     @property
@@ -144,15 +151,21 @@ def _chained(earlier: ByteMove, later: ByteMove) -> bool:
     ]
     shared = [(a, b, in_order) for a, b, in_order in pairs if _overlap(a, b)]
     if shared:
-        assert all(in_order for _, _, in_order in shared), "only what a plain move of period 1 reads may be written"
-        assert all(a.start == b.start for a, b, _ in shared), "moves in a chain use memory from the same address on"
+        assert all(in_order for _, _, in_order in shared), (
+            "only what a plain move of period 1 reads may be written"
+        )
+        assert all(a.start == b.start for a, b, _ in shared), (
+            "moves in a chain use memory from the same address on"
+        )
         assert earlier.access_bytes == later.access_bytes, "moves in a chain use the same accesses"
     return bool(shared)
 
 
 def moves_geometry(moves: Sequence[ByteMove]) -> Geometry:
     """Blocks of each chain, one chain after the other."""
-    return Geometry("goc_step_moves", THREADS * sum(max(m.blocks for m in chain) for chain in _chains(moves)))
+    return Geometry(
+        "goc_step_moves", THREADS * sum(max(m.blocks for m in chain) for chain in _chains(moves))
+    )
 
 
 def moves_parameters(moves: Sequence[ByteMove], counter: int) -> MovesParameters:
@@ -170,8 +183,18 @@ def moves_parameters(moves: Sequence[ByteMove], counter: int) -> MovesParameters
     for chain in _chains(moves):
         blocks = max(m.blocks for m in chain)
         for m in chain:
-            sizes = (m.step_bytes, m.period, m.outer, m.table_rows, m.batch_rows, m.row_bytes, m.access_bytes)
-            found.move[count] = MoveParameters(m.source, m.target, m.rows, *sizes, first_block, blocks)
+            sizes = (
+                m.step_bytes,
+                m.period,
+                m.outer,
+                m.table_rows,
+                m.batch_rows,
+                m.row_bytes,
+                m.access_bytes,
+            )
+            found.move[count] = MoveParameters(
+                m.source, m.target, m.rows, *sizes, first_block, blocks
+            )
             count += 1
         first_block += blocks
     found.moves = count

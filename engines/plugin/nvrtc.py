@@ -10,9 +10,7 @@ from typing import Any
 
 from goc_deploy.errors import EnvironmentUnsupportedError
 
-MISSING = (
-    "NVRTC, which compiles the update kernel, cannot be loaded ({}); run: pip install cuda-bindings nvidia-cuda-nvrtc"
-)
+MISSING = "NVRTC, which compiles the update kernel, cannot be loaded ({}); run: pip install cuda-bindings nvidia-cuda-nvrtc"
 
 
 def cubin_from_source(source: str, name: str, capability: str) -> bytes:
@@ -29,7 +27,9 @@ def cubin_from_source(source: str, name: str, capability: str) -> bytes:
     try:
         from cuda.bindings import nvrtc
 
-        program = _checked(nvrtc, *nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], []))
+        program = _checked(
+            nvrtc, *nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], [])
+        )
     except (ImportError, RuntimeError) as cause:  # RuntimeError: the bindings find no library
         raise EnvironmentUnsupportedError(MISSING.format(str(cause).splitlines()[0])) from cause
     options = [f"--gpu-architecture=sm_{capability.replace('.', '')}".encode(), b"--std=c++17"]

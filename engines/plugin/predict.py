@@ -37,14 +37,27 @@ class PredictKernel:
         assert dtype in DTYPES
         self._signature, self._kernels = signature, kernels
         self._stack = stack = stack_from_signature(signature)
-        histories = [f"g{unit}_{entry}" for unit, entries in enumerate(stack.entries) for entry in range(entries)]
+        histories = [
+            f"g{unit}_{entry}"
+            for unit, entries in enumerate(stack.entries)
+            for entry in range(entries)
+        ]
         self._inputs = ("x", "gates", "coefficients", *histories)
-        self._outputs = ("x_out", *(f"g{unit}" for unit, stores in enumerate(stack.stores) if stores))
+        self._outputs = (
+            "x_out",
+            *(f"g{unit}" for unit, stores in enumerate(stack.stores) if stores),
+        )
         self.dtypes: Mapping[str, str] = {
-            name: "float32" if name == "coefficients" else dtype for name in (*self._inputs, *self._outputs)
+            name: "float32" if name == "coefficients" else dtype
+            for name in (*self._inputs, *self._outputs)
         }
 
-    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], stream: Stream | None = None) -> Launch:
+    def bind(
+        self,
+        inputs: Mapping[str, Buffer],
+        outputs: Mapping[str, Buffer],
+        stream: Stream | None = None,
+    ) -> Launch:
         """See `goc_deploy.protocols.Engine.bind`; the stream is required, and every output.
 
         Raises:
@@ -70,10 +83,14 @@ class PredictKernel:
 
         return run
 
-    def _check_names(self, kind: str, expected: tuple[str, ...], found: Mapping[str, Buffer]) -> None:
+    def _check_names(
+        self, kind: str, expected: tuple[str, ...], found: Mapping[str, Buffer]
+    ) -> None:
         for name in sorted(found.keys() ^ set(expected)):
             state = "does not have" if name in found else "needs"
-            raise EngineDirError(f"launch {self._signature!r} {state} {kind} {name!r}; compile the plan again")
+            raise EngineDirError(
+                f"launch {self._signature!r} {state} {kind} {name!r}; compile the plan again"
+            )
 
     def _check_tensors(self, buffers: Mapping[str, Buffer], shape: tuple[int, ...]) -> None:
         shapes: dict[str, tuple[int, ...]] = {"coefficients": (sum(self._stack.entries),)}
@@ -100,4 +117,8 @@ class PredictKernel:
 
 def _histories(stack: Stack) -> list[tuple[int, str]]:
     """Each unit and the names of its entries, in the order in which they are read."""
-    return [(unit, f"g{unit}_{entry}") for unit, entries in enumerate(stack.entries) for entry in range(entries)]
+    return [
+        (unit, f"g{unit}_{entry}")
+        for unit, entries in enumerate(stack.entries)
+        for entry in range(entries)
+    ]

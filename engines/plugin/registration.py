@@ -83,13 +83,24 @@ def plugin_creators(trt: Any, kernels: Callable[[], Kernels]) -> list[Any]:
 
 
 def _plugin_class(trt: Any, kernels: Callable[[], Kernels]) -> Any:
-    dtypes = {trt.DataType.FLOAT: "float32", trt.DataType.HALF: "float16", trt.DataType.BF16: "bfloat16"}
+    dtypes = {
+        trt.DataType.FLOAT: "float32",
+        trt.DataType.HALF: "float16",
+        trt.DataType.BF16: "bfloat16",
+    }
 
-    class StackPlugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):  # type: ignore[misc]
+    class StackPlugin(
+        trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime
+    ):  # type: ignore[misc]
         """Inputs: x (B, T, D), gates, coefficients float32, histories. Outputs: x_out, then what is stored."""
 
         def __init__(self, name: str, stack: Stack, loaded: Kernels | None = None) -> None:
-            for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
+            for base in (
+                trt.IPluginV3,
+                trt.IPluginV3OneCore,
+                trt.IPluginV3OneBuild,
+                trt.IPluginV3OneRuntime,
+            ):
                 base.__init__(self)
             self.plugin_name, self.plugin_namespace, self.plugin_version = name, NAMESPACE, VERSION
             self.num_outputs = 1 + sum(stack.stores)
@@ -104,13 +115,21 @@ def _plugin_class(trt: Any, kernels: Callable[[], Kernels]) -> Any:
         def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
             return [input_types[0]] * self.num_outputs
 
-        def get_output_shapes(self, inputs: Sequence[Any], _shape_inputs: Any, _builder: Any) -> list[Any]:
+        def get_output_shapes(
+            self, inputs: Sequence[Any], _shape_inputs: Any, _builder: Any
+        ) -> list[Any]:
             return [trt.DimsExprs(inputs[0])] * self.num_outputs
 
-        def supports_format_combination(self, position: int, tensors: Sequence[Any], _inputs: int) -> bool:
+        def supports_format_combination(
+            self, position: int, tensors: Sequence[Any], _inputs: int
+        ) -> bool:
             tensor = tensors[position].desc
             coefficients = position == 2
-            fits = tensor.type == trt.DataType.FLOAT if coefficients else tensor.type == tensors[0].desc.type
+            fits = (
+                tensor.type == trt.DataType.FLOAT
+                if coefficients
+                else tensor.type == tensors[0].desc.type
+            )
             return bool(fits and tensor.type in dtypes and tensor.format == trt.TensorFormat.LINEAR)
 
         def configure_plugin(self, _inputs: Any, _outputs: Any) -> None:
@@ -134,7 +153,10 @@ def _plugin_class(trt: Any, kernels: Callable[[], Kernels]) -> Any:
                 return trt.PluginFieldCollection([])
             values = {"entries": self.stack.entries, "stores": self.stack.stores}
             return trt.PluginFieldCollection(
-                [trt.PluginField(n, np.array(v, np.int32), trt.PluginFieldType.INT32) for n, v in values.items()]
+                [
+                    trt.PluginField(n, np.array(v, np.int32), trt.PluginFieldType.INT32)
+                    for n, v in values.items()
+                ]
             )
 
         def attach_to_context(self, _context: Any) -> Any:

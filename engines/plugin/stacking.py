@@ -38,9 +38,15 @@ def stack_updates(model: Any) -> int:
     from onnx import helper
 
     graph = model.graph
-    units = [(node, found) for node in graph.node if node.domain == NAMESPACE and (found := update_of(node.op_type))]
+    units = [
+        (node, found)
+        for node in graph.node
+        if node.domain == NAMESPACE and (found := update_of(node.op_type))
+    ]
     stores = [int(stored) for _, (_, stored) in units]
-    if not STORES_THAT_FUSE < sum(stores) <= len(units) <= MAX_UNITS or not _is_predict_graph(graph, len(units)):
+    if not STORES_THAT_FUSE < sum(stores) <= len(units) <= MAX_UNITS or not _is_predict_graph(
+        graph, len(units)
+    ):
         return 0
     history = [name for node, _ in units for name in node.input[3:]]
     node = helper.make_node(
@@ -63,7 +69,9 @@ def stack_updates(model: Any) -> int:
 
 def _is_predict_graph(graph: Any, units: int) -> bool:
     """Whether a graph is a chain of updates and nothing else, and takes its gates and coefficients joined."""
-    inputs = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in graph.input}
+    inputs = {
+        value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in graph.input
+    }
     around = {node.op_type for node in graph.node if node.domain != NAMESPACE}
     return (
         around <= {"Split", "Reshape", "Identity"}

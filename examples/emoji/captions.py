@@ -27,7 +27,11 @@ ADJECTIVES = (
 )  # fmt: skip
 ADJECTIVE_CHANCE = 0.3
 # Plural and singular are one word; so are words with a hyphen and two words.
-NORMALISATION = ((r"[^a-z0-9\u00a4]+", " "), (r"(?<=[a-z]{2})ies(?= |$)", "y"), (r"(?<=[a-z]{3})s(?= |$)", ""))
+NORMALISATION = (
+    (r"[^a-z0-9\u00a4]+", " "),
+    (r"(?<=[a-z]{2})ies(?= |$)", "y"),
+    (r"(?<=[a-z]{3})s(?= |$)", ""),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +44,13 @@ class Captions:
 
 def read_captions(path: Path = CAPTIONS) -> dict[str, Captions]:
     """Captions by the name of the emoji, in the order of the file."""
-    found: Mapping[str, Mapping[str, str | list[str]]] = json.loads(path.read_text(encoding="utf-8"))
-    return {name: Captions(tuple(entry["train"]), str(entry["held_out"])) for name, entry in found.items()}
+    found: Mapping[str, Mapping[str, str | list[str]]] = json.loads(
+        path.read_text(encoding="utf-8")
+    )
+    return {
+        name: Captions(tuple(entry["train"]), str(entry["held_out"]))
+        for name, entry in found.items()
+    }
 
 
 def normalised(text: str) -> str:
@@ -54,7 +63,11 @@ def normalised(text: str) -> str:
 
 def vocabulary(captions: Mapping[str, Captions]) -> list[str]:
     """All words that training uses, sorted."""
-    texts = [*TEMPLATES, *ADJECTIVES, *(text for entry in captions.values() for text in entry.train)]
+    texts = [
+        *TEMPLATES,
+        *ADJECTIVES,
+        *(text for entry in captions.values() for text in entry.train),
+    ]
     words = {word for text in texts for word in normalised(text.replace("{}", "")).split()}
     return sorted(words - {UNKNOWN_LETTER})
 
@@ -65,9 +78,13 @@ def tokenizer_of_words(words: Iterable[str]) -> Tokenizer:
     found = Tokenizer(models.Unigram([*((name, 0.0) for name in SPECIAL), *pieces], unk_id=UNKNOWN))
     found.add_special_tokens(list(SPECIAL))
     replacements = [normalizers.Replace(Regex(pattern), to) for pattern, to in NORMALISATION]
-    found.normalizer = normalizers.Sequence([normalizers.Lowercase(), *replacements, normalizers.Strip()])
+    found.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), *replacements, normalizers.Strip()]
+    )
     found.pre_tokenizer = pre_tokenizers.Metaspace()
-    found.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, SPECIAL.index(END))])
+    found.post_processor = processors.TemplateProcessing(
+        single=f"$A {END}", special_tokens=[(END, SPECIAL.index(END))]
+    )
     return found
 
 

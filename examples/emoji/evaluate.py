@@ -41,11 +41,15 @@ def features(images: npt.NDArray[np.uint8]) -> Floats:
     edges = np.stack([np.abs(across), np.abs(down)], axis=3) * EDGE_WEIGHT
     both = np.concatenate([pixels, edges], axis=3)  # (N, H, W, 5)
     count, height, width, channels = both.shape
-    cells = both.reshape(count, CELLS, height // CELLS, CELLS, width // CELLS, channels).mean(axis=(2, 4))
+    cells = both.reshape(count, CELLS, height // CELLS, CELLS, width // CELLS, channels).mean(
+        axis=(2, 4)
+    )
     return np.asarray(cells.reshape(count, -1), dtype=np.float32)
 
 
-def nearest(images: npt.NDArray[np.uint8], references: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+def nearest(
+    images: npt.NDArray[np.uint8], references: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.int64]:
     """The row of the nearest reference of each picture."""
     found, known = features(images), features(references)
     distances = (found**2).sum(1)[:, None] - 2 * found @ known.T + (known**2).sum(1)
@@ -63,19 +67,36 @@ def held_out_pairs(count: int) -> list[tuple[int, str]]:
 def write_sheet(images: npt.NDArray[np.uint8], prompts: Sequence[str], path: Path) -> None:
     """The first pictures as a PNG, and what they should show as text, row by row."""
     grid(images[:SHEET], SHEET_COLUMNS, scale=2, gap=4).save(path)
-    rows = [prompts[first : first + SHEET_COLUMNS] for first in range(0, min(SHEET, len(prompts)), SHEET_COLUMNS)]
-    path.with_suffix(".txt").write_text("\n".join(" | ".join(row) for row in rows) + "\n", encoding="utf-8")
+    rows = [
+        prompts[first : first + SHEET_COLUMNS]
+        for first in range(0, min(SHEET, len(prompts)), SHEET_COLUMNS)
+    ]
+    path.with_suffix(".txt").write_text(
+        "\n".join(" | ".join(row) for row in rows) + "\n", encoding="utf-8"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pipeline", type=Path, default=PIPELINE, help="folder of train.py (default %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("out/emoji"), help="folder to write (default %(default)s)")
-    parser.add_argument("--pairs", type=int, default=300, help="(prompt, noise) pairs (default %(default)s)")
+    parser.add_argument(
+        "--pipeline", type=Path, default=PIPELINE, help="folder of train.py (default %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/emoji"), help="folder to write (default %(default)s)"
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=300, help="(prompt, noise) pairs (default %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    parser.add_argument("--cfg-scale", type=float, default=3.0, help="guidance (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="of DPM-Solver++ (default %(default)s)")
-    parser.add_argument("--minimum", type=float, help="share for every plan in place of those of this example")
+    parser.add_argument(
+        "--cfg-scale", type=float, default=3.0, help="guidance (default %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=20, help="of DPM-Solver++ (default %(default)s)"
+    )
+    parser.add_argument(
+        "--minimum", type=float, help="share for every plan in place of those of this example"
+    )
     args = parser.parse_args(argv)
     if args.pairs < 1:
         parser.error(f"--pairs {args.pairs}: give at least 1")
@@ -108,7 +129,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         share = float((found == wanted).mean())
         enough = enough and share >= minimum
         missed = [f"{prompts[i]} -> {names[found[i]]}" for i in np.flatnonzero(found != wanted)]
-        print(f"{plan}: {share:.1%} of {len(pairs)} pairs are nearest to what they name, minimum {minimum:.0%}")
+        print(
+            f"{plan}: {share:.1%} of {len(pairs)} pairs are nearest to what they name, minimum {minimum:.0%}"
+        )
         if missed:
             print(f"  missed: {'; '.join(missed)}")
         sheet = args.out / f"{plan.replace(':', '-').replace('+', '-')}.png"

@@ -44,14 +44,20 @@ def rendered(document: str, side: int) -> npt.NDArray[np.uint8]:
     """(side, side, 3) uint8 on white."""
     import resvg_py
 
-    png = resvg_py.svg_to_bytes(svg_string=document, width=side * OVERSAMPLING, background="#ffffff")
+    png = resvg_py.svg_to_bytes(
+        svg_string=document, width=side * OVERSAMPLING, background="#ffffff"
+    )
     with Image.open(io.BytesIO(png)) as image:
-        return np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BOX), dtype=np.uint8)
+        return np.asarray(
+            image.convert("RGB").resize((side, side), Image.Resampling.BOX), dtype=np.uint8
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("package", type=Path, help=".tgz from npm pack @iconify-json/fluent-emoji-flat")
+    parser.add_argument(
+        "package", type=Path, help=".tgz from npm pack @iconify-json/fluent-emoji-flat"
+    )
     parser.add_argument("--side", type=int, default=48, help="pixels (default %(default)s)")
     parser.add_argument("--out", type=Path, default=HERE / "pictures.npz")
     args = parser.parse_args(argv)

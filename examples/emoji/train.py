@@ -68,7 +68,9 @@ def load_pictures(path: Path, names: Sequence[str]) -> Tensor:
 class Training:
     """A model, the average of its weights, its optimizer and random numbers: everything that a checkpoint keeps."""
 
-    def __init__(self, args: argparse.Namespace, captions: Sequence[Captions], pictures: Tensor) -> None:
+    def __init__(
+        self, args: argparse.Namespace, captions: Sequence[Captions], pictures: Tensor
+    ) -> None:
         words = vocabulary({str(i): entry for i, entry in enumerate(captions)})
         torch.manual_seed(args.seed)
         self.args, self.captions = args, captions
@@ -89,14 +91,20 @@ class Training:
         """One update at this factor of the learning rates; the weighted loss and the plain squared error."""
         chosen = [self.draw.randrange(len(self.captions)) for _ in range(self.args.batch)]
         prompts = [
-            "" if self.draw.random() < CONDITION_DROPOUT else random_prompt(self.captions[i], self.draw) for i in chosen
+            ""
+            if self.draw.random() < CONDITION_DROPOUT
+            else random_prompt(self.captions[i], self.draw)
+            for i in chosen
         ]
         tokens = torch.tensor(token_rows(self.tokenizer, prompts)).to(self.device)
         images = self.pictures[chosen]
         t = spread_timesteps(len(chosen)).to(self.device)
         noise = torch.randn(images.shape, generator=self.noise, device=self.device)
         alpha = self.alphas[t]
-        noisy = alpha.sqrt()[:, None, None, None] * images + (1 - alpha).sqrt()[:, None, None, None] * noise
+        noisy = (
+            alpha.sqrt()[:, None, None, None] * images
+            + (1 - alpha).sqrt()[:, None, None, None] * noise
+        )
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
             predicted = self.predict(noisy, t.float(), tokens)
         errors = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
@@ -143,7 +151,9 @@ class Training:
         path = self.args.folder / CHECKPOINT
         state = torch.load(path, map_location=self.device, weights_only=True)
         if state["trained"] != self.trained:
-            raise ValueError(f"{path} was trained with other captions than {CAPTIONS}; choose another --folder")
+            raise ValueError(
+                f"{path} was trained with other captions than {CAPTIONS}; choose another --folder"
+            )
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
@@ -194,29 +204,54 @@ def run(training: Training) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="of the checkpoint (default %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
+    parser.add_argument(
+        "--folder", type=Path, default=FOLDER, help="of the checkpoint (default %(default)s)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint, if there is one"
+    )
     parser.add_argument("--pictures", type=Path, default=HERE / "pictures.npz")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="stop at this step of all sessions together (default: never)")
     length.add_argument(
-        "--decay-steps", type=int, help="let the rates fall to zero in so many steps from here, and stop"
+        "--steps", type=int, help="stop at this step of all sessions together (default: never)"
+    )
+    length.add_argument(
+        "--decay-steps",
+        type=int,
+        help="let the rates fall to zero in so many steps from here, and stop",
     )
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--depth", type=int, default=SPEC.depth, help="blocks (default %(default)s)")
-    parser.add_argument("--adam-rate", type=float, default=1e-3, help="learning rate of AdamW (default %(default)s)")
-    parser.add_argument("--muon-rate", type=float, default=0.01, help="learning rate of Muon (default %(default)s)")
-    parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights (default %(default)s)")
+    parser.add_argument(
+        "--depth", type=int, default=SPEC.depth, help="blocks (default %(default)s)"
+    )
+    parser.add_argument(
+        "--adam-rate", type=float, default=1e-3, help="learning rate of AdamW (default %(default)s)"
+    )
+    parser.add_argument(
+        "--muon-rate", type=float, default=0.01, help="learning rate of Muon (default %(default)s)"
+    )
+    parser.add_argument(
+        "--ema",
+        type=float,
+        default=0.999,
+        help="decay of the averaged weights (default %(default)s)",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--bf16", action="store_true", help="matrix products in bfloat16")
-    parser.add_argument("--compile", action="store_true", help="torch.compile; needs a C++ compiler on a CPU")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile; needs a C++ compiler on a CPU"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-minutes", type=float, default=5.0)
-    parser.add_argument("--log-every", type=int, default=100, help="steps per line (default %(default)s)")
+    parser.add_argument(
+        "--log-every", type=int, default=100, help="steps per line (default %(default)s)"
+    )
     args = parser.parse_args(argv)
     if (args.folder / CHECKPOINT).exists() and not args.resume:
-        parser.error(f"{args.folder} has a checkpoint; go on from it with --resume, or choose another --folder")
+        parser.error(
+            f"{args.folder} has a checkpoint; go on from it with --resume, or choose another --folder"
+        )
     return args
 
 
@@ -230,7 +265,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parameters = sum(p.numel() for p in training.model.parameters())
     if (args.folder / CHECKPOINT).exists():
         training.restore()
-    print(f"{len(captions)} emoji, {parameters} parameters, step {training.step}: {args.folder}", flush=True)
+    print(
+        f"{len(captions)} emoji, {parameters} parameters, step {training.step}: {args.folder}",
+        flush=True,
+    )
     run(training)
     return 0
 

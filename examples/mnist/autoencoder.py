@@ -50,7 +50,8 @@ class DownBlock(nn.Module):
     def __init__(self, before: int, width: int, config: VaeConfig, *, halves: bool) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(
-            ResidualBlock(before if i == 0 else width, width, config.groups) for i in range(config.layers)
+            ResidualBlock(before if i == 0 else width, width, config.groups)
+            for i in range(config.layers)
         )
         self.downsamplers = nn.ModuleList([Halving(width)] if halves else [])
 
@@ -105,7 +106,10 @@ class Autoencoder(nn.Module):
 def save_folder(model: Autoencoder, scaling: float, folder: Path) -> None:
     """Write what ``AutoencoderKL.from_pretrained`` and ``goc-export --vae`` read."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.flatten() if "norm" in name else tensor for name, tensor in model.state_dict().items()}
+    state = {
+        name: tensor.flatten() if "norm" in name else tensor
+        for name, tensor in model.state_dict().items()
+    }
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS_FILE)
     text = json.dumps({**CONFIG, "scaling_factor": scaling}, indent=1)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
@@ -117,7 +121,9 @@ def load_folder(folder: Path) -> tuple[Autoencoder, VaeConfig]:
     config = vae_config(json.loads(path.read_text(encoding="utf-8")), str(path))
     model = Autoencoder(config).eval()
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    model.load_state_dict({n: t.reshape(shapes[n]) for n, t in load_file(folder / WEIGHTS_FILE).items()})
+    model.load_state_dict(
+        {n: t.reshape(shapes[n]) for n, t in load_file(folder / WEIGHTS_FILE).items()}
+    )
     return model, config
 
 
@@ -125,5 +131,8 @@ def load_folder(folder: Path) -> tuple[Autoencoder, VaeConfig]:
 def encoded(folder: Path, images: Tensor) -> Tensor:
     """Scaled latents (N, C, h, w) of images, without noise."""
     model, config = load_folder(folder)
-    means = [model.encode(images[first : first + ENCODING_BATCH])[0] for first in range(0, len(images), ENCODING_BATCH)]
+    means = [
+        model.encode(images[first : first + ENCODING_BATCH])[0]
+        for first in range(0, len(images), ENCODING_BATCH)
+    ]
     return (torch.cat(means) - config.shift) * config.scaling

@@ -16,7 +16,9 @@ BATCH = 1000
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("output", type=Path, help="ADM .npz to write: arr_0 uint8 [N,28,28,3], arr_1 labels")
+    parser.add_argument(
+        "output", type=Path, help="ADM .npz to write: arr_0 uint8 [N,28,28,3], arr_1 labels"
+    )
     parser.add_argument("--data", type=Path, default=HERE / "mnist10k.npz")
     parser.add_argument("--images", type=int, help="the first so many only")
     args = parser.parse_args(argv)

@@ -27,17 +27,23 @@ class PromptedPixArt(PublicLayout):
     def __init__(self, spec: ModelSpec, text: Mapping[str, Any]) -> None:
         super().__init__(spec)
         self.spec, self.text_settings, self.pad = spec, dict(text), text["pad_token_id"]
-        initialise(self, lambda name: name.endswith("cross_attn.proj") or name == "final_layer.linear")
+        initialise(
+            self, lambda name: name.endswith("cross_attn.proj") or name == "final_layer.linear"
+        )
         nn.init.normal_(self.t_block[1].weight, std=0.02)
         for name, parameter in self.named_parameters():
             if name.endswith("scale_shift_table"):
                 nn.init.normal_(parameter, std=spec.hidden**-0.5)
-        self.text_encoder = T5Encoder(t5_config(self.text_settings, "the example"), spec.caption_tokens)
+        self.text_encoder = T5Encoder(
+            t5_config(self.text_settings, "the example"), spec.caption_tokens
+        )
         for name, parameter in self.text_encoder.named_parameters():
             if parameter.ndim == 1:
                 nn.init.ones_(parameter)
             else:
-                nn.init.normal_(parameter, std=1.0 if name == "shared.weight" else parameter.shape[1] ** -0.5)
+                nn.init.normal_(
+                    parameter, std=1.0 if name == "shared.weight" else parameter.shape[1] ** -0.5
+                )
 
     def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
         """Noise in samples (B, C, H, W) at timesteps (B,), of the tokens of prompts (B, L) int64."""
@@ -47,14 +53,18 @@ class PromptedPixArt(PublicLayout):
         shared = self.t_block(condition).unflatten(-1, (6, -1))
         h = self.x_embedder(x) + self.pos_embed  # (B, T, D)
         for block in self.blocks:
-            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (shared + block.scale_shift_table).unbind(1)
+            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
+                shared + block.scale_shift_table
+            ).unbind(1)
             h = h + gate_a[:, None] * block.attn(modulate(h, shift_a, scale_a))
             h = h + self._attended(block.cross_attn, h, captions, kept)
             h = h + gate_m[:, None] * block.mlp(modulate(h, shift_m, scale_m))
         shift, scale = (condition[:, None] + self.final_layer.scale_shift_table).unbind(1)
         return unpatchify(self.final_layer.linear(modulate(h, shift, scale)), self.spec)
 
-    def _attended(self, layers: CrossAttention, x: Tensor, captions: Tensor, kept: Tensor) -> Tensor:
+    def _attended(
+        self, layers: CrossAttention, x: Tensor, captions: Tensor, kept: Tensor
+    ) -> Tensor:
         """Cross-attention of tokens (B, T, D) to those of the captions (B, L, D) that ``kept`` (B, L) marks."""
 
         def heads(rows: Tensor) -> Tensor:
@@ -62,7 +72,9 @@ class PromptedPixArt(PublicLayout):
 
         keys, values = layers.kv_linear(captions).chunk(2, dim=-1)
         queries = heads(layers.q_linear(x))
-        mixed = F.scaled_dot_product_attention(queries, heads(keys), heads(values), attn_mask=kept[:, None, None])
+        mixed = F.scaled_dot_product_attention(
+            queries, heads(keys), heads(values), attn_mask=kept[:, None, None]
+        )
         return layers.proj(mixed.transpose(1, 2).flatten(2))
 
 
@@ -71,7 +83,9 @@ def without_text_encoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if not name.startswith(PREFIX)}
 
 
-def save_text_encoder(state: Mapping[str, Tensor], text: Mapping[str, Any], tokenizer: Tokenizer, folder: Path) -> None:
+def save_text_encoder(
+    state: Mapping[str, Tensor], text: Mapping[str, Any], tokenizer: Tokenizer, folder: Path
+) -> None:
     """Write the folder that ``T5EncoderModel.from_pretrained`` and ``goc-export --text-encoder`` read.
 
     Args:
@@ -82,6 +96,13 @@ def save_text_encoder(state: Mapping[str, Tensor], text: Mapping[str, Any], toke
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(dict(text), indent=1) + "\n", encoding="utf-8")
-    encoder = {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
-    save_file({name: tensor.contiguous() for name, tensor in encoder.items()}, folder / "model.safetensors")
+    encoder = {
+        name.removeprefix(PREFIX): tensor
+        for name, tensor in state.items()
+        if name.startswith(PREFIX)
+    }
+    save_file(
+        {name: tensor.contiguous() for name, tensor in encoder.items()},
+        folder / "model.safetensors",
+    )
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -26,7 +26,9 @@ def load_samples(path: Path) -> npt.NDArray[np.float32]:
             raise ValueError(f"{path}: no array arr_0")
         samples = data["arr_0"]
     if samples.dtype != np.uint8 or samples.shape[1:] not in SAMPLE_SHAPES:
-        raise ValueError(f"{path}: arr_0 is {samples.dtype} {samples.shape}, not uint8 (N, 28, 28, 1 or 3)")
+        raise ValueError(
+            f"{path}: arr_0 is {samples.dtype} {samples.shape}, not uint8 (N, 28, 28, 1 or 3)"
+        )
     if len(samples) == 0:
         raise ValueError(f"{path}: no samples")
     grey = samples.astype(np.float32).mean(axis=3)
@@ -55,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("samples", type=Path, help="ADM npz with arr_0")
     parser.add_argument(
-        "--labels", type=parse_labels, required=True, help="labels in the order of the samples, repeated if fewer"
+        "--labels",
+        type=parse_labels,
+        required=True,
+        help="labels in the order of the samples, repeated if fewer",
     )
     parser.add_argument("--minimum", type=float, default=0.95, help="exit 1 below this agreement")
     parser.add_argument("--classifier", type=Path, default=HERE / "classifier.onnx")

@@ -34,13 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("engine", type=Path)
     parser.add_argument("output", type=Path, help="router .pt to write")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--share", type=float, default=0.25, help="of all units to reuse at threshold 0.1")
+    parser.add_argument(
+        "--share", type=float, default=0.25, help="of all units to reuse at threshold 0.1"
+    )
     parser.add_argument("--images", type=int, default=16)
     args = parser.parse_args(argv)
     spec = read_manifest(args.engine).model
     options = CalibrationOptions(args.images)
     backend = cpu_backend()
-    trials = engine_laboratory(args.engine, lambda: backend, "ddim", options, lambda *_: None).trials()
+    trials = engine_laboratory(
+        args.engine, lambda: backend, "ddim", options, lambda *_: None
+    ).trials()
     expected = trials.run(uncached(spec, args.steps), options).latents
     cells = [(step, unit) for step in range(1, args.steps, 2) for unit in range(spec.units)]
     losses = flipped_errors(
@@ -48,14 +52,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         cells,
         lambda mask: whole_relative_l2(trials.run(plain(mask, spec), options).latents, expected),
     )
-    logits = router_logits(losses, args.steps, spec.units, round(args.share * args.steps * spec.units))
+    logits = router_logits(
+        losses, args.steps, spec.units, round(args.share * args.steps * spec.units)
+    )
     with written(args.output) as temporary:
         torch.save({"routers": {f"{i}.prob": row for i, row in enumerate(logits)}}, temporary)
     print(args.output)
     return 0
 
 
-def router_logits(losses: dict[tuple[int, int], float], steps: int, units: int, reused: int) -> torch.Tensor:
+def router_logits(
+    losses: dict[tuple[int, int], float], steps: int, units: int, reused: int
+) -> torch.Tensor:
     """(steps, units) float32, the last step first: the ``reused`` cells with the least loss are at or below THRESHOLD.
 
     Cells without a loss, those of even steps, are far above it.

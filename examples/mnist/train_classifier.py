@@ -31,7 +31,9 @@ class Classifier(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for inputs, outputs, stride in ((1, 16, 1), (16, 32, 2), (32, 32, 1), (32, 32, 2)):
-            convolution = nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False)
+            convolution = nn.Conv2d(
+                inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False
+            )
             layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
         self.body = nn.Sequential(*layers, nn.Flatten())
         self.dropout = nn.Dropout(0.3)
@@ -60,7 +62,9 @@ def distort(images: Tensor) -> Tensor:
     shift = (torch.rand(count, 2) * 2 - 1) * MAX_SHIFT
     first = torch.stack([turn.cos() * (1 + stretch_x), -turn.sin(), shift[:, 0]], dim=1)
     second = torch.stack([turn.sin(), turn.cos() * (1 + stretch_y), shift[:, 1]], dim=1)
-    places = F.affine_grid(torch.stack([first, second], dim=1), list(images.shape), align_corners=False)
+    places = F.affine_grid(
+        torch.stack([first, second], dim=1), list(images.shape), align_corners=False
+    )
     return F.grid_sample(images + 1, places, align_corners=False) - 1
 
 
@@ -75,7 +79,9 @@ def fit(model: Classifier, images: Tensor, labels: Tensor, args: argparse.Namesp
     """Train the model on distorted images with a warmed-up cosine learning rate."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     steps = args.epochs * math.ceil(len(images) / args.batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps, pct_start=0.2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.lr, total_steps=steps, pct_start=0.2
+    )
     start = time.monotonic()
     for epoch in range(args.epochs):
         model.train()
@@ -88,7 +94,10 @@ def fit(model: Classifier, images: Tensor, labels: Tensor, args: argparse.Namesp
             optimizer.step()
             schedule.step()
             total += loss.item() * len(chosen)
-        print(f"epoch {epoch + 1}, {time.monotonic() - start:.0f} s, loss {total / len(images):.4f}", flush=True)
+        print(
+            f"epoch {epoch + 1}, {time.monotonic() - start:.0f} s, loss {total / len(images):.4f}",
+            flush=True,
+        )
 
 
 def with_spatial_output(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -98,9 +107,13 @@ def with_spatial_output(proto: onnx.ModelProto) -> onnx.ModelProto:
     bounds = {"spatial_start": [0], "spatial_stop": [SPATIAL_CHANNELS], "spatial_axis": [1]}
     for name, value in bounds.items():
         graph.initializer.append(onnx.numpy_helper.from_array(np.array(value, np.int64), name))
-    graph.node.append(onnx.helper.make_node("Slice", [flattened, *bounds], ["spatial"], name="spatial"))
+    graph.node.append(
+        onnx.helper.make_node("Slice", [flattened, *bounds], ["spatial"], name="spatial")
+    )
     shape = ["N", SPATIAL_CHANNELS, 7, 7]
-    graph.output.append(onnx.helper.make_tensor_value_info("spatial", onnx.TensorProto.FLOAT, shape))
+    graph.output.append(
+        onnx.helper.make_tensor_value_info("spatial", onnx.TensorProto.FLOAT, shape)
+    )
     return proto
 
 

@@ -9,13 +9,28 @@ from pathlib import Path
 import torch
 from autoencoder import encoded
 from torch import nn
-from training import add_denoiser_options, initialise, load_digits, save, train_denoiser, training_parser
+from training import (
+    add_denoiser_options,
+    initialise,
+    load_digits,
+    save,
+    train_denoiser,
+    training_parser,
+)
 
 from goc_deploy.exporters.dit import DiT
 from goc_deploy.spec import ModelSpec
 
 PIXELS = ModelSpec(
-    depth=8, hidden=128, heads=4, mlp_hidden=512, patch=4, grid=7, channels=1, classes=10, learn_sigma=False
+    depth=8,
+    hidden=128,
+    heads=4,
+    mlp_hidden=512,
+    patch=4,
+    grid=7,
+    channels=1,
+    classes=10,
+    learn_sigma=False,
 )
 LATENTS = replace(PIXELS, depth=6, hidden=96, mlp_hidden=384, patch=1, channels=4)
 

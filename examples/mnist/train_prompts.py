@@ -19,7 +19,14 @@ from goc_deploy.exporters.pixart import NULL_CAPTION
 from goc_deploy.spec import ModelSpec
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-TEMPLATES = ("{}", "a {}", "the digit {}", "a handwritten {}", "draw the number {}", "a picture of a {}")
+TEMPLATES = (
+    "{}",
+    "a {}",
+    "the digit {}",
+    "a handwritten {}",
+    "draw the number {}",
+    "a picture of a {}",
+)
 PROMPTS = [template.format(digit) for template in TEMPLATES for digit in DIGITS]
 WORDS = sorted({word for prompt in PROMPTS for word in prompt.split()})
 SPACE, END = "\u2581", "</s>"
@@ -51,12 +58,20 @@ SPEC = ModelSpec(
 
 def tokenizer() -> Tokenizer:
     """Whole words of the prompts, single letters for everything else."""
-    pieces = [(SPACE + word, -2.0) for word in WORDS] + [(SPACE, -8.0)] + [(letter, -9.0) for letter in LETTERS]
-    found = Tokenizer(models.Unigram([*((name, 0.0) for name in SPECIAL), *pieces], unk_id=SPECIAL.index("<unk>")))
+    pieces = (
+        [(SPACE + word, -2.0) for word in WORDS]
+        + [(SPACE, -8.0)]
+        + [(letter, -9.0) for letter in LETTERS]
+    )
+    found = Tokenizer(
+        models.Unigram([*((name, 0.0) for name in SPECIAL), *pieces], unk_id=SPECIAL.index("<unk>"))
+    )
     found.add_special_tokens(list(SPECIAL))
     found.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Lowercase()])
     found.pre_tokenizer = pre_tokenizers.Metaspace()
-    found.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, SPECIAL.index(END))])
+    found.post_processor = processors.TemplateProcessing(
+        single=f"$A {END}", special_tokens=[(END, SPECIAL.index(END))]
+    )
     return found
 
 

@@ -17,14 +17,18 @@ SCALED = slice(None, None, 5)  # the images, sorted by label, whose latents give
 def main(argv: Sequence[str] | None = None) -> int:
     parser = training_parser(__doc__, "vae", minutes=6.0)
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate of AdamW")
-    parser.add_argument("--divergence", type=float, default=1e-3, help="weight of the Kullback-Leibler divergence")
+    parser.add_argument(
+        "--divergence", type=float, default=1e-3, help="weight of the Kullback-Leibler divergence"
+    )
     parser.set_defaults(batch=64)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     images, _ = load_digits(args.data)
     model = Autoencoder(vae_config(CONFIG, "the example"))
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), weight_decay=0.0, betas=(0.9, 0.99), fused=True
+    )
     order = iter(batches(len(images), args.batch))
 
     def step_losses(_: int, factor: float) -> dict[str, float]:
@@ -32,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         mean, log_variance = model.encode(batch)
         decoded = model.decode(mean + torch.randn_like(mean) * (0.5 * log_variance).exp())
         mse = F.mse_loss(decoded, batch)
-        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()  # per latent, nats
+        divergence = (
+            0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        )  # per latent, nats
         optimizer.param_groups[0]["lr"] = args.rate * factor
         optimizer.zero_grad(set_to_none=True)
         (mse + args.divergence * divergence).backward()

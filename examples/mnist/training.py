@@ -37,7 +37,9 @@ def initialise(model: nn.Module, zero: Callable[[str], bool]) -> None:
         model: a DiT or a PixArt.
         zero: whether the linear layer of that name starts at zero.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
     for linear in linears.values():
         nn.init.xavier_uniform_(linear.weight)
         nn.init.zeros_(linear.bias)
@@ -73,7 +75,9 @@ def spread_timesteps(batch: int) -> Tensor:
     return (places * TRAIN_TIMESTEPS).long().clamp(max=TRAIN_TIMESTEPS - 1)
 
 
-def noise_losses(model: nn.Module, images: Tensor, conditions: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor]:
+def noise_losses(
+    model: nn.Module, images: Tensor, conditions: Tensor, alphas: Tensor
+) -> tuple[Tensor, Tensor]:
     """Weighted loss to minimise and plain mean squared error of the predicted noise, for one batch.
 
     The weight min(SNR, 5) / SNR holds back the nearly clean timesteps, whose noise no small model can predict.
@@ -81,7 +85,9 @@ def noise_losses(model: nn.Module, images: Tensor, conditions: Tensor, alphas: T
     t = spread_timesteps(len(images))
     alpha = alphas[t]
     noise = torch.randn_like(images)
-    noisy = alpha.sqrt()[:, None, None, None] * images + (1 - alpha).sqrt()[:, None, None, None] * noise
+    noisy = (
+        alpha.sqrt()[:, None, None, None] * images + (1 - alpha).sqrt()[:, None, None, None] * noise
+    )
     dropped = torch.rand(len(conditions)) < CONDITION_DROPOUT
     conditions = torch.where(dropped, torch.full_like(conditions, model.null_condition), conditions)
     errors: Tensor = (model(noisy, t.float(), conditions) - noise).square().mean(dim=(1, 2, 3))
@@ -113,11 +119,15 @@ class Optimizer:
         branches = {
             name: parameter
             for name, parameter in model.named_parameters()
-            if name.startswith("blocks.") and name.endswith(".weight") and "adaLN_modulation" not in name
+            if name.startswith("blocks.")
+            and name.endswith(".weight")
+            and "adaLN_modulation" not in name
         }
         self.matrices = list(branches.values())
         self.momenta = [torch.zeros_like(matrix) for matrix in self.matrices]
-        others = [p for name, p in model.named_parameters() if p.requires_grad and name not in branches]
+        others = [
+            p for name, p in model.named_parameters() if p.requires_grad and name not in branches
+        ]
         self.adam = torch.optim.AdamW(others, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
 
     @torch.no_grad()
@@ -158,10 +168,14 @@ def training_parser(description: str, out: str, minutes: float) -> argparse.Argu
     """The options that every script takes."""
     parser = argparse.ArgumentParser(description=description)
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, default=minutes, help="train for this long (default %(default)s)")
+    length.add_argument(
+        "--minutes", type=float, default=minutes, help="train for this long (default %(default)s)"
+    )
     length.add_argument("--steps", type=int, help="train for this many steps instead; repeatable")
     parser.add_argument("--data", type=Path, default=HERE / "mnist10k.npz")
-    parser.add_argument("--out", type=Path, default=HERE / out, help="what to write (default %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=HERE / out, help="what to write (default %(default)s)"
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -184,7 +198,9 @@ def batches(count: int, size: int) -> Iterable[Tensor]:
             yield order[first : first + size]
 
 
-def run_steps(args: argparse.Namespace, step_losses: Callable[[int, float], Mapping[str, float]]) -> int:
+def run_steps(
+    args: argparse.Namespace, step_losses: Callable[[int, float], Mapping[str, float]]
+) -> int:
     """Take steps until the time or the number that the arguments give is used up, and log the losses.
 
     Args:
@@ -202,7 +218,10 @@ def run_steps(args: argparse.Namespace, step_losses: Callable[[int, float], Mapp
             progress = step / args.steps if args.steps else minutes / args.minutes
             factor = rate_factor(step, progress)
             if window and (len(window) == args.log_every or progress >= 1):
-                means = {name: f"{np.mean([losses[name] for losses in window]):.5f}" for name in window[0]}
+                means = {
+                    name: f"{np.mean([losses[name] for losses in window]):.5f}"
+                    for name in window[0]
+                }
                 row: dict[str, Any] = {
                     "step": step,
                     "seconds": f"{minutes * 60:.0f}",
@@ -242,7 +261,10 @@ def train_denoiser(
     Returns:
         The model with averaged weights.
     """
-    print(f"{type(model).__name__} {model.spec}, {sum(p.numel() for p in model.parameters())} parameters", flush=True)
+    print(
+        f"{type(model).__name__} {model.spec}, {sum(p.numel() for p in model.parameters())} parameters",
+        flush=True,
+    )
     alphas, average = signal_levels(), copy.deepcopy(model)
     optimizer = Optimizer(model, args.adam_rate, args.muon_rate)
     order = iter(batches(len(images), args.batch))

@@ -47,19 +47,27 @@ def run_command(command: click.Command, argv: Sequence[str] | None) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's last flush is silent
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # so that the interpreter's last flush is silent
         return 0
     except Exception as error:
         if debug:
             raise
-        if _received is not None:  # native code turns what the signal handler raises into errors of its own
+        if (
+            _received is not None
+        ):  # native code turns what the signal handler raises into errors of its own
             return _interrupted()
         if isinstance(error, GocError):
             return _say(f"error: {error}", error.exit_code)
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in OUT_OF):
-            return _say(f"error: this machine is short of memory, disk or open files: {error}", ResourceError.exit_code)
+            return _say(
+                f"error: this machine is short of memory, disk or open files: {error}",
+                ResourceError.exit_code,
+            )
         return _say(
-            f"error: a bug in goc_deploy: {type(error).__name__}: {error}; run again with --debug and report it", BUG
+            f"error: a bug in goc_deploy: {type(error).__name__}: {error}; run again with --debug and report it",
+            BUG,
         )
     return 0
 
@@ -87,7 +95,9 @@ def _catch_signals() -> None:
     _received = None
     sys.unraisablehook = _report_unless_interrupted
     signal.signal(signal.SIGTERM, _on_signal)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a parent may have it ignored
+    if (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):  # a parent may have it ignored
         signal.signal(signal.SIGINT, _on_signal)
 
 
@@ -115,7 +125,9 @@ def _interrupted() -> int:
 
 
 def _say(message: str, code: int) -> int:
-    with contextlib.suppress(OSError, ValueError):  # standard error may be full or closed; the code tells it too
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # standard error may be full or closed; the code tells it too
         click.echo(message, err=True)
     return code
 

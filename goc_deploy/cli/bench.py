@@ -111,7 +111,8 @@ def command(
             entry["profile_ms"] = totals_ms(spans[name])
         kinds = sorted({kind for entry in found["plans"].values() for kind in entry["profile_ms"]})
         rows = [
-            [name, *(f"{e['profile_ms'].get(kind, 0):.2f}" for kind in kinds)] for name, e in found["plans"].items()
+            [name, *(f"{e['profile_ms'].get(kind, 0):.2f}" for kind in kinds)]
+            for name, e in found["plans"].items()
         ]
         print_table("milliseconds of the profiled run, by what ran", ["plan", *kinds], rows)
     if json_path:
@@ -119,7 +120,11 @@ def command(
     if plot:
         from goc_deploy.plots import plot_step_times
 
-        plot_step_times([(name, entry["step_ms"]) for name, entry in found["plans"].items()], str(engine_dir), plot)
+        plot_step_times(
+            [(name, entry["step_ms"]) for name, entry in found["plans"].items()],
+            str(engine_dir),
+            plot,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -79,7 +79,9 @@ def engines_from_options(options: dict[str, Any]) -> tuple[list[EngineOptions], 
         plugin=options.pop("engine_plugin"),
     )
     if not backends and (how != DEFAULTS or verify):
-        raise click.UsageError(f"options of engines go with --backend {' or --backend '.join(ENGINE_BACKENDS)}")
+        raise click.UsageError(
+            f"options of engines go with --backend {' or --backend '.join(ENGINE_BACKENDS)}"
+        )
     if verify:
         from goc_deploy.api import check_gpu
 
@@ -94,7 +96,9 @@ def build_engines_and_tell(directory: Path, wanted: list[EngineOptions], *, veri
     for options in wanted:
         with progress_bar() as progress:
             manifest, built = build_engines(directory, options, progress)
-        engines = [engine for engine in manifest.engines if engine.target.backend == options.backend]
+        engines = [
+            engine for engine in manifest.engines if engine.target.backend == options.backend
+        ]
         paths = {engine.path for engine in engines}
         size = sum(file.size for file in manifest.files if file.path in paths)
         click.echo(

@@ -27,9 +27,7 @@ from goc_deploy.cli.progress import progress_bar
 from goc_deploy.options import PRESETS, EvalOptions
 
 DEFAULTS = EvalOptions()
-EPILOG = (
-    "Example: goc-eval engine --num-images 2000 --features classifier.onnx --reference digits.npz --html report.html"
-)
+EPILOG = "Example: goc-eval engine --num-images 2000 --features classifier.onnx --reference digits.npz --html report.html"
 
 
 @click.command("goc-eval", context_settings=SETTINGS, epilog=EPILOG)
@@ -47,9 +45,18 @@ EPILOG = (
     help="Rows and columns of Table 1 of GOC's paper, in place of --plan: no cache, FORA at 50 and 25 %, each also with GC and GOC. "
     "Plans that ENGINE_DIR lacks are added to it.",
 )
-@click.option("--router", type=PATH, help="With --preset: Learning-to-Cache router (.pt) for three rows more.")
-@click.option("--num-images", type=click.IntRange(1, 1_000_000), default=DEFAULTS.num_images, help="Images per plan.")
-@click.option("--seed", type=int, default=DEFAULTS.seed, help="Seed of noise, labels and resampling.")
+@click.option(
+    "--router", type=PATH, help="With --preset: Learning-to-Cache router (.pt) for three rows more."
+)
+@click.option(
+    "--num-images",
+    type=click.IntRange(1, 1_000_000),
+    default=DEFAULTS.num_images,
+    help="Images per plan.",
+)
+@click.option(
+    "--seed", type=int, default=DEFAULTS.seed, help="Seed of noise, labels and resampling."
+)
 @cfg_scale_option(DEFAULTS.cfg_scale, "Classifier-free guidance scale; 1 is none.")
 @click.option(
     "--cfg-channels",
@@ -63,8 +70,14 @@ EPILOG = (
     default=DEFAULTS.labels,
     help="Every class equally often in random order, or each label drawn alone.",
 )
-@click.option("--features", metavar="MODEL.onnx|inception", help="Feature extractor for FID and the like.")
-@click.option("--inception-weights", type=PATH, help="torch-fidelity's weights file, for --features inception.")
+@click.option(
+    "--features", metavar="MODEL.onnx|inception", help="Feature extractor for FID and the like."
+)
+@click.option(
+    "--inception-weights",
+    type=PATH,
+    help="torch-fidelity's weights file, for --features inception.",
+)
 @click.option("--reference", type=PATH, help="ADM .npz to compare the distribution with.")
 @click.option(
     "--converged",
@@ -91,13 +104,25 @@ EPILOG = (
     help="Bootstrap resamples of FID and inception score.",
 )
 @click.option(
-    "--grid-images", type=click.IntRange(1), default=DEFAULTS.grid_images, help="Pictures per plan in the report."
+    "--grid-images",
+    type=click.IntRange(1),
+    default=DEFAULTS.grid_images,
+    help="Pictures per plan in the report.",
 )
-@click.option("--samples", type=PATH, help="Folder of --samples-output to read images from instead of generating.")
+@click.option(
+    "--samples",
+    type=PATH,
+    help="Folder of --samples-output to read images from instead of generating.",
+)
 @click.option("--samples-output", type=PATH, help="Folder for an ADM .npz per plan.")
 @output_option("File to write, repeatable: .json is --json, .html is --html.")
 @click.option("--json", "json_path", type=PATH, help="File for every number.")
-@click.option("--html", "html_path", type=PATH, help="File for the report, which needs no other file and no network.")
+@click.option(
+    "--html",
+    "html_path",
+    type=PATH,
+    help="File for the report, which needs no other file and no network.",
+)
 @backend_option
 @device_option
 @click.option(
@@ -125,7 +150,9 @@ def command(
     from goc_deploy.serde import dump_json
 
     chosen = EvalOptions(**options)
-    json_path, html_path = sort_outputs(outputs, {(".json",): json_path, (".html", ".htm"): html_path})
+    json_path, html_path = sort_outputs(
+        outputs, {(".json",): json_path, (".html", ".htm"): html_path}
+    )
     for path in (json_path, html_path):
         check_writable(path)
     check_folder(chosen.samples_output)

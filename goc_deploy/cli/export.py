@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from goc_deploy.cli.app import run_command
-from goc_deploy.cli.engine_options import build_engines_and_tell, engine_options, engines_from_options
+from goc_deploy.cli.engine_options import (
+    build_engines_and_tell,
+    engine_options,
+    engines_from_options,
+)
 from goc_deploy.cli.options import (
     PATH,
     SETTINGS,
@@ -42,7 +46,10 @@ DEFAULTS = ExportOptions()
 @click.argument("checkpoint", type=PATH)
 @click.option("-o", "--output", type=PATH, required=True, help="Engine directory to make.")
 @click.option(
-    "--model", type=click.Choice(["auto", "dit", "pixart", "sit"]), default=DEFAULTS.model, help="Architecture."
+    "--model",
+    type=click.Choice(["auto", "dit", "pixart", "sit"]),
+    default=DEFAULTS.model,
+    help="Architecture.",
 )
 @click.option(
     "--num-heads",
@@ -57,7 +64,12 @@ DEFAULTS = ExportOptions()
     default=DEFAULTS.precision,
     help="Precision of weights, tokens and cache. float32, float16 and bfloat16 are other names of the three.",
 )
-@click.option("--max-batch", type=click.IntRange(1, 1024), default=DEFAULTS.max_batch, help="Most images per run.")
+@click.option(
+    "--max-batch",
+    type=click.IntRange(1, 1024),
+    default=DEFAULTS.max_batch,
+    help="Most images per run.",
+)
 @steps_option(DEFAULTS.steps, "Sampling steps of the plans.")
 @click.option(
     "--sampler",
@@ -82,7 +94,13 @@ DEFAULTS = ExportOptions()
     metavar="K",
     help="Images that calibrated policies (goc, fit, smoothcache, search) learn from.  [default: 16, fewer for large models]",
 )
-@click.option("--seed", "calibration_seed", type=int, default=DEFAULTS.calibration_seed, help="Seed of these images.")
+@click.option(
+    "--seed",
+    "calibration_seed",
+    type=int,
+    default=DEFAULTS.calibration_seed,
+    help="Seed of these images.",
+)
 @cfg_scale_option(DEFAULTS.cfg_scale, "Guidance scale of these images.")
 @click.option(
     "--segments",
@@ -107,7 +125,9 @@ DEFAULTS = ExportOptions()
     type=PATH,
     help="Folder of a T5 encoder and its tokenizer (transformers), to draw prompts with.",
 )
-@click.option("--vae", type=PATH, help="Folder of an AutoencoderKL (diffusers), to decode latents with.")
+@click.option(
+    "--vae", type=PATH, help="Folder of an AutoencoderKL (diffusers), to decode latents with."
+)
 @click.option(
     "--vae-tile",
     type=click.IntRange(8, 512),
@@ -134,7 +154,10 @@ def command(checkpoint: Path, output: Path, **options: Any) -> None:
 
 
 def _summary(output: Path, manifest: Manifest) -> str:
-    spec, errors = manifest.model, [unit.relative_l2 for unit in manifest.units if unit.relative_l2 is not None]
+    spec, errors = (
+        manifest.model,
+        [unit.relative_l2 for unit in manifest.units if unit.relative_l2 is not None],
+    )
     size = sum(file.size for file in manifest.files)
     return (
         f"{output}: {spec.depth} blocks of width {spec.hidden} with {spec.heads} heads, {manifest.precision}, {size / 1e6:.1f} MB; "

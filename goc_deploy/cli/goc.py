@@ -40,7 +40,9 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.command("goc", cls=LazyGroup, context_settings=SETTINGS, epilog="Example: goc export model.pt -o engine")
+@click.command(
+    "goc", cls=LazyGroup, context_settings=SETTINGS, epilog="Example: goc export model.pt -o engine"
+)
 @version_option
 def command() -> None:
     """Compile Diffusion Transformers with feature caching, and run them.

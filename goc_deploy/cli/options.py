@@ -20,9 +20,14 @@ LONG_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 version_option = click.version_option(__version__, message="%(prog)s %(version)s")
-debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+debug_option = click.option(
+    "--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."
+)
 threads_option = click.option(
-    "--threads", type=click.IntRange(0), default=0, help="Size of the thread pool; 0 is one thread per core."
+    "--threads",
+    type=click.IntRange(0),
+    default=0,
+    help="Size of the thread pool; 0 is one thread per core.",
 )
 backend_option = click.option(
     "--backend",
@@ -55,15 +60,21 @@ verbose_option = click.option(
 
 def cfg_scale_option(default: float | None, text: str) -> Decorator:
     """The guidance scale, under our name and under that of diffusers."""
-    return click.option("--cfg-scale", "--guidance-scale", "cfg_scale", type=float, default=default, help=text)
+    return click.option(
+        "--cfg-scale", "--guidance-scale", "cfg_scale", type=float, default=default, help=text
+    )
 
 
 def steps_option(default: int | None, text: str) -> Decorator:
     """The number of sampling steps, under our name and under that of diffusers."""
-    return click.option("--steps", "--num-inference-steps", "steps", type=int, default=default, help=text)
+    return click.option(
+        "--steps", "--num-inference-steps", "steps", type=int, default=default, help=text
+    )
 
 
-def plans_of_directory(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def plans_of_directory(
+    context: click.Context, _parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
     """Complete the name of a plan of the ENGINE_DIR that was typed before."""
     directory = context.params.get("engine_dir") or next(
         iter(context.args), ""
@@ -87,7 +98,9 @@ class Precision(click.Choice):
         return super().convert(LONG_NAMES.get(value, value), param, ctx)
 
 
-def numbers(kind: Callable[[str], Any], what: str) -> Callable[[Any, Any, str | None], tuple[Any, ...] | None]:
+def numbers(
+    kind: Callable[[str], Any], what: str
+) -> Callable[[Any, Any, str | None], tuple[Any, ...] | None]:
     """A click callback that splits a comma-separated list."""
 
     def parse(_context: Any, _parameter: Any, text: str | None) -> tuple[Any, ...] | None:
@@ -103,10 +116,14 @@ def numbers(kind: Callable[[str], Any], what: str) -> Callable[[Any, Any, str | 
 
 def output_option(help_text: str) -> Decorator:
     """``-o FILE``, repeatable: the end of its name tells which of a command's files it is (`sort_outputs`)."""
-    return click.option("-o", "--output", "outputs", type=PATH, multiple=True, metavar="FILE", help=help_text)
+    return click.option(
+        "-o", "--output", "outputs", type=PATH, multiple=True, metavar="FILE", help=help_text
+    )
 
 
-def sort_outputs(outputs: tuple[Path, ...], given: dict[tuple[str, ...], Path | None]) -> list[Path | None]:
+def sort_outputs(
+    outputs: tuple[Path, ...], given: dict[tuple[str, ...], Path | None]
+) -> list[Path | None]:
     """Give each ``-o FILE`` to the option that writes files of that kind.
 
     Args:
@@ -126,6 +143,8 @@ def sort_outputs(outputs: tuple[Path, ...], given: dict[tuple[str, ...], Path | 
             ends = ", ".join(suffix for suffixes in found for suffix in suffixes)
             raise click.UsageError(f"-o {path}: its name must end in one of {ends}")
         if found[kind] is not None:
-            raise click.UsageError(f"-o {path}: {found[kind]} is written already; one file of a kind is")
+            raise click.UsageError(
+                f"-o {path}: {found[kind]} is written already; one file of a kind is"
+            )
         found[kind] = path
     return list(found.values())

@@ -9,7 +9,11 @@ from typing import Any
 import click
 
 from goc_deploy.cli.app import print_table, run_command
-from goc_deploy.cli.engine_options import build_engines_and_tell, engine_options, engines_from_options
+from goc_deploy.cli.engine_options import (
+    build_engines_and_tell,
+    engine_options,
+    engines_from_options,
+)
 from goc_deploy.cli.options import (
     PATH,
     SETTINGS,
@@ -57,8 +61,15 @@ EPILOG = (
     help=f"What TensorRT runs as one engine: a full step, or no more than a unit.  [default: {DEFAULTS.segments}]",
 )
 @click.option("--list", "list_plans", is_flag=True, help="List the plans.")
-@click.option("--show", metavar="NAME", shell_complete=plans_of_directory, help="Show a plan's actions over steps.")
-@output_option("With --show, file to write, repeatable: .png, .svg or .pdf is --plot, .json is --smoothcache.")
+@click.option(
+    "--show",
+    metavar="NAME",
+    shell_complete=plans_of_directory,
+    help="Show a plan's actions over steps.",
+)
+@output_option(
+    "With --show, file to write, repeatable: .png, .svg or .pdf is --plot, .json is --smoothcache."
+)
 @click.option(
     "--plot",
     type=PATH,
@@ -70,7 +81,9 @@ EPILOG = (
     metavar="FILE.json",
     help="With --show, file for what the plan computes, in the form of SmoothCache's schedules.",
 )
-@click.option("--inspect", is_flag=True, help="Show the units, the engines, and what a step launches.")
+@click.option(
+    "--inspect", is_flag=True, help="Show the units, the engines, and what a step launches."
+)
 @engine_options
 @verbose_option
 @debug_option
@@ -99,7 +112,9 @@ def command(
         raise click.UsageError(
             "give a SPEC to add, --list, --show NAME, --inspect, or a --backend to build engines for"
         )
-    plot, smoothcache = sort_outputs(outputs, {(".png", ".svg", ".pdf"): plot, (".json",): smoothcache})
+    plot, smoothcache = sort_outputs(
+        outputs, {(".png", ".svg", ".pdf"): plot, (".json",): smoothcache}
+    )
     if (plot or smoothcache) and not show:
         raise click.UsageError("--plot and --smoothcache go with --show NAME")
     options: dict[str, Any] = {
@@ -113,7 +128,9 @@ def command(
     }
     given = {option: value for option, value in options.items() if value is not None}
     if spec is None and given:
-        raise click.UsageError(f"{', '.join('--' + option.replace('_', '-') for option in given)} goes with a SPEC")
+        raise click.UsageError(
+            f"{', '.join('--' + option.replace('_', '-') for option in given)} goes with a SPEC"
+        )
     if spec:
         from goc_deploy.api import add_plan
 
@@ -140,7 +157,9 @@ def command(
     check_writable(smoothcache)
     manifest = read_manifest(engine_dir)
     if list_plans:
-        columns, rows = plan_rows([load_plan(engine_dir, manifest, entry.name) for entry in manifest.plans], manifest)
+        columns, rows = plan_rows(
+            [load_plan(engine_dir, manifest, entry.name) for entry in manifest.plans], manifest
+        )
         print_table(str(engine_dir), columns, rows)
         return
     plan = load_plan(engine_dir, manifest, show)

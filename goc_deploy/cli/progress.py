@@ -62,7 +62,14 @@ def plain_lines(
 def terminal_bar(console: Console | None = None) -> Iterator[Progress]:
     """A bar with count, rate and time left, in 80 columns."""
     from rich.console import Console as OwnConsole
-    from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
     from rich.progress import Progress as Bar
     from rich.table import Column
     from rich.text import Text
@@ -74,7 +81,9 @@ def terminal_bar(console: Console | None = None) -> Iterator[Progress]:
 
     columns = (
         TextColumn(
-            "{task.description}", markup=False, table_column=Column(width=28, no_wrap=True, overflow="ellipsis")
+            "{task.description}",
+            markup=False,
+            table_column=Column(width=28, no_wrap=True, overflow="ellipsis"),
         ),
         BarColumn(bar_width=14),
         MofNCompleteColumn(),

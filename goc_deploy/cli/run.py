@@ -46,17 +46,26 @@ DEFAULTS = GenerateOptions()
     help="Name of a plan of the engine, or any SPEC that does not learn from images, which is compiled for this run.  "
     "[default: the first plan that caches]",
 )
-@steps_option(None, "Sampling steps. Others than the plan's are compiled for this run.  [default: those of the plan]")
+@steps_option(
+    None,
+    "Sampling steps. Others than the plan's are compiled for this run.  [default: those of the plan]",
+)
 @click.option(
     "--labels",
     help="Class labels, one per image: numbers, or class names of the model's folder; which captions, for a model of captions.  "
     "[default: 0,1,2,... over the classes]",
 )
 @click.option(
-    "--prompt", "prompts", multiple=True, help="A text to draw, repeatable, where the engine has a text encoder."
+    "--prompt",
+    "prompts",
+    multiple=True,
+    help="A text to draw, repeatable, where the engine has a text encoder.",
 )
 @click.option(
-    "--negative-prompt", "negatives", multiple=True, help="What to draw away from: once, or once per --prompt."
+    "--negative-prompt",
+    "negatives",
+    multiple=True,
+    help="What to draw away from: once, or once per --prompt.",
 )
 @click.option(
     "--prompt-embeds",
@@ -76,7 +85,12 @@ DEFAULTS = GenerateOptions()
     default=DEFAULTS.cfg_channels,
     help="Guidance acts on so many channels only, the first ones.  [default: as in the model's reference]",
 )
-@click.option("--seed", type=int, default=DEFAULTS.seed, help="Seed of the noise; image i depends on (seed, i) alone.")
+@click.option(
+    "--seed",
+    type=int,
+    default=DEFAULTS.seed,
+    help="Seed of the noise; image i depends on (seed, i) alone.",
+)
 @click.option(
     "--latents",
     "latents_file",
@@ -97,7 +111,9 @@ DEFAULTS = GenerateOptions()
 )
 @click.option("--latents-output", type=PATH, help="Final latents, .npy [N,C,H,W].")
 @click.option("--trajectory-output", type=PATH, help="Latents after every step, .npy [T,N,C,H,W].")
-@click.option("--report", type=PATH, help="JSON report: time and kind of every step, cache bytes, versions.")
+@click.option(
+    "--report", type=PATH, help="JSON report: time and kind of every step, cache bytes, versions."
+)
 @backend_option
 @device_option
 @click.option(
@@ -105,7 +121,9 @@ DEFAULTS = GenerateOptions()
     default=True,
     help="Record CUDA graphs the second time that a step runs; off, for debugging.",
 )
-@click.option("--batch-size", type=int, help="Images per run.  [default: what the engine was exported for]")
+@click.option(
+    "--batch-size", type=int, help="Images per run.  [default: what the engine was exported for]"
+)
 @threads_option
 @verbose_option
 @debug_option
@@ -141,7 +159,11 @@ def command(
     from goc_deploy.tensor_files import arrays_from_file
 
     outputs.check_suffix(
-        output, "", ".png", ".npz", what="--output ends in .png or .npz, or has no suffix and is a directory"
+        output,
+        "",
+        ".png",
+        ".npz",
+        what="--output ends in .png or .npz, or has no suffix and is a directory",
     )
     if resume and (output is None or output.suffix or latents_output or trajectory_output):
         raise UsageError("--resume goes with --output DIRECTORY, and with no output of latents")
@@ -151,14 +173,23 @@ def command(
     for path in (latents_output, trajectory_output, report):
         outputs.check_writable(path)
     outputs.check_distinct(
-        output=output, latents_output=latents_output, trajectory_output=trajectory_output, report=report
+        output=output,
+        latents_output=latents_output,
+        trajectory_output=trajectory_output,
+        report=report,
     )
     latents = outputs.read_latents(latents_file)
     if bool(prompts) + (embeds_file is not None) > 1 or (negatives and not prompts):
-        raise UsageError("give --prompt or --prompt-embeds, not both; --negative-prompt goes with --prompt")
+        raise UsageError(
+            "give --prompt or --prompt-embeds, not both; --negative-prompt goes with --prompt"
+        )
     arrays = None if embeds_file is None else arrays_from_file(embeds_file)
     with load(engine_dir, **loading) as pipe:
-        captions = None if arrays is None else prompt_embeds_from_arrays(arrays, pipe.spec, str(embeds_file))
+        captions = (
+            None
+            if arrays is None
+            else prompt_embeds_from_arrays(arrays, pipe.spec, str(embeds_file))
+        )
         if prompts:
             captions = pipe.encode(prompts, negatives or ("",))
         rows = None if labels is None else labels_from_text(labels, pipe.manifest.class_names)
@@ -169,7 +200,9 @@ def command(
         series = Series(chosen, GenerateOptions(seed, cfg_scale, cfg_channels), captions, latents)
         series.check(pipe)
         files = {"latents": latents_output, "trajectory": trajectory_output}
-        described = _draw(pipe, series, series.records(pipe, prompts, negatives), output, files, resume=resume)
+        described = _draw(
+            pipe, series, series.records(pipe, prompts, negatives), output, files, resume=resume
+        )
     if described is None:
         click.echo(f"all {len(chosen)} images are there", err=True)
     else:
@@ -178,7 +211,12 @@ def command(
         outputs.save_text(json.dumps(described, indent=1) + "\n", report)
     if output and pipe.manifest.image_side is None:
         output = None if latents_output else output.with_suffix(".npy")
-    for path in (output, latents_output, trajectory_output, report if described is not None else None):
+    for path in (
+        output,
+        latents_output,
+        trajectory_output,
+        report if described is not None else None,
+    ):
         if path:
             click.echo(path)
 
@@ -202,14 +240,22 @@ def _draw(
 
     draws = pipe.manifest.image_side is not None
     if resume and not draws:
-        raise UsageError("--resume continues pictures, and the model makes latents; export with --vae")
+        raise UsageError(
+            "--resume continues pictures, and the model makes latents; export with --vae"
+        )
     start = finished_pictures(output, records) if resume and output else 0
     latents, trajectories, reports = [], [], []
     needs_latents = arrays["latents"] is not None or not draws
     with ExitStack() as stack:
-        files = stack.enter_context(PictureFiles(output, series.labels, records)) if output and draws else None
+        files = (
+            stack.enter_context(PictureFiles(output, series.labels, records))
+            if output and draws
+            else None
+        )
         progress = stack.enter_context(progress_bar())
-        for first, result in series.results(pipe, start, progress, trajectory=arrays["trajectory"] is not None):
+        for first, result in series.results(
+            pipe, start, progress, trajectory=arrays["trajectory"] is not None
+        ):
             reports.append(result.report)
             if files is not None and result.images is not None:
                 files.add(first, result.images)
@@ -228,7 +274,9 @@ def _draw(
         )
         if output and not arrays["latents"]:
             outputs.save_array(np.concatenate(latents), output.with_suffix(".npy"))
-            click.echo(f"wrote the latents to {output.with_suffix('.npy')} instead of images", err=True)
+            click.echo(
+                f"wrote the latents to {output.with_suffix('.npy')} instead of images", err=True
+            )
     return joined_report(reports) if reports else None
 
 

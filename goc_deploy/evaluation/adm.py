@@ -34,7 +34,9 @@ class AdmWriter:
 
     def add(self, images: np.ndarray, labels: tuple[int, ...]) -> None:
         """Append (n, H, W, 1 or C) uint8 images; grey ones are repeated over the channels."""
-        self._member.write(np.ascontiguousarray(np.broadcast_to(images, (len(images), *self._shape[1:]))).tobytes())
+        self._member.write(
+            np.ascontiguousarray(np.broadcast_to(images, (len(images), *self._shape[1:]))).tobytes()
+        )
         self.labels += labels
 
 
@@ -44,7 +46,10 @@ def adm_writer(path: Path, images: int, height: int, width: int) -> Iterator[Adm
 
     ``arr_1`` keeps the labels, as ADM's own sampler does. Nothing is compressed: ADM's reader streams.
     """
-    with written(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with (
+        written(path) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
         with archive.open(f"{IMAGES}.npy", "w", force_zip64=True) as member:
             writer = AdmWriter(member, (images, height, width, COLOUR))
             yield writer
@@ -105,21 +110,31 @@ def open_adm(path: Path) -> AdmFile:
                     shape = _checked_shape(path, *_header(member))
             labels = _small_array(archive, LABELS) if LABELS in names else None
             pooled, spatial = (
-                Gaussian(*(_small_array(archive, key).astype(np.float64) for key in keys)) if names >= {*keys} else None
+                Gaussian(*(_small_array(archive, key).astype(np.float64) for key in keys))
+                if names >= {*keys}
+                else None
                 for keys in (("mu", "sigma"), ("mu_s", "sigma_s"))
             )
     except _BROKEN as cause:
-        raise UsageError(f"{path} cannot be read as an .npz file: {cause}; give one in the ADM format") from cause
+        raise UsageError(
+            f"{path} cannot be read as an .npz file: {cause}; give one in the ADM format"
+        ) from cause
     if shape is None and pooled is None:
         found = ", ".join(sorted(names)) or "nothing"
-        raise UsageError(f"{path} holds {found}; an ADM file has arr_0 (uint8 images), or mu and sigma, or both")
+        raise UsageError(
+            f"{path} holds {found}; an ADM file has arr_0 (uint8 images), or mu and sigma, or both"
+        )
     return AdmFile(path, shape, labels, pooled, spatial)
 
 
 def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """Shape, whether in Fortran order, and dtype, from the head of a ``.npy`` stream."""
     version = np.lib.format.read_magic(member)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    read = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )
     shape, fortran, dtype = read(member)
     return shape, fortran, dtype
 
@@ -127,7 +142,13 @@ def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 def _checked_shape(
     path: Path, shape: tuple[int, ...], fortran: bool, dtype: np.dtype[Any]
 ) -> tuple[int, int, int, int]:
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (GREY, COLOUR) or fortran or 0 in shape:
+    if (
+        dtype != np.uint8
+        or len(shape) != 4
+        or shape[3] not in (GREY, COLOUR)
+        or fortran
+        or 0 in shape
+    ):
         raise UsageError(f"{path}: arr_0 is {dtype} {list(shape)}, expected uint8 [N,H,W,1 or 3]")
     count, height, width, channels = shape
     return count, height, width, channels

@@ -59,7 +59,10 @@ class Axis:
             raw = (self.high - self.low) / 6
             power = 10.0 ** math.floor(math.log10(raw))
             step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
-            found = [step * i for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+            found = [
+                step * i
+                for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)
+            ]
         return [tick for tick in found if self.low <= tick <= self.high]
 
 
@@ -97,7 +100,9 @@ def chart(series: Sequence[Series], x_title: str, y_title: str, *, lines: bool =
             color, dashed = color_of(one.color)
             path = " ".join(f"{x.place(p.x):.1f},{y.place(p.y):.1f}" for p in one.points)
             dashes = ' stroke-dasharray="6 3"' if dashed else ""
-            parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"{dashes}/>')
+            parts.append(
+                f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"{dashes}/>'
+            )
         parts += [_mark(one, p, x, y, 2.5 if lines else 5) for p in one.points]
     return _svg(WIDTH, HEIGHT, "".join(parts), f"{y_title} against {x_title}")
 
@@ -107,20 +112,34 @@ def _mark(series: Series, point: Point, x: Axis, y: Axis, radius: float) -> str:
     a, b = x.place(point.x), y.place(point.y)
     top, bottom = (y.place(min(max(end, y.low), y.high)) for end in (point.high, point.low))
     tip = escape(f"{series.name}: {point.x:g}, {point.y:.4g}")
-    bar = f'<line x1="{a:.1f}" x2="{a:.1f}" y1="{top:.1f}" y2="{bottom:.1f}" stroke="{color}"/>' if top < bottom else ""
-    paint = f'fill="var(--panel)" stroke="{color}" stroke-width="2"' if hollow else f'fill="{color}"'
-    return f'{bar}<circle cx="{a:.1f}" cy="{b:.1f}" r="{radius}" {paint}><title>{tip}</title></circle>'
+    bar = (
+        f'<line x1="{a:.1f}" x2="{a:.1f}" y1="{top:.1f}" y2="{bottom:.1f}" stroke="{color}"/>'
+        if top < bottom
+        else ""
+    )
+    paint = (
+        f'fill="var(--panel)" stroke="{color}" stroke-width="2"' if hollow else f'fill="{color}"'
+    )
+    return (
+        f'{bar}<circle cx="{a:.1f}" cy="{b:.1f}" r="{radius}" {paint}><title>{tip}</title></circle>'
+    )
 
 
 def _frame(x: Axis, y: Axis, x_title: str, y_title: str) -> list[str]:
     parts: list[str] = []
     for tick in x.ticks():
         at = x.place(tick)
-        parts.append(f'<line class="rule" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        parts.append(f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{tick:g}</text>')
+        parts.append(
+            f'<line class="rule" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+        )
+        parts.append(
+            f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{tick:g}</text>'
+        )
     for tick in y.ticks():
         at = y.place(tick)
-        parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(
+            f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
+        )
         parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{tick:g}</text>')
     middle = (TOP + HEIGHT - BOTTOM) / 2
     parts.append(

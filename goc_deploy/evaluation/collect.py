@@ -54,7 +54,9 @@ class PlanScores:
     def entry(self) -> dict[str, Any]:
         """What the plan is and costs, as plain JSON types."""
         schedule, steps = self.plan.schedule, self.plan.steps
-        measured = [ms / images for images, ms in (self.batch_ms[1:] or self.batch_ms)]  # the first warms up
+        measured = [
+            ms / images for images, ms in (self.batch_ms[1:] or self.batch_ms)
+        ]  # the first warms up
         return {
             "policy": schedule.policy,
             "sampler": self.plan.sampler.sampler,
@@ -91,7 +93,9 @@ def collect(
         pipes = _load(stack, engine_dir, list(scores), options)
         converged = _converged(stack, pipes, options)
         side = pipes[0].manifest.image_side or pipes[0].spec.side
-        writers = stack.enter_context(SampleWriters(options.samples_output, list(scores), (len(labels), side, side)))
+        writers = stack.enter_context(
+            SampleWriters(options.samples_output, list(scores), (len(labels), side, side))
+        )
         for first, found in generated(pipes, labels, options, progress):
             part = labels[first : first + pipes[0].batch_size]
             writers.add(found, part)
@@ -99,11 +103,15 @@ def collect(
             if converged is not None and first < options.converged_images:
                 progress(f"{options.converged} uncached steps", first, options.converged_images)
                 _compare_with(converged, scores, found, part, first, options)
-            machine = machine or {key: found[pipes[0].plan.name].report[key] for key in MACHINE_KEYS}
+            machine = machine or {
+                key: found[pipes[0].plan.name].report[key] for key in MACHINE_KEYS
+            }
     return machine
 
 
-def _load(stack: ExitStack, engine_dir: Path, names: list[str], options: EvalOptions) -> list[Pipeline]:
+def _load(
+    stack: ExitStack, engine_dir: Path, names: list[str], options: EvalOptions
+) -> list[Pipeline]:
     from goc_deploy.api import load_plans
 
     pipes = load_plans(
@@ -118,7 +126,9 @@ def _load(stack: ExitStack, engine_dir: Path, names: list[str], options: EvalOpt
     return [stack.enter_context(pipe) for pipe in pipes]
 
 
-def _converged(stack: ExitStack, pipes: Sequence[Pipeline], options: EvalOptions) -> Pipeline | None:
+def _converged(
+    stack: ExitStack, pipes: Sequence[Pipeline], options: EvalOptions
+) -> Pipeline | None:
     """A pipeline of so many uncached steps that more would change nothing, with the first plan's sampler and engines."""
     if not options.converged:
         return None
@@ -129,7 +139,9 @@ def _converged(stack: ExitStack, pipes: Sequence[Pipeline], options: EvalOptions
             )
     spec = pipes[0].spec
     schedule = Schedule(spec.depth, spec.branches, ((COMPUTE,) * spec.units,) * options.converged)
-    table = table_from_sampler(pipes[0].plan.sampler.sampler, options.converged, pipes[0].manifest.process)
+    table = table_from_sampler(
+        pipes[0].plan.sampler.sampler, options.converged, pipes[0].manifest.process
+    )
     plan = compile_schedule(schedule, spec, table, name="converged")
     return stack.enter_context(pipes[0].with_plan(plan))
 
@@ -154,11 +166,16 @@ def _compare_with(
     for name, of_plan in scores.items():
         latents = found[name].latents
         assert latents is not None
-        of_plan.paired.add_values("converged_relative_l2", relative_l2(latents[: len(truth)], truth))
+        of_plan.paired.add_values(
+            "converged_relative_l2", relative_l2(latents[: len(truth)], truth)
+        )
 
 
 def _take(
-    scores: Mapping[str, PlanScores], found: Mapping[str, Sampled], extractor: Extractor | None, options: EvalOptions
+    scores: Mapping[str, PlanScores],
+    found: Mapping[str, Sampled],
+    extractor: Extractor | None,
+    options: EvalOptions,
 ) -> None:
     for name, of_plan in scores.items():
         batch = found[name]

@@ -59,7 +59,11 @@ class FeatureSet:
     @property
     def spatial(self) -> Gaussian | None:
         """Of the spatial activations, or None where the extractor has none or fewer than two images came."""
-        return self._spatial.gaussian() if self._spatial is not None and self._spatial.count > 1 else None
+        return (
+            self._spatial.gaussian()
+            if self._spatial is not None and self._spatial.count > 1
+            else None
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +119,12 @@ def check_widths(statistics: Gaussian, width: int, name: str) -> None:
 
 
 def distribution_metrics(
-    samples: FeatureSet, labels: np.ndarray, classes: int, reference: Reference | None, resamples: int, seed: int
+    samples: FeatureSet,
+    labels: np.ndarray,
+    classes: int,
+    reference: Reference | None,
+    resamples: int,
+    seed: int,
 ) -> dict[str, Estimate]:
     """Every metric that the extractor and the reference allow.
 
@@ -144,7 +153,10 @@ def distribution_metrics(
             found["kid"] = kernel_distance(features, reference.features, seed)
             if min(len(features), len(reference.features)) > NEIGHBOUR:
                 precise, recalled = precision_and_recall(features, reference.features)
-                found["precision"], found["recall"] = mean_estimate(precise, seed), mean_estimate(recalled, seed)
+                found["precision"], found["recall"] = (
+                    mean_estimate(precise, seed),
+                    mean_estimate(recalled, seed),
+                )
     if probabilities is not None:
         found["inception_score"] = bootstrap(
             lambda chosen: inception_score(probabilities[chosen]), len(features), resamples, seed

@@ -56,9 +56,13 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
         EnvironmentUnsupportedError: a package is missing.
     """
     if options.seed < 0 or options.num_images < 1:
-        raise UsageError(f"seed must be 0 or more and images at least 1, got {options.seed} and {options.num_images}")
+        raise UsageError(
+            f"seed must be 0 or more and images at least 1, got {options.seed} and {options.num_images}"
+        )
     if options.router is not None and options.preset is None:
-        raise UsageError("a router is for a preset; without one name its plan, or give --preset paper")
+        raise UsageError(
+            "a router is for a preset; without one name its plan, or give --preset paper"
+        )
     before = {entry.name for entry in read_manifest(engine_dir).plans}
     methods = plans_of_preset(engine_dir, options, progress) if options.preset is not None else {}
     manifest = read_manifest(engine_dir)
@@ -70,10 +74,15 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
     spec = manifest.model
     if options.cfg_channels is None:
         options = replace(options, cfg_channels=spec.guided_channels)
-    files = samples_of_plans(options.samples, [plan.name for plan in plans]) if options.samples else {}
+    files = (
+        samples_of_plans(options.samples, [plan.name for plan in plans]) if options.samples else {}
+    )
     labels, side = _labels(files, options, spec), _image_side(files, manifest)
     judges = make_judges(options, spec, side, len(labels), progress)
-    scores = {plan.name: PlanScores(plan, compared_with[plan.name], FeatureSet(len(labels))) for plan in plans}
+    scores = {
+        plan.name: PlanScores(plan, compared_with[plan.name], FeatureSet(len(labels)))
+        for plan in plans
+    }
     machine = collect(engine_dir, files, labels, options, scores, judges.extractor, progress)
     rows = 1 if options.cfg_scale == 1 else 2
     entries = {}
@@ -81,8 +90,15 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
         progress(f"metrics of {name}", number, len(scores))
         estimates = of_plan.paired.estimates(options.seed)
         estimates |= judges.metrics(of_plan.features, labels, spec.classes, options.seed)
-        cost = {"method": methods.get(name), "flops_per_image": schedule_flops(of_plan.plan.schedule, spec, rows)}
-        entries[name] = {**of_plan.entry(), **cost, "metrics": {key: asdict(value) for key, value in estimates.items()}}
+        cost = {
+            "method": methods.get(name),
+            "flops_per_image": schedule_flops(of_plan.plan.schedule, spec, rows),
+        }
+        entries[name] = {
+            **of_plan.entry(),
+            **cost,
+            "metrics": {key: asdict(value) for key, value in estimates.items()},
+        }
     found = {
         "format": FORMAT,
         "version": VERSION,

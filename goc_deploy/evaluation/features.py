@@ -65,9 +65,13 @@ class OnnxExtractor:
         options.log_severity_level = 4  # what goes wrong is raised
         options.use_per_session_threads = False
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
         except Exception as cause:
-            raise UsageError(f"features {path} cannot be loaded as an ONNX model: {cause}") from cause
+            raise UsageError(
+                f"features {path} cannot be loaded as an ONNX model: {cause}"
+            ) from cause
         inputs = {i.name: i for i in self._session.get_inputs()}
         outputs = {o.name: o for o in self._session.get_outputs()}
         if set(inputs) != {"images"} or "features" not in outputs:
@@ -76,17 +80,27 @@ class OnnxExtractor:
                 f"'images' and an output 'features' (and, as it has them, 'logits' and 'spatial')"
             )
         shape = inputs["images"].shape
-        if inputs["images"].type != "tensor(float)" or len(shape) != 4 or len(outputs["features"].shape) != 2:
-            raise UsageError(f"features {path}: 'images' must be float32 [N,C,H,W] and 'features' [N,d]")
+        if (
+            inputs["images"].type != "tensor(float)"
+            or len(shape) != 4
+            or len(outputs["features"].shape) != 2
+        ):
+            raise UsageError(
+                f"features {path}: 'images' must be float32 [N,C,H,W] and 'features' [N,d]"
+            )
         self._channels = shape[1] if isinstance(shape[1], int) else COLOUR
         if self._channels not in (GREY, COLOUR):
-            raise UsageError(f"features {path}: 'images' has {self._channels} channels, expected 1 or 3")
+            raise UsageError(
+                f"features {path}: 'images' has {self._channels} channels, expected 1 or 3"
+            )
         self._size = tuple(side if isinstance(side, int) else None for side in shape[2:])
         self._outputs = [name for name in ("features", "logits", "spatial") if name in outputs]
 
     def check_images(self, height: int, width: int) -> None:
         """Raise UsageError where the model takes images of another size."""
-        if any(takes not in (None, has) for takes, has in zip(self._size, (height, width), strict=True)):
+        if any(
+            takes not in (None, has) for takes, has in zip(self._size, (height, width), strict=True)
+        ):
             raise UsageError(
                 f"features {self.name} takes images of {self._size[0]}x{self._size[1]} but these are {height}x{width}; "
                 f"use an extractor for this size, or one that resizes"
@@ -94,8 +108,13 @@ class OnnxExtractor:
 
     def extract(self, images: np.ndarray) -> Extracted:
         """Features of (n, H, W, 1 or 3) uint8 images."""
-        pixels = with_channels(images, self._channels).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
-        found = dict(zip(self._outputs, self._session.run(self._outputs, {"images": pixels}), strict=True))
+        pixels = (
+            with_channels(images, self._channels).transpose(0, 3, 1, 2).astype(np.float32) / 127.5
+            - 1
+        )
+        found = dict(
+            zip(self._outputs, self._session.run(self._outputs, {"images": pixels}), strict=True)
+        )
         spatial = found.get("spatial")
         flat = None if spatial is None else spatial[:, :SPATIAL_CHANNELS].reshape(len(spatial), -1)
         return Extracted(found["features"], found.get("logits"), flat)
@@ -124,7 +143,10 @@ class InceptionExtractor:
         try:
             import torch
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except (ImportError, RuntimeError) as cause:  # a torchvision that does not fit torch raises RuntimeError
+        except (
+            ImportError,
+            RuntimeError,
+        ) as cause:  # a torchvision that does not fit torch raises RuntimeError
             raise EnvironmentUnsupportedError(
                 f"features 'inception' needs torch-fidelity and a torchvision that fits torch ({cause}); "
                 f"run: pip install torch-fidelity torchvision"
@@ -137,7 +159,9 @@ class InceptionExtractor:
             raise UsageError(f"Inception weights {weights} cannot be loaded: {cause}") from cause
         self._from_numpy: Callable[[np.ndarray], Any] = torch.from_numpy
         self._taken: list[Any] = []
-        self._network.Mixed_6d.branch1x1.register_forward_hook(lambda _module, _in, out: self._taken.append(out))
+        self._network.Mixed_6d.branch1x1.register_forward_hook(
+            lambda _module, _in, out: self._taken.append(out)
+        )
 
     def check_images(self, height: int, width: int) -> None:
         """Every size is fine: images are resized to 299 x 299 as TensorFlow 1 did."""

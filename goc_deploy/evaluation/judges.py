@@ -38,14 +38,18 @@ class Judges:
     resamples: int
     warnings: tuple[str, ...]
 
-    def metrics(self, features: FeatureSet, labels: np.ndarray, classes: int, seed: int) -> dict[str, Estimate]:
+    def metrics(
+        self, features: FeatureSet, labels: np.ndarray, classes: int, seed: int
+    ) -> dict[str, Estimate]:
         """Every distribution metric that can be had; none without an extractor."""
         if self.extractor is None:
             return {}
         return distribution_metrics(features, labels, classes, self.reference, self.resamples, seed)
 
 
-def make_judges(options: EvalOptions, spec: ModelSpec, side: int | None, images: int, progress: Progress) -> Judges:
+def make_judges(
+    options: EvalOptions, spec: ModelSpec, side: int | None, images: int, progress: Progress
+) -> Judges:
     """Load what the options name and check that it fits the images.
 
     Args:
@@ -63,7 +67,9 @@ def make_judges(options: EvalOptions, spec: ModelSpec, side: int | None, images:
         return _judges_of_latents(options, spec)
     if options.features is None:
         if options.reference is not None:
-            raise UsageError("--reference needs --features to compare with; give an ONNX model or 'inception'")
+            raise UsageError(
+                "--reference needs --features to compare with; give an ONNX model or 'inception'"
+            )
         return Judges(None, None, 0, ())
     extractor = make_extractor(options.features, options.inception_weights, options.threads)
     extractor.check_images(side, side)
@@ -80,7 +86,9 @@ def make_judges(options: EvalOptions, spec: ModelSpec, side: int | None, images:
                 )
     resamples = options.resamples
     if width > MAX_RESAMPLED_WIDTH and resamples:
-        warnings.append(f"FID and inception score have no interval: {width} features make resampling slow")
+        warnings.append(
+            f"FID and inception score have no interval: {width} features make resampling slow"
+        )
         resamples = 0
     return Judges(extractor, reference, resamples, tuple(warnings))
 
@@ -94,7 +102,9 @@ def _judges_of_latents(options: EvalOptions, spec: ModelSpec) -> Judges:
         (options.reference, "--reference"),
     ):
         if given is not None:
-            raise UsageError(f"{name} needs images, but {latents}; leave it out, or decode elsewhere and use --samples")
+            raise UsageError(
+                f"{name} needs images, but {latents}; leave it out, or decode elsewhere and use --samples"
+            )
     return Judges(None, None, 0, (f"{latents}: only latents are compared",))
 
 

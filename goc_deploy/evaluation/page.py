@@ -13,7 +13,14 @@ import numpy as np
 
 from goc_deploy.evaluation.charts import Point, Series, chart, color_of
 from goc_deploy.evaluation.evaluate import Evaluation
-from goc_deploy.evaluation.tables import Metric, costs, name_columns, named, shown_metrics, shown_value
+from goc_deploy.evaluation.tables import (
+    Metric,
+    costs,
+    name_columns,
+    named,
+    shown_metrics,
+    shown_value,
+)
 from goc_deploy.heat_map import heat_map, svg
 
 PICTURE_SIDE = 64  # pixels, at least
@@ -82,7 +89,11 @@ def _subtitle(found: dict[str, Any]) -> str:
         f"guidance {options['cfg_scale']:g} on {options['cfg_channels']} channels",
         f"seed {options['seed']}, {options['labels']} labels",
         f"{found['precision']}",
-        " ".join(str(value) for key, value in found["machine"].items() if key in ("backend", "version", "read_from")),
+        " ".join(
+            str(value)
+            for key, value in found["machine"].items()
+            if key in ("backend", "version", "read_from")
+        ),
     ]
     if found["features"]:
         parts.append(f"features of {found['features']}, {found['resamples']} resamples")
@@ -105,7 +116,9 @@ def _tables(found: dict[str, Any], color: dict[str, int]) -> str:
     return "".join(f'<div class="scroll">{table}</div>' for table in tables)
 
 
-def _table(found: dict[str, Any], color: dict[str, int], metrics: Sequence[Metric], *, with_cost: bool) -> str:
+def _table(
+    found: dict[str, Any], color: dict[str, int], metrics: Sequence[Metric], *, with_cost: bool
+) -> str:
     columns, cost = costs(found)
     titles = [*name_columns(found), *(columns if with_cost else []), *(m.title for m in metrics)]
     best = {metric.key: _best(found, metric) for metric in metrics}
@@ -113,11 +126,17 @@ def _table(found: dict[str, Any], color: dict[str, int], metrics: Sequence[Metri
     for name, (first, *more) in named(found).items():
         plan = found["plans"][name]
         cells = [f"<td>{_key(color[name])}{escape(first)}</td>"]
-        cells += [f"<td>{escape(cell)}</td>" for cell in (*more, *(cost[name] if with_cost else ()))]
+        cells += [
+            f"<td>{escape(cell)}</td>" for cell in (*more, *(cost[name] if with_cost else ()))
+        ]
         for metric in metrics:
-            value, _, half = shown_value(plan["metrics"].get(metric.key), metric, "|").partition(" |")
+            value, _, half = shown_value(plan["metrics"].get(metric.key), metric, "|").partition(
+                " |"
+            )
             mark = ' class="best"' if best[metric.key] == name else ""
-            cells.append(f"<td{mark}>{value}{f' <small>&plusmn;{half}</small>' if half else ''}</td>")
+            cells.append(
+                f"<td{mark}>{value}{f' <small>&plusmn;{half}</small>' if half else ''}</td>"
+            )
         lines.append(f"<tr>{''.join(cells)}</tr>")
     head = "".join(f"<th>{escape(title)}</th>" for title in titles)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
@@ -134,7 +153,10 @@ def _best(found: dict[str, Any], metric: Metric) -> str | None:
             for name, plan in found["plans"].items()
             if metric.key in plan["metrics"] and plan["computed_units"] < plan["all_units"]
         ),
-        key=lambda entry: (entry[0]["value"] if metric.lower_is_better else -entry[0]["value"], entry[1]),
+        key=lambda entry: (
+            entry[0]["value"] if metric.lower_is_better else -entry[0]["value"],
+            entry[1],
+        ),
     )
     if len(ranked) < 2 or any(estimate["low"] == estimate["high"] for estimate, _ in ranked):
         return None
@@ -149,8 +171,13 @@ def _best(found: dict[str, Any], metric: Metric) -> str | None:
 def _frontier(found: dict[str, Any], color: dict[str, int]) -> str:
     """Every distance against full steps, and against milliseconds where there are any."""
     charts = []
-    for metric in (m for m in shown_metrics(found) if m.key in ("relative_l2", "converged_relative_l2", "fid")):
-        for cost, title in (("full_step_equivalents", "full steps"), ("ms_per_image", "ms per image")):
+    for metric in (
+        m for m in shown_metrics(found) if m.key in ("relative_l2", "converged_relative_l2", "fid")
+    ):
+        for cost, title in (
+            ("full_step_equivalents", "full steps"),
+            ("ms_per_image", "ms per image"),
+        ):
             series = []
             for name, plan in found["plans"].items():
                 estimate = plan["metrics"].get(metric.key, {"value": 0})
@@ -211,9 +238,17 @@ def _strip(images: np.ndarray) -> str:
 
 def _definitions(found: dict[str, Any]) -> str:
     metrics: Sequence[Metric] = shown_metrics(found)
-    lines = [f"<dt>{escape(metric.title)}</dt><dd>{escape(MEANINGS[metric.key])}</dd>" for metric in metrics]
-    given = {key: value for key, value in found["options"].items() if value not in (None, 0, "", [], ())}
-    shown = {key: ", ".join(value) if isinstance(value, (list, tuple)) else value for key, value in given.items()}
+    lines = [
+        f"<dt>{escape(metric.title)}</dt><dd>{escape(MEANINGS[metric.key])}</dd>"
+        for metric in metrics
+    ]
+    given = {
+        key: value for key, value in found["options"].items() if value not in (None, 0, "", [], ())
+    }
+    shown = {
+        key: ", ".join(value) if isinstance(value, (list, tuple)) else value
+        for key, value in given.items()
+    }
     options = "; ".join(f"{key} {value}" for key, value in shown.items())
     lines.append(f"<dt>options</dt><dd>{escape(options)}</dd>")
     lines.append(f"<dt>goc_deploy</dt><dd>{escape(found['goc_deploy'])}</dd>")

@@ -27,12 +27,17 @@ def baselines(plans: Sequence[Plan]) -> dict[str, str]:
     """
     whole = [plan for plan in plans if computes_everything(plan)]
     if not whole:
-        raise UsageError("no plan computes everything, so there is nothing to compare with; add 'none' with goc-plan")
+        raise UsageError(
+            "no plan computes everything, so there is nothing to compare with; add 'none' with goc-plan"
+        )
 
     def alike(plan: Plan, other: Plan) -> bool:
         return (plan.steps, plan.sampler.sampler) == (other.steps, other.sampler.sampler)
 
-    return {plan.name: next((other for other in whole if alike(plan, other)), whole[0]).name for plan in plans}
+    return {
+        plan.name: next((other for other in whole if alike(plan, other)), whole[0]).name
+        for plan in plans
+    }
 
 
 class PairedScores:
@@ -60,7 +65,10 @@ class PairedScores:
 
     def estimates(self, seed: int) -> dict[str, Estimate]:
         """Mean over images of every metric, with its bootstrap interval."""
-        return {metric: mean_estimate(np.concatenate(parts), seed) for metric, parts in self._values.items()}
+        return {
+            metric: mean_estimate(np.concatenate(parts), seed)
+            for metric, parts in self._values.items()
+        }
 
     def step_errors(self) -> list[float] | None:
         """Mean relative L2 of the latents after every step, over the images whose trajectory was kept, or None."""

@@ -48,7 +48,9 @@ def plans_of_preset(engine_dir: Path, options: EvalOptions, progress: Progress) 
     return methods
 
 
-def _plan_finder(engine_dir: Path, options: EvalOptions, progress: Progress) -> Callable[[str], Plan]:
+def _plan_finder(
+    engine_dir: Path, options: EvalOptions, progress: Progress
+) -> Callable[[str], Plan]:
     """SPEC -> its plan, which is made where there is none, with the steps and the sampler of the first plan asked for."""
     from goc_deploy.api import add_plan
     from goc_deploy.engines.ort import shared_pool_of_process
@@ -63,9 +65,15 @@ def _plan_finder(engine_dir: Path, options: EvalOptions, progress: Progress) -> 
             entry is None or spec == f"l2c:{options.router}"
         ):  # which may be another file of that name, then adding it fails
             if options.threads:
-                shared_pool_of_process(options.threads)  # its first size stays, and add_plan asks for every core
-            like: dict[str, Any] = {"steps": first[0].steps, "sampler": first[0].sampler.sampler} if first else {}
-            entry = add_plan(engine_dir, spec, progress=progress, cfg_scale=options.cfg_scale, **like)
+                shared_pool_of_process(
+                    options.threads
+                )  # its first size stays, and add_plan asks for every core
+            like: dict[str, Any] = (
+                {"steps": first[0].steps, "sampler": first[0].sampler.sampler} if first else {}
+            )
+            entry = add_plan(
+                engine_dir, spec, progress=progress, cfg_scale=options.cfg_scale, **like
+            )
             manifest = read_manifest(engine_dir)
         plan = load_plan(engine_dir, manifest, entry.name)
         first.append(plan)
@@ -81,7 +89,9 @@ def _plan_finder(engine_dir: Path, options: EvalOptions, progress: Progress) -> 
 
 def _check_computes_the_same(plan: Plan, plain: Plan) -> None:
     """Check that a corrected plan, which may have been there, is of the base that it is shown with."""
-    computed = [[[not row for row in step] for step in p.schedule.coefficients] for p in (plan, plain)]
+    computed = [
+        [[not row for row in step] for step in p.schedule.coefficients] for p in (plan, plain)
+    ]
     if computed[0] != computed[1]:
         raise UsageError(
             f"plan {plan.name} computes other units than {plain.name}, so it was made from another base; use another engine directory"

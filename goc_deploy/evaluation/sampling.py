@@ -83,13 +83,18 @@ def generated(
         yield first, found
 
 
-def read_back(files: Mapping[str, AdmFile], batch: int, progress: Progress) -> Iterator[tuple[int, dict[str, Sampled]]]:
+def read_back(
+    files: Mapping[str, AdmFile], batch: int, progress: Progress
+) -> Iterator[tuple[int, dict[str, Sampled]]]:
     """Like `generated`, from ADM files of equally many images."""
     count = next(iter(files.values())).shape[0]  # type: ignore[index]
     readers = {name: file.batches(batch) for name, file in files.items()}
     for first in range(0, count, batch):
         progress("reading samples", first, count)
-        yield first, {name: Sampled(None, next(reader), None, {}) for name, reader in readers.items()}
+        yield (
+            first,
+            {name: Sampled(None, next(reader), None, {}) for name, reader in readers.items()},
+        )
 
 
 def samples_of_plans(folder: Path, names: Sequence[str]) -> dict[str, AdmFile]:
@@ -109,16 +114,22 @@ def samples_of_plans(folder: Path, names: Sequence[str]) -> dict[str, AdmFile]:
     first = files[names[0]]
     for name, file in files.items():
         if file.shape is None or file.labels is None:
-            raise UsageError(f"{file.path} lacks arr_0 or arr_1, its images or labels; write it with --samples-output")
+            raise UsageError(
+                f"{file.path} lacks arr_0 or arr_1, its images or labels; write it with --samples-output"
+            )
         if file.shape != first.shape or not np.array_equal(file.labels, first.labels):  # type: ignore[arg-type]
-            raise UsageError(f"the samples of {name} have other labels or sizes than those of {names[0]}")
+            raise UsageError(
+                f"the samples of {name} have other labels or sizes than those of {names[0]}"
+            )
     return files
 
 
 class SampleWriters:
     """One ADM file per plan, all of which appear when the body of a ``with`` ends well."""
 
-    def __init__(self, folder: Path | None, names: Sequence[str], shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self, folder: Path | None, names: Sequence[str], shape: tuple[int, int, int]
+    ) -> None:
         """``shape`` is (images, height, width)."""
         self._stack = ExitStack()
         self._folder, self._names, self._shape = folder, names, shape

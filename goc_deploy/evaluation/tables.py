@@ -47,7 +47,11 @@ METRICS = (
 
 def shown_metrics(found: dict[str, Any]) -> list[Metric]:
     """The metrics that at least one plan has."""
-    return [metric for metric in METRICS if any(metric.key in plan["metrics"] for plan in found["plans"].values())]
+    return [
+        metric
+        for metric in METRICS
+        if any(metric.key in plan["metrics"] for plan in found["plans"].values())
+    ]
 
 
 def shown_value(estimate: dict[str, float] | None, metric: Metric, plus_minus: str = "+-") -> str:
@@ -89,14 +93,19 @@ def cost_rows(found: dict[str, Any]) -> Table:
     columns, cells = costs(found)
     titles = [*name_columns(found), *columns, *(metric.title for metric in metrics)]
     names = named(found)
-    return titles, [[*names[name], *cells[name], *_values(plan, metrics)] for name, plan in found["plans"].items()]
+    return titles, [
+        [*names[name], *cells[name], *_values(plan, metrics)]
+        for name, plan in found["plans"].items()
+    ]
 
 
 def distribution_rows(found: dict[str, Any]) -> Table:
     """A row per plan: how its images compare as a set; no rows where nothing was measured."""
     metrics = [metric for metric in shown_metrics(found) if not metric.paired]
     names = named(found)
-    rows = [[*names[name], *_values(plan, metrics)] for name, plan in found["plans"].items() if metrics]
+    rows = [
+        [*names[name], *_values(plan, metrics)] for name, plan in found["plans"].items() if metrics
+    ]
     return [*name_columns(found), *(metric.title for metric in metrics)], rows
 
 

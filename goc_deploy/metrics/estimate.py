@@ -46,7 +46,9 @@ def mean_estimate(values: np.ndarray, seed: int) -> Estimate:
     generator = np.random.default_rng(seed)
     at_a_time = max(1, MAX_DRAWN // len(values))
     means = [
-        values[generator.integers(0, len(values), (min(at_a_time, MEAN_RESAMPLES - done), len(values)))].mean(axis=1)
+        values[
+            generator.integers(0, len(values), (min(at_a_time, MEAN_RESAMPLES - done), len(values)))
+        ].mean(axis=1)
         for done in range(0, MEAN_RESAMPLES, at_a_time)
     ]
     low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
@@ -65,7 +67,9 @@ def resampled_estimate(value: float, replicas: Sequence[float]) -> Estimate:
     return Estimate(float(value), value - half, value + half)
 
 
-def bootstrap(statistic: Callable[[np.ndarray], float], images: int, resamples: int, seed: int) -> Estimate:
+def bootstrap(
+    statistic: Callable[[np.ndarray], float], images: int, resamples: int, seed: int
+) -> Estimate:
     """A statistic of a set of images, with its interval from resampled sets.
 
     Args:

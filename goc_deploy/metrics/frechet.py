@@ -34,7 +34,9 @@ class Moments:
         mean = values.mean(axis=0)
         centred, shift = values - mean, mean - self._mean
         total = self.count + len(values)
-        self._scatter += centred.T @ centred + np.outer(shift, shift) * (self.count * len(values) / total)
+        self._scatter += centred.T @ centred + np.outer(shift, shift) * (
+            self.count * len(values) / total
+        )
         self._mean += shift * (len(values) / total)
         self.count = total
 

@@ -18,12 +18,21 @@ def squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
     """
     m = len(x)
     x, y = x.astype(np.float64), y.astype(np.float64)
-    within = sum((total - np.trace(k)) / (m * (m - 1)) for k in (_kernel(x, x), _kernel(y, y)) for total in [k.sum()])
+    within = sum(
+        (total - np.trace(k)) / (m * (m - 1))
+        for k in (_kernel(x, x), _kernel(y, y))
+        for total in [k.sum()]
+    )
     return float(within - 2 * _kernel(x, y).mean())
 
 
 def kernel_distance(
-    x: np.ndarray, y: np.ndarray, seed: int, *, subsets: int = SUBSETS, subset_size: int = SUBSET_SIZE
+    x: np.ndarray,
+    y: np.ndarray,
+    seed: int,
+    *,
+    subsets: int = SUBSETS,
+    subset_size: int = SUBSET_SIZE,
 ) -> Estimate:
     """Mean squared MMD over random subsets; the interval scales their spread from the subset to the whole set.
 
@@ -41,7 +50,10 @@ def kernel_distance(
     size = min(subset_size, smaller)
     generator = np.random.default_rng(seed)
     found = [
-        squared_mmd(x[generator.choice(len(x), size, replace=False)], y[generator.choice(len(y), size, replace=False)])
+        squared_mmd(
+            x[generator.choice(len(x), size, replace=False)],
+            y[generator.choice(len(y), size, replace=False)],
+        )
         for _ in range(subsets)
     ]
     value = float(np.mean(found))

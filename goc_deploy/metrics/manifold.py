@@ -10,7 +10,9 @@ NEIGHBOUR = 3
 BLOCK_ROWS = 1000
 
 
-def precision_and_recall(samples: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def precision_and_recall(
+    samples: np.ndarray, reference: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Which images lie in the manifold of the other set: the union of balls that reach to the third neighbour.
 
     Args:
@@ -27,7 +29,9 @@ def precision_and_recall(samples: np.ndarray, reference: np.ndarray) -> tuple[np
 
 def _covered(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
     """Which points lie within the ball of at least one centre."""
-    radii = np.concatenate([np.partition(d, NEIGHBOUR, axis=1)[:, NEIGHBOUR] for d in _squared(centres, centres)])
+    radii = np.concatenate(
+        [np.partition(d, NEIGHBOUR, axis=1)[:, NEIGHBOUR] for d in _squared(centres, centres)]
+    )
     return np.concatenate([(d <= radii).any(axis=1) for d in _squared(points, centres)])
 
 

@@ -45,7 +45,9 @@ def psnr_db(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
         (N,) float64.
     """
     squares = np.square(found.astype(np.float64) - expected).reshape(len(found), -1)
-    return np.asarray(10 * np.log10(LEVELS**2 / np.maximum(squares.mean(axis=1), 1 / squares.shape[1])))
+    return np.asarray(
+        10 * np.log10(LEVELS**2 / np.maximum(squares.mean(axis=1), 1 / squares.shape[1]))
+    )
 
 
 def ssim(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
@@ -60,7 +62,9 @@ def ssim(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
 
     Source: Wang et al., "Image quality assessment: from error visibility to structural similarity", 2004, eq. 13.
     """
-    x, y = (np.moveaxis(images, 3, 1).astype(np.float64) for images in (found, expected))  # [N, C, H, W]
+    x, y = (
+        np.moveaxis(images, 3, 1).astype(np.float64) for images in (found, expected)
+    )  # [N, C, H, W]
     down, across = _window(x.shape[2]), _window(x.shape[3]).T
 
     def blurred(images: np.ndarray) -> np.ndarray:

@@ -48,7 +48,9 @@ def test_the_plain_reference_does_what_the_policy_says(
 ) -> None:
     found = sampled(EagerDiT(model, frozenset(reused), eta), work)
     schedule = schedule_from_policy(parse_policy(policy), SPEC, STEPS)
-    expected = eager_trajectory(model, schedule, work.table, work.noise[:, None], [1, 207], 4.0, SPEC.channels)
+    expected = eager_trajectory(
+        model, schedule, work.table, work.noise[:, None], [1, 207], 4.0, SPEC.channels
+    )
     assert relative_l2(found.latents, expected[-1]) < 1e-5
     assert len(found.step_ms) == STEPS
     assert found.total_ms >= sum(found.step_ms)
@@ -78,8 +80,12 @@ def test_diffusers_computes_the_same_on_shared_tensors(model: DiT, work: Work) -
 def test_flops_are_those_that_pytorch_counts(model: DiT) -> None:
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         EagerDiT(model)(torch.randn(2, 4, 8, 8), torch.tensor([9.0, 9.0]), torch.tensor([1, 2]), 0)
-    conditioning = 2 * 2 * SPEC.hidden * (256 + SPEC.hidden + 6 * SPEC.depth * SPEC.hidden + 2 * SPEC.hidden)
-    attention = 2 * 2 * SPEC.depth * 2 * SPEC.tokens**2 * SPEC.hidden  # PyTorch does not count its fused CPU kernel
+    conditioning = (
+        2 * 2 * SPEC.hidden * (256 + SPEC.hidden + 6 * SPEC.depth * SPEC.hidden + 2 * SPEC.hidden)
+    )
+    attention = (
+        2 * 2 * SPEC.depth * 2 * SPEC.tokens**2 * SPEC.hidden
+    )  # PyTorch does not count its fused CPU kernel
     assert counter.get_total_flops() - conditioning + attention == full_step_flops(SPEC, 2)
 
 

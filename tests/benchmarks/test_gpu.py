@@ -26,7 +26,9 @@ def test_without_a_gpu_it_ends_with_a_sentence(
     assert not (tmp_path / "report").exists()
 
 
-def test_the_card_the_driver_and_the_versions_are_read_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_card_the_driver_and_the_versions_are_read_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = tmp_path / "nvidia-smi"
     script.write_text(
         '#!/bin/sh\ncase "$1" in --query-gpu*) echo "NVIDIA H100 80GB HBM3, 580.1, 9.0, 81559";;\n'
@@ -35,14 +37,23 @@ def test_the_card_the_driver_and_the_versions_are_read_off(tmp_path: Path, monke
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     found = machine(dry=False)
-    assert (found["card"], found["driver"], found["cuda"]) == ("NVIDIA H100 80GB HBM3", "580.1", "13.0")
+    assert (found["card"], found["driver"], found["cuda"]) == (
+        "NVIDIA H100 80GB HBM3",
+        "580.1",
+        "13.0",
+    )
     assert (found["compute_capability"], found["memory_mb"]) == ("9.0", 81559)
     assert {"python", "goc_deploy", "numpy"} <= found["versions"].keys()
 
 
 def test_the_command_is_recorded_without_folders() -> None:
     args = argparse.Namespace(
-        model="XL/2", seconds=345.0, backend=["onnxruntime-cuda"], no_cuda_graphs=True, dry=False, work="/x"
+        model="XL/2",
+        seconds=345.0,
+        backend=["onnxruntime-cuda"],
+        no_cuda_graphs=True,
+        dry=False,
+        work="/x",
     )
     expected = "python benchmarks/gpu.py --model XL/2 --seconds 345 --backend onnxruntime-cuda --no-cuda-graphs"
     assert gpu.command(args) == expected
@@ -59,7 +70,9 @@ def test_engines_are_kept_by_the_sources_that_make_them() -> None:
 def test_what_this_python_lacks_is_named_in_a_sentence() -> None:
     assert ready.missing("bench-gpu") == {}
     done = subprocess.run(
-        [sys.executable, "-I", "-S", ROOT / "benchmarks/on_gpu/ready.py", "test-gpu"], capture_output=True, text=True
+        [sys.executable, "-I", "-S", ROOT / "benchmarks/on_gpu/ready.py", "test-gpu"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 5
     assert "cannot import goc_deploy, onnxruntime, pytest" in done.stderr
@@ -69,7 +82,10 @@ def test_what_this_python_lacks_is_named_in_a_sentence() -> None:
 
 def test_the_first_paragraph_of_the_documentation_names_every_card_that_was_measured() -> None:
     first = (ROOT / "docs/gpu.md").read_text().split("\n\n")[1]
-    cards = {json.loads(path.read_text())["machine"]["card"] for path in (ROOT / "docs/gpu").glob("*[0-9].json")}
+    cards = {
+        json.loads(path.read_text())["machine"]["card"]
+        for path in (ROOT / "docs/gpu").glob("*[0-9].json")
+    }
     assert ("Nothing here has run on a GPU yet" in first) == (not cards)
     for card in cards:
         assert card in first

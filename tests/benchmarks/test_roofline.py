@@ -22,16 +22,23 @@ def plan_of(policy: str) -> Plan:
 def test_a_full_step_computes_what_the_model_does() -> None:
     step = roofline.total(next(roofline.steps_of(plan_of("none"), COUNTER)))
     assert step.flops == pytest.approx(full_step_flops(SPEC, 4), rel=1e-6)
-    assert step.nbytes > 2 * SPEC.depth * (4 * SPEC.hidden**2 + 2 * SPEC.hidden * SPEC.mlp_hidden)  # the weights
+    assert step.nbytes > 2 * SPEC.depth * (
+        4 * SPEC.hidden**2 + 2 * SPEC.hidden * SPEC.mlp_hidden
+    )  # the weights
 
 
 @pytest.mark.parametrize("policy", ["fora:2", "fora:2+gc:1.2"])
 def test_a_cached_step_moves_what_the_plugin_needs(policy: str) -> None:
     (op,) = with_stacks(plan_of(policy), SPEC).launches[3]
-    stack = Stack(tuple(len(p.slots) for p in op.predictions), tuple(p.store is not None for p in op.predictions))
+    stack = Stack(
+        tuple(len(p.slots) for p in op.predictions),
+        tuple(p.store is not None for p in op.predictions),
+    )
     coefficients = 4 * sum(stack.entries)
     (work,) = COUNTER.predict(op)
-    assert work.nbytes == stack.bytes_needed((4, SPEC.tokens, SPEC.hidden), "float16") - coefficients
+    assert (
+        work.nbytes == stack.bytes_needed((4, SPEC.tokens, SPEC.hidden), "float16") - coefficients
+    )
 
 
 def test_a_launch_takes_as_long_as_its_slower_side() -> None:
@@ -40,7 +47,9 @@ def test_a_launch_takes_as_long_as_its_slower_side() -> None:
     assert roofline.Work(1e12, 3e9).seconds(gpu) == 3
 
 
-def test_the_command_prints_a_table_for_each_number_of_images(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_a_table_for_each_number_of_images(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert roofline.main(["--model", "S/2", "--images", "2", "--steps", "6"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("DiT-S/2 256, fp16, 2 images with guidance, 6 steps:")

@@ -21,16 +21,23 @@ def schedule_of(policy: str, steps: int = 20) -> Schedule:
 
 
 def test_the_caching_level_is_the_share_that_is_not_computed() -> None:
-    levels = [caching_level(contents_of(schedule_of(spec))) for spec in ("none", "fora:2", "fora:2@0.5+gc:1.0")]
+    levels = [
+        caching_level(contents_of(schedule_of(spec)))
+        for spec in ("none", "fora:2", "fora:2@0.5+gc:1.0")
+    ]
     assert levels == [0, 50, 25]
 
 
 def test_operations_are_those_of_the_matrix_products() -> None:
-    full, half = (teraflops_per_image(contents_of(schedule_of(spec)), SPEC) for spec in ("none", "fora:2"))
+    full, half = (
+        teraflops_per_image(contents_of(schedule_of(spec)), SPEC) for spec in ("none", "fora:2")
+    )
     outside = 2 * full - 2 * half
     table = 2 * 20 * 2 * SPEC.hidden * (6 * SPEC.depth + 2) * SPEC.hidden / 1e12
     assert full == pytest.approx(20 * full_step_flops(SPEC, 2) / 1e12 + table, rel=1e-6)
-    assert 0 < full - outside < 0.03 * full  # what no cache saves: modulation, embedding, final layer
+    assert (
+        0 < full - outside < 0.03 * full
+    )  # what no cache saves: modulation, embedding, final layer
 
 
 def test_what_god_decided_is_told_with_its_strength() -> None:

@@ -19,7 +19,18 @@ def test_the_suite_measures_the_demo_model_and_the_report_shows_it(
     monkeypatch.setattr(peaks, "COPY_BYTES", 2**20)
     out = tmp_path / "performance"
     only = "pytorch,one graph,ours,diffusers"
-    arguments = ["--rounds", "1", "--steps", "20", "--threads", "2", "--only", only, "--output", str(out)]
+    arguments = [
+        "--rounds",
+        "1",
+        "--steps",
+        "20",
+        "--threads",
+        "2",
+        "--only",
+        only,
+        "--output",
+        str(out),
+    ]
     assert suite.main(arguments) == 0
     assert "ours none" in capsys.readouterr().out
     found = json.loads((out / "demo-batch-1.json").read_text())
@@ -27,8 +38,15 @@ def test_the_suite_measures_the_demo_model_and_the_report_shows_it(
     assert str(tmp_path) not in json.dumps(found)
     for name in ("one graph none", "ours none", "ours fora:2", "ours fora:2+gc:1.2"):
         assert found["contenders"][name]["relative_l2_to_twin"] < 1e-4, name
-    assert found["contenders"]["ours l2c-like"]["step_ms_by_kind"].keys() == {"full", "mixed", "collapsed"}
-    assert found["cache"]["fora:2+gc:1.2"]["cache_bytes"] < found["cache"]["fora:2+gc:1.2"]["naive_cache_bytes"]
+    assert found["contenders"]["ours l2c-like"]["step_ms_by_kind"].keys() == {
+        "full",
+        "mixed",
+        "collapsed",
+    }
+    assert (
+        found["cache"]["fora:2+gc:1.2"]["cache_bytes"]
+        < found["cache"]["fora:2+gc:1.2"]["naive_cache_bytes"]
+    )
     assert found["load"]["resident_bytes"] > 0
 
     document = tmp_path / "performance.md"
@@ -48,15 +66,33 @@ def test_a_block_without_markers_is_an_error() -> None:
 
 
 def test_fits_recover_a_known_growth() -> None:
-    points = [{"value": n, "quadratic_ms": 3.0 * n**2, "line_ms": 5.0 + 2 * n} for n in (1, 2, 4, 8)]
+    points = [
+        {"value": n, "quadratic_ms": 3.0 * n**2, "line_ms": 5.0 + 2 * n} for n in (1, 2, 4, 8)
+    ]
     found = scaling.fits(points)
     assert found["quadratic_ms"]["exponent"] == pytest.approx(2)
-    assert (found["line_ms"]["intercept_ms"], found["line_ms"]["slope_ms"]) == (pytest.approx(5), pytest.approx(2))
+    assert (found["line_ms"]["intercept_ms"], found["line_ms"]["slope_ms"]) == (
+        pytest.approx(5),
+        pytest.approx(2),
+    )
 
 
 @pytest.mark.slow
 def test_scaling_runs_and_its_report_has_a_row_per_axis(tmp_path: Path) -> None:
-    tiny = ["--depth", "1", "--grid", "4", "--batch", "1,2", "--steps", "4,6", "--hidden", "32", "--heads", "2"]
+    tiny = [
+        "--depth",
+        "1",
+        "--grid",
+        "4",
+        "--batch",
+        "1,2",
+        "--steps",
+        "4,6",
+        "--hidden",
+        "32",
+        "--heads",
+        "2",
+    ]
     base = ["--base-depth", "1", "--base-grid", "4", "--base-steps", "4", "--rounds", "1"]
     assert scaling.main([*tiny, *base, "--output", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "scaling.json").read_text())

@@ -63,15 +63,24 @@ def blocks(document: str) -> Iterator[Block]:
     lines, comment, at = document.splitlines(), "", 0
     while at < len(lines):
         fence = FENCE.match(lines[at])
-        if fence or (lines[at].startswith(INDENT) and (at == 0 or not lines[at - 1].strip() or comment)):
+        if fence or (
+            lines[at].startswith(INDENT) and (at == 0 or not lines[at - 1].strip() or comment)
+        ):
             end = _end_of_fence(lines, at + 1) if fence else _end_of_indent(lines, at)
             first = at + 1 if fence else at
             content = [line if fence else line.removeprefix(INDENT) for line in lines[first:end]]
-            yield Block(first + 1, fence["language"] if fence else "", "\n".join(content).rstrip() + "\n", comment)
+            yield Block(
+                first + 1,
+                fence["language"] if fence else "",
+                "\n".join(content).rstrip() + "\n",
+                comment,
+            )
             comment, at = "", end + 1 if fence else end
             continue
         if lines[at].strip():
-            comment = lines[at] if lines[at].startswith("<!--") and lines[at].endswith("-->") else ""
+            comment = (
+                lines[at] if lines[at].startswith("<!--") and lines[at].endswith("-->") else ""
+            )
         at += 1
 
 

@@ -37,7 +37,9 @@ def dit_pipeline(folder: Path) -> None:
     dit.write_config(top / "transformer")
     dit.save_weights(top / "transformer", dit.state())
     names = {**dit.NAMES, "207": "golden retriever"}
-    (top / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline", "id2label": names}))
+    (top / "model_index.json").write_text(
+        json.dumps({"_class_name": "DiTPipeline", "id2label": names})
+    )
     (top / "vae").symlink_to(MNIST / "vae")
 
 

@@ -24,7 +24,9 @@ from tests.documents.blocks import NOT_RUN, RUN_WITH, Block, blocks
 from tests.documents.files import ROOT
 
 COMMANDS = ("goc-export", "goc-plan", "goc-run", "goc-bench", "goc-eval")
-DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md")])
+DOCUMENTS = sorted(
+    [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md")]
+)
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 FILES: dict[str, tuple[Callable[[Path], None], ...]] = {
     "README.md": (files.checkpoint, files.dit_pipeline, files.pixart_pipeline),
@@ -40,7 +42,9 @@ def words_of(block: Block) -> list[str] | None:
         return ["bash", "-euo", "pipefail", "-c", block.adapted]
     if block.language == "python":
         return [sys.executable, "-c", block.adapted]
-    assert block.language == "json", f"line {block.line}: nothing runs {block.language!r}; mark the block as not run"
+    assert block.language == "json", (
+        f"line {block.line}: nothing runs {block.language!r}; mark the block as not run"
+    )
     return None
 
 
@@ -53,7 +57,10 @@ def contents(folder: Path) -> dict[Path, bytes]:
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Where ``python`` and the commands are those of this tree, installed or not."""
     folder = tmp_path_factory.mktemp("bin")
-    for name, words in {"python": [sys.executable], **{name: command_words(name) for name in COMMANDS}}.items():
+    for name, words in {
+        "python": [sys.executable],
+        **{name: command_words(name) for name in COMMANDS},
+    }.items():
         (folder / name).write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
         (folder / name).chmod(0o755)
     path = os.pathsep.join([str(folder), os.environ["PATH"]])
@@ -62,8 +69,12 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_what_a_document_shows_works_in_its_order(name: str, environment: dict[str, str], tmp_path: Path) -> None:
-    todo = [block for block in blocks((ROOT / name).read_text(encoding="utf-8")) if not block.reason]
+def test_what_a_document_shows_works_in_its_order(
+    name: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    todo = [
+        block for block in blocks((ROOT / name).read_text(encoding="utf-8")) if not block.reason
+    ]
     if todo:
         files.repository(tmp_path)
         for make in FILES.get(name, ()):
@@ -74,7 +85,9 @@ def test_what_a_document_shows_works_in_its_order(name: str, environment: dict[s
         if words is None:
             check_schedule(schedule_from_json(block.text.encode(), name))
             continue
-        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+        done = subprocess.run(
+            words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
+        )
         told = f"{name}:{block.line}: exit {done.returncode}\n{block.adapted}\n{done.stdout}\n{done.stderr}"
         assert done.returncode == 0, told
     found = contents(tmp_path / "docs")
@@ -95,7 +108,9 @@ def test_comments_about_running_stand_before_a_block(path: Path) -> None:
 
 def test_options_that_are_named_in_sentences_exist(environment: dict[str, str]) -> None:
     help_of = {
-        name: subprocess.run([name, "--help"], env=environment, capture_output=True, text=True, check=True).stdout
+        name: subprocess.run(
+            [name, "--help"], env=environment, capture_output=True, text=True, check=True
+        ).stdout
         for name in COMMANDS
     }
     for path in DOCUMENTS:
@@ -115,6 +130,10 @@ def test_links_lead_somewhere() -> None:
 def test_every_make_target_that_is_named_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for path in [*DOCUMENTS, ROOT / "CONTRIBUTING.md"]:
-        for line in re.findall(r"(?:^    |`)make ([a-z][a-z -]*)", path.read_text(encoding="utf-8"), re.MULTILINE):
+        for line in re.findall(
+            r"(?:^    |`)make ([a-z][a-z -]*)", path.read_text(encoding="utf-8"), re.MULTILINE
+        ):
             for target in line.split():
-                assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{path.name}: make {target}"
+                assert re.search(rf"^{target}:", makefile, re.MULTILINE), (
+                    f"{path.name}: make {target}"
+                )

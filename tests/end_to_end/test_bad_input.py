@@ -26,7 +26,10 @@ STATE = torch.load(GOLDEN / "model.pt", weights_only=True)
 def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Everything below a folder, to see that nothing changed."""
     return {
-        str(p.relative_to(folder)): (p.lstat().st_mode, p.read_bytes() if p.is_file() and not p.is_symlink() else b"")
+        str(p.relative_to(folder)): (
+            p.lstat().st_mode,
+            p.read_bytes() if p.is_file() and not p.is_symlink() else b"",
+        )
         for p in sorted(folder.rglob("*"))
     }
 
@@ -41,22 +44,40 @@ def assert_one_sentence(done: subprocess.CompletedProcess[str], *parts: str) -> 
 
 
 def bad_state(path: Path, **changed: torch.Tensor) -> None:
-    torch.save({**STATE, **{name.replace("__", "."): value for name, value in changed.items()}}, path)
+    torch.save(
+        {**STATE, **{name.replace("__", "."): value for name, value in changed.items()}}, path
+    )
 
 
 CHECKPOINTS: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "missing": (lambda _: None, 3, "No such file"),
     "empty": (lambda p: p.touch(), 3, "is empty"),
     "text": (lambda p: p.write_text("hello"), 3, "neither a torch checkpoint nor safetensors"),
-    "truncated": (lambda p: p.write_bytes((GOLDEN / "model.pt").read_bytes()[:700_000]), 3, "cut short"),
+    "truncated": (
+        lambda p: p.write_bytes((GOLDEN / "model.pt").read_bytes()[:700_000]),
+        3,
+        "cut short",
+    ),
     "module": (lambda p: torch.save(torch.nn.Linear(2, 2), p), 3, "state_dict()"),
     "malicious": (lambda p: torch.save({"x": Malicious(p.parent / "pwned")}, p), 9, "posix.system"),
     "nan": (lambda p: bad_state(p, pos_embed=STATE["pos_embed"] * float("nan")), 3, "pos_embed"),
     "int8": (lambda p: bad_state(p, pos_embed=STATE["pos_embed"].to(torch.int8)), 3, "int8"),
-    "shape": (lambda p: bad_state(p, blocks__0__attn__proj__bias=torch.ones(3)), 3, "blocks.0.attn.proj.bias"),
+    "shape": (
+        lambda p: bad_state(p, blocks__0__attn__proj__bias=torch.ones(3)),
+        3,
+        "blocks.0.attn.proj.bias",
+    ),
     "extra": (lambda p: bad_state(p, unknown=torch.ones(3)), 3, "1 unexpected: unknown"),
-    "other model": (lambda p: torch.save({"conv.weight": torch.ones(3)}, p), 3, "not a model that this version knows"),
-    "router": (lambda p: torch.save({"routers": {}, "args": argparse.Namespace()}, p), 3, "not a tensor"),
+    "other model": (
+        lambda p: torch.save({"conv.weight": torch.ones(3)}, p),
+        3,
+        "not a model that this version knows",
+    ),
+    "router": (
+        lambda p: torch.save({"routers": {}, "args": argparse.Namespace()}, p),
+        3,
+        "not a tensor",
+    ),
 }
 
 
@@ -65,7 +86,9 @@ def test_bad_checkpoints(name: str, command: Command, tmp_path: Path) -> None:
     make, code, message = CHECKPOINTS[name]
     make(tmp_path / "model.pt")
     before = tree(tmp_path)
-    done = command("goc-export", tmp_path / "model.pt", "-o", tmp_path / "a" / "b", "--num-heads", 4, code=code)
+    done = command(
+        "goc-export", tmp_path / "model.pt", "-o", tmp_path / "a" / "b", "--num-heads", 4, code=code
+    )
     assert_one_sentence(done, message)
     assert tree(tmp_path) == before
 
@@ -85,13 +108,19 @@ def test_bad_checkpoints(name: str, command: Command, tmp_path: Path) -> None:
         (("--unknown",), 2, "--unknown"),
     ],
 )
-def test_bad_export_options(options: tuple, code: int, message: str, command: Command, tmp_path: Path) -> None:
-    done = command("goc-export", GOLDEN / "model.pt", "-o", tmp_path / "new" / "engine", *options, code=code)
+def test_bad_export_options(
+    options: tuple, code: int, message: str, command: Command, tmp_path: Path
+) -> None:
+    done = command(
+        "goc-export", GOLDEN / "model.pt", "-o", tmp_path / "new" / "engine", *options, code=code
+    )
     assert_one_sentence(done, message)
     assert tree(tmp_path) == {}
 
 
-def test_an_equal_engine_is_up_to_date_and_another_needs_force(command: Command, tmp_path: Path) -> None:
+def test_an_equal_engine_is_up_to_date_and_another_needs_force(
+    command: Command, tmp_path: Path
+) -> None:
     engine = tmp_path / "engine"
     base = ("goc-export", GOLDEN / "model.pt", "-o", engine, "--num-heads", 4, "--plan", "none")
     command(*base)
@@ -109,7 +138,16 @@ def test_a_directory_that_is_not_ours_is_never_replaced(command: Command, tmp_pa
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.tex").write_text("years of work")
     before = tree(tmp_path)
-    done = command("goc-export", GOLDEN / "model.pt", "-o", tmp_path / "precious", "--num-heads", 4, "--force", code=8)
+    done = command(
+        "goc-export",
+        GOLDEN / "model.pt",
+        "-o",
+        tmp_path / "precious",
+        "--num-heads",
+        4,
+        "--force",
+        code=8,
+    )
     assert_one_sentence(done, "not an engine directory that can be replaced")
     assert tree(tmp_path) == before
 
@@ -117,17 +155,24 @@ def test_a_directory_that_is_not_ours_is_never_replaced(command: Command, tmp_pa
 def test_an_output_below_a_file_is_refused(command: Command, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for target in ("file", "file/engine", "file/missing/engine"):
-        done = command("goc-export", GOLDEN / "model.pt", "-o", tmp_path / target, "--num-heads", 4, code=8)
+        done = command(
+            "goc-export", GOLDEN / "model.pt", "-o", tmp_path / target, "--num-heads", 4, code=8
+        )
         assert_one_sentence(done, target.split("/")[0])
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_full_disk_leaves_nothing_and_keeps_the_old_engine(golden_engine: Path, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_nothing_and_keeps_the_old_engine(
+    golden_engine: Path, tmp_path: Path
+) -> None:
     shutil.copytree(golden_engine, tmp_path / "engine")
     before = tree(tmp_path)
     arguments = f"{BIN / 'goc-export'} {GOLDEN / 'model.pt'} -o {tmp_path / 'engine'} --num-heads 4 --plan none --force"
     done = subprocess.run(
-        ["bash", "-c", f"trap '' XFSZ; ulimit -f 200; exec {arguments}"], capture_output=True, text=True, timeout=120
+        ["bash", "-c", f"trap '' XFSZ; ulimit -f 200; exec {arguments}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 7, done.stderr
     assert_one_sentence(done, "the disk is full")
@@ -136,12 +181,23 @@ def test_a_full_disk_leaves_nothing_and_keeps_the_old_engine(golden_engine: Path
 
 def start_export(folder: Path, until: str) -> subprocess.Popen[str]:
     """Start an export and come back once a file that matches the pattern is there."""
-    words = ["goc-export", GOLDEN / "model.pt", "-o", folder / "engine", "--num-heads", "4", "--plan", "none"]
+    words = [
+        "goc-export",
+        GOLDEN / "model.pt",
+        "-o",
+        folder / "engine",
+        "--num-heads",
+        "4",
+        "--plan",
+        "none",
+    ]
     process = subprocess.Popen(
         [BIN / words[0], *words[1:]],
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs have it ignored
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a shell's background jobs have it ignored
     )
     deadline = time.monotonic() + 120
     while not list(folder.glob(until)):
@@ -151,12 +207,19 @@ def start_export(folder: Path, until: str) -> subprocess.Popen[str]:
     return process
 
 
-MOMENTS = (".engine.lock", ".engine.tmp-*", ".engine.tmp-*/onnx/block_00_attn.onnx", ".engine.tmp-*/onnx/final.onnx")
+MOMENTS = (
+    ".engine.lock",
+    ".engine.tmp-*",
+    ".engine.tmp-*/onnx/block_00_attn.onnx",
+    ".engine.tmp-*/onnx/final.onnx",
+)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_an_interrupted_export_leaves_nothing(number: int, code: int, moment: str, tmp_path: Path) -> None:
+def test_an_interrupted_export_leaves_nothing(
+    number: int, code: int, moment: str, tmp_path: Path
+) -> None:
     process = start_export(tmp_path, moment)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
@@ -165,18 +228,41 @@ def test_an_interrupted_export_leaves_nothing(number: int, code: int, moment: st
     assert tree(tmp_path) == {}
 
 
-def test_a_killed_export_leaves_no_engine_and_does_not_block_the_next(command: Command, tmp_path: Path) -> None:
+def test_a_killed_export_leaves_no_engine_and_does_not_block_the_next(
+    command: Command, tmp_path: Path
+) -> None:
     process = start_export(tmp_path, MOMENTS[2])
     process.kill()
     process.communicate(timeout=60)
     assert not (tmp_path / "engine").exists()
-    command("goc-export", GOLDEN / "model.pt", "-o", tmp_path / "engine", "--num-heads", 4, "--plan", "none")
+    command(
+        "goc-export",
+        GOLDEN / "model.pt",
+        "-o",
+        tmp_path / "engine",
+        "--num-heads",
+        4,
+        "--plan",
+        "none",
+    )
     command("goc-run", tmp_path / "engine", "--labels", "1", cwd=tmp_path)
 
 
 def test_two_exports_to_one_directory_do_not_mix(tmp_path: Path) -> None:
-    base = [BIN / "goc-export", GOLDEN / "model.pt", "-o", tmp_path / "engine", "--num-heads", "4", "--plan", "none"]
-    both = [subprocess.Popen([*base, "--steps", steps], stderr=subprocess.PIPE, text=True) for steps in ("10", "20")]
+    base = [
+        BIN / "goc-export",
+        GOLDEN / "model.pt",
+        "-o",
+        tmp_path / "engine",
+        "--num-heads",
+        "4",
+        "--plan",
+        "none",
+    ]
+    both = [
+        subprocess.Popen([*base, "--steps", steps], stderr=subprocess.PIPE, text=True)
+        for steps in ("10", "20")
+    ]
     errors = [process.communicate(timeout=200)[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 8], errors
     assert [p.name for p in tmp_path.iterdir()] == ["engine"]
@@ -217,33 +303,69 @@ ENGINES: dict[str, tuple[Callable[[Path], object], int, str]] = {
         4,
         "not valid JSON",
     ),
-    "manifest is a list": (lambda e: (e / "manifest.json").write_text("[]"), 4, "must hold a JSON object"),
-    "nested manifest": (lambda e: (e / "manifest.json").write_text("[" * 100_000), 4, "not valid JSON"),
-    "huge manifest": (lambda e: (e / "manifest.json").write_bytes(b" " * 9_000_000), 4, "more than"),
+    "manifest is a list": (
+        lambda e: (e / "manifest.json").write_text("[]"),
+        4,
+        "must hold a JSON object",
+    ),
+    "nested manifest": (
+        lambda e: (e / "manifest.json").write_text("[" * 100_000),
+        4,
+        "not valid JSON",
+    ),
+    "huge manifest": (
+        lambda e: (e / "manifest.json").write_bytes(b" " * 9_000_000),
+        4,
+        "more than",
+    ),
     "newer manifest": (
         lambda e: edit_manifest(e, lambda m: m.update(version=MANIFEST_VERSION + 1)),
         4,
         "update goc_deploy",
     ),
-    "other format": (lambda e: edit_manifest(e, lambda m: m.update(format="x")), 4, "not a goc_deploy.engine_dir"),
+    "other format": (
+        lambda e: edit_manifest(e, lambda m: m.update(format="x")),
+        4,
+        "not a goc_deploy.engine_dir",
+    ),
     "missing field": (lambda e: edit_manifest(e, lambda m: m.pop("model")), 4, "KeyError 'model'"),
     "wrong field": (
         lambda e: edit_manifest(e, lambda m: m["model"].update(depth="4")),
         4,
         "sizes or a precision out of range",
     ),
-    "other sizes": (lambda e: edit_manifest(e, lambda m: m["model"].update(hidden=32)), 4, "manifest implies"),
+    "other sizes": (
+        lambda e: edit_manifest(e, lambda m: m["model"].update(hidden=32)),
+        4,
+        "manifest implies",
+    ),
     "missing unit": (lambda e: edit_manifest(e, lambda m: m["units"].pop(0)), 4, "lists no unit"),
-    "missing unit of a block": (lambda e: edit_manifest(e, lambda m: m["units"].pop(3)), 4, "lists segments without"),
-    "missing file": (lambda e: (e / "onnx" / "block_02_attn.weights").unlink(), 4, "block_02_attn.weights is missing"),
-    "truncated file": (lambda e: (e / "onnx" / "embed.weights").write_bytes(b"x"), 4, "embed.weights has 1 bytes"),
+    "missing unit of a block": (
+        lambda e: edit_manifest(e, lambda m: m["units"].pop(3)),
+        4,
+        "lists segments without",
+    ),
+    "missing file": (
+        lambda e: (e / "onnx" / "block_02_attn.weights").unlink(),
+        4,
+        "block_02_attn.weights is missing",
+    ),
+    "truncated file": (
+        lambda e: (e / "onnx" / "embed.weights").write_bytes(b"x"),
+        4,
+        "embed.weights has 1 bytes",
+    ),
     "changed weights": (
         lambda e: flip_byte(e / "onnx" / "block_01_mlp.weights"),
         4,
         "block_01_mlp.weights was changed",
     ),
     "changed graph": (lambda e: flip_byte(e / "onnx" / "final.onnx"), 4, "final.onnx was changed"),
-    "changed plan": (lambda e: flip_byte(e / "plans" / "fora-2.json"), 4, "fora-2.json was changed"),
+    "changed plan": (
+        lambda e: flip_byte(e / "plans" / "fora-2.json"),
+        4,
+        "fora-2.json was changed",
+    ),
     "linked file": (lambda e: replace_with_link(e / "onnx" / "embed.onnx"), 9, "symbolic link"),
     "linked folder": (lambda e: link_folder(e / "onnx"), 9, "symbolic link"),
     "hard link": (lambda e: os.link(e / "onnx" / "embed.onnx", e / "other"), 9, "not a plain file"),
@@ -262,13 +384,23 @@ ENGINES: dict[str, tuple[Callable[[Path], object], int, str]] = {
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_bad_engine_directories(name: str, golden_engine: Path, command: Command, tmp_path: Path) -> None:
+def test_bad_engine_directories(
+    name: str, golden_engine: Path, command: Command, tmp_path: Path
+) -> None:
     break_it, code, message = ENGINES[name]
     engine = Path(shutil.copytree(golden_engine, tmp_path / "engine"))
     break_it(engine)
     before = tree(tmp_path)
     done = command(
-        "goc-run", engine, "--plan", "fora:2", "--labels", "1", "--latents-output", tmp_path / "x.npy", code=code
+        "goc-run",
+        engine,
+        "--plan",
+        "fora:2",
+        "--labels",
+        "1",
+        "--latents-output",
+        tmp_path / "x.npy",
+        code=code,
     )
     assert_one_sentence(done)
     assert any(part in done.stderr for part in message.split("|")), done.stderr
@@ -276,10 +408,14 @@ def test_bad_engine_directories(name: str, golden_engine: Path, command: Command
 
 
 def test_a_name_that_no_file_can_have_is_no_engine(command: Command) -> None:
-    assert_one_sentence(command("goc-run", "x" * 300, "--labels", "1", code=4), "is not a directory")
+    assert_one_sentence(
+        command("goc-run", "x" * 300, "--labels", "1", code=4), "is not a directory"
+    )
 
 
-def test_files_that_are_not_listed_are_ignored(golden_engine: Path, command: Command, tmp_path: Path) -> None:
+def test_files_that_are_not_listed_are_ignored(
+    golden_engine: Path, command: Command, tmp_path: Path
+) -> None:
     engine = Path(shutil.copytree(golden_engine, tmp_path / "engine"))
     for name in ("evil.so", "__init__.py", "sitecustomize.py", "onnx/numpy.py"):
         (engine / name).write_text("raise SystemExit('imported')")
@@ -306,10 +442,22 @@ def test_files_that_are_not_listed_are_ignored(golden_engine: Path, command: Com
         (("--labels", "10", "--output", "{tmp}/missing/x.png"), 2, "label 10"),
         (("--labels", "1", "--output", "{tmp}/flat.npy/x.png"), 8, "is not a directory"),
         (("--labels", "1", "--resume"), 2, "--resume goes with --output DIRECTORY"),
-        (("--labels", "1", "--resume", "--output", "{tmp}/x.png"), 2, "--resume goes with --output DIRECTORY"),
+        (
+            ("--labels", "1", "--resume", "--output", "{tmp}/x.png"),
+            2,
+            "--resume goes with --output DIRECTORY",
+        ),
         (("--labels", "1", "--resume", "--output", "{tmp}/x"), 2, "the model makes latents"),
-        (("--labels", ",".join(["1"] * 40 + ["10"]), "--output", "{tmp}/x"), 2, "label 10 (image 40)"),
-        (("--num-images", "2", "--latents", "{tmp}/wrong.npy"), 2, "expected [2, 4, 8, 8] for 2 labels"),
+        (
+            ("--labels", ",".join(["1"] * 40 + ["10"]), "--output", "{tmp}/x"),
+            2,
+            "label 10 (image 40)",
+        ),
+        (
+            ("--num-images", "2", "--latents", "{tmp}/wrong.npy"),
+            2,
+            "expected [2, 4, 8, 8] for 2 labels",
+        ),
         (("--labels", "1", "--output", "{tmp}/x.jpg"), 2, "--output ends in .png or .npz"),
         (("--labels", "1", "--output", "{tmp}/" + "x" * 300 + ".png"), 8, "File name too long"),
         (("--labels", "1", "--report", "{tmp}/flat.npy/missing/x.json"), 8, "is not a directory"),
@@ -320,13 +468,23 @@ def test_files_that_are_not_listed_are_ignored(golden_engine: Path, command: Com
     ],
 )
 def test_bad_run_options(
-    options: tuple[str, ...], code: int, message: str, golden_engine: Path, command: Command, tmp_path: Path
+    options: tuple[str, ...],
+    code: int,
+    message: str,
+    golden_engine: Path,
+    command: Command,
+    tmp_path: Path,
 ) -> None:
     np.save(tmp_path / "wrong.npy", np.zeros((1, 4, 4, 4), np.float32))
     np.save(tmp_path / "flat.npy", np.zeros(3, np.float32))
     np.save(tmp_path / "objects.npy", np.array([{"a": 1}]), allow_pickle=True)
     before = tree(tmp_path)
-    done = command("goc-run", golden_engine, *(option.replace("{tmp}", str(tmp_path)) for option in options), code=code)
+    done = command(
+        "goc-run",
+        golden_engine,
+        *(option.replace("{tmp}", str(tmp_path)) for option in options),
+        code=code,
+    )
     assert "Traceback" not in done.stderr
     assert message in done.stderr
     assert tree(tmp_path) == before
@@ -336,7 +494,11 @@ def test_bad_run_options(
     ("options", "code", "message"),
     [
         ((), 2, "give a SPEC to add, --list, --show NAME, --inspect, or a --backend"),
-        (("fora:2", "--list"), 2, "give a SPEC to add, --list, --show NAME, --inspect, or a --backend"),
+        (
+            ("fora:2", "--list"),
+            2,
+            "give a SPEC to add, --list, --show NAME, --inspect, or a --backend",
+        ),
         (("--list", "--plot", "x.png"), 2, "--plot and --smoothcache go with --show"),
         (("--show", "other"), 2, "there is no plan"),
         (("--show", "none", "--plot", "x.jpg"), 2, "--plot ends in .png, .svg or .pdf"),

@@ -37,26 +37,53 @@ def test_plans_are_added_listed_shown_and_run_without_a_new_export(
     engine: Path, command: Command, tmp_path: Path
 ) -> None:
     assert (
-        command("goc-plan", engine, "fora:3+gc:0.8,history=computed", "--steps", "12").stdout.strip()
+        command(
+            "goc-plan", engine, "fora:3+gc:0.8,history=computed", "--steps", "12"
+        ).stdout.strip()
         == "fora-3+gc-0.8,history=computed"
     )
     assert (
-        command("goc-plan", engine, "none", "--steps", "50", "--sampler", "ddim:1", "--name", "slow").stdout.strip()
+        command(
+            "goc-plan", engine, "none", "--steps", "50", "--sampler", "ddim:1", "--name", "slow"
+        ).stdout.strip()
         == "slow"
     )
     listed = command("goc-plan", engine, "--list").stdout
     assert "slow" in listed
     assert "ddim:1" in listed
     shown = command(
-        "goc-plan", engine, "--show", "fora:3+gc:0.8,history=computed", "--plot", tmp_path / "plot.png"
+        "goc-plan",
+        engine,
+        "--show",
+        "fora:3+gc:0.8,history=computed",
+        "--plot",
+        tmp_path / "plot.png",
     ).stdout
     assert "8 gradient" in shown
     with Image.open(tmp_path / "plot.png") as picture:
         assert min(picture.size) > 200
     report = tmp_path / "r.json"
-    command("goc-run", engine, "--plan", "fora:3+gc:0.8,history=computed", "--labels", "1,2", "--report", report)
+    command(
+        "goc-run",
+        engine,
+        "--plan",
+        "fora:3+gc:0.8,history=computed",
+        "--labels",
+        "1,2",
+        "--report",
+        report,
+    )
     assert json.loads(report.read_text())["step_kinds"] == {"collapsed": 8, "full": 4}
-    command("goc-run", engine, "--plan", "slow", "--num-images", "2", "--latents-output", tmp_path / "a.npy")
+    command(
+        "goc-run",
+        engine,
+        "--plan",
+        "slow",
+        "--num-images",
+        "2",
+        "--latents-output",
+        tmp_path / "a.npy",
+    )
     command(
         "goc-run",
         engine,
@@ -69,23 +96,33 @@ def test_plans_are_added_listed_shown_and_run_without_a_new_export(
         "--batch-size",
         "1",
     )
-    np.testing.assert_allclose(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"), rtol=1e-3, atol=1e-4
+    )
 
 
-def test_another_sampler_is_a_plan_of_the_same_engine(engine: Path, command: Command, tmp_path: Path) -> None:
+def test_another_sampler_is_a_plan_of_the_same_engine(
+    engine: Path, command: Command, tmp_path: Path
+) -> None:
     for sampler, name in (("dpm++", "fast"), ("ddpm@leading", "ancestral")):
-        command("goc-plan", engine, "fora:2+gc:1.0", "--steps", 8, "--sampler", sampler, "--name", name)
+        command(
+            "goc-plan", engine, "fora:2+gc:1.0", "--steps", 8, "--sampler", sampler, "--name", name
+        )
         report = tmp_path / f"{name}.json"
         command("goc-run", engine, "--plan", name, "--labels", "3", "--report", report)
         assert json.loads(report.read_text())["sampler"] == sampler
 
 
-def test_calibrated_plans_say_what_they_were_learned_from(engine: Path, command: Command, tmp_path: Path) -> None:
+def test_calibrated_plans_say_what_they_were_learned_from(
+    engine: Path, command: Command, tmp_path: Path
+) -> None:
     learning = ("--calibrate", 3, "--seed", 5, "--cfg-scale", 2, "--steps", 8)
     for spec in ("fora:2+goc", "smoothcache:0.3+fit"):
         command("goc-plan", engine, spec, *learning)
         command("goc-plan", engine, spec, *learning)  # the same again is no conflict
-    shown = command("goc-plan", engine, "--show", "fora:2+goc", "--plot", tmp_path / "god.png").stdout
+    shown = command(
+        "goc-plan", engine, "--show", "fora:2+goc", "--plot", tmp_path / "god.png"
+    ).stdout
     assert "N inverse" in shown
     assert "god: eta" in shown
     assert "images 3, seed 5, cfg_scale 2" in shown
@@ -93,7 +130,9 @@ def test_calibrated_plans_say_what_they_were_learned_from(engine: Path, command:
     with Image.open(tmp_path / "god.png") as picture:
         assert min(picture.size) > 200
     written = tmp_path / "smooth.json"
-    shown = command("goc-plan", engine, "--show", "smoothcache:0.3+fit", "--smoothcache", written).stdout
+    shown = command(
+        "goc-plan", engine, "--show", "smoothcache:0.3+fit", "--smoothcache", written
+    ).stdout
     assert "fit: entries 2, granularity step, target final" in shown
     assert [len(actions) for actions in json.loads(written.read_text()).values()] == [8, 8]
     done = command("goc-plan", engine, "--list", "--calibrate", 3, code=2)
@@ -103,7 +142,17 @@ def test_calibrated_plans_say_what_they_were_learned_from(engine: Path, command:
 
 
 def test_an_export_calibrates_its_default_plan(command: Command, tmp_path: Path) -> None:
-    model = (GOLDEN / "model.pt", "-o", tmp_path / "engine", "--num-heads", 4, "--calibrate", 2, "--steps", 6)
+    model = (
+        GOLDEN / "model.pt",
+        "-o",
+        tmp_path / "engine",
+        "--num-heads",
+        4,
+        "--calibrate",
+        2,
+        "--steps",
+        6,
+    )
     command("goc-export", *model)
     assert "is up to date" in command("goc-export", *model).stderr
     schedule = json.loads((tmp_path / "engine" / "schedules" / "fora-2+goc.json").read_text())
@@ -123,20 +172,37 @@ def test_a_hand_edited_schedule_runs(engine: Path, command: Command, tmp_path: P
     assert json.loads(report.read_text())["step_kinds"] == {"collapsed": 9, "full": 10, "mixed": 1}
 
 
-def test_adding_the_same_plan_again_is_no_conflict_but_another_of_that_name_is(engine: Path, command: Command) -> None:
+def test_adding_the_same_plan_again_is_no_conflict_but_another_of_that_name_is(
+    engine: Path, command: Command
+) -> None:
     done = command("goc-plan", engine, "fora:2")
     assert done.stdout == "fora-2\n"
-    assert "fora:2: 20 steps of ddim (10 collapsed, 10 full), 80 of 160 units computed" in done.stderr
+    assert (
+        "fora:2: 20 steps of ddim (10 collapsed, 10 full), 80 of 160 units computed" in done.stderr
+    )
     before = (engine / "manifest.json").read_bytes()
     done = command("goc-plan", engine, "fora:2", "--steps", "10", code=8)
     assert "already has another plan named fora-2; choose another --name" in done.stderr
     assert (engine / "manifest.json").read_bytes() == before
 
 
-def test_bench_compares_plans_and_writes_json_and_a_plot(engine: Path, command: Command, tmp_path: Path) -> None:
+def test_bench_compares_plans_and_writes_json_and_a_plot(
+    engine: Path, command: Command, tmp_path: Path
+) -> None:
     out, plot = tmp_path / "bench.json", tmp_path / "bench.png"
     done = command(
-        "goc-bench", engine, "--plan", "none", "--plan", "fora:2", "--repeats", 2, "--json", out, "--plot", plot
+        "goc-bench",
+        engine,
+        "--plan",
+        "none",
+        "--plan",
+        "fora:2",
+        "--repeats",
+        2,
+        "--json",
+        out,
+        "--plot",
+        plot,
     )
     assert "speed-up" in done.stdout
     found = json.loads(out.read_text())
@@ -147,11 +213,15 @@ def test_bench_compares_plans_and_writes_json_and_a_plot(engine: Path, command: 
         assert min(picture.size) > 200
 
 
-def test_bench_writes_a_trace_of_one_more_run_of_each_plan(engine: Path, command: Command, tmp_path: Path) -> None:
+def test_bench_writes_a_trace_of_one_more_run_of_each_plan(
+    engine: Path, command: Command, tmp_path: Path
+) -> None:
     out, trace = tmp_path / "bench.json", tmp_path / "trace.json"
     plans = ("--plan", "none", "--plan", "fora:2")
     done = command("goc-bench", engine, *plans, "--repeats", 1, "--json", out, "--profile", trace)
-    assert "between" in done.stdout  # the rest of the heading is on the next line where the times are long
+    assert (
+        "between" in done.stdout
+    )  # the rest of the heading is on the next line where the times are long
     events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"]
     for pid, kinds in ((0, ["full"] * 20), (1, ["full", "collapsed"] * 10)):
         steps = [e["name"] for e in events if e["pid"] == pid and e["cat"] == "step"]
@@ -159,15 +229,35 @@ def test_bench_writes_a_trace_of_one_more_run_of_each_plan(engine: Path, command
     launched = [e["name"] for e in events if e["pid"] == 1 and e["cat"] == "launch"]
     assert launched.count("block_03_mlp") == launched.count("collect") == 10
     profile_ms = json.loads(out.read_text())["plans"]["fora-2"]["profile_ms"]
-    assert {"attn", "mlp", "predict ahead", "collect", "conditioning", "between launches"} <= profile_ms.keys()
+    assert {
+        "attn",
+        "mlp",
+        "predict ahead",
+        "collect",
+        "conditioning",
+        "between launches",
+    } <= profile_ms.keys()
 
 
-def test_labels_are_repeated_up_to_num_images(engine: Path, command: Command, tmp_path: Path) -> None:
-    command("goc-run", engine, "--labels", "1,2", "--num-images", "5", "--latents-output", tmp_path / "x.npy")
+def test_labels_are_repeated_up_to_num_images(
+    engine: Path, command: Command, tmp_path: Path
+) -> None:
+    command(
+        "goc-run",
+        engine,
+        "--labels",
+        "1,2",
+        "--num-images",
+        "5",
+        "--latents-output",
+        tmp_path / "x.npy",
+    )
     assert np.load(tmp_path / "x.npy").shape == (5, 4, 8, 8)
 
 
-def test_data_goes_to_stdout_and_messages_to_stderr(engine: Path, command: Command, tmp_path: Path) -> None:
+def test_data_goes_to_stdout_and_messages_to_stderr(
+    engine: Path, command: Command, tmp_path: Path
+) -> None:
     done = command("goc-run", engine, "--labels", "1", "--latents-output", tmp_path / "x.npy")
     assert done.stdout == f"{tmp_path / 'x.npy'}\n"
     assert "\x1b" not in done.stdout + done.stderr
@@ -175,7 +265,9 @@ def test_data_goes_to_stdout_and_messages_to_stderr(engine: Path, command: Comma
 
 def test_a_closed_pipe_is_no_error(engine: Path) -> None:
     done = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {BIN / 'goc-plan'} {engine} --list | true"], capture_output=True, text=True
+        ["bash", "-c", f"set -o pipefail; {BIN / 'goc-plan'} {engine} --list | true"],
+        capture_output=True,
+        text=True,
     )
     assert "Traceback" not in done.stderr
     assert done.returncode == 0, done.stderr
@@ -212,7 +304,9 @@ def test_half_precision_engines_run_close_to_float32(
     assert np.linalg.norm(np.load(tmp_path / "x.npy") - expected) / np.linalg.norm(expected) < 2e-2
 
 
-def test_bf16_engines_export_and_say_that_the_cpu_cannot_run_them(command: Command, tmp_path: Path) -> None:
+def test_bf16_engines_export_and_say_that_the_cpu_cannot_run_them(
+    command: Command, tmp_path: Path
+) -> None:
     done = command(
         "goc-export",
         GOLDEN / "model.pt",

@@ -16,8 +16,12 @@ from tests.reference import relative_l2
 LABELS = ",".join(str(digit) for digit in range(10))
 
 
-def generated(engine: Path, command: Command, folder: Path, plan: str) -> tuple[Path, np.ndarray, dict]:
-    samples, latents, report = (folder / f"{plan.replace(':', '-')}{end}" for end in (".npz", ".npy", ".json"))
+def generated(
+    engine: Path, command: Command, folder: Path, plan: str
+) -> tuple[Path, np.ndarray, dict]:
+    samples, latents, report = (
+        folder / f"{plan.replace(':', '-')}{end}" for end in (".npz", ".npy", ".json")
+    )
     options = ("--labels", LABELS, "--num-images", 300, "--seed", 7)
     command(
         "goc-run",
@@ -82,12 +86,28 @@ def test_a_searched_router_reuses_the_asked_share_at_odd_steps_and_less_at_a_low
     assert 0 < reused["0.05"] < reused["0.1"]
 
     opposite = tmp_path / "opposite.json"
-    swapped = [" ".join("C" if k % 2 == 0 or word != "C" else "R" for word in row) for k, row in enumerate(rows)]
+    swapped = [
+        " ".join("C" if k % 2 == 0 or word != "C" else "R" for word in row)
+        for k, row in enumerate(rows)
+    ]
     opposite.write_text(json.dumps({**schedule, "actions": swapped, "predictors": {"R": [1.0]}}))
     other = command("goc-plan", engine, f"file:{opposite}", "--name", "opposite").stdout.strip()
     latents = {}
     for plan in ("none", name, other):
         path = tmp_path / f"{plan}.npy"
-        command("goc-run", engine, "--plan", plan, "--num-images", 8, "--seed", 5, "--latents-output", path)
+        command(
+            "goc-run",
+            engine,
+            "--plan",
+            plan,
+            "--num-images",
+            8,
+            "--seed",
+            5,
+            "--latents-output",
+            path,
+        )
         latents[plan] = np.load(path)
-    assert relative_l2(latents[name], latents["none"]) < relative_l2(latents[other], latents["none"])
+    assert relative_l2(latents[name], latents["none"]) < relative_l2(
+        latents[other], latents["none"]
+    )

@@ -65,7 +65,9 @@ def test_plans_are_compared_on_the_same_noise_and_the_samples_can_be_read_back(
     assert plain["step_errors"][0] == 0
     assert all(plan["ms_per_image"] > 0 for plan in found["plans"].values())
     assert "fora-2+gc-1.0" in html.read_text()
-    assert str(tmp_path) not in html.read_text().replace(str(samples), "").replace(str(reference), "")
+    assert str(tmp_path) not in html.read_text().replace(str(samples), "").replace(
+        str(reference), ""
+    )
 
     again = tmp_path / "again.json"
     command("goc-eval", demo_engine, "--samples", samples, *scored, "--json", again)
@@ -87,7 +89,18 @@ def test_the_images_are_those_of_goc_run_and_plans_without_images_are_compared_b
     latents = []
     for plan in options.plans:
         out = tmp_path / "x.npy"
-        arguments = ("--plan", plan, "--labels", labels, "--cfg-scale", 2.0, "--seed", 5, "--latents-output", out)
+        arguments = (
+            "--plan",
+            plan,
+            "--labels",
+            labels,
+            "--cfg-scale",
+            2.0,
+            "--seed",
+            5,
+            "--latents-output",
+            out,
+        )
         command("goc-run", golden_engine, *arguments)
         latents.append(np.load(out))
     expected = np.mean([relative_l2(x, y) for x, y in zip(latents[1], latents[0], strict=True)])
@@ -98,13 +111,26 @@ def test_the_images_are_those_of_goc_run_and_plans_without_images_are_compared_b
     assert any("4-channel latents, which need a VAE" in warning for warning in found["warnings"])
 
 
-def test_the_paper_s_table_is_one_command(golden_engine: Path, command: Command, tmp_path: Path) -> None:
+def test_the_paper_s_table_is_one_command(
+    golden_engine: Path, command: Command, tmp_path: Path
+) -> None:
     engine, found_at, html = (
         Path(shutil.copytree(golden_engine, tmp_path / "e")),
         tmp_path / "e.json",
         tmp_path / "e.html",
     )
-    asked = ("--preset", "paper", "--router", GOLDEN / "router.pt", "--num-images", 4, "--cfg-scale", 2, "--threads", 1)
+    asked = (
+        "--preset",
+        "paper",
+        "--router",
+        GOLDEN / "router.pt",
+        "--num-images",
+        4,
+        "--cfg-scale",
+        2,
+        "--threads",
+        1,
+    )
     done = command("goc-eval", engine, *asked, "--json", found_at, "--html", html)
     found = json.loads(found_at.read_text())
     plans = found["plans"]
@@ -114,11 +140,16 @@ def test_the_paper_s_table_is_one_command(golden_engine: Path, command: Command,
         "L2C", "L2C + GC", "L2C + GOC",
     ]  # fmt: skip
     assert (methods["no cache"], methods["FORA-50"]) == ("none", "fora-2")
-    assert {"fora-2+goc", "fora-2@0.5+goc", "l2c-router+goc"} <= set(found["added_plans"]) < set(plans)
+    assert (
+        {"fora-2+goc", "fora-2@0.5+goc", "l2c-router+goc"} <= set(found["added_plans"]) < set(plans)
+    )
     assert "added to" in done.stderr
     assert "threads are ignored" not in done.stderr
     table = done.stdout.split("converged")[0]
-    assert all(column in table for column in ("method", "caching level %", "FLOPs (T)", "speed-up", "relative L2"))
+    assert all(
+        column in table
+        for column in ("method", "caching level %", "FLOPs (T)", "speed-up", "relative L2")
+    )
     schedules = {name: Schedule.load(engine / "schedules" / f"{name}.json") for name in plans}
     for base in ("FORA-50", "FORA-25", "L2C"):
         plain, gc, goc = (plans[methods[base + more]] for more in ("", " + GC", " + GOC"))
@@ -151,9 +182,16 @@ def test_a_preset_that_does_not_fit_is_refused(
     if "4 steps" in message:
         manifest = read_manifest(engine)
         plans = tuple(entry for entry in manifest.plans if entry.name != "fora-2")
-        listed = {path for entry in manifest.plans if entry not in plans for path in (entry.plan, entry.schedule)}
+        listed = {
+            path
+            for entry in manifest.plans
+            if entry not in plans
+            for path in (entry.plan, entry.schedule)
+        }
         files = tuple(file for file in manifest.files if file.path not in listed)
-        (engine / "manifest.json").write_text(manifest_to_json(replace(manifest, plans=plans, files=files)))
+        (engine / "manifest.json").write_text(
+            manifest_to_json(replace(manifest, plans=plans, files=files))
+        )
         add_plan(engine, "fora:2", steps=4)
     before = (engine / "manifest.json").read_bytes()
     with pytest.raises(UsageError, match=message):
@@ -174,10 +212,22 @@ def test_what_does_not_fit_is_refused_before_anything_is_sampled(
         (demo_engine, replace(SMALL, plans=("fora:2",)), "no plan computes everything"),
         (demo_engine, replace(SMALL, plans=("none", "none")), "named twice"),
         (demo_engine, replace(SMALL, reference=reference), "--reference needs --features"),
-        (demo_engine, replace(scored, reference=wrong_size), "images of 32x32, this model makes 28x28"),
-        (demo_engine, replace(scored, reference=other_features), "statistics of 2048 features but .* has 64"),
+        (
+            demo_engine,
+            replace(scored, reference=wrong_size),
+            "images of 32x32, this model makes 28x28",
+        ),
+        (
+            demo_engine,
+            replace(scored, reference=other_features),
+            "statistics of 2048 features but .* has 64",
+        ),
         (demo_engine, replace(scored, reference=tmp_path / "no.npz"), "cannot be read as an"),
-        (demo_engine, replace(SMALL, samples=tmp_path), "for plan none; write samples with --samples-output"),
+        (
+            demo_engine,
+            replace(SMALL, samples=tmp_path),
+            "for plan none; write samples with --samples-output",
+        ),
         (demo_engine, replace(SMALL, seed=-1), "seed must be"),
         (golden_engine, replace(SMALL, features=CLASSIFIER), "--features needs images"),
         (golden_engine, replace(SMALL, samples_output=tmp_path), "--samples-output needs images"),
@@ -233,11 +283,26 @@ rows = [{ title = "searched", spec = "search:2,steps=4,reference=6", steps = 0 }
 def test_rows_of_the_results_are_made_once_and_survive_an_interruption(
     demo_engine: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    engine, rows, work, numbers, document = (tmp_path / n for n in ("engine", "rows.toml", "work", "numbers", "r.md"))
+    engine, rows, work, numbers, document = (
+        tmp_path / n for n in ("engine", "rows.toml", "work", "numbers", "r.md")
+    )
     shutil.copytree(demo_engine, engine)
     rows.write_text(ROWS)
-    document.write_text("kept\n<!-- begin main -->\n<!-- end main -->\n<!-- begin more -->\n<!-- end more -->\n")
-    shared = ["--rows", rows, "--work", work, "--numbers", numbers, "--reference", reference, "--document", document]
+    document.write_text(
+        "kept\n<!-- begin main -->\n<!-- end main -->\n<!-- begin more -->\n<!-- end more -->\n"
+    )
+    shared = [
+        "--rows",
+        rows,
+        "--work",
+        work,
+        "--numbers",
+        numbers,
+        "--reference",
+        reference,
+        "--document",
+        document,
+    ]
     sampling = ["--images", 9, "--chunk-images", 4, "--processes", 1]
     arguments = [str(word) for word in (engine, *shared, *sampling)]
     assert results.main([*arguments, "--tables", "main"]) == 0
@@ -268,7 +333,9 @@ def test_rows_of_the_results_are_made_once_and_survive_an_interruption(
     assert float(line.split("|")[7]) > 0  # the speed-up
     assert results.main(arguments) == 0
     (line,) = [line for line in document.read_text().splitlines() if "searched" in line]
-    assert line.startswith("| searched | `search:2,steps=4,reference=6` | 4 | 50 | 0.0007 | 2.00 |  | 0.")
+    assert line.startswith(
+        "| searched | `search:2,steps=4,reference=6` | 4 | 50 | 0.0007 | 2.00 |  | 0."
+    )
 
     assert results.main([*arguments, "--seed", "1"]) == ConflictError.exit_code
     assert "holds samples that differ in seed; delete it" in capsys.readouterr().err

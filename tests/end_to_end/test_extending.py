@@ -43,8 +43,12 @@ def folder(golden_engine: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_page_is_true(site: Path, folder: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH")))))
+def test_the_page_is_true(
+    site: Path, folder: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
+    )
     install, *lines = blocks("sh")[0].splitlines()
     assert install == "pip install ."
     for line in lines:
@@ -52,7 +56,9 @@ def test_the_page_is_true(site: Path, folder: Path, command: Command, monkeypatc
         command(name, *words, cwd=folder)
     schedule = Schedule.load(folder / "engine" / "schedules" / "mine.json")
     assert schedule.policy == "alternate:3+decaying:0.8,warmup=2"
-    assert [not row for row in schedule.coefficients[3]] == [unit // 2 % 3 == 0 for unit in range(schedule.units)]
+    assert [not row for row in schedule.coefficients[3]] == [
+        unit // 2 % 3 == 0 for unit in range(schedule.units)
+    ]
     assert schedule.coefficients[3][2] != schedule.coefficients[4][0] != gradient(0.8)
     assert np.isfinite(np.load(folder / "mine.npy")).all()
     subprocess.run([sys.executable, "-c", blocks("python")[1]], check=True, cwd=folder, timeout=120)
@@ -66,13 +72,30 @@ def test_a_plan_of_a_registered_policy_runs_without_it_and_is_not_made_without_i
     site: Path, folder: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as there:
-        there.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH")))))
+        there.setenv(
+            "PYTHONPATH", os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
+        )
         command("goc-plan", "engine", "alternate", cwd=folder)
-    command("goc-run", "engine", "--plan", "alternate", "--labels", "1", "--latents-output", "a.npy", cwd=folder)
+    command(
+        "goc-run",
+        "engine",
+        "--plan",
+        "alternate",
+        "--labels",
+        "1",
+        "--latents-output",
+        "a.npy",
+        cwd=folder,
+    )
     done = command("goc-plan", "engine", "fora:2+decaying", code=2, cwd=folder)
     assert "unknown correction 'decaying'" in done.stderr
 
 
-def test_nothing_in_an_engine_directory_is_imported(site: Path, folder: Path, command: Command) -> None:
+def test_nothing_in_an_engine_directory_is_imported(
+    site: Path, folder: Path, command: Command
+) -> None:
     shutil.copytree(site, folder / "engine", dirs_exist_ok=True)
-    assert "unknown policy 'alternate'" in command("goc-plan", ".", "alternate", code=2, cwd=folder / "engine").stderr
+    assert (
+        "unknown policy 'alternate'"
+        in command("goc-plan", ".", "alternate", code=2, cwd=folder / "engine").stderr
+    )

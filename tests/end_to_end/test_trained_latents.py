@@ -43,17 +43,25 @@ def agreement(samples: Path) -> float:
     with np.load(samples) as found:
         assert found["arr_0"].shape[1:] == (28, 28, 3)
     words = [sys.executable, MNIST / "score.py", samples, "--labels", LABELS, "--minimum", 0]
-    score = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=120, check=True)
+    score = subprocess.run(
+        [str(word) for word in words], capture_output=True, text=True, timeout=120, check=True
+    )
     return float(re.search(r"agreement ([\d.]+)", score.stdout)[1])
 
 
-@pytest.mark.parametrize(("asked", "gradient"), [("labels", "fora:2+gc:1.0"), ("prompts", "fora:2+goc")])
+@pytest.mark.parametrize(
+    ("asked", "gradient"), [("labels", "fora:2+gc:1.0"), ("prompts", "fora:2+goc")]
+)
 def test_digits_are_read_and_the_gradient_stays_closer_than_plain_reuse(
     asked: str, gradient: str, request: pytest.FixtureRequest, command: Command, tmp_path: Path
 ) -> None:
     by_label = asked == "labels"
     engine = request.getfixturevalue("latent_engine" if by_label else "prompt_engine")
-    what = ("--labels", LABELS) if by_label else [word for digit in DIGITS for word in ("--prompt", f"a {digit}")]
+    what = (
+        ("--labels", LABELS)
+        if by_label
+        else [word for digit in DIGITS for word in ("--prompt", f"a {digit}")]
+    )
     latents = {}
     for plan in ("none", "fora:2", gradient):
         samples, path = tmp_path / f"{plan}.npz", tmp_path / f"{plan}.npy"
@@ -71,7 +79,20 @@ def test_a_prompt_is_read_however_it_is_asked_and_not_what_it_does_not_say(
 ) -> None:
     asked, other = tmp_path / "asked.npz", tmp_path / "other.npz"
     prompts = [word for digit in DIGITS for word in ("--prompt", f"Draw the number {digit}  ")]
-    command("goc-run", prompt_engine, "--plan", "none", *prompts, "--num-images", 50, "--output", asked)
+    command(
+        "goc-run", prompt_engine, "--plan", "none", *prompts, "--num-images", 50, "--output", asked
+    )
     assert agreement(asked) >= 0.85
-    command("goc-run", prompt_engine, "--plan", "none", "--prompt", "a two", "--num-images", 20, "--output", other)
+    command(
+        "goc-run",
+        prompt_engine,
+        "--plan",
+        "none",
+        "--prompt",
+        "a two",
+        "--num-images",
+        20,
+        "--output",
+        other,
+    )
     assert agreement(other) <= 0.2

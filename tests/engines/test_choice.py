@@ -20,18 +20,26 @@ def no_gpu(_index: int = 0) -> str:
 
 
 def test_the_fastest_is_tried_first_and_a_named_one_alone() -> None:
-    assert [name for name, _ in candidates("auto", Path("engine"), RunOptions())] == list(FASTEST_FIRST)
-    assert [name for name, _ in candidates("tensorrt", Path("engine"), RunOptions())] == ["tensorrt"]
+    assert [name for name, _ in candidates("auto", Path("engine"), RunOptions())] == list(
+        FASTEST_FIRST
+    )
+    assert [name for name, _ in candidates("tensorrt", Path("engine"), RunOptions())] == [
+        "tensorrt"
+    ]
     with pytest.raises(UsageError, match="there is no backend 'cuda'; use auto, tensorrt"):
         list(candidates("cuda", Path("engine"), RunOptions()))
 
 
-def test_auto_without_a_gpu_says_why_it_takes_the_cpu(golden_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_without_a_gpu_says_why_it_takes_the_cpu(
+    golden_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(driver, "device_capability", no_gpu)
     with goc_deploy.load(golden_engine) as pipe:
         report = pipe.generate([1]).report
     assert report["backend"] == "onnxruntime"
-    assert report["passed_over"] == dict.fromkeys(FASTEST_FIRST[:3], "there is no NVIDIA driver here")
+    assert report["passed_over"] == dict.fromkeys(
+        FASTEST_FIRST[:3], "there is no NVIDIA driver here"
+    )
     assert explanation("onnxruntime", report["passed_over"]) == (
         "backend onnxruntime is the fastest that works here; "
         "tensorrt, tensorrt-rtx, onnxruntime-cuda: there is no NVIDIA driver here"
@@ -40,7 +48,9 @@ def test_auto_without_a_gpu_says_why_it_takes_the_cpu(golden_engine: Path, monke
         assert pipe.generate([1]).report["passed_over"] == {}
 
 
-def test_a_named_backend_is_never_replaced_by_another(golden_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_backend_is_never_replaced_by_another(
+    golden_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(driver, "device_capability", no_gpu)
     for name in FASTEST_FIRST[:3]:
         with pytest.raises(EnvironmentUnsupportedError, match="there is no NVIDIA driver here"):
@@ -68,20 +78,28 @@ def test_auto_takes_tensorrt_where_it_works_and_goes_on_where_it_does_not(
     monkeypatch.setattr(driver, "device_capability", no_gpu)
     with goc_deploy.load(engine) as pipe:
         report = pipe.generate([1]).report
-    assert (report["backend"], report["passed_over"]) == ("tensorrt-rtx", {"tensorrt": "tensorrt cannot be imported"})
+    assert (report["backend"], report["passed_over"]) == (
+        "tensorrt-rtx",
+        {"tensorrt": "tensorrt cannot be imported"},
+    )
     refuses.append(EnvironmentUnsupportedError("the driver is too old"))
     with goc_deploy.load(engine) as pipe:
         report = pipe.generate([1]).report
     assert report["backend"] == "onnxruntime"
     assert "the driver is too old" in report["passed_over"]["tensorrt-rtx"]
     refuses[0] = ResourceError("4 GB do not fit")
-    with pytest.raises(ResourceError, match="4 GB do not fit"):  # a smaller batch may; the CPU is no answer to that
+    with pytest.raises(
+        ResourceError, match="4 GB do not fit"
+    ):  # a smaller batch may; the CPU is no answer to that
         goc_deploy.load(engine)
 
 
 @pytest.mark.parametrize("name", ["tensorrt-rtx", "auto"])
 def test_auto_goes_on_where_tensorrt_has_no_target_for_the_gpu(
-    golden_engine: Path, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    golden_engine: Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     tensorrt = StandInTensorrt(StandInDevice())
     monkeypatch.setattr(driver, "device_capability", lambda *_: "9.0")
@@ -99,16 +117,24 @@ def test_auto_goes_on_where_tensorrt_has_no_target_for_the_gpu(
     assert "built now" not in caplog.text
 
 
-def test_the_command_names_the_backend_and_why(golden_engine: Path, tmp_path: Path, command: Command) -> None:
+def test_the_command_names_the_backend_and_why(
+    golden_engine: Path, tmp_path: Path, command: Command
+) -> None:
     out = tmp_path / "x.npy"
     done = command("goc-run", golden_engine, "--labels", "1", "--latents-output", out, code=None)
     fell_back = "on onnxruntime " in done.stderr
     assert ("-v tells why no faster backend" in done.stderr) == fell_back
     assert "is the fastest that works here" not in done.stderr
-    done = command("goc-run", golden_engine, "--labels", "1", "--latents-output", out, "-v", code=None)
-    assert ("INFO: backend onnxruntime is the fastest that works here; " in done.stderr) == fell_back
+    done = command(
+        "goc-run", golden_engine, "--labels", "1", "--latents-output", out, "-v", code=None
+    )
+    assert (
+        "INFO: backend onnxruntime is the fastest that works here; " in done.stderr
+    ) == fell_back
     try:
         driver.device_capability()
     except EnvironmentUnsupportedError:
-        refused = command("goc-run", golden_engine, "--labels", "1", "--backend", "tensorrt", code=5)
+        refused = command(
+            "goc-run", golden_engine, "--labels", "1", "--backend", "tensorrt", code=5
+        )
         assert "there is no NVIDIA driver here" in refused.stderr

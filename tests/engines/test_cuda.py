@@ -26,7 +26,11 @@ def device() -> StandInDevice:
 
 def copying(device: StandInDevice) -> tuple[cuda.CudaStream, Buffer, Buffer, Launch]:
     """A stream, two buffers with values, and a copy from one to the other."""
-    stream, source, target = device.stream(), device.allocate((8,), "float32"), device.allocate((8,), "float32")
+    stream, source, target = (
+        device.stream(),
+        device.allocate((8,), "float32"),
+        device.allocate((8,), "float32"),
+    )
     stream.upload(np.arange(8), source)
     stream.upload(np.zeros(8), target)
     return stream, source, target, lambda: stream.copy(source, target)
@@ -43,7 +47,9 @@ def test_values_come_back_also_from_a_view(device: StandInDevice, dtype: str) ->
     np.testing.assert_array_equal(found, values.reshape(64, 2))
 
 
-def test_uploads_go_through_pinned_memory_so_that_values_may_change_at_once(device: StandInDevice) -> None:
+def test_uploads_go_through_pinned_memory_so_that_values_may_change_at_once(
+    device: StandInDevice,
+) -> None:
     stream, memory = device.stream(), device.allocate((3, STAGING_BYTES // 4), "float32")
     values = np.random.default_rng(0).standard_normal(memory.shape).astype(np.float32)
     expected = values.copy()
@@ -198,7 +204,11 @@ def test_a_step_is_counted_and_its_values_moved(device: StandInDevice) -> None:
 def test_the_device_describes_itself_and_its_memory(device: StandInDevice) -> None:
     described = device.describe()
     assert described["device"] == "a stand-in on host memory"
-    assert (described["compute_capability"], described["device_index"], described["cuda_graphs"]) == ("8.9", 0, True)
+    assert (
+        described["compute_capability"],
+        described["device_index"],
+        described["cuda_graphs"],
+    ) == ("8.9", 0, True)
     with pytest.raises(ResourceError, match=r"8.59 GB cannot be allocated on the GPU"):
         device.allocate((2**31,), "float32")
 
@@ -207,11 +217,15 @@ def test_a_missing_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     bindings = StandInDevice().gpu
     monkeypatch.setattr(cuda, "load_driver", lambda: Driver(bindings))
     assert cuda_device().index == 0
-    with pytest.raises(EnvironmentUnsupportedError, match="there is no CUDA device 1; the driver finds 1"):
+    with pytest.raises(
+        EnvironmentUnsupportedError, match="there is no CUDA device 1; the driver finds 1"
+    ):
         cuda_device(1)
 
 
-def test_without_a_driver_or_its_bindings_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_driver_or_its_bindings_the_reason_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def missing(name: str) -> None:
         raise OSError(name)
 
@@ -221,5 +235,7 @@ def test_without_a_driver_or_its_bindings_the_reason_is_given(monkeypatch: pytes
         driver.device_capability()
     monkeypatch.setattr(driver.ctypes, "CDLL", lambda _name: None)
     monkeypatch.setitem(__import__("sys").modules, "cuda.bindings", None)
-    with pytest.raises(EnvironmentUnsupportedError, match=r"cuda-bindings.* pip install 'goc_deploy\[cuda\]'"):
+    with pytest.raises(
+        EnvironmentUnsupportedError, match=r"cuda-bindings.* pip install 'goc_deploy\[cuda\]'"
+    ):
         driver.device_capability()

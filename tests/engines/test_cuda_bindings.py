@@ -52,10 +52,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def in_pytest(*words: str) -> list[str]:
     """The words that run tests there."""
-    return ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.stand_ins.libcuda_plugin", *words]
+    return [
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "tests.stand_ins.libcuda_plugin",
+        *words,
+    ]
 
 
-def test_the_device_works_on_the_real_bindings_and_each_of_our_calls_is_among_them(run: Run, tmp_path: Path) -> None:
+def test_the_device_works_on_the_real_bindings_and_each_of_our_calls_is_among_them(
+    run: Run, tmp_path: Path
+) -> None:
     made = tmp_path / "calls"
     output = run(*in_pytest(*DEVICE_TESTS), STUB_CALLS=str(made))
     assert "skipped" not in output
@@ -66,15 +77,23 @@ def test_the_device_works_on_the_real_bindings_and_each_of_our_calls_is_among_th
 
 
 def test_sessions_of_onnx_runtime_work_on_the_real_bindings(run: Run, golden_engine: Path) -> None:
-    words = in_pytest("tests/runtime/test_gpu.py", "-k", "(test_onnx_runtime or sessions_of_onnx_runtime) and not bf16")
+    words = in_pytest(
+        "tests/runtime/test_gpu.py",
+        "-k",
+        "(test_onnx_runtime or sessions_of_onnx_runtime) and not bf16",
+    )
     output = run(*words, GOC_TEST_ENGINES=str(golden_engine.parent))
     assert "skipped" not in output
 
 
 def test_a_driver_that_is_older_than_the_bindings_is_refused(run: Run) -> None:
     refused = run(
-        "-c", "from goc_deploy.engines.cuda import cuda_device; cuda_device()", code=1, STUB_CUDA_VERSION="12080"
+        "-c",
+        "from goc_deploy.engines.cuda import cuda_device; cuda_device()",
+        code=1,
+        STUB_CUDA_VERSION="12080",
     )
     assert re.search(
-        r"EnvironmentUnsupportedError: .*driver is for CUDA 12\.8, .* for CUDA 13.*; update the driver", refused
+        r"EnvironmentUnsupportedError: .*driver is for CUDA 12\.8, .* for CUDA 13.*; update the driver",
+        refused,
     )

@@ -46,12 +46,23 @@ def test_copies_larger_than_the_pinned_memory_come_back(device: CudaDevice, dtyp
 def test_a_graph_repeats_the_start_of_a_step_a_copy_and_a_prediction(device: CudaDevice) -> None:
     stream, kernel = device.stream(), PredictKernel("2w*3", "float32", device.kernels)
     case = random_case(stack_from_signature("2w*3"), (2, 16, 64), "float32", 0)
-    names = ["x", "gates", "coefficients", *(f"g{unit}_{entry}" for unit in range(3) for entry in range(2))]
-    inputs = {name: placed(device, stream, values, "float32") for name, values in zip(names, case.inputs, strict=True)}
+    names = [
+        "x",
+        "gates",
+        "coefficients",
+        *(f"g{unit}_{entry}" for unit in range(3) for entry in range(2)),
+    ]
+    inputs = {
+        name: placed(device, stream, values, "float32")
+        for name, values in zip(names, case.inputs, strict=True)
+    }
     outputs = {"x_out": device.allocate(case.x.shape, "float32")}
     outputs |= {f"g{unit}": device.allocate(case.x.shape, "float32") for unit in range(3)}
     table = np.arange(48, dtype=np.float32).reshape(3, 2, 2, 4)
-    source, rows = placed(device, stream, table, "float32"), placed(device, stream, np.array([1, 0, 1]), "int64")
+    source, rows = (
+        placed(device, stream, table, "float32"),
+        placed(device, stream, np.array([1, 0, 1]), "int64"),
+    )
     step = placed(device, stream, np.array([-1]), "int32")
     moved, kept = (device.allocate((2, 3, 4), "float32") for _ in range(2))
     launches: list[Launch] = [
@@ -99,9 +110,14 @@ def test_more_than_the_device_has_is_refused(device: CudaDevice) -> None:
         device.allocate((device.free_bytes() or 0,), "float32")
 
 
-def test_a_stream_goes_on_after_a_capture_that_fails(device: CudaDevice, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stream_goes_on_after_a_capture_that_fails(
+    device: CudaDevice, caplog: pytest.LogCaptureFixture
+) -> None:
     stream = device.stream()
-    source, target = placed(device, stream, np.arange(4), "float32"), device.allocate((4,), "float32")
+    source, target = (
+        placed(device, stream, np.arange(4), "float32"),
+        device.allocate((4,), "float32"),
+    )
 
     def failing() -> None:
         raise EnvironmentUnsupportedError("a launch fails")
@@ -120,8 +136,12 @@ def test_threads_record_and_replay_on_streams_of_one_device(device: CudaDevice) 
         try:
             stream = device.stream()
             for _ in range(10):
-                source, target = (placed(device, stream, np.full(9, v), "float32") for v in (value, 0))
-                (replay,) = stream.recorded([lambda source=source, target=target: stream.copy(source, target)])
+                source, target = (
+                    placed(device, stream, np.full(9, v), "float32") for v in (value, 0)
+                )
+                (replay,) = stream.recorded(
+                    [lambda source=source, target=target: stream.copy(source, target)]
+                )
                 replay()
                 assert stream.download(target).tolist() == [value] * 9
         except BaseException as failure:
@@ -162,5 +182,7 @@ def test_the_last_device_of_the_machine_works_in_any_thread() -> None:
 
 def test_a_device_that_is_not_there_is_refused() -> None:
     count = int(load_driver().cuDeviceGetCount())
-    with pytest.raises(EnvironmentUnsupportedError, match=f"no CUDA device {count + 3}; the driver finds {count}"):
+    with pytest.raises(
+        EnvironmentUnsupportedError, match=f"no CUDA device {count + 3}; the driver finds {count}"
+    ):
         cuda_device(count + 3)

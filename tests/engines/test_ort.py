@@ -28,7 +28,9 @@ def test_tensors_are_read_and_written_at_their_addresses() -> None:
     memory = backend.allocate((16,), "float32")
     assert memory.pointer % ALIGNMENT == 0
     backend.upload(np.arange(16, dtype=np.float32), memory)
-    run = backend.load(graph("Neg"), {}).bind({"a": memory.view(2, 4)}, {"b": memory.view(2, 4, start=8)})
+    run = backend.load(graph("Neg"), {}).bind(
+        {"a": memory.view(2, 4)}, {"b": memory.view(2, 4, start=8)}
+    )
     run()
     np.testing.assert_array_equal(backend.download(memory), [*range(8), *(-x for x in range(8))])
 
@@ -61,13 +63,20 @@ def test_wrong_names_types_and_shapes_are_refused_when_bound() -> None:
 
 def test_bytes_that_are_no_graph_and_unknown_ops_are_refused() -> None:
     backend = OrtBackend()
-    for bad in (memoryview(b"not a graph"), memoryview(b""), graph("NoSuchOperator"), graph("Neg", opset=999)):
+    for bad in (
+        memoryview(b"not a graph"),
+        memoryview(b""),
+        graph("NoSuchOperator"),
+        graph("Neg", opset=999),
+    ):
         with pytest.raises(EngineDirError, match="refuses a graph"):
             backend.load(bad, {})
 
 
 def test_a_graph_without_a_cpu_kernel_says_what_to_do() -> None:
-    with pytest.raises(EnvironmentUnsupportedError, match=r"has no CPU kernel .* export with --precision fp32"):
+    with pytest.raises(
+        EnvironmentUnsupportedError, match=r"has no CPU kernel .* export with --precision fp32"
+    ):
         OrtBackend().load(graph("Floor", TensorProto.BFLOAT16), {})
 
 
@@ -85,9 +94,14 @@ print(pipe.generate([1]).report["thread_pool"])
 """
 
 
-def test_with_own_pools_the_program_may_make_other_sessions_as_it_likes(golden_engine: Path) -> None:
+def test_with_own_pools_the_program_may_make_other_sessions_as_it_likes(
+    golden_engine: Path,
+) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", OWN_POOLS, str(golden_engine)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", OWN_POOLS, str(golden_engine)],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.stdout.strip() == "per unit", done.stderr
 

@@ -10,40 +10,99 @@ from onnx import TensorProto, helper
 
 from goc_deploy.engines.ort import shared_pool_of_process
 from goc_deploy.engines.ort_errors import LOADING, RUNNING, error_from_ort
-from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, GocError, ResourceError, UsageError
+from goc_deploy.errors import (
+    EngineDirError,
+    EnvironmentUnsupportedError,
+    GocError,
+    ResourceError,
+    UsageError,
+)
 
 
-def session(op: str, dtype: int = TensorProto.FLOAT, source: int = TensorProto.FLOAT) -> onnxruntime.InferenceSession:
-    a, b = helper.make_tensor_value_info("a", source, ["n"]), helper.make_tensor_value_info("b", dtype, None)
+def session(
+    op: str, dtype: int = TensorProto.FLOAT, source: int = TensorProto.FLOAT
+) -> onnxruntime.InferenceSession:
+    a, b = (
+        helper.make_tensor_value_info("a", source, ["n"]),
+        helper.make_tensor_value_info("b", dtype, None),
+    )
     graph = helper.make_graph([helper.make_node(op, ["a"], ["b"])], "g", [a], [b])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     shared_pool_of_process(0)  # another test may have made it, and then a session needs to use it
     options = onnxruntime.SessionOptions()
     options.use_per_session_threads = False
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "kind", "advice"),
     [
         ("Exception during initialization: std::bad_alloc", ResourceError, "smaller batch size"),
-        ("BFCArena: Failed to allocate memory for requested buffer of size 4294967296", ResourceError, "smaller batch"),
-        ("CUDA failure 2: out of memory ; GPU=0 ; expr=cudaMalloc", ResourceError, "smaller batch size"),
-        ("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0", ResourceError, "smaller batch size"),
-        ("CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", ResourceError, "smaller batch size"),
+        (
+            "BFCArena: Failed to allocate memory for requested buffer of size 4294967296",
+            ResourceError,
+            "smaller batch",
+        ),
+        (
+            "CUDA failure 2: out of memory ; GPU=0 ; expr=cudaMalloc",
+            ResourceError,
+            "smaller batch size",
+        ),
+        (
+            "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0",
+            ResourceError,
+            "smaller batch size",
+        ),
+        (
+            "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+            ResourceError,
+            "smaller batch size",
+        ),
         ("open(/x) failed: Too many open files", ResourceError, "ulimit -n"),
-        ("CUDA failure 700: an illegal memory access was encountered", EnvironmentUnsupportedError, "driver"),
+        (
+            "CUDA failure 700: an illegal memory access was encountered",
+            EnvironmentUnsupportedError,
+            "driver",
+        ),
         ("CUDA failure 222: the provided PTX was compiled", EnvironmentUnsupportedError, "driver"),
-        ("CUDNN failure 1000: CUDNN_STATUS_NOT_INITIALIZED ; GPU=0", EnvironmentUnsupportedError, "driver"),
-        ("CUBLAS failure 1: CUBLAS_STATUS_NOT_INITIALIZED ; GPU=0", EnvironmentUnsupportedError, "driver"),
-        ("[ONNXRuntimeError] : 11 : EP_FAIL : Non-zero status code", EnvironmentUnsupportedError, "driver"),
-        ("libcublasLt.so.12: cannot open shared object file", EnvironmentUnsupportedError, "libraries"),
-        ("[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : Floor(13)", EnvironmentUnsupportedError, "--precision fp32"),
-        ("[ONNXRuntimeError] : 10 : INVALID_GRAPH : CUDAExecutionProvider", EngineDirError, "export again"),
+        (
+            "CUDNN failure 1000: CUDNN_STATUS_NOT_INITIALIZED ; GPU=0",
+            EnvironmentUnsupportedError,
+            "driver",
+        ),
+        (
+            "CUBLAS failure 1: CUBLAS_STATUS_NOT_INITIALIZED ; GPU=0",
+            EnvironmentUnsupportedError,
+            "driver",
+        ),
+        (
+            "[ONNXRuntimeError] : 11 : EP_FAIL : Non-zero status code",
+            EnvironmentUnsupportedError,
+            "driver",
+        ),
+        (
+            "libcublasLt.so.12: cannot open shared object file",
+            EnvironmentUnsupportedError,
+            "libraries",
+        ),
+        (
+            "[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : Floor(13)",
+            EnvironmentUnsupportedError,
+            "--precision fp32",
+        ),
+        (
+            "[ONNXRuntimeError] : 10 : INVALID_GRAPH : CUDAExecutionProvider",
+            EngineDirError,
+            "export again",
+        ),
         ("", EngineDirError, "export again"),
     ],
 )
-def test_what_onnx_runtime_writes_decides_the_class(text: str, kind: type[GocError], advice: str) -> None:
+def test_what_onnx_runtime_writes_decides_the_class(
+    text: str, kind: type[GocError], advice: str
+) -> None:
     found = error_from_ort(RuntimeError(text), RUNNING)
     assert type(found) is kind
     assert advice in str(found)
@@ -59,7 +118,9 @@ def test_errors_of_python_and_of_ours_are_taken() -> None:
 
 
 def test_a_message_is_one_short_line_that_a_terminal_can_show() -> None:
-    text = str(error_from_ort(RuntimeError("\x1b[31mred\x07 " + "x" * 5000 + "\nsecond line"), LOADING))
+    text = str(
+        error_from_ort(RuntimeError("\x1b[31mred\x07 " + "x" * 5000 + "\nsecond line"), LOADING)
+    )
     assert text.isprintable()
     assert len(text) < 500
     assert "second" not in text
@@ -70,7 +131,9 @@ def test_memory_that_a_run_cannot_have_is_told_from_a_broken_graph() -> None:
     with pytest.raises(Exception, match="Failed to allocate") as full:
         bomb.run(None, {"a": np.array([2**46])})
     assert type(error_from_ort(full.value, RUNNING)) is ResourceError
-    assert "Failed to allocate memory for requested buffer" in str(error_from_ort(full.value, RUNNING))
+    assert "Failed to allocate memory for requested buffer" in str(
+        error_from_ort(full.value, RUNNING)
+    )
     with pytest.raises(Exception, match="must be >= 0") as broken:
         bomb.run(None, {"a": np.array([-1])})
     assert type(error_from_ort(broken.value, RUNNING)) is EngineDirError
@@ -103,5 +166,7 @@ except Exception as cause:
 
 
 def test_a_full_memory_at_load_is_no_corrupt_engine() -> None:
-    done = subprocess.run([sys.executable, "-c", ADDRESS_SPACE], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", ADDRESS_SPACE], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 7, done.stderr

@@ -16,7 +16,9 @@ pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra
 pytest.importorskip("polygraphy", reason="polygraphy is not installed (extra rtx)")
 
 TEXT = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text().replace("\\\n", " ")
-LINES = [line for line in re.findall(r"^    (polygraphy .*)$", TEXT, re.MULTILINE) if " run " not in line]
+LINES = [
+    line for line in re.findall(r"^    (polygraphy .*)$", TEXT, re.MULTILINE) if " run " not in line
+]
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: " ".join(line.split()[1:3]))

@@ -38,7 +38,9 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_graph_builds(parts: Path, tmp_path: Path, precision: str, weights: str) -> None:
     companions = {"text_encoder": parts / "t5", "vae": parts / "vae"} if precision == "fp16" else {}
     more = {"num_heads": 3, "steps": 6, "max_batch": 2, "precision": precision, **companions}
-    goc_deploy.export(parts / "model.pth", tmp_path / "engine", plans=["none", "fora:2+gc:1.0"], **more)
+    goc_deploy.export(
+        parts / "model.pth", tmp_path / "engine", plans=["none", "fora:2+gc:1.0"], **more
+    )
     options = EngineOptions(capabilities=("8.6", "8.9", "12.0"), weights=weights)
     manifest, built = build_engines(tmp_path / "engine", options, no_progress)
     served = {graph: engine for engine in manifest.engines for graph in engine.graphs}

@@ -43,7 +43,11 @@ def test_a_second_profile_is_built_and_its_kernels_are_not_counted_twice(plugin:
     def profiles(shapes: dict[str, tuple[int, ...]]) -> list[dict[str, list[tuple[int, ...]]]]:
         sizes = [(1, usual, 8) for usual in (2, 8)]
         return [
-            {name: [tuple(s or size for s in shape) for size in way] for name, shape in shapes.items()} for way in sizes
+            {
+                name: [tuple(s or size for s in shape) for size in way]
+                for name, shape in shapes.items()
+            }
+            for way in sizes
         ]
 
     stack = predict_graph("1*1 2w*12", SPEC, "fp16")
@@ -53,7 +57,9 @@ def test_a_second_profile_is_built_and_its_kernels_are_not_counted_twice(plugin:
     with build_process("tensorrt-rtx", plugin=plugin) as process:
         for graph in graphs:
             shapes = {
-                value.name: tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
+                value.name: tuple(
+                    dimension.dim_value for dimension in value.type.tensor_type.shape.dim
+                )
                 for value in graph.graph.input
                 if any(dimension.dim_param for dimension in value.type.tensor_type.shape.dim)
             }

@@ -18,7 +18,9 @@ TARGET = Target("tensorrt-rtx", "1.7", "linux-x86_64", ("8.9",))
         ("../..", None, "kernels-.cache"),
     ],
 )
-def test_the_file_is_named_after_the_gpu_and_the_driver(gpu: str, version: int | None, name: str) -> None:
+def test_the_file_is_named_after_the_gpu_and_the_driver(
+    gpu: str, version: int | None, name: str
+) -> None:
     assert caches.cache_path(TARGET, "kernels", gpu, version) == f"{TARGET.folder}/{name}"
 
 

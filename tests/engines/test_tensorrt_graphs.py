@@ -20,7 +20,12 @@ def unit_of(engine: Path, name: str) -> tuple[Manifest, Unit, memoryview, memory
     unit = next(u for u in manifest.units if u.name == name)
     files = {file.path: file for file in manifest.files}
     assert unit.weights is not None
-    return manifest, unit, read_verified(engine, files[unit.onnx]), read_verified(engine, files[unit.weights])
+    return (
+        manifest,
+        unit,
+        read_verified(engine, files[unit.onnx]),
+        read_verified(engine, files[unit.weights]),
+    )
 
 
 def run(graph: bytes, inputs: dict[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
@@ -38,9 +43,14 @@ def run(graph: bytes, inputs: dict[str, np.ndarray], shape: tuple[int, ...]) -> 
 def test_all_three_forms_of_a_unit_compute_the_same(golden_engine: Path) -> None:
     manifest, unit, content, weights = unit_of(golden_engine, "block_01_mlp")
     spec, rng = manifest.model, np.random.default_rng(0)
-    inputs = {name: rng.standard_normal((2, spec.hidden), np.float32) for name in ("shift", "scale", "gate")}
+    inputs = {
+        name: rng.standard_normal((2, spec.hidden), np.float32)
+        for name in ("shift", "scale", "gate")
+    }
     inputs["x"] = rng.standard_normal((2, spec.tokens, spec.hidden), np.float32)
-    parameters = {p.name: mapped_buffer(weights, p.offset, p.shape, "float32") for p in unit.parameters}
+    parameters = {
+        p.name: mapped_buffer(weights, p.offset, p.shape, "float32") for p in unit.parameters
+    }
 
     backend = OrtBackend()
     out = backend.allocate(inputs["x"].shape, "float32")
@@ -62,14 +72,19 @@ def test_all_three_forms_of_a_unit_compute_the_same(golden_engine: Path) -> None
         for p in unit.parameters
     }
     np.testing.assert_allclose(
-        run(graphs.graph_bytes(shared), {**inputs, **as_inputs}, out.shape), expected, rtol=1e-5, atol=1e-5
+        run(graphs.graph_bytes(shared), {**inputs, **as_inputs}, out.shape),
+        expected,
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 
 def test_units_of_a_kind_become_equal_and_keep_gemms_that_fuse(golden_engine: Path) -> None:
     forms = set()
     for block in range(4):
-        model = graphs.model_from_bytes(unit_of(golden_engine, f"block_{block:02d}_attn")[2], "here")
+        model = graphs.model_from_bytes(
+            unit_of(golden_engine, f"block_{block:02d}_attn")[2], "here"
+        )
         graphs.share_weights(model)
         forms.add(graphs.graph_bytes(model))
         products = [node for node in model.graph.node if node.op_type == "Gemm"]
@@ -107,7 +122,8 @@ def test_what_does_not_fit_is_refused(golden_engine: Path) -> None:
         graphs.embed_weights(model, unit.parameters[1:], weights, "fp32", "here")
     huge = np.lib.stride_tricks.as_strided(np.zeros(1, np.uint8), (2**31,), (0,))
     with pytest.raises(
-        ResourceError, match=r"2.1 GB of weights do not fit into one graph; use --engine-weights shared"
+        ResourceError,
+        match=r"2.1 GB of weights do not fit into one graph; use --engine-weights shared",
     ):
         graphs.embed_weights(model, unit.parameters, huge, "fp32", "here")  # type: ignore[arg-type]
     with pytest.raises(EngineDirError, match="input x has the dynamic dimension 'batch'"):

@@ -32,7 +32,11 @@ def test_the_default_is_every_gpu_from_ampere_on(rtx: Library) -> None:
 
 
 def test_capabilities_are_sorted_and_taken_once(rtx: Library) -> None:
-    assert target_from_options(rtx, ("12.0", "7.5", "8.6", "8.6"), "fp16").capabilities == ("7.5", "8.6", "12.0")
+    assert target_from_options(rtx, ("12.0", "7.5", "8.6", "8.6"), "fp16").capabilities == (
+        "7.5",
+        "8.6",
+        "12.0",
+    )
 
 
 @pytest.mark.parametrize(
@@ -44,16 +48,22 @@ def test_capabilities_are_sorted_and_taken_once(rtx: Library) -> None:
         ("8.6.1", "fp16", r"must look like 8.6"),
     ],
 )
-def test_what_cannot_be_built_for_is_refused(rtx: Library, capability: str, precision: str, message: str) -> None:
+def test_what_cannot_be_built_for_is_refused(
+    rtx: Library, capability: str, precision: str, message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         target_from_options(rtx, (capability,), precision)
 
 
-@pytest.mark.parametrize(("capability", "precision"), [("9.0", "fp16"), ("10.0", "fp16"), ("7.5", "bf16")])
+@pytest.mark.parametrize(
+    ("capability", "precision"), [("9.0", "fp16"), ("10.0", "fp16"), ("7.5", "bf16")]
+)
 def test_a_gpu_that_the_library_has_no_target_for_is_no_wrong_option(
     rtx: Library, capability: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(EnvironmentUnsupportedError, match=r"has no (target|bf16).*; (use|export with)"):
+    with pytest.raises(
+        EnvironmentUnsupportedError, match=r"has no (target|bf16).*; (use|export with)"
+    ):
         check_target(rtx, capability, precision)
     check_target(rtx, "8.9", precision)
     monkeypatch.setattr(driver, "device_capability", lambda *_: capability)
@@ -61,7 +71,9 @@ def test_a_gpu_that_the_library_has_no_target_for_is_no_wrong_option(
         library_here("tensorrt-rtx", precision)
 
 
-def test_the_gpu_of_the_machine_without_the_precision_is_no_wrong_option(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_of_the_machine_without_the_precision_is_no_wrong_option(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(driver, "device_capability", lambda *_: "7.5")
     library = Library("tensorrt", SimpleNamespace(__version__="11.4"))
     assert target_from_options(library, (), "fp16").capabilities == ("7.5",)
@@ -75,7 +87,9 @@ def test_backends_that_are_unknown_or_not_installed_say_what_to_do() -> None:
     with pytest.raises(UsageError, match="use tensorrt-rtx or tensorrt"):
         library_from_backend("onnxruntime")
     if importlib.util.find_spec("tensorrt") is None:
-        with pytest.raises(EnvironmentUnsupportedError, match=r"pip install 'goc_deploy\[tensorrt\]'"):
+        with pytest.raises(
+            EnvironmentUnsupportedError, match=r"pip install 'goc_deploy\[tensorrt\]'"
+        ):
             library_from_backend("tensorrt")
 
 
@@ -83,7 +97,9 @@ def test_without_a_driver_the_error_says_where_to_build() -> None:
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
-        with pytest.raises(EnvironmentUnsupportedError, match=r"no NVIDIA driver here .* use a GPU machine"):
+        with pytest.raises(
+            EnvironmentUnsupportedError, match=r"no NVIDIA driver here .* use a GPU machine"
+        ):
             driver.device_capability()
     else:
         pytest.skip("this machine has an NVIDIA driver")

@@ -55,7 +55,9 @@ def test_engines_that_are_there_are_loaded_and_none_is_built(engine: Path) -> No
     assert asked(engine) == []
 
 
-def test_engines_of_another_gpu_or_version_are_not_loaded(engine: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_engines_of_another_gpu_or_version_are_not_loaded(
+    engine: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     before = {entry.path for entry in read_manifest(engine).engines}
     ((weights, capabilities, built),) = asked(engine, capability="12.0")
     assert (weights, capabilities) == ("embedded", ("12.0",))
@@ -73,7 +75,11 @@ def test_engines_of_another_gpu_or_version_are_not_loaded(engine: Path, caplog: 
             "fp32",
             r"tensorrt-rtx 99.1 has no target 9.0, only 7.5, .*; use --backend tensorrt, or onnxruntime-cuda",
         ),
-        ("7.5", "bf16", r"a GPU of compute capability 7.5 has no bf16; export with --precision fp16"),
+        (
+            "7.5",
+            "bf16",
+            r"a GPU of compute capability 7.5 has no bf16; export with --precision fp16",
+        ),
     ],
 )
 def test_a_gpu_without_a_target_is_refused_before_anything_is_built(
@@ -116,7 +122,9 @@ def test_a_key_of_another_recipe_is_not_trusted(engine: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [replace(SHARED, workspace_bytes=2**20), replace(SHARED, plugin=False)], ids=["workspace", "no plugin"]
+    "options",
+    [replace(SHARED, workspace_bytes=2**20), replace(SHARED, plugin=False)],
+    ids=["workspace", "no plugin"],
 )
 def test_engines_built_with_other_limits_are_as_good(
     golden_engine: Path, tmp_path: Path, options: EngineOptions
@@ -126,7 +134,9 @@ def test_engines_built_with_other_limits_are_as_good(
     assert asked(directory) == []
 
 
-def test_of_two_weight_modes_the_complete_one_is_taken_and_then_the_one_with_fewer_kernels(engine: Path) -> None:
+def test_of_two_weight_modes_the_complete_one_is_taken_and_then_the_one_with_fewer_kernels(
+    engine: Path,
+) -> None:
     tensorrt = StandInTensorrt(StandInDevice())
     tensorrt.build(engine, replace(SHARED, weights="embedded"), no_progress)
     manifest = read_manifest(engine)
@@ -136,13 +146,20 @@ def test_of_two_weight_modes_the_complete_one_is_taken_and_then_the_one_with_few
 
     assert chosen(manifest) == "embedded"
     embedded = next(entry for entry in manifest.engines if entry.weights == "embedded")
-    assert chosen(replace(manifest, engines=tuple(e for e in manifest.engines if e != embedded))) == "shared"
+    assert (
+        chosen(replace(manifest, engines=tuple(e for e in manifest.engines if e != embedded)))
+        == "shared"
+    )
 
 
-def test_a_builder_that_leaves_something_out_is_an_error(golden_engine: Path, tmp_path: Path) -> None:
+def test_a_builder_that_leaves_something_out_is_an_error(
+    golden_engine: Path, tmp_path: Path
+) -> None:
     directory = Path(shutil.copytree(golden_engine, tmp_path / "engine"))
     tensorrt = StandInTensorrt(StandInDevice())
-    with pytest.raises(EnvironmentUnsupportedError, match="engines are missing right after they were built"):
+    with pytest.raises(
+        EnvironmentUnsupportedError, match="engines are missing right after they were built"
+    ):
         tensorrt_backend(
             *(directory, tensorrt.library, CAPABILITY, tensorrt.device),
             build=lambda path, _options, _progress: (read_manifest(path), 0),

@@ -35,7 +35,11 @@ pytest.importorskip("polygraphy", reason="polygraphy is not installed (extra rtx
 
 CAPABILITIES = ("8.6", "8.9", "12.0")
 SHARED = EngineOptions(capabilities=CAPABILITIES, weights="shared")
-FLAGS = ("--backend", "tensorrt-rtx", *(word for c in CAPABILITIES for word in ("--compute-capability", c)))
+FLAGS = (
+    "--backend",
+    "tensorrt-rtx",
+    *(word for c in CAPABILITIES for word in ("--compute-capability", c)),
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +78,13 @@ def test_with_shared_weights_one_engine_serves_every_unit_of_a_kind(built_engine
     manifest = read_manifest(built_engine)
     graphs = [graph for engine in manifest.engines for graph in engine.graphs]
     plans = [load_plan(built_engine, manifest, entry.name) for entry in manifest.plans]
-    launched = {signature for plan in plans for signature in with_stacks(plan, manifest.model).signatures}
+    launched = {
+        signature for plan in plans for signature in with_stacks(plan, manifest.model).signatures
+    }
     assert launched == {"1*8"}  # and not the graphs that only the CPU launches
-    assert sorted(graphs) == sorted([*(u.onnx for u in manifest.units), *(manifest.predict[s] for s in launched)])
+    assert sorted(graphs) == sorted(
+        [*(u.onnx for u in manifest.units), *(manifest.predict[s] for s in launched)]
+    )
     served = {e.graphs[0]: len(e.graphs) for e in manifest.engines if len(e.graphs) > 1}
     assert served == {"onnx/block_00_attn.onnx": 4, "onnx/block_00_mlp.onnx": 4}
     for entry in manifest.engines:
@@ -88,10 +96,14 @@ def test_with_shared_weights_one_engine_serves_every_unit_of_a_kind(built_engine
     assert not [*built_engine.glob("engines/*/timings*")]
     predicted = [e for e in manifest.engines if e.graphs[0] in manifest.predict.values()]
     assert predicted
-    assert all((e.kernels, e.plugin_layers, e.activation_bytes) == (1, 0, 0) for e in predicted)  # TensorRT fuses these
+    assert all(
+        (e.kernels, e.plugin_layers, e.activation_bytes) == (1, 0, 0) for e in predicted
+    )  # TensorRT fuses these
 
 
-def test_the_library_tells_an_engine_without_its_gpu_from_what_is_no_engine(built_engine: Path) -> None:
+def test_the_library_tells_an_engine_without_its_gpu_from_what_is_no_engine(
+    built_engine: Path,
+) -> None:
     manifest = read_manifest(built_engine)
     runtime = trt.Runtime(trt.Logger(trt.Logger.INTERNAL_ERROR))
     for entry in manifest.engines[:3]:
@@ -115,7 +127,16 @@ def test_embedded_weights_make_an_engine_per_unit_beside_the_shared_ones(engine:
 
 
 def test_bf16_engines_build_and_their_tensors_are_bf16(tmp_path: Path, command: Command) -> None:
-    options = ("--num-heads", 4, "--precision", "bf16", "--plan", "fora:2", "--engine-weights", "shared")
+    options = (
+        "--num-heads",
+        4,
+        "--precision",
+        "bf16",
+        "--plan",
+        "fora:2",
+        "--engine-weights",
+        "shared",
+    )
     done = command("goc-export", GOLDEN / "model.pt", "-o", tmp_path / "engine", *options, *FLAGS)
     assert "engines built for tensorrt-rtx" in done.stderr
     found = command("goc-plan", tmp_path / "engine", "--inspect").stdout
@@ -131,7 +152,9 @@ def test_what_is_there_is_not_built_again(engine: Path, command: Command) -> Non
     assert (engine / MANIFEST_NAME).read_bytes() == before
 
 
-def test_damaged_engines_are_built_again_and_no_other(engine: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_engines_are_built_again_and_no_other(
+    engine: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     before = listed(engine)
     truncated, flipped, foreign, missing, other = list(before)[-5:]
     (engine / truncated).write_bytes((engine / truncated).read_bytes()[:1000])
@@ -144,11 +167,18 @@ def test_damaged_engines_are_built_again_and_no_other(engine: Path, caplog: pyte
     assert built == 4
     assert caplog.text.count("an engine is built again") == 4
     after = listed(engine)
-    assert {path for path in after if after[path] != before[path]} <= {truncated, flipped, foreign, missing}
+    assert {path for path in after if after[path] != before[path]} <= {
+        truncated,
+        flipped,
+        foreign,
+        missing,
+    }
     assert all(read_engine(engine, manifest, entry) for entry in manifest.engines)
 
 
-def test_an_engine_whose_bytes_are_no_engine_is_refused_although_its_digest_is_right(engine: Path) -> None:
+def test_an_engine_whose_bytes_are_no_engine_is_refused_although_its_digest_is_right(
+    engine: Path,
+) -> None:
     manifest = read_manifest(engine)
     entry = manifest.engines[0]
     (engine / entry.path).write_bytes(b"no engine")
@@ -204,14 +234,18 @@ def test_killing_a_build_leaves_a_usable_directory_and_what_was_built(
     replacements: int, bare_engine: Path, tmp_path: Path, command: Command
 ) -> None:
     engine = Path(shutil.copytree(bare_engine, tmp_path / "engine"))
-    done = subprocess.run([sys.executable, "-c", KILLED, str(engine), str(replacements)], timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(engine), str(replacements)], timeout=120
+    )
     assert done.returncode == -signal.SIGKILL
     manifest = read_manifest(engine)
     assert len(manifest.engines) == replacements // 2  # an engine's file, then the manifest
     assert all(read_engine(engine, manifest, entry) for entry in manifest.engines)
     command("goc-run", engine, "--labels", "1", "--latents-output", tmp_path / "x.npy")
     progress: list[int] = []
-    manifest, built = build_engines(engine, SHARED, lambda _what, done, _total: progress.append(done))
+    manifest, built = build_engines(
+        engine, SHARED, lambda _what, done, _total: progress.append(done)
+    )
     assert built == len(manifest.engines) - replacements // 2
     assert progress == [*range(replacements // 2, len(manifest.engines) + 1)]
     left = {path.name for path in engine.glob("engines/**/*") if path.is_file()}
@@ -219,7 +253,9 @@ def test_killing_a_build_leaves_a_usable_directory_and_what_was_built(
     assert {name for name in left - listed_names if not name.startswith(".")} == set()
 
 
-def test_two_processes_that_build_the_same_share_the_work(bare_engine: Path, tmp_path: Path) -> None:
+def test_two_processes_that_build_the_same_share_the_work(
+    bare_engine: Path, tmp_path: Path
+) -> None:
     engine = Path(shutil.copytree(bare_engine, tmp_path / "engine"))
     words = [str(BIN / "goc-plan"), str(engine), *FLAGS, "--engine-weights", "shared"]
     both = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -240,7 +276,9 @@ def test_a_directory_that_was_replaced_meanwhile_gets_no_engine_of_the_old_one(
             model.producer_name = "another export"
             with_graph(engine, "onnx/sampler.onnx", model.SerializeToString())
 
-    with pytest.raises(EngineDirError, match=r"sampler.onnx .*(was changed|bytes but the manifest says)"):
+    with pytest.raises(
+        EngineDirError, match=r"sampler.onnx .*(was changed|bytes but the manifest says)"
+    ):
         build_engines(engine, SHARED, replace_sampler)
     assert not [e for e in read_manifest(engine).engines if e.graphs == ("onnx/sampler.onnx",)]
 
@@ -248,10 +286,14 @@ def test_a_directory_that_was_replaced_meanwhile_gets_no_engine_of_the_old_one(
 def test_an_engine_whose_graph_was_replaced_while_it_was_built_is_not_added(engine: Path) -> None:
     manifest = read_manifest(engine)
     target = target_from_options(library_from_backend("tensorrt-rtx"), CAPABILITIES, "fp16")
-    job = next(j for j in wanted_engines(engine, manifest, target, SHARED) if j.unit.name == "sampler")
+    job = next(
+        j for j in wanted_engines(engine, manifest, target, SHARED) if j.unit.name == "sampler"
+    )
     with_graph(engine, job.unit.onnx, (engine / job.unit.onnx).read_bytes() + b" ")
     before = (engine / MANIFEST_NAME).read_bytes()
-    with pytest.raises(ConflictError, match="was replaced while engines were built for it; run again"):
+    with pytest.raises(
+        ConflictError, match="was replaced while engines were built for it; run again"
+    ):
         add_engine(engine, manifest, job, b"vtrt", BuildReport())
     assert (engine / MANIFEST_NAME).read_bytes() == before
 
@@ -275,9 +317,14 @@ def children() -> list[str]:
     return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
 
 
-def test_a_unit_that_cannot_be_built_is_named_with_its_op_and_the_reason(engine: Path, command: Command) -> None:
+def test_a_unit_that_cannot_be_built_is_named_with_its_op_and_the_reason(
+    engine: Path, command: Command
+) -> None:
     model = onnx.load(engine / "onnx/collect.onnx")
-    model.graph.node[0].op_type, model.graph.node[0].name = "Where", "odd_one"  # which takes three inputs
+    model.graph.node[0].op_type, model.graph.node[0].name = (
+        "Where",
+        "odd_one",
+    )  # which takes three inputs
     with_graph(engine, "onnx/collect.onnx", model.SerializeToString())
     done = command("goc-plan", engine, *FLAGS, "--engine-weights", "shared", code=5)
     (line,) = done.stderr.splitlines()
@@ -300,7 +347,9 @@ def stacking_engine(engine: Path) -> Path:
     """With a prediction launch that stores more than TensorRT fuses."""
     manifest, path = read_manifest(engine), "onnx/predict_stack.onnx"
     graph = predict_graph("1*2 2w*12", manifest.model, "fp16")
-    with_graph(engine, path, graph.SerializeToString(), predict={**manifest.predict, "1*2 2w*12": path})
+    with_graph(
+        engine, path, graph.SerializeToString(), predict={**manifest.predict, "1*2 2w*12": path}
+    )
     return engine
 
 
@@ -310,10 +359,18 @@ def test_a_stack_that_tensorrt_does_not_fuse_is_one_launch_of_the_plugin(
     done = command("goc-plan", stacking_engine, *FLAGS, "--engine-weights", "shared")
     assert ": 1 engines built" in done.stderr
     assert "1 with the plugin" in done.stderr
-    entry = next(e for e in read_manifest(stacking_engine).engines if e.graphs == ("onnx/predict_stack.onnx",))
+    entry = next(
+        e
+        for e in read_manifest(stacking_engine).engines
+        if e.graphs == ("onnx/predict_stack.onnx",)
+    )
     assert (entry.kernels, entry.plugin_layers, entry.activation_bytes) == (1, 1, 0)
     command("goc-plan", stacking_engine, *FLAGS, "--engine-weights", "shared", "--no-plugin")
-    (entry,) = [e for e in read_manifest(stacking_engine).engines if e.graphs == ("onnx/predict_stack.onnx",)]
+    (entry,) = [
+        e
+        for e in read_manifest(stacking_engine).engines
+        if e.graphs == ("onnx/predict_stack.onnx",)
+    ]
     assert entry.plugin_layers == 0
     assert entry.kernels
     assert entry.kernels > 12  # one per prediction that is stored, and one more
@@ -325,7 +382,11 @@ def test_where_the_parser_cannot_use_the_plugin_the_bodies_are_built_and_the_log
     environment = tensorrt_process._environment
 
     def without_the_library_name(backend: str, folder: Path) -> dict[str, str]:
-        return {name: value for name, value in environment(backend, folder).items() if name != "LD_LIBRARY_PATH"}
+        return {
+            name: value
+            for name, value in environment(backend, folder).items()
+            if name != "LD_LIBRARY_PATH"
+        }
 
     monkeypatch.setattr(tensorrt_process, "_environment", without_the_library_name)
     manifest, built = build_engines(stacking_engine, SHARED, no_progress)
@@ -361,7 +422,8 @@ def test_a_build_process_that_cannot_start_says_why(
     engine = Path(shutil.copytree(bare_engine, tmp_path / "engine"))
     monkeypatch.setenv("PYTHONHOME", str(tmp_path))
     with pytest.raises(
-        EnvironmentUnsupportedError, match=r"unit conditioning: tensorrt-rtx .* it ended with exit code 1"
+        EnvironmentUnsupportedError,
+        match=r"unit conditioning: tensorrt-rtx .* it ended with exit code 1",
     ):
         build_engines(engine, SHARED, no_progress)
 

@@ -52,9 +52,13 @@ def build(directory: Path, weights: str = "embedded") -> tuple[Manifest, list[in
     """Build everything anew; how many layers were timed for each engine."""
     manifest = replace(read_manifest(directory), engines=())
     (directory / MANIFEST_NAME).write_text(manifest_to_json(manifest))
-    manifest, built = store.build_engines(directory, EngineOptions("tensorrt", weights=weights), no_progress)
+    manifest, built = store.build_engines(
+        directory, EngineOptions("tensorrt", weights=weights), no_progress
+    )
     assert built == len(manifest.engines) > 0
-    return manifest, [json.loads((directory / entry.path).read_text())["timed"] for entry in manifest.engines]
+    return manifest, [
+        json.loads((directory / entry.path).read_text())["timed"] for entry in manifest.engines
+    ]
 
 
 def test_blocks_that_are_alike_and_later_builds_find_the_timings(engine: Path) -> None:
@@ -74,8 +78,14 @@ def test_engines_have_a_profile_for_one_image_and_one_for_the_most(engine: Path)
     entries = {entry.graphs[0]: entry for entry in manifest.engines}
     assert entries["onnx/block_00_attn.onnx"].optima == ("batch=2", "batch=32")
     assert len(entries["onnx/conditioning.onnx"].optima) == 1
-    first, second = json.loads((engine / entries["onnx/block_00_attn.onnx"].path).read_text())["profiles"]
-    assert (first["x"][0], first["x"][2]) == (second["x"][0], second["x"][2]) == ([1, 16, 64], [32, 16, 64])
+    first, second = json.loads((engine / entries["onnx/block_00_attn.onnx"].path).read_text())[
+        "profiles"
+    ]
+    assert (
+        (first["x"][0], first["x"][2])
+        == (second["x"][0], second["x"][2])
+        == ([1, 16, 64], [32, 16, 64])
+    )
     assert (first["x"][1], second["x"][1]) == ([2, 16, 64], [32, 16, 64])
 
 
@@ -110,7 +120,11 @@ def test_another_gpu_of_the_same_capability_has_timings_of_its_own(
     assert sum(build(engine, "shared")[1]) == 0
 
 
-def test_a_build_that_runs_out_of_memory_says_so(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_that_runs_out_of_memory_says_so(
+    engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("STAND_IN_OUT_OF_MEMORY", "1")
-    with pytest.raises(ResourceError, match=r"unit conditioning: .*not enough GPU memory .*use --engine-workspace"):
+    with pytest.raises(
+        ResourceError, match=r"unit conditioning: .*not enough GPU memory .*use --engine-workspace"
+    ):
         build(engine)

@@ -19,7 +19,9 @@ from tests.stand_ins.loading import copy_with_engines, stand_in_backend
 
 
 @pytest.mark.parametrize("weights", WEIGHT_MODES)
-def test_every_graph_that_has_an_engine_is_compared(golden_engine: Path, tmp_path: Path, weights: str) -> None:
+def test_every_graph_that_has_an_engine_is_compared(
+    golden_engine: Path, tmp_path: Path, weights: str
+) -> None:
     engine = copy_with_engines(golden_engine, tmp_path / "engine", weights)
     backend, _ = stand_in_backend(engine)
     found = verify_engines(engine, backend, OrtBackend(), no_progress)
@@ -36,16 +38,22 @@ def test_an_engine_that_computes_something_else_is_named(
     backend, _ = stand_in_backend(engine)
     download = backend.download
     monkeypatch.setattr(
-        backend, "download", lambda buffer: download(buffer) * (1 + 0.01 * (buffer.shape[1:] == (4, 8, 8)))
+        backend,
+        "download",
+        lambda buffer: download(buffer) * (1 + 0.01 * (buffer.shape[1:] == (4, 8, 8))),
     )
-    with pytest.raises(VerificationError, match=r"unit sampler: tensorrt-rtx differs from ONNX Runtime by 1.00e-02"):
+    with pytest.raises(
+        VerificationError, match=r"unit sampler: tensorrt-rtx differs from ONNX Runtime by 1.00e-02"
+    ):
         verify_engines(engine, backend, OrtBackend(), no_progress)
     monkeypatch.setattr(backend, "download", lambda buffer: np.full(buffer.shape, np.nan))
     with pytest.raises(VerificationError, match="differs from ONNX Runtime by inf"):
         verify_engines(engine, backend, OrtBackend(), no_progress)
 
 
-def test_without_a_gpu_verification_is_refused_before_the_export_begins(command: Command, tmp_path: Path) -> None:
+def test_without_a_gpu_verification_is_refused_before_the_export_begins(
+    command: Command, tmp_path: Path
+) -> None:
     try:
         driver.device_capability()
     except EnvironmentUnsupportedError:

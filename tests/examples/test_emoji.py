@@ -58,7 +58,9 @@ def test_a_caption_names_one_emoji(script: Any) -> None:
     captions = script("captions")
     entries = captions.read_captions().values()
     assert all(3 <= len(entry.train) <= 4 for entry in entries)
-    counts = Counter(captions.normalised(text) for entry in entries for text in (*entry.train, entry.held_out))
+    counts = Counter(
+        captions.normalised(text) for entry in entries for text in (*entry.train, entry.held_out)
+    )
     assert max(counts.values()) == 1, counts.most_common(3)
 
 
@@ -74,7 +76,12 @@ def test_the_tokenizer_normalises_as_the_vocabulary_does(script: Any) -> None:
     captions = script("captions")
     entries = captions.read_captions()
     tokenizer = captions.tokenizer_of_words(captions.vocabulary(entries))
-    for text in ("Two red CHERRIES!", "a four-leaf clover", "dogs", *(entry.held_out for entry in entries.values())):
+    for text in (
+        "Two red CHERRIES!",
+        "a four-leaf clover",
+        "dogs",
+        *(entry.held_out for entry in entries.values()),
+    ):
         assert tokenizer.normalizer.normalize_str(text) == captions.normalised(text)
         assert captions.UNKNOWN not in tokenizer.encode(text).ids, text
     assert tokenizer.encode("a fluffy dog").ids.count(captions.UNKNOWN) == 1
@@ -84,12 +91,17 @@ def test_no_training_prompt_is_cut(script: Any) -> None:
     captions = script("captions")
     entries = captions.read_captions()
     tokenizer = captions.tokenizer_of_words(captions.vocabulary(entries))
-    longest = max((text for entry in entries.values() for text in entry.train), key=lambda text: len(text.split()))
+    longest = max(
+        (text for entry in entries.values() for text in entry.train),
+        key=lambda text: len(text.split()),
+    )
     prompts = [template.format(f"little {longest}") for template in captions.TEMPLATES]
     assert max(len(tokenizer.encode(prompt).ids) for prompt in prompts) <= captions.TOKENS
 
 
-def test_pictures_are_those_of_the_captions_and_the_score_tells_them_apart_under_noise(script: Any) -> None:
+def test_pictures_are_those_of_the_captions_and_the_score_tells_them_apart_under_noise(
+    script: Any,
+) -> None:
     evaluate, captions = script("evaluate"), script("captions")
     with np.load(EMOJI / "pictures.npz") as arrays:
         images, names = arrays["images"], arrays["names"].tolist()
@@ -144,7 +156,9 @@ def test_training_in_two_sessions_gives_the_weights_of_one(script: Any, tmp_path
     assert all(momentum.any() for momentum in whole.optimizer.momenta)
     for expected, found in zip(whole.model.parameters(), second.model.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    for expected, found in zip(whole.average.parameters(), second.average.parameters(), strict=True):
+    for expected, found in zip(
+        whole.average.parameters(), second.average.parameters(), strict=True
+    ):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 

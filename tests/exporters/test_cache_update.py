@@ -28,9 +28,15 @@ def run(
 ) -> list[np.ndarray]:
     """x_out, then the stored predictions, with every stored prediction written over the last entry it reads."""
     backend = OrtBackend()
-    engine = backend.load(memoryview(predict_graph(signature, SPEC, precision).SerializeToString()), {})
+    engine = backend.load(
+        memoryview(predict_graph(signature, SPEC, precision).SerializeToString()), {}
+    )
     inputs, outputs = {}, {}
-    for name, values in {"x": x, "gates": gates, "coefficients": np.array(coefficients, np.float32)}.items():
+    for name, values in {
+        "x": x,
+        "gates": gates,
+        "coefficients": np.array(coefficients, np.float32),
+    }.items():
         inputs[name] = backend.allocate(values.shape, engine.dtypes[name])
         backend.upload(values, inputs[name])
     outputs["x_out"] = backend.allocate(x.shape, engine.dtypes["x_out"])
@@ -54,7 +60,9 @@ def run(
 def test_a_launch_adds_gated_predictions_and_stores_them_in_place(
     units: list[tuple[int, bool]], batch: int, precision: str, seed: int
 ) -> None:
-    signature = Predict(0, tuple(Prediction((0,) * k, (1.0,) * k, 0 if w else None) for k, w in units)).signature
+    signature = Predict(
+        0, tuple(Prediction((0,) * k, (1.0,) * k, 0 if w else None) for k, w in units)
+    ).signature
     assert entries_from_signature(signature) == units
     dtype, tolerance = (np.float32, 1e-5) if precision == "fp32" else (np.float16, 4e-3)
     rng = np.random.default_rng(seed)
@@ -65,7 +73,9 @@ def test_a_launch_adds_gated_predictions_and_stores_them_in_place(
     expected, stored = x.astype(np.float64), []
     for u, (_, store) in enumerate(units):
         whole, *others = rows[u]
-        g = history[u][0] + sum(c * h.astype(np.float64) for c, h in zip(others, history[u][1:], strict=True))
+        g = history[u][0] + sum(
+            c * h.astype(np.float64) for c, h in zip(others, history[u][1:], strict=True)
+        )
         expected = expected + whole * gates[u].astype(np.float64)[:, None] * g
         if store:
             stored.append(g)
@@ -78,7 +88,11 @@ def test_every_update_is_a_node_with_a_body_and_the_attributes_tensorrt_looks_fo
     model = predict_graph("1*2 2w*1", SPEC, "fp16")
     assert [f.name for f in model.functions] == ["GocCacheApply1", "GocCacheUpdate2"]
     updates = [node for node in model.graph.node if node.domain == "goc"]
-    assert [node.op_type for node in updates] == ["GocCacheApply1", "GocCacheApply1", "GocCacheUpdate2"]
+    assert [node.op_type for node in updates] == [
+        "GocCacheApply1",
+        "GocCacheApply1",
+        "GocCacheUpdate2",
+    ]
     for node in updates:
         attributes = {a.name: a.s for a in node.attribute}
         assert attributes == {"plugin_namespace": b"goc", "plugin_version": b"1"}
@@ -88,10 +102,14 @@ def test_the_arithmetic_is_float32_in_every_precision() -> None:
     for function in predict_graph("2w*1 1*1", SPEC, "bf16").functions:
         casts = [node for node in function.node if node.op_type == "Cast"]
         assert {node.input[0] for node in casts} >= {"x", "gate", "g0"}
-        assert {onnx.helper.get_node_attr_value(node, "to") for node in casts} == {onnx.TensorProto.FLOAT}
+        assert {onnx.helper.get_node_attr_value(node, "to") for node in casts} == {
+            onnx.TensorProto.FLOAT
+        }
 
 
-@pytest.mark.parametrize(("signature", "big_passes"), [("1*8", 2), ("2*8", 4), ("2w*8", 4), ("4w*8", 8)])
+@pytest.mark.parametrize(
+    ("signature", "big_passes"), [("1*8", 2), ("2*8", 4), ("2w*8", 4), ("4w*8", 8)]
+)
 def test_onnx_runtime_makes_no_more_passes_over_features_than_needed(
     signature: str, big_passes: int, tmp_path: Path
 ) -> None:
@@ -101,10 +119,14 @@ def test_onnx_runtime_makes_no_more_passes_over_features_than_needed(
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     OrtBackend()
     model = predict_graph(signature, SPEC, "fp32")
-    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
     found = onnx.load(tmp_path / "optimised.onnx").graph.node
     assert not [node for node in found if node.op_type in ("Cast", "CastLike")]
-    assert sum(node.op_type in ("Mul", "Add") for node in found) == 8 * (big_passes + 1)  # one on the gate
+    assert sum(node.op_type in ("Mul", "Add") for node in found) == 8 * (
+        big_passes + 1
+    )  # one on the gate
 
 
 @pytest.mark.parametrize("signature", ["", "5*1", "2x*3", "1*2  2*1", "0*1"])

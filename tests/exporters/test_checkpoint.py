@@ -61,7 +61,13 @@ def test_safetensors_load_whatever_the_name(tmp_path: Path) -> None:
 def test_a_training_checkpoint_gives_its_ema_unless_told_otherwise(tmp_path: Path) -> None:
     zeros = {name: torch.zeros_like(value) for name, value in STATE.items()}
     path = saved(
-        tmp_path, {"model": zeros, "ema": STATE, "opt": {"step": 3}, "args": argparse.Namespace(model="DiT-XL/2")}
+        tmp_path,
+        {
+            "model": zeros,
+            "ema": STATE,
+            "opt": {"step": 3},
+            "args": argparse.Namespace(model="DiT-XL/2"),
+        },
     )
     assert_same(path, "ema")
     assert not load_checkpoint(path, "model").tensors["pos_embed"].any()
@@ -70,7 +76,9 @@ def test_a_training_checkpoint_gives_its_ema_unless_told_otherwise(tmp_path: Pat
 
 
 def test_wrapper_prefixes_are_removed(tmp_path: Path) -> None:
-    assert_same(saved(tmp_path, {f"module._orig_mod.{name}": value for name, value in STATE.items()}))
+    assert_same(
+        saved(tmp_path, {f"module._orig_mod.{name}": value for name, value in STATE.items()})
+    )
 
 
 def test_a_link_to_a_checkpoint_is_followed(tmp_path: Path) -> None:
@@ -79,13 +87,19 @@ def test_a_link_to_a_checkpoint_is_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a_pickle_that_asks_to_run_code_is_refused_and_does_not_run(tmp_path: Path, legacy: bool) -> None:
-    path = saved(tmp_path, {"x": Malicious(tmp_path / "pwned")}, _use_new_zipfile_serialization=not legacy)
+def test_a_pickle_that_asks_to_run_code_is_refused_and_does_not_run(
+    tmp_path: Path, legacy: bool
+) -> None:
+    path = saved(
+        tmp_path, {"x": Malicious(tmp_path / "pwned")}, _use_new_zipfile_serialization=not legacy
+    )
     with pytest.raises(SafetyError, match=r"asks to run code: it names (posix|nt)\.system"):
         load_checkpoint(path)
     assert not (tmp_path / "pwned").exists()
     torch.load(path, weights_only=False)
-    assert (tmp_path / "pwned").exists(), "the file must really be dangerous, or this test shows nothing"
+    assert (tmp_path / "pwned").exists(), (
+        "the file must really be dangerous, or this test shows nothing"
+    )
 
 
 def test_a_bare_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
@@ -97,7 +111,10 @@ def test_a_bare_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
 
 
 def test_a_whole_module_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"whole module, not its weights; save it with torch.save\(model.state_dict"):
+    with pytest.raises(
+        ModelError,
+        match=r"whole module, not its weights; save it with torch.save\(model.state_dict",
+    ):
         load_checkpoint(saved(tmp_path, torch.nn.Linear(2, 2)))
 
 
@@ -121,21 +138,38 @@ def _compressed(path: Path) -> None:
         (lambda p: p.mkdir(), "is a directory"),
         (os.mkfifo, "not a regular file"),
         (lambda p: p.touch(), "is empty"),
-        (lambda p: p.write_text("hello, I am a text file"), "neither a torch checkpoint nor safetensors"),
-        (lambda p: p.write_bytes((GOLDEN / "model.pt").read_bytes()[:-5000]), "cut short or damaged"),
-        (lambda p: p.write_bytes((GOLDEN / "model.pt").read_bytes()[:300_000]), "cut short or damaged"),
+        (
+            lambda p: p.write_text("hello, I am a text file"),
+            "neither a torch checkpoint nor safetensors",
+        ),
+        (
+            lambda p: p.write_bytes((GOLDEN / "model.pt").read_bytes()[:-5000]),
+            "cut short or damaged",
+        ),
+        (
+            lambda p: p.write_bytes((GOLDEN / "model.pt").read_bytes()[:300_000]),
+            "cut short or damaged",
+        ),
         (_zip_of_something_else, "zip archive but not a torch checkpoint"),
         (_compressed, "compressed members"),
-        (lambda p: p.write_bytes(b"\x80\x02garbage"), "not a sound torch checkpoint|asks to run code"),
+        (
+            lambda p: p.write_bytes(b"\x80\x02garbage"),
+            "not a sound torch checkpoint|asks to run code",
+        ),
         (lambda p: p.write_bytes(b"\xff" * 8 + b"{" + b"x" * 100), "not a sound safetensors file"),
-        (lambda p: torch.save({"a": torch.ones(1).expand(10**12)}, p), "claims 4000000000000 bytes of tensors"),
+        (
+            lambda p: torch.save({"a": torch.ones(1).expand(10**12)}, p),
+            "claims 4000000000000 bytes of tensors",
+        ),
         (lambda p: torch.save([1, 2], p), "holds a list, not a state dict"),
         (lambda p: torch.save({}, p), "holds no tensors"),
         (lambda p: torch.save({"a": 3}, p), "entry 'a' is a int, not a tensor"),
         (lambda p: torch.save({"a": torch.ones(1), "module.a": torch.ones(1)}, p), "same name"),
     ],
 )
-def test_files_that_are_no_checkpoint_get_one_sentence(tmp_path: Path, make: Any, message: str) -> None:
+def test_files_that_are_no_checkpoint_get_one_sentence(
+    tmp_path: Path, make: Any, message: str
+) -> None:
     path = tmp_path / "model.pt"
     make(path)
     with pytest.raises(GocError, match=message) as caught:
@@ -157,21 +191,31 @@ def test_values_that_are_not_finite_are_named_and_may_be_allowed(tmp_path: Path)
     bad = {**STATE, "pos_embed": STATE["pos_embed"] * float("nan")}
     checkpoint = load_checkpoint(saved(tmp_path, bad))
     with pytest.raises(
-        ModelError, match="NaN or infinite values in pos_embed; use a sound checkpoint or --allow-nonfinite"
+        ModelError,
+        match="NaN or infinite values in pos_embed; use a sound checkpoint or --allow-nonfinite",
     ):
         check_values(checkpoint, allow_nonfinite=False)
     check_values(checkpoint, allow_nonfinite=True)
 
 
 def test_dtypes_that_are_no_weights_are_named(tmp_path: Path) -> None:
-    checkpoint = load_checkpoint(saved(tmp_path, {**STATE, "pos_embed": STATE["pos_embed"].to(torch.int8)}))
+    checkpoint = load_checkpoint(
+        saved(tmp_path, {**STATE, "pos_embed": STATE["pos_embed"].to(torch.int8)})
+    )
     with pytest.raises(ModelError, match=r"dtype not supported: pos_embed \(int8\)"):
         check_values(checkpoint, allow_nonfinite=False)
 
 
 def test_the_spec_is_read_off_the_tensors() -> None:
     spec = spec_from_tensors(STATE, 4)
-    assert (spec.depth, spec.hidden, spec.heads, spec.mlp_hidden, spec.patch, spec.grid) == (4, 64, 4, 256, 2, 4)
+    assert (spec.depth, spec.hidden, spec.heads, spec.mlp_hidden, spec.patch, spec.grid) == (
+        4,
+        64,
+        4,
+        256,
+        2,
+        4,
+    )
     assert (spec.channels, spec.classes, spec.learn_sigma) == (4, 10, True)
 
 
@@ -183,7 +227,9 @@ def test_heads_of_the_known_sizes_need_no_option(hidden: int, heads: int) -> Non
 
 
 def test_unknown_heads_are_asked_for() -> None:
-    with pytest.raises(ModelError, match="heads cannot be read off a width of 64; give --num-heads"):
+    with pytest.raises(
+        ModelError, match="heads cannot be read off a width of 64; give --num-heads"
+    ):
         spec_from_tensors(STATE, None)
     with pytest.raises(ModelError, match="5 heads do not divide the width 64"):
         spec_from_tensors(STATE, 5)
@@ -217,13 +263,19 @@ def zipped(folder: Path, code: bytes) -> Path:
     source, target = saved(folder, {"a": torch.ones(2)}), folder / "zipped.pt"
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for name in old.namelist():
-            new.writestr(name, b"\x80\x02" + code + b"." if name.endswith("/data.pkl") else old.read(name))
+            new.writestr(
+                name, b"\x80\x02" + code + b"." if name.endswith("/data.pkl") else old.read(name)
+            )
     return target
 
 
 @pytest.mark.parametrize("make", [raw_pickle, zipped])
 @pytest.mark.parametrize(
-    "code", [b"cbuiltins\nbytearray\nI1000000000000\n\x85R", b"\x8c\x08builtins\x8c\x09bytearray\x93I9\n\x85R"]
+    "code",
+    [
+        b"cbuiltins\nbytearray\nI1000000000000\n\x85R",
+        b"\x8c\x08builtins\x8c\x09bytearray\x93I9\n\x85R",
+    ],
 )
 def test_a_pickle_does_not_allocate_by_a_number(
     make: Callable[[Path, bytes], Path], code: bytes, tmp_path: Path
@@ -266,6 +318,9 @@ def test_damage_is_damage_and_no_malice(legacy: bool, tmp_path: Path) -> None:
 
 
 def test_a_label_table_without_a_class_is_refused() -> None:
-    one = {**STATE, "y_embedder.embedding_table.weight": STATE["y_embedder.embedding_table.weight"][:1]}
+    one = {
+        **STATE,
+        "y_embedder.embedding_table.weight": STATE["y_embedder.embedding_table.weight"][:1],
+    }
     with pytest.raises(ModelError, match="no class besides the null label"):
         spec_from_tensors(one, 4)

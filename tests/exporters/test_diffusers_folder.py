@@ -24,7 +24,9 @@ from goc_deploy.spec import ModelSpec
 from tests.conftest import Command
 from tests.reference import relative_l2
 
-SPEC = ModelSpec(2, 48, 3, 192, 2, 4, 4, 1000, True, frequency_shift=1, mlp_norm_eps=1e-5, guided_channels=4)
+SPEC = ModelSpec(
+    2, 48, 3, 192, 2, 4, 4, 1000, True, frequency_shift=1, mlp_norm_eps=1e-5, guided_channels=4
+)
 CONFIG = {
     "_class_name": "DiTTransformer2DModel",
     "_diffusers_version": "0.42.1",
@@ -65,11 +67,16 @@ def save_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, str
     """Two files and their index, in place of the one file."""
     (folder / WEIGHTS).unlink(missing_ok=True)
     names = sorted(tensors)
-    files = {"model-00001-of-00002.safetensors": names[:20], "model-00002-of-00002.safetensors": names[20:]}
+    files = {
+        "model-00001-of-00002.safetensors": names[:20],
+        "model-00002-of-00002.safetensors": names[20:],
+    }
     for file, part in files.items():
         save_weights(folder, {name: tensors[name] for name in part}, file)
     places = {name: file for file, part in files.items() for name in part}
-    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / f"{WEIGHTS}.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": places})
+    )
     return places
 
 
@@ -84,11 +91,15 @@ def pipeline_folder(tmp_path: Path) -> Path:
     (folder / "transformer").mkdir(parents=True)
     write_config(folder / "transformer")
     save_weights(folder / "transformer", state())
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline", "id2label": NAMES}))
+    (folder / "model_index.json").write_text(
+        json.dumps({"_class_name": "DiTPipeline", "id2label": NAMES})
+    )
     return folder
 
 
-def test_a_pipeline_folder_its_transformer_and_shards_hold_the_same_model(pipeline_folder: Path) -> None:
+def test_a_pipeline_folder_its_transformer_and_shards_hold_the_same_model(
+    pipeline_folder: Path,
+) -> None:
     whole = read_folder(pipeline_folder)
     assert whole.spec == SPEC
     assert whole.class_names[207] == "thing 207, item 207"
@@ -107,8 +118,16 @@ def test_a_pipeline_folder_its_transformer_and_shards_hold_the_same_model(pipeli
 
 def test_settings_that_old_files_leave_out_are_those_of_diffusers(pipeline_folder: Path) -> None:
     folder = pipeline_folder / "transformer"
-    old = {k: v for k, v in CONFIG.items() if k not in ("norm_eps", "upcast_attention", "num_embeds_ada_norm")}
-    old |= {"_class_name": "Transformer2DModel", "cross_attention_dim": None, "num_vector_embeds": None}
+    old = {
+        k: v
+        for k, v in CONFIG.items()
+        if k not in ("norm_eps", "upcast_attention", "num_embeds_ada_norm")
+    }
+    old |= {
+        "_class_name": "Transformer2DModel",
+        "cross_attention_dim": None,
+        "num_vector_embeds": None,
+    }
     (folder / "config.json").write_text(json.dumps(old))
     assert read_folder(folder).spec == SPEC
 
@@ -127,7 +146,10 @@ def refused(folder: Path, error: type[GocError], message: str) -> None:
     ("changes", "message"),
     [
         ({"rope_theta": 1e4}, "setting 'rope_theta' that this version does not know"),
-        ({"norm_type": "ada_norm_single"}, "norm_type is 'ada_norm_single', only 'ada_norm_zero' is supported"),
+        (
+            {"norm_type": "ada_norm_single"},
+            "norm_type is 'ada_norm_single', only 'ada_norm_zero' is supported",
+        ),
         ({"activation_fn": "geglu"}, "activation_fn is 'geglu'"),
         ({"attention_bias": False}, "attention_bias is False, only True"),
         ({"upcast_attention": True}, "upcast_attention is True, only False"),
@@ -144,7 +166,10 @@ def refused(folder: Path, error: type[GocError], message: str) -> None:
         ({"num_layers": 3}, "tensors missing: transformer_blocks.2"),
         ({"num_layers": 1}, "tensors unexpected: transformer_blocks.1"),
         ({"attention_head_dim": 32}, "of another shape: pos_embed|of another shape: x_embedder"),
-        ({"num_embeds_ada_norm": 10}, r"id2label must name each of the model's 10 classes by its number, it has 1000"),
+        (
+            {"num_embeds_ada_norm": 10},
+            r"id2label must name each of the model's 10 classes by its number, it has 1000",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_by_name(
@@ -157,11 +182,19 @@ def test_settings_that_do_not_fit_are_refused_by_name(
 def test_class_counts_that_differ_are_refused(pipeline_folder: Path) -> None:
     write_config(pipeline_folder / "transformer", num_embeds_ada_norm=10)
     refused(
-        pipeline_folder / "transformer", ModelError, "y_embedder.embedding_table.weight .1001, 48., expected .11, 48."
+        pipeline_folder / "transformer",
+        ModelError,
+        "y_embedder.embedding_table.weight .1001, 48., expected .11, 48.",
     )
     write_config(pipeline_folder / "transformer")
-    (pipeline_folder / "model_index.json").write_text('{"_class_name": "DiTPipeline", "id2label": {"0": "tench"}}')
-    refused(pipeline_folder, ModelError, "each of the model's 1000 classes by its number, it has 1 entries")
+    (pipeline_folder / "model_index.json").write_text(
+        '{"_class_name": "DiTPipeline", "id2label": {"0": "tench"}}'
+    )
+    refused(
+        pipeline_folder,
+        ModelError,
+        "each of the model's 1000 classes by its number, it has 1 entries",
+    )
 
 
 def _lie(folder: Path) -> None:
@@ -171,8 +204,16 @@ def _lie(folder: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], type[GocError], str]] = {
-    "no config": (lambda f: (f / "config.json").unlink(), ModelError, "has no config.json; give a .pt"),
-    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), ModelError, "config.json is not valid JSON"),
+    "no config": (
+        lambda f: (f / "config.json").unlink(),
+        ModelError,
+        "has no config.json; give a .pt",
+    ),
+    "config is no JSON": (
+        lambda f: (f / "config.json").write_text("{"),
+        ModelError,
+        "config.json is not valid JSON",
+    ),
     "no weights": (
         lambda f: (f / WEIGHTS).unlink(),
         ModelError,
@@ -191,9 +232,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[GocError], str]] = {
         ModelError,
         "1 tensors missing: transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias",
     ),
-    "index without map": (lambda f: (f / f"{WEIGHTS}.index.json").write_text("{}"), ModelError, "has no weight_map"),
+    "index without map": (
+        lambda f: (f / f"{WEIGHTS}.index.json").write_text("{}"),
+        ModelError,
+        "has no weight_map",
+    ),
     "index leaves": (
-        lambda f: (f / f"{WEIGHTS}.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}'),
+        lambda f: (f / f"{WEIGHTS}.index.json").write_text(
+            '{"weight_map": {"a": "../x.safetensors"}}'
+        ),
         SafetyError,
         r"names a file outside its folder: '../x.safetensors'",
     ),
@@ -224,7 +271,11 @@ def test_damaged_folders_are_refused(pipeline_folder: Path, damage: str) -> None
 
 def test_other_pipelines_are_refused(pipeline_folder: Path) -> None:
     (pipeline_folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    refused(pipeline_folder, ModelError, "holds a StableDiffusionPipeline; this version exports DiTPipeline")
+    refused(
+        pipeline_folder,
+        ModelError,
+        "holds a StableDiffusionPipeline; this version exports DiTPipeline",
+    )
 
 
 @pytest.mark.parametrize(
@@ -241,7 +292,9 @@ def test_options_that_contradict_the_folder_are_refused(
         goc_deploy.export(pipeline_folder, pipeline_folder.parent / "engine", **options)
 
 
-def test_class_names_are_labels_of_the_command_line(pipeline_folder: Path, command: Command, tmp_path: Path) -> None:
+def test_class_names_are_labels_of_the_command_line(
+    pipeline_folder: Path, command: Command, tmp_path: Path
+) -> None:
     engine, out = tmp_path / "engine", tmp_path / "x.npy"
     command("goc-export", pipeline_folder, "-o", engine, "--plan", "none", "--steps", 2)
     command("goc-run", engine, "--labels", "Thing 3,207", "--latents-output", out)
@@ -265,7 +318,12 @@ def test_an_exported_folder_draws_what_the_pipeline_of_diffusers_draws(tmp_path:
     index = {"_class_name": "DiTPipeline", "id2label": NAMES}
     (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
     manifest = goc_deploy.export(
-        tmp_path / "model", tmp_path / "engine", plans=("none",), sampler="ddim@leading", steps=5, max_batch=2
+        tmp_path / "model",
+        tmp_path / "engine",
+        plans=("none",),
+        sampler="ddim@leading",
+        steps=5,
+        max_batch=2,
     )
     assert max(unit.relative_l2 or 0 for unit in manifest.units) < 1e-4
 
@@ -277,7 +335,9 @@ def test_an_exported_folder_draws_what_the_pipeline_of_diffusers_draws(tmp_path:
         mine = blocks is model.blocks
         for block in blocks:
             for unit in (block.attn, block.mlp) if mine else (block.attn1, block.ff):
-                unit.register_forward_hook(lambda _m, _i, out, kept=features[mine]: kept.append(out))
+                unit.register_forward_hook(
+                    lambda _m, _i, out, kept=features[mine]: kept.append(out)
+                )
     with torch.inference_mode():
         theirs = transformer(x, timestep=t, class_labels=labels).sample
         assert relative_l2(model(x, t, labels).numpy(), theirs.numpy()) < 1e-5
@@ -289,7 +349,12 @@ def test_an_exported_folder_draws_what_the_pipeline_of_diffusers_draws(tmp_path:
     pipe = diffusers.DiTPipeline(transformer=transformer, vae=vae, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4))
-    pipe([3, 207], guidance_scale=4.0, num_inference_steps=5, generator=torch.Generator().manual_seed(4))
+    pipe(
+        [3, 207],
+        guidance_scale=4.0,
+        num_inference_steps=5,
+        generator=torch.Generator().manual_seed(4),
+    )
     with goc_deploy.load(tmp_path / "engine") as ours:
         found = ours.generate([3, 207], cfg_scale=4.0, latents=noise.numpy())
     assert relative_l2(found.latents, vae.latents.numpy()) < 1e-3
@@ -299,15 +364,25 @@ def test_an_exported_folder_draws_what_the_pipeline_of_diffusers_draws(tmp_path:
 
 @pytest.mark.filterwarnings("ignore")  # of diffusers about itself
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_blocks_may_own_their_embedders_as_models_trained_in_diffusers_do(tmp_path: Path, precision: str) -> None:
+def test_blocks_may_own_their_embedders_as_models_trained_in_diffusers_do(
+    tmp_path: Path, precision: str
+) -> None:
     diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the judges extra")
     torch.manual_seed(1)
-    transformer = diffusers.DiTTransformer2DModel(**{k: v for k, v in CONFIG.items() if not k.startswith("_")}).eval()
+    transformer = diffusers.DiTTransformer2DModel(
+        **{k: v for k, v in CONFIG.items() if not k.startswith("_")}
+    ).eval()
     for name, parameter in transformer.named_parameters():
-        parameter.data = 0.3 * torch.randn_like(parameter) if ".emb." in name else parameter.data + 0.05
+        parameter.data = (
+            0.3 * torch.randn_like(parameter) if ".emb." in name else parameter.data + 0.05
+        )
     transformer.save_pretrained(tmp_path / "model")
     manifest = goc_deploy.export(
-        tmp_path / "model", tmp_path / "engine", plans=("none", "fora:2"), steps=4, precision=precision
+        tmp_path / "model",
+        tmp_path / "engine",
+        plans=("none", "fora:2"),
+        steps=4,
+        precision=precision,
     )
     assert manifest.model == replace(SPEC, block_embedders=True)
     if precision == "bf16":  # for which ONNX Runtime has no kernels on a CPU
@@ -324,16 +399,24 @@ def test_blocks_may_own_their_embedders_as_models_trained_in_diffusers_do(tmp_pa
     with torch.inference_mode():
         for k, told in enumerate(table.timesteps):
             rows, both = torch.tensor([3, 207, 1000, 1000]), torch.cat([now, now])
-            cond, uncond = transformer(both, timestep=torch.full((4,), told), class_labels=rows).sample[:, :4].chunk(2)
+            cond, uncond = (
+                transformer(both, timestep=torch.full((4,), told), class_labels=rows)
+                .sample[:, :4]
+                .chunk(2)
+            )
             now = table.latent[k] * now + table.model[k] * (uncond + 3.0 * (cond - uncond))
     assert relative_l2(found, now.numpy()) < 1e-4
 
 
-def test_variants_in_half_precision_are_read_where_there_is_nothing_else(pipeline_folder: Path) -> None:
+def test_variants_in_half_precision_are_read_where_there_is_nothing_else(
+    pipeline_folder: Path,
+) -> None:
     folder = pipeline_folder / "transformer"
     half = {name: tensor.half() for name, tensor in state().items()}
     save_weights(folder, half, "diffusion_pytorch_model.fp16.safetensors")
-    assert read_folder(folder).checkpoint.dtypes == {"float32": len(read_folder(folder).checkpoint.tensors)}
+    assert read_folder(folder).checkpoint.dtypes == {
+        "float32": len(read_folder(folder).checkpoint.tensors)
+    }
     (folder / WEIGHTS).unlink()
     found = read_folder(folder).checkpoint
     assert found.files[-1].name == "diffusion_pytorch_model.fp16.safetensors"
@@ -341,5 +424,7 @@ def test_variants_in_half_precision_are_read_where_there_is_nothing_else(pipelin
     (folder / "diffusion_pytorch_model.fp16.safetensors").unlink()
     save_weights(folder, half, "part.safetensors")
     places = dict.fromkeys(half, "part.safetensors")
-    (folder / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text(json.dumps({"weight_map": places}))
+    (folder / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text(
+        json.dumps({"weight_map": places})
+    )
     assert read_folder(folder).checkpoint.tensors.keys() == found.tensors.keys()

@@ -30,14 +30,18 @@ def fill_cache(home: Path, weights: str) -> None:
     write_config(blobs)
     save_weights(blobs, state(), "weights")
     (blobs / "index").write_text(json.dumps({"_class_name": "DiTPipeline", "id2label": NAMES}))
-    (blobs / "scheduler").write_text(json.dumps({"_class_name": "DDIMScheduler", "clip_sample": False}))
+    (blobs / "scheduler").write_text(
+        json.dumps({"_class_name": "DDIMScheduler", "clip_sample": False})
+    )
     (snapshot / "transformer" / "config.json").symlink_to(blobs / "config.json")
     (snapshot / "transformer" / weights).symlink_to(blobs / "weights")
     (snapshot / "scheduler" / "scheduler_config.json").symlink_to(blobs / "scheduler")
     (snapshot / "model_index.json").symlink_to(blobs / "index")
 
 
-@pytest.mark.parametrize("weights", ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"])
+@pytest.mark.parametrize(
+    "weights", ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"]
+)
 def test_a_model_of_the_cache_is_exported_by_its_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command, weights: str
 ) -> None:
@@ -57,8 +61,12 @@ def test_a_model_of_the_cache_is_exported_by_its_id(
     assert "hf download someone/other --local-dir other" in done.stderr
 
 
-def test_only_configurations_and_safetensors_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = pytest.importorskip("huggingface_hub", reason="huggingface_hub comes with the hub extra")
+def test_only_configurations_and_safetensors_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = pytest.importorskip(
+        "huggingface_hub", reason="huggingface_hub comes with the hub extra"
+    )
     asked: list[dict[str, Any]] = []
 
     def snapshot(_name: str, **given: Any) -> str:
@@ -72,9 +80,17 @@ def test_only_configurations_and_safetensors_are_asked_for(tmp_path: Path, monke
     def wanted(file: str) -> bool:
         return any(fnmatch.fnmatch(file, pattern) for pattern in asked[1]["allow_patterns"])
 
-    kept = ["model_index.json", "scheduler/scheduler_config.json", "transformer/config.json", "config.json"]
+    kept = [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "transformer/config.json",
+        "config.json",
+    ]
     stem = "transformer/diffusion_pytorch_model"
-    kept += [f"{stem}{end}.safetensors" for end in ("", ".fp16", "-00001-of-00002", ".fp16-00001-of-00002")]
+    kept += [
+        f"{stem}{end}.safetensors"
+        for end in ("", ".fp16", "-00001-of-00002", ".fp16-00001-of-00002")
+    ]
     kept += [f"{stem}.safetensors.index.json", f"{stem}.safetensors.index.fp16.json"]
     assert all(map(wanted, kept))
     others = [
@@ -87,7 +103,9 @@ def test_only_configurations_and_safetensors_are_asked_for(tmp_path: Path, monke
     assert not any(map(wanted, others))
 
 
-def test_without_the_package_the_command_that_fetches_the_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_the_command_that_fetches_the_model_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     real = builtins.__import__
 
     def without(name: str, *args: Any) -> Any:
@@ -97,7 +115,8 @@ def test_without_the_package_the_command_that_fetches_the_model_is_named(monkeyp
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(
-        ModelError, match=r"pip install huggingface_hub, or .*: hf download someone/DiT-tiny --local-dir DiT-tiny"
+        ModelError,
+        match=r"pip install huggingface_hub, or .*: hf download someone/DiT-tiny --local-dir DiT-tiny",
     ):
         folder_from_hub(NAME)
 
@@ -105,6 +124,15 @@ def test_without_the_package_the_command_that_fetches_the_model_is_named(monkeyp
 def test_paths_are_no_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
-    for text in ("models/lost", "out/model.pt", "model", "a/b/c", "../a/b", "/a/b", "-x/y", str(tmp_path / "x")):
+    for text in (
+        "models/lost",
+        "out/model.pt",
+        "model",
+        "a/b/c",
+        "../a/b",
+        "/a/b",
+        "-x/y",
+        str(tmp_path / "x"),
+    ):
         assert hub_id(Path(text)) is None, text
     assert hub_id(Path("facebook/DiT-XL-2-256")) == "facebook/DiT-XL-2-256"

@@ -26,7 +26,9 @@ def templates(request: pytest.FixtureRequest) -> dict[str, Template]:
     return {kind.kind: template_from_kind(kind, dtype) for kind in unit_kinds(SPEC, request.param)}
 
 
-def test_every_unit_equals_pytorch_and_passes_the_checker(templates: dict[str, Template], tmp_path: Path) -> None:
+def test_every_unit_equals_pytorch_and_passes_the_checker(
+    templates: dict[str, Template], tmp_path: Path
+) -> None:
     for template in templates.values():
         for name in template.kind.copies:
             parameters = write_copy(template, name, STATE, tmp_path)
@@ -43,7 +45,8 @@ def test_graphs_are_strongly_typed_with_float32_softmax_and_norm(
     )
     assert model.opset_import[0].version == OPSET >= 18
     types = {
-        v.name: v.type.tensor_type.elem_type for v in [*model.graph.value_info, *model.graph.input, *model.graph.output]
+        v.name: v.type.tensor_type.elem_type
+        for v in [*model.graph.value_info, *model.graph.input, *model.graph.output]
     }
     for node in model.graph.node:
         if node.op_type in ("Softmax", "LayerNormalization"):
@@ -57,14 +60,18 @@ def test_weights_are_stored_as_the_checkpoint_has_them(tmp_path: Path) -> None:
     write_copy(template, "block_02_attn", STATE, tmp_path)
     model = onnx.load(tmp_path / "block_02_attn.onnx")
     stored = {i.name: onnx.numpy_helper.to_array(i) for i in model.graph.initializer}
-    np.testing.assert_array_equal(stored["attn.qkv.weight"], STATE["blocks.2.attn.qkv.weight"].numpy())
+    np.testing.assert_array_equal(
+        stored["attn.qkv.weight"], STATE["blocks.2.attn.qkv.weight"].numpy()
+    )
 
 
 def test_a_unit_with_the_weights_of_another_block_is_refused(tmp_path: Path) -> None:
     template = template_from_kind(unit_kinds(SPEC, "fp32")[3], torch.float32)
     parameters = write_copy(template, "block_00_mlp", STATE, tmp_path)
     write_copy(template, "block_01_mlp", STATE, tmp_path)
-    (tmp_path / "block_00_mlp.weights").write_bytes((tmp_path / "block_01_mlp.weights").read_bytes())
+    (tmp_path / "block_00_mlp.weights").write_bytes(
+        (tmp_path / "block_01_mlp.weights").read_bytes()
+    )
     with pytest.raises(
         VerificationError,
         match=r"unit block_00_mlp: blocks.0.mlp.fc1.weight was not written as it stands in the checkpoint",
@@ -79,17 +86,27 @@ def test_a_graph_that_computes_something_else_fails_the_comparison(tmp_path: Pat
     (gelu,) = (node for node in model.graph.node if node.op_type == "Gelu")
     gelu.attribute[0].s = b"none"
     onnx.save(model, tmp_path / "block_00_mlp.onnx")
-    with pytest.raises(VerificationError, match="unit block_00_mlp: the exported graph differs from PyTorch"):
+    with pytest.raises(
+        VerificationError, match="unit block_00_mlp: the exported graph differs from PyTorch"
+    ):
         verify_copy(template, "block_00_mlp", parameters, STATE, tmp_path, OrtBackend())
 
 
 def test_small_weights_are_kept_whatever_memory_they_were_given() -> None:
     torch.use_deterministic_algorithms(True)  # uninitialized memory is filled with one value
     try:
-        module = empty_module(lambda: TwoProjections(16), torch.float32, torch.Generator().manual_seed(0))
+        module = empty_module(
+            lambda: TwoProjections(16), torch.float32, torch.Generator().manual_seed(0)
+        )
     finally:
         torch.use_deterministic_algorithms(False)
-    kind = UnitKind("two", module, (Input("x", torch.ones(2, 16), {0: "rows"}),), ("y",), {"two": same_names(module)})
+    kind = UnitKind(
+        "two",
+        module,
+        (Input("x", torch.ones(2, 16), {0: "rows"}),),
+        ("y",),
+        {"two": same_names(module)},
+    )
     template = template_from_kind(kind, torch.float32)
     assert {"first.weight", "second.weight"} <= template.model.graph.initializers.keys()
 

@@ -49,7 +49,9 @@ def precision(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module", params=["dit", "pixart"])
-def engine(request: pytest.FixtureRequest, precision: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def engine(
+    request: pytest.FixtureRequest, precision: str, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """An export with launches by unit, predictions and segments."""
     folder = tmp_path_factory.mktemp("operators")
     state, spec = (
@@ -81,10 +83,14 @@ def test_no_graph_of_the_model_has_a_convolution(engine: Path) -> None:
 def test_the_patch_embedding_reads_the_kernel_as_it_is_stored(engine: Path) -> None:
     model = onnx.load(engine / "onnx" / "embed.onnx", load_external_data=False)
     (gemm,) = (node for node in model.graph.node if node.op_type == "Gemm")
-    assert gemm.input[1] in {initializer.name for initializer in model.graph.initializer}  # no operator between
+    assert gemm.input[1] in {
+        initializer.name for initializer in model.graph.initializer
+    }  # no operator between
 
 
-def test_bfloat16_meets_only_operators_that_have_a_kernel_for_it(engine: Path, precision: str) -> None:
+def test_bfloat16_meets_only_operators_that_have_a_kernel_for_it(
+    engine: Path, precision: str
+) -> None:
     found = set()
     for path in engine.rglob("*.onnx"):
         model = onnx.inliner.inline_local_functions(onnx.load(path, load_external_data=False))

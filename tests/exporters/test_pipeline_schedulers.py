@@ -53,13 +53,22 @@ OF_DIT: dict[str, tuple[str, dict[str, Any]]] = {
 }
 OF_PIXART: dict[str, tuple[str, dict[str, Any]]] = {
     "dpm": ("DPMSolverMultistepScheduler", {}),
-    "dpm-3-sample": ("DPMSolverMultistepScheduler", {"solver_order": 3, "prediction_type": "sample"}),
-    "euler": ("EulerDiscreteScheduler", {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}),
+    "dpm-3-sample": (
+        "DPMSolverMultistepScheduler",
+        {"solver_order": 3, "prediction_type": "sample"},
+    ),
+    "euler": (
+        "EulerDiscreteScheduler",
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    ),
     "unipc-flow": (
         "UniPCMultistepScheduler",
         {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
     ),
-    "ddim-offset": ("DDIMScheduler", {"clip_sample": False, "steps_offset": 1, "set_alpha_to_one": False}),
+    "ddim-offset": (
+        "DDIMScheduler",
+        {"clip_sample": False, "steps_offset": 1, "set_alpha_to_one": False},
+    ),
 }
 
 
@@ -92,7 +101,9 @@ def with_scheduler(engine: Path, copy: Path, scheduler: Any, *specs: str, **more
     extra = 1 if "PNDM" in type(scheduler).__name__ else 0
     for spec in specs:
         steps = {} if spec.startswith("search") else {"steps": STEPS + extra}
-        goc_deploy.add_plan(copy, spec, name=f"{parse_policy(spec).default_name}.theirs", **steps, **more)
+        goc_deploy.add_plan(
+            copy, spec, name=f"{parse_policy(spec).default_name}.theirs", **steps, **more
+        )
     return copy
 
 
@@ -100,10 +111,14 @@ def with_scheduler(engine: Path, copy: Path, scheduler: Any, *specs: str, **more
 def dit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """A random transformer of diffusers, and the engine of its pipeline's folder."""
     folder = tmp_path_factory.mktemp("dit")
-    transformer = diffusers.DiTTransformer2DModel(**{k: v for k, v in CONFIG.items() if not k.startswith("_")}).eval()
+    transformer = diffusers.DiTTransformer2DModel(
+        **{k: v for k, v in CONFIG.items() if not k.startswith("_")}
+    ).eval()
     transformer.load_state_dict(state(), strict=False)
     save_pipeline(folder / "model", "DiTPipeline", transformer, scheduler_of(*OF_DIT["ddim"]))
-    manifest = goc_deploy.export(folder / "model", folder / "came", plans=("none",), steps=STEPS, max_batch=2)
+    manifest = goc_deploy.export(
+        folder / "model", folder / "came", plans=("none",), steps=STEPS, max_batch=2
+    )
     assert manifest.model.guided_channels == 4
     return transformer, folder / "came"
 
@@ -111,20 +126,28 @@ def dit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 @pytest.fixture(scope="module")
 def pixart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """The same of a PixArt."""
-    pytest.importorskip("transformers", reason="PixArtAlphaPipeline needs transformers, which is not installed")
+    pytest.importorskip(
+        "transformers", reason="PixArtAlphaPipeline needs transformers, which is not installed"
+    )
     folder = tmp_path_factory.mktemp("pixart")
-    config = {k: v for k, v in PIXART_CONFIG.items() if not k.startswith("_")} | {"use_additional_conditions": False}
+    config = {k: v for k, v in PIXART_CONFIG.items() if not k.startswith("_")} | {
+        "use_additional_conditions": False
+    }
     torch.manual_seed(0)
     transformer = diffusers.PixArtTransformer2DModel(**config).eval()
     for parameter in transformer.parameters():
         parameter.data.normal_(0, 0.15)
-    save_pipeline(folder / "model", "PixArtAlphaPipeline", transformer, scheduler_of(*OF_PIXART["dpm"]))
+    save_pipeline(
+        folder / "model", "PixArtAlphaPipeline", transformer, scheduler_of(*OF_PIXART["dpm"])
+    )
     goc_deploy.export(folder / "model", folder / "came", plans=("none",), steps=STEPS, max_batch=2)
     return transformer, folder / "came"
 
 
 @pytest.mark.parametrize("name", OF_DIT)
-def test_a_dit_draws_what_its_pipeline_draws(dit: tuple[Any, Path], name: str, tmp_path: Path) -> None:
+def test_a_dit_draws_what_its_pipeline_draws(
+    dit: tuple[Any, Path], name: str, tmp_path: Path
+) -> None:
     from benchmarks.diffusers_dit import KeepLatents
 
     transformer, engine = dit
@@ -134,7 +157,12 @@ def test_a_dit_draws_what_its_pipeline_draws(dit: tuple[Any, Path], name: str, t
     judge = diffusers.DiTPipeline(transformer=transformer, vae=vae, scheduler=scheduler)
     judge.set_progress_bar_config(disable=True)
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4))
-    judge(LABELS, guidance_scale=4.0, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(4))
+    judge(
+        LABELS,
+        guidance_scale=4.0,
+        num_inference_steps=STEPS,
+        generator=torch.Generator().manual_seed(4),
+    )
     with goc_deploy.load(engine, plan="none" if engine.name == "came" else "none.theirs") as pipe:
         assert pipe.plan.sampler.sampler == "diffusers"
         found = pipe.generate(LABELS, cfg_scale=4.0, latents=noise.numpy())
@@ -142,7 +170,9 @@ def test_a_dit_draws_what_its_pipeline_draws(dit: tuple[Any, Path], name: str, t
 
 
 @pytest.mark.parametrize("name", OF_PIXART)
-def test_a_pixart_draws_what_its_pipeline_draws(pixart: tuple[Any, Path], name: str, tmp_path: Path) -> None:
+def test_a_pixart_draws_what_its_pipeline_draws(
+    pixart: tuple[Any, Path], name: str, tmp_path: Path
+) -> None:
     from goc_deploy.captions import prompt_embeds_from_arrays
 
     transformer, engine = pixart
@@ -156,7 +186,10 @@ def test_a_pixart_draws_what_its_pipeline_draws(pixart: tuple[Any, Path], name: 
     )
     judge.set_progress_bar_config(disable=True)
     given = arrays(read_manifest(engine).model)
-    both = {key: np.repeat(value, 2, axis=0) if key.startswith("negative") else value for key, value in given.items()}
+    both = {
+        key: np.repeat(value, 2, axis=0) if key.startswith("negative") else value
+        for key, value in given.items()
+    }
     noise = np.random.default_rng(5).standard_normal((2, 4, 8, 8)).astype(np.float32)
     expected = judge(
         **{key: torch.from_numpy(value) for key, value in both.items()},
@@ -175,10 +208,14 @@ def test_a_pixart_draws_what_its_pipeline_draws(pixart: tuple[Any, Path], name: 
     assert relative_l2(found, expected) < 1e-5
 
 
-def test_policies_that_learn_follow_the_folders_scheduler(dit: tuple[Any, Path], tmp_path: Path) -> None:
+def test_policies_that_learn_follow_the_folders_scheduler(
+    dit: tuple[Any, Path], tmp_path: Path
+) -> None:
     """Calibration, and trials of other step counts, run on probed tables that reach back four steps."""
     specs = ("fora:2+goc", "fora:2+fit", "search:3,steps=6,reference=12")
-    engine = with_scheduler(dit[1], tmp_path / "engine", scheduler_of(*OF_DIT["pndm"]), *specs, calibrate=2)
+    engine = with_scheduler(
+        dit[1], tmp_path / "engine", scheduler_of(*OF_DIT["pndm"]), *specs, calibrate=2
+    )
     with goc_deploy.load(engine, plan="fora-2+goc.theirs") as pipe:
         assert (pipe.plan.sampler.reach, pipe.plan.sampler.graph) == (4, "sampler_lag3")
         first, again = (pipe.generate([3], seed=seed).latents for seed in (0, 0))
@@ -196,18 +233,29 @@ def test_a_converged_solution_follows_the_folders_scheduler(dit: tuple[Any, Path
 
 
 REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "clip_sample": (lambda settings: settings.update(clip_sample=True), "DDIMScheduler has clip_sample True"),
+    "clip_sample": (
+        lambda settings: settings.update(clip_sample=True),
+        "DDIMScheduler has clip_sample True",
+    ),
     "class": (
         lambda settings: settings.update(_class_name="HeunDiscreteScheduler"),
         "'HeunDiscreteScheduler', which is",
     ),
-    "infinity": (lambda settings: settings.update(trained_betas=[-float("inf")]), "trained_betas is infinite"),
-    "prediction": (lambda settings: settings.update(prediction_type="score"), "prediction_type is 'score'"),
+    "infinity": (
+        lambda settings: settings.update(trained_betas=[-float("inf")]),
+        "trained_betas is infinite",
+    ),
+    "prediction": (
+        lambda settings: settings.update(prediction_type="score"),
+        "prediction_type is 'score'",
+    ),
 }
 
 
 @pytest.mark.parametrize("change", REFUSED)
-def test_a_folder_whose_scheduler_is_no_table_is_refused(dit: tuple[Any, Path], tmp_path: Path, change: str) -> None:
+def test_a_folder_whose_scheduler_is_no_table_is_refused(
+    dit: tuple[Any, Path], tmp_path: Path, change: str
+) -> None:
     alter, message = REFUSED[change]
     folder = save_pipeline(tmp_path / "m", "DiTPipeline", dit[0], scheduler_of(*OF_DIT["ddim"]))
     path = folder / "scheduler" / "scheduler_config.json"
@@ -219,7 +267,9 @@ def test_a_folder_whose_scheduler_is_no_table_is_refused(dit: tuple[Any, Path], 
     assert not (tmp_path / "engine").exists()
 
 
-def test_a_manifest_with_a_scheduler_that_is_no_object_is_refused(dit: tuple[Any, Path], tmp_path: Path) -> None:
+def test_a_manifest_with_a_scheduler_that_is_no_object_is_refused(
+    dit: tuple[Any, Path], tmp_path: Path
+) -> None:
     found = json.loads((dit[1] / MANIFEST_NAME).read_text())
     (tmp_path / MANIFEST_NAME).write_text(json.dumps({**found, "scheduler": 3}))
     with pytest.raises(EngineDirError, match="does not have the expected form"):
@@ -230,11 +280,30 @@ def test_another_sampler_takes_the_place_of_the_folders(
     dit: tuple[Any, Path], tmp_path: Path, command: Command
 ) -> None:
     folder = save_pipeline(
-        tmp_path / "m", "DiTPipeline", dit[0], diffusers.DDIMScheduler(prediction_type="v_prediction")
+        tmp_path / "m",
+        "DiTPipeline",
+        dit[0],
+        diffusers.DDIMScheduler(prediction_type="v_prediction"),
     )
-    done = command("goc-export", folder, "-o", tmp_path / "e", "--plan", "none", "--steps", 2, code=3)
-    assert "clip_sample True, only False is supported; name another sampler with --sampler" in done.stderr
-    command("goc-export", folder, "-o", tmp_path / "e", "--plan", "none", "--steps", 2, "--sampler", "dpm++")
+    done = command(
+        "goc-export", folder, "-o", tmp_path / "e", "--plan", "none", "--steps", 2, code=3
+    )
+    assert (
+        "clip_sample True, only False is supported; name another sampler with --sampler"
+        in done.stderr
+    )
+    command(
+        "goc-export",
+        folder,
+        "-o",
+        tmp_path / "e",
+        "--plan",
+        "none",
+        "--steps",
+        2,
+        "--sampler",
+        "dpm++",
+    )
     manifest = read_manifest(tmp_path / "e")
     assert (manifest.model.prediction, manifest.scheduler is None) == ("v", False)
     done = command("goc-plan", tmp_path / "e", "fora:2", "--sampler", "diffusers", code=3)

@@ -66,7 +66,9 @@ def arrays(spec: ModelSpec, prompts: int = 2, seed: int = 1) -> dict[str, np.nda
         "prompt_embeds": generator.standard_normal((prompts, *shape)).astype(np.float32),
         "prompt_attention_mask": (np.arange(spec.caption_tokens) < lengths).astype(np.int64),
         "negative_prompt_embeds": generator.standard_normal((1, *shape)).astype(np.float32),
-        "negative_prompt_attention_mask": (np.arange(spec.caption_tokens) < 2).astype(np.int64)[None],
+        "negative_prompt_attention_mask": (np.arange(spec.caption_tokens) < 2).astype(np.int64)[
+            None
+        ],
     }
 
 
@@ -84,18 +86,29 @@ def engine(checkpoint: Path) -> Path:
     np.savez(checkpoint.parent / "captions.npz", **arrays(SPEC, 3, seed=9))
     output = checkpoint.parent / "engine"
     captions = checkpoint.parent / "captions.npz"
-    more = {"num_heads": 3, "sampler": "dpm++", "steps": STEPS, "max_batch": 2, "calibrate": 2, "cfg_scale": 4.5}
+    more = {
+        "num_heads": 3,
+        "sampler": "dpm++",
+        "steps": STEPS,
+        "max_batch": 2,
+        "calibrate": 2,
+        "cfg_scale": 4.5,
+    }
     manifest = goc_deploy.export(checkpoint, output, plans=PLANS, captions=captions, **more)
     assert max(unit.relative_l2 or 0 for unit in manifest.units) < 1e-4
     assert manifest.model.classes == 3
     return output
 
 
-def model_of(state: dict[str, torch.Tensor], given: dict[str, np.ndarray], spec: ModelSpec = SPEC) -> Any:
+def model_of(
+    state: dict[str, torch.Tensor], given: dict[str, np.ndarray], spec: ModelSpec = SPEC
+) -> Any:
     """Plain PyTorch on the rows of a guided batch."""
     count = len(given["prompt_embeds"])
     rows = [*range(count), *[count] * count]
-    captions = torch.from_numpy(np.concatenate([given["prompt_embeds"], given["negative_prompt_embeds"]])[rows])
+    captions = torch.from_numpy(
+        np.concatenate([given["prompt_embeds"], given["negative_prompt_embeds"]])[rows]
+    )
     masks = [given["prompt_attention_mask"], given["negative_prompt_attention_mask"]]
     mask = torch.from_numpy(np.concatenate(masks)[rows])
 
@@ -113,7 +126,9 @@ def test_a_checkpoint_draws_what_pytorch_draws(engine: Path, plan: str) -> None:
         spec, compiled = pipe.spec, pipe.plan
         captions = prompt_embeds_from_arrays(given, spec, "given")
         found = pipe.generate(captions=captions, latents=noise, cfg_scale=4.5)
-    expected = eager_latents(model_of(random_state(), given), compiled.schedule, compiled.sampler, noise, 4.5)
+    expected = eager_latents(
+        model_of(random_state(), given), compiled.schedule, compiled.sampler, noise, 4.5
+    )
     assert relative_l2(found.latents, expected) < 1e-4
     assert found.report["cfg_channels"] == 4
 
@@ -130,14 +145,20 @@ def test_stored_captions_stand_for_labels(engine: Path) -> None:
     with goc_deploy.load(engine, plan="none") as pipe:
         stored = pipe.generate([2, 0], seed=4).latents
         captions = prompt_embeds_from_arrays(given, pipe.spec, "given")
-        np.testing.assert_array_equal(pipe.generate([2, 0], captions=captions, seed=4).latents, stored)
+        np.testing.assert_array_equal(
+            pipe.generate([2, 0], captions=captions, seed=4).latents, stored
+        )
         unguided = pipe.generate([2, 0], seed=4, cfg_scale=1).latents
         del given["negative_prompt_embeds"], given["negative_prompt_attention_mask"]
         alone = prompt_embeds_from_arrays(given, pipe.spec, "given")
-        np.testing.assert_allclose(pipe.generate([2, 0], captions=alone, seed=4, cfg_scale=1).latents, unguided)
+        np.testing.assert_allclose(
+            pipe.generate([2, 0], captions=alone, seed=4, cfg_scale=1).latents, unguided
+        )
         with pytest.raises(UsageError, match="guidance needs negative_prompt_embeds too"):
             pipe.generate(captions=alone)
-        with pytest.raises(UsageError, match=r"label 3 \(image 1\) must be a whole number within 0..2"):
+        with pytest.raises(
+            UsageError, match=r"label 3 \(image 1\) must be a whole number within 0..2"
+        ):
             pipe.generate([0, 3])
 
 
@@ -152,7 +173,9 @@ def test_requests_of_other_seeds_and_scales_share_a_batch(engine: Path) -> None:
 def test_an_image_does_not_depend_on_its_neighbours_or_on_padding(engine: Path) -> None:
     given = arrays(SPEC, 3)
     with goc_deploy.load(engine, plan="fora:2") as pipe:
-        together = pipe.generate(captions=prompt_embeds_from_arrays(given, pipe.spec, ""), seed=1).latents
+        together = pipe.generate(
+            captions=prompt_embeds_from_arrays(given, pipe.spec, ""), seed=1
+        ).latents
         cut = {name: value[:, :7] for name, value in given.items()}
         short = pipe.generate(
             [2], captions=prompt_embeds_from_arrays(cut, pipe.spec, ""), seed=1, first_image=2
@@ -160,7 +183,9 @@ def test_an_image_does_not_depend_on_its_neighbours_or_on_padding(engine: Path) 
     np.testing.assert_allclose(short[0], together[2], rtol=1e-4, atol=1e-4)
 
 
-def save_folder(folder: Path, state: dict[str, torch.Tensor], spec: ModelSpec, **changes: Any) -> None:
+def save_folder(
+    folder: Path, state: dict[str, torch.Tensor], spec: ModelSpec, **changes: Any
+) -> None:
     """The model as diffusers saves it, under its names."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
@@ -172,18 +197,28 @@ def save_folder(folder: Path, state: dict[str, torch.Tensor], spec: ModelSpec, *
         here, old = f"blocks.{block}", f"transformer_blocks.{block}"
         there[f"{old}.scale_shift_table"] = state[f"{here}.scale_shift_table"]
         for kind in ("weight", "bias"):
-            for name, parts in ((f"{here}.attn.qkv", "attn1:qkv"), (f"{here}.cross_attn.kv_linear", "attn2:kv")):
+            for name, parts in (
+                (f"{here}.attn.qkv", "attn1:qkv"),
+                (f"{here}.cross_attn.kv_linear", "attn2:kv"),
+            ):
                 layer, letters = parts.split(":")
                 chunks = state[f"{name}.{kind}"].chunk(len(letters))
-                there |= {f"{old}.{layer}.to_{c}.{kind}": part for c, part in zip(letters, chunks, strict=True)}
-    save_file({name: tensor.clone().contiguous() for name, tensor in there.items()}, folder / WEIGHTS)
+                there |= {
+                    f"{old}.{layer}.to_{c}.{kind}": part
+                    for c, part in zip(letters, chunks, strict=True)
+                }
+    save_file(
+        {name: tensor.clone().contiguous() for name, tensor in there.items()}, folder / WEIGHTS
+    )
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     path = tmp_path / "pipeline" / "transformer"
     save_folder(path, random_state(), SPEC)
-    (tmp_path / "pipeline" / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}')
+    (tmp_path / "pipeline" / "model_index.json").write_text(
+        '{"_class_name": "PixArtAlphaPipeline"}'
+    )
     return path
 
 
@@ -206,9 +241,16 @@ def _fields(spec: ModelSpec) -> dict[str, Any]:
 
 
 def test_large_latents_stretch_positions_and_are_told_their_size() -> None:
-    told = pixart.spec_from_config({**CONFIG, "sample_size": 128, "use_additional_conditions": None}, "")
+    told = pixart.spec_from_config(
+        {**CONFIG, "sample_size": 128, "use_additional_conditions": None}, ""
+    )
     assert (told.told_size, told.tokens) == (1024, 64 * 64)
-    assert pixart.spec_from_config({**CONFIG, "sample_size": 64, "use_additional_conditions": None}, "").told_size == 0
+    assert (
+        pixart.spec_from_config(
+            {**CONFIG, "sample_size": 64, "use_additional_conditions": None}, ""
+        ).told_size
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -219,17 +261,31 @@ def test_large_latents_stretch_positions_and_are_told_their_size() -> None:
         ({"caption_channels": None}, "caption_channels must be a whole number from 1 on, got None"),
         ({"cross_attention_dim": 64}, "cross_attention_dim is 64, only 48 is supported"),
         ({"out_channels": 5}, r"out_channels is 5, expected 4 or 8 \(with sigma\)"),
-        ({"interpolation_scale": 3}, "interpolation_scale is 3, only 1 is supported for sample_size 8"),
-        ({"use_additional_conditions": "yes"}, "use_additional_conditions must be true, false or null"),
+        (
+            {"interpolation_scale": 3},
+            "interpolation_scale is 3, only 1 is supported for sample_size 8",
+        ),
+        (
+            {"use_additional_conditions": "yes"},
+            "use_additional_conditions must be true, false or null",
+        ),
         ({"sample_size": 9}, "sample_size must be a multiple of patch_size"),
-        ({"use_additional_conditions": False}, "unexpected: adaln_single.emb.aspect_ratio_embedder"),
+        (
+            {"use_additional_conditions": False},
+            "unexpected: adaln_single.emb.aspect_ratio_embedder",
+        ),
         ({"num_layers": 3}, "missing: transformer_blocks.2"),
         ({"num_layers": 1}, "unexpected: transformer_blocks.1"),
-        ({"caption_channels": 24}, "of another shape: y_embedder.y_proj.fc1.weight .48, 20., expected .48, 24."),
+        (
+            {"caption_channels": 24},
+            "of another shape: y_embedder.y_proj.fc1.weight .48, 20., expected .48, 24.",
+        ),
         ({"norm_type": "layer_norm"}, "_class_name|norm_type is 'layer_norm'"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_by_name(folder: Path, changes: dict[str, Any], message: str) -> None:
+def test_settings_that_do_not_fit_are_refused_by_name(
+    folder: Path, changes: dict[str, Any], message: str
+) -> None:
     (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
     with pytest.raises(ModelError, match=message):
         read_and_check(folder)
@@ -242,22 +298,33 @@ def read_and_check(folder: Path) -> None:
 
 def test_a_checkpoint_that_does_not_fit_itself_is_refused() -> None:
     state = random_state()
-    with pytest.raises(ModelError, match="the width 48 does not tell the number of attention heads; give --num-heads"):
+    with pytest.raises(
+        ModelError,
+        match="the width 48 does not tell the number of attention heads; give --num-heads",
+    ):
         pixart.spec_from_tensors(state, None)
     with pytest.raises(ModelError, match="its sizes cannot be read: 'pos_embed'"):
         pixart.spec_from_tensors({k: v for k, v in state.items() if k != "pos_embed"}, 3)
     with pytest.raises(ModelError, match="the checkpoint has 15 tokens"):
         pixart.spec_from_tensors({**state, "pos_embed": torch.zeros(1, 15, 48)}, 3)
-    odd = {k: v for k, v in state.items() if k != "blocks.1.cross_attn.proj.bias"} | {"blocks.1.norm": torch.zeros(1)}
-    with pytest.raises(ModelError, match=r"1 missing: blocks.1.cross_attn.proj.bias; 1 unexpected: blocks.1.norm"):
+    odd = {k: v for k, v in state.items() if k != "blocks.1.cross_attn.proj.bias"} | {
+        "blocks.1.norm": torch.zeros(1)
+    }
+    with pytest.raises(
+        ModelError, match=r"1 missing: blocks.1.cross_attn.proj.bias; 1 unexpected: blocks.1.norm"
+    ):
         pixart.check_tensors(odd, SPEC)
 
 
-def test_the_command_line_draws_captions(engine: Path, checkpoint: Path, tmp_path: Path, command: Command) -> None:
+def test_the_command_line_draws_captions(
+    engine: Path, checkpoint: Path, tmp_path: Path, command: Command
+) -> None:
     out = tmp_path / "x.npy"
     given = arrays(SPEC, 2)
     np.savez(tmp_path / "e.npz", **given)
-    save_file({name: torch.from_numpy(value) for name, value in given.items()}, tmp_path / "e.safetensors")
+    save_file(
+        {name: torch.from_numpy(value) for name, value in given.items()}, tmp_path / "e.safetensors"
+    )
     with goc_deploy.load(engine, plan="none") as pipe:
         captions = prompt_embeds_from_arrays(given, pipe.spec, "")
         expected = pipe.generate([0, 1, 0], captions=captions, seed=2, cfg_scale=4.5).latents
@@ -268,15 +335,21 @@ def test_the_command_line_draws_captions(engine: Path, checkpoint: Path, tmp_pat
     command("goc-run", engine, "--labels", "2,2", *more)
     np.savez(tmp_path / "wide.npz", prompt_embeds=np.zeros((1, 4, 21), np.float32))
     done = command("goc-run", engine, "--prompt-embeds", tmp_path / "wide.npz", code=2)
-    assert "has embeddings of width 21 but the model takes 20; use its own text encoder" in done.stderr
+    assert (
+        "has embeddings of width 21 but the model takes 20; use its own text encoder" in done.stderr
+    )
     np.savez(tmp_path / "long.npz", prompt_embeds=np.zeros((1, 12, 20), np.float32))
     done = command("goc-run", engine, "--prompt-embeds", tmp_path / "long.npz", code=2)
     assert "has 12 tokens but the model takes 11" in done.stderr
     bare = tmp_path / "bare"
-    done = command("goc-export", checkpoint, "-o", bare, "--num-heads", 3, "--plan", "fora:2+goc", code=2)
+    done = command(
+        "goc-export", checkpoint, "-o", bare, "--num-heads", 3, "--plan", "fora:2+goc", code=2
+    )
     assert "there are no captions; add --captions" in done.stderr
     assert not bare.exists()
-    done = command("goc-eval", engine, "--num-images", 3, "--json", tmp_path / "eval.json", "--converged", 8)
+    done = command(
+        "goc-eval", engine, "--num-images", 3, "--json", tmp_path / "eval.json", "--converged", 8
+    )
     found = json.loads((tmp_path / "eval.json").read_text())["plans"]
     assert found["fora-2"]["metrics"]["relative_l2"]["value"] > 0
     assert found["none"]["metrics"]["converged_relative_l2"]["value"] > 0
@@ -291,7 +364,9 @@ def test_an_engine_without_captions_says_so(engine: Path, tmp_path: Path) -> Non
     (bare / "manifest.json").write_text(json.dumps({**found, "captions": None, "model": model}))
     with goc_deploy.load(bare, plan="none") as pipe:
         pipe.warmup()
-        with pytest.raises(UsageError, match="the engine keeps no captions to take instead of class labels"):
+        with pytest.raises(
+            UsageError, match="the engine keeps no captions to take instead of class labels"
+        ):
             pipe.generate([0])
     for use in ("fora:3+goc", "search:2"):
         with pytest.raises(UsageError, match="keeps no captions"):
@@ -330,10 +405,18 @@ def test_a_folder_draws_what_diffusers_draws(tmp_path: Path) -> None:
     assert (tmp_path / "transformer" / f"{WEIGHTS}.index.json").exists()
     plans = ["none", "fora:2", "fora:2+gc:1.0"]
     manifest = goc_deploy.export(
-        tmp_path / "transformer", tmp_path / "engine", plans=plans, sampler="dpm++", steps=STEPS, max_batch=2
+        tmp_path / "transformer",
+        tmp_path / "engine",
+        plans=plans,
+        sampler="dpm++",
+        steps=STEPS,
+        max_batch=2,
     )
     spec = manifest.model
-    given, noise = arrays(spec), np.random.default_rng(5).standard_normal((2, 4, 8, 8)).astype(np.float32)
+    given, noise = (
+        arrays(spec),
+        np.random.default_rng(5).standard_normal((2, 4, 8, 8)).astype(np.float32),
+    )
     rows = [0, 1, 2, 2]
     both = {
         kind: np.concatenate([given[f"prompt_{kind}"], given[f"negative_prompt_{kind}"]])[rows]
@@ -344,7 +427,9 @@ def test_a_folder_draws_what_diffusers_draws(tmp_path: Path) -> None:
     for i, block in enumerate(judge.transformer_blocks):
         for branch, layer in enumerate((block.attn1, block.attn2, block.ff)):
 
-            def cached(*args: Any, _unit: int = 3 * i + branch, _own: Any = layer.forward, **more: Any) -> torch.Tensor:
+            def cached(
+                *args: Any, _unit: int = 3 * i + branch, _own: Any = layer.forward, **more: Any
+            ) -> torch.Tensor:
                 return hooked["feature"](_unit, lambda: _own(*args, **more))
 
             layer.forward = cached
@@ -364,14 +449,20 @@ def test_a_folder_draws_what_diffusers_draws(tmp_path: Path) -> None:
         with goc_deploy.load(tmp_path / "engine", plan=plan) as pipe:
             captions = prompt_embeds_from_arrays(given, spec, "")
             found = pipe.generate(captions=captions, latents=noise, cfg_scale=4.5).latents
-        expected = eager_latents(run, compiled.schedule, sampler_table("dpm++", STEPS, Process("eps")), noise, 4.5)
+        expected = eager_latents(
+            run, compiled.schedule, sampler_table("dpm++", STEPS, Process("eps")), noise, 4.5
+        )
         assert relative_l2(found, expected) < 1e-4, plan
-    scheduler = diffusers.DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        beta_start=1e-4, beta_end=0.02, beta_schedule="linear"
+    )
     scheduler.set_timesteps(STEPS)
     x = torch.from_numpy(noise)
     with torch.inference_mode():
         for t in scheduler.timesteps:
-            cond, uncond = run(torch.cat([x, x]), t.expand(4), lambda _unit, compute: compute())[:, :4].chunk(2)
+            cond, uncond = run(torch.cat([x, x]), t.expand(4), lambda _unit, compute: compute())[
+                :, :4
+            ].chunk(2)
             x = scheduler.step(uncond + 4.5 * (cond - uncond), t, x).prev_sample
     with goc_deploy.load(tmp_path / "engine", plan="none") as pipe:
         found = pipe.generate(captions=captions, latents=noise, cfg_scale=4.5).latents
@@ -382,9 +473,13 @@ def test_a_folder_draws_what_diffusers_draws(tmp_path: Path) -> None:
 def test_images_are_those_of_the_pipeline_of_diffusers(tmp_path: Path) -> None:
     """PixArtAlphaPipeline with supplied embeddings and a random VAE, from its folder to pixels."""
     diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the judges extra")
-    pytest.importorskip("transformers", reason="PixArtAlphaPipeline needs transformers, which is not installed")
+    pytest.importorskip(
+        "transformers", reason="PixArtAlphaPipeline needs transformers, which is not installed"
+    )
     torch.manual_seed(0)
-    config = {k: v for k, v in CONFIG.items() if not k.startswith("_")} | {"use_additional_conditions": False}
+    config = {k: v for k, v in CONFIG.items() if not k.startswith("_")} | {
+        "use_additional_conditions": False
+    }
     transformer = diffusers.PixArtTransformer2DModel(**config).eval()
     for parameter in transformer.parameters():
         parameter.data.normal_(0, 0.15)
@@ -395,7 +490,9 @@ def test_images_are_those_of_the_pipeline_of_diffusers(tmp_path: Path) -> None:
         up_block_types=["UpDecoderBlock2D"] * levels,
         norm_num_groups=4,
     ).eval()
-    scheduler = diffusers.DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        beta_start=1e-4, beta_end=0.02, beta_schedule="linear"
+    )
     judge = diffusers.PixArtAlphaPipeline(
         tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler
     )
@@ -411,7 +508,11 @@ def test_images_are_those_of_the_pipeline_of_diffusers(tmp_path: Path) -> None:
         max_batch=2,
     )
     given = arrays(manifest.model)
-    negative = {name: np.repeat(value, 2, axis=0) for name, value in given.items() if name.startswith("negative")}
+    negative = {
+        name: np.repeat(value, 2, axis=0)
+        for name, value in given.items()
+        if name.startswith("negative")
+    }
     noise = np.random.default_rng(5).standard_normal((2, 4, 8, 8)).astype(np.float32)
     call = {
         **{name: torch.from_numpy(value) for name, value in {**given, **negative}.items()},

@@ -49,14 +49,22 @@ def test_a_flow_is_followed_as_pytorch_follows_it(engine: Path, plan: str) -> No
     model.load_state_dict(random_state(SPEC, 3))
     noise = np.random.default_rng(0).standard_normal((2, 1, 4, 8, 8)).astype(np.float32)
 
-    def euler(_step: int, x: torch.Tensor, m: torch.Tensor, _v: torch.Tensor, _z: torch.Tensor) -> torch.Tensor:
+    def euler(
+        _step: int, x: torch.Tensor, m: torch.Tensor, _v: torch.Tensor, _z: torch.Tensor
+    ) -> torch.Tensor:
         return x + m / STEPS
 
     with goc_deploy.load(engine, plan=plan) as pipe:
-        assert (pipe.spec.architecture, pipe.spec.prediction, pipe.plan.sampler.sampler) == ("sit", "flow", "euler")
+        assert (pipe.spec.architecture, pipe.spec.prediction, pipe.plan.sampler.sampler) == (
+            "sit",
+            "flow",
+            "euler",
+        )
         assert pipe.plan.sampler.timesteps == tuple(k / STEPS for k in range(STEPS))
         found = pipe.generate(LABELS, latents=noise[:, 0], trajectory=True)
-        expected = eager_trajectory(model, pipe.plan.schedule, pipe.plan.sampler, noise, LABELS, 4.0, 3, euler)
+        expected = eager_trajectory(
+            model, pipe.plan.schedule, pipe.plan.sampler, noise, LABELS, 4.0, 3, euler
+        )
     assert found.trajectory is not None
     assert worst_step(found.trajectory, expected) < 1e-4
 
@@ -75,10 +83,13 @@ def test_a_straight_line_is_followed_exactly() -> None:
 
 def test_samplers_of_diffusions_and_of_flows_are_not_mixed_up(engine: Path) -> None:
     with pytest.raises(
-        UsageError, match="sampler 'ddim' does not go with a model that predicts 'flow'; use euler for flow"
+        UsageError,
+        match="sampler 'ddim' does not go with a model that predicts 'flow'; use euler for flow",
     ):
         goc_deploy.add_plan(engine, "fora:3", sampler="ddim")
-    with pytest.raises(UsageError, match="sampler 'euler' does not go with a model that predicts 'eps'"):
+    with pytest.raises(
+        UsageError, match="sampler 'euler' does not go with a model that predicts 'eps'"
+    ):
         sampler_table("euler", 5, Process("eps"))
     with pytest.raises(UsageError, match=r"steps must be within 1..1000, got 0"):
         sampler_table("euler", 0, Process("flow"))
@@ -88,7 +99,10 @@ def test_samplers_of_diffusions_and_of_flows_are_not_mixed_up(engine: Path) -> N
 def test_plans_survive_their_files(engine: Path) -> None:
     with goc_deploy.load(engine, plan="fora:2") as pipe:
         schedule = schedule_from_policy(parse_policy("fora:2"), pipe.spec, STEPS)
-        assert compile_schedule(schedule, pipe.spec, "euler", name="fora-2", segments="full") == pipe.plan
+        assert (
+            compile_schedule(schedule, pipe.spec, "euler", name="fora-2", segments="full")
+            == pipe.plan
+        )
 
 
 def test_folders_of_diffusers_hold_no_sit(tmp_path: Path) -> None:

@@ -36,11 +36,16 @@ def encoded_by_hand(state: dict[str, np.ndarray], tokens: list[int], config: Any
         half, distance = config.buckets // 2, abs(key - query)
         exact = half // 2
         far = (
-            exact + int(np.log(distance / exact) / np.log(config.furthest / exact) * (half - exact)) if distance else 0
+            exact + int(np.log(distance / exact) / np.log(config.furthest / exact) * (half - exact))
+            if distance
+            else 0
         )
         return (half if key > query else 0) + (distance if distance < exact else min(far, half - 1))
 
-    count, block = len(tokens), "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    count, block = (
+        len(tokens),
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    )
     bias = np.array([[state[block][bucket(q, k)] for k in range(count)] for q in range(count)])
     x = state["shared.weight"][tokens]
     for i in range(config.layers):
@@ -84,21 +89,28 @@ def engine(encoder: Path) -> Path:
         max_batch=2, text_encoder=encoder, captions=encoder.parent / "prompts.txt",
     )  # fmt: skip
     assert manifest.model.classes == 2
-    assert next(unit.relative_l2 or 0 for unit in manifest.units if unit.name == "text_encoder") < 1e-4
+    assert (
+        next(unit.relative_l2 or 0 for unit in manifest.units if unit.name == "text_encoder") < 1e-4
+    )
     return encoder.parent / "engine"
 
 
 @pytest.mark.parametrize("kind", ["gated-gelu", "relu"])
 def test_the_module_computes_the_formulas(tmp_path: Path, kind: str) -> None:
     folder = save_encoder(tmp_path / "t5", feed_forward_proj=kind)
-    config, state = t5_config({**CONFIG, "feed_forward_proj": kind}, ""), load_file(folder / "model.safetensors")
+    config, state = (
+        t5_config({**CONFIG, "feed_forward_proj": kind}, ""),
+        load_file(folder / "model.safetensors"),
+    )
     module = T5Encoder(config, 14)
     module.load_state_dict(state)
     tokens = [3, 7, 9, 30, 12, 5, 8, 1]
     with torch.inference_mode():
         padded = torch.tensor([[*tokens, *[0] * 6]])
         found = module(padded, (torch.arange(14) < len(tokens)).float()[None])[0, : len(tokens)]
-    expected = encoded_by_hand({name: tensor.double().numpy() for name, tensor in state.items()}, tokens, config)
+    expected = encoded_by_hand(
+        {name: tensor.double().numpy() for name, tensor in state.items()}, tokens, config
+    )
     assert relative_l2(found.numpy(), expected) < 1e-5
 
 
@@ -123,12 +135,18 @@ def test_prompts_are_encoded_once_and_stand_for_labels(engine: Path, encoder: Pa
         assert runs == [4]
         np.testing.assert_array_equal(pipe.generate([0, 1], seed=3).latents, again)
         np.testing.assert_array_equal(pipe.generate([0, 1], captions=given, seed=3).latents, again)
-        other = pipe.generate([0, 1], prompts=PROMPTS, negative_prompts=["the blue three"], seed=3).latents
+        other = pipe.generate(
+            [0, 1], prompts=PROMPTS, negative_prompts=["the blue three"], seed=3
+        ).latents
         assert relative_l2(other, again) > 1e-3
-        with pytest.raises(UsageError, match="3 prompts and 2 negative prompts; give one, or one for each"):
+        with pytest.raises(
+            UsageError, match="3 prompts and 2 negative prompts; give one, or one for each"
+        ):
             pipe.generate(prompts=PROMPTS, negative_prompts=["a", "b"])
         for wrong in ({"prompts": "a three"}, {"prompts": ["a"], "negative_prompts": "b"}):
-            with pytest.raises(UsageError, match="lists of texts, got one text; put it into a list"):
+            with pytest.raises(
+                UsageError, match="lists of texts, got one text; put it into a list"
+            ):
                 pipe.generate(**wrong)
         with pytest.raises(UsageError, match="half a surrogate pair"):
             pipe.generate(prompts=["a \ud83d three"])
@@ -145,7 +163,10 @@ def test_prompts_are_encoded_once_and_stand_for_labels(engine: Path, encoder: Pa
 def test_prompts_that_share_a_launch_are_encoded_as_alone(engine: Path) -> None:
     words = ["a", "the", "three", "seven", "red", "blue"]
     prompts = [f"{first} {second}" for first in words for second in words for _ in range(2)]
-    with goc_deploy.load(engine, plan="none") as pipe, goc_deploy.load(engine, plan="none") as single:
+    with (
+        goc_deploy.load(engine, plan="none") as pipe,
+        goc_deploy.load(engine, plan="none") as single,
+    ):
         text, other = pipe._attached.text, single._attached.text
         assert text is not None
         assert other is not None
@@ -158,7 +179,9 @@ def test_prompts_that_share_a_launch_are_encoded_as_alone(engine: Path) -> None:
     np.testing.assert_array_equal(found.prompts.mask, alone.prompts.mask)
 
 
-def test_more_prompts_than_are_remembered_are_encoded(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_prompts_than_are_remembered_are_encoded(
+    engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("goc_deploy.text.KEPT_PROMPTS", 2)
     with goc_deploy.load(engine, plan="none") as pipe:
         assert pipe._attached.text is not None
@@ -166,11 +189,14 @@ def test_more_prompts_than_are_remembered_are_encoded(engine: Path, monkeypatch:
         assert list(pipe._attached.text._known) == [PROMPTS[-1].lower().strip(), ""]
 
 
-def test_a_long_prompt_is_cut_and_the_log_says_what_is_left_out(engine: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_long_prompt_is_cut_and_the_log_says_what_is_left_out(
+    engine: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with goc_deploy.load(engine, plan="none") as pipe, caplog.at_level(logging.WARNING):
         long = pipe.encode(["a red blue red blue red blue red blue seven three the"])
-        assert "a prompt has 13 tokens, the model takes 11; left out: ' three the'" in caplog.text.replace(
-            "'three the'", "' three the'"
+        assert (
+            "a prompt has 13 tokens, the model takes 11; left out: ' three the'"
+            in caplog.text.replace("'three the'", "' three the'")
         )
         assert long.prompts.mask.all()
         short = pipe.encode(["a red blue red blue red blue red blue seven"])
@@ -180,7 +206,16 @@ def test_a_long_prompt_is_cut_and_the_log_says_what_is_left_out(engine: Path, ca
 def test_the_command_line_draws_prompts(engine: Path, tmp_path: Path, command: Command) -> None:
     out = tmp_path / "x.npy"
     command(
-        "goc-run", engine, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--latents-output", out, "--plan", "none"
+        "goc-run",
+        engine,
+        "--prompt",
+        PROMPTS[0],
+        "--prompt",
+        PROMPTS[1],
+        "--latents-output",
+        out,
+        "--plan",
+        "none",
     )
     prompted = np.load(out)
     command("goc-run", engine, "--labels", "0,1", "--latents-output", out, "--plan", "none")
@@ -198,7 +233,8 @@ def test_an_engine_without_a_text_encoder_says_so(golden_engine: Path) -> None:
     with goc_deploy.load(golden_engine) as pipe:
         for use in ({"prompts": ["a three"]}, {"captions": pipe_captions()}):
             with pytest.raises(
-                UsageError, match=r"no text encoder; export with --text-encoder|not captions; give labels"
+                UsageError,
+                match=r"no text encoder; export with --text-encoder|not captions; give labels",
             ):
                 pipe.generate(**use)
 
@@ -228,7 +264,9 @@ def test_a_missing_tokenizers_package_is_named(
         with pytest.raises(EnvironmentUnsupportedError, match=r"pip install 'goc_deploy\[text\]'"):
             pipe.generate(prompts=["a"])
     with pytest.raises(EnvironmentUnsupportedError, match="this needs tokenizers"):
-        goc_deploy.export(encoder.parent / "model.pth", tmp_path / "e", num_heads=3, text_encoder=encoder)
+        goc_deploy.export(
+            encoder.parent / "model.pth", tmp_path / "e", num_heads=3, text_encoder=encoder
+        )
 
 
 def _pipeline(folder: Path) -> Path:
@@ -249,13 +287,17 @@ def test_folders_and_names_that_libraries_write_are_read(tmp_path: Path) -> None
     folder = save_encoder(tmp_path / "c")
     state = load_file(folder / "model.safetensors")
     state["encoder.embed_tokens.weight"] = state.pop("shared.weight")
-    save_file({**state, "decoder.final_layer_norm.weight": torch.ones(2)}, folder / "model.safetensors")
+    save_file(
+        {**state, "decoder.final_layer_norm.weight": torch.ones(2)}, folder / "model.safetensors"
+    )
     (folder / "tokenizer.json").write_bytes(plain.tokenizer)
     other = read_text_encoder(folder, SPEC)
     for found in (whole, other):
         assert found.tokenizer == plain.tokenizer
         assert found.checkpoint.tensors.keys() == plain.checkpoint.tensors.keys()
-        assert all(torch.equal(found.checkpoint.tensors[n], t) for n, t in plain.checkpoint.tensors.items())
+        assert all(
+            torch.equal(found.checkpoint.tensors[n], t) for n, t in plain.checkpoint.tensors.items()
+        )
 
 
 def _lie(folder: Path) -> None:
@@ -274,24 +316,47 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[GocError], str]] = {
         "has no config.json; give the folder that transf",
     ),
     "another model": (_set(model_type="bert"), ModelError, "model_type is 'bert'"),
-    "another function": (_set(feed_forward_proj="gated-silu"), ModelError, "feed_forward_proj 'gated-silu', only 't5'"),
+    "another function": (
+        _set(feed_forward_proj="gated-silu"),
+        ModelError,
+        "feed_forward_proj 'gated-silu', only 't5'",
+    ),
     "another width": (
         _set(d_model=24),
         ModelError,
         "makes embeddings of width 24 but the model takes 20; give the one",
     ),
-    "no tokens": (_set(eos_token_id=99), ModelError, "eos_token_id and pad_token_id must be tokens, got 99 and 0"),
+    "no tokens": (
+        _set(eos_token_id=99),
+        ModelError,
+        "eos_token_id and pad_token_id must be tokens, got 99 and 0",
+    ),
     "odd buckets": (_set(relative_attention_num_buckets=6), ModelError, "must be a multiple of 4"),
     "more layers": (_set(num_layers=3), ModelError, "missing: encoder.block.2"),
-    "few words": (_set(vocab_size=20), ModelError, "has 36 tokens but the text encoder knows 20; they do not belong"),
+    "few words": (
+        _set(vocab_size=20),
+        ModelError,
+        "has 36 tokens but the text encoder knows 20; they do not belong",
+    ),
     "header lies": (_lie, ModelError, "not a sound safetensors file"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), ModelError, "nor pytorch_model.bin"),
+    "no weights": (
+        lambda f: (f / "model.safetensors").unlink(),
+        ModelError,
+        "nor pytorch_model.bin",
+    ),
     "code": (
-        lambda f: ((f / "model.safetensors").unlink(), torch.save({"a": print}, f / "pytorch_model.bin")),
+        lambda f: (
+            (f / "model.safetensors").unlink(),
+            torch.save({"a": print}, f / "pytorch_model.bin"),
+        ),
         SafetyError,
         "asks to run code",
     ),
-    "no tokenizer": (lambda f: (f / "spiece.model").unlink(), ModelError, "there is no tokenizer.json or spiece.model"),
+    "no tokenizer": (
+        lambda f: (f / "spiece.model").unlink(),
+        ModelError,
+        "there is no tokenizer.json or spiece.model",
+    ),
     "cut tokenizer": (
         lambda f: (f / "spiece.model").write_bytes(sentencepiece_model()[:-3]),
         ModelError,
@@ -302,7 +367,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[GocError], str]] = {
         ModelError,
         "not a sound SentencePiece model with '</s>'",
     ),
-    "no JSON": (lambda f: (f / "tokenizer.json").write_text("{"), ModelError, "tokenizer.json is not valid JSON"),
+    "no JSON": (
+        lambda f: (f / "tokenizer.json").write_text("{"),
+        ModelError,
+        "tokenizer.json is not valid JSON",
+    ),
 }
 
 
@@ -323,14 +392,20 @@ def test_a_class_model_takes_no_text_encoder(encoder: Path) -> None:
 def test_prompts_in_a_file_need_a_text_encoder(tmp_path: Path) -> None:
     torch.save(random_state(), tmp_path / "m.pth")
     (tmp_path / "p.txt").write_text("a\n")
-    with pytest.raises(UsageError, match="holds texts, which need a text encoder; add --text-encoder"):
-        goc_deploy.export(tmp_path / "m.pth", tmp_path / "e", num_heads=3, captions=tmp_path / "p.txt")
+    with pytest.raises(
+        UsageError, match="holds texts, which need a text encoder; add --text-encoder"
+    ):
+        goc_deploy.export(
+            tmp_path / "m.pth", tmp_path / "e", num_heads=3, captions=tmp_path / "p.txt"
+        )
 
 
 def test_tokens_are_those_of_sentencepiece(tmp_path: Path) -> None:
     """A trained model with its character map, read by both libraries."""
     tokenizers = pytest.importorskip("tokenizers", reason="tokenizers comes with the text extra")
-    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece comes with the judges extra")
+    sentencepiece = pytest.importorskip(
+        "sentencepiece", reason="sentencepiece comes with the judges extra"
+    )
     text = (Path(__file__).parents[2] / "README.md").read_text()
     (tmp_path / "text.txt").write_text(text)
     sentencepiece.SentencePieceTrainer.train(
@@ -340,14 +415,21 @@ def test_tokens_are_those_of_sentencepiece(tmp_path: Path) -> None:
     content = (tmp_path / "m.model").read_bytes()
     judge = sentencepiece.SentencePieceProcessor(model_proto=content)
     ours = tokenizers.Tokenizer.from_str(json_from_sentencepiece(content, "m").decode())
-    for line in ["a Diffusion  Transformer", "\ufb01ne caf\u00e9 \u2460", "", *text.splitlines()[:80]]:
+    for line in [
+        "a Diffusion  Transformer",
+        "\ufb01ne caf\u00e9 \u2460",
+        "",
+        *text.splitlines()[:80],
+    ]:
         assert ours.encode(line.strip()).ids == [*judge.encode(line.strip()), 1], line
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers and diffusers about themselves
 @pytest.mark.parametrize("kind", ["gated-gelu", "relu"])
 def test_embeddings_are_those_of_transformers(tmp_path: Path, kind: str) -> None:
-    transformers = pytest.importorskip("transformers", reason="transformers comes with the judges extra")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers comes with the judges extra"
+    )
     torch.manual_seed(1)
     config = {**CONFIG, "feed_forward_proj": kind}
     judge = transformers.T5EncoderModel(transformers.T5Config(**config)).eval()

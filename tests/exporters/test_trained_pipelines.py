@@ -47,11 +47,19 @@ def test_classes_are_drawn_as_by_the_dit_pipeline(vae: Any, tmp_path: Path) -> N
     from benchmarks.diffusers_state import diffusers_state
 
     shipped = MNIST / "latent_dit_mnist.pt"
-    more = {"vae": MNIST / "vae", "num_heads": 4, "sampler": "ddim@leading", "steps": STEPS, "max_batch": 4}
+    more = {
+        "vae": MNIST / "vae",
+        "num_heads": 4,
+        "sampler": "ddim@leading",
+        "steps": STEPS,
+        "max_batch": 4,
+    }
     spec = goc_deploy.export(shipped, tmp_path / "engine", plans=["none"], **more).model
     state = torch.load(shipped, weights_only=True)
     table = state["y_embedder.embedding_table.weight"]
-    padded = torch.cat([table[:-1], torch.zeros(NULL_OF_THE_PIPELINE - spec.classes, spec.hidden), table[-1:]])
+    padded = torch.cat(
+        [table[:-1], torch.zeros(NULL_OF_THE_PIPELINE - spec.classes, spec.hidden), table[-1:]]
+    )
     transformer = diffusers.DiTTransformer2DModel(
         num_attention_heads=spec.heads,
         attention_head_dim=spec.hidden // spec.heads,
@@ -65,13 +73,25 @@ def test_classes_are_drawn_as_by_the_dit_pipeline(vae: Any, tmp_path: Path) -> N
     renamed = diffusers_state({**state, "y_embedder.embedding_table.weight": padded}, spec)
     transformer.load_state_dict(renamed, strict=False)  # the position table is computed
     for block in transformer.transformer_blocks:
-        block.norm1.emb.time_proj.downscale_freq_shift = 0  # the checkpoint's convention; diffusers' default is 1
+        block.norm1.emb.time_proj.downscale_freq_shift = (
+            0  # the checkpoint's convention; diffusers' default is 1
+        )
     scheduler = diffusers.DDIMScheduler(clip_sample=False, beta_start=1e-4, beta_end=0.02)
     judge = diffusers.DiTPipeline(transformer=transformer.eval(), vae=vae, scheduler=scheduler)
     judge.set_progress_bar_config(disable=True)
-    given, labels, decoded = torch.randn(3, 4, 7, 7, generator=torch.Generator().manual_seed(4)), [3, 0, 8], []
-    vae.decode = lambda latents, _own=vae.decode, **more: decoded.append(latents) or _own(latents, **more)
-    call = {"guidance_scale": 4.0, "num_inference_steps": STEPS, "generator": torch.Generator().manual_seed(4)}
+    given, labels, decoded = (
+        torch.randn(3, 4, 7, 7, generator=torch.Generator().manual_seed(4)),
+        [3, 0, 8],
+        [],
+    )
+    vae.decode = lambda latents, _own=vae.decode, **more: (
+        decoded.append(latents) or _own(latents, **more)
+    )
+    call = {
+        "guidance_scale": 4.0,
+        "num_inference_steps": STEPS,
+        "generator": torch.Generator().manual_seed(4),
+    }
     images = judge(labels, **call, output_type="np").images
     with goc_deploy.load(tmp_path / "engine") as pipe:
         found = pipe.generate(labels, cfg_scale=4.0, cfg_channels=4, latents=given.numpy())
@@ -79,12 +99,22 @@ def test_classes_are_drawn_as_by_the_dit_pipeline(vae: Any, tmp_path: Path) -> N
 
 
 def test_prompts_are_drawn_as_by_the_pixart_pipeline(vae: Any, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers", reason="transformers comes with the judges extra")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers comes with the judges extra"
+    )
     import diffusers
 
     shipped, texts = MNIST / "pixart_mnist.pt", MNIST / "text_encoder"
-    more = {"text_encoder": texts, "num_heads": 4, "sampler": "dpm++", "steps": STEPS, "max_batch": 4}
-    spec = goc_deploy.export(shipped, tmp_path / "engine", plans=["none"], vae=MNIST / "vae", **more).model
+    more = {
+        "text_encoder": texts,
+        "num_heads": 4,
+        "sampler": "dpm++",
+        "steps": STEPS,
+        "max_batch": 4,
+    }
+    spec = goc_deploy.export(
+        shipped, tmp_path / "engine", plans=["none"], vae=MNIST / "vae", **more
+    ).model
     config = {k: v for k, v in CONFIG.items() if not k.startswith("_")} | {
         "attention_head_dim": spec.hidden // spec.heads,
         "caption_channels": spec.caption_channels,
@@ -97,18 +127,28 @@ def test_prompts_are_drawn_as_by_the_pixart_pipeline(vae: Any, tmp_path: Path) -
         "use_additional_conditions": False,
     }
     transformer = diffusers.PixArtTransformer2DModel(**config).eval()
-    transformer.load_state_dict(pixart_state(torch.load(shipped, weights_only=True), spec), strict=False)
+    transformer.load_state_dict(
+        pixart_state(torch.load(shipped, weights_only=True), spec), strict=False
+    )
     special = json.loads((texts / "config.json").read_text())
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(texts / "tokenizer.json"), pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_file=str(texts / "tokenizer.json"),
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
     )
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (special["pad_token_id"], special["eos_token_id"])
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (
+        special["pad_token_id"],
+        special["eos_token_id"],
+    )
     judge = diffusers.PixArtAlphaPipeline(
         tokenizer=tokenizer,
         text_encoder=transformers.T5EncoderModel.from_pretrained(texts).eval(),
         vae=vae,
         transformer=transformer,
-        scheduler=diffusers.DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear"),
+        scheduler=diffusers.DPMSolverMultistepScheduler(
+            beta_start=1e-4, beta_end=0.02, beta_schedule="linear"
+        ),
     )
     judge.set_progress_bar_config(disable=True)
     judge.check_inputs = lambda *_, **__: None  # it refuses sides that 8 does not divide
@@ -136,12 +176,21 @@ def pixart_state(state: Mapping[str, torch.Tensor], spec: ModelSpec) -> dict[str
     """Tensors of the public layout under diffusers' names: the exporter's mapping in the other direction."""
     found = {"scale_shift_table": state["final_layer.scale_shift_table"]}
     for kind in ("weight", "bias"):
-        found |= {f"{theirs}.{kind}": state[f"{ours}.{kind}"] for ours, theirs in layer_names(spec).items()}
+        found |= {
+            f"{theirs}.{kind}": state[f"{ours}.{kind}"]
+            for ours, theirs in layer_names(spec).items()
+        }
         for i in range(spec.depth):
-            for ours, attention, parts in (("attn.qkv", "attn1", "qkv"), ("cross_attn.kv_linear", "attn2", "kv")):
+            for ours, attention, parts in (
+                ("attn.qkv", "attn1", "qkv"),
+                ("cross_attn.kv_linear", "attn2", "kv"),
+            ):
                 split = state[f"blocks.{i}.{ours}.{kind}"].chunk(len(parts))
                 there = f"transformer_blocks.{i}.{attention}"
-                found |= {f"{there}.to_{part}.{kind}": tensor for part, tensor in zip(parts, split, strict=True)}
+                found |= {
+                    f"{there}.to_{part}.{kind}": tensor
+                    for part, tensor in zip(parts, split, strict=True)
+                }
     for i in range(spec.depth):
         found[f"transformer_blocks.{i}.scale_shift_table"] = state[f"blocks.{i}.scale_shift_table"]
     return found

@@ -63,7 +63,11 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
         state = VaeDecoder(vae_config(CONFIG, "")).state_dict()
         state = {name: tensor + 0.02 * torch.randn(tensor.shape) for name, tensor in state.items()}
     save_file(
-        {**state, "encoder.conv_in.weight": torch.zeros(8, 3, 3, 3), "quant_conv.bias": torch.zeros(8)},
+        {
+            **state,
+            "encoder.conv_in.weight": torch.zeros(8, 3, 3, 3),
+            "quant_conv.bias": torch.zeros(8),
+        },
         folder / WEIGHTS,
     )
     return folder
@@ -87,7 +91,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def export(model: Path, output: Path, vae: Path, **options: Any) -> Any:
-    return goc_deploy.export(model, output, num_heads=3, plans=["none"], steps=2, max_batch=2, vae=vae, **options)
+    return goc_deploy.export(
+        model, output, num_heads=3, plans=["none"], steps=2, max_batch=2, vae=vae, **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -111,13 +117,17 @@ def whole_decoder(folder: Path) -> VaeDecoder:
 def test_pixels_are_those_of_diffusers(tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the judges extra")
     torch.manual_seed(2)
-    judge = diffusers.AutoencoderKL(**{k: v for k, v in CONFIG.items() if not k.startswith("_")}).eval()
+    judge = diffusers.AutoencoderKL(
+        **{k: v for k, v in CONFIG.items() if not k.startswith("_")}
+    ).eval()
     for parameter in judge.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape)
     judge.save_pretrained(tmp_path / "vae")
     latents = torch.randn(3, 4, 8, 8)
     with torch.inference_mode():
-        expected = judge.decode(latents / judge.config.scaling_factor + judge.config.shift_factor).sample.numpy()
+        expected = judge.decode(
+            latents / judge.config.scaling_factor + judge.config.shift_factor
+        ).sample.numpy()
         found = whole_decoder(tmp_path / "vae")(latents).numpy()
     assert relative_l2(found, expected) < 1e-5
 
@@ -134,7 +144,9 @@ def test_tiles_are_close_to_the_whole(tiled: Path, vae: Path) -> None:
     with torch.inference_mode():
         whole = whole_decoder(vae)(torch.from_numpy(smooth)[None])[0].numpy()
     assert relative_l2(found, whole) < 0.3
-    np.testing.assert_allclose(found[:, :4, :4], corner[:, :4, :4], atol=1e-6)  # where no other tile reaches
+    np.testing.assert_allclose(
+        found[:, :4, :4], corner[:, :4, :4], atol=1e-6
+    )  # where no other tile reaches
     assert result.images is not None
     assert result.images.shape == (1, 16, 16, 3)
 
@@ -186,8 +198,14 @@ def read_config(changes: dict[str, Any]) -> Any:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"latent_channels": 16}, "decodes 16 channels but the model makes 4; give the VAE that it was trained with"),
-        ({"_class_name": "AutoencoderTiny"}, "_class_name is 'AutoencoderTiny', only 'AutoencoderKL' is supported"),
+        (
+            {"latent_channels": 16},
+            "decodes 16 channels but the model makes 4; give the VAE that it was trained with",
+        ),
+        (
+            {"_class_name": "AutoencoderTiny"},
+            "_class_name is 'AutoencoderTiny', only 'AutoencoderKL' is supported",
+        ),
         ({"latents_mean": [0.1]}, "latents_mean is .0.1., only None"),
         ({"flow": 1}, "setting 'flow' that this version does not know"),
         ({"scaling_factor": 0}, "scaling_factor 0 and shift_factor 0.2 are not usable"),
@@ -201,7 +219,9 @@ def read_config(changes: dict[str, Any]) -> Any:
         ({"mid_block_add_attention": False}, "unexpected: decoder.mid_block.attentions.0"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_by_name(copy: Path, changes: dict[str, Any], message: str) -> None:
+def test_settings_that_do_not_fit_are_refused_by_name(
+    copy: Path, changes: dict[str, Any], message: str
+) -> None:
     write_config(copy, **changes)
     with pytest.raises(ModelError, match=message):
         read_vae_folder(copy, SPEC)
@@ -213,11 +233,22 @@ def _lie(folder: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], type[GocError], str]] = {
-    "no config": (lambda f: (f / "config.json").unlink(), ModelError, "has no config.json; give the folder that"),
-    "no weights": (lambda f: (f / WEIGHTS).unlink(), ModelError, "has neither diffusion_pytorch_model.safetensors"),
+    "no config": (
+        lambda f: (f / "config.json").unlink(),
+        ModelError,
+        "has no config.json; give the folder that",
+    ),
+    "no weights": (
+        lambda f: (f / WEIGHTS).unlink(),
+        ModelError,
+        "has neither diffusion_pytorch_model.safetensors",
+    ),
     "header lies": (_lie, ModelError, "not a sound safetensors file"),
     "code": (
-        lambda f: ((f / WEIGHTS).unlink(), torch.save({"a": print}, f / "diffusion_pytorch_model.bin")),
+        lambda f: (
+            (f / WEIGHTS).unlink(),
+            torch.save({"a": print}, f / "diffusion_pytorch_model.bin"),
+        ),
         SafetyError,
         "asks to run code",
     ),
@@ -232,11 +263,22 @@ def test_damaged_folders_are_refused(copy: Path, damage: str) -> None:
         read_vae_folder(copy, SPEC)
 
 
-def test_the_command_line_draws_latents(model: Path, copy: Path, tmp_path: Path, command: Command) -> None:
+def test_the_command_line_draws_latents(
+    model: Path, copy: Path, tmp_path: Path, command: Command
+) -> None:
     engine = tmp_path / "engine"
     more = ("--num-heads", 3, "--plan", "none", "--plan", "fora:2", "--steps", 3)
     command("goc-export", model, "-o", engine, "--vae", copy, *more)
-    command("goc-run", engine, "--labels", "1,2", "--output", tmp_path / "x.npz", "--report", tmp_path / "report.json")
+    command(
+        "goc-run",
+        engine,
+        "--labels",
+        "1,2",
+        "--output",
+        tmp_path / "x.npz",
+        "--report",
+        tmp_path / "report.json",
+    )
     with np.load(tmp_path / "x.npz") as images:
         assert images["arr_0"].shape == (2, 16, 16, 3)
     assert json.loads((tmp_path / "report.json").read_text())["decode_ms"] > 0
@@ -244,7 +286,14 @@ def test_the_command_line_draws_latents(model: Path, copy: Path, tmp_path: Path,
     with Image.open(tmp_path / "x.png") as picture:
         assert picture.mode == "RGB"
     done = command(
-        "goc-eval", engine, "--num-images", 2, "--json", tmp_path / "eval.json", "--samples-output", tmp_path / "s"
+        "goc-eval",
+        engine,
+        "--num-images",
+        2,
+        "--json",
+        tmp_path / "eval.json",
+        "--samples-output",
+        tmp_path / "s",
     )
     assert done.returncode == 0
     with np.load(tmp_path / "s" / "fora-2.npz") as images:
@@ -252,7 +301,10 @@ def test_the_command_line_draws_latents(model: Path, copy: Path, tmp_path: Path,
     again = command("goc-export", model, "-o", engine, "--vae", copy, *more)
     assert "up to date" in again.stderr
     write_config(copy, scaling_factor=0.5)
-    assert "use --force" in command("goc-export", model, "-o", engine, "--vae", copy, *more, code=8).stderr
+    assert (
+        "use --force"
+        in command("goc-export", model, "-o", engine, "--vae", copy, *more, code=8).stderr
+    )
     write_config(copy, latent_channels=8)
     done = command("goc-export", model, "-o", tmp_path / "other", "--vae", copy, *more, code=3)
     assert "decodes 8 channels but the model makes 4" in done.stderr
@@ -261,6 +313,8 @@ def test_the_command_line_draws_latents(model: Path, copy: Path, tmp_path: Path,
 
 def test_a_manifest_with_an_impossible_decoder_is_refused(tiled: Path, tmp_path: Path) -> None:
     found = json.loads((tiled / "manifest.json").read_text())
-    (tmp_path / "manifest.json").write_text(json.dumps({**found, "decoder": {**found["decoder"], "tile": 10**3}}))
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({**found, "decoder": {**found["decoder"], "tile": 10**3}})
+    )
     with pytest.raises(EngineDirError, match="describes a decoder that cannot be"):
         goc_deploy.load(tmp_path)

@@ -25,7 +25,16 @@ ODD: tuple[Any, ...] = (
     {},
     [[]],
 )
-WORDS = (b"\0" * 8, b"\xff" * 8, b"PK\x03\x04", b"\x93NUMPY", b"cos\nsystem\n", b"etc/passwd", b"{", b"1" * 40)
+WORDS = (
+    b"\0" * 8,
+    b"\xff" * 8,
+    b"PK\x03\x04",
+    b"\x93NUMPY",
+    b"cos\nsystem\n",
+    b"etc/passwd",
+    b"{",
+    b"1" * 40,
+)
 
 
 def mutated_bytes(content: bytes, generator: random.Random) -> bytes:
@@ -44,7 +53,11 @@ def mutated_bytes(content: bytes, generator: random.Random) -> bytes:
         elif kind == 3 and generator.random() < 0.3:
             del found[start:]
         elif start < len(found):
-            found[start] = generator.randrange(256) if kind == 4 else found[start] ^ (1 << generator.randrange(8))
+            found[start] = (
+                generator.randrange(256)
+                if kind == 4
+                else found[start] ^ (1 << generator.randrange(8))
+            )
     return bytes(found)
 
 

@@ -47,13 +47,18 @@ def trials(engine: Path, folder: Path) -> dict[str, Trial]:
     manifest = read_manifest(engine)
     entry, graphs = manifest.plans[-1], tuple(manifest.graphs())
     schedule = load_plan(engine, manifest, entry.name).schedule
-    sound = {path: (engine / path).read_bytes() for path in (MANIFEST_NAME, entry.plan, entry.schedule)}
+    sound = {
+        path: (engine / path).read_bytes() for path in (MANIFEST_NAME, entry.plan, entry.schedule)
+    }
     with goc_deploy.load(engine, backend="onnxruntime") as pipe:
         expected = pipe.generate([1]).latents
     copy = Path(shutil.copytree(engine, folder / "engine"))
 
     def plan(generator: random.Random) -> None:
-        check_plan(plan_from_json(mutated_json(sound[entry.plan], generator), schedule, "plan"), manifest.model)
+        check_plan(
+            plan_from_json(mutated_json(sound[entry.plan], generator), schedule, "plan"),
+            manifest.model,
+        )
 
     def graph(generator: random.Random) -> None:
         unit = generator.choice(graphs)
@@ -67,11 +72,15 @@ def trials(engine: Path, folder: Path) -> dict[str, Trial]:
         (copy / path).write_bytes(content)
         try:
             if listed:
-                files = tuple(file_entry(copy, f.path) if f.path == path else f for f in manifest.files)
+                files = tuple(
+                    file_entry(copy, f.path) if f.path == path else f for f in manifest.files
+                )
                 (copy / MANIFEST_NAME).write_text(manifest_to_json(replace(manifest, files=files)))
             with goc_deploy.load(copy, backend="onnxruntime") as pipe:
                 found = pipe.generate([1]).latents
-            assert listed or np.array_equal(found, expected), f"{path} was changed, and with it the output"
+            assert listed or np.array_equal(found, expected), (
+                f"{path} was changed, and with it the output"
+            )
         finally:
             (copy / path).write_bytes(before)
             (copy / MANIFEST_NAME).write_bytes(sound[MANIFEST_NAME])
@@ -91,9 +100,13 @@ def trials(engine: Path, folder: Path) -> dict[str, Trial]:
     legacy = written(lambda f: torch.save(TENSORS, f, _use_new_zipfile_serialization=False))
     arrays = {"a": np.arange(6.0), "b": np.ones((2, 3), np.float16)}
     return {
-        "manifest": lambda g: manifest_from_json(mutated_json(sound[MANIFEST_NAME], g), "manifest") and None,
+        "manifest": lambda g: (
+            manifest_from_json(mutated_json(sound[MANIFEST_NAME], g), "manifest") and None
+        ),
         "plan": plan,
-        "schedule": lambda g: schedule_from_json(mutated_json(sound[entry.schedule], g), "schedule") and None,
+        "schedule": lambda g: (
+            schedule_from_json(mutated_json(sound[entry.schedule], g), "schedule") and None
+        ),
         "graph": graph,
         "engine": lambda g: engine_with(g.choice(manifest.files).path, g, listed=g.random() < 0.7),
         "npz": file("x.npz", written(lambda f: np.savez_compressed(f, **arrays)), arrays_from_file),

@@ -6,14 +6,25 @@ from hypothesis import strategies as st
 
 from goc_deploy.schedule import COMPUTE, REUSE, Schedule, gradient
 
-PREDICTORS = [REUSE, gradient(0.5), gradient(1.2), (1.875, -1.25, 0.375), (0.9,), (0.4, 0.3, 0.2, 0.1)]
+PREDICTORS = [
+    REUSE,
+    gradient(0.5),
+    gradient(1.2),
+    (1.875, -1.25, 0.375),
+    (0.9,),
+    (0.4, 0.3, 0.2, 0.1),
+]
 
 
 @st.composite
 def schedules(draw: st.DrawFn, depth: int | None = None, max_steps: int = 9) -> Schedule:
     """Legal schedules; whole steps are often of one action, as real policies make them."""
     depth = depth or draw(st.integers(1, 4))
-    units, steps, history = 2 * depth, draw(st.integers(1, max_steps)), draw(st.sampled_from(["used", "computed"]))
+    units, steps, history = (
+        2 * depth,
+        draw(st.integers(1, max_steps)),
+        draw(st.sampled_from(["used", "computed"])),
+    )
     stored, rows = [0] * units, []
     for step in range(steps):
         whole = draw(st.sampled_from([None, COMPUTE, *PREDICTORS]))

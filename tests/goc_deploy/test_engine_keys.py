@@ -36,13 +36,24 @@ def test_a_folder_names_backend_version_and_gpus() -> None:
     ("here", "reason"),
     [
         (("tensorrt-rtx", "1.7.1.116", "linux-x86_64", "8.6"), None),
-        (("tensorrt", "1.7.1.116", "linux-x86_64", "8.6"), "backend tensorrt-rtx, this is tensorrt"),
-        (("tensorrt-rtx", "1.6.1.120", "linux-x86_64", "8.6"), "version 1.7.1.116, this is 1.6.1.120"),
-        (("tensorrt-rtx", "1.7.1.116", "linux-aarch64", "8.6"), "platform linux-x86_64, this is linux-aarch64"),
+        (
+            ("tensorrt", "1.7.1.116", "linux-x86_64", "8.6"),
+            "backend tensorrt-rtx, this is tensorrt",
+        ),
+        (
+            ("tensorrt-rtx", "1.6.1.120", "linux-x86_64", "8.6"),
+            "version 1.7.1.116, this is 1.6.1.120",
+        ),
+        (
+            ("tensorrt-rtx", "1.7.1.116", "linux-aarch64", "8.6"),
+            "platform linux-x86_64, this is linux-aarch64",
+        ),
         (("tensorrt-rtx", "1.7.1.116", "linux-x86_64", "8.9"), "8.6, 12.0, this GPU has 8.9"),
     ],
 )
-def test_an_engine_is_refused_where_it_was_not_built_for(here: tuple[str, str, str, str], reason: str | None) -> None:
+def test_an_engine_is_refused_where_it_was_not_built_for(
+    here: tuple[str, str, str, str], reason: str | None
+) -> None:
     found = TARGET.refusal(*here)
     assert found is None if reason is None else found is not None and reason in found
 
@@ -63,5 +74,13 @@ def test_tensorrt_is_optimised_for_one_image_and_for_the_most_and_rtx_once() -> 
     assert only == most == dimension_ranges(spec, 16, 20)
     assert (single["batch"], most["batch"]) == ((1, 2, 32), (1, 32, 32))
     assert (single["images"], most["images"]) == ((1, 1, 16), (1, 16, 16))
-    assert {symbol for symbol in single if single[symbol] != most[symbol]} == {"batch", "B", "images", "N"}
-    assert replace(RECIPE, profiles=((("B", (1, 2, 8)),), (("B", (1, 8, 8)),))).optima == ("B=2", "B=8")
+    assert {symbol for symbol in single if single[symbol] != most[symbol]} == {
+        "batch",
+        "B",
+        "images",
+        "N",
+    }
+    assert replace(RECIPE, profiles=((("B", (1, 2, 8)),), (("B", (1, 8, 8)),))).optima == (
+        "B=2",
+        "B=8",
+    )

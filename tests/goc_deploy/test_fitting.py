@@ -16,7 +16,9 @@ def seen(rows: np.ndarray, target: np.ndarray) -> NormalEquations:
 
 def test_coefficients_that_made_the_target_are_found() -> None:
     rows = np.random.default_rng(0).normal(size=(3, 200)).astype(np.float32)
-    assert solve(seen(rows, np.array([1.8, -1.1, 0.3]) @ rows), 1e-8) == pytest.approx([1.8, -1.1, 0.3], abs=1e-4)
+    assert solve(seen(rows, np.array([1.8, -1.1, 0.3]) @ rows), 1e-8) == pytest.approx(
+        [1.8, -1.1, 0.3], abs=1e-4
+    )
 
 
 def test_a_strong_ridge_gives_plain_reuse() -> None:
@@ -28,7 +30,9 @@ def test_entries_that_cannot_be_told_apart_do_not_explode() -> None:
     row = np.random.default_rng(0).normal(size=200).astype(np.float32)
     rows = np.stack([row, row])
     assert sum(solve(seen(rows, row), 1e-6)) == pytest.approx(1, abs=1e-3)
-    nearly = np.stack([row, row + 1e-5 * np.random.default_rng(1).normal(size=200).astype(np.float32)])
+    nearly = np.stack(
+        [row, row + 1e-5 * np.random.default_rng(1).normal(size=200).astype(np.float32)]
+    )
     target = row + 1e-3 * (nearly[1] - row) / 1e-5
     assert (
         solve(seen(nearly, target), 1e-15) == REUSE

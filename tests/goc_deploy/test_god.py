@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from goc_deploy.god import boundaries, candidate_thresholds, decide, inverse_units, is_inverse, with_gradient_at
+from goc_deploy.god import (
+    boundaries,
+    candidate_thresholds,
+    decide,
+    inverse_units,
+    is_inverse,
+    with_gradient_at,
+)
 from goc_deploy.schedule import COMPUTE, REUSE, Schedule, gradient
 
 VALUES = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=6)
@@ -20,13 +27,17 @@ def l1(d: np.ndarray, e: np.ndarray, eta: float) -> float:
 def test_exists_agrees_with_a_search_over_eta(data: st.DataObject) -> None:
     """The L1 error is piecewise linear in eta with kinks at d / e: if any eta helps, one before the first kink does."""
     d = np.array(data.draw(VALUES))
-    e = np.array(data.draw(st.lists(st.integers(-3, 3).map(float), min_size=len(d), max_size=len(d))))
+    e = np.array(
+        data.draw(st.lists(st.integers(-3, 3).map(float), min_size=len(d), max_size=len(d)))
+    )
     etas = [1e-3, *(k / 50 for k in range(1, 400))]
     helps = any(l1(d, e, eta) < l1(d, e, 0) - 1e-12 for eta in etas)
     assert is_inverse(d, e, 1.0, "exists") == (not helps)
 
 
-@given(VALUES, st.integers(7, 192).map(lambda n: n / 64))  # sums of such products are exact, so ties are ties
+@given(
+    VALUES, st.integers(7, 192).map(lambda n: n / 64)
+)  # sums of such products are exact, so ties are ties
 def test_at_eta_is_what_it_says_and_implies_exists(values: list[float], eta: float) -> None:
     d = np.array(values)
     e = np.roll(d, 1)
@@ -60,13 +71,20 @@ def test_the_gradient_is_used_below_the_threshold_where_history_allows() -> None
     inverse[5, 1] = True
     everywhere = np.ones((8, 2), bool)
     made = decide(FORA, everywhere, inverse, 0.8, 0.0, 0.25).schedule.coefficients
-    assert [made[k] for k in (1, 3, 5, 7)] == [(REUSE,) * 2, (gradient(0.8),) * 2, (REUSE,) * 2, (gradient(0.8),) * 2]
+    assert [made[k] for k in (1, 3, 5, 7)] == [
+        (REUSE,) * 2,
+        (gradient(0.8),) * 2,
+        (REUSE,) * 2,
+        (gradient(0.8),) * 2,
+    ]
     own = decide(FORA, everywhere, inverse, 0.8, 0.0, 0.25, per_unit=True).schedule.coefficients
     assert own[5] == (gradient(0.8), REUSE)
 
 
 def test_only_reused_units_with_two_entries_get_the_gradient() -> None:
-    computed = Schedule(1, ("attn", "mlp"), ((COMPUTE,) * 2, (REUSE, COMPUTE), (REUSE,) * 2), "computed")
+    computed = Schedule(
+        1, ("attn", "mlp"), ((COMPUTE,) * 2, (REUSE, COMPUTE), (REUSE,) * 2), "computed"
+    )
     made = with_gradient_at(computed, np.ones((3, 2), bool), 1.0)
     assert made.coefficients == ((COMPUTE,) * 2, (REUSE, COMPUTE), (REUSE, gradient(1.0)))
 
@@ -77,6 +95,9 @@ def test_candidates_hold_plain_reuse_and_the_gradient_everywhere(per_unit: bool)
     thresholds = candidate_thresholds(FORA, inverse, 0.3, per_unit=per_unit, most=4)
     assert len(thresholds) <= 4
     everywhere = np.ones((8, 2), bool)
-    made = [decide(FORA, everywhere, inverse, 1.0, 0.3, t, per_unit=per_unit).schedule for t in thresholds]
+    made = [
+        decide(FORA, everywhere, inverse, 1.0, 0.3, t, per_unit=per_unit).schedule
+        for t in thresholds
+    ]
     assert made[0] == FORA
     assert made[-1] == with_gradient_at(FORA, everywhere, 1.0)

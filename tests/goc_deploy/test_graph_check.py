@@ -26,13 +26,19 @@ WEIGHT = {"w": ExternalTensor("unit.weights", (4,))}
 def model(*nodes: NodeProto, initializers: tuple[TensorProto, ...] = ()) -> ModelProto:
     """Nodes between ``a`` and ``b``, on a weight ``w`` that lies outside."""
     a, b = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in "ab")
-    graph = helper.make_graph([*nodes, node("Add", ["a", "w"], ["b"])], "g", [a], [b], [outside(), *initializers])
+    graph = helper.make_graph(
+        [*nodes, node("Add", ["a", "w"], ["b"])], "g", [a], [b], [outside(), *initializers]
+    )
     return helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("goc", 1)], ir_version=10
+        graph,
+        opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("goc", 1)],
+        ir_version=10,
     )
 
 
-def outside(name: str = "w", location: str = "unit.weights", dims: tuple[int, ...] = (4,)) -> TensorProto:
+def outside(
+    name: str = "w", location: str = "unit.weights", dims: tuple[int, ...] = (4,)
+) -> TensorProto:
     tensor = TensorProto(name=name, data_type=1, dims=dims, data_location=TensorProto.EXTERNAL)
     for key, value in (("location", location), ("offset", "0"), ("length", "16")):
         tensor.external_data.add(key=key, value=value)
@@ -44,7 +50,10 @@ def check(found: ModelProto | bytes) -> None:
 
 
 def add(found: NodeProto, *initializers: TensorProto) -> Callable[[ModelProto], object]:
-    return lambda model: (model.graph.node.append(found), model.graph.initializer.extend(initializers))
+    return lambda model: (
+        model.graph.node.append(found),
+        model.graph.initializer.extend(initializers),
+    )
 
 
 def move(location: str) -> Callable[[ModelProto], object]:
@@ -58,7 +67,10 @@ def claim(**fields: Any) -> Callable[[ModelProto], object]:
 def define(*functions: tuple[str, str, NodeProto]) -> Callable[[ModelProto], object]:
     """Add functions: domain, name, and the node that is the body."""
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("goc", 1)]
-    made = [helper.make_function(domain, name, ["x"], ["y"], [body], opsets) for domain, name, body in functions]
+    made = [
+        helper.make_function(domain, name, ["x"], ["y"], [body], opsets)
+        for domain, name, body in functions
+    ]
     return lambda found: found.functions.extend(made)
 
 
@@ -117,7 +129,9 @@ def test_a_graph_with_more_than_ours_have_is_refused(name: str) -> None:
 
 
 def test_other_formats_are_refused() -> None:
-    polyglot = ModelProto(producer_name="xxORTM" + "x" * 100)  # ONNX Runtime takes this for its own format
+    polyglot = ModelProto(
+        producer_name="xxORTM" + "x" * 100
+    )  # ONNX Runtime takes this for its own format
     content = polyglot.SerializeToString()
     assert content[4:8] == b"ORTM"
     for bad in (b"\xff", content, b"PK\x03\x04", model().SerializeToString()[:-3]):
@@ -138,7 +152,11 @@ def test_names_are_numbers_of_onnx() -> None:
 def test_every_graph_of_an_export_passes(golden_engine: Path) -> None:
     manifest = read_manifest(golden_engine)
     for unit in manifest.graphs():
-        check_graph((golden_engine / unit.onnx).read_bytes(), external_tensors(manifest.parts(unit)), unit.onnx)
+        check_graph(
+            (golden_engine / unit.onnx).read_bytes(),
+            external_tensors(manifest.parts(unit)),
+            unit.onnx,
+        )
 
 
 def test_a_listed_graph_reads_no_file_of_the_working_directory(

@@ -30,25 +30,33 @@ def labels(schedule: Schedule, title: str = "") -> list[Label]:
 
 
 @given(schedules())
-def test_there_is_a_mark_per_run_of_equal_actions_and_everything_is_within(schedule: Schedule) -> None:
+def test_there_is_a_mark_per_run_of_equal_actions_and_everything_is_within(
+    schedule: Schedule,
+) -> None:
     def predicts(step: int, unit: int) -> str:
         action = schedule.action(step, unit)
         return action if action in ("compute", "reuse") else "predict"
 
     runs = sum(
-        1 + sum(predicts(k, u) != predicts(k - 1, u) for k in range(1, schedule.steps)) for u in range(schedule.units)
+        1 + sum(predicts(k, u) != predicts(k - 1, u) for k in range(1, schedule.steps))
+        for u in range(schedule.units)
     )
     drawing = heat_map(schedule, "a title")
     assert len(cells(schedule)) == runs
     for mark in drawing.marks:
-        assert isinstance(mark, Line) or (0 <= mark.x <= drawing.width and 0 <= mark.y <= drawing.height)
+        assert isinstance(mark, Line) or (
+            0 <= mark.x <= drawing.width and 0 <= mark.y <= drawing.height
+        )
     ElementTree.fromstring(svg_file(drawing))
 
 
 def test_block_0_is_at_the_top() -> None:
     heights = [label.y for label in labels(made("fora:2")) if label.anchor == "end"]
     assert heights == sorted(heights)
-    assert min(cells(made("fora:2")), key=lambda cell: (cell.y, cell.x)).tip == "step 0, block 0, attn: compute"
+    assert (
+        min(cells(made("fora:2")), key=lambda cell: (cell.y, cell.x)).tip
+        == "step 0, block 0, attn: compute"
+    )
 
 
 @pytest.mark.parametrize(
@@ -61,8 +69,15 @@ def test_block_0_is_at_the_top() -> None:
         ("fora:2+hermite:2", "Hermite"),
     ],
 )
-def test_the_legend_names_the_correction_and_not_the_form_of_its_coefficients(text: str, name: str) -> None:
-    assert [label.text for label in labels(made(text), "title")[:4]] == ["title", "compute", "reuse", name]
+def test_the_legend_names_the_correction_and_not_the_form_of_its_coefficients(
+    text: str, name: str
+) -> None:
+    assert [label.text for label in labels(made(text), "title")[:4]] == [
+        "title",
+        "compute",
+        "reuse",
+        name,
+    ]
     assert {cell.tip.split(": ")[1] for cell in cells(made(text))} == {"compute", "reuse", name}
 
 
@@ -79,5 +94,9 @@ def test_what_god_decided_by_is_drawn_above() -> None:
     drawing = heat_map(replace(made("fora:2+gc"), provenance={"god": record}))
     lines = [mark for mark in drawing.marks if isinstance(mark, Line)]
     assert [line.kind for line in lines] == ["inverse", "boundary", "threshold"]
-    assert all(y < min(cell.y for cell in cells(made("fora:2"))) + 100 for line in lines for _, y in line.points)
+    assert all(
+        y < min(cell.y for cell in cells(made("fora:2"))) + 100
+        for line in lines
+        for _, y in line.points
+    )
     assert {mark.kind for mark in drawing.marks if not isinstance(mark, Label)} <= COLORS.keys()

@@ -7,7 +7,13 @@ import pytest
 
 import goc_deploy
 from goc_deploy.engine_keys import Target
-from goc_deploy.inspection import engine_rows, launch_rows, launched_graphs, target_folders, unit_rows
+from goc_deploy.inspection import (
+    engine_rows,
+    launch_rows,
+    launched_graphs,
+    target_folders,
+    unit_rows,
+)
 from goc_deploy.manifest import EngineEntry, FileEntry, Manifest
 from goc_deploy.publish import read_manifest
 from goc_deploy.trace import Span
@@ -57,21 +63,40 @@ def test_what_a_step_is_said_to_launch_is_what_it_launches(golden_engine: Path, 
 
 
 def test_kernels_of_a_step_are_those_of_its_graphs(golden_engine: Path) -> None:
-    manifest = with_engines(with_engines(read_manifest(golden_engine), "embedded", 3), "shared", None)
+    manifest = with_engines(
+        with_engines(read_manifest(golden_engine), "embedded", 3), "shared", None
+    )
     with goc_deploy.load(golden_engine, plan="fora:2") as pipe:
         columns, rows = launch_rows([pipe.plan], manifest)
-    assert columns[-2:] == [f"tensorrt-rtx-1.7-sm86 {way}: kernels" for way in ("embedded", "shared")]
+    assert columns[-2:] == [
+        f"tensorrt-rtx-1.7-sm86 {way}: kernels" for way in ("embedded", "shared")
+    ]
     for row in rows:
         assert int(row[5]) == 3 * int(row[4])
         assert row[6] == f"{row[4]} graphs unknown"
-    assert [[*row[:3], row[4]] for row in rows] == [["fora-2", "collapsed", "10", "5"], ["fora-2", "full", "10", "5"]]
+    assert [[*row[:3], row[4]] for row in rows] == [
+        ["fora-2", "collapsed", "10", "5"],
+        ["fora-2", "full", "10", "5"],
+    ]
 
 
-def test_engines_are_shown_with_their_size_and_whether_their_file_is_there(golden_engine: Path) -> None:
+def test_engines_are_shown_with_their_size_and_whether_their_file_is_there(
+    golden_engine: Path,
+) -> None:
     manifest = with_engines(read_manifest(golden_engine), "embedded", None)
     assert target_folders(manifest) == [TARGET.folder]
     _, rows = engine_rows(golden_engine, manifest, TARGET.folder)
-    assert rows[0] == ["embedded0.engine", "embedded", "1", "2.50", "?", "0", "B=2 | B=4", "1.5", "missing"]
+    assert rows[0] == [
+        "embedded0.engine",
+        "embedded",
+        "1",
+        "2.50",
+        "?",
+        "0",
+        "B=2 | B=4",
+        "1.5",
+        "missing",
+    ]
     _, units = unit_rows(manifest)
     assert {row[-1] for row in units} == {"1"}
     assert any(row[0].startswith("predict 1*") for row in units)

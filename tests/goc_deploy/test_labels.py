@@ -9,7 +9,12 @@ NAMES = ("tench, Tinca tinca", "golden retriever", "crane", "drake", "crane, lif
 
 
 def test_labels_are_numbers_or_names_in_any_case() -> None:
-    assert labels_from_text("Golden  Retriever, 3,tinca tinca ,lifting device", NAMES) == (1, 3, 0, 4)
+    assert labels_from_text("Golden  Retriever, 3,tinca tinca ,lifting device", NAMES) == (
+        1,
+        3,
+        0,
+        4,
+    )
     assert labels_from_text("1, 2", ()) == (1, 2)
 
 
@@ -22,6 +27,8 @@ def test_labels_are_numbers_or_names_in_any_case() -> None:
         ("poodle", (), "label 'poodle' must be a whole number, the model has no class names"),
     ],
 )
-def test_words_that_name_no_class_or_several_are_refused(text: str, names: tuple[str, ...], message: str) -> None:
+def test_words_that_name_no_class_or_several_are_refused(
+    text: str, names: tuple[str, ...], message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         labels_from_text(text, names)

@@ -16,8 +16,12 @@ def flops(policy: str, steps: int, rows: int = 2) -> int:
 
 
 def test_dit_xl_takes_what_papers_say() -> None:
-    assert full_step_flops(XL, 1) == pytest.approx(2 * 118.64e9, rel=0.005)  # DiT, table 4: multiply-adds, with adaLN
-    assert flops("none", 50) == pytest.approx(23.74e12, rel=0.005)  # FLOPs(T) of 50 steps with guidance, ToCa, table 3
+    assert full_step_flops(XL, 1) == pytest.approx(
+        2 * 118.64e9, rel=0.005
+    )  # DiT, table 4: multiply-adds, with adaLN
+    assert flops("none", 50) == pytest.approx(
+        23.74e12, rel=0.005
+    )  # FLOPs(T) of 50 steps with guidance, ToCa, table 3
 
 
 def test_a_schedule_takes_its_computed_units_and_little_for_the_others() -> None:
@@ -28,5 +32,7 @@ def test_a_schedule_takes_its_computed_units_and_little_for_the_others() -> None
 
 
 def test_cross_attention_takes_its_caption_and_no_keys_and_values() -> None:
-    spec = ModelSpec(1, 8, 2, 16, 2, 2, 4, 0, False, branches=("attn", "cross", "mlp"), caption_tokens=5)
+    spec = ModelSpec(
+        1, 8, 2, 16, 2, 2, 4, 0, False, branches=("attn", "cross", "mlp"), caption_tokens=5
+    )
     assert product_flops(spec, "cross") == (2 * 4 * 8 * 8, 2 * 2 * 4 * 5 * 8, 2 * 4 * 8 * 8)

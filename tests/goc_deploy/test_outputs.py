@@ -44,7 +44,9 @@ def test_labels_are_repeated_in_order() -> None:
         ([7], None),
     ],
 )
-def test_a_grid_has_a_row_per_repetition_where_that_looks_good(labels: list[int], columns: int | None) -> None:
+def test_a_grid_has_a_row_per_repetition_where_that_looks_good(
+    labels: list[int], columns: int | None
+) -> None:
     assert grid_columns(labels) == columns
 
 
@@ -85,18 +87,28 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: P
     ):
         with pytest.raises(ConflictError, match=message):
             check_writable(path, may_be_folder=True)
-    for good in (None, tmp_path / "new.png", tmp_path / "new_folder", tmp_path / "no" / "no" / "x.png"):
+    for good in (
+        None,
+        tmp_path / "new.png",
+        tmp_path / "new_folder",
+        tmp_path / "no" / "no" / "x.png",
+    ):
         check_writable(good, may_be_folder=True)
     np.save(tmp_path / "x.npy", np.zeros(1))
     check_writable(tmp_path / "x.npy")
 
 
-def test_a_folder_for_outputs_can_be_made_unless_something_stands_in_its_place(tmp_path: Path) -> None:
+def test_a_folder_for_outputs_can_be_made_unless_something_stands_in_its_place(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "there").mkdir()
     for good in (None, tmp_path / "there", tmp_path / "no" / "new"):
         check_folder(good)
     (tmp_path / "file").touch()
-    for bad, message in ((tmp_path / "file", "is a file"), (tmp_path / "file" / "folder", "is not a directory")):
+    for bad, message in (
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "file" / "folder", "is not a directory"),
+    ):
         with pytest.raises(ConflictError, match=message):
             check_folder(bad)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there"]
@@ -147,7 +159,9 @@ def test_two_outputs_of_one_name_are_refused(tmp_path: Path) -> None:
     check_distinct(output=tmp_path / "x.png", report=tmp_path / "x.json", latents_output=None)
     check_distinct(output=Path("/dev/null"), report=Path("/dev/null"))
     with pytest.raises(UsageError, match="--output and --latents-output name the same file"):
-        check_distinct(output=tmp_path / "x.png", latents_output=tmp_path / "there" / ".." / "x.png")
+        check_distinct(
+            output=tmp_path / "x.png", latents_output=tmp_path / "there" / ".." / "x.png"
+        )
 
 
 @pytest.mark.parametrize(

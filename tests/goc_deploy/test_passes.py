@@ -30,7 +30,9 @@ def spec_of(depth: int) -> ModelSpec:
 
 def compiled(text: str, depth: int = 3, steps: int = 20, segments: str = "none") -> Plan:
     spec = spec_of(depth)
-    return compile_schedule(schedule_from_policy(parse_policy(text), spec, steps), spec, segments=segments)
+    return compile_schedule(
+        schedule_from_policy(parse_policy(text), spec, steps), spec, segments=segments
+    )
 
 
 @given(schedules())
@@ -38,7 +40,10 @@ def test_a_plan_does_what_its_schedule_says(schedule: Schedule) -> None:
     x = np.linspace(-1, 1, 5)
     plan = compile_schedule(schedule, spec_of(schedule.depth))
     np.testing.assert_allclose(
-        run_plan(plan, x, toy_feature), run_schedule(schedule, x, toy_feature), rtol=1e-9, atol=1e-12
+        run_plan(plan, x, toy_feature),
+        run_schedule(schedule, x, toy_feature),
+        rtol=1e-9,
+        atol=1e-12,
     )
 
 
@@ -46,16 +51,25 @@ def test_a_plan_does_what_its_schedule_says(schedule: Schedule) -> None:
 def test_collapsed_and_uncollapsed_plans_agree(schedule: Schedule) -> None:
     x, spec = np.linspace(-1, 1, 5), spec_of(schedule.depth)
     one, many = compile_schedule(schedule, spec), compile_schedule(schedule, spec, collapse=False)
-    assert all(len(op.predictions) == 1 for step in many.launches for op in step if isinstance(op, Predict))
-    np.testing.assert_allclose(run_plan(one, x, toy_feature), run_plan(many, x, toy_feature), rtol=1e-12)
+    assert all(
+        len(op.predictions) == 1 for step in many.launches for op in step if isinstance(op, Predict)
+    )
+    np.testing.assert_allclose(
+        run_plan(one, x, toy_feature), run_plan(many, x, toy_feature), rtol=1e-12
+    )
 
 
 @given(schedules())
 def test_predicting_ahead_changes_no_output(schedule: Schedule) -> None:
     x, spec = np.linspace(-1, 1, 5), spec_of(schedule.depth)
-    ahead, in_place = compile_schedule(schedule, spec), compile_schedule(schedule, spec, eager=False)
+    ahead, in_place = (
+        compile_schedule(schedule, spec),
+        compile_schedule(schedule, spec, eager=False),
+    )
     assert in_place.accumulators == 0
-    assert [ahead.step_kind(k) for k in range(ahead.steps)] == [in_place.step_kind(k) for k in range(ahead.steps)]
+    assert [ahead.step_kind(k) for k in range(ahead.steps)] == [
+        in_place.step_kind(k) for k in range(ahead.steps)
+    ]
     np.testing.assert_allclose(
         run_plan(ahead, x, toy_feature), run_plan(in_place, x, toy_feature), rtol=1e-9, atol=1e-12
     )
@@ -67,7 +81,9 @@ def test_no_two_live_values_share_a_slot(schedule: Schedule, eager: bool) -> Non
     groups = group_launches(accumulate_ahead(evaluations) if eager else evaluations, collapse=True)
     launches, slots = assign_slots(groups)
     ops = [op for step in launches for op in step if not isinstance(op, Collect)]
-    last_read = {value: index for index, group in enumerate(groups) for e in group for value in e.reads}
+    last_read = {
+        value: index for index, group in enumerate(groups) for e in group for value in e.reads
+    }
     holder: dict[int, int] = {}
     for index, (group, op) in enumerate(zip(groups, ops, strict=True)):
         entries = op.predictions if isinstance(op, Predict) else (Prediction((), (), op.store),)
@@ -78,7 +94,11 @@ def test_no_two_live_values_share_a_slot(schedule: Schedule, eager: bool) -> Non
                 assert 0 <= entry.store < slots
                 old = holder.get(entry.store)
                 readers = [other.unit for other in group if old in other.reads]
-                assert old is None or last_read[old] < index or (last_read[old] == index and readers == [e.unit])
+                assert (
+                    old is None
+                    or last_read[old] < index
+                    or (last_read[old] == index and readers == [e.unit])
+                )
                 holder[entry.store] = e.value
 
 
@@ -96,7 +116,11 @@ def test_on_a_gpu_a_step_that_computes_nothing_is_one_launch_of_at_most_88_units
     stacked = with_stacks(plan, spec_of(50))
     sizes = [len(op.predictions) for op in stacked.launches[3] if isinstance(op, Predict)]
     assert sizes == [88, 12]
-    assert (stacked.name, stacked.sampler, stacked.schedule) == (plan.name, plan.sampler, plan.schedule)
+    assert (stacked.name, stacked.sampler, stacked.schedule) == (
+        plan.name,
+        plan.sampler,
+        plan.schedule,
+    )
     assert all(isinstance(op, Compute) for op in stacked.launches[4])
 
 
@@ -112,7 +136,10 @@ def test_segments_change_no_output_and_are_all_full_steps_by_one_engine(schedule
         if merged.step_kind(k) == "full":
             assert [type(op) for op in merged.launches[k]] == [Segment]
     np.testing.assert_allclose(
-        run_plan(merged, x, toy_feature), run_schedule(schedule, x, toy_feature), rtol=1e-9, atol=1e-12
+        run_plan(merged, x, toy_feature),
+        run_schedule(schedule, x, toy_feature),
+        rtol=1e-9,
+        atol=1e-12,
     )
 
 
@@ -159,7 +186,9 @@ def test_plain_reuse_needs_three_slots_and_the_gradient_one_per_unit_more() -> N
 def test_predicting_in_the_step_itself_keeps_a_slot_per_feature() -> None:
     spec = spec_of(3)
     for text, slots in (("fora:2", 6), ("fora:2+gc:1.2", 12)):
-        plan = compile_schedule(schedule_from_policy(parse_policy(text), spec, 20), spec, eager=False)
+        plan = compile_schedule(
+            schedule_from_policy(parse_policy(text), spec, 20), spec, eager=False
+        )
         assert (plan.slots, plan.accumulators, plan.cache_features) == (slots, 0, slots)
         assert all(len(plan.launches[k]) == 1 for k in range(1, 20, 2))
 
@@ -180,9 +209,16 @@ def test_several_steps_in_a_row_are_predicted_ahead_into_one_accumulator_each() 
 
 def test_units_predicted_together_are_predicted_ahead_together() -> None:
     mixed = ((1.0,), (1.0,), (), ())
-    plan = compile_schedule(Schedule(2, ("attn", "mlp"), (((),) * 4, mixed, ((1.0,),) * 4)), spec_of(2))
+    plan = compile_schedule(
+        Schedule(2, ("attn", "mlp"), (((),) * 4, mixed, ((1.0,),) * 4)), spec_of(2)
+    )
     found = [
-        (type(op).__name__, getattr(op, "unit", None), getattr(op, "ahead", None), len(getattr(op, "predictions", ())))
+        (
+            type(op).__name__,
+            getattr(op, "unit", None),
+            getattr(op, "ahead", None),
+            len(getattr(op, "predictions", ())),
+        )
         for op in plan.launches[1]
     ]
     assert found == [
@@ -206,7 +242,11 @@ def test_stores_end_where_caching_ends() -> None:
 def test_a_mixed_step_predicts_neighbours_together() -> None:
     reuse = ((1.0,), (1.0,), (), (1.0,))
     plan = compile_schedule(Schedule(2, ("attn", "mlp"), (((),) * 4, reuse)), spec_of(2))
-    assert [(type(op).__name__, op.unit) for op in plan.launches[1]] == [("Predict", 0), ("Compute", 2), ("Predict", 3)]
+    assert [(type(op).__name__, op.unit) for op in plan.launches[1]] == [
+        ("Predict", 0),
+        ("Compute", 2),
+        ("Predict", 3),
+    ]
     assert plan.step_kind(1) == "mixed"
 
 
@@ -221,7 +261,11 @@ REUSE_AHEAD = Predict(0, (Prediction((0,), (1.0,), None),), 1)
         (((Segment((0, 0)),),), 1, "overwrites slot 0"),
         (((Segment((None,)),),), 0, "in order"),
         (((Compute(1, None), Compute(0, None)),), 0, "in order"),
-        (((Compute(0, None), Predict(1, (Prediction((0,), (1.0,), None),))),), 1, "before anything is stored"),
+        (
+            ((Compute(0, None), Predict(1, (Prediction((0,), (1.0,), None),))),),
+            1,
+            "before anything is stored",
+        ),
         (
             (
                 (Compute(0, 0), Compute(1, 1)),
@@ -230,10 +274,26 @@ REUSE_AHEAD = Predict(0, (Prediction((0,), (1.0,), None),), 1)
             2,
             "overwrites slot 1",
         ),
-        (((Compute(0, None), Compute(1, None)), (Collect(1),)), 0, "step 1 adds an accumulator that does not hold"),
-        (((Compute(0, None), Compute(1, None)), (Collect(2),)), 0, "step 1 adds an accumulator that does not hold"),
-        (((Compute(0, None), Compute(1, None)), (Collect(0),)), 0, "step 1 adds an accumulator that does not hold"),
-        (((Compute(0, 0), REUSE_AHEAD, Compute(1, None)), (Collect(1),)), 1, "does not hold each of the 2 units once"),
+        (
+            ((Compute(0, None), Compute(1, None)), (Collect(1),)),
+            0,
+            "step 1 adds an accumulator that does not hold",
+        ),
+        (
+            ((Compute(0, None), Compute(1, None)), (Collect(2),)),
+            0,
+            "step 1 adds an accumulator that does not hold",
+        ),
+        (
+            ((Compute(0, None), Compute(1, None)), (Collect(0),)),
+            0,
+            "step 1 adds an accumulator that does not hold",
+        ),
+        (
+            ((Compute(0, 0), REUSE_AHEAD, Compute(1, None)), (Collect(1),)),
+            1,
+            "does not hold each of the 2 units once",
+        ),
         (
             ((Compute(0, 0), REUSE_AHEAD, REUSE_AHEAD, Compute(1, None)), (Collect(1),)),
             1,
@@ -244,7 +304,11 @@ REUSE_AHEAD = Predict(0, (Prediction((0,), (1.0,), None),), 1)
             1,
             "accumulated for step 1 is never added",
         ),
-        (((Compute(0, 0), REUSE_AHEAD, Compute(1, None)),), 1, "predicts for step 1, which does not exist"),
+        (
+            ((Compute(0, 0), REUSE_AHEAD, Compute(1, None)),),
+            1,
+            "predicts for step 1, which does not exist",
+        ),
         (
             ((Compute(0, 0), Predict(0, (Prediction((0,), (1.0,), None),), -1), Compute(1, None)),),
             1,
@@ -252,7 +316,9 @@ REUSE_AHEAD = Predict(0, (Prediction((0,), (1.0,), None),), 1)
         ),
     ],
 )
-def test_a_plan_that_would_run_into_foreign_memory_is_refused(launches: tuple, slots: int, message: str) -> None:
+def test_a_plan_that_would_run_into_foreign_memory_is_refused(
+    launches: tuple, slots: int, message: str
+) -> None:
     good = compile_schedule(Schedule(1, ("attn", "mlp"), (((), ()),) * len(launches)), spec_of(1))
     bad = Plan("bad", good.sampler, launches, slots, good.schedule)
     with pytest.raises(EngineDirError, match=message):

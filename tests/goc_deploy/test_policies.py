@@ -88,7 +88,9 @@ def test_a_file_is_recorded_by_its_name_alone(tmp_path: Path) -> None:
         ("hermite:1:1", (2.0, -1.0)),
     ],
 )
-def test_polynomial_predictors_read_computed_features(correction: str, row: tuple[float, ...]) -> None:
+def test_polynomial_predictors_read_computed_features(
+    correction: str, row: tuple[float, ...]
+) -> None:
     schedule = made(f"fora:2+{correction}")
     assert schedule.history == "computed"
     assert steps_with(schedule, REUSE) == [1]
@@ -103,9 +105,19 @@ def router_file(folder: Path, rows: list[list[float]]) -> Path:
 
 def test_a_router_counts_steps_down_and_reuses_in_odd_steps_only(tmp_path: Path) -> None:
     low, high = -9.0, 9.0
-    rows = [[low, high, high, high], [low] * 4, [high, high, low, low], [low] * 4]  # steps 3, 2, 1, 0
+    rows = [
+        [low, high, high, high],
+        [low] * 4,
+        [high, high, low, low],
+        [low] * 4,
+    ]  # steps 3, 2, 1, 0
     schedule = made(f"l2c:{router_file(tmp_path, rows)}", steps=4)
-    expected = ((COMPUTE,) * 4, (COMPUTE, COMPUTE, REUSE, REUSE), (COMPUTE,) * 4, (REUSE, COMPUTE, COMPUTE, COMPUTE))
+    expected = (
+        (COMPUTE,) * 4,
+        (COMPUTE, COMPUTE, REUSE, REUSE),
+        (COMPUTE,) * 4,
+        (REUSE, COMPUTE, COMPUTE, COMPUTE),
+    )
     assert schedule.coefficients == expected
     assert made(f"l2c:{tmp_path / 'router.pt'}@0.99999", steps=4).coefficients[1] == (REUSE,) * 4
 
@@ -113,13 +125,19 @@ def test_a_router_counts_steps_down_and_reuses_in_odd_steps_only(tmp_path: Path)
 def test_both_branches_undoes_a_correction_in_blocks_that_compute_one(tmp_path: Path) -> None:
     low, high = -9.0, 9.0
     path = router_file(tmp_path, [[low, high, low, low], [low] * 4, [low] * 4, [low] * 4])
-    assert made(f"l2c:{path}+gc:0.8", steps=4).coefficients[3] == (gradient(0.8), COMPUTE, *[gradient(0.8)] * 2)
+    assert made(f"l2c:{path}+gc:0.8", steps=4).coefficients[3] == (
+        gradient(0.8),
+        COMPUTE,
+        *[gradient(0.8)] * 2,
+    )
     both = made(f"l2c:{path}+gc:0.8,both_branches", steps=4)
     assert both.coefficients[3] == (REUSE, COMPUTE, *[gradient(0.8)] * 2)
 
 
 def test_a_router_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"SPEC 'l2c:/nowhere/router.pt': .* cannot be read: No such file"):
+    with pytest.raises(
+        ModelError, match=r"SPEC 'l2c:/nowhere/router.pt': .* cannot be read: No such file"
+    ):
         made("l2c:/nowhere/router.pt")
 
 
@@ -128,7 +146,9 @@ def test_a_router_for_another_model_or_step_count_is_refused(tmp_path: Path) -> 
     with pytest.raises(UsageError, match="for 6 steps but 4 are asked for; use --steps 6"):
         made(f"l2c:{path}", steps=4)
     path = router_file(tmp_path, [[0.0] * 56] * 4)
-    with pytest.raises(UsageError, match=r"for 56 units but the model has 4 \(2 blocks of attn\+mlp\)"):
+    with pytest.raises(
+        UsageError, match=r"for 56 units but the model has 4 \(2 blocks of attn\+mlp\)"
+    ):
         made(f"l2c:{path}", steps=4)
 
 
@@ -153,7 +173,10 @@ def test_the_default_name_is_the_spec_made_file_safe(text: str, name: str) -> No
     ("text", "message"),
     [
         ("", "unknown policy ''"),
-        ("goc", "unknown policy 'goc'; it predicts what a policy reuses, so it comes after one, such as fora:2.goc"),
+        (
+            "goc",
+            "unknown policy 'goc'; it predicts what a policy reuses, so it comes after one, such as fora:2.goc",
+        ),
         ("+goc", "unknown policy ''; begin with what is computed, such as fora:2"),
         ("fora-2", r"unknown policy 'fora-2'; did you mean fora:2\?"),
         ("fore:2", r"unknown policy 'fore'; did you mean fora\?"),

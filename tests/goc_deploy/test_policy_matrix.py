@@ -31,9 +31,17 @@ SPECS = {
     "pixart": replace(PIXART, depth=1),
     "sit": ModelSpec(1, 24, 2, 48, 2, 2, 4, 10, True),
 }
-SAMPLERS = {"dit": ("ddim", "dpm++", "ddpm"), "pixart": ("ddim", "dpm++", "ddpm"), "sit": ("euler",)}
+SAMPLERS = {
+    "dit": ("ddim", "dpm++", "ddpm"),
+    "pixart": ("ddim", "dpm++", "ddpm"),
+    "sit": ("euler",),
+}
 BASE_ARGUMENTS = {"none": "none", "fora": "fora:2", "smoothcache": "smoothcache:0.5"}
-BASE_ARGUMENTS |= {"search": "search:2,steps=4,reference=8", "l2c": "l2c:{router}", "file": "file:{schedule}"}
+BASE_ARGUMENTS |= {
+    "search": "search:2,steps=4,reference=8",
+    "l2c": "l2c:{router}",
+    "file": "file:{schedule}",
+}
 CORRECTION_ARGUMENTS = {name: name for name in ("taylor", "lagrange", "hermite", "goc", "fit")}
 CORRECTION_ARGUMENTS |= {"gc": "gc:0.5", "steps": "steps:3:0.5"}
 POLICIES = (*BASE_ARGUMENTS.values(), *(f"fora:2+{text}" for text in CORRECTION_ARGUMENTS.values()))
@@ -52,8 +60,14 @@ def engine_of(tmp_path_factory: pytest.TempPathFactory) -> MakeEngine:
             torch.save(random_state(spec, 0), folder / "model.pt")
             more = {}
             if spec.draws_captions:
-                shape, rng = (2, spec.caption_tokens, spec.caption_channels), np.random.default_rng(0)
-                embeds = {f"{what}prompt_embeds": rng.standard_normal(shape, np.float32) for what in ("", "negative_")}
+                shape, rng = (
+                    (2, spec.caption_tokens, spec.caption_channels),
+                    np.random.default_rng(0),
+                )
+                embeds = {
+                    f"{what}prompt_embeds": rng.standard_normal(shape, np.float32)
+                    for what in ("", "negative_")
+                }
                 np.savez(folder / "captions.npz", **embeds)
                 more = {"captions": folder / "captions.npz"}
             goc_deploy.export(
@@ -83,16 +97,24 @@ def test_the_matrix_has_every_architecture_base_and_correction() -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "sampler"), [(name, sampler) for name, samplers in SAMPLERS.items() for sampler in samplers]
+    ("architecture", "sampler"),
+    [(name, sampler) for name, samplers in SAMPLERS.items() for sampler in samplers],
 )
 def test_every_policy_runs(engine_of: MakeEngine, architecture: str, sampler: str) -> None:
     engine = engine_of(architecture)
-    manifest, options = read_manifest(engine), CalibrationOptions(2, 3, 2.0, SPECS[architecture].guided_channels)
+    manifest, options = (
+        read_manifest(engine),
+        CalibrationOptions(2, 3, 2.0, SPECS[architecture].guided_channels),
+    )
     laboratory = engine_laboratory(engine, cpu_backend, sampler, options, no_progress)
     for policy in POLICIES:
-        text = policy.format(router=engine.parent / "router.pt", schedule=engine.parent / "schedule.json")
+        text = policy.format(
+            router=engine.parent / "router.pt", schedule=engine.parent / "schedule.json"
+        )
         if sampler == "ddpm" and policy.startswith("search"):
-            with pytest.raises(UsageError, match="draws fresh noise, so there is no converged solution"):
+            with pytest.raises(
+                UsageError, match="draws fresh noise, so there is no converged solution"
+            ):
                 schedule_from_policy(parse_policy(text), manifest.model, STEPS, laboratory)
             continue
         schedule = schedule_from_policy(parse_policy(text), manifest.model, STEPS, laboratory)

@@ -36,7 +36,9 @@ def test_a_staged_directory_appears_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("exchange", [True, False])
-def test_an_existing_directory_is_swapped_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
+def test_an_existing_directory_is_swapped_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
     if not exchange:
         monkeypatch.setattr(publish.ctypes, "CDLL", lambda *_, **__: object())
     (tmp_path / "engine").mkdir()
@@ -48,7 +50,9 @@ def test_an_existing_directory_is_swapped_out(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_an_error_leaves_the_old_directory_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
+def test_an_error_leaves_the_old_directory_and_nothing_else(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
     (tmp_path / "engine").mkdir()
     (tmp_path / "engine" / "old").touch()
 
@@ -96,10 +100,16 @@ def test_a_directory_below_a_file_cannot_be_made(tmp_path: Path) -> None:
     check_parent(tmp_path / "a" / "b" / "engine")
 
 
-def test_a_lock_that_is_held_is_a_conflict_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_is_held_is_a_conflict_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(publish, "LOCK_SECONDS", 0.1)
     second = directory_lock(tmp_path / "engine")
-    with directory_lock(tmp_path / "engine"), pytest.raises(ConflictError, match="another process is writing"), second:
+    with (
+        directory_lock(tmp_path / "engine"),
+        pytest.raises(ConflictError, match="another process is writing"),
+        second,
+    ):
         pass
     assert os.listdir(tmp_path) == []
 
@@ -137,7 +147,9 @@ def test_saving_and_loading_a_manifest_is_the_identity(golden_engine: Path) -> N
     assert manifest_from_json(manifest_to_json(manifest).encode(), "test") == manifest
 
 
-def test_the_manifest_says_where_the_engine_comes_from_and_no_path_of_this_machine(golden_engine: Path) -> None:
+def test_the_manifest_says_where_the_engine_comes_from_and_no_path_of_this_machine(
+    golden_engine: Path,
+) -> None:
     manifest = read_manifest(golden_engine)
     assert manifest.provenance["checkpoint"] == "model.pt"
     assert len(manifest.provenance["checkpoint_sha256"]) == 64
@@ -154,15 +166,27 @@ def test_the_manifest_says_where_the_engine_comes_from_and_no_path_of_this_machi
 
 @given(st.data())
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_no_damage_to_a_manifest_crashes_the_reader(golden_engine: Path, data: st.DataObject) -> None:
+def test_no_damage_to_a_manifest_crashes_the_reader(
+    golden_engine: Path, data: st.DataObject
+) -> None:
     text = (golden_engine / MANIFEST_NAME).read_bytes()
     found = json.loads(text)
     section = data.draw(st.sampled_from(sorted(found)))
     value = data.draw(
-        st.one_of(st.none(), st.integers(), st.text(max_size=5), st.lists(st.integers(), max_size=3), st.just({}))
+        st.one_of(
+            st.none(),
+            st.integers(),
+            st.text(max_size=5),
+            st.lists(st.integers(), max_size=3),
+            st.just({}),
+        )
     )
     found[section] = value
-    damaged = data.draw(st.sampled_from([json.dumps(found).encode(), text[: data.draw(st.integers(0, len(text) - 1))]]))
+    damaged = data.draw(
+        st.sampled_from(
+            [json.dumps(found).encode(), text[: data.draw(st.integers(0, len(text) - 1))]]
+        )
+    )
     with contextlib.suppress(EngineDirError, SafetyError):
         manifest_from_json(damaged, "test")
 
@@ -172,7 +196,8 @@ GONE = 999_999_999  # no process has that number
 
 def test_what_a_killed_writer_left_vanishes_with_the_next(tmp_path: Path) -> None:
     left, mine, foreign = (
-        tmp_path / f".engine.tmp-{word}" for word in (f"{GONE}-0123abcd", f"{os.getpid()}-0123abcd", "x")
+        tmp_path / f".engine.tmp-{word}"
+        for word in (f"{GONE}-0123abcd", f"{os.getpid()}-0123abcd", "x")
     )
     for folder in (left, mine, foreign):
         (folder / "onnx").mkdir(parents=True)
@@ -219,5 +244,7 @@ def test_files_that_no_export_wrote_are_never_replaced(golden_engine: Path, tmp_
     (engine / f".plan-{GONE}-0123abcd" / "x").touch()
     check_target(engine, force=True)
     (engine / "notes.txt").write_text("mine")
-    with pytest.raises(ConflictError, match=r"holds 'notes.txt', which no export wrote; move them away"):
+    with pytest.raises(
+        ConflictError, match=r"holds 'notes.txt', which no export wrote; move them away"
+    ):
         check_target(engine, force=True)

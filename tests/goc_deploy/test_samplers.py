@@ -89,11 +89,22 @@ def test_tables_are_what_the_schedulers_of_diffusers_compute(sampler: str) -> No
     assert set(table.estimate) == {(0.0, 1.0)}
 
 
-SAMPLERS = ["ddim", "ddim:0.7@trailing", "dpm++", "dpm++:1", "dpm++:3", "dpm++@leading", "ddpm", "ddpm@leading"]
+SAMPLERS = [
+    "ddim",
+    "ddim:0.7@trailing",
+    "dpm++",
+    "dpm++:1",
+    "dpm++:3",
+    "dpm++@leading",
+    "ddpm",
+    "ddpm@leading",
+]
 
 
 @given(st.sampled_from(SAMPLERS), st.integers(1, 60), st.sampled_from(DIFFUSION_PREDICTIONS))
-def test_a_perfect_model_keeps_a_sample_on_the_diffusion_path(sampler: str, steps: int, prediction: str) -> None:
+def test_a_perfect_model_keeps_a_sample_on_the_diffusion_path(
+    sampler: str, steps: int, prediction: str
+) -> None:
     """Whatever the model predicts: x = alpha * clean + sigma * eps goes to alpha' * clean + what the noise leaves of sigma'."""
     table, clean, eps = sampler_table(sampler, steps, Process(prediction)), 0.3, -1.7
     signal = [*(SIGNAL[t] for t in table.timesteps), 1.0]
@@ -118,7 +129,9 @@ def test_the_learned_variance_lies_between_its_bounds(steps: int) -> None:
     np.testing.assert_allclose(table.model, least.model, rtol=1e-6, atol=1e-9)
     for k in range(steps - 1):
         assert table.noise[k] * np.exp(-table.spread[k]) == pytest.approx(least.noise[k])
-        assert (table.noise[k] * np.exp(table.spread[k])) ** 2 == pytest.approx(1 - signal[k] / signal[k + 1])
+        assert (table.noise[k] * np.exp(table.spread[k])) ** 2 == pytest.approx(
+            1 - signal[k] / signal[k + 1]
+        )
     assert (table.noise[-1], table.spread[-1]) == (0, 0)
 
 
@@ -166,7 +179,9 @@ def test_predictions_that_are_unknown_or_not_the_models_are_refused() -> None:
     schedule = Schedule(1, ("attn", "mlp"), (((), ()),) * 5)
     learns = ModelSpec(1, 8, 2, 16, 2, 2, 4, 10, True)
     compile_schedule(schedule, learns, "ddpm")
-    with pytest.raises(UsageError, match="needs the variance that this model does not predict; use ddim:1"):
+    with pytest.raises(
+        UsageError, match="needs the variance that this model does not predict; use ddim:1"
+    ):
         compile_schedule(schedule, replace(learns, learn_sigma=False), "ddpm")
     with pytest.raises(UsageError, match="made for a model that predicts v, this one predicts eps"):
         compile_schedule(schedule, learns, sampler_table("ddim", 5, Process("v")))
@@ -183,7 +198,9 @@ def test_predictions_that_are_unknown_or_not_the_models_are_refused() -> None:
         ("prediction", "v", "predicts v, this one predicts eps"),
     ],
 )
-def test_plans_with_a_malformed_table_are_not_executed(column: str, value: object, message: str) -> None:
+def test_plans_with_a_malformed_table_are_not_executed(
+    column: str, value: object, message: str
+) -> None:
     spec = ModelSpec(1, 8, 2, 16, 2, 2, 4, 10, True)
     plan = compile_schedule(Schedule(1, ("attn", "mlp"), (((), ()),) * 5), spec, "dpm++")
     bad = replace(plan, sampler=replace(plan.sampler, **{column: value}))

@@ -13,7 +13,9 @@ from tests.reference import SIGNAL, relative_l2, table_step
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the judges extra")
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with NumPy 2
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # diffusers with NumPy 2
 
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 # What PixArt-alpha ships in scheduler/scheduler_config.json; DiT-XL/2 ships the same betas with DDIM.
@@ -35,7 +37,13 @@ PIXART = {
 
 
 def follow(
-    scheduler: Any, sampler: str, steps: int, prediction: str = "eps", channels: int = 1, skip: int = 0, **more: Any
+    scheduler: Any,
+    sampler: str,
+    steps: int,
+    prediction: str = "eps",
+    channels: int = 1,
+    skip: int = 0,
+    **more: Any,
 ) -> float:
     """The largest difference of a step: both sides start from diffusers' latents, so errors do not add up.
 
@@ -45,7 +53,11 @@ def follow(
     scheduler.set_timesteps(steps)
     table = sampler_table(sampler, steps, Process(prediction))
     assert scheduler.timesteps.tolist() == list(table.timesteps)
-    step_of, generator, noises = table_step(table), torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
+    step_of, generator, noises = (
+        table_step(table),
+        torch.Generator().manual_seed(1),
+        torch.Generator().manual_seed(2),
+    )
     x, worst = torch.randn(1, 1, 4, 4, generator=generator, dtype=torch.float64), 0.0
     for k, t in enumerate(scheduler.timesteps[: steps - skip]):
         m = torch.randn(1, channels, 4, 4, generator=generator, dtype=torch.float64).clamp(-1, 1)
@@ -64,7 +76,9 @@ def follow(
 def test_dpm_solver_tables_are_those_of_diffusers(order: int, steps: int, prediction: str) -> None:
     settings = {**PIXART, "solver_order": order, "prediction_type": PREDICTION_TYPES[prediction]}
     sampler = "dpm++" if order == 2 else f"dpm++:{order}"
-    assert follow(diffusers.DPMSolverMultistepScheduler(**settings), sampler, steps, prediction) < 1e-5
+    assert (
+        follow(diffusers.DPMSolverMultistepScheduler(**settings), sampler, steps, prediction) < 1e-5
+    )
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
@@ -92,7 +106,9 @@ def test_ddim_tables_are_those_of_diffusers(eta: float, spacing: str, prediction
 @pytest.mark.parametrize("prediction", PREDICTION_TYPES)
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
 @pytest.mark.parametrize("steps", [2, 20, 250])
-def test_ddpm_tables_with_learned_sigma_are_those_of_diffusers(steps: int, spacing: str, prediction: str) -> None:
+def test_ddpm_tables_with_learned_sigma_are_those_of_diffusers(
+    steps: int, spacing: str, prediction: str
+) -> None:
     scheduler = diffusers.DDPMScheduler(
         variance_type="learned_range",
         clip_sample=False,
@@ -104,5 +120,7 @@ def test_ddpm_tables_with_learned_sigma_are_those_of_diffusers(steps: int, spaci
 
 
 def test_ancestral_ddim_is_ddpm_with_the_least_variance() -> None:
-    scheduler = diffusers.DDPMScheduler(variance_type="fixed_small", clip_sample=False, timestep_spacing="linspace")
+    scheduler = diffusers.DDPMScheduler(
+        variance_type="fixed_small", clip_sample=False, timestep_spacing="linspace"
+    )
     assert follow(scheduler, "ddim:1", 20) < 1e-5

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from goc_deploy.errors import ScheduleError
 from goc_deploy.passes import compile_schedule
-from goc_deploy.schedule import Schedule, check_amplification, check_schedule, fill_short_history, gradient
+from goc_deploy.schedule import (
+    Schedule,
+    check_amplification,
+    check_schedule,
+    fill_short_history,
+    gradient,
+)
 from goc_deploy.serde import plan_from_json, plan_to_json, schedule_from_json, schedule_to_json
 from goc_deploy.spec import ModelSpec
 from tests.goc_deploy.strategies import schedules
@@ -49,9 +55,15 @@ def test_a_schedule_file_can_be_edited_by_hand(tmp_path: Path) -> None:
             schedule((C,) * 4, (C, C, C, G)),
             r"step 1, block 1, mlp: gradient reads 2 history entries but only 1 is stored; compute",
         ),
-        (schedule((C,) * 4, (R,) * 4, (R, G, R, R), history="computed"), "step 2, block 0, mlp: gradient reads 2"),
+        (
+            schedule((C,) * 4, (R,) * 4, (R, G, R, R), history="computed"),
+            "step 2, block 0, mlp: gradient reads 2",
+        ),
         (schedule((C,) * 4, ((1.0,) * 5, C, C, C)), "5 coefficients, at most 4"),
-        (schedule((C,) * 4, ((float("nan"),), C, C, C)), "step 1, block 0, attn: coefficients .* must be finite"),
+        (
+            schedule((C,) * 4, ((float("nan"),), C, C, C)),
+            "step 1, block 0, attn: coefficients .* must be finite",
+        ),
         (schedule((C,) * 4, history="other"), "history 'other' is not one of used, computed"),
         (schedule(), "1 to 10000 steps, this one has 0"),
     ],
@@ -125,7 +137,8 @@ def test_a_gradient_beyond_one_is_refused_once_it_amplifies_too_much() -> None:
     check_amplification(alternating(1.2, 20))
     check_amplification(alternating(1.5, 400, "computed"))
     with pytest.raises(
-        ScheduleError, match=r"step \d+, block 0, attn: the prediction amplifies .* use an eta within -1..1"
+        ScheduleError,
+        match=r"step \d+, block 0, attn: the prediction amplifies .* use an eta within -1..1",
     ):
         check_amplification(alternating(1.5, 50))
 
@@ -139,7 +152,9 @@ def test_a_gradient_beyond_one_is_refused_once_it_amplifies_too_much() -> None:
         ("1", r"predictors\.R is '1', it must be a list of numbers"),
     ],
 )
-def test_a_wrong_number_in_a_file_is_named_with_its_place(row: object, message: str, tmp_path: Path) -> None:
+def test_a_wrong_number_in_a_file_is_named_with_its_place(
+    row: object, message: str, tmp_path: Path
+) -> None:
     found = json.loads(schedule_to_json(Schedule(1, ("attn", "mlp"), (((), ()), ((1.0,), (1.0,))))))
     found["predictors"]["R"] = row
     (tmp_path / "s.json").write_text(json.dumps(found))

@@ -29,12 +29,25 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rescale_betas_zero_snr": True,
     },
     "ddim, linspace": {"_class_name": "DDIMScheduler", **UNCLIPPED, "timestep_spacing": "linspace"},
-    "ddim, offset": {"_class_name": "DDIMScheduler", **UNCLIPPED, "steps_offset": 1, "set_alpha_to_one": False},
+    "ddim, offset": {
+        "_class_name": "DDIMScheduler",
+        **UNCLIPPED,
+        "steps_offset": 1,
+        "set_alpha_to_one": False,
+    },
     "pndm": {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **BETAS},
     "pndm with Runge-Kutta": {"_class_name": "PNDMScheduler"},
     "dpm++ 2m": {"_class_name": "DPMSolverMultistepScheduler"},
-    "dpm++ 3m, karras": {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3, "use_karras_sigmas": True},
-    "dpm++ heun": {"_class_name": "DPMSolverMultistepScheduler", "solver_type": "heun", "euler_at_final": True},
+    "dpm++ 3m, karras": {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "solver_order": 3,
+        "use_karras_sigmas": True,
+    },
+    "dpm++ heun": {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "solver_type": "heun",
+        "euler_at_final": True,
+    },
     "dpm": {
         "_class_name": "DPMSolverMultistepScheduler",
         "algorithm_type": "dpmsolver",
@@ -53,7 +66,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "solver_order": 3,
         "beta_schedule": "squaredcos_cap_v2",
     },
-    "unipc without corrector": {"_class_name": "UniPCMultistepScheduler", "disable_corrector": [0, 1, 2]},
+    "unipc without corrector": {
+        "_class_name": "UniPCMultistepScheduler",
+        "disable_corrector": [0, 1, 2],
+    },
     "euler": {"_class_name": "EulerDiscreteScheduler", **BETAS},
     "euler, karras": {
         "_class_name": "EulerDiscreteScheduler",
@@ -81,7 +97,10 @@ OWN = {
         "beta_schedule": "squaredcos_cap_v2",
         "timestep_spacing": "leading",
     },
-    "dpm++, trained betas": {**CONFIGS["dpm++ 2m"], "trained_betas": [0.001 + 1e-5 * k for k in range(1000)]},
+    "dpm++, trained betas": {
+        **CONFIGS["dpm++ 2m"],
+        "trained_betas": [0.001 + 1e-5 * k for k in range(1000)],
+    },
     "flow": CONFIGS["flow"],
 }
 
@@ -117,7 +136,11 @@ def test_a_probed_table_takes_the_steps_of_the_scheduler(name: str, steps: int) 
     )
     assert table.steps == len(scheduler.timesteps) == steps
     for k, t in enumerate(scheduler.timesteps):
-        shown = scheduler.scale_model_input(theirs, t) if hasattr(scheduler, "scale_model_input") else theirs
+        shown = (
+            scheduler.scale_model_input(theirs, t)
+            if hasattr(scheduler, "scale_model_input")
+            else theirs
+        )
         assert relative_l2(ours.numpy(), shown.double().numpy()) < 1e-5
         assert table.timesteps[k] == t.item()
         theirs = scheduler.step(toy_model(shown, t.item()).double(), t, theirs).prev_sample.double()
@@ -132,7 +155,10 @@ def test_fresh_noise_of_ddpm_has_its_weight(name: str) -> None:
     table = probed(NOISY[name], 20)
     signal = [*(SIGNAL[t] for t in table.timesteps), 1.0]  # type: ignore[index]
     betas = [1 - now / after for now, after in pairwise(signal)]
-    least = [beta * (1 - after) / (1 - now) for beta, now, after in zip(betas, signal, signal[1:], strict=False)]
+    least = [
+        beta * (1 - after) / (1 - now)
+        for beta, now, after in zip(betas, signal, signal[1:], strict=False)
+    ]
     expected = [*np.sqrt(least if name == "fixed_small" else betas)[:-1], 0.0]
     np.testing.assert_allclose(table.noise, expected, rtol=1e-4, atol=1e-9)
     assert table.stochastic
@@ -155,9 +181,14 @@ def test_our_own_solvers_stand_in_where_diffusers_is_missing(
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS.keys() - OWN.keys() | {"ddim, trailing v"}))
-def test_without_diffusers_what_we_cannot_follow_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_diffusers_what_we_cannot_follow_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(schedulers, "find_spec", lambda _name: None)
-    with pytest.raises(EnvironmentUnsupportedError, match=r"install 'goc_deploy\[export,diffusers\]', or name another"):
+    with pytest.raises(
+        EnvironmentUnsupportedError,
+        match=r"install 'goc_deploy\[export,diffusers\]', or name another",
+    ):
         table_from_sampler("diffusers", 20, process_of(CONFIGS[name]))
 
 
@@ -166,7 +197,9 @@ def test_a_scheduler_that_is_not_what_it_was_is_noticed(monkeypatch: pytest.Monk
     real = probed(CONFIGS["ddim"], 5)
     own = schedulers._own_table
     monkeypatch.setattr(
-        schedulers, "_own_table", lambda _steps, process: own(5, Process("eps", {**process.scheduler, **BETAS}))
+        schedulers,
+        "_own_table",
+        lambda _steps, process: own(5, Process("eps", {**process.scheduler, **BETAS})),
     )
     with pytest.raises(VerificationError, match="takes other steps than sampler 'ddim@leading'"):
         table_from_sampler("diffusers", real.steps, process_of(CONFIGS["ddim"]))
@@ -178,28 +211,54 @@ DDIM, DPM = CONFIGS["ddim"], CONFIGS["dpm++ 2m"]
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"_class_name": "HeunDiscreteScheduler"}, "scheduler is 'HeunDiscreteScheduler', which is not one of DDIM"),
-        ({"_class_name": "EulerAncestralDiscreteScheduler"}, "'EulerAncestralDiscreteScheduler', which is not"),
+        (
+            {"_class_name": "HeunDiscreteScheduler"},
+            "scheduler is 'HeunDiscreteScheduler', which is not one of DDIM",
+        ),
+        (
+            {"_class_name": "EulerAncestralDiscreteScheduler"},
+            "'EulerAncestralDiscreteScheduler', which is not",
+        ),
         ({}, "scheduler is None"),
         ({"_class_name": ["DDIMScheduler"]}, r"scheduler is \['DDIMScheduler'\]"),
-        ({"_class_name": "DDIMScheduler"}, "DDIMScheduler has clip_sample True, only False is supported"),
-        ({"_class_name": "DDPMScheduler", "clip_sample": True}, "DDPMScheduler has clip_sample True"),
+        (
+            {"_class_name": "DDIMScheduler"},
+            "DDIMScheduler has clip_sample True, only False is supported",
+        ),
+        (
+            {"_class_name": "DDPMScheduler", "clip_sample": True},
+            "DDPMScheduler has clip_sample True",
+        ),
         ({**DDIM, "thresholding": True}, "has thresholding True"),
         ({**DDIM, "thresholding": 0}, "has thresholding 0, only False"),
-        ({**DPM, "algorithm_type": "sde-dpmsolver++"}, r"algorithm_type 'sde-dpmsolver\+\+', only 'dpmsolver\+\+' or"),
+        (
+            {**DPM, "algorithm_type": "sde-dpmsolver++"},
+            r"algorithm_type 'sde-dpmsolver\+\+', only 'dpmsolver\+\+' or",
+        ),
         ({**DPM, "variance_type": "learned_range"}, "variance_type 'learned_range', only None"),
         ({**DPM, "use_dynamic_shifting": True}, "use_dynamic_shifting True"),
         ({**CONFIGS["flow"], "use_dynamic_shifting": True}, "use_dynamic_shifting True"),
         ({**CONFIGS["flow"], "stochastic_sampling": True}, "stochastic_sampling True"),
         ({**CONFIGS["unipc"], "solver_p": "DDIM"}, "solver_p 'DDIM', only None"),
-        ({**NOISY["fixed_small"], "variance_type": "learned"}, "variance_type 'learned', only 'fixed_small' or"),
-        ({**DDIM, "beta_start": {"a": 1}}, "a beta_start that is neither a number, a word nor a list"),
+        (
+            {**NOISY["fixed_small"], "variance_type": "learned"},
+            "variance_type 'learned', only 'fixed_small' or",
+        ),
+        (
+            {**DDIM, "beta_start": {"a": 1}},
+            "a beta_start that is neither a number, a word nor a list",
+        ),
         ({**DDIM, "trained_betas": [[1]]}, "a trained_betas that is neither"),
-        ({**DDIM, "num_train_timesteps": 10**9}, r"num_train_timesteps 1000000000, it must be within 1\.\.100000"),
+        (
+            {**DDIM, "num_train_timesteps": 10**9},
+            r"num_train_timesteps 1000000000, it must be within 1\.\.100000",
+        ),
         ({**DPM, "solver_order": 9}, r"solver_order 9, it must be within 1\.\.3"),
     ],
 )
-def test_what_is_no_table_is_refused_by_name_with_the_option_that_helps(config: dict[str, Any], message: str) -> None:
+def test_what_is_no_table_is_refused_by_name_with_the_option_that_helps(
+    config: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ModelError, match=f"{message}.*--sampler"):
         check_scheduler(config)
     with pytest.raises(ModelError, match=message):
@@ -209,14 +268,19 @@ def test_what_is_no_table_is_refused_by_name_with_the_option_that_helps(config: 
 @pytest.mark.filterwarnings("ignore")
 def test_what_diffusers_refuses_is_refused_with_its_reason() -> None:
     with pytest.raises(
-        ModelError, match=r"diffusers refuses the folder's DDIMScheduler for 5 steps: .*not implemented"
+        ModelError,
+        match=r"diffusers refuses the folder's DDIMScheduler for 5 steps: .*not implemented",
     ):
         probed({**DDIM, "beta_schedule": "none"}, 5)
     with pytest.raises(UsageError, match=r"steps must be within 1..1000, got 1001"):
         probed(DDIM, 1001)
-    with pytest.raises(UsageError, match="did not come with this model; name another sampler with --sampler"):
+    with pytest.raises(
+        UsageError, match="did not come with this model; name another sampler with --sampler"
+    ):
         table_from_sampler("diffusers", 5, Process("eps"))
-    with pytest.raises(ModelError, match=r"prediction_type is 'score', only epsilon, .*give --prediction"):
+    with pytest.raises(
+        ModelError, match=r"prediction_type is 'score', only epsilon, .*give --prediction"
+    ):
         prediction_of({"prediction_type": "score"}, "here")
     with pytest.raises(ModelError, match=r"prediction_type is \[\], only"):
         prediction_of({"prediction_type": []}, "here")
@@ -226,17 +290,26 @@ def test_what_diffusers_refuses_is_refused_with_its_reason() -> None:
 
 def test_own_samplers_follow_the_betas_of_the_folder() -> None:
     other = sampler_table("ddim", 5, Process("eps", {**DDIM, **BETAS}))
-    betas = torch.linspace(BETAS["beta_start"] ** 0.5, BETAS["beta_end"] ** 0.5, 1000, dtype=torch.float64) ** 2
+    betas = (
+        torch.linspace(
+            BETAS["beta_start"] ** 0.5, BETAS["beta_end"] ** 0.5, 1000, dtype=torch.float64
+        )
+        ** 2
+    )
     signal = torch.cumprod(1 - betas, 0)[list(other.timesteps)]  # type: ignore[arg-type]
     np.testing.assert_allclose([of_x for of_x, _ in other.estimate], signal**-0.5, rtol=1e-9)
-    assert sampler_table("ddim", 5, Process("eps", DDIM)) == sampler_table("ddim", 5, Process("eps"))
+    assert sampler_table("ddim", 5, Process("eps", DDIM)) == sampler_table(
+        "ddim", 5, Process("eps")
+    )
     for setting, value in {
         "rescale_betas_zero_snr": True,
         "num_train_timesteps": 500,
         "beta_schedule": "sigmoid",
         "beta_start": "small",
     }.items():
-        with pytest.raises(UsageError, match=f"has .*{value}.*use the folder's own: --sampler diffusers"):
+        with pytest.raises(
+            UsageError, match=f"has .*{value}.*use the folder's own: --sampler diffusers"
+        ):
             sampler_table("ddim", 5, Process("eps", {**DDIM, setting: value}))
     for betas_given in ([0.1], [2.0] * 1000, "abc"):
         with pytest.raises(UsageError, match="has trained_betas"):

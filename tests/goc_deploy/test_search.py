@@ -16,7 +16,9 @@ SPEC = ModelSpec(2, 8, 2, 16, 2, 2, 4, 10, False)
 
 
 @given(st.integers(1, 60), st.floats(0.2, 5), st.data())
-def test_warped_spacing_gives_rising_steps_that_start_at_zero(count: int, warp: float, data: st.DataObject) -> None:
+def test_warped_spacing_gives_rising_steps_that_start_at_zero(
+    count: int, warp: float, data: st.DataObject
+) -> None:
     steps = data.draw(st.integers(count, 300))
     tail = data.draw(st.integers(0, steps - count))
     found = warped(steps, count, warp, tail)
@@ -37,7 +39,11 @@ def test_even_spacing_is_every_nth_step_and_warps_are_denser_at_one_end() -> Non
 def test_candidates_are_legal_schedules_that_compute_their_steps(predictor: str) -> None:
     schedule = Candidate(9, (0, 2, 7), predictor).schedule(SPEC)
     check_schedule(schedule)
-    assert [k for k, rows in enumerate(schedule.coefficients) if set(rows) == {COMPUTE}] == [0, 2, 7]
+    assert [k for k, rows in enumerate(schedule.coefficients) if set(rows) == {COMPUTE}] == [
+        0,
+        2,
+        7,
+    ]
 
 
 def test_the_search_finds_uneven_steps_the_step_count_and_the_predictor() -> None:
@@ -70,14 +76,18 @@ def test_step_counts_stay_within_what_is_searched() -> None:
 
 
 def test_a_budget_of_time_pays_for_fewer_computed_steps_where_there_are_more_in_all() -> None:
-    sizes = sizes_for(lambda steps: int((100 - steps) / 9), None)  # a computed step takes 10 ms, a cached one 1 ms
+    sizes = sizes_for(
+        lambda steps: int((100 - steps) / 9), None
+    )  # a computed step takes 10 ms, a cached one 1 ms
     assert sizes[:3] == [(11, 9), (22, 8), (33, 7)]
     with pytest.raises(UsageError, match="pays for no computed step"):
         sizes_for(lambda _: 0, 20)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 3))
-def test_exchanging_units_finds_the_best_mask_of_additive_losses_at_the_same_cost(seed: int, branches: int) -> None:
+def test_exchanging_units_finds_the_best_mask_of_additive_losses_at_the_same_cost(
+    seed: int, branches: int
+) -> None:
     generator = np.random.default_rng(seed)
     loss = generator.random((6, 2 * branches))  # of predicting a unit
     mask = np.zeros(loss.shape, bool)
@@ -106,6 +116,8 @@ def test_exchanges_that_do_not_help_together_are_not_made() -> None:
     def probe(tried: np.ndarray) -> float:
         return float(np.abs(tried[2]).sum() * -1.0)
 
-    exchanges, found, error = exchange_units(mask, 1, probe, lambda tried: float((tried != mask).sum()))
+    exchanges, found, error = exchange_units(
+        mask, 1, probe, lambda tried: float((tried != mask).sum())
+    )
     assert (exchanges, error) == (0, 0.0)
     assert (found == mask).all()

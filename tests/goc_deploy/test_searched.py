@@ -46,7 +46,9 @@ def computed_steps(schedule: Schedule) -> list[int]:
     return [k for k, rows in enumerate(schedule.coefficients) if set(rows) == {COMPUTE}]
 
 
-def test_a_search_beats_even_spacing_and_says_by_how_much(laboratory: Laboratory, golden_spec: ModelSpec) -> None:
+def test_a_search_beats_even_spacing_and_says_by_how_much(
+    laboratory: Laboratory, golden_spec: ModelSpec
+) -> None:
     schedule = made("search:3,steps=9,reference=40", laboratory, golden_spec)
     record: Any = schedule.provenance["search"]
     assert computed_steps(schedule) == record["computed"]
@@ -74,7 +76,9 @@ def test_the_step_count_is_chosen_too(laboratory: Laboratory, golden_spec: Model
     assert {tried["predictor"] for tried in record["best"]} == {"lagrange:1"}
 
 
-def test_a_fit_learns_on_the_schedule_that_was_found(laboratory: Laboratory, golden_spec: ModelSpec) -> None:
+def test_a_fit_learns_on_the_schedule_that_was_found(
+    laboratory: Laboratory, golden_spec: ModelSpec
+) -> None:
     schedule = made("search:2+fit,steps=4,reference=20", laboratory, golden_spec)
     assert {"search", "fit"} <= set(schedule.provenance)
     assert computed_steps(schedule) == schedule.provenance["search"]["computed"]  # type: ignore[index]
@@ -117,9 +121,12 @@ def no_calibrator(_steps: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("text", "computed"), [("search:31ms,steps=4", 3), ("search:40ms,steps=13", 3), ("search:2,steps=4", 2)]
+    ("text", "computed"),
+    [("search:31ms,steps=4", 3), ("search:40ms,steps=13", 3), ("search:2,steps=4", 2)],
 )
-def test_a_budget_in_milliseconds_is_spent_on_as_many_computed_steps_as_fit(text: str, computed: int) -> None:
+def test_a_budget_in_milliseconds_is_spent_on_as_many_computed_steps_as_fit(
+    text: str, computed: int
+) -> None:
     schedule = made(f"{text},reference=20", Laboratory(no_calibrator, Clock), SPEC)
     assert len(computed_steps(schedule)) == computed
 
@@ -142,7 +149,9 @@ def test_bad_searches_are_refused(text: str, message: str) -> None:
         made(text, Laboratory(no_calibrator, Clock), SPEC)
 
 
-def test_a_search_needs_an_engine_and_a_sampler_without_noise(golden_engine: Path, golden_spec: ModelSpec) -> None:
+def test_a_search_needs_an_engine_and_a_sampler_without_noise(
+    golden_engine: Path, golden_spec: ModelSpec
+) -> None:
     with pytest.raises(CalibrationNeededError, match="needs an engine directory"):
         made("search:2", None, SPEC)
     noisy = engine_laboratory(golden_engine, cpu_backend, "ddim:0.5", OPTIONS, no_progress)
@@ -156,7 +165,13 @@ def test_steps_beside_a_search_are_refused(golden_engine: Path) -> None:
 
 
 def test_a_schedule_that_reuses_plainly_is_left_to_the_correction(golden_spec: ModelSpec) -> None:
-    schedule = made("search:2+hermite:1,steps=4,reference=20", Laboratory(no_calibrator, Clock), golden_spec)
+    schedule = made(
+        "search:2+hermite:1,steps=4,reference=20", Laboratory(no_calibrator, Clock), golden_spec
+    )
     rows = {row for step in schedule.coefficients for row in step}
-    assert rows <= {COMPUTE, REUSE, *(row for step in schedule.coefficients for row in step if len(row) == 2)}
+    assert rows <= {
+        COMPUTE,
+        REUSE,
+        *(row for step in schedule.coefficients for row in step if len(row) == 2),
+    }
     assert schedule.policy == "search:2+hermite:1,steps=4,reference=20"

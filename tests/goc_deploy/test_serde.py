@@ -27,7 +27,9 @@ from goc_deploy.spec import DIFFUSION_PREDICTIONS, ModelSpec
 from tests.goc_deploy.strategies import schedules
 
 
-def plan_of(schedule, sampler: str = "ddim", prediction: str = "eps", segments: str = "none") -> Plan:
+def plan_of(
+    schedule, sampler: str = "ddim", prediction: str = "eps", segments: str = "none"
+) -> Plan:
     spec = ModelSpec(schedule.depth, 8, 2, 16, 2, 2, 4, 10, True, prediction=prediction)
     return compile_schedule(schedule, spec, sampler, segments=segments)
 
@@ -38,7 +40,9 @@ def plan_of(schedule, sampler: str = "ddim", prediction: str = "eps", segments: 
     st.sampled_from(DIFFUSION_PREDICTIONS),
     st.sampled_from(SEGMENTS),
 )
-def test_plans_survive_their_json_form(schedule, sampler: str, prediction: str, segments: str) -> None:
+def test_plans_survive_their_json_form(
+    schedule, sampler: str, prediction: str, segments: str
+) -> None:
     plan = plan_of(schedule, sampler, prediction, segments)
     assert plan_from_json(plan_to_json(plan).encode(), schedule, "plan") == plan
 
@@ -46,16 +50,23 @@ def test_plans_survive_their_json_form(schedule, sampler: str, prediction: str, 
 @given(schedules(max_steps=3), st.integers(0, PLAN_VERSION - 1))
 def test_plans_of_an_older_version_ask_for_a_new_export(schedule, version: int) -> None:
     old = json.loads(plan_to_json(plan_of(schedule))) | {"version": version}
-    message = f"plan has format version {version}, this goc_deploy reads {PLAN_VERSION}; export again"
+    message = (
+        f"plan has format version {version}, this goc_deploy reads {PLAN_VERSION}; export again"
+    )
     with pytest.raises(EngineDirError, match=message):
         plan_from_json(json.dumps(old).encode(), schedule, "plan")
 
 
 @given(schedules(max_steps=3))
-def test_a_plan_that_says_nothing_of_segments_has_none_and_unknown_ones_are_refused(schedule) -> None:
+def test_a_plan_that_says_nothing_of_segments_has_none_and_unknown_ones_are_refused(
+    schedule,
+) -> None:
     found = json.loads(plan_to_json(plan_of(schedule, segments="full")))
     text = json.dumps({**found, "segments": "all"}).encode()
-    with pytest.raises(EngineDirError, match="plan does not have the expected form: ValueError unknown segments 'all'"):
+    with pytest.raises(
+        EngineDirError,
+        match="plan does not have the expected form: ValueError unknown segments 'all'",
+    ):
         plan_from_json(text, schedule, "plan")
     del found["segments"]
     assert plan_from_json(json.dumps(found).encode(), schedule, "plan") == plan_of(schedule)
@@ -63,7 +74,9 @@ def test_a_plan_that_says_nothing_of_segments_has_none_and_unknown_ones_are_refu
 
 def test_engine_directories_of_an_older_version_ask_for_a_new_export() -> None:
     old = json.dumps({"format": "goc_deploy.engine_dir", "version": MANIFEST_VERSION - 1})
-    with pytest.raises(EngineDirError, match=f"this goc_deploy reads {MANIFEST_VERSION}; export again"):
+    with pytest.raises(
+        EngineDirError, match=f"this goc_deploy reads {MANIFEST_VERSION}; export again"
+    ):
         manifest_from_json(old.encode(), "manifest.json")
 
 
@@ -77,7 +90,9 @@ def test_numbers_that_no_float_holds_are_refused(number: str) -> None:
 def test_a_count_with_a_fraction_is_refused(schedule) -> None:
     found = json.loads(plan_to_json(plan_of(schedule)))
     with pytest.raises(EngineDirError, match="does not have the expected form"):
-        plan_from_json(json.dumps({**found, "slots": found["slots"] + 0.9}).encode(), schedule, "plan")
+        plan_from_json(
+            json.dumps({**found, "slots": found["slots"] + 0.9}).encode(), schedule, "plan"
+        )
 
 
 def test_a_plan_that_computes_what_its_schedule_does_not_is_refused(golden_engine: Path) -> None:
@@ -126,9 +141,12 @@ def test_mutated_manifests_and_plans_are_read_or_refused(golden_engine: Path) ->
     schedule = load_plan(golden_engine, manifest, manifest.plans[1].name).schedule
     for _ in range(1500):
         for read in (
-            lambda: manifest_from_json(json.dumps(mutated(sound, generator)).encode(), "manifest.json"),
+            lambda: manifest_from_json(
+                json.dumps(mutated(sound, generator)).encode(), "manifest.json"
+            ),
             lambda: check_plan(
-                plan_from_json(json.dumps(mutated(plan, generator)).encode(), schedule, "plan"), manifest.model
+                plan_from_json(json.dumps(mutated(plan, generator)).encode(), schedule, "plan"),
+                manifest.model,
             ),
         ):
             with contextlib.suppress(GocError):

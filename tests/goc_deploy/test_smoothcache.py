@@ -52,7 +52,10 @@ def test_a_file_of_smoothcache_is_read_and_written(tmp_path: Path) -> None:
         ["C", "-"],
         ["-", "C"],
     ]
-    assert json.loads(smoothcache_from_schedule(schedule)) == {"attn": [1, 0, 1, 0], "mlp": [1, 0, 0, 1]}
+    assert json.loads(smoothcache_from_schedule(schedule)) == {
+        "attn": [1, 0, 1, 0],
+        "mlp": [1, 0, 0, 1],
+    }
 
 
 def test_a_branch_that_a_file_does_not_name_is_computed(tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ from goc_deploy.suggestions import closest, meant_spec
         ("fora:2+gc+gc", None),
     ],
 )
-def test_a_plan_name_is_understood_as_the_spec_that_it_comes_from(text: str, spec: str | None) -> None:
+def test_a_plan_name_is_understood_as_the_spec_that_it_comes_from(
+    text: str, spec: str | None
+) -> None:
     assert meant_spec(text) == spec
 
 

@@ -46,11 +46,26 @@ def test_what_safetensors_writes_is_read(tmp_path: Path) -> None:
         (b"", "its header is longer than the file"),
         (b"\xff" * 20, "its header is longer than the file"),
         (with_header([1]), "the header of x must hold a JSON object"),
-        (with_header({"a": {"dtype": "F32", "shape": [6], "data_offsets": [0, 28]}}), "lies about the place of 'a'"),
-        (with_header({"a": {"dtype": "F32", "shape": [7], "data_offsets": [0, 24]}}), "lies about the place of 'a'"),
-        (with_header({"a": {"dtype": "F32", "shape": [-6], "data_offsets": [0, 24]}}), "not a whole number"),
-        (with_header({"a": {"dtype": "F8", "shape": [6], "data_offsets": [0, 24]}}), "does not have the expected form"),
-        (with_header({"a": {"dtype": "F32", "shape": 6, "data_offsets": [0]}}), "does not have the expected form"),
+        (
+            with_header({"a": {"dtype": "F32", "shape": [6], "data_offsets": [0, 28]}}),
+            "lies about the place of 'a'",
+        ),
+        (
+            with_header({"a": {"dtype": "F32", "shape": [7], "data_offsets": [0, 24]}}),
+            "lies about the place of 'a'",
+        ),
+        (
+            with_header({"a": {"dtype": "F32", "shape": [-6], "data_offsets": [0, 24]}}),
+            "not a whole number",
+        ),
+        (
+            with_header({"a": {"dtype": "F8", "shape": [6], "data_offsets": [0, 24]}}),
+            "does not have the expected form",
+        ),
+        (
+            with_header({"a": {"dtype": "F32", "shape": 6, "data_offsets": [0]}}),
+            "does not have the expected form",
+        ),
         (with_header({"a": 3}), "does not have the expected form"),
     ],
 )

@@ -15,7 +15,9 @@ SPANS = [
 
 def test_totals_add_up_to_the_whole_and_name_what_no_launch_took() -> None:
     totals = totals_ms(SPANS)
-    assert totals == pytest.approx({"wait": 1, "attn": 5, "predict ahead": 1.5, "between launches": 0.5})
+    assert totals == pytest.approx(
+        {"wait": 1, "attn": 5, "predict ahead": 1.5, "between launches": 0.5}
+    )
     assert sum(totals.values()) == pytest.approx(1 + 7)
 
 

@@ -42,7 +42,13 @@ KEPT = {
 
 # NVIDIA publishes these on PyPI as source only. They resolve from the metadata in the source. Those named "libs"
 # download their libraries from NVIDIA's own index while pip builds them, so neither size nor requirements are on PyPI.
-SOURCE_ONLY = {"tensorrt", "tensorrt-cu13", "tensorrt-cu13-libs", "tensorrt-rtx", "tensorrt-rtx-cu13"}
+SOURCE_ONLY = {
+    "tensorrt",
+    "tensorrt-cu13",
+    "tensorrt-cu13-libs",
+    "tensorrt-rtx",
+    "tensorrt-rtx-cu13",
+}
 
 
 class ResolutionError(Exception):
@@ -68,8 +74,24 @@ def resolve(python: str, extra: str, constraints: Path) -> Resolution:
     chosen = {NONE: [], ALL: ["--all-extras"]}.get(extra, ["--extra", extra])
     done = subprocess.run(
         [
-            *(UV, "pip", "compile", "--quiet", "--no-config", "--python", sys.executable, "--no-python-downloads"),
-            *("--python-version", python, "--python-platform", "x86_64-manylinux_2_28", "--format", "pylock.toml"),
+            *(
+                UV,
+                "pip",
+                "compile",
+                "--quiet",
+                "--no-config",
+                "--python",
+                sys.executable,
+                "--no-python-downloads",
+            ),
+            *(
+                "--python-version",
+                python,
+                "--python-platform",
+                "x86_64-manylinux_2_28",
+                "--format",
+                "pylock.toml",
+            ),
             *("--constraints", str(constraints), *chosen, "pyproject.toml"),
         ],
         cwd=ROOT,
@@ -95,9 +117,14 @@ def resolution_from_lock(lock: dict[str, Any], python: str) -> Resolution:
     """
     packages = {package["name"]: package for package in lock["packages"]}
     source_only = tuple(name for name, package in packages.items() if not package.get("wheels"))
-    if missing := [f"{name} {packages[name]['version']}" for name in source_only if name not in SOURCE_ONLY]:
+    if missing := [
+        f"{name} {packages[name]['version']}" for name in source_only if name not in SOURCE_ONLY
+    ]:
         raise ResolutionError(f"no wheel for Python {python} on Linux x86-64: {', '.join(missing)}")
-    sizes = {name: (package.get("wheels") or [package["sdist"]])[0]["size"] for name, package in packages.items()}
+    sizes = {
+        name: (package.get("wheels") or [package["sdist"]])[0]["size"]
+        for name, package in packages.items()
+    }
     return Resolution(
         versions={name: package["version"] for name, package in packages.items()},
         nbytes=sum(sizes.values()),
@@ -107,15 +134,23 @@ def resolution_from_lock(lock: dict[str, Any], python: str) -> Resolution:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--python", action="append", choices=PYTHONS, help="default: each")
-    parser.add_argument("--extra", action="append", choices=(NONE, *extras, ALL), help="default: each")
+    parser.add_argument(
+        "--extra", action="append", choices=(NONE, *extras, ALL), help="default: each"
+    )
     parser.add_argument("--constraints", type=Path, default=ROOT / "constraints.txt")
     options = parser.parse_args(argv)
     constraints = options.constraints.resolve()
     wanted = [
-        (python, extra) for python in options.python or PYTHONS for extra in options.extra or (NONE, *extras, ALL)
+        (python, extra)
+        for python in options.python or PYTHONS
+        for extra in options.extra or (NONE, *extras, ALL)
     ]
     failed, source_only = 0, {}
     print(f"{'python':<8}{'extra':<10}{'packages':>8}{'MB':>8}{'of that CUDA libraries':>24}")
@@ -130,14 +165,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                 continue
             source_only |= {name: found.versions[name] for name in found.source_only}
             sizes = f"{len(found.versions):>8}{found.nbytes / 1e6:>8.0f}{found.cuda_nbytes / 1e6:>24.0f}"
-            print(f"{python:<8}{extra:<10}{sizes}{' + source only' if found.source_only else ''}", flush=True)
+            print(
+                f"{python:<8}{extra:<10}{sizes}{' + source only' if found.source_only else ''}",
+                flush=True,
+            )
     if source_only:
         print(
             "source only on PyPI, resolved from the metadata in the source: "
             + ", ".join(f"{name} {version}" for name, version in sorted(source_only.items()))
         )
     if "tensorrt-cu13-libs" in source_only:
-        print("tensorrt-cu13-libs downloads TensorRT from NVIDIA's index when pip builds it: not counted above")
+        print(
+            "tensorrt-cu13-libs downloads TensorRT from NVIDIA's index when pip builds it: not counted above"
+        )
     return 1 if failed else 0
 
 

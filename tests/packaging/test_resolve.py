@@ -18,7 +18,11 @@ def test_nothing_but_the_way_to_the_index_is_taken_from_the_caller() -> None:
         "UV_CONSTRAINT": "other.txt",
         "PYTHONPATH": "/elsewhere",
     }
-    index = {"PIP_INDEX_URL": "https://index/simple", "PIP_CERT": "/cert.pem", "PIP_DEFAULT_TIMEOUT": "180"}
+    index = {
+        "PIP_INDEX_URL": "https://index/simple",
+        "PIP_CERT": "/cert.pem",
+        "PIP_DEFAULT_TIMEOUT": "180",
+    }
     assert resolve.environment(hostile | index) == {
         "UV_DEFAULT_INDEX": "https://index/simple",
         "SSL_CERT_FILE": "/cert.pem",
@@ -44,5 +48,7 @@ def test_a_package_without_a_wheel_is_refused_unless_nvidia_publishes_it_so() ->
     wheel = {"name": "nvidia-cufft", "version": "12", "wheels": [{"size": 70}]}
     found = resolve.resolution_from_lock({"packages": [source, wheel]}, "3.13")
     assert (found.nbytes, found.cuda_nbytes, found.source_only) == (75, 70, ("tensorrt",))
-    with pytest.raises(resolve.ResolutionError, match=r"no wheel for Python 3\.13 on Linux x86-64: sdist-only 11"):
+    with pytest.raises(
+        resolve.ResolutionError, match=r"no wheel for Python 3\.13 on Linux x86-64: sdist-only 11"
+    ):
         resolve.resolution_from_lock({"packages": [source | {"name": "sdist-only"}]}, "3.13")

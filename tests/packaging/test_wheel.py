@@ -22,13 +22,28 @@ pytestmark = pytest.mark.slow
 
 FOLDERS = ("goc_deploy", "exporters", "engines", "runtime")
 FILES = ("pyproject.toml", "README.md", "LICENSE")
-FOR_EXPORTING_ONLY = ("torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "tensorrt", "tensorrt_rtx")
+FOR_EXPORTING_ONLY = (
+    "torch",
+    "onnx",
+    "onnxscript",
+    "onnx_ir",
+    "safetensors",
+    "tensorrt",
+    "tensorrt_rtx",
+)
 
 
 def checked(*words: Any, **more: Any) -> str:
     """What a program prints; its errors are shown when it fails."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=600, env=clean, **more)
+    done = subprocess.run(
+        [str(word) for word in words],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=clean,
+        **more,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -40,7 +55,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, source / name, symlinks=True)
     for name in FILES:
         shutil.copy(ROOT / name, source)
-    checked(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", source / "wheels", source)
+    checked(
+        sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", source / "wheels", source
+    )
     (path,) = (source / "wheels").iterdir()
     return path
 
@@ -58,7 +75,10 @@ def empty_environment(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> 
 def test_the_wheel_holds_what_is_not_python(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    kernels = {f"goc_deploy/engines/plugin/{path.name}" for path in (ROOT / "engines" / "plugin").glob("*.cu")}
+    kernels = {
+        f"goc_deploy/engines/plugin/{path.name}"
+        for path in (ROOT / "engines" / "plugin").glob("*.cu")
+    }
     assert kernels
     assert {*kernels, "goc_deploy/py.typed", "goc_deploy/evaluation/page.css"} <= names
 
@@ -76,7 +96,15 @@ def test_what_exports_is_absent(empty_environment: Path, tmp_path: Path) -> None
 def test_an_engine_gives_the_same_latents_as_here(
     empty_environment: Path, golden_engine: Path, command: Command, tmp_path: Path
 ) -> None:
-    words = ("goc-run", golden_engine, "--labels", "1,7", "--backend", "onnxruntime", "--latents-output")
+    words = (
+        "goc-run",
+        golden_engine,
+        "--labels",
+        "1,7",
+        "--backend",
+        "onnxruntime",
+        "--latents-output",
+    )
     command(*words, tmp_path / "here.npy")
     checked(empty_environment / words[0], *words[1:], tmp_path / "there.npy", cwd=tmp_path)
     np.testing.assert_array_equal(np.load(tmp_path / "here.npy"), np.load(tmp_path / "there.npy"))

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from goc_deploy.api import cpu_backend, load
-from goc_deploy.calibration import CalibrationOptions, Laboratory, Statistics, Trials, balanced_labels, default_images
+from goc_deploy.calibration import (
+    CalibrationOptions,
+    Laboratory,
+    Statistics,
+    Trials,
+    balanced_labels,
+    default_images,
+)
 from goc_deploy.errors import CalibrationNeededError, ScheduleError, UsageError
 from goc_deploy.grammar import parse_policy
 from goc_deploy.noise import image_noise
@@ -34,7 +41,9 @@ OPTIONS = CalibrationOptions(IMAGES, SEED, SCALE)
 
 @pytest.fixture(scope="module")
 def stepper(golden_engine: Path) -> Stepper:
-    return load_stepper(golden_engine, cpu_backend(), sampler_table("ddim", STEPS, Process("eps")), 2)
+    return load_stepper(
+        golden_engine, cpu_backend(), sampler_table("ddim", STEPS, Process("eps")), 2
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,17 +78,23 @@ def features_of_one_batch(stepper: Stepper) -> np.ndarray:
     trajectory, found = Trajectory(wide, batch, "computed", 0), []
     for step in range(STEPS):
         row: list[np.ndarray] = []
-        trajectory.advance(step, (COMPUTE,) * wide.spec.units, lambda _, f, row=row: row.append(f.copy()))
+        trajectory.advance(
+            step, (COMPUTE,) * wide.spec.units, lambda _, f, row=row: row.append(f.copy())
+        )
         found.append(row)
     return np.array(found)
 
 
-def test_streamed_statistics_are_those_of_all_features(calibrator: EngineCalibrator, stepper: Stepper) -> None:
+def test_streamed_statistics_are_those_of_all_features(
+    calibrator: EngineCalibrator, stepper: Stepper
+) -> None:
     features, found = features_of_one_batch(stepper), calibrator.statistics()
     assert relative_l2(found.means, features.mean(axis=2)) < 1e-5
     per_image = features.reshape(STEPS, stepper.spec.units, 2, IMAGES, -1)
     for gap in (1, 2, 3):
-        change = np.abs(per_image[gap:] - per_image[:-gap]).sum(axis=(2, 4)) / np.abs(per_image[gap:]).sum(axis=(2, 4))
+        change = np.abs(per_image[gap:] - per_image[:-gap]).sum(axis=(2, 4)) / np.abs(
+            per_image[gap:]
+        ).sum(axis=(2, 4))
         np.testing.assert_allclose(found.changes[gap:, :, gap - 1], change.mean(axis=2), rtol=1e-4)
         assert np.isinf(found.changes[:gap, :, gap - 1]).all()
 
@@ -114,7 +129,10 @@ def test_goc_is_never_worse_on_its_images_than_plain_reuse_and_the_gradient(
     calibrator: EngineCalibrator, made: Callable[[str], Schedule]
 ) -> None:
     for spec in ("fora:2+goc:1.2", "fora:2+goc:1.2,reading=exists,gamma=0,per_unit"):
-        plain, everywhere = calibrator.error(made("fora:2")), calibrator.error(made("fora:2+gc:1.2"))
+        plain, everywhere = (
+            calibrator.error(made("fora:2")),
+            calibrator.error(made("fora:2+gc:1.2")),
+        )
         assert calibrator.error(made(spec)) <= min(plain, everywhere)
 
 
@@ -133,7 +151,9 @@ def test_a_fit_to_the_final_latents_is_not_worse_than_where_it_starts(
     calibrator: EngineCalibrator, made: Callable[[str], Schedule], options: str
 ) -> None:
     history = ",history=computed" if "computed" in options else ""
-    starts = [calibrator.error(made(f"fora:2{base}{history}")) for base in ("", "+gc:0.5", "+gc:1.0")]
+    starts = [
+        calibrator.error(made(f"fora:2{base}{history}")) for base in ("", "+gc:0.5", "+gc:1.0")
+    ]
     fitted = made(f"fora:2+fit{options}")
     assert calibrator.error(fitted) <= min(starts) * (1 + 1e-9)
     assert all(abs(sum(row) - 1) < 1e-6 for step in fitted.coefficients for row in step if row)
@@ -156,8 +176,12 @@ def test_features_are_fitted_better_than_plain_reuse_repeats_them(
     assert len(rows) == {"unit": 24, "step": 3}[granularity]
 
 
-def test_a_fit_that_measures_worse_than_plain_reuse_gives_plain_reuse(made: Callable[[str], Schedule]) -> None:
-    fitted = made("fora:2+fit,target=feature,fit=global,ridge=0.001")  # eight steps differ too much for one row
+def test_a_fit_that_measures_worse_than_plain_reuse_gives_plain_reuse(
+    made: Callable[[str], Schedule],
+) -> None:
+    fitted = made(
+        "fora:2+fit,target=feature,fit=global,ridge=0.001"
+    )  # eight steps differ too much for one row
     assert fitted.coefficients == made("fora:2").coefficients
 
 
@@ -184,14 +208,20 @@ def test_smoothcache_computes_less_the_more_it_accepts(made: Callable[[str], Sch
         ("smoothcache:much", "alpha 'much' is not a number"),
     ],
 )
-def test_wrong_arguments_are_refused(made: Callable[[str], Schedule], text: str, message: str) -> None:
+def test_wrong_arguments_are_refused(
+    made: Callable[[str], Schedule], text: str, message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         made(text)
 
 
 @pytest.mark.parametrize("text", ["fora:2+goc", "fora:2+fit", "smoothcache:0.1"])
-def test_without_an_engine_a_calibrated_policy_says_what_it_needs(stepper: Stepper, text: str) -> None:
-    with pytest.raises(CalibrationNeededError, match="needs an engine directory; use goc-export or goc-plan"):
+def test_without_an_engine_a_calibrated_policy_says_what_it_needs(
+    stepper: Stepper, text: str
+) -> None:
+    with pytest.raises(
+        CalibrationNeededError, match="needs an engine directory; use goc-export or goc-plan"
+    ):
         schedule_from_policy(parse_policy(text), stepper.spec, STEPS)
 
 
@@ -203,7 +233,9 @@ def test_without_an_engine_a_calibrated_policy_says_what_it_needs(stepper: Stepp
         ({"cfg_scale": float("nan")}, "cfg_scale must be a number"),
     ],
 )
-def test_options_out_of_range_are_refused(stepper: Stepper, options: dict[str, Any], message: str) -> None:
+def test_options_out_of_range_are_refused(
+    stepper: Stepper, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         EngineCalibrator(stepper, CalibrationOptions(**options), {})
 

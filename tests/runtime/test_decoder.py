@@ -26,7 +26,10 @@ class Doubler:
         self._backend = backend
 
     def bind(
-        self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], stream: Stream | None = None
+        self,
+        inputs: Mapping[str, Buffer],
+        outputs: Mapping[str, Buffer],
+        stream: Stream | None = None,
     ) -> Callable[[], None]:
         assert stream is not None
 

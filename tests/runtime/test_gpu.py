@@ -56,7 +56,9 @@ def test_golden_trajectories_launched_one_by_one_and_replayed(
     built, golden: dict[str, np.ndarray], backend: str, weights: str, spec: str
 ) -> None:
     with goc_deploy.load(built(backend, weights), plan=spec, backend=backend) as pipe:
-        first, second, third = (pipe.generate(golden["labels"], latents=golden["noise"], **REQUEST) for _ in range(3))
+        first, second, third = (
+            pipe.generate(golden["labels"], latents=golden["noise"], **REQUEST) for _ in range(3)
+        )
     assert worst_step(first.trajectory, golden[GOLDEN_PLANS[spec]]) < 1e-3
     np.testing.assert_array_equal(second.trajectory, first.trajectory)
     np.testing.assert_array_equal(third.trajectory, first.trajectory)
@@ -71,7 +73,11 @@ def test_every_graph_computes_what_onnx_runtime_computes(built, backend: str, we
 
 @pytest.mark.parametrize("backend", ENGINE_BACKENDS)
 def test_stacks_of_the_plugin_in_a_trajectory(
-    built, golden: dict[str, np.ndarray], tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+    built,
+    golden: dict[str, np.ndarray],
+    tmp_path: Path,
+    backend: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(stacking, "STORES_THAT_FUSE", 3)
     directory = shutil.copytree(built(backend, "shared"), tmp_path / "engine")
@@ -96,18 +102,24 @@ def check_two_sessions(pipe: Pipeline) -> None:
 
 @pytest.mark.parametrize(("backend", "weights"), WAYS)
 def test_two_sessions_at_once_give_what_one_gives(built, backend: str, weights: str) -> None:
-    with goc_deploy.load(built(backend, weights), plan=GRADIENT, backend=backend, max_sessions=2) as pipe:
+    with goc_deploy.load(
+        built(backend, weights), plan=GRADIENT, backend=backend, max_sessions=2
+    ) as pipe:
         check_two_sessions(pipe)
 
 
-def check_narrow(command: Command, engine: Path, golden: dict[str, np.ndarray], backend: str, precision: str) -> None:
+def check_narrow(
+    command: Command, engine: Path, golden: dict[str, np.ndarray], backend: str, precision: str
+) -> None:
     """An engine directory of a precision, loaded and run twice."""
     options = ("--num-heads", 4, "--precision", precision, "--plan", GRADIENT)
     command("goc-export", GOLDEN / "model.pt", "-o", engine, *options)
     with goc_deploy.load(engine, backend=backend) as pipe:
         for _ in range(2):
             found = pipe.generate(golden["labels"], latents=golden["noise"], cfg_scale=2.0)
-            assert relative_l2(found.latents, golden["fora_50_gc"][-1]) < (0.02 if precision == "fp16" else 0.1)
+            assert relative_l2(found.latents, golden["fora_50_gc"][-1]) < (
+                0.02 if precision == "fp16" else 0.1
+            )
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -126,11 +138,21 @@ def test_onnx_runtime_follows_the_golden_trajectories_recorded_and_replayed(
 ) -> None:
     options = {"backend": ORT, "device": "cuda:0", "cuda_graphs": graphs}
     with goc_deploy.load(golden_engine, plan=spec, **options) as pipe:
-        first, second = (pipe.generate(golden["labels"], latents=golden["noise"], **REQUEST) for _ in range(2))
+        first, second = (
+            pipe.generate(golden["labels"], latents=golden["noise"], **REQUEST) for _ in range(2)
+        )
     assert worst_step(first.trajectory, golden[GOLDEN_PLANS[spec]]) < 1e-4
     np.testing.assert_array_equal(second.trajectory, first.trajectory)
-    found = {name: first.report[name] for name in ("backend", "device_index", "cuda_graphs", "sessions_without_graph")}
-    assert found == {"backend": ORT, "device_index": 0, "cuda_graphs": graphs, "sessions_without_graph": 0}
+    found = {
+        name: first.report[name]
+        for name in ("backend", "device_index", "cuda_graphs", "sessions_without_graph")
+    }
+    assert found == {
+        "backend": ORT,
+        "device_index": 0,
+        "cuda_graphs": graphs,
+        "sessions_without_graph": 0,
+    }
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -168,7 +190,9 @@ def test_onnx_runtime_refuses_a_gpu_that_is_not_there(golden_engine: Path) -> No
         goc_deploy.load(golden_engine, backend=ORT, device="cuda:99")
 
 
-def test_the_command_takes_the_gpu_by_itself(golden_engine: Path, tmp_path: Path, command: Command) -> None:
+def test_the_command_takes_the_gpu_by_itself(
+    golden_engine: Path, tmp_path: Path, command: Command
+) -> None:
     engine = shutil.copytree(golden_engine, tmp_path / "engine")
     done = command("goc-run", engine, "--labels", "1", "--latents-output", tmp_path / "x.npy")
     assert "on onnxruntime " not in done.stderr

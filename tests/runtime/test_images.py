@@ -15,7 +15,12 @@ def test_pixels_are_scaled_as_the_reference_does() -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_grey_and_colour_give_images_and_latents_do_not(channels: int) -> None:
-    assert images_from_latents(np.zeros((2, channels, 4, 4), np.float32)).shape == (2, 4, 4, channels)
+    assert images_from_latents(np.zeros((2, channels, 4, 4), np.float32)).shape == (
+        2,
+        4,
+        4,
+        channels,
+    )
     assert images_from_latents(np.zeros((2, 4, 4, 4), np.float32)) is None
 
 
@@ -31,10 +36,14 @@ def test_a_result_gives_its_pictures_to_pillow(channels: int, mode: str) -> None
     images = np.arange(2 * 4 * 6 * channels, dtype=np.uint8).reshape(2, 4, 6, channels)
     result = Result(images, np.zeros((2, channels, 4, 6), np.float32), None, {})
     assert [(picture.mode, picture.size) for picture in result.pil()] == [(mode, (6, 4))] * 2
-    np.testing.assert_array_equal(np.stack([np.asarray(p).reshape(4, 6, channels) for p in result.pil()]), images)
+    np.testing.assert_array_equal(
+        np.stack([np.asarray(p).reshape(4, 6, channels) for p in result.pil()]), images
+    )
 
 
 def test_latents_without_a_decoder_are_no_pictures() -> None:
     result = Result(None, np.zeros((1, 4, 4, 4), np.float32), None, {})
-    with pytest.raises(UsageError, match=r"the result has latents but no images; .* with its decoder"):
+    with pytest.raises(
+        UsageError, match=r"the result has latents but no images; .* with its decoder"
+    ):
         result.pil()

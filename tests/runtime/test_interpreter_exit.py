@@ -22,7 +22,9 @@ print("the end")
 
 
 @pytest.mark.parametrize("seconds", [0.2, 0.5, 0.8])
-def test_the_interpreter_ends_cleanly_while_daemon_threads_generate(seconds: float, golden_engine: Path) -> None:
+def test_the_interpreter_ends_cleanly_while_daemon_threads_generate(
+    seconds: float, golden_engine: Path
+) -> None:
     words = [sys.executable, "-c", THREADS, str(golden_engine), str(seconds)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout) == (0, "the end\n"), done.stderr

@@ -29,7 +29,9 @@ GRADIENT = "fora:2+gc:1.2"
 
 
 @pytest.mark.parametrize("spec", GOLDEN_PLANS)
-def test_golden_trajectories_run_and_replayed(golden_engine: Path, golden: dict[str, np.ndarray], spec: str) -> None:
+def test_golden_trajectories_run_and_replayed(
+    golden_engine: Path, golden: dict[str, np.ndarray], spec: str
+) -> None:
     pipe, runtime = cuda_pipeline(golden_engine, spec)
     request = {"cfg_scale": 2.0, "latents": golden["noise"], "trajectory": True}
     first, second = (pipe.generate(golden["labels"], **request) for _ in range(2))
@@ -37,10 +39,14 @@ def test_golden_trajectories_run_and_replayed(golden_engine: Path, golden: dict[
     np.testing.assert_array_equal(second.trajectory, first.trajectory)
     counts = Counter(runtime.calls)
     assert counts["replay"] > counts["record"] > 0
-    assert not {"capture", "replay"} & {call[0] for call in runtime.device.calls}  # the graphs are ONNX Runtime's
+    assert not {"capture", "replay"} & {
+        call[0] for call in runtime.device.calls
+    }  # the graphs are ONNX Runtime's
 
 
-def test_a_step_that_computes_nothing_runs_our_kernel_and_a_full_step_one_segment(golden_engine: Path) -> None:
+def test_a_step_that_computes_nothing_runs_our_kernel_and_a_full_step_one_segment(
+    golden_engine: Path,
+) -> None:
     pipe, _ = cuda_pipeline(golden_engine, GRADIENT)
     spans: list[Span] = []
     pipe.generate([1], spans=spans)
@@ -64,13 +70,17 @@ def test_sessions_go_on_without_graphs_that_cannot_be_recorded(
     caplog.set_level("INFO")
     pipe, runtime = cuda_pipeline(golden_engine, GRADIENT, refuses_graphs=when)
     for _ in range(2):
-        found = pipe.generate(golden["labels"], cfg_scale=2.0, latents=golden["noise"], trajectory=True)
+        found = pipe.generate(
+            golden["labels"], cfg_scale=2.0, latents=golden["noise"], trajectory=True
+        )
         assert worst_step(found.trajectory, golden["fora_50_gc"]) < 1e-5
     assert not runtime.calls
     assert "without a CUDA graph" in caplog.text or "has no CUDA graph" in caplog.text
 
 
-def test_without_graphs_no_session_records(golden_engine: Path, golden: dict[str, np.ndarray]) -> None:
+def test_without_graphs_no_session_records(
+    golden_engine: Path, golden: dict[str, np.ndarray]
+) -> None:
     pipe, runtime = cuda_pipeline(golden_engine, GRADIENT, graphs=False)
     found = pipe.generate(golden["labels"], cfg_scale=2.0, latents=golden["noise"], trajectory=True)
     assert worst_step(found.trajectory, golden["fora_50_gc"]) < 1e-5
@@ -88,7 +98,11 @@ def test_too_little_memory_is_named_as_memory(golden_engine: Path) -> None:
     pipe.generate([1])  # and fine afterwards
     with pytest.raises(ResourceError, match=r"of weights, .* GB are available"):
         load_pipelines(
-            golden_engine, StandInOrtCudaBackend(StandInRuntime(StandInDevice(1_000_000))), [GRADIENT], None, 1
+            golden_engine,
+            StandInOrtCudaBackend(StandInRuntime(StandInDevice(1_000_000))),
+            [GRADIENT],
+            None,
+            1,
         )
 
 
@@ -133,7 +147,9 @@ def test_steps_that_share_launches_compute_what_steps_of_their_own_do(
     assert (pipe._new_session()._buffers.chunk < pipe.plan.steps) == (budget is not None)
     with goc_deploy.load(sampled_engine, plan=plan, backend="onnxruntime") as cpu:
         for labels, seed in (([3, 1, 4], 1), ([5], 2), ([3, 1, 4], 3)):
-            found, expected = (one.generate(labels, seed=seed, trajectory=True).trajectory for one in (pipe, cpu))
+            found, expected = (
+                one.generate(labels, seed=seed, trajectory=True).trajectory for one in (pipe, cpu)
+            )
             assert worst_step(found, expected) < 1e-5
 
 
@@ -157,7 +173,9 @@ def test_a_sampler_may_reach_back_to_other_steps_each_time(
     with goc_deploy.load(golden_engine, plan="none", backend="onnxruntime") as cpu:
         assert pipe.plan.sampler.reach > pipe.plan.sampler.lags
         for seed in (1, 2):
-            found, expected = (one.generate([3, 1], seed=seed, trajectory=True).trajectory for one in (pipe, cpu))
+            found, expected = (
+                one.generate([3, 1], seed=seed, trajectory=True).trajectory for one in (pipe, cpu)
+            )
             assert worst_step(found, expected) < 1e-5
 
 
@@ -175,4 +193,6 @@ def test_onnx_runtime_without_its_cuda_libraries_names_them(golden_engine: Path)
     pytest.importorskip("cuda.pathfinder")
     refusal = r"cannot start its CUDAExecutionProvider|pip install onnxruntime-gpu|on this device"
     with pytest.raises(EnvironmentUnsupportedError, match=refusal):
-        load_pipelines(golden_engine, OrtCudaBackend(StandInDevice(graphs=False)), [GRADIENT], None, 1)
+        load_pipelines(
+            golden_engine, OrtCudaBackend(StandInDevice(graphs=False)), [GRADIENT], None, 1
+        )

@@ -20,7 +20,12 @@ import goc_deploy
 from goc_deploy.engine_dir import plan_entry
 from goc_deploy.engines.host import HostDevice
 from goc_deploy.engines.ort import OrtBackend
-from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError, UsageError, VerificationError
+from goc_deploy.errors import (
+    EnvironmentUnsupportedError,
+    ResourceError,
+    UsageError,
+    VerificationError,
+)
 from goc_deploy.exporters.cache_update import predict_graph
 from goc_deploy.exporters.dit import DiT
 from goc_deploy.exporters.step_graphs import sampler_graphs
@@ -57,7 +62,10 @@ def model(pipe: Pipeline) -> DiT:
 def samplers(pipe: Pipeline) -> dict[str, Engine]:
     """Every form of the sampler unit, of which a pipeline loads the one that its plan needs."""
     load = OrtBackend().load
-    return {name: load(memoryview(g.SerializeToString()), {}) for name, g in sampler_graphs(pipe.spec).items()}
+    return {
+        name: load(memoryview(g.SerializeToString()), {})
+        for name, g in sampler_graphs(pipe.spec).items()
+    }
 
 
 def test_the_default_plan_is_the_first_that_caches(golden_engine: Path) -> None:
@@ -69,7 +77,9 @@ def test_the_library_reproduces_the_golden_trajectories(
     golden_engine: Path, golden: dict[str, np.ndarray], spec: str
 ) -> None:
     with goc_deploy.load(golden_engine, plan=spec) as loaded:
-        found = loaded.generate(golden["labels"], cfg_scale=2.0, latents=golden["noise"], trajectory=True)
+        found = loaded.generate(
+            golden["labels"], cfg_scale=2.0, latents=golden["noise"], trajectory=True
+        )
     assert worst_step(found.trajectory, golden[GOLDEN_PLANS[spec]]) < 1e-5
 
 
@@ -77,12 +87,19 @@ def test_an_image_of_a_series_does_not_depend_on_where_requests_are_cut(pipe: Pi
     whole = pipe.generate([*LABELS, 2], seed=3).latents
     tail = pipe.generate([4, 2], seed=3, first_image=2).latents
     np.testing.assert_allclose(tail, whole[2:], rtol=1e-4, atol=1e-5)
-    with pytest.raises(UsageError, match="first_image must be a whole number and not negative, got -1"):
+    with pytest.raises(
+        UsageError, match="first_image must be a whole number and not negative, got -1"
+    ):
         pipe.generate([1], first_image=-1)
 
 
-def test_another_plan_runs_on_the_engines_that_are_loaded(pipe: Pipeline, golden_engine: Path) -> None:
-    with goc_deploy.load(golden_engine, plan="none") as loaded, pipe.with_plan(loaded.plan) as other:
+def test_another_plan_runs_on_the_engines_that_are_loaded(
+    pipe: Pipeline, golden_engine: Path
+) -> None:
+    with (
+        goc_deploy.load(golden_engine, plan="none") as loaded,
+        pipe.with_plan(loaded.plan) as other,
+    ):
         expected = loaded.generate(LABELS, seed=1).latents
         np.testing.assert_array_equal(other.generate(LABELS, seed=1).latents, expected)
 
@@ -111,11 +128,19 @@ def test_any_schedule_runs_as_eager_pytorch_runs_it(
     }
     units = {**pipe._engines.units, **samplers}
     runner = Pipeline(pipe.manifest, plan, Engines(units, predict), backend, 2, 1)
-    found = runner.generate(LABELS, seed=5, cfg_scale=cfg, cfg_channels=cfg_channels, trajectory=True)
+    found = runner.generate(
+        LABELS, seed=5, cfg_scale=cfg, cfg_channels=cfg_channels, trajectory=True
+    )
     draws = 1 + (plan.steps if plan.sampler.stochastic else 0)
     noise = np.stack([image_noise(5, i, draws, (4, 8, 8)) for i in range(3)])
     expected = eager_trajectory(
-        model, schedule, sampler_table(sampler, schedule.steps, Process("eps")), noise, LABELS, cfg, cfg_channels
+        model,
+        schedule,
+        sampler_table(sampler, schedule.steps, Process("eps")),
+        noise,
+        LABELS,
+        cfg,
+        cfg_channels,
     )
     assert worst_step(found.trajectory, expected) < 1e-4
 
@@ -136,7 +161,9 @@ def test_the_modulation_table_may_be_filled_in_chunks(
 ) -> None:
     whole = pipe.generate(LABELS, seed=1).latents
     row_bytes = 4 * pipe.spec.hidden * buffers.modulation_rows(pipe.spec) * (pipe.batch_size + 1)
-    monkeypatch.setattr(buffers, "TABLE_BUDGET_BYTES", (chunk + 1) * row_bytes)  # one step is predicted ahead
+    monkeypatch.setattr(
+        buffers, "TABLE_BUDGET_BYTES", (chunk + 1) * row_bytes
+    )  # one step is predicted ahead
     with goc_deploy.load(golden_engine, plan="fora:2+gc:1.2") as chunked:
         assert chunked._new_session()._buffers.chunk == chunk
         assert relative_l2(chunked.generate(LABELS, seed=1).latents, whole) < 1e-6
@@ -149,11 +176,16 @@ def test_scale_one_skips_the_unconditional_rows_and_changes_nothing(pipe: Pipeli
 
 
 @pytest.mark.parametrize("batch_size", [4, 2, 1])
-def test_a_seed_for_each_image_draws_what_requests_of_one_image_draw(golden_engine: Path, batch_size: int) -> None:
+def test_a_seed_for_each_image_draws_what_requests_of_one_image_draw(
+    golden_engine: Path, batch_size: int
+) -> None:
     seeds = [5, 2**64 - 1, 5, 0]
     with goc_deploy.load(golden_engine, plan="fora:2+gc:1.2", batch_size=batch_size) as pipe:
         together = pipe.generate([1, 7, 4, 2], seed=seeds)
-        alone = [pipe.generate([label], seed=seed).latents for label, seed in zip([1, 7, 4, 2], seeds, strict=True)]
+        alone = [
+            pipe.generate([label], seed=seed).latents
+            for label, seed in zip([1, 7, 4, 2], seeds, strict=True)
+        ]
         np.testing.assert_array_equal(together.latents, np.concatenate(alone))
         later = pipe.generate([1, 7], seed=np.array([5, 6]), first_image=3).latents
         np.testing.assert_array_equal(later[1:], pipe.generate([7], seed=6, first_image=3).latents)
@@ -161,11 +193,16 @@ def test_a_seed_for_each_image_draws_what_requests_of_one_image_draw(golden_engi
 
 
 @pytest.mark.parametrize("batch_size", [4, 3])
-def test_a_scale_for_each_image_guides_as_requests_of_one_image_do(golden_engine: Path, batch_size: int) -> None:
+def test_a_scale_for_each_image_guides_as_requests_of_one_image_do(
+    golden_engine: Path, batch_size: int
+) -> None:
     labels, scales = [1, 7, 4, 2], [1.5, 1, 4.0, 0]
     with goc_deploy.load(golden_engine, plan="fora:2+gc:1.2", batch_size=batch_size) as pipe:
         together = pipe.generate(labels, seed=[3] * 4, cfg_scale=scales)
-        alone = [pipe.generate([label], seed=3, cfg_scale=s).latents for label, s in zip(labels, scales, strict=True)]
+        alone = [
+            pipe.generate([label], seed=3, cfg_scale=s).latents
+            for label, s in zip(labels, scales, strict=True)
+        ]
         np.testing.assert_array_equal(together.latents, np.concatenate(alone))
         again = pipe.generate(labels, seed=[3] * 4, cfg_scale=4.0).latents
         np.testing.assert_array_equal(again[2], together.latents[2])
@@ -174,12 +211,15 @@ def test_a_scale_for_each_image_guides_as_requests_of_one_image_do(golden_engine
 
 def test_scales_of_one_for_each_image_skip_the_unconditional_rows(pipe: Pipeline) -> None:
     np.testing.assert_array_equal(
-        pipe.generate(LABELS, cfg_scale=np.ones(3)).latents, pipe.generate(LABELS, cfg_scale=1.0).latents
+        pipe.generate(LABELS, cfg_scale=np.ones(3)).latents,
+        pipe.generate(LABELS, cfg_scale=1.0).latents,
     )
 
 
 def test_threads_share_a_pipeline_and_get_what_they_would_get_alone(pipe: Pipeline) -> None:
-    alone = {seed: pipe.generate([seed % 10] * (1 + seed % 3), seed=seed).latents for seed in range(8)}
+    alone = {
+        seed: pipe.generate([seed % 10] * (1 + seed % 3), seed=seed).latents for seed in range(8)
+    }
     found: dict[int, np.ndarray] = {}
 
     def work(seed: int) -> None:
@@ -195,7 +235,9 @@ def test_threads_share_a_pipeline_and_get_what_they_would_get_alone(pipe: Pipeli
         assert relative_l2(found[seed], latents) < 1e-6
 
 
-def test_a_callback_sees_every_step_and_cannot_stop_the_run(pipe: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_callback_sees_every_step_and_cannot_stop_the_run(
+    pipe: Pipeline, caplog: pytest.LogCaptureFixture
+) -> None:
     seen = []
 
     def callback(event: pipeline.StepEvent) -> None:
@@ -223,7 +265,9 @@ def test_the_report_says_what_ran(pipe: Pipeline) -> None:
     steps = report["batches"][0]["steps"]
     assert [s["kind"] for s in steps[:2]] == ["full", "collapsed"]
     assert all(s["ms"] > 0 for s in steps)
-    assert report["cache_bytes"] == (11 + 1 + 1) * (2 * 16) * 16 * 64 * 4  # slots, accumulator, zeros
+    assert (
+        report["cache_bytes"] == (11 + 1 + 1) * (2 * 16) * 16 * 64 * 4
+    )  # slots, accumulator, zeros
 
 
 @pytest.mark.parametrize(
@@ -236,44 +280,81 @@ def test_the_report_says_what_ran(pipe: Pipeline) -> None:
         ({"labels": [True]}, "label True"),
         ({"labels": [1], "cfg_scale": float("nan")}, "cfg_scale must be"),
         ({"labels": [1], "cfg_scale": -1}, "cfg_scale must be"),
-        ({"labels": [1], "cfg_channels": -1}, "cfg_channels must be a whole number and not negative"),
+        (
+            {"labels": [1], "cfg_channels": -1},
+            "cfg_channels must be a whole number and not negative",
+        ),
         ({"labels": [1], "seed": -1}, "seed must be"),
-        ({"labels": [1], "seed": 1.5}, "seed must be a whole number, or a list of one per image, got 1.5"),
-        ({"labels": [1], "seed": "1"}, "seed must be a whole number, or a list of one per image, got '1'"),
+        (
+            {"labels": [1], "seed": 1.5},
+            "seed must be a whole number, or a list of one per image, got 1.5",
+        ),
+        (
+            {"labels": [1], "seed": "1"},
+            "seed must be a whole number, or a list of one per image, got '1'",
+        ),
         ({"labels": [1, 2], "seed": [1, 2.5]}, "seed must be a whole number, .* got 2.5"),
         ({"labels": [1, 2], "seed": [1, 2**64]}, r"seed must be within 0\.\.2\*\*64-1"),
-        ({"labels": [1, 2], "seed": [1]}, "seed is a list of 1 for 2 images; give one number, or one for each image"),
+        (
+            {"labels": [1, 2], "seed": [1]},
+            "seed is a list of 1 for 2 images; give one number, or one for each image",
+        ),
         ({"labels": [1], "cfg_scale": [1, 2]}, "cfg_scale is a list of 2 for 1 images"),
-        ({"labels": [1, 2], "cfg_scale": [4, -1]}, "cfg_scale must be a number within 0..1000, .* got -1"),
-        ({"labels": [1, 2], "cfg_scale": np.ones((2, 1))}, "cfg_scale must be a number within 0..1000"),
+        (
+            {"labels": [1, 2], "cfg_scale": [4, -1]},
+            "cfg_scale must be a number within 0..1000, .* got -1",
+        ),
+        (
+            {"labels": [1, 2], "cfg_scale": np.ones((2, 1))},
+            "cfg_scale must be a number within 0..1000",
+        ),
         ({"labels": [1], "cfg_channels": 1.5}, "cfg_channels must be a whole number"),
         (
             {"labels": [1], "latents": np.zeros((2, 4, 8, 8), np.float32)},
             r"shape \[2, 4, 8, 8\], expected \[1, 4, 8, 8\]",
         ),
-        ({"labels": [1], "latents": np.zeros((1, 4, 8, 8), np.int64)}, "dtype int64, expected float32"),
+        (
+            {"labels": [1], "latents": np.zeros((1, 4, 8, 8), np.int64)},
+            "dtype int64, expected float32",
+        ),
         ({"labels": [1], "latents": np.full((1, 4, 8, 8), np.inf, np.float32)}, "NaN or infinite"),
         ({"labels": [1], "latents": np.full((1, 4, 8, 8), 1e39)}, "float32 cannot hold"),
-        ({"labels": [1], "latents": torch.ones(1, 4, 8, 8, requires_grad=True)}, r"no array: .* use latents.detach"),
-        ({"labels": [1], "latents": torch.ones(1, 4, 8, 8, dtype=torch.bfloat16)}, r"no array: .* use latents.detach"),
-        ({"labels": 5}, "labels are a list of whole numbers, got 5; for one image give a list of one"),
+        (
+            {"labels": [1], "latents": torch.ones(1, 4, 8, 8, requires_grad=True)},
+            r"no array: .* use latents.detach",
+        ),
+        (
+            {"labels": [1], "latents": torch.ones(1, 4, 8, 8, dtype=torch.bfloat16)},
+            r"no array: .* use latents.detach",
+        ),
+        (
+            {"labels": 5},
+            "labels are a list of whole numbers, got 5; for one image give a list of one",
+        ),
         ({"labels": np.array(5)}, "labels are a list of whole numbers, got array\\(5\\)"),
         ({"labels": "12"}, "labels are a list of whole numbers, got '12'"),
         (
             {"labels": [1], "cfg_scale": None},
             "cfg_scale must be a number within 0..1000, or a list of one per image, got None",
         ),
-        ({"labels": [1], "cfg_scale": "4"}, "cfg_scale must be a number within 0..1000, .* got '4'"),
+        (
+            {"labels": [1], "cfg_scale": "4"},
+            "cfg_scale must be a number within 0..1000, .* got '4'",
+        ),
         ({"labels": [1, 2], "first_image": 2**64 - 1}, "leaves less than 2 images up to"),
     ],
 )
-def test_bad_requests_are_refused_and_the_pipeline_stays_usable(pipe: Pipeline, arguments: dict, message: str) -> None:
+def test_bad_requests_are_refused_and_the_pipeline_stays_usable(
+    pipe: Pipeline, arguments: dict, message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         pipe.generate(**arguments)
     assert pipe.generate([1]).latents.shape == (1, 4, 8, 8)
 
 
-def test_latents_of_any_memory_order_and_float_type_are_taken(pipe: Pipeline, golden: dict[str, np.ndarray]) -> None:
+def test_latents_of_any_memory_order_and_float_type_are_taken(
+    pipe: Pipeline, golden: dict[str, np.ndarray]
+) -> None:
     expected = pipe.generate(LABELS, latents=golden["noise"]).latents
     for odd in (
         np.asfortranarray(golden["noise"]),
@@ -286,7 +367,10 @@ def test_latents_of_any_memory_order_and_float_type_are_taken(pipe: Pipeline, go
 
 
 def test_results_that_are_not_finite_are_an_error(pipe: Pipeline) -> None:
-    with np.errstate(all="ignore"), pytest.raises(VerificationError, match="latents of image 1 are not finite"):
+    with (
+        np.errstate(all="ignore"),
+        pytest.raises(VerificationError, match="latents of image 1 are not finite"),
+    ):
         pipe.generate([0, 1], latents=np.stack([np.zeros((4, 8, 8)), np.full((4, 8, 8), 3e38)]))
 
 
@@ -439,12 +523,23 @@ def test_buffers_that_do_not_fit_into_memory_are_refused_before_allocation(
 
 def test_planned_bytes_are_what_is_allocated(pipe: Pipeline) -> None:
     held = pipe._new_session()._buffers
-    pairs = (*held.tokens, *held.slots, *held.accumulators, *held.latents, held.noise, *held.gates_ahead)
+    pairs = (
+        *held.tokens,
+        *held.slots,
+        *held.accumulators,
+        *held.latents,
+        held.noise,
+        *held.gates_ahead,
+    )
     big = [held.table, held.modulation, held.prediction, held.zeros, *pairs]
-    assert sum(b.nbytes for b in big) == buffers.planned_bytes(pipe.spec, "fp32", pipe.plan, pipe.batch_size)
+    assert sum(b.nbytes for b in big) == buffers.planned_bytes(
+        pipe.spec, "fp32", pipe.plan, pipe.batch_size
+    )
 
 
-def test_an_engine_directory_that_cannot_be_written_still_loads(golden_engine: Path, tmp_path: Path) -> None:
+def test_an_engine_directory_that_cannot_be_written_still_loads(
+    golden_engine: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "engine"
     shutil.copytree(golden_engine, copy)
     for path in [*copy.rglob("*"), copy]:

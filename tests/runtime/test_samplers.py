@@ -20,7 +20,14 @@ from goc_deploy.runtime import buffers
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.schedule import COMPUTE, Schedule
 from tests.conftest import GOLDEN
-from tests.reference import SamplerStep, ancestral_step, dpm_solver_step, eager_trajectory, relative_l2, worst_step
+from tests.reference import (
+    SamplerStep,
+    ancestral_step,
+    dpm_solver_step,
+    eager_trajectory,
+    relative_l2,
+    worst_step,
+)
 
 LABELS = [1, 7, 4]
 SPEC = "fora:2+gc:1.2"
@@ -45,7 +52,10 @@ def model(golden_engine: Path) -> DiT:
 
 
 def eager(
-    pipe: Pipeline, model: DiT, step: Callable[[Sequence[int], str], SamplerStep], prediction: str = "eps"
+    pipe: Pipeline,
+    model: DiT,
+    step: Callable[[Sequence[int], str], SamplerStep],
+    prediction: str = "eps",
 ) -> np.ndarray:
     table = pipe.plan.sampler
     draws = 1 + (table.steps if table.stochastic else 0)
@@ -55,7 +65,9 @@ def eager(
 
 
 @pytest.mark.parametrize("sampler", STEPS)
-def test_a_cached_run_is_what_the_papers_formulas_give(engine: Path, model: DiT, sampler: str) -> None:
+def test_a_cached_run_is_what_the_papers_formulas_give(
+    engine: Path, model: DiT, sampler: str
+) -> None:
     with goc_deploy.load(engine, plan=sampler.replace("+", "p")) as pipe:
         found = pipe.generate(LABELS, seed=5, trajectory=True)
         assert (found.report["sampler"], found.report["prediction"]) == (sampler, "eps")
@@ -64,7 +76,9 @@ def test_a_cached_run_is_what_the_papers_formulas_give(engine: Path, model: DiT,
 
 @pytest.mark.parametrize("sampler", STEPS)
 @pytest.mark.parametrize("prediction", ["v", "x0"])
-def test_models_that_predict_something_else_run_too(engine: Path, model: DiT, sampler: str, prediction: str) -> None:
+def test_models_that_predict_something_else_run_too(
+    engine: Path, model: DiT, sampler: str, prediction: str
+) -> None:
     with goc_deploy.load(engine, plan=sampler.replace("+", "p")) as loaded:
         manifest = replace(loaded.manifest, model=replace(loaded.spec, prediction=prediction))
         schedule = Schedule(4, ("attn", "mlp"), ((COMPUTE,) * 8,) * 6)
@@ -79,7 +93,9 @@ def test_each_image_has_the_step_noise_of_its_own_seed(engine: Path, batch_size:
     seeds = [9, 0, 9]
     with goc_deploy.load(engine, plan="ddpm", batch_size=batch_size) as pipe:
         together = pipe.generate(LABELS, seed=seeds, cfg_scale=[2.0, 1.0, 4.0]).latents
-        for image, (label, seed, scale) in enumerate(zip(LABELS, seeds, (2.0, 1.0, 4.0), strict=True)):
+        for image, (label, seed, scale) in enumerate(
+            zip(LABELS, seeds, (2.0, 1.0, 4.0), strict=True)
+        ):
             alone = pipe.generate([label], seed=seed, cfg_scale=scale).latents
             np.testing.assert_array_equal(together[image : image + 1], alone)
         x_t = np.stack([image_noise(seed, 0, 1, (4, 8, 8))[0] for seed in seeds])
@@ -99,7 +115,11 @@ def test_a_run_does_not_see_the_estimates_of_the_one_before(engine: Path) -> Non
 
 def test_second_order_is_nearer_to_the_converged_solution_than_first(engine: Path) -> None:
     """Against 200 DDIM steps; at 12 steps the error of DPM-Solver++ is a fraction of DDIM's."""
-    for name, sampler, steps in (("exact", "ddim", 200), ("first", "dpm++:1", 12), ("second", "dpm++", 12)):
+    for name, sampler, steps in (
+        ("exact", "ddim", 200),
+        ("first", "dpm++:1", 12),
+        ("second", "dpm++", 12),
+    ):
         add_plan(engine, "none", name=name, steps=steps, sampler=sampler)
     latents = {}
     for name in ("exact", "first", "second"):
@@ -110,7 +130,10 @@ def test_second_order_is_nearer_to_the_converged_solution_than_first(engine: Pat
 
 
 def test_one_step_samplers_pay_nothing_for_the_others(engine: Path, golden_engine: Path) -> None:
-    with goc_deploy.load(engine, plan="dpmpp") as several, goc_deploy.load(golden_engine, plan=SPEC) as one:
+    with (
+        goc_deploy.load(engine, plan="dpmpp") as several,
+        goc_deploy.load(golden_engine, plan=SPEC) as one,
+    ):
         assert {name for name in one._engines.units if name.startswith("sampler")} == {"sampler"}
         assert one._new_session()._buffers.estimates == ()
         held = several._new_session()._buffers
@@ -118,6 +141,6 @@ def test_one_step_samplers_pay_nothing_for_the_others(engine: Path, golden_engin
         assert [b.nbytes for b in extra] == 3 * [several.batch_size * 4 * 8 * 8 * 4]
         planned = buffers.planned_bytes(several.spec, "fp32", several.plan, several.batch_size)
         without = replace(several.plan, sampler=replace(several.plan.sampler, history=((),) * 12))
-        assert planned - buffers.planned_bytes(several.spec, "fp32", without, several.batch_size) == sum(
-            b.nbytes for b in extra
-        )
+        assert planned - buffers.planned_bytes(
+            several.spec, "fp32", without, several.batch_size
+        ) == sum(b.nbytes for b in extra)

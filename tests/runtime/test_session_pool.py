@@ -59,7 +59,9 @@ def test_an_interrupt_at_any_moment_loses_no_session(spans: list[Span] | None) -
 def test_whoever_waits_is_woken_wherever_the_one_before_is_interrupted() -> None:
     for event in itertools.count():
         pool, answers, interrupted = SessionPool(1), [], False
-        waits = threading.Thread(target=lambda p=pool, a=answers: p.run(Nothing, lambda _: a.append(1)), daemon=True)
+        waits = threading.Thread(
+            target=lambda p=pool, a=answers: p.run(Nothing, lambda _: a.append(1)), daemon=True
+        )
 
         def work(_: object, event: int = event, waits: threading.Thread = waits) -> None:
             waits.start()
@@ -113,13 +115,18 @@ def test_an_exception_leaves_the_session_to_the_next(where: str) -> None:
 
     make: Callable[[], Any] = fail if where == "make" else Nothing
     with pytest.raises(ResourceError):
-        pool.run(make, fail if where == "work" else lambda _: None, Spans() if where == "spans" else None)
+        pool.run(
+            make, fail if where == "work" else lambda _: None, Spans() if where == "spans" else None
+        )
     assert works_for_another_thread(pool)
 
 
 def test_a_thread_that_would_wait_for_itself_is_told() -> None:
     pool = SessionPool(2)
-    with pytest.raises(UsageError, match=r"all 2 sessions .* would wait for itself; do not generate from a callback"):
+    with pytest.raises(
+        UsageError,
+        match=r"all 2 sessions .* would wait for itself; do not generate from a callback",
+    ):
         pool.run(Nothing, lambda _: pool.run(Nothing, lambda _: pool.run(Nothing, lambda _: None)))
     assert pool.free == 2
 

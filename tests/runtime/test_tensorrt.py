@@ -33,7 +33,10 @@ GRADIENT = "fora:2+gc:1.2"
 def engines(golden_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The golden model with the stand-in's engines, by weight mode."""
     root = tmp_path_factory.mktemp("stand-in")
-    return {weights: copy_with_engines(golden_engine, root / weights, weights) for weights in WEIGHT_MODES}
+    return {
+        weights: copy_with_engines(golden_engine, root / weights, weights)
+        for weights in WEIGHT_MODES
+    }
 
 
 def distinct_steps(plan: Plan) -> int:
@@ -50,7 +53,8 @@ def distinct_steps(plan: Plan) -> int:
 
 
 @pytest.mark.parametrize(
-    ("spec", "graphs"), [("none", 1), ("fora:2", 2), (GRADIENT, 6), (f"l2c:{GOLDEN / 'router.pt'}@0.1", 11)]
+    ("spec", "graphs"),
+    [("none", 1), ("fora:2", 2), (GRADIENT, 6), (f"l2c:{GOLDEN / 'router.pt'}@0.1", 11)],
 )
 def test_steps_of_a_kind_are_one_graph(engines: dict[str, Path], spec: str, graphs: int) -> None:
     pipe, tensorrt = stand_in_pipeline(engines["shared"], spec)
@@ -61,7 +65,9 @@ def test_steps_of_a_kind_are_one_graph(engines: dict[str, Path], spec: str, grap
     assert (report["recorded_graphs"], report["recorded_nodes"]) == (graphs, sum(captured))
 
 
-def test_seed_and_scale_of_each_image_reach_steps_that_are_recorded(engines: dict[str, Path]) -> None:
+def test_seed_and_scale_of_each_image_reach_steps_that_are_recorded(
+    engines: dict[str, Path],
+) -> None:
     pipe, tensorrt = stand_in_pipeline(engines["shared"], GRADIENT)
     for seeds, scales in (([5, 6], [1.0, 4.0]), ([7, 8], [2.0, 3.0]), ([6, 5], [4.0, 1.0])):
         together = pipe.generate([1, 7], seed=seeds, cfg_scale=scales).latents
@@ -85,7 +91,9 @@ def test_golden_trajectories_launched_one_by_one_and_replayed(
     np.testing.assert_array_equal(replayed.trajectory, first.trajectory)
     done = Counter(call[0] for call in tensorrt.device.calls)
     assert (done["capture"], done["replay"]) == (distinct_steps(pipe.plan), 20)
-    assert len(tensorrt.calls) <= 2 * launched  # launched, then recorded once for all steps of a kind
+    assert (
+        len(tensorrt.calls) <= 2 * launched
+    )  # launched, then recorded once for all steps of a kind
 
 
 def test_tensorrt_that_is_not_rtx_runs_without_a_runtime_configuration(
@@ -99,11 +107,16 @@ def test_tensorrt_that_is_not_rtx_runs_without_a_runtime_configuration(
     assert set(tensorrt.profiles_used) == {0}
     tensorrt.profiles_used.clear()
     pipe.generate([1] * 16)
-    assert tensorrt.profiles_used.count(1) > tensorrt.profiles_used.count(0) > 0  # 0 is all that some engines have
+    assert (
+        tensorrt.profiles_used.count(1) > tensorrt.profiles_used.count(0) > 0
+    )  # 0 is all that some engines have
 
 
 def test_stacks_of_the_plugin_follow_the_golden_trajectory(
-    golden_engine: Path, golden: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    golden_engine: Path,
+    golden: dict[str, np.ndarray],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(stacking, "STORES_THAT_FUSE", 3)
     engine = copy_with_engines(golden_engine, tmp_path / "engine", "shared")
@@ -123,7 +136,9 @@ def test_predictions_of_several_kernels_are_written_beside_the_entry_that_dies_a
     engine = copy_with_engines(golden_engine, tmp_path / "engine", "shared", kernels=kernels)
     pipe, tensorrt = stand_in_pipeline(engine, GRADIENT)
     for _ in range(2):
-        found = pipe.generate(golden["labels"], cfg_scale=2.0, latents=golden["noise"], trajectory=True)
+        found = pipe.generate(
+            golden["labels"], cfg_scale=2.0, latents=golden["noise"], trajectory=True
+        )
         assert worst_step(found.trajectory, golden["fora_50_gc"]) < 1e-5
     predictions = [addresses for _, addresses in tensorrt.calls if "g0" in addresses]
     assert predictions
@@ -132,7 +147,9 @@ def test_predictions_of_several_kernels_are_written_beside_the_entry_that_dies_a
         assert not history & {addresses[f"g{unit}"] for unit in range(8)}
 
 
-def test_predictions_of_one_kernel_are_written_over_the_entry_that_dies(engines: dict[str, Path]) -> None:
+def test_predictions_of_one_kernel_are_written_over_the_entry_that_dies(
+    engines: dict[str, Path],
+) -> None:
     pipe, tensorrt = stand_in_pipeline(engines["shared"], GRADIENT)
     pipe.generate([1])
     predictions = [addresses for _, addresses in tensorrt.calls if "g0" in addresses]
@@ -141,7 +158,9 @@ def test_predictions_of_one_kernel_are_written_over_the_entry_that_dies(engines:
         assert {addresses[f"g{unit}"] for unit in range(8)} <= history
 
 
-def test_a_step_that_computes_nothing_is_one_launch_over_the_history(engines: dict[str, Path]) -> None:
+def test_a_step_that_computes_nothing_is_one_launch_over_the_history(
+    engines: dict[str, Path],
+) -> None:
     pipe, _ = stand_in_pipeline(engines["shared"], GRADIENT)
     spans: list[Span] = []
     pipe.generate([1], spans=spans)
@@ -168,7 +187,9 @@ def test_without_segments_units_are_launched_and_the_trajectory_is_the_same(
     apart = copy_with_engines(golden_engine, tmp_path / "engine", weights, segments=False)
     request = {"cfg_scale": 2.0, "latents": golden["noise"], "trajectory": True}
     expected, found = (stand_in_pipeline(path, spec) for path in (apart, engines[weights]))
-    trajectories = [pipe.generate(golden["labels"], **request).trajectory for pipe, _ in (expected, found)]
+    trajectories = [
+        pipe.generate(golden["labels"], **request).trajectory for pipe, _ in (expected, found)
+    ]
     assert worst_step(trajectories[0], golden[GOLDEN_PLANS[spec]]) < 1e-5
     assert worst_step(trajectories[1], trajectories[0]) < 1e-5
     assert len(found[1].calls) < len(expected[1].calls)
@@ -191,7 +212,9 @@ def test_another_plan_runs_on_the_units_where_they_were_loaded(
     backend, _ = stand_in_backend(engines["embedded"])
     (pipe,) = load_pipelines(engines["embedded"], backend, ["fora:2"], None, 1, all_units=True)
     spec = pipe.spec
-    plan = compile_schedule(Schedule(spec.depth, spec.branches, ((COMPUTE,) * spec.units,) * 20), spec)
+    plan = compile_schedule(
+        Schedule(spec.depth, spec.branches, ((COMPUTE,) * spec.units,) * 20), spec
+    )
     found = pipe.with_plan(plan).generate(golden["labels"], cfg_scale=2.0, latents=golden["noise"])
     assert relative_l2(found.latents, golden["no_cache"][-1]) < 1e-5
 
@@ -221,7 +244,15 @@ def test_the_loop_allocates_nothing_and_reads_back_only_what_is_asked_for(
 def test_requests_of_other_shapes_and_values_replay_nothing_stale(engines: dict[str, Path]) -> None:
     pipe, _ = stand_in_pipeline(engines["shared"], GRADIENT)
     fresh, _ = stand_in_pipeline(engines["shared"], GRADIENT, graphs=False)
-    for labels, seed in [([3, 1], 1), ([5], 2), ([3, 3], 3), ([3, 1], 4), ([5], 5), ([2, 8], 6), ([3, 1], 7)]:
+    for labels, seed in [
+        ([3, 1], 1),
+        ([5], 2),
+        ([3, 3], 3),
+        ([3, 1], 4),
+        ([5], 5),
+        ([2, 8], 6),
+        ([3, 1], 7),
+    ]:
         found, expected = (one.generate(labels, seed=seed).latents for one in (pipe, fresh))
         np.testing.assert_array_equal(found, expected)
 
@@ -251,7 +282,9 @@ def test_contexts_of_shapes_that_are_forgotten_are_freed(
     assert sizes[0] == sizes[1] == sizes[2]
 
 
-def test_sessions_on_streams_of_their_own_share_weights_and_nothing_else(engines: dict[str, Path]) -> None:
+def test_sessions_on_streams_of_their_own_share_weights_and_nothing_else(
+    engines: dict[str, Path],
+) -> None:
     pipe, tensorrt = stand_in_pipeline(engines["shared"], GRADIENT, sessions=2)
     alone = {seed: pipe.generate([seed], seed=seed).latents for seed in range(4)}
     uploaded = sum(nbytes for what, nbytes in tensorrt.device.calls if what == "allocate")

@@ -64,7 +64,10 @@ def test_damaged_kernels_are_compiled_again_and_replaced(
         elif damage == "missing":
             path.unlink()
         else:
-            patched.setattr("tests.stand_ins.tensorrt_context.RuntimeCache.deserialize", lambda _self, _content: False)
+            patched.setattr(
+                "tests.stand_ins.tensorrt_context.RuntimeCache.deserialize",
+                lambda _self, _content: False,
+            )
         assert compiled(engine, 1) == first
     assert "compiled kernels are not loaded: " in caplog.text
     assert path.exists()
@@ -75,7 +78,9 @@ def test_gpus_of_one_compute_capability_and_drivers_keep_their_kernels_apart(
     engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def on(gpu: str, driver: int) -> int:
-        monkeypatch.setattr(StandInDevice, "describe", lambda _self: {"device": gpu, "cuda_graphs": True})
+        monkeypatch.setattr(
+            StandInDevice, "describe", lambda _self: {"device": gpu, "cuda_graphs": True}
+        )
         monkeypatch.setattr(tensorrt_select, "driver_version", lambda: driver)
         return compiled(engine, 1)
 
@@ -85,7 +90,9 @@ def test_gpus_of_one_compute_capability_and_drivers_keep_their_kernels_apart(
     assert [on(*way) for way in ways] == [0, 0, 0]
     names = {f"kernels-NVIDIA-{name}.cache" for name in ("L4-cuda13", "L40S-cuda13", "L40S-cuda14")}
     assert {path.name for path in (engine / FOLDER).glob("*.cache")} == names
-    assert {f"{FOLDER}/{name}" for name in names} <= {file.path for file in read_manifest(engine).files}
+    assert {f"{FOLDER}/{name}" for name in names} <= {
+        file.path for file in read_manifest(engine).files
+    }
 
 
 def test_a_directory_that_cannot_be_written_is_run_all_the_same(
@@ -101,7 +108,9 @@ def test_a_directory_that_cannot_be_written_is_run_all_the_same(
     assert "Read-only file system" in caplog.text
 
 
-def test_tensorrt_that_compiles_at_build_time_keeps_nothing(golden_engine: Path, tmp_path: Path) -> None:
+def test_tensorrt_that_compiles_at_build_time_keeps_nothing(
+    golden_engine: Path, tmp_path: Path
+) -> None:
     engine = copy_with_engines(golden_engine, tmp_path / "engine", "shared", "tensorrt")
     pipe, tensorrt = stand_in_pipeline(engine, "fora:2", library="tensorrt")
     before = (engine / MANIFEST_NAME).read_bytes()

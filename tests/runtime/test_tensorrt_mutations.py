@@ -34,7 +34,9 @@ def pipe(golden_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Pipel
 @pytest.fixture(scope="module")
 def merged(golden_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     """The same with segments."""
-    engine = copy_with_engines(golden_engine, tmp_path_factory.mktemp("merged") / "engine", "shared")
+    engine = copy_with_engines(
+        golden_engine, tmp_path_factory.mktemp("merged") / "engine", "shared"
+    )
     return stand_in_pipeline(engine, "fora:2+gc:1.2")[0]
 
 
@@ -44,7 +46,9 @@ class Rebound:
     def __init__(self, engine: Any, mutation: Mutation) -> None:
         self._engine, self._mutation, self.dtypes = engine, mutation, engine.dtypes
 
-    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], stream: Any = None) -> Any:
+    def bind(
+        self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], stream: Any = None
+    ) -> Any:
         return self._engine.bind(*self._mutation(dict(inputs), dict(outputs)), stream)
 
 
@@ -52,7 +56,9 @@ def notices(pipe: Pipeline, golden: dict[str, np.ndarray]) -> str:
     """What complains about a pipeline: a rule of the device, or the golden trajectory; or nothing."""
     try:
         for _ in range(2):  # launched, then replayed
-            found = pipe.generate(golden["labels"], cfg_scale=2.0, latents=golden["noise"], trajectory=True)
+            found = pipe.generate(
+                golden["labels"], cfg_scale=2.0, latents=golden["noise"], trajectory=True
+            )
     except Fault as fault:
         return str(fault)
     return "trajectory" if not worst_step(found.trajectory, golden["fora_50_gc"]) < 1e-3 else ""
@@ -66,10 +72,15 @@ def with_engine(pipe: Pipeline, kind: str, mutation: Mutation) -> Pipeline:
     """Rebind a unit by name, or all predict graphs, or all segments."""
     engines = pipe._engines
     if kind in ("predict", "segments"):
-        rebound = {signature: Rebound(engine, mutation) for signature, engine in getattr(engines, kind).items()}
+        rebound = {
+            signature: Rebound(engine, mutation)
+            for signature, engine in getattr(engines, kind).items()
+        }
         engines = replace(engines, **{kind: rebound})
     else:
-        engines = replace(engines, units={**engines.units, kind: Rebound(engines.units[kind], mutation)})
+        engines = replace(
+            engines, units={**engines.units, kind: Rebound(engines.units[kind], mutation)}
+        )
     return Pipeline(pipe.manifest, pipe.plan, engines, pipe._backend, pipe.batch_size, 1)
 
 
@@ -91,7 +102,9 @@ def in_place(output: str, source: str) -> Mutation:
     return lambda inputs, outputs: (inputs, {**outputs, output: inputs[source]})
 
 
-def test_what_is_not_broken_is_not_complained_about(pipe: Pipeline, golden: dict[str, np.ndarray]) -> None:
+def test_what_is_not_broken_is_not_complained_about(
+    pipe: Pipeline, golden: dict[str, np.ndarray]
+) -> None:
     assert not notices(with_plan(pipe, pipe.plan), golden)
     same = with_engine(pipe, "block_01_mlp", lambda inputs, outputs: (inputs, outputs))
     assert not notices(same, golden)
@@ -108,16 +121,22 @@ def test_skipping_a_history_write_is_noticed(
 
 
 @pytest.mark.parametrize("step", [3, 7])
-def test_swapping_the_entries_of_a_history_is_noticed(pipe: Pipeline, golden: dict[str, np.ndarray], step: int) -> None:
+def test_swapping_the_entries_of_a_history_is_noticed(
+    pipe: Pipeline, golden: dict[str, np.ndarray], step: int
+) -> None:
     def change(op: Predict) -> Predict:
         first = op.predictions[0]
-        return replace(op, predictions=(replace(first, slots=first.slots[::-1]), *op.predictions[1:]))
+        return replace(
+            op, predictions=(replace(first, slots=first.slots[::-1]), *op.predictions[1:])
+        )
 
     assert len(pipe.plan.launches[step][0].predictions[0].slots) == 2
     assert notices(with_plan(pipe, with_launch(pipe.plan, step, 0, change)), golden)
 
 
-def test_reading_the_slot_of_another_unit_is_noticed(pipe: Pipeline, golden: dict[str, np.ndarray]) -> None:
+def test_reading_the_slot_of_another_unit_is_noticed(
+    pipe: Pipeline, golden: dict[str, np.ndarray]
+) -> None:
     def change(op: Predict) -> Predict:
         first, second, *others = op.predictions
         exchanged = (replace(first, slots=second.slots), replace(second, slots=first.slots))
@@ -127,12 +146,16 @@ def test_reading_the_slot_of_another_unit_is_noticed(pipe: Pipeline, golden: dic
     assert found == "trajectory" or "to the same memory" in found or "over" in found
 
 
-def test_writing_two_predictions_to_one_slot_is_noticed(pipe: Pipeline, golden: dict[str, np.ndarray]) -> None:
+def test_writing_two_predictions_to_one_slot_is_noticed(
+    pipe: Pipeline, golden: dict[str, np.ndarray]
+) -> None:
     def change(op: Predict) -> Predict:
         first, second, *others = op.predictions
         return replace(op, predictions=(first, replace(second, store=first.store), *others))
 
-    assert "to the same memory" in notices(with_plan(pipe, with_launch(pipe.plan, 3, 0, change)), golden)
+    assert "to the same memory" in notices(
+        with_plan(pipe, with_launch(pipe.plan, 3, 0, change)), golden
+    )
 
 
 @pytest.mark.parametrize(
@@ -144,7 +167,11 @@ def test_writing_two_predictions_to_one_slot_is_noticed(pipe: Pipeline, golden: 
         ("predict", swapped("g0_0", "g1_0"), "trajectory"),
         ("sampler", swapped("cond_rows", "uncond_rows"), "trajectory"),
         ("block_00_attn", in_place("x_out", "x"), "writes x_out over x, which it reads"),
-        ("sampler", in_place("latents_out", "latents"), "writes latents_out over latents, which it reads"),
+        (
+            "sampler",
+            in_place("latents_out", "latents"),
+            "writes latents_out over latents, which it reads",
+        ),
     ],
 )
 def test_wrong_bindings_are_noticed(
@@ -154,7 +181,10 @@ def test_wrong_bindings_are_noticed(
 
 
 def without(output: str) -> Mutation:
-    return lambda inputs, outputs: (inputs, {name: buffer for name, buffer in outputs.items() if name != output})
+    return lambda inputs, outputs: (
+        inputs,
+        {name: buffer for name, buffer in outputs.items() if name != output},
+    )
 
 
 @pytest.mark.parametrize(
@@ -177,7 +207,9 @@ def test_forgetting_to_alternate_between_token_buffers_is_noticed(
     pipe: Pipeline, golden: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     update = binding.Binder._update
-    monkeypatch.setattr(binding.Binder, "_update", lambda self, op, x, _spare, row: update(self, op, x, x, row))
+    monkeypatch.setattr(
+        binding.Binder, "_update", lambda self, op, x, _spare, row: update(self, op, x, x, row)
+    )
     with pytest.raises(Fault, match="writes x_out over x"):
         with_plan(pipe, pipe.plan).generate(golden["labels"])
 
@@ -185,7 +217,11 @@ def test_forgetting_to_alternate_between_token_buffers_is_noticed(
 @pytest.mark.parametrize(
     ("name", "change", "complaint"),
     [
-        ("_left", lambda moves: moves[1:], "which nobody wrote"),  # the latents of the step before stay away
+        (
+            "_left",
+            lambda moves: moves[1:],
+            "which nobody wrote",
+        ),  # the latents of the step before stay away
         ("_numbers", lambda moves: [replace(moves[0], stride=0), *moves[1:]], "trajectory"),
         ("_numbers", lambda moves: moves[1:], "which nobody wrote"),
         ("_modulation_of", lambda move: replace(move, period=1), "trajectory"),
@@ -216,5 +252,7 @@ def test_counting_steps_from_elsewhere_is_noticed(
 def test_running_on_inputs_that_were_not_uploaded_is_noticed(
     pipe: Pipeline, golden: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session.Session, "_prepare", lambda self, _request: self.bind(binding.Batch(3, True, 4)))
+    monkeypatch.setattr(
+        session.Session, "_prepare", lambda self, _request: self.bind(binding.Batch(3, True, 4))
+    )
     assert "which nobody wrote" in notices(with_plan(pipe, pipe.plan), golden)

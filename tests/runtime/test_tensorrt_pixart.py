@@ -25,7 +25,9 @@ from tests.stand_ins.loading import copy_with_engines, stand_in_pipeline
 from tests.t5_folder import save_encoder
 
 PLAN = "fora:2+gc:1.0"
-SPEC = replace(TINY, hidden=64, heads=4, mlp_hidden=128, told_size=0)  # so wide that every address is aligned
+SPEC = replace(
+    TINY, hidden=64, heads=4, mlp_hidden=128, told_size=0
+)  # so wide that every address is aligned
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +50,25 @@ def given_captions() -> PromptEmbeds:
     generator, shape = np.random.default_rng(1), (3, SPEC.caption_tokens, SPEC.caption_channels)
     embeds = generator.standard_normal(shape).astype(np.float32)
     mask = (np.arange(SPEC.caption_tokens) < np.array([[3], [7], [2]])).astype(np.int64)
-    names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+    names = (
+        "prompt_embeds",
+        "prompt_attention_mask",
+        "negative_prompt_embeds",
+        "negative_prompt_attention_mask",
+    )
     arrays = dict(zip(names, (embeds[:2], mask[:2], embeds[2:], mask[2:]), strict=True))
     return prompt_embeds_from_arrays(arrays, SPEC, "given")
 
 
 @pytest.mark.parametrize("segments", [True, False])
 @pytest.mark.parametrize("weights", WEIGHT_MODES)
-def test_captions_are_drawn_as_on_onnx_runtime(engine: Path, tmp_path: Path, weights: str, segments: bool) -> None:
+def test_captions_are_drawn_as_on_onnx_runtime(
+    engine: Path, tmp_path: Path, weights: str, segments: bool
+) -> None:
     captions = given_captions()
-    pipe, _ = stand_in_pipeline(copy_with_engines(engine, tmp_path / "engine", weights, segments=segments), PLAN)
+    pipe, _ = stand_in_pipeline(
+        copy_with_engines(engine, tmp_path / "engine", weights, segments=segments), PLAN
+    )
     with goc_deploy.load(engine, backend="onnxruntime") as judge:
         for labels in ([0, 1], [1], [0, 1], [1]):  # launched, then replayed
             request = {"captions": captions, "seed": 2, "cfg_scale": 4.5}
@@ -82,7 +93,9 @@ def test_threads_encode_decode_and_sample_at_once(engine: Path, tmp_path: Path) 
         found = list(pool.map(drawn, range(4)))
     with goc_deploy.load(engine, backend="onnxruntime", plan=PLAN) as judge:
         for index, (latents, images) in enumerate(found):
-            expected = judge.generate(prompts=prompts[index], negative_prompts=[f"a {index}"], seed=index)
+            expected = judge.generate(
+                prompts=prompts[index], negative_prompts=[f"a {index}"], seed=index
+            )
             assert relative_l2(latents, expected.latents) < 1e-5
             assert expected.images is not None
             assert np.abs(images.astype(int) - expected.images).max() <= 1

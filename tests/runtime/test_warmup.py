@@ -42,7 +42,9 @@ def test_after_a_warm_up_nothing_is_recorded_or_compiled(engine: Path, sessions:
 
     generate()
     if sessions > 1:
-        pipe._pool.run(pipe._new_session, lambda _: generate())  # by the other session, while this one is taken
+        pipe._pool.run(
+            pipe._new_session, lambda _: generate()
+        )  # by the other session, while this one is taken
     assert done(tensorrt) == before
 
 
@@ -70,7 +72,9 @@ def test_the_cpu_runs_each_shape_once(golden_engine: Path, monkeypatch: pytest.M
         pipe.warmup((1, 2), guided=(True, False))
         assert shapes == [(1, 4.0), (1, 1.0), (2, 4.0), (2, 1.0)]
         for odd in (0, 3, 1.5):
-            with pytest.raises(UsageError, match=r"images to warm up with must be within 1..2, got"):
+            with pytest.raises(
+                UsageError, match=r"images to warm up with must be within 1..2, got"
+            ):
                 pipe.warmup((odd,))  # type: ignore[arg-type]
 
 

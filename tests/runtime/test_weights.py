@@ -19,7 +19,13 @@ import torch
 
 import goc_deploy
 from goc_deploy.api import load_plans
-from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, GocError, ResourceError, UsageError
+from goc_deploy.errors import (
+    EngineDirError,
+    EnvironmentUnsupportedError,
+    GocError,
+    ResourceError,
+    UsageError,
+)
 from goc_deploy.manifest import MANIFEST_NAME, Manifest, manifest_to_json
 from goc_deploy.publish import read_manifest
 from goc_deploy.runtime.binding import Engines
@@ -40,15 +46,23 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tuned")
     generator = torch.Generator().manual_seed(1)
     state = torch.load(GOLDEN / "model.pt", weights_only=True)
-    torch.save({n: t + 0.02 * torch.randn(t.shape, generator=generator) for n, t in state.items()}, folder / "model.pt")
-    goc_deploy.export(folder / "model.pt", folder / "engine", num_heads=4, plans=[PLAN], max_batch=2)
+    torch.save(
+        {n: t + 0.02 * torch.randn(t.shape, generator=generator) for n, t in state.items()},
+        folder / "model.pt",
+    )
+    goc_deploy.export(
+        folder / "model.pt", folder / "engine", num_heads=4, plans=[PLAN], max_batch=2
+    )
     return folder / "engine"
 
 
 @pytest.fixture(scope="module")
 def expected(golden_engine: Path, tuned: Path) -> dict[Path, np.ndarray]:
     """What ONNX Runtime draws from each directory."""
-    return {path: drawn(goc_deploy.load(path, plan=PLAN, batch_size=2)) for path in (golden_engine, tuned)}
+    return {
+        path: drawn(goc_deploy.load(path, plan=PLAN, batch_size=2))
+        for path in (golden_engine, tuned)
+    }
 
 
 @pytest.fixture
@@ -111,11 +125,16 @@ def test_tensorrt_gets_other_values_at_the_same_addresses(
         assert counted() == before  # no graph is recorded, no engine loaded, and no memory taken
 
 
-def test_engines_that_hold_their_weights_say_what_to_build(golden_engine: Path, tuned: Path, tmp_path: Path) -> None:
-    pipe, _ = stand_in_pipeline(copy_with_engines(golden_engine, tmp_path / "engine", "embedded"), PLAN)
+def test_engines_that_hold_their_weights_say_what_to_build(
+    golden_engine: Path, tuned: Path, tmp_path: Path
+) -> None:
+    pipe, _ = stand_in_pipeline(
+        copy_with_engines(golden_engine, tmp_path / "engine", "embedded"), PLAN
+    )
     before = drawn(pipe)
     with pytest.raises(
-        EnvironmentUnsupportedError, match=r"hold their weights.*--engine-weights shared and load again"
+        EnvironmentUnsupportedError,
+        match=r"hold their weights.*--engine-weights shared and load again",
     ):
         pipe.load_weights(tuned)
     np.testing.assert_array_equal(drawn(pipe), before)
@@ -123,13 +142,18 @@ def test_engines_that_hold_their_weights_say_what_to_build(golden_engine: Path, 
 
 
 def changed(manifest: Manifest, path: str, **fields: Any) -> Manifest:
-    return replace(manifest, files=tuple(replace(f, **fields) if f.path == path else f for f in manifest.files))
+    return replace(
+        manifest, files=tuple(replace(f, **fields) if f.path == path else f for f in manifest.files)
+    )
 
 
 def other_parameters(manifest: Manifest) -> Manifest:
     return replace(
         manifest,
-        units=tuple(replace(u, parameters=u.parameters[::-1]) if u.name == "embed" else u for u in manifest.units),
+        units=tuple(
+            replace(u, parameters=u.parameters[::-1]) if u.name == "embed" else u
+            for u in manifest.units
+        ),
     )
 
 
@@ -139,14 +163,22 @@ MISFITS: dict[str, tuple[Callable[[Manifest], Manifest], str]] = {
         lambda m: replace(m, model=replace(m.model, heads=8)),
         "heads 8 instead of 4; load that directory by itself",
     ),
-    "graph": (lambda m: changed(m, "onnx/embed.onnx", sha256="0" * 64), "unit embed is another graph"),
+    "graph": (
+        lambda m: changed(m, "onnx/embed.onnx", sha256="0" * 64),
+        "unit embed is another graph",
+    ),
     "parameters": (other_parameters, "unit embed has other parameters"),
 }
 
 
 @pytest.mark.parametrize("misfit", MISFITS)
 def test_a_directory_that_does_not_fit_is_refused_with_what_differs(
-    pipe: Pipeline, golden_engine: Path, tuned: Path, expected: dict[Path, np.ndarray], tmp_path: Path, misfit: str
+    pipe: Pipeline,
+    golden_engine: Path,
+    tuned: Path,
+    expected: dict[Path, np.ndarray],
+    tmp_path: Path,
+    misfit: str,
 ) -> None:
     change, message = MISFITS[misfit]
     (tmp_path / MANIFEST_NAME).write_text(manifest_to_json(change(read_manifest(tuned))))
@@ -167,14 +199,23 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], type[GocError], str]] = {
         EngineDirError,
         "block_03_mlp.weights was changed after",
     ),
-    "file": (lambda d: (d / "onnx/final.weights").unlink(), EngineDirError, "final.weights is missing"),
+    "file": (
+        lambda d: (d / "onnx/final.weights").unlink(),
+        EngineDirError,
+        "final.weights is missing",
+    ),
     "manifest": (lambda d: (d / MANIFEST_NAME).unlink(), EngineDirError, "manifest.json"),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_directory_is_refused_before_anything_is_exchanged(
-    pipe: Pipeline, golden_engine: Path, tuned: Path, expected: dict[Path, np.ndarray], tmp_path: Path, kind: str
+    pipe: Pipeline,
+    golden_engine: Path,
+    tuned: Path,
+    expected: dict[Path, np.ndarray],
+    tmp_path: Path,
+    kind: str,
 ) -> None:
     change, error, message = DAMAGES[kind]
     shutil.copytree(tuned, tmp_path / "engine")
@@ -217,7 +258,9 @@ def test_an_exchange_that_fails_half_way_restores_the_weights(
 def test_an_upload_that_fails_half_way_is_done_again_with_the_weights_from_before(
     golden_engine: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe, _ = stand_in_pipeline(copy_with_engines(golden_engine, tmp_path / "engine", "shared"), PLAN)
+    pipe, _ = stand_in_pipeline(
+        copy_with_engines(golden_engine, tmp_path / "engine", "shared"), PLAN
+    )
     before, stream = drawn(pipe), pipe._backend.own_stream  # type: ignore[attr-defined]
     monkeypatch.setattr(stream, "upload", failing(stream.upload, {9}))
     with pytest.raises(ResourceError, match="no memory is left"):
@@ -233,7 +276,8 @@ def test_weights_that_cannot_be_restored_stop_the_pipeline_with_the_reason(
         pipe.load_weights(tuned)
     for use in (lambda: drawn(pipe), lambda: pipe.warmup()):
         with pytest.raises(
-            EnvironmentUnsupportedError, match=r"nor restored \(no memory is left\); load the engine dir"
+            EnvironmentUnsupportedError,
+            match=r"nor restored \(no memory is left\); load the engine dir",
         ):
             use()
 
@@ -268,7 +312,9 @@ def test_requests_have_the_weights_of_one_directory_while_they_are_exchanged(
         pipe, _ = stand_in_pipeline(directory, PLAN, sessions=2, capacity=2**32)
     else:
         pipe = goc_deploy.load(golden_engine, plan=PLAN, batch_size=2, max_sessions=2)
-    digests = [read_manifest(path).provenance["checkpoint_sha256"] for path in (golden_engine, tuned)]
+    digests = [
+        read_manifest(path).provenance["checkpoint_sha256"] for path in (golden_engine, tuned)
+    ]
     of_digest = {digests[0]: drawn(pipe)}
     pipe.load_weights(tuned)
     of_digest[digests[1]] = drawn(pipe)
@@ -308,7 +354,9 @@ def test_pipelines_on_the_same_engines_share_their_weights(
     np.testing.assert_array_equal(drawn(first), expected[golden_engine])
 
 
-def test_a_callback_cannot_exchange_the_weights_of_its_own_request(pipe: Pipeline, tuned: Path) -> None:
+def test_a_callback_cannot_exchange_the_weights_of_its_own_request(
+    pipe: Pipeline, tuned: Path
+) -> None:
     errors: list[str] = []
 
     def callback(_event: StepEvent) -> None:
@@ -322,7 +370,9 @@ def test_a_callback_cannot_exchange_the_weights_of_its_own_request(pipe: Pipelin
     assert "by a callback of a request that runs on them" in errors[0]
 
 
-def test_a_closed_pipeline_and_engines_from_nowhere_have_no_weights_to_exchange(pipe: Pipeline, tuned: Path) -> None:
+def test_a_closed_pipeline_and_engines_from_nowhere_have_no_weights_to_exchange(
+    pipe: Pipeline, tuned: Path
+) -> None:
     with pytest.raises(UsageError, match="come from no engine directory"):
         load_weights(tuned, Engines({}, {}), pipe._backend)
     pipe.close()

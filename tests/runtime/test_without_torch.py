@@ -28,7 +28,17 @@ assert worst_step(found.trajectory, golden[expected]) < 1e-5
 
 
 @pytest.mark.parametrize("spec", ["none", "fora:2+gc:1.2"])
-def test_golden_trajectories_on_the_cpu_need_neither_torch_nor_onnx(golden_engine: Path, spec: str) -> None:
-    words = [sys.executable, "-c", RUN, str(golden_engine), spec, str(GOLDEN / "golden.npz"), GOLDEN_PLANS[spec]]
+def test_golden_trajectories_on_the_cpu_need_neither_torch_nor_onnx(
+    golden_engine: Path, spec: str
+) -> None:
+    words = [
+        sys.executable,
+        "-c",
+        RUN,
+        str(golden_engine),
+        spec,
+        str(GOLDEN / "golden.npz"),
+        GOLDEN_PLANS[spec],
+    ]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

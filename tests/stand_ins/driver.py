@@ -194,7 +194,9 @@ class StandInDriver:
             return OUT_OF_MEMORY, 0
         memory = np.full(nbytes + ALIGNMENT, POISON, np.uint8)
         offset = -memory.ctypes.data % ALIGNMENT
-        block = Block(memory.ctypes.data + offset, memory[offset : offset + nbytes], np.zeros(nbytes, bool))
+        block = Block(
+            memory.ctypes.data + offset, memory[offset : offset + nbytes], np.zeros(nbytes, bool)
+        )
         self.blocks.append(block)
         self.calls.append(("allocate", nbytes))
         return SUCCESS, block.start
@@ -357,5 +359,7 @@ class StandInDriver:
         assert shared == 0
         pointer = ctypes.cast(parameters, ctypes.POINTER(ctypes.c_void_p))[0]
         kernel: Kernel = kernel_of(function, blocks * threads, pointer or 0)
-        self.stream_of(stream).put(Work(function, kernel.may_read, kernel.writes, kernel.run, kernel.reads))
+        self.stream_of(stream).put(
+            Work(function, kernel.may_read, kernel.writes, kernel.run, kernel.reads)
+        )
         return (SUCCESS,)

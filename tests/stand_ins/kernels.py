@@ -19,7 +19,15 @@ from goc_deploy.engines.plugin.moves import CounterParameters, MoveParameters, M
 from goc_deploy.protocols import DTYPE_BYTES
 
 HOST_SOURCE = Path(__file__).parents[1] / "engines" / "plugin" / "host.cpp"
-FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fno-strict-aliasing")
+FLAGS = (
+    "-std=c++17",
+    "-O2",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+)
 
 
 class Fault(AssertionError):
@@ -82,7 +90,9 @@ def kernel_of(name: str, threads: int, address: int) -> Kernel:
     parameters = structure.from_buffer_copy(ctypes.string_at(address, ctypes.sizeof(structure)))
     run = getattr(host_library(), name)
     may_read, reads, writes = spans(parameters)
-    return Kernel(may_read, reads, writes, lambda: run(ctypes.byref(parameters), ctypes.c_int64(threads)))
+    return Kernel(
+        may_read, reads, writes, lambda: run(ctypes.byref(parameters), ctypes.c_int64(threads))
+    )
 
 
 def _counter(parameters: CounterParameters) -> tuple[Any, ...]:
@@ -98,18 +108,27 @@ def _moves(parameters: MovesParameters) -> tuple[Any, ...]:
         return Span(move.source + first * move.step_bytes, (steps - 1) * move.step_bytes + one)
 
     def with_rows(sources: dict[str, Span]) -> dict[str, Span]:
-        rows = {f"rows of move {i}": Span(move.rows, 8 * move.batch_rows) for i, move in enumerate(moves) if move.rows}
+        rows = {
+            f"rows of move {i}": Span(move.rows, 8 * move.batch_rows)
+            for i, move in enumerate(moves)
+            if move.rows
+        }
         return {"step": Span(parameters.step, 4), **sources, **rows}
 
     def reads() -> dict[str, Span]:
         step = ctypes.c_int32.from_address(parameters.step).value
         if step < 0:
             raise Fault("a step moves before it was counted")
-        return with_rows({f"move {i}": source(move, step % move.period, 1) for i, move in enumerate(moves)})
+        return with_rows(
+            {f"move {i}": source(move, step % move.period, 1) for i, move in enumerate(moves)}
+        )
 
-    may_read = with_rows({f"move {i}": source(move, 0, move.period) for i, move in enumerate(moves)})
+    may_read = with_rows(
+        {f"move {i}": source(move, 0, move.period) for i, move in enumerate(moves)}
+    )
     targets = {
-        f"target {i}": Span(move.target, move.outer * move.batch_rows * move.row_bytes) for i, move in enumerate(moves)
+        f"target {i}": Span(move.target, move.outer * move.batch_rows * move.row_bytes)
+        for i, move in enumerate(moves)
     }
     return may_read, reads, targets
 
@@ -130,5 +149,7 @@ def _stack(name: str, stack: StackParameters) -> tuple[Any, ...]:
         for entry in range(stack.entries[unit])
     }
     writes = {"x_out": Span(stack.x_out, feature)}
-    writes |= {f"g{unit}": Span(stack.stored[unit], feature) for unit in units if stack.stored[unit]}
+    writes |= {
+        f"g{unit}": Span(stack.stored[unit], feature) for unit in units if stack.stored[unit]
+    }
     return reads, lambda: reads, writes

@@ -49,7 +49,9 @@ def drop_segments(directory: Path) -> None:
     plans, dropped = {entry.plan for entry in manifest.plans}, set(manifest.segments.values())
     kept = [file for file in manifest.files if file.path not in dropped]
     files = tuple(file_entry(directory, file.path) if file.path in plans else file for file in kept)
-    (directory / MANIFEST_NAME).write_text(manifest_to_json(replace(manifest, files=files, segments={})))
+    (directory / MANIFEST_NAME).write_text(
+        manifest_to_json(replace(manifest, files=files, segments={}))
+    )
     for path in dropped:
         (directory / path).unlink()
 
@@ -59,7 +61,9 @@ def stand_in_backend(
 ) -> tuple[TensorrtBackend, StandInTensorrt]:
     """The real backend on stand-ins."""
     tensorrt = StandInTensorrt(StandInDevice(**device), library)
-    backend = tensorrt_backend(directory, tensorrt.library, CAPABILITY, tensorrt.device, build=tensorrt.build)
+    backend = tensorrt_backend(
+        directory, tensorrt.library, CAPABILITY, tensorrt.device, build=tensorrt.build
+    )
     return backend, tensorrt
 
 

@@ -46,7 +46,9 @@ def test_all_that_was_made_is_destroyed(libcuda: Any) -> None:
     assert libcuda.stub_live_handles() == before
 
 
-@pytest.mark.parametrize(("status", "text"), [(2, "out of memory (2)"), (702, "unknown error (702)")])
+@pytest.mark.parametrize(
+    ("status", "text"), [(2, "out of memory (2)"), (702, "unknown error (702)")]
+)
 def test_a_graph_that_is_refused_leaves_nothing(
     libcuda: Any, caplog: pytest.LogCaptureFixture, status: int, text: str
 ) -> None:
@@ -66,7 +68,9 @@ def test_a_graph_that_is_refused_leaves_nothing(
 def test_memory_ends_where_the_driver_has_no_more(libcuda: Any) -> None:
     device = cuda_device()
     libcuda.stub_capacity(2**20)
-    with pytest.raises(ResourceError, match=r"0.00 GB cannot be allocated on the GPU; use a smaller batch size"):
+    with pytest.raises(
+        ResourceError, match=r"0.00 GB cannot be allocated on the GPU; use a smaller batch size"
+    ):
         device.allocate((2**20,), "float32")
     assert device.allocate((1,), "float32").nbytes == 4
 
@@ -74,13 +78,19 @@ def test_memory_ends_where_the_driver_has_no_more(libcuda: Any) -> None:
 def test_arguments_that_do_not_fit_are_refused_by_name() -> None:
     device = cuda_device()
     stream, buffer = device.stream(), device.allocate((4,), "float32")
-    with pytest.raises(EnvironmentUnsupportedError, match=r"cuMemcpyDtoDAsync: invalid argument \(1\)"):
+    with pytest.raises(
+        EnvironmentUnsupportedError, match=r"cuMemcpyDtoDAsync: invalid argument \(1\)"
+    ):
         stream.copy(buffer, device.allocate((5,), "float32"))
     with pytest.raises(EnvironmentUnsupportedError, match="cuMemcpyHtoDAsync: invalid argument"):
         device.driver.cuMemcpyHtoDAsync(stream._staging_at, buffer.pointer, 4, stream._stream)
-    with pytest.raises(EnvironmentUnsupportedError, match="cuStreamSynchronize: invalid resource handle"):
+    with pytest.raises(
+        EnvironmentUnsupportedError, match="cuStreamSynchronize: invalid resource handle"
+    ):
         device.driver.cuStreamSynchronize(buffer.pointer)
-    with pytest.raises(EnvironmentUnsupportedError, match=r"cuModuleLoadData: unknown error \(200\)"):
+    with pytest.raises(
+        EnvironmentUnsupportedError, match=r"cuModuleLoadData: unknown error \(200\)"
+    ):
         load_driver().cuModuleLoadData(b"no machine code")
 
 

@@ -36,10 +36,14 @@ class Binding:
         self.inputs: dict[str, tuple[Span, str, list[int]]] = {}
         self.outputs: dict[str, tuple[Span, str, list[int]]] = {}
 
-    def bind_input(self, name: str, kind: str, device: int, number: int, shape: list[int], pointer: int) -> None:
+    def bind_input(
+        self, name: str, kind: str, device: int, number: int, shape: list[int], pointer: int
+    ) -> None:
         self.inputs[name] = self._bound(kind, device, number, shape, pointer)
 
-    def bind_output(self, name: str, kind: str, device: int, number: int, shape: list[int], pointer: int) -> None:
+    def bind_output(
+        self, name: str, kind: str, device: int, number: int, shape: list[int], pointer: int
+    ) -> None:
         self.outputs[name] = self._bound(kind, device, number, shape, pointer)
 
     def _bound(self, kind: str, device: int, number: int, shape: list[int], pointer: int) -> Any:
@@ -51,7 +55,9 @@ class Binding:
 class StandInSession:
     """See ``InferenceSession``."""
 
-    def __init__(self, runtime: StandInRuntime, content: bytes, options: Any, providers: list[Any]) -> None:
+    def __init__(
+        self, runtime: StandInRuntime, content: bytes, options: Any, providers: list[Any]
+    ) -> None:
         ((name, chosen),) = providers
         assert name == "CUDAExecutionProvider"
         assert (chosen["device_id"], chosen["use_tf32"]) == (str(runtime.device.index), "0")
@@ -59,10 +65,16 @@ class StandInSession:
         self._handle = int(chosen["user_compute_stream"])
         self._graphs = chosen["enable_cuda_graph"] == "1"
         if self._graphs and runtime.refuses_graphs == "at load":
-            raise RuntimeError("This session cannot use the graph capture feature: nodes on the CPU")
+            raise RuntimeError(
+                "This session cannot use the graph capture feature: nodes on the CPU"
+            )
         if runtime.out_of_memory == "at load":
-            raise RuntimeError("BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of size 7")
-        self._real = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            raise RuntimeError(
+                "BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of size 7"
+            )
+        self._real = onnxruntime.InferenceSession(
+            content, options, providers=["CPUExecutionProvider"]
+        )
         self._recorded: dict[tuple[int, int], dict[str, Span]] = {}  # (thread, graph) -> addresses
         runtime.sessions.add(self)
         self.get_inputs, self.get_outputs = self._real.get_inputs, self._real.get_outputs
@@ -86,7 +98,9 @@ class StandInSession:
 
         def run() -> None:
             feeds = {name: self._array(*bound).copy() for name, bound in binding.inputs.items()}
-            for name, values in zip(binding.outputs, self._real.run(list(binding.outputs), feeds), strict=True):
+            for name, values in zip(
+                binding.outputs, self._real.run(list(binding.outputs), feeds), strict=True
+            ):
                 self._array(*binding.outputs[name])[...] = values
 
         stream.put(Work("a session", reads, writes, run))
@@ -121,7 +135,9 @@ class StandInRuntime(SimpleNamespace):
         out_of_memory: ``at load``, ``in a run`` or empty.
     """
 
-    def __init__(self, device: StandInDevice, refuses_graphs: str = "", out_of_memory: str = "") -> None:
+    def __init__(
+        self, device: StandInDevice, refuses_graphs: str = "", out_of_memory: str = ""
+    ) -> None:
         super().__init__(device=device, refuses_graphs=refuses_graphs, out_of_memory=out_of_memory)
         self.sessions: WeakSet[StandInSession] = WeakSet()
         self.calls: list[str] = []
@@ -130,7 +146,9 @@ class StandInRuntime(SimpleNamespace):
     def get_available_providers(self) -> list[str]:
         return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
-    def InferenceSession(self, content: bytes, options: Any, providers: list[Any]) -> StandInSession:
+    def InferenceSession(
+        self, content: bytes, options: Any, providers: list[Any]
+    ) -> StandInSession:
         return StandInSession(self, content, options, providers)
 
 
@@ -153,4 +171,6 @@ def cuda_pipeline(
 ) -> tuple[Pipeline, StandInRuntime]:
     """A real pipeline of the backend ``onnxruntime-cuda`` on stand-ins."""
     runtime = StandInRuntime(StandInDevice(graphs=graphs), **refusals)
-    return load_pipelines(directory, StandInOrtCudaBackend(runtime), [plan], None, sessions)[0], runtime
+    return load_pipelines(directory, StandInOrtCudaBackend(runtime), [plan], None, sessions)[
+        0
+    ], runtime

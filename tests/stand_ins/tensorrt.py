@@ -55,10 +55,20 @@ class Empty:
 class Engine:
     """See ``ICudaEngine``."""
 
-    def __init__(self, tensorrt: StandInTensorrt, logger: Any, model: onnx.ModelProto, number: int) -> None:
-        self.device, self.calls, self.logger, self.is_rtx = tensorrt.device, tensorrt.calls, logger, tensorrt.is_rtx
+    def __init__(
+        self, tensorrt: StandInTensorrt, logger: Any, model: onnx.ModelProto, number: int
+    ) -> None:
+        self.device, self.calls, self.logger, self.is_rtx = (
+            tensorrt.device,
+            tensorrt.calls,
+            logger,
+            tensorrt.is_rtx,
+        )
         self.refuses = tensorrt.refuses
-        self.compiled, self.digest = tensorrt.compiled, sha256(model.SerializeToString(deterministic=True)).hexdigest()
+        self.compiled, self.digest = (
+            tensorrt.compiled,
+            sha256(model.SerializeToString(deterministic=True)).hexdigest(),
+        )
         graph = model.graph
         held = {initializer.name for initializer in graph.initializer}
         inputs = [value for value in graph.input if value.name not in held]
@@ -66,16 +76,27 @@ class Engine:
         self.inputs, self.outputs = [v.name for v in inputs], [v.name for v in graph.output]
         types = {v.name: _NAMES[v.type.tensor_type.elem_type] for v in [*inputs, *graph.output]}
         self._types, self.dtypes = types, {name: _NUMPY[kind] for name, kind in types.items()}
-        self.shapes = {v.name: [d.dim_value or None for d in v.type.tensor_type.shape.dim] for v in inputs}
+        self.shapes = {
+            v.name: [d.dim_value or None for d in v.type.tensor_type.shape.dim] for v in inputs
+        }
         ops = {node.op_type for node in graph.node}
         self.elementwise = all(op in _ELEMENTWISE or op.startswith("GocCache") for op in ops)
         self.stack = graph.node[0] if ops == {STACK} else None
-        self._session = None if self.stack else OrtBackend().load(memoryview(model.SerializeToString()), {})._session
+        self._session = (
+            None
+            if self.stack
+            else OrtBackend().load(memoryview(model.SerializeToString()), {})._session
+        )
         told = {entry.key: entry.value for entry in model.metadata_props}
         self._profiles = json.loads(told.get(PROFILES, "[{}]"))
-        self.num_optimization_profiles, self.profiles_used = len(self._profiles), tensorrt.profiles_used
+        self.num_optimization_profiles, self.profiles_used = (
+            len(self._profiles),
+            tensorrt.profiles_used,
+        )
         self._known_shapes: dict[tuple[Any, ...], dict[str, tuple[int, ...]]] = {}
-        self.device_memory_size_v2 = 0 if self.elementwise else SCRATCH_BYTES_PER_NODE * len(graph.node)
+        self.device_memory_size_v2 = (
+            0 if self.elementwise else SCRATCH_BYTES_PER_NODE * len(graph.node)
+        )
         self.num_io_tensors = len(types)
 
     def get_tensor_name(self, index: int) -> str:
@@ -100,20 +121,27 @@ class Engine:
     def create_runtime_config(self) -> RuntimeConfig:
         return RuntimeConfig()
 
-    def create_execution_context(self, how: ExecutionContextAllocationStrategy | RuntimeConfig) -> Context | None:
+    def create_execution_context(
+        self, how: ExecutionContextAllocationStrategy | RuntimeConfig
+    ) -> Context | None:
         if self.refuses("create_execution_context", self.logger):
             return None
         if not isinstance(how, RuntimeConfig):
             assert not self.is_rtx
             return Context(self, how)
-        assert how.dynamic_shapes_kernel_specialization_strategy is DynamicShapesKernelSpecializationStrategy.EAGER
+        assert (
+            how.dynamic_shapes_kernel_specialization_strategy
+            is DynamicShapesKernelSpecializationStrategy.EAGER
+        )
         return Context(self, how.strategy, how.cache)
 
     def output_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Found by running on zeros, once for each set of input shapes."""
         key = tuple(sorted(shapes.items()))
         if key not in self._known_shapes:
-            found = self.run({name: np.zeros(shapes[name], self.dtypes[name]) for name in self.inputs})
+            found = self.run(
+                {name: np.zeros(shapes[name], self.dtypes[name]) for name in self.inputs}
+            )
             self._known_shapes[key] = {name: values.shape for name, values in found.items()}
         return self._known_shapes[key]
 
@@ -124,7 +152,11 @@ class Engine:
 
     def _run_stack(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What the plugin computes, in float32."""
-        counts, stores = ([int(v) for v in a.ints] for a in self.stack.attribute if a.name in ("entries", "stores"))
+        counts, stores = (
+            [int(v) for v in a.ints]
+            for a in self.stack.attribute
+            if a.name in ("entries", "stores")
+        )
         tensors = [feeds[name] for name in self.stack.input]
         x, gates, coefficients = (tensor.astype(np.float32) for tensor in tensors[:3])
         history, row, stored = iter(tensors[3:]), iter(coefficients), []
@@ -160,7 +192,9 @@ class StandInTensorrt:
     DataType = SimpleNamespace(FLOAT=0, HALF=1, BF16=2)
     __version__ = "99.1"
 
-    def __init__(self, device: StandInDevice, backend: str = "tensorrt-rtx", kernels: int | None = 1) -> None:
+    def __init__(
+        self, device: StandInDevice, backend: str = "tensorrt-rtx", kernels: int | None = 1
+    ) -> None:
         self.kernels = kernels  # that the builder says an engine has
         self.device, self.backend, self.is_rtx = device, backend, backend == "tensorrt-rtx"
         self.__name__ = f"stand_in_{id(self)}"
@@ -172,7 +206,9 @@ class StandInTensorrt:
         self._engines = 0
         if self.is_rtx:
             self.ComputeCapability = ComputeCapability
-            self.DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
+            self.DynamicShapesKernelSpecializationStrategy = (
+                DynamicShapesKernelSpecializationStrategy
+            )
 
     def refuses(self, call: str, logger: Any) -> bool:
         """Whether a test lets a call fail, which then logs what the test says."""
@@ -185,7 +221,9 @@ class StandInTensorrt:
         return Library(self.backend, self)
 
     def get_plugin_registry(self) -> SimpleNamespace:
-        return SimpleNamespace(register_creator=lambda creator, _space: not self.registered.append(creator.name))
+        return SimpleNamespace(
+            register_creator=lambda creator, _space: not self.registered.append(creator.name)
+        )
 
     def Runtime(self, logger: Any) -> SimpleNamespace:
         def deserialize_cuda_engine(content: memoryview) -> Engine | None:
@@ -193,7 +231,10 @@ class StandInTensorrt:
             if self.refuses("deserialize_cuda_engine", logger):
                 return None
             model = onnx.load_model_from_string(bytes(content).removeprefix(self._magic))
-            if any(node.op_type == STACK for node in model.graph.node) and STACK not in self.registered:
+            if (
+                any(node.op_type == STACK for node in model.graph.node)
+                and STACK not in self.registered
+            ):
                 logger.log(Severity.ERROR, f"plugin {STACK} is not registered")
                 return None
             self._engines += 1
@@ -205,7 +246,9 @@ class StandInTensorrt:
     def _magic(self) -> bytes:
         return store.MAGIC.get(self.backend, b"")
 
-    def build(self, directory: Path, options: EngineOptions, progress: Progress) -> tuple[Manifest, int]:
+    def build(
+        self, directory: Path, options: EngineOptions, progress: Progress
+    ) -> tuple[Manifest, int]:
         """Takes the place of `goc_deploy.engines.tensorrt_store.build_engines`: all of it but the builder."""
         manifest = latest = read_manifest(directory)
         target = Target(options.backend, self.__version__, this_platform(), options.capabilities)
@@ -213,9 +256,13 @@ class StandInTensorrt:
         jobs = wanted_engines(directory, manifest, target, options)
         missing = [job for job in jobs if not store.is_there(directory, manifest, job)]
         for job in missing:
-            engine = self._magic + with_profiles(graph_of_job(directory, manifest, job), job.profiles)
+            engine = self._magic + with_profiles(
+                graph_of_job(directory, manifest, job), job.profiles
+            )
             report = BuildReport(
-                kernels=self.kernels, plugin_layers=int(job.recipe.plugin_sha256 is not None), activation_bytes=4096
+                kernels=self.kernels,
+                plugin_layers=int(job.recipe.plugin_sha256 is not None),
+                activation_bytes=4096,
             )
             latest = store.add_engine(directory, manifest, job, engine, report)
         progress("done", len(jobs), len(jobs))

@@ -62,7 +62,9 @@ class RuntimeConfig:
     strategy = ExecutionContextAllocationStrategy.STATIC
     cache: RuntimeCache | None = None
 
-    def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
+    def set_execution_context_allocation_strategy(
+        self, strategy: ExecutionContextAllocationStrategy
+    ) -> None:
         self.strategy = strategy
 
     def create_runtime_cache(self) -> RuntimeCache:
@@ -77,7 +79,10 @@ class Context:
     """See ``IExecutionContext``."""
 
     def __init__(
-        self, engine: Engine, strategy: ExecutionContextAllocationStrategy, cache: RuntimeCache | None = None
+        self,
+        engine: Engine,
+        strategy: ExecutionContextAllocationStrategy,
+        cache: RuntimeCache | None = None,
     ) -> None:
         engine.device.forbid_in_capture("make an execution context")
         assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED
@@ -91,7 +96,9 @@ class Context:
 
     def set_device_memory(self, memory: int, size: int) -> None:
         if memory % ALIGNMENT or size < self._engine.device_memory_size_v2:
-            raise Fault(f"{size} bytes of scratch memory at {memory} do not serve {self._engine.name}")
+            raise Fault(
+                f"{size} bytes of scratch memory at {memory} do not serve {self._engine.name}"
+            )
         self._scratch = Span(memory, self._engine.device_memory_size_v2)
 
     def set_optimization_profile_async(self, index: int, handle: int) -> bool:
@@ -106,15 +113,21 @@ class Context:
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         if self._captured:
-            raise Fault(f"{self._engine.name}: a graph was captured with the shapes of this context, which now change")
+            raise Fault(
+                f"{self._engine.name}: a graph was captured with the shapes of this context, which now change"
+            )
         if self._engine.refuses("set_input_shape", self._engine.logger):
             return False
         declared = self._engine.shapes[name]
-        if len(declared) != len(shape) or any(d not in (None, s) for d, s in zip(declared, shape, strict=True)):
+        if len(declared) != len(shape) or any(
+            d not in (None, s) for d, s in zip(declared, shape, strict=True)
+        ):
             self._engine.logger.log(Severity.ERROR, f"{name} is {declared}, not {list(shape)}")
             return False
         if self._profile is None:
-            raise Fault(f"{self._engine.name} has several profiles, and none was chosen before the shape of {name}")
+            raise Fault(
+                f"{self._engine.name} has several profiles, and none was chosen before the shape of {name}"
+            )
         low, _, high = self._engine.get_tensor_profile_shape(name, self._profile)
         if not all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True)):
             said = f"{name} {list(shape)} lies outside of profile {self._profile}, {low} to {high}"
@@ -124,11 +137,17 @@ class Context:
         return True
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name] if name in self._engine.inputs else self._engine.output_shapes(self._shapes)[name]
+        return (
+            self._shapes[name]
+            if name in self._engine.inputs
+            else self._engine.output_shapes(self._shapes)[name]
+        )
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         if memory % ALIGNMENT:
-            raise Fault(f"{self._engine.name}: {name} lies at {memory}, which is no multiple of {ALIGNMENT}")
+            raise Fault(
+                f"{self._engine.name}: {name} lies at {memory}, which is no multiple of {ALIGNMENT}"
+            )
         if name not in self._engine.dtypes:
             return False
         self._addresses[name] = memory
@@ -156,18 +175,25 @@ class Context:
         reads = {name: self._span(name) for name in engine.inputs}
         writes = {name: self._span(name) for name in engine.outputs}
         self._check_overlaps(reads, writes)
-        engine.calls.append((engine.name, {name: span.start for name, span in {**reads, **writes}.items()}))
+        engine.calls.append(
+            (engine.name, {name: span.start for name, span in {**reads, **writes}.items()})
+        )
         scratch, device, shapes = self._scratch, self._device, dict(self._shapes)
 
         def run() -> None:
             feeds = {
-                name: device.bytes_at(span, name).view(engine.dtypes[name]).reshape(shapes[name]).copy()
+                name: device.bytes_at(span, name)
+                .view(engine.dtypes[name])
+                .reshape(shapes[name])
+                .copy()
                 for name, span in reads.items()
             }
             if scratch is not None:
                 device.poison(scratch, "scratch memory")
             for name, values in engine.run(feeds).items():
-                device.bytes_at(writes[name], name)[:] = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+                device.bytes_at(writes[name], name)[:] = (
+                    np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+                )
 
         stream.put(Work(engine.name, reads, writes, run))
         return True

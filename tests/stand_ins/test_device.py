@@ -85,7 +85,9 @@ def test_a_graph_repeats_what_was_captured_on_what_lies_there_then(device: Stand
     stream = device.stream()
     source, target = filled(device, stream, 1, 2), device.allocate((2,), "float32")
     (replay,) = stream.recorded([lambda: put(device, stream, doubling(device, source, target))])
-    assert np.isnan(device.bytes_at(span(target), "target").view(np.float32)).all()  # capturing runs nothing
+    assert np.isnan(
+        device.bytes_at(span(target), "target").view(np.float32)
+    ).all()  # capturing runs nothing
     for value in (3, 4):
         stream.upload(np.full(2, value), source)
         replay()
@@ -93,7 +95,9 @@ def test_a_graph_repeats_what_was_captured_on_what_lies_there_then(device: Stand
 
 
 @pytest.mark.parametrize("call", ["allocate", "wait", "upload", "download", "mark", "stream"])
-def test_calls_that_cuda_forbids_during_capture_are_refused(device: StandInDevice, call: str) -> None:
+def test_calls_that_cuda_forbids_during_capture_are_refused(
+    device: StandInDevice, call: str
+) -> None:
     stream = device.stream()
     buffer = filled(device, stream, 1, 2)
     calls = {

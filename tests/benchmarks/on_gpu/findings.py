@@ -8,7 +8,13 @@ from benchmarks.on_gpu import results
 
 
 def contender(wall: float, **kinds: float) -> dict[str, Any]:
-    return {"wall_ms": wall, "wall_ms_rounds": [wall], "step_ms": [], "step_ms_by_kind": kinds, "gpu_bytes": 2 * 10**9}
+    return {
+        "wall_ms": wall,
+        "wall_ms_rounds": [wall],
+        "step_ms": [],
+        "step_ms_by_kind": kinds,
+        "gpu_bytes": 2 * 10**9,
+    }
 
 
 def run(images: int, **skipped: str) -> dict[str, Any]:
@@ -20,18 +26,32 @@ def run(images: int, **skipped: str) -> dict[str, Any]:
         "torch.compile none": contender(30.0, full=1.5),
         "torch.compile reduce-overhead none": contender(24.0, full=1.2),
     }
-    return {"images": images, "rounds": 9, "contenders": contenders, "skipped": skipped, "failed": {}}
+    return {
+        "images": images,
+        "rounds": 9,
+        "contenders": contenders,
+        "skipped": skipped,
+        "failed": {},
+    }
 
 
 def findings() -> dict[str, Any]:
-    runs = [run(1), {**run(8, tensorrt="TensorRT is not installed"), "failed": {"pytorch": "ended by SIGKILL"}}]
+    runs = [
+        run(1),
+        {**run(8, tensorrt="TensorRT is not installed"), "failed": {"pytorch": "ended by SIGKILL"}},
+    ]
     golden = {"backend": "onnxruntime-cuda", "plan": "none", "most": 1e-4}
     return {
         "format": results.FORMAT,
         "dry": False,
         "date": "2026-01-02",
         "command": "python benchmarks/gpu.py",
-        "machine": {"card": "NVIDIA H100 80GB HBM3", "driver": "580.1", "cuda": "13.0", "versions": {"numpy": "2.5"}},
+        "machine": {
+            "card": "NVIDIA H100 80GB HBM3",
+            "driver": "580.1",
+            "cuda": "13.0",
+            "versions": {"numpy": "2.5"},
+        },
         "ceilings": {"copy_gb_s": 3000.0, "fp16_tflops": 800.0},
         "kernel": [
             {
@@ -54,13 +74,35 @@ def findings() -> dict[str, Any]:
         "goldens": [
             {**golden, "precision": "fp32", "worst_step": 1e-5, "runs_equal": True},
             {**golden, "precision": "fp16", "worst_step": 5e-3, "runs_equal": False},
-            {**golden, "precision": "bf16", "worst_step": None, "failed": "EngineDirError: no kernel"},
-            {**golden, "backend": "tensorrt", "precision": "fp32", "worst_step": None, "not_here": "no TensorRT"},
+            {
+                **golden,
+                "precision": "bf16",
+                "worst_step": None,
+                "failed": "EngineDirError: no kernel",
+            },
+            {
+                **golden,
+                "backend": "tensorrt",
+                "precision": "fp32",
+                "worst_step": None,
+                "not_here": "no TensorRT",
+            },
         ],
-        "dit": {"model": "XL/2", "precision": "fp16", "steps": 20, "many": ["fora:5", 50], "runs": runs},
+        "dit": {
+            "model": "XL/2",
+            "precision": "fp16",
+            "steps": 20,
+            "many": ["fora:5", 50],
+            "runs": runs,
+        },
         "targets": results.judged(runs, ["onnxruntime-cuda"]),
         "parts": [
             {"part": "kernel", "state": "done", "seconds": 9.0, "reason": ""},
-            {"part": "goldens tensorrt", "state": "left out", "seconds": 0.0, "reason": "3 s were left"},
+            {
+                "part": "goldens tensorrt",
+                "state": "left out",
+                "seconds": 0.0,
+                "reason": "3 s were left",
+            },
         ],
     }

@@ -24,13 +24,20 @@ def test_peaks_are_those_of_this_card(card: str, known: list[str]) -> None:
     assert [gpu.name for gpu in known_peaks({**findings(), "machine": {"card": card}})] == known
 
 
-def test_predictions_stand_beside_measurements(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predictions_stand_beside_measurements(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "found.json"
     path.write_text(json.dumps(findings()))
     assert roofline.main(["--measured", str(path)]) == 0
     text = capsys.readouterr().out
-    assert "predicted, H100 SXM datasheet | predicted, measured ceilings | measured, onnxruntime-cuda" in text
-    (full,) = [line for line in text.splitlines() if line.startswith("| full step, `none` | 0.60 ms")]
+    assert (
+        "predicted, H100 SXM datasheet | predicted, measured ceilings | measured, onnxruntime-cuda"
+        in text
+    )
+    (full,) = [
+        line for line in text.splitlines() if line.startswith("| full step, `none` | 0.60 ms")
+    ]
     assert "| 1.00 ms (" in full
     assert text.count("| total, `fora:2+gc:1.2` |") == 2  # one and eight images
 

@@ -25,11 +25,16 @@ SKIPS = "from benchmarks.on_gpu.workers import channel; channel()({'skipped': 'n
 
 
 def workers(tmp_path: Path, **codes: str) -> dict[str, Worker]:
-    return {name: Worker(name, [sys.executable, "-c", code], tmp_path / name) for name, code in codes.items()}
+    return {
+        name: Worker(name, [sys.executable, "-c", code], tmp_path / name)
+        for name, code in codes.items()
+    }
 
 
 def test_rounds_interleave_and_one_that_dies_keeps_its_rounds(tmp_path: Path) -> None:
-    entered = workers(tmp_path, good=ANSWERS.format(dies=False), dies=ANSWERS.format(dies=True), absent=SKIPS)
+    entered = workers(
+        tmp_path, good=ANSWERS.format(dies=False), dies=ANSWERS.format(dies=True), absent=SKIPS
+    )
     try:
         found = contest._rounds(entered, Deadline(60), 3)
     finally:
@@ -40,13 +45,22 @@ def test_rounds_interleave_and_one_that_dies_keeps_its_rounds(tmp_path: Path) ->
     assert "SIGABRT" in found["failed"]["dies"]
     walls = {name: entry["wall_ms_rounds"] for name, entry in found["contenders"].items()}
     assert {len(times) for name, times in walls.items() if name.startswith("good")} == {3}
-    assert sorted([*walls["good none"], *walls["good fora:2"]]) == [2, 4, 6, 8, 10, 12]  # the second of two
+    assert sorted([*walls["good none"], *walls["good fora:2"]]) == [
+        2,
+        4,
+        6,
+        8,
+        10,
+        12,
+    ]  # the second of two
     assert sum(len(walls.get(f"dies {plan}", [])) for plan in ("none", "fora:2")) == 2
     assert found["contenders"]["good none"]["gpu_bytes"] == 7
 
 
 def test_results_are_compared_with_eager_pytorch(tmp_path: Path) -> None:
-    latents = {name: tmp_path / f"{name}.npy" for name in ("onnxruntime-cuda", "pytorch", "torch.compile")}
+    latents = {
+        name: tmp_path / f"{name}.npy" for name in ("onnxruntime-cuda", "pytorch", "torch.compile")
+    }
     for scale, name in enumerate(("onnxruntime-cuda", "pytorch"), start=10):
         np.save(latents[name], np.full((1, 4, 2, 2), float(scale)))
     contenders: dict = {f"{name} none": {} for name in latents}

@@ -14,7 +14,10 @@ def test_targets_are_those_of_one_and_eight_images() -> None:
     bounds = {(t.images, t.what): (t.bound, t.least) for t in results.TARGETS}
     assert bounds[1, "collapsed step of `fora:2` / full step"] == (0.08, False)
     assert bounds[8, "collapsed step of `fora:2+gc:1.2` / full step"] == (0.03, False)
-    assert (bounds[1, "`none` / `fora:2`"], bounds[8, "`none` / `fora:2`"]) == ((1.85, True), (1.95, True))
+    assert (bounds[1, "`none` / `fora:2`"], bounds[8, "`none` / `fora:2`"]) == (
+        (1.85, True),
+        (1.95, True),
+    )
     assert bounds[1, "torch.compile / `none`"] == (1.0, True)
     assert bounds[8, "torch.compile / `fora:2+gc:1.2`"] == (1.9, True)
 
@@ -22,7 +25,11 @@ def test_targets_are_those_of_one_and_eight_images() -> None:
 def test_ratios_are_of_medians_and_of_the_fastest_mode_of_torch_compile() -> None:
     found = {(e["images"], e["what"]): e for e in results.judged([run(1)], ["onnxruntime-cuda"])}
     collapsed = found[1, "collapsed step of `fora:2` / full step"]
-    assert (collapsed["value"], collapsed["bound"], collapsed["verdict"]) == (pytest.approx(0.05), "<= 0.08", "met")
+    assert (collapsed["value"], collapsed["bound"], collapsed["verdict"]) == (
+        pytest.approx(0.05),
+        "<= 0.08",
+        "met",
+    )
     assert found[1, "collapsed step of `fora:2+gc:1.2` / full step"]["verdict"] == "missed"
     assert found[1, "`none` / `fora:2`"]["value"] == pytest.approx(2.0)
     assert found[1, "torch.compile / `none`"]["value"] == pytest.approx(24 / 20)
@@ -33,13 +40,19 @@ def test_ratios_are_of_medians_and_of_the_fastest_mode_of_torch_compile() -> Non
 def test_a_value_on_the_bound_meets_it() -> None:
     least, most = (next(t for t in results.TARGETS if t.least is least) for least in (True, False))
     assert (least.verdict(least.bound), most.verdict(most.bound)) == ("met", "met")
-    assert (least.verdict(least.bound - 1e-6), most.verdict(most.bound + 1e-6)) == ("missed", "missed")
+    assert (least.verdict(least.bound - 1e-6), most.verdict(most.bound + 1e-6)) == (
+        "missed",
+        "missed",
+    )
     assert least.verdict(float("nan")) == "missed"
 
 
 def test_medians_leave_out_the_first_steps_and_keep_every_round() -> None:
     kinds = ["full", "full", "full", "collapsed", "full"]
-    runs = [{"wall_ms": 9.0 + r, "step_ms": [99.0, 99.0, 4.0 + r, 0.5, 6.0 + r], "kinds": kinds} for r in range(3)]
+    runs = [
+        {"wall_ms": 9.0 + r, "step_ms": [99.0, 99.0, 4.0 + r, 0.5, 6.0 + r], "kinds": kinds}
+        for r in range(3)
+    ]
     found = results.summary(runs)
     assert found["wall_ms"] == 10.0
     assert found["wall_ms_rounds"] == [9.0, 10.0, 11.0]
@@ -94,4 +107,6 @@ def test_the_table_has_a_row_for_everything() -> None:
 
 
 def test_a_dry_run_claims_no_gpu() -> None:
-    assert table({**findings(), "dry": True}).startswith("dry run on the CPU: no GPU numbers (2026-01-02)")
+    assert table({**findings(), "dry": True}).startswith(
+        "dry run on the CPU: no GPU numbers (2026-01-02)"
+    )

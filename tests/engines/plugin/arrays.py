@@ -18,7 +18,9 @@ def tensor(values: np.ndarray, dtype: str, *, skew: int = 0) -> np.ndarray:
     item = np.dtype(NUMPY_DTYPES[dtype]).itemsize
     memory = np.zeros(values.size * item + 64 + skew * item, np.uint8)
     start = -memory.ctypes.data % 64 + skew * item
-    found = memory[start : start + values.size * item].view(NUMPY_DTYPES[dtype]).reshape(values.shape)
+    found = (
+        memory[start : start + values.size * item].view(NUMPY_DTYPES[dtype]).reshape(values.shape)
+    )
     found[...] = values
     return found
 
@@ -40,7 +42,9 @@ class Case:
         return [self.x, self.gates, self.coefficients, *self.history]
 
 
-def random_case(stack: Stack, shape: tuple[int, int, int], dtype: str, seed: int, skew: int = 0) -> Case:
+def random_case(
+    stack: Stack, shape: tuple[int, int, int], dtype: str, seed: int, skew: int = 0
+) -> Case:
     rng = np.random.default_rng(seed)
 
     def normal(*size: int) -> np.ndarray:

@@ -20,7 +20,9 @@ class CudaMemory:
 
         self._cu: Any = cu
         self._call("cuInit", 0)
-        self._call("cuCtxSetCurrent", self._call("cuDevicePrimaryCtxRetain", self._call("cuDeviceGet", 0)))
+        self._call(
+            "cuCtxSetCurrent", self._call("cuDevicePrimaryCtxRetain", self._call("cuDeviceGet", 0))
+        )
         self._stream = self._call("cuStreamCreate", int(cu.CUstream_flags.CU_STREAM_NON_BLOCKING))
         self._kept: list[Any] = []
         self.stream = int(self._stream)

@@ -28,13 +28,27 @@ def context(gpu: None) -> None:  # noqa: ARG001
 
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
 @pytest.mark.parametrize("weights", ["embedded", "shared"])
-def test_engines_build_for_this_gpu_and_load(backend: str, weights: str, tmp_path: Path, command: Command) -> None:
+def test_engines_build_for_this_gpu_and_load(
+    backend: str, weights: str, tmp_path: Path, command: Command
+) -> None:
     library = library_here(backend, "fp16")
     engine, plans = tmp_path / "engine", ("--plan", "none", "--plan", "fora:2+gc:1.2")
-    command("goc-export", GOLDEN / "model.pt", "-o", engine, "--num-heads", 4, "--precision", "fp16", *plans)
+    command(
+        "goc-export",
+        GOLDEN / "model.pt",
+        "-o",
+        engine,
+        "--num-heads",
+        4,
+        "--precision",
+        "fp16",
+        *plans,
+    )
     manifest = read_manifest(engine)
     stack = predict_graph("2w*12", manifest.model, "fp16").SerializeToString()
-    with_graph(engine, "onnx/stack.onnx", stack, predict={**manifest.predict, "2w*12": "onnx/stack.onnx"})
+    with_graph(
+        engine, "onnx/stack.onnx", stack, predict={**manifest.predict, "2w*12": "onnx/stack.onnx"}
+    )
     options = EngineOptions(backend, (driver.device_capability(),), weights)
     manifest, built = build_engines(engine, options, no_progress)
     assert built == len(manifest.engines)
@@ -42,4 +56,6 @@ def test_engines_build_for_this_gpu_and_load(backend: str, weights: str, tmp_pat
     register_plugin(library.trt)
     runtime: Any = library.trt.Runtime(library.trt.Logger(library.trt.Logger.ERROR))
     for entry in manifest.engines:
-        assert runtime.deserialize_cuda_engine(bytes(read_engine(engine, manifest, entry))) is not None, entry.path
+        assert (
+            runtime.deserialize_cuda_engine(bytes(read_engine(engine, manifest, entry))) is not None
+        ), entry.path

@@ -66,7 +66,12 @@ def check(
     inputs = [memory.put(array) for array in case.inputs]
     outputs = [inputs[0], *(inputs[3 + entry] for entry in case.last_entry)]
     chosen = geometry(shape, dtype, inputs, outputs, busy_blocks=busy_blocks)
-    launch = partial(kernels.launch, chosen, parameters_from_addresses(stack, shape, inputs, outputs), memory.stream)
+    launch = partial(
+        kernels.launch,
+        chosen,
+        parameters_from_addresses(stack, shape, inputs, outputs),
+        memory.stream,
+    )
     run = memory.recorded([launch]) if recorded else launch
     run()
     for address, expected in zip(outputs, [case.x_out, *case.stored], strict=True):
@@ -109,7 +114,9 @@ def gathered(memory: CudaMemory, row_bytes: int) -> tuple[ByteMove, Callable[[in
     return move, lambda step: [(address, table[step % 4, 2:][:, rows])]
 
 
-def test_the_counter_and_the_moves_serve_every_step_of_one_graph(memory: CudaMemory, kernels: DeviceKernels) -> None:
+def test_the_counter_and_the_moves_serve_every_step_of_one_graph(
+    memory: CudaMemory, kernels: DeviceKernels
+) -> None:
     wide, odd = gathered(memory, 2304), gathered(memory, 37)
     nbytes = 20_000_016
     values = np.random.default_rng(0).integers(0, 256, (4, nbytes), np.uint8)

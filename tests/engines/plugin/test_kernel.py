@@ -45,7 +45,13 @@ shapes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.sampled_from([1, 3, 
 
 
 def launch(
-    kernels: HostKernels, stack: Stack, case: Case, dtype: str, *, in_place: bool, busy_blocks: int = 0
+    kernels: HostKernels,
+    stack: Stack,
+    case: Case,
+    dtype: str,
+    *,
+    in_place: bool,
+    busy_blocks: int = 0,
 ) -> tuple[str, np.ndarray, list[np.ndarray]]:
     """The kernel that ran, x_out, and what was stored."""
     shape = case.x.shape
@@ -97,7 +103,9 @@ def test_a_launch_is_the_sum_over_units_that_numpy_makes(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_launch_of_the_most_units_fits_and_is_right(host_kernels: HostKernels, dtype: str) -> None:
+def test_a_launch_of_the_most_units_fits_and_is_right(
+    host_kernels: HostKernels, dtype: str
+) -> None:
     stack = Stack((4,) * MAX_UNITS, (True,) * MAX_UNITS)
     case = random_case(stack, (2, 5, 16), dtype, 0)
     _, x_out, stored = launch(host_kernels, stack, case, dtype, in_place=True)
@@ -109,7 +117,9 @@ def test_a_launch_of_the_most_units_fits_and_is_right(host_kernels: HostKernels,
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("entries", [1, 2, 4])
 @pytest.mark.parametrize("stores", [False, True])
-@pytest.mark.parametrize(("tokens", "hidden", "per_thread"), [(16, 48, 2), (17, 48, 1), (16, 47, 1)])
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "per_thread"), [(16, 48, 2), (17, 48, 1), (16, 47, 1)]
+)
 def test_every_tensor_moves_once_and_a_gate_once_per_thread(
     host_kernels: HostKernels,
     host_library: Any,
@@ -130,7 +140,9 @@ def test_every_tensor_moves_once_and_a_gate_once_per_thread(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_prediction_may_lie_on_an_entry_of_an_earlier_unit(host_kernels: HostKernels, dtype: str) -> None:
+def test_a_prediction_may_lie_on_an_entry_of_an_earlier_unit(
+    host_kernels: HostKernels, dtype: str
+) -> None:
     """The next unit is fetched before this one is stored, and nothing of the units before is read any more."""
     stack = Stack((4, 2, 3, 1), (False, False, True, True))
     case = random_case(stack, (2, 4, 16), dtype, 0)
@@ -144,7 +156,9 @@ def test_a_prediction_may_lie_on_an_entry_of_an_earlier_unit(host_kernels: HostK
     ("rows", "tokens", "per_thread"),
     [(1, 256, 1), (2, 256, 1), (4, 256, 2), (64, 256, 2), (8, 255, 1)],
 )
-def test_a_thread_serves_more_tokens_where_enough_blocks_are_left(rows: int, tokens: int, per_thread: int) -> None:
+def test_a_thread_serves_more_tokens_where_enough_blocks_are_left(
+    rows: int, tokens: int, per_thread: int
+) -> None:
     chosen = geometry((rows, tokens, 1152), "float16", [256] * 4, [256] * 2)
     assert chosen.kernel == f"goc_stack_float16_{per_thread}"
     assert chosen.threads * per_thread * 8 == rows * tokens * 1152
@@ -161,7 +175,8 @@ def test_a_stack_is_what_the_signature_of_its_plan_says(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize(
-    "signature", ["", "2w", "2w*0", "5*1", "0*1", "2w*8  1*3", "2w*8 ", "1*89", "1w*44 2*45", "2W*1"]
+    "signature",
+    ["", "2w", "2w*0", "5*1", "0*1", "2w*8  1*3", "2w*8 ", "1*89", "1w*44 2*45", "2W*1"],
 )
 def test_what_no_kernel_serves_is_no_signature(signature: str) -> None:
     with pytest.raises(EngineDirError, match=r"is no predict signature of at most 88 units"):
@@ -179,7 +194,9 @@ def test_the_host_converts_as_numpy_does(host_library: Any, dtype: str) -> None:
     def convert(name: str, values: np.ndarray, to: np.dtype) -> np.ndarray:
         found = np.empty(values.shape, to)
         getattr(host_library, f"{name}_{dtype}")(
-            ctypes.c_void_p(values.ctypes.data), ctypes.c_void_p(found.ctypes.data), ctypes.c_int64(values.size)
+            ctypes.c_void_p(values.ctypes.data),
+            ctypes.c_void_p(found.ctypes.data),
+            ctypes.c_int64(values.size),
         )
         return found
 
@@ -189,7 +206,9 @@ def test_the_host_converts_as_numpy_does(host_library: Any, dtype: str) -> None:
     finite = wide[np.isfinite(wide)]
     with np.errstate(over="ignore"):
         halfway = (finite[:-1] + finite[1:]) / 2
-        near = np.concatenate([np.nextafter(halfway, np.float32(sign)) for sign in (-np.inf, np.inf)])
+        near = np.concatenate(
+            [np.nextafter(halfway, np.float32(sign)) for sign in (-np.inf, np.inf)]
+        )
     rng = np.random.default_rng(0)
     anything = rng.integers(0, 2**32, 10**5, np.uint32).view(np.float32)
     values = np.concatenate([wide, halfway, near, anything]).astype(np.float32)
@@ -217,7 +236,8 @@ def test_a_process_without_torch_compiles_too() -> None:
 def test_nvrtc_says_what_it_refuses() -> None:
     _require_nvrtc()
     with pytest.raises(
-        EnvironmentUnsupportedError, match=r"cannot compile bad.cu for compute capability 8.6: bad.cu\(1\)"
+        EnvironmentUnsupportedError,
+        match=r"cannot compile bad.cu for compute capability 8.6: bad.cu\(1\)",
     ):
         nvrtc.cubin_from_source("int x = y;", "bad.cu", "8.6")
     with pytest.raises(EnvironmentUnsupportedError, match=r"capability 3.0: .*gpu-architecture"):

@@ -81,18 +81,34 @@ def gathers(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(gathers(), min_size=1, max_size=MAX_MOVES), st.integers(0, 20), st.integers(0, 2**32 - 1))
-def test_moves_are_what_numpy_picks(kernels: HostKernels, cases: list[dict[str, Any]], step: int, seed: int) -> None:
+@given(
+    st.lists(gathers(), min_size=1, max_size=MAX_MOVES),
+    st.integers(0, 20),
+    st.integers(0, 2**32 - 1),
+)
+def test_moves_are_what_numpy_picks(
+    kernels: HostKernels, cases: list[dict[str, Any]], step: int, seed: int
+) -> None:
     memory, moves, found, expected = Memory(seed), [], [], []
     for case in cases:
         period, outer, table_rows = case["shape"]
         batch_rows = case["batch_rows"] if case["gathered"] else table_rows
-        table = memory.random(period, outer + case["extra"], table_rows, case["row_bytes"], skew=case["skew"])
-        rows = memory.rng.integers(0, table_rows, batch_rows) if case["gathered"] else np.arange(table_rows)
+        table = memory.random(
+            period, outer + case["extra"], table_rows, case["row_bytes"], skew=case["skew"]
+        )
+        rows = (
+            memory.rng.integers(0, table_rows, batch_rows)
+            if case["gathered"]
+            else np.arange(table_rows)
+        )
         target = memory.zeros(outer, batch_rows, case["row_bytes"], skew=case["skew"])
         memory.kept.append(rows)
         size = (period, table[0].nbytes, outer, table_rows, batch_rows, case["row_bytes"])
-        moves.append(ByteMove(address(table), address(target), *size, address(rows) if case["gathered"] else None))
+        moves.append(
+            ByteMove(
+                address(table), address(target), *size, address(rows) if case["gathered"] else None
+            )
+        )
         found.append(target)
         expected.append(table[step % period, :outer][:, rows])
     run(kernels, moves, step)
@@ -114,8 +130,14 @@ def test_plain_moves_hand_values_on(
     arrays = [memory.random(nbytes) for _ in range(count)]
     other, aside = memory.random(7), memory.zeros(7)
     pairs = list(itertools.pairwise(arrays))  # from one to the next
-    moves = [plain(source, target) for source, target in (pairs if newest_first else reversed(pairs))]
-    expected = [arrays[0].copy()] * count if newest_first else [a.copy() for a in (arrays[0], *arrays[:-1])]
+    moves = [
+        plain(source, target) for source, target in (pairs if newest_first else reversed(pairs))
+    ]
+    expected = (
+        [arrays[0].copy()] * count
+        if newest_first
+        else [a.copy() for a in (arrays[0], *arrays[:-1])]
+    )
     run(kernels, [moves[0], plain(other, aside), *moves[1:]], 3)
     for found, values in zip([*arrays, aside], [*expected, other], strict=True):
         np.testing.assert_array_equal(found, values)
@@ -170,7 +192,9 @@ def test_moves_that_no_order_of_threads_makes_safe_are_refused() -> None:
 
 
 def test_a_move_uses_the_widest_access_that_fits_and_no_more_blocks_than_accesses() -> None:
-    def row(nbytes: int, *, rows: int | None = None, source: int = 1 << 20, step_bytes: int = 0) -> ByteMove:
+    def row(
+        nbytes: int, *, rows: int | None = None, source: int = 1 << 20, step_bytes: int = 0
+    ) -> ByteMove:
         return ByteMove(source, 1 << 40, 2, step_bytes, 170, 2, 2, nbytes, rows)
 
     assert [row(n, rows=8).access_bytes for n in (2304, 2308, 2306, 2305)] == [16, 4, 2, 1]
@@ -187,7 +211,11 @@ def test_every_byte_moves_once(host_kernels: HostKernels, host_library: Any) -> 
     table, target = memory.random(2, 6, 3, 48), memory.zeros(6, 4, 48)
     rows = np.array([2, 0, 0, 1])
     host_library.bytes_moved()
-    run(host_kernels, [ByteMove(address(table), address(target), 2, table[0].nbytes, 6, 3, 4, 48, address(rows))], 1)
+    run(
+        host_kernels,
+        [ByteMove(address(table), address(target), 2, table[0].nbytes, 6, 3, 4, 48, address(rows))],
+        1,
+    )
     assert host_library.bytes_moved() == 2 * target.nbytes
 
 

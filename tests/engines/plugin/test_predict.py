@@ -13,7 +13,11 @@ from goc_deploy.protocols import Buffer
 from tests.engines.plugin.arrays import NUMPY_DTYPES, Case, assert_close, random_case
 from tests.engines.plugin.conftest import HostKernels
 
-SIGNATURE, STACK, SHAPE = "1*1 3w*2 2w*1", Stack((1, 3, 3, 2), (False, True, True, True)), (2, 5, 24)
+SIGNATURE, STACK, SHAPE = (
+    "1*1 3w*2 2w*1",
+    Stack((1, 3, 3, 2), (False, True, True, True)),
+    (2, 5, 24),
+)
 STREAM = HostDevice().stream()
 Tensors = dict[str, Buffer]
 
@@ -38,7 +42,9 @@ def tensors(case: Case, dtype: str, *, in_place: bool) -> tuple[Tensors, Tensors
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("in_place", [False, True])
-def test_a_launch_computes_what_numpy_does(host_kernels: HostKernels, dtype: str, in_place: bool) -> None:
+def test_a_launch_computes_what_numpy_does(
+    host_kernels: HostKernels, dtype: str, in_place: bool
+) -> None:
     engine = PredictKernel(SIGNATURE, dtype, host_kernels)
     case = random_case(STACK, SHAPE, dtype, 0)
     inputs, outputs = tensors(case, dtype, in_place=in_place)
@@ -73,16 +79,30 @@ def test_what_a_launch_does_not_take_is_refused(host_kernels: HostKernels) -> No
         {"coefficients": buffer(coefficients.owner, "float16")},
         {},
     )
-    refused(r"coefficients as float32 \[9\] .* binds float32 \[8\]", {"coefficients": coefficients.view(8)}, {})
     refused(
-        r"gates as float16 \[4, 2, 24\] .* binds float16 \[4, 24, 2\]", {"gates": inputs["gates"].view(4, 24, 2)}, {}
+        r"coefficients as float32 \[9\] .* binds float32 \[8\]",
+        {"coefficients": coefficients.view(8)},
+        {},
     )
-    refused(r"g0_0 as float16 \[2, 5, 24\] .* binds float16 \[10, 24\]", {"g0_0": inputs["g0_0"].view(10, 24)}, {})
-    refused(r"where x is \(B, T, D\), but the plan binds float16 \[10, 24\]", {"x": x.view(10, 24)}, {})
+    refused(
+        r"gates as float16 \[4, 2, 24\] .* binds float16 \[4, 24, 2\]",
+        {"gates": inputs["gates"].view(4, 24, 2)},
+        {},
+    )
+    refused(
+        r"g0_0 as float16 \[2, 5, 24\] .* binds float16 \[10, 24\]",
+        {"g0_0": inputs["g0_0"].view(10, 24)},
+        {},
+    )
+    refused(
+        r"where x is \(B, T, D\), but the plan binds float16 \[10, 24\]", {"x": x.view(10, 24)}, {}
+    )
     refused(r"stores g1 on an entry that unit 2 reads", {}, {"g1": inputs["g2_1"]})
 
 
-def test_a_prediction_may_lie_on_an_entry_that_earlier_units_read(host_kernels: HostKernels) -> None:
+def test_a_prediction_may_lie_on_an_entry_that_earlier_units_read(
+    host_kernels: HostKernels,
+) -> None:
     case = random_case(STACK, SHAPE, "float32", 0)
     inputs, outputs = tensors(case, "float32", in_place=False)
     outputs["g3"] = inputs["g0_0"]

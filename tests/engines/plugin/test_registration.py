@@ -24,9 +24,13 @@ def description(shape: tuple[int, ...], dtype: str) -> Any:
 
 def plugin_from(creators: list[Any], name: str, stack: Stack) -> Any:
     creator = next(c for c in creators if c.name == name)
-    fields = [("entries", stack.entries), ("stores", stack.stores)] if name == "GocCacheStack" else []
+    fields = (
+        [("entries", stack.entries), ("stores", stack.stores)] if name == "GocCacheStack" else []
+    )
     arrays = [(field, np.array(values, np.int32)) for field, values in fields]
-    collection = trt.PluginFieldCollection([trt.PluginField(n, a, trt.PluginFieldType.INT32) for n, a in arrays])
+    collection = trt.PluginFieldCollection(
+        [trt.PluginField(n, a, trt.PluginFieldType.INT32) for n, a in arrays]
+    )
     return creator.create_plugin(name, collection, trt.TensorRTPhase.BUILD)
 
 
@@ -46,7 +50,9 @@ def test_enqueue_computes_what_numpy_does(name: str, dtype: str, host_kernels: H
     attached = plugin.attach_to_context(None).clone()
     case = random_case(stack, shape, dtype, 1)
     outputs = [tensor(np.zeros(shape), dtype) for _ in range(attached.num_outputs)]
-    described = [description(a.shape, "float32" if i == 2 else dtype) for i, a in enumerate(case.inputs)]
+    described = [
+        description(a.shape, "float32" if i == 2 else dtype) for i, a in enumerate(case.inputs)
+    ]
     attached.enqueue(
         described,
         [description(shape, dtype)] * len(outputs),
@@ -92,6 +98,9 @@ def test_the_plugin_is_registered_once_per_process() -> None:
     registry = trt.get_plugin_registry()
     names = [creator.name for creator in registry.all_creators if creator.plugin_namespace == "goc"]
     assert sorted(names) == sorted(
-        ["GocCacheStack", *(f"GocCache{kind}{n}" for kind in ("Apply", "Update") for n in range(1, 5))]
+        [
+            "GocCacheStack",
+            *(f"GocCache{kind}{n}" for kind in ("Apply", "Update") for n in range(1, 5)),
+        ]
     )
     assert all(registry.get_creator(name, "1", "goc") is not None for name in names)

@@ -15,9 +15,13 @@ SPEC = ModelSpec(2, 8, 2, 16, 2, 2, 4, 10, False)
 
 
 @settings(max_examples=15)
-@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 6), st.booleans()), min_size=1, max_size=6))
+@given(
+    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 6), st.booleans()), min_size=1, max_size=6)
+)
 def test_a_stack_takes_and_gives_what_the_chain_did(runs: list[tuple[int, int, bool]]) -> None:
-    signature = " ".join([f"{k}{'w' if w else ''}*{n}" for k, n, w in runs] + [f"2w*{STORES_THAT_FUSE + 1}"])
+    signature = " ".join(
+        [f"{k}{'w' if w else ''}*{n}" for k, n, w in runs] + [f"2w*{STORES_THAT_FUSE + 1}"]
+    )
     units = entries_from_signature(signature)
     model = predict_graph(signature, SPEC, "fp16")
     before = [v.name for v in [*model.graph.input, *model.graph.output]]
@@ -32,8 +36,12 @@ def test_a_stack_takes_and_gives_what_the_chain_did(runs: list[tuple[int, int, b
     assert not model.functions
 
 
-@pytest.mark.parametrize("signature", ["1*56", f"2w*{STORES_THAT_FUSE}", "4*28", f"2w*{MAX_UNITS + 1}"])
-def test_chains_that_tensorrt_fuses_or_that_no_launch_holds_stay_as_they_are(signature: str) -> None:
+@pytest.mark.parametrize(
+    "signature", ["1*56", f"2w*{STORES_THAT_FUSE}", "4*28", f"2w*{MAX_UNITS + 1}"]
+)
+def test_chains_that_tensorrt_fuses_or_that_no_launch_holds_stay_as_they_are(
+    signature: str,
+) -> None:
     model = predict_graph(signature, SPEC, "fp16")
     before = model.SerializeToString()
     assert stack_updates(model) == 0

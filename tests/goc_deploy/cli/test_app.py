@@ -33,30 +33,43 @@ sys.exit(run_command(command, []))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_that_python_swallows_still_ends_the_command_in_silence(number: int, code: int) -> None:
+def test_a_signal_that_python_swallows_still_ends_the_command_in_silence(
+    number: int, code: int
+) -> None:
     script = INTERRUPTED_IN_A_WEAK_REFERENCE.format(number=int(number))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stdout) == (code, ""), done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_other_errors_that_python_swallows_are_reported() -> None:
     script = INTERRUPTED_IN_A_WEAK_REFERENCE.replace("os.kill(os.getpid(), {number})", "1 / 0")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0
     assert "ZeroDivisionError" in done.stderr
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_that_native_code_turned_into_an_error_is_an_interruption(number: int, code: int) -> None:
-    script = INTERRUPTED_IN_A_WEAK_REFERENCE.format(number=int(number)).replace('progress("working", 1, 2)', "1 / 0")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+def test_a_signal_that_native_code_turned_into_an_error_is_an_interruption(
+    number: int, code: int
+) -> None:
+    script = INTERRUPTED_IN_A_WEAK_REFERENCE.format(number=int(number)).replace(
+        'progress("working", 1, 2)', "1 / 0"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stdout) == (code, ""), done.stderr
     assert "bug" not in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("redirection", "code"), [(">&-", 0), (">/dev/full", 7), ("2>/dev/full", 0), ("2>&-", 0), (">&- 2>&-", 0)]
+    ("redirection", "code"),
+    [(">&-", 0), (">/dev/full", 7), ("2>/dev/full", 0), ("2>&-", 0), (">&- 2>&-", 0)],
 )
 def test_streams_that_are_full_or_closed_end_a_command_quietly(redirection: str, code: int) -> None:
     words = f"{BIN / 'goc-plan'} --help {redirection}"

@@ -19,14 +19,20 @@ HEAVY = ("torch", "onnx", "onnxruntime", "numpy", "PIL", "rich", "matplotlib")
 
 
 def test_every_command_is_the_same_under_both_names(capsys: pytest.CaptureFixture[str]) -> None:
-    scripts = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]["scripts"]
+    scripts = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"][
+        "scripts"
+    ]
     assert scripts == {"goc": "goc_deploy.cli.goc:main"} | {
         f"goc-{name}": f"goc_deploy.cli.{name}:main" for name in COMMANDS
     }
     context = command.make_context("goc", ["run"])
     for name in COMMANDS:
         module = import_module(f"goc_deploy.cli.{name}")
-        assert command.get_command(context, name) is module.command is command.get_command(context, f"goc-{name}")
+        assert (
+            command.get_command(context, name)
+            is module.command
+            is command.get_command(context, f"goc-{name}")
+        )
         assert module.main(["-h"]) == main([name, "--help"]) == 0
         own, grouped = capsys.readouterr().out.split("Usage: ")[1:]
         assert own.removeprefix(f"goc-{name}") == grouped.removeprefix(f"goc {name}")

@@ -19,12 +19,18 @@ GIVEN = {(".json",): None, (".png", ".svg"): Path("x.png")}
 
 
 def names(command: str) -> set[str]:
-    return {name for option in import_module(f"goc_deploy.cli.{command}").command.params for name in option.opts}
+    return {
+        name
+        for option in import_module(f"goc_deploy.cli.{command}").command.params
+        for name in option.opts
+    }
 
 
 def test_every_command_has_the_options_that_are_typed_by_habit() -> None:
     for command in COMMANDS:
-        assert {"-o", "--output", "-v", "--cfg-scale", "--guidance-scale"} <= names(command), command
+        assert {"-o", "--output", "-v", "--cfg-scale", "--guidance-scale"} <= names(command), (
+            command
+        )
         settings = import_module(f"goc_deploy.cli.{command}").command.context_settings
         assert settings == {"show_default": True, "help_option_names": ["-h", "--help"]}
     for command in ("run", "bench", "eval"):
@@ -44,13 +50,17 @@ def test_a_precision_has_two_names(name: str) -> None:
 def test_an_output_goes_to_the_option_that_writes_such_files() -> None:
     assert sort_outputs((), GIVEN) == [None, Path("x.png")]
     assert sort_outputs((Path("a.JSON"),), GIVEN) == [Path("a.JSON"), Path("x.png")]
-    with pytest.raises(click.UsageError, match=r"-o a.html: its name must end in one of .json, .png, .svg"):
+    with pytest.raises(
+        click.UsageError, match=r"-o a.html: its name must end in one of .json, .png, .svg"
+    ):
         sort_outputs((Path("a.html"),), GIVEN)
     with pytest.raises(click.UsageError, match=r"-o a.svg: x.png is written already"):
         sort_outputs((Path("a.svg"),), GIVEN)
 
 
-def completed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
+def completed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str
+) -> list[str]:
     """What bash is offered for the last word."""
     monkeypatch.setenv("COMP_WORDS", " ".join(words))
     monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
@@ -68,7 +78,10 @@ def test_a_shell_completes_commands_options_and_plans(
     (tmp_path / "manifest.json").write_text(json.dumps({"plans": plans}))
     assert completed(monkeypatch, capsys, "goc", "e") == ["export", "eval"]
     assert "--guidance-scale" in completed(monkeypatch, capsys, "goc-run", str(tmp_path), "--g")
-    assert completed(monkeypatch, capsys, "goc-run", str(tmp_path), "--plan", "fo") == ["fora-2", "fora-3"]
+    assert completed(monkeypatch, capsys, "goc-run", str(tmp_path), "--plan", "fo") == [
+        "fora-2",
+        "fora-3",
+    ]
     assert completed(monkeypatch, capsys, "goc", "run", str(tmp_path), "--plan", "n") == ["none"]
     (tmp_path / "manifest.json").write_text("[]")
     assert completed(monkeypatch, capsys, "goc-run", str(tmp_path), "--plan", "fo") == []
@@ -85,7 +98,9 @@ def test_a_script_for_the_shell_is_printed(
     assert "_GOC_RUN_COMPLETE" in capsys.readouterr().out
 
 
-def test_verbose_shows_what_the_library_logs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_verbose_shows_what_the_library_logs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(logging.getLogger("goc_deploy"), "level", logging.NOTSET)
     assert goc_run([str(tmp_path), "-v"]) == 4
     assert logging.getLogger("goc_deploy").isEnabledFor(logging.INFO)

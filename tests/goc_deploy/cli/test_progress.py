@@ -40,18 +40,24 @@ def test_short_work_writes_no_line() -> None:
 def test_the_bar_has_count_rate_and_time_left_in_80_columns() -> None:
     seconds = [0.0]
     text = io.StringIO()
-    console = Console(file=text, force_terminal=True, width=80, color_system=None, get_time=lambda: seconds[0])
+    console = Console(
+        file=text, force_terminal=True, width=80, color_system=None, get_time=lambda: seconds[0]
+    )
     with progress.terminal_bar(console) as show:
         for step in range(11):
             seconds[0] = 6.0 * step
             show("quantisation of every block of the [model]", 1000 * step, 16000)
         show_now(console, show)
     frames = [
-        line for line in re.split(r"[\r\n]", re.sub(r"\x1b\[[0-9?]*[A-Za-z]", "", text.getvalue())) if "/16000" in line
+        line
+        for line in re.split(r"[\r\n]", re.sub(r"\x1b\[[0-9?]*[A-Za-z]", "", text.getvalue()))
+        if "/16000" in line
     ]
     assert frames
     assert all(len(frame) <= 80 for frame in frames)
-    assert re.search(r"quantisation of every block…\s+\S+\s+10000/16000 +167/s +0:00:36", frames[-1]), frames[-1]
+    assert re.search(
+        r"quantisation of every block…\s+\S+\s+10000/16000 +167/s +0:00:36", frames[-1]
+    ), frames[-1]
 
 
 def show_now(console: Console, show: Progress) -> None:

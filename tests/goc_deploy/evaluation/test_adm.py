@@ -15,7 +15,9 @@ def images(count: int, channels: int = 1) -> np.ndarray:
     return np.random.default_rng(count).integers(0, 256, (count, 5, 4, channels)).astype(np.uint8)
 
 
-@given(st.lists(st.integers(1, 7), min_size=1, max_size=4), st.integers(1, 9), st.sampled_from([1, 3]))
+@given(
+    st.lists(st.integers(1, 7), min_size=1, max_size=4), st.integers(1, 9), st.sampled_from([1, 3])
+)
 @settings(max_examples=25)
 def test_what_is_written_in_batches_is_read_in_batches_by_us_and_by_numpy(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], at_a_time: int, channels: int
@@ -50,7 +52,12 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_reference_batches_with_statistics_and_compressed_files_are_read(tmp_path: Path) -> None:
-    statistics = {"mu": np.zeros(3), "sigma": np.eye(3, dtype=np.float32), "mu_s": np.ones(2), "sigma_s": np.eye(2)}
+    statistics = {
+        "mu": np.zeros(3),
+        "sigma": np.eye(3, dtype=np.float32),
+        "mu_s": np.ones(2),
+        "sigma_s": np.eye(2),
+    }
     np.savez(tmp_path / "only.npz", **statistics)
     only = open_adm(tmp_path / "only.npz")
     assert only.shape is None

@@ -24,7 +24,12 @@ def save_model(path: Path, name: str, shape: list[int | str], output: str = "fea
         [tensor(output, onnx.TensorProto.FLOAT, ["N", "d"])],
         [axes],
     )
-    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), path)
+    onnx.save(
+        onnx.helper.make_model(
+            graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10
+        ),
+        path,
+    )
     return path
 
 
@@ -57,9 +62,15 @@ def test_pixels_go_in_between_minus_one_and_one(tmp_path: Path) -> None:
 
 def test_extractors_of_another_form_are_refused(tmp_path: Path) -> None:
     for model, message in (
-        (save_model(tmp_path / "a.onnx", "pixels", ["N", 3, 8, 8]), "inputs pixels and outputs features"),
+        (
+            save_model(tmp_path / "a.onnx", "pixels", ["N", 3, 8, 8]),
+            "inputs pixels and outputs features",
+        ),
         (save_model(tmp_path / "b.onnx", "images", ["N", 3, 8, 8], "out"), "outputs out, expected"),
-        (save_model(tmp_path / "c.onnx", "images", ["N", 4, 8, 8]), "has 4 channels, expected 1 or 3"),
+        (
+            save_model(tmp_path / "c.onnx", "images", ["N", 4, 8, 8]),
+            "has 4 channels, expected 1 or 3",
+        ),
         (tmp_path / "missing.onnx", "cannot be loaded as an ONNX model"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -71,7 +82,9 @@ def test_extractors_of_another_form_are_refused(tmp_path: Path) -> None:
         OnnxExtractor(CLASSIFIER).check_images(32, 32)
 
 
-def test_inception_is_refused_without_weights_or_package_and_never_downloaded(tmp_path: Path) -> None:
+def test_inception_is_refused_without_weights_or_package_and_never_downloaded(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(UsageError, match="needs --inception-weights"):
         make_extractor("inception", None)
     with pytest.raises(UsageError, match="is not a file"):
@@ -81,7 +94,9 @@ def test_inception_is_refused_without_weights_or_package_and_never_downloaded(tm
     weights = tmp_path / "weights.pth"
     weights.write_bytes(b"no weights")
     if find_spec("torch_fidelity") is None:
-        with pytest.raises(EnvironmentUnsupportedError, match="pip install torch-fidelity torchvision"):
+        with pytest.raises(
+            EnvironmentUnsupportedError, match="pip install torch-fidelity torchvision"
+        ):
             make_extractor("inception", weights)
     else:
         with pytest.raises((UsageError, EnvironmentUnsupportedError)):

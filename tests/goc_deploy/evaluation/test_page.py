@@ -49,7 +49,10 @@ def checked(text: str) -> dict[str, int]:
 
 
 def plan(computed: int, **values: float) -> dict[str, Any]:
-    metrics = {key: {"value": value, "low": 0.9 * value, "high": 1.1 * value} for key, value in values.items()}
+    metrics = {
+        key: {"value": value, "low": 0.9 * value, "high": 1.1 * value}
+        for key, value in values.items()
+    }
     return {
         "policy": "fora:2", "sampler": "ddim", "steps": 3, "baseline": "none", "computed_units": computed,
         "all_units": 6, "full_step_equivalents": computed / 2, "ms_per_image": 1.5 * computed,
@@ -133,13 +136,17 @@ def test_a_page_without_images_or_distances_is_whole_too(evaluation: Evaluation)
 
 def test_sixteen_plans_look_different() -> None:
     def look(number: int) -> str:
-        return chart((Series("plan", number, (Point(0, 1, 1, 1), Point(1, 2, 2, 2))),), "x", "y", lines=True)
+        return chart(
+            (Series("plan", number, (Point(0, 1, 1, 1), Point(1, 2, 2, 2))),), "x", "y", lines=True
+        )
 
     assert len({look(number) for number in range(16)}) == 16
 
 
 @given(st.floats(1e-6, 1e6), st.floats(1.2, 1e4), st.booleans())
-def test_an_axis_keeps_its_ticks_and_values_within_its_pixels(low: float, factor: float, logarithmic: bool) -> None:
+def test_an_axis_keeps_its_ticks_and_values_within_its_pixels(
+    low: float, factor: float, logarithmic: bool
+) -> None:
     axis = Axis(low, low * factor, 100.0, 20.0, logarithmic)
     for tick in axis.ticks():
         assert 20 - 1e-6 <= axis.place(tick) <= 100 + 1e-6
@@ -163,12 +170,16 @@ def test_tables_show_values_with_half_their_interval(evaluation: Evaluation) -> 
     assert rows[0][-1] == ""
     assert distribution_rows(evaluation.found)[1][0] == ["none", "3.000 +-0.300"]
     kid = next(metric for metric in METRICS if metric.key == "kid")
-    assert shown_value({"value": 211.248040, "low": 211.248040, "high": 211.248040}, kid) == "211.248"
+    assert (
+        shown_value({"value": 211.248040, "low": 211.248040, "high": 211.248040}, kid) == "211.248"
+    )
     assert shown_value({"value": 0.0, "low": 0.0, "high": 0.0}, kid) == "0.00000"
 
 
 def test_a_preset_has_the_columns_of_papers(evaluation: Evaluation) -> None:
-    for (name, entry), method in zip(evaluation.found["plans"].items(), ("no cache", "A", "B & C"), strict=True):
+    for (name, entry), method in zip(
+        evaluation.found["plans"].items(), ("no cache", "A", "B & C"), strict=True
+    ):
         entry |= {"method": method, "flops_per_image": 2e12 if name == "none" else 1.5e12}
     columns, rows = cost_rows(evaluation.found)
     assert columns == ["method", "plan", "caching level %", "FLOPs (T)", "speed-up", "relative L2"]

@@ -10,7 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from goc_deploy.errors import UsageError
-from goc_deploy.evaluation.distribution import FeatureSet, Reference, check_widths, distribution_metrics
+from goc_deploy.evaluation.distribution import (
+    FeatureSet,
+    Reference,
+    check_widths,
+    distribution_metrics,
+)
 from goc_deploy.evaluation.features import Extracted
 from goc_deploy.evaluation.pairing import PairedScores, baselines
 from goc_deploy.evaluation.sampling import Sampled, class_labels
@@ -101,7 +106,9 @@ def test_other_step_counts_are_compared_at_the_end_only() -> None:
     assert "ssim" not in scores.estimates(0)  # smaller than its window
 
 
-def feature_set(features: np.ndarray, logits: np.ndarray | None = None, sizes: Sequence[int] = (20, 30)) -> FeatureSet:
+def feature_set(
+    features: np.ndarray, logits: np.ndarray | None = None, sizes: Sequence[int] = (20, 30)
+) -> FeatureSet:
     found = FeatureSet(len(features))
     for first, stop in zip((0, *np.cumsum(sizes)[:-1]), np.cumsum(sizes), strict=True):
         rows = slice(int(first), int(stop))
@@ -136,7 +143,9 @@ def test_metrics_that_have_no_meaning_are_left_out() -> None:
     features = np.random.default_rng(2).normal(size=(50, 4)).astype(np.float32)
     logits = np.zeros((50, 1008), np.float32)
     statistics_only = Reference(gaussian_of(features), None, None, 0)
-    found = distribution_metrics(feature_set(features, logits), np.zeros(50), 1000, statistics_only, 0, 0)
+    found = distribution_metrics(
+        feature_set(features, logits), np.zeros(50), 1000, statistics_only, 0, 0
+    )
     assert found.keys() == {"fid", "inception_score"}
     assert distribution_metrics(feature_set(features), np.zeros(50), 10, None, 0, 0) == {}
 

@@ -71,12 +71,17 @@ def test_the_kernel_distance_is_unbiased_and_its_interval_shrinks_with_the_image
     assert small.low < 0 < small.high
     assert large.low < 0 < large.high
     assert large.high - large.low < 0.5 * (small.high - small.low)
-    assert kernel_distance(whole[:100], whole[100:200] + np.float32(2), 0, subsets=3).value > small.high
+    assert (
+        kernel_distance(whole[:100], whole[100:200] + np.float32(2), 0, subsets=3).value
+        > small.high
+    )
 
 
 @given(st.integers(0, 10_000), st.integers(5, 40), st.floats(0, 3))
 @settings(max_examples=30)
-def test_precision_and_recall_are_those_of_the_definition(seed: int, count: int, shift: float) -> None:
+def test_precision_and_recall_are_those_of_the_definition(
+    seed: int, count: int, shift: float
+) -> None:
     samples, reference = features(seed, count), features(seed + 1, 30, shift)
 
     def covered(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
@@ -90,8 +95,12 @@ def test_precision_and_recall_are_those_of_the_definition(seed: int, count: int,
 
 def test_precision_is_exact_for_features_far_from_the_origin() -> None:
     near, far = precision_and_recall(features(0, 50), features(1, 50))
-    shifted = precision_and_recall(features(0, 50) + np.float32(1000), features(1, 50) + np.float32(1000))
-    assert (near.mean(), far.mean()) == pytest.approx((shifted[0].mean(), shifted[1].mean()), abs=0.03)
+    shifted = precision_and_recall(
+        features(0, 50) + np.float32(1000), features(1, 50) + np.float32(1000)
+    )
+    assert (near.mean(), far.mean()) == pytest.approx(
+        (shifted[0].mean(), shifted[1].mean()), abs=0.03
+    )
 
 
 @pytest.mark.filterwarnings("ignore:std")  # torchmetrics wants the spread over a single split
@@ -104,7 +113,9 @@ def test_the_inception_score_is_that_of_torchmetrics() -> None:
     assert found == pytest.approx(float(reference.compute()[0]), rel=1e-5)
 
 
-def test_the_inception_score_of_certain_balanced_classes_is_their_number_unless_they_are_sorted() -> None:
+def test_the_inception_score_of_certain_balanced_classes_is_their_number_unless_they_are_sorted() -> (
+    None
+):
     labels = np.repeat(np.arange(10), 100)
     shuffled = np.random.default_rng(0).permutation(labels)
     certain = np.eye(10, dtype=np.float32)

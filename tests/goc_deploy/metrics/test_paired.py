@@ -19,11 +19,19 @@ def pair(seed: int, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 @given(st.integers(0, 2**32 - 1), st.integers(11, 30), st.integers(11, 30), st.sampled_from([1, 3]))
 @settings(max_examples=30)
-def test_ssim_and_psnr_are_those_of_scikit_image(seed: int, height: int, width: int, channels: int) -> None:
+def test_ssim_and_psnr_are_those_of_scikit_image(
+    seed: int, height: int, width: int, channels: int
+) -> None:
     x, y = pair(seed, (2, height, width, channels))
     for i, (similarity, ratio) in enumerate(zip(ssim(x, y), psnr_db(x, y), strict=True)):
         expected = structural_similarity(
-            x[i], y[i], channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255
+            x[i],
+            y[i],
+            channel_axis=2,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            data_range=255,
         )
         assert similarity == pytest.approx(expected, abs=1e-9)
         assert ratio == pytest.approx(peak_signal_noise_ratio(x[i], y[i]))
@@ -39,7 +47,9 @@ def test_equal_images_have_a_finite_ratio_that_no_other_pair_exceeds() -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.01, 100))
-def test_relative_l2_does_not_depend_on_scale_and_is_one_number_per_image(seed: int, scale: float) -> None:
+def test_relative_l2_does_not_depend_on_scale_and_is_one_number_per_image(
+    seed: int, scale: float
+) -> None:
     generator = np.random.default_rng(seed)
     x, y = generator.normal(size=(2, 3, 4, 2, 2))
     expected = [np.linalg.norm(x[i] - y[i]) / np.linalg.norm(y[i]) for i in range(3)]

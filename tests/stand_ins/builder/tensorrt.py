@@ -138,7 +138,9 @@ class OnnxParser:
         self._network.inputs = [
             SimpleNamespace(
                 name=value.name,
-                shape=tuple(d.dim_value if not d.dim_param else -1 for d in value.type.tensor_type.shape.dim),
+                shape=tuple(
+                    d.dim_value if not d.dim_param else -1 for d in value.type.tensor_type.shape.dim
+                ),
                 is_shape_tensor=False,
                 dtype=None,
             )
@@ -163,7 +165,9 @@ class Builder:
 
     def build_serialized_network(self, network: Network, config: IBuilderConfig) -> bytes | None:
         if os.environ.get("STAND_IN_OUT_OF_MEMORY"):
-            error = "[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)"
+            error = (
+                "[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)"
+            )
             self._logger.log(_Severity.ERROR, error)
             return None
         assert config.max_aux_streams == 0
