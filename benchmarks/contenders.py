@@ -12,12 +12,12 @@ import goc_deploy
 from benchmarks.eager import EagerDiT
 from benchmarks.monolithic import MonolithicGraph, write_graph
 from benchmarks.work import Contender, Outcome, Work, sampled
-from goc_deploy.api import load_plans
-from goc_deploy.exporters.dit import DiT
-from goc_deploy.publish import read_manifest
+from goc_deploy.api.facade import load_plans
+from goc_deploy.engine_dir.reading import read_manifest
+from goc_deploy.exporters.architectures.dit_model import DiT
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.schedule import COMPUTE, REUSE, Schedule
-from goc_deploy.serde import schedule_to_json
+from goc_deploy.schedule.schedule import schedule_to_json
 from goc_deploy.spec import ModelSpec
 
 ETA = 1.2

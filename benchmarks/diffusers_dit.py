@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.diffusers_state import diffusers_state
 from benchmarks.work import Outcome, Work
-from goc_deploy.exporters.dit import DiT
+from goc_deploy.exporters.architectures.dit_model import DiT
 from goc_deploy.samplers import SamplerTable
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from goc_deploy.exporters.dit_diffusers import layer_names
+from goc_deploy.exporters.architectures.dit_diffusers import layer_names
 from goc_deploy.spec import ModelSpec
 
 

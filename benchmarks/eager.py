@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from goc_deploy.exporters.dit import Block, DiT, modulate, unpatchify
+from goc_deploy.exporters.architectures.dit_model import Block, DiT, modulate, unpatchify
 
 Pair = tuple[Tensor, Tensor]
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from goc_deploy.exporters.architecture import shapes_of
-from goc_deploy.exporters.dit import DiT
-from goc_deploy.exporters.pixart import NULL_CAPTION, PublicLayout
+from goc_deploy.exporters.architectures.dit_model import DiT
+from goc_deploy.exporters.architectures.pixart import NULL_CAPTION, PublicLayout
+from goc_deploy.exporters.tracing import shapes_of
 from goc_deploy.spec import ModelSpec
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}

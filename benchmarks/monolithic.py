@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.work import Outcome, Work
 from goc_deploy.engines.ort import shared_pool_of_process
-from goc_deploy.exporters.dit import DiT
+from goc_deploy.exporters.architectures.dit_model import DiT
 
 
 def write_graph(model: DiT, path: Path) -> None:

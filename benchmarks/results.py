@@ -29,9 +29,11 @@ import numpy as np
 from benchmarks.report import markdown, with_blocks
 from benchmarks.rows import COST, Row, Study, contents_of, cost_cells, god_text, update_contents
 from benchmarks.sampled_rows import Request, Workers, chunks_of, engine_digest, sample
-from goc_deploy.api import add_plan
-from goc_deploy.bench import compare_plans
-from goc_deploy.engine_dir import load_plan
+from goc_deploy.api.bench import compare_plans
+from goc_deploy.api.facade import add_plan
+from goc_deploy.disk import save_text
+from goc_deploy.engine_dir.plans import load_plan
+from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.errors import GocError
 from goc_deploy.evaluation.adm import open_adm
 from goc_deploy.evaluation.distribution import FeatureSet, distribution_metrics, reference_from_adm
@@ -42,8 +44,6 @@ from goc_deploy.evaluation.tables import METRICS, shown_value
 from goc_deploy.metrics.estimate import Estimate
 from goc_deploy.metrics.paired import relative_l2
 from goc_deploy.options import BenchOptions, no_progress
-from goc_deploy.outputs import save_text
-from goc_deploy.publish import read_manifest
 from goc_deploy.runtime.images import images_from_latents
 from goc_deploy.schedule import Schedule
 

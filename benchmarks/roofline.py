@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.make_checkpoint import spec_of
-from goc_deploy.grammar import parse_policy
-from goc_deploy.operations import product_flops
-from goc_deploy.passes import compile_schedule, with_stacks
-from goc_deploy.plan import Compute, Plan, Predict
-from goc_deploy.policies import schedule_from_policy
+from goc_deploy.compiler import Compute, Plan, Predict, compile_schedule, with_stacks
+from goc_deploy.policies.grammar import parse_policy
+from goc_deploy.policies.resolve import schedule_from_policy
 from goc_deploy.runtime.buffers import modulation_rows
+from goc_deploy.schedule.operations import product_flops
 from goc_deploy.spec import ITEM_BYTES, PRECISIONS, ModelSpec
 
 PLANS = ("none", "fora:2", "fora:2+gc:1.2")

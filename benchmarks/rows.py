@@ -11,12 +11,12 @@ from typing import Any
 
 from benchmarks.roofline import Counter, total
 from benchmarks.sampled_rows import Request, Workers
+from goc_deploy.compiler import Compute
+from goc_deploy.disk import save_text
+from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.evaluation.distribution import Reference
 from goc_deploy.evaluation.features import Extractor
-from goc_deploy.grammar import parse_policy, plan_name_from_spec
-from goc_deploy.outputs import save_text
-from goc_deploy.plan import Compute
-from goc_deploy.publish import read_manifest
+from goc_deploy.policies.grammar import parse_policy, plan_name_from_spec
 from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from goc_deploy.engine_dir import plan_entry
+from goc_deploy.disk import save_text, written
+from goc_deploy.engine_dir.manifest import Manifest
+from goc_deploy.engine_dir.plans import plan_entry
 from goc_deploy.errors import ConflictError
 from goc_deploy.evaluation.sampling import class_labels
-from goc_deploy.manifest import Manifest
-from goc_deploy.outputs import save_text, written
 from goc_deploy.runtime.pipeline import Pipeline
 
 

@@ -36,13 +36,13 @@ from benchmarks import contenders
 from benchmarks.make_checkpoint import random_state, spec_of
 from benchmarks.peaks import measured_peaks
 from benchmarks.work import Contender, Outcome, Work
+from goc_deploy.exporters.architectures.dit import spec_from_tensors
+from goc_deploy.exporters.architectures.dit_model import DiT
 from goc_deploy.exporters.checkpoint import load_checkpoint
-from goc_deploy.exporters.dit import DiT
-from goc_deploy.exporters.dit_units import spec_from_tensors
-from goc_deploy.operations import full_step_flops
-from goc_deploy.process import Process
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.samplers import sampler_table
+from goc_deploy.samplers.process import Process
+from goc_deploy.schedule.operations import full_step_flops
 from goc_deploy.trace import Span, totals_ms
 
 DEMO, DEMO_HEADS = Path(__file__).resolve().parents[1] / "examples/mnist/dit_mnist.pt", 4

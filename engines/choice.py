@@ -13,7 +13,7 @@ from goc_deploy.errors import UsageError
 from goc_deploy.protocols import Backend
 
 if TYPE_CHECKING:
-    from goc_deploy.engines.tensorrt_runtime import TensorrtBackend
+    from goc_deploy.engines.tensorrt.backend import TensorrtBackend
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:(?P<number>[0-9]{1,3}))?")
 FASTEST_FIRST = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime")
@@ -117,8 +117,8 @@ def tensorrt_backend_here(name: str, directory: Path, options: RunOptions) -> Te
         options.gpu
     )  # asks the driver, before anything large is imported
     from goc_deploy.engines.cuda import cuda_device
-    from goc_deploy.engines.tensorrt_library import library_from_backend
-    from goc_deploy.engines.tensorrt_select import tensorrt_backend
+    from goc_deploy.engines.tensorrt.library import library_from_backend
+    from goc_deploy.engines.tensorrt.selection import tensorrt_backend
 
     library, device = library_from_backend(name), cuda_device(options.gpu, graphs=options.graphs)
     return tensorrt_backend(directory, library, capability, device, weights=options.weights)

@@ -11,39 +11,38 @@ from typing import Any
 
 import onnx
 
-from goc_deploy.calibration import CalibrationOptions, Laboratory, check_options, default_images
+from goc_deploy.compiler import Plan, compile_schedule
+from goc_deploy.disk import check_free_space, directory_lock, staged
+from goc_deploy.engine_dir.manifest import MANIFEST_NAME, Manifest, Unit
+from goc_deploy.engine_dir.manifest_file import manifest_to_json
+from goc_deploy.engine_dir.reading import check_target, files_below, read_manifest
 from goc_deploy.errors import CalibrationNeededError, GocError, ModelError, UsageError
-from goc_deploy.exporters import dit_units, pixart, sit
-from goc_deploy.exporters.architecture import Architecture
+from goc_deploy.exporters.architectures import dit, pixart, sit
+from goc_deploy.exporters.architectures.contract import Architecture
 from goc_deploy.exporters.checkpoint import Checkpoint, check_values, load_checkpoint
-from goc_deploy.exporters.companions import Companions, read_companions, write_companions
+from goc_deploy.exporters.companions.attach import Companions, read_companions, write_companions
+from goc_deploy.exporters.graphs.plan_files import write_plan
+from goc_deploy.exporters.graphs.step import collect_graph, modulation_graph, sampler_graphs
 from goc_deploy.exporters.hub import folder_from_hub, hub_id
 from goc_deploy.exporters.model_folder import FolderModel, read_model_folder
-from goc_deploy.exporters.plan_files import write_plan
-from goc_deploy.exporters.step_graphs import collect_graph, modulation_graph, sampler_graphs
 from goc_deploy.exporters.unit_files import UnitWriter
-from goc_deploy.grammar import PolicySpec, check_plan_name, parse_policy
-from goc_deploy.manifest import MANIFEST_NAME, Manifest, Unit, manifest_to_json
 from goc_deploy.options import ExportOptions, Progress, default_plans
-from goc_deploy.passes import compile_schedule
-from goc_deploy.plan import Plan
-from goc_deploy.policies import schedule_from_policy
-from goc_deploy.process import Process
-from goc_deploy.protocols import Backend
-from goc_deploy.publish import (
-    check_free_space,
-    check_target,
-    directory_lock,
-    files_below,
-    read_manifest,
-    staged,
+from goc_deploy.policies.calibration import (
+    CalibrationOptions,
+    Laboratory,
+    check_options,
+    default_images,
 )
+from goc_deploy.policies.grammar import PolicySpec, check_plan_name, parse_policy
+from goc_deploy.policies.resolve import schedule_from_policy
+from goc_deploy.protocols import Backend
 from goc_deploy.samplers import default_sampler
-from goc_deploy.schedulers import table_from_sampler
+from goc_deploy.samplers.process import Process
+from goc_deploy.samplers.schedulers import table_from_sampler
 from goc_deploy.spec import ITEM_BYTES, ModelSpec
 from goc_deploy.version import __version__
 
-ARCHITECTURES: dict[str, Architecture] = {"dit": dit_units, "pixart": pixart, "sit": sit}
+ARCHITECTURES: dict[str, Architecture] = {"dit": dit, "pixart": pixart, "sit": sit}
 LaboratoryMaker = Callable[
     [Path, str, CalibrationOptions], Laboratory
 ]  # of the engine at a path, for a sampler

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from goc_deploy.errors import ModelError, SafetyError
 from goc_deploy.exporters.checkpoint import load_checkpoint
-from goc_deploy.serde import parse_json
+from goc_deploy.strict_json import parse_json
 
 CONFIG, PIPELINE_CONFIG, SCHEDULER_CONFIG = (
     "config.json",
@@ -123,7 +123,7 @@ def predicts_sigma(
 
 
 def read_json(path: Path, constants: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """A JSON object of a model's folder; ``constants`` as in `goc_deploy.serde.parse_json`.
+    """A JSON object of a model's folder; ``constants`` as in `goc_deploy.strict_json.parse_json`.
 
     Raises:
         ModelError: unreadable or not a JSON object.

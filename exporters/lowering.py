@@ -19,9 +19,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from goc_deploy.engine_dir.manifest import Parameter
 from goc_deploy.errors import VerificationError
 from goc_deploy.exporters.units import Binding, UnitKind
-from goc_deploy.manifest import Parameter
 
 OPSET = 20
 ALIGNMENT = 4096  # a page, so that weights can be mapped

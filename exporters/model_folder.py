@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from goc_deploy.errors import ModelError
-from goc_deploy.exporters.architecture import Architecture
+from goc_deploy.exporters.architectures.contract import Architecture
 from goc_deploy.exporters.checkpoint import Checkpoint
 from goc_deploy.exporters.folders import (
     CONFIG,
@@ -18,7 +18,7 @@ from goc_deploy.exporters.folders import (
     read_scheduler,
     read_weights,
 )
-from goc_deploy.schedulers import prediction_of
+from goc_deploy.samplers.schedulers import prediction_of
 from goc_deploy.spec import ModelSpec
 
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from goc_deploy.errors import EnvironmentUnsupportedError, ModelError, UsageError
-from goc_deploy.samplers import FOLDER_SAMPLER, MAX_LAGS, MAX_REACH, SamplerTable
+from goc_deploy.samplers import MAX_LAGS, SamplerTable
+from goc_deploy.samplers.table import FOLDER_SAMPLER, MAX_REACH
 
 EXACT = 1e-9  # of the recurrence; float64 gives 1e-14
 EXTRA_RUNS = (
@@ -42,7 +43,7 @@ def probed_table(settings: Mapping[str, Any], steps: int, prediction: str) -> Sa
     """The table of a scheduler.
 
     Args:
-        settings: of ``scheduler_config.json``, checked by `goc_deploy.schedulers.check_scheduler`.
+        settings: of ``scheduler_config.json``, checked by `goc_deploy.samplers.schedulers.check_scheduler`.
         steps: T, times that the model runs.
         prediction: what the model predicts.
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from goc_deploy.engine_dir import mapped_weights
+from goc_deploy.engine_dir.manifest import Unit
+from goc_deploy.engine_dir.weights import mapped_weights
 from goc_deploy.exporters.lowering import template_from_kind, write_copy
 from goc_deploy.exporters.units import DTYPES, UnitKind
 from goc_deploy.exporters.verification import verify_copy
-from goc_deploy.manifest import Unit
 from goc_deploy.options import Progress
 from goc_deploy.protocols import Backend, Engine
 

@@ -13,9 +13,9 @@ import onnx
 import torch
 from torch import Tensor
 
+from goc_deploy.engine_dir.manifest import Parameter
 from goc_deploy.errors import VerificationError
 from goc_deploy.exporters.lowering import Template
-from goc_deploy.manifest import Parameter
 from goc_deploy.metrics.paired import whole_relative_l2
 from goc_deploy.protocols import Backend, Buffer, float32_from_bfloat16, mapped_buffer
 

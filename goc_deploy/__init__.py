@@ -7,11 +7,11 @@
 """
 
 from goc_deploy import errors
-from goc_deploy.api import add_plan, export, load, load_plans
+from goc_deploy.api.facade import add_plan, export, load, load_plans
+from goc_deploy.compiler import Plan
+from goc_deploy.compiler import compile_schedule as compile
 from goc_deploy.errors import GocError
-from goc_deploy.passes import compile_schedule as compile
-from goc_deploy.plan import Plan
-from goc_deploy.registration import register_correction, register_policy
+from goc_deploy.policies.registration import register_correction, register_policy
 from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec
 from goc_deploy.version import __version__

@@ -34,14 +34,14 @@ class ExportOptions:
         prediction: what the model predicts, one of `goc_deploy.spec.PREDICTIONS`; None is what the scheduler of its folder
             says, or where there is none what its architecture does.
         plans: policy SPECs, in order of preference; empty takes `default_plans`.
-        calibrate: images that calibrated policies learn from; None takes `goc_deploy.calibration.default_images`.
+        calibrate: images that calibrated policies learn from; None takes `goc_deploy.policies.calibration.default_images`.
         calibration_seed: of these images.
         cfg_scale: guidance scale of these images.
         weights: ``ema``, ``model``, or ``auto`` (ema where there is one).
         allow_nonfinite: accept NaN and infinite weights.
         force: replace an existing engine directory.
         captions: what stands for labels of a model that draws captions: a file of embeddings, or of prompts (``.txt``, one
-            per line, with a text encoder); None takes `goc_deploy.text.DEFAULT_PROMPTS` where there is a text encoder.
+            per line, with a text encoder); None takes `goc_deploy.conditions.text.DEFAULT_PROMPTS` where there is a text encoder.
         text_encoder: folder of the T5 encoder that the model was trained with, or None.
         vae: folder of the AutoencoderKL whose decoder turns latents into images, or None.
         vae_tile: latents beyond so many pixels per side are decoded in tiles of that size.
@@ -83,7 +83,7 @@ class PlanOptions:
         name: default: the SPEC made file-safe.
         steps: default: those of the engine's first plan.
         sampler: default: that of the engine's first plan.
-        calibrate: images that a calibrated policy learns from; None takes `goc_deploy.calibration.default_images`.
+        calibrate: images that a calibrated policy learns from; None takes `goc_deploy.policies.calibration.default_images`.
         seed: of these images.
         cfg_scale: guidance scale of these images.
         segments: what TensorRT runs as one engine: ``full``, a step that computes everything, or ``none``. ONNX Runtime

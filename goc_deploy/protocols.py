@@ -276,7 +276,7 @@ class Backend(Protocol):
         """An engine for launches of a predict signature that needs no graph, or None where the graph is loaded.
 
         Args:
-            signature: see `goc_deploy.plan.Predict.signature`.
+            signature: see `goc_deploy.compiler.plan.Predict.signature`.
             dtype: of the model's tensors.
         """
         ...

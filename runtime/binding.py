@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 from goc_deploy import protocols
-from goc_deploy.captions import PromptEmbeds
-from goc_deploy.plan import Collect, Compute, Launch, Plan, Predict, Segment
+from goc_deploy.compiler import Collect, Compute, Launch, Plan, Predict, Segment
+from goc_deploy.conditions.captions import PromptEmbeds
 from goc_deploy.protocols import Buffer, Engine, Stream, taken
 from goc_deploy.runtime.buffers import (
     Buffers,

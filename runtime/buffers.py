@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from goc_deploy.plan import Plan, Predict
+from goc_deploy.compiler import Plan, Predict
 from goc_deploy.protocols import ALIGNMENT, DTYPE_BYTES, DTYPE_OF_PRECISION, Backend, Buffer
 from goc_deploy.spec import ITEM_BYTES, ModelSpec
 

@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from goc_deploy.calibration import (
-    MAX_GAP,
-    CalibrationOptions,
-    Statistics,
-    balanced_labels,
-    check_options,
-    measured_error,
-)
+from goc_deploy.conditions.labels import balanced_labels
 from goc_deploy.errors import ResourceError, ScheduleError, VerificationError
-from goc_deploy.fitting import FitOptions
 from goc_deploy.host_memory import available_bytes
 from goc_deploy.noise import image_noise
 from goc_deploy.options import Progress, no_progress
+from goc_deploy.policies.calibration import (
+    MAX_GAP,
+    CalibrationOptions,
+    Statistics,
+    check_options,
+    measured_error,
+)
+from goc_deploy.policies.least_squares import FitOptions
 from goc_deploy.runtime.final_fit import Pair, fit_to_final
 from goc_deploy.runtime.fitting import fitted_schedule
 from goc_deploy.runtime.stepper import Stepper
@@ -36,7 +36,7 @@ BUDGET_BYTES = (
 
 
 class EngineCalibrator:
-    """Answers policies by running calibration images through a stepper. Implements `goc_deploy.calibration.Calibrator`.
+    """Answers policies by running calibration images through a stepper. Implements `goc_deploy.policies.calibration.Calibrator`.
 
     The images without cache run once, when first needed, batch by batch: memory does not grow with their number, but
     for the final latents.
@@ -67,7 +67,7 @@ class EngineCalibrator:
         self._errors: dict[Schedule, float] = {}
 
     def describe(self) -> dict[str, Any]:
-        """See `goc_deploy.calibration.Calibrator.describe`."""
+        """See `goc_deploy.policies.calibration.Calibrator.describe`."""
         options = self._options
         return {
             "images": options.images,
@@ -80,7 +80,7 @@ class EngineCalibrator:
         }
 
     def statistics(self) -> Statistics:
-        """See `goc_deploy.calibration.Calibrator.statistics`.
+        """See `goc_deploy.policies.calibration.Calibrator.statistics`.
 
         Raises:
             VerificationError: the model's results without cache are not finite.
@@ -90,7 +90,7 @@ class EngineCalibrator:
         return self._statistics
 
     def error(self, schedule: Schedule) -> float:
-        """See `goc_deploy.calibration.Calibrator.error`. Infinite where the results are not finite."""
+        """See `goc_deploy.policies.calibration.Calibrator.error`. Infinite where the results are not finite."""
         check_schedule(schedule)
         if schedule.steps != self._table.steps:
             raise ScheduleError(
@@ -112,7 +112,7 @@ class EngineCalibrator:
         return self._errors[schedule]
 
     def fit(self, schedule: Schedule, options: FitOptions) -> Schedule:
-        """See `goc_deploy.calibration.Calibrator.fit`. With target ``feature`` the history of all images is kept.
+        """See `goc_deploy.policies.calibration.Calibrator.fit`. With target ``feature`` the history of all images is kept.
 
         Raises:
             ResourceError: the history does not fit into memory.

@@ -13,11 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from goc_deploy.engine_dir import mapped_parts
+from goc_deploy.engine_dir.manifest import Manifest, Unit
+from goc_deploy.engine_dir.reading import read_manifest, read_verified
+from goc_deploy.engine_dir.weights import mapped_parts
 from goc_deploy.errors import UsageError
-from goc_deploy.manifest import Manifest, Unit
 from goc_deploy.protocols import Backend, Engine
-from goc_deploy.publish import read_manifest, read_verified
 from goc_deploy.runtime import memory
 from goc_deploy.runtime.binding import Batch, Engines
 from goc_deploy.runtime.session import Session

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from goc_deploy.fitting import FitOptions, NormalEquations, solve
 from goc_deploy.options import Progress
+from goc_deploy.policies.least_squares import FitOptions, NormalEquations, solve
 from goc_deploy.runtime.trajectory import Row, Trajectory
 from goc_deploy.schedule import REUSE, Schedule
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from goc_deploy.manifest import IMAGE_CHANNELS
+from goc_deploy.engine_dir.manifest import IMAGE_CHANNELS
 
 
 def images_from_latents(latents: np.ndarray) -> np.ndarray | None:

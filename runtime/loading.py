@@ -12,9 +12,14 @@ from numbers import Integral
 from pathlib import Path
 from types import MappingProxyType
 
-from goc_deploy.calibration import CalibrationOptions
-from goc_deploy.captions import captions_from_bytes
-from goc_deploy.engine_dir import load_plan, mapped_parts
+from goc_deploy.compiler import Compute, Plan, with_stacks
+from goc_deploy.conditions.captions import captions_from_bytes
+from goc_deploy.conditions.text import TextEncoder
+from goc_deploy.engine_dir.graph_check import check_graph, external_tensors
+from goc_deploy.engine_dir.manifest import Manifest, Unit
+from goc_deploy.engine_dir.plans import load_plan
+from goc_deploy.engine_dir.reading import read_manifest, read_verified
+from goc_deploy.engine_dir.weights import mapped_parts
 from goc_deploy.errors import (
     EngineDirError,
     EnvironmentUnsupportedError,
@@ -22,13 +27,9 @@ from goc_deploy.errors import (
     ResourceError,
     UsageError,
 )
-from goc_deploy.graph_check import check_graph, external_tensors
-from goc_deploy.manifest import Manifest, Unit
 from goc_deploy.options import Progress
-from goc_deploy.passes import with_stacks
-from goc_deploy.plan import Compute, Plan
+from goc_deploy.policies.calibration import CalibrationOptions
 from goc_deploy.protocols import DTYPE_OF_PRECISION, Backend, Engine, Footprint
-from goc_deploy.publish import read_manifest, read_verified
 from goc_deploy.runtime import memory
 from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.buffers import planned_bytes
@@ -38,7 +39,6 @@ from goc_deploy.runtime.pipeline import Attached, Pipeline
 from goc_deploy.runtime.stepper import Stepper
 from goc_deploy.runtime.weights import Weights
 from goc_deploy.samplers import SamplerTable
-from goc_deploy.text import TextEncoder
 
 logger = logging.getLogger(__name__)
 

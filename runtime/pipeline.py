@@ -14,18 +14,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from goc_deploy.captions import (
+from goc_deploy.compiler import Plan
+from goc_deploy.conditions.captions import (
     Conditions,
     PromptEmbeds,
     blank_captions,
     conditions_from_captions,
     conditions_from_labels,
 )
+from goc_deploy.conditions.text import NO_TOKENIZERS, TextEncoder
+from goc_deploy.engine_dir.manifest import Manifest
 from goc_deploy.errors import EnvironmentUnsupportedError, UsageError, VerificationError
-from goc_deploy.manifest import Manifest
 from goc_deploy.noise import image_noise
 from goc_deploy.options import GenerateOptions
-from goc_deploy.plan import Plan
 from goc_deploy.protocols import Backend
 from goc_deploy.runtime import arguments
 from goc_deploy.runtime.binding import Batch, Engines
@@ -36,7 +37,6 @@ from goc_deploy.runtime.interpreter_exit import check_not_exiting, code_of_the_c
 from goc_deploy.runtime.session import Request, Session, Timing
 from goc_deploy.runtime.session_pool import CLOSED, SessionPool
 from goc_deploy.spec import ITEM_BYTES, ModelSpec
-from goc_deploy.text import NO_TOKENIZERS, TextEncoder
 from goc_deploy.trace import Span, recorded
 from goc_deploy.version import __version__
 
@@ -155,7 +155,7 @@ class Pipeline:
                 default each once, or without these which of the captions that the engine directory keeps.
             prompts: texts, where the engine has a text encoder. A text with too many tokens is cut; the log says where.
             negative_prompts: what to draw away from: one for all, or one for each.
-            captions: embeddings that `goc_deploy.captions.prompt_embeds_from_arrays` checked.
+            captions: embeddings that `goc_deploy.conditions.captions.prompt_embeds_from_arrays` checked.
             seed: image i gets noise from (seed, first_image + i) alone, whatever the batch size. Or one per image: image i then
                 gets noise from (seed[i], first_image), for the steps of a stochastic sampler too, as in a request of its own with
                 that seed. Equal seeds mean equal noise.

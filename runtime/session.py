@@ -15,8 +15,8 @@ from functools import partial
 
 import numpy as np
 
-from goc_deploy.captions import Conditions
-from goc_deploy.plan import Plan
+from goc_deploy.compiler import Plan
+from goc_deploy.conditions.captions import Conditions
 from goc_deploy.protocols import Backend, Launch, Stream
 from goc_deploy.runtime.binding import Batch, Binder, BoundLaunch, BoundPlan, BoundStep, Engines
 from goc_deploy.runtime.buffers import allocate_buffers

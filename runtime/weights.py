@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
+from goc_deploy.engine_dir.manifest import Manifest
 from goc_deploy.errors import EnvironmentUnsupportedError, UsageError
-from goc_deploy.manifest import Manifest
 from goc_deploy.protocols import NOTHING
 
 if TYPE_CHECKING:

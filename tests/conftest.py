@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from goc_deploy.api import check_gpu
+from goc_deploy.api.facade import check_gpu
 from goc_deploy.errors import EnvironmentUnsupportedError
 
 GOLDEN = Path(__file__).parent / "golden"

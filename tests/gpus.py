@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from goc_deploy.engines import driver
-from goc_deploy.engines.tensorrt_library import Library, check_target, library_from_backend
+from goc_deploy.engines.tensorrt.library import Library, check_target, library_from_backend
 from goc_deploy.errors import EnvironmentUnsupportedError
 
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from goc_deploy.exporters.dit import timestep_features, unpatchify
-from goc_deploy.exporters.dit_diffusers import position_table
-from goc_deploy.exporters.pixart import PublicLayout
+from goc_deploy.exporters.architectures.dit_diffusers import position_table
+from goc_deploy.exporters.architectures.dit_model import timestep_features, unpatchify
+from goc_deploy.exporters.architectures.pixart import PublicLayout
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from goc_deploy.exporters.dit import DiT, modulate, unpatchify
-from goc_deploy.plan import Collect, Compute, Plan, Segment
+from goc_deploy.compiler import Collect, Compute, Plan, Segment
+from goc_deploy.exporters.architectures.dit_model import DiT, modulate, unpatchify
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
 from tests.distances import relative_l2 as relative_l2

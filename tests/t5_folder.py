@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from goc_deploy.exporters.t5 import T5Encoder, t5_config
+from goc_deploy.exporters.companions.t5 import T5Encoder, t5_config
 
 CONFIG = {
     "architectures": ["T5EncoderModel"],

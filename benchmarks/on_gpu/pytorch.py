@@ -19,11 +19,11 @@ from benchmarks.eager import EagerDiT
 from benchmarks.on_gpu.machine import gpu_bytes_of
 from benchmarks.on_gpu.ours import CFG_SCALE
 from benchmarks.on_gpu.workers import SKIPPED, Found, channel, serve
+from goc_deploy.exporters.architectures.dit import spec_from_tensors
+from goc_deploy.exporters.architectures.dit_model import DiT
 from goc_deploy.exporters.checkpoint import load_checkpoint
-from goc_deploy.exporters.dit import DiT
-from goc_deploy.exporters.dit_units import spec_from_tensors
-from goc_deploy.process import Process
 from goc_deploy.samplers import sampler_table
+from goc_deploy.samplers.process import Process
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ETA = 1.2

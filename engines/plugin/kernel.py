@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from goc_deploy.compiler.plan import MAX_LAUNCH_UNITS
 from goc_deploy.engines import driver
 from goc_deploy.engines.plugin import nvrtc
 from goc_deploy.errors import EngineDirError
-from goc_deploy.plan import MAX_LAUNCH_UNITS
 from goc_deploy.protocols import DTYPE_BYTES
 
 SOURCE_PATH = Path(__file__).parent / "update.cu"
@@ -97,7 +97,7 @@ class Stack:
 
 
 def stack_from_signature(signature: str) -> Stack:
-    """``2w*2 1*1`` to ``Stack((2, 2, 1), (True, True, False))``: the inverse of `goc_deploy.plan.Predict.signature`.
+    """``2w*2 1*1`` to ``Stack((2, 2, 1), (True, True, False))``: the inverse of `goc_deploy.compiler.plan.Predict.signature`.
 
     Raises:
         EngineDirError: not a signature, or one of a launch that no kernel serves.

@@ -25,7 +25,7 @@ class PredictKernel:
     stored prediction on an entry that its own or an earlier unit reads.
 
     Args:
-        signature: of the launch, see `goc_deploy.plan.Predict.signature`.
+        signature: of the launch, see `goc_deploy.compiler.plan.Predict.signature`.
         dtype: of every tensor but the coefficients, one of ``DTYPES``.
         kernels: that are launched.
 

@@ -89,18 +89,18 @@ def _plugin_class(trt: Any, kernels: Callable[[], Kernels]) -> Any:
         trt.DataType.BF16: "bfloat16",
     }
 
-    class StackPlugin(
-        trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime
-    ):  # type: ignore[misc]
+    interfaces: Any = (
+        trt.IPluginV3,
+        trt.IPluginV3OneCore,
+        trt.IPluginV3OneBuild,
+        trt.IPluginV3OneRuntime,
+    )
+
+    class StackPlugin(*interfaces):  # type: ignore[misc]
         """Inputs: x (B, T, D), gates, coefficients float32, histories. Outputs: x_out, then what is stored."""
 
         def __init__(self, name: str, stack: Stack, loaded: Kernels | None = None) -> None:
-            for base in (
-                trt.IPluginV3,
-                trt.IPluginV3OneCore,
-                trt.IPluginV3OneBuild,
-                trt.IPluginV3OneRuntime,
-            ):
+            for base in interfaces:
                 base.__init__(self)
             self.plugin_name, self.plugin_namespace, self.plugin_version = name, NAMESPACE, VERSION
             self.num_outputs = 1 + sum(stack.stores)

@@ -12,7 +12,7 @@ from captions import PAD, SPECIAL, TOKENS, token_rows
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from goc_deploy.exporters.pixart import NULL_CAPTION
+from goc_deploy.exporters.architectures.pixart import NULL_CAPTION
 from goc_deploy.spec import ModelSpec
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "mnist"))  # what both examples train with

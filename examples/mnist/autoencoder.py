@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from goc_deploy.exporters.vae import Decoder, MidBlock, Norm, ResidualBlock, VaeConfig, vae_config
+from goc_deploy.exporters.companions.vae import (
+    Decoder,
+    MidBlock,
+    Norm,
+    ResidualBlock,
+    VaeConfig,
+    vae_config,
+)
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 WIDTHS = [16, 32, 32]

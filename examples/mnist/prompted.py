@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from training import initialise
 
-from goc_deploy.exporters.dit import modulate, unpatchify
-from goc_deploy.exporters.pixart import CrossAttention, PublicLayout
-from goc_deploy.exporters.t5 import T5Encoder, t5_config
+from goc_deploy.exporters.architectures.dit_model import modulate, unpatchify
+from goc_deploy.exporters.architectures.pixart import CrossAttention, PublicLayout
+from goc_deploy.exporters.companions.t5 import T5Encoder, t5_config
 from goc_deploy.spec import ModelSpec
 
 PREFIX = "text_encoder."

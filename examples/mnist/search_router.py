@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from goc_deploy.api import cpu_backend
-from goc_deploy.calibration import CalibrationOptions
+from goc_deploy.api.facade import cpu_backend
+from goc_deploy.api.laboratory import engine_laboratory
+from goc_deploy.disk import written
+from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.metrics.paired import whole_relative_l2
-from goc_deploy.outputs import written
-from goc_deploy.publish import read_manifest
-from goc_deploy.search import flipped_errors, plain
-from goc_deploy.searched import uncached
-from goc_deploy.trials import engine_laboratory
+from goc_deploy.policies.calibration import CalibrationOptions
+from goc_deploy.policies.candidates import flipped_errors, plain
+from goc_deploy.policies.search import uncached
 
 THRESHOLD = 0.1
 

@@ -18,7 +18,7 @@ from training import (
     training_parser,
 )
 
-from goc_deploy.exporters.dit import DiT
+from goc_deploy.exporters.architectures.dit_model import DiT
 from goc_deploy.spec import ModelSpec
 
 PIXELS = ModelSpec(

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 from training import HERE, add_denoiser_options, load_digits, save, train_denoiser, training_parser
 
-from goc_deploy.exporters.pixart import NULL_CAPTION
+from goc_deploy.exporters.architectures.pixart import NULL_CAPTION
 from goc_deploy.spec import ModelSpec
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from autoencoder import CONFIG, Autoencoder, save_folder
 from training import batches, load_digits, run_steps, training_parser
 
-from goc_deploy.exporters.vae import vae_config
+from goc_deploy.exporters.companions.vae import vae_config
 
 SCALED = slice(None, None, 5)  # the images, sorted by label, whose latents give the scaling factor
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from goc_deploy.exporters.dit_diffusers import position_table
+from goc_deploy.exporters.architectures.dit_diffusers import position_table
 
 HERE = Path(__file__).resolve().parent
 TRAIN_TIMESTEPS = 1000

@@ -86,8 +86,9 @@ def command(
     **options: Any,
 ) -> None:
     """Measure plans side by side: rounds are interleaved, times are medians."""
-    from goc_deploy.bench import compare_plans, summary_rows
-    from goc_deploy.outputs import check_suffix, check_writable, save_text
+    from goc_deploy.api.bench import compare_plans, summary_rows
+    from goc_deploy.cli.paths import check_suffix, check_writable
+    from goc_deploy.disk import save_text
     from goc_deploy.trace import Span, chrome_trace, totals_ms
 
     json_path, plot = sort_outputs(outputs, {(".json",): json_path, (".png", ".svg", ".pdf"): plot})
@@ -118,7 +119,7 @@ def command(
     if json_path:
         save_text(json.dumps(found, indent=1) + "\n", json_path)
     if plot:
-        from goc_deploy.plots import plot_step_times
+        from goc_deploy.display.plots import plot_step_times
 
         plot_step_times(
             [(name, entry["step_ms"]) for name, entry in found["plans"].items()],

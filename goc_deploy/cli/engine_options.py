@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from goc_deploy.cli.progress import progress_bar
-from goc_deploy.engine_keys import ENGINE_BACKENDS, WEIGHT_MODES
+from goc_deploy.engine_dir.keys import ENGINE_BACKENDS, WEIGHT_MODES
 from goc_deploy.options import EngineOptions
 
 DEFAULTS = EngineOptions()
@@ -83,7 +83,7 @@ def engines_from_options(options: dict[str, Any]) -> tuple[list[EngineOptions], 
             f"options of engines go with --backend {' or --backend '.join(ENGINE_BACKENDS)}"
         )
     if verify:
-        from goc_deploy.api import check_gpu
+        from goc_deploy.api.facade import check_gpu
 
         check_gpu()
     return [replace(how, backend=name) for name in backends], verify
@@ -91,7 +91,7 @@ def engines_from_options(options: dict[str, Any]) -> tuple[list[EngineOptions], 
 
 def build_engines_and_tell(directory: Path, wanted: list[EngineOptions], *, verify: bool) -> None:
     """Build what is missing, with a progress bar, verify it if asked to, and say on stderr what came of it."""
-    from goc_deploy.api import build_engines, verify_engines
+    from goc_deploy.api.facade import build_engines, verify_engines
 
     for options in wanted:
         with progress_bar() as progress:

@@ -143,11 +143,12 @@ def command(
     **options: Any,
 ) -> None:
     """Compare the plans of ENGINE_DIR with no cache on the same noise and labels, and with a reference set."""
+    from goc_deploy.cli.paths import check_folder, check_writable
+    from goc_deploy.disk import save_text
     from goc_deploy.evaluation.evaluate import evaluate
     from goc_deploy.evaluation.page import page
     from goc_deploy.evaluation.tables import cost_rows, distribution_rows
-    from goc_deploy.outputs import check_folder, check_writable, save_text
-    from goc_deploy.serde import dump_json
+    from goc_deploy.strict_json import dump_json
 
     chosen = EvalOptions(**options)
     json_path, html_path = sort_outputs(

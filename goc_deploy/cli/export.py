@@ -25,15 +25,15 @@ from goc_deploy.cli.options import (
     version_option,
 )
 from goc_deploy.cli.progress import progress_bar
-from goc_deploy.grammar import GRAMMAR
+from goc_deploy.compiler.plan import SEGMENTS
 from goc_deploy.options import ExportOptions
-from goc_deploy.plan import SEGMENTS
-from goc_deploy.registration import installed_policies
+from goc_deploy.policies.grammar import GRAMMAR
+from goc_deploy.policies.registration import installed_policies
 from goc_deploy.samplers import SAMPLER_GRAMMAR
 from goc_deploy.spec import PREDICTIONS
 
 if TYPE_CHECKING:
-    from goc_deploy.manifest import Manifest
+    from goc_deploy.engine_dir.manifest import Manifest
 
 DEFAULTS = ExportOptions()
 
@@ -142,7 +142,7 @@ DEFAULTS = ExportOptions()
 @version_option
 def command(checkpoint: Path, output: Path, **options: Any) -> None:
     """Compile a CHECKPOINT (.pt, .pth, .safetensors, a folder of diffusers, or its Hub id org/name) into an engine directory."""
-    from goc_deploy.api import check_engine_options, export_with
+    from goc_deploy.api.facade import check_engine_options, export_with
 
     engines, verify = engines_from_options(options)
     for wanted in engines:

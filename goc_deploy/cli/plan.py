@@ -27,10 +27,10 @@ from goc_deploy.cli.options import (
     version_option,
 )
 from goc_deploy.cli.progress import progress_bar
-from goc_deploy.grammar import GRAMMAR
+from goc_deploy.compiler.plan import SEGMENTS
 from goc_deploy.options import PlanOptions
-from goc_deploy.plan import SEGMENTS
-from goc_deploy.registration import installed_policies
+from goc_deploy.policies.grammar import GRAMMAR
+from goc_deploy.policies.registration import installed_policies
 from goc_deploy.samplers import SAMPLER_GRAMMAR
 
 DEFAULTS = PlanOptions()
@@ -132,7 +132,7 @@ def command(
             f"{', '.join('--' + option.replace('_', '-') for option in given)} goes with a SPEC"
         )
     if spec:
-        from goc_deploy.api import add_plan
+        from goc_deploy.api.facade import add_plan
 
         with progress_bar() as progress:
             entry = add_plan(engine_dir, spec, progress=progress, **given)
@@ -145,11 +145,12 @@ def command(
     if inspect:
         _inspect(engine_dir)
         return
-    from goc_deploy.engine_dir import load_plan
-    from goc_deploy.outputs import check_suffix, check_writable, written
-    from goc_deploy.publish import read_manifest
-    from goc_deploy.show import action_rows, calibration_lines, plan_rows
-    from goc_deploy.smoothcache import smoothcache_from_schedule
+    from goc_deploy.cli.paths import check_suffix, check_writable
+    from goc_deploy.disk import written
+    from goc_deploy.display.plans import action_rows, calibration_lines, plan_rows
+    from goc_deploy.engine_dir.plans import load_plan
+    from goc_deploy.engine_dir.reading import read_manifest
+    from goc_deploy.policies.smoothcache import smoothcache_from_schedule
 
     check_suffix(plot, ".png", ".svg", ".pdf", what="--plot ends in .png, .svg or .pdf")
     check_suffix(smoothcache, ".json", what="--smoothcache ends in .json")
@@ -176,7 +177,7 @@ def command(
             temporary.write_text(smoothcache_from_schedule(plan.schedule), encoding="utf-8")
         click.echo(smoothcache)
     if plot:
-        from goc_deploy.plots import plot_schedule
+        from goc_deploy.display.plots import plot_schedule
 
         plot_schedule(plan.schedule, plan.name, plot)
         click.echo(plot)
@@ -184,8 +185,8 @@ def command(
 
 def _tell(engine_dir: Path, name: str) -> None:
     """What a plan computes, on stderr."""
-    from goc_deploy.engine_dir import load_plan
-    from goc_deploy.publish import read_manifest
+    from goc_deploy.engine_dir.plans import load_plan
+    from goc_deploy.engine_dir.reading import read_manifest
 
     plan = load_plan(engine_dir, read_manifest(engine_dir), name)
     schedule = plan.schedule
@@ -198,9 +199,9 @@ def _tell(engine_dir: Path, name: str) -> None:
 
 
 def _inspect(engine_dir: Path) -> None:
-    from goc_deploy.engine_dir import load_plan
-    from goc_deploy.inspection import engine_rows, launch_rows, target_folders, unit_rows
-    from goc_deploy.publish import read_manifest
+    from goc_deploy.display.engines import engine_rows, launch_rows, target_folders, unit_rows
+    from goc_deploy.engine_dir.plans import load_plan
+    from goc_deploy.engine_dir.reading import read_manifest
 
     manifest = read_manifest(engine_dir)
     plans = [load_plan(engine_dir, manifest, entry.name) for entry in manifest.plans]

@@ -28,8 +28,8 @@ from goc_deploy.cli.progress import progress_bar
 from goc_deploy.options import GenerateOptions
 
 if TYPE_CHECKING:
+    from goc_deploy.api.series import Series
     from goc_deploy.runtime.pipeline import Pipeline
-    from goc_deploy.series import Series
 
 DEFAULTS = GenerateOptions()
 
@@ -150,15 +150,16 @@ def command(
 
     Without an output, the images become a picture with a dated name in the current folder. What is written is printed.
     """
-    from goc_deploy import outputs
-    from goc_deploy.api import load
-    from goc_deploy.captions import prompt_embeds_from_arrays
+    from goc_deploy import disk
+    from goc_deploy.api.facade import load
+    from goc_deploy.api.series import Series
+    from goc_deploy.cli import paths
+    from goc_deploy.conditions.captions import prompt_embeds_from_arrays
+    from goc_deploy.conditions.labels import labels_from_text, spread_labels
+    from goc_deploy.conditions.tensor_files import arrays_from_file
     from goc_deploy.errors import UsageError
-    from goc_deploy.labels import labels_from_text
-    from goc_deploy.series import Series
-    from goc_deploy.tensor_files import arrays_from_file
 
-    outputs.check_suffix(
+    paths.check_suffix(
         output,
         "",
         ".png",
@@ -168,17 +169,17 @@ def command(
     if resume and (output is None or output.suffix or latents_output or trajectory_output):
         raise UsageError("--resume goes with --output DIRECTORY, and with no output of latents")
     if not (output or latents_output or trajectory_output or report):
-        output = outputs.dated_picture()
-    outputs.check_writable(output, may_be_folder=True)
+        output = paths.dated_picture()
+    paths.check_writable(output, may_be_folder=True)
     for path in (latents_output, trajectory_output, report):
-        outputs.check_writable(path)
-    outputs.check_distinct(
+        paths.check_writable(path)
+    paths.check_distinct(
         output=output,
         latents_output=latents_output,
         trajectory_output=trajectory_output,
         report=report,
     )
-    latents = outputs.read_latents(latents_file)
+    latents = paths.read_latents(latents_file)
     if bool(prompts) + (embeds_file is not None) > 1 or (negatives and not prompts):
         raise UsageError(
             "give --prompt or --prompt-embeds, not both; --negative-prompt goes with --prompt"
@@ -196,7 +197,7 @@ def command(
         if captions is not None and rows is None:
             rows = tuple(range(len(captions.prompts)))
         count = num_images or (None if latents is None else len(latents))
-        chosen = outputs.spread_labels(rows, count, pipe.spec.classes)
+        chosen = spread_labels(rows, count, pipe.spec.classes)
         series = Series(chosen, GenerateOptions(seed, cfg_scale, cfg_channels), captions, latents)
         series.check(pipe)
         files = {"latents": latents_output, "trajectory": trajectory_output}
@@ -208,7 +209,7 @@ def command(
     else:
         _tell(described)
     if report and described is not None:
-        outputs.save_text(json.dumps(described, indent=1) + "\n", report)
+        disk.save_text(json.dumps(described, indent=1) + "\n", report)
     if output and pipe.manifest.image_side is None:
         output = None if latents_output else output.with_suffix(".npy")
     for path in (
@@ -233,10 +234,10 @@ def _draw(
     """Draw what is not there yet and write it; the report, or None where all was there."""
     import numpy as np
 
-    from goc_deploy import outputs
+    from goc_deploy import disk
+    from goc_deploy.api.series import joined_report
     from goc_deploy.errors import UsageError
     from goc_deploy.runtime.picture_files import PictureFiles, finished_pictures
-    from goc_deploy.series import joined_report
 
     draws = pipe.manifest.image_side is not None
     if resume and not draws:
@@ -264,16 +265,16 @@ def _draw(
             if result.trajectory is not None:
                 trajectories.append(result.trajectory)
     if arrays["latents"]:
-        outputs.save_array(np.concatenate(latents), arrays["latents"])
+        disk.save_array(np.concatenate(latents), arrays["latents"])
     if arrays["trajectory"]:
-        outputs.save_array(np.concatenate(trajectories, axis=1), arrays["trajectory"])
+        disk.save_array(np.concatenate(trajectories, axis=1), arrays["trajectory"])
     if not draws:
         click.echo(
             f"the model makes {pipe.spec.channels}-channel latents, which need a VAE to become images; export with --vae, or use --latents-output",
             err=True,
         )
         if output and not arrays["latents"]:
-            outputs.save_array(np.concatenate(latents), output.with_suffix(".npy"))
+            disk.save_array(np.concatenate(latents), output.with_suffix(".npy"))
             click.echo(
                 f"wrote the latents to {output.with_suffix('.npy')} instead of images", err=True
             )

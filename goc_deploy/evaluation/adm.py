@@ -14,9 +14,9 @@ from typing import IO, Any
 
 import numpy as np
 
+from goc_deploy.disk import written
 from goc_deploy.errors import UsageError
 from goc_deploy.metrics.frechet import Gaussian
-from goc_deploy.outputs import written
 
 IMAGES, LABELS = "arr_0", "arr_1"
 GREY, COLOUR = 1, 3

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from goc_deploy.compiler import Plan, compile_schedule
 from goc_deploy.errors import UsageError
 from goc_deploy.evaluation.adm import AdmFile
 from goc_deploy.evaluation.distribution import FeatureSet
@@ -19,10 +20,8 @@ from goc_deploy.evaluation.pairing import PairedScores
 from goc_deploy.evaluation.sampling import Sampled, SampleWriters, generated, read_back
 from goc_deploy.metrics.paired import relative_l2
 from goc_deploy.options import EvalOptions, Progress
-from goc_deploy.passes import compile_schedule
-from goc_deploy.plan import Plan
+from goc_deploy.samplers.schedulers import table_from_sampler
 from goc_deploy.schedule import COMPUTE, Schedule
-from goc_deploy.schedulers import table_from_sampler
 
 if TYPE_CHECKING:
     from goc_deploy.runtime.pipeline import Pipeline
@@ -112,7 +111,7 @@ def collect(
 def _load(
     stack: ExitStack, engine_dir: Path, names: list[str], options: EvalOptions
 ) -> list[Pipeline]:
-    from goc_deploy.api import load_plans
+    from goc_deploy.api.facade import load_plans
 
     pipes = load_plans(
         engine_dir,

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from goc_deploy.engine_dir import load_plan
+from goc_deploy.engine_dir.manifest import Manifest
+from goc_deploy.engine_dir.plans import load_plan
+from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.errors import UsageError
 from goc_deploy.evaluation.adm import AdmFile
 from goc_deploy.evaluation.collect import PlanScores, collect
@@ -17,11 +19,9 @@ from goc_deploy.evaluation.judges import make_judges
 from goc_deploy.evaluation.pairing import baselines
 from goc_deploy.evaluation.preset import plans_of_preset
 from goc_deploy.evaluation.sampling import class_labels, samples_of_plans
-from goc_deploy.manifest import Manifest
-from goc_deploy.operations import schedule_flops
 from goc_deploy.options import EvalOptions, Progress
-from goc_deploy.publish import read_manifest
 from goc_deploy.schedule import Schedule
+from goc_deploy.schedule.operations import schedule_flops
 from goc_deploy.spec import ModelSpec
 from goc_deploy.version import __version__
 

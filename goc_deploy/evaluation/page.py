@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from goc_deploy.display.heat_map import heat_map, svg
 from goc_deploy.evaluation.charts import Point, Series, chart, color_of
 from goc_deploy.evaluation.evaluate import Evaluation
 from goc_deploy.evaluation.tables import (
@@ -21,7 +22,6 @@ from goc_deploy.evaluation.tables import (
     shown_metrics,
     shown_value,
 )
-from goc_deploy.heat_map import heat_map, svg
 
 PICTURE_SIDE = 64  # pixels, at least
 

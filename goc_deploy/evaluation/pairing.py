@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from goc_deploy.compiler import Plan
 from goc_deploy.errors import UsageError
 from goc_deploy.evaluation.sampling import Sampled
 from goc_deploy.metrics.estimate import Estimate, mean_estimate
 from goc_deploy.metrics.paired import WINDOW, psnr_db, relative_l2, ssim
-from goc_deploy.plan import Plan
 
 
 def computes_everything(plan: Plan) -> bool:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from goc_deploy.engine_dir import load_plan
+from goc_deploy.compiler import Plan
+from goc_deploy.engine_dir.plans import load_plan
+from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.errors import UsageError
-from goc_deploy.grammar import parse_policy
 from goc_deploy.options import PRESETS, EvalOptions, Progress
-from goc_deploy.plan import Plan
-from goc_deploy.publish import read_manifest
+from goc_deploy.policies.grammar import parse_policy
 
 PAPER_BASES = (("FORA-50", "fora:2"), ("FORA-25", "fora:2@0.5"))
 
@@ -52,7 +52,7 @@ def _plan_finder(
     engine_dir: Path, options: EvalOptions, progress: Progress
 ) -> Callable[[str], Plan]:
     """SPEC -> its plan, which is made where there is none, with the steps and the sampler of the first plan asked for."""
-    from goc_deploy.api import add_plan
+    from goc_deploy.api.facade import add_plan
     from goc_deploy.engines.ort import shared_pool_of_process
 
     first: list[Plan] = []

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from goc_deploy.calibration import balanced_labels
-from goc_deploy.captions import NO_CAPTIONS
+from goc_deploy.conditions.captions import NO_CAPTIONS
+from goc_deploy.conditions.labels import balanced_labels
 from goc_deploy.errors import UsageError
 from goc_deploy.evaluation.adm import AdmFile, adm_writer, open_adm
 from goc_deploy.options import EvalOptions, Progress

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from goc_deploy.show import Table
+from goc_deploy.display.plans import Table
 
 SIGNIFICANT = 6
 

@@ -12,13 +12,13 @@ from benchmarks.eager import EagerDiT
 from benchmarks.make_checkpoint import random_state
 from benchmarks.monolithic import MonolithicGraph, write_graph
 from benchmarks.work import Work, sampled
-from goc_deploy.exporters.dit import DiT
-from goc_deploy.grammar import parse_policy
-from goc_deploy.operations import full_step_flops
-from goc_deploy.passes import compile_schedule
-from goc_deploy.policies import schedule_from_policy
-from goc_deploy.process import Process
+from goc_deploy.compiler import compile_schedule
+from goc_deploy.exporters.architectures.dit_model import DiT
+from goc_deploy.policies.grammar import parse_policy
+from goc_deploy.policies.resolve import schedule_from_policy
 from goc_deploy.samplers import sampler_table
+from goc_deploy.samplers.process import Process
+from goc_deploy.schedule.operations import full_step_flops
 from goc_deploy.spec import ModelSpec
 from tests.reference import eager_trajectory, relative_l2
 

@@ -4,12 +4,11 @@ import pytest
 
 from benchmarks import roofline
 from benchmarks.make_checkpoint import spec_of
+from goc_deploy.compiler import Plan, compile_schedule, with_stacks
 from goc_deploy.engines.plugin.kernel import Stack
-from goc_deploy.grammar import parse_policy
-from goc_deploy.operations import full_step_flops
-from goc_deploy.passes import compile_schedule, with_stacks
-from goc_deploy.plan import Plan
-from goc_deploy.policies import schedule_from_policy
+from goc_deploy.policies.grammar import parse_policy
+from goc_deploy.policies.resolve import schedule_from_policy
+from goc_deploy.schedule.operations import full_step_flops
 
 SPEC = spec_of("XL/2", 256)
 COUNTER = roofline.Counter(SPEC, 4, 2)

@@ -8,10 +8,10 @@ import pytest
 
 from benchmarks.make_checkpoint import spec_of
 from benchmarks.rows import Row, caching_level, contents_of, god_text, teraflops_per_image
-from goc_deploy.grammar import parse_policy
-from goc_deploy.operations import full_step_flops
-from goc_deploy.policies import schedule_from_policy
+from goc_deploy.policies.grammar import parse_policy
+from goc_deploy.policies.resolve import schedule_from_policy
 from goc_deploy.schedule import Schedule
+from goc_deploy.schedule.operations import full_step_flops
 
 SPEC = spec_of("S/2", 256)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from goc_deploy.schedule import check_schedule
-from goc_deploy.serde import schedule_from_json
+from goc_deploy.schedule.schedule import schedule_from_json
 from tests.conftest import command_words
 from tests.documents import files
 from tests.documents.blocks import NOT_RUN, RUN_WITH, Block, blocks

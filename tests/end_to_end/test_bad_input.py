@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from goc_deploy.manifest import MANIFEST_VERSION
+from goc_deploy.engine_dir.manifest_file import MANIFEST_VERSION
 from tests.conftest import BIN, GOLDEN, Command
 from tests.exporters.test_checkpoint import Malicious
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from benchmarks import results
-from goc_deploy.api import add_plan
+from goc_deploy.api.facade import add_plan
+from goc_deploy.engine_dir.manifest_file import manifest_to_json
+from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.errors import ConflictError, UsageError
 from goc_deploy.evaluation.evaluate import evaluate
 from goc_deploy.evaluation.sampling import class_labels
-from goc_deploy.manifest import manifest_to_json
 from goc_deploy.options import EvalOptions, no_progress
-from goc_deploy.publish import read_manifest
 from goc_deploy.schedule import Schedule
 from tests.conftest import GOLDEN, MNIST, Command
 from tests.reference import relative_l2

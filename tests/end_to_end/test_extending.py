@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from goc_deploy.publish import read_manifest
+from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.schedule import Schedule, gradient
 from tests.conftest import Command
 

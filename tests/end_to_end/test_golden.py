@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from goc_deploy.grammar import parse_policy
+from goc_deploy.policies.grammar import parse_policy
 from tests.conftest import GOLDEN_PLANS, Command
 from tests.reference import relative_l2, worst_step
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from goc_deploy.manifest import MANIFEST_NAME, manifest_to_json
-from goc_deploy.publish import file_entry, read_manifest
+from goc_deploy.engine_dir.manifest import MANIFEST_NAME
+from goc_deploy.engine_dir.manifest_file import manifest_to_json
+from goc_deploy.engine_dir.reading import file_entry, read_manifest
 
 
 def with_graph(directory: Path, path: str, content: bytes, **changes: Any) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 import goc_deploy
-from goc_deploy.engines import choice, cuda, driver, tensorrt_library
+from goc_deploy.engines import choice, cuda, driver
 from goc_deploy.engines.choice import FASTEST_FIRST, RunOptions, candidates, explanation
+from goc_deploy.engines.tensorrt import library
 from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError, UsageError
 from goc_deploy.protocols import Backend
 from tests.conftest import Command
@@ -104,7 +105,7 @@ def test_auto_goes_on_where_tensorrt_has_no_target_for_the_gpu(
     tensorrt = StandInTensorrt(StandInDevice())
     monkeypatch.setattr(driver, "device_capability", lambda *_: "9.0")
     monkeypatch.setattr(cuda, "cuda_device", lambda *_, **__: tensorrt.device)
-    monkeypatch.setattr(tensorrt_library, "library_from_backend", lambda _name: tensorrt.library)
+    monkeypatch.setattr(library, "library_from_backend", lambda _name: tensorrt.library)
     monkeypatch.setattr(choice, "onnxruntime_cuda_backend", choice.onnxruntime_backend)
     if name != "auto":
         with pytest.raises(EnvironmentUnsupportedError, match=r"has no target 9.0"):

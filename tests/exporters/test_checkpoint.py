@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from goc_deploy.errors import GocError, ModelError, SafetyError
+from goc_deploy.exporters.architectures.dit import check_tensors, spec_from_tensors
 from goc_deploy.exporters.checkpoint import check_values, load_checkpoint
-from goc_deploy.exporters.dit_units import check_tensors, spec_from_tensors
 from tests.conftest import GOLDEN
 
 STATE = torch.load(GOLDEN / "model.pt", weights_only=True)

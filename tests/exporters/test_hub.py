@@ -10,12 +10,17 @@ from typing import Any
 
 import pytest
 
+from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.errors import ModelError
 from goc_deploy.exporters import hub
 from goc_deploy.exporters.hub import folder_from_hub, hub_id
-from goc_deploy.publish import read_manifest
 from tests.conftest import Command
-from tests.exporters.test_diffusers_folder import NAMES, save_weights, state, write_config
+from tests.exporters.architectures.test_diffusers_folder import (
+    NAMES,
+    save_weights,
+    state,
+    write_config,
+)
 
 NAME, COMMIT = "someone/DiT-tiny", "0123456789abcdef0123456789abcdef01234567"
 

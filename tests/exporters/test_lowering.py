@@ -9,9 +9,9 @@ import torch
 
 from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.errors import VerificationError
-from goc_deploy.exporters.architecture import empty_module, same_names
-from goc_deploy.exporters.dit_units import spec_from_tensors, unit_kinds
+from goc_deploy.exporters.architectures.dit import spec_from_tensors, unit_kinds
 from goc_deploy.exporters.lowering import OPSET, Template, template_from_kind, write_copy
+from goc_deploy.exporters.tracing import empty_module, same_names
 from goc_deploy.exporters.units import DTYPES, Input, UnitKind
 from goc_deploy.exporters.verification import TOLERANCE, verify_copy
 from tests.conftest import GOLDEN

@@ -15,19 +15,20 @@ import pytest
 import torch
 
 import goc_deploy
-from goc_deploy.api import load_plans
+from goc_deploy.api.facade import load_plans
+from goc_deploy.engine_dir.manifest import MANIFEST_NAME
+from goc_deploy.engine_dir.manifest_file import manifest_to_json
+from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.errors import EngineDirError, ModelError
 from goc_deploy.evaluation.collect import _converged
 from goc_deploy.exporters.folders import read_scheduler
-from goc_deploy.grammar import parse_policy
-from goc_deploy.manifest import MANIFEST_NAME, manifest_to_json
 from goc_deploy.options import EvalOptions
-from goc_deploy.publish import read_manifest
-from goc_deploy.schedulers import prediction_of
+from goc_deploy.policies.grammar import parse_policy
+from goc_deploy.samplers.schedulers import prediction_of
 from tests.conftest import Command
-from tests.exporters.test_diffusers_folder import CONFIG, state
-from tests.exporters.test_pixart import CONFIG as PIXART_CONFIG
-from tests.exporters.test_pixart import arrays
+from tests.exporters.architectures.test_diffusers_folder import CONFIG, state
+from tests.exporters.architectures.test_pixart import CONFIG as PIXART_CONFIG
+from tests.exporters.architectures.test_pixart import arrays
 from tests.reference import relative_l2
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers and transformers about themselves
@@ -173,7 +174,7 @@ def test_a_dit_draws_what_its_pipeline_draws(
 def test_a_pixart_draws_what_its_pipeline_draws(
     pixart: tuple[Any, Path], name: str, tmp_path: Path
 ) -> None:
-    from goc_deploy.captions import prompt_embeds_from_arrays
+    from goc_deploy.conditions.captions import prompt_embeds_from_arrays
 
     transformer, engine = pixart
     scheduler = scheduler_of(*OF_PIXART[name])

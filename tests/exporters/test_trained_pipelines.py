@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import goc_deploy
-from goc_deploy.exporters.pixart_diffusers import layer_names
+from goc_deploy.exporters.architectures.pixart_diffusers import layer_names
 from goc_deploy.spec import ModelSpec
 from tests.conftest import MNIST
-from tests.exporters.test_pixart import CONFIG
+from tests.exporters.architectures.test_pixart import CONFIG
 from tests.reference import relative_l2
 
 STEPS = 8

@@ -25,15 +25,17 @@ import torch
 from safetensors.torch import save
 
 import goc_deploy
-from goc_deploy.engine_dir import load_plan
+from goc_deploy.compiler import check_plan
+from goc_deploy.compiler.plan_file import plan_from_json
+from goc_deploy.conditions.tensor_files import array_from_npy, arrays_from_file
+from goc_deploy.engine_dir.graph_check import check_graph, external_tensors
+from goc_deploy.engine_dir.manifest import MANIFEST_NAME
+from goc_deploy.engine_dir.manifest_file import manifest_from_json, manifest_to_json
+from goc_deploy.engine_dir.plans import load_plan
+from goc_deploy.engine_dir.reading import file_entry, read_manifest
 from goc_deploy.errors import GocError
 from goc_deploy.exporters.checkpoint import load_checkpoint
-from goc_deploy.graph_check import check_graph, external_tensors
-from goc_deploy.manifest import MANIFEST_NAME, manifest_from_json, manifest_to_json
-from goc_deploy.plan import check_plan
-from goc_deploy.publish import file_entry, read_manifest
-from goc_deploy.serde import plan_from_json, schedule_from_json
-from goc_deploy.tensor_files import array_from_npy, arrays_from_file
+from goc_deploy.schedule.schedule import schedule_from_json
 from tests.fuzz.mutations import mutated_bytes, mutated_json
 
 SLOW_SECONDS = 60.0

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 import goc_deploy
-from goc_deploy.api import build_engines, verify_engines
-from goc_deploy.engine_keys import ENGINE_BACKENDS, WEIGHT_MODES
+from goc_deploy.api.facade import build_engines, verify_engines
+from goc_deploy.engine_dir.keys import ENGINE_BACKENDS, WEIGHT_MODES
+from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.engines import driver
 from goc_deploy.engines.cuda import cuda_device
 from goc_deploy.engines.plugin import stacking
 from goc_deploy.errors import EnvironmentUnsupportedError
 from goc_deploy.options import EngineOptions
-from goc_deploy.publish import read_manifest
 from goc_deploy.runtime.pipeline import Pipeline
 from tests.conftest import GOLDEN, GOLDEN_PLANS, Command
 from tests.distances import relative_l2, worst_step

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 import goc_deploy
-from goc_deploy.engine_dir import load_plan
+from goc_deploy.compiler import Plan
+from goc_deploy.engine_dir.manifest import Manifest
+from goc_deploy.engine_dir.plans import load_plan
 from goc_deploy.engines.ort_cuda import OrtCudaBackend
 from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError
-from goc_deploy.manifest import Manifest
-from goc_deploy.plan import Plan
 from goc_deploy.runtime import buffers, loading
 from goc_deploy.runtime.loading import load_pipelines
 from goc_deploy.trace import Span

@@ -17,7 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import goc_deploy
-from goc_deploy.engine_dir import plan_entry
+from goc_deploy.compiler import compile_schedule
+from goc_deploy.engine_dir.plans import plan_entry
+from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.engines.host import HostDevice
 from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.errors import (
@@ -26,18 +28,16 @@ from goc_deploy.errors import (
     UsageError,
     VerificationError,
 )
-from goc_deploy.exporters.cache_update import predict_graph
-from goc_deploy.exporters.dit import DiT
-from goc_deploy.exporters.step_graphs import sampler_graphs
+from goc_deploy.exporters.architectures.dit_model import DiT
+from goc_deploy.exporters.graphs.cache_update import predict_graph
+from goc_deploy.exporters.graphs.step import sampler_graphs
 from goc_deploy.noise import image_noise
-from goc_deploy.passes import compile_schedule
-from goc_deploy.process import Process
 from goc_deploy.protocols import Engine
-from goc_deploy.publish import read_manifest
 from goc_deploy.runtime import buffers, pipeline
 from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.samplers import sampler_table
+from goc_deploy.samplers.process import Process
 from goc_deploy.schedule import Schedule
 from tests.conftest import GOLDEN, GOLDEN_PLANS
 from tests.goc_deploy.strategies import schedules

@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from goc_deploy.api import cpu_backend, load
+from goc_deploy.api.facade import cpu_backend, load
 from goc_deploy.errors import EngineDirError
-from goc_deploy.grammar import parse_policy
-from goc_deploy.policies import schedule_from_policy
-from goc_deploy.process import Process
+from goc_deploy.policies.grammar import parse_policy
+from goc_deploy.policies.resolve import schedule_from_policy
 from goc_deploy.runtime.loading import load_stepper
 from goc_deploy.runtime.stepper import Stepper
 from goc_deploy.runtime.trajectory import ImageBatch, Trajectory
 from goc_deploy.samplers import sampler_table
+from goc_deploy.samplers.process import Process
 from goc_deploy.schedule import Schedule
 from tests.conftest import GOLDEN_PLANS
 from tests.reference import relative_l2, worst_step

@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from goc_deploy.engine_keys import WEIGHT_MODES
+from goc_deploy.compiler import Launch, Plan, Predict, compile_schedule
+from goc_deploy.engine_dir.keys import WEIGHT_MODES
+from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.engines.plugin import stacking
 from goc_deploy.errors import ResourceError
-from goc_deploy.passes import compile_schedule
-from goc_deploy.plan import Launch, Plan, Predict
-from goc_deploy.publish import read_manifest
 from goc_deploy.runtime import session
 from goc_deploy.runtime.loading import load_pipelines
 from goc_deploy.schedule import COMPUTE, Schedule

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from goc_deploy.engines import tensorrt_caches, tensorrt_select
-from goc_deploy.manifest import MANIFEST_NAME
-from goc_deploy.publish import read_manifest
+from goc_deploy.engine_dir.manifest import MANIFEST_NAME
+from goc_deploy.engine_dir.reading import read_manifest
+from goc_deploy.engines.tensorrt import caches, selection
 from tests.stand_ins.device import StandInDevice
 from tests.stand_ins.loading import copy_with_engines, stand_in_pipeline
 
@@ -21,7 +21,7 @@ KERNELS = f"{FOLDER}/kernels-a-stand-in-on-host-memory-cuda13.cache"
 
 @pytest.fixture(autouse=True)
 def driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt_select, "driver_version", lambda: 13)
+    monkeypatch.setattr(selection, "driver_version", lambda: 13)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_gpus_of_one_compute_capability_and_drivers_keep_their_kernels_apart(
         monkeypatch.setattr(
             StandInDevice, "describe", lambda _self: {"device": gpu, "cuda_graphs": True}
         )
-        monkeypatch.setattr(tensorrt_select, "driver_version", lambda: driver)
+        monkeypatch.setattr(selection, "driver_version", lambda: driver)
         return compiled(engine, 1)
 
     ways = [("NVIDIA L4", 13), ("NVIDIA L40S", 13), ("NVIDIA L40S", 14)]
@@ -102,7 +102,7 @@ def test_a_directory_that_cannot_be_written_is_run_all_the_same(
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
     caplog.set_level("INFO")
-    monkeypatch.setattr(tensorrt_caches, "replacing", read_only)
+    monkeypatch.setattr(caches, "replacing", read_only)
     assert compiled(engine, 1) == compiled(engine, 1) > 0
     assert f"compiled kernels are not kept: keeping {KERNELS} in" in caplog.text
     assert "Read-only file system" in caplog.text

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from goc_deploy.plan import Compute, Plan, Predict
+from goc_deploy.compiler import Compute, Plan, Predict
 from goc_deploy.protocols import Buffer
 from goc_deploy.runtime import binding, session
 from goc_deploy.runtime.pipeline import Pipeline

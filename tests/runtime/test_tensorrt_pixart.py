@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 import goc_deploy
-from goc_deploy.captions import PromptEmbeds, prompt_embeds_from_arrays
-from goc_deploy.engine_keys import WEIGHT_MODES
-from goc_deploy.exporters.vae import VaeDecoder, vae_config
-from tests.exporters.test_vae import CONFIG as VAE
-from tests.exporters.test_vae import WEIGHTS as VAE_WEIGHTS
+from goc_deploy.conditions.captions import PromptEmbeds, prompt_embeds_from_arrays
+from goc_deploy.engine_dir.keys import WEIGHT_MODES
+from goc_deploy.exporters.companions.vae import VaeDecoder, vae_config
+from tests.exporters.companions.test_vae import CONFIG as VAE
+from tests.exporters.companions.test_vae import WEIGHTS as VAE_WEIGHTS
 from tests.pixart_reference import SPEC as TINY
 from tests.pixart_reference import random_state
 from tests.reference import relative_l2

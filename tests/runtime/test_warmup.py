@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import goc_deploy
-from goc_deploy.bench import compare_plans
+from goc_deploy.api.bench import compare_plans
 from goc_deploy.errors import UsageError
 from goc_deploy.options import BenchOptions
 from tests.stand_ins.loading import copy_with_engines, stand_in_pipeline
@@ -80,7 +80,7 @@ def test_the_cpu_runs_each_shape_once(golden_engine: Path, monkeypatch: pytest.M
 
 def test_goc_bench_measures_replays_only(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, tensorrt = stand_in_pipeline(engine, PLAN)
-    monkeypatch.setattr("goc_deploy.api.load_plans", lambda *_args, **_options: [pipe])
+    monkeypatch.setattr("goc_deploy.api.facade.load_plans", lambda *_args, **_options: [pipe])
     measured: list[int] = []
 
     def progress(what: str, _done: int, _total: int) -> None:

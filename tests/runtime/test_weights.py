@@ -18,7 +18,10 @@ import pytest
 import torch
 
 import goc_deploy
-from goc_deploy.api import load_plans
+from goc_deploy.api.facade import load_plans
+from goc_deploy.engine_dir.manifest import MANIFEST_NAME, Manifest
+from goc_deploy.engine_dir.manifest_file import manifest_to_json
+from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.errors import (
     EngineDirError,
     EnvironmentUnsupportedError,
@@ -26,8 +29,6 @@ from goc_deploy.errors import (
     ResourceError,
     UsageError,
 )
-from goc_deploy.manifest import MANIFEST_NAME, Manifest, manifest_to_json
-from goc_deploy.publish import read_manifest
 from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.exchange import load_weights
 from goc_deploy.runtime.pipeline import Pipeline, StepEvent

@@ -7,15 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from goc_deploy.engine_dir import load_plan
-from goc_deploy.engines.tensorrt_runtime import TensorrtBackend
-from goc_deploy.engines.tensorrt_select import tensorrt_backend
-from goc_deploy.manifest import MANIFEST_NAME, manifest_to_json
+from goc_deploy.compiler.plan_file import plan_to_json
+from goc_deploy.engine_dir.manifest import MANIFEST_NAME
+from goc_deploy.engine_dir.manifest_file import manifest_to_json
+from goc_deploy.engine_dir.plans import load_plan
+from goc_deploy.engine_dir.reading import file_entry, read_manifest
+from goc_deploy.engines.tensorrt.backend import TensorrtBackend
+from goc_deploy.engines.tensorrt.selection import tensorrt_backend
 from goc_deploy.options import EngineOptions, no_progress
-from goc_deploy.publish import file_entry, read_manifest
 from goc_deploy.runtime.loading import load_pipelines
 from goc_deploy.runtime.pipeline import Pipeline
-from goc_deploy.serde import plan_to_json
 from tests.stand_ins.device import StandInDevice
 from tests.stand_ins.tensorrt import StandInTensorrt
 

@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 import onnx
 
-from goc_deploy.engine_keys import Target
-from goc_deploy.engines import tensorrt_store as store
+from goc_deploy.engine_dir.keys import Target
+from goc_deploy.engine_dir.manifest import Manifest
+from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.engines.plugin.stacking import STACK
-from goc_deploy.engines.tensorrt_build import BuildReport
-from goc_deploy.engines.tensorrt_jobs import graph_of_job, wanted_engines
-from goc_deploy.engines.tensorrt_library import Library, this_platform
-from goc_deploy.manifest import Manifest
+from goc_deploy.engines.tensorrt import store
+from goc_deploy.engines.tensorrt.build import BuildReport
+from goc_deploy.engines.tensorrt.jobs import graph_of_job, wanted_engines
+from goc_deploy.engines.tensorrt.library import Library, this_platform
 from goc_deploy.options import EngineOptions, Progress
-from goc_deploy.publish import read_manifest
 from tests.stand_ins.device import StandInDevice
 from tests.stand_ins.tensorrt_context import (
     ComputeCapability,
@@ -249,7 +249,7 @@ class StandInTensorrt:
     def build(
         self, directory: Path, options: EngineOptions, progress: Progress
     ) -> tuple[Manifest, int]:
-        """Takes the place of `goc_deploy.engines.tensorrt_store.build_engines`: all of it but the builder."""
+        """Takes the place of `goc_deploy.engines.tensorrt.store.build_engines`: all of it but the builder."""
         manifest = latest = read_manifest(directory)
         target = Target(options.backend, self.__version__, this_platform(), options.capabilities)
         (directory / "engines").mkdir(exist_ok=True)

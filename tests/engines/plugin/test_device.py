@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
+from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.engines import driver
 from goc_deploy.engines.cuda import cuda_device
 from goc_deploy.engines.plugin.registration import register_plugin
-from goc_deploy.engines.tensorrt_store import build_engines, read_engine
-from goc_deploy.exporters.cache_update import predict_graph
+from goc_deploy.engines.tensorrt.store import build_engines, read_engine
+from goc_deploy.exporters.graphs.cache_update import predict_graph
 from goc_deploy.options import EngineOptions, no_progress
-from goc_deploy.publish import read_manifest
 from tests.conftest import GOLDEN, Command
 from tests.engines.directories import with_graph
 from tests.gpus import library_here

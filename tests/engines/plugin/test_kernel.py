@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from goc_deploy.compiler import Predict, Prediction
 from goc_deploy.engines.plugin import kernel, nvrtc
 from goc_deploy.engines.plugin.kernel import (
     BUSY_BLOCKS,
@@ -31,7 +32,6 @@ from goc_deploy.engines.plugin.kernel import (
 )
 from goc_deploy.engines.plugin.moves import MovesParameters
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError
-from goc_deploy.plan import Predict, Prediction
 from goc_deploy.protocols import DTYPE_BYTES
 from tests.engines.plugin.arrays import NUMPY_DTYPES, Case, assert_close, random_case, tensor
 from tests.engines.plugin.conftest import HostKernels

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from goc_deploy.engines.plugin.kernel import MAX_UNITS
 from goc_deploy.engines.plugin.stacking import STORES_THAT_FUSE, stack_updates, update_of
-from goc_deploy.exporters.cache_update import entries_from_signature, predict_graph
-from goc_deploy.exporters.step_graphs import collect_graph
+from goc_deploy.exporters.graphs.cache_update import entries_from_signature, predict_graph
+from goc_deploy.exporters.graphs.step import collect_graph
 from goc_deploy.spec import ModelSpec
 
 SPEC = ModelSpec(2, 8, 2, 16, 2, 2, 4, 10, False)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from goc_deploy.compiler import Plan, compile_schedule
 from goc_deploy.errors import UsageError
 from goc_deploy.evaluation.distribution import (
     FeatureSet,
@@ -20,8 +21,6 @@ from goc_deploy.evaluation.features import Extracted
 from goc_deploy.evaluation.pairing import PairedScores, baselines
 from goc_deploy.evaluation.sampling import Sampled, class_labels
 from goc_deploy.metrics.frechet import gaussian_of
-from goc_deploy.passes import compile_schedule
-from goc_deploy.plan import Plan
 from goc_deploy.schedule import COMPUTE, REUSE, Schedule
 from goc_deploy.spec import ModelSpec
 

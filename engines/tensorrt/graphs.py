@@ -1,0 +1,150 @@
+"""ONNX units as a TensorRT parser takes them: weights inside the graph, or as inputs that are bound by address.
+
+Weights come from memory that was verified; the file that the ONNX names is never opened.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from goc_deploy.engine_dir.keys import Range
+from goc_deploy.engine_dir.manifest import Parameter
+from goc_deploy.errors import EngineDirError, ResourceError
+from goc_deploy.spec import ITEM_BYTES
+
+MAX_GRAPH_BYTES = 2**31 - 1  # what protobuf, in which ONNX is written, can hold
+
+
+def model_from_bytes(content: memoryview, where: str) -> Any:
+    """Read an ONNX graph without its weights.
+
+    Raises:
+        EngineDirError: not a graph.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load_model_from_string(bytes(content))
+    except DecodeError as cause:
+        raise EngineDirError(f"{where} is not an ONNX graph; export again") from cause
+    model.graph.name = "unit"  # so that isomorphic units are equal
+    return model
+
+
+def share_weights(model: Any) -> None:
+    """Turn external initializers into inputs of the same name, shape and type."""
+    from onnx import helper
+
+    for initializer in _external(model):
+        value = helper.make_tensor_value_info(
+            initializer.name, initializer.data_type, list(initializer.dims)
+        )
+        model.graph.input.append(value)
+    _keep_internal(model)
+
+
+def drop_weight_places(model: Any) -> None:
+    """Forget where external initializers lie, which the manifest says."""
+    for initializer in _external(model):
+        del initializer.external_data[:]
+
+
+def embed_weights(
+    model: Any,
+    parameters: Sequence[Parameter],
+    weights: memoryview,
+    precision: str,
+    where: str,
+    prefix: str = "",
+) -> None:
+    """Put the values of external initializers into the graph.
+
+    Args:
+        model: the graph.
+        parameters: what lies where in the weights.
+        weights: of a unit.
+        precision: of the weights.
+        where: for messages.
+        prefix: of the initializers that these weights are for, in a graph of several units.
+
+    Raises:
+        EngineDirError: the manifest lacks one, or has it in another shape.
+        ResourceError: more than one graph can hold.
+    """
+    from onnx import TensorProto
+
+    if len(weights) > MAX_GRAPH_BYTES:
+        raise ResourceError(
+            f"{where}: {len(weights) / 1e9:.1f} GB of weights do not fit into one graph; use --engine-weights shared"
+        )
+    known = {prefix + p.name: p for p in parameters}
+    for initializer in _external(model):
+        if not initializer.name.startswith(prefix):
+            continue
+        parameter = known.get(initializer.name)
+        if parameter is None or parameter.shape != tuple(initializer.dims):
+            raise EngineDirError(
+                f"{where}: the manifest does not describe initializer {initializer.name}; export again"
+            )
+        end = parameter.offset + math.prod(parameter.shape) * ITEM_BYTES[precision]
+        initializer.raw_data = bytes(weights[parameter.offset : end])
+        initializer.data_location = TensorProto.DEFAULT
+        del initializer.external_data[:]
+
+
+def graph_bytes(model: Any) -> bytes:
+    """The graph as bytes that depend on what it says only."""
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+
+
+def input_shapes(
+    model: Any, ranges: Mapping[str, Range], where: str
+) -> tuple[Shapes, tuple[tuple[str, Range], ...]]:
+    """Smallest, usual and largest shape of each input with dynamic dimensions.
+
+    Returns:
+        Input -> shapes, and the ranges that were used.
+
+    Raises:
+        EngineDirError: a dynamic dimension without a range.
+    """
+    shapes, used = {}, {}
+    for value in model.graph.input:
+        sizes: list[Range] = []
+        for dimension in value.type.tensor_type.shape.dim:
+            symbol, size = dimension.dim_param, dimension.dim_value
+            if not symbol and not size:
+                raise EngineDirError(
+                    f"{where}: input {value.name} has a dimension without name or size; export again"
+                )
+            if symbol and symbol not in ranges:
+                raise EngineDirError(
+                    f"{where}: input {value.name} has the dynamic dimension {symbol!r}, whose sizes this version does not know; export again"
+                )
+            if symbol:
+                used[symbol] = ranges[symbol]
+            sizes.append(ranges[symbol] if symbol else (size, size, size))
+        if any(dimension.dim_param for dimension in value.type.tensor_type.shape.dim):
+            low, usual, high = (tuple(size[i] for size in sizes) for i in range(3))
+            shapes[value.name] = (low, usual, high)
+    return shapes, tuple(sorted(used.items()))
+
+
+def _external(model: Any) -> list[Any]:
+    return [
+        initializer for initializer in model.graph.initializer if initializer.data_location == 1
+    ]
+
+
+def _keep_internal(model: Any) -> None:
+    kept = [
+        initializer for initializer in model.graph.initializer if initializer.data_location != 1
+    ]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)

@@ -1,0 +1,137 @@
+"""Which engines an engine directory should have, and the graph that each is built from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+
+from goc_deploy.compiler import with_stacks
+from goc_deploy.engine_dir.graph_check import check_graph, external_tensors
+from goc_deploy.engine_dir.keys import Recipe, Target, dimension_profiles
+from goc_deploy.engine_dir.manifest import FileEntry, Manifest, Unit
+from goc_deploy.engine_dir.plans import load_plan
+from goc_deploy.engine_dir.reading import read_verified
+from goc_deploy.engines.plugin.stacking import KERNEL_SHA256, stack_updates
+from goc_deploy.engines.tensorrt import graphs
+from goc_deploy.options import EngineOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """An engine that should be there.
+
+    Attributes:
+        recipe: what it is built from.
+        unit: the first unit that it serves.
+        served: ONNX files that it serves.
+        profiles: of each optimisation profile, the shapes of its dynamic inputs.
+        weights: ``embedded``, ``shared``, or ``none``.
+        parts: units whose weights the graph of ``unit`` has, by prefix.
+    """
+
+    recipe: Recipe
+    unit: Unit
+    served: tuple[str, ...]
+    profiles: tuple[graphs.Shapes, ...]
+    weights: str
+    parts: Mapping[str, Unit]
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.unit.name + (
+            f" and {len(self.served) - 1} like it" if len(self.served) > 1 else ""
+        )
+
+    @property
+    def path(self) -> str:
+        """Of the engine file."""
+        return f"{self.recipe.target.folder}/{self.unit.name}-{self.recipe.key[:12]}.engine"
+
+
+def wanted_engines(
+    directory: Path, manifest: Manifest, target: Target, options: EngineOptions
+) -> list[Job]:
+    """One job per engine: per unit, or per kind of unit where weights are shared, and per segment.
+
+    Predict graphs that plans launch only where their predictions are spread over steps (`Backend.stacks`) get none. A
+    segment whose weights are more than one graph can hold reads them at an address in both weight modes.
+    """
+    plans = [load_plan(directory, manifest, entry.name) for entry in manifest.plans]
+    steps = max((plan.steps for plan in plans), default=1)
+    ways = dimension_profiles(target.backend, manifest.model, manifest.max_batch, steps)
+    launched = {
+        signature for plan in plans for signature in with_stacks(plan, manifest.model).signatures
+    }
+    not_launched = {signature for plan in plans for signature in plan.signatures} - launched
+    files = {entry.path: entry for entry in manifest.files}
+    jobs: dict[str, Job] = {}
+    for unit in _units(manifest, not_launched):
+        where = f"{directory / unit.onnx}"
+        content, parts = read_verified(directory, files[unit.onnx]), manifest.parts(unit)
+        check_graph(content, external_tensors(parts), where)
+        model = graphs.model_from_bytes(content, where)
+        held = [
+            files[part.weights]
+            for part in parts.values()
+            if part.weights and not part.weights_are_inputs
+        ]
+        fits = len(held) == 1 or sum(file.size for file in held) <= graphs.MAX_GRAPH_BYTES
+        embeds = options.weights == "embedded" and bool(held) and fits
+        (graphs.drop_weight_places if embeds else graphs.share_weights)(model)
+        stacked = stack_updates(model) if options.plugin else 0
+        profiles = {
+            used: shapes
+            for shapes, used in (graphs.input_shapes(model, ranges, where) for ranges in ways)
+        }
+        recipe = Recipe(
+            graph_sha256=hashlib.sha256(graphs.graph_bytes(model)).hexdigest(),
+            weights_sha256=_digest_of_all(held) if embeds else None,
+            target=target,
+            profiles=tuple(profiles),
+            workspace_bytes=options.workspace_bytes,
+            plugin_sha256=KERNEL_SHA256 if stacked else None,
+        )
+        known = jobs.get(recipe.key)
+        served = (*(known.served if known else ()), unit.onnx)
+        weights = "embedded" if embeds else "shared" if parts else "none"
+        first, parts = (known.unit, known.parts) if known else (unit, parts)
+        jobs[recipe.key] = Job(recipe, first, served, tuple(profiles.values()), weights, parts)
+    return list(jobs.values())
+
+
+def _digest_of_all(files: list[FileEntry]) -> str:
+    """The digest of a file, or of the digests of several."""
+    digests = [file.sha256 for file in files]
+    return (
+        digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+    )
+
+
+def _units(manifest: Manifest, without: Set[str]) -> Iterator[Unit]:
+    """Every graph but some predict graphs."""
+    skipped = {manifest.predict[signature] for signature in without}
+    yield from (unit for unit in manifest.graphs() if unit.onnx not in skipped)
+
+
+def graph_of_job(directory: Path, manifest: Manifest, job: Job) -> bytes:
+    """The graph as the parser takes it."""
+    files, where = {entry.path: entry for entry in manifest.files}, f"{directory / job.unit.onnx}"
+    model = graphs.model_from_bytes(read_verified(directory, files[job.unit.onnx]), where)
+    if job.recipe.weights_sha256 is None:
+        graphs.share_weights(model)
+    for prefix, path in embedded_weights(job).items():
+        part, weights = job.parts[prefix], read_verified(directory, files[path])
+        graphs.embed_weights(model, part.parameters, weights, part.precision, where, prefix)
+    if job.recipe.plugin_sha256 is not None:
+        stack_updates(model)
+    return graphs.graph_bytes(model)
+
+
+def embedded_weights(job: Job) -> dict[str, str]:
+    """Prefix -> weights file that an engine holds."""
+    if job.recipe.weights_sha256 is None:
+        return {}
+    return {prefix: part.weights for prefix, part in job.parts.items() if part.weights}

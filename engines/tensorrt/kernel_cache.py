@@ -1,0 +1,83 @@
+"""Kernels that TensorRT for RTX compiled on this GPU, kept in the engine directory for the next process.
+
+They are executable code, so what is loaded is what the manifest lists, byte for byte. TensorRT itself checks that they fit
+the GPU and the versions, and compiles what is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from goc_deploy.engines.tensorrt.caches import keep_cache, read_cache
+from goc_deploy.errors import GocError
+
+logger = logging.getLogger(__name__)
+
+
+class KernelCache:
+    """The kernels of all engines of a target that run on one kind of GPU.
+
+    Args:
+        directory: the engine directory.
+        path: where they lie in it, as `goc_deploy.engines.tensorrt.caches.cache_path` names it.
+    """
+
+    def __init__(self, directory: Path, path: str) -> None:
+        self._directory, self.path = directory, path
+        self._lock = threading.Lock()
+        self._cache: Any = None
+        self._kept = b""  # digest of what lies in the directory, as far as it is sound
+        self._has_grown = False
+
+    def attach(self, config: Any) -> None:
+        """Let contexts that are made with a runtime configuration use the kernels, and add theirs."""
+        with self._lock:
+            if self._cache is None:
+                self._cache = config.create_runtime_cache()
+                self._load()
+            if self._cache is None or not config.set_runtime_cache(self._cache):
+                logger.warning(
+                    "TensorRT takes no cache for compiled kernels; every process compiles them"
+                )
+                return
+            self._has_grown = True
+
+    def _load(self) -> None:
+        try:
+            content = read_cache(self._directory, self.path)
+        except GocError as reason:
+            logger.warning("compiled kernels are not loaded: %s", reason)
+            return
+        if not content or self._cache is None:
+            return
+        if self._cache.deserialize(content):
+            self._kept = sha256(content).digest()
+        else:
+            logger.warning(
+                "compiled kernels are not loaded: TensorRT does not take %s",
+                self._directory / self.path,
+            )
+
+    def keep(self) -> None:
+        """Write the kernels, file first, then the manifest that lists it; nothing where there are no new ones.
+
+        A directory that cannot be written keeps none: the log says so, and the next process compiles again.
+        """
+        with self._lock:
+            if not self._has_grown:
+                return
+            self._has_grown = False
+            memory = self._cache.serialize()
+            content = b"" if memory is None else bytes(memoryview(memory))
+            digest = sha256(content).digest()
+            if not content or digest == self._kept:
+                return
+            try:
+                keep_cache(self._directory, self.path, content)
+                self._kept = digest
+            except GocError as reason:
+                logger.info("compiled kernels are not kept: %s", reason)

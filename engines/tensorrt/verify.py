@@ -1,0 +1,150 @@
+"""TensorRT engines against ONNX Runtime on the CPU, graph by graph, on the same random inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from goc_deploy.engine_dir.keys import dimension_ranges
+from goc_deploy.engine_dir.manifest import Manifest, Unit
+from goc_deploy.engine_dir.reading import read_manifest, read_verified
+from goc_deploy.engine_dir.weights import mapped_parts
+from goc_deploy.engines.tensorrt.backend import TensorrtBackend
+from goc_deploy.engines.tensorrt.graphs import model_from_bytes
+from goc_deploy.errors import UsageError, VerificationError
+from goc_deploy.metrics.paired import whole_relative_l2
+from goc_deploy.options import Progress
+from goc_deploy.protocols import NUMPY_DTYPES, Backend
+
+TOLERANCE = {
+    "fp32": 1e-3,
+    "fp16": 2e-2,
+}  # relative L2 of an output; what the order of sums may change
+IMAGES = 2
+_DTYPES = {1: "float32", 7: "int64", 10: "float16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The largest relative L2 difference over the outputs of a unit."""
+
+    unit: str
+    relative_l2: float
+
+
+def verify_engines(
+    directory: Path, backend: TensorrtBackend, reference: Backend, progress: Progress
+) -> list[Difference]:
+    """Run every graph that a backend has an engine for on both backends, and compare.
+
+    Args:
+        directory: the engine directory.
+        backend: what is verified.
+        reference: ONNX Runtime on the CPU.
+        progress: called with (what, done, total).
+
+    Returns:
+        One difference per graph, in the order of the manifest.
+
+    Raises:
+        VerificationError: one is beyond ``TOLERANCE``.
+        UsageError: bf16, which the reference cannot run.
+        EngineDirError, SafetyError: the directory is corrupt.
+    """
+    manifest = read_manifest(directory)
+    if manifest.precision not in TOLERANCE:
+        raise UsageError(
+            f"{directory} is {manifest.precision}, for which ONNX Runtime has no CPU kernels to verify with; export with --precision fp32 or fp16"
+        )
+    graphs, found = list(_graphs(manifest, backend)), []
+    for index, unit in enumerate(graphs):
+        progress(f"verifying {unit.name}", index, len(graphs))
+        expected, outputs = (
+            _outputs(directory, manifest, unit, one) for one in (reference, backend)
+        )
+        difference = Difference(
+            unit.name, max(whole_relative_l2(outputs[name], expected[name]) for name in expected)
+        )
+        if not difference.relative_l2 <= TOLERANCE[manifest.precision]:
+            raise VerificationError(
+                f"unit {unit.name}: {backend.name} differs from ONNX Runtime by {difference.relative_l2:.2e} relative L2, allowed are "
+                f"{TOLERANCE[manifest.precision]:.0e}; see docs/gpu.md on looking at one unit with Polygraphy"
+            )
+        found.append(difference)
+    progress("done", len(graphs), len(graphs))
+    return found
+
+
+def _graphs(manifest: Manifest, backend: TensorrtBackend) -> Iterator[Unit]:
+    digests = {file.path: file.sha256 for file in manifest.files}
+    yield from (unit for unit in manifest.graphs() if digests[unit.onnx] in backend.graphs)
+
+
+def _outputs(
+    directory: Path, manifest: Manifest, unit: Unit, backend: Backend
+) -> dict[str, np.ndarray]:
+    """All outputs of a graph on inputs that depend on its name alone."""
+    files = {file.path: file for file in manifest.files}
+    onnx = read_verified(directory, files[unit.onnx])
+    parts = manifest.parts(unit)
+    weights = {
+        part.weights: read_verified(directory, files[part.weights])
+        for part in parts.values()
+        if part.weights
+    }
+    initializers, fixed = mapped_parts(parts, weights)
+    engine = backend.load(onnx, initializers, fixed, runs_once=True)
+    graph = model_from_bytes(onnx, f"{directory / unit.onnx}").graph
+    images = min(IMAGES, manifest.max_batch)
+    sizes = {
+        symbol: high for symbol, (_, _, high) in dimension_ranges(manifest.model, images, 1).items()
+    }
+    rng = np.random.default_rng(len(unit.name))
+    inputs = {}
+    for value in graph.input:
+        if value.name not in fixed:
+            inputs[value.name] = _filled(
+                backend, _shape(value, sizes), _DTYPES[_kind(value)], images, rng
+            )
+    outputs = {
+        value.name: backend.allocate(_shape(value, sizes), _DTYPES[_kind(value)])
+        for value in graph.output
+    }
+    stream = (
+        backend.device.stream()
+    )  # one for each graph: scratch memory is that of the engines loaded so far
+    engine.bind(inputs, outputs, stream)()
+    stream.wait()
+    return {name: backend.download(buffer) for name, buffer in outputs.items()}
+
+
+def _filled(
+    backend: Backend, shape: tuple[int, ...], dtype: str, images: int, rng: np.random.Generator
+) -> Any:
+    """Indices below the number of images, which every graph takes; else normal values."""
+    count = int(np.prod(shape))
+    values = np.arange(count) % images if dtype == "int64" else rng.standard_normal(count)
+    buffer = backend.allocate(shape, dtype)
+    backend.upload(values.reshape(shape).astype(NUMPY_DTYPES[dtype]), buffer)
+    return buffer
+
+
+def _kind(value: Any) -> int:
+    return int(value.type.tensor_type.elem_type)
+
+
+def _shape(value: Any, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Dimensions with their symbols replaced; the exporter writes products such as ``256*batch``."""
+    dimensions = []
+    for dimension in value.type.tensor_type.shape.dim:
+        factors = (
+            dimension.dim_param.split("*") if dimension.dim_param else [str(dimension.dim_value)]
+        )
+        dimensions.append(
+            int(np.prod([int(f) if f.strip().isdigit() else sizes[f.strip()] for f in factors]))
+        )
+    return tuple(dimensions)

@@ -1,0 +1,1 @@
+"""Model families, one module each; `contract.Architecture` states what a family provides."""

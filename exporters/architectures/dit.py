@@ -1,0 +1,369 @@
+"""DiT as exported units: what is hoisted out of the step loop, and what a block's units compute.
+
+Hoisted: timestep and label embeddings and every adaLN modulation, one matrix product over steps x distinct labels.
+The rows of the modulation table are, for U units: gates 0..U-1, shift and scale of the final layer, then shift and scale
+of each unit. Steps that compute nothing need only the first U + 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from goc_deploy.errors import ModelError
+from goc_deploy.exporters.architectures.dit_diffusers import spec_from_config, state_from_diffusers
+from goc_deploy.exporters.architectures.dit_model import (
+    Attention,
+    DiT,
+    LabelEmbed,
+    Mlp,
+    TimestepEmbed,
+    adaln,
+    modulate,
+    unpatchify,
+)
+from goc_deploy.exporters.architectures.sizes import sizes_from_tensors
+from goc_deploy.exporters.folders import is_transformer
+from goc_deploy.exporters.tracing import (
+    ROWS,
+    STEPS,
+    Examples,
+    Module,
+    block_copies,
+    check_shapes,
+    empty_module,
+    same_names,
+    shapes_of,
+)
+from goc_deploy.exporters.units import DTYPES, Input, Slab, UnitKind
+from goc_deploy.schedule import MAX_BLOCKS
+from goc_deploy.spec import ModelSpec
+
+__all__ = [
+    "PIPELINES",
+    "check_tensors",
+    "describes",
+    "matches",
+    "spec_from_config",
+    "spec_from_tensors",
+    "state_from_diffusers",
+    "unit_kinds",
+]
+
+PIPELINES: tuple[str, ...] = ("DiTPipeline",)
+HEADS_OF_KNOWN_SIZES = {384: 6, 768: 12, 1024: 16, 1152: 16}  # S, B, L, XL
+SHIFT_ATTN, SCALE_ATTN, GATE_ATTN, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
+
+
+def matches(names: Sequence[str]) -> bool:
+    """Whether tensors with these names look like a DiT."""
+    return {
+        "x_embedder.proj.weight",
+        "final_layer.linear.weight",
+        "y_embedder.embedding_table.weight",
+    } <= set(names)
+
+
+def describes(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is a DiT's."""
+    return is_transformer(config, "DiTTransformer2DModel", "ada_norm_zero")
+
+
+def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> ModelSpec:
+    """Read the model's sizes off its tensors.
+
+    Raises:
+        ModelError: sizes that do not fit each other, or heads that cannot be known.
+    """
+    sizes = sizes_from_tensors(tensors, "DiT", "y_embedder.embedding_table.weight")
+    hidden, patch, values = sizes.hidden, sizes.patch, sizes.patch**2 * sizes.channels
+    if sizes.grid**2 != sizes.tokens or patch != sizes.patch_width:
+        raise ModelError(
+            f"only square samples and patches are supported; found {sizes.tokens} tokens and patches of {patch}x{sizes.patch_width}"
+        )
+    if sizes.own[0] < 2:
+        raise ModelError(
+            "the label table has one row, so there is no class besides the null label; give a conditional model"
+        )
+    if sizes.depth > MAX_BLOCKS:
+        raise ModelError(
+            f"the checkpoint has {sizes.depth} blocks, at most {MAX_BLOCKS} are supported"
+        )
+    if sizes.ratio not in (1, 2):
+        raise ModelError(
+            f"the final layer predicts {sizes.predicted} values per token, expected {values} (or twice that, with sigma)"
+        )
+    heads = heads or HEADS_OF_KNOWN_SIZES.get(hidden)
+    if heads is None:
+        raise ModelError(
+            f"the number of attention heads cannot be read off a width of {hidden}; give --num-heads"
+        )
+    if heads < 1 or hidden % heads:
+        raise ModelError(
+            f"{heads} heads do not divide the width {hidden}; give another --num-heads"
+        )
+    return ModelSpec(
+        depth=sizes.depth,
+        hidden=hidden,
+        heads=heads,
+        mlp_hidden=sizes.mlp_hidden,
+        patch=patch,
+        grid=sizes.grid,
+        channels=sizes.channels,
+        classes=sizes.own[0] - 1,
+        learn_sigma=sizes.ratio == 2,
+    )
+
+
+class ConditioningUnit(nn.Module):
+    """Timesteps and labels to the modulation table."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.rows = 3 * spec.units + 2
+        self.t_embedder = TimestepEmbed(spec)
+        self.y_embedder = LabelEmbed(spec)
+        self.modulation = nn.Linear(spec.hidden, self.rows * spec.hidden)
+
+    def forward(self, t: Tensor, labels: Tensor) -> Tensor:
+        condition = self.t_embedder(t).unsqueeze(1) + self.y_embedder(labels).unsqueeze(
+            0
+        )  # (S, R, D)
+        steps, rows, hidden = condition.shape
+        table = self.modulation(nn.functional.silu(condition).reshape(-1, hidden))  # (S*R, M*D)
+        return table.reshape(steps, rows, self.rows, hidden).transpose(1, 2)  # (S, M, R, D)
+
+
+class PatchRows(nn.Module):
+    """`PatchEmbed` as one matrix product; a checkpoint's kernel (D, C, p, p) is its matrix (D, C*p*p) as it lies there."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.proj = nn.Linear(spec.channels * spec.patch**2, spec.hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        side, p, channels = self.spec.grid, self.spec.patch, self.spec.channels
+        patches = x.reshape(-1, channels, side, p, side, p).permute(
+            0, 2, 4, 1, 3, 5
+        )  # (N, h, w, C, p, p)
+        return self.proj(patches.reshape(-1, channels * p * p)).reshape(
+            -1, side * side, self.spec.hidden
+        )  # (N, T, D)
+
+
+class OwnConditioning(nn.Module):
+    """What a block makes of timesteps and labels where its embedders are its own."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.t_embedder = TimestepEmbed(spec)
+        self.y_embedder = LabelEmbed(spec)
+        self.adaLN_modulation = adaln(spec.hidden, 6)
+
+    def forward(self, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        condition = self.t_embedder(t).unsqueeze(1) + self.y_embedder(labels).unsqueeze(
+            0
+        )  # (S, R, D)
+        chunks = self.adaLN_modulation(condition.reshape(-1, condition.shape[-1]))  # (S*R, 6*D)
+        return condition, chunks.reshape(*condition.shape[:2], 6, -1)
+
+
+class BlockConditioningUnit(nn.Module):
+    """`ConditioningUnit` of a model whose blocks own their embedders; parameters have the names of the layout."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(OwnConditioning(spec) for _ in range(spec.depth))
+        self.final_layer = nn.ModuleDict({"adaLN_modulation": adaln(spec.hidden, 2)})
+
+    def forward(self, t: Tensor, labels: Tensor) -> Tensor:
+        conditions, chunks = zip(*(block(t, labels) for block in self.blocks), strict=True)
+        steps, rows, hidden = conditions[0].shape
+        last = self.final_layer["adaLN_modulation"](conditions[0].reshape(-1, hidden))  # (S*R, 2*D)
+        of_blocks = torch.stack(chunks, dim=2)  # (S, R, L, 6, D)
+        kinds = of_blocks.unbind(3)
+        gates = torch.stack([kinds[GATE_ATTN], kinds[GATE_MLP]], dim=3)
+        shifts = torch.stack(
+            [kinds[chunk] for chunk in (SHIFT_ATTN, SCALE_ATTN, SHIFT_MLP, SCALE_MLP)], dim=3
+        )
+        parts = [part.reshape(steps, rows, -1, hidden) for part in (gates, last, shifts)]
+        return torch.cat(parts, dim=2).transpose(1, 2)  # (S, M, R, D)
+
+
+class EmbedUnit(nn.Module):
+    """Latents to tokens, once per image, then copied to the rows of the batch."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.x_embedder = PatchRows(
+            spec
+        )  # no convolution, which ONNX Runtime's CUDA provider lacks in bf16 at opset 20
+        self.pos_embed = nn.Parameter(torch.empty(1, spec.tokens, spec.hidden), requires_grad=False)
+
+    def forward(self, latents: Tensor, rows: Tensor) -> Tensor:
+        tokens = self.x_embedder(latents.to(self.pos_embed.dtype)) + self.pos_embed  # (N, T, D)
+        return tokens.index_select(0, rows)  # (B, T, D)
+
+    def reference(self, latents: Tensor, rows: Tensor) -> Tensor:
+        """The same as the PyTorch model computes it."""
+        layer, p = self.x_embedder.proj, self.spec.patch
+        kernel = layer.weight.reshape(-1, self.spec.channels, p, p)
+        tokens = (
+            nn.functional.conv2d(latents, kernel, layer.bias, stride=p).flatten(2).transpose(1, 2)
+        )
+        return (tokens + self.pos_embed).index_select(0, rows)
+
+
+def add_gated(x: Tensor, gate: Tensor, feature: Tensor) -> Tensor:
+    """``x + gate * feature`` in float32, back in the dtype of ``x``."""
+    return (x.float() + gate.float().unsqueeze(1) * feature.float()).to(x.dtype)
+
+
+class AttnUnit(nn.Module):
+    """Attention branch of a block: (x_out, feature)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.attn = Attention(spec.hidden, spec.heads)
+
+    def forward(
+        self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        batch, tokens, hidden = x.shape
+        heads = self.attn.heads
+        qkv = self.attn.qkv(modulate(x, shift, scale).reshape(-1, hidden))  # (B*T, 3*D)
+        q, k, v = (
+            qkv.reshape(batch, tokens, 3, heads, hidden // heads).permute(2, 0, 3, 1, 4).unbind(0)
+        )
+        scores = torch.matmul(
+            q * (hidden // heads) ** -0.5, k.transpose(-1, -2)
+        )  # (B, heads, T, T)
+        weights = torch.softmax(scores.float(), dim=-1).to(x.dtype)
+        mixed = torch.matmul(weights, v).transpose(1, 2).reshape(-1, hidden)  # (B*T, D)
+        feature = self.attn.proj(mixed)
+        return add_gated(x, gate, feature.reshape(x.shape)), feature
+
+    def reference(
+        self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same branch as the PyTorch model computes it."""
+        feature = self.attn(modulate(x, shift, scale))
+        return x + gate.unsqueeze(1) * feature, feature.reshape(-1, x.shape[-1])
+
+
+class MlpUnit(nn.Module):
+    """MLP branch of a block: (x_out, feature)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.mlp = Mlp(spec.hidden, spec.mlp_hidden)
+        self.norm_eps = spec.mlp_norm_eps
+
+    def forward(
+        self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        feature = self.mlp(
+            modulate(x, shift, scale, self.norm_eps).reshape(-1, x.shape[-1])
+        )  # (B*T, D)
+        return add_gated(x, gate, feature.reshape(x.shape)), feature
+
+    def reference(
+        self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same branch as the PyTorch model computes it."""
+        feature = self.mlp(modulate(x, shift, scale, self.norm_eps))
+        return x + gate.unsqueeze(1) * feature, feature.reshape(-1, x.shape[-1])
+
+
+class FinalUnit(nn.Module):
+    """Tokens to the model's prediction."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.linear = nn.Linear(spec.hidden, spec.patch**2 * spec.output_channels)
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        patches = self.linear(
+            modulate(x, shift, scale).reshape(-1, x.shape[-1])
+        )  # (B*T, p*p*C_out)
+        return unpatchify(patches, self.spec).float()  # (B, C_out, H, W)
+
+
+def unit_kinds(spec: ModelSpec, precision: str) -> tuple[UnitKind, ...]:
+    """The graphs of a DiT, in the order in which they are written."""
+    dtype = DTYPES[precision]
+    examples = Examples(spec, dtype)
+
+    def made(make: Callable[[ModelSpec], Module]) -> Module:
+        return empty_module(lambda: make(spec), dtype, examples.generator)
+
+    conditioning: nn.Module = made(
+        BlockConditioningUnit if spec.block_embedders else ConditioningUnit
+    )
+    embed, final = made(EmbedUnit), made(FinalUnit)
+    attn, mlp = made(AttnUnit), made(MlpUnit)
+    labels = Input("labels", torch.tensor([0, spec.classes]), {0: "labels"})
+    branch = (examples.tokens(), *examples.modulation("shift", "scale", "gate"))
+    return (
+        UnitKind(
+            "conditioning",
+            conditioning,
+            (STEPS, labels),
+            ("table",),
+            {"conditioning": _conditioning(conditioning, spec)},
+            weights_are_inputs=True,
+        ),
+        UnitKind("embed", embed, (examples.latents(), ROWS), ("x",), {"embed": same_names(embed)}),
+        UnitKind(
+            "attn", attn, branch, ("x_out", "feature"), block_copies(attn, spec.depth, "attn")
+        ),
+        UnitKind("mlp", mlp, branch, ("x_out", "feature"), block_copies(mlp, spec.depth, "mlp")),
+        UnitKind(
+            "final",
+            final,
+            (examples.tokens(), *examples.modulation("shift", "scale")),
+            ("prediction",),
+            {"final": same_names(final, "final_layer.")},
+        ),
+    )
+
+
+def check_tensors(tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
+    """Check names and shapes against the architecture.
+
+    Raises:
+        ModelError: listing up to ten missing, unexpected and mis-shaped tensors.
+    """
+    check_shapes(
+        tensors,
+        shapes_of(lambda: DiT(spec)),
+        f"a DiT of depth {spec.depth} and width {spec.hidden}",
+    )
+
+
+def _conditioning(module: nn.Module, spec: ModelSpec) -> dict[str, tuple[Slab, ...]]:
+    """The embedders as they are, and all adaLN layers as one matrix with gates first, if they read one condition."""
+    binding = same_names(module)
+    if spec.block_embedders:
+        return binding
+    chunks = [
+        (f"blocks.{b}.adaLN_modulation.1", gate)
+        for b in range(spec.depth)
+        for gate in (GATE_ATTN, GATE_MLP)
+    ]
+    chunks += [("final_layer.adaLN_modulation.1", chunk) for chunk in (0, 1)]
+    for block in range(spec.depth):
+        layer = f"blocks.{block}.adaLN_modulation.1"
+        chunks += [(layer, chunk) for chunk in (SHIFT_ATTN, SCALE_ATTN, SHIFT_MLP, SCALE_MLP)]
+    for kind in ("weight", "bias"):
+        binding[f"modulation.{kind}"] = tuple(
+            Slab(f"{layer}.{kind}", chunk * spec.hidden, (chunk + 1) * spec.hidden)
+            for layer, chunk in chunks
+        )
+    return binding

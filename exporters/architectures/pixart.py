@@ -1,0 +1,402 @@
+"""PixArt-alpha as exported units: DiT's attention and MLP, and cross-attention to a caption between them.
+
+Hoisted: the timestep embedding and all modulation (adaLN-single: one layer for all blocks plus a table per block), which
+no caption enters, so the modulation table has one row; the caption projection and every block's keys and values, once
+per caption. A cross branch has no modulation; its gate is 1. Parameter names follow the public checkpoints.
+Source: Chen et al., "PixArt-alpha: Fast Training of Diffusion Transformer for Photorealistic Text-to-Image Synthesis",
+ICLR 2024, section 2.3 and figure 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from goc_deploy.conditions.captions import MASKED
+from goc_deploy.errors import ModelError
+from goc_deploy.exporters.architectures.dit import (
+    GATE_ATTN,
+    GATE_MLP,
+    HEADS_OF_KNOWN_SIZES,
+    SCALE_ATTN,
+    SCALE_MLP,
+    SHIFT_ATTN,
+    SHIFT_MLP,
+    AttnUnit,
+    EmbedUnit,
+    FinalUnit,
+    MlpUnit,
+)
+from goc_deploy.exporters.architectures.dit_model import (
+    TIMESTEP_FREQUENCIES,
+    Attention,
+    Mlp,
+    PatchEmbed,
+    TimestepEmbed,
+    timestep_features,
+)
+from goc_deploy.exporters.architectures.pixart_diffusers import (
+    BRANCHES,
+    PIXELS_PER_LATENT,
+    TOKENS,
+    spec_from_config,
+    state_from_diffusers,
+)
+from goc_deploy.exporters.architectures.sizes import sizes_from_tensors
+from goc_deploy.exporters.folders import is_transformer
+from goc_deploy.exporters.tracing import (
+    ROWS,
+    STEPS,
+    Examples,
+    Module,
+    block_copies,
+    check_shapes,
+    empty_module,
+    same_names,
+    shapes_of,
+)
+from goc_deploy.exporters.units import DTYPES, Input, Slab, UnitKind
+from goc_deploy.schedule import MAX_BLOCKS
+from goc_deploy.spec import ModelSpec
+
+__all__ = [
+    "PIPELINES",
+    "check_tensors",
+    "describes",
+    "matches",
+    "spec_from_config",
+    "spec_from_tensors",
+    "state_from_diffusers",
+    "unit_kinds",
+]
+
+PIPELINES: tuple[str, ...] = ("PixArtAlphaPipeline",)
+NULL_CAPTION = "y_embedder.y_embedding"  # which the reference pipeline of diffusers does not use
+
+
+def matches(names: Sequence[str]) -> bool:
+    """Whether tensors with these names look like a PixArt."""
+    return {"x_embedder.proj.weight", "t_block.1.weight", "y_embedder.y_proj.fc1.weight"} <= set(
+        names
+    )
+
+
+def describes(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is a PixArt's."""
+    return is_transformer(config, "PixArtTransformer2DModel", "ada_norm_single")
+
+
+def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> ModelSpec:
+    """Read the model's sizes off its tensors.
+
+    Raises:
+        ModelError: sizes that do not fit each other, or heads that cannot be known.
+    """
+    sizes = sizes_from_tensors(tensors, "PixArt", "y_embedder.y_proj.fc1.weight")
+    hidden, patch, channels = sizes.hidden, sizes.patch, sizes.channels
+    if sizes.grid**2 != sizes.tokens or sizes.ratio not in (1, 2) or sizes.depth > MAX_BLOCKS:
+        raise ModelError(
+            f"the checkpoint has {sizes.tokens} tokens, {sizes.depth} blocks and predicts {sizes.predicted} values per token; supported are "
+            f"square samples, {MAX_BLOCKS} blocks at most, and {patch**2 * channels} values (or twice that, with sigma)"
+        )
+    heads = heads or HEADS_OF_KNOWN_SIZES.get(hidden)
+    if heads is None or hidden % heads:
+        raise ModelError(
+            f"the width {hidden} does not tell the number of attention heads; give --num-heads"
+        )
+    null = tensors.get(NULL_CAPTION)
+    return ModelSpec(
+        depth=sizes.depth,
+        hidden=hidden,
+        heads=heads,
+        mlp_hidden=sizes.mlp_hidden,
+        patch=patch,
+        grid=sizes.grid,
+        channels=channels,
+        classes=0,
+        learn_sigma=sizes.ratio == 2,
+        architecture="pixart",
+        branches=BRANCHES,
+        guided_channels=channels,
+        caption_channels=sizes.own[1],
+        caption_tokens=TOKENS if null is None else null.shape[0],
+        told_size=sizes.grid * patch * PIXELS_PER_LATENT
+        if "csize_embedder.mlp.0.weight" in tensors
+        else 0,
+    )
+
+
+class SizeEmbed(nn.Module):
+    """Numbers that describe the image to a part of the condition vector."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(TIMESTEP_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width)
+        )
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        features = timestep_features(numbers).to(next(self.parameters()).dtype)
+        return self.mlp(features).reshape(1, -1)
+
+
+class CrossAttention(nn.Module):
+    """Attention of tokens to a caption; names of the public layout."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.q_linear = nn.Linear(hidden, hidden)
+        self.kv_linear = nn.Linear(hidden, 2 * hidden)
+        self.proj = nn.Linear(hidden, hidden)
+
+
+class CaptionProjection(nn.Module):
+    """Two linear layers with tanh-approximated GELU between them."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(spec.caption_channels, spec.hidden)
+        self.fc2 = nn.Linear(spec.hidden, spec.hidden)
+
+    def forward(self, captions: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(captions), approximate="tanh"))
+
+
+class ConditioningUnit(nn.Module):
+    """Timesteps to the modulation table, the same for every caption."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.told_size = float(spec.told_size)
+        self.t_embedder = TimestepEmbed(spec)
+        self.t_block = nn.Linear(spec.hidden, 6 * spec.hidden)
+        self.block_tables = nn.Parameter(torch.empty(spec.depth, 6, spec.hidden))
+        self.final_table = nn.Parameter(torch.empty(1, 2, spec.hidden))
+        if spec.told_size:
+            self.csize_embedder, self.ar_embedder = (
+                SizeEmbed(spec.hidden // 3),
+                SizeEmbed(spec.hidden // 3),
+            )
+
+    def forward(self, t: Tensor) -> Tensor:
+        condition = self.t_embedder(t)  # (S, D)
+        if self.told_size:
+            nothing = (
+                t[:1] < 0
+            ).float()  # keeps the ONNX optimiser from computing the embedding while it exports
+            side = self.told_size + nothing
+            size = self.csize_embedder(torch.cat([side, side]))  # (1, 2 * D / 3)
+            condition = condition + torch.cat([size, self.ar_embedder(1.0 + nothing)], dim=1)
+        steps, hidden = condition.shape
+        shared = self.t_block(F.silu(condition)).reshape(steps, 1, 6, hidden)
+        own = shared + self.block_tables  # (S, L, 6, D)
+        one, nothing = (
+            torch.ones_like(own[:, :, 0]),
+            torch.zeros_like(own[:, :, 0]),
+        )  # of the cross branch
+        gates = torch.stack([own[:, :, GATE_ATTN], one, own[:, :, GATE_MLP]], dim=2)
+        rest = (SHIFT_ATTN, SCALE_ATTN, None, None, SHIFT_MLP, SCALE_MLP)
+        shifts = torch.stack(
+            [nothing if chunk is None else own[:, :, chunk] for chunk in rest], dim=2
+        )
+        last = condition.unsqueeze(1) + self.final_table  # (S, 2, D)
+        table = torch.cat(
+            [gates.reshape(steps, -1, hidden), last, shifts.reshape(steps, -1, hidden)], dim=1
+        )
+        return table.unsqueeze(2)  # (S, M, 1, D)
+
+
+class CaptionsUnit(nn.Module):
+    """Captions to the keys and values of every block: (2L, R, heads, caption tokens, head width)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.heads = spec.heads
+        self.y_proj = CaptionProjection(spec)
+        self.kv_linear = nn.Linear(spec.hidden, 2 * spec.depth * spec.hidden)
+
+    def forward(self, captions: Tensor) -> Tensor:
+        rows, tokens, width = captions.shape
+        projected = self.y_proj(
+            captions.reshape(-1, width).to(self.kv_linear.weight.dtype)
+        )  # (R*Lc, D)
+        head = projected.shape[-1] // self.heads
+        both = self.kv_linear(projected).reshape(rows, tokens, -1, self.heads, head)
+        return both.permute(2, 0, 3, 1, 4)
+
+
+class CrossUnit(nn.Module):
+    """Cross branch of a block: (x_out, feature)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.heads = spec.heads
+        self.cross_attn = nn.ModuleDict(
+            {name: nn.Linear(spec.hidden, spec.hidden) for name in ("q_linear", "proj")}
+        )
+
+    def forward(
+        self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor, caption_rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        k, v = (
+            keys.index_select(0, caption_rows),
+            values.index_select(0, caption_rows),
+        )  # (B, heads, Lc, head width)
+        q = self._queries(x)
+        scores = (
+            torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).float()
+            + bias.index_select(0, caption_rows)[:, None, None]
+        )
+        mixed = torch.matmul(torch.softmax(scores, dim=-1).to(x.dtype), v)
+        feature = self.cross_attn["proj"](
+            mixed.transpose(1, 2).reshape(-1, x.shape[-1])
+        )  # (B*T, D)
+        return (x.float() + feature.reshape(x.shape).float()).to(x.dtype), feature
+
+    def reference(
+        self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor, caption_rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same branch by PyTorch's attention."""
+        k, v, mask = keys[caption_rows], values[caption_rows], bias[caption_rows][:, None, None]
+        mixed = F.scaled_dot_product_attention(self._queries(x), k, v, attn_mask=mask)
+        feature = self.cross_attn["proj"](mixed.transpose(1, 2).reshape(-1, x.shape[-1]))
+        return x + feature.reshape(x.shape), feature
+
+    def _queries(self, x: Tensor) -> Tensor:
+        batch, tokens, hidden = x.shape
+        q = self.cross_attn["q_linear"](x.reshape(-1, hidden))
+        return q.reshape(batch, tokens, self.heads, hidden // self.heads).transpose(
+            1, 2
+        )  # (B, heads, T, head width)
+
+
+class PublicLayout(nn.Module):
+    """Names and shapes of the public checkpoints. It is never run."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        embed, conditioning = EmbedUnit(spec), ConditioningUnit(spec)
+        self.x_embedder, self.pos_embed = PatchEmbed(spec), embed.pos_embed
+        self.t_embedder = conditioning.t_embedder
+        self.t_block = nn.Sequential(nn.SiLU(), conditioning.t_block)
+        if spec.told_size:
+            self.csize_embedder, self.ar_embedder = (
+                conditioning.csize_embedder,
+                conditioning.ar_embedder,
+            )
+        self.y_embedder = nn.ModuleDict({"y_proj": CaptionProjection(spec)})
+        self.blocks = nn.ModuleList(PublicBlock(spec) for _ in range(spec.depth))
+        self.final_layer = FinalUnit(spec)
+        self.final_layer.scale_shift_table = nn.Parameter(torch.empty(2, spec.hidden))
+
+
+class PublicBlock(nn.Module):
+    """Names and shapes of a block."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.empty(6, spec.hidden))
+        self.attn = Attention(spec.hidden, spec.heads)
+        self.cross_attn = CrossAttention(spec.hidden)
+        self.mlp = Mlp(spec.hidden, spec.mlp_hidden)
+
+
+def check_tensors(tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
+    """Check names and shapes against the architecture.
+
+    Raises:
+        ModelError: listing up to ten missing, unexpected and mis-shaped tensors.
+    """
+    used = {name: tensor for name, tensor in tensors.items() if name != NULL_CAPTION}
+    what = f"a PixArt of depth {spec.depth} and width {spec.hidden}"
+    check_shapes(used, shapes_of(lambda: PublicLayout(spec)), what)
+
+
+def unit_kinds(spec: ModelSpec, precision: str) -> tuple[UnitKind, ...]:
+    """The graphs of a PixArt, in the order in which they are written."""
+    dtype = DTYPES[precision]
+    examples = Examples(spec, dtype)
+
+    def made(make: Callable[[ModelSpec], Module]) -> Module:
+        return empty_module(lambda: make(spec), dtype, examples.generator)
+
+    conditioning, captions, embed, final = (
+        made(ConditioningUnit),
+        made(CaptionsUnit),
+        made(EmbedUnit),
+        made(FinalUnit),
+    )
+    attn, cross, mlp = made(AttnUnit), made(CrossUnit), made(MlpUnit)
+    length, head = spec.caption_tokens, spec.hidden // spec.heads
+    by_caption = {0: "captions"}
+    example = examples.normal(2, length, spec.caption_channels, dtype=torch.float32)
+    bias = MASKED * (torch.arange(length) > torch.tensor([[length // 2], [length]])).float()
+    of_caption = (
+        Input("keys", examples.normal(2, spec.heads, length, head), by_caption),
+        Input("values", examples.normal(2, spec.heads, length, head), by_caption),
+        Input("bias", bias, by_caption),
+        Input("caption_rows", torch.tensor([1, 0]), {0: "batch"}),
+    )
+    branch = (examples.tokens(), *examples.modulation("shift", "scale", "gate"))
+    outputs = ("x_out", "feature")
+    return (
+        UnitKind(
+            "conditioning",
+            conditioning,
+            (STEPS,),
+            ("table",),
+            {"conditioning": _conditioning(conditioning, spec)},
+            weights_are_inputs=True,
+        ),
+        UnitKind(
+            "captions",
+            captions,
+            (Input("captions", example, by_caption),),
+            ("keys_values",),
+            {"captions": _captions(captions, spec)},
+            weights_are_inputs=True,
+        ),
+        UnitKind("embed", embed, (examples.latents(), ROWS), ("x",), {"embed": same_names(embed)}),
+        UnitKind("attn", attn, branch, outputs, block_copies(attn, spec.depth, "attn")),
+        UnitKind(
+            "cross",
+            cross,
+            (examples.tokens(), *of_caption),
+            outputs,
+            block_copies(cross, spec.depth, "cross"),
+        ),
+        UnitKind("mlp", mlp, branch, outputs, block_copies(mlp, spec.depth, "mlp")),
+        UnitKind(
+            "final",
+            final,
+            (examples.tokens(), *examples.modulation("shift", "scale")),
+            ("prediction",),
+            {"final": same_names(final, "final_layer.")},
+        ),
+    )
+
+
+def _conditioning(module: nn.Module, spec: ModelSpec) -> dict[str, tuple[Slab, ...]]:
+    binding = same_names(module)
+    for kind in ("weight", "bias"):
+        binding[f"t_block.{kind}"] = (Slab(f"t_block.1.{kind}"),)
+    binding["block_tables"] = tuple(
+        Slab(f"blocks.{block}.scale_shift_table") for block in range(spec.depth)
+    )
+    binding["final_table"] = (Slab("final_layer.scale_shift_table"),)
+    return binding
+
+
+def _captions(module: nn.Module, spec: ModelSpec) -> dict[str, tuple[Slab, ...]]:
+    """The projection, and the key and value layers of all blocks as one matrix."""
+    binding = same_names(module, "y_embedder.")
+    for kind in ("weight", "bias"):
+        blocks = range(spec.depth)
+        binding[f"kv_linear.{kind}"] = tuple(
+            Slab(f"blocks.{block}.cross_attn.kv_linear.{kind}") for block in blocks
+        )
+    return binding

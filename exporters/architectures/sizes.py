@@ -1,0 +1,77 @@
+"""Sizes of a model, read off the tensors that DiT and PixArt have in common."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from goc_deploy.errors import ModelError
+
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What the tensors of DiT and PixArt say of the sizes; the names are the same in both.
+
+    Attributes:
+        patch, patch_width: of the patch embedding.
+        tokens: rows of the position table.
+        predicted: values that the final layer gives per token.
+        own: shape of one more tensor, which only this family has.
+    """
+
+    depth: int
+    hidden: int
+    mlp_hidden: int
+    channels: int
+    patch: int
+    patch_width: int
+    tokens: int
+    predicted: int
+    own: tuple[int, ...]
+
+    @property
+    def grid(self) -> int:
+        """Tokens per side, if they are square."""
+        return math.isqrt(self.tokens)
+
+    @property
+    def ratio(self) -> float:
+        """Predicted channels per channel: 1, or 2 with sigma."""
+        return self.predicted / (self.patch**2 * self.channels)
+
+
+def sizes_from_tensors(tensors: Mapping[str, Tensor], what: str, own: str) -> Sizes:
+    """Read sizes off tensors, as they are.
+
+    Args:
+        tensors: the checkpoint.
+        what: the family, for messages.
+        own: name of the tensor that only this family has.
+
+    Raises:
+        ModelError: a tensor is missing or has another number of dimensions.
+    """
+    try:
+        hidden, channels, patch, patch_width = tensors["x_embedder.proj.weight"].shape
+        _, tokens, _ = tensors["pos_embed"].shape
+        return Sizes(
+            depth=1 + max(int(m[1]) for m in map(_BLOCK.match, tensors) if m),
+            hidden=hidden,
+            mlp_hidden=tensors["blocks.0.mlp.fc1.weight"].shape[0],
+            channels=channels,
+            patch=patch,
+            patch_width=patch_width,
+            tokens=tokens,
+            predicted=tensors["final_layer.linear.weight"].shape[0],
+            own=tuple(tensors[own].shape),
+        )
+    except (KeyError, ValueError) as cause:
+        raise ModelError(
+            f"the checkpoint looks like a {what} but its sizes cannot be read: {cause}"
+        ) from cause

@@ -1,0 +1,147 @@
+"""What an engine directory holds beside the model: a text encoder, captions that stand for labels, the decoder of a VAE."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from goc_deploy.conditions.captions import (
+    PromptEmbeds,
+    captions_to_bytes,
+    prompt_embeds_from_arrays,
+)
+from goc_deploy.conditions.tensor_files import arrays_from_file
+from goc_deploy.conditions.text import DEFAULT_PROMPTS, TextEncoder, prompts_from_file
+from goc_deploy.engine_dir.manifest import Manifest
+from goc_deploy.errors import UsageError
+from goc_deploy.exporters.checkpoint import Checkpoint
+from goc_deploy.exporters.companions.t5 import PRECISION as TEXT_PRECISION
+from goc_deploy.exporters.companions.t5 import (
+    TEXT_ENCODER,
+    TextEncoderFiles,
+    read_text_encoder,
+    text_encoder_kind,
+)
+from goc_deploy.exporters.companions.vae import (
+    PRECISION,
+    Vae,
+    decoder_kind,
+    decoder_spec,
+    read_vae_folder,
+)
+from goc_deploy.exporters.unit_files import UnitWriter
+from goc_deploy.options import ExportOptions
+from goc_deploy.spec import ModelSpec, TextSpec
+
+CAPTIONS_FILE = "captions/captions.npz"
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What was read beside the model; None where nobody gave it.
+
+    Attributes:
+        vae: the VAE whose decoder is written.
+        text: the text encoder.
+        captions: embeddings that stand for labels.
+        prompts: texts that stand for labels once the text encoder has encoded them.
+    """
+
+    vae: Vae | None
+    text: TextEncoderFiles | None
+    captions: PromptEmbeds | None
+    prompts: tuple[str, ...]
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """Weights that were read."""
+        return tuple(part.checkpoint for part in (self.vae, self.text) if part is not None)
+
+    @property
+    def labels(self) -> int:
+        """How many captions will stand for labels."""
+        return len(self.captions.prompts) if self.captions is not None else len(self.prompts)
+
+    @property
+    def provenance(self) -> Mapping[str, str]:
+        """Digests of what was read."""
+        found = {}
+        if self.vae is not None:
+            found["vae_sha256"] = self.vae.checkpoint.sha256
+        if self.text is not None:
+            found["text_encoder_sha256"] = self.text.checkpoint.sha256
+        if self.prompts:
+            found["prompts_sha256"] = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
+        if self.captions is not None:
+            table = self.captions.table
+            found["captions_sha256"] = hashlib.sha256(
+                table.embeds.tobytes() + table.mask.tobytes()
+            ).hexdigest()
+        return found
+
+
+def read_companions(options: ExportOptions, spec: ModelSpec) -> Companions:
+    """Read what the options name.
+
+    Raises:
+        ModelError, SafetyError: a folder that cannot be used, or does not fit the model.
+        UsageError: captions that do not fit it.
+    """
+    vae = None if options.vae is None else read_vae_folder(options.vae, spec)
+    text = None if options.text_encoder is None else read_text_encoder(options.text_encoder, spec)
+    if options.captions is None:
+        return Companions(vae, text, None, DEFAULT_PROMPTS if text else ())
+    if options.captions.suffix == ".txt":
+        if text is None:
+            raise UsageError(
+                f"{options.captions} holds texts, which need a text encoder; add --text-encoder"
+            )
+        return Companions(vae, text, None, prompts_from_file(options.captions))
+    captions = prompt_embeds_from_arrays(
+        arrays_from_file(options.captions), spec, str(options.captions)
+    )
+    if captions.negatives is None:
+        raise UsageError(
+            f"{options.captions} has no negative_prompt_embeds, the caption of nothing; add it"
+        )
+    return Companions(vae, text, captions, ())
+
+
+def write_companions(
+    companions: Companions, manifest: Manifest, options: ExportOptions, writer: UnitWriter
+) -> Manifest:
+    """Write them beside the units that the manifest lists."""
+    if companions.vae is not None:
+        decoder = decoder_spec(companions.vae.config, manifest.model, options.vae_tile)
+        kind = decoder_kind(companions.vae.config, manifest.model, decoder)
+        units = writer.write((kind,), companions.vae.checkpoint.tensors, PRECISION, "vae")
+        manifest = replace(manifest, units=(*manifest.units, *units), decoder=decoder)
+    captions = companions.captions
+    if companions.text is not None:
+        manifest, encoder = _write_text_encoder(companions.text, manifest, writer)
+        if companions.prompts:
+            captions = encoder.prompt_embeds(companions.prompts)
+    if captions is not None:
+        path = writer.stage / CAPTIONS_FILE
+        path.parent.mkdir()
+        path.write_bytes(captions_to_bytes(captions))
+        manifest = replace(manifest, captions=CAPTIONS_FILE)
+    return manifest
+
+
+def _write_text_encoder(
+    found: TextEncoderFiles, manifest: Manifest, writer: UnitWriter
+) -> tuple[Manifest, TextEncoder]:
+    """Write the unit and its tokenizer, and load them."""
+    config, spec = found.config, manifest.model
+    kinds = (text_encoder_kind(config, spec),)
+    (unit,) = writer.write(kinds, found.checkpoint.tensors, TEXT_PRECISION, TEXT_ENCODER)
+    tokenizer = f"{TEXT_ENCODER}/tokenizer.json"
+    (writer.stage / tokenizer).write_bytes(found.tokenizer)
+    text = TextSpec(tokenizer, config.vocabulary, config.eos, config.pad)
+    manifest = replace(manifest, units=(*manifest.units, unit), text=text)
+    most = 2 * manifest.max_batch
+    return manifest, TextEncoder(
+        writer.loaded(unit), writer.backend, found.tokenizer, spec, text, most
+    )

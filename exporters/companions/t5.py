@@ -1,0 +1,322 @@
+"""The encoder of a T5 as a unit: token numbers to embeddings, in float32, because its activations overflow in fp16.
+
+Parameter names are those of transformers' state dict. Source: Raffel et al., "Exploring the Limits of Transfer Learning
+with a Unified Text-to-Text Transformer", JMLR 2020, section 2.1; gated GELU: Shazeer, "GLU Variants Improve
+Transformer", 2020.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from goc_deploy.errors import ModelError
+from goc_deploy.exporters.checkpoint import Checkpoint
+from goc_deploy.exporters.companions.tokenizer_files import read_tokenizer
+from goc_deploy.exporters.folders import CONFIG, PIPELINE_CONFIG, Settings, read_json, read_weights
+from goc_deploy.exporters.tracing import Examples, check_shapes, empty_module, same_names, shapes_of
+from goc_deploy.exporters.units import Input, UnitKind
+from goc_deploy.spec import ModelSpec
+
+TEXT_ENCODER = "text_encoder"  # name of the unit
+PRECISION = "fp32"
+PADDING_SCORE = -1e9
+FEED_FORWARD = {"gated-gelu": True, "relu": False}  # whether a second matrix gates the first
+SETTINGS = Settings(
+    sizes={
+        "d_model": 512,
+        "d_kv": 64,
+        "d_ff": 2048,
+        "num_heads": 8,
+        "num_layers": 6,
+        "vocab_size": 32128,
+        "relative_attention_num_buckets": 32,
+        "relative_attention_max_distance": 128,
+    },
+    required={"model_type": ("t5",), "is_decoder": (False,), "layer_norm_epsilon": (1e-6,)},
+    read=("feed_forward_proj", "eos_token_id", "pad_token_id"),
+)
+OF_THE_DECODER = ("decoder.", "lm_head.")
+_EMBEDDING, _SAME_EMBEDDING = "shared.weight", "encoder.embed_tokens.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class T5Config:
+    """What ``config.json`` says of the encoder.
+
+    Attributes:
+        width: of the embeddings.
+        head: width of an attention head.
+        inner: width of the feed-forward layers.
+        heads: per layer.
+        layers: of the encoder.
+        vocabulary: rows of the embedding table.
+        buckets: of relative positions, half of them for each direction.
+        furthest: distance from which on positions share a bucket.
+        gated: whether the feed-forward layers have a gate (and GELU instead of ReLU).
+        eos: number of the token that ends a text.
+        pad: number of the token behind it.
+    """
+
+    width: int
+    head: int
+    inner: int
+    heads: int
+    layers: int
+    vocabulary: int
+    buckets: int
+    furthest: int
+    gated: bool
+    eos: int
+    pad: int
+
+
+@dataclass(frozen=True)
+class TextEncoderFiles:
+    """A text encoder that was read: its configuration, its tensors, and ``tokenizer.json``."""
+
+    config: T5Config
+    checkpoint: Checkpoint
+    tokenizer: bytes
+
+
+def read_text_encoder(path: Path, spec: ModelSpec) -> TextEncoderFiles:
+    """Read a T5 encoder and its tokenizer.
+
+    Args:
+        path: a pipeline's folder with ``text_encoder`` and ``tokenizer``, or a folder that transformers saved a T5 to, with
+            the tokenizer in it or in a folder ``tokenizer`` beside it.
+        spec: the model that it is for.
+
+    Raises:
+        ModelError: not such a folder, a setting that is not supported, weights that are missing, damaged, or not those
+            of the configuration, or embeddings of another width than the model takes.
+        SafetyError: an index that names files outside the folder, or a file that asks to run code.
+    """
+    if not spec.draws_captions:
+        raise ModelError(
+            f"{path} is a text encoder, but the model draws class labels; leave it out"
+        )
+    pipeline = (path / PIPELINE_CONFIG).exists()
+    folder = path / "text_encoder" if pipeline else path
+    if not (folder / CONFIG).is_file():
+        raise ModelError(
+            f"{folder} has no {CONFIG}; give the folder that transformers saved a T5 encoder to"
+        )
+    where = f"{folder / CONFIG}"
+    config = t5_config(read_json(folder / CONFIG), where)
+    if config.width != spec.caption_channels:
+        raise ModelError(
+            f"{where}: the encoder makes embeddings of width {config.width} but the model takes {spec.caption_channels}; "
+            "give the one that it was trained with"
+        )
+    tokenizer_file, tokenizer = read_tokenizer(
+        [folder, folder.parent / "tokenizer"], config.vocabulary
+    )
+    files, found = read_weights(folder, "model", "pytorch_model")
+    tensors = {
+        name: tensor for name, tensor in found.items() if not name.startswith(OF_THE_DECODER)
+    }
+    same = tensors.pop(_SAME_EMBEDDING, None)
+    if same is not None:
+        tensors.setdefault(_EMBEDDING, same)
+    check_shapes(
+        tensors, shapes_of(lambda: T5Encoder(config, 2)), f"the T5 encoder that {where} describes"
+    )
+    used = (folder / CONFIG, *files, tokenizer_file)
+    return TextEncoderFiles(config, Checkpoint(folder.parent, tensors, "plain", used), tokenizer)
+
+
+def t5_config(config: Mapping[str, Any], where: str) -> T5Config:
+    """The encoder that a ``config.json`` describes. transformers writes many settings that concern other uses.
+
+    Raises:
+        ModelError: naming the setting that is not supported or out of range.
+    """
+    known = {*SETTINGS.sizes, *SETTINGS.required, *SETTINGS.read}
+    size = SETTINGS.check({name: value for name, value in config.items() if name in known}, where)
+    kind = config.get("feed_forward_proj", "relu")
+    if config.get("model_type") != "t5" or kind not in FEED_FORWARD:
+        raise ModelError(
+            f"{where}: model_type is {config.get('model_type')!r} and feed_forward_proj {kind!r}, "
+            f"only 't5' with {' or '.join(map(repr, FEED_FORWARD))} is supported"
+        )
+    eos, pad = config.get("eos_token_id", 1), config.get("pad_token_id", 0)
+    if any(type(token) is not int or not 0 <= token < size["vocab_size"] for token in (eos, pad)):
+        raise ModelError(
+            f"{where}: eos_token_id and pad_token_id must be tokens, got {eos!r} and {pad!r}"
+        )
+    if size["relative_attention_num_buckets"] % 4:
+        raise ModelError(f"{where}: relative_attention_num_buckets must be a multiple of 4")
+    return T5Config(
+        width=size["d_model"],
+        head=size["d_kv"],
+        inner=size["d_ff"],
+        heads=size["num_heads"],
+        layers=size["num_layers"],
+        vocabulary=size["vocab_size"],
+        buckets=size["relative_attention_num_buckets"],
+        furthest=size["relative_attention_max_distance"],
+        gated=FEED_FORWARD[kind],
+        eos=eos,
+        pad=pad,
+    )
+
+
+def text_encoder_kind(config: T5Config, spec: ModelSpec) -> UnitKind:
+    """The graph: tokens (K, L) int64 and mask (K, L) float32 to embeds (K, L, C) float32."""
+    examples, length = Examples(spec, torch.float32), spec.caption_tokens
+    module = empty_module(lambda: T5Encoder(config, length), torch.float32, examples.generator)
+    tokens = torch.randint(config.vocabulary, (2, length), generator=examples.generator)
+    mask = (torch.arange(length) < torch.tensor([[max(1, length // 3)], [length]])).float()
+    inputs = (Input("tokens", tokens, {0: "captions"}), Input("mask", mask, {0: "captions"}))
+    copies = {TEXT_ENCODER: same_names(module)}
+    return UnitKind(TEXT_ENCODER, module, inputs, ("embeds",), copies, weights_are_inputs=True)
+
+
+def position_buckets(length: int, buckets: int, furthest: int) -> Tensor:
+    """(length, length) int64: which bias a query (row) uses for a key (column).
+
+    Half of the buckets are for keys behind the query. In each half one bucket is one distance up to a quarter of all;
+    from there they grow logarithmically up to ``furthest``.
+    """
+    offset = torch.arange(length)[None, :] - torch.arange(length)[:, None]
+    half, exact = buckets // 2, buckets // 4
+    distance = offset.abs()
+    growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(furthest / exact)
+    far = (exact + (growth * (half - exact)).long()).clamp(max=half - 1)
+    return half * (offset > 0) + torch.where(distance < exact, distance, far)
+
+
+class Plain(nn.Module):
+    """A matrix without bias, applied to rows."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(after, before))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return F.linear(
+            rows, self.weight, torch.zeros(self.weight.shape[0])
+        )  # zeros keep it one Gemm in ONNX
+
+
+class Norm(nn.Module):
+    """Root mean square norm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+class SelfAttention(nn.Module):
+    """Attention without scaling; the first layer holds the biases of all."""
+
+    def __init__(self, config: T5Config, *, first: bool) -> None:
+        super().__init__()
+        self.heads, inner = config.heads, config.heads * config.head
+        self.q, self.k, self.v = (Plain(config.width, inner) for _ in range(3))
+        self.o = Plain(inner, config.width)
+        if first:
+            self.relative_attention_bias = nn.Embedding(config.buckets, config.heads)
+
+    def forward(self, x: Tensor, shape: tuple[int, int], bias: Tensor) -> Tensor:
+        q, k, v = (
+            p(x).reshape(*shape, self.heads, -1).transpose(1, 2) for p in (self.q, self.k, self.v)
+        )
+        weights = torch.softmax(
+            torch.matmul(q, k.transpose(-1, -2)) + bias, dim=-1
+        )  # (K, heads, L, L)
+        mixed = torch.matmul(weights, v).transpose(1, 2)
+        return self.o(mixed.reshape(x.shape[0], -1))
+
+
+class FeedForward(nn.Module):
+    """Two layers with ReLU, or with a GELU gate."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.gated = config.gated
+        for name in ("wi_0", "wi_1") if config.gated else ("wi",):
+            self.add_module(name, Plain(config.width, config.inner))
+        self.wo = Plain(config.inner, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.get_submodule("wi_0" if self.gated else "wi")(x)
+        if self.gated:
+            return self.wo(F.gelu(first, approximate="tanh") * self.get_submodule("wi_1")(x))
+        return self.wo(F.relu(first))
+
+
+class Layer(nn.Module):
+    """A branch behind its norm; ``name`` is transformers' name of the branch."""
+
+    def __init__(self, name: str, branch: nn.Module, width: int) -> None:
+        super().__init__()
+        self.name = name
+        self.add_module(name, branch)
+        self.layer_norm = Norm(width)
+
+    @property
+    def branch(self) -> nn.Module:
+        """The branch itself."""
+        return self.get_submodule(self.name)
+
+
+class Block(nn.Module):
+    """Attention, then the feed-forward layers."""
+
+    def __init__(self, config: T5Config, *, first: bool) -> None:
+        super().__init__()
+        attention = Layer("SelfAttention", SelfAttention(config, first=first), config.width)
+        self.layer = nn.ModuleList(
+            [attention, Layer("DenseReluDense", FeedForward(config), config.width)]
+        )
+
+
+class Stack(nn.Module):
+    """The blocks, under the names of the state dict."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(Block(config, first=i == 0) for i in range(config.layers))
+        self.final_layer_norm = Norm(config.width)
+
+    @property
+    def branches(self) -> list[tuple[Any, Any]]:
+        """Attention and feed-forward layer of each block."""
+        return [(block.layer[0], block.layer[1]) for block in self.block]  # type: ignore[index]
+
+
+class T5Encoder(nn.Module):
+    """Tokens and mask to embeddings, for texts of ``length`` tokens with padding."""
+
+    def __init__(self, config: T5Config, length: int) -> None:
+        super().__init__()
+        self.positions = (length, config.buckets, config.furthest)
+        self.shared = nn.Embedding(config.vocabulary, config.width)
+        self.encoder = Stack(config)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        count, length = tokens.shape
+        x = self.shared(tokens.reshape(-1))  # (K*L, C)
+        table = self.encoder.branches[0][0].branch.relative_attention_bias
+        nothing = (
+            tokens[:1, :1] < 0
+        ).long()  # keeps the ONNX optimiser from looking the table up while it exports
+        biases = table(position_buckets(*self.positions) + nothing).permute(2, 0, 1)[None]
+        bias = biases + PADDING_SCORE * (1 - mask)[:, None, None]
+        for attention, feed_forward in self.encoder.branches:
+            x = x + attention.branch(attention.layer_norm(x), (count, length), bias)
+            x = x + feed_forward.branch(feed_forward.layer_norm(x))
+        return self.encoder.final_layer_norm(x).reshape(count, length, -1)

@@ -1,0 +1,362 @@
+"""The decoder of an AutoencoderKL as a unit: latents of the diffusion model to pixels, in float32.
+
+Parameter names are those of diffusers' state dict. The factors that the latents are scaled by are constants of the graph.
+Source: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", CVPR 2022, section 3.1 and
+appendix E.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from goc_deploy.errors import ModelError
+from goc_deploy.exporters.checkpoint import Checkpoint
+from goc_deploy.exporters.folders import CONFIG, PIPELINE_CONFIG, Settings, read_json, read_weights
+from goc_deploy.exporters.tracing import Examples, check_shapes, empty_module, same_names, shapes_of
+from goc_deploy.exporters.units import Input, UnitKind
+from goc_deploy.spec import DecoderSpec, ModelSpec
+
+DECODER = "decoder"  # name of the unit
+PRECISION = "fp32"  # the decoder of Stable Diffusion overflows in fp16, and it runs once per image
+NORM_EPSILON = 1e-6
+OVERLAP_SHARE = 4  # a quarter of a tile
+MAX_FACTOR = 1e4
+SETTINGS = Settings(
+    sizes={"latent_channels": 4, "out_channels": 3, "layers_per_block": 1, "norm_num_groups": 32},
+    required={
+        "_class_name": ("AutoencoderKL",),
+        "act_fn": ("silu",),
+        "latents_mean": (None,),
+        "latents_std": (None,),
+    },
+    read=(
+        "block_out_channels",
+        "up_block_types",
+        "scaling_factor",
+        "shift_factor",
+        "use_post_quant_conv",
+        "mid_block_add_attention",
+    ),
+    without_effect=(  # on the decoder
+        "_diffusers_version",
+        "_name_or_path",
+        "in_channels",
+        "down_block_types",
+        "sample_size",
+        "force_upcast",
+        "use_quant_conv",
+    ),
+)
+_ENCODER = ("encoder.", "quant_conv.")
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_ATTENTION = re.compile(r"(decoder\.mid_block\.attentions\.0)\.([\w.]+)\.(weight|bias)")
+_NORM = re.compile(r"decoder\..*norm\w*\.(weight|bias)")
+
+
+@dataclass(frozen=True, slots=True)
+class VaeConfig:
+    """What ``config.json`` says of the decoder.
+
+    Attributes:
+        latent_channels: channels that it takes.
+        image_channels: channels that it gives.
+        widths: channels of its levels, from the image's to the latents'.
+        layers: residual blocks per level, without the one that a decoder has more.
+        groups: of every group norm.
+        scaling: latents are divided by it,
+        shift: and this is added.
+        has_post_quant: whether a 1x1 convolution comes first.
+        has_attention: whether the middle has attention.
+    """
+
+    latent_channels: int
+    image_channels: int
+    widths: tuple[int, ...]
+    layers: int
+    groups: int
+    scaling: float
+    shift: float
+    has_post_quant: bool
+    has_attention: bool
+
+    @property
+    def upscale(self) -> int:
+        """Image pixels per latent pixel."""
+        return 2 ** (len(self.widths) - 1)
+
+
+@dataclass(frozen=True)
+class Vae:
+    """A decoder that was read: its configuration, and its tensors under today's names."""
+
+    config: VaeConfig
+    checkpoint: Checkpoint
+
+
+def read_vae_folder(path: Path, spec: ModelSpec) -> Vae:
+    """Read an AutoencoderKL folder, or the ``vae`` folder of a pipeline.
+
+    Raises:
+        ModelError: not such a folder, a setting that is not supported, weights that are missing, damaged, or not those
+            of the configuration, or latents of another number of channels than the model's.
+        SafetyError: an index that names files outside the folder.
+    """
+    folder = path / "vae" if (path / PIPELINE_CONFIG).exists() else path
+    if not (folder / CONFIG).is_file():
+        raise ModelError(
+            f"{folder} has no {CONFIG}; give the folder that diffusers saved an AutoencoderKL to"
+        )
+    where = f"{folder / CONFIG}"
+    config = vae_config(read_json(folder / CONFIG), where)
+    if config.latent_channels != spec.channels:
+        raise ModelError(
+            f"{where}: the VAE decodes {config.latent_channels} channels but the model makes {spec.channels}; give the VAE that it was trained with"
+        )
+    files, found = read_weights(folder)
+    tensors = {
+        _today(name): tensor for name, tensor in found.items() if not name.startswith(_ENCODER)
+    }
+    for name, tensor in tensors.items():
+        if _ATTENTION.fullmatch(name) and tensor.ndim == 4:
+            tensors[name] = tensor.reshape(tensor.shape[:2])  # 1x1 convolutions in the oldest files
+        elif _NORM.fullmatch(name):
+            tensors[name] = tensor.reshape(-1, 1, 1)
+    check_shapes(
+        tensors, shapes_of(lambda: VaeDecoder(config)), f"the VAE decoder that {where} describes"
+    )
+    return Vae(config, Checkpoint(folder, tensors, "plain", (folder / CONFIG, *files)))
+
+
+def vae_config(config: Mapping[str, Any], where: str) -> VaeConfig:
+    """The decoder that a ``config.json`` describes.
+
+    Raises:
+        ModelError: naming the setting that is unknown, not supported or out of range.
+    """
+    size = SETTINGS.check(config, where)
+    widths = config.get("block_out_channels", [64])
+    if (
+        not isinstance(widths, list)
+        or not 1 <= len(widths) <= 8
+        or not all(type(w) is int for w in widths)
+    ):
+        raise ModelError(
+            f"{where}: block_out_channels must be a list of 1 to 8 whole numbers, got {widths!r}"
+        )
+    if any(not 1 <= w <= 2**14 or w % size["norm_num_groups"] for w in widths):
+        raise ModelError(
+            f"{where}: block_out_channels {widths} must be multiples of norm_num_groups"
+        )
+    kinds = config.get("up_block_types", ["UpDecoderBlock2D"] * len(widths))
+    if kinds != ["UpDecoderBlock2D"] * len(widths):
+        raise ModelError(
+            f"{where}: up_block_types is {kinds!r}, only UpDecoderBlock2D once per level is supported"
+        )
+    if size["out_channels"] not in (1, 3):
+        raise ModelError(f"{where}: out_channels is {size['out_channels']}, images have 1 or 3")
+    scaling, shift = config.get("scaling_factor", 0.18215), config.get("shift_factor")
+    shift = 0.0 if shift is None else shift
+    if (
+        not _is_number(scaling)
+        or not _is_number(shift)
+        or not 0 < scaling < MAX_FACTOR
+        or abs(shift) > MAX_FACTOR
+    ):
+        raise ModelError(
+            f"{where}: scaling_factor {scaling!r} and shift_factor {shift!r} are not usable numbers"
+        )
+    flags = [config.get(name, True) for name in ("use_post_quant_conv", "mid_block_add_attention")]
+    if not all(isinstance(flag, bool) for flag in flags):
+        raise ModelError(
+            f"{where}: use_post_quant_conv and mid_block_add_attention must be true or false"
+        )
+    return VaeConfig(
+        latent_channels=size["latent_channels"],
+        image_channels=size["out_channels"],
+        widths=tuple(widths),
+        layers=size["layers_per_block"],
+        groups=size["norm_num_groups"],
+        scaling=float(scaling),
+        shift=float(shift),
+        has_post_quant=flags[0],
+        has_attention=flags[1],
+    )
+
+
+def decoder_spec(config: VaeConfig, spec: ModelSpec, largest_tile: int) -> DecoderSpec:
+    """Tiles for the model's latents: one where they are no larger than ``largest_tile`` per side."""
+    tile = min(spec.side, largest_tile)
+    return DecoderSpec(
+        config.image_channels, config.upscale, tile, max(1, min(tile - 1, tile // OVERLAP_SHARE))
+    )
+
+
+def decoder_kind(config: VaeConfig, spec: ModelSpec, decoder: DecoderSpec) -> UnitKind:
+    """The graph: tiles of latents (n, C, t, t) float32 to pixels (n, channels, t*upscale, t*upscale), -1..1."""
+    examples = Examples(spec, torch.float32)
+    tiles = examples.normal(2, spec.channels, decoder.tile, decoder.tile)
+    module = empty_module(lambda: VaeDecoder(config), torch.float32, examples.generator)
+    return UnitKind(
+        DECODER,
+        module,
+        (Input("latents", tiles, {0: "tiles"}),),
+        ("pixels",),
+        {DECODER: same_names(module)},
+    )
+
+
+class VaeDecoder(nn.Module):
+    """Scaled latents (N, C, h, w) to pixels (N, channels, h*upscale, w*upscale)."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        self.scaling, self.shift = config.scaling, config.shift
+        self.decoder = Decoder(config)
+        channels = config.latent_channels
+        self.post_quant_conv = (
+            nn.Conv2d(channels, channels, 1) if config.has_post_quant else nn.Identity()
+        )
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(latents / self.scaling + self.shift))
+
+
+class Decoder(nn.Module):
+    """Residual blocks with attention in the middle, then a level per doubling."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        widths, groups = config.widths[::-1], config.groups
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], groups, attention=config.has_attention)
+        self.up_blocks = nn.ModuleList(
+            UpBlock(before, width, config.layers + 1, groups, doubles=level < len(widths) - 1)
+            for level, (before, width) in enumerate(pairwise((widths[0], *widths)))
+        )
+        self.conv_norm_out = Norm(widths[-1], groups)
+        self.conv_out = nn.Conv2d(widths[-1], config.image_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(x))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Norm(nn.Module):
+    """Group norm; its parameters lie as they are multiplied, because the ONNX exporter would copy them otherwise."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight, self.bias = (
+            nn.Parameter(torch.ones(channels, 1, 1)),
+            nn.Parameter(torch.zeros(channels, 1, 1)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.groups, eps=NORM_EPSILON) * self.weight + self.bias
+
+
+class MidBlock(nn.Module):
+    """Two residual blocks, and attention between them."""
+
+    def __init__(self, width: int, groups: int, *, attention: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResidualBlock(width, width, groups) for _ in range(2))
+        self.attentions = nn.ModuleList([PixelAttention(width, groups)] if attention else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x)
+
+
+class UpBlock(nn.Module):
+    """Residual blocks of one level, then twice the pixels."""
+
+    def __init__(self, before: int, width: int, layers: int, groups: int, *, doubles: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResidualBlock(before if i == 0 else width, width, groups) for i in range(layers)
+        )
+        self.upsamplers = nn.ModuleList([Doubling(width)] if doubles else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.resnets, *self.upsamplers):
+            x = layer(x)
+        return x
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions behind group norms, added to the input."""
+
+    def __init__(self, before: int, width: int, groups: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = (Norm(channels, groups) for channels in (before, width))
+        self.conv1 = nn.Conv2d(before, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        if before != width:
+            self.conv_shortcut = nn.Conv2d(before, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class Doubling(nn.Module):
+    """Every pixel four times, then a convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class PixelAttention(nn.Module):
+    """Attention of one head over all pixels, added to the input."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.group_norm = Norm(width, groups)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        pixels = self.group_norm(x).flatten(2).transpose(1, 2).reshape(-1, channels)  # (N*h*w, C)
+        q, k, v = (
+            layer(pixels).reshape(batch, -1, channels)
+            for layer in (self.to_q, self.to_k, self.to_v)
+        )
+        weights = torch.softmax(
+            torch.matmul(q * channels**-0.5, k.transpose(1, 2)), dim=-1
+        )  # (N, h*w, h*w)
+        mixed = self.to_out[0](torch.matmul(weights, v).reshape(-1, channels)).reshape(
+            batch, -1, channels
+        )
+        return x + mixed.transpose(1, 2).reshape(batch, channels, height, width)
+
+
+def _today(name: str) -> str:
+    """Attention layers of old files under the names that diffusers gives them now."""
+    match = _ATTENTION.fullmatch(name)
+    return f"{match[1]}.{_OLD_ATTENTION.get(match[2], match[2])}.{match[3]}" if match else name
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,63 @@
+"""Writing plans into an engine directory: plan, schedule, and the graphs that only the plan launches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+
+from goc_deploy.compiler import Plan, Segment, with_stacks
+from goc_deploy.compiler.plan_file import plan_to_json
+from goc_deploy.engine_dir.manifest import Manifest, PlanEntry
+from goc_deploy.exporters.graphs.cache_update import predict_graph
+from goc_deploy.exporters.graphs.segments import segment_graph
+from goc_deploy.schedule.schedule import schedule_to_json
+
+
+def write_plan(
+    folder: Path, plan: Plan, manifest: Manifest, read: Callable[[str], bytes]
+) -> Manifest:
+    """Write a plan, and the predict graphs and segments that are not there yet, of both forms in which it may run.
+
+    Args:
+        folder: where to write.
+        plan: what to write.
+        manifest: of the engine directory.
+        read: the content of a file that the engine directory has.
+
+    Returns:
+        The manifest with the plan and these graphs; its list of files is as it was.
+    """
+    for name in ("plans", "schedules", "onnx"):
+        (folder / name).mkdir(exist_ok=True)
+    entry = PlanEntry(
+        plan.name, plan.schedule.policy, f"plans/{plan.name}.json", f"schedules/{plan.name}.json"
+    )
+    (folder / entry.plan).write_text(plan_to_json(plan), encoding="utf-8")
+    (folder / entry.schedule).write_text(schedule_to_json(plan.schedule), encoding="utf-8")
+    stacked = with_stacks(plan, manifest.model)
+    predict, segments = dict(manifest.predict), dict(manifest.segments)
+    for signature in sorted({*plan.signatures, *stacked.signatures} - predict.keys()):
+        predict[signature] = _path("predict", signature)
+        onnx.save_model(
+            predict_graph(signature, manifest.model, manifest.precision),
+            folder / predict[signature],
+        )
+    new = {op.signature: op for step in stacked.launches for op in step if isinstance(op, Segment)}
+    for signature in sorted(new.keys() - segments.keys()):
+        paths = {unit.name: unit.onnx for unit in manifest.units}
+        units = {
+            name: onnx.load_model_from_string(read(paths[name]))
+            for name in manifest.model.unit_names
+        }
+        segments[signature] = _path("segment", signature)
+        stores = [store is not None for store in new[signature].stores]
+        onnx.save_model(segment_graph(units, stores), folder / segments[signature])
+    return replace(manifest, plans=(*manifest.plans, entry), predict=predict, segments=segments)
+
+
+def _path(kind: str, signature: str) -> str:
+    return f"onnx/{kind}_{hashlib.sha256(signature.encode()).hexdigest()[:12]}.onnx"

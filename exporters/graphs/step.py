@@ -1,0 +1,139 @@
+"""Graphs of a step that belong to no block: modulation rows, collecting predictions, guidance and the sampler update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx
+from onnx import ModelProto, parser
+
+from goc_deploy.samplers import MAX_LAGS
+from goc_deploy.spec import ModelSpec
+
+_HEADER = '<ir_version: 10, opset_import: ["" : 20], producer_name: "goc_deploy">\n'
+_TYPES = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def modulation_graph(spec: ModelSpec, precision: str) -> ModelProto:
+    """Pick the rows of one step's modulation table for the batch.
+
+    Inputs: table (M, R, D), rows (B,) int64. Outputs: modulation (M, B, D).
+    """
+    dtype = _TYPES[precision]
+    return _parse(
+        f"""modulation ({dtype}[M, R, {spec.hidden}] table, int64[B] rows) => ({dtype}[M, B, {spec.hidden}] modulation)
+        {{ modulation = Gather<axis=1>(table, rows) }}"""
+    )
+
+
+def collect_graph(spec: ModelSpec, precision: str) -> ModelProto:
+    """Add what was predicted for a whole step ahead of time.
+
+    Inputs: x (B, T, D), accumulated (B, T, D). Outputs: x_out (B, T, D).
+    """
+    feature = f"{_TYPES[precision]}[B, {spec.tokens}, {spec.hidden}]"
+    return _parse(
+        f"collect ({feature} x, {feature} accumulated) => ({feature} x_out) {{ x_out = Add(x, accumulated) }}"
+    )
+
+
+def sampler_graphs(spec: ModelSpec) -> dict[str, ModelProto]:
+    """The sampler unit in every form that `goc_deploy.samplers.table.SamplerTable.graph` may name for this model."""
+    graphs = {
+        f"sampler_lag{lags}" if lags else "sampler": sampler_graph(spec, lags=lags)
+        for lags in range(MAX_LAGS + 1)
+    }
+    return (
+        {**graphs, "sampler_learned": sampler_graph(spec, learned=True)}
+        if spec.learn_sigma
+        else graphs
+    )
+
+
+def sampler_graph(spec: ModelSpec, *, lags: int = 0, learned: bool = False) -> ModelProto:
+    """Classifier-free guidance per image and channel, then one row of the sampler table, in float32.
+
+    ``guided = uncond + guidance * (cond - uncond)``; ``latents_out = c0 * latents + c1 * guided + c2 * noise``.
+
+    Args:
+        spec: the model.
+        lags: earlier estimates that are read: ``estimate = c3 * latents + c4 * guided`` is an output, and
+            ``c5 * estimate_1 + c6 * estimate_2`` joins ``latents_out``.
+        learned: the noise is scaled by ``exp(c3 * variance)``, the sigma channels of the conditional rows; without it
+            they are ignored.
+
+    Inputs: latents (N, C, H, W), prediction (B, C_out, H, W), cond_rows and uncond_rows (N,) int64, guidance (N, C),
+    coefficients (3 + ...,), noise (N, C, H, W), estimate_1 ... (N, C, H, W). Outputs: latents_out, and with lags estimate.
+    """
+    latents = f"float[N, {spec.channels}, {spec.side}, {spec.side}]"
+    earlier = [f"estimate_{lag}" for lag in range(1, lags + 1)]
+    names = [
+        "c0",
+        "c1",
+        "c2",
+        *(["spread"] if learned else []),
+        *(["e0", "e1"] if lags else []),
+        *(f"w_{e}" for e in earlier),
+    ]
+    more_inputs = "".join(f", {latents} {name}" for name in earlier)
+    more_outputs = f", {latents} estimate" if lags else ""
+    scaled_noise = (
+        f"""last = Constant<value = int64[1] {{{2 * spec.channels}}}>()
+            variances = Slice(prediction, channels, last, channel_axis)
+            variance = Gather<axis=0>(variances, cond_rows)
+            exponent = Mul(spread, variance)
+            factor = Exp(exponent)
+            scaled_noise = Mul(factor, noise)
+            from_noise = Mul(c2, scaled_noise)"""
+        if learned
+        else "from_noise = Mul(c2, noise)"
+    )
+    return _parse(
+        f"""sampler ({latents} latents, float[B, {spec.output_channels}, {spec.side}, {spec.side}] prediction,
+            int64[N] cond_rows, int64[N] uncond_rows, float[N, {spec.channels}] guidance, float[{len(names)}] coefficients,
+            {latents} noise{more_inputs}) => ({latents} latents_out{more_outputs})
+        {{
+            first = Constant<value = int64[1] {{0}}>()
+            channels = Constant<value = int64[1] {{{spec.channels}}}>()
+            channel_axis = Constant<value = int64[1] {{1}}>()
+            pixel_axes = Constant<value = int64[2] {{2, 3}}>()
+            epsilon = Slice(prediction, first, channels, channel_axis)
+            cond = Gather<axis=0>(epsilon, cond_rows)
+            uncond = Gather<axis=0>(epsilon, uncond_rows)
+            difference = Sub(cond, uncond)
+            weight = Unsqueeze(guidance, pixel_axes)
+            correction = Mul(weight, difference)
+            guided = Add(uncond, correction)
+            {", ".join(names)} = Split<num_outputs={len(names)}>(coefficients)
+            from_latents = Mul(c0, latents)
+            from_model = Mul(c1, guided)
+            {scaled_noise}
+            deterministic = Add(from_latents, from_model)
+            {_with_history(earlier)}
+        }}"""
+    )
+
+
+def _with_history(earlier: Sequence[str]) -> str:
+    """Close the update: the new estimate, and the sum over the earlier ones."""
+    if not earlier:
+        return "latents_out = Add(deterministic, from_noise)"
+    lines = [
+        "e_latents = Mul(e0, latents)",
+        "e_model = Mul(e1, guided)",
+        "estimate = Add(e_latents, e_model)",
+    ]
+    total = "deterministic"
+    for name in earlier:
+        lines += [
+            f"from_{name} = Mul(w_{name}, {name})",
+            f"with_{name} = Add({total}, from_{name})",
+        ]
+        total = f"with_{name}"
+    return "\n".join([*lines, f"latents_out = Add({total}, from_noise)"])
+
+
+def _parse(text: str) -> ModelProto:
+    model = parser.parse_model(_HEADER + text)
+    onnx.checker.check_model(model, full_check=True)
+    return model

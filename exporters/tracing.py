@@ -1,0 +1,132 @@
+"""What every module to be traced needs: example inputs, empty weights, bindings by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from goc_deploy.errors import ModelError
+from goc_deploy.exporters.units import Input, Slab
+from goc_deploy.spec import ModelSpec
+
+SEED = 0  # of example inputs
+SMALL = 4096  # elements; the ONNX optimiser merges equal initializers of up to 1024
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class Examples:
+    """Example inputs of the units, from one seed.
+
+    Args:
+        spec: the model.
+        dtype: of tokens and modulation.
+    """
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
+        self._spec, self._dtype = spec, dtype
+        self.generator = torch.Generator().manual_seed(SEED)
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Standard normal values."""
+        return torch.randn(shape, generator=self.generator).to(dtype or self._dtype)
+
+    def fixed(self, name: str, *shape: int) -> Input:
+        """A float32 input without dynamic dimensions."""
+        return Input(name, self.normal(*shape, dtype=torch.float32), {})
+
+    def tokens(self) -> Input:
+        """``x``: tokens (B, T, D)."""
+        return Input("x", self.normal(2, self._spec.tokens, self._spec.hidden), {0: "batch"})
+
+    def modulation(self, *names: str) -> tuple[Input, ...]:
+        """Vectors (B, D), such as shift, scale and gate."""
+        return tuple(
+            Input(
+                name,
+                (0.3 * self.normal(2, self._spec.hidden, dtype=torch.float32)).to(self._dtype),
+                {0: "batch"},
+            )
+            for name in names
+        )
+
+    def latents(self) -> Input:
+        """``latents`` (N, C, H, W) float32."""
+        spec = self._spec
+        shape = (2, spec.channels, spec.side, spec.side)
+        return Input("latents", self.normal(*shape, dtype=torch.float32), {0: "images"})
+
+
+STEPS = Input("timesteps", torch.tensor([999.0, 421.0, 0.0]), {0: "steps"})
+ROWS = Input("rows", torch.tensor([0, 1, 0, 1]), {0: "batch"})
+
+
+def empty_module(
+    make: Callable[[], Module], dtype: torch.dtype, generator: torch.Generator
+) -> Module:
+    """A module to trace; the large weights, which are bound later, stay uninitialized and touch no memory.
+
+    The ONNX optimiser drops a bias that happens to be zero and merges small initializers that happen to be equal, so
+    biases and small weights get random values.
+    """
+    with torch.device("meta"):
+        module = make()
+    module.to(dtype).to_empty(device="cpu").eval().requires_grad_(False)
+    for parameter in module.parameters():
+        if parameter.ndim not in (2, 4) or parameter.numel() <= SMALL:
+            parameter.uniform_(generator=generator)
+    return module
+
+
+def same_names(module: nn.Module, prefix: str = "") -> dict[str, tuple[Slab, ...]]:
+    """Every parameter is the checkpoint's tensor of that name behind ``prefix``."""
+    return {name: (Slab(prefix + name),) for name, _ in module.named_parameters()}
+
+
+def block_copies(
+    module: nn.Module, depth: int, branch: str
+) -> dict[str, dict[str, tuple[Slab, ...]]]:
+    """A copy of a branch's unit for every block, with that block's tensors."""
+    return {
+        f"block_{block:02d}_{branch}": same_names(module, f"blocks.{block}.")
+        for block in range(depth)
+    }
+
+
+def check_shapes(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], what: str
+) -> None:
+    """Check names and shapes.
+
+    Raises:
+        ModelError: listing up to ten missing, unexpected and mis-shaped tensors.
+    """
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = [
+        ("missing", sorted(expected.keys() - found.keys())),
+        ("unexpected", sorted(found.keys() - expected.keys())),
+        (
+            "of another shape",
+            [
+                f"{n} {found[n]}, expected {s}"
+                for n, s in expected.items()
+                if n in found and found[n] != s
+            ],
+        ),
+    ]
+    parts = [
+        f"{len(names)} {kind}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
+        for kind, names in wrong
+        if names
+    ]
+    if parts:
+        raise ModelError(f"tensors do not match {what}: {'; '.join(parts)}")
+
+
+def shapes_of(make: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a module's tensors, without its memory."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in make().state_dict().items()}

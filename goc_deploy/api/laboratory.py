@@ -1,0 +1,141 @@
+"""What policies that learn run: trials of schedules that are in no engine directory yet, and calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from goc_deploy.compiler import compile_schedule
+from goc_deploy.conditions.labels import balanced_labels
+from goc_deploy.engine_dir.reading import read_manifest
+from goc_deploy.options import Progress
+from goc_deploy.policies.calibration import (
+    CalibrationOptions,
+    Calibrator,
+    Laboratory,
+    Trial,
+    check_options,
+)
+from goc_deploy.protocols import Backend, Engine
+from goc_deploy.samplers import SamplerTable
+from goc_deploy.samplers.schedulers import table_from_sampler
+from goc_deploy.schedule import Schedule
+
+
+def engine_laboratory(
+    directory: Path,
+    make_backend: Callable[[], Backend],
+    sampler: str,
+    options: CalibrationOptions,
+    progress: Progress,
+) -> Laboratory:
+    """The laboratory of an engine directory, which is loaded when a policy first asks.
+
+    Args:
+        directory: the engine directory; plans are not needed.
+        make_backend: runs it.
+        sampler: sampler SPEC.
+        options: which images.
+        progress: called with (what, done, total).
+    """
+    backend = cache(make_backend)
+
+    @cache
+    def calibrator(steps: int) -> Calibrator:
+        from goc_deploy.runtime.loading import load_calibrator
+
+        table = table_from_sampler(sampler, steps, read_manifest(directory).process)
+        return load_calibrator(directory, backend(), table, options, progress)
+
+    return Laboratory(
+        calibrator, cache(lambda: EngineTrials(directory, backend(), sampler, options, progress))
+    )
+
+
+class EngineTrials:
+    """Compiles and runs schedules on the loaded units of an engine directory, as its plans would run.
+
+    Implements `goc_deploy.policies.calibration.Trials`.
+
+    Raises:
+        UsageError: an option out of range.
+        EngineDirError, SafetyError: the directory is corrupt or not ours.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        backend: Backend,
+        sampler: str,
+        options: CalibrationOptions,
+        progress: Progress,
+    ) -> None:
+        from goc_deploy.runtime.loading import load_engines
+
+        check_options(options)
+        self.sampler, self.options, self.progress = sampler, options, progress
+        self._backend, self._manifest = backend, read_manifest(directory)
+        graphs = [unit.name for unit in self._manifest.units if unit.name.startswith("sampler")]
+        self._engines = load_engines(directory, self._manifest, (), backend, graphs)
+        self._predict: dict[str, Engine] = {}
+        self._tables: dict[int, SamplerTable] = {}
+
+    def table(self, steps: int) -> SamplerTable:
+        """See `goc_deploy.policies.calibration.Trials.table`."""
+        if steps not in self._tables:
+            self._tables[steps] = table_from_sampler(self.sampler, steps, self._manifest.process)
+        return self._tables[steps]
+
+    def run(self, schedule: Schedule, images: CalibrationOptions) -> Trial:
+        """See `goc_deploy.policies.calibration.Trials.run`."""
+        from goc_deploy.exporters.graphs.cache_update import predict_graph
+        from goc_deploy.runtime.pipeline import Pipeline
+
+        manifest, model = self._manifest, self._manifest.model
+        plan = compile_schedule(schedule, model, self.table(schedule.steps), name="trial")
+        for signature in plan.signatures:
+            if signature not in self._predict:
+                graph = predict_graph(signature, model, manifest.precision)
+                self._predict[signature] = self._backend.load(
+                    memoryview(graph.SerializeToString()), {}
+                )
+        labels = balanced_labels(model.classes, images.images, images.seed)
+        size = min(len(labels), manifest.max_batch)
+        engines = replace(self._engines, predict=self._predict)
+        with Pipeline(manifest, plan, engines, self._backend, size, 1) as pipe:
+            result = pipe.generate(
+                labels,
+                seed=images.seed,
+                cfg_scale=images.cfg_scale,
+                cfg_channels=images.cfg_channels,
+            )
+        steps = [
+            (step["kind"], step["ms"])
+            for batch in result.report["batches"]
+            for step in batch["steps"]
+        ]
+        kinds = {
+            kind: median(ms for k, ms in steps if k == kind)
+            for kind in sorted({k for k, _ in steps})
+        }
+        return Trial(result.latents, result.report["total_ms"], kinds)
+
+    def describe(self) -> dict[str, Any]:
+        """See `goc_deploy.policies.calibration.Trials.describe`."""
+        options, found = self.options, self._manifest.provenance
+        return {
+            "images": options.images,
+            "seed": options.seed,
+            "cfg_scale": options.cfg_scale,
+            "cfg_channels": options.cfg_channels,
+            "sampler": self.sampler,
+            **(
+                {"checkpoint_sha256": found["checkpoint_sha256"]}
+                if "checkpoint_sha256" in found
+                else {}
+            ),
+        }

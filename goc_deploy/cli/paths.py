@@ -1,0 +1,98 @@
+"""Files that goc-run reads and writes besides engine directories."""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+
+from goc_deploy.conditions.tensor_files import array_from_npy
+from goc_deploy.disk import check_parent, disk_errors, nearest_parent
+from goc_deploy.errors import ConflictError, UsageError
+
+
+def dated_picture() -> Path:
+    """A name for a picture in the current folder that no file has."""
+    base = datetime.now().strftime("goc-%Y%m%d-%H%M%S")
+    names = (Path(f"{base}{end}.png") for end in ("", *(f"-{i}" for i in range(2, 1000))))
+    return next(path for path in names if not path.exists())
+
+
+def read_latents(path: Path | None) -> np.ndarray | None:
+    """Read x_T from a ``.npy`` file without running anything in it.
+
+    Raises:
+        UsageError: unreadable or not an array of numbers.
+    """
+    if path is None:
+        return None
+    found = array_from_npy(path)
+    if found.ndim != 4 or not len(found):
+        raise UsageError(f"latents {path} have shape {list(found.shape)}, expected [N,C,H,W]")
+    return found
+
+
+def check_suffix(path: Path | None, *suffixes: str, what: str) -> None:
+    """Raise UsageError unless ``path`` ends in one of the suffixes (an empty one is a name without a suffix)."""
+    if path is not None and path.suffix.lower() not in suffixes:
+        raise UsageError(f"{path.name}: {what}")
+
+
+def check_writable(path: Path | None, *, may_be_folder: bool = False) -> None:
+    """Refuse an output path before any work is done. With ``may_be_folder`` a name without a suffix is a folder.
+
+    Raises:
+        ConflictError: no such file can be made, or a folder stands in its place.
+    """
+    if path is None:
+        return
+    with disk_errors(f"checking {path}"):
+        is_folder = may_be_folder and path.suffix == ""
+        if path.is_dir() and not is_folder:
+            raise ConflictError(f"{path} is a directory; choose another output file")
+        if path.exists() and is_folder and not path.is_dir():
+            raise ConflictError(
+                f"{path} is a file; for single images give a directory, or a name ending in .png or .npz"
+            )
+        target = path if path.is_dir() else nearest_parent(path)
+        if not target.is_dir():
+            raise ConflictError(
+                f"{target} is not a directory, so {path} cannot be written; choose another output"
+            )
+        if not os.access(target, os.W_OK):
+            raise ConflictError(f"{target} is not writable; choose another output")
+
+
+def check_distinct(**paths: Path | None) -> None:
+    """Refuse two outputs of one name, of which the second would replace the first.
+
+    Raises:
+        UsageError: naming the two options.
+    """
+    seen: dict[Path, str] = {}
+    for option, path in paths.items():
+        if path is None or (path.exists() and not path.is_file()):
+            continue
+        option, target = f"--{option.replace('_', '-')}", path.resolve()
+        if target in seen:
+            raise UsageError(
+                f"{seen[target]} and {option} name the same file {path}; give each its own"
+            )
+        seen[target] = option
+
+
+def check_folder(path: Path | None) -> None:
+    """Check before any work is done that a folder for outputs is there, or can be made by `written`.
+
+    Raises:
+        ConflictError: it cannot be made or written to, or a file stands in its place.
+    """
+    if path is None:
+        return
+    if path.is_dir() and not os.access(path, os.W_OK):
+        raise ConflictError(f"{path} is not writable; choose another folder")
+    if os.path.lexists(path) and not path.is_dir():
+        raise ConflictError(f"{path} is a file, and a folder is needed; choose another name")
+    check_parent(path)

@@ -1,0 +1,133 @@
+"""Whether a plan is safe to execute for a model."""
+
+from __future__ import annotations
+
+from goc_deploy.compiler.plan import Collect, Compute, Plan, Predict, Prediction, Segment
+from goc_deploy.errors import EngineDirError
+from goc_deploy.samplers import MAX_LAGS, sampler_misfit
+from goc_deploy.samplers.table import MAX_REACH
+from goc_deploy.schedule import MAX_HISTORY
+from goc_deploy.spec import ModelSpec
+
+
+def check_plan(plan: Plan, spec: ModelSpec) -> None:
+    """Check that a plan is safe to execute for this model.
+
+    Every unit acts once on every step, in order or through an accumulator that is filled before and collected once;
+    slots are in range, and nothing is read before it is written.
+
+    Raises:
+        EngineDirError: naming the step and what is wrong.
+    """
+    if plan.sampler.steps != plan.steps or not plan.steps:
+        raise EngineDirError(
+            f"plan {plan.name}: {plan.steps} steps but a sampler table of {plan.sampler.steps}"
+        )
+    _check_table(plan, spec)
+    every_unit = list(range(spec.units))
+    written: set[int] = set()
+    accumulated: dict[int, list[int]] = {}  # target step -> units
+    for step, launches in enumerate(plan.launches):
+        order: list[int] = []
+        for op in launches:
+            if isinstance(op, Collect):
+                order += _collected(plan, step, op, accumulated, every_unit)
+                continue
+            first, entries = _entries(op)
+            target = step + (op.ahead if isinstance(op, Predict) else 0)
+            if not step <= target < plan.steps:
+                raise EngineDirError(
+                    f"plan {plan.name}: step {step} predicts for step {target}, which does not exist"
+                )
+            units = order if target == step else accumulated.setdefault(target, [])
+            units += range(first, first + len(entries))
+            _check_launch(plan, step, entries, written)
+        if order != every_unit:
+            raise EngineDirError(
+                f"plan {plan.name}: step {step} does not run each of the {spec.units} units once, in order"
+            )
+    if accumulated:
+        raise EngineDirError(
+            f"plan {plan.name}: what was accumulated for step {min(accumulated)} is never added"
+        )
+
+
+def _entries(op: Compute | Segment | Predict) -> tuple[int, tuple[Prediction, ...]]:
+    """The first unit of a launch, and what it reads and stores per unit."""
+    if isinstance(op, Predict):
+        return op.unit, op.predictions
+    first, stores = (op.unit, (op.store,)) if isinstance(op, Compute) else (0, op.stores)
+    return first, tuple(Prediction((), (), store) for store in stores)
+
+
+def _check_table(plan: Plan, spec: ModelSpec) -> None:
+    table = plan.sampler
+    columns = (table.latent, table.model, table.noise, table.spread, table.estimate, table.history)
+    if any(len(column) != table.steps for column in columns):
+        raise EngineDirError(f"plan {plan.name}: the columns of its sampler table differ in length")
+    if table.reach > MAX_REACH or any(len(row) != table.reach for row in table.history):
+        raise EngineDirError(
+            f"plan {plan.name}: its sampler must reach back the same 0 to {MAX_REACH} steps at every step"
+        )
+    if any(sum(map(bool, row)) > MAX_LAGS for row in table.history):
+        raise EngineDirError(
+            f"plan {plan.name}: its sampler reads more than {MAX_LAGS} earlier estimates in a step"
+        )
+    if table.lags and table.learned_variance:
+        raise EngineDirError(
+            f"plan {plan.name}: its sampler reads both earlier estimates and a learned variance"
+        )
+    misfit = sampler_misfit(table, spec)
+    if misfit:
+        raise EngineDirError(f"plan {plan.name}: {misfit}")
+
+
+def _collected(
+    plan: Plan, step: int, op: Collect, accumulated: dict[int, list[int]], every_unit: list[int]
+) -> list[int]:
+    """The units of a step that come from an accumulator: all of them, all from the step ``ahead`` before."""
+    launches = plan.launches[step - op.ahead] if 0 < op.ahead <= step else ()
+    filled = [
+        unit
+        for filling in launches
+        if isinstance(filling, Predict) and filling.ahead == op.ahead
+        for unit in range(filling.unit, filling.unit + len(filling.predictions))
+    ]
+    if (
+        filled != every_unit
+        or accumulated.pop(step, None) != every_unit
+        or len(plan.launches[step]) != 1
+    ):
+        raise EngineDirError(
+            f"plan {plan.name}: step {step} adds an accumulator that does not hold each of the {len(every_unit)} units once"
+        )
+    return filled
+
+
+def _check_launch(
+    plan: Plan, step: int, entries: tuple[Prediction, ...], written: set[int]
+) -> None:
+    stores: list[int] = []
+    for entry in entries:
+        used = [*entry.slots, *([] if entry.store is None else [entry.store])]
+        if any(not 0 <= slot < plan.slots for slot in used):
+            raise EngineDirError(
+                f"plan {plan.name}: step {step} uses a slot outside 0..{plan.slots - 1}"
+            )
+        if len(entry.slots) != len(entry.coefficients) or len(entry.slots) > MAX_HISTORY:
+            raise EngineDirError(
+                f"plan {plan.name}: step {step} has {len(entry.coefficients)} coefficients for {len(entry.slots)} slots"
+            )
+        if not written.issuperset(entry.slots):
+            raise EngineDirError(
+                f"plan {plan.name}: step {step} reads a slot before anything is stored in it"
+            )
+        if entry.store is not None:
+            stores.append(entry.store)
+    for index, store in enumerate(stores):
+        readers = sum(store in entry.slots for entry in entries if entry.store != store)
+        if readers or store in stores[:index]:
+            raise EngineDirError(
+                f"plan {plan.name}: step {step} overwrites slot {store} while the same launch uses it"
+            )
+    written.update(stores)

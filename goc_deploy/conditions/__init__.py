@@ -1,0 +1,1 @@
+"""What images show: `captions.Conditions`, `labels`, prompts (`text`), and files of tensors."""

@@ -1,0 +1,123 @@
+"""Named arrays from ``.npz`` and ``.safetensors`` files, with NumPy alone and without running anything in them."""
+
+from __future__ import annotations
+
+import math
+import os
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from goc_deploy.errors import GocError, UsageError
+from goc_deploy.protocols import float32_from_bfloat16
+from goc_deploy.strict_json import build, parse_json
+
+SUFFIXES = (".npz", ".safetensors")
+MAX_BYTES = 2**32
+MAX_RATIO, ALWAYS_UNPACKED = (
+    20,
+    64 * 2**20,
+)  # an archive unpacks to that many times its size, and to that much more
+_DTYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "U8": "u1",
+    "BOOL": "?",
+}
+
+
+def arrays_from_file(path: Path) -> dict[str, np.ndarray]:
+    """Every array of a file, by name; bfloat16 is widened to float32.
+
+    Raises:
+        UsageError: unreadable, damaged, or of another kind.
+    """
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"{path} must end in {' or '.join(SUFFIXES)}")
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UsageError(f"{path} has more than {MAX_BYTES} bytes; give a smaller file")
+        if path.suffix == ".safetensors":
+            return arrays_from_safetensors(path.read_bytes(), str(path))
+        with open(path, "rb") as file:
+            return arrays_from_npz(file, str(path))
+    except OSError as cause:
+        raise UsageError(f"{path} cannot be read: {cause}") from cause
+
+
+def arrays_from_npz(file: BinaryIO, where: str) -> dict[str, np.ndarray]:
+    """Arrays of an ``.npz`` file, unless it unpacks to far more than its size.
+
+    Raises:
+        UsageError: damaged, of another kind, or a bomb.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+        packed = file.seek(0, os.SEEK_END)
+        if unpacked > ALWAYS_UNPACKED + MAX_RATIO * packed:
+            raise UsageError(
+                f"{where} has {packed} bytes that unpack to {unpacked}; save it uncompressed"
+            )
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: np.asarray(arrays[name]) for name in arrays}
+    except GocError:
+        raise
+    except (
+        Exception
+    ) as cause:  # on a damaged file zipfile, zlib and NumPy raise whatever they run into
+        raise UsageError(f"{where} cannot be read: {cause}") from cause
+
+
+def array_from_npy(path: Path) -> np.ndarray:
+    """The array of a ``.npy`` file; nothing is allocated for what the file does not hold.
+
+    Raises:
+        UsageError: unreadable, damaged, or of another kind.
+    """
+    try:
+        return np.array(
+            np.lib.format.open_memmap(path, mode="r")
+        )  # it takes no archive and no pickle
+    except Exception as cause:  # as above
+        raise UsageError(f"{path} cannot be read: {cause}") from cause
+
+
+def arrays_from_safetensors(content: bytes, where: str) -> dict[str, np.ndarray]:
+    """Arrays of a safetensors file: 8 bytes of header length, a JSON header, the tensors one after the other.
+
+    Raises:
+        UsageError: a header that is damaged or that claims what is not there.
+    """
+    length = int.from_bytes(content[:8], "little")
+    if len(content) < 8 or length > len(content) - 8:
+        raise UsageError(
+            f"{where} is not a sound safetensors file: its header is longer than the file"
+        )
+    header = parse_json(content[8 : 8 + length], f"the header of {where}", UsageError)
+    header.pop("__metadata__", None)
+    tensors = content[8 + length :]
+
+    def array(name: str, entry: dict[str, Any]) -> np.ndarray:
+        start, stop = entry["data_offsets"]
+        shape, dtype = tuple(entry["shape"]), np.dtype(_DTYPES[entry["dtype"]])
+        if not all(type(n) is int and n >= 0 for n in (start, stop, *shape)):
+            raise ValueError("a size or an offset is not a whole number")
+        if stop > len(tensors) or stop - start != math.prod(shape) * dtype.itemsize:
+            raise UsageError(
+                f"{where} is not a sound safetensors file: its header lies about the place of {name!r}"
+            )
+        values = np.frombuffer(tensors, dtype, math.prod(shape), start).reshape(shape)
+        return float32_from_bfloat16(values) if entry["dtype"] == "BF16" else values
+
+    found: dict[str, np.ndarray] = build(
+        lambda: {name: array(name, entry) for name, entry in header.items()}, where, UsageError
+    )
+    return found

@@ -1,0 +1,1 @@
+"""Tables and plots for people. Nothing decides by what is here."""

@@ -1,0 +1,162 @@
+"""Plans as tables for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from goc_deploy.compiler import Plan
+from goc_deploy.engine_dir.manifest import Manifest
+from goc_deploy.errors import UsageError
+from goc_deploy.policies.grammar import parse_policy
+from goc_deploy.schedule import Schedule
+from goc_deploy.spec import ITEM_BYTES
+
+Table = tuple[list[str], list[list[str]]]
+
+PREDICTION_NAMES = {
+    "gc": "gradient",
+    "steps": "gradient",
+    "goc": "gradient",
+    "taylor": "Taylor",
+    "lagrange": "Lagrange",
+    "hermite": "Hermite",
+    "fit": "fitted",
+}
+
+
+def plan_rows(plans: Sequence[Plan], manifest: Manifest) -> Table:
+    """A row per plan: what it computes and what its cache takes for one guided image."""
+    columns = [
+        "plan",
+        "SPEC",
+        "sampler",
+        "steps",
+        "full",
+        "mixed",
+        "collapsed",
+        "computed",
+        "segments",
+        "cache MB/image",
+        "naive MB/image",
+    ]
+    spec, item = manifest.model, ITEM_BYTES[manifest.precision]
+    rows = []
+    for plan in plans:
+        kinds = [str(plan.kind_counts.get(kind, 0)) for kind in ("full", "mixed", "collapsed")]
+        share = f"{100 * plan.schedule.computed / (plan.steps * spec.units):.1f} %"
+        megabytes = [
+            f"{b / 1e6:.2f}"
+            for b in (plan.cache_bytes(spec, 2, item), plan.naive_cache_bytes(spec, 2, item))
+        ]
+        rows.append(
+            [
+                plan.name,
+                plan.schedule.policy,
+                plan.sampler.sampler,
+                str(plan.steps),
+                *kinds,
+                share,
+                plan.segments,
+                *megabytes,
+            ]
+        )
+    return columns, rows
+
+
+def action_rows(plan: Plan) -> Table:
+    """A row per step: timestep, kind, how many units do what, and with which coefficients; GOD's N and B where it chose."""
+    schedule = plan.schedule
+    prediction = prediction_name(schedule)
+    judged = god_curves(schedule)
+    rows = []
+    for step, units in enumerate(schedule.coefficients):
+        counts = Counter(
+            action_name(schedule, step, unit, prediction) for unit in range(schedule.units)
+        )
+        actions = ", ".join(f"{count} {action}" for action, count in sorted(counts.items()))
+        used = sorted({row for row in units if row})
+        shown = "; ".join(" ".join(f"{c:+g}" for c in row) for row in used[:3]) + (
+            f"; {len(used) - 3} more" if len(used) > 3 else ""
+        )
+        numbers = [f"{curve[step]:.2f}" for curve in judged]
+        rows.append(
+            [
+                str(step),
+                f"{plan.sampler.timesteps[step]:g}",
+                plan.step_kind(step),
+                *numbers,
+                actions,
+                shown,
+            ]
+        )
+    columns = ["N inverse", "B"] if judged else []
+    return ["step", "timestep", "kind", *columns, "units", "coefficients, newest first"], rows
+
+
+def action_name(schedule: Schedule, step: int, unit: int, prediction: str) -> str:
+    """``compute``, ``reuse``, or ``prediction``, which is the schedule's `prediction_name`."""
+    action = schedule.action(step, unit)
+    return action if action in ("compute", "reuse") else prediction
+
+
+def prediction_name(schedule: Schedule) -> str:
+    """What a schedule's predictions are: the correction of its SPEC, or the predictor that its search chose.
+
+    Coefficients do not tell: the gradient with eta 0.5 and the line through two features may be the same numbers.
+    """
+    try:
+        policy = parse_policy(schedule.policy)
+    except UsageError:  # a file may have any text there
+        return "prediction"
+    if policy.base[0] == "file":  # which may hold predictions of its own
+        return "prediction"
+    found = schedule.provenance.get("search")
+    chosen = found.get("predictor") if isinstance(found, dict) else None
+    name = (
+        policy.correction[0] if policy.correction else str(chosen or "prediction").partition(":")[0]
+    )
+    return PREDICTION_NAMES.get(name, name)
+
+
+def god_curves(schedule: Schedule) -> list[list[float]]:
+    """N and B of every step from a schedule's provenance; empty where GOD did not make it or somebody edited it."""
+    found = schedule.provenance.get("god")
+    curves = (
+        [found.get(name) for name in ("inverse_share", "boundary")]
+        if isinstance(found, dict)
+        else []
+    )
+    fits = all(
+        isinstance(curve, list)
+        and len(curve) == schedule.steps
+        and all(isinstance(v, (int, float)) for v in curve)
+        for curve in curves
+    )
+    return [[float(v) for v in curve] for curve in curves if curve] if fits else []
+
+
+def calibration_lines(schedule: Schedule) -> list[str]:
+    """A line per calibrated part of a schedule: its parameters, what was measured, and on which images."""
+    lines = []
+    for part, found in sorted(schedule.provenance.items()):
+        if not isinstance(found, dict):
+            continue
+        images = found.get("calibration", {})
+        shown = {k: v for k, v in found.items() if isinstance(v, (bool, int, float, str))}
+        on = (
+            {k: v for k, v in images.items() if k != "checkpoint_sha256"}
+            if isinstance(images, dict)
+            else {}
+        )
+        words = [
+            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+            for k, v in {**shown, **on}.items()
+        ]
+        lines.append(f"{part}: {', '.join(words)}")
+        lines += [
+            f"  threshold {m['threshold']:.3f}: error {m['error']:.4f}"
+            for m in found.get("measured", [])
+            if isinstance(m, dict) and {"threshold", "error"} <= m.keys()
+        ]
+    return lines

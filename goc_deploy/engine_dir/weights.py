@@ -1,0 +1,34 @@
+"""The weights of an engine directory, mapped and verified."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from goc_deploy.engine_dir.manifest import Unit
+from goc_deploy.protocols import DTYPE_OF_PRECISION, Buffer, mapped_buffer
+
+
+def mapped_weights(unit: Unit, weights: memoryview) -> tuple[dict[str, Buffer], dict[str, Buffer]]:
+    """A unit's weights where they lie in the content of its file: initializers and inputs of `Backend.load`."""
+    dtype = DTYPE_OF_PRECISION[unit.precision]
+    buffers = {p.name: mapped_buffer(weights, p.offset, p.shape, dtype) for p in unit.parameters}
+    return ({}, buffers) if unit.weights_are_inputs else (buffers, {})
+
+
+def mapped_parts(
+    parts: Mapping[str, Unit], content: Mapping[str, memoryview]
+) -> tuple[dict[str, Buffer], dict[str, Buffer]]:
+    """`mapped_weights` of all parts of a graph (`Manifest.parts`).
+
+    Args:
+        parts: prefix in the graph -> unit.
+        content: of the weights files, by path.
+    """
+    initializers: dict[str, Buffer] = {}
+    inputs: dict[str, Buffer] = {}
+    for prefix, unit in parts.items():
+        assert unit.weights is not None
+        of_unit = mapped_weights(unit, content[unit.weights])
+        for found, mine in zip((initializers, inputs), of_unit, strict=True):
+            found.update({prefix + name: buffer for name, buffer in mine.items()})
+    return initializers, inputs

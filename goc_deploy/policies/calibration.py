@@ -1,0 +1,167 @@
+"""Calibration: what policies that learn from data may ask, and the images they learn from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from goc_deploy.errors import ScheduleError, UsageError
+from goc_deploy.options import CALIBRATION_SEED, GenerateOptions, Progress
+from goc_deploy.policies.least_squares import FitOptions
+from goc_deploy.samplers import SamplerTable
+from goc_deploy.schedule import Schedule, check_amplification
+from goc_deploy.schedule.operations import full_step_flops
+from goc_deploy.spec import ModelSpec
+
+MAX_GAP = 3  # steps that SmoothCache looks back, its calibration_lookahead
+DEFAULT_IMAGES = 16
+DEFAULT_FLOPS = (
+    10**12
+)  # for the images without cache; policies that measure schedules take a few times that
+MAX_IMAGES = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationOptions:
+    """Which images to calibrate on.
+
+    Attributes:
+        images: how many images K.
+        seed: of labels and noise; image i gets noise from (seed, i) alone.
+        cfg_scale: classifier-free guidance scale; use the one to generate with.
+        cfg_channels: guidance acts on the first channels only.
+    """
+
+    images: int = DEFAULT_IMAGES
+    seed: int = CALIBRATION_SEED
+    cfg_scale: float = GenerateOptions().cfg_scale
+    cfg_channels: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What calibration saw without cache.
+
+    Attributes:
+        means: (T, U, tokens, D) float32 features averaged over images, conditional and unconditional rows alike: A_k.
+        changes: (T, U, MAX_GAP) ``|F_k - F_(k-j)|_1 / |F_k|_1`` averaged over images, for j = 1 .. MAX_GAP; infinite
+            where there is no step k - j. Source: SmoothCache, eq. 4.
+    """
+
+    means: np.ndarray
+    changes: np.ndarray
+
+
+class Calibrator(Protocol):
+    """What a policy may ask about an engine, a sampler and a step count."""
+
+    def statistics(self) -> Statistics:
+        """Features without cache."""
+        ...
+
+    def error(self, schedule: Schedule) -> float:
+        """Relative L2 error of the final latents to those without cache, over the calibration images."""
+        ...
+
+    def fit(self, schedule: Schedule, options: FitOptions) -> Schedule:
+        """The schedule with fitted coefficients in place of plain reuse, and how that went in its provenance."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Images, seed, guidance, sampler and checkpoint, as plain data for the schedule file."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What came of a run that was not warmed up.
+
+    Attributes:
+        latents: final latents (N, C, H, W) float32.
+        total_ms: of the run.
+        step_ms: median over the steps of each kind: ``full``, ``mixed``, ``collapsed``.
+    """
+
+    latents: np.ndarray
+    total_ms: float
+    step_ms: dict[str, float]
+
+
+class Trials(Protocol):
+    """Runs schedules of any step count as plans would run.
+
+    Attributes:
+        sampler: sampler SPEC.
+        options: the calibration images.
+        progress: called with (what, done, total).
+    """
+
+    sampler: str
+    options: CalibrationOptions
+    progress: Progress
+
+    def table(self, steps: int) -> SamplerTable:
+        """The sampler's table for a step count.
+
+        Raises:
+            UsageError: the sampler does not go with the model, or not with so many steps.
+        """
+        ...
+
+    def run(self, schedule: Schedule, images: CalibrationOptions) -> Trial:
+        """Draw images with a schedule.
+
+        Raises:
+            ScheduleError: it is illegal or unstable.
+            VerificationError: the results are not finite.
+        """
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Images, seed, guidance, sampler and checkpoint, as plain data for the schedule file."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Laboratory:
+    """How policies that learn reach an engine, which is loaded when they first ask.
+
+    Attributes:
+        calibrator: step count -> what to ask about features.
+        trials: what runs whole schedules.
+    """
+
+    calibrator: Callable[[int], Calibrator]
+    trials: Callable[[], Trials]
+
+
+def default_images(spec: ModelSpec, steps: int) -> int:
+    """Images to calibrate on where nobody says: 16, or what ``DEFAULT_FLOPS`` pay for, but one at least."""
+    return max(1, min(DEFAULT_IMAGES, DEFAULT_FLOPS // (steps * full_step_flops(spec, 2))))
+
+
+def check_options(options: CalibrationOptions) -> None:
+    """Check ranges.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    if not 1 <= options.images <= MAX_IMAGES:
+        raise UsageError(f"--calibrate must be within 1..{MAX_IMAGES} images, got {options.images}")
+    if not 0 <= options.seed < 2**64:
+        raise UsageError(f"seed must be within 0..2**64-1, got {options.seed}")
+    if not 0 <= options.cfg_scale <= 1e3:
+        raise UsageError(f"cfg_scale must be a number within 0..1000, got {options.cfg_scale}")
+
+
+def measured_error(calibrator: Calibrator, schedule: Schedule) -> float:
+    """`Calibrator.error`; infinite where the compiler would refuse the schedule."""
+    try:
+        check_amplification(schedule)
+    except ScheduleError:
+        return math.inf
+    return calibrator.error(schedule)

@@ -1,0 +1,19 @@
+"""Samplers as tables of coefficients: `table` over the solvers' formulas, `schedulers` for those of diffusers."""
+
+from goc_deploy.samplers.table import (
+    MAX_LAGS,
+    SAMPLER_GRAMMAR,
+    SamplerTable,
+    default_sampler,
+    sampler_misfit,
+    sampler_table,
+)
+
+__all__ = [
+    "MAX_LAGS",
+    "SAMPLER_GRAMMAR",
+    "SamplerTable",
+    "default_sampler",
+    "sampler_misfit",
+    "sampler_table",
+]

@@ -1,0 +1,291 @@
+"""Schedulers of diffusers that came with a model, as sampler tables.
+
+A table is probed from diffusers' own scheduler where diffusers is installed. Where a sampler of this project takes the same
+steps, it stands in for diffusers if that is not installed, and is checked against the probed table if it is.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from typing import Any
+
+from goc_deploy.errors import EnvironmentUnsupportedError, ModelError, UsageError, VerificationError
+from goc_deploy.samplers.process import TRAIN_STEPS, Process
+from goc_deploy.samplers.solvers import check_steps
+from goc_deploy.samplers.table import FOLDER_SAMPLER, SamplerTable, flow_table, sampler_table
+
+INSTEAD = "name another sampler with --sampler"
+FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
+PREDICTION_TYPES = {
+    "epsilon": "eps",
+    "v_prediction": "v",
+    "sample": "x0",
+    "flow_prediction": "flow_to_noise",
+}
+MAX_TRAIN_STEPS = 10**5
+TOLERANCE = 1e-3  # diffusers computes its betas in float32
+
+
+@dataclass(frozen=True, slots=True)
+class _Allowed:
+    """Settings under which a class of schedulers is linear and draws no noise that a table cannot have.
+
+    Attributes:
+        values: setting -> the values that are supported; the first is what diffusers takes where it is missing, unless
+            ``missing`` has it.
+        missing: setting -> what diffusers takes where it is missing, if that is not supported.
+    """
+
+    values: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    missing: Mapping[str, Any] = field(default_factory=dict)
+
+
+_LINEAR = {"thresholding": (False, None)}
+_STATIC = {**_LINEAR, "use_dynamic_shifting": (False, None)}
+_UNCLIPPED = {**_LINEAR, "clip_sample": (False, None)}
+FIXED_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
+SCHEDULERS = {
+    "DDIMScheduler": _Allowed(_UNCLIPPED, {"clip_sample": True}),
+    "DDPMScheduler": _Allowed(
+        {**_UNCLIPPED, "variance_type": FIXED_VARIANCES}, {"clip_sample": True}
+    ),
+    "PNDMScheduler": _Allowed(),
+    "DPMSolverMultistepScheduler": _Allowed(
+        {**_STATIC, "algorithm_type": ("dpmsolver++", "dpmsolver"), "variance_type": (None,)}
+    ),
+    "DEISMultistepScheduler": _Allowed(_STATIC),
+    "UniPCMultistepScheduler": _Allowed({**_STATIC, "solver_p": (None,)}),
+    "EulerDiscreteScheduler": _Allowed(),
+    FLOW_CLASS: _Allowed(
+        {"use_dynamic_shifting": (False, None), "stochastic_sampling": (False, None)}
+    ),
+}
+
+
+def prediction_of(scheduler: Mapping[str, Any], where: str) -> str:
+    """What a model predicts whose scheduler has these settings, one of `goc_deploy.spec.PREDICTIONS`.
+
+    Raises:
+        ModelError: a prediction that is not known.
+    """
+    told = scheduler.get("prediction_type", "epsilon")
+    if scheduler.get("_class_name") == FLOW_CLASS:
+        return "flow_to_noise"
+    if not isinstance(told, str) or told not in PREDICTION_TYPES:
+        raise ModelError(
+            f"{where}: prediction_type is {told!r}, only {', '.join(PREDICTION_TYPES)} are supported; if it is one of them, give --prediction"
+        )
+    return PREDICTION_TYPES[told]
+
+
+def check_scheduler(scheduler: Mapping[str, Any]) -> None:
+    """Check that a scheduler can be a table: it is known, linear, and draws no noise of its own.
+
+    Raises:
+        ModelError: naming the scheduler or the setting, and the option that overrides it.
+    """
+    name = scheduler.get("_class_name")
+    if not isinstance(name, str) or name not in SCHEDULERS:
+        raise ModelError(
+            f"the folder's scheduler is {name!r}, which is not one of {', '.join(SCHEDULERS)}; {INSTEAD}"
+        )
+    allowed = SCHEDULERS[name]
+    for setting, values in allowed.values.items():
+        found = scheduler.get(setting, allowed.missing.get(setting, values[0]))
+        if not any(type(found) is type(value) and found == value for value in values):
+            shown = " or ".join(
+                repr(value) for value in values if value is not None or len(values) == 1
+            )
+            raise ModelError(
+                f"the folder's {name} has {setting} {found!r}, only {shown} is supported; {INSTEAD}"
+            )
+    for setting, value in scheduler.items():
+        if not isinstance(value, bool | int | float | str | list | None) or (
+            isinstance(value, list)
+            and (
+                len(value) > MAX_TRAIN_STEPS
+                or not all(isinstance(v, int | float | str) for v in value)
+            )
+        ):
+            raise ModelError(
+                f"the folder's {name} has a {setting} that is neither a number, a word nor a list; {INSTEAD}"
+            )
+    for setting, least, most in (
+        ("num_train_timesteps", 1, MAX_TRAIN_STEPS),
+        ("solver_order", 1, 3),
+    ):
+        number = scheduler.get(setting, least)
+        if type(number) is not int or not least <= number <= most:
+            raise ModelError(
+                f"the folder's {name} has {setting} {number!r}, it must be within {least}..{most}; {INSTEAD}"
+            )
+
+
+def table_from_sampler(sampler: str, steps: int, process: Process) -> SamplerTable:
+    """The table of any sampler: ``diffusers`` is the scheduler that came with the model.
+
+    Args:
+        sampler: as `goc_deploy.samplers.table.sampler_table` takes it, or ``diffusers``.
+        steps: T.
+        process: what the model predicts, the process that it was trained on, and the scheduler that came with it.
+
+    Raises:
+        UsageError: unknown sampler, or a number out of range.
+        ModelError, EnvironmentUnsupportedError, VerificationError: as `scheduler_table`.
+    """
+    return (
+        scheduler_table(steps, process)
+        if sampler == FOLDER_SAMPLER
+        else sampler_table(sampler, steps, process)
+    )
+
+
+def scheduler_table(steps: int, process: Process) -> SamplerTable:
+    """The table of the scheduler that came with a model.
+
+    Args:
+        steps: T: times that the model runs. A scheduler that runs it more often than it has steps (PNDM) gets fewer steps.
+        process: with a scheduler.
+
+    Raises:
+        UsageError: no scheduler came with the model, or it cannot take so many steps.
+        ModelError: it cannot be a table.
+        EnvironmentUnsupportedError: no sampler here takes its steps, and diffusers is not installed.
+        VerificationError: the probed table is not what our own sampler takes for the same.
+    """
+    scheduler = process.scheduler
+    if scheduler is None:
+        raise UsageError(
+            f"sampler {FOLDER_SAMPLER!r} is the scheduler of a pipeline's folder, which did not come with this model; {INSTEAD}"
+        )
+    check_scheduler(scheduler)
+    check_steps(steps, scheduler.get("num_train_timesteps", TRAIN_STEPS))
+    own = _own_table(steps, process)
+    if find_spec("diffusers") is None or find_spec("torch") is None:
+        if own is None:
+            raise EnvironmentUnsupportedError(
+                f"the folder's {scheduler['_class_name']} with these settings is read with diffusers and torch, which are not installed; "
+                f"run: pip install 'goc_deploy[export,diffusers]', or {INSTEAD}"
+            )
+        return replace(own, sampler=FOLDER_SAMPLER)
+    from goc_deploy.exporters.scheduler_probe import probed_table
+
+    probed = probed_table(scheduler, steps, process.prediction)
+    if own is not None and not _same_steps(own, probed):
+        raise VerificationError(
+            f"the folder's {scheduler['_class_name']} in this version of diffusers takes other steps than sampler {own.sampler!r}, which it "
+            f"should equal; {INSTEAD} to decide"
+        )
+    return probed
+
+
+def _own_table(steps: int, process: Process) -> SamplerTable | None:
+    """The table of our own sampler that takes the same steps, or None where there is none."""
+    scheduler = process.scheduler or {}
+    spacings = {
+        "DDIMScheduler": "leading",
+        "DDPMScheduler": "leading",
+        "DPMSolverMultistepScheduler": "linspace",
+    }
+    name = scheduler["_class_name"]
+
+    def plain(*settings: str, **values: Any) -> bool:
+        return not any(scheduler.get(setting) for setting in settings) and all(
+            scheduler.get(setting, value) == value for setting, value in values.items()
+        )
+
+    if name == FLOW_CLASS:
+        sigmas = (
+            "use_karras_sigmas",
+            "use_exponential_sigmas",
+            "use_beta_sigmas",
+            "invert_sigmas",
+            "shift_terminal",
+        )
+        shift = scheduler.get("shift", 1.0)
+        known = (
+            isinstance(shift, int | float)
+            and shift > 0
+            and plain(*sigmas, num_train_timesteps=TRAIN_STEPS)
+        )
+        return _shifted_flow(steps, shift) if known else None
+    spacing = scheduler.get("timestep_spacing", spacings.get(name))
+    common = plain("steps_offset", "rescale_betas_zero_snr", num_train_timesteps=TRAIN_STEPS)
+    common = common and scheduler.get("beta_schedule", "linear") in (
+        "linear",
+        "scaled_linear",
+        "squaredcos_cap_v2",
+    )
+    if not common or name not in spacings:
+        return None
+    if name == "DPMSolverMultistepScheduler":
+        sigmas = (
+            "use_karras_sigmas",
+            "use_exponential_sigmas",
+            "use_beta_sigmas",
+            "use_lu_lambdas",
+            "use_flow_sigmas",
+        )
+        values = {
+            "algorithm_type": "dpmsolver++",
+            "solver_type": "midpoint",
+            "lower_order_final": True,
+        }
+        if not plain(
+            *sigmas, "euler_at_final", "lambda_min_clipped", final_sigmas_type="zero", **values
+        ):
+            return None
+        if spacing != "trailing" and steps == TRAIN_STEPS:
+            return None
+        return sampler_table(f"dpm++:{scheduler.get('solver_order', 2)}@{spacing}", steps, process)
+    # diffusers steps to t - 1000 // T, which these spacings visit next
+    even = spacing == "leading" or (
+        spacing == "trailing" and TRAIN_STEPS % steps == 0 and name == "DDIMScheduler"
+    )
+    if not even or not plain(set_alpha_to_one=True, variance_type="fixed_small"):
+        return None
+    return sampler_table(f"ddim{':1' if name == 'DDPMScheduler' else ''}@{spacing}", steps, process)
+
+
+def _shifted_flow(steps: int, shift: float) -> SamplerTable:
+    """diffusers shifts the ends of the sigmas, spaces them evenly, and shifts them again.
+
+    Source: Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", ICML 2024, eq. 23.
+    """
+
+    def shifted(sigma: float) -> float:
+        return shift * sigma / (1 + (shift - 1) * sigma)
+
+    least, stride = shifted(1 / TRAIN_STEPS), (1 - shifted(1 / TRAIN_STEPS)) / max(steps - 1, 1)
+    even = [1 - k * stride if k < steps - 1 or steps == 1 else least for k in range(steps)]
+    return flow_table([*map(shifted, even), 0.0])
+
+
+def _same_steps(one: SamplerTable, other: SamplerTable) -> bool:
+    """Whether two tables tell the model the same times and take the same latents to the same ones."""
+    if (
+        max(abs(a - b) for a, b in zip(one.timesteps, other.timesteps, strict=True))
+        > TOLERANCE * TRAIN_STEPS
+    ):
+        return False
+    ends = [_followed(table) for table in (one, other)]
+    return all(abs(a - b) <= TOLERANCE * max(1.0, abs(a)) for a, b in zip(*ends, strict=True))
+
+
+def _followed(table: SamplerTable) -> list[float]:
+    """Where a table takes one number after every step, with outputs and noise from a fixed seed."""
+    generator, kept = random.Random(0), [0.0] * table.reach
+    x, path = table.start * generator.uniform(-1, 1), []
+    for k in range(table.steps):
+        m, z = generator.uniform(-1, 1), generator.uniform(-1, 1)
+        after = table.latent[k] * x + table.model[k] * m + table.noise[k] * z
+        after += sum(
+            weight * earlier for weight, earlier in zip(table.history[k], kept, strict=True)
+        )
+        kept = [table.estimate[k][0] * x + table.estimate[k][1] * m, *kept][: table.reach]
+        x = after
+        path.append(x)
+    return path

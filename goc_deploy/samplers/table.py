@@ -1,0 +1,260 @@
+"""Samplers reduced to coefficients per step, so that the runtime needs no scheduler code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from goc_deploy.errors import UsageError
+from goc_deploy.samplers.process import TRAIN_STEPS, Process
+from goc_deploy.samplers.solvers import (
+    SPACINGS,
+    Update,
+    check_steps,
+    ddim_updates,
+    ddpm_updates,
+    dpm_solver_updates,
+    estimate_weights,
+    spaced_timesteps,
+)
+from goc_deploy.spec import FLOW_PREDICTIONS, PREDICTIONS, ModelSpec
+
+SAMPLER_GRAMMAR = (
+    "ddim[:ETA] | dpm++[:ORDER] | ddpm, each with [@linspace | @leading | @trailing], euler for flow models, or diffusers for "
+    "the scheduler of the model's folder"
+)
+FLOW_SAMPLER = "euler"
+FOLDER_SAMPLER = "diffusers"
+MAX_LAGS = 3
+MAX_REACH = 12
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerTable:
+    """What a sampler does at each step, given x, the guided model output m and fresh noise z.
+
+    ``x[k+1] = latent[k] * x[k] + model[k] * m[k] + sum_i history[k][i-1] * d[k-i] + noise[k] * exp(spread[k] * v) * z``,
+    where ``d[k] = estimate[k][0] * x[k] + estimate[k][1] * m[k]`` is kept for later steps, and v are the variance channels
+    of a model that learns sigma. At most `MAX_LAGS` weights of a row of ``history`` are not zero.
+
+    Attributes:
+        sampler: the sampler's SPEC, such as ``ddim:0.5`` or ``dpm++``.
+        prediction: what the model predicts, one of `goc_deploy.spec.PREDICTIONS`.
+        timesteps: [T] what the model is told of the time, in sampling order: training timesteps, or for a flow the way
+            that was gone, 0 (noise) to 1 (clean).
+        latent: [T] weights of the current latents.
+        model: [T] weights of the guided model output.
+        noise: [T] weights of fresh standard normal noise; all zero for a deterministic sampler.
+        spread: [T] how strongly the learned variance scales the noise; all zero where it is fixed.
+        estimate: [T] weights (of x, of m) of what is kept: the estimate of the clean sample, or where a scheduler of
+            diffusers keeps something else, that.
+        history: [T][reach] weights of the estimates kept by earlier steps, newest first; reach is 0 for one-step samplers.
+        start: weight of the standard normal noise that becomes x[0]. It is not 1 where a scheduler scales what the model is
+            shown: x is always what the model sees.
+    """
+
+    sampler: str
+    prediction: str
+    timesteps: tuple[float, ...]
+    latent: tuple[float, ...]
+    model: tuple[float, ...]
+    noise: tuple[float, ...]
+    spread: tuple[float, ...]
+    estimate: tuple[tuple[float, float], ...]
+    history: tuple[tuple[float, ...], ...]
+    start: float = 1.0
+
+    @property
+    def steps(self) -> int:
+        """Number of sampling steps T."""
+        return len(self.timesteps)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether fresh noise enters at any step."""
+        return any(self.noise)
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the noise is scaled by what the model predicts."""
+        return any(self.spread)
+
+    @property
+    def reach(self) -> int:
+        """How many steps back the oldest estimate lies that any step may read."""
+        return len(self.history[0]) if self.history else 0
+
+    @property
+    def lags(self) -> int:
+        """How many earlier estimates a step reads."""
+        return min(self.reach, MAX_LAGS)
+
+    def reads(self, step: int) -> tuple[int, ...]:
+        """How many steps back each of the `lags` estimates lies that a step reads, newest first.
+
+        Those with a weight come before those without; where the reach is no longer than what a step reads, it is all.
+        """
+        weights = self.history[step]
+        by_use = sorted(range(1, self.reach + 1), key=lambda lag: (not weights[lag - 1], lag))
+        return tuple(sorted(by_use[: self.lags]))
+
+    @property
+    def graph(self) -> str:
+        """Name of the unit that executes a row: ``sampler``, ``sampler_learned``, or ``sampler_lag1`` to ``sampler_lag3``."""
+        return (
+            "sampler_learned"
+            if self.learned_variance
+            else f"sampler_lag{self.lags}"
+            if self.lags
+            else "sampler"
+        )
+
+    @property
+    def rows(self) -> tuple[tuple[float, ...], ...]:
+        """[T] coefficients in the order in which the unit takes them."""
+        plain = zip(self.latent, self.model, self.noise, strict=True)
+        if self.learned_variance:
+            return tuple((*row, spread) for row, spread in zip(plain, self.spread, strict=True))
+        if not self.lags:
+            return tuple(plain)
+        weights = (
+            tuple(row[lag - 1] for lag in self.reads(step)) for step, row in enumerate(self.history)
+        )
+        return tuple(
+            (*row, *e, *w) for row, e, w in zip(plain, self.estimate, weights, strict=True)
+        )
+
+
+def sampler_table(sampler: str, steps: int, process: Process) -> SamplerTable:
+    """The table of a sampler of this project; `goc_deploy.samplers.schedulers.table_from_sampler` knows ``diffusers`` too.
+
+    Args:
+        sampler: ``ddim`` or ``ddim:ETA`` with ETA in 0..1 (0 is deterministic); ``dpm++`` or ``dpm++:ORDER`` with ORDER 1
+            to 3 (default 2); ``ddpm``, which samples with the learned variance. ``@leading`` or ``@trailing`` after it
+            spaces the timesteps otherwise than ``@linspace``, the default. The dpm++ family never visits timestep 0
+            except at the end of ``@trailing``. ``euler`` is for models that predict a flow, and no other is.
+        steps: T.
+        process: what the model predicts, and the process that it was trained on.
+
+    Raises:
+        UsageError: unknown sampler, or a number out of range.
+    """
+    if process.prediction not in PREDICTIONS:
+        raise UsageError(f"unknown prediction {process.prediction!r}; use {', '.join(PREDICTIONS)}")
+    if sampler == FOLDER_SAMPLER:
+        raise UsageError(
+            f"sampler {sampler!r} is the scheduler of a pipeline's folder; goc-plan and goc-export know it, here give a table or another sampler"
+        )
+    if (sampler == FLOW_SAMPLER) != (process.prediction in FLOW_PREDICTIONS):
+        raise UsageError(
+            f"sampler {sampler!r} does not go with a model that predicts {process.prediction!r}; use {FLOW_SAMPLER} for flow, and for no other"
+        )
+    if sampler == FLOW_SAMPLER:
+        return _even_flow_table(steps, process.prediction)
+    family, at, spacing = sampler.partition("@")
+    if at and spacing not in SPACINGS:
+        raise UsageError(
+            f"sampler {sampler!r}: unknown spacing {spacing!r}; use {', '.join(SPACINGS)}"
+        )
+    solve, visits_zero = _solver(sampler, family)
+    timesteps = spaced_timesteps(steps, spacing or SPACINGS[0], visits_zero=visits_zero)
+    signal = process.signal_along(timesteps)
+    updates = solve(signal)
+    estimate = tuple(estimate_weights(process.prediction, s) for s in signal[:-1])
+    lags = max(len(update.denoised) for update in updates) - 1
+    return SamplerTable(
+        sampler=sampler,
+        prediction=process.prediction,
+        timesteps=timesteps,
+        latent=tuple(
+            u.latent + u.denoised[0] * of_x for u, (of_x, _) in zip(updates, estimate, strict=True)
+        ),
+        model=tuple(u.denoised[0] * of_m for u, (_, of_m) in zip(updates, estimate, strict=True)),
+        noise=tuple(u.noise for u in updates),
+        spread=tuple(u.spread for u in updates),
+        estimate=estimate,
+        history=tuple((*u.denoised[1:], *[0.0] * (lags + 1 - len(u.denoised))) for u in updates),
+    )
+
+
+def _even_flow_table(steps: int, prediction: str) -> SamplerTable:
+    """Even steps from noise to the clean sample.
+
+    Source: Liu et al., "Flow Straight and Fast", ICLR 2023, eq. 1; Ma et al., "SiT", ECCV 2024, section 2.
+    """
+    check_steps(steps, TRAIN_STEPS)
+    if prediction == "flow_to_noise":
+        return flow_table([1 - step / steps for step in range(steps + 1)])
+    times = tuple(step / steps for step in range(steps))
+    return _line_table("flow", times, (1 / steps,) * steps, tuple(1 - t for t in times))
+
+
+def flow_table(sigmas: Sequence[float]) -> SamplerTable:
+    """Steps along the line ``x = (1 - sigma) * clean + sigma * noise`` of a model that predicts ``noise - clean``.
+
+    Args:
+        sigmas: T + 1 shares of noise, falling to 0.
+    """
+    told = tuple(TRAIN_STEPS * sigma for sigma in sigmas[:-1])
+    moves = tuple(after - now for now, after in pairwise(sigmas))
+    return _line_table("flow_to_noise", told, moves, tuple(-sigma for sigma in sigmas[:-1]))
+
+
+def _line_table(
+    prediction: str, told: tuple[float, ...], moves: tuple[float, ...], to_clean: tuple[float, ...]
+) -> SamplerTable:
+    """``x + move * velocity`` at every step, where ``x + to_clean * velocity`` is the clean sample."""
+    zeros = (0.0,) * len(told)
+    return SamplerTable(
+        sampler=FLOW_SAMPLER,
+        prediction=prediction,
+        timesteps=told,
+        latent=(1.0,) * len(told),
+        model=moves,
+        noise=zeros,
+        spread=zeros,
+        estimate=tuple((1.0, weight) for weight in to_clean),
+        history=((),) * len(told),
+    )
+
+
+def default_sampler(process: Process) -> str:
+    """The sampler of a model where nobody says: the one that came with it, if any."""
+    if process.scheduler is not None:
+        return FOLDER_SAMPLER
+    return FLOW_SAMPLER if process.prediction in FLOW_PREDICTIONS else "ddim"
+
+
+def sampler_misfit(table: SamplerTable, spec: ModelSpec) -> str | None:
+    """Why a table cannot drive a model, or None."""
+    if table.learned_variance and not spec.learn_sigma:
+        return f"sampler {table.sampler!r} needs the variance that this model does not predict; use ddim:1, which fixes it"
+    if table.prediction != spec.prediction:
+        return f"sampler {table.sampler!r} is made for a model that predicts {table.prediction}, this one predicts {spec.prediction}"
+    return None
+
+
+def _solver(sampler: str, family: str) -> tuple[Callable[[Sequence[float]], list[Update]], bool]:
+    """What makes the updates, and whether timestep 0 counts as a step."""
+    name, colon, number = family.partition(":")
+    if name == "ddim":
+        eta = _number(sampler, "eta", number) if colon else 0.0
+        if not 0 <= eta <= 1:
+            raise UsageError(f"sampler {sampler!r}: eta must be within 0..1")
+        return lambda signal: ddim_updates(signal, eta), True
+    if name == "dpm++":
+        order = _number(sampler, "order", number) if colon else 2
+        if order not in (1, 2, 3):
+            raise UsageError(f"sampler {sampler!r}: order must be 1, 2 or 3")
+        return lambda signal: dpm_solver_updates(signal, int(order)), False
+    if family == "ddpm":
+        return ddpm_updates, True
+    raise UsageError(f"unknown sampler {sampler!r}; use {SAMPLER_GRAMMAR}")
+
+
+def _number(sampler: str, what: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"sampler {sampler!r}: {what} {text!r} is not a number") from None

@@ -1,0 +1,33 @@
+"""The schedule: what every unit does at every step (`schedule`), and whether that is legal (`legality`)."""
+
+from goc_deploy.schedule.legality import (
+    check_amplification,
+    check_schedule,
+    check_schedule_fits,
+    fill_short_history,
+)
+from goc_deploy.schedule.schedule import (
+    COMPUTE,
+    HISTORY_KINDS,
+    MAX_BLOCKS,
+    MAX_HISTORY,
+    MAX_STEPS,
+    REUSE,
+    Schedule,
+    gradient,
+)
+
+__all__ = [
+    "COMPUTE",
+    "HISTORY_KINDS",
+    "MAX_BLOCKS",
+    "MAX_HISTORY",
+    "MAX_STEPS",
+    "REUSE",
+    "Schedule",
+    "check_amplification",
+    "check_schedule",
+    "check_schedule_fits",
+    "fill_short_history",
+    "gradient",
+]

@@ -1,0 +1,108 @@
+"""Which schedules are legal, and which fit a model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from goc_deploy.errors import ScheduleError
+from goc_deploy.schedule.schedule import HISTORY_KINDS, MAX_HISTORY, MAX_STEPS, REUSE, Schedule
+from goc_deploy.spec import ModelSpec
+
+MAX_AMPLIFICATION = 1e3
+
+
+def check_schedule(schedule: Schedule) -> None:
+    """Check the rules of legality.
+
+    Raises:
+        ScheduleError: naming step, block and branch of the first evaluation that breaks a rule.
+    """
+    if schedule.history not in HISTORY_KINDS:
+        raise ScheduleError(
+            f"history {schedule.history!r} is not one of {', '.join(HISTORY_KINDS)}"
+        )
+    if not 1 <= schedule.steps <= MAX_STEPS:
+        raise ScheduleError(f"a schedule has 1 to {MAX_STEPS} steps, this one has {schedule.steps}")
+    for step, unit, stored in schedule.available_history():
+        row = schedule.coefficients[step][unit]
+        where = schedule.place(step, unit)
+        if step == 0 and row:
+            raise ScheduleError(
+                f"{where}: {schedule.action(0, unit)} at step 0, where nothing is stored yet; compute it"
+            )
+        if len(row) > MAX_HISTORY:
+            raise ScheduleError(
+                f"{where}: {len(row)} coefficients, at most {MAX_HISTORY} are supported"
+            )
+        if any(not abs(c) < 1e6 for c in row):
+            raise ScheduleError(
+                f"{where}: coefficients {list(row)} must be finite and below 1e6 in magnitude"
+            )
+        if len(row) > stored:
+            raise ScheduleError(
+                f"{where}: {schedule.action(step, unit)} reads {len(row)} history entries but only {stored} "
+                f"{'is' if stored == 1 else 'are'} stored; compute this unit at an earlier step, or use plain reuse"
+            )
+
+
+def check_schedule_fits(schedule: Schedule, spec: ModelSpec, steps: int) -> None:
+    """Check that a schedule is for this model and step count.
+
+    Raises:
+        ScheduleError: naming both sizes.
+    """
+    if schedule.steps != steps:
+        raise ScheduleError(
+            f"the schedule has {schedule.steps} steps but {steps} are asked for; use --steps {schedule.steps} or a schedule with that many steps"
+        )
+    if (schedule.depth, schedule.branches) != (spec.depth, spec.branches):
+        raise ScheduleError(
+            f"the schedule is for {schedule.depth} blocks of {'+'.join(schedule.branches)} but the model has "
+            f"{spec.depth} blocks of {'+'.join(spec.branches)}"
+        )
+
+
+def fill_short_history(schedule: Schedule) -> Schedule:
+    """Replace actions that read more history than there is by plain reuse, where the policy allows it.
+
+    Before: step 1 is ``gradient`` with one entry stored and ``short_history`` is ``reuse``.
+    After: step 1 is ``reuse``.
+    """
+    if schedule.short_history != "reuse":
+        return schedule
+    rows = [list(step) for step in schedule.coefficients]
+    for step, unit, stored in schedule.available_history():
+        if 1 <= stored < len(rows[step][unit]):
+            rows[step][unit] = REUSE
+    return replace(schedule, coefficients=tuple(tuple(step) for step in rows))
+
+
+def check_amplification(schedule: Schedule) -> None:
+    """Check that predictions made of predictions do not blow up what they are made of.
+
+    With history ``used``, the gradient at every second step is a recurrence with its pole at -eta: with |eta| > 1 its
+    weights over the features that were really computed grow without bound. Their sum of magnitudes must stay within
+    ``MAX_AMPLIFICATION``, so a large eta may serve a few steps but not many.
+
+    Raises:
+        ScheduleError: naming step, block and branch of the first prediction beyond it.
+    """
+    for unit in range(schedule.units):
+        history: list[
+            dict[int, float]
+        ] = []  # newest first: weights over the steps that computed the unit
+        for step, rows in enumerate(schedule.coefficients):
+            row, weights = rows[unit], {step: 1.0}
+            if row:
+                weights = {}
+                for coefficient, entry in zip(row, history, strict=False):
+                    for computed, weight in entry.items():
+                        weights[computed] = weights.get(computed, 0.0) + coefficient * weight
+                if not sum(map(abs, weights.values())) <= MAX_AMPLIFICATION:
+                    raise ScheduleError(
+                        f"{schedule.place(step, unit)}: the prediction amplifies errors of computed features more than "
+                        f"{MAX_AMPLIFICATION:g}-fold, because it reads earlier predictions; use an eta within -1..1, fewer "
+                        "such steps, or history=computed"
+                    )
+            if not row or schedule.history == "used":
+                history = [weights, *history][:MAX_HISTORY]

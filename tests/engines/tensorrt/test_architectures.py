@@ -1,0 +1,50 @@
+"""Every graph of models that draw captions, with a text encoder and a VAE, really built by TensorRT-RTX."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import goc_deploy
+from goc_deploy.engines.tensorrt.store import build_engines
+from goc_deploy.exporters.companions.vae import VaeDecoder, vae_config
+from goc_deploy.options import EngineOptions, no_progress
+from tests.exporters.companions.test_vae import CONFIG as VAE
+from tests.exporters.companions.test_vae import WEIGHTS as VAE_WEIGHTS
+from tests.pixart_reference import random_state
+from tests.t5_folder import save_encoder
+
+pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra rtx)")
+pytest.importorskip("polygraphy", reason="polygraphy is not installed (extra rtx)")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, a text encoder and a VAE, all random."""
+    folder = tmp_path_factory.mktemp("parts")
+    torch.save({"state_dict": random_state()}, folder / "model.pth")
+    save_encoder(folder / "t5")
+    (folder / "vae").mkdir()
+    (folder / "vae" / "config.json").write_text(json.dumps(VAE))
+    save_file(VaeDecoder(vae_config(VAE, "")).state_dict(), folder / "vae" / VAE_WEIGHTS)
+    return folder
+
+
+@pytest.mark.parametrize(("precision", "weights"), [("fp16", "embedded"), ("bf16", "shared")])
+def test_every_graph_builds(parts: Path, tmp_path: Path, precision: str, weights: str) -> None:
+    companions = {"text_encoder": parts / "t5", "vae": parts / "vae"} if precision == "fp16" else {}
+    more = {"num_heads": 3, "steps": 6, "max_batch": 2, "precision": precision, **companions}
+    goc_deploy.export(
+        parts / "model.pth", tmp_path / "engine", plans=["none", "fora:2+gc:1.0"], **more
+    )
+    options = EngineOptions(capabilities=("8.6", "8.9", "12.0"), weights=weights)
+    manifest, built = build_engines(tmp_path / "engine", options, no_progress)
+    served = {graph: engine for engine in manifest.engines for graph in engine.graphs}
+    assert built == len(manifest.engines)
+    assert set(manifest.segments) == {"-*6", "w*6"}
+    for unit in (*manifest.units, *map(manifest.segment_unit, manifest.segments)):
+        assert served[unit.onnx].kernels

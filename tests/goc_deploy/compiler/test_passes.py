@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from goc_deploy.compiler import (
+    Collect,
+    Compute,
+    Plan,
+    Predict,
+    Prediction,
+    Segment,
+    check_plan,
+    compile_schedule,
+    with_stacks,
+)
+from goc_deploy.compiler.passes import (
+    accumulate_ahead,
+    assign_slots,
+    drop_dead_stores,
+    group_launches,
+    name_values,
+)
+from goc_deploy.errors import EngineDirError, UsageError
+from goc_deploy.policies.grammar import parse_policy
+from goc_deploy.policies.resolve import schedule_from_policy
+from goc_deploy.schedule import Schedule
+from goc_deploy.spec import ModelSpec
+from tests.goc_deploy.strategies import schedules
+from tests.reference import run_plan, run_schedule, toy_feature
+
+
+def spec_of(depth: int) -> ModelSpec:
+    return ModelSpec(depth, 8, 2, 16, 2, 2, 4, 10, False)
+
+
+def compiled(text: str, depth: int = 3, steps: int = 20, segments: str = "none") -> Plan:
+    spec = spec_of(depth)
+    return compile_schedule(
+        schedule_from_policy(parse_policy(text), spec, steps), spec, segments=segments
+    )
+
+
+@given(schedules())
+def test_a_plan_does_what_its_schedule_says(schedule: Schedule) -> None:
+    x = np.linspace(-1, 1, 5)
+    plan = compile_schedule(schedule, spec_of(schedule.depth))
+    np.testing.assert_allclose(
+        run_plan(plan, x, toy_feature),
+        run_schedule(schedule, x, toy_feature),
+        rtol=1e-9,
+        atol=1e-12,
+    )
+
+
+@given(schedules())
+def test_collapsed_and_uncollapsed_plans_agree(schedule: Schedule) -> None:
+    x, spec = np.linspace(-1, 1, 5), spec_of(schedule.depth)
+    one, many = compile_schedule(schedule, spec), compile_schedule(schedule, spec, collapse=False)
+    assert all(
+        len(op.predictions) == 1 for step in many.launches for op in step if isinstance(op, Predict)
+    )
+    np.testing.assert_allclose(
+        run_plan(one, x, toy_feature), run_plan(many, x, toy_feature), rtol=1e-12
+    )
+
+
+@given(schedules())
+def test_predicting_ahead_changes_no_output(schedule: Schedule) -> None:
+    x, spec = np.linspace(-1, 1, 5), spec_of(schedule.depth)
+    ahead, in_place = (
+        compile_schedule(schedule, spec),
+        compile_schedule(schedule, spec, eager=False),
+    )
+    assert in_place.accumulators == 0
+    assert [ahead.step_kind(k) for k in range(ahead.steps)] == [
+        in_place.step_kind(k) for k in range(ahead.steps)
+    ]
+    np.testing.assert_allclose(
+        run_plan(ahead, x, toy_feature), run_plan(in_place, x, toy_feature), rtol=1e-9, atol=1e-12
+    )
+
+
+@given(schedules(), st.booleans())
+def test_no_two_live_values_share_a_slot(schedule: Schedule, eager: bool) -> None:
+    evaluations = drop_dead_stores(name_values(schedule))
+    groups = group_launches(accumulate_ahead(evaluations) if eager else evaluations, collapse=True)
+    launches, slots = assign_slots(groups)
+    ops = [op for step in launches for op in step if not isinstance(op, Collect)]
+    last_read = {
+        value: index for index, group in enumerate(groups) for e in group for value in e.reads
+    }
+    holder: dict[int, int] = {}
+    for index, (group, op) in enumerate(zip(groups, ops, strict=True)):
+        entries = op.predictions if isinstance(op, Predict) else (Prediction((), (), op.store),)
+        for e, entry in zip(group, entries, strict=True):
+            assert [holder[slot] for slot in entry.slots] == list(e.reads)
+        for e, entry in zip(group, entries, strict=True):
+            if entry.store is not None:
+                assert 0 <= entry.store < slots
+                old = holder.get(entry.store)
+                readers = [other.unit for other in group if old in other.reads]
+                assert (
+                    old is None
+                    or last_read[old] < index
+                    or (last_read[old] == index and readers == [e.unit])
+                )
+                holder[entry.store] = e.value
+
+
+@given(schedules())
+def test_nothing_is_stored_that_nobody_reads(schedule: Schedule) -> None:
+    kept = drop_dead_stores(name_values(schedule))
+    read_later: set[int] = set()
+    for e in reversed(kept):
+        assert e.value is None or e.value in read_later
+        read_later.update(e.reads)
+
+
+def test_on_a_gpu_a_step_that_computes_nothing_is_one_launch_of_at_most_88_units() -> None:
+    plan = compiled("fora:2+gc:1.2", depth=50)
+    stacked = with_stacks(plan, spec_of(50))
+    sizes = [len(op.predictions) for op in stacked.launches[3] if isinstance(op, Predict)]
+    assert sizes == [88, 12]
+    assert (stacked.name, stacked.sampler, stacked.schedule) == (
+        plan.name,
+        plan.sampler,
+        plan.schedule,
+    )
+    assert all(isinstance(op, Compute) for op in stacked.launches[4])
+
+
+@given(schedules())
+def test_segments_change_no_output_and_are_all_full_steps_by_one_engine(schedule: Schedule) -> None:
+    x, spec = np.linspace(-1, 1, 5), spec_of(schedule.depth)
+    plan = compile_schedule(schedule, spec, segments="full")
+    merged, apart = with_stacks(plan, spec), with_stacks(compile_schedule(schedule, spec), spec)
+    assert not plan.segment_signatures
+    assert len(merged.segment_signatures) == 1
+    for k in range(plan.steps):
+        assert merged.step_kind(k) == apart.step_kind(k) == plan.step_kind(k)
+        if merged.step_kind(k) == "full":
+            assert [type(op) for op in merged.launches[k]] == [Segment]
+    np.testing.assert_allclose(
+        run_plan(merged, x, toy_feature),
+        run_schedule(schedule, x, toy_feature),
+        rtol=1e-9,
+        atol=1e-12,
+    )
+
+
+def test_full_steps_store_alike_so_that_one_engine_serves_them() -> None:
+    merged = with_stacks(compiled("fora:2@0.5+gc:1.2", segments="full"), spec_of(3))
+    apart = with_stacks(compiled("fora:2@0.5+gc:1.2"), spec_of(3))
+    assert {op.store for op in apart.launches[12]} == {None}
+    (op,) = merged.launches[12]
+    assert isinstance(op, Segment)
+    assert op.signature == "w*6"
+    assert merged.slots == apart.slots  # what nobody reads is put where nothing lies
+    assert with_stacks(compiled("none", segments="full"), spec_of(3)).segment_signatures == ("-*6",)
+
+
+def test_mixed_steps_are_run_unit_by_unit() -> None:
+    reuse = ((1.0,), (1.0,), (), (1.0,))
+    schedule = Schedule(2, ("attn", "mlp"), (((),) * 4, reuse, ((),) * 4))
+    plan = with_stacks(compile_schedule(schedule, spec_of(2), segments="full"), spec_of(2))
+    assert [[type(op).__name__ for op in step] for step in plan.launches] == [
+        ["Segment"],
+        ["Predict", "Compute", "Predict"],
+        ["Segment"],
+    ]
+    assert plan.segment_signatures == ("w*2 -*1 w*1",)
+
+
+def test_unknown_segments_are_refused() -> None:
+    with pytest.raises(UsageError, match="segments must be full or none, got 'all'"):
+        compiled("none", segments="all")
+
+
+def test_a_plan_without_caching_stores_nothing() -> None:
+    plan = compiled("none")
+    assert plan.slots == 0
+    assert plan.kind_counts == {"full": 20}
+
+
+def test_plain_reuse_needs_three_slots_and_the_gradient_one_per_unit_more() -> None:
+    plain, gradient = compiled("fora:2"), compiled("fora:2+gc:1.2")
+    assert (plain.slots, plain.accumulators, plain.cache_features) == (3, 1, 5)
+    assert (gradient.slots, gradient.accumulators, gradient.cache_features) == (9, 1, 11)
+
+
+def test_predicting_in_the_step_itself_keeps_a_slot_per_feature() -> None:
+    spec = spec_of(3)
+    for text, slots in (("fora:2", 6), ("fora:2+gc:1.2", 12)):
+        plan = compile_schedule(
+            schedule_from_policy(parse_policy(text), spec, 20), spec, eager=False
+        )
+        assert (plan.slots, plan.accumulators, plan.cache_features) == (slots, 0, slots)
+        assert all(len(plan.launches[k]) == 1 for k in range(1, 20, 2))
+
+
+def test_a_step_that_computes_nothing_only_collects() -> None:
+    plan = compiled("fora:2+gc:1.2")
+    assert plan.kind_counts == {"full": 10, "collapsed": 10}
+    assert all(plan.launches[k] == (Collect(1),) for k in range(1, 20, 2))
+    assert plan.signatures == ("1*3", "2*3", "2w*3")
+
+
+def test_several_steps_in_a_row_are_predicted_ahead_into_one_accumulator_each() -> None:
+    plan = compiled("fora:4+gc:0.5")
+    assert plan.accumulators == 3
+    assert [plan.launches[k] for k in (1, 2, 3)] == [(Collect(1),), (Collect(2),), (Collect(3),)]
+    assert [op.ahead for op in plan.launches[0] if isinstance(op, Predict)] == [1, 2, 3] * 2
+
+
+def test_units_predicted_together_are_predicted_ahead_together() -> None:
+    mixed = ((1.0,), (1.0,), (), ())
+    plan = compile_schedule(
+        Schedule(2, ("attn", "mlp"), (((),) * 4, mixed, ((1.0,),) * 4)), spec_of(2)
+    )
+    found = [
+        (
+            type(op).__name__,
+            getattr(op, "unit", None),
+            getattr(op, "ahead", None),
+            len(getattr(op, "predictions", ())),
+        )
+        for op in plan.launches[1]
+    ]
+    assert found == [
+        ("Predict", 0, 0, 2),
+        ("Compute", 2, None, 0),
+        ("Compute", 3, None, 0),
+        ("Predict", 0, 1, 4),
+    ]
+
+
+def test_stores_end_where_caching_ends() -> None:
+    plan = compiled("fora:2@0.5")
+    stored = [
+        k
+        for k, step in enumerate(plan.launches)
+        if any(isinstance(op, Compute) and op.store is not None for op in step)
+    ]
+    assert stored == [0, 2, 4, 6, 8]
+
+
+def test_a_mixed_step_predicts_neighbours_together() -> None:
+    reuse = ((1.0,), (1.0,), (), (1.0,))
+    plan = compile_schedule(Schedule(2, ("attn", "mlp"), (((),) * 4, reuse)), spec_of(2))
+    assert [(type(op).__name__, op.unit) for op in plan.launches[1]] == [
+        ("Predict", 0),
+        ("Compute", 2),
+        ("Predict", 3),
+    ]
+    assert plan.step_kind(1) == "mixed"
+
+
+REUSE_AHEAD = Predict(0, (Prediction((0,), (1.0,), None),), 1)
+
+
+@pytest.mark.parametrize(
+    ("launches", "slots", "message"),
+    [
+        (((Compute(0, 5), Compute(1, None)),), 1, "slot outside 0..0"),
+        (((Segment((0, 1)),),), 1, "slot outside 0..0"),
+        (((Segment((0, 0)),),), 1, "overwrites slot 0"),
+        (((Segment((None,)),),), 0, "in order"),
+        (((Compute(1, None), Compute(0, None)),), 0, "in order"),
+        (
+            ((Compute(0, None), Predict(1, (Prediction((0,), (1.0,), None),))),),
+            1,
+            "before anything is stored",
+        ),
+        (
+            (
+                (Compute(0, 0), Compute(1, 1)),
+                (Predict(0, (Prediction((0,), (1.0,), 1), Prediction((1,), (1.0,), None))),),
+            ),
+            2,
+            "overwrites slot 1",
+        ),
+        (
+            ((Compute(0, None), Compute(1, None)), (Collect(1),)),
+            0,
+            "step 1 adds an accumulator that does not hold",
+        ),
+        (
+            ((Compute(0, None), Compute(1, None)), (Collect(2),)),
+            0,
+            "step 1 adds an accumulator that does not hold",
+        ),
+        (
+            ((Compute(0, None), Compute(1, None)), (Collect(0),)),
+            0,
+            "step 1 adds an accumulator that does not hold",
+        ),
+        (
+            ((Compute(0, 0), REUSE_AHEAD, Compute(1, None)), (Collect(1),)),
+            1,
+            "does not hold each of the 2 units once",
+        ),
+        (
+            ((Compute(0, 0), REUSE_AHEAD, REUSE_AHEAD, Compute(1, None)), (Collect(1),)),
+            1,
+            "does not hold each of the 2 units once",
+        ),
+        (
+            ((Compute(0, 0), REUSE_AHEAD, Compute(1, None)), (Compute(0, None), Compute(1, None))),
+            1,
+            "accumulated for step 1 is never added",
+        ),
+        (
+            ((Compute(0, 0), REUSE_AHEAD, Compute(1, None)),),
+            1,
+            "predicts for step 1, which does not exist",
+        ),
+        (
+            ((Compute(0, 0), Predict(0, (Prediction((0,), (1.0,), None),), -1), Compute(1, None)),),
+            1,
+            "predicts for step -1, which does not exist",
+        ),
+    ],
+)
+def test_a_plan_that_would_run_into_foreign_memory_is_refused(
+    launches: tuple, slots: int, message: str
+) -> None:
+    good = compile_schedule(Schedule(1, ("attn", "mlp"), (((), ()),) * len(launches)), spec_of(1))
+    bad = Plan("bad", good.sampler, launches, slots, good.schedule)
+    with pytest.raises(EngineDirError, match=message):
+        check_plan(bad, spec_of(1))

@@ -1,0 +1,121 @@
+"""Arrays from files: what safetensors writes, and headers that lie."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from goc_deploy.conditions.tensor_files import arrays_from_file, arrays_from_safetensors
+from goc_deploy.errors import UsageError
+
+TENSORS = {
+    "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),
+    "half": torch.tensor([0.5, -2.0], dtype=torch.float16),
+    "brain": torch.tensor([[1.5, -3.0]], dtype=torch.bfloat16),
+    "mask": torch.tensor([[1, 0]]),
+    "flags": torch.tensor([True, False]),
+}
+
+
+def with_header(header: object, tensors: bytes = b"\0" * 24) -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + tensors
+
+
+def test_what_safetensors_writes_is_read(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(save(TENSORS, {"format": "pt"}))
+    found = arrays_from_file(tmp_path / "x.safetensors")
+    assert found.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        expected = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+        np.testing.assert_array_equal(found[name], expected.numpy())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "its header is longer than the file"),
+        (b"\xff" * 20, "its header is longer than the file"),
+        (with_header([1]), "the header of x must hold a JSON object"),
+        (
+            with_header({"a": {"dtype": "F32", "shape": [6], "data_offsets": [0, 28]}}),
+            "lies about the place of 'a'",
+        ),
+        (
+            with_header({"a": {"dtype": "F32", "shape": [7], "data_offsets": [0, 24]}}),
+            "lies about the place of 'a'",
+        ),
+        (
+            with_header({"a": {"dtype": "F32", "shape": [-6], "data_offsets": [0, 24]}}),
+            "not a whole number",
+        ),
+        (
+            with_header({"a": {"dtype": "F8", "shape": [6], "data_offsets": [0, 24]}}),
+            "does not have the expected form",
+        ),
+        (
+            with_header({"a": {"dtype": "F32", "shape": 6, "data_offsets": [0]}}),
+            "does not have the expected form",
+        ),
+        (with_header({"a": 3}), "does not have the expected form"),
+    ],
+)
+def test_headers_that_lie_are_refused(content: bytes, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        arrays_from_safetensors(content, "x")
+
+
+@given(st.binary(max_size=60), st.integers(0, 200))
+def test_damage_is_never_more_than_an_error_of_ours(noise: bytes, cut: int) -> None:
+    content = save({"a": TENSORS["a"]})
+    for damaged in (noise, content[:cut], content[:cut] + noise):
+        try:
+            arrays_from_safetensors(damaged, "x")
+        except UsageError:
+            continue
+
+
+def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"must end in .npz or .safetensors"):
+        arrays_from_file(tmp_path / "x.bin")
+    with pytest.raises(UsageError, match=r"cannot be read: .*No such file"):
+        arrays_from_file(tmp_path / "x.npz")
+    np.savez(tmp_path / "o.npz", a=np.array([{}], dtype=object))
+    with pytest.raises(UsageError, match="cannot be read: Object arrays cannot be loaded"):
+        arrays_from_file(tmp_path / "o.npz")
+    np.savez(tmp_path / "cut.npz", a=np.zeros(9))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:-30])
+    with pytest.raises(UsageError, match="cannot be read"):
+        arrays_from_file(tmp_path / "cut.npz")
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    (tmp_path / "one.npy").rename(tmp_path / "one.npz")
+    with pytest.raises(UsageError, match="cannot be read"):
+        arrays_from_file(tmp_path / "one.npz")
+
+
+def test_an_archive_that_unpacks_to_far_more_than_its_size_is_refused(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "x.npz", a=np.zeros(2**27, np.uint8))
+    with pytest.raises(UsageError, match=r"bytes that unpack to 134217856; save it uncompressed"):
+        arrays_from_file(tmp_path / "x.npz")
+
+
+def test_randomly_damaged_archives_end_as_errors_of_ours(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "x.npz", a=np.arange(50), b=np.ones((2, 3)))
+    sound, generator = (tmp_path / "x.npz").read_bytes(), np.random.default_rng(0)
+    for _ in range(300):
+        content = bytearray(sound)
+        for _ in range(3):
+            content[generator.integers(len(content))] = generator.integers(256)
+        (tmp_path / "x.npz").write_bytes(content)
+        with contextlib.suppress(UsageError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            arrays_from_file(tmp_path / "x.npz")

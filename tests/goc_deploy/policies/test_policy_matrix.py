@@ -1,0 +1,122 @@
+"""Every base and every correction runs on every architecture, with every sampler that goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import goc_deploy
+from benchmarks.make_checkpoint import random_state
+from goc_deploy.api.facade import cpu_backend
+from goc_deploy.api.laboratory import engine_laboratory
+from goc_deploy.engine_dir.reading import read_manifest
+from goc_deploy.errors import UsageError
+from goc_deploy.exporters.export import ARCHITECTURES
+from goc_deploy.options import no_progress
+from goc_deploy.policies.calibration import CalibrationOptions
+from goc_deploy.policies.grammar import parse_policy
+from goc_deploy.policies.resolve import BASES, CORRECTIONS, schedule_from_policy
+from goc_deploy.schedule import Schedule
+from goc_deploy.spec import ModelSpec
+from tests.pixart_reference import SPEC as PIXART
+
+STEPS = 4
+SPECS = {
+    "dit": ModelSpec(1, 24, 2, 48, 2, 2, 4, 10, True),
+    "pixart": replace(PIXART, depth=1),
+    "sit": ModelSpec(1, 24, 2, 48, 2, 2, 4, 10, True),
+}
+SAMPLERS = {
+    "dit": ("ddim", "dpm++", "ddpm"),
+    "pixart": ("ddim", "dpm++", "ddpm"),
+    "sit": ("euler",),
+}
+BASE_ARGUMENTS = {"none": "none", "fora": "fora:2", "smoothcache": "smoothcache:0.5"}
+BASE_ARGUMENTS |= {
+    "search": "search:2,steps=4,reference=8",
+    "l2c": "l2c:{router}",
+    "file": "file:{schedule}",
+}
+CORRECTION_ARGUMENTS = {name: name for name in ("taylor", "lagrange", "hermite", "goc", "fit")}
+CORRECTION_ARGUMENTS |= {"gc": "gc:0.5", "steps": "steps:3:0.5"}
+POLICIES = (*BASE_ARGUMENTS.values(), *(f"fora:2+{text}" for text in CORRECTION_ARGUMENTS.values()))
+
+MakeEngine = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def engine_of(tmp_path_factory: pytest.TempPathFactory) -> MakeEngine:
+    """A tiny engine of an architecture, with captions where it draws them, and beside it a router and a schedule file."""
+    made: dict[str, Path] = {}
+
+    def make(architecture: str) -> Path:
+        if architecture not in made:
+            folder, spec = tmp_path_factory.mktemp(architecture), SPECS[architecture]
+            torch.save(random_state(spec, 0), folder / "model.pt")
+            more = {}
+            if spec.draws_captions:
+                shape, rng = (
+                    (2, spec.caption_tokens, spec.caption_channels),
+                    np.random.default_rng(0),
+                )
+                embeds = {
+                    f"{what}prompt_embeds": rng.standard_normal(shape, np.float32)
+                    for what in ("", "negative_")
+                }
+                np.savez(folder / "captions.npz", **embeds)
+                more = {"captions": folder / "captions.npz"}
+            goc_deploy.export(
+                folder / "model.pt",
+                folder / "engine",
+                model=architecture,
+                num_heads=spec.heads,
+                plans=("none",),
+                steps=STEPS,
+                max_batch=2,
+                **more,
+            )
+            routers = {f"{i}.prob": torch.full((spec.units,), -9.0) for i in range(STEPS)}
+            torch.save({"routers": routers}, folder / "router.pt")
+            rows = tuple(((1.0,) if step % 2 else (),) * spec.units for step in range(STEPS))
+            Schedule(spec.depth, spec.branches, rows).save(folder / "schedule.json")
+            made[architecture] = folder / "engine"
+        return made[architecture]
+
+    return make
+
+
+def test_the_matrix_has_every_architecture_base_and_correction() -> None:
+    assert SPECS.keys() == SAMPLERS.keys() == ARCHITECTURES.keys()
+    assert BASE_ARGUMENTS.keys() == BASES.keys()
+    assert CORRECTION_ARGUMENTS.keys() == CORRECTIONS.keys()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sampler"),
+    [(name, sampler) for name, samplers in SAMPLERS.items() for sampler in samplers],
+)
+def test_every_policy_runs(engine_of: MakeEngine, architecture: str, sampler: str) -> None:
+    engine = engine_of(architecture)
+    manifest, options = (
+        read_manifest(engine),
+        CalibrationOptions(2, 3, 2.0, SPECS[architecture].guided_channels),
+    )
+    laboratory = engine_laboratory(engine, cpu_backend, sampler, options, no_progress)
+    for policy in POLICIES:
+        text = policy.format(
+            router=engine.parent / "router.pt", schedule=engine.parent / "schedule.json"
+        )
+        if sampler == "ddpm" and policy.startswith("search"):
+            with pytest.raises(
+                UsageError, match="draws fresh noise, so there is no converged solution"
+            ):
+                schedule_from_policy(parse_policy(text), manifest.model, STEPS, laboratory)
+            continue
+        schedule = schedule_from_policy(parse_policy(text), manifest.model, STEPS, laboratory)
+        found = laboratory.trials().run(schedule, options)
+        assert np.isfinite(found.latents).all(), text

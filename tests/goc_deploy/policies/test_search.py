@@ -1,0 +1,177 @@
+"""The search on the golden engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from goc_deploy.api.facade import add_plan, cpu_backend
+from goc_deploy.api.laboratory import engine_laboratory
+from goc_deploy.errors import CalibrationNeededError, UsageError
+from goc_deploy.metrics.paired import whole_relative_l2
+from goc_deploy.options import no_progress
+from goc_deploy.policies.calibration import CalibrationOptions, Laboratory, Trial
+from goc_deploy.policies.grammar import parse_policy
+from goc_deploy.policies.resolve import schedule_from_policy
+from goc_deploy.policies.search import uncached
+from goc_deploy.samplers import SamplerTable, sampler_table
+from goc_deploy.samplers.process import Process
+from goc_deploy.schedule import COMPUTE, REUSE, Schedule
+from goc_deploy.spec import ModelSpec
+
+SPEC = ModelSpec(2, 8, 2, 16, 2, 2, 4, 10, False)
+OPTIONS = CalibrationOptions(images=2, seed=3, cfg_scale=2.0)
+
+
+@pytest.fixture(scope="module")
+def laboratory(golden_engine: Path) -> Laboratory:
+    return engine_laboratory(golden_engine, cpu_backend, "ddim", OPTIONS, no_progress)
+
+
+def made(text: str, laboratory: Laboratory | None, spec: ModelSpec) -> Schedule:
+    return schedule_from_policy(parse_policy(text), spec, 20, laboratory)
+
+
+@pytest.fixture(scope="module")
+def golden_spec(golden_engine: Path) -> ModelSpec:
+    from goc_deploy.engine_dir.reading import read_manifest
+
+    return read_manifest(golden_engine).model
+
+
+def computed_steps(schedule: Schedule) -> list[int]:
+    return [k for k, rows in enumerate(schedule.coefficients) if set(rows) == {COMPUTE}]
+
+
+def test_a_search_beats_even_spacing_and_says_by_how_much(
+    laboratory: Laboratory, golden_spec: ModelSpec
+) -> None:
+    schedule = made("search:3,steps=9,reference=40", laboratory, golden_spec)
+    record: Any = schedule.provenance["search"]
+    assert computed_steps(schedule) == record["computed"]
+    assert (schedule.steps, len(record["computed"])) == (9, 3)
+    trials = laboratory.trials()
+    expected = trials.run(uncached(golden_spec, 40), OPTIONS).latents
+
+    def error(tried: Schedule) -> float:
+        return whole_relative_l2(trials.run(tried, OPTIONS).latents, expected)
+
+    assert error(schedule) == pytest.approx(record["error"], rel=1e-4)
+    even = (made(f"fora:3+{p}", None, golden_spec) for p in ("gc:1.0", "lagrange:2"))
+    nine = [Schedule(s.depth, s.branches, s.coefficients[:9], s.history) for s in even]
+    assert record["error"] <= min(map(error, nine)) + 1e-6
+    assert record["held_out_seed"] == OPTIONS.seed + 1
+    assert record["held_out_error"] > 0
+
+
+def test_the_step_count_is_chosen_too(laboratory: Laboratory, golden_spec: ModelSpec) -> None:
+    schedule = made("search:2+lagrange:1,reference=20", laboratory, golden_spec)
+    record: Any = schedule.provenance["search"]
+    assert len(computed_steps(schedule)) == 2
+    assert {tried["steps"] for tried in record["best"]} <= {2, 4, 6, 8, 10, 12, 16, 20}
+    assert schedule.steps == record["steps"]
+    assert {tried["predictor"] for tried in record["best"]} == {"lagrange:1"}
+
+
+def test_a_fit_learns_on_the_schedule_that_was_found(
+    laboratory: Laboratory, golden_spec: ModelSpec
+) -> None:
+    schedule = made("search:2+fit,steps=4,reference=20", laboratory, golden_spec)
+    assert {"search", "fit"} <= set(schedule.provenance)
+    assert computed_steps(schedule) == schedule.provenance["search"]["computed"]  # type: ignore[index]
+
+
+def test_units_are_exchanged_where_that_brings_the_images_closer(
+    laboratory: Laboratory, golden_spec: ModelSpec
+) -> None:
+    schedule = made("search:3+lagrange:1,steps=6,reference=20,units", laboratory, golden_spec)
+    record: Any = schedule.provenance["search"]
+    computed = sum(row == COMPUTE for rows in schedule.coefficients for row in rows)
+    assert computed == 3 * golden_spec.units
+    assert record["error_after_exchanges"] <= record["error"]
+    assert (record["exchanges"] > 0) == (len(computed_steps(schedule)) < 3)
+    trials = laboratory.trials()
+    expected = trials.run(uncached(golden_spec, 20), OPTIONS).latents
+    measured = whole_relative_l2(trials.run(schedule, OPTIONS).latents, expected)
+    assert measured == pytest.approx(record["error_after_exchanges"], rel=1e-4)
+
+
+class Clock:
+    """Trials whose full steps take 10 ms and whose predicted steps 1 ms, and whose latents say what ran."""
+
+    sampler, options, progress = "ddim", OPTIONS, staticmethod(no_progress)
+
+    def table(self, steps: int) -> SamplerTable:
+        return sampler_table(self.sampler, steps, Process("eps"))
+
+    def run(self, schedule: Schedule, images: CalibrationOptions) -> Trial:
+        computed = sum(not any(rows) for rows in schedule.coefficients)
+        latents = np.full((images.images, 1), 1000.0 + computed + 0.001 * schedule.steps)
+        return Trial(latents, 10.0 * computed + 1.0 * (schedule.steps - computed), {"full": 10.0})
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+
+def no_calibrator(_steps: int) -> Any:
+    raise AssertionError("a search asks for trials only")
+
+
+@pytest.mark.parametrize(
+    ("text", "computed"),
+    [("search:31ms,steps=4", 3), ("search:40ms,steps=13", 3), ("search:2,steps=4", 2)],
+)
+def test_a_budget_in_milliseconds_is_spent_on_as_many_computed_steps_as_fit(
+    text: str, computed: int
+) -> None:
+    schedule = made(f"{text},reference=20", Laboratory(no_calibrator, Clock), SPEC)
+    assert len(computed_steps(schedule)) == computed
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("search:", "budget '' must be a whole number"),
+        ("search:2.5", "budget '2.5' must be a whole number"),
+        ("search:0", "budget '0' must be a whole number from 1"),
+        ("search:xms", "budget 'x' is not a number"),
+        ("search:5ms,steps=4", "pays for no computed step"),
+        ("search:2,steps=0", "steps '0' must be"),
+        ("search:2,reference=1", "reference '1' must be"),
+        ("search:2,phase=last", "option 'phase' is not one of history, steps, reference"),
+    ],
+)
+def test_bad_searches_are_refused(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        made(text, Laboratory(no_calibrator, Clock), SPEC)
+
+
+def test_a_search_needs_an_engine_and_a_sampler_without_noise(
+    golden_engine: Path, golden_spec: ModelSpec
+) -> None:
+    with pytest.raises(CalibrationNeededError, match="needs an engine directory"):
+        made("search:2", None, SPEC)
+    noisy = engine_laboratory(golden_engine, cpu_backend, "ddim:0.5", OPTIONS, no_progress)
+    with pytest.raises(UsageError, match="draws fresh noise"):
+        made("search:2", noisy, golden_spec)
+
+
+def test_steps_beside_a_search_are_refused(golden_engine: Path) -> None:
+    with pytest.raises(UsageError, match="use the option ,steps=9 in the SPEC"):
+        add_plan(golden_engine, "search:3", steps=9)
+
+
+def test_a_schedule_that_reuses_plainly_is_left_to_the_correction(golden_spec: ModelSpec) -> None:
+    schedule = made(
+        "search:2+hermite:1,steps=4,reference=20", Laboratory(no_calibrator, Clock), golden_spec
+    )
+    rows = {row for step in schedule.coefficients for row in step}
+    assert rows <= {
+        COMPUTE,
+        REUSE,
+        *(row for step in schedule.coefficients for row in step if len(row) == 2),
+    }
+    assert schedule.policy == "search:2+hermite:1,steps=4,reference=20"

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import pytest
+
+from goc_deploy.policies.grammar import BASE_NAMES, CORRECTION_NAMES
+from goc_deploy.policies.resolve import BASES, CORRECTIONS
+from goc_deploy.policies.suggestions import closest, meant_spec
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("fora:4", "fora:4"),
+        ("fora-4", "fora:4"),
+        ("fora-2+gc-1.2", "fora:2+gc:1.2"),
+        ("none", "none"),
+        ("smoothcache-0.3+fit", "smoothcache:0.3+fit"),
+        ("other", None),
+        ("fora:2+other", None),
+        ("fora:2+gc+gc", None),
+    ],
+)
+def test_a_plan_name_is_understood_as_the_spec_that_it_comes_from(
+    text: str, spec: str | None
+) -> None:
+    assert meant_spec(text) == spec
+
+
+def test_the_most_similar_name_is_found() -> None:
+    assert closest("fsat", ["slow", "fast"]) == "fast"
+    assert closest("zzz", ["slow", "fast"]) is None
+
+
+def test_the_names_of_the_grammar_are_those_of_the_policies() -> None:
+    assert set(BASE_NAMES) == set(BASES)
+    assert set(CORRECTION_NAMES) == set(CORRECTIONS)
