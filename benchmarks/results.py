@@ -35,7 +35,6 @@ from goc_deploy.disk import save_text
 from goc_deploy.engine_dir.plans import load_plan
 from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.errors import GocError
-from goc_deploy.evaluation.adm import open_adm
 from goc_deploy.evaluation.distribution import FeatureSet, distribution_metrics, reference_from_adm
 from goc_deploy.evaluation.features import OnnxExtractor
 from goc_deploy.evaluation.pairing import PairedScores
@@ -44,6 +43,7 @@ from goc_deploy.evaluation.tables import METRICS, shown_value
 from goc_deploy.metrics.estimate import Estimate
 from goc_deploy.metrics.paired import relative_l2
 from goc_deploy.options import BenchOptions, no_progress
+from goc_deploy.runtime.adm import open_adm
 from goc_deploy.runtime.images import images_from_latents
 from goc_deploy.schedule import Schedule
 

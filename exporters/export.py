@@ -25,6 +25,8 @@ from goc_deploy.exporters.graphs.plan_files import write_plan
 from goc_deploy.exporters.graphs.step import collect_graph, modulation_graph, sampler_graphs
 from goc_deploy.exporters.hub import folder_from_hub, hub_id
 from goc_deploy.exporters.model_folder import FolderModel, read_model_folder
+from goc_deploy.exporters.router import router_probabilities
+from goc_deploy.exporters.schedulers import table_from_sampler
 from goc_deploy.exporters.unit_files import UnitWriter
 from goc_deploy.options import ExportOptions, Progress, default_plans
 from goc_deploy.policies.calibration import (
@@ -38,7 +40,6 @@ from goc_deploy.policies.resolve import schedule_from_policy
 from goc_deploy.protocols import Backend
 from goc_deploy.samplers import default_sampler
 from goc_deploy.samplers.process import Process
-from goc_deploy.samplers.schedulers import table_from_sampler
 from goc_deploy.spec import ITEM_BYTES, ModelSpec
 from goc_deploy.version import __version__
 
@@ -186,7 +187,7 @@ def _compile(
     options: ExportOptions,
     laboratory: Laboratory | None,
 ) -> Plan:
-    schedule = schedule_from_policy(policy, spec, options.steps, laboratory)
+    schedule = schedule_from_policy(policy, spec, options.steps, laboratory, router_probabilities)
     table = table_from_sampler(_sampler(process, options), schedule.steps, process)
     return compile_schedule(schedule, spec, table, name=name, segments=options.segments)
 

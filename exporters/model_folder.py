@@ -18,7 +18,7 @@ from goc_deploy.exporters.folders import (
     read_scheduler,
     read_weights,
 )
-from goc_deploy.samplers.schedulers import prediction_of
+from goc_deploy.exporters.schedulers import prediction_of
 from goc_deploy.spec import ModelSpec
 
 

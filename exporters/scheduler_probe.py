@@ -43,7 +43,7 @@ def probed_table(settings: Mapping[str, Any], steps: int, prediction: str) -> Sa
     """The table of a scheduler.
 
     Args:
-        settings: of ``scheduler_config.json``, checked by `goc_deploy.samplers.schedulers.check_scheduler`.
+        settings: of ``scheduler_config.json``, checked by `goc_deploy.exporters.schedulers.check_scheduler`.
         steps: T, times that the model runs.
         prediction: what the model predicts.
 

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from goc_deploy.conditions.labels import grid_columns
 from goc_deploy.disk import written
 from goc_deploy.errors import ConflictError
-from goc_deploy.evaluation.adm import AdmWriter, adm_writer
+from goc_deploy.runtime.adm import AdmWriter, adm_writer
 from goc_deploy.runtime.images import grid, picture
 
 RECORD = "goc_deploy"  # name of a PNG's text that keeps what the picture was made from

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from goc_deploy.evaluation.adm import adm_writer
+from goc_deploy.runtime.adm import adm_writer
 
 HERE = Path(__file__).resolve().parent
 BATCH = 1000

@@ -1,4 +1,4 @@
-"""The library's two jobs. Stages are wired together here and nowhere else."""
+"""The public functions: what each needs is imported when it is called."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from typing import Any
 from goc_deploy.compiler import compile_schedule
 from goc_deploy.conditions.labels import balanced_labels
 from goc_deploy.engine_dir.reading import read_manifest
+from goc_deploy.exporters.schedulers import table_from_sampler
 from goc_deploy.options import Progress
 from goc_deploy.policies.calibration import (
     CalibrationOptions,
@@ -22,7 +23,6 @@ from goc_deploy.policies.calibration import (
 )
 from goc_deploy.protocols import Backend, Engine
 from goc_deploy.samplers import SamplerTable
-from goc_deploy.samplers.schedulers import table_from_sampler
 from goc_deploy.schedule import Schedule
 
 

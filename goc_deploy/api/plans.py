@@ -15,6 +15,7 @@ from goc_deploy.engine_dir.manifest_file import manifest_to_json
 from goc_deploy.engine_dir.plans import load_plan, plan_entry
 from goc_deploy.engine_dir.reading import files_below, read_manifest, read_verified
 from goc_deploy.errors import CalibrationNeededError, ConflictError, UsageError
+from goc_deploy.exporters.schedulers import table_from_sampler
 from goc_deploy.options import ExportOptions, PlanOptions, Progress, no_progress
 from goc_deploy.policies.calibration import CalibrationOptions, default_images
 from goc_deploy.policies.grammar import BASES_WITH_A_PATH, check_plan_name, parse_policy
@@ -23,7 +24,6 @@ from goc_deploy.policies.resolve import schedule_from_policy
 from goc_deploy.policies.suggestions import meant_spec
 from goc_deploy.protocols import Backend
 from goc_deploy.samplers import default_sampler
-from goc_deploy.samplers.schedulers import table_from_sampler
 
 DEFAULTS = ExportOptions()
 
@@ -101,9 +101,15 @@ def _compiled(
     )
 
     laboratory = engine_laboratory(directory, make_backend, sampler, calibration, progress)
-    schedule = schedule_from_policy(policy, manifest.model, steps, laboratory)
+    schedule = schedule_from_policy(policy, manifest.model, steps, laboratory, _read_router)
     table = table_from_sampler(sampler, schedule.steps, manifest.process)
     return compile_schedule(schedule, manifest.model, table, name=name, segments=options.segments)
+
+
+def _read_router(path: str) -> tuple[tuple[float, ...], ...]:
+    from goc_deploy.exporters.router import router_probabilities
+
+    return router_probabilities(path)
 
 
 def _add(directory: Path, manifest: Manifest, plan: Plan) -> PlanEntry:

@@ -83,7 +83,7 @@ def compile_schedule(
         schedule: what to do where.
         spec: the model.
         sampler: a table, or a sampler SPEC for the process that DiT and PixArt are trained on; for a model whose folder has
-            a scheduler, use `goc_deploy.samplers.schedulers.table_from_sampler` with its manifest's ``process``.
+            a scheduler, use `goc_deploy.exporters.schedulers.table_from_sampler` with its manifest's ``process``.
         steps: number of steps; default: the schedule's.
         name: the plan's name.
         segments: one of `goc_deploy.compiler.plan.SEGMENTS`, for backends that build engines.

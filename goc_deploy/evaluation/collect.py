@@ -13,14 +13,14 @@ import numpy as np
 
 from goc_deploy.compiler import Plan, compile_schedule
 from goc_deploy.errors import UsageError
-from goc_deploy.evaluation.adm import AdmFile
 from goc_deploy.evaluation.distribution import FeatureSet
 from goc_deploy.evaluation.features import Extractor
 from goc_deploy.evaluation.pairing import PairedScores
 from goc_deploy.evaluation.sampling import Sampled, SampleWriters, generated, read_back
+from goc_deploy.exporters.schedulers import table_from_sampler
 from goc_deploy.metrics.paired import relative_l2
 from goc_deploy.options import EvalOptions, Progress
-from goc_deploy.samplers.schedulers import table_from_sampler
+from goc_deploy.runtime.adm import AdmFile
 from goc_deploy.schedule import COMPUTE, Schedule
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from goc_deploy.errors import UsageError
-from goc_deploy.evaluation.adm import AdmFile
 from goc_deploy.evaluation.features import Extracted, Extractor
 from goc_deploy.metrics.classes import inception_score, probabilities_from_logits
 from goc_deploy.metrics.estimate import Estimate, bootstrap, exact, mean_estimate
@@ -15,6 +14,7 @@ from goc_deploy.metrics.frechet import Gaussian, Moments, frechet_distance, gaus
 from goc_deploy.metrics.kernel import kernel_distance
 from goc_deploy.metrics.manifold import NEIGHBOUR, precision_and_recall
 from goc_deploy.options import Progress
+from goc_deploy.runtime.adm import AdmFile
 
 MAX_RESAMPLED_WIDTH = 512
 MAX_MANIFOLD_IMAGES = 10_000  # ADM measures precision and recall with as many reference images

@@ -12,7 +12,6 @@ from goc_deploy.engine_dir.manifest import Manifest
 from goc_deploy.engine_dir.plans import load_plan
 from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.errors import UsageError
-from goc_deploy.evaluation.adm import AdmFile
 from goc_deploy.evaluation.collect import PlanScores, collect
 from goc_deploy.evaluation.distribution import FeatureSet
 from goc_deploy.evaluation.judges import make_judges
@@ -20,6 +19,7 @@ from goc_deploy.evaluation.pairing import baselines
 from goc_deploy.evaluation.preset import plans_of_preset
 from goc_deploy.evaluation.sampling import class_labels, samples_of_plans
 from goc_deploy.options import EvalOptions, Progress
+from goc_deploy.runtime.adm import AdmFile
 from goc_deploy.schedule import Schedule
 from goc_deploy.schedule.operations import schedule_flops
 from goc_deploy.spec import ModelSpec

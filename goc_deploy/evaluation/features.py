@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from goc_deploy.errors import EnvironmentUnsupportedError, UsageError
-from goc_deploy.evaluation.adm import COLOUR, GREY, with_channels
+from goc_deploy.runtime.adm import COLOUR, GREY, with_channels
 
 SPATIAL_CHANNELS = 7  # ADM's sFID takes the first channels of a middle layer
 INCEPTION = "inception"

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from goc_deploy.errors import UsageError
-from goc_deploy.evaluation.adm import open_adm
 from goc_deploy.evaluation.distribution import (
     MAX_RESAMPLED_WIDTH,
     FeatureSet,
@@ -19,6 +18,7 @@ from goc_deploy.evaluation.distribution import (
 from goc_deploy.evaluation.features import Extractor, make_extractor
 from goc_deploy.metrics.estimate import Estimate
 from goc_deploy.options import EvalOptions, Progress
+from goc_deploy.runtime.adm import open_adm
 from goc_deploy.spec import ModelSpec
 
 

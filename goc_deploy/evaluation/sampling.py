@@ -13,8 +13,8 @@ import numpy as np
 from goc_deploy.conditions.captions import NO_CAPTIONS
 from goc_deploy.conditions.labels import balanced_labels
 from goc_deploy.errors import UsageError
-from goc_deploy.evaluation.adm import AdmFile, adm_writer, open_adm
 from goc_deploy.options import EvalOptions, Progress
+from goc_deploy.runtime.adm import AdmFile, adm_writer, open_adm
 
 if TYPE_CHECKING:
     from goc_deploy.runtime.pipeline import Pipeline

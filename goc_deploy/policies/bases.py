@@ -57,15 +57,13 @@ def l2c(argument: str, context: PolicyContext) -> Schedule:
         UsageError: the router is for another number of steps or units, or the threshold is out of range.
         ModelError, SafetyError: the file is not a router, or asks to run code.
     """
-    from goc_deploy.exporters.router import router_probabilities
-
     path, threshold_text = split_threshold(argument)
     if not path:
         raise UsageError("'l2c:' needs the path of a router file")
     threshold = number(threshold_text or L2C_THRESHOLD, "threshold")
     if not 0 <= threshold <= 1:
         raise UsageError(f"threshold {threshold_text} must be within 0..1")
-    probabilities, spec = router_probabilities(path), context.spec
+    probabilities, spec = context.router(path), context.spec
     if len(probabilities) != context.steps:
         raise UsageError(
             f"router {path} is for {len(probabilities)} steps but {context.steps} are asked for; use --steps {len(probabilities)}"

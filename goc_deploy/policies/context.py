@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from goc_deploy.errors import CalibrationNeededError
+from goc_deploy.errors import CalibrationNeededError, EnvironmentUnsupportedError
 from goc_deploy.policies.calibration import Laboratory
 from goc_deploy.spec import ModelSpec
+
+ReadRouter = Callable[[str], tuple[tuple[float, ...], ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,8 @@ class PolicyContext:
         options: options of the SPEC; a flag has an empty value.
         correction: the correction of the SPEC as written, such as ``gc:1.2``, or None.
         laboratory: how policies that learn reach an engine, or None where there is none.
+        read_router: path of a Learning-to-Cache router file to its probabilities per step and unit. None if this
+            process reads no checkpoints.
     """
 
     spec: ModelSpec
@@ -27,6 +31,7 @@ class PolicyContext:
     options: Mapping[str, str]
     correction: str | None = None
     laboratory: Laboratory | None = None
+    read_router: ReadRouter | None = None
 
     def engine(self) -> Laboratory:
         """How to reach the engine.
@@ -39,3 +44,16 @@ class PolicyContext:
                 "this policy calibrates, which needs an engine directory; use goc-export or goc-plan"
             )
         return self.laboratory
+
+    def router(self, path: str) -> tuple[tuple[float, ...], ...]:
+        """Probabilities per step and unit of a Learning-to-Cache router file.
+
+        Raises:
+            EnvironmentUnsupportedError: this process reads no checkpoints.
+            ModelError, SafetyError: the file is not a router, or asks to run code.
+        """
+        if self.read_router is None:
+            raise EnvironmentUnsupportedError(
+                "'l2c:' reads a router file, which needs goc-export or goc-plan"
+            )
+        return self.read_router(path)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from goc_deploy.errors import GocError, UsageError
 from goc_deploy.policies import bases
 from goc_deploy.policies.calibration import Laboratory
-from goc_deploy.policies.context import PolicyContext
+from goc_deploy.policies.context import PolicyContext, ReadRouter
 from goc_deploy.policies.fit import fit
 from goc_deploy.policies.goc import goc
 from goc_deploy.policies.gradient import (
@@ -69,7 +69,11 @@ CORRECTIONS.update(
 
 
 def schedule_from_policy(
-    policy: PolicySpec, spec: ModelSpec, steps: int, laboratory: Laboratory | None = None
+    policy: PolicySpec,
+    spec: ModelSpec,
+    steps: int,
+    laboratory: Laboratory | None = None,
+    read_router: ReadRouter | None = None,
 ) -> Schedule:
     """Make the schedule that a SPEC names, for a model and a step count.
 
@@ -78,18 +82,20 @@ def schedule_from_policy(
         spec: the model.
         steps: sampling steps; ``search`` chooses its own.
         laboratory: asked by policies that learn, and by no other.
+        read_router: asked by ``l2c``; see `goc_deploy.policies.context.PolicyContext`.
 
     Raises:
         UsageError: an unknown name, an argument or option of the SPEC that is out of range, or a registered policy that
             raises or returns no schedule.
-        EnvironmentUnsupportedError: the package of an installed policy cannot be imported.
+        EnvironmentUnsupportedError: the package of an installed policy cannot be imported, or a router is to be read
+            and ``read_router`` is None.
         ScheduleError: a schedule file is wrong or does not fit.
         ModelError, SafetyError: a router file is unreadable or asks to run code.
     """
     try:
         base, correction = _named(policy)
         context = PolicyContext(
-            spec, steps, dict(policy.options), _written(policy.correction), laboratory
+            spec, steps, dict(policy.options), _written(policy.correction), laboratory, read_router
         )
         schedule = base.make(policy.base[1], context)
         check_schedule_fits(schedule, spec, schedule.steps if base.chooses_steps else steps)

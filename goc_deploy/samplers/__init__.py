@@ -1,4 +1,4 @@
-"""Samplers as tables of coefficients: `table` over the solvers' formulas, `schedulers` for those of diffusers."""
+"""Samplers as tables of coefficients: `table` is the entry, over the formulas of `solvers`."""
 
 from goc_deploy.samplers.table import (
     MAX_LAGS,

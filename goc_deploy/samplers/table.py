@@ -127,7 +127,7 @@ class SamplerTable:
 
 
 def sampler_table(sampler: str, steps: int, process: Process) -> SamplerTable:
-    """The table of a sampler of this project; `goc_deploy.samplers.schedulers.table_from_sampler` knows ``diffusers`` too.
+    """The table of a sampler of this project; `goc_deploy.exporters.schedulers.table_from_sampler` knows ``diffusers`` too.
 
     Args:
         sampler: ``ddim`` or ``ddim:ETA`` with ETA in 0..1 (0 is deterministic); ``dpm++`` or ``dpm++:ORDER`` with ORDER 1

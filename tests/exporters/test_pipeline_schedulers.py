@@ -22,9 +22,9 @@ from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.errors import EngineDirError, ModelError
 from goc_deploy.evaluation.collect import _converged
 from goc_deploy.exporters.folders import read_scheduler
+from goc_deploy.exporters.schedulers import prediction_of
 from goc_deploy.options import EvalOptions
 from goc_deploy.policies.grammar import parse_policy
-from goc_deploy.samplers.schedulers import prediction_of
 from tests.conftest import Command
 from tests.exporters.architectures.test_diffusers_folder import CONFIG, state
 from tests.exporters.architectures.test_pixart import CONFIG as PIXART_CONFIG

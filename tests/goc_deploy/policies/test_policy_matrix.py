@@ -17,6 +17,7 @@ from goc_deploy.api.laboratory import engine_laboratory
 from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.errors import UsageError
 from goc_deploy.exporters.export import ARCHITECTURES
+from goc_deploy.exporters.router import router_probabilities
 from goc_deploy.options import no_progress
 from goc_deploy.policies.calibration import CalibrationOptions
 from goc_deploy.policies.grammar import parse_policy
@@ -115,8 +116,12 @@ def test_every_policy_runs(engine_of: MakeEngine, architecture: str, sampler: st
             with pytest.raises(
                 UsageError, match="draws fresh noise, so there is no converged solution"
             ):
-                schedule_from_policy(parse_policy(text), manifest.model, STEPS, laboratory)
+                schedule_from_policy(
+                    parse_policy(text), manifest.model, STEPS, laboratory, router_probabilities
+                )
             continue
-        schedule = schedule_from_policy(parse_policy(text), manifest.model, STEPS, laboratory)
+        schedule = schedule_from_policy(
+            parse_policy(text), manifest.model, STEPS, laboratory, router_probabilities
+        )
         found = laboratory.trials().run(schedule, options)
         assert np.isfinite(found.latents).all(), text

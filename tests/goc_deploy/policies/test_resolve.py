@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from goc_deploy.errors import ModelError, ScheduleError, UsageError
+from goc_deploy.exporters.router import router_probabilities
 from goc_deploy.policies.grammar import check_plan_name, parse_policy
 from goc_deploy.policies.resolve import schedule_from_policy
 from goc_deploy.schedule import COMPUTE, REUSE, Schedule, gradient
@@ -15,7 +16,7 @@ SPEC = ModelSpec(2, 8, 2, 16, 2, 2, 4, 10, False)
 
 
 def made(text: str, steps: int = 20) -> Schedule:
-    return schedule_from_policy(parse_policy(text), SPEC, steps)
+    return schedule_from_policy(parse_policy(text), SPEC, steps, read_router=router_probabilities)
 
 
 def steps_with(schedule: Schedule, row: tuple[float, ...]) -> list[int]:

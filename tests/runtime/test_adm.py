@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from goc_deploy.errors import UsageError
-from goc_deploy.evaluation.adm import adm_writer, open_adm, with_channels
+from goc_deploy.runtime.adm import adm_writer, open_adm, with_channels
 
 
 def images(count: int, channels: int = 1) -> np.ndarray:

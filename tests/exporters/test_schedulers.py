@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from goc_deploy.errors import EnvironmentUnsupportedError, ModelError, UsageError, VerificationError
-from goc_deploy.samplers import MAX_LAGS, SamplerTable, default_sampler, sampler_table, schedulers
+from goc_deploy.exporters import schedulers
+from goc_deploy.exporters.schedulers import check_scheduler, prediction_of, table_from_sampler
+from goc_deploy.samplers import MAX_LAGS, SamplerTable, default_sampler, sampler_table
 from goc_deploy.samplers.process import Process
-from goc_deploy.samplers.schedulers import check_scheduler, prediction_of, table_from_sampler
 from tests.reference import SIGNAL, relative_l2, table_step
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
