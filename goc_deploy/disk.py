@@ -73,21 +73,20 @@ def directory_lock(directory: Path, seconds: float | None = None) -> Iterator[No
 def _locked(directory: Path, seconds: float | None) -> Iterator[None]:
     timeout = LOCK_SECONDS if seconds is None else seconds
     lock = filelock.FileLock(directory.parent / f".{directory.name}.lock", timeout=timeout)
-    with disk_errors(f"locking {directory}"):
-        try:
-            lock.acquire()
-        except filelock.Timeout as cause:
-            raise ConflictError(
-                f"another process is writing {directory}; wait for it, or choose another directory"
-            ) from cause
     try:
+        with disk_errors(f"locking {directory}"):
+            try:
+                lock.acquire()
+            except filelock.Timeout as cause:
+                raise ConflictError(
+                    f"another process is writing {directory}; wait for it, or choose another directory"
+                ) from cause
         yield
     finally:
-        with contextlib.suppress(OSError):
-            os.unlink(
-                lock.lock_file
-            )  # still held: whoever waits sees that the file is gone, and retries
-        lock.release()
+        with contextlib.suppress(filelock.Timeout, OSError):
+            lock.acquire(timeout=0)  # a signal may have interrupted the first call halfway
+            os.unlink(lock.lock_file)  # whoever waits sees that the file is gone, and retries
+        lock.release(force=True)
 
 
 @contextlib.contextmanager

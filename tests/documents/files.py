@@ -9,8 +9,8 @@ from pathlib import Path
 from safetensors.numpy import save_file as save_arrays
 
 from tests.conftest import GOLDEN, MNIST
-from tests.exporters import test_diffusers_folder as dit
-from tests.exporters import test_pixart as pixart
+from tests.exporters.architectures import test_diffusers_folder as dit
+from tests.exporters.architectures import test_pixart as pixart
 from tests.pixart_reference import SPEC as PIXART
 from tests.pixart_reference import random_state
 from tests.t5_folder import save_encoder

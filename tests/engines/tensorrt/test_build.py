@@ -77,8 +77,8 @@ def test_a_second_profile_is_built_and_its_kernels_are_not_counted_twice(plugin:
 
 CONFIGURE = """
 import tensorrt_rtx as trt
-from goc_deploy.engines.tensorrt_build import BuildRequest, config_from_request
-from goc_deploy.engines.tensorrt_library import library_from_backend
+from goc_deploy.engines.tensorrt.build import BuildRequest, config_from_request
+from goc_deploy.engines.tensorrt.library import library_from_backend
 builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
 library, network = library_from_backend("tensorrt-rtx"), builder.create_network(0)
 c = config_from_request(library, builder, network, BuildRequest([{}], ["8.6", "12.0"], 2**26))

@@ -25,10 +25,10 @@ from types import SimpleNamespace
 from multiprocessing import Pipe
 
 sys.modules["torch"] = None  # whoever imports it fails
-from goc_deploy.engines import process
+from goc_deploy.engines.tensorrt import process
 from goc_deploy.engines import driver
 from goc_deploy.engines.plugin import kernel, registration
-from goc_deploy.engines.tensorrt_build import BuildRequest
+from goc_deploy.engines.tensorrt.build import BuildRequest
 from goc_deploy.errors import EnvironmentUnsupportedError
 
 ours, theirs = Pipe()

@@ -215,7 +215,7 @@ def test_another_graph_weights_or_option_is_another_engine(engine: Path) -> None
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from goc_deploy.engines.tensorrt_store import build_engines
+from goc_deploy.engines.tensorrt.store import build_engines
 from goc_deploy.options import EngineOptions
 replace, left = os.replace, int(sys.argv[2])
 def replace_or_die(*args):
