@@ -17,8 +17,9 @@ from goc_deploy.engine_dir.manifest import MANIFEST_NAME, Manifest, Unit
 from goc_deploy.engine_dir.manifest_file import manifest_to_json
 from goc_deploy.engine_dir.reading import check_target, files_below, read_manifest
 from goc_deploy.errors import CalibrationNeededError, GocError, ModelError, UsageError
-from goc_deploy.exporters.architectures import dit, pixart, sit
-from goc_deploy.exporters.architectures.contract import Architecture
+from goc_deploy.exporters.architectures.dit import DIT
+from goc_deploy.exporters.architectures.pixart import PIXART
+from goc_deploy.exporters.architectures.sit import SIT
 from goc_deploy.exporters.checkpoint import Checkpoint, check_values, load_checkpoint
 from goc_deploy.exporters.companions.attach import Companions, read_companions, write_companions
 from goc_deploy.exporters.graphs.plan_files import write_plan
@@ -43,7 +44,7 @@ from goc_deploy.samplers.process import Process
 from goc_deploy.spec import ITEM_BYTES, ModelSpec
 from goc_deploy.version import __version__
 
-ARCHITECTURES: dict[str, Architecture] = {"dit": dit, "pixart": pixart, "sit": sit}
+ARCHITECTURES = {family.name: family for family in (DIT, PIXART, SIT)}
 LaboratoryMaker = Callable[
     [Path, str, CalibrationOptions], Laboratory
 ]  # of the engine at a path, for a sampler

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from goc_deploy.errors import ModelError
-from goc_deploy.exporters.architectures.contract import Architecture
+from goc_deploy.exporters.architectures.contract import Architecture, DiffusersFolder
 from goc_deploy.exporters.checkpoint import Checkpoint
 from goc_deploy.exporters.folders import (
     CONFIG,
     PIPELINE_CONFIG,
     SCHEDULER_CONFIG,
+    is_transformer,
     read_json,
     read_scheduler,
     read_weights,
@@ -55,7 +56,12 @@ def read_model_folder(
         SafetyError: an index that names files outside the folder.
     """
     index = read_json(path / PIPELINE_CONFIG) if (path / PIPELINE_CONFIG).exists() else {}
-    pipelines = [name for architecture in architectures.values() for name in architecture.PIPELINES]
+    folders = [a.folder for a in architectures.values() if a.folder is not None]
+    if not folders:
+        raise ModelError(
+            f"{path}: diffusers has no {' or '.join(architectures)}; give a checkpoint in its public layout"
+        )
+    pipelines = [name for family in folders for name in family.pipelines]
     if index and index.get("_class_name") not in pipelines:
         raise ModelError(
             f"{path} holds a {index.get('_class_name')}; this version exports {' or '.join(pipelines)}"
@@ -67,8 +73,8 @@ def read_model_folder(
             f"pipeline ({', '.join(pipelines)}) or its transformer to"
         )
     config = read_json(folder / CONFIG)
-    architecture = _architecture(config, architectures, folder)
-    spec = architecture.spec_from_config(config, f"{folder / CONFIG}")
+    family = _family(config, folders, architectures, folder)
+    spec = family.spec_from_config(config, f"{folder / CONFIG}")
     files, found = read_weights(folder)
     described = [folder / CONFIG, *([path / PIPELINE_CONFIG] if index else [])]
     scheduler, settings = None, path / SCHEDULER_CONFIG
@@ -77,19 +83,22 @@ def read_model_folder(
         described.append(settings)
         prediction = prediction or prediction_of(scheduler, str(settings))
     spec = replace(spec, prediction=prediction or spec.prediction)
-    spec, state = architecture.state_from_diffusers(found, spec, folder)
+    spec, state = family.state_from_diffusers(found, spec, folder)
     checkpoint = Checkpoint(path, state, "plain", (*described, *files))
     return FolderModel(
         checkpoint, spec, _class_names(index, spec, path / PIPELINE_CONFIG), scheduler
     )
 
 
-def _architecture(
-    config: Mapping[str, Any], architectures: Mapping[str, Architecture], folder: Path
-) -> Architecture:
-    for architecture in architectures.values():
-        if architecture.describes(config):
-            return architecture
+def _family(
+    config: Mapping[str, Any],
+    families: Sequence[DiffusersFolder],
+    architectures: Mapping[str, Architecture],
+    folder: Path,
+) -> DiffusersFolder:
+    for family in families:
+        if is_transformer(config, family.transformer, family.norm_type):
+            return family
     raise ModelError(
         f"{folder / CONFIG} is of a {config.get('_class_name')} with norm_type {config.get('norm_type')!r}, "
         f"this version exports {', '.join(architectures)}; check --model and the folder"

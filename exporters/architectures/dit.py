@@ -7,13 +7,13 @@ of each unit. Steps that compute nothing need only the first U + 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from goc_deploy.errors import ModelError
+from goc_deploy.exporters.architectures.contract import Architecture, DiffusersFolder
 from goc_deploy.exporters.architectures.dit_diffusers import spec_from_config, state_from_diffusers
 from goc_deploy.exporters.architectures.dit_model import (
     Attention,
@@ -26,7 +26,6 @@ from goc_deploy.exporters.architectures.dit_model import (
     unpatchify,
 )
 from goc_deploy.exporters.architectures.sizes import sizes_from_tensors
-from goc_deploy.exporters.folders import is_transformer
 from goc_deploy.exporters.tracing import (
     ROWS,
     STEPS,
@@ -42,34 +41,8 @@ from goc_deploy.exporters.units import DTYPES, Input, Slab, UnitKind
 from goc_deploy.schedule import MAX_BLOCKS
 from goc_deploy.spec import ModelSpec
 
-__all__ = [
-    "PIPELINES",
-    "check_tensors",
-    "describes",
-    "matches",
-    "spec_from_config",
-    "spec_from_tensors",
-    "state_from_diffusers",
-    "unit_kinds",
-]
-
-PIPELINES: tuple[str, ...] = ("DiTPipeline",)
 HEADS_OF_KNOWN_SIZES = {384: 6, 768: 12, 1024: 16, 1152: 16}  # S, B, L, XL
 SHIFT_ATTN, SCALE_ATTN, GATE_ATTN, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
-
-
-def matches(names: Sequence[str]) -> bool:
-    """Whether tensors with these names look like a DiT."""
-    return {
-        "x_embedder.proj.weight",
-        "final_layer.linear.weight",
-        "y_embedder.embedding_table.weight",
-    } <= set(names)
-
-
-def describes(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is a DiT's."""
-    return is_transformer(config, "DiTTransformer2DModel", "ada_norm_zero")
 
 
 def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> ModelSpec:
@@ -367,3 +340,25 @@ def _conditioning(module: nn.Module, spec: ModelSpec) -> dict[str, tuple[Slab, .
             for layer, chunk in chunks
         )
     return binding
+
+
+DIT = Architecture(
+    "dit",
+    frozenset(
+        {
+            "x_embedder.proj.weight",
+            "final_layer.linear.weight",
+            "y_embedder.embedding_table.weight",
+        }
+    ),
+    spec_from_tensors,
+    check_tensors,
+    unit_kinds,
+    DiffusersFolder(
+        ("DiTPipeline",),
+        "DiTTransformer2DModel",
+        "ada_norm_zero",
+        spec_from_config,
+        state_from_diffusers,
+    ),
+)

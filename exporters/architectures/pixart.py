@@ -9,8 +9,7 @@ ICLR 2024, section 2.3 and figure 4.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from goc_deploy.conditions.captions import MASKED
 from goc_deploy.errors import ModelError
+from goc_deploy.exporters.architectures.contract import Architecture, DiffusersFolder
 from goc_deploy.exporters.architectures.dit import (
     GATE_ATTN,
     GATE_MLP,
@@ -47,7 +47,6 @@ from goc_deploy.exporters.architectures.pixart_diffusers import (
     state_from_diffusers,
 )
 from goc_deploy.exporters.architectures.sizes import sizes_from_tensors
-from goc_deploy.exporters.folders import is_transformer
 from goc_deploy.exporters.tracing import (
     ROWS,
     STEPS,
@@ -63,31 +62,7 @@ from goc_deploy.exporters.units import DTYPES, Input, Slab, UnitKind
 from goc_deploy.schedule import MAX_BLOCKS
 from goc_deploy.spec import ModelSpec
 
-__all__ = [
-    "PIPELINES",
-    "check_tensors",
-    "describes",
-    "matches",
-    "spec_from_config",
-    "spec_from_tensors",
-    "state_from_diffusers",
-    "unit_kinds",
-]
-
-PIPELINES: tuple[str, ...] = ("PixArtAlphaPipeline",)
 NULL_CAPTION = "y_embedder.y_embedding"  # which the reference pipeline of diffusers does not use
-
-
-def matches(names: Sequence[str]) -> bool:
-    """Whether tensors with these names look like a PixArt."""
-    return {"x_embedder.proj.weight", "t_block.1.weight", "y_embedder.y_proj.fc1.weight"} <= set(
-        names
-    )
-
-
-def describes(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is a PixArt's."""
-    return is_transformer(config, "PixArtTransformer2DModel", "ada_norm_single")
 
 
 def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> ModelSpec:
@@ -400,3 +375,19 @@ def _captions(module: nn.Module, spec: ModelSpec) -> dict[str, tuple[Slab, ...]]
             Slab(f"blocks.{block}.cross_attn.kv_linear.{kind}") for block in blocks
         )
     return binding
+
+
+PIXART = Architecture(
+    "pixart",
+    frozenset({"x_embedder.proj.weight", "t_block.1.weight", "y_embedder.y_proj.fc1.weight"}),
+    spec_from_tensors,
+    check_tensors,
+    unit_kinds,
+    DiffusersFolder(
+        ("PixArtAlphaPipeline",),
+        "PixArtTransformer2DModel",
+        "ada_norm_single",
+        spec_from_config,
+        state_from_diffusers,
+    ),
+)

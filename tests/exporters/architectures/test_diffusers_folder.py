@@ -17,7 +17,7 @@ import goc_deploy
 from benchmarks.diffusers_state import diffusers_state
 from benchmarks.make_checkpoint import random_state
 from goc_deploy.errors import GocError, ModelError, SafetyError, UsageError
-from goc_deploy.exporters.architectures import dit
+from goc_deploy.exporters.architectures.dit import DIT
 from goc_deploy.exporters.architectures.dit_model import DiT
 from goc_deploy.exporters.model_folder import FolderModel, read_model_folder
 from goc_deploy.spec import ModelSpec
@@ -81,7 +81,7 @@ def save_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, str
 
 
 def read_folder(path: Path) -> FolderModel:
-    return read_model_folder(path, {"dit": dit})
+    return read_model_folder(path, {"dit": DIT})
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_a_pipeline_folder_its_transformer_and_shards_hold_the_same_model(
     assert len(shards.checkpoint.files) == 5
     expected = random_state(SPEC, 0)
     for found in (whole, alone, shards):
-        dit.check_tensors(found.checkpoint.tensors, SPEC)
+        DIT.check_tensors(found.checkpoint.tensors, SPEC)
         for name, tensor in found.checkpoint.tensors.items():
             if name != "pos_embed":  # which diffusers computes and does not save
                 assert torch.equal(tensor, expected[name]), name
@@ -134,7 +134,7 @@ def test_settings_that_old_files_leave_out_are_those_of_diffusers(pipeline_folde
 
 def read_and_check(folder: Path) -> None:
     found = read_folder(folder)
-    dit.check_tensors(found.checkpoint.tensors, found.spec)
+    DIT.check_tensors(found.checkpoint.tensors, found.spec)
 
 
 def refused(folder: Path, error: type[GocError], message: str) -> None:

@@ -226,7 +226,7 @@ def folder(tmp_path: Path) -> Path:
 def test_folders_and_checkpoints_hold_the_same_model(folder: Path, old: bool) -> None:
     if old:
         save_folder(folder, random_state(), SPEC, _class_name="Transformer2DModel")
-    found = read_model_folder(folder.parent, {"pixart": pixart})
+    found = read_model_folder(folder.parent, {"pixart": pixart.PIXART})
     expected = pixart.spec_from_tensors(random_state(), 3)
     assert found.spec.caption_tokens == 120  # which a configuration does not say
     assert {**_fields(found.spec), "caption_tokens": 11} == _fields(expected)
@@ -292,7 +292,7 @@ def test_settings_that_do_not_fit_are_refused_by_name(
 
 
 def read_and_check(folder: Path) -> None:
-    found = read_model_folder(folder, {"pixart": pixart})
+    found = read_model_folder(folder, {"pixart": pixart.PIXART})
     pixart.check_tensors(found.checkpoint.tensors, found.spec)
 
 
