@@ -308,16 +308,17 @@ def conditions(study: Study, times: dict[str, Any]) -> str:
     """What the numbers of a table were made with."""
     request = study.request
     speed = (
-        f" Speed-up is over no cache, {times['images']} images at once, {times['threads']} threads, medians of "
-        f"{times['rounds']} interleaved rounds."
+        f" Speed-up is relative to no cache, for {times['images']} images at once, with {times['threads']} threads, "
+        f"as the median of {times['rounds']} interleaved rounds."
         if times
         else ""
     )
     return (
         f"{request.images} samples per row, guidance {request.cfg_scale:g}, seed {request.seed}, features of "
-        f"`{study.extractor.name}`, plans that learn did so on {study.calibration_images} images of another seed; ± is "
-        f"half of a 95 % interval, {RESAMPLES} resamples for FID and IS; L2 to converged is to {study.converged.steps} "
-        f"uncached steps over {study.converged_images} images; FLOPs are of the matrix products, per image.{speed}\n"
+        f"`{study.extractor.name}`. Plans that need calibration used {study.calibration_images} images of another "
+        f"seed. ± is half of a 95 % interval, with {RESAMPLES} resamples for FID and IS. L2 to converged is the "
+        f"distance from {study.converged.steps} uncached steps over {study.converged_images} images. FLOPs are those "
+        f"of the matrix products, per image.{speed}\n"
     )
 
 

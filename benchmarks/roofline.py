@@ -11,9 +11,12 @@ themselves, caches, and what a kernel reaches of a peak are not in it.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.make_checkpoint import spec_of
 from goc_deploy.compiler import Compute, Plan, Predict, compile_schedule, with_stacks
@@ -153,7 +156,7 @@ def total(works: Sequence[Work]) -> Work:
 def predicted(
     name: str, counter: Counter, steps: int, images: int, gpu: Gpu
 ) -> tuple[Work, float, float]:
-    """Of a plan on a GPU: the work of a full step of ``none`` or a cached step of another, its seconds, and the total's."""
+    """The work of a plan's full (``none``) or collapsed step on a GPU, its seconds, and those of the plan."""
     plan = compile_schedule(
         schedule_from_policy(parse_policy(name), counter.spec, steps), counter.spec, "ddim"
     )
@@ -177,7 +180,7 @@ def tables(model: str, precision: str, images: int, steps: int) -> str:
     seconds: dict[str, list[float]] = {}
     for name in PLANS:
         found = [predicted(name, counter, steps, images, gpu) for gpu in GPUS]
-        work, what = found[0][0], "full" if name == "none" else f"cached, `{name}`"
+        work, what = found[0][0], "full" if name == "none" else f"collapsed, `{name}`"
         lines.append(
             f"| {what} | {work.flops / 1e9:.1f} | {work.nbytes / 1e6:.0f} |"
             + "".join(f" {1e3 * step:.2f} ms |" for _, step, _ in found)

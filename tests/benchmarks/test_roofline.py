@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from benchmarks import roofline
@@ -27,7 +32,7 @@ def test_a_full_step_computes_what_the_model_does() -> None:
 
 
 @pytest.mark.parametrize("policy", ["fora:2", "fora:2+gc:1.2"])
-def test_a_cached_step_moves_what_the_plugin_needs(policy: str) -> None:
+def test_a_collapsed_step_moves_what_the_plugin_needs(policy: str) -> None:
     (op,) = with_stacks(plan_of(policy), SPEC).launches[3]
     stack = Stack(
         tuple(len(p.slots) for p in op.predictions),
@@ -52,5 +57,16 @@ def test_the_command_prints_a_table_for_each_number_of_images(
     assert roofline.main(["--model", "S/2", "--images", "2", "--steps", "6"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("DiT-S/2 256, fp16, 2 images with guidance, 6 steps:")
-    for word in ("| full |", "cached, `fora:2`", "speed-up of `fora:2+gc:1.2`", "H100 SXM"):
+    for word in ("| full |", "collapsed, `fora:2`", "speed-up of `fora:2+gc:1.2`", "H100 SXM"):
         assert word in text
+
+
+def test_the_script_runs_as_the_documentation_starts_it() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run(
+        [sys.executable, "benchmarks/roofline.py", "--help"],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        check=True,
+        capture_output=True,
+    )

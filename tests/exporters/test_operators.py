@@ -11,8 +11,7 @@ import torch
 
 import goc_deploy
 from benchmarks.make_checkpoint import random_state
-from goc_deploy.exporters.architectures.dit import DIT
-from goc_deploy.exporters.architectures.sit import SIT
+from goc_deploy.exporters.architectures import dit, sit
 from goc_deploy.spec import ModelSpec
 from tests import pixart_reference
 
@@ -78,7 +77,7 @@ def test_no_graph_of_the_model_has_a_convolution(engine: Path) -> None:
     for path in graphs:
         ops = {node.op_type for node in onnx.load(path, load_external_data=False).graph.node}
         assert "Conv" not in ops, path.name
-    assert SIT.unit_kinds is DIT.unit_kinds
+    assert sit.SIT.unit_kinds is dit.DIT.unit_kinds
 
 
 def test_the_patch_embedding_reads_the_kernel_as_it_is_stored(engine: Path) -> None:
