@@ -6,13 +6,13 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+from goc_deploy.agreement import check_agreement
 from goc_deploy.errors import EngineDirError, UsageError
 from goc_deploy.grammar import parse_policy
 from goc_deploy.manifest import Manifest, PlanEntry, Unit
-from goc_deploy.plan import Compute, Plan, check_plan
+from goc_deploy.plan import Plan, check_plan
 from goc_deploy.protocols import DTYPE_OF_PRECISION, Buffer, mapped_buffer
 from goc_deploy.publish import read_verified
-from goc_deploy.schedule import COMPUTE, Schedule
 from goc_deploy.serde import plan_from_json, schedule_from_json
 from goc_deploy.suggestions import closest, meant_spec
 
@@ -75,28 +75,13 @@ def load_plan(directory: Path, manifest: Manifest, name: str | None) -> Plan:
     except UsageError as cause:
         raise EngineDirError(str(cause)) from cause
     plan = plan_from_json(plan_text, schedule, str(directory / entry.plan))
-    if (
-        schedule.steps != plan.steps
-        or schedule.units != manifest.model.units
-        or _computed(plan) != _scheduled(schedule)
-    ):
+    if schedule.steps != plan.steps or schedule.units != manifest.model.units:
         raise EngineDirError(
             f"plan {entry.name} and its schedule do not fit together; add the plan again"
         )
     check_plan(plan, manifest.model)
+    check_agreement(plan)
     return plan
-
-
-def _computed(plan: Plan) -> list[set[int]]:
-    """Units that each step launches."""
-    return [{op.unit for op in step if isinstance(op, Compute)} for step in plan.launches]
-
-
-def _scheduled(schedule: Schedule) -> list[set[int]]:
-    """Units that each step is to compute."""
-    return [
-        {unit for unit, row in enumerate(step) if row == COMPUTE} for step in schedule.coefficients
-    ]
 
 
 def mapped_weights(unit: Unit, weights: memoryview) -> tuple[dict[str, Buffer], dict[str, Buffer]]:
