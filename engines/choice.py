@@ -44,7 +44,7 @@ class RunOptions:
         Raises:
             UsageError: not a device.
         """
-        found = _DEVICE.fullmatch(self.device)
+        found = _DEVICE.fullmatch(self.device) if isinstance(self.device, str) else None
         if found is None:
             raise UsageError(f"there is no device {self.device!r}; use cpu, cuda, cuda:1, or auto")
         return int(found["number"] or 0)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from goc_deploy.compiler import Compute, Plan, check_plan
+from goc_deploy.compiler import Plan, check_plan
+from goc_deploy.compiler.agreement import check_agreement
 from goc_deploy.compiler.plan_file import plan_from_json
 from goc_deploy.engine_dir.manifest import Manifest, PlanEntry
 from goc_deploy.engine_dir.reading import read_verified
 from goc_deploy.errors import EngineDirError, UsageError
 from goc_deploy.policies.grammar import parse_policy
 from goc_deploy.policies.suggestions import closest, meant_spec
-from goc_deploy.schedule import COMPUTE, Schedule
 from goc_deploy.schedule.schedule import schedule_from_json
 
 
@@ -74,25 +74,10 @@ def load_plan(directory: Path, manifest: Manifest, name: str | None) -> Plan:
     except UsageError as cause:
         raise EngineDirError(str(cause)) from cause
     plan = plan_from_json(plan_text, schedule, str(directory / entry.plan))
-    if (
-        schedule.steps != plan.steps
-        or schedule.units != manifest.model.units
-        or _computed(plan) != _scheduled(schedule)
-    ):
+    if schedule.steps != plan.steps or schedule.units != manifest.model.units:
         raise EngineDirError(
             f"plan {entry.name} and its schedule do not fit together; add the plan again"
         )
     check_plan(plan, manifest.model)
+    check_agreement(plan)
     return plan
-
-
-def _computed(plan: Plan) -> list[set[int]]:
-    """Units that each step launches."""
-    return [{op.unit for op in step if isinstance(op, Compute)} for step in plan.launches]
-
-
-def _scheduled(schedule: Schedule) -> list[set[int]]:
-    """Units that each step is to compute."""
-    return [
-        {unit for unit, row in enumerate(step) if row == COMPUTE} for step in schedule.coefficients
-    ]

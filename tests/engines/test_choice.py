@@ -29,6 +29,9 @@ def test_the_fastest_is_tried_first_and_a_named_one_alone() -> None:
     ]
     with pytest.raises(UsageError, match="there is no backend 'cuda'; use auto, tensorrt"):
         list(candidates("cuda", Path("engine"), RunOptions()))
+    for device in ("gpu", 3, None):
+        with pytest.raises(UsageError, match=f"there is no device {device!r}; use cpu, cuda"):
+            _ = RunOptions(device=device).gpu  # type: ignore[arg-type]
 
 
 def test_auto_without_a_gpu_says_why_it_takes_the_cpu(

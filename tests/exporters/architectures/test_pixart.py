@@ -269,7 +269,10 @@ def test_large_latents_stretch_positions_and_are_told_their_size() -> None:
             {"use_additional_conditions": "yes"},
             "use_additional_conditions must be true, false or null",
         ),
-        ({"sample_size": 9}, "sample_size must be a multiple of patch_size"),
+        ({"sample_size": 9}, "sample_size must be a multiple of patch_size, got 9 and 2"),
+        ({"sample_size": 8000}, "sample_size is 8000, at most 512 is supported"),
+        ({"attention_head_dim": 20}, "3 heads of 20 .* must be a multiple of 12|cross_attention"),
+        ({"num_layers": 1001}, "num_layers is 1001, at most 1000"),
         (
             {"use_additional_conditions": False},
             "unexpected: adaln_single.emb.aspect_ratio_embedder",
