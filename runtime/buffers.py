@@ -8,8 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from goc_deploy.plan import Plan, Predict
-from goc_deploy.protocols import ALIGNMENT, DTYPE_BYTES, DTYPE_OF_PRECISION, Backend, Buffer
+from goc_deploy.plan import Plan
+from goc_deploy.protocols import DTYPE_OF_PRECISION, Backend, Buffer
+from goc_deploy.runtime.constants import (
+    aligned_rows,
+    aligned_size,
+    constants_from_plan,
+    views_of_step,
+)
 from goc_deploy.spec import ITEM_BYTES, ModelSpec
 
 TABLE_BUDGET_BYTES = 512 * 2**20
@@ -33,7 +39,9 @@ class Buffers:
         estimates: what a multistep sampler keeps of the last steps, (N, C, H, W) float32 each; one more than it reaches back.
         no_estimate: zeros, what it reads before there is anything.
         noise: fresh noise of each step for a stochastic sampler, else zeros once, (N, C, H, W) each, one after the other.
-        constants: (T, `step_size`) float32, the numbers that differ from step to step; see `step_rows`.
+        constants: (T, S) float32, the numbers that differ from step to step; see `goc_deploy.runtime.constants`.
+        sampler_rows: [T] where a step reads its row of the sampler table.
+        coefficients: [T] for each launch of the step's plan, where it reads its coefficients; None if it predicts nothing.
         shared: where steps find theirs on a device that shares launches, else None.
         timesteps: a row per chunk, each at an aligned address.
         guidance: (N, C) guidance weight of each channel of each image.
@@ -56,6 +64,8 @@ class Buffers:
     no_estimate: Buffer | None
     noise: Buffer
     constants: Buffer
+    sampler_rows: tuple[Buffer, ...]
+    coefficients: tuple[tuple[Buffer | None, ...], ...]
     shared: SharedBuffers | None
     timesteps: Buffer
     guidance: Buffer
@@ -73,7 +83,7 @@ class SharedBuffers:
 
     Attributes:
         step: (1,) int32, the step that runs.
-        constants: (`step_size`,) float32, its row of the constants.
+        constants: (S,) float32, its row of the constants.
         noise: (N, C, H, W) float32, its noise.
     """
 
@@ -136,41 +146,6 @@ def modulation_rows(spec: ModelSpec) -> int:
     return 3 * spec.units + 2
 
 
-def aligned_size(count: int) -> int:
-    """Float32 values to the next aligned address after ``count`` of them."""
-    per_line = ALIGNMENT // DTYPE_BYTES["float32"]
-    return -(-count // per_line) * per_line
-
-
-def aligned_rows(rows: Sequence[Sequence[float]], size: int = 1) -> np.ndarray:
-    """Rows one after the other, each from an aligned address on, as float32; filled up to ``size`` values with zeros."""
-    starts = np.cumsum([0, *(aligned_size(len(row)) for row in rows)])
-    values = np.zeros(max(size, starts[-1]), np.float32)
-    for start, row in zip(starts, rows, strict=False):
-        values[start : start + len(row)] = row
-    return values
-
-
-def step_rows(plan: Plan, step: int) -> list[Sequence[float]]:
-    """The numbers of a step: its row of the sampler table, then the coefficients of each launch that predicts."""
-    return [
-        plan.sampler.rows[step],
-        *(coefficient_row(op) for op in plan.launches[step] if isinstance(op, Predict)),
-    ]
-
-
-def step_size(plan: Plan) -> int:
-    """Values from the constants of a step to those of the next: what the largest takes."""
-    return max(
-        sum(aligned_size(len(row)) for row in step_rows(plan, step)) for step in range(plan.steps)
-    )
-
-
-def coefficient_row(op: Predict) -> list[float]:
-    """What a launch reads: the coefficients of its units, joined."""
-    return [c for prediction in op.predictions for c in prediction.coefficients]
-
-
 def planned_bytes(spec: ModelSpec, precision: str, plan: Plan, capacity: int) -> int:
     """Bytes that `allocate_buffers` takes, without its few kilobytes of indices."""
     item, rows = ITEM_BYTES[precision], 2 * capacity
@@ -226,14 +201,25 @@ def allocate_buffers(
     table = plan.sampler
     whole = chunk + plan.accumulators
     padded = (*table.timesteps, *[0.0] * whole)
-    size = step_size(plan)
     noise = (
         new(plan.steps * aligned_size(capacity * image))
         if table.stochastic
         else constant(np.zeros(capacity * image))
     )
-    constants = constant(
-        np.stack([aligned_rows(step_rows(plan, step), size) for step in range(plan.steps)])
+    constants = constant(constants_from_plan(plan))
+    size = constants.shape[1]
+    shared = None
+    if backend.device.shares_launches:
+        shared_noise = new(capacity * image) if table.stochastic else noise
+        shared = SharedBuffers(new(1, dtype="int32"), new(size), shared_noise)
+    sampler_rows, coefficients = zip(
+        *(
+            views_of_step(
+                plan, step, shared.constants if shared else constants.view(size, start=step * size)
+            )
+            for step in range(plan.steps)
+        ),
+        strict=True,
     )
     return Buffers(
         chunk=chunk,
@@ -257,13 +243,9 @@ def allocate_buffers(
         no_estimate=constant(np.zeros(capacity * image)) if table.lags else None,
         noise=noise,
         constants=constants,
-        shared=SharedBuffers(
-            step=new(1, dtype="int32"),
-            constants=new(size),
-            noise=new(capacity * image) if table.stochastic else noise,
-        )
-        if backend.device.shares_launches
-        else None,
+        sampler_rows=sampler_rows,
+        coefficients=coefficients,
+        shared=shared,
         timesteps=rows_of([padded[first : first + whole] for first in range(0, plan.steps, chunk)]),
         guidance=new(capacity * spec.channels),
         labels=new(capacity + 1, dtype="int64"),

@@ -19,7 +19,8 @@ from goc_deploy.manifest import Manifest, Unit
 from goc_deploy.protocols import Backend, Engine
 from goc_deploy.publish import read_manifest, read_verified
 from goc_deploy.runtime import memory
-from goc_deploy.runtime.binding import Batch, Engines
+from goc_deploy.runtime.binding import Engines
+from goc_deploy.runtime.request import Batch
 from goc_deploy.runtime.session import Session
 from goc_deploy.runtime.weights import Weights
 

@@ -28,11 +28,12 @@ from goc_deploy.options import GenerateOptions
 from goc_deploy.plan import Plan
 from goc_deploy.protocols import Backend
 from goc_deploy.runtime import arguments
-from goc_deploy.runtime.binding import Batch, Engines
+from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.buffers import planned_bytes
 from goc_deploy.runtime.decoder import LatentDecoder
 from goc_deploy.runtime.images import images_from_latents, pil_images
 from goc_deploy.runtime.interpreter_exit import check_not_exiting, code_of_the_caller, native_calls
+from goc_deploy.runtime.request import Batch
 from goc_deploy.runtime.session import Request, Session, Timing
 from goc_deploy.runtime.session_pool import CLOSED, SessionPool
 from goc_deploy.spec import ITEM_BYTES, ModelSpec

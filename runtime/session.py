@@ -18,8 +18,10 @@ import numpy as np
 from goc_deploy.captions import Conditions
 from goc_deploy.plan import Plan
 from goc_deploy.protocols import Backend, Launch, Stream
-from goc_deploy.runtime.binding import Batch, Binder, BoundLaunch, BoundPlan, BoundStep, Engines
+from goc_deploy.runtime.binding import Binder, Engines
+from goc_deploy.runtime.bound import BoundLaunch, BoundPlan, BoundStep
 from goc_deploy.runtime.buffers import allocate_buffers
+from goc_deploy.runtime.request import Batch
 from goc_deploy.runtime.shared_binding import SharedBinder
 from goc_deploy.spec import ModelSpec
 from goc_deploy.trace import Span, recorded
