@@ -175,16 +175,30 @@ def _chunk_steps(step_bytes: int, plan: Plan) -> int:
 
 
 def allocate_buffers(
-    backend: Backend, spec: ModelSpec, precision: str, plan: Plan, capacity: int
+    backend: Backend,
+    spec: ModelSpec,
+    precision: str,
+    plan: Plan,
+    capacity: int,
+    chunk: int | None = None,
 ) -> Buffers:
     """Allocate a session's memory and fill in what never changes.
+
+    Args:
+        backend: allocates.
+        spec: the model.
+        precision: of the engines.
+        plan: what the session runs.
+        capacity: the largest number of images N.
+        chunk: steps for which the modulation table is made at a time; None: as many as ``TABLE_BUDGET_BYTES`` allow.
 
     Raises:
         ResourceError: not enough memory.
     """
     dtype, rows = DTYPE_OF_PRECISION[precision], 2 * capacity
     table_row = table_labels(spec, capacity) * spec.hidden
-    chunk = _chunk_steps(modulation_rows(spec) * table_row * ITEM_BYTES[precision], plan)
+    if chunk is None:
+        chunk = _chunk_steps(modulation_rows(spec) * table_row * ITEM_BYTES[precision], plan)
     feature, image = rows * spec.tokens * spec.hidden, spec.channels * spec.side**2
 
     def new(*shape: int, dtype: str = "float32") -> Buffer:

@@ -33,8 +33,8 @@ from goc_deploy.runtime.buffers import planned_bytes
 from goc_deploy.runtime.decoder import LatentDecoder
 from goc_deploy.runtime.images import images_from_latents, pil_images
 from goc_deploy.runtime.interpreter_exit import check_not_exiting, code_of_the_caller, native_calls
-from goc_deploy.runtime.request import Batch
-from goc_deploy.runtime.session import Request, Session, Timing
+from goc_deploy.runtime.request import Batch, Request
+from goc_deploy.runtime.session import Session, Timing
 from goc_deploy.runtime.session_pool import CLOSED, SessionPool
 from goc_deploy.spec import ITEM_BYTES, ModelSpec
 from goc_deploy.text import NO_TOKENIZERS, TextEncoder

@@ -14,7 +14,6 @@ from goc_deploy.plan import Compute, Plan, Predict
 from goc_deploy.protocols import Buffer
 from goc_deploy.runtime import binding, session
 from goc_deploy.runtime.pipeline import Pipeline
-from goc_deploy.runtime.request import Batch
 from goc_deploy.runtime.shared_binding import SharedBinder
 from tests.reference import worst_step
 from tests.stand_ins.kernels import Fault
@@ -253,7 +252,5 @@ def test_counting_steps_from_elsewhere_is_noticed(
 def test_running_on_inputs_that_were_not_uploaded_is_noticed(
     pipe: Pipeline, golden: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        session.Session, "_prepare", lambda self, _request: self.bind(Batch(3, True, 4))
-    )
+    monkeypatch.setattr(session.Session, "_upload", lambda *_: None)
     assert "which nobody wrote" in notices(with_plan(pipe, pipe.plan), golden)
