@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from goc_deploy.errors import UsageError
-from goc_deploy.noise import check_key
+from goc_deploy.runtime.noise import check_key
 from goc_deploy.spec import ModelSpec
 
 MAX_SCALE = 1e3

@@ -23,7 +23,6 @@ from goc_deploy.captions import (
 )
 from goc_deploy.errors import EnvironmentUnsupportedError, UsageError, VerificationError
 from goc_deploy.manifest import Manifest
-from goc_deploy.noise import image_noise
 from goc_deploy.options import GenerateOptions
 from goc_deploy.plan import Plan
 from goc_deploy.protocols import Backend
@@ -33,6 +32,7 @@ from goc_deploy.runtime.buffers import planned_bytes
 from goc_deploy.runtime.decoder import LatentDecoder
 from goc_deploy.runtime.images import images_from_latents, pil_images
 from goc_deploy.runtime.interpreter_exit import check_not_exiting, code_of_the_caller, native_calls
+from goc_deploy.runtime.noise import image_noise
 from goc_deploy.runtime.request import Batch, Request
 from goc_deploy.runtime.session import Session, Timing
 from goc_deploy.runtime.session_pool import CLOSED, SessionPool

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from goc_deploy.errors import EngineDirError, UsageError
-from goc_deploy.noise import image_noise
 from goc_deploy.passes import compile_schedule
 from goc_deploy.plan import check_plan
 from goc_deploy.process import Process
+from goc_deploy.runtime.noise import image_noise
 from goc_deploy.samplers import sampler_table
 from goc_deploy.schedule import Schedule
 from goc_deploy.solvers import SPACINGS, spaced_timesteps

@@ -29,13 +29,13 @@ from goc_deploy.errors import (
 from goc_deploy.exporters.cache_update import predict_graph
 from goc_deploy.exporters.dit import DiT
 from goc_deploy.exporters.step_graphs import sampler_graphs
-from goc_deploy.noise import image_noise
 from goc_deploy.passes import compile_schedule
 from goc_deploy.process import Process
 from goc_deploy.protocols import Engine
 from goc_deploy.publish import read_manifest
 from goc_deploy.runtime import buffers, pipeline
 from goc_deploy.runtime.binding import Engines
+from goc_deploy.runtime.noise import image_noise
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.samplers import sampler_table
 from goc_deploy.schedule import Schedule

@@ -14,9 +14,9 @@ import torch
 import goc_deploy
 from goc_deploy.api import add_plan
 from goc_deploy.exporters.dit import DiT
-from goc_deploy.noise import image_noise
 from goc_deploy.passes import compile_schedule
 from goc_deploy.runtime import buffers
+from goc_deploy.runtime.noise import image_noise
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.schedule import COMPUTE, Schedule
 from tests.conftest import GOLDEN

@@ -21,15 +21,14 @@ from goc_deploy.calibration import (
 )
 from goc_deploy.errors import CalibrationNeededError, ScheduleError, UsageError
 from goc_deploy.grammar import parse_policy
-from goc_deploy.noise import image_noise
 from goc_deploy.options import no_progress
 from goc_deploy.policies import schedule_from_policy
 from goc_deploy.process import Process
-from goc_deploy.runtime import calibrator as module
-from goc_deploy.runtime.calibrator import EngineCalibrator
-from goc_deploy.runtime.loading import load_calibrator, load_stepper
-from goc_deploy.runtime.stepper import Stepper
-from goc_deploy.runtime.trajectory import ImageBatch, Trajectory
+from goc_deploy.runtime.calibration import calibrator as module
+from goc_deploy.runtime.calibration.calibrator import EngineCalibrator, load_calibrator
+from goc_deploy.runtime.calibration.stepper import Stepper, load_stepper
+from goc_deploy.runtime.calibration.trajectory import ImageBatch, Trajectory
+from goc_deploy.runtime.noise import image_noise
 from goc_deploy.samplers import sampler_table
 from goc_deploy.schedule import COMPUTE, Schedule
 from goc_deploy.spec import ModelSpec

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from goc_deploy.runtime.stepper import Stepper
+from goc_deploy.runtime.calibration.stepper import Stepper
 
 Row = tuple[float, ...]
 FeatureHook = Callable[[int, np.ndarray], None]

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from goc_deploy.protocols import ALIGNMENT, DTYPE_OF_PRECISION, NUMPY_DTYPES, Buffer, taken
+from goc_deploy.protocols import ALIGNMENT, DTYPE_OF_PRECISION, NUMPY_DTYPES, Backend, Buffer, taken
+from goc_deploy.publish import read_manifest
 from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.buffers import (
     captions_of_block,
@@ -19,6 +21,7 @@ from goc_deploy.runtime.buffers import (
     modulation_rows,
     table_labels,
 )
+from goc_deploy.runtime.loading import load_engines
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.spec import ModelSpec
 
@@ -289,3 +292,16 @@ class Stepper:
         if key not in self._bound:
             self._bound[key] = self._engines.units[name].bind(inputs, outputs)
         self._bound[key]()
+
+
+def load_stepper(directory: Path, backend: Backend, table: SamplerTable, images: int) -> Stepper:
+    """Load an engine directory to drive its units one at a time with a sampler, ``images`` at most together.
+
+    Raises:
+        EngineDirError, SafetyError: the directory is corrupt or not ours.
+        EnvironmentUnsupportedError: the backend has no kernels for its precision.
+    """
+    manifest = read_manifest(directory)
+    engines = load_engines(directory, manifest, (), backend, (table.graph,))
+    capacity = min(images, manifest.max_batch)
+    return Stepper(engines, manifest.model, manifest.precision, table, capacity)

@@ -12,9 +12,8 @@ from goc_deploy.errors import EngineDirError
 from goc_deploy.grammar import parse_policy
 from goc_deploy.policies import schedule_from_policy
 from goc_deploy.process import Process
-from goc_deploy.runtime.loading import load_stepper
-from goc_deploy.runtime.stepper import Stepper
-from goc_deploy.runtime.trajectory import ImageBatch, Trajectory
+from goc_deploy.runtime.calibration.stepper import Stepper, load_stepper
+from goc_deploy.runtime.calibration.trajectory import ImageBatch, Trajectory
 from goc_deploy.samplers import sampler_table
 from goc_deploy.schedule import Schedule
 from tests.conftest import GOLDEN_PLANS

@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,15 @@ from goc_deploy.calibration import (
 from goc_deploy.errors import ResourceError, ScheduleError, VerificationError
 from goc_deploy.fitting import FitOptions
 from goc_deploy.host_memory import available_bytes
-from goc_deploy.noise import image_noise
 from goc_deploy.options import Progress, no_progress
-from goc_deploy.runtime.final_fit import Pair, fit_to_final
-from goc_deploy.runtime.fitting import fitted_schedule
-from goc_deploy.runtime.stepper import Stepper
-from goc_deploy.runtime.trajectory import ImageBatch, Trajectory
+from goc_deploy.protocols import Backend
+from goc_deploy.publish import read_manifest
+from goc_deploy.runtime.calibration.fit_features import fitted_schedule
+from goc_deploy.runtime.calibration.fit_final import Pair, fit_to_final
+from goc_deploy.runtime.calibration.stepper import Stepper, load_stepper
+from goc_deploy.runtime.calibration.trajectory import ImageBatch, Trajectory
+from goc_deploy.runtime.noise import image_noise
+from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import COMPUTE, Schedule, check_schedule
 
 TINY = np.finfo(np.float64).tiny
@@ -195,6 +199,25 @@ class EngineCalibrator:
             shape = (spec.channels, spec.side, spec.side)
             noise = np.stack([image_noise(options.seed, image, draws, shape) for image in images])
             yield ImageBatch(labels, noise, options.cfg_scale, options.cfg_channels)
+
+
+def load_calibrator(
+    directory: Path,
+    backend: Backend,
+    table: SamplerTable,
+    options: CalibrationOptions,
+    progress: Progress,
+) -> EngineCalibrator:
+    """Load an engine directory to calibrate on it.
+
+    Raises:
+        UsageError: an option out of range.
+        EngineDirError, SafetyError, EnvironmentUnsupportedError: as `load_stepper`.
+    """
+    found = read_manifest(directory).provenance
+    provenance = {key: found[key] for key in ("checkpoint_sha256",) if key in found}
+    stepper = load_stepper(directory, backend, table, options.images)
+    return EngineCalibrator(stepper, options, provenance, progress)
 
 
 class _Watcher:
