@@ -19,6 +19,7 @@ from goc_deploy.calibration import (
     check_options,
     measured_error,
 )
+from goc_deploy.captions import conditions_from_labels
 from goc_deploy.errors import ResourceError, ScheduleError, VerificationError
 from goc_deploy.fitting import FitOptions
 from goc_deploy.host_memory import available_bytes
@@ -28,8 +29,9 @@ from goc_deploy.publish import read_manifest
 from goc_deploy.runtime.calibration.fit_features import fitted_schedule
 from goc_deploy.runtime.calibration.fit_final import Pair, fit_to_final
 from goc_deploy.runtime.calibration.stepper import Stepper, load_stepper
-from goc_deploy.runtime.calibration.trajectory import ImageBatch, Trajectory
+from goc_deploy.runtime.calibration.trajectory import Trajectory
 from goc_deploy.runtime.noise import image_noise
+from goc_deploy.runtime.request import Request
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import COMPUTE, Schedule, check_schedule
 
@@ -105,8 +107,8 @@ class EngineCalibrator:
             depth = max(len(row) for step in schedule.coefficients for row in step)
             squares = np.zeros(2)
             with np.errstate(over="ignore", invalid="ignore"):
-                for batch, expected in zip(self._batches(), self._final, strict=True):
-                    trajectory = Trajectory(self._stepper, batch, schedule.history, depth)
+                for request, expected in zip(self._batches(), self._final, strict=True):
+                    trajectory = Trajectory(self._stepper, request, schedule.history, depth)
                     for step, rows in enumerate(schedule.coefficients):
                         trajectory.advance(step, rows)
                         self._progress(f"measuring {schedule.policy}", step, schedule.steps)
@@ -141,8 +143,8 @@ class EngineCalibrator:
 
     def _pairs(self, history: str, depth: int) -> Iterator[Pair]:
         self.statistics()
-        for batch, expected in zip(self._batches(), self._final, strict=True):
-            yield Trajectory(self._stepper, batch, history, depth), expected
+        for request, expected in zip(self._batches(), self._final, strict=True):
+            yield Trajectory(self._stepper, request, history, depth), expected
 
     def _all_trajectories(self, schedule: Schedule, options: FitOptions) -> list[Trajectory]:
         spec, images = self._stepper.spec, len(self._labels)
@@ -154,8 +156,8 @@ class EngineCalibrator:
                 "available; use fewer images (--calibrate) or history entries"
             )
         return [
-            Trajectory(self._stepper, batch, schedule.history, options.entries)
-            for batch in self._batches()
+            Trajectory(self._stepper, request, schedule.history, options.entries)
+            for request in self._batches()
         ]
 
     def _without_cache(self) -> Statistics:
@@ -163,14 +165,15 @@ class EngineCalibrator:
         means = _zeros((steps, spec.units, spec.tokens, spec.hidden))
         changes = np.zeros((steps, spec.units, MAX_GAP))
         done = rows = 0
-        for batch in self._batches():
-            trajectory = Trajectory(self._stepper, batch, "computed", 0)
-            watcher = _Watcher(means, changes, len(batch.labels))
+        for request in self._batches():
+            images = len(request.noise)
+            trajectory = Trajectory(self._stepper, request, "computed", 0)
+            watcher = _Watcher(means, changes, images)
             for step in range(steps):
                 trajectory.advance(step, (COMPUTE,) * spec.units, watcher.at(step))
                 self._progress(
                     "calibrating without cache",
-                    done * steps + step * len(batch.labels),
+                    done * steps + step * images,
                     len(self._labels) * steps,
                 )
             if not np.isfinite(trajectory.latents).all():
@@ -178,7 +181,7 @@ class EngineCalibrator:
                     "calibration without cache gives NaN or infinite latents; check the engine"
                 )
             self._final.append(trajectory.latents)
-            done += len(batch.labels)
+            done += images
             rows += self._stepper.feature_shape[0]
         for step in range(steps):
             means[step] /= rows
@@ -187,7 +190,7 @@ class EngineCalibrator:
             changes[:gap, :, gap - 1] = np.inf
         return Statistics(means, changes)
 
-    def _batches(self) -> Iterator[ImageBatch]:
+    def _batches(self) -> Iterator[Request]:
         """The calibration images; a batch is as large as the engine and the budget for features allow."""
         spec, options = self._stepper.spec, self._options
         image_bytes = 2 * spec.units * (MAX_GAP + 1) * spec.tokens * spec.hidden * 4
@@ -198,7 +201,9 @@ class EngineCalibrator:
             images = range(first, first + len(labels))
             shape = (spec.channels, spec.side, spec.side)
             noise = np.stack([image_noise(options.seed, image, draws, shape) for image in images])
-            yield ImageBatch(labels, noise, options.cfg_scale, options.cfg_channels)
+            conditions = conditions_from_labels(labels, spec, self._stepper.captions)
+            scales = np.full(len(labels), options.cfg_scale)
+            yield Request(conditions, noise, scales, options.cfg_channels)
 
 
 def load_calibrator(

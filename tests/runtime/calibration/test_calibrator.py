@@ -19,6 +19,7 @@ from goc_deploy.calibration import (
     balanced_labels,
     default_images,
 )
+from goc_deploy.captions import conditions_from_labels
 from goc_deploy.errors import CalibrationNeededError, ScheduleError, UsageError
 from goc_deploy.grammar import parse_policy
 from goc_deploy.options import no_progress
@@ -27,8 +28,9 @@ from goc_deploy.process import Process
 from goc_deploy.runtime.calibration import calibrator as module
 from goc_deploy.runtime.calibration.calibrator import EngineCalibrator, load_calibrator
 from goc_deploy.runtime.calibration.stepper import Stepper, load_stepper
-from goc_deploy.runtime.calibration.trajectory import ImageBatch, Trajectory
+from goc_deploy.runtime.calibration.trajectory import Trajectory
 from goc_deploy.runtime.noise import image_noise
+from goc_deploy.runtime.request import Request
 from goc_deploy.samplers import sampler_table
 from goc_deploy.schedule import COMPUTE, Schedule
 from goc_deploy.spec import ModelSpec
@@ -70,11 +72,13 @@ def noise() -> np.ndarray:
     return np.stack([image_noise(SEED, image, 1, (4, 8, 8)) for image in range(IMAGES)])
 
 
-def features_of_one_batch(stepper: Stepper) -> np.ndarray:
+@pytest.fixture(scope="module")
+def features(golden_engine: Path, stepper: Stepper) -> np.ndarray:
     """(T, U, B, tokens, D) of all calibration images at once, the obvious way."""
-    wide = Stepper(stepper._engines, stepper.spec, "fp32", stepper.table, IMAGES)
-    batch = ImageBatch(balanced_labels(10, IMAGES, SEED), noise(), SCALE, 3)
-    trajectory, found = Trajectory(wide, batch, "computed", 0), []
+    wide = load_stepper(golden_engine, cpu_backend(), stepper.table, IMAGES)
+    conditions = conditions_from_labels(balanced_labels(10, IMAGES, SEED), wide.spec, None)
+    request = Request(conditions, noise(), np.full(IMAGES, SCALE), 3)
+    trajectory, found = Trajectory(wide, request, "computed", 0), []
     for step in range(STEPS):
         row: list[np.ndarray] = []
         trajectory.advance(
@@ -85,11 +89,11 @@ def features_of_one_batch(stepper: Stepper) -> np.ndarray:
 
 
 def test_streamed_statistics_are_those_of_all_features(
-    calibrator: EngineCalibrator, stepper: Stepper
+    calibrator: EngineCalibrator, features: np.ndarray
 ) -> None:
-    features, found = features_of_one_batch(stepper), calibrator.statistics()
+    found = calibrator.statistics()
     assert relative_l2(found.means, features.mean(axis=2)) < 1e-5
-    per_image = features.reshape(STEPS, stepper.spec.units, 2, IMAGES, -1)
+    per_image = features.reshape(STEPS, features.shape[1], 2, IMAGES, -1)
     for gap in (1, 2, 3):
         change = np.abs(per_image[gap:] - per_image[:-gap]).sum(axis=(2, 4)) / np.abs(
             per_image[gap:]
