@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -209,32 +208,18 @@ def allocate_buffers(
         backend.upload(values, buffer)
         return buffer
 
-    def rows_of(rows: Sequence[Sequence[float]]) -> Buffer:
-        return constant(aligned_rows(rows))
-
     table = plan.sampler
     whole = chunk + plan.accumulators
     padded = (*table.timesteps, *[0.0] * whole)
+    first_steps = range(0, plan.steps, chunk)
     noise = (
         new(plan.steps * aligned_size(capacity * image))
         if table.stochastic
         else constant(np.zeros(capacity * image))
     )
     constants = constant(constants_from_plan(plan))
-    size = constants.shape[1]
-    shared = None
-    if backend.device.shares_launches:
-        shared_noise = new(capacity * image) if table.stochastic else noise
-        shared = SharedBuffers(new(1, dtype="int32"), new(size), shared_noise)
-    sampler_rows, coefficients = zip(
-        *(
-            views_of_step(
-                plan, step, shared.constants if shared else constants.view(size, start=step * size)
-            )
-            for step in range(plan.steps)
-        ),
-        strict=True,
-    )
+    shared = _shared_buffers(backend, constants, capacity * image, noise, plan)
+    sampler_rows, coefficients = _numbers(plan, constants, shared)
     return Buffers(
         chunk=chunk,
         table=new(
@@ -260,19 +245,47 @@ def allocate_buffers(
         sampler_rows=sampler_rows,
         coefficients=coefficients,
         shared=shared,
-        timesteps=rows_of([padded[first : first + whole] for first in range(0, plan.steps, chunk)]),
+        timesteps=constant(aligned_rows([padded[first : first + whole] for first in first_steps])),
         guidance=new(capacity * spec.channels),
         labels=new(capacity + 1, dtype="int64"),
         label_rows=new(rows, dtype="int64"),
         rows=new(rows, dtype="int64"),
         cond_rows=new(capacity, dtype="int64"),
         uncond_rows=new(capacity, dtype="int64"),
-        captions=CaptionBuffers(
-            embeds=new(rows * spec.caption_tokens * spec.caption_channels),
-            bias=new(rows * spec.caption_tokens),
-            keys_values=new(*keys_values_shape(spec, rows), dtype=dtype),
-            rows=new(rows, dtype="int64"),
-        )
-        if spec.draws_captions
-        else None,
+        captions=_caption_buffers(backend, spec, rows, dtype) if spec.draws_captions else None,
+    )
+
+
+def _shared_buffers(
+    backend: Backend, constants: Buffer, elements: int, noise: Buffer, plan: Plan
+) -> SharedBuffers | None:
+    """What steps that share launches read; None if the device shares no launches."""
+    if not backend.device.shares_launches:
+        return None
+    return SharedBuffers(
+        step=backend.allocate((1,), "int32"),
+        constants=backend.allocate(constants.shape[1:], "float32"),
+        noise=backend.allocate((elements,), "float32") if plan.sampler.stochastic else noise,
+    )
+
+
+def _numbers(
+    plan: Plan, constants: Buffer, shared: SharedBuffers | None
+) -> tuple[tuple[Buffer, ...], tuple[tuple[Buffer | None, ...], ...]]:
+    """Where each step reads its row of the sampler table, and each of its launches its coefficients."""
+    _, size = constants.shape
+    own = [constants.view(size, start=step * size) for step in range(plan.steps)]
+    views = [
+        views_of_step(plan, step, shared.constants if shared else row)
+        for step, row in enumerate(own)
+    ]
+    return tuple(sampler for sampler, _ in views), tuple(launches for _, launches in views)
+
+
+def _caption_buffers(backend: Backend, spec: ModelSpec, rows: int, dtype: str) -> CaptionBuffers:
+    return CaptionBuffers(
+        embeds=backend.allocate((rows * spec.caption_tokens * spec.caption_channels,), "float32"),
+        bias=backend.allocate((rows * spec.caption_tokens,), "float32"),
+        keys_values=backend.allocate(keys_values_shape(spec, rows), dtype),
+        rows=backend.allocate((rows,), "int64"),
     )

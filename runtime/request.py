@@ -1,12 +1,14 @@
-"""A request to a session: what its images show, and the arrays that the step loop reads of it."""
+"""What a call draws, the requests to a session that it is cut into, and the arrays that the step loop reads of one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from goc_deploy.captions import Conditions
+from goc_deploy.runtime.noise import image_noise
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,6 +26,43 @@ class Request:
     noise: np.ndarray
     cfg_scale: np.ndarray
     cfg_channels: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Drawing:
+    """What a call draws: N images of any number, which `request` cuts into requests.
+
+    Attributes:
+        conditions: what each image shows.
+        noise_keys: [N] the two numbers that an image's noise is made from.
+        cfg_scale: (N,) guidance scale of each image.
+        cfg_channels: guidance acts on channels 0 .. cfg_channels - 1.
+        start: (N, C, H, W) float32 in place of the x_T made from the keys, or None.
+    """
+
+    conditions: Conditions
+    noise_keys: Sequence[tuple[int, int]]
+    cfg_scale: np.ndarray
+    cfg_channels: int
+    start: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.conditions.labels)
+
+    def request(self, part: range, draws: int, shape: tuple[int, int, int]) -> Request:
+        """The request of some images.
+
+        Args:
+            part: which of them.
+            draws: noise tensors of an image: x_T, and one per step of a stochastic sampler.
+            shape: of one tensor, (C, H, W).
+        """
+        cut = slice(part.start, part.stop)
+        noise = np.stack([image_noise(*key, draws, shape) for key in self.noise_keys[cut]])
+        if self.start is not None:
+            noise[:, 0] = self.start[cut]
+        conditions = self.conditions.part(part)
+        return Request(conditions, noise, self.cfg_scale[cut], self.cfg_channels)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,10 +33,11 @@ from goc_deploy.passes import compile_schedule
 from goc_deploy.process import Process
 from goc_deploy.protocols import Engine
 from goc_deploy.publish import read_manifest
-from goc_deploy.runtime import buffers, pipeline
+from goc_deploy.runtime import buffers
 from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.noise import image_noise
 from goc_deploy.runtime.pipeline import Pipeline
+from goc_deploy.runtime.step_events import StepEvent
 from goc_deploy.samplers import sampler_table
 from goc_deploy.schedule import Schedule
 from tests.conftest import GOLDEN, GOLDEN_PLANS
@@ -240,7 +241,7 @@ def test_a_callback_sees_every_step_and_cannot_stop_the_run(
 ) -> None:
     seen = []
 
-    def callback(event: pipeline.StepEvent) -> None:
+    def callback(event: StepEvent) -> None:
         seen.append((event.step, event.kind, event.images))
         raise RuntimeError("from the user")
 
@@ -389,7 +390,7 @@ def test_closing_wakes_a_caller_that_waits_for_a_session(golden_engine: Path) ->
     loaded = goc_deploy.load(golden_engine)
     running, go_on, errors = threading.Event(), threading.Event(), []
 
-    def hold(_event: pipeline.StepEvent) -> None:
+    def hold(_event: StepEvent) -> None:
         running.set()
         go_on.wait(timeout=60)
 
