@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import goc_deploy
+from goc_deploy.api import cpu_backend
 from goc_deploy.engine_dir import plan_entry
 from goc_deploy.engines.host import HostDevice
 from goc_deploy.engines.ort import OrtBackend
@@ -156,6 +157,10 @@ def test_any_split_into_batches_gives_the_same_images(golden_engine: Path, pipe:
     assert relative_l2(first, whole[:2]) < 1e-5
 
 
+def allocated(pipe: Pipeline) -> buffers.Buffers:
+    return buffers.allocate_buffers(cpu_backend(), pipe.spec, "fp32", pipe.plan, pipe.batch_size)
+
+
 @pytest.mark.parametrize("chunk", [1, 6, 7])
 def test_the_modulation_table_may_be_filled_in_chunks(
     golden_engine: Path, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, chunk: int
@@ -166,7 +171,7 @@ def test_the_modulation_table_may_be_filled_in_chunks(
         buffers, "TABLE_BUDGET_BYTES", (chunk + 1) * row_bytes
     )  # one step is predicted ahead
     with goc_deploy.load(golden_engine, plan="fora:2+gc:1.2") as chunked:
-        assert chunked._new_session()._buffers.chunk == chunk
+        assert allocated(chunked).chunk == chunk
         assert relative_l2(chunked.generate(LABELS, seed=1).latents, whole) < 1e-6
 
 
@@ -523,7 +528,7 @@ def test_buffers_that_do_not_fit_into_memory_are_refused_before_allocation(
 
 
 def test_planned_bytes_are_what_is_allocated(pipe: Pipeline) -> None:
-    held = pipe._new_session()._buffers
+    held = allocated(pipe)
     pairs = (
         *held.tokens,
         *held.slots,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from goc_deploy.captions import Captions, Conditions
-from goc_deploy.runtime.request import Batch, Request, prepared
+from goc_deploy.runtime.request import Batch, Drawing, Request, prepared
 
 NOISE = np.zeros((3, 1, 4, 8, 8), np.float32)
 
@@ -52,3 +54,16 @@ def test_captions_take_the_place_of_labels() -> None:
     inputs = prepared(request([2.0] * 3, captions=table), 4)
     assert inputs.batch == Batch(3, True, labels=1, captions=3)
     assert inputs.distinct.tolist() == [2, 7, 10]
+
+
+def test_images_get_the_same_noise_however_a_call_is_cut() -> None:
+    conditions = Conditions((7, 2, 7), (10, 10, 10))
+    keys, scales = [(5, 0), (5, 1), (9, 0)], np.array([2.0, 1.0, 4.0])
+    drawing = Drawing(conditions, keys, scales, 3)
+    whole = drawing.request(range(3), 2, (4, 8, 8))
+    part = drawing.request(range(1, 3), 2, (4, 8, 8))
+    np.testing.assert_array_equal(part.noise, whole.noise[1:])
+    assert (part.conditions.labels, part.cfg_scale.tolist()) == ((2, 7), [1.0, 4.0])
+    given = replace(drawing, start=NOISE[:, 0]).request(range(3), 2, (4, 8, 8))
+    assert not given.noise[:, 0].any()
+    np.testing.assert_array_equal(given.noise[:, 1], whole.noise[:, 1])
