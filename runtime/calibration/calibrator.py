@@ -36,9 +36,8 @@ from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import COMPUTE, Schedule, check_schedule
 
 TINY = np.finfo(np.float64).tiny
-BUDGET_BYTES = (
-    2**30
-)  # for features of a batch in memory, and again for mean features; beyond it these lie in a file
+# For features of a batch in memory, and again for mean features; beyond it the means are in a file.
+BUDGET_BYTES = 2**30
 
 
 class EngineCalibrator:
@@ -52,6 +51,8 @@ class EngineCalibrator:
         options: which images.
         provenance: of the engine, for `describe`.
         progress: called with (what, done, total).
+        budget_bytes: memory for features of a batch, which bounds its size, and for mean features, which go to a
+            temporary file if they are larger.
 
     Raises:
         UsageError: an option out of range.
@@ -63,10 +64,11 @@ class EngineCalibrator:
         options: CalibrationOptions,
         provenance: dict[str, Any],
         progress: Progress = no_progress,
+        budget_bytes: int = BUDGET_BYTES,
     ) -> None:
         check_options(options)
         self._stepper, self._table, self._options = stepper, stepper.table, options
-        self._provenance, self._progress = provenance, progress
+        self._provenance, self._progress, self._budget_bytes = provenance, progress, budget_bytes
         self._labels = balanced_labels(stepper.spec.classes, options.images, options.seed)
         self._final: list[np.ndarray] = []
         self._statistics: Statistics | None = None
@@ -162,7 +164,7 @@ class EngineCalibrator:
 
     def _without_cache(self) -> Statistics:
         spec, steps = self._stepper.spec, self._table.steps
-        means = _zeros((steps, spec.units, spec.tokens, spec.hidden))
+        means = _zeros((steps, spec.units, spec.tokens, spec.hidden), self._budget_bytes)
         changes = np.zeros((steps, spec.units, MAX_GAP))
         done = rows = 0
         for request in self._batches():
@@ -194,7 +196,7 @@ class EngineCalibrator:
         """The calibration images; a batch is as large as the engine and the budget for features allow."""
         spec, options = self._stepper.spec, self._options
         image_bytes = 2 * spec.units * (MAX_GAP + 1) * spec.tokens * spec.hidden * 4
-        size = max(1, min(self._stepper.capacity, BUDGET_BYTES // image_bytes))
+        size = max(1, min(self._stepper.capacity, self._budget_bytes // image_bytes))
         draws = 1 + (self._table.steps if self._table.stochastic else 0)
         for first in range(0, len(self._labels), size):
             labels = self._labels[first : first + size]
@@ -256,9 +258,9 @@ class _Watcher:
         return summed
 
 
-def _zeros(shape: tuple[int, ...]) -> np.ndarray:
-    """Float32 zeros, in a temporary file where they are beyond the budget; the file goes with the array."""
-    if math.prod(shape) * 4 <= BUDGET_BYTES:
+def _zeros(shape: tuple[int, ...], budget_bytes: int) -> np.ndarray:
+    """Float32 zeros, in a temporary file if they are beyond the budget; the file goes with the array."""
+    if math.prod(shape) * 4 <= budget_bytes:
         return np.zeros(shape, np.float32)
     with tempfile.TemporaryFile(prefix="goc-calibration-") as file:
         return np.memmap(file, np.float32, "w+", shape=shape)

@@ -14,7 +14,6 @@ from goc_deploy.api import cpu_backend, load
 from goc_deploy.calibration import (
     CalibrationOptions,
     Laboratory,
-    Statistics,
     Trials,
     balanced_labels,
     default_images,
@@ -25,7 +24,6 @@ from goc_deploy.grammar import parse_policy
 from goc_deploy.options import no_progress
 from goc_deploy.policies import schedule_from_policy
 from goc_deploy.process import Process
-from goc_deploy.runtime.calibration import calibrator as module
 from goc_deploy.runtime.calibration.calibrator import EngineCalibrator, load_calibrator
 from goc_deploy.runtime.calibration.stepper import Stepper, load_stepper
 from goc_deploy.runtime.calibration.trajectory import Trajectory
@@ -103,10 +101,9 @@ def test_streamed_statistics_are_those_of_all_features(
 
 
 def test_beyond_the_budget_features_go_to_a_file_and_batches_shrink(
-    stepper: Stepper, calibrator: EngineCalibrator, monkeypatch: pytest.MonkeyPatch
+    stepper: Stepper, calibrator: EngineCalibrator
 ) -> None:
-    monkeypatch.setattr(module, "BUDGET_BYTES", 1)
-    found: Statistics = EngineCalibrator(stepper, OPTIONS, {}).statistics()
+    found = EngineCalibrator(stepper, OPTIONS, {}, budget_bytes=1).statistics()
     assert isinstance(found.means, np.memmap)
     assert relative_l2(found.means, calibrator.statistics().means) < 1e-5
     np.testing.assert_allclose(found.changes, calibrator.statistics().changes, rtol=1e-4)
