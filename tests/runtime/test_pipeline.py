@@ -421,22 +421,6 @@ def test_closing_wakes_a_caller_that_waits_for_a_session(golden_engine: Path) ->
     assert "closed" in errors[0]
 
 
-def test_a_session_that_cannot_be_made_does_not_block_later_callers(
-    golden_engine: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded = goc_deploy.load(golden_engine)
-    loaded._pool._slots[0].session = None
-
-    def fail() -> None:
-        raise ResourceError("no memory")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loaded, "_new_session", fail)
-        with pytest.raises(ResourceError):
-            loaded.generate([1])
-    assert loaded.generate([1]).latents.shape == (1, 4, 8, 8)
-
-
 def test_interrupts_lose_no_session_and_spoil_no_image(golden_engine: Path) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
