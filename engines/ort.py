@@ -16,10 +16,10 @@ import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from goc_deploy.engines.host import HostDevice, host_array
+from goc_deploy.engines.host import HostDevice
 from goc_deploy.engines.ort_errors import LOADING, RUNNING, error_from_ort
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, UsageError
-from goc_deploy.host_memory import available_bytes
+from goc_deploy.host_memory import available_bytes, host_array
 from goc_deploy.protocols import NOTHING, Buffer, Device, Engine, Footprint, Launch, Stream
 
 logger = logging.getLogger(__name__)

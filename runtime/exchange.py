@@ -17,9 +17,10 @@ from goc_deploy.engine_dir.manifest import Manifest, Unit
 from goc_deploy.engine_dir.reading import read_manifest, read_verified
 from goc_deploy.engine_dir.weights import mapped_parts
 from goc_deploy.errors import UsageError
+from goc_deploy.host_memory import return_free_pages
 from goc_deploy.protocols import Backend, Engine
-from goc_deploy.runtime import memory
-from goc_deploy.runtime.binding import Batch, Engines
+from goc_deploy.runtime.binding import Engines
+from goc_deploy.runtime.request import Batch
 from goc_deploy.runtime.session import Session
 from goc_deploy.runtime.weights import Weights
 
@@ -120,9 +121,7 @@ class _Exchange:
                 graph.key, None
             )  # before the new one is made: memory never holds both
             graph.engines[graph.key] = self._backend.load(content[graph.onnx], initializers, inputs)
-        memory.return_free_pages(
-            content[part.weights] for part in graph.parts.values() if part.weights
-        )
+        return_free_pages(content[part.weights] for part in graph.parts.values() if part.weights)
 
     def _bind(self) -> None:
         """Bind what was bound before; binding is done once, and fails here if it fails."""
@@ -184,7 +183,7 @@ def _verified(directory: Path, other: Manifest, parts: Mapping[str, Unit]) -> di
         path = units[unit.name].weights
         assert path is not None  # it has parameters
         content = read_verified(directory, files[path])
-        memory.return_free_pages([content])
+        return_free_pages([content])
         return content
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:

@@ -27,18 +27,13 @@ from goc_deploy.errors import (
     ResourceError,
     UsageError,
 )
-from goc_deploy.options import Progress
-from goc_deploy.policies.calibration import CalibrationOptions
+from goc_deploy.host_memory import return_free_pages
 from goc_deploy.protocols import DTYPE_OF_PRECISION, Backend, Engine, Footprint
-from goc_deploy.runtime import memory
 from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.buffers import planned_bytes
-from goc_deploy.runtime.calibrator import EngineCalibrator
 from goc_deploy.runtime.decoder import LatentDecoder
 from goc_deploy.runtime.pipeline import Attached, Pipeline
-from goc_deploy.runtime.stepper import Stepper
 from goc_deploy.runtime.weights import Weights
-from goc_deploy.samplers import SamplerTable
 
 logger = logging.getLogger(__name__)
 
@@ -170,42 +165,6 @@ def _decoder(manifest: Manifest, engines: Engines, backend: Backend) -> LatentDe
     return LatentDecoder(engines.units["decoder"], backend, manifest.decoder, manifest.model)
 
 
-def load_stepper(directory: Path, backend: Backend, table: SamplerTable, images: int) -> Stepper:
-    """Load an engine directory to drive its units one at a time with a sampler, ``images`` at most together.
-
-    Raises:
-        EngineDirError, SafetyError: the directory is corrupt or not ours.
-        EnvironmentUnsupportedError: the backend has no kernels for its precision.
-    """
-    manifest = read_manifest(directory)
-    engines = load_engines(directory, manifest, (), backend, (table.graph,))
-    return Stepper(
-        engines, manifest.model, manifest.precision, table, min(images, manifest.max_batch)
-    )
-
-
-def load_calibrator(
-    directory: Path,
-    backend: Backend,
-    table: SamplerTable,
-    options: CalibrationOptions,
-    progress: Progress,
-) -> EngineCalibrator:
-    """Load an engine directory to calibrate on it.
-
-    Raises:
-        UsageError: an option out of range.
-        EngineDirError, SafetyError, EnvironmentUnsupportedError: as `load_stepper`.
-    """
-    found = read_manifest(directory).provenance
-    provenance = (
-        {"checkpoint_sha256": found["checkpoint_sha256"]} if "checkpoint_sha256" in found else {}
-    )
-    return EngineCalibrator(
-        load_stepper(directory, backend, table, options.images), options, provenance, progress
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class NeededGraphs:
     """Graphs to load: units by name, predict graphs and segments by signature.
@@ -334,7 +293,7 @@ def load_engines(
         stored = captions_from_bytes(
             content[manifest.captions], manifest.model, f"{directory / manifest.captions}"
         )
-    memory.return_free_pages(content.values())
+    return_free_pages(content.values())
     weights_and_graphs = {path: content[path] for path in content if path != manifest.captions}
     return Engines(
         units,

@@ -46,7 +46,7 @@ def engine_laboratory(
 
     @cache
     def calibrator(steps: int) -> Calibrator:
-        from goc_deploy.runtime.loading import load_calibrator
+        from goc_deploy.runtime.calibration.calibrator import load_calibrator
 
         table = table_from_sampler(sampler, steps, read_manifest(directory).process)
         return load_calibrator(directory, backend(), table, options, progress)

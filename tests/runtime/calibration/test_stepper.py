@@ -1,4 +1,4 @@
-"""The stepper and the compiled pipeline are two implementations of one meaning."""
+"""Launches run one at a time, with predictions by NumPy, mean what the compiled pipeline means."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from goc_deploy.api.facade import cpu_backend, load
+from goc_deploy.conditions.captions import conditions_from_labels
 from goc_deploy.errors import EngineDirError
 from goc_deploy.policies.grammar import parse_policy
 from goc_deploy.policies.resolve import schedule_from_policy
-from goc_deploy.runtime.loading import load_stepper
-from goc_deploy.runtime.stepper import Stepper
-from goc_deploy.runtime.trajectory import ImageBatch, Trajectory
+from goc_deploy.runtime.calibration.stepper import Stepper, load_stepper
+from goc_deploy.runtime.calibration.trajectory import Trajectory
+from goc_deploy.runtime.request import Request
 from goc_deploy.samplers import sampler_table
 from goc_deploy.samplers.process import Process
 from goc_deploy.schedule import Schedule
@@ -30,11 +31,15 @@ def stepper(golden_engine: Path) -> Stepper:
     )
 
 
+def request(stepper: Stepper, noise: np.ndarray, scale: float = SCALE) -> Request:
+    conditions = conditions_from_labels(LABELS, stepper.spec, stepper.captions)
+    return Request(conditions, noise, np.full(len(LABELS), scale), 3)
+
+
 def stepped(
     stepper: Stepper, schedule: Schedule, noise: np.ndarray, scale: float = SCALE
 ) -> np.ndarray:
-    batch = ImageBatch(LABELS, noise, scale, 3)
-    trajectory = Trajectory(stepper, batch, schedule.history, 4)
+    trajectory = Trajectory(stepper, request(stepper, noise, scale), schedule.history, 4)
     latents = []
     for step, rows in enumerate(schedule.coefficients):
         trajectory.advance(step, rows)
@@ -68,9 +73,7 @@ def test_looking_at_a_full_step_changes_nothing(
     stepper: Stepper, golden: dict[str, np.ndarray]
 ) -> None:
     schedule = schedule_from_policy(parse_policy("fora:2+gc:1.0"), stepper.spec, STEPS)
-    trajectory = Trajectory(
-        stepper, ImageBatch(LABELS, golden["noise"][:, None], SCALE, 3), "used", 2
-    )
+    trajectory = Trajectory(stepper, request(stepper, golden["noise"][:, None]), "used", 2)
     seen: list[int] = []
     for step, rows in enumerate(schedule.coefficients[:4]):
         trajectory.look(step, lambda unit, _: seen.append(unit))
@@ -87,3 +90,26 @@ def test_a_directory_without_a_unit_is_refused(tmp_path: Path) -> None:
         load_stepper(
             tmp_path / "nothing", cpu_backend(), sampler_table("ddim", STEPS, Process("eps")), 1
         )
+
+
+@pytest.mark.parametrize("sampler", ["dpm++", "ddim:0.5"])
+def test_trajectories_that_advance_in_turn_do_not_meet(golden_engine: Path, sampler: str) -> None:
+    steps = 6
+    table = sampler_table(sampler, steps, Process("eps"))
+    stepper = load_stepper(golden_engine, cpu_backend(), table, 3)
+    schedule = schedule_from_policy(parse_policy("fora:2+gc:1.0"), stepper.spec, steps)
+    draws = 1 + (steps if table.stochastic else 0)
+    generator = np.random.default_rng(1)
+    noise = generator.standard_normal((2, len(LABELS), draws, 4, 8, 8)).astype(np.float32)
+    alone = [stepped(stepper, schedule, one)[-1] for one in noise]
+    both = [Trajectory(stepper, request(stepper, one), "used", 2) for one in noise]
+    fork = both[0]
+    for step, rows in enumerate(schedule.coefficients):
+        fork = both[0].fork() if step == 3 else fork
+        for trajectory in both:
+            trajectory.advance(step, rows)
+    for trajectory, expected in zip(both, alone, strict=True):
+        np.testing.assert_array_equal(trajectory.latents, expected)
+    for step in range(3, steps):
+        fork.advance(step, schedule.coefficients[step])
+    np.testing.assert_array_equal(fork.latents, alone[0])

@@ -1,0 +1,1 @@
+"""Calibration on an engine directory: images without cache, measured schedules and fitted coefficients."""
