@@ -10,6 +10,7 @@ import pytest
 from goc_deploy.api.facade import cpu_backend, load
 from goc_deploy.conditions.captions import conditions_from_labels
 from goc_deploy.errors import EngineDirError
+from goc_deploy.exporters.router import router_probabilities
 from goc_deploy.policies.grammar import parse_policy
 from goc_deploy.policies.resolve import schedule_from_policy
 from goc_deploy.runtime.calibration.stepper import Stepper, load_stepper
@@ -51,7 +52,9 @@ def stepped(
 def test_every_step_of_every_golden_trajectory(
     stepper: Stepper, golden: dict[str, np.ndarray], spec: str
 ) -> None:
-    schedule = schedule_from_policy(parse_policy(spec), stepper.spec, STEPS)
+    schedule = schedule_from_policy(
+        parse_policy(spec), stepper.spec, STEPS, read_router=router_probabilities
+    )
     found = stepped(stepper, schedule, golden["noise"][:, None])
     assert worst_step(found, golden[GOLDEN_PLANS[spec]]) < 1e-4
 
