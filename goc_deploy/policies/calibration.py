@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from goc_deploy.errors import ScheduleError, UsageError
 from goc_deploy.options import CALIBRATION_SEED, GenerateOptions, Progress
-from goc_deploy.policies.least_squares import FitOptions
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule, check_amplification
 from goc_deploy.schedule.operations import full_step_flops
 from goc_deploy.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from goc_deploy.policies.fit import FitOptions
 
 MAX_GAP = 3  # steps that SmoothCache looks back, its calibration_lookahead
 DEFAULT_IMAGES = 16
@@ -23,6 +25,8 @@ DEFAULT_FLOPS = (
     10**12
 )  # for the images without cache; policies that measure schedules take a few times that
 MAX_IMAGES = 100_000
+
+Reading = Literal["exists", "at_eta"]  # of GOC's eq. 7, see `goc_deploy.policies.god.is_inverse`
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +51,10 @@ class Statistics:
     """What calibration saw without cache.
 
     Attributes:
-        means: (T, U, tokens, D) float32 features averaged over images, conditional and unconditional rows alike: A_k.
-        changes: (T, U, MAX_GAP) ``|F_k - F_(k-j)|_1 / |F_k|_1`` averaged over images, for j = 1 .. MAX_GAP; infinite
-            where there is no step k - j. Source: SmoothCache, eq. 4.
+        means: (T, U, tokens, D) float32 features averaged over images, conditional and
+            unconditional rows alike: A_k.
+        changes: (T, U, MAX_GAP) ``|F_k - F_(k-j)|_1 / |F_k|_1`` averaged over images, for j = 1 ..
+            MAX_GAP; infinite where there is no step k - j. Source: SmoothCache, eq. 4.
     """
 
     means: np.ndarray
@@ -64,11 +69,11 @@ class Calibrator(Protocol):
         ...
 
     def error(self, schedule: Schedule) -> float:
-        """Relative L2 error of the final latents to those without cache, over the calibration images."""
+        """Relative L2 error of the final latents to uncached ones, over the calibration images."""
         ...
 
     def fit(self, schedule: Schedule, options: FitOptions) -> Schedule:
-        """The schedule with fitted coefficients in place of plain reuse, and how that went in its provenance."""
+        """The schedule with fitted coefficients in place of plain reuse, and their provenance."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -140,7 +145,7 @@ class Laboratory:
 
 
 def default_images(spec: ModelSpec, steps: int) -> int:
-    """Images to calibrate on where nobody says: 16, or what ``DEFAULT_FLOPS`` pay for, but one at least."""
+    """Default number of calibration images: 16, or what ``DEFAULT_FLOPS`` pay for, at least one."""
     return max(1, min(DEFAULT_IMAGES, DEFAULT_FLOPS // (steps * full_step_flops(spec, 2))))
 
 

@@ -184,32 +184,36 @@ def test_the_default_name_is_the_spec_made_file_safe(text: str, name: str) -> No
         ("xyz", "unknown policy 'xyz'; the policies are none, fora,"),
         ("fora:2+gc-1.2", r"unknown correction 'gc-1.2'; did you mean \+gc:1.2\?"),
         ("fora:2+talyor", r"unknown correction 'talyor'; did you mean \+taylor\?"),
-        ("fora", "interval '' must be"),
-        ("fora:0", "interval '0' must be"),
-        ("fora:2.5", "interval '2.5' must be"),
-        ("fora:2@0", "fraction 0 must be"),
-        ("fora:2@x", "fraction 'x' is not a number"),
-        ("fora:2@nan", "fraction nan is out of range"),
-        ("fora:2+gc:x", "eta 'x' is not a number"),
-        ("fora:2+gc:inf", "eta inf is out of range"),
-        ("fora:2+steps:3,x:1", "steps '3,x' must be"),
+        ("fora", "interval must be a whole number within 1..1000, got ''"),
+        ("fora:0", "interval must be .*, got '0'"),
+        ("fora:2.5", "interval must be .*, got '2.5'"),
+        ("fora:2@0", "fraction must be a number above 0 and at most 1, got '0'"),
+        ("fora:2@x", "fraction must be .*, got 'x'"),
+        ("fora:2@nan", "fraction must be .*, got 'nan'"),
+        ("fora:2+gc:x", "eta must be a number below 1000 in magnitude, got 'x'"),
+        ("fora:2+gc:inf", "eta must be .*, got 'inf'"),
+        ("fora:2+steps:3,x:1", "steps must be whole numbers separated by commas, got '3,x'"),
         ("fora:2+steps:20:1", "step 20 is beyond the last step 19"),
         ("fora:2+gc+gc", "more than one"),
         ("fora:2+other", "unknown correction 'other'"),
-        ("none:1", "'none' takes no argument"),
-        ("fora:2,history=old", "history 'old' must be used or computed"),
-        ("fora:2,phase=middle", "phase 'middle' must be first or last"),
+        ("none:1", "'none' takes no argument, got '1'"),
+        ("fora:2,history=old", "option history must be used or computed, got 'old'"),
+        ("fora:2,phase=middle", "option phase must be first or last, got 'middle'"),
         ("fora:2,eta=1", "option 'eta' is not one of history, phase"),
         ("fora:2,both_branches", "option 'both_branches' is not one of history, phase"),
         ("none+gc,phase=last", "option 'phase' is not one of history, both_branches"),
         ("fora:2,history=used,history=used", "an option stands twice"),
-        ("fora:2+taylor:4", "order '4' must be a whole number from 0 to 3"),
-        ("fora:2+lagrange:x", "order 'x' must be"),
-        ("fora:2+hermite:1:y", "sigma 'y' is not a number"),
+        ("fora:2+taylor:4", "order must be a whole number within 0..3, got '4'"),
+        ("fora:2+lagrange:x", "order must be .*, got 'x'"),
+        ("fora:2+hermite:1:y", "sigma must be .*, got 'y'"),
         ("fora:2+taylor:1,history=used", "reads computed features only"),
-        ("l2c:", "'l2c:' needs the path"),
-        ("l2c:router.pt@1.5", "threshold 1.5 must be within 0..1"),
-        ("file:", "'file:' needs a path"),
+        ("l2c:", "router must be the path of a file, got ''"),
+        ("l2c:router.pt@1.5", "threshold must be a number within 0..1, got '1.5'"),
+        ("file:", "schedule must be the path of a file, got ''"),
+        ("fora:2,flag", "option 'flag' is not one of history, phase"),
+        ("fora:2+gc,both_branches=1", "option both_branches must be written without a value"),
+        ("fora:2,phase", "option phase must be first or last, got ''"),
+        ("fora:2+fit,both_branches", "option 'both_branches' is not one of history, phase, fit"),
     ],
 )
 def test_bad_specs_are_refused_with_the_part_that_is_wrong(text: str, message: str) -> None:
@@ -229,3 +233,16 @@ def test_a_schedule_file_with_another_step_count_is_refused(tmp_path: Path) -> N
 def test_plan_names_that_are_no_file_names_are_refused(name: str) -> None:
     with pytest.raises(UsageError, match="plan name"):
         check_plan_name(name)
+
+
+def test_only_the_path_of_a_file_counts_as_one() -> None:
+    assert parse_policy("smoothcache:0.3").path == ""
+    assert parse_policy("smoothcache:a/b.json+gc").path == "a/b.json"
+    assert parse_policy("l2c:a@b/c.pt@0.2").path == "a@b/c.pt"
+    assert parse_policy("fora:2").path == parse_policy("unknown:a/b.json").path == ""
+
+
+@pytest.mark.parametrize("path", ["a,b.json", "fora-2,both_branches.json"])
+def test_a_comma_in_a_path_begins_an_option_only_before_a_name(path: str) -> None:
+    assert parse_policy(f"file:{path}+gc:1.2").path == path
+    assert parse_policy(f"file:{path}").options == ()
