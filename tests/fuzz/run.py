@@ -28,11 +28,11 @@ import goc_deploy
 from goc_deploy.compiler import check_plan
 from goc_deploy.compiler.plan_file import plan_from_json
 from goc_deploy.conditions.tensor_files import array_from_npy, arrays_from_file
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.graph_check import check_graph, external_tensors
 from goc_deploy.engine_dir.manifest import MANIFEST_NAME
 from goc_deploy.engine_dir.manifest_file import manifest_from_json, manifest_to_json
-from goc_deploy.engine_dir.plans import load_plan
-from goc_deploy.engine_dir.reading import file_entry, read_manifest
+from goc_deploy.engine_dir.reading import file_entry
 from goc_deploy.errors import GocError
 from goc_deploy.exporters.checkpoint import load_checkpoint
 from goc_deploy.schedule.schedule import schedule_from_json
@@ -46,9 +46,10 @@ Trial = Callable[[random.Random], None]
 
 def trials(engine: Path, folder: Path) -> dict[str, Trial]:
     """Kind of file -> a function that makes a mutant of it and reads it."""
-    manifest = read_manifest(engine)
+    directory = EngineDir.open(engine)
+    manifest = directory.manifest
     entry, graphs = manifest.plans[-1], tuple(manifest.graphs())
-    schedule = load_plan(engine, manifest, entry.name).schedule
+    schedule = directory.plan(entry.name).schedule
     sound = {
         path: (engine / path).read_bytes() for path in (MANIFEST_NAME, entry.plan, entry.schedule)
     }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from goc_deploy.api.facade import cpu_backend, load
-from goc_deploy.errors import EngineDirError
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.policies.grammar import parse_policy
 from goc_deploy.policies.resolve import schedule_from_policy
 from goc_deploy.runtime.loading import load_stepper
@@ -25,9 +25,8 @@ LABELS, SCALE, STEPS = (1, 7, 4), 2.0, 20
 
 @pytest.fixture(scope="module")
 def stepper(golden_engine: Path) -> Stepper:
-    return load_stepper(
-        golden_engine, cpu_backend(), sampler_table("ddim", STEPS, Process("eps")), 3
-    )
+    directory, table = EngineDir.open(golden_engine), sampler_table("ddim", STEPS, Process("eps"))
+    return load_stepper(directory, cpu_backend(), table, 3)
 
 
 def stepped(
@@ -80,10 +79,3 @@ def test_looking_at_a_full_step_changes_nothing(
         relative_l2(trajectory.latents, stepped(stepper, schedule, golden["noise"][:, None])[3])
         < 1e-6
     )
-
-
-def test_a_directory_without_a_unit_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(EngineDirError, match="not a directory"):
-        load_stepper(
-            tmp_path / "nothing", cpu_backend(), sampler_table("ddim", STEPS, Process("eps")), 1
-        )
