@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from goc_deploy.compiler import with_stacks
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.graph_check import check_graph, external_tensors
 from goc_deploy.engine_dir.keys import Recipe, Target, dimension_profiles
-from goc_deploy.engine_dir.manifest import FileEntry, Manifest, Unit
+from goc_deploy.engine_dir.manifest import EngineEntry, FileEntry, Manifest, Unit
 from goc_deploy.engines.plugin.stacking import KERNEL_SHA256, stack_updates
 from goc_deploy.engines.tensorrt import graphs
 from goc_deploy.options import EngineOptions
@@ -47,6 +47,26 @@ class Job:
     def path(self) -> str:
         """Of the engine file."""
         return f"{self.recipe.target.folder}/{self.unit.name}-{self.recipe.key[:12]}.engine"
+
+    def accepts(self, entry: EngineEntry, *, as_asked: bool) -> bool:
+        """Whether an engine of the directory does this job.
+
+        Args:
+            entry: the engine.
+            as_asked: accept only what was built by exactly this recipe. A command that builds asks
+                for that, so that it keeps to the limit on scratch memory and tries the plugin again
+                if an earlier build could not use it. To run, an engine under another limit or
+                without the plugin will do, because it computes the same.
+        """
+        recipes = [self.recipe]
+        if not as_asked:
+            recipe = replace(self.recipe, workspace_bytes=entry.workspace_bytes)
+            recipes = [recipe, replace(recipe, plugin_sha256=None)]
+        return (
+            entry.key in [recipe.key for recipe in recipes]
+            and entry.target == self.recipe.target
+            and entry.graphs == self.served
+        )
 
 
 def wanted_engines(directory: EngineDir, target: Target, options: EngineOptions) -> list[Job]:

@@ -16,7 +16,7 @@ from goc_deploy.engine_dir.manifest import EngineEntry, Manifest
 from goc_deploy.engines.tensorrt.backend import TensorrtBackend
 from goc_deploy.engines.tensorrt.caches import cache_path, driver_version
 from goc_deploy.engines.tensorrt.engine import StoredEngine
-from goc_deploy.engines.tensorrt.jobs import Job, wanted_engines
+from goc_deploy.engines.tensorrt.jobs import wanted_engines
 from goc_deploy.engines.tensorrt.kernel_cache import KernelCache
 from goc_deploy.engines.tensorrt.library import Library, check_target, this_platform
 from goc_deploy.engines.tensorrt.store import build_engines, read_engine
@@ -143,19 +143,12 @@ def selection(directory: EngineDir, target: Target, options: EngineOptions) -> S
     missing: list[str] = []
     listed = directory.manifest.engines
     for job in wanted_engines(directory, target, options):
-        entry = next((entry for entry in listed if _stands_for(entry, job)), None)
+        entry = next((entry for entry in listed if job.accepts(entry, as_asked=False)), None)
         if entry is None:
             missing += job.served
         else:
             engines.update(dict.fromkeys(job.served, entry))
     return Selection(options, engines, tuple(missing))
-
-
-def _stands_for(entry: EngineEntry, job: Job) -> bool:
-    """Whether an engine was built by a job's recipe, under any limit of its workspace, and also if the plugin was not usable."""
-    recipe = replace(job.recipe, workspace_bytes=entry.workspace_bytes)
-    keys = (recipe.key, replace(recipe, plugin_sha256=None).key)
-    return entry.key in keys and entry.target == recipe.target and entry.graphs == job.served
 
 
 def _contents(directory: EngineDir, chosen: Selection) -> tuple[dict[str, StoredEngine], int]:

@@ -74,7 +74,7 @@ def _timing_cache(directory: EngineDir, library: Library, target: Target) -> Tim
 def is_there(directory: EngineDir, job: Job) -> bool:
     """Whether a directory holds the engine of a job, undamaged."""
     engines = directory.manifest.engines
-    entry = next((e for e in engines if e.key == job.recipe.key and e.graphs == job.served), None)
+    entry = next((entry for entry in engines if job.accepts(entry, as_asked=True)), None)
     if entry is None:
         return False
     try:
