@@ -11,6 +11,7 @@ from goc_deploy.disk import directory_lock, disk_errors, replacing
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.manifest import MANIFEST_NAME, FileEntry, Manifest
 from goc_deploy.engine_dir.manifest_file import manifest_to_json
+from goc_deploy.errors import GocError
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +69,27 @@ def amended(path: Path, doing: str, change: Callable[[EngineDir], Amendment | No
 
 
 def _write(current: EngineDir, after: EngineDir, files: Mapping[str, bytes]) -> None:
-    new: list[Path] = []
+    new: list[str] = []
     try:
         for name, content in files.items():
             target = after.path / name
             target.parent.mkdir(parents=True, exist_ok=True)
             if name not in current:
-                new.append(target)
+                new.append(name)
             with replacing(target) as temporary:
                 temporary.write_bytes(content)
         with replacing(after.path / MANIFEST_NAME) as temporary:
             temporary.write_text(manifest_to_json(after.manifest), encoding="utf-8")
     except BaseException:
-        for target in new:  # which no manifest lists
-            target.unlink(missing_ok=True)
+        for name in _unlisted(after.path, new):
+            (after.path / name).unlink(missing_ok=True)
         raise
+
+
+def _unlisted(path: Path, names: list[str]) -> list[str]:
+    """Files that the manifest does not list now: a signal may come right after it was replaced."""
+    try:
+        current = EngineDir.open(path)
+    except GocError:
+        return []
+    return [name for name in names if name not in current]

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,38 @@ from goc_deploy.engine_dir.manifest import MANIFEST_NAME
 from goc_deploy.errors import ConflictError, ResourceError
 
 NEW = "engines/folder/new.cache"
+
+
+# Amends a copy of an engine directory again and again; the process dies one write later each time.
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+from goc_deploy.engine_dir.editing import Amendment, amended
+
+def dying(write):
+    def write_or_die(*args, **options):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(*args, **options)
+    return write_or_die
+
+source, folder, path = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+status, number = None, 0
+while status != 0:
+    copy = Path(shutil.copytree(source, folder / str(number)))
+    child = os.fork()
+    if not child:
+        left = number
+        for name in ("replace", "fsync", "mkdir", "unlink"):
+            setattr(os, name, dying(getattr(os, name)))
+        amended(copy, "testing", lambda current: Amendment(current.manifest, {path: b"new"}))
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL), status
+    number += 1
+"""
 
 
 @pytest.fixture
@@ -94,3 +128,37 @@ def test_a_failed_write_leaves_the_directory_as_it_was(
         amended(engine, "testing", with_new)
     assert replaced == ["new.cache", MANIFEST_NAME][: step + 1]
     assert files_of(engine) == before
+
+
+def test_an_interruption_right_after_the_manifest_was_replaced_keeps_what_it_lists(
+    engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_replace = os.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        real_replace(source, target)
+        if Path(target).name == MANIFEST_NAME:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(disk.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        amended(engine, "testing", with_new)
+    assert bytes(EngineDir.open(engine).read(NEW)) == b"new"
+
+
+def test_a_process_that_is_killed_at_any_write_leaves_a_whole_directory(
+    golden_engine: Path, tmp_path: Path
+) -> None:
+    words = [sys.executable, "-c", KILLED, str(golden_engine), str(tmp_path), NEW]
+    subprocess.run(words, check=True, timeout=300)
+    listed = []
+    for number in range(len([*tmp_path.glob("[0-9]*")])):
+        directory = EngineDir.open(tmp_path / str(number))
+        listed.append(NEW in directory)
+        for file in directory.manifest.files:
+            directory.read(file.path)
+        assert bytes(amended(directory.path, "testing", with_new).read(NEW)) == b"new"
+    assert listed == sorted(listed)
+    assert len(listed) > 5
+    assert listed[0] is False
+    assert listed[-1] is True
