@@ -6,14 +6,13 @@ import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from goc_deploy.conditions.captions import conditions_from_labels
 from goc_deploy.conditions.labels import balanced_labels
-from goc_deploy.engine_dir.reading import read_manifest
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.errors import ResourceError, ScheduleError, VerificationError
 from goc_deploy.host_memory import available_bytes
 from goc_deploy.options import Progress, no_progress
@@ -209,7 +208,7 @@ class EngineCalibrator:
 
 
 def load_calibrator(
-    directory: Path,
+    directory: EngineDir,
     backend: Backend,
     table: SamplerTable,
     options: CalibrationOptions,
@@ -221,8 +220,8 @@ def load_calibrator(
         UsageError: an option out of range.
         EngineDirError, SafetyError, EnvironmentUnsupportedError: as `load_stepper`.
     """
-    found = read_manifest(directory).provenance
-    provenance = {key: found[key] for key in ("checkpoint_sha256",) if key in found}
+    recorded = directory.manifest.provenance
+    provenance = {key: recorded[key] for key in ("checkpoint_sha256",) if key in recorded}
     stepper = load_stepper(directory, backend, table, options.images)
     return EngineCalibrator(stepper, options, provenance, progress)
 

@@ -8,12 +8,11 @@ what it predicted. It reads and writes the tensors that the launches were bound 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from goc_deploy.compiler import Compute, Plan
-from goc_deploy.engine_dir.reading import read_manifest
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.host_memory import host_array
 from goc_deploy.protocols import Backend
 from goc_deploy.runtime.binding import Engines
@@ -132,14 +131,16 @@ def _run(launches: Sequence[BoundLaunch]) -> None:
         launch.run()
 
 
-def load_stepper(directory: Path, backend: Backend, table: SamplerTable, images: int) -> Stepper:
+def load_stepper(
+    directory: EngineDir, backend: Backend, table: SamplerTable, images: int
+) -> Stepper:
     """Load an engine directory to drive its units one at a time with a sampler, ``images`` at most together.
 
     Raises:
         EngineDirError, SafetyError: the directory is corrupt or not ours.
         EnvironmentUnsupportedError: the backend has no kernels for its precision.
     """
-    manifest = read_manifest(directory)
-    engines = load_engines(directory, manifest, (), backend, (table.graph,))
+    manifest = directory.manifest
+    engines = load_engines(directory, (), backend, (table.graph,))
     capacity = min(images, manifest.max_batch)
     return Stepper(engines, backend, manifest.model, manifest.precision, table, capacity)

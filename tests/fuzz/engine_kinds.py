@@ -14,11 +14,11 @@ import numpy as np
 
 import goc_deploy
 from goc_deploy.api.facade import load_plans
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.graph_check import check_graph, external_tensors
 from goc_deploy.engine_dir.manifest import MANIFEST_NAME, Manifest
 from goc_deploy.engine_dir.manifest_file import manifest_to_json
-from goc_deploy.engine_dir.plans import load_plan
-from goc_deploy.engine_dir.reading import file_entry, read_manifest, read_verified
+from goc_deploy.engine_dir.reading import file_entry
 from goc_deploy.engine_dir.weights import mapped_parts
 from goc_deploy.errors import EngineDirError
 from goc_deploy.runtime.pipeline import Pipeline
@@ -44,7 +44,7 @@ class EngineMutants:
 
     def __init__(self, engine: Path, folder: Path) -> None:
         self._engine = engine
-        self._manifest = read_manifest(engine)
+        self._manifest = EngineDir.open(engine).manifest
         self._mutant = Path(shutil.copytree(engine, folder / "engine"))
         names = [entry.name for entry in self._manifest.plans]
         pipes = load_plans(engine, names, backend="onnxruntime", batch_size=2, threads=1)
@@ -107,7 +107,7 @@ class EngineMutants:
         path: str = getattr(entry, kind)
         try:
             manifest = self._changed(path, mutated_json, generator)
-            plan = load_plan(self._mutant, manifest, entry.name)
+            plan = EngineDir(self._mutant, manifest).plan(entry.name)
             if not set(plan.signatures) <= manifest.predict.keys():
                 raise EngineDirError("there is no graph for a launch")
             draw(self._pipes[entry.name].with_plan(plan))
@@ -122,9 +122,9 @@ class EngineMutants:
         content = mutated_onnx((self._engine / unit.onnx).read_bytes(), generator)
         parts = self._manifest.parts(unit)
         check_graph(content, external_tensors(parts), unit.onnx)
-        entries = {file.path: file for file in self._manifest.files}
+        directory = EngineDir(self._engine, self._manifest)
         paths = [part.weights for part in parts.values() if part.weights]
-        weights = {path: read_verified(self._engine, entries[path]) for path in paths}
+        weights = {path: directory.read(path) for path in paths}
         loaded = pipe._backend.load(memoryview(content), *mapped_parts(parts, weights))
         if unit.name in engines.units:
             changed = replace(engines, units={**engines.units, unit.name: loaded})

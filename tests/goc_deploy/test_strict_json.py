@@ -18,12 +18,12 @@ from goc_deploy.compiler import Plan, check_plan, compile_schedule
 from goc_deploy.compiler.plan import SEGMENTS
 from goc_deploy.compiler.plan_file import PLAN_VERSION, plan_from_json, plan_to_json
 from goc_deploy.conditions.labels import labels_from_text
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.manifest_file import (
     MANIFEST_VERSION,
     manifest_from_json,
     manifest_to_json,
 )
-from goc_deploy.engine_dir.plans import load_plan
 from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.errors import EngineDirError, GocError, ScheduleError, UsageError
 from goc_deploy.policies.bases import ForaOptions
@@ -106,7 +106,7 @@ def test_a_plan_that_computes_what_its_schedule_does_not_is_refused(golden_engin
     none, fora = manifest.plans[0], manifest.plans[1]
     mixed = replace(none, schedule=fora.schedule)
     with pytest.raises(EngineDirError, match="does not do what its schedule asks for at step 1"):
-        load_plan(golden_engine, replace(manifest, plans=(mixed,)), none.name)
+        EngineDir(golden_engine, replace(manifest, plans=(mixed,))).plan(none.name)
 
 
 def test_a_plan_with_other_coefficients_than_its_schedule_is_refused(golden_engine: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_plan_with_other_coefficients_than_its_schedule_is_refused(golden_engi
     assert len(gradients) == 2
     mixed = replace(gradients[0], schedule=gradients[1].schedule)
     with pytest.raises(EngineDirError, match="does not do what its schedule asks for"):
-        load_plan(golden_engine, replace(manifest, plans=(mixed,)), mixed.name)
+        EngineDir(golden_engine, replace(manifest, plans=(mixed,))).plan(mixed.name)
 
 
 def read_changed(engine: Path, **changes: Any) -> None:
@@ -180,7 +180,7 @@ def test_mutated_manifests_and_plans_are_read_or_refused(golden_engine: Path) ->
     manifest, generator = read_manifest(golden_engine), random.Random(0)
     sound = json.loads((golden_engine / "manifest.json").read_bytes())
     plan = json.loads((golden_engine / manifest.plans[1].plan).read_bytes())
-    schedule = load_plan(golden_engine, manifest, manifest.plans[1].name).schedule
+    schedule = EngineDir(golden_engine, manifest).plan(manifest.plans[1].name).schedule
     for _ in range(1500):
         for read in (
             lambda: manifest_from_json(

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import goc_deploy
 from goc_deploy.api.facade import cpu_backend
 from goc_deploy.compiler import compile_schedule
-from goc_deploy.engine_dir.plans import plan_entry
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.engines.host import HostDevice
 from goc_deploy.engines.ort import OrtBackend
@@ -480,9 +480,9 @@ def test_a_pipeline_inherited_over_a_fork_refuses_instead_of_hanging(pipe: Pipel
 def test_a_plan_is_found_by_its_name_before_the_name_is_read_as_a_spec(golden_engine: Path) -> None:
     manifest = read_manifest(golden_engine)
     named = replace(manifest.plans[1], name="nine.dpm++", spec="fora:9")
-    manifest = replace(manifest, plans=(*manifest.plans, named))
-    assert plan_entry(manifest, "nine.dpm++") == plan_entry(manifest, "fora:9") == named
-    assert plan_entry(manifest, "fora:2").name == "fora-2"
+    directory = EngineDir(golden_engine, replace(manifest, plans=(*manifest.plans, named)))
+    assert directory.plan_entry("nine.dpm++") == directory.plan_entry("fora:9") == named
+    assert directory.plan_entry("fora:2").name == "fora-2"
 
 
 def test_numbers_out_of_range_are_refused_at_load(golden_engine: Path) -> None:

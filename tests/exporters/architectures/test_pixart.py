@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import goc_deploy
 from goc_deploy.conditions.captions import prompt_embeds_from_arrays
-from goc_deploy.engine_dir.plans import load_plan
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.errors import ModelError, UsageError
 from goc_deploy.exporters.architectures import pixart
 from goc_deploy.exporters.architectures.pixart_diffusers import layer_names
@@ -448,7 +448,7 @@ def test_a_folder_draws_what_diffusers_draws(tmp_path: Path) -> None:
         ).sample
 
     for plan in plans:
-        compiled = load_plan(tmp_path / "engine", manifest, plan)
+        compiled = EngineDir(tmp_path / "engine", manifest).plan(plan)
         with goc_deploy.load(tmp_path / "engine", plan=plan) as pipe:
             captions = prompt_embeds_from_arrays(given, spec, "")
             found = pipe.generate(captions=captions, latents=noise, cfg_scale=4.5).latents

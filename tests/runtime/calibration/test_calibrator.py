@@ -13,6 +13,7 @@ import pytest
 from goc_deploy.api.facade import cpu_backend, load
 from goc_deploy.conditions.captions import conditions_from_labels
 from goc_deploy.conditions.labels import balanced_labels
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.errors import CalibrationNeededError, ScheduleError, UsageError
 from goc_deploy.options import no_progress
 from goc_deploy.policies.calibration import (
@@ -40,9 +41,8 @@ OPTIONS = CalibrationOptions(IMAGES, SEED, SCALE)
 
 @pytest.fixture(scope="module")
 def stepper(golden_engine: Path) -> Stepper:
-    return load_stepper(
-        golden_engine, cpu_backend(), sampler_table("ddim", STEPS, Process("eps")), 2
-    )
+    directory, table = EngineDir.open(golden_engine), sampler_table("ddim", STEPS, Process("eps"))
+    return load_stepper(directory, cpu_backend(), table, 2)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def noise() -> np.ndarray:
 @pytest.fixture(scope="module")
 def features(golden_engine: Path, stepper: Stepper) -> np.ndarray:
     """(T, U, B, tokens, D) of all calibration images at once, the obvious way."""
-    wide = load_stepper(golden_engine, cpu_backend(), stepper.table, IMAGES)
+    wide = load_stepper(EngineDir.open(golden_engine), cpu_backend(), stepper.table, IMAGES)
     conditions = conditions_from_labels(balanced_labels(10, IMAGES, SEED), wide.spec, None)
     request = Request(conditions, noise(), np.full(IMAGES, SCALE), 3)
     trajectory, found = Trajectory(wide, request, "computed", 0), []
@@ -112,7 +112,8 @@ def test_beyond_the_budget_features_go_to_a_file_and_batches_shrink(
 def test_the_measured_error_is_that_of_the_compiled_plan(golden_engine: Path) -> None:
     options = CalibrationOptions(3, SEED, SCALE)
     table = sampler_table("ddim", 20, Process("eps"))
-    calibrator = load_calibrator(golden_engine, cpu_backend(), table, options, no_progress)
+    directory = EngineDir.open(golden_engine)
+    calibrator = load_calibrator(directory, cpu_backend(), table, options, no_progress)
     labels, latents = balanced_labels(10, 3, SEED), {}
     for plan in ("none", "fora:2+gc:1.2"):
         with load(golden_engine, plan=plan) as pipeline:

@@ -9,7 +9,7 @@ import pytest
 
 from goc_deploy.api.facade import cpu_backend, load
 from goc_deploy.conditions.captions import conditions_from_labels
-from goc_deploy.errors import EngineDirError
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.exporters.router import router_probabilities
 from goc_deploy.policies.grammar import parse_policy
 from goc_deploy.policies.resolve import schedule_from_policy
@@ -27,9 +27,8 @@ LABELS, SCALE, STEPS = (1, 7, 4), 2.0, 20
 
 @pytest.fixture(scope="module")
 def stepper(golden_engine: Path) -> Stepper:
-    return load_stepper(
-        golden_engine, cpu_backend(), sampler_table("ddim", STEPS, Process("eps")), 3
-    )
+    directory, table = EngineDir.open(golden_engine), sampler_table("ddim", STEPS, Process("eps"))
+    return load_stepper(directory, cpu_backend(), table, 3)
 
 
 def request(stepper: Stepper, noise: np.ndarray, scale: float = SCALE) -> Request:
@@ -88,18 +87,11 @@ def test_looking_at_a_full_step_changes_nothing(
     )
 
 
-def test_a_directory_without_a_unit_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(EngineDirError, match="not a directory"):
-        load_stepper(
-            tmp_path / "nothing", cpu_backend(), sampler_table("ddim", STEPS, Process("eps")), 1
-        )
-
-
 @pytest.mark.parametrize("sampler", ["dpm++", "ddim:0.5"])
 def test_trajectories_that_advance_in_turn_do_not_meet(golden_engine: Path, sampler: str) -> None:
     steps = 6
     table = sampler_table(sampler, steps, Process("eps"))
-    stepper = load_stepper(golden_engine, cpu_backend(), table, 3)
+    stepper = load_stepper(EngineDir.open(golden_engine), cpu_backend(), table, 3)
     schedule = schedule_from_policy(parse_policy("fora:2+gc:1.0"), stepper.spec, steps)
     draws = 1 + (steps if table.stochastic else 0)
     generator = np.random.default_rng(1)
