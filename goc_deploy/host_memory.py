@@ -25,7 +25,8 @@ def available_bytes() -> int | None:
 def return_free_pages(contents: Iterable[memoryview]) -> None:
     """Give back the pages of mapped files, and what the allocator keeps of memory that was freed.
 
-    Loading frees a copy of every weight. On DiT-XL/2 in float32 this lowers the resident memory from 6.9 to 2.8 GB.
+    Loading frees a copy of every weight. On DiT-XL/2 in float32 this lowers the resident memory
+    from 6.9 to 2.8 GB.
     """
     for content in contents:
         if isinstance(content.obj, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):

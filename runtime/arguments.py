@@ -59,7 +59,8 @@ def conditions(
         guided: whether any image is guided.
 
     Raises:
-        UsageError: labels that are no list or out of range, or captions for a model that draws classes.
+        UsageError: labels that are no list or out of range, or captions for a model that draws
+            classes.
     """
     if labels is not None:
         check_labels(labels)

@@ -30,7 +30,8 @@ class BoundStep:
     """Launches of a step, in order. Steps of a kind may have the same objects.
 
     Attributes:
-        before: those that only some steps have: what is computed for a whole request, or for several steps.
+        before: those that only some steps have: what is computed for a whole request, or for
+            several steps.
         start: modulation, and tokens from the latents.
         updates: the launches of the plan, which change the tokens.
         end: the prediction from the tokens, and the sampler.

@@ -38,9 +38,11 @@ class Buffers:
         estimates: what a multistep sampler keeps of the last steps, (N, C, H, W) float32 each; one more than it reaches back.
         no_estimate: zeros, what it reads before there is anything.
         noise: fresh noise of each step for a stochastic sampler, else zeros once, (N, C, H, W) each, one after the other.
-        constants: (T, S) float32, the numbers that differ from step to step; see `goc_deploy.runtime.constants`.
+        constants: (T, S) float32, the numbers that differ from step to step; see
+            `goc_deploy.runtime.constants`.
         sampler_rows: [T] where a step reads its row of the sampler table.
-        coefficients: [T] for each launch of the step's plan, where it reads its coefficients; None if it predicts nothing.
+        coefficients: [T] for each launch of the step, where it reads its coefficients; None if it
+            predicts nothing.
         shared: where steps find theirs on a device that shares launches, else None.
         timesteps: a row per chunk, each at an aligned address.
         guidance: (N, C) guidance weight of each channel of each image.
@@ -189,7 +191,8 @@ def allocate_buffers(
         precision: of the engines.
         plan: what the session runs.
         capacity: the largest number of images N.
-        chunk: steps for which the modulation table is made at a time; None: as many as ``TABLE_BUDGET_BYTES`` allow.
+        chunk: steps for which the modulation table is made at a time; None: as many as
+            ``TABLE_BUDGET_BYTES`` allow.
 
     Raises:
         ResourceError: not enough memory.
@@ -272,7 +275,7 @@ def _shared_buffers(
 def _numbers(
     plan: Plan, constants: Buffer, shared: SharedBuffers | None
 ) -> tuple[tuple[Buffer, ...], tuple[tuple[Buffer | None, ...], ...]]:
-    """Where each step reads its row of the sampler table, and each of its launches its coefficients."""
+    """Where each step reads its sampler row, and each of its launches its coefficients."""
     _, size = constants.shape
     own = [constants.view(size, start=step * size) for step in range(plan.steps)]
     views = [

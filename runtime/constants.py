@@ -1,7 +1,7 @@
-"""The numbers that differ from step to step: a row of the sampler table, and coefficients of the launches that predict.
+"""The numbers that differ from step to step: a row of the sampler table, and coefficients.
 
-Each step has a row of float32 values: the sampler's, then the coefficients of each launch that predicts, in order, each
-from an aligned address on.
+Each step has a row of float32 values: the sampler's, then the coefficients of each launch that
+predicts, in order, each from an aligned address on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def aligned_size(count: int) -> int:
 
 
 def aligned_rows(rows: Sequence[Sequence[float]], size: int = 1) -> np.ndarray:
-    """Rows one after the other, each from an aligned address on, as float32; filled up to ``size`` values with zeros."""
+    """Rows one after the other as float32, each at an aligned address, zeros up to ``size``."""
     starts = np.cumsum([0, *(aligned_size(len(row)) for row in rows)])
     values = np.zeros(max(size, starts[-1]), np.float32)
     for start, row in zip(starts, rows, strict=False):
@@ -31,7 +31,7 @@ def aligned_rows(rows: Sequence[Sequence[float]], size: int = 1) -> np.ndarray:
 
 
 def step_rows(plan: Plan, step: int) -> list[Sequence[float]]:
-    """The numbers of a step: its row of the sampler table, then a row per launch, empty if it predicts nothing."""
+    """A step's row of the sampler table, then a row per launch, empty if it predicts nothing."""
     return [plan.sampler.rows[step], *map(coefficient_row, plan.launches[step])]
 
 
@@ -60,7 +60,8 @@ def views_of_step(
         constants: (S,) float32, the row.
 
     Returns:
-        The row of the sampler table; and for each launch its coefficients, or None if it predicts nothing.
+        The row of the sampler table; and for each launch its coefficients, or None if it predicts
+        nothing.
     """
     rows = step_rows(plan, step)
     starts = accumulate((aligned_size(len(row)) for row in rows), initial=0)

@@ -136,7 +136,7 @@ class Pipeline:
                 taken: list[np.ndarray] = []
                 on_step = None
                 if callback is not None or trajectory or self._backend.device.kind == "cpu":
-                    # Else nothing is called between steps: a run on a GPU is short, and may be one launch.
+                    # Else nothing is called between steps: on a GPU a run is short.
                     on_step = step_callback(
                         self.plan, callback, taken if trajectory else None, part
                     )

@@ -1,4 +1,4 @@
-"""What a call draws, the requests to a session that it is cut into, and the arrays that the step loop reads of one."""
+"""What a call draws, its requests to a session, and the arrays that the step loop reads of one."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ class Request:
 
     Attributes:
         conditions: what each image shows.
-        noise: (N, draws, C, H, W) float32: x_T, then one tensor for each step where the sampler is stochastic.
-        cfg_scale: (N,) guidance scale of each image; where all are 1, there are no unconditional rows.
+        noise: (N, draws, C, H, W) float32: x_T, then one tensor for each step of a stochastic
+            sampler.
+        cfg_scale: (N,) guidance scale of each image; if all are 1, there are no unconditional rows.
         cfg_channels: guidance acts on channels 0 .. cfg_channels - 1.
     """
 

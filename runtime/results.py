@@ -22,7 +22,8 @@ class Result:
     """What `Pipeline.generate` returns.
 
     Attributes:
-        images: (N, H, W, channels) uint8, or None where the latents need a decoder that the engine does not have.
+        images: (N, H, W, channels) uint8, or None if the latents need a decoder that the engine
+            directory does not have.
         latents: (N, C, H, W) float32.
         trajectory: (T, N, C, H, W) float32, latents after each step, where asked for.
         report: timings, plan, memory and versions; plain JSON types.
@@ -41,7 +42,8 @@ class Result:
         """
         if self.images is None:
             raise UsageError(
-                "the result has latents but no images; leave out decode=False, or export the model with its decoder (--vae)"
+                "the result has latents but no images; leave out decode=False, or export the "
+                "model with its decoder (--vae)"
             )
         return pil_images(self.images)
 
@@ -70,7 +72,8 @@ class Drawn:
         finite = np.isfinite(latents).all(axis=(1, 2, 3))
         if not finite.all():
             raise VerificationError(
-                f"the latents of image {finite.argmin()} are not finite; use a milder plan or --precision fp32"
+                f"the latents of image {finite.argmin()} are not finite; use a milder plan or "
+                "--precision fp32"
             )
         return latents
 

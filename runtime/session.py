@@ -72,7 +72,8 @@ class Session:
         precision: of the engines.
         plan: what to run.
         capacity: the largest number of images N of a request.
-        chunk: steps for which the modulation table is made at a time; None: as many as its memory budget allows.
+        chunk: steps for which the modulation table is made at a time; None: as many as its memory
+            budget allows.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class Session:
         return latents, Timing(prepare_ms, step_ms)
 
     def prepare(self, request: Request) -> BoundPlan:
-        """Bind the plan for the request's shape and upload its inputs, for a caller that runs the launches itself."""
+        """Bind the plan and upload a request, for a caller that runs the launches itself."""
         inputs = self._inputs(request)
         plan = self.bind(inputs.batch).plan
         self._upload(request, inputs, plan)

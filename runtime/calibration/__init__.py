@@ -1,1 +1,1 @@
-"""Calibration on an engine directory: images without cache, measured schedules and fitted coefficients."""
+"""Calibration on an engine directory: uncached images, measured schedules, fitted coefficients."""

@@ -50,8 +50,8 @@ class EngineCalibrator:
         options: which images.
         provenance: of the engine, for `describe`.
         progress: called with (what, done, total).
-        budget_bytes: memory for features of a batch, which bounds its size, and for mean features, which go to a
-            temporary file if they are larger.
+        budget_bytes: memory for features of a batch, which bounds its size, and for mean features,
+            which go to a temporary file if they are larger.
 
     Raises:
         UsageError: an option out of range.
@@ -258,7 +258,7 @@ class _Watcher:
 
 
 def _zeros(shape: tuple[int, ...], budget_bytes: int) -> np.ndarray:
-    """Float32 zeros, in a temporary file if they are beyond the budget; the file goes with the array."""
+    """Float32 zeros, in a temporary file if they exceed the budget; it goes with the array."""
     if math.prod(shape) * 4 <= budget_bytes:
         return np.zeros(shape, np.float32)
     with tempfile.TemporaryFile(prefix="goc-calibration-") as file:

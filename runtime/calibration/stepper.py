@@ -1,8 +1,9 @@
 """One sampling step of a session, launch by launch, with its tensors in sight.
 
-Calibration looks at features and decides by them, which a compiled plan never does. It therefore runs a session whose
-plan computes every unit and stores every feature, and calls the bound launches itself. In place of a launch it may add
-what it predicted. It reads and writes the tensors that the launches were bound to, as NumPy arrays on host memory.
+Calibration looks at features and decides by them, which a compiled plan never does. It therefore
+runs a session whose plan computes every unit and stores every feature, and calls the bound launches
+itself. In place of a launch it may add what it predicted. It reads and writes the tensors that the
+launches were bound to, as NumPy arrays on host memory.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from goc_deploy.spec import ModelSpec
 
 
 class Stepper:
-    """Runs one sampling step of a request: `begin`, then `compute` or `add` for every unit in order, then `finish`.
+    """Runs one sampling step of a request.
 
-    Nothing of a trajectory is kept here: latents, estimates and features belong to the caller, so any number of
-    trajectories may advance in turn. Arithmetic of NumPy is float32 whatever the precision of the engines.
+    A step is `begin`, then `compute` or `add` for every unit in order, then `finish`. Nothing of a
+    trajectory is kept here: latents, estimates and features belong to the caller, so any number of
+    trajectories may advance in turn. Arithmetic of NumPy is float32 whatever the precision of the
+    engines.
 
     Args:
         engines: loaded units; predict graphs are not needed.
@@ -75,7 +78,8 @@ class Stepper:
             step: which step.
             request: the images; its noise is what a stochastic sampler adds.
             latents: (N, C, H, W) before the step.
-            estimates: what a multistep sampler kept of earlier steps, newest first; (N, C, H, W) each.
+            estimates: what a multistep sampler kept of earlier steps, newest first; (N, C, H, W)
+                each.
         """
         if request is not self._request:
             self._plan, self._request = self._session.prepare(request), request
@@ -105,7 +109,12 @@ class Stepper:
         return host_array(launch.outputs["feature"]).reshape(self.feature_shape)
 
     def add(self, unit: int, feature: np.ndarray) -> None:
-        """Add ``gate * feature`` to the tokens, where the unit's engine would; ``feature`` is (B, T, D) float32."""
+        """Add ``gate * feature`` to the tokens in place of the unit's engine.
+
+        Args:
+            unit: which unit.
+            feature: (B, T, D) float32.
+        """
         launch = self._step.updates[unit]
         gate = host_array(self._step.start[0].outputs["modulation"])[unit, :, None]
         if self._update.shape != feature.shape:
@@ -118,7 +127,8 @@ class Stepper:
         """End the step: final layer, guidance and the sampler's row.
 
         Returns:
-            The latents after the step, (N, C, H, W) float32, and what a multistep sampler keeps of it; copies.
+            The latents after the step, (N, C, H, W) float32, and what a multistep sampler keeps of
+            it; copies.
         """
         _run(self._step.end)
         outputs = self._step.end[-1].outputs
@@ -134,7 +144,13 @@ def _run(launches: Sequence[BoundLaunch]) -> None:
 def load_stepper(
     directory: EngineDir, backend: Backend, table: SamplerTable, images: int
 ) -> Stepper:
-    """Load an engine directory to drive its units one at a time with a sampler, ``images`` at most together.
+    """Load an engine directory to drive its units one at a time with a sampler.
+
+    Args:
+        directory: the engine directory.
+        backend: loads the graphs, on host memory.
+        table: the sampler.
+        images: the largest number of images of a request, at most the engine's ``max_batch``.
 
     Raises:
         EngineDirError, SafetyError: the directory is corrupt or not ours.
