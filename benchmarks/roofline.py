@@ -19,9 +19,10 @@ from benchmarks.make_checkpoint import spec_of
 from goc_deploy.compiler import Compute, Plan, Predict, compile_schedule, with_stacks
 from goc_deploy.policies.grammar import parse_policy
 from goc_deploy.policies.resolve import schedule_from_policy
+from goc_deploy.precision import ITEM_BYTES, PRECISIONS
 from goc_deploy.runtime.buffers import modulation_rows
 from goc_deploy.schedule.operations import product_flops
-from goc_deploy.spec import ITEM_BYTES, PRECISIONS, ModelSpec
+from goc_deploy.spec import ModelSpec
 
 PLANS = ("none", "fora:2", "fora:2+gc:1.2")
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 DIFFUSION_PREDICTIONS = ("eps", "v", "x0")
 FLOW_PREDICTIONS = ("flow", "flow_to_noise")
 PREDICTIONS = (*DIFFUSION_PREDICTIONS, *FLOW_PREDICTIONS)
-PRECISIONS = ("fp32", "fp16", "bf16")
-ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 DECODED_PIXELS = 64 * 64  # latent pixels of one launch of the decoder: one tile of the default size
 MAX_TILES = 8
 

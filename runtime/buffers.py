@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from goc_deploy.compiler import Plan, Predict
-from goc_deploy.protocols import ALIGNMENT, DTYPE_BYTES, DTYPE_OF_PRECISION, Backend, Buffer
-from goc_deploy.spec import ITEM_BYTES, ModelSpec
+from goc_deploy.precision import DTYPE_BYTES, DTYPE_OF_PRECISION, ITEM_BYTES
+from goc_deploy.protocols import ALIGNMENT, Backend, Buffer
+from goc_deploy.spec import ModelSpec
 
 TABLE_BUDGET_BYTES = 512 * 2**20
 

@@ -29,7 +29,8 @@ from goc_deploy.errors import (
 )
 from goc_deploy.options import Progress
 from goc_deploy.policies.calibration import CalibrationOptions
-from goc_deploy.protocols import DTYPE_OF_PRECISION, Backend, Engine, Footprint
+from goc_deploy.precision import DTYPE_OF_PRECISION
+from goc_deploy.protocols import Backend, Engine, Footprint
 from goc_deploy.runtime import memory
 from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.buffers import planned_bytes

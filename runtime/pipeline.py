@@ -27,6 +27,7 @@ from goc_deploy.engine_dir.manifest import Manifest
 from goc_deploy.errors import EnvironmentUnsupportedError, UsageError, VerificationError
 from goc_deploy.noise import image_noise
 from goc_deploy.options import GenerateOptions
+from goc_deploy.precision import ITEM_BYTES
 from goc_deploy.protocols import Backend
 from goc_deploy.runtime import arguments
 from goc_deploy.runtime.binding import Batch, Engines
@@ -36,7 +37,7 @@ from goc_deploy.runtime.images import images_from_latents, pil_images
 from goc_deploy.runtime.interpreter_exit import check_not_exiting, code_of_the_caller, native_calls
 from goc_deploy.runtime.session import Request, Session, Timing
 from goc_deploy.runtime.session_pool import CLOSED, SessionPool
-from goc_deploy.spec import ITEM_BYTES, ModelSpec
+from goc_deploy.spec import ModelSpec
 from goc_deploy.trace import Span, recorded
 from goc_deploy.version import __version__
 

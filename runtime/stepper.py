@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from goc_deploy.protocols import ALIGNMENT, DTYPE_OF_PRECISION, NUMPY_DTYPES, Buffer, taken
+from goc_deploy.precision import DTYPE_OF_PRECISION
+from goc_deploy.protocols import ALIGNMENT, NUMPY_DTYPES, Buffer, taken
 from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.buffers import (
     captions_of_block,

@@ -14,7 +14,7 @@ from goc_deploy.compiler.plan import MAX_LAUNCH_UNITS
 from goc_deploy.engines import driver
 from goc_deploy.engines.plugin import nvrtc
 from goc_deploy.errors import EngineDirError
-from goc_deploy.protocols import DTYPE_BYTES
+from goc_deploy.precision import DTYPE_BYTES, DTYPE_OF_PRECISION
 
 SOURCE_PATH = Path(__file__).parent / "update.cu"
 MOVES_SOURCE_PATH = SOURCE_PATH.with_name("moves.cu")
@@ -25,7 +25,7 @@ BUSY_BLOCKS = (
 )  # of an H100's 132 processors: 16 KB of reads under way on each, where a unit has one entry
 THREADS = 128
 VECTOR_BYTES = 16
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = tuple(DTYPE_OF_PRECISION.values())
 KERNELS = (
     *(
         f"goc_stack_{dtype}_{access}"

@@ -22,6 +22,7 @@ from goc_deploy.engines.plugin.kernel import (
 )
 from goc_deploy.engines.plugin.stacking import NAMESPACE, STACK, VERSION
 from goc_deploy.errors import EnvironmentUnsupportedError
+from goc_deploy.precision import DTYPE_OF_PRECISION, ELEMENT_TYPES
 
 _registered: dict[str, list[Any]] = {}  # module name -> creators, which TensorRT does not own
 _lock = threading.Lock()
@@ -84,9 +85,8 @@ def plugin_creators(trt: Any, kernels: Callable[[], Kernels]) -> list[Any]:
 
 def _plugin_class(trt: Any, kernels: Callable[[], Kernels]) -> Any:
     dtypes = {
-        trt.DataType.FLOAT: "float32",
-        trt.DataType.HALF: "float16",
-        trt.DataType.BF16: "bfloat16",
+        getattr(trt.DataType, ELEMENT_TYPES[dtype].tensorrt): dtype
+        for dtype in DTYPE_OF_PRECISION.values()
     }
 
     interfaces: Any = (

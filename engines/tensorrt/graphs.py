@@ -12,7 +12,7 @@ from typing import Any
 from goc_deploy.engine_dir.keys import Range
 from goc_deploy.engine_dir.manifest import Parameter
 from goc_deploy.errors import EngineDirError, ResourceError
-from goc_deploy.spec import ITEM_BYTES
+from goc_deploy.precision import ITEM_BYTES
 
 MAX_GRAPH_BYTES = 2**31 - 1  # what protobuf, in which ONNX is written, can hold
 

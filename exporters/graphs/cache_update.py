@@ -15,11 +15,11 @@ import onnx
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper, parser
 
 from goc_deploy.errors import EngineDirError
+from goc_deploy.precision import DTYPE_OF_PRECISION, ELEMENT_TYPES
 from goc_deploy.spec import ModelSpec
 
 DOMAIN = "goc"
 OPSET = 20
-TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 _RUN = re.compile(r"([1-4])(w?)\*(\d+)")
 
 
@@ -90,7 +90,7 @@ def predict_graph(signature: str, spec: ModelSpec, precision: str) -> ModelProto
     Outputs: x_out, and g{unit} where it is stored.
     """
     entries = entries_from_signature(signature)
-    dtype, n = TYPES[precision], len(entries)
+    dtype, n = ELEMENT_TYPES[DTYPE_OF_PRECISION[precision]].onnx, len(entries)
     feature: list[str | int | None] = ["batch", spec.tokens, spec.hidden]
     inputs = [
         helper.make_tensor_value_info("x", dtype, feature),

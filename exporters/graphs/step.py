@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import onnx
 from onnx import ModelProto, parser
 
+from goc_deploy.precision import DTYPE_OF_PRECISION, ELEMENT_TYPES
 from goc_deploy.samplers import MAX_LAGS
 from goc_deploy.spec import ModelSpec
 
 _HEADER = '<ir_version: 10, opset_import: ["" : 20], producer_name: "goc_deploy">\n'
-_TYPES = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def modulation_graph(spec: ModelSpec, precision: str) -> ModelProto:
@@ -19,7 +19,7 @@ def modulation_graph(spec: ModelSpec, precision: str) -> ModelProto:
 
     Inputs: table (M, R, D), rows (B,) int64. Outputs: modulation (M, B, D).
     """
-    dtype = _TYPES[precision]
+    dtype = _onnx_name(precision)
     return _parse(
         f"""modulation ({dtype}[M, R, {spec.hidden}] table, int64[B] rows) => ({dtype}[M, B, {spec.hidden}] modulation)
         {{ modulation = Gather<axis=1>(table, rows) }}"""
@@ -31,10 +31,14 @@ def collect_graph(spec: ModelSpec, precision: str) -> ModelProto:
 
     Inputs: x (B, T, D), accumulated (B, T, D). Outputs: x_out (B, T, D).
     """
-    feature = f"{_TYPES[precision]}[B, {spec.tokens}, {spec.hidden}]"
+    feature = f"{_onnx_name(precision)}[B, {spec.tokens}, {spec.hidden}]"
     return _parse(
         f"collect ({feature} x, {feature} accumulated) => ({feature} x_out) {{ x_out = Add(x, accumulated) }}"
     )
+
+
+def _onnx_name(precision: str) -> str:
+    return ELEMENT_TYPES[DTYPE_OF_PRECISION[precision]].onnx_name
 
 
 def sampler_graphs(spec: ModelSpec) -> dict[str, ModelProto]:

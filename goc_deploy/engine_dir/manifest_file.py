@@ -19,7 +19,8 @@ from goc_deploy.engine_dir.manifest import (
     Unit,
 )
 from goc_deploy.errors import EngineDirError, SafetyError
-from goc_deploy.spec import ITEM_BYTES, PRECISIONS, PREDICTIONS, DecoderSpec, ModelSpec, TextSpec
+from goc_deploy.precision import ITEM_BYTES, PRECISIONS
+from goc_deploy.spec import PREDICTIONS, DecoderSpec, ModelSpec, TextSpec
 from goc_deploy.strict_json import build, check_format, dump_json, parse_json
 
 MANIFEST_FORMAT, MANIFEST_VERSION = "goc_deploy.engine_dir", 5

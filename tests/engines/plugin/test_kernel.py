@@ -32,7 +32,7 @@ from goc_deploy.engines.plugin.kernel import (
 )
 from goc_deploy.engines.plugin.moves import MovesParameters
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError
-from goc_deploy.protocols import DTYPE_BYTES
+from goc_deploy.precision import DTYPE_BYTES
 from tests.engines.plugin.arrays import NUMPY_DTYPES, Case, assert_close, random_case, tensor
 from tests.engines.plugin.conftest import HostKernels
 
