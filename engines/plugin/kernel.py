@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from goc_deploy.compiler.cache_ops import updates_from_signature
 from goc_deploy.compiler.plan import MAX_LAUNCH_UNITS
 from goc_deploy.engines import driver
 from goc_deploy.engines.plugin import nvrtc
 from goc_deploy.errors import EngineDirError
 from goc_deploy.precision import DTYPE_BYTES, DTYPE_OF_PRECISION
+from goc_deploy.schedule import MAX_HISTORY
 
 SOURCE_PATH = Path(__file__).parent / "update.cu"
 MOVES_SOURCE_PATH = SOURCE_PATH.with_name("moves.cu")
-MAX_UNITS, MAX_ENTRIES = MAX_LAUNCH_UNITS, 4
+MAX_UNITS, MAX_ENTRIES = MAX_LAUNCH_UNITS, MAX_HISTORY
 TOKENS_PER_THREAD = (2, 1)
 BUSY_BLOCKS = (
     4 * 132
@@ -35,7 +36,6 @@ KERNELS = (
     "goc_next_step",
     "goc_step_moves",
 )
-_RUN = re.compile(rf"([1-{MAX_ENTRIES}])(w?)\*([1-9][0-9]*)")
 
 
 class StackParameters(ctypes.Structure):
@@ -102,11 +102,11 @@ def stack_from_signature(signature: str) -> Stack:
     Raises:
         EngineDirError: not a signature, or one of a launch that no kernel serves.
     """
-    runs = [_RUN.fullmatch(word) for word in signature.split(" ")]
-    units = [(int(run[1]), bool(run[2])) for run in runs if run for _ in range(int(run[3]))]
-    if not all(runs) or len(units) > MAX_UNITS:
+    units = updates_from_signature(signature)
+    if len(units) > MAX_UNITS:
         raise EngineDirError(
-            f"{signature!r} is no predict signature of at most {MAX_UNITS} units that read 1 to {MAX_ENTRIES} entries, such as '2w*8 1*3'"
+            f"{signature!r} is a predict signature of {len(units)} units; a launch serves at most "
+            f"{MAX_UNITS}"
         )
     return Stack(tuple(entries for entries, _ in units), tuple(stores for _, stores in units))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from goc_deploy.compiler.cache_ops import CACHE_DOMAIN, PLUGIN_VERSION, update_name
 from goc_deploy.engines.plugin.kernel import (
     MAX_ENTRIES,
     Kernels,
@@ -20,7 +21,7 @@ from goc_deploy.engines.plugin.kernel import (
     geometry,
     parameters_from_addresses,
 )
-from goc_deploy.engines.plugin.stacking import NAMESPACE, STACK, VERSION
+from goc_deploy.engines.plugin.stacking import STACK
 from goc_deploy.errors import EnvironmentUnsupportedError
 from goc_deploy.precision import DTYPE_OF_PRECISION, ELEMENT_TYPES
 
@@ -44,7 +45,7 @@ def register_plugin(trt: Any, kernels: Callable[[], Kernels] = device_kernels) -
         make = plugin_creators(trt, kernels)
         registry = trt.get_plugin_registry()
         for creator in make:
-            if not registry.register_creator(creator, NAMESPACE):
+            if not registry.register_creator(creator, CACHE_DOMAIN):
                 raise EnvironmentUnsupportedError(
                     f"{trt.__name__} {trt.__version__} does not register plugin {creator.name}; build with --no-plugin"
                 )
@@ -60,7 +61,11 @@ def plugin_creators(trt: Any, kernels: Callable[[], Kernels]) -> list[Any]:
 
         def __init__(self, name: str, fixed: Stack | None) -> None:
             super().__init__()
-            self.name, self.plugin_namespace, self.plugin_version = name, NAMESPACE, VERSION
+            self.name, self.plugin_namespace, self.plugin_version = (
+                name,
+                CACHE_DOMAIN,
+                PLUGIN_VERSION,
+            )
             self.fixed = fixed
             empty = np.array([], np.int32)
             names = () if fixed else ("entries", "stores")
@@ -76,8 +81,8 @@ def plugin_creators(trt: Any, kernels: Callable[[], Kernels]) -> list[Any]:
             return plugin_class(self.name, stack)
 
     creators = [
-        Creator(f"GocCache{kind}{entries}", Stack((entries,), (kind == "Update",)))
-        for kind in ("Update", "Apply")
+        Creator(update_name(entries, stores=stores), Stack((entries,), (stores,)))
+        for stores in (True, False)
         for entries in range(1, MAX_ENTRIES + 1)
     ]
     return [*creators, Creator(STACK, None)]
@@ -102,7 +107,11 @@ def _plugin_class(trt: Any, kernels: Callable[[], Kernels]) -> Any:
         def __init__(self, name: str, stack: Stack, loaded: Kernels | None = None) -> None:
             for base in interfaces:
                 base.__init__(self)
-            self.plugin_name, self.plugin_namespace, self.plugin_version = name, NAMESPACE, VERSION
+            self.plugin_name, self.plugin_namespace, self.plugin_version = (
+                name,
+                CACHE_DOMAIN,
+                PLUGIN_VERSION,
+            )
             self.num_outputs = 1 + sum(stack.stores)
             self.stack, self.loaded = stack, loaded
 

@@ -9,21 +9,14 @@ launch, no scratch memory, and every tensor is read once.
 from __future__ import annotations
 
 import hashlib
-import re
 from typing import Any
 
+from goc_deploy.compiler.cache_ops import CACHE_DOMAIN, PLUGIN_VERSION, update_from_name
 from goc_deploy.engines.plugin.kernel import MAX_UNITS, SOURCE_PATH
 
-NAMESPACE, VERSION, STACK = "goc", "1", "GocCacheStack"
+STACK = "GocCacheStack"
 STORES_THAT_FUSE = 8
 KERNEL_SHA256 = hashlib.sha256(SOURCE_PATH.read_bytes()).hexdigest()
-_UPDATE = re.compile(r"GocCache(Update|Apply)([1-4])")
-
-
-def update_of(op_type: str) -> tuple[int, bool] | None:
-    """``GocCacheUpdate2`` to (2, True): history entries read, and whether the prediction is stored."""
-    found = _UPDATE.fullmatch(op_type)
-    return (int(found[2]), found[1] == "Update") if found else None
 
 
 def stack_updates(model: Any) -> int:
@@ -39,9 +32,9 @@ def stack_updates(model: Any) -> int:
 
     graph = model.graph
     units = [
-        (node, found)
+        (node, update)
         for node in graph.node
-        if node.domain == NAMESPACE and (found := update_of(node.op_type))
+        if node.domain == CACHE_DOMAIN and (update := update_from_name(node.op_type))
     ]
     stores = [int(stored) for _, (_, stored) in units]
     if not STORES_THAT_FUSE < sum(stores) <= len(units) <= MAX_UNITS or not _is_predict_graph(
@@ -54,9 +47,9 @@ def stack_updates(model: Any) -> int:
         ["x", "gates", "coefficients", *history],
         ["x_out", *(node.output[1] for node, (_, stored) in units if stored)],
         name="stack",
-        domain=NAMESPACE,
-        plugin_namespace=NAMESPACE,
-        plugin_version=VERSION,
+        domain=CACHE_DOMAIN,
+        plugin_namespace=CACHE_DOMAIN,
+        plugin_version=PLUGIN_VERSION,
         entries=[entries for _, (entries, _) in units],
         stores=stores,
     )
@@ -72,7 +65,7 @@ def _is_predict_graph(graph: Any, units: int) -> bool:
     inputs = {
         value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in graph.input
     }
-    around = {node.op_type for node in graph.node if node.domain != NAMESPACE}
+    around = {node.op_type for node in graph.node if node.domain != CACHE_DOMAIN}
     return (
         around <= {"Split", "Reshape", "Identity"}
         and list(inputs)[:3] == ["x", "gates", "coefficients"]

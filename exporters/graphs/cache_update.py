@@ -8,19 +8,19 @@ plugin where it is registered.
 
 from __future__ import annotations
 
-import re
-from itertools import chain
-
 import onnx
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper, parser
 
-from goc_deploy.errors import EngineDirError
+from goc_deploy.compiler.cache_ops import (
+    CACHE_DOMAIN,
+    PLUGIN_VERSION,
+    update_name,
+    updates_from_signature,
+)
 from goc_deploy.precision import DTYPE_OF_PRECISION, ELEMENT_TYPES
 from goc_deploy.spec import ModelSpec
 
-DOMAIN = "goc"
 OPSET = 20
-_RUN = re.compile(r"([1-4])(w?)\*(\d+)")
 
 
 def update_function(entries: int, *, stores: bool, precision: str) -> FunctionProto:
@@ -54,7 +54,7 @@ def update_function(entries: int, *, stores: bool, precision: str) -> FunctionPr
     else:
         lines.append("x_out = Add(x, update)")  # an Identity that names an output would cost a copy
     inputs = ", ".join(["x", "gate", "coefficients", *history])
-    header = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>'
+    header = f'<domain: "{CACHE_DOMAIN}", opset_import: ["" : {OPSET}]>'
     outputs = "(x_out, g)" if stores else "(x_out)"
     body = "\n".join(lines)
     return parser.parse_function(
@@ -62,25 +62,8 @@ def update_function(entries: int, *, stores: bool, precision: str) -> FunctionPr
     )
 
 
-def update_name(entries: int, *, stores: bool) -> str:
-    """Op type of an update."""
-    return f"GocCache{'Update' if stores else 'Apply'}{entries}"
-
-
 def _split_text(source: str, count: int) -> str:
     return f"Split<axis=0, num_outputs={count}>({source})" if count > 1 else f"Identity({source})"
-
-
-def entries_from_signature(signature: str) -> list[tuple[int, bool]]:
-    """``"1*2 2w*1"`` to ``[(1, False), (1, False), (2, True)]``: history entries read, and whether g is stored.
-
-    Raises:
-        EngineDirError: not a signature.
-    """
-    runs = [_RUN.fullmatch(word) for word in signature.split(" ")]
-    if not runs or not all(runs):
-        raise EngineDirError(f"{signature!r} is not a predict signature")
-    return list(chain.from_iterable([(int(m[1]), bool(m[2]))] * int(m[3]) for m in runs if m))
 
 
 def predict_graph(signature: str, spec: ModelSpec, precision: str) -> ModelProto:
@@ -89,7 +72,7 @@ def predict_graph(signature: str, spec: ModelSpec, precision: str) -> ModelProto
     Inputs: x (B, T, D), gates (n, B, D), coefficients (all units' rows joined) float32, g{unit}_{entry} (B, T, D).
     Outputs: x_out, and g{unit} where it is stored.
     """
-    entries = entries_from_signature(signature)
+    entries = updates_from_signature(signature)
     dtype, n = ELEMENT_TYPES[DTYPE_OF_PRECISION[precision]].onnx, len(entries)
     feature: list[str | int | None] = ["batch", spec.tokens, spec.hidden]
     inputs = [
@@ -120,9 +103,9 @@ def predict_graph(signature: str, spec: ModelSpec, precision: str) -> ModelProto
                 [x, f"gate{u}_rows", f"row{u}", *history],
                 [x_out, f"g{u}"] if stored else [x_out],
                 name=f"update{u}",
-                domain=DOMAIN,
-                plugin_namespace=DOMAIN,
-                plugin_version="1",
+                domain=CACHE_DOMAIN,
+                plugin_namespace=CACHE_DOMAIN,
+                plugin_version=PLUGIN_VERSION,
             )
         )
         if stored:
@@ -142,7 +125,7 @@ def _split(source: str, targets: list[str]) -> NodeProto:
 
 
 def _model(graph: onnx.GraphProto, functions: list[FunctionProto]) -> ModelProto:
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CACHE_DOMAIN, 1)]
     model = helper.make_model(
         graph, functions=functions, opset_imports=opsets, ir_version=10, producer_name="goc_deploy"
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
+from goc_deploy.compiler.cache_ops import predict_signature
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec
@@ -82,8 +83,7 @@ class Predict:
     @property
     def signature(self) -> str:
         """What the launch looks like whatever it is bound to: ``2w*8`` is eight units of two entries that store."""
-        shapes = (f"{len(p.slots)}{'w' if p.store is not None else ''}" for p in self.predictions)
-        return " ".join(f"{shape}*{len(list(run))}" for shape, run in groupby(shapes))
+        return predict_signature((len(p.slots), p.store is not None) for p in self.predictions)
 
 
 @dataclass(frozen=True, slots=True)
