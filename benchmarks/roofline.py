@@ -20,7 +20,6 @@ from goc_deploy.compiler import Compute, Plan, Predict, compile_schedule, with_s
 from goc_deploy.policies.grammar import parse_policy
 from goc_deploy.policies.resolve import schedule_from_policy
 from goc_deploy.precision import ITEM_BYTES, PRECISIONS
-from goc_deploy.runtime.buffers import modulation_rows
 from goc_deploy.schedule.operations import product_flops
 from goc_deploy.spec import ModelSpec
 
@@ -131,16 +130,16 @@ class Counter:
     def conditioning(self, steps: int, labels: int) -> list[Work]:
         """The modulation table, once per batch."""
         rows, d = steps * labels, self.spec.hidden
-        outputs = modulation_rows(self.spec) * d
+        outputs = self.spec.modulation.count * d
         return [Work(2 * rows * d * outputs, (outputs * d + rows * outputs) * self.item)]
 
 
 def steps_of(plan: Plan, counter: Counter) -> Iterator[list[Work]]:
     """The work of each step of a plan, as a GPU runs it."""
-    units = counter.spec.units
+    rows = counter.spec.modulation
     for launches in with_stacks(plan, counter.spec).launches:
         computes = any(isinstance(op, Compute) for op in launches)
-        works = counter.around(modulation_rows(counter.spec) if computes else units + 2)
+        works = counter.around(len(rows.read(computes=computes, predicts=True)))
         for op in launches:
             works += counter.compute(op) if isinstance(op, Compute) else counter.predict(op)  # type: ignore[arg-type]
         yield works

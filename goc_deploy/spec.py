@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from goc_deploy.modulation import ModulationRows
+
 DIFFUSION_PREDICTIONS = ("eps", "v", "x0")
 FLOW_PREDICTIONS = ("flow", "flow_to_noise")
 PREDICTIONS = (*DIFFUSION_PREDICTIONS, *FLOW_PREDICTIONS)
@@ -85,6 +87,11 @@ class ModelSpec:
     def units(self) -> int:
         """Number of units, blocks times branches; unit u is block ``u // len(branches)``."""
         return self.depth * len(self.branches)
+
+    @property
+    def modulation(self) -> ModulationRows:
+        """The rows of the modulation table."""
+        return ModulationRows(self.units)
 
     @property
     def unit_names(self) -> tuple[str, ...]:

@@ -132,11 +132,6 @@ def captions_of_block(
     }
 
 
-def modulation_rows(spec: ModelSpec) -> int:
-    """Rows M of the modulation table: gates, final shift and scale, then shift and scale of each unit."""
-    return 3 * spec.units + 2
-
-
 def aligned_size(count: int) -> int:
     """Float32 values to the next aligned address after ``count`` of them."""
     per_line = ALIGNMENT // DTYPE_BYTES["float32"]
@@ -175,7 +170,7 @@ def coefficient_row(op: Predict) -> list[float]:
 def planned_bytes(spec: ModelSpec, precision: str, plan: Plan, capacity: int) -> int:
     """Bytes that `allocate_buffers` takes, without its few kilobytes of indices."""
     item, rows = ITEM_BYTES[precision], 2 * capacity
-    step_bytes = modulation_rows(spec) * table_labels(spec, capacity) * spec.hidden * item
+    step_bytes = spec.modulation.count * table_labels(spec, capacity) * spec.hidden * item
     captions = (
         spec.caption_tokens
         * rows
@@ -190,7 +185,10 @@ def planned_bytes(spec: ModelSpec, precision: str, plan: Plan, capacity: int) ->
     return (
         captions
         + table
-        + (modulation_rows(spec) + plan.accumulators * spec.units) * rows * spec.hidden * item
+        + (spec.modulation.count + plan.accumulators * len(spec.modulation.gates))
+        * rows
+        * spec.hidden
+        * item
         + features
         + pixels * ((2 + noise + estimates) * spec.channels + 2 * spec.output_channels)
     )
@@ -210,7 +208,7 @@ def allocate_buffers(
     """
     dtype, rows = DTYPE_OF_PRECISION[precision], 2 * capacity
     table_row = table_labels(spec, capacity) * spec.hidden
-    chunk = _chunk_steps(modulation_rows(spec) * table_row * ITEM_BYTES[precision], plan)
+    chunk = _chunk_steps(spec.modulation.count * table_row * ITEM_BYTES[precision], plan)
     feature, image = rows * spec.tokens * spec.hidden, spec.channels * spec.side**2
 
     def new(*shape: int, dtype: str = "float32") -> Buffer:
@@ -239,12 +237,13 @@ def allocate_buffers(
     return Buffers(
         chunk=chunk,
         table=new(
-            min(plan.steps, chunk + plan.accumulators) * modulation_rows(spec) * table_row,
+            min(plan.steps, chunk + plan.accumulators) * spec.modulation.count * table_row,
             dtype=dtype,
         ),
-        modulation=new(modulation_rows(spec) * rows * spec.hidden, dtype=dtype),
+        modulation=new(spec.modulation.count * rows * spec.hidden, dtype=dtype),
         gates_ahead=tuple(
-            new(spec.units * rows * spec.hidden, dtype=dtype) for _ in range(plan.accumulators)
+            new(len(spec.modulation.gates) * rows * spec.hidden, dtype=dtype)
+            for _ in range(plan.accumulators)
         ),
         tokens=(new(feature, dtype=dtype), new(feature, dtype=dtype)),
         slots=tuple(new(feature, dtype=dtype) for _ in range(plan.slots)),

@@ -13,7 +13,7 @@ from typing import Any
 
 from goc_deploy.protocols import Buffer, Device, Move
 from goc_deploy.runtime.binding import Binder, BoundLaunch
-from goc_deploy.runtime.buffers import SharedBuffers, aligned_size, modulation_rows
+from goc_deploy.runtime.buffers import SharedBuffers, aligned_size
 
 
 class SharedBinder(Binder):
@@ -49,7 +49,7 @@ class SharedBinder(Binder):
             source,
             self._modulation_row(used.start, len(used)),
             period=self._buffers.chunk,
-            stride=modulation_rows(spec) * labels * spec.hidden,
+            stride=spec.modulation.count * labels * spec.hidden,
             rows=self._buffers.label_rows.view(rows),
         )
 

@@ -17,7 +17,6 @@ from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.buffers import (
     captions_of_block,
     keys_values_shape,
-    modulation_rows,
     table_labels,
 )
 from goc_deploy.samplers import SamplerTable
@@ -87,10 +86,10 @@ class Stepper:
         self._labels = HostArray(capacity + 1, "int64")
         self._label_rows = HostArray(rows, "int64")
         self._table = HostArray(
-            modulation_rows(spec) * table_labels(spec, capacity) * spec.hidden, dtype
+            spec.modulation.count * table_labels(spec, capacity) * spec.hidden, dtype
         )
         self._captions = _CaptionArrays(spec, capacity, dtype) if spec.draws_captions else None
-        self._modulation = HostArray(modulation_rows(spec) * rows * spec.hidden, dtype)
+        self._modulation = HostArray(spec.modulation.count * rows * spec.hidden, dtype)
         self._rows = HostArray(rows, "int64")
         self._cond_rows, self._uncond_rows = (
             HostArray(capacity, "int64"),
@@ -173,7 +172,9 @@ class Stepper:
     def gate(self, unit: int) -> np.ndarray:
         """The unit's gate at the current step, (B, 1, D) in the engine's dtype; a view."""
         rows, hidden = self._row_count, self.spec.hidden
-        return self._modulation.array(rows, 1, hidden, start=unit * rows * hidden)
+        return self._modulation.array(
+            rows, 1, hidden, start=self.spec.modulation.gate(unit) * rows * hidden
+        )
 
     def compute(self, unit: int) -> np.ndarray:
         """Run a unit's engine, which adds its gated feature to the tokens.
@@ -182,12 +183,12 @@ class Stepper:
             The feature (B, T, D) in the engine's dtype: a view that the next call overwrites.
         """
         spec, rows = self.spec, self._row_count
-        first, name = spec.units + 2 + 2 * unit, spec.unit_names[unit]
+        modulation, name = spec.modulation, spec.unit_names[unit]
         offered = {
             "x": self._tokens[self._side].buffer(*self.feature_shape),
-            "shift": self._modulation_row(first),
-            "scale": self._modulation_row(first + 1),
-            "gate": self._modulation_row(unit),
+            "shift": self._modulation_row(modulation.shift(unit)),
+            "scale": self._modulation_row(modulation.scale(unit)),
+            "gate": self._modulation_row(modulation.gate(unit)),
             **(self._captions.of_block(unit // len(spec.branches), rows) if self._captions else {}),
         }
         outputs = {
@@ -222,8 +223,8 @@ class Stepper:
         prediction = self._prediction.buffer(rows, spec.output_channels, spec.side, spec.side)
         inputs = {
             "x": self._tokens[self._side].buffer(*self.feature_shape),
-            "shift": self._modulation_row(spec.units),
-            "scale": self._modulation_row(spec.units + 1),
+            "shift": self._modulation_row(spec.modulation.final_shift),
+            "scale": self._modulation_row(spec.modulation.final_scale),
         }
         self._run("final", inputs, {"prediction": prediction})
         inputs = {
@@ -252,7 +253,7 @@ class Stepper:
         return (self._images, self.spec.channels, self.spec.side, self.spec.side)
 
     def _run_conditioning(self, labels: int) -> None:
-        spec, rows, count = self.spec, self._row_count, modulation_rows(self.spec)
+        spec, rows, count = self.spec, self._row_count, self.spec.modulation.count
         offered = {"timesteps": self._timestep.buffer(1), "labels": self._labels.buffer(labels)}
         inputs = taken(self._engines.units["conditioning"], offered)
         self._run(

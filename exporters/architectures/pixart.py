@@ -171,7 +171,7 @@ class ConditioningUnit(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.told_size = float(spec.told_size)
+        self.told_size, self.modulation_rows = float(spec.told_size), spec.modulation
         self.t_embedder = TimestepEmbed(spec)
         self.t_block = nn.Linear(spec.hidden, 6 * spec.hidden)
         self.block_tables = nn.Parameter(torch.empty(spec.depth, 6, spec.hidden))
@@ -204,9 +204,8 @@ class ConditioningUnit(nn.Module):
             [nothing if chunk is None else own[:, :, chunk] for chunk in rest], dim=2
         )
         last = condition.unsqueeze(1) + self.final_table  # (S, 2, D)
-        table = torch.cat(
-            [gates.reshape(steps, -1, hidden), last, shifts.reshape(steps, -1, hidden)], dim=1
-        )
+        parts = self.modulation_rows.in_order(gates=gates, final=last, units=shifts)
+        table = torch.cat([part.reshape(steps, -1, hidden) for part in parts], dim=1)
         return table.unsqueeze(2)  # (S, M, 1, D)
 
 

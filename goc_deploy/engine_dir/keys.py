@@ -124,7 +124,8 @@ def dimension_ranges(spec: ModelSpec, max_batch: int, steps: int) -> Mapping[str
         max_batch: most images per run; with guidance an image has two rows.
         steps: of the longest plan.
     """
-    images, rows, labels, modulation = max_batch, 2 * max_batch, max_batch + 1, 3 * spec.units + 2
+    images, rows, labels = max_batch, 2 * max_batch, max_batch + 1
+    modulation = spec.modulation.count
     return {
         "batch": (1, rows, rows),
         "B": (1, rows, rows),
