@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.make_checkpoint import spec_of
-from goc_deploy.compiler import Compute, Plan, Predict, compile_schedule, with_stacks
+from goc_deploy.compiler import Compute, Plan, Predict, compile_for_device
 from goc_deploy.policies.grammar import parse_policy
 from goc_deploy.policies.resolve import schedule_from_policy
 from goc_deploy.precision import ITEM_BYTES, PRECISIONS
@@ -135,9 +135,9 @@ class Counter:
 
 
 def steps_of(plan: Plan, counter: Counter) -> Iterator[list[Work]]:
-    """The work of each step of a plan, as a GPU runs it."""
+    """The work of each step of a plan in the device's form."""
     rows = counter.spec.modulation
-    for launches in with_stacks(plan, counter.spec).launches:
+    for launches in plan.launches:
         computes = any(isinstance(op, Compute) for op in launches)
         works = counter.around(len(rows.read(computes=computes, predicts=True)))
         for op in launches:
@@ -154,7 +154,7 @@ def predicted(
     name: str, counter: Counter, steps: int, images: int, gpu: Gpu
 ) -> tuple[Work, float, float]:
     """Of a plan on a GPU: the work of a full step of ``none`` or a cached step of another, its seconds, and the total's."""
-    plan = compile_schedule(
+    plan = compile_for_device(
         schedule_from_policy(parse_policy(name), counter.spec, steps), counter.spec, "ddim"
     )
     every = list(steps_of(plan, counter))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
@@ -12,6 +13,8 @@ Progress = Callable[[str, int, int], None]  # (what, done, total)
 CALIBRATION_SEED = (
     2**32
 )  # far from the small seeds that people generate with: calibration images stay unseen
+Segments = Literal["full", "none"]
+SEGMENTS: tuple[Segments, ...] = get_args(Segments)
 PRESETS = ("paper",)  # tables of the literature that goc-eval makes
 
 
@@ -66,7 +69,7 @@ class ExportOptions:
     text_encoder: Path | None = None
     vae: Path | None = None
     vae_tile: int = 64
-    segments: str = "full"
+    segments: Segments = "full"
 
 
 def default_plans(*, calibrates: bool) -> tuple[str, ...]:
@@ -96,7 +99,7 @@ class PlanOptions:
     calibrate: int | None = None
     seed: int = CALIBRATION_SEED
     cfg_scale: float = 4.0
-    segments: str = "full"
+    segments: Segments = "full"
 
 
 @dataclass(frozen=True, slots=True)

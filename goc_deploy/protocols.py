@@ -250,9 +250,9 @@ class Backend(Protocol):
     Attributes:
         name: as on the command line.
         device: where they run.
-        stacks: whether a step that computes nothing is best done in one launch, and one that computes everything too where
-            the plan has segments. Where it is not, predictions are spread over the step before, while their history is in
-            the processor's cache, and every unit is a launch.
+        stacks: True if the backend prefers few, large launches (GPUs): a collapsed step is one launch,
+            and with segments a full step too. False (CPU): every unit is a launch, and a collapsed
+            step's predictions are made during the preceding step, while their inputs are in cache.
         passed_over: faster backends that were tried first -> why they do not work here.
     """
 

@@ -12,7 +12,8 @@ from numbers import Integral
 from pathlib import Path
 from types import MappingProxyType
 
-from goc_deploy.compiler import Compute, Plan, with_stacks
+from goc_deploy.compiler import Compute, Plan, in_form
+from goc_deploy.compiler.plan import PlanForm
 from goc_deploy.conditions.captions import captions_from_bytes
 from goc_deploy.conditions.text import TextEncoder
 from goc_deploy.engine_dir.graph_check import check_graph, external_tensors
@@ -105,8 +106,8 @@ def load_pipelines(
         raise UsageError(
             f"batch size {images} must be within 1..{manifest.max_batch}, what the engine was exported for (--max-batch)"
         )
-    if backend.stacks:
-        plans = [with_stacks(plan, manifest.model) for plan in plans]
+    form: PlanForm = "device" if backend.stacks else "host"
+    plans = [in_form(plan, manifest.model, form) for plan in plans]
     parts = {"decoder": manifest.decoder, "text_encoder": manifest.text}
     more = [name for name, part in parts.items() if part]
     more += manifest.model.unit_names if all_units else ()

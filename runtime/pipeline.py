@@ -444,6 +444,7 @@ class Pipeline:
             "goc_deploy": __version__,
             **self._backend.describe(),
             "plan": plan.name,
+            "plan_form": plan.form,
             "policy": plan.schedule.policy,
             "sampler": plan.sampler.sampler,
             "prediction": plan.sampler.prediction,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from goc_deploy.compiler import with_stacks
+from goc_deploy.compiler import in_form
 from goc_deploy.engine_dir.graph_check import check_graph, external_tensors
 from goc_deploy.engine_dir.keys import Recipe, Target, dimension_profiles
 from goc_deploy.engine_dir.manifest import FileEntry, Manifest, Unit
@@ -56,14 +56,16 @@ def wanted_engines(
 ) -> list[Job]:
     """One job per engine: per unit, or per kind of unit where weights are shared, and per segment.
 
-    Predict graphs that plans launch only where their predictions are spread over steps (`Backend.stacks`) get none. A
+    Predict graphs that only the host's form of a plan launches (`goc_deploy.compiler.passes`) get none. A
     segment whose weights are more than one graph can hold reads them at an address in both weight modes.
     """
     plans = [load_plan(directory, manifest, entry.name) for entry in manifest.plans]
     steps = max((plan.steps for plan in plans), default=1)
     ways = dimension_profiles(target.backend, manifest.model, manifest.max_batch, steps)
     launched = {
-        signature for plan in plans for signature in with_stacks(plan, manifest.model).signatures
+        signature
+        for plan in plans
+        for signature in in_form(plan, manifest.model, "device").signatures
     }
     not_launched = {signature for plan in plans for signature in plan.signatures} - launched
     files = {entry.path: entry for entry in manifest.files}

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Literal
 
 from goc_deploy.compiler.cache_ops import predict_signature
+from goc_deploy.options import Segments
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec
 
 MAX_LAUNCH_UNITS = 88  # predictions of one launch: what the parameters of the plugin's kernel hold
-SEGMENTS = ("full", "none")
+PlanForm = Literal["host", "device"]
+StepKind = Literal["full", "mixed", "collapsed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +108,10 @@ class Plan:
         launches: [T] the launches of each step, in execution order.
         slots: number of feature-sized history buffers.
         schedule: what it was compiled from.
-        segments: what runs as one engine where the backend builds engines (`goc_deploy.compiler.passes.with_stacks`): ``full``, a
-            step that computes everything, or ``none``.
+        segments: what a device shall run as one engine: ``full``, a step that computes everything, or
+            ``none``.
+        form: ``host`` as `goc_deploy.compiler.passes.compile_for_host` makes it, which engine
+            directories hold, or ``device``.
     """
 
     name: str
@@ -115,7 +119,8 @@ class Plan:
     launches: tuple[tuple[Launch, ...], ...]
     slots: int
     schedule: Schedule
-    segments: str = "none"
+    segments: Segments = "none"
+    form: PlanForm = "host"
 
     @property
     def steps(self) -> int:
@@ -148,7 +153,7 @@ class Plan:
             default=0,
         )
 
-    def step_kind(self, step: int) -> str:
+    def step_kind(self, step: int) -> StepKind:
         """``full`` computes every unit, ``collapsed`` none, ``mixed`` some."""
         ops = self.launches[step]
         computed = sum(isinstance(op, Compute) for op in ops)
@@ -157,7 +162,7 @@ class Plan:
         return "mixed" if computed else "collapsed"
 
     @property
-    def kind_counts(self) -> dict[str, int]:
+    def kind_counts(self) -> dict[StepKind, int]:
         """How many steps are of each kind."""
         return dict(sorted(Counter(self.step_kind(k) for k in range(self.steps)).items()))
 
@@ -173,12 +178,3 @@ class Plan:
     def naive_cache_bytes(self, spec: ModelSpec, batch: int, item_bytes: int) -> int:
         """Bytes of the reference implementation's queue: two features per unit."""
         return 2 * spec.units * batch * spec.tokens * spec.hidden * item_bytes
-
-
-def predictions(plan: Plan) -> Iterator[tuple[int, int, Prediction]]:
-    """Yield (step, unit, prediction) in execution order."""
-    for step, launches in enumerate(plan.launches):
-        for op in launches:
-            if isinstance(op, Predict):
-                for offset, prediction in enumerate(op.predictions):
-                    yield step, op.unit + offset, prediction

@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from goc_deploy.compiler import Plan, check_plan, compile_schedule
-from goc_deploy.compiler.plan import SEGMENTS
+from goc_deploy.compiler import Plan, check_plan, compile_for_host
 from goc_deploy.compiler.plan_file import PLAN_VERSION, plan_from_json, plan_to_json
 from goc_deploy.conditions.labels import labels_from_text
 from goc_deploy.engine_dir.manifest_file import MANIFEST_VERSION, manifest_from_json
 from goc_deploy.engine_dir.plans import load_plan
 from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.errors import EngineDirError, GocError, ScheduleError, UsageError
+from goc_deploy.options import SEGMENTS
 from goc_deploy.policies.grammar import whole_number
 from goc_deploy.schedule.schedule import schedule_from_file
 from goc_deploy.spec import DIFFUSION_PREDICTIONS, ModelSpec
@@ -32,7 +32,7 @@ def plan_of(
     schedule, sampler: str = "ddim", prediction: str = "eps", segments: str = "none"
 ) -> Plan:
     spec = ModelSpec(schedule.depth, 8, 2, 16, 2, 2, 4, 10, True, prediction=prediction)
-    return compile_schedule(schedule, spec, sampler, segments=segments)
+    return compile_for_host(schedule, spec, sampler, segments=segments)
 
 
 @given(
