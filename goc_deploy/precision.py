@@ -42,12 +42,12 @@ ELEMENT_TYPES: Mapping[str, ElementType] = {
     "int64": ElementType(8, "int64", 7, "int64", "INT64"),
     "uint8": ElementType(1, "uint8", 2, "uint8", "UINT8"),
 }
-DTYPE_OF_PRECISION: Mapping[str, str] = {
+DTYPE_OF_PRECISION: Mapping[Precision, str] = {
     "fp32": "float32",
     "fp16": "float16",
     "bf16": "bfloat16",
 }
 DTYPE_BYTES: Mapping[str, int] = {dtype: kind.nbytes for dtype, kind in ELEMENT_TYPES.items()}
-ITEM_BYTES: Mapping[str, int] = {
+ITEM_BYTES: Mapping[Precision, int] = {
     precision: DTYPE_BYTES[dtype] for precision, dtype in DTYPE_OF_PRECISION.items()
 }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from goc_deploy.compiler import Plan, Predict
-from goc_deploy.precision import DTYPE_BYTES, DTYPE_OF_PRECISION, ITEM_BYTES
+from goc_deploy.precision import DTYPE_BYTES, DTYPE_OF_PRECISION, ITEM_BYTES, Precision
 from goc_deploy.protocols import ALIGNMENT, Backend, Buffer
 from goc_deploy.spec import ModelSpec
 
@@ -167,7 +167,7 @@ def coefficient_row(op: Predict) -> list[float]:
     return [c for prediction in op.predictions for c in prediction.coefficients]
 
 
-def planned_bytes(spec: ModelSpec, precision: str, plan: Plan, capacity: int) -> int:
+def planned_bytes(spec: ModelSpec, precision: Precision, plan: Plan, capacity: int) -> int:
     """Bytes that `allocate_buffers` takes, without its few kilobytes of indices."""
     item, rows = ITEM_BYTES[precision], 2 * capacity
     step_bytes = spec.modulation.count * table_labels(spec, capacity) * spec.hidden * item
@@ -199,7 +199,7 @@ def _chunk_steps(step_bytes: int, plan: Plan) -> int:
 
 
 def allocate_buffers(
-    backend: Backend, spec: ModelSpec, precision: str, plan: Plan, capacity: int
+    backend: Backend, spec: ModelSpec, precision: Precision, plan: Plan, capacity: int
 ) -> Buffers:
     """Allocate a session's memory and fill in what never changes.
 

@@ -27,7 +27,7 @@ from goc_deploy.runtime.final_fit import Pair, fit_to_final
 from goc_deploy.runtime.fitting import fitted_schedule
 from goc_deploy.runtime.stepper import Stepper
 from goc_deploy.runtime.trajectory import ImageBatch, Trajectory
-from goc_deploy.schedule import COMPUTE, Schedule, check_schedule
+from goc_deploy.schedule import COMPUTE, HistoryKind, Schedule, check_schedule
 
 TINY = np.finfo(np.float64).tiny
 BUDGET_BYTES = (
@@ -135,7 +135,7 @@ class EngineCalibrator:
         record = {**asdict(options), "calibration": self.describe(), "error": self.error(fitted)}
         return replace(fitted, provenance={**schedule.provenance, "fit": record})
 
-    def _pairs(self, history: str, depth: int) -> Iterator[Pair]:
+    def _pairs(self, history: HistoryKind, depth: int) -> Iterator[Pair]:
         self.statistics()
         for batch, expected in zip(self._batches(), self._final, strict=True):
             yield Trajectory(self._stepper, batch, history, depth), expected

@@ -17,6 +17,7 @@ import numpy as np
 
 from goc_deploy.compiler import Plan
 from goc_deploy.conditions.captions import Conditions
+from goc_deploy.precision import Precision
 from goc_deploy.protocols import Backend, Launch, Stream
 from goc_deploy.runtime.binding import Batch, Binder, BoundLaunch, BoundPlan, BoundStep, Engines
 from goc_deploy.runtime.buffers import allocate_buffers
@@ -86,7 +87,7 @@ class Session:
         engines: Engines,
         backend: Backend,
         spec: ModelSpec,
-        precision: str,
+        precision: Precision,
         plan: Plan,
         capacity: int,
     ) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from goc_deploy.precision import DTYPE_OF_PRECISION
+from goc_deploy.precision import DTYPE_OF_PRECISION, Precision
 from goc_deploy.protocols import ALIGNMENT, NUMPY_DTYPES, Buffer, taken
 from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.buffers import (
@@ -77,7 +77,12 @@ class Stepper:
     """
 
     def __init__(
-        self, engines: Engines, spec: ModelSpec, precision: str, table: SamplerTable, capacity: int
+        self,
+        engines: Engines,
+        spec: ModelSpec,
+        precision: Precision,
+        table: SamplerTable,
+        capacity: int,
     ) -> None:
         self.spec, self.table, self.capacity, self._engines = spec, table, capacity, engines
         dtype, rows = DTYPE_OF_PRECISION[precision], 2 * capacity

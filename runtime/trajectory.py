@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from goc_deploy.runtime.stepper import Stepper
+from goc_deploy.schedule import HistoryKind
 
 Row = tuple[float, ...]
 FeatureHook = Callable[[int, np.ndarray], None]
@@ -41,7 +42,9 @@ class Trajectory:
         depth: history entries kept per unit.
     """
 
-    def __init__(self, stepper: Stepper, batch: ImageBatch, history: str, depth: int) -> None:
+    def __init__(
+        self, stepper: Stepper, batch: ImageBatch, history: HistoryKind, depth: int
+    ) -> None:
         self._stepper, self._batch = stepper, batch
         self._pushes_predictions, self._depth = history == "used", depth
         self.latents = np.float32(stepper.table.start) * batch.noise[:, 0]

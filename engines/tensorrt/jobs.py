@@ -9,7 +9,7 @@ from pathlib import Path
 
 from goc_deploy.compiler import in_form
 from goc_deploy.engine_dir.graph_check import check_graph, external_tensors
-from goc_deploy.engine_dir.keys import Recipe, Target, dimension_profiles
+from goc_deploy.engine_dir.keys import EngineWeights, Recipe, Target, dimension_profiles
 from goc_deploy.engine_dir.manifest import FileEntry, Manifest, Unit
 from goc_deploy.engine_dir.plans import load_plan
 from goc_deploy.engine_dir.reading import read_verified
@@ -35,7 +35,7 @@ class Job:
     unit: Unit
     served: tuple[str, ...]
     profiles: tuple[graphs.Shapes, ...]
-    weights: str
+    weights: EngineWeights
     parts: Mapping[str, Unit]
 
     @property
@@ -98,7 +98,7 @@ def wanted_engines(
         )
         known = jobs.get(recipe.key)
         served = (*(known.served if known else ()), unit.onnx)
-        weights = "embedded" if embeds else "shared" if parts else "none"
+        weights: EngineWeights = "embedded" if embeds else "shared" if parts else "none"
         first, parts = (known.unit, known.parts) if known else (unit, parts)
         jobs[recipe.key] = Job(recipe, first, served, tuple(profiles.values()), weights, parts)
     return list(jobs.values())

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from goc_deploy.exporters.units import UnitKind
+from goc_deploy.precision import Precision
 from goc_deploy.spec import ModelSpec
 
 
@@ -66,6 +67,6 @@ class Architecture(Protocol):
         """
         ...
 
-    def unit_kinds(self, spec: ModelSpec, precision: str) -> tuple[UnitKind, ...]:
+    def unit_kinds(self, spec: ModelSpec, precision: Precision) -> tuple[UnitKind, ...]:
         """The graphs of a model, in the order in which they are written."""
         ...

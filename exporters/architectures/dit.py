@@ -39,6 +39,7 @@ from goc_deploy.exporters.tracing import (
     shapes_of,
 )
 from goc_deploy.exporters.units import DTYPES, Input, Slab, UnitKind
+from goc_deploy.precision import Precision
 from goc_deploy.schedule import MAX_BLOCKS
 from goc_deploy.spec import ModelSpec
 
@@ -297,7 +298,7 @@ class FinalUnit(nn.Module):
         return unpatchify(patches, self.spec).float()  # (B, C_out, H, W)
 
 
-def unit_kinds(spec: ModelSpec, precision: str) -> tuple[UnitKind, ...]:
+def unit_kinds(spec: ModelSpec, precision: Precision) -> tuple[UnitKind, ...]:
     """The graphs of a DiT, in the order in which they are written."""
     dtype = DTYPES[precision]
     examples = Examples(spec, dtype)

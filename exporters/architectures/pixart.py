@@ -60,6 +60,7 @@ from goc_deploy.exporters.tracing import (
     shapes_of,
 )
 from goc_deploy.exporters.units import DTYPES, Input, Slab, UnitKind
+from goc_deploy.precision import Precision
 from goc_deploy.schedule import MAX_BLOCKS
 from goc_deploy.spec import ModelSpec
 
@@ -315,7 +316,7 @@ def check_tensors(tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
     check_shapes(used, shapes_of(lambda: PublicLayout(spec)), what)
 
 
-def unit_kinds(spec: ModelSpec, precision: str) -> tuple[UnitKind, ...]:
+def unit_kinds(spec: ModelSpec, precision: Precision) -> tuple[UnitKind, ...]:
     """The graphs of a PixArt, in the order in which they are written."""
     dtype = DTYPES[precision]
     examples = Examples(spec, dtype)

@@ -17,13 +17,13 @@ from goc_deploy.compiler.cache_ops import (
     update_name,
     updates_from_signature,
 )
-from goc_deploy.precision import DTYPE_OF_PRECISION, ELEMENT_TYPES
+from goc_deploy.precision import DTYPE_OF_PRECISION, ELEMENT_TYPES, Precision
 from goc_deploy.spec import ModelSpec
 
 OPSET = 20
 
 
-def update_function(entries: int, *, stores: bool, precision: str) -> FunctionProto:
+def update_function(entries: int, *, stores: bool, precision: Precision) -> FunctionProto:
     """The body of ``GocCacheUpdateN`` (gives x_out and g) or ``GocCacheApplyN`` (x_out only) for N history entries.
 
     ``g = g0 + c1 * g1 + ...`` and ``x_out = x + (c0 * gate) * g``: c0 is multiplied into the gate, which is small.
@@ -66,7 +66,7 @@ def _split_text(source: str, count: int) -> str:
     return f"Split<axis=0, num_outputs={count}>({source})" if count > 1 else f"Identity({source})"
 
 
-def predict_graph(signature: str, spec: ModelSpec, precision: str) -> ModelProto:
+def predict_graph(signature: str, spec: ModelSpec, precision: Precision) -> ModelProto:
     """One launch that predicts neighbouring units: a chain of updates on x, so each unit's tensors stay in cache.
 
     Inputs: x (B, T, D), gates (n, B, D), coefficients (all units' rows joined) float32, g{unit}_{entry} (B, T, D).

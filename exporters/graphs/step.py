@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import onnx
 from onnx import ModelProto, parser
 
-from goc_deploy.precision import DTYPE_OF_PRECISION, ELEMENT_TYPES
+from goc_deploy.precision import DTYPE_OF_PRECISION, ELEMENT_TYPES, Precision
 from goc_deploy.samplers import MAX_LAGS
 from goc_deploy.spec import ModelSpec
 
 _HEADER = '<ir_version: 10, opset_import: ["" : 20], producer_name: "goc_deploy">\n'
 
 
-def modulation_graph(spec: ModelSpec, precision: str) -> ModelProto:
+def modulation_graph(spec: ModelSpec, precision: Precision) -> ModelProto:
     """Pick the rows of one step's modulation table for the batch.
 
     Inputs: table (M, R, D), rows (B,) int64. Outputs: modulation (M, B, D).
@@ -26,7 +26,7 @@ def modulation_graph(spec: ModelSpec, precision: str) -> ModelProto:
     )
 
 
-def collect_graph(spec: ModelSpec, precision: str) -> ModelProto:
+def collect_graph(spec: ModelSpec, precision: Precision) -> ModelProto:
     """Add what was predicted for a whole step ahead of time.
 
     Inputs: x (B, T, D), accumulated (B, T, D). Outputs: x_out (B, T, D).
@@ -37,7 +37,7 @@ def collect_graph(spec: ModelSpec, precision: str) -> ModelProto:
     )
 
 
-def _onnx_name(precision: str) -> str:
+def _onnx_name(precision: Precision) -> str:
     return ELEMENT_TYPES[DTYPE_OF_PRECISION[precision]].onnx_name
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from goc_deploy.compiler import Collect, Compute, Plan, Predict, Segment, in_form
 from goc_deploy.compiler.plan import StepKind
 from goc_deploy.display.plans import Table
+from goc_deploy.engine_dir.keys import EngineWeights
 from goc_deploy.engine_dir.manifest import EngineEntry, Manifest
 
 
@@ -122,7 +123,7 @@ def launched_graphs(plan: Plan, manifest: Manifest, step: int) -> list[str]:
     return [*names, onnx["final"], onnx[plan.sampler.graph]]
 
 
-def _kernels(graphs: Sequence[str], manifest: Manifest, folder: str, weights: str) -> str:
+def _kernels(graphs: Sequence[str], manifest: Manifest, folder: str, weights: EngineWeights) -> str:
     """Kernels of all graphs on one target, or what is missing to tell."""
     of_graph: dict[str, EngineEntry] = {}
     for engine in manifest.engines:

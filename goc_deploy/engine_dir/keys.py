@@ -6,11 +6,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Literal, get_args
 
+from goc_deploy.options import WeightMode
 from goc_deploy.spec import ModelSpec, tiles_at_once
 
 ENGINE_BACKENDS = ("tensorrt-rtx", "tensorrt")
-WEIGHT_MODES = ("embedded", "shared")  # an engine of a graph without weights has "none"
+WEIGHT_MODES: tuple[WeightMode, ...] = get_args(WeightMode)
+EngineWeights = Literal["embedded", "shared", "none"]  # "none": the graph has no weights
 RECIPE_VERSION = 3  # changes where the same recipe would be built in another way
 
 Range = tuple[int, int, int]  # (smallest, most usual, largest) size of a dynamic dimension

@@ -54,7 +54,7 @@ def _manifest_from_fields(found: dict[str, Any]) -> Manifest:
     }
     return Manifest(
         model=ModelSpec(**model),
-        precision=str(found["precision"]),
+        precision=found["precision"],
         max_batch=index(found["max_batch"]),
         units=tuple(_unit_from_fields(unit) for unit in found["units"]),
         predict={str(key): str(path) for key, path in found["predict"].items()},

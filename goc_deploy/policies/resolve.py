@@ -35,6 +35,7 @@ from goc_deploy.policies.smoothcache import smoothcache
 from goc_deploy.policies.suggestions import hint_for_correction, hint_for_policy
 from goc_deploy.schedule import (
     HISTORY_KINDS,
+    HistoryKind,
     Schedule,
     check_schedule,
     check_schedule_fits,
@@ -144,8 +145,9 @@ def _written(named_argument: tuple[str, str] | None) -> str | None:
     return None if named_argument is None else ":".join(named_argument).removesuffix(":")
 
 
-def _history(context: PolicyContext, own: str) -> str:
+def _history(context: PolicyContext, own: HistoryKind) -> HistoryKind:
     history = context.options.get("history", own)
-    if history not in HISTORY_KINDS:
-        raise UsageError(f"history {history!r} must be {' or '.join(HISTORY_KINDS)}")
-    return history
+    for kind in HISTORY_KINDS:
+        if kind == history:
+            return kind
+    raise UsageError(f"history {history!r} must be {' or '.join(HISTORY_KINDS)}")
