@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 from goc_deploy import protocols
 from goc_deploy.compiler import Compute, Launch, Plan, Predict, Segment
@@ -15,8 +14,8 @@ from goc_deploy.runtime.buffers import (
     Buffers,
     aligned_size,
     captions_of_block,
+    coefficient_places,
     keys_values_shape,
-    step_rows,
     step_size,
 )
 from goc_deploy.runtime.weights import Weights
@@ -213,15 +212,10 @@ class Binder:
         return self._buffers.constants.view(width, start=step * self._step_size + start)
 
     def _coefficients(self, step: int) -> list[Buffer | None]:
-        """The coefficients of each launch of a step that predicts."""
-        rows = step_rows(self._plan, step)
-        starts = accumulate(aligned_size(len(row)) for row in rows)  # the sampler's row comes first
-        found = (
-            self._constants(step, start, len(row))
-            for start, row in zip(starts, rows[1:], strict=False)
-        )
+        """The coefficients of each launch of a step; None if it reads none."""
         return [
-            next(found) if isinstance(op, Predict) else None for op in self._plan.launches[step]
+            None if place is None else self._constants(step, place.start, len(place))
+            for place in coefficient_places(self._plan, step)
         ]
 
     def _estimate(self, step: int, lag: int) -> Buffer:

@@ -155,6 +155,19 @@ def step_rows(plan: Plan, step: int) -> list[Sequence[float]]:
     ]
 
 
+def coefficient_places(plan: Plan, step: int) -> tuple[range | None, ...]:
+    """Where in the constants of a step each launch finds its coefficients; None if it reads none."""
+    places: list[range | None] = []
+    start = aligned_size(len(plan.sampler.rows[step]))  # the sampler's row comes first
+    for op in plan.launches[step]:
+        if isinstance(op, Predict):
+            places.append(range(start, start + len(coefficient_row(op))))
+            start += aligned_size(len(coefficient_row(op)))
+        else:
+            places.append(None)
+    return tuple(places)
+
+
 def step_size(plan: Plan) -> int:
     """Values from the constants of a step to those of the next: what the largest takes."""
     return max(
