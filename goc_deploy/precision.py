@@ -1,7 +1,7 @@
 """Element types: the one table that every stage derives its own names from.
 
-A model has a *precision*, the short name that the command line takes (``fp32``). A tensor has a *dtype*, which is named
-as in NumPy and PyTorch (``float32``).
+A model has a *precision*, the short name that the command line takes (``fp32``). A tensor has a
+*dtype*, which is named as in NumPy and PyTorch (``float32``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class ElementType:
         nbytes: bytes of an element.
         numpy: the NumPy dtype that holds its bits; NumPy itself has no ``bfloat16``.
         onnx: number of the ``TensorProto.DataType``.
-        onnx_name: name in ONNX's text format, which is also what ONNX Runtime writes in ``tensor(...)``.
+        onnx_name: name in ONNX's text format, which is also what ONNX Runtime writes in
+            ``tensor(...)``.
         tensorrt: name of the ``tensorrt.DataType``.
     """
 

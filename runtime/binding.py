@@ -76,7 +76,8 @@ class BoundStep:
     """Launches of a step.
 
     Attributes:
-        before: those that only some steps have: what is computed for a whole request, or for several steps.
+        before: those that only some steps have: what is computed for a whole request, or for
+            several steps.
         launches: all others, in order. Steps of a kind may be the same objects.
     """
 
@@ -106,7 +107,8 @@ class BoundPlan:
 class Binder:
     """Binds one plan for one batch shape. Launches with equal addresses are bound once.
 
-    Here every step reads where its own values lie; `goc_deploy.runtime.shared_binding` has steps that share launches.
+    Here every step reads where its own values lie; `goc_deploy.runtime.shared_binding` has steps
+    that share launches.
     """
 
     def __init__(
@@ -173,7 +175,7 @@ class Binder:
         return BoundStep(tuple(before), tuple(launches))
 
     def _start(self, step: int) -> list[BoundLaunch]:
-        """What a step does first: it expands its rows of the modulation table, and those of steps that it predicts ahead."""
+        """The first launches: they expand the step's modulation, and gates of predicted steps."""
         used = self._used_modulation(step)
         target = self._modulation_row(used.start, len(used))
         steps_ahead = sorted(
@@ -219,7 +221,7 @@ class Binder:
         ]
 
     def _estimate(self, step: int, lag: int) -> Buffer:
-        """What a multistep sampler kept ``lag`` steps ago; 0 is where it keeps that of the step itself."""
+        """The estimate of a multistep sampler ``lag`` steps ago; 0 is that of the step itself."""
         ring, nothing = self._buffers.estimates, self._buffers.no_estimate
         assert nothing is not None
         kept = ring[(step - lag) % len(ring)] if lag <= step else nothing
@@ -230,7 +232,7 @@ class Binder:
         return ()
 
     def _sampler(self, step: int, prediction: Buffer) -> BoundLaunch:
-        """Guidance and one row of the sampler table; a multistep sampler also keeps its estimate."""
+        """Guidance and a row of the sampler table; a multistep sampler keeps its estimate."""
         buffers, images, table = self._buffers, self._batch.images, self._plan.sampler
         inputs = {
             "latents": self._latents(step),

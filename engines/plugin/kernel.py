@@ -80,7 +80,7 @@ class Stack:
         return len(self.entries)
 
     def bytes_needed(self, shape: Sequence[int], dtype: str) -> int:
-        """Bytes that a launch must move at least: every tensor once, each gate and coefficient once.
+        """Least bytes that a launch moves: every tensor, gate and coefficient once.
 
         Args:
             shape: (B, T, D).
@@ -97,7 +97,9 @@ class Stack:
 
 
 def stack_from_signature(signature: str) -> Stack:
-    """``2w*2 1*1`` to ``Stack((2, 2, 1), (True, True, False))``: the inverse of `goc_deploy.compiler.plan.Predict.signature`.
+    """``2w*2 1*1`` to ``Stack((2, 2, 1), (True, True, False))``.
+
+    The inverse of `goc_deploy.compiler.plan.Predict.signature`.
 
     Raises:
         EngineDirError: not a signature, or one of a launch that no kernel serves.
@@ -156,8 +158,8 @@ def geometry(
 ) -> Geometry:
     """Sixteen bytes per access where rows and addresses allow it, else one element.
 
-    A thread serves the most tokens that divide T and leave enough blocks to keep the memory busy: gates, which all tokens
-    of a row share, are fetched less often then.
+    A thread serves the most tokens that divide T and leave enough blocks to keep the memory busy:
+    gates, which all tokens of a row share, are fetched less often then.
 
     Args:
         shape: (B, T, D).

@@ -1,7 +1,8 @@
-"""The plugin as TensorRT sees it: IPluginV3 classes on the kernel, and their registration, once per process.
+"""The plugin as TensorRT sees it: IPluginV3 classes on the kernel, and their registration.
 
-``GocCacheUpdateN`` and ``GocCacheApplyN`` have the signature of the function bodies in the ONNX files and serve one unit;
-``GocCacheStack`` serves a whole chain. A plan names the plugin (name, version, namespace, fields) and does not hold it.
+``GocCacheUpdateN`` and ``GocCacheApplyN`` have the signature of the function bodies in the ONNX
+files and serve one unit; ``GocCacheStack`` serves a whole chain. A plan names the plugin (name,
+version, namespace, fields) and does not hold it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def register_plugin(trt: Any, kernels: Callable[[], Kernels] = device_kernels) -
         for creator in make:
             if not registry.register_creator(creator, CACHE_DOMAIN):
                 raise EnvironmentUnsupportedError(
-                    f"{trt.__name__} {trt.__version__} does not register plugin {creator.name}; build with --no-plugin"
+                    f"{trt.__name__} {trt.__version__} does not register plugin {creator.name}; "
+                    "build with --no-plugin"
                 )
         _registered[trt.__name__] = make
 
@@ -76,8 +78,8 @@ def plugin_creators(trt: Any, kernels: Callable[[], Kernels]) -> list[Any]:
         def create_plugin(self, _name: str, fields: Any, _phase: Any) -> Any:
             if self.fixed:
                 return plugin_class(self.name, self.fixed)
-            found = {field.name: [int(value) for value in field.data] for field in fields}
-            stack = Stack(tuple(found["entries"]), tuple(value != 0 for value in found["stores"]))
+            lists = {field.name: [int(value) for value in field.data] for field in fields}
+            stack = Stack(tuple(lists["entries"]), tuple(value != 0 for value in lists["stores"]))
             return plugin_class(self.name, stack)
 
     creators = [
@@ -102,7 +104,7 @@ def _plugin_class(trt: Any, kernels: Callable[[], Kernels]) -> Any:
     )
 
     class StackPlugin(*interfaces):  # type: ignore[misc]
-        """Inputs: x (B, T, D), gates, coefficients float32, histories. Outputs: x_out, then what is stored."""
+        """Inputs: x (B, T, D), gates, coefficients, histories. Outputs: x_out, what is stored."""
 
         def __init__(self, name: str, stack: Stack, loaded: Kernels | None = None) -> None:
             for base in interfaces:
@@ -169,7 +171,7 @@ def _plugin_class(trt: Any, kernels: Callable[[], Kernels]) -> Any:
             )
 
         def attach_to_context(self, _context: Any) -> Any:
-            """A copy for an execution context; compiles and loads the kernels, so that `enqueue` need not."""
+            """A copy for an execution context; it loads the kernels, so that `enqueue` need not."""
             return StackPlugin(self.plugin_name, self.stack, self.loaded or kernels())
 
         def enqueue(
@@ -181,7 +183,7 @@ def _plugin_class(trt: Any, kernels: Callable[[], Kernels]) -> Any:
             _workspace: int,
             stream: int,
         ) -> None:
-            """One launch; it neither waits nor allocates device memory, so it may be captured in a CUDA graph."""
+            """One launch. It neither waits nor allocates, so a CUDA graph can capture it."""
             assert self.loaded is not None, "enqueue comes after on_shape_change"
             x = input_desc[0]
             shape = tuple(x.dims)

@@ -1,9 +1,10 @@
-"""A chain of cache updates as one ``GocCacheStack`` node, where that saves launches.
+"""A chain of cache updates as one ``GocCacheStack`` node, if that saves launches.
 
-TensorRT by itself fuses a chain of updates into one kernel as long as few predictions are stored. Measured with
-TensorRT-RTX 1.7.1 on DiT-XL/2, batch 32: 56 units of 4 entries without stores are 1 kernel, 8 units of 2 entries that
-store are 1; 12 that store are 13 kernels with 226 MB of scratch memory, 56 are 57 with 1.9 GB. There the stack pays: one
-launch, no scratch memory, and every tensor is read once.
+TensorRT itself fuses a chain of updates into one kernel as long as few predictions are stored.
+Measured with TensorRT-RTX 1.7.1 on DiT-XL/2, batch 32: 56 units of 4 entries without stores are 1
+kernel, 8 units of 2 entries that store are 1; 12 that store are 13 kernels with 226 MB of scratch
+memory, 56 are 57 with 1.9 GB. In these cases the stack is one launch, needs no scratch memory, and
+reads every tensor once.
 """
 
 from __future__ import annotations
@@ -20,13 +21,20 @@ KERNEL_SHA256 = hashlib.sha256(SOURCE_PATH.read_bytes()).hexdigest()
 
 
 def stack_updates(model: Any) -> int:
-    """Replace a graph's chain of updates by one node where TensorRT would not fuse it.
+    """Replace a graph's chain of updates by one node if TensorRT would not fuse it.
 
-    Before: ``Split(gates)``, ``Split(coefficients)``, ``GocCacheUpdate2(x, gate0, row0, g0_0, g0_1) -> x0, g0``, ...
-    After: ``GocCacheStack<entries=[2, ...], stores=[1, ...]>(x, gates, coefficients, g0_0, g0_1, ...) -> x_out, g0, ...``
+    Before::
+
+        Split(gates), Split(coefficients)
+        GocCacheUpdate2(x, gate0, row0, g0_0, g0_1) -> x0, g0, ...
+
+    After::
+
+        GocCacheStack<entries=[2, ...], stores=[1, ...]>(x, gates, coefficients, g0_0, g0_1, ...)
+            -> x_out, g0, ...
 
     Returns:
-        How many units the node serves; 0 where the graph stays as it is.
+        Number of units that the node serves; 0 if the graph stays as it is.
     """
     from onnx import helper
 
@@ -61,7 +69,7 @@ def stack_updates(model: Any) -> int:
 
 
 def _is_predict_graph(graph: Any, units: int) -> bool:
-    """Whether a graph is a chain of updates and nothing else, and takes its gates and coefficients joined."""
+    """Whether a graph is a chain of updates alone, with gates and coefficients joined."""
     inputs = {
         value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in graph.input
     }

@@ -1,9 +1,10 @@
 """The cache update as ONNX: ``GocCacheUpdate`` nodes with function bodies, and graphs made of them.
 
-``x_out = x + c0 * gate * g`` with ``g = g0 + c1 * g1 + ...``, in float32 whatever the dtype; ``GocCacheApply`` is the same
-for a prediction that nobody stores. In a file every update is a node of domain ``goc`` plus a model-local function plus
-the attributes ``plugin_namespace`` and ``plugin_version``, so that ONNX Runtime inlines the body and TensorRT uses the
-plugin where it is registered.
+``x_out = x + c0 * gate * g`` with ``g = g0 + c1 * g1 + ...``, in float32 whatever the dtype;
+``GocCacheApply`` is the same for a prediction that is not stored. In a file every update is a node
+of domain ``goc`` plus a model-local function plus the attributes ``plugin_namespace`` and
+``plugin_version``, so that ONNX Runtime inlines the body and TensorRT uses the plugin where it is
+registered.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ OPSET = 20
 
 
 def update_function(entries: int, *, stores: bool, precision: Precision) -> FunctionProto:
-    """The body of ``GocCacheUpdateN`` (gives x_out and g) or ``GocCacheApplyN`` (x_out only) for N history entries.
+    """The body of ``GocCacheUpdateN`` (outputs x_out and g) or ``GocCacheApplyN`` (x_out only).
 
-    ``g = g0 + c1 * g1 + ...`` and ``x_out = x + (c0 * gate) * g``: c0 is multiplied into the gate, which is small.
+    N is the number of history entries.
+
+    ``g = g0 + c1 * g1 + ...`` and ``x_out = x + (c0 * gate) * g``: c0 is multiplied into the gate,
+    which is small.
 
     Inputs: x (B, T, D), gate (B, 1, D), coefficients c (N,) float32, g0..g(N-1) (B, T, D).
 
@@ -67,9 +71,10 @@ def _split_text(source: str, count: int) -> str:
 
 
 def predict_graph(signature: str, spec: ModelSpec, precision: Precision) -> ModelProto:
-    """One launch that predicts neighbouring units: a chain of updates on x, so each unit's tensors stay in cache.
+    """One launch that predicts neighbouring units: a chain of updates on x.
 
-    Inputs: x (B, T, D), gates (n, B, D), coefficients (all units' rows joined) float32, g{unit}_{entry} (B, T, D).
+    Inputs: x (B, T, D), gates (n, B, D), coefficients (all units' rows joined) float32,
+    g{unit}_{entry} (B, T, D).
     Outputs: x_out, and g{unit} where it is stored.
     """
     entries = updates_from_signature(signature)

@@ -1,4 +1,4 @@
-"""Writing plans into an engine directory: plan, schedule, and the graphs that only the plan launches."""
+"""Writing plans into an engine directory: plan, schedule, and the graphs of the plan."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from goc_deploy.schedule.schedule import schedule_to_json
 def write_plan(
     folder: Path, plan: Plan, manifest: Manifest, read: Callable[[str], bytes]
 ) -> Manifest:
-    """Write a plan, and the predict graphs and segments that are not there yet, of both forms in which it may run.
+    """Write a plan, and the missing predict graphs and segments of both its forms.
 
     Args:
         folder: where to write.

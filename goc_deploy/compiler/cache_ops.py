@@ -1,8 +1,8 @@
 """Names of what a cache update is in a graph: op types, and the signatures of predict graphs.
 
-A predict graph is a chain of updates, one per unit. ``GocCacheUpdate2`` reads two history entries and
-stores the prediction, ``GocCacheApply2`` does not store it. The exporters write these names, the
-plugin registers and recognises them.
+A predict graph is a chain of updates, one per unit. ``GocCacheUpdate2`` reads two history entries
+and stores the prediction, ``GocCacheApply2`` does not store it. The exporters write these names,
+the plugin registers and recognises them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """From schedule to plan: the compiler.
 
-Every pipeline names every feature once (static single assignment) and keeps only those that are read
-again. `compile_for_host` then moves the predictions of steps that compute nothing to where their
-history is at hand; `compile_for_device` makes few launches of many units instead:
+Every pipeline names every feature once (static single assignment) and keeps only those that are
+read again. `compile_for_host` then moves the predictions of steps that compute nothing to where
+their history is at hand; `compile_for_device` makes few launches of many units instead:
 
     host:    name_values -> drop_dead_stores -> accumulate_ahead -> group_launches -> assign_slots
     device:  name_values -> drop_dead_stores -> group_launches -> assign_slots
@@ -45,7 +45,7 @@ from goc_deploy.schedule import (
 )
 from goc_deploy.spec import ModelSpec
 
-LAUNCHES_BEFORE_AHEAD = 3  # more would be a little faster and keep a slot more each
+LAUNCHES_BEFORE_AHEAD = 3  # each further one would be a little faster and take one more slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +54,11 @@ class Evaluation:
 
     Attributes:
         step: the step whose x it updates.
-        unit: the unit.
-        reads: values read, the one that weighs most first; empty for a computed unit.
+        unit: index of the unit.
+        reads: names of the values read, the one with the largest weight first; empty if the unit is
+            computed.
         coefficients: one per value read, as in `goc_deploy.compiler.plan.Prediction`.
-        value: name of the value it produces, or None where nobody reads it.
+        value: name of the value it produces, or None if no evaluation reads it.
         ahead: how many steps before ``step`` it runs.
     """
 
@@ -83,8 +84,8 @@ def compile_for_host(
     Args:
         schedule: the action of every unit at every step.
         spec: the model.
-        sampler: a table, or a sampler SPEC for the process that DiT and PixArt are trained on; for a
-            model whose folder has a scheduler, use
+        sampler: a table, or a sampler SPEC for the process that DiT and PixArt are trained on; for
+            a model whose folder has a scheduler, use
             `goc_deploy.exporters.schedulers.table_from_sampler` with its manifest's ``process``.
         steps: number of steps; default: the schedule's.
         name: the plan's name.
@@ -141,9 +142,9 @@ def compile_for_device(
 def in_form(plan: Plan, spec: ModelSpec, form: PlanForm) -> Plan:
     """A plan in the form that a backend runs. Coefficients and results are the same.
 
-    Before, ``host``: step 4 computes and, a few units at a time, predicts for step 5, which adds the
-    sum. After, ``device``: step 4 computes, in one launch with segments; step 5 is one launch over
-    the history of all units. The history takes more slots.
+    Before, ``host``: step 4 computes and, a few units at a time, predicts for step 5, which adds
+    the sum. After, ``device``: step 4 computes, in one launch with segments; step 5 is one launch
+    over the history of all units. The history takes more slots.
     """
     if form == plan.form:
         return plan
@@ -179,12 +180,14 @@ def _checked(
 def name_values(schedule: Schedule) -> list[Evaluation]:
     """Name every feature that a schedule computes or predicts.
 
-    A history entry is a value times a factor: a prediction from one entry only changes the factor, and a prediction from
-    several is a new value, their sum over the factor of the one that weighs most. A value that stands twice in the
-    history is read once with the sum of its coefficients.
+    A history entry is a value times a factor. A prediction from one entry only changes the factor.
+    A
+    prediction from several entries is a new value: their sum, divided by the largest weight, which
+    becomes the factor. A value that is in the history twice is read once, with the sum of its
+    coefficients.
 
-    Before: ``gradient`` with history (a, a). After: the prediction *is* a. Before: ``2.2 a - 1.2 b``. After: the value
-    ``a - 0.545 b``, times 2.2.
+    Before: ``gradient`` with history (a, a). After: the prediction *is* a.
+    Before: ``2.2 a - 1.2 b``. After: the value ``a - 0.545 b``, times 2.2.
     """
     evaluations: list[Evaluation] = []
     histories: list[tuple[tuple[int, float], ...]] = [()] * schedule.units
@@ -209,7 +212,7 @@ def name_values(schedule: Schedule) -> list[Evaluation]:
 
 
 def drop_dead_stores(evaluations: list[Evaluation]) -> list[Evaluation]:
-    """Forget values that nobody reads later.
+    """Drop the stores of values that no later evaluation reads.
 
     Before: step 2 stores a feature that step 4 replaces unread. After: step 2 stores nothing.
     """
@@ -222,11 +225,10 @@ def drop_dead_stores(evaluations: list[Evaluation]) -> list[Evaluation]:
 
 
 def store_alike(evaluations: list[Evaluation]) -> list[Evaluation]:
-    """Let every step that computes everything store the same units, so that one engine serves all of them.
+    """Let all full steps store the features of the same units, so that one engine serves them.
 
-    A unit that is a launch of its own writes its feature too where nobody reads it.
-
-    Before: step 4 stores units 0 and 1, step 8 stores nothing. After: step 8 stores units 0 and 1, which nobody reads.
+    Before: step 4 stores units 0 and 1, step 8 stores nothing. After: step 8 stores units 0 and 1
+    too, although no step reads them.
     """
     predicting = {e.step for e in evaluations if e.reads}
     stored = {e.unit for e in evaluations if e.step not in predicting and e.value is not None}
@@ -239,14 +241,15 @@ def store_alike(evaluations: list[Evaluation]) -> list[Evaluation]:
 
 
 def accumulate_ahead(evaluations: list[Evaluation]) -> list[Evaluation]:
-    """Move the predictions of steps that compute nothing up to the last step that does.
+    """Move the predictions of collapsed steps into the last step that computes a unit.
 
-    Such predictions depend on the history alone. Made soon after their unit ran, they leave a feature that only they
-    read without a slot of its own. A few units at a time, because a launch that finds its temporary tensors in the CPU's
-    cache is faster (DiT-XL/2, gradient of all units: 38 ms one by one, 33 ms by fours).
+    These predictions depend on the history alone. If they are made soon after their unit ran, a
+    feature that only they read needs no slot for long. A few units are predicted at a time, because
+    a launch is faster if its temporary tensors fit into the CPU's cache (DiT-XL/2, gradient of all
+    units: 38 ms one by one, 33 ms by fours).
 
-    Before: step 4 computes units 0 and 1, step 5 predicts 0 and 1. After: step 4 computes 0 and 1 and predicts both
-    ahead. A unit's evaluations keep their order.
+    Before: step 4 computes units 0 and 1, step 5 predicts 0 and 1. After: step 4 computes 0 and 1
+    and predicts both ahead. The evaluations of a unit keep their order.
     """
     moved: list[Evaluation] = []
     steps = [list(step) for _, step in groupby(evaluations, key=lambda e: e.step)]
@@ -285,7 +288,7 @@ def group_launches(evaluations: list[Evaluation]) -> list[list[Evaluation]]:
 
 
 def merge_full_steps(groups: list[list[Evaluation]]) -> list[list[Evaluation]]:
-    """Merge the launches of a step that computes everything into one.
+    """Merge the launches of each full step into one.
 
     Before: step 4 launches units 0, 1, 2 and 3. After: step 4 is one launch of units 0 to 3.
     """
@@ -298,11 +301,13 @@ def merge_full_steps(groups: list[list[Evaluation]]) -> list[list[Evaluation]]:
 
 
 def assign_slots(groups: list[list[Evaluation]]) -> tuple[tuple[tuple[Launch, ...], ...], int]:
-    """Give every stored value a slot for as long as it lives.
+    """Assign a slot to every stored value for as long as the value lives.
 
-    A prediction is written in place of the oldest entry of its own unit that dies with it, and any value goes where its unit
-    kept one before, so that steps of a kind use the same slots, and launch the same. Other entries that die in a launch,
-    and values that nobody reads, are free from the next launch on, because the order of writes within a launch is not fixed.
+    A prediction overwrites the oldest entry of its own unit that dies in the same launch. Any other
+    value prefers a slot that its unit used before. So steps of a kind use the same slots, and are
+    the same launches. The slots of other entries that die in a launch, and of values that are never
+    read, are free from the next launch on, because the order of writes within a launch is not
+    fixed.
 
     Returns:
         (launches by the step in which they run, number of slots).

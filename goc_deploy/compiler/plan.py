@@ -1,4 +1,4 @@
-"""The plan: a schedule compiled for one model, sampler and step count. What the runtime executes."""
+"""The plan: a schedule compiled for a model, a sampler and a step count."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec
 
-MAX_LAUNCH_UNITS = 88  # predictions of one launch: what the parameters of the plugin's kernel hold
+MAX_LAUNCH_UNITS = 88  # predictions that the parameters of the plugin's kernel have room for
 PlanForm = Literal["host", "device"]
 StepKind = Literal["full", "mixed", "collapsed"]
 
@@ -24,7 +24,7 @@ class Compute:
 
     Attributes:
         unit: index of the unit.
-        store: slot that keeps the feature, or None where nobody reads it.
+        store: slot that keeps the feature, or None if no launch reads it.
     """
 
     unit: int
@@ -36,14 +36,17 @@ class Segment:
     """Run all units of a step, one after the other, as one engine.
 
     Attributes:
-        stores: per unit the slot that keeps its feature, or None where the engine does not give it.
+        stores: per unit the slot that keeps its feature, or None if the engine does not output it.
     """
 
     stores: tuple[int | None, ...]
 
     @property
     def signature(self) -> str:
-        """Whose features the engine gives, whatever slots keep them: ``-*2 w*6`` are those of all units but the first two."""
+        """Which units' features the engine outputs, whatever slots keep them.
+
+        ``-*2 w*6`` outputs the features of all units but the first two.
+        """
         marks = ("-" if store is None else "w" for store in self.stores)
         return " ".join(f"{mark}*{len(list(run))}" for mark, run in groupby(marks))
 
@@ -52,13 +55,16 @@ class Segment:
 class Prediction:
     """One unit's ``g = c0 * (slot0 + c1 * slot1 + ...)``.
 
-    The first coefficient multiplies the gate, which is small, so that a feature costs a pass less; what is stored is the
-    sum in brackets, and the compiler accounts for the factor when it is read.
+    The first coefficient is multiplied into the gate, which is small; that saves a pass over the
+    feature. The sum in brackets is what is stored, and the compiler accounts for the factor when
+    the sum is read.
 
     Attributes:
-        slots: history slots read; the one that weighs most comes first, so the other coefficients are within -1..1.
+        slots: history slots read, the one with the largest weight first, so that the other
+            coefficients are within -1..1.
         coefficients: one per slot.
-        store: slot that keeps the sum, or None. It may be one of ``slots``: the entry that dies.
+        store: slot that keeps the sum, or None. It may be one of ``slots``: that of the entry that
+            dies.
     """
 
     slots: tuple[int, ...]
@@ -68,14 +74,15 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Predict:
-    """Predict neighbouring units ``unit, unit + 1, ...`` in one launch: x += sum of gate * prediction.
+    """Predict units ``unit, unit + 1, ...`` in one launch: x += sum of gate * prediction.
 
     Attributes:
         unit: index of the first unit.
         predictions: one per unit.
-        ahead: 0 adds to x of the step in which the launch runs. Where a later step computes nothing, its predictions do
-            not depend on x: they are made as soon as their history is there, ``ahead`` steps early, with the gates of
-            that step, and are added up in accumulator number ``ahead`` (eager accumulation), which unit 0 starts.
+        ahead: 0 adds to x of the step in which the launch runs. The predictions of a collapsed step
+            do not depend on x. They can be made ``ahead`` steps early, with the gates of the
+            collapsed step, and are then summed in accumulator number ``ahead``, which unit 0
+            starts.
     """
 
     unit: int
@@ -84,13 +91,16 @@ class Predict:
 
     @property
     def signature(self) -> str:
-        """What the launch looks like whatever it is bound to: ``2w*8`` is eight units of two entries that store."""
+        """What each unit reads and stores, whatever the launch is bound to.
+
+        ``2w*8`` is eight units that read two entries each and store their prediction.
+        """
         return predict_signature((len(p.slots), p.store is not None) for p in self.predictions)
 
 
 @dataclass(frozen=True, slots=True)
 class Collect:
-    """A whole step that computes nothing: x += the accumulator that was filled ``ahead`` steps before."""
+    """All of a collapsed step: x += the accumulator that was filled ``ahead`` steps before."""
 
     ahead: int
 
@@ -108,8 +118,8 @@ class Plan:
         launches: [T] the launches of each step, in execution order.
         slots: number of feature-sized history buffers.
         schedule: what it was compiled from.
-        segments: what a device shall run as one engine: ``full``, a step that computes everything, or
-            ``none``.
+        segments: what a device shall run as one engine: ``full``, a step that computes everything,
+            or ``none``.
         form: ``host`` as `goc_deploy.compiler.passes.compile_for_host` makes it, which engine
             directories hold, or ``device``.
     """
@@ -147,7 +157,7 @@ class Plan:
 
     @property
     def accumulators(self) -> int:
-        """Number of accumulators, which is also how many steps ahead the furthest prediction is made."""
+        """Number of accumulators: how many steps ahead the earliest prediction is made."""
         return max(
             (op.ahead for step in self.launches for op in step if isinstance(op, Predict)),
             default=0,
@@ -168,11 +178,11 @@ class Plan:
 
     @property
     def cache_features(self) -> int:
-        """Feature-sized buffers that caching needs: history slots, accumulators, and zeros that these start from."""
+        """Feature-sized buffers: slots, accumulators, and the zeros that these start from."""
         return self.slots + (self.accumulators + 1 if self.accumulators else 0)
 
     def cache_bytes(self, spec: ModelSpec, batch: int, item_bytes: int) -> int:
-        """Bytes of everything that caching keeps for ``batch`` rows (two per image with guidance)."""
+        """Bytes of the cache for ``batch`` rows (two per image with guidance)."""
         return self.cache_features * batch * spec.tokens * spec.hidden * item_bytes
 
     def naive_cache_bytes(self, spec: ModelSpec, batch: int, item_bytes: int) -> int:
