@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx
 
-from goc_deploy.compiler import Plan, compile_for_host
+from goc_deploy.compiler import Plan, compile_schedule
 from goc_deploy.disk import check_free_space, directory_lock, staged
 from goc_deploy.engine_dir.manifest import MANIFEST_NAME, Manifest, Unit
 from goc_deploy.engine_dir.manifest_file import manifest_to_json
@@ -190,7 +190,7 @@ def _compile(
 ) -> Plan:
     schedule = schedule_from_policy(policy, spec, options.steps, laboratory, router_probabilities)
     table = table_from_sampler(_sampler(process, options), schedule.steps, process)
-    return compile_for_host(schedule, spec, table, name=name, segments=options.segments)
+    return compile_schedule(schedule, spec, table, name=name, segments=options.segments)
 
 
 def _sampler(process: Process, options: ExportOptions) -> str:

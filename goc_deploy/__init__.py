@@ -9,7 +9,7 @@
 from goc_deploy import errors
 from goc_deploy.api.facade import add_plan, export, load, load_plans
 from goc_deploy.compiler import Plan
-from goc_deploy.compiler import compile_for_host as compile
+from goc_deploy.compiler import compile_schedule as compile
 from goc_deploy.errors import GocError
 from goc_deploy.policies.registration import register_correction, register_policy
 from goc_deploy.schedule import Schedule

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from goc_deploy.compiler import compile_for_host
+from goc_deploy.compiler import compile_schedule
 from goc_deploy.conditions.labels import balanced_labels
 from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.exporters.schedulers import table_from_sampler
@@ -96,7 +96,7 @@ class EngineTrials:
         from goc_deploy.runtime.pipeline import Pipeline
 
         manifest, model = self._manifest, self._manifest.model
-        plan = compile_for_host(schedule, model, self.table(schedule.steps), name="trial")
+        plan = compile_schedule(schedule, model, self.table(schedule.steps), name="trial")
         for signature in plan.signatures:
             if signature not in self._predict:
                 graph = predict_graph(signature, model, manifest.precision)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from goc_deploy.api.laboratory import engine_laboratory
-from goc_deploy.compiler import Plan, compile_for_host
+from goc_deploy.compiler import Plan, compile_schedule
 from goc_deploy.disk import directory_lock, disk_errors, replacing, scratch_folder
 from goc_deploy.engine_dir.manifest import MANIFEST_NAME, Manifest, PlanEntry
 from goc_deploy.engine_dir.manifest_file import manifest_to_json
@@ -103,7 +103,7 @@ def _compiled(
     laboratory = engine_laboratory(directory, make_backend, sampler, calibration, progress)
     schedule = schedule_from_policy(policy, manifest.model, steps, laboratory, _read_router)
     table = table_from_sampler(sampler, schedule.steps, manifest.process)
-    return compile_for_host(schedule, manifest.model, table, name=name, segments=options.segments)
+    return compile_schedule(schedule, manifest.model, table, name=name, segments=options.segments)
 
 
 def _read_router(path: str) -> tuple[tuple[float, ...], ...]:

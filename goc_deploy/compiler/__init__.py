@@ -4,6 +4,8 @@ from goc_deploy.compiler.check import check_plan
 from goc_deploy.compiler.passes import compile_for_device, compile_for_host, in_form
 from goc_deploy.compiler.plan import Collect, Compute, Launch, Plan, Predict, Prediction, Segment
 
+compile_schedule = compile_for_host  # the form that engine directories hold
+
 __all__ = [
     "Collect",
     "Compute",
@@ -15,5 +17,6 @@ __all__ = [
     "check_plan",
     "compile_for_device",
     "compile_for_host",
+    "compile_schedule",
     "in_form",
 ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from goc_deploy.compiler import Plan, compile_for_host
+from goc_deploy.compiler import Plan, compile_schedule
 from goc_deploy.errors import UsageError
 from goc_deploy.evaluation.distribution import FeatureSet
 from goc_deploy.evaluation.features import Extractor
@@ -141,7 +141,7 @@ def _converged(
     table = table_from_sampler(
         pipes[0].plan.sampler.sampler, options.converged, pipes[0].manifest.process
     )
-    plan = compile_for_host(schedule, spec, table, name="converged")
+    plan = compile_schedule(schedule, spec, table, name="converged")
     return stack.enter_context(pipes[0].with_plan(plan))
 
 

@@ -12,7 +12,7 @@ from benchmarks.eager import EagerDiT
 from benchmarks.make_checkpoint import random_state
 from benchmarks.monolithic import MonolithicGraph, write_graph
 from benchmarks.work import Work, sampled
-from goc_deploy.compiler import compile_for_host
+from goc_deploy.compiler import compile_schedule
 from goc_deploy.exporters.architectures.dit_model import DiT
 from goc_deploy.policies.grammar import parse_policy
 from goc_deploy.policies.resolve import schedule_from_policy
@@ -95,4 +95,4 @@ def test_the_l2c_like_schedule_caches_as_many_units_as_the_public_router() -> No
     cached = [sum(bool(row) for row in step) for step in schedule.coefficients]
     assert cached == [0, 56, 0, 56, 0, 52, 0, 48, 0, 30, 0, 3, 0, 1, 0, 1, 0, 1, 0, 0]
     assert sum(cached) == 248
-    assert compile_for_host(schedule, spec).kind_counts["mixed"] == 7
+    assert compile_schedule(schedule, spec).kind_counts["mixed"] == 7

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from goc_deploy.compiler import Plan, check_plan, compile_for_host
+from goc_deploy.compiler import Plan, check_plan, compile_schedule
 from goc_deploy.compiler.plan_file import PLAN_VERSION, plan_from_json, plan_to_json
 from goc_deploy.conditions.labels import labels_from_text
 from goc_deploy.engine_dir.manifest_file import MANIFEST_VERSION, manifest_from_json
@@ -32,7 +32,7 @@ def plan_of(
     schedule, sampler: str = "ddim", prediction: str = "eps", segments: str = "none"
 ) -> Plan:
     spec = ModelSpec(schedule.depth, 8, 2, 16, 2, 2, 4, 10, True, prediction=prediction)
-    return compile_for_host(schedule, spec, sampler, segments=segments)
+    return compile_schedule(schedule, spec, sampler, segments=segments)
 
 
 @given(

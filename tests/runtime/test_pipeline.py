@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import goc_deploy
-from goc_deploy.compiler import compile_for_host
+from goc_deploy.compiler import compile_schedule
 from goc_deploy.engine_dir.plans import plan_entry
 from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.engines.host import HostDevice
@@ -120,7 +120,7 @@ def test_any_schedule_runs_as_eager_pytorch_runs_it(
     cfg_channels: int,
     cfg: float,
 ) -> None:
-    plan = compile_for_host(schedule, pipe.spec, sampler)
+    plan = compile_schedule(schedule, pipe.spec, sampler)
     backend = OrtBackend()
     predict = {
         s: backend.load(memoryview(predict_graph(s, pipe.spec, "fp32").SerializeToString()), {})

@@ -13,7 +13,7 @@ import torch
 
 import goc_deploy
 from goc_deploy.api.facade import add_plan
-from goc_deploy.compiler import compile_for_host
+from goc_deploy.compiler import compile_schedule
 from goc_deploy.exporters.architectures.dit_model import DiT
 from goc_deploy.noise import image_noise
 from goc_deploy.runtime import buffers
@@ -82,7 +82,7 @@ def test_models_that_predict_something_else_run_too(
     with goc_deploy.load(engine, plan=sampler.replace("+", "p")) as loaded:
         manifest = replace(loaded.manifest, model=replace(loaded.spec, prediction=prediction))
         schedule = Schedule(4, ("attn", "mlp"), ((COMPUTE,) * 8,) * 6)
-        plan = compile_for_host(schedule, manifest.model, sampler)
+        plan = compile_schedule(schedule, manifest.model, sampler)
         pipe = Pipeline(manifest, plan, loaded._engines, loaded._backend, 2, 1)
         found = pipe.generate(LABELS, seed=5, trajectory=True).trajectory
         assert worst_step(found, eager(pipe, model, STEPS[sampler], prediction)) < 1e-4

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from goc_deploy.compiler import Launch, Plan, Predict, compile_for_host
+from goc_deploy.compiler import Launch, Plan, Predict, compile_schedule
 from goc_deploy.engine_dir.keys import WEIGHT_MODES
 from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.engines.plugin import stacking
@@ -211,7 +211,7 @@ def test_another_plan_runs_on_the_units_where_they_were_loaded(
     backend, _ = stand_in_backend(engines["embedded"])
     (pipe,) = load_pipelines(engines["embedded"], backend, ["fora:2"], None, 1, all_units=True)
     spec = pipe.spec
-    plan = compile_for_host(
+    plan = compile_schedule(
         Schedule(spec.depth, spec.branches, ((COMPUTE,) * spec.units,) * 20), spec
     )
     found = pipe.with_plan(plan).generate(golden["labels"], cfg_scale=2.0, latents=golden["noise"])

@@ -10,7 +10,7 @@ import torch
 
 import goc_deploy
 from benchmarks.make_checkpoint import random_state
-from goc_deploy.compiler import compile_for_host
+from goc_deploy.compiler import compile_schedule
 from goc_deploy.errors import ModelError, UsageError
 from goc_deploy.exporters.architectures.dit_model import DiT
 from goc_deploy.policies.grammar import parse_policy
@@ -100,7 +100,7 @@ def test_plans_survive_their_files(engine: Path) -> None:
     with goc_deploy.load(engine, plan="fora:2") as pipe:
         schedule = schedule_from_policy(parse_policy("fora:2"), pipe.spec, STEPS)
         assert (
-            compile_for_host(schedule, pipe.spec, "euler", name="fora-2", segments="full")
+            compile_schedule(schedule, pipe.spec, "euler", name="fora-2", segments="full")
             == pipe.plan
         )
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from goc_deploy.compiler import Plan, compile_for_host
+from goc_deploy.compiler import Plan, compile_schedule
 from goc_deploy.errors import UsageError
 from goc_deploy.evaluation.distribution import (
     FeatureSet,
@@ -29,7 +29,7 @@ SPEC = ModelSpec(2, 8, 2, 16, 2, 4, 1, 10, False)
 
 def plan(name: str, steps: int, interval: int, sampler: str = "ddim") -> Plan:
     rows = tuple((COMPUTE if k % interval == 0 else REUSE,) * SPEC.units for k in range(steps))
-    return compile_for_host(Schedule(SPEC.depth, SPEC.branches, rows), SPEC, sampler, name=name)
+    return compile_schedule(Schedule(SPEC.depth, SPEC.branches, rows), SPEC, sampler, name=name)
 
 
 def test_a_plan_is_compared_with_no_cache_at_its_steps_and_sampler_or_else_with_the_first() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from goc_deploy.compiler import check_plan, compile_for_host
+from goc_deploy.compiler import check_plan, compile_schedule
 from goc_deploy.errors import EngineDirError, UsageError
 from goc_deploy.noise import image_noise
 from goc_deploy.samplers import sampler_table
@@ -177,13 +177,13 @@ def test_predictions_that_are_unknown_or_not_the_models_are_refused() -> None:
         sampler_table("ddim", 5, Process("score"))
     schedule = Schedule(1, ("attn", "mlp"), (((), ()),) * 5)
     learns = ModelSpec(1, 8, 2, 16, 2, 2, 4, 10, True)
-    compile_for_host(schedule, learns, "ddpm")
+    compile_schedule(schedule, learns, "ddpm")
     with pytest.raises(
         UsageError, match="needs the variance that this model does not predict; use ddim:1"
     ):
-        compile_for_host(schedule, replace(learns, learn_sigma=False), "ddpm")
+        compile_schedule(schedule, replace(learns, learn_sigma=False), "ddpm")
     with pytest.raises(UsageError, match="made for a model that predicts v, this one predicts eps"):
-        compile_for_host(schedule, learns, sampler_table("ddim", 5, Process("v")))
+        compile_schedule(schedule, learns, sampler_table("ddim", 5, Process("v")))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_plans_with_a_malformed_table_are_not_executed(
     column: str, value: object, message: str
 ) -> None:
     spec = ModelSpec(1, 8, 2, 16, 2, 2, 4, 10, True)
-    plan = compile_for_host(Schedule(1, ("attn", "mlp"), (((), ()),) * 5), spec, "dpm++")
+    plan = compile_schedule(Schedule(1, ("attn", "mlp"), (((), ()),) * 5), spec, "dpm++")
     bad = replace(plan, sampler=replace(plan.sampler, **{column: value}))
     with pytest.raises(EngineDirError, match=message):
         check_plan(bad, spec)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from goc_deploy.compiler import compile_for_host
+from goc_deploy.compiler import compile_schedule
 from goc_deploy.compiler.plan_file import plan_from_json, plan_to_json
 from goc_deploy.errors import ScheduleError
 from goc_deploy.schedule import (
@@ -37,7 +37,7 @@ def test_saving_and_loading_a_schedule_is_the_identity(found: Schedule) -> None:
 
 @given(schedules())
 def test_saving_and_loading_a_plan_is_the_identity(found: Schedule) -> None:
-    plan = compile_for_host(found, ModelSpec(found.depth, 8, 2, 16, 2, 2, 4, 10, False))
+    plan = compile_schedule(found, ModelSpec(found.depth, 8, 2, 16, 2, 2, 4, 10, False))
     assert plan_from_json(plan_to_json(plan).encode(), found, "test") == plan
 
 
@@ -77,9 +77,9 @@ def test_illegal_schedules_are_refused_with_their_place(bad: Schedule, message: 
 def test_a_schedule_for_another_model_or_step_count_is_refused() -> None:
     good = schedule((C,) * 4, (R,) * 4)
     with pytest.raises(ScheduleError, match=r"2 steps but 20 are asked for; use --steps 2"):
-        compile_for_host(good, SPEC, steps=20)
+        compile_schedule(good, SPEC, steps=20)
     with pytest.raises(ScheduleError, match=r"2 blocks of attn\+mlp but the model has 3"):
-        compile_for_host(good, ModelSpec(3, 8, 2, 16, 2, 2, 4, 10, False))
+        compile_schedule(good, ModelSpec(3, 8, 2, 16, 2, 2, 4, 10, False))
 
 
 def test_short_history_falls_back_to_plain_reuse_only_where_the_schedule_says_so() -> None:
