@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from goc_deploy import protocols
 from goc_deploy.compiler import Compute, Launch, Plan, Predict, Segment
@@ -14,8 +15,8 @@ from goc_deploy.runtime.buffers import (
     Buffers,
     aligned_size,
     captions_of_block,
-    coefficient_places,
     keys_values_shape,
+    step_rows,
     step_size,
 )
 from goc_deploy.runtime.weights import Weights
@@ -76,8 +77,7 @@ class BoundStep:
     """Launches of a step.
 
     Attributes:
-        before: those that only some steps have: what is computed for a whole request, or for
-            several steps.
+        before: those that only some steps have: what is computed for a whole request, or for several steps.
         launches: all others, in order. Steps of a kind may be the same objects.
     """
 
@@ -107,8 +107,7 @@ class BoundPlan:
 class Binder:
     """Binds one plan for one batch shape. Launches with equal addresses are bound once.
 
-    Here every step reads where its own values lie; `goc_deploy.runtime.shared_binding` has steps
-    that share launches.
+    Here every step reads where its own values lie; `goc_deploy.runtime.shared_binding` has steps that share launches.
     """
 
     def __init__(
@@ -175,7 +174,7 @@ class Binder:
         return BoundStep(tuple(before), tuple(launches))
 
     def _start(self, step: int) -> list[BoundLaunch]:
-        """The first launches: they expand the step's modulation, and gates of predicted steps."""
+        """What a step does first: it expands its rows of the modulation table, and those of steps that it predicts ahead."""
         used = self._used_modulation(step)
         target = self._modulation_row(used.start, len(used))
         steps_ahead = sorted(
@@ -214,14 +213,19 @@ class Binder:
         return self._buffers.constants.view(width, start=step * self._step_size + start)
 
     def _coefficients(self, step: int) -> list[Buffer | None]:
-        """The coefficients of each launch of a step; None if it reads none."""
+        """The coefficients of each launch of a step that predicts."""
+        rows = step_rows(self._plan, step)
+        starts = accumulate(aligned_size(len(row)) for row in rows)  # the sampler's row comes first
+        found = (
+            self._constants(step, start, len(row))
+            for start, row in zip(starts, rows[1:], strict=False)
+        )
         return [
-            None if place is None else self._constants(step, place.start, len(place))
-            for place in coefficient_places(self._plan, step)
+            next(found) if isinstance(op, Predict) else None for op in self._plan.launches[step]
         ]
 
     def _estimate(self, step: int, lag: int) -> Buffer:
-        """The estimate of a multistep sampler ``lag`` steps ago; 0 is that of the step itself."""
+        """What a multistep sampler kept ``lag`` steps ago; 0 is where it keeps that of the step itself."""
         ring, nothing = self._buffers.estimates, self._buffers.no_estimate
         assert nothing is not None
         kept = ring[(step - lag) % len(ring)] if lag <= step else nothing
@@ -232,7 +236,7 @@ class Binder:
         return ()
 
     def _sampler(self, step: int, prediction: Buffer) -> BoundLaunch:
-        """Guidance and a row of the sampler table; a multistep sampler keeps its estimate."""
+        """Guidance and one row of the sampler table; a multistep sampler also keeps its estimate."""
         buffers, images, table = self._buffers, self._batch.images, self._plan.sampler
         inputs = {
             "latents": self._latents(step),

@@ -22,29 +22,24 @@ class Buffers:
 
     Attributes:
         chunk: steps after which the modulation table is filled again.
-        table: modulation table of a chunk, and of the steps that its last ones predict ahead,
-            (steps, M, R, D).
+        table: modulation table of a chunk and of the steps that its last ones predict ahead, (steps, M, R, D).
         modulation: rows of the current step, (M, B, D).
         gates_ahead: gates of the steps that are predicted ahead, (U, B, D) each.
         tokens: two token buffers (B, T, D) that units alternate between.
         slots: history, one feature (B, T, D) each.
         accumulators: sums of gated predictions for steps ahead, (B, T, D) each.
-        zeros: what an accumulator starts from, (B, T, D), or None if nothing is predicted ahead.
+        zeros: what an accumulator starts from, (B, T, D), or None where nothing is predicted ahead.
         latents: two latents buffers (N, C, H, W) float32 that steps alternate between.
         prediction: model output (B, C_out, H, W) float32.
-        estimates: what a multistep sampler keeps of the last steps, (N, C, H, W) float32 each; one
-            more than it reaches back.
+        estimates: what a multistep sampler keeps of the last steps, (N, C, H, W) float32 each; one more than it reaches back.
         no_estimate: zeros, what it reads before there is anything.
-        noise: fresh noise of each step for a stochastic sampler, else zeros once, (N, C, H, W)
-            each, one after the other.
-        constants: (T, `step_size`) float32, the numbers that differ from step to step; see
-            `step_rows`.
-        shared: what steps read on a device that shares launches, else None.
+        noise: fresh noise of each step for a stochastic sampler, else zeros once, (N, C, H, W) each, one after the other.
+        constants: (T, `step_size`) float32, the numbers that differ from step to step; see `step_rows`.
+        shared: where steps find theirs on a device that shares launches, else None.
         timesteps: a row per chunk, each at an aligned address.
         guidance: (N, C) guidance weight of each channel of each image.
         labels: distinct labels.
-        label_rows, rows, cond_rows, uncond_rows: indices that expand labels, images and predictions
-            to rows.
+        label_rows, rows, cond_rows, uncond_rows: indices that expand labels, images and predictions to rows.
         captions: of a model that draws captions, else None.
     """
 
@@ -106,7 +101,7 @@ class CaptionBuffers:
 
 
 def table_labels(spec: ModelSpec, capacity: int) -> int:
-    """Most labels R of a modulation table, with the null label; captions do not enter it."""
+    """Most rows R of a modulation table: distinct labels with the null label; captions do not enter it."""
     return 1 if spec.draws_captions else capacity + 1
 
 
@@ -144,7 +139,7 @@ def aligned_size(count: int) -> int:
 
 
 def aligned_rows(rows: Sequence[Sequence[float]], size: int = 1) -> np.ndarray:
-    """Rows as float32, each at an aligned address, padded with zeros to ``size`` values."""
+    """Rows one after the other, each from an aligned address on, as float32; filled up to ``size`` values with zeros."""
     starts = np.cumsum([0, *(aligned_size(len(row)) for row in rows)])
     values = np.zeros(max(size, starts[-1]), np.float32)
     for start, row in zip(starts, rows, strict=False):
@@ -153,24 +148,11 @@ def aligned_rows(rows: Sequence[Sequence[float]], size: int = 1) -> np.ndarray:
 
 
 def step_rows(plan: Plan, step: int) -> list[Sequence[float]]:
-    """The numbers of a step: its row of the sampler table, then each launch's coefficients."""
+    """The numbers of a step: its row of the sampler table, then the coefficients of each launch that predicts."""
     return [
         plan.sampler.rows[step],
         *(coefficient_row(op) for op in plan.launches[step] if isinstance(op, Predict)),
     ]
-
-
-def coefficient_places(plan: Plan, step: int) -> tuple[range | None, ...]:
-    """Where in a step's constants each launch finds its coefficients; None if it reads none."""
-    places: list[range | None] = []
-    start = aligned_size(len(plan.sampler.rows[step]))  # the sampler's row comes first
-    for op in plan.launches[step]:
-        if isinstance(op, Predict):
-            places.append(range(start, start + len(coefficient_row(op))))
-            start += aligned_size(len(coefficient_row(op)))
-        else:
-            places.append(None)
-    return tuple(places)
 
 
 def step_size(plan: Plan) -> int:

@@ -1,10 +1,9 @@
 """A plan bound so that steps of a kind are the same launches on the same addresses.
 
-A CUDA graph holds addresses. If each step read its own values at their own addresses, each step
-would be a graph of its own. So a step begins by moving what differs from step to step to one place:
-its rows of the modulation table, its numbers, its noise, and the results of the preceding step. A
-counter on the device tells which step runs. Everything else is the same for all steps that launch
-the same engines on the same history, and is recorded once.
+A CUDA graph holds addresses. If each step read its own values where they lie, each step would be a graph of its own. So a
+step begins by moving what differs from step to step to one place: its rows of the modulation table, its numbers, its
+noise, and what the step before it left. A counter on the device tells which step it is. All else is the same for every
+step that launches the same engines on the same history, and is recorded once.
 """
 
 from __future__ import annotations
