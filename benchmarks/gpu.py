@@ -30,11 +30,11 @@ from benchmarks.on_gpu.contest import contest
 from benchmarks.on_gpu.jobs import DONE, ROOT, Deadline, Job, Outcome, run_part
 from benchmarks.on_gpu.machine import machine, safe_name
 from goc_deploy.errors import EnvironmentUnsupportedError
+from goc_deploy.precision import PRECISIONS
 
 SECONDS = 345.0
 DRY_SECONDS = 1800.0  # of the run and of each part: machines that test this program may be slow
 BACKENDS = ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
-PRECISIONS = ("fp32", "fp16", "bf16")
 FOR_THE_LAST = 120.0  # seconds that are kept for the last number of images
 
 

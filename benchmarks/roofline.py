@@ -19,12 +19,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.make_checkpoint import spec_of
-from goc_deploy.compiler import Compute, Plan, Predict, compile_schedule, with_stacks
+from goc_deploy.compiler import Compute, Plan, Predict, compile_for_device
 from goc_deploy.policies.grammar import parse_policy
 from goc_deploy.policies.resolve import schedule_from_policy
-from goc_deploy.runtime.buffers import modulation_rows
+from goc_deploy.precision import ITEM_BYTES, PRECISIONS
 from goc_deploy.schedule.operations import product_flops
-from goc_deploy.spec import ITEM_BYTES, PRECISIONS, ModelSpec
+from goc_deploy.spec import ModelSpec
 
 PLANS = ("none", "fora:2", "fora:2+gc:1.2")
 
@@ -133,16 +133,16 @@ class Counter:
     def conditioning(self, steps: int, labels: int) -> list[Work]:
         """The modulation table, once per batch."""
         rows, d = steps * labels, self.spec.hidden
-        outputs = modulation_rows(self.spec) * d
+        outputs = self.spec.modulation.count * d
         return [Work(2 * rows * d * outputs, (outputs * d + rows * outputs) * self.item)]
 
 
 def steps_of(plan: Plan, counter: Counter) -> Iterator[list[Work]]:
-    """The work of each step of a plan, as a GPU runs it."""
-    units = counter.spec.units
-    for launches in with_stacks(plan, counter.spec).launches:
+    """The work of each step of a plan in the device's form."""
+    rows = counter.spec.modulation
+    for launches in plan.launches:
         computes = any(isinstance(op, Compute) for op in launches)
-        works = counter.around(modulation_rows(counter.spec) if computes else units + 2)
+        works = counter.around(len(rows.read(computes=computes, predicts=True)))
         for op in launches:
             works += counter.compute(op) if isinstance(op, Compute) else counter.predict(op)  # type: ignore[arg-type]
         yield works
@@ -157,7 +157,7 @@ def predicted(
     name: str, counter: Counter, steps: int, images: int, gpu: Gpu
 ) -> tuple[Work, float, float]:
     """The work of a plan's full (``none``) or collapsed step on a GPU, its seconds, and those of the plan."""
-    plan = compile_schedule(
+    plan = compile_for_device(
         schedule_from_policy(parse_policy(name), counter.spec, steps), counter.spec, "ddim"
     )
     every = list(steps_of(plan, counter))

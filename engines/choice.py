@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from goc_deploy.errors import UsageError
+from goc_deploy.options import WeightMode
 from goc_deploy.protocols import Backend
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class RunOptions:
     shared_pool: bool = True
     graphs: bool = True
     device: str = "auto"
-    weights: str | None = None
+    weights: WeightMode | None = None
 
     @property
     def gpu(self) -> int:

@@ -22,9 +22,9 @@ from goc_deploy.engines.driver import Driver, capability_of, device_handle, devi
 from goc_deploy.engines.plugin import moves as kernel_moves
 from goc_deploy.engines.plugin.kernel import DeviceKernels, Geometry, cubin_for, load_kernels
 from goc_deploy.errors import GocError, ResourceError
+from goc_deploy.precision import DTYPE_BYTES
 from goc_deploy.protocols import (
     ALIGNMENT,
-    DTYPE_BYTES,
     NUMPY_DTYPES,
     Buffer,
     Launch,

@@ -12,9 +12,9 @@ import numpy as np
 
 from goc_deploy.errors import ResourceError
 from goc_deploy.host_memory import available_bytes, host_array
+from goc_deploy.precision import DTYPE_BYTES
 from goc_deploy.protocols import (
     ALIGNMENT,
-    DTYPE_BYTES,
     Buffer,
     Launch,
     Move,

@@ -20,17 +20,12 @@ from goc_deploy.engines.host import HostDevice
 from goc_deploy.engines.ort_errors import LOADING, RUNNING, error_from_ort
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, UsageError
 from goc_deploy.host_memory import available_bytes, host_array
+from goc_deploy.precision import ELEMENT_TYPES
 from goc_deploy.protocols import NOTHING, Buffer, Device, Engine, Footprint, Launch, Stream
 
 logger = logging.getLogger(__name__)
 
-ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
-_DTYPE_OF_ORT_TYPE = {
-    "tensor(float)": "float32",
-    "tensor(int64)": "int64",
-    "tensor(float16)": "float16",
-    "tensor(bfloat16)": "bfloat16",
-}
+_DTYPE_OF_ORT_TYPE = {f"tensor({kind.onnx_name})": dtype for dtype, kind in ELEMENT_TYPES.items()}
 
 GROW_AS_REQUESTED = 1
 
@@ -154,7 +149,7 @@ class OrtEngine:
                 bind(
                     name,
                     *self._memory,
-                    ONNX_TYPES[buffer.dtype],
+                    ELEMENT_TYPES[buffer.dtype].onnx,
                     list(buffer.shape),
                     buffer.pointer,
                 )
@@ -282,7 +277,7 @@ class OrtBackend:
         try:
             values = {
                 name: onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(
-                    host_array(buffer), ONNX_TYPES[buffer.dtype]
+                    host_array(buffer), ELEMENT_TYPES[buffer.dtype].onnx
                 )
                 for name, buffer in initializers.items()
             }

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from goc_deploy.errors import ModelError, SafetyError
+from goc_deploy.options import CheckpointWeights
 
 PREFIXES = ("module.", "_orig_mod.")
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -82,7 +83,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_checkpoint(path: Path, weight_set: str = "auto") -> Checkpoint:
+def load_checkpoint(path: Path, weight_set: CheckpointWeights = "auto") -> Checkpoint:
     """Read a checkpoint.
 
     Args:
@@ -281,7 +282,9 @@ def _refuse_globals(path: Path, names: list[str]) -> None:
         )
 
 
-def _choose_weights(found: Any, weight_set: str, path: Path) -> tuple[dict[Any, Any], str]:
+def _choose_weights(
+    found: Any, weight_set: CheckpointWeights, path: Path
+) -> tuple[dict[Any, Any], str]:
     if not isinstance(found, dict):
         raise ModelError(f"{path} holds a {type(found).__name__}, not a state dict; {_SAVE_HINT}")
     sets = {

@@ -39,10 +39,11 @@ from goc_deploy.policies.calibration import (
 )
 from goc_deploy.policies.grammar import PolicySpec, check_plan_name, parse_policy
 from goc_deploy.policies.resolve import schedule_from_policy
+from goc_deploy.precision import ITEM_BYTES
 from goc_deploy.protocols import Backend
 from goc_deploy.samplers import default_sampler
 from goc_deploy.samplers.process import Process
-from goc_deploy.spec import ITEM_BYTES, ModelSpec
+from goc_deploy.spec import ModelSpec
 from goc_deploy.version import __version__
 
 ARCHITECTURES = {family.name: family for family in (DIT, PIXART, SIT)}

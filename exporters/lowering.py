@@ -21,14 +21,14 @@ from torch import Tensor
 
 from goc_deploy.engine_dir.manifest import Parameter
 from goc_deploy.errors import VerificationError
-from goc_deploy.exporters.units import Binding, UnitKind
+from goc_deploy.exporters.units import DTYPES, Binding, UnitKind
+from goc_deploy.precision import DTYPE_OF_PRECISION, ELEMENT_TYPES
 
 OPSET = 20
 ALIGNMENT = 4096  # a page, so that weights can be mapped
 IR_TYPES = {
-    torch.float32: ir.DataType.FLOAT,
-    torch.float16: ir.DataType.FLOAT16,
-    torch.bfloat16: ir.DataType.BFLOAT16,
+    DTYPES[precision]: ir.DataType(ELEMENT_TYPES[dtype].onnx)
+    for precision, dtype in DTYPE_OF_PRECISION.items()
 }
 
 

@@ -16,6 +16,7 @@ from goc_deploy.exporters.lowering import template_from_kind, write_copy
 from goc_deploy.exporters.units import DTYPES, UnitKind
 from goc_deploy.exporters.verification import verify_copy
 from goc_deploy.options import Progress
+from goc_deploy.precision import Precision
 from goc_deploy.protocols import Backend, Engine
 
 
@@ -37,7 +38,7 @@ class UnitWriter:
         self,
         kinds: Sequence[UnitKind],
         tensors: Mapping[str, Tensor],
-        precision: str,
+        precision: Precision,
         folder: str = "onnx",
     ) -> list[Unit]:
         """Write and verify every copy of some kinds.

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from goc_deploy.precision import DTYPE_OF_PRECISION
+
+DTYPES: Mapping[str, torch.dtype] = {
+    precision: getattr(torch, dtype) for precision, dtype in DTYPE_OF_PRECISION.items()
+}
 
 
 @dataclass(frozen=True, slots=True)

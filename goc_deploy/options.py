@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
+
+from goc_deploy.precision import Precision
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
@@ -12,6 +15,10 @@ Progress = Callable[[str, int, int], None]  # (what, done, total)
 CALIBRATION_SEED = (
     2**32
 )  # far from the small seeds that people generate with: calibration images stay unseen
+Segments = Literal["full", "none"]
+SEGMENTS: tuple[Segments, ...] = get_args(Segments)
+WeightMode = Literal["embedded", "shared"]  # how a TensorRT engine holds its weights
+CheckpointWeights = Literal["auto", "ema", "model"]
 PRESETS = ("paper",)  # tables of the literature that goc-eval makes
 
 
@@ -50,7 +57,7 @@ class ExportOptions:
 
     model: str = "auto"
     num_heads: int | None = None
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     max_batch: int = 16
     steps: int = 20
     sampler: str | None = None
@@ -59,14 +66,14 @@ class ExportOptions:
     calibrate: int | None = None
     calibration_seed: int = CALIBRATION_SEED
     cfg_scale: float = 4.0
-    weights: str = "auto"
+    weights: CheckpointWeights = "auto"
     allow_nonfinite: bool = False
     force: bool = False
     captions: Path | None = None
     text_encoder: Path | None = None
     vae: Path | None = None
     vae_tile: int = 64
-    segments: str = "full"
+    segments: Segments = "full"
 
 
 def default_plans(*, calibrates: bool) -> tuple[str, ...]:
@@ -96,7 +103,7 @@ class PlanOptions:
     calibrate: int | None = None
     seed: int = CALIBRATION_SEED
     cfg_scale: float = 4.0
-    segments: str = "full"
+    segments: Segments = "full"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +122,7 @@ class EngineOptions:
 
     backend: str = "tensorrt-rtx"
     capabilities: tuple[str, ...] = ()
-    weights: str = "embedded"
+    weights: WeightMode = "embedded"
     workspace_bytes: int = 0
     plugin: bool = True
 

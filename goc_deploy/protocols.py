@@ -11,17 +11,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from goc_deploy.precision import DTYPE_BYTES, ELEMENT_TYPES
+
 NOTHING: Mapping[str, Any] = MappingProxyType({})
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "uint8": 1}
-NUMPY_DTYPES = {
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": np.uint16,  # its bits: NumPy has no such dtype
-    "int32": np.int32,
-    "int64": np.int64,
-    "uint8": np.uint8,
-}
-DTYPE_OF_PRECISION = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+NUMPY_DTYPES = {dtype: np.dtype(kind.numpy) for dtype, kind in ELEMENT_TYPES.items()}
 ALIGNMENT = 256  # of every address that an engine is given: what TensorRT asks for
 
 Launch = Callable[[], None]
@@ -257,9 +250,9 @@ class Backend(Protocol):
     Attributes:
         name: as on the command line.
         device: where they run.
-        stacks: whether a step that computes nothing is best done in one launch, and one that computes everything too where
-            the plan has segments. Where it is not, predictions are spread over the step before, while their history is in
-            the processor's cache, and every unit is a launch.
+        stacks: True if the backend prefers few, large launches (GPUs): a collapsed step is one launch,
+            and with segments a full step too. False (CPU): every unit is a launch, and a collapsed
+            step's predictions are made during the preceding step, while their inputs are in cache.
         passed_over: faster backends that were tried first -> why they do not work here.
     """
 

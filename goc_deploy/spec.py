@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from goc_deploy.modulation import ModulationRows
+
 DIFFUSION_PREDICTIONS = ("eps", "v", "x0")
 FLOW_PREDICTIONS = ("flow", "flow_to_noise")
 PREDICTIONS = (*DIFFUSION_PREDICTIONS, *FLOW_PREDICTIONS)
-PRECISIONS = ("fp32", "fp16", "bf16")
-ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 DECODED_PIXELS = 64 * 64  # latent pixels of one launch of the decoder: one tile of the default size
 MAX_TILES = 8
 
@@ -87,6 +87,11 @@ class ModelSpec:
     def units(self) -> int:
         """Number of units, blocks times branches; unit u is block ``u // len(branches)``."""
         return self.depth * len(self.branches)
+
+    @property
+    def modulation(self) -> ModulationRows:
+        """The rows of the modulation table."""
+        return ModulationRows(self.units)
 
     @property
     def unit_names(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 
-from goc_deploy.compiler import Collect, Compute, Launch, Plan, Predict, Segment
+from goc_deploy.compiler import Compute, Launch, Plan, Predict, Segment
 from goc_deploy.conditions.captions import PromptEmbeds
 from goc_deploy.protocols import Buffer, Engine, Stream, taken
 from goc_deploy.runtime.bound import BoundLaunch, BoundPlan, BoundStep
@@ -14,7 +14,6 @@ from goc_deploy.runtime.buffers import (
     Buffers,
     captions_of_block,
     keys_values_shape,
-    modulation_rows,
 )
 from goc_deploy.runtime.constants import aligned_size
 from goc_deploy.runtime.request import Batch
@@ -95,7 +94,8 @@ class Binder:
                 updates.append(self._update(op, x, spare, coefficients))
                 x, spare = spare, x
         prediction = buffers.prediction.view(batch.rows, spec.output_channels, spec.side, spec.side)
-        shift, scale = self._modulation_row(spec.units), self._modulation_row(spec.units + 1)
+        shift = self._modulation_row(spec.modulation.final_shift)
+        scale = self._modulation_row(spec.modulation.final_scale)
         inputs = {"x": x, "shift": shift, "scale": scale}
         final = self._unit("final", inputs, {"prediction": prediction})
         end = (final, self._sampler(step, prediction))
@@ -178,7 +178,7 @@ class Binder:
             "timesteps": buffers.timesteps.view(steps, start=start),
             "labels": buffers.labels.view(labels),
         }
-        table = {"table": buffers.table.view(steps, modulation_rows(spec), labels, spec.hidden)}
+        table = {"table": buffers.table.view(steps, spec.modulation.count, labels, spec.hidden)}
         return self._unit(
             "conditioning", taken(self._engines.units["conditioning"], offered), table
         )
@@ -203,21 +203,22 @@ class Binder:
 
     def _used_modulation(self, step: int) -> range:
         """The rows of the modulation table that a step uses."""
-        units, kinds = self._spec.units, {type(op) for op in self._plan.launches[step]}
-        last = modulation_rows(self._spec) if kinds & {Compute, Segment} else units + 2
-        return range(units if kinds == {Collect} else 0, last)
+        kinds = {type(op) for op in self._plan.launches[step]}
+        return self._spec.modulation.read(
+            computes=bool(kinds & {Compute, Segment}), predicts=Predict in kinds
+        )
 
     def _pick_gates(self, step: int, ahead: int) -> BoundLaunch:
         """Expand the gates of a later step."""
-        spec = self._spec
+        gates = self._spec.modulation.gates
         target = self._buffers.gates_ahead[ahead - 1].view(
-            spec.units, self._batch.rows, spec.hidden
+            len(gates), self._batch.rows, self._spec.hidden
         )
-        return self._pick_rows(step % self._buffers.chunk + ahead, range(spec.units), target)
+        return self._pick_rows(step % self._buffers.chunk + ahead, gates, target)
 
     def _pick_rows(self, table_step: int, used: range, target: Buffer) -> BoundLaunch:
         spec, labels = self._spec, self._batch.labels
-        start = (table_step * modulation_rows(spec) + used.start) * labels * spec.hidden
+        start = (table_step * spec.modulation.count + used.start) * labels * spec.hidden
         table = self._buffers.table.view(len(used), labels, spec.hidden, start=start)
         rows = self._buffers.label_rows.view(self._batch.rows)
         return self._unit("modulation", {"table": table, "rows": rows}, {"modulation": target})
@@ -228,9 +229,13 @@ class Binder:
         shape = (rows, hidden) if count is None else (count, rows, hidden)
         return self._buffers.modulation.view(*shape, start=row * rows * hidden)
 
-    def _gates(self, source: Buffer, op: Predict) -> Buffer:
-        rows, hidden = self._batch.rows, self._spec.hidden
-        return source.view(len(op.predictions), rows, hidden, start=op.unit * rows * hidden)
+    def _gates_ahead(self, op: Predict) -> Buffer:
+        """The gates (count, B, D) of the step for which a launch predicts."""
+        rows, hidden, modulation = self._batch.rows, self._spec.hidden, self._spec.modulation
+        first = modulation.gates.index(modulation.gate(op.unit))
+        return self._buffers.gates_ahead[op.ahead - 1].view(
+            len(op.predictions), rows, hidden, start=first * rows * hidden
+        )
 
     def _update(
         self, op: Launch, x: Buffer, x_out: Buffer, coefficients: Buffer | None
@@ -241,9 +246,8 @@ class Binder:
         if isinstance(op, Segment):
             return self._segment(op, x, x_out)
         if isinstance(op, Predict):
-            return self._predict(
-                op, x, x_out, self._gates(self._buffers.modulation, op), coefficients
-            )
+            gates = self._modulation_row(self._spec.modulation.gate(op.unit), len(op.predictions))
+            return self._predict(op, x, x_out, gates, coefficients)
         accumulated = self._buffers.accumulators[op.ahead - 1].view(*self._feature)
         return self._unit("collect", {"x": x, "accumulated": accumulated}, {"x_out": x_out})
 
@@ -255,8 +259,7 @@ class Binder:
         )
         assert buffers.zeros is not None
         x = accumulator if op.unit else buffers.zeros.view(*self._feature)
-        gates = self._gates(buffers.gates_ahead[op.ahead - 1], op)
-        return self._predict(op, x, accumulator, gates, coefficients)
+        return self._predict(op, x, accumulator, self._gates_ahead(op), coefficients)
 
     def _compute(self, op: Compute, x: Buffer, x_out: Buffer) -> BoundLaunch:
         name, outputs = self._spec.unit_names[op.unit], {"x_out": x_out}
@@ -279,13 +282,12 @@ class Binder:
 
     def _of_unit(self, unit: int) -> dict[str, Buffer]:
         """What a unit may read beside x."""
-        spec = self._spec
-        first = spec.units + 2 + 2 * unit
+        modulation = self._spec.modulation
         return {
-            "shift": self._modulation_row(first),
-            "scale": self._modulation_row(first + 1),
-            "gate": self._modulation_row(unit),
-            **self._of_captions(unit // len(spec.branches)),
+            "shift": self._modulation_row(modulation.shift(unit)),
+            "scale": self._modulation_row(modulation.scale(unit)),
+            "gate": self._modulation_row(modulation.gate(unit)),
+            **self._of_captions(unit // len(self._spec.branches)),
         }
 
     def _computed(self, slot: int) -> Buffer:

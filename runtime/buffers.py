@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from goc_deploy.compiler import Plan
-from goc_deploy.protocols import DTYPE_OF_PRECISION, Backend, Buffer
+from goc_deploy.precision import DTYPE_OF_PRECISION, ITEM_BYTES, Precision
+from goc_deploy.protocols import Backend, Buffer
 from goc_deploy.runtime.constants import (
     aligned_rows,
     aligned_size,
     constants_from_plan,
     views_of_step,
 )
-from goc_deploy.spec import ITEM_BYTES, ModelSpec
+from goc_deploy.spec import ModelSpec
 
 TABLE_BUDGET_BYTES = 512 * 2**20
 
@@ -142,15 +143,10 @@ def captions_of_block(
     }
 
 
-def modulation_rows(spec: ModelSpec) -> int:
-    """Rows M of the modulation table: gates, final shift and scale, then shift and scale of each unit."""
-    return 3 * spec.units + 2
-
-
-def planned_bytes(spec: ModelSpec, precision: str, plan: Plan, capacity: int) -> int:
+def planned_bytes(spec: ModelSpec, precision: Precision, plan: Plan, capacity: int) -> int:
     """Bytes that `allocate_buffers` takes, without its few kilobytes of indices."""
     item, rows = ITEM_BYTES[precision], 2 * capacity
-    step_bytes = modulation_rows(spec) * table_labels(spec, capacity) * spec.hidden * item
+    step_bytes = spec.modulation.count * table_labels(spec, capacity) * spec.hidden * item
     captions = (
         spec.caption_tokens
         * rows
@@ -165,7 +161,10 @@ def planned_bytes(spec: ModelSpec, precision: str, plan: Plan, capacity: int) ->
     return (
         captions
         + table
-        + (modulation_rows(spec) + plan.accumulators * spec.units) * rows * spec.hidden * item
+        + (spec.modulation.count + plan.accumulators * len(spec.modulation.gates))
+        * rows
+        * spec.hidden
+        * item
         + features
         + pixels * ((2 + noise + estimates) * spec.channels + 2 * spec.output_channels)
     )
@@ -178,7 +177,7 @@ def _chunk_steps(step_bytes: int, plan: Plan) -> int:
 def allocate_buffers(
     backend: Backend,
     spec: ModelSpec,
-    precision: str,
+    precision: Precision,
     plan: Plan,
     capacity: int,
     chunk: int | None = None,
@@ -200,7 +199,7 @@ def allocate_buffers(
     dtype, rows = DTYPE_OF_PRECISION[precision], 2 * capacity
     table_row = table_labels(spec, capacity) * spec.hidden
     if chunk is None:
-        chunk = _chunk_steps(modulation_rows(spec) * table_row * ITEM_BYTES[precision], plan)
+        chunk = _chunk_steps(spec.modulation.count * table_row * ITEM_BYTES[precision], plan)
     feature, image = rows * spec.tokens * spec.hidden, spec.channels * spec.side**2
 
     def new(*shape: int, dtype: str = "float32") -> Buffer:
@@ -226,12 +225,13 @@ def allocate_buffers(
     return Buffers(
         chunk=chunk,
         table=new(
-            min(plan.steps, chunk + plan.accumulators) * modulation_rows(spec) * table_row,
+            min(plan.steps, chunk + plan.accumulators) * spec.modulation.count * table_row,
             dtype=dtype,
         ),
-        modulation=new(modulation_rows(spec) * rows * spec.hidden, dtype=dtype),
+        modulation=new(spec.modulation.count * rows * spec.hidden, dtype=dtype),
         gates_ahead=tuple(
-            new(spec.units * rows * spec.hidden, dtype=dtype) for _ in range(plan.accumulators)
+            new(len(spec.modulation.gates) * rows * spec.hidden, dtype=dtype)
+            for _ in range(plan.accumulators)
         ),
         tokens=(new(feature, dtype=dtype), new(feature, dtype=dtype)),
         slots=tuple(new(feature, dtype=dtype) for _ in range(plan.slots)),

@@ -12,7 +12,8 @@ from itertools import accumulate
 import numpy as np
 
 from goc_deploy.compiler import Launch, Plan, Predict
-from goc_deploy.protocols import ALIGNMENT, DTYPE_BYTES, Buffer
+from goc_deploy.precision import DTYPE_BYTES
+from goc_deploy.protocols import ALIGNMENT, Buffer
 
 
 def aligned_size(count: int) -> int:

@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from numbers import Integral
 from types import MappingProxyType
 
-from goc_deploy.compiler import Compute, Plan, with_stacks
+from goc_deploy.compiler import Compute, Plan, in_form
+from goc_deploy.compiler.plan import PlanForm
 from goc_deploy.conditions.captions import captions_from_bytes
 from goc_deploy.conditions.text import TextEncoder
 from goc_deploy.engine_dir.directory import EngineDir
@@ -26,7 +27,8 @@ from goc_deploy.errors import (
     UsageError,
 )
 from goc_deploy.host_memory import return_free_pages
-from goc_deploy.protocols import DTYPE_OF_PRECISION, Backend, Engine, Footprint
+from goc_deploy.precision import DTYPE_OF_PRECISION
+from goc_deploy.protocols import Backend, Engine, Footprint
 from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.buffers import planned_bytes
 from goc_deploy.runtime.decoder import LatentDecoder
@@ -94,8 +96,8 @@ def load_pipelines(
         raise UsageError(
             f"batch size {images} must be within 1..{manifest.max_batch}, what the engine was exported for (--max-batch)"
         )
-    if backend.stacks:
-        plans = [with_stacks(plan, manifest.model) for plan in plans]
+    form: PlanForm = "device" if backend.stacks else "host"
+    plans = [in_form(plan, manifest.model, form) for plan in plans]
     parts = {"decoder": manifest.decoder, "text_encoder": manifest.text}
     more = [name for name, part in parts.items() if part]
     more += manifest.model.unit_names if all_units else ()

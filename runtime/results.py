@@ -11,10 +11,11 @@ from PIL import Image
 
 from goc_deploy.compiler import Plan
 from goc_deploy.errors import UsageError, VerificationError
+from goc_deploy.precision import ITEM_BYTES, Precision
 from goc_deploy.runtime.buffers import planned_bytes
 from goc_deploy.runtime.images import pil_images
 from goc_deploy.runtime.session import Timing
-from goc_deploy.spec import ITEM_BYTES, ModelSpec
+from goc_deploy.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +83,14 @@ class Drawn:
         return np.concatenate([np.stack(steps) for steps in self.trajectories], axis=1)
 
 
-def plan_report(plan: Plan, spec: ModelSpec, precision: str, batch_size: int) -> dict[str, Any]:
+def plan_report(
+    plan: Plan, spec: ModelSpec, precision: Precision, batch_size: int
+) -> dict[str, Any]:
     """What a plan does, and the memory that it takes for a batch size."""
     rows, item = 2 * batch_size, ITEM_BYTES[precision]
     return {
         "plan": plan.name,
+        "plan_form": plan.form,
         "policy": plan.schedule.policy,
         "sampler": plan.sampler.sampler,
         "prediction": plan.sampler.prediction,

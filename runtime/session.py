@@ -16,6 +16,7 @@ from functools import partial
 import numpy as np
 
 from goc_deploy.compiler import Plan
+from goc_deploy.precision import Precision
 from goc_deploy.protocols import Backend, Launch, Stream
 from goc_deploy.runtime.binding import Binder, Engines
 from goc_deploy.runtime.bound import BoundLaunch, BoundPlan, BoundStep
@@ -81,7 +82,7 @@ class Session:
         engines: Engines,
         backend: Backend,
         spec: ModelSpec,
-        precision: str,
+        precision: Precision,
         plan: Plan,
         capacity: int,
         chunk: int | None = None,

@@ -14,7 +14,7 @@ from typing import Any
 from goc_deploy.protocols import Buffer, Device, Move
 from goc_deploy.runtime.binding import Binder
 from goc_deploy.runtime.bound import BoundLaunch
-from goc_deploy.runtime.buffers import SharedBuffers, modulation_rows
+from goc_deploy.runtime.buffers import SharedBuffers
 from goc_deploy.runtime.constants import aligned_size
 
 
@@ -51,7 +51,7 @@ class SharedBinder(Binder):
             source,
             self._modulation_row(used.start, len(used)),
             period=self._buffers.chunk,
-            stride=modulation_rows(spec) * labels * spec.hidden,
+            stride=spec.modulation.count * labels * spec.hidden,
             rows=self._buffers.label_rows.view(rows),
         )
 

@@ -9,7 +9,7 @@ from benchmarks.on_gpu.results import OURS, Found
 from benchmarks.on_gpu.table import title
 from benchmarks.report import markdown
 from benchmarks.roofline import GPUS, PLANS, Counter, Gpu, predicted
-from goc_deploy.spec import ITEM_BYTES
+from goc_deploy.precision import ITEM_BYTES
 
 
 def compared(found: Found) -> str:

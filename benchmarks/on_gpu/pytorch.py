@@ -22,10 +22,10 @@ from benchmarks.on_gpu.workers import SKIPPED, Found, channel, serve
 from goc_deploy.exporters.architectures.dit import spec_from_tensors
 from goc_deploy.exporters.architectures.dit_model import DiT
 from goc_deploy.exporters.checkpoint import load_checkpoint
+from goc_deploy.exporters.units import DTYPES
 from goc_deploy.samplers import sampler_table
 from goc_deploy.samplers.process import Process
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ETA = 1.2
 WARM_UPS = 3
 

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from goc_deploy.compiler.cache_ops import updates_from_signature
 from goc_deploy.compiler.plan import MAX_LAUNCH_UNITS
 from goc_deploy.engines import driver
 from goc_deploy.engines.plugin import nvrtc
 from goc_deploy.errors import EngineDirError
-from goc_deploy.protocols import DTYPE_BYTES
+from goc_deploy.precision import DTYPE_BYTES, DTYPE_OF_PRECISION
+from goc_deploy.schedule import MAX_HISTORY
 
 SOURCE_PATH = Path(__file__).parent / "update.cu"
 MOVES_SOURCE_PATH = SOURCE_PATH.with_name("moves.cu")
-MAX_UNITS, MAX_ENTRIES = MAX_LAUNCH_UNITS, 4
+MAX_UNITS, MAX_ENTRIES = MAX_LAUNCH_UNITS, MAX_HISTORY
 TOKENS_PER_THREAD = (2, 1)
 BUSY_BLOCKS = (
     4 * 132
 )  # of an H100's 132 processors: 16 KB of reads under way on each, where a unit has one entry
 THREADS = 128
 VECTOR_BYTES = 16
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = tuple(DTYPE_OF_PRECISION.values())
 KERNELS = (
     *(
         f"goc_stack_{dtype}_{access}"
@@ -35,7 +36,6 @@ KERNELS = (
     "goc_next_step",
     "goc_step_moves",
 )
-_RUN = re.compile(rf"([1-{MAX_ENTRIES}])(w?)\*([1-9][0-9]*)")
 
 
 class StackParameters(ctypes.Structure):
@@ -80,7 +80,7 @@ class Stack:
         return len(self.entries)
 
     def bytes_needed(self, shape: Sequence[int], dtype: str) -> int:
-        """Bytes that a launch must move at least: every tensor once, each gate and coefficient once.
+        """Least bytes that a launch moves: every tensor, gate and coefficient once.
 
         Args:
             shape: (B, T, D).
@@ -97,16 +97,18 @@ class Stack:
 
 
 def stack_from_signature(signature: str) -> Stack:
-    """``2w*2 1*1`` to ``Stack((2, 2, 1), (True, True, False))``: the inverse of `goc_deploy.compiler.plan.Predict.signature`.
+    """``2w*2 1*1`` to ``Stack((2, 2, 1), (True, True, False))``.
+
+    The inverse of `goc_deploy.compiler.plan.Predict.signature`.
 
     Raises:
         EngineDirError: not a signature, or one of a launch that no kernel serves.
     """
-    runs = [_RUN.fullmatch(word) for word in signature.split(" ")]
-    units = [(int(run[1]), bool(run[2])) for run in runs if run for _ in range(int(run[3]))]
-    if not all(runs) or len(units) > MAX_UNITS:
+    units = updates_from_signature(signature)
+    if len(units) > MAX_UNITS:
         raise EngineDirError(
-            f"{signature!r} is no predict signature of at most {MAX_UNITS} units that read 1 to {MAX_ENTRIES} entries, such as '2w*8 1*3'"
+            f"{signature!r} is a predict signature of {len(units)} units; a launch serves at most "
+            f"{MAX_UNITS}"
         )
     return Stack(tuple(entries for entries, _ in units), tuple(stores for _, stores in units))
 
@@ -156,8 +158,8 @@ def geometry(
 ) -> Geometry:
     """Sixteen bytes per access where rows and addresses allow it, else one element.
 
-    A thread serves the most tokens that divide T and leave enough blocks to keep the memory busy: gates, which all tokens
-    of a row share, are fetched less often then.
+    A thread serves the most tokens that divide T and leave enough blocks to keep the memory busy:
+    gates, which all tokens of a row share, are fetched less often then.
 
     Args:
         shape: (B, T, D).

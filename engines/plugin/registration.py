@@ -1,7 +1,8 @@
-"""The plugin as TensorRT sees it: IPluginV3 classes on the kernel, and their registration, once per process.
+"""The plugin as TensorRT sees it: IPluginV3 classes on the kernel, and their registration.
 
-``GocCacheUpdateN`` and ``GocCacheApplyN`` have the signature of the function bodies in the ONNX files and serve one unit;
-``GocCacheStack`` serves a whole chain. A plan names the plugin (name, version, namespace, fields) and does not hold it.
+``GocCacheUpdateN`` and ``GocCacheApplyN`` have the signature of the function bodies in the ONNX
+files and serve one unit; ``GocCacheStack`` serves a whole chain. A plan names the plugin (name,
+version, namespace, fields) and does not hold it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from goc_deploy.compiler.cache_ops import CACHE_DOMAIN, PLUGIN_VERSION, update_name
 from goc_deploy.engines.plugin.kernel import (
     MAX_ENTRIES,
     Kernels,
@@ -20,8 +22,9 @@ from goc_deploy.engines.plugin.kernel import (
     geometry,
     parameters_from_addresses,
 )
-from goc_deploy.engines.plugin.stacking import NAMESPACE, STACK, VERSION
+from goc_deploy.engines.plugin.stacking import STACK
 from goc_deploy.errors import EnvironmentUnsupportedError
+from goc_deploy.precision import DTYPE_OF_PRECISION, ELEMENT_TYPES
 
 _registered: dict[str, list[Any]] = {}  # module name -> creators, which TensorRT does not own
 _lock = threading.Lock()
@@ -43,9 +46,10 @@ def register_plugin(trt: Any, kernels: Callable[[], Kernels] = device_kernels) -
         make = plugin_creators(trt, kernels)
         registry = trt.get_plugin_registry()
         for creator in make:
-            if not registry.register_creator(creator, NAMESPACE):
+            if not registry.register_creator(creator, CACHE_DOMAIN):
                 raise EnvironmentUnsupportedError(
-                    f"{trt.__name__} {trt.__version__} does not register plugin {creator.name}; build with --no-plugin"
+                    f"{trt.__name__} {trt.__version__} does not register plugin {creator.name}; "
+                    "build with --no-plugin"
                 )
         _registered[trt.__name__] = make
 
@@ -59,7 +63,11 @@ def plugin_creators(trt: Any, kernels: Callable[[], Kernels]) -> list[Any]:
 
         def __init__(self, name: str, fixed: Stack | None) -> None:
             super().__init__()
-            self.name, self.plugin_namespace, self.plugin_version = name, NAMESPACE, VERSION
+            self.name, self.plugin_namespace, self.plugin_version = (
+                name,
+                CACHE_DOMAIN,
+                PLUGIN_VERSION,
+            )
             self.fixed = fixed
             empty = np.array([], np.int32)
             names = () if fixed else ("entries", "stores")
@@ -70,13 +78,13 @@ def plugin_creators(trt: Any, kernels: Callable[[], Kernels]) -> list[Any]:
         def create_plugin(self, _name: str, fields: Any, _phase: Any) -> Any:
             if self.fixed:
                 return plugin_class(self.name, self.fixed)
-            found = {field.name: [int(value) for value in field.data] for field in fields}
-            stack = Stack(tuple(found["entries"]), tuple(value != 0 for value in found["stores"]))
+            lists = {field.name: [int(value) for value in field.data] for field in fields}
+            stack = Stack(tuple(lists["entries"]), tuple(value != 0 for value in lists["stores"]))
             return plugin_class(self.name, stack)
 
     creators = [
-        Creator(f"GocCache{kind}{entries}", Stack((entries,), (kind == "Update",)))
-        for kind in ("Update", "Apply")
+        Creator(update_name(entries, stores=stores), Stack((entries,), (stores,)))
+        for stores in (True, False)
         for entries in range(1, MAX_ENTRIES + 1)
     ]
     return [*creators, Creator(STACK, None)]
@@ -84,9 +92,8 @@ def plugin_creators(trt: Any, kernels: Callable[[], Kernels]) -> list[Any]:
 
 def _plugin_class(trt: Any, kernels: Callable[[], Kernels]) -> Any:
     dtypes = {
-        trt.DataType.FLOAT: "float32",
-        trt.DataType.HALF: "float16",
-        trt.DataType.BF16: "bfloat16",
+        getattr(trt.DataType, ELEMENT_TYPES[dtype].tensorrt): dtype
+        for dtype in DTYPE_OF_PRECISION.values()
     }
 
     interfaces: Any = (
@@ -97,12 +104,16 @@ def _plugin_class(trt: Any, kernels: Callable[[], Kernels]) -> Any:
     )
 
     class StackPlugin(*interfaces):  # type: ignore[misc]
-        """Inputs: x (B, T, D), gates, coefficients float32, histories. Outputs: x_out, then what is stored."""
+        """Inputs: x (B, T, D), gates, coefficients, histories. Outputs: x_out, what is stored."""
 
         def __init__(self, name: str, stack: Stack, loaded: Kernels | None = None) -> None:
             for base in interfaces:
                 base.__init__(self)
-            self.plugin_name, self.plugin_namespace, self.plugin_version = name, NAMESPACE, VERSION
+            self.plugin_name, self.plugin_namespace, self.plugin_version = (
+                name,
+                CACHE_DOMAIN,
+                PLUGIN_VERSION,
+            )
             self.num_outputs = 1 + sum(stack.stores)
             self.stack, self.loaded = stack, loaded
 
@@ -160,7 +171,7 @@ def _plugin_class(trt: Any, kernels: Callable[[], Kernels]) -> Any:
             )
 
         def attach_to_context(self, _context: Any) -> Any:
-            """A copy for an execution context; compiles and loads the kernels, so that `enqueue` need not."""
+            """A copy for an execution context; it loads the kernels, so that `enqueue` need not."""
             return StackPlugin(self.plugin_name, self.stack, self.loaded or kernels())
 
         def enqueue(
@@ -172,7 +183,7 @@ def _plugin_class(trt: Any, kernels: Callable[[], Kernels]) -> Any:
             _workspace: int,
             stream: int,
         ) -> None:
-            """One launch; it neither waits nor allocates device memory, so it may be captured in a CUDA graph."""
+            """One launch. It neither waits nor allocates, so a CUDA graph can capture it."""
             assert self.loaded is not None, "enqueue comes after on_shape_change"
             x = input_desc[0]
             shape = tuple(x.dims)

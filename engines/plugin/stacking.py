@@ -1,47 +1,48 @@
-"""A chain of cache updates as one ``GocCacheStack`` node, where that saves launches.
+"""A chain of cache updates as one ``GocCacheStack`` node, if that saves launches.
 
-TensorRT by itself fuses a chain of updates into one kernel as long as few predictions are stored. Measured with
-TensorRT-RTX 1.7.1 on DiT-XL/2, batch 32: 56 units of 4 entries without stores are 1 kernel, 8 units of 2 entries that
-store are 1; 12 that store are 13 kernels with 226 MB of scratch memory, 56 are 57 with 1.9 GB. There the stack pays: one
-launch, no scratch memory, and every tensor is read once.
+TensorRT itself fuses a chain of updates into one kernel as long as few predictions are stored.
+Measured with TensorRT-RTX 1.7.1 on DiT-XL/2, batch 32: 56 units of 4 entries without stores are 1
+kernel, 8 units of 2 entries that store are 1; 12 that store are 13 kernels with 226 MB of scratch
+memory, 56 are 57 with 1.9 GB. In these cases the stack is one launch, needs no scratch memory, and
+reads every tensor once.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 from typing import Any
 
+from goc_deploy.compiler.cache_ops import CACHE_DOMAIN, PLUGIN_VERSION, update_from_name
 from goc_deploy.engines.plugin.kernel import MAX_UNITS, SOURCE_PATH
 
-NAMESPACE, VERSION, STACK = "goc", "1", "GocCacheStack"
+STACK = "GocCacheStack"
 STORES_THAT_FUSE = 8
 KERNEL_SHA256 = hashlib.sha256(SOURCE_PATH.read_bytes()).hexdigest()
-_UPDATE = re.compile(r"GocCache(Update|Apply)([1-4])")
-
-
-def update_of(op_type: str) -> tuple[int, bool] | None:
-    """``GocCacheUpdate2`` to (2, True): history entries read, and whether the prediction is stored."""
-    found = _UPDATE.fullmatch(op_type)
-    return (int(found[2]), found[1] == "Update") if found else None
 
 
 def stack_updates(model: Any) -> int:
-    """Replace a graph's chain of updates by one node where TensorRT would not fuse it.
+    """Replace a graph's chain of updates by one node if TensorRT would not fuse it.
 
-    Before: ``Split(gates)``, ``Split(coefficients)``, ``GocCacheUpdate2(x, gate0, row0, g0_0, g0_1) -> x0, g0``, ...
-    After: ``GocCacheStack<entries=[2, ...], stores=[1, ...]>(x, gates, coefficients, g0_0, g0_1, ...) -> x_out, g0, ...``
+    Before::
+
+        Split(gates), Split(coefficients)
+        GocCacheUpdate2(x, gate0, row0, g0_0, g0_1) -> x0, g0, ...
+
+    After::
+
+        GocCacheStack<entries=[2, ...], stores=[1, ...]>(x, gates, coefficients, g0_0, g0_1, ...)
+            -> x_out, g0, ...
 
     Returns:
-        How many units the node serves; 0 where the graph stays as it is.
+        Number of units that the node serves; 0 if the graph stays as it is.
     """
     from onnx import helper
 
     graph = model.graph
     units = [
-        (node, found)
+        (node, update)
         for node in graph.node
-        if node.domain == NAMESPACE and (found := update_of(node.op_type))
+        if node.domain == CACHE_DOMAIN and (update := update_from_name(node.op_type))
     ]
     stores = [int(stored) for _, (_, stored) in units]
     if not STORES_THAT_FUSE < sum(stores) <= len(units) <= MAX_UNITS or not _is_predict_graph(
@@ -54,9 +55,9 @@ def stack_updates(model: Any) -> int:
         ["x", "gates", "coefficients", *history],
         ["x_out", *(node.output[1] for node, (_, stored) in units if stored)],
         name="stack",
-        domain=NAMESPACE,
-        plugin_namespace=NAMESPACE,
-        plugin_version=VERSION,
+        domain=CACHE_DOMAIN,
+        plugin_namespace=CACHE_DOMAIN,
+        plugin_version=PLUGIN_VERSION,
         entries=[entries for _, (entries, _) in units],
         stores=stores,
     )
@@ -68,11 +69,11 @@ def stack_updates(model: Any) -> int:
 
 
 def _is_predict_graph(graph: Any, units: int) -> bool:
-    """Whether a graph is a chain of updates and nothing else, and takes its gates and coefficients joined."""
+    """Whether a graph is a chain of updates alone, with gates and coefficients joined."""
     inputs = {
         value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in graph.input
     }
-    around = {node.op_type for node in graph.node if node.domain != NAMESPACE}
+    around = {node.op_type for node in graph.node if node.domain != CACHE_DOMAIN}
     return (
         around <= {"Split", "Reshape", "Identity"}
         and list(inputs)[:3] == ["x", "gates", "coefficients"]

@@ -17,7 +17,8 @@ from goc_deploy.engines.tensorrt.kernel_cache import KernelCache
 from goc_deploy.engines.tensorrt.library import Library, message_log
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, GocError, ResourceError
 from goc_deploy.host_memory import host_array
-from goc_deploy.protocols import DTYPE_BYTES, NOTHING, Buffer, Device, Engine, Footprint, Stream
+from goc_deploy.precision import DTYPE_BYTES
+from goc_deploy.protocols import NOTHING, Buffer, Device, Engine, Footprint, Stream
 
 KEPT_MESSAGES = 100
 

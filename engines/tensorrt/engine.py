@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError
+from goc_deploy.precision import ELEMENT_TYPES
 from goc_deploy.protocols import ALIGNMENT, Buffer, Launch, Stream
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 _Profile = Mapping[
     str, tuple[tuple[int, ...], ...]
 ]  # dynamic input -> smallest, optimal and largest shape
-DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
+DTYPES = {kind.tensorrt: dtype for dtype, kind in ELEMENT_TYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)

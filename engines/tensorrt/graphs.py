@@ -12,7 +12,7 @@ from typing import Any
 from goc_deploy.engine_dir.keys import Range
 from goc_deploy.engine_dir.manifest import Parameter
 from goc_deploy.errors import EngineDirError, ResourceError
-from goc_deploy.spec import ITEM_BYTES
+from goc_deploy.precision import ITEM_BYTES, Precision
 
 MAX_GRAPH_BYTES = 2**31 - 1  # what protobuf, in which ONNX is written, can hold
 
@@ -56,7 +56,7 @@ def embed_weights(
     model: Any,
     parameters: Sequence[Parameter],
     weights: memoryview,
-    precision: str,
+    precision: Precision,
     where: str,
     prefix: str = "",
 ) -> None:

@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 
-from goc_deploy.compiler import with_stacks
+from goc_deploy.compiler import in_form
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.graph_check import check_graph, external_tensors
-from goc_deploy.engine_dir.keys import Recipe, Target, dimension_profiles
+from goc_deploy.engine_dir.keys import EngineWeights, Recipe, Target, dimension_profiles
 from goc_deploy.engine_dir.manifest import EngineEntry, FileEntry, Manifest, Unit
 from goc_deploy.engines.plugin.stacking import KERNEL_SHA256, stack_updates
 from goc_deploy.engines.tensorrt import graphs
@@ -33,7 +33,7 @@ class Job:
     unit: Unit
     served: tuple[str, ...]
     profiles: tuple[graphs.Shapes, ...]
-    weights: str
+    weights: EngineWeights
     parts: Mapping[str, Unit]
 
     @property
@@ -72,14 +72,16 @@ class Job:
 def wanted_engines(directory: EngineDir, target: Target, options: EngineOptions) -> list[Job]:
     """One job per engine: per unit, or per kind of unit where weights are shared, and per segment.
 
-    Predict graphs that plans launch only where their predictions are spread over steps (`Backend.stacks`) get none. A
+    Predict graphs that only the host's form of a plan launches (`goc_deploy.compiler.passes`) get none. A
     segment whose weights are more than one graph can hold reads them at an address in both weight modes.
     """
     manifest, plans = directory.manifest, directory.plans()
     steps = max((plan.steps for plan in plans), default=1)
     ways = dimension_profiles(target.backend, manifest.model, manifest.max_batch, steps)
     launched = {
-        signature for plan in plans for signature in with_stacks(plan, manifest.model).signatures
+        signature
+        for plan in plans
+        for signature in in_form(plan, manifest.model, "device").signatures
     }
     not_launched = {signature for plan in plans for signature in plan.signatures} - launched
     jobs: dict[str, Job] = {}
@@ -111,7 +113,7 @@ def wanted_engines(directory: EngineDir, target: Target, options: EngineOptions)
         )
         known = jobs.get(recipe.key)
         served = (*(known.served if known else ()), unit.onnx)
-        weights = "embedded" if embeds else "shared" if parts else "none"
+        weights: EngineWeights = "embedded" if embeds else "shared" if parts else "none"
         if known:
             unit, parts = known.unit, known.parts
         jobs[recipe.key] = Job(recipe, unit, served, tuple(profiles.values()), weights, parts)

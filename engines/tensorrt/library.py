@@ -17,6 +17,7 @@ from goc_deploy.engine_dir.keys import ENGINE_BACKENDS, Target
 from goc_deploy.engines import driver
 from goc_deploy.engines.tensorrt.kernel_cache import KernelCache
 from goc_deploy.errors import EnvironmentUnsupportedError, UsageError
+from goc_deploy.precision import Precision
 
 _PACKAGES = {"tensorrt-rtx": ("tensorrt_rtx", "rtx"), "tensorrt": ("tensorrt", "tensorrt")}
 _FIRST_BY_DEFAULT = "8.0"  # Ampere: the first with bf16
@@ -138,7 +139,9 @@ def library_from_backend(backend: str) -> Library:
     return Library(backend, trt)
 
 
-def target_from_options(library: Library, capabilities: tuple[str, ...], precision: str) -> Target:
+def target_from_options(
+    library: Library, capabilities: tuple[str, ...], precision: Precision
+) -> Target:
     """What to build for.
 
     Args:
@@ -178,7 +181,7 @@ def target_from_options(library: Library, capabilities: tuple[str, ...], precisi
     return Target(library.backend, library.version, this_platform(), chosen)
 
 
-def check_target(library: Library, capability: str, precision: str) -> None:
+def check_target(library: Library, capability: str, precision: Precision) -> None:
     """Check that a library can build for the GPU of this machine, before anything is built.
 
     Args:

@@ -21,7 +21,7 @@ from goc_deploy.engines.tensorrt.kernel_cache import KernelCache
 from goc_deploy.engines.tensorrt.library import Library, check_target, this_platform
 from goc_deploy.engines.tensorrt.store import build_engines, read_engine
 from goc_deploy.errors import EnvironmentUnsupportedError, GocError
-from goc_deploy.options import EngineOptions, Progress, no_progress
+from goc_deploy.options import EngineOptions, Progress, WeightMode, no_progress
 from goc_deploy.protocols import Device
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def tensorrt_backend(
     capability: str,
     device: Device,
     *,
-    weights: str | None = None,
+    weights: WeightMode | None = None,
     build: Build = build_engines,
     progress: Progress = no_progress,
 ) -> TensorrtBackend:
@@ -106,7 +106,10 @@ def tensorrt_backend(
 
 
 def best_selection(
-    directory: EngineDir, library: Library, capability: str, weights: str | None = None
+    directory: EngineDir,
+    library: Library,
+    capability: str,
+    weights: WeightMode | None = None,
 ) -> Selection:
     """Of all engines that this machine may run, those of the target and weight mode that lack least."""
     selections = []
@@ -118,7 +121,7 @@ def best_selection(
 
 
 def _ways(
-    manifest: Manifest, library: Library, capability: str, weights: str | None
+    manifest: Manifest, library: Library, capability: str, weights: WeightMode | None
 ) -> Iterator[tuple[Target, EngineOptions]]:
     """What is in the directory for this machine, then what would be built by default."""
     here = (library.backend, library.version, this_platform(), capability)

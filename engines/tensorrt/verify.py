@@ -17,6 +17,7 @@ from goc_deploy.engines.tensorrt.graphs import model_from_bytes
 from goc_deploy.errors import UsageError, VerificationError
 from goc_deploy.metrics.paired import whole_relative_l2
 from goc_deploy.options import Progress
+from goc_deploy.precision import ELEMENT_TYPES
 from goc_deploy.protocols import NUMPY_DTYPES, Backend
 
 TOLERANCE = {
@@ -24,7 +25,7 @@ TOLERANCE = {
     "fp16": 2e-2,
 }  # relative L2 of an output; what the order of sums may change
 IMAGES = 2
-_DTYPES = {1: "float32", 7: "int64", 10: "float16"}
+_DTYPES = {kind.onnx: dtype for dtype, kind in ELEMENT_TYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)

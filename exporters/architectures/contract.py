@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from goc_deploy.exporters.units import UnitKind
+from goc_deploy.precision import Precision
 from goc_deploy.spec import ModelSpec
 
 
@@ -35,7 +36,7 @@ class CheckTensors(Protocol):
 
 
 class UnitKinds(Protocol):
-    def __call__(self, spec: ModelSpec, precision: str) -> tuple[UnitKind, ...]:
+    def __call__(self, spec: ModelSpec, precision: Precision) -> tuple[UnitKind, ...]:
         """The graphs of a model, in the order in which they are written."""
 
 

@@ -1,13 +1,13 @@
 """DiT as exported units: what is hoisted out of the step loop, and what a block's units compute.
 
 Hoisted: timestep and label embeddings and every adaLN modulation, one matrix product over steps x distinct labels.
-The rows of the modulation table are, for U units: gates 0..U-1, shift and scale of the final layer, then shift and scale
-of each unit. Steps that compute nothing need only the first U + 2.
+The order of the table's rows is that of `goc_deploy.modulation.ModulationRows`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ from goc_deploy.exporters.tracing import (
     shapes_of,
 )
 from goc_deploy.exporters.units import DTYPES, Input, Slab, UnitKind
+from goc_deploy.precision import Precision
 from goc_deploy.schedule import MAX_BLOCKS
 from goc_deploy.spec import ModelSpec
 
@@ -96,7 +97,7 @@ class ConditioningUnit(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.rows = 3 * spec.units + 2
+        self.rows = spec.modulation.count
         self.t_embedder = TimestepEmbed(spec)
         self.y_embedder = LabelEmbed(spec)
         self.modulation = nn.Linear(spec.hidden, self.rows * spec.hidden)
@@ -150,6 +151,7 @@ class BlockConditioningUnit(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
+        self.modulation_rows = spec.modulation
         self.blocks = nn.ModuleList(OwnConditioning(spec) for _ in range(spec.depth))
         self.final_layer = nn.ModuleDict({"adaLN_modulation": adaln(spec.hidden, 2)})
 
@@ -163,8 +165,9 @@ class BlockConditioningUnit(nn.Module):
         shifts = torch.stack(
             [kinds[chunk] for chunk in (SHIFT_ATTN, SCALE_ATTN, SHIFT_MLP, SCALE_MLP)], dim=3
         )
-        parts = [part.reshape(steps, rows, -1, hidden) for part in (gates, last, shifts)]
-        return torch.cat(parts, dim=2).transpose(1, 2)  # (S, M, R, D)
+        parts = self.modulation_rows.in_order(gates=gates, final=last, units=shifts)
+        table = torch.cat([part.reshape(steps, rows, -1, hidden) for part in parts], dim=2)
+        return table.transpose(1, 2)  # (S, M, R, D)
 
 
 class EmbedUnit(nn.Module):
@@ -268,7 +271,7 @@ class FinalUnit(nn.Module):
         return unpatchify(patches, self.spec).float()  # (B, C_out, H, W)
 
 
-def unit_kinds(spec: ModelSpec, precision: str) -> tuple[UnitKind, ...]:
+def unit_kinds(spec: ModelSpec, precision: Precision) -> tuple[UnitKind, ...]:
     """The graphs of a DiT, in the order in which they are written."""
     dtype = DTYPES[precision]
     examples = Examples(spec, dtype)
@@ -321,23 +324,21 @@ def check_tensors(tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
 
 
 def _conditioning(module: nn.Module, spec: ModelSpec) -> dict[str, tuple[Slab, ...]]:
-    """The embedders as they are, and all adaLN layers as one matrix with gates first, if they read one condition."""
+    """The embedders as they are, and all adaLN layers as one matrix, if they read one condition."""
     binding = same_names(module)
     if spec.block_embedders:
         return binding
-    chunks = [
-        (f"blocks.{b}.adaLN_modulation.1", gate)
-        for b in range(spec.depth)
-        for gate in (GATE_ATTN, GATE_MLP)
-    ]
-    chunks += [("final_layer.adaLN_modulation.1", chunk) for chunk in (0, 1)]
-    for block in range(spec.depth):
-        layer = f"blocks.{block}.adaLN_modulation.1"
-        chunks += [(layer, chunk) for chunk in (SHIFT_ATTN, SCALE_ATTN, SHIFT_MLP, SCALE_MLP)]
+    blocks = [f"blocks.{block}.adaLN_modulation.1" for block in range(spec.depth)]
+    modulating = (SHIFT_ATTN, SCALE_ATTN, SHIFT_MLP, SCALE_MLP)
+    parts = spec.modulation.in_order(
+        gates=[(layer, gate) for layer in blocks for gate in (GATE_ATTN, GATE_MLP)],
+        final=[("final_layer.adaLN_modulation.1", chunk) for chunk in (0, 1)],
+        units=[(layer, chunk) for layer in blocks for chunk in modulating],
+    )
     for kind in ("weight", "bias"):
         binding[f"modulation.{kind}"] = tuple(
             Slab(f"{layer}.{kind}", chunk * spec.hidden, (chunk + 1) * spec.hidden)
-            for layer, chunk in chunks
+            for layer, chunk in chain.from_iterable(parts)
         )
     return binding
 

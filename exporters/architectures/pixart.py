@@ -59,6 +59,7 @@ from goc_deploy.exporters.tracing import (
     shapes_of,
 )
 from goc_deploy.exporters.units import DTYPES, Input, Slab, UnitKind
+from goc_deploy.precision import Precision
 from goc_deploy.schedule import MAX_BLOCKS
 from goc_deploy.spec import ModelSpec
 
@@ -146,7 +147,7 @@ class ConditioningUnit(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.told_size = float(spec.told_size)
+        self.told_size, self.modulation_rows = float(spec.told_size), spec.modulation
         self.t_embedder = TimestepEmbed(spec)
         self.t_block = nn.Linear(spec.hidden, 6 * spec.hidden)
         self.block_tables = nn.Parameter(torch.empty(spec.depth, 6, spec.hidden))
@@ -179,9 +180,8 @@ class ConditioningUnit(nn.Module):
             [nothing if chunk is None else own[:, :, chunk] for chunk in rest], dim=2
         )
         last = condition.unsqueeze(1) + self.final_table  # (S, 2, D)
-        table = torch.cat(
-            [gates.reshape(steps, -1, hidden), last, shifts.reshape(steps, -1, hidden)], dim=1
-        )
+        parts = self.modulation_rows.in_order(gates=gates, final=last, units=shifts)
+        table = torch.cat([part.reshape(steps, -1, hidden) for part in parts], dim=1)
         return table.unsqueeze(2)  # (S, M, 1, D)
 
 
@@ -291,7 +291,7 @@ def check_tensors(tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
     check_shapes(used, shapes_of(lambda: PublicLayout(spec)), what)
 
 
-def unit_kinds(spec: ModelSpec, precision: str) -> tuple[UnitKind, ...]:
+def unit_kinds(spec: ModelSpec, precision: Precision) -> tuple[UnitKind, ...]:
     """The graphs of a PixArt, in the order in which they are written."""
     dtype = DTYPES[precision]
     examples = Examples(spec, dtype)

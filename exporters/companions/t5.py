@@ -23,10 +23,11 @@ from goc_deploy.exporters.companions.tokenizer_files import read_tokenizer
 from goc_deploy.exporters.folders import CONFIG, PIPELINE_CONFIG, Settings, read_json, read_weights
 from goc_deploy.exporters.tracing import Examples, check_shapes, empty_module, same_names, shapes_of
 from goc_deploy.exporters.units import Input, UnitKind
+from goc_deploy.precision import Precision
 from goc_deploy.spec import ModelSpec
 
 TEXT_ENCODER = "text_encoder"  # name of the unit
-PRECISION = "fp32"
+PRECISION: Precision = "fp32"
 PADDING_SCORE = -1e9
 FEED_FORWARD = {"gated-gelu": True, "relu": False}  # whether a second matrix gates the first
 SETTINGS = Settings(

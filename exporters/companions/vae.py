@@ -24,10 +24,13 @@ from goc_deploy.exporters.checkpoint import Checkpoint
 from goc_deploy.exporters.folders import CONFIG, PIPELINE_CONFIG, Settings, read_json, read_weights
 from goc_deploy.exporters.tracing import Examples, check_shapes, empty_module, same_names, shapes_of
 from goc_deploy.exporters.units import Input, UnitKind
+from goc_deploy.precision import Precision
 from goc_deploy.spec import DecoderSpec, ModelSpec
 
 DECODER = "decoder"  # name of the unit
-PRECISION = "fp32"  # the decoder of Stable Diffusion overflows in fp16, and it runs once per image
+PRECISION: Precision = (
+    "fp32"  # the decoder of Stable Diffusion overflows in fp16, and it runs once per image
+)
 NORM_EPSILON = 1e-6
 OVERLAP_SHARE = 4  # a quarter of a tile
 MAX_FACTOR = 1e4

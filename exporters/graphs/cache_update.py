@@ -1,32 +1,36 @@
 """The cache update as ONNX: ``GocCacheUpdate`` nodes with function bodies, and graphs made of them.
 
-``x_out = x + c0 * gate * g`` with ``g = g0 + c1 * g1 + ...``, in float32 whatever the dtype; ``GocCacheApply`` is the same
-for a prediction that nobody stores. In a file every update is a node of domain ``goc`` plus a model-local function plus
-the attributes ``plugin_namespace`` and ``plugin_version``, so that ONNX Runtime inlines the body and TensorRT uses the
-plugin where it is registered.
+``x_out = x + c0 * gate * g`` with ``g = g0 + c1 * g1 + ...``, in float32 whatever the dtype;
+``GocCacheApply`` is the same for a prediction that is not stored. In a file every update is a node
+of domain ``goc`` plus a model-local function plus the attributes ``plugin_namespace`` and
+``plugin_version``, so that ONNX Runtime inlines the body and TensorRT uses the plugin where it is
+registered.
 """
 
 from __future__ import annotations
 
-import re
-from itertools import chain
-
 import onnx
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper, parser
 
-from goc_deploy.errors import EngineDirError
+from goc_deploy.compiler.cache_ops import (
+    CACHE_DOMAIN,
+    PLUGIN_VERSION,
+    update_name,
+    updates_from_signature,
+)
+from goc_deploy.precision import DTYPE_OF_PRECISION, ELEMENT_TYPES, Precision
 from goc_deploy.spec import ModelSpec
 
-DOMAIN = "goc"
 OPSET = 20
-TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
-_RUN = re.compile(r"([1-4])(w?)\*(\d+)")
 
 
-def update_function(entries: int, *, stores: bool, precision: str) -> FunctionProto:
-    """The body of ``GocCacheUpdateN`` (gives x_out and g) or ``GocCacheApplyN`` (x_out only) for N history entries.
+def update_function(entries: int, *, stores: bool, precision: Precision) -> FunctionProto:
+    """The body of ``GocCacheUpdateN`` (outputs x_out and g) or ``GocCacheApplyN`` (x_out only).
 
-    ``g = g0 + c1 * g1 + ...`` and ``x_out = x + (c0 * gate) * g``: c0 is multiplied into the gate, which is small.
+    N is the number of history entries.
+
+    ``g = g0 + c1 * g1 + ...`` and ``x_out = x + (c0 * gate) * g``: c0 is multiplied into the gate,
+    which is small.
 
     Inputs: x (B, T, D), gate (B, 1, D), coefficients c (N,) float32, g0..g(N-1) (B, T, D).
 
@@ -54,7 +58,7 @@ def update_function(entries: int, *, stores: bool, precision: str) -> FunctionPr
     else:
         lines.append("x_out = Add(x, update)")  # an Identity that names an output would cost a copy
     inputs = ", ".join(["x", "gate", "coefficients", *history])
-    header = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>'
+    header = f'<domain: "{CACHE_DOMAIN}", opset_import: ["" : {OPSET}]>'
     outputs = "(x_out, g)" if stores else "(x_out)"
     body = "\n".join(lines)
     return parser.parse_function(
@@ -62,35 +66,19 @@ def update_function(entries: int, *, stores: bool, precision: str) -> FunctionPr
     )
 
 
-def update_name(entries: int, *, stores: bool) -> str:
-    """Op type of an update."""
-    return f"GocCache{'Update' if stores else 'Apply'}{entries}"
-
-
 def _split_text(source: str, count: int) -> str:
     return f"Split<axis=0, num_outputs={count}>({source})" if count > 1 else f"Identity({source})"
 
 
-def entries_from_signature(signature: str) -> list[tuple[int, bool]]:
-    """``"1*2 2w*1"`` to ``[(1, False), (1, False), (2, True)]``: history entries read, and whether g is stored.
+def predict_graph(signature: str, spec: ModelSpec, precision: Precision) -> ModelProto:
+    """One launch that predicts neighbouring units: a chain of updates on x.
 
-    Raises:
-        EngineDirError: not a signature.
-    """
-    runs = [_RUN.fullmatch(word) for word in signature.split(" ")]
-    if not runs or not all(runs):
-        raise EngineDirError(f"{signature!r} is not a predict signature")
-    return list(chain.from_iterable([(int(m[1]), bool(m[2]))] * int(m[3]) for m in runs if m))
-
-
-def predict_graph(signature: str, spec: ModelSpec, precision: str) -> ModelProto:
-    """One launch that predicts neighbouring units: a chain of updates on x, so each unit's tensors stay in cache.
-
-    Inputs: x (B, T, D), gates (n, B, D), coefficients (all units' rows joined) float32, g{unit}_{entry} (B, T, D).
+    Inputs: x (B, T, D), gates (n, B, D), coefficients (all units' rows joined) float32,
+    g{unit}_{entry} (B, T, D).
     Outputs: x_out, and g{unit} where it is stored.
     """
-    entries = entries_from_signature(signature)
-    dtype, n = TYPES[precision], len(entries)
+    entries = updates_from_signature(signature)
+    dtype, n = ELEMENT_TYPES[DTYPE_OF_PRECISION[precision]].onnx, len(entries)
     feature: list[str | int | None] = ["batch", spec.tokens, spec.hidden]
     inputs = [
         helper.make_tensor_value_info("x", dtype, feature),
@@ -120,9 +108,9 @@ def predict_graph(signature: str, spec: ModelSpec, precision: str) -> ModelProto
                 [x, f"gate{u}_rows", f"row{u}", *history],
                 [x_out, f"g{u}"] if stored else [x_out],
                 name=f"update{u}",
-                domain=DOMAIN,
-                plugin_namespace=DOMAIN,
-                plugin_version="1",
+                domain=CACHE_DOMAIN,
+                plugin_namespace=CACHE_DOMAIN,
+                plugin_version=PLUGIN_VERSION,
             )
         )
         if stored:
@@ -142,7 +130,7 @@ def _split(source: str, targets: list[str]) -> NodeProto:
 
 
 def _model(graph: onnx.GraphProto, functions: list[FunctionProto]) -> ModelProto:
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CACHE_DOMAIN, 1)]
     model = helper.make_model(
         graph, functions=functions, opset_imports=opsets, ir_version=10, producer_name="goc_deploy"
     )

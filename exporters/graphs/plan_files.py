@@ -1,4 +1,4 @@
-"""Writing plans into an engine directory: plan, schedule, and the graphs that only the plan launches."""
+"""Writing plans into an engine directory: plan, schedule, and the graphs of the plan."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx
 
-from goc_deploy.compiler import Plan, Segment, with_stacks
+from goc_deploy.compiler import Plan, Segment, in_form
 from goc_deploy.compiler.plan_file import plan_to_json
 from goc_deploy.engine_dir.manifest import Manifest, PlanEntry
 from goc_deploy.exporters.graphs.cache_update import predict_graph
@@ -20,7 +20,7 @@ from goc_deploy.schedule.schedule import schedule_to_json
 def write_plan(
     folder: Path, plan: Plan, manifest: Manifest, read: Callable[[str], bytes]
 ) -> Manifest:
-    """Write a plan, and the predict graphs and segments that are not there yet, of both forms in which it may run.
+    """Write a plan, and the missing predict graphs and segments of both its forms.
 
     Args:
         folder: where to write.
@@ -38,15 +38,17 @@ def write_plan(
     )
     (folder / entry.plan).write_text(plan_to_json(plan), encoding="utf-8")
     (folder / entry.schedule).write_text(schedule_to_json(plan.schedule), encoding="utf-8")
-    stacked = with_stacks(plan, manifest.model)
+    on_device = in_form(plan, manifest.model, "device")
     predict, segments = dict(manifest.predict), dict(manifest.segments)
-    for signature in sorted({*plan.signatures, *stacked.signatures} - predict.keys()):
+    for signature in sorted({*plan.signatures, *on_device.signatures} - predict.keys()):
         predict[signature] = _path("predict", signature)
         onnx.save_model(
             predict_graph(signature, manifest.model, manifest.precision),
             folder / predict[signature],
         )
-    new = {op.signature: op for step in stacked.launches for op in step if isinstance(op, Segment)}
+    new = {
+        op.signature: op for step in on_device.launches for op in step if isinstance(op, Segment)
+    }
     for signature in sorted(new.keys() - segments.keys()):
         paths = {unit.name: unit.onnx for unit in manifest.units}
         units = {

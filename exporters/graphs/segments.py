@@ -11,8 +11,9 @@ from onnx.compose import add_prefix_graph
 def segment_graph(units: Mapping[str, ModelProto], stores: Sequence[bool]) -> ModelProto:
     """Chain units: each takes the tokens that the one before it gives.
 
-    Tensor ``name`` of a unit becomes ``UNIT.name``: the inputs that are its own, the initializers, which stay where they
-    lie, and the feature. Inputs: x (B, T, D) and those of the units. Outputs: x_out (B, T, D), and features (B * T, D).
+    Tensor ``name`` of a unit becomes ``UNIT.name``: the inputs that are its own, the initializers,
+    which stay where they lie, and the feature. Inputs: x (B, T, D) and those of the units. Outputs:
+    x_out (B, T, D), and features (B * T, D).
 
     Args:
         units: the graphs by name, in order.

@@ -7,34 +7,38 @@ from collections.abc import Sequence
 import onnx
 from onnx import ModelProto, parser
 
+from goc_deploy.precision import DTYPE_OF_PRECISION, ELEMENT_TYPES, Precision
 from goc_deploy.samplers import MAX_LAGS
 from goc_deploy.spec import ModelSpec
 
 _HEADER = '<ir_version: 10, opset_import: ["" : 20], producer_name: "goc_deploy">\n'
-_TYPES = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}
 
 
-def modulation_graph(spec: ModelSpec, precision: str) -> ModelProto:
+def modulation_graph(spec: ModelSpec, precision: Precision) -> ModelProto:
     """Pick the rows of one step's modulation table for the batch.
 
     Inputs: table (M, R, D), rows (B,) int64. Outputs: modulation (M, B, D).
     """
-    dtype = _TYPES[precision]
+    dtype = _onnx_name(precision)
     return _parse(
         f"""modulation ({dtype}[M, R, {spec.hidden}] table, int64[B] rows) => ({dtype}[M, B, {spec.hidden}] modulation)
         {{ modulation = Gather<axis=1>(table, rows) }}"""
     )
 
 
-def collect_graph(spec: ModelSpec, precision: str) -> ModelProto:
+def collect_graph(spec: ModelSpec, precision: Precision) -> ModelProto:
     """Add what was predicted for a whole step ahead of time.
 
     Inputs: x (B, T, D), accumulated (B, T, D). Outputs: x_out (B, T, D).
     """
-    feature = f"{_TYPES[precision]}[B, {spec.tokens}, {spec.hidden}]"
+    feature = f"{_onnx_name(precision)}[B, {spec.tokens}, {spec.hidden}]"
     return _parse(
         f"collect ({feature} x, {feature} accumulated) => ({feature} x_out) {{ x_out = Add(x, accumulated) }}"
     )
+
+
+def _onnx_name(precision: Precision) -> str:
+    return ELEMENT_TYPES[DTYPE_OF_PRECISION[precision]].onnx_name
 
 
 def sampler_graphs(spec: ModelSpec) -> dict[str, ModelProto]:

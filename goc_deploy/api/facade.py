@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from goc_deploy.errors import ConflictError, EnvironmentUnsupportedError, UsageError
 from goc_deploy.options import EngineOptions, ExportOptions, PlanOptions, Progress, no_progress
+from goc_deploy.precision import Precision
 
 if TYPE_CHECKING:
     from goc_deploy.engine_dir.directory import EngineDir
@@ -73,7 +74,7 @@ def export_with(
     return export_checkpoint(checkpoint, output, options, backend, laboratory, progress)
 
 
-def check_engine_options(options: EngineOptions, precision: str) -> None:
+def check_engine_options(options: EngineOptions, precision: Precision) -> None:
     """Check that engines can be built here, before anything else is done.
 
     Raises:

@@ -25,8 +25,7 @@ from goc_deploy.cli.options import (
     version_option,
 )
 from goc_deploy.cli.progress import progress_bar
-from goc_deploy.compiler.plan import SEGMENTS
-from goc_deploy.options import ExportOptions
+from goc_deploy.options import SEGMENTS, ExportOptions
 from goc_deploy.policies.help import calibrated, grammar
 from goc_deploy.policies.registration import installed_policies
 from goc_deploy.samplers import SAMPLER_GRAMMAR

@@ -10,11 +10,11 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from goc_deploy.spec import PRECISIONS
+from goc_deploy.precision import DTYPE_OF_PRECISION, PRECISIONS
 from goc_deploy.version import __version__
 
 SETTINGS: dict[str, Any] = {"show_default": True, "help_option_names": ["-h", "--help"]}
-LONG_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+LONG_NAMES = {dtype: precision for precision, dtype in DTYPE_OF_PRECISION.items()}
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 

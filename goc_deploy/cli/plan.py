@@ -27,8 +27,7 @@ from goc_deploy.cli.options import (
     version_option,
 )
 from goc_deploy.cli.progress import progress_bar
-from goc_deploy.compiler.plan import SEGMENTS
-from goc_deploy.options import PlanOptions
+from goc_deploy.options import SEGMENTS, PlanOptions
 from goc_deploy.policies.help import calibrated, policy_help
 from goc_deploy.samplers import SAMPLER_GRAMMAR
 

@@ -1,8 +1,10 @@
-"""Schedules to plans: `passes.compile_schedule` is the entry, a `plan.Plan` the result."""
+"""Schedules to plans: `passes` has the entries, one per form; a `plan.Plan` is the result."""
 
 from goc_deploy.compiler.check import check_plan
-from goc_deploy.compiler.passes import compile_schedule, with_stacks
+from goc_deploy.compiler.passes import compile_for_device, compile_for_host, in_form
 from goc_deploy.compiler.plan import Collect, Compute, Launch, Plan, Predict, Prediction, Segment
+
+compile_schedule = compile_for_host  # the form that engine directories hold
 
 __all__ = [
     "Collect",
@@ -13,6 +15,8 @@ __all__ = [
     "Prediction",
     "Segment",
     "check_plan",
+    "compile_for_device",
+    "compile_for_host",
     "compile_schedule",
-    "with_stacks",
+    "in_form",
 ]

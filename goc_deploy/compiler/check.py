@@ -13,8 +13,8 @@ from goc_deploy.spec import ModelSpec
 def check_plan(plan: Plan, spec: ModelSpec) -> None:
     """Check that a plan is safe to execute for this model.
 
-    Every unit acts once on every step, in order or through an accumulator that is filled before and collected once;
-    slots are in range, and nothing is read before it is written.
+    Every unit acts once in every step, in order, or through an accumulator that is filled before
+    and collected once. Slots are in range, and nothing is read before it is written.
 
     Raises:
         EngineDirError: naming the step and what is wrong.
@@ -37,14 +37,16 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
             target = step + (op.ahead if isinstance(op, Predict) else 0)
             if not step <= target < plan.steps:
                 raise EngineDirError(
-                    f"plan {plan.name}: step {step} predicts for step {target}, which does not exist"
+                    f"plan {plan.name}: step {step} predicts for step {target}, "
+                    "which does not exist"
                 )
             units = order if target == step else accumulated.setdefault(target, [])
             units += range(first, first + len(entries))
             _check_launch(plan, step, entries, written)
         if order != every_unit:
             raise EngineDirError(
-                f"plan {plan.name}: step {step} does not run each of the {spec.units} units once, in order"
+                f"plan {plan.name}: step {step} does not run each of the {spec.units} units once, "
+                "in order"
             )
     if accumulated:
         raise EngineDirError(
@@ -67,7 +69,8 @@ def _check_table(plan: Plan, spec: ModelSpec) -> None:
         raise EngineDirError(f"plan {plan.name}: the columns of its sampler table differ in length")
     if table.reach > MAX_REACH or any(len(row) != table.reach for row in table.history):
         raise EngineDirError(
-            f"plan {plan.name}: its sampler must reach back the same 0 to {MAX_REACH} steps at every step"
+            f"plan {plan.name}: its sampler must reach back the same 0 to {MAX_REACH} steps "
+            "at every step"
         )
     if any(sum(map(bool, row)) > MAX_LAGS for row in table.history):
         raise EngineDirError(
@@ -85,7 +88,11 @@ def _check_table(plan: Plan, spec: ModelSpec) -> None:
 def _collected(
     plan: Plan, step: int, op: Collect, accumulated: dict[int, list[int]], every_unit: list[int]
 ) -> list[int]:
-    """The units of a step that come from an accumulator: all of them, all from the step ``ahead`` before."""
+    """The units whose predictions the accumulator of a collapsed step holds: all of them.
+
+    Raises:
+        EngineDirError: some are missing, or came from another step than the one ``ahead`` before.
+    """
     launches = plan.launches[step - op.ahead] if 0 < op.ahead <= step else ()
     filled = [
         unit
@@ -99,7 +106,8 @@ def _collected(
         or len(plan.launches[step]) != 1
     ):
         raise EngineDirError(
-            f"plan {plan.name}: step {step} adds an accumulator that does not hold each of the {len(every_unit)} units once"
+            f"plan {plan.name}: step {step} adds an accumulator that does not hold each of the "
+            f"{len(every_unit)} units once"
         )
     return filled
 
@@ -116,7 +124,8 @@ def _check_launch(
             )
         if len(entry.slots) != len(entry.coefficients) or len(entry.slots) > MAX_HISTORY:
             raise EngineDirError(
-                f"plan {plan.name}: step {step} has {len(entry.coefficients)} coefficients for {len(entry.slots)} slots"
+                f"plan {plan.name}: step {step} has {len(entry.coefficients)} coefficients for "
+                f"{len(entry.slots)} slots"
             )
         if not written.issuperset(entry.slots):
             raise EngineDirError(
@@ -128,6 +137,7 @@ def _check_launch(
         readers = sum(store in entry.slots for entry in entries if entry.store != store)
         if readers or store in stores[:index]:
             raise EngineDirError(
-                f"plan {plan.name}: step {step} overwrites slot {store} while the same launch uses it"
+                f"plan {plan.name}: step {step} overwrites slot {store} while the same launch "
+                "uses it"
             )
     written.update(stores)

@@ -1,15 +1,17 @@
 """From schedule to plan: the compiler.
 
-The pipeline names every feature once (static single assignment), keeps only those that are read again, moves the
-predictions of steps that compute nothing to where their history is at hand, groups neighbouring predictions into one
-launch, and gives the survivors slots:
+Every pipeline names every feature once (static single assignment) and keeps only those that are
+read again. `compile_for_host` then moves the predictions of steps that compute nothing to where
+their history is at hand; `compile_for_device` makes few launches of many units instead:
 
-    schedule -> name_values -> drop_dead_stores -> accumulate_ahead -> group_launches -> assign_slots -> Plan
+    host:    name_values -> drop_dead_stores -> accumulate_ahead -> group_launches -> assign_slots
+    device:  name_values -> drop_dead_stores -> group_launches -> assign_slots
+    device, with segments:
+             name_values -> drop_dead_stores -> store_alike -> group_launches -> merge_full_steps
+             -> assign_slots
 
-Where a backend builds engines (`with_stacks`), nothing is predicted ahead, and a step that computes everything is one
-launch:
-
-    ... -> drop_dead_stores -> store_alike -> group_launches -> merge_full_steps -> assign_slots -> Plan
+Both compute the same numbers. An engine directory holds the host's form, with what was asked for;
+`in_form` turns it into the other.
 """
 
 from __future__ import annotations
@@ -20,16 +22,17 @@ from itertools import groupby, islice, takewhile
 from goc_deploy.compiler.check import check_plan
 from goc_deploy.compiler.plan import (
     MAX_LAUNCH_UNITS,
-    SEGMENTS,
     Collect,
     Compute,
     Launch,
     Plan,
+    PlanForm,
     Predict,
     Prediction,
     Segment,
 )
 from goc_deploy.errors import UsageError
+from goc_deploy.options import SEGMENTS, Segments
 from goc_deploy.samplers import SamplerTable, sampler_misfit, sampler_table
 from goc_deploy.samplers.process import Process
 from goc_deploy.schedule import (
@@ -42,7 +45,7 @@ from goc_deploy.schedule import (
 )
 from goc_deploy.spec import ModelSpec
 
-LAUNCHES_BEFORE_AHEAD = 3  # more would be a little faster and keep a slot more each
+LAUNCHES_BEFORE_AHEAD = 3  # each further one would be a little faster and take one more slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +54,11 @@ class Evaluation:
 
     Attributes:
         step: the step whose x it updates.
-        unit: the unit.
-        reads: values read, the one that weighs most first; empty for a computed unit.
+        unit: index of the unit.
+        reads: names of the values read, the one with the largest weight first; empty if the unit is
+            computed.
         coefficients: one per value read, as in `goc_deploy.compiler.plan.Prediction`.
-        value: name of the value it produces, or None where nobody reads it.
+        value: name of the value it produces, or None if no evaluation reads it.
         ahead: how many steps before ``step`` it runs.
     """
 
@@ -66,84 +70,124 @@ class Evaluation:
     ahead: int = 0
 
 
-def compile_schedule(
+def compile_for_host(
     schedule: Schedule,
     spec: ModelSpec,
     sampler: str | SamplerTable = "ddim",
     steps: int | None = None,
     *,
     name: str = "plan",
-    segments: str = "none",
-    collapse: bool = True,
-    eager: bool = True,
+    segments: Segments = "none",
 ) -> Plan:
-    """Compile a schedule for a model, a sampler and a step count.
+    """Compile a schedule for a CPU: every unit is a launch, and predictions are made ahead of time.
 
     Args:
-        schedule: what to do where.
+        schedule: the action of every unit at every step.
         spec: the model.
-        sampler: a table, or a sampler SPEC for the process that DiT and PixArt are trained on; for a model whose folder has
-            a scheduler, use `goc_deploy.exporters.schedulers.table_from_sampler` with its manifest's ``process``.
+        sampler: a table, or a sampler SPEC for the process that DiT and PixArt are trained on; for
+            a model whose folder has a scheduler, use
+            `goc_deploy.exporters.schedulers.table_from_sampler` with its manifest's ``process``.
         steps: number of steps; default: the schedule's.
         name: the plan's name.
-        segments: one of `goc_deploy.compiler.plan.SEGMENTS`, for backends that build engines.
-        collapse: predict neighbouring units in one launch; off, each prediction is a launch (for comparison).
-        eager: predict for steps that compute nothing while the history is at hand; off, in these steps, and then with
-            segments, as `with_stacks` does.
+        segments: what `in_form` shall merge for a device; this form has no segments.
 
     Raises:
         ScheduleError: the schedule breaks a rule of legality or does not fit.
-        UsageError: unknown sampler, or one that does not fit the model, or unknown segments.
+        UsageError: unknown sampler, one that does not fit the model, or unknown segments.
     """
+    schedule, table = _checked(schedule, spec, sampler, steps, segments)
+    evaluations = name_values(schedule)
+    evaluations = drop_dead_stores(evaluations)
+    evaluations = accumulate_ahead(evaluations)
+    groups = group_launches(evaluations)
+    launches, slots = assign_slots(groups)
+    plan = Plan(name, table, launches, slots, schedule, segments, form="host")
+    check_plan(plan, spec)
+    return plan
+
+
+def compile_for_device(
+    schedule: Schedule,
+    spec: ModelSpec,
+    sampler: str | SamplerTable = "ddim",
+    steps: int | None = None,
+    *,
+    name: str = "plan",
+    segments: Segments = "none",
+) -> Plan:
+    """Compile a schedule for a GPU: a step that computes nothing is one launch.
+
+    Args:
+        schedule, spec, sampler, steps, name: as `compile_for_host` takes them.
+        segments: ``full`` makes one launch of a step that computes everything too.
+
+    Raises:
+        ScheduleError, UsageError: as `compile_for_host`.
+    """
+    schedule, table = _checked(schedule, spec, sampler, steps, segments)
+    evaluations = name_values(schedule)
+    evaluations = drop_dead_stores(evaluations)
+    if segments == "full":
+        evaluations = store_alike(evaluations)
+        groups = group_launches(evaluations)
+        groups = merge_full_steps(groups)
+    else:
+        groups = group_launches(evaluations)
+    launches, slots = assign_slots(groups)
+    plan = Plan(name, table, launches, slots, schedule, segments, form="device")
+    check_plan(plan, spec)
+    return plan
+
+
+def in_form(plan: Plan, spec: ModelSpec, form: PlanForm) -> Plan:
+    """A plan in the form that a backend runs. Coefficients and results are the same.
+
+    Before, ``host``: step 4 computes and, a few units at a time, predicts for step 5, which adds
+    the sum. After, ``device``: step 4 computes, in one launch with segments; step 5 is one launch
+    over the history of all units. The history takes more slots.
+    """
+    if form == plan.form:
+        return plan
+    compile_form = compile_for_device if form == "device" else compile_for_host
+    return compile_form(plan.schedule, spec, plan.sampler, name=plan.name, segments=plan.segments)
+
+
+def _checked(
+    schedule: Schedule,
+    spec: ModelSpec,
+    sampler: str | SamplerTable,
+    steps: int | None,
+    segments: Segments,
+) -> tuple[Schedule, SamplerTable]:
+    """The schedule with its short histories filled, and its sampler table; both fit the model."""
     if segments not in SEGMENTS:
         raise UsageError(f"segments must be {' or '.join(SEGMENTS)}, got {segments!r}")
     schedule = fill_short_history(schedule)
     check_schedule_fits(schedule, spec, schedule.steps if steps is None else steps)
     check_schedule(schedule)
     check_amplification(schedule)
-    evaluations = drop_dead_stores(name_values(schedule))
-    merges = segments == "full" and not eager
-    if eager:
-        evaluations = accumulate_ahead(evaluations)
-    if merges:
-        evaluations = store_alike(evaluations)
-    groups = group_launches(evaluations, collapse=collapse)
-    launches, slots = assign_slots(merge_full_steps(groups) if merges else groups)
-    process = Process(spec.prediction)
     table = (
         sampler
         if isinstance(sampler, SamplerTable)
-        else sampler_table(sampler, schedule.steps, process)
+        else sampler_table(sampler, schedule.steps, Process(spec.prediction))
     )
     misfit = sampler_misfit(table, spec)
     if misfit:
         raise UsageError(misfit)
-    plan = Plan(name, table, launches, slots, schedule, segments)
-    check_plan(plan, spec)
-    return plan
-
-
-def with_stacks(plan: Plan, spec: ModelSpec) -> Plan:
-    """The same plan with one launch in every step that computes nothing, which a GPU prefers, and with its segments.
-
-    Before: step 4 computes and, a few units at a time, predicts for step 5, which adds the sum. After: step 4 computes, in one
-    launch with segments, step 5 is one launch over the history of all units. Coefficients and results are the same; the
-    history takes more slots.
-    """
-    return compile_schedule(
-        plan.schedule, spec, plan.sampler, name=plan.name, segments=plan.segments, eager=False
-    )
+    return schedule, table
 
 
 def name_values(schedule: Schedule) -> list[Evaluation]:
     """Name every feature that a schedule computes or predicts.
 
-    A history entry is a value times a factor: a prediction from one entry only changes the factor, and a prediction from
-    several is a new value, their sum over the factor of the one that weighs most. A value that stands twice in the
-    history is read once with the sum of its coefficients.
+    A history entry is a value times a factor. A prediction from one entry only changes the factor.
+    A
+    prediction from several entries is a new value: their sum, divided by the largest weight, which
+    becomes the factor. A value that is in the history twice is read once, with the sum of its
+    coefficients.
 
-    Before: ``gradient`` with history (a, a). After: the prediction *is* a. Before: ``2.2 a - 1.2 b``. After: the value
-    ``a - 0.545 b``, times 2.2.
+    Before: ``gradient`` with history (a, a). After: the prediction *is* a.
+    Before: ``2.2 a - 1.2 b``. After: the value ``a - 0.545 b``, times 2.2.
     """
     evaluations: list[Evaluation] = []
     histories: list[tuple[tuple[int, float], ...]] = [()] * schedule.units
@@ -168,7 +212,7 @@ def name_values(schedule: Schedule) -> list[Evaluation]:
 
 
 def drop_dead_stores(evaluations: list[Evaluation]) -> list[Evaluation]:
-    """Forget values that nobody reads later.
+    """Drop the stores of values that no later evaluation reads.
 
     Before: step 2 stores a feature that step 4 replaces unread. After: step 2 stores nothing.
     """
@@ -181,11 +225,10 @@ def drop_dead_stores(evaluations: list[Evaluation]) -> list[Evaluation]:
 
 
 def store_alike(evaluations: list[Evaluation]) -> list[Evaluation]:
-    """Let every step that computes everything store the same units, so that one engine serves all of them.
+    """Let all full steps store the features of the same units, so that one engine serves them.
 
-    A unit that is a launch of its own writes its feature too where nobody reads it.
-
-    Before: step 4 stores units 0 and 1, step 8 stores nothing. After: step 8 stores units 0 and 1, which nobody reads.
+    Before: step 4 stores units 0 and 1, step 8 stores nothing. After: step 8 stores units 0 and 1
+    too, although no step reads them.
     """
     predicting = {e.step for e in evaluations if e.reads}
     stored = {e.unit for e in evaluations if e.step not in predicting and e.value is not None}
@@ -198,14 +241,15 @@ def store_alike(evaluations: list[Evaluation]) -> list[Evaluation]:
 
 
 def accumulate_ahead(evaluations: list[Evaluation]) -> list[Evaluation]:
-    """Move the predictions of steps that compute nothing up to the last step that does.
+    """Move the predictions of collapsed steps into the last step that computes a unit.
 
-    Such predictions depend on the history alone. Made soon after their unit ran, they leave a feature that only they
-    read without a slot of its own. A few units at a time, because a launch that finds its temporary tensors in the CPU's
-    cache is faster (DiT-XL/2, gradient of all units: 38 ms one by one, 33 ms by fours).
+    These predictions depend on the history alone. If they are made soon after their unit ran, a
+    feature that only they read needs no slot for long. A few units are predicted at a time, because
+    a launch is faster if its temporary tensors fit into the CPU's cache (DiT-XL/2, gradient of all
+    units: 38 ms one by one, 33 ms by fours).
 
-    Before: step 4 computes units 0 and 1, step 5 predicts 0 and 1. After: step 4 computes 0 and 1 and predicts both
-    ahead. A unit's evaluations keep their order.
+    Before: step 4 computes units 0 and 1, step 5 predicts 0 and 1. After: step 4 computes 0 and 1
+    and predicts both ahead. The evaluations of a unit keep their order.
     """
     moved: list[Evaluation] = []
     steps = [list(step) for _, step in groupby(evaluations, key=lambda e: e.step)]
@@ -213,7 +257,7 @@ def accumulate_ahead(evaluations: list[Evaluation]) -> list[Evaluation]:
         step, *steps = steps
         collapsed = list(takewhile(lambda later: all(e.reads for e in later), steps))
         steps = steps[len(collapsed) :]
-        groups = iter(group_launches(step, collapse=True))
+        groups = iter(group_launches(step))
         while some := list(islice(groups, LAUNCHES_BEFORE_AHEAD)):
             ran = [e for group in some for e in group]
             moved += ran
@@ -225,18 +269,26 @@ def accumulate_ahead(evaluations: list[Evaluation]) -> list[Evaluation]:
     return moved
 
 
-def group_launches(evaluations: list[Evaluation], *, collapse: bool) -> list[list[Evaluation]]:
-    """Group evaluations into launches: a computed unit alone, neighbouring predicted units for one step together."""
-    keyed = ((e.step, -1 if e.reads and collapse else e.unit, bool(e.reads)) for e in evaluations)
-    pairs = zip(keyed, evaluations, strict=True)
-    runs = ([e for _, e in run] for _, run in groupby(pairs, key=lambda pair: pair[0]))
+def group_launches(evaluations: list[Evaluation]) -> list[list[Evaluation]]:
+    """Group evaluations into launches of at most `MAX_LAUNCH_UNITS` units.
+
+    Neighbouring predictions for one step are a launch, and so is every computed unit.
+
+    Before: step 4 predicts units 0 and 1 and computes unit 2. After: step 4 launches units 0 and 1
+    together, then unit 2.
+    """
+
+    def launch(e: Evaluation) -> tuple[int, int | None]:
+        return e.step, None if e.reads else e.unit
+
+    runs = [list(run) for _, run in groupby(evaluations, key=launch)]
     return [
         run[i : i + MAX_LAUNCH_UNITS] for run in runs for i in range(0, len(run), MAX_LAUNCH_UNITS)
     ]
 
 
 def merge_full_steps(groups: list[list[Evaluation]]) -> list[list[Evaluation]]:
-    """Merge the launches of a step that computes everything into one.
+    """Merge the launches of each full step into one.
 
     Before: step 4 launches units 0, 1, 2 and 3. After: step 4 is one launch of units 0 to 3.
     """
@@ -249,11 +301,13 @@ def merge_full_steps(groups: list[list[Evaluation]]) -> list[list[Evaluation]]:
 
 
 def assign_slots(groups: list[list[Evaluation]]) -> tuple[tuple[tuple[Launch, ...], ...], int]:
-    """Give every stored value a slot for as long as it lives.
+    """Assign a slot to every stored value for as long as the value lives.
 
-    A prediction is written in place of the oldest entry of its own unit that dies with it, and any value goes where its unit
-    kept one before, so that steps of a kind use the same slots, and launch the same. Other entries that die in a launch,
-    and values that nobody reads, are free from the next launch on, because the order of writes within a launch is not fixed.
+    A prediction overwrites the oldest entry of its own unit that dies in the same launch. Any other
+    value prefers a slot that its unit used before. So steps of a kind use the same slots, and are
+    the same launches. The slots of other entries that die in a launch, and of values that are never
+    read, are free from the next launch on, because the order of writes within a launch is not
+    fixed.
 
     Returns:
         (launches by the step in which they run, number of slots).

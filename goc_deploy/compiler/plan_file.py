@@ -7,7 +7,6 @@ from operator import index
 from typing import Any
 
 from goc_deploy.compiler.plan import (
-    SEGMENTS,
     Collect,
     Compute,
     Launch,
@@ -17,6 +16,7 @@ from goc_deploy.compiler.plan import (
     Segment,
 )
 from goc_deploy.errors import EngineDirError
+from goc_deploy.options import SEGMENTS
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
 from goc_deploy.strict_json import build, check_format, dump_json, parse_json
@@ -56,7 +56,7 @@ def _launch_to_list(op: Launch) -> list[Any]:
         return ["c", op.unit, op.store]
     if isinstance(op, Collect):
         return ["a", op.ahead]
-    assert not isinstance(op, Segment), "what backends make of a plan is not written"
+    assert not isinstance(op, Segment), "a plan is written in the host's form"
     return [
         "p",
         op.unit,

@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from goc_deploy.compiler import Collect, Compute, Plan, Predict, Segment, with_stacks
+from goc_deploy.compiler import Collect, Compute, Plan, Predict, Segment, in_form
+from goc_deploy.compiler.plan import StepKind
 from goc_deploy.display.plans import Table
 from goc_deploy.engine_dir.directory import EngineDir
+from goc_deploy.engine_dir.keys import EngineWeights
 from goc_deploy.engine_dir.manifest import EngineEntry, Manifest
 
 
@@ -75,18 +77,17 @@ def _state(path: Path, size: int) -> str:
 def launch_rows(plans: Sequence[Plan], manifest: Manifest) -> Table:
     """A row per plan and kind of step: how many graphs a step launches, and how many kernels these are on each target.
 
-    TensorRT runs a plan with one launch in steps that compute nothing, and with its segments
-    (`goc_deploy.compiler.passes.with_stacks`).
+    TensorRT runs the device's form of a plan (`goc_deploy.compiler.passes.in_form`).
     """
     ways = sorted({(e.target.folder, e.weights) for e in manifest.engines if e.weights != "none"})
     rows = []
     for plan in plans:
-        stacked = with_stacks(plan, manifest.model)
-        kinds: dict[str, int] = {}
+        on_device = in_form(plan, manifest.model, "device")
+        kinds: dict[StepKind, int] = {}
         for step in range(1, plan.steps):  # the first also prepares the modulation table
             kinds.setdefault(plan.step_kind(step), step)
         for kind, step in sorted(kinds.items()):
-            on_cpu, on_gpu = (launched_graphs(form, manifest, step) for form in (plan, stacked))
+            on_cpu, on_gpu = (launched_graphs(form, manifest, step) for form in (plan, on_device))
             kernels = [_kernels(on_gpu, manifest, folder, weights) for folder, weights in ways]
             rows.append(
                 [
@@ -120,7 +121,7 @@ def launched_graphs(plan: Plan, manifest: Manifest, step: int) -> list[str]:
     return [*names, onnx["final"], onnx[plan.sampler.graph]]
 
 
-def _kernels(graphs: Sequence[str], manifest: Manifest, folder: str, weights: str) -> str:
+def _kernels(graphs: Sequence[str], manifest: Manifest, folder: str, weights: EngineWeights) -> str:
     """Kernels of all graphs on one target, or what is missing to tell."""
     of_graph: dict[str, EngineEntry] = {}
     for engine in manifest.engines:

@@ -9,8 +9,8 @@ from goc_deploy.compiler import Plan
 from goc_deploy.engine_dir.manifest import Manifest
 from goc_deploy.errors import UsageError
 from goc_deploy.policies.grammar import parse_policy
+from goc_deploy.precision import ITEM_BYTES
 from goc_deploy.schedule import Schedule
-from goc_deploy.spec import ITEM_BYTES
 
 Table = tuple[list[str], list[list[str]]]
 

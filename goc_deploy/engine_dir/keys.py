@@ -1,4 +1,4 @@
-"""What a TensorRT engine is built for and from. Equal keys mean that one engine may stand for the other."""
+"""What a TensorRT engine is built for and from. Engines with equal keys can replace each other."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Literal, get_args
 
+from goc_deploy.options import WeightMode
 from goc_deploy.spec import ModelSpec, tiles_at_once
 
 ENGINE_BACKENDS = ("tensorrt-rtx", "tensorrt")
-WEIGHT_MODES = ("embedded", "shared")  # an engine of a graph without weights has "none"
-RECIPE_VERSION = 3  # changes where the same recipe would be built in another way
+WEIGHT_MODES: tuple[WeightMode, ...] = get_args(WeightMode)
+EngineWeights = Literal["embedded", "shared", "none"]  # "none": the graph has no weights
+RECIPE_VERSION = 3  # raised whenever the same recipe is built in another way
 
 Range = tuple[int, int, int]  # (smallest, most usual, largest) size of a dynamic dimension
 
@@ -41,7 +44,7 @@ class Target:
         return f"engines/{self.backend}-{self.version}-{architectures}"
 
     def refusal(self, backend: str, version: str, platform: str, capability: str) -> str | None:
-        """Why an engine of this target cannot run there, or None where it can.
+        """Why an engine of this target cannot run there, or None if it can.
 
         Args:
             backend: library that would load it.
@@ -49,29 +52,31 @@ class Target:
             platform: of that machine.
             capability: of that machine's GPU.
         """
-        for what, built, found in (
+        for what, built, present in (
             ("backend", self.backend, backend),
             ("version", self.version, version),
             ("platform", self.platform, platform),
         ):
-            if built != found:
-                return f"it was built for {what} {built}, this is {found}"
+            if built != present:
+                return f"it was built for {what} {built}, this is {present}"
         if capability not in self.capabilities:
-            return f"it was built for compute capability {', '.join(self.capabilities)}, this GPU has {capability}"
+            built = ", ".join(self.capabilities)
+            return f"it was built for compute capability {built}, this GPU has {capability}"
         return None
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """All that decides what an engine computes, how fast, and where.
+    """Everything that decides what an engine computes, how fast, and on what.
 
     Attributes:
         graph_sha256: of the graph that the parser sees, without weights.
         weights_sha256: of the weights file that is embedded, or None.
         target: what it is built for.
-        profiles: of each optimisation profile: symbol of each dynamic dimension of the graph -> sizes.
+        profiles: of each optimisation profile: symbol of each dynamic dimension of the graph ->
+            sizes.
         workspace_bytes: most scratch memory, 0 for no limit.
-        plugin_sha256: of the plugin's kernel source where the graph calls it, or None.
+        plugin_sha256: of the plugin's kernel source if the graph calls it, else None.
     """
 
     graph_sha256: str
@@ -91,7 +96,7 @@ class Recipe:
 
     @property
     def key(self) -> str:
-        """32 hexadecimal digits that differ where anything in the recipe does."""
+        """32 hexadecimal digits, different for every recipe."""
         text = json.dumps([RECIPE_VERSION, asdict(self)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -99,11 +104,13 @@ class Recipe:
 def dimension_profiles(
     backend: str, spec: ModelSpec, max_batch: int, steps: int
 ) -> tuple[Mapping[str, Range], ...]:
-    """Sizes that an engine takes and those that its kernels are chosen for, one set for each optimisation profile.
+    """Sizes that an engine accepts and those that its kernels are chosen for, per profile.
 
-    TensorRT chooses kernels at build time, for the usual sizes of a profile. It gets two profiles of all sizes: one for a
-    single image, one for the most. TensorRT for RTX compiles kernels for the sizes that it meets when it runs, so a second
-    profile would double its engines for nothing.
+    TensorRT chooses kernels at build time, for the usual sizes of an optimisation profile. It gets
+    two
+    profiles of all sizes: one for a single image, one for the largest batch. TensorRT for RTX
+    compiles kernels at run time for the sizes that occur, so a second profile would double its
+    engines without any benefit.
 
     Args:
         backend: one of ``ENGINE_BACKENDS``.
@@ -124,7 +131,8 @@ def dimension_ranges(spec: ModelSpec, max_batch: int, steps: int) -> Mapping[str
         max_batch: most images per run; with guidance an image has two rows.
         steps: of the longest plan.
     """
-    images, rows, labels, modulation = max_batch, 2 * max_batch, max_batch + 1, 3 * spec.units + 2
+    images, rows, labels = max_batch, 2 * max_batch, max_batch + 1
+    modulation = spec.modulation.count
     return {
         "batch": (1, rows, rows),
         "B": (1, rows, rows),

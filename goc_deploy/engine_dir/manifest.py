@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from goc_deploy.engine_dir.keys import Target
+from goc_deploy.engine_dir.keys import EngineWeights, Target
+from goc_deploy.precision import Precision
 from goc_deploy.samplers.process import Process
 from goc_deploy.spec import DecoderSpec, ModelSpec, TextSpec
 
@@ -67,7 +68,7 @@ class Unit:
     parameters: tuple[Parameter, ...]
     weights_are_inputs: bool
     relative_l2: float | None
-    precision: str
+    precision: Precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ class EngineEntry:
     path: str
     key: str
     target: Target
-    weights: str
+    weights: EngineWeights
     graphs: tuple[str, ...]
     kernels: int | None
     plugin_layers: int
@@ -132,7 +133,7 @@ class Manifest:
     """
 
     model: ModelSpec
-    precision: str
+    precision: Precision
     max_batch: int
     units: tuple[Unit, ...]
     predict: dict[str, str]

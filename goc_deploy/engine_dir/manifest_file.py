@@ -19,7 +19,8 @@ from goc_deploy.engine_dir.manifest import (
     Unit,
 )
 from goc_deploy.errors import EngineDirError, SafetyError
-from goc_deploy.spec import ITEM_BYTES, PRECISIONS, PREDICTIONS, DecoderSpec, ModelSpec, TextSpec
+from goc_deploy.precision import ITEM_BYTES, PRECISIONS
+from goc_deploy.spec import PREDICTIONS, DecoderSpec, ModelSpec, TextSpec
 from goc_deploy.strict_json import build, check_format, dump_json, parse_json
 
 MANIFEST_FORMAT, MANIFEST_VERSION = "goc_deploy.engine_dir", 5
@@ -54,7 +55,7 @@ def _manifest_from_fields(found: dict[str, Any]) -> Manifest:
     }
     return Manifest(
         model=ModelSpec(**model),
-        precision=str(found["precision"]),
+        precision=found["precision"],
         max_batch=index(found["max_batch"]),
         units=tuple(_unit_from_fields(unit) for unit in found["units"]),
         predict={str(key): str(path) for key, path in found["predict"].items()},

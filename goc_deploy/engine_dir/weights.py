@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from goc_deploy.engine_dir.manifest import Unit
-from goc_deploy.protocols import DTYPE_OF_PRECISION, Buffer, mapped_buffer
+from goc_deploy.precision import DTYPE_OF_PRECISION
+from goc_deploy.protocols import Buffer, mapped_buffer
 
 
 def mapped_weights(unit: Unit, weights: memoryview) -> tuple[dict[str, Buffer], dict[str, Buffer]]:

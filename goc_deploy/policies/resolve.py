@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from goc_deploy.errors import GocError, UsageError
 from goc_deploy.policies.calibration import Laboratory
@@ -20,12 +20,8 @@ from goc_deploy.policies.options import NoOptions, filled, option, option_names
 from goc_deploy.policies.registration import base_named, correction_named, registered_names
 from goc_deploy.policies.suggestions import hint_for_correction, hint_for_policy
 from goc_deploy.policies.tables import Base, Correction
-from goc_deploy.schedule import (
-    Schedule,
-    check_schedule,
-    check_schedule_fits,
-    fill_short_history,
-)
+from goc_deploy.schedule import Schedule, check_schedule, check_schedule_fits, fill_short_history
+from goc_deploy.schedule.schedule import HistoryKind
 from goc_deploy.spec import ModelSpec
 
 
@@ -33,7 +29,7 @@ from goc_deploy.spec import ModelSpec
 class CommonOptions:
     """Options of every SPEC."""
 
-    history: Literal["used", "computed"] | None = option(
+    history: HistoryKind | None = option(
         "Whether predictions read all features that were used, or only computed ones. Without it, "
         "polynomials read computed ones, and all other policies used ones.",
         default=None,
@@ -113,7 +109,7 @@ class _Parts:
 
     base: Base[Any]
     base_options: Any
-    history: str | None
+    history: HistoryKind | None
     correction: Correction[Any] | None = None
     correction_options: Any = None
     both_branches: bool = False

@@ -13,7 +13,10 @@ from goc_deploy.schedule.schedule import (
     MAX_HISTORY,
     MAX_STEPS,
     REUSE,
+    SHORT_HISTORY_KINDS,
+    HistoryKind,
     Schedule,
+    ShortHistory,
     gradient,
 )
 
@@ -24,7 +27,10 @@ __all__ = [
     "MAX_HISTORY",
     "MAX_STEPS",
     "REUSE",
+    "SHORT_HISTORY_KINDS",
+    "HistoryKind",
     "Schedule",
+    "ShortHistory",
     "check_amplification",
     "check_schedule",
     "check_schedule_fits",

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from goc_deploy.errors import ScheduleError
 from goc_deploy.strict_json import build, bytes_from_file, check_format, dump_json, parse_json
 
 COMPUTE: tuple[float, ...] = ()
 REUSE: tuple[float, ...] = (1.0,)
-HISTORY_KINDS = ("used", "computed")
+HistoryKind = Literal["used", "computed"]
+ShortHistory = Literal["reuse", "error"]
+HISTORY_KINDS: tuple[HistoryKind, ...] = get_args(HistoryKind)
+SHORT_HISTORY_KINDS: tuple[ShortHistory, ...] = get_args(ShortHistory)
 MAX_HISTORY = 4
 MAX_STEPS = 10_000
 MAX_BLOCKS = 1_000
@@ -42,8 +45,8 @@ class Schedule:
     depth: int
     branches: tuple[str, ...]
     coefficients: tuple[tuple[tuple[float, ...], ...], ...]
-    history: str = "used"
-    short_history: str = "error"
+    history: HistoryKind = "used"
+    short_history: ShortHistory = "error"
     policy: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
@@ -162,7 +165,7 @@ def _schedule_from_fields(found: dict[str, Any], where: str) -> Schedule:
         raise ScheduleError(
             f"{where}: depth must be 1 to {MAX_BLOCKS} and there are 1 to 3 branches"
         )
-    if found["short_history"] not in ("reuse", "error"):
+    if found["short_history"] not in SHORT_HISTORY_KINDS:
         raise ScheduleError(f"{where}: short_history must be 'reuse' or 'error'")
     if not 1 <= len(found["actions"]) <= MAX_STEPS:
         raise ScheduleError(f"{where}: there must be 1 to {MAX_STEPS} steps")

@@ -33,6 +33,7 @@ from goc_deploy.runtime.noise import image_noise
 from goc_deploy.runtime.request import Request
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import COMPUTE, Schedule, check_schedule
+from goc_deploy.schedule.schedule import HistoryKind
 
 TINY = np.finfo(np.float64).tiny
 # For features of a batch in memory, and again for mean features; beyond it the means are in a file.
@@ -142,7 +143,7 @@ class EngineCalibrator:
         record = {**asdict(options), "calibration": self.describe(), "error": self.error(fitted)}
         return replace(fitted, provenance={**schedule.provenance, "fit": record})
 
-    def _pairs(self, history: str, depth: int) -> Iterator[Pair]:
+    def _pairs(self, history: HistoryKind, depth: int) -> Iterator[Pair]:
         self.statistics()
         for request, expected in zip(self._batches(), self._final, strict=True):
             yield Trajectory(self._stepper, request, history, depth), expected

@@ -15,6 +15,7 @@ import numpy as np
 from goc_deploy.compiler import Compute, Plan
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.host_memory import host_array
+from goc_deploy.precision import Precision
 from goc_deploy.protocols import Backend
 from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.bound import BoundLaunch, BoundPlan, BoundStep
@@ -48,7 +49,7 @@ class Stepper:
         engines: Engines,
         backend: Backend,
         spec: ModelSpec,
-        precision: str,
+        precision: Precision,
         table: SamplerTable,
         capacity: int,
     ) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from goc_deploy.runtime.calibration.stepper import Stepper
 from goc_deploy.runtime.request import Request
+from goc_deploy.schedule.schedule import HistoryKind
 
 Row = tuple[float, ...]
 FeatureHook = Callable[[int, np.ndarray], None]
@@ -24,7 +25,9 @@ class Trajectory:
         depth: history entries kept per unit.
     """
 
-    def __init__(self, stepper: Stepper, request: Request, history: str, depth: int) -> None:
+    def __init__(
+        self, stepper: Stepper, request: Request, history: HistoryKind, depth: int
+    ) -> None:
         self._stepper, self._request = stepper, request
         self._pushes_predictions, self._depth = history == "used", depth
         self.latents = np.float32(stepper.table.start) * request.noise[:, 0]

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import roofline
 from benchmarks.make_checkpoint import spec_of
-from goc_deploy.compiler import Plan, compile_schedule, with_stacks
+from goc_deploy.compiler import Plan, compile_for_device
 from goc_deploy.engines.plugin.kernel import Stack
 from goc_deploy.policies.grammar import parse_policy
 from goc_deploy.policies.resolve import schedule_from_policy
@@ -20,7 +20,7 @@ COUNTER = roofline.Counter(SPEC, 4, 2)
 
 
 def plan_of(policy: str) -> Plan:
-    return compile_schedule(schedule_from_policy(parse_policy(policy), SPEC, 6), SPEC, "ddim")
+    return compile_for_device(schedule_from_policy(parse_policy(policy), SPEC, 6), SPEC, "ddim")
 
 
 def test_a_full_step_computes_what_the_model_does() -> None:
@@ -33,7 +33,7 @@ def test_a_full_step_computes_what_the_model_does() -> None:
 
 @pytest.mark.parametrize("policy", ["fora:2", "fora:2+gc:1.2"])
 def test_a_collapsed_step_moves_what_the_plugin_needs(policy: str) -> None:
-    (op,) = with_stacks(plan_of(policy), SPEC).launches[3]
+    (op,) = plan_of(policy).launches[3]
     stack = Stack(
         tuple(len(p.slots) for p in op.predictions),
         tuple(p.store is not None for p in op.predictions),

@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from goc_deploy.compiler import Plan, check_plan, compile_schedule
-from goc_deploy.compiler.plan import SEGMENTS
 from goc_deploy.compiler.plan_file import PLAN_VERSION, plan_from_json, plan_to_json
 from goc_deploy.conditions.labels import labels_from_text
 from goc_deploy.engine_dir.directory import EngineDir
@@ -26,6 +25,7 @@ from goc_deploy.engine_dir.manifest_file import (
 )
 from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.errors import EngineDirError, GocError, ScheduleError, UsageError
+from goc_deploy.options import SEGMENTS
 from goc_deploy.policies.bases import ForaOptions
 from goc_deploy.policies.options import filled
 from goc_deploy.schedule.schedule import schedule_from_file

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
-from goc_deploy.compiler import Predict, compile_schedule
+from goc_deploy.compiler import Plan, Predict, compile_for_device, compile_for_host
 from goc_deploy.policies.grammar import parse_policy
 from goc_deploy.policies.resolve import schedule_from_policy
 from goc_deploy.protocols import ALIGNMENT, Buffer
@@ -15,10 +17,12 @@ from goc_deploy.spec import ModelSpec
 SPEC = ModelSpec(4, 64, 4, 256, 2, 4, 4, 10, True)
 
 
-@pytest.mark.parametrize("eager", [True, False])
-def test_every_launch_finds_its_own_numbers_whichever_is_bound_first(eager: bool) -> None:
+@pytest.mark.parametrize("compile_plan", [compile_for_host, compile_for_device])
+def test_every_launch_finds_its_own_numbers_whichever_is_bound_first(
+    compile_plan: Callable[..., Plan],
+) -> None:
     schedule = schedule_from_policy(parse_policy("fora:3+lagrange:2"), SPEC, 9)
-    plan = compile_schedule(schedule, SPEC, eager=eager)
+    plan = compile_plan(schedule, SPEC)
     values = constants_from_plan(plan)
     assert values.dtype == np.float32
     width = values.shape[1]

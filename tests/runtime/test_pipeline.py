@@ -166,7 +166,7 @@ def test_the_modulation_table_may_be_filled_in_chunks(
     golden_engine: Path, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     whole = pipe.generate(LABELS, seed=1).latents
-    row_bytes = 4 * pipe.spec.hidden * buffers.modulation_rows(pipe.spec) * (pipe.batch_size + 1)
+    row_bytes = 4 * pipe.spec.hidden * pipe.spec.modulation.count * (pipe.batch_size + 1)
     monkeypatch.setattr(
         buffers, "TABLE_BUDGET_BYTES", (chunk + 1) * row_bytes
     )  # one step is predicted ahead

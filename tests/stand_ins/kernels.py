@@ -16,7 +16,7 @@ import pytest
 
 from goc_deploy.engines.plugin.kernel import SOURCE_PATH, StackParameters
 from goc_deploy.engines.plugin.moves import CounterParameters, MoveParameters, MovesParameters
-from goc_deploy.protocols import DTYPE_BYTES
+from goc_deploy.precision import DTYPE_BYTES
 
 HOST_SOURCE = Path(__file__).parents[1] / "engines" / "plugin" / "host.cpp"
 FLAGS = (

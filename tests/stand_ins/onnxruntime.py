@@ -17,16 +17,16 @@ import numpy as np
 import onnxruntime
 
 from goc_deploy.engine_dir.directory import EngineDir
-from goc_deploy.engines.ort import ONNX_TYPES
 from goc_deploy.engines.ort_cuda import OrtCudaBackend
-from goc_deploy.protocols import DTYPE_BYTES, NUMPY_DTYPES
+from goc_deploy.precision import DTYPE_BYTES, ELEMENT_TYPES
+from goc_deploy.protocols import NUMPY_DTYPES
 from goc_deploy.runtime.loading import load_pipelines
 from goc_deploy.runtime.pipeline import Pipeline
 from tests.stand_ins.device import StandInDevice
 from tests.stand_ins.driver import Fault, Work
 from tests.stand_ins.kernels import Span
 
-DTYPES = {number: name for name, number in ONNX_TYPES.items()}
+DTYPES = {kind.onnx: dtype for dtype, kind in ELEMENT_TYPES.items()}
 
 
 class Binding:

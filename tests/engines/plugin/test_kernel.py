@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from goc_deploy.compiler import Predict, Prediction
+from goc_deploy.compiler.plan import MAX_LAUNCH_UNITS
 from goc_deploy.engines.plugin import kernel, nvrtc
 from goc_deploy.engines.plugin.kernel import (
     BUSY_BLOCKS,
     DTYPES,
     KERNELS,
+    MAX_ENTRIES,
     MAX_UNITS,
     SOURCE_PATH,
     THREADS,
@@ -32,7 +35,8 @@ from goc_deploy.engines.plugin.kernel import (
 )
 from goc_deploy.engines.plugin.moves import MovesParameters
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError
-from goc_deploy.protocols import DTYPE_BYTES
+from goc_deploy.precision import DTYPE_BYTES
+from goc_deploy.schedule import MAX_HISTORY
 from tests.engines.plugin.arrays import NUMPY_DTYPES, Case, assert_close, random_case, tensor
 from tests.engines.plugin.conftest import HostKernels
 
@@ -174,13 +178,16 @@ def test_a_stack_is_what_the_signature_of_its_plan_says(stack: Stack) -> None:
     assert stack_from_signature(Predict(0, predictions).signature) == stack
 
 
-@pytest.mark.parametrize(
-    "signature",
-    ["", "2w", "2w*0", "5*1", "0*1", "2w*8  1*3", "2w*8 ", "1*89", "1w*44 2*45", "2W*1"],
-)
-def test_what_no_kernel_serves_is_no_signature(signature: str) -> None:
-    with pytest.raises(EngineDirError, match=r"is no predict signature of at most 88 units"):
+@pytest.mark.parametrize("signature", ["1*89", "1w*44 2*45"])
+def test_more_units_than_a_launch_serves_are_refused(signature: str) -> None:
+    with pytest.raises(EngineDirError, match="of 89 units; a launch serves at most 88"):
         stack_from_signature(signature)
+
+
+def test_the_source_has_the_limits_of_schedules_and_plans() -> None:
+    limits = dict(re.findall(r"const int (GOC_MAX_\w+) = (\d+);", SOURCE_PATH.read_text()))
+    assert limits == {"GOC_MAX_UNITS": str(MAX_LAUNCH_UNITS), "GOC_MAX_ENTRIES": str(MAX_HISTORY)}
+    assert (MAX_UNITS, MAX_ENTRIES) == (MAX_LAUNCH_UNITS, MAX_HISTORY)
 
 
 def test_python_and_the_source_agree_on_the_parameters(host_library: Any) -> None:

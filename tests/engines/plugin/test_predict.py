@@ -112,5 +112,5 @@ def test_a_prediction_may_lie_on_an_entry_that_earlier_units_read(
 
 
 def test_no_signature_is_refused(host_kernels: HostKernels) -> None:
-    with pytest.raises(EngineDirError, match="'9w' is no predict signature"):
+    with pytest.raises(EngineDirError, match="'9w' is not a predict signature"):
         PredictKernel("9w", "float32", host_kernels)

@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from goc_deploy.compiler.cache_ops import updates_from_signature
 from goc_deploy.engines.plugin.kernel import MAX_UNITS
-from goc_deploy.engines.plugin.stacking import STORES_THAT_FUSE, stack_updates, update_of
-from goc_deploy.exporters.graphs.cache_update import entries_from_signature, predict_graph
+from goc_deploy.engines.plugin.stacking import STORES_THAT_FUSE, stack_updates
+from goc_deploy.exporters.graphs.cache_update import predict_graph
 from goc_deploy.exporters.graphs.step import collect_graph
 from goc_deploy.spec import ModelSpec
 
@@ -22,7 +23,7 @@ def test_a_stack_takes_and_gives_what_the_chain_did(runs: list[tuple[int, int, b
     signature = " ".join(
         [f"{k}{'w' if w else ''}*{n}" for k, n, w in runs] + [f"2w*{STORES_THAT_FUSE + 1}"]
     )
-    units = entries_from_signature(signature)
+    units = updates_from_signature(signature)
     model = predict_graph(signature, SPEC, "fp16")
     before = [v.name for v in [*model.graph.input, *model.graph.output]]
     assert stack_updates(model) == len(units)
@@ -54,9 +55,3 @@ def test_other_graphs_stay_as_they_are() -> None:
     model = predict_graph("2w*9", SPEC, "fp32")
     model.graph.node.append(onnx.helper.make_node("Relu", ["x"], ["y"]))
     assert stack_updates(model) == 0
-
-
-def test_op_types_tell_entries_and_stores() -> None:
-    assert update_of("GocCacheUpdate3") == (3, True)
-    assert update_of("GocCacheApply1") == (1, False)
-    assert update_of("GocCacheUpdate5") is update_of("GocCacheStack") is update_of("Add") is None

@@ -15,7 +15,7 @@ import onnx
 import pytest
 
 from goc_deploy.api.facade import build_engines
-from goc_deploy.compiler import with_stacks
+from goc_deploy.compiler import in_form
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.manifest import MANIFEST_NAME, Manifest
 from goc_deploy.engine_dir.reading import file_entry, read_manifest
@@ -79,7 +79,9 @@ def test_with_shared_weights_one_engine_serves_every_unit_of_a_kind(built_engine
     manifest, plans = directory.manifest, directory.plans()
     graphs = [graph for engine in manifest.engines for graph in engine.graphs]
     launched = {
-        signature for plan in plans for signature in with_stacks(plan, manifest.model).signatures
+        signature
+        for plan in plans
+        for signature in in_form(plan, manifest.model, "device").signatures
     }
     assert launched == {"1*8"}  # and not the graphs that only the CPU launches
     assert sorted(graphs) == sorted(

@@ -2,14 +2,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from goc_deploy.compiler import Plan, Predict, Prediction, compile_schedule
+from goc_deploy.compiler import Plan, Predict, Prediction, compile_schedule, in_form
 from goc_deploy.compiler.agreement import check_agreement
-from goc_deploy.compiler.plan import predictions
+from goc_deploy.compiler.plan import PlanForm
 from goc_deploy.errors import EngineDirError
 from goc_deploy.policies.grammar import parse_policy
 from goc_deploy.policies.resolve import schedule_from_policy
@@ -39,16 +40,21 @@ def changed(plan: Plan, number: int, change: Callable[[Prediction], Prediction])
     return replace(plan, launches=tuple(launches))
 
 
-@given(schedules(), st.booleans(), st.booleans())
-def test_what_the_compiler_makes_agrees(schedule: Schedule, collapse: bool, eager: bool) -> None:
+def predictions(plan: Plan) -> list[Prediction]:
+    ops = [op for step in plan.launches for op in step if isinstance(op, Predict)]
+    return [prediction for op in ops for prediction in op.predictions]
+
+
+@given(schedules(), st.sampled_from(get_args(PlanForm)))
+def test_what_the_compiler_makes_agrees(schedule: Schedule, form: PlanForm) -> None:
     spec = spec_of(schedule.depth)
-    check_agreement(compile_schedule(schedule, spec, collapse=collapse, eager=eager))
+    check_agreement(in_form(compile_schedule(schedule, spec), spec, form))
 
 
 @given(schedules(), st.integers(0, 10**6), st.integers(0, 3))
 def test_any_other_coefficient_is_noticed(schedule: Schedule, which: int, place: int) -> None:
     plan = compile_schedule(schedule, spec_of(schedule.depth))
-    count = sum(1 for _ in predictions(plan))
+    count = len(predictions(plan))
     assume(count)
 
     def larger(prediction: Prediction) -> Prediction:
@@ -64,7 +70,7 @@ def test_a_prediction_from_nothing_or_from_another_unit_is_noticed() -> None:
     spec = spec_of(2)
     schedule = schedule_from_policy(parse_policy("fora:2+gc:1.2"), spec, 6)
     plan = compile_schedule(schedule, spec)
-    slots = {slot for _, _, prediction in predictions(plan) for slot in prediction.slots}
+    slots = {slot for prediction in predictions(plan) for slot in prediction.slots}
     assert len(slots) > 1
 
     def elsewhere(prediction: Prediction) -> Prediction:

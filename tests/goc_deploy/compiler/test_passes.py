@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import get_args
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,13 +11,15 @@ from hypothesis import strategies as st
 from goc_deploy.compiler import (
     Collect,
     Compute,
+    Launch,
     Plan,
     Predict,
     Prediction,
     Segment,
     check_plan,
-    compile_schedule,
-    with_stacks,
+    compile_for_device,
+    compile_for_host,
+    in_form,
 )
 from goc_deploy.compiler.passes import (
     accumulate_ahead,
@@ -23,7 +28,9 @@ from goc_deploy.compiler.passes import (
     group_launches,
     name_values,
 )
+from goc_deploy.compiler.plan import PlanForm
 from goc_deploy.errors import EngineDirError, UsageError
+from goc_deploy.options import SEGMENTS, Segments
 from goc_deploy.policies.grammar import parse_policy
 from goc_deploy.policies.resolve import schedule_from_policy
 from goc_deploy.schedule import Schedule
@@ -31,22 +38,27 @@ from goc_deploy.spec import ModelSpec
 from tests.goc_deploy.strategies import schedules
 from tests.reference import run_plan, run_schedule, toy_feature
 
+FORMS = st.sampled_from(get_args(PlanForm))
+
 
 def spec_of(depth: int) -> ModelSpec:
     return ModelSpec(depth, 8, 2, 16, 2, 2, 4, 10, False)
 
 
-def compiled(text: str, depth: int = 3, steps: int = 20, segments: str = "none") -> Plan:
+def compiled(text: str, depth: int = 3, steps: int = 20, segments: Segments = "none") -> Plan:
     spec = spec_of(depth)
-    return compile_schedule(
+    return compile_for_host(
         schedule_from_policy(parse_policy(text), spec, steps), spec, segments=segments
     )
 
 
-@given(schedules())
-def test_a_plan_does_what_its_schedule_says(schedule: Schedule) -> None:
-    x = np.linspace(-1, 1, 5)
-    plan = compile_schedule(schedule, spec_of(schedule.depth))
+@given(schedules(), FORMS, st.sampled_from(SEGMENTS))
+def test_a_plan_does_what_its_schedule_says(
+    schedule: Schedule, form: PlanForm, segments: Segments
+) -> None:
+    x, spec = np.linspace(-1, 1, 5), spec_of(schedule.depth)
+    plan = in_form(compile_for_host(schedule, spec, segments=segments), spec, form)
+    assert plan.form == form
     np.testing.assert_allclose(
         run_plan(plan, x, toy_feature),
         run_schedule(schedule, x, toy_feature),
@@ -55,15 +67,37 @@ def test_a_plan_does_what_its_schedule_says(schedule: Schedule) -> None:
     )
 
 
-@given(schedules())
-def test_collapsed_and_uncollapsed_plans_agree(schedule: Schedule) -> None:
+@given(schedules(), st.sampled_from(SEGMENTS))
+def test_a_plan_takes_either_form_and_goes_back(schedule: Schedule, segments: Segments) -> None:
+    spec = spec_of(schedule.depth)
+    host = compile_for_host(schedule, spec, name="both", segments=segments)
+    device = compile_for_device(schedule, spec, name="both", segments=segments)
+    assert in_form(host, spec, "device") == device
+    assert in_form(device, spec, "host") == host
+
+
+def with_predictions_apart(plan: Plan) -> Plan:
+    """The same plan with a launch for every prediction."""
+
+    def apart(op: Launch) -> list[Launch]:
+        if not isinstance(op, Predict):
+            return [op]
+        return [Predict(op.unit + i, (p,), op.ahead) for i, p in enumerate(op.predictions)]
+
+    launches = tuple(tuple(one for op in step for one in apart(op)) for step in plan.launches)
+    return replace(plan, launches=launches)
+
+
+@given(schedules(), FORMS)
+def test_predicting_neighbours_in_one_launch_changes_no_output(
+    schedule: Schedule, form: PlanForm
+) -> None:
     x, spec = np.linspace(-1, 1, 5), spec_of(schedule.depth)
-    one, many = compile_schedule(schedule, spec), compile_schedule(schedule, spec, collapse=False)
-    assert all(
-        len(op.predictions) == 1 for step in many.launches for op in step if isinstance(op, Predict)
-    )
+    together = in_form(compile_for_host(schedule, spec), spec, form)
+    apart = with_predictions_apart(together)
+    check_plan(apart, spec)
     np.testing.assert_allclose(
-        run_plan(one, x, toy_feature), run_plan(many, x, toy_feature), rtol=1e-12
+        run_plan(together, x, toy_feature), run_plan(apart, x, toy_feature), rtol=1e-12
     )
 
 
@@ -71,8 +105,8 @@ def test_collapsed_and_uncollapsed_plans_agree(schedule: Schedule) -> None:
 def test_predicting_ahead_changes_no_output(schedule: Schedule) -> None:
     x, spec = np.linspace(-1, 1, 5), spec_of(schedule.depth)
     ahead, in_place = (
-        compile_schedule(schedule, spec),
-        compile_schedule(schedule, spec, eager=False),
+        compile_for_host(schedule, spec),
+        compile_for_device(schedule, spec),
     )
     assert in_place.accumulators == 0
     assert [ahead.step_kind(k) for k in range(ahead.steps)] == [
@@ -86,7 +120,7 @@ def test_predicting_ahead_changes_no_output(schedule: Schedule) -> None:
 @given(schedules(), st.booleans())
 def test_no_two_live_values_share_a_slot(schedule: Schedule, eager: bool) -> None:
     evaluations = drop_dead_stores(name_values(schedule))
-    groups = group_launches(accumulate_ahead(evaluations) if eager else evaluations, collapse=True)
+    groups = group_launches(accumulate_ahead(evaluations) if eager else evaluations)
     launches, slots = assign_slots(groups)
     ops = [op for step in launches for op in step if not isinstance(op, Collect)]
     last_read = {
@@ -121,7 +155,7 @@ def test_nothing_is_stored_that_nobody_reads(schedule: Schedule) -> None:
 
 def test_on_a_gpu_a_step_that_computes_nothing_is_one_launch_of_at_most_88_units() -> None:
     plan = compiled("fora:2+gc:1.2", depth=50)
-    stacked = with_stacks(plan, spec_of(50))
+    stacked = in_form(plan, spec_of(50), "device")
     sizes = [len(op.predictions) for op in stacked.launches[3] if isinstance(op, Predict)]
     assert sizes == [88, 12]
     assert (stacked.name, stacked.sampler, stacked.schedule) == (
@@ -135,8 +169,8 @@ def test_on_a_gpu_a_step_that_computes_nothing_is_one_launch_of_at_most_88_units
 @given(schedules())
 def test_segments_change_no_output_and_are_all_full_steps_by_one_engine(schedule: Schedule) -> None:
     x, spec = np.linspace(-1, 1, 5), spec_of(schedule.depth)
-    plan = compile_schedule(schedule, spec, segments="full")
-    merged, apart = with_stacks(plan, spec), with_stacks(compile_schedule(schedule, spec), spec)
+    plan = compile_for_host(schedule, spec, segments="full")
+    merged, apart = in_form(plan, spec, "device"), compile_for_device(schedule, spec)
     assert not plan.segment_signatures
     assert len(merged.segment_signatures) == 1
     for k in range(plan.steps):
@@ -152,20 +186,21 @@ def test_segments_change_no_output_and_are_all_full_steps_by_one_engine(schedule
 
 
 def test_full_steps_store_alike_so_that_one_engine_serves_them() -> None:
-    merged = with_stacks(compiled("fora:2@0.5+gc:1.2", segments="full"), spec_of(3))
-    apart = with_stacks(compiled("fora:2@0.5+gc:1.2"), spec_of(3))
+    merged = in_form(compiled("fora:2@0.5+gc:1.2", segments="full"), spec_of(3), "device")
+    apart = in_form(compiled("fora:2@0.5+gc:1.2"), spec_of(3), "device")
     assert {op.store for op in apart.launches[12]} == {None}
     (op,) = merged.launches[12]
     assert isinstance(op, Segment)
     assert op.signature == "w*6"
     assert merged.slots == apart.slots  # what nobody reads is put where nothing lies
-    assert with_stacks(compiled("none", segments="full"), spec_of(3)).segment_signatures == ("-*6",)
+    none = in_form(compiled("none", segments="full"), spec_of(3), "device")
+    assert none.segment_signatures == ("-*6",)
 
 
 def test_mixed_steps_are_run_unit_by_unit() -> None:
     reuse = ((1.0,), (1.0,), (), (1.0,))
     schedule = Schedule(2, ("attn", "mlp"), (((),) * 4, reuse, ((),) * 4))
-    plan = with_stacks(compile_schedule(schedule, spec_of(2), segments="full"), spec_of(2))
+    plan = compile_for_device(schedule, spec_of(2), segments="full")
     assert [[type(op).__name__ for op in step] for step in plan.launches] == [
         ["Segment"],
         ["Predict", "Compute", "Predict"],
@@ -194,9 +229,7 @@ def test_plain_reuse_needs_three_slots_and_the_gradient_one_per_unit_more() -> N
 def test_predicting_in_the_step_itself_keeps_a_slot_per_feature() -> None:
     spec = spec_of(3)
     for text, slots in (("fora:2", 6), ("fora:2+gc:1.2", 12)):
-        plan = compile_schedule(
-            schedule_from_policy(parse_policy(text), spec, 20), spec, eager=False
-        )
+        plan = compile_for_device(schedule_from_policy(parse_policy(text), spec, 20), spec)
         assert (plan.slots, plan.accumulators, plan.cache_features) == (slots, 0, slots)
         assert all(len(plan.launches[k]) == 1 for k in range(1, 20, 2))
 
@@ -217,7 +250,7 @@ def test_several_steps_in_a_row_are_predicted_ahead_into_one_accumulator_each() 
 
 def test_units_predicted_together_are_predicted_ahead_together() -> None:
     mixed = ((1.0,), (1.0,), (), ())
-    plan = compile_schedule(
+    plan = compile_for_host(
         Schedule(2, ("attn", "mlp"), (((),) * 4, mixed, ((1.0,),) * 4)), spec_of(2)
     )
     found = [
@@ -249,7 +282,7 @@ def test_stores_end_where_caching_ends() -> None:
 
 def test_a_mixed_step_predicts_neighbours_together() -> None:
     reuse = ((1.0,), (1.0,), (), (1.0,))
-    plan = compile_schedule(Schedule(2, ("attn", "mlp"), (((),) * 4, reuse)), spec_of(2))
+    plan = compile_for_host(Schedule(2, ("attn", "mlp"), (((),) * 4, reuse)), spec_of(2))
     assert [(type(op).__name__, op.unit) for op in plan.launches[1]] == [
         ("Predict", 0),
         ("Compute", 2),
@@ -327,7 +360,7 @@ REUSE_AHEAD = Predict(0, (Prediction((0,), (1.0,), None),), 1)
 def test_a_plan_that_would_run_into_foreign_memory_is_refused(
     launches: tuple, slots: int, message: str
 ) -> None:
-    good = compile_schedule(Schedule(1, ("attn", "mlp"), (((), ()),) * len(launches)), spec_of(1))
+    good = compile_for_host(Schedule(1, ("attn", "mlp"), (((), ()),) * len(launches)), spec_of(1))
     bad = Plan("bad", good.sampler, launches, slots, good.schedule)
     with pytest.raises(EngineDirError, match=message):
         check_plan(bad, spec_of(1))

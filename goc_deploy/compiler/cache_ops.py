@@ -1,0 +1,56 @@
+"""Names of what a cache update is in a graph: op types, and the signatures of predict graphs.
+
+A predict graph is a chain of updates, one per unit. ``GocCacheUpdate2`` reads two history entries
+and stores the prediction, ``GocCacheApply2`` does not store it. The exporters write these names,
+the plugin registers and recognises them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from itertools import chain, groupby
+
+from goc_deploy.errors import EngineDirError
+from goc_deploy.schedule import MAX_HISTORY
+
+CACHE_DOMAIN = "goc"  # of the ops in ONNX, and the namespace of the plugin in TensorRT
+PLUGIN_VERSION = "1"
+_OP_TYPE = re.compile(rf"GocCache(Update|Apply)([1-{MAX_HISTORY}])")
+_RUN = re.compile(rf"([1-{MAX_HISTORY}])(w?)\*([1-9][0-9]*)")
+
+
+def update_name(entries: int, *, stores: bool) -> str:
+    """Op type of an update that reads ``entries`` history entries."""
+    return f"GocCache{'Update' if stores else 'Apply'}{entries}"
+
+
+def update_from_name(op_type: str) -> tuple[int, bool] | None:
+    """``GocCacheUpdate2`` to ``(2, True)``, the inverse of `update_name`; None for any other op."""
+    name = _OP_TYPE.fullmatch(op_type)
+    return (int(name[2]), name[1] == "Update") if name else None
+
+
+def predict_signature(updates: Iterable[tuple[int, bool]]) -> str:
+    """``[(2, True)] * 8 + [(1, False)]`` to ``2w*8 1*1``: runs of equal updates, in order.
+
+    Args:
+        updates: per unit the number of history entries read, and whether the prediction is stored.
+    """
+    words = (f"{entries}{'w' if stores else ''}" for entries, stores in updates)
+    return " ".join(f"{word}*{len(list(run))}" for word, run in groupby(words))
+
+
+def updates_from_signature(signature: str) -> list[tuple[int, bool]]:
+    """The inverse of `predict_signature`.
+
+    Raises:
+        EngineDirError: not a signature.
+    """
+    runs = [_RUN.fullmatch(word) for word in signature.split(" ")]
+    if not all(runs):
+        raise EngineDirError(
+            f"{signature!r} is not a predict signature; each run must read 1 to {MAX_HISTORY} "
+            "entries, as in '2w*8 1*3'"
+        )
+    return list(chain.from_iterable([(int(m[1]), bool(m[2]))] * int(m[3]) for m in runs if m))

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir
+import pytest
+import torch
+
+from goc_deploy.precision import (
+    DTYPE_BYTES,
+    DTYPE_OF_PRECISION,
+    ELEMENT_TYPES,
+    ITEM_BYTES,
+    PRECISIONS,
+)
+
+
+@pytest.mark.parametrize("dtype", ELEMENT_TYPES)
+def test_the_table_has_the_names_and_sizes_of_onnx_numpy_and_torch(dtype: str) -> None:
+    kind = ELEMENT_TYPES[dtype]
+    assert onnx_ir.DataType(kind.onnx).itemsize == kind.nbytes == DTYPE_BYTES[dtype]
+    assert np.dtype(kind.numpy).itemsize == getattr(torch, dtype).itemsize == kind.nbytes
+    text = f'<ir_version: 10, opset_import: ["": 20]> g ({kind.onnx_name}[1] x) => () {{}}'
+    (value,) = onnx.parser.parse_model(text).graph.input
+    assert value.type.tensor_type.elem_type == kind.onnx
+
+
+def test_tensorrt_names_its_types_as_the_table_does() -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    for kind in ELEMENT_TYPES.values():
+        assert getattr(trt.DataType, kind.tensorrt).itemsize == kind.nbytes
+
+
+def test_every_precision_has_a_dtype() -> None:
+    assert PRECISIONS == tuple(DTYPE_OF_PRECISION) == tuple(ITEM_BYTES)
+    assert ITEM_BYTES == {"fp32": 4, "fp16": 2, "bf16": 2}
