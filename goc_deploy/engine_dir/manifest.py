@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from goc_deploy.engine_dir.keys import Target
 from goc_deploy.samplers.process import Process
-from goc_deploy.spec import DecoderSpec, ModelSpec, TextSpec
+from goc_deploy.spec import Count, DecoderSpec, ModelSpec, Size, TextSpec
 
 MANIFEST_NAME = "manifest.json"
 IMAGE_CHANNELS = (1, 3)
@@ -26,8 +28,8 @@ class FileEntry:
     """
 
     path: str
-    size: int
-    sha256: str
+    size: Count
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +43,8 @@ class Parameter:
     """
 
     name: str
-    offset: int
-    shape: tuple[int, ...]
+    offset: Count
+    shape: tuple[Count, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +104,10 @@ class EngineEntry:
     target: Target
     weights: str
     graphs: tuple[str, ...]
-    kernels: int | None
-    plugin_layers: int
-    activation_bytes: int | None
-    workspace_bytes: int = 0
+    kernels: Count | None
+    plugin_layers: Count
+    activation_bytes: Count | None
+    workspace_bytes: Count = 0
     optima: tuple[str, ...] = ()
 
 
@@ -133,7 +135,7 @@ class Manifest:
 
     model: ModelSpec
     precision: str
-    max_batch: int
+    max_batch: Size
     units: tuple[Unit, ...]
     predict: dict[str, str]
     plans: tuple[PlanEntry, ...]
