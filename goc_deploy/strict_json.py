@@ -18,6 +18,7 @@ from goc_deploy.errors import GocError
 
 MAX_JSON_BYTES = 64 * 2**20
 MAX_DIGITS = 20  # of a whole number, which therefore fits a float
+_MISSING = re.compile("Object missing required field `(.+)`")
 _STEP = re.compile(r"\.(\w+)|\[(\d+)\]")  # of a path such as $.plans[0].name
 
 
@@ -137,8 +138,13 @@ def convert(value: Any, kind: Any, where: str, error: type[GocError], path: str 
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as cause:
-        reason, _, place = str(cause).removesuffix("`").partition(" - at `$")
-        raise error(f"{where}: {path}{place}: {_reason(reason, value, place)}") from cause
+        reason, _, place = str(cause).partition(" - at `$")
+        place = place.removesuffix("`")
+        if missing := _MISSING.fullmatch(reason):
+            place, text = f"{place}.{missing[1]}", "required field is missing"
+        else:
+            text = _reason(reason, value, place)
+        raise error(f"{where}: {path}{place}: {text}") from cause
     except UnicodeEncodeError as cause:  # from half of a surrogate pair
         raise error(f"{where}: {path}: a field's name is not valid Unicode") from cause
 

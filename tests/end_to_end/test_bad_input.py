@@ -331,7 +331,7 @@ ENGINES: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "missing field": (
         lambda e: edit_manifest(e, lambda m: m.pop("model")),
         4,
-        "missing required field model",
+        "$.model: required field is missing",
     ),
     "wrong field": (
         lambda e: edit_manifest(e, lambda m: m["model"].update(depth="4")),

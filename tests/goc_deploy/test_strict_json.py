@@ -116,7 +116,7 @@ def test_other_formats_and_versions_are_refused(fields: dict[str, Any], message:
         ({"steps": "4"}, "$.plans[1].steps: expected int, got '4'"),
         ({"steps": 4.0}, "$.plans[1].steps: expected int, got 4.0"),
         ({"steps": True}, "$.plans[1].steps: expected int, got True"),
-        ({}, "$.plans[1]: object missing required field steps"),
+        ({}, "$.plans[1].steps: required field is missing"),
         (7, "$.plans[1]: expected object, got 7"),
         ({"steps": 1, "names": "ab"}, "$.plans[1].names: expected array, got 'ab'"),
         ({"steps": 1, "names": ["a", 2]}, "$.plans[1].names[1]: expected str, got 2"),

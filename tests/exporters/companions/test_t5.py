@@ -326,6 +326,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[GocError], str]] = {
         ModelError,
         "feed_forward_proj 'gated-silu', only 't5'",
     ),
+    "no function": (_set(feed_forward_proj=[]), ModelError, r"\$\.feed_forward_proj: expected str"),
+    "near positions": (
+        _set(relative_attention_max_distance=2),
+        ModelError,
+        "relative_attention_max_distance must be more than a quarter",
+    ),
     "another width": (
         _set(d_model=24),
         ModelError,

@@ -85,7 +85,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "slots": (lambda p: p.update(slots=2.9), "$.slots: expected int, got 2.9"),
     "negative": (lambda p: p.update(slots=-1), "$.slots: expected int >= 0, got -1"),
-    "name": (lambda p: p.pop("name"), "$: object missing required field name"),
+    "name": (lambda p: p.pop("name"), "$.name: required field is missing"),
     "sampler": (
         lambda p: p["sampler"].update(latent=[1.0, "x"]),
         "$.sampler.latent[1]: expected float, got 'x'",

@@ -141,7 +141,7 @@ def test_engine_directories_of_an_older_version_ask_for_a_new_export() -> None:
 
 Changes = dict[str, tuple[Callable[[dict[str, Any]], object], str]]
 WRONG_TYPES: Changes = {
-    "no model": (lambda m: m.pop("model"), "$: object missing required field model"),
+    "no model": (lambda m: m.pop("model"), "$.model: required field is missing"),
     "depth": (lambda m: m["model"].update(depth=0), "$.model.depth: expected int >= 1, got 0"),
     "word": (lambda m: m["model"].update(depth="4"), "$.model.depth: expected int, got '4'"),
     "huge": (

@@ -81,7 +81,7 @@ def test_provenance_is_kept_and_schedules_of_the_first_version_are_read() -> Non
             ": $.short_history: expected reuse or error, got 'none'",
         ),
         ('"policy": ""', '"policy": 3', ": $.policy: expected str, got 3"),
-        ('"predictors"', '"predictorz"', ": $: object missing required field predictors"),
+        ('"predictors"', '"predictorz"', ": $.predictors: required field is missing"),
         ('"R": [', '"C": [', ": $.predictors.C: a predictor cannot be named C, which computes"),
         ("   1.0\n", "", ": $.predictors.R: expected array of length >= 1, got 0"),
         ("   1.0\n", '1.5, "a"', ": $.predictors.R[1]: expected float, got 'a'"),
