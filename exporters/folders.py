@@ -79,7 +79,8 @@ class Settings(Generic[ConfigT]):
 
     Attributes:
         kind: the settings that are read, with what the library takes where they are missing.
-        required: setting -> the values that this project computes; others would change the arithmetic.
+        required: setting -> the values that this project computes; others would change the
+            arithmetic.
         without_effect: settings that change nothing here.
     """
 
@@ -96,13 +97,15 @@ class Settings(Generic[ConfigT]):
         unknown = sorted(config.keys() - {*self.known, *self.without_effect})
         if unknown:
             raise ModelError(
-                f"{where} has a setting {unknown[0]!r} that this version does not know; it may change the arithmetic"
+                f"{where} has a setting {unknown[0]!r} that this version does not know; it may "
+                "change the arithmetic"
             )
         for name, allowed in self.required.items():
-            found = config.get(name, allowed[0])
-            if not any(type(found) is type(value) and found == value for value in allowed):
+            given = config.get(name, allowed[0])
+            if not any(type(given) is type(value) and given == value for value in allowed):
                 raise ModelError(
-                    f"{where}: {name} is {found!r}, only {' or '.join(map(repr, allowed))} is supported"
+                    f"{where}: {name} is {given!r}, only {' or '.join(map(repr, allowed))} is "
+                    "supported"
                 )
         settings: ConfigT = convert(dict(config), self.kind, where, ModelError)
         return settings
@@ -128,7 +131,8 @@ def predicts_sigma(config: TransformerConfig, where: str) -> bool:
     channels, predicted = config.in_channels, config.out_channels
     if predicted not in (None, channels, 2 * channels):
         raise ModelError(
-            f"{where}: out_channels is {predicted!r}, expected {channels} or {2 * channels} (with sigma)"
+            f"{where}: out_channels is {predicted!r}, expected {channels} or {2 * channels} "
+            "(with sigma)"
         )
     return predicted == 2 * channels
 
@@ -154,12 +158,14 @@ def transformer_width(config: TransformerConfig, divisor: int, reason: str, wher
         )
     if side // patch > MAX_GRID:
         raise ModelError(
-            f"{where}: sample_size is {side}, at most {MAX_GRID * patch} is supported with patch_size {patch}"
+            f"{where}: sample_size is {side}, at most {MAX_GRID * patch} is supported with "
+            f"patch_size {patch}"
         )
     if width % divisor or width > MAX_WIDTH:
         raise ModelError(
-            f"{where}: the width, {heads} heads of {head} (num_attention_heads, attention_head_dim), must be a multiple of {divisor}, "
-            f"{reason}, and at most {MAX_WIDTH}"
+            f"{where}: the width, {heads} heads of {head} (num_attention_heads, "
+            f"attention_head_dim), must be a multiple of {divisor}, {reason}, and at most "
+            f"{MAX_WIDTH}"
         )
     if config.num_layers > MAX_BLOCKS:
         raise ModelError(

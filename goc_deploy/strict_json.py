@@ -53,7 +53,7 @@ def parse_json(
         text: UTF-8.
         where: the file, for messages.
         error: what is raised.
-        constants: names that are not JSON but are accepted, such as ``-Infinity``, and their values.
+        constants: values of names that are not JSON but are accepted, such as ``-Infinity``.
 
     Raises:
         error: with the file and the reason.
@@ -103,7 +103,15 @@ def check_format(
     error: type[GocError],
     oldest: int | None = None,
 ) -> None:
-    """Check ``format`` and ``version``; ``oldest`` is the first version that is read, by default ``version``.
+    """Check ``format`` and ``version``.
+
+    Args:
+        fields: of the file.
+        name: the format.
+        version: the newest that is read.
+        where: the file, for messages.
+        error: what is raised.
+        oldest: the first version that is read, by default ``version``.
 
     Raises:
         error: another format, or a version that this release does not read.

@@ -62,13 +62,15 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
     """
     settings = SETTINGS.read(config, where)
     channels, side = settings.in_channels, settings.sample_size
-    parts = "4 for positions (a sine and a cosine per axis) times 3 for sizes (height, width, aspect ratio)"
-    hidden = transformer_width(settings, 12, parts, where)
+    parts = "4 for positions (a sine and a cosine per axis)"
+    sizes = "3 for sizes (height, width, aspect ratio)"
+    hidden = transformer_width(settings, 12, f"{parts} times {sizes}", where)
     for name, only in (("cross_attention_dim", hidden), ("interpolation_scale", stretch(side))):
         value = getattr(settings, name)
         if value not in (None, only):
             raise ModelError(
-                f"{where}: {name} is {value:g}, only {only} is supported for a width of {hidden} and sample_size {side}"
+                f"{where}: {name} is {value:g}, only {only} is supported for a width of {hidden} "
+                f"and sample_size {side}"
             )
     told = settings.use_additional_conditions
     told = side == SIDE_THAT_IS_TOLD if told is None else told

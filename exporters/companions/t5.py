@@ -169,13 +169,15 @@ def t5_config(config: Mapping[str, Any], where: str) -> T5Config:
         )
     if max(settings.eos, settings.pad) >= settings.vocabulary:
         raise ModelError(
-            f"{where}: eos_token_id and pad_token_id must be tokens, got {settings.eos} and {settings.pad}"
+            f"{where}: eos_token_id and pad_token_id must be tokens, got {settings.eos} and "
+            f"{settings.pad}"
         )
     if settings.buckets % 4:
         raise ModelError(f"{where}: relative_attention_num_buckets must be a multiple of 4")
     if settings.furthest <= settings.buckets // 4:
         raise ModelError(
-            f"{where}: relative_attention_max_distance must be more than a quarter of relative_attention_num_buckets"
+            f"{where}: relative_attention_max_distance must be more than a quarter of "
+            "relative_attention_num_buckets"
         )
     return settings
 

@@ -169,7 +169,8 @@ def vae_config(config: Mapping[str, Any], where: str) -> VaeConfig:
     settings = SETTINGS.read(config, where)
     if any(width % settings.groups for width in settings.widths):
         raise ModelError(
-            f"{where}: block_out_channels {list(settings.widths)} must be multiples of norm_num_groups"
+            f"{where}: block_out_channels {list(settings.widths)} must be multiples of "
+            "norm_num_groups"
         )
     kinds = settings.up_block_types
     if kinds not in (None, (UP_BLOCK,) * len(settings.widths)):

@@ -106,8 +106,8 @@ def plan_from_json(text: bytes, schedule: Schedule, where: str) -> Plan:
     """Read a plan; ``schedule`` is what it was compiled from.
 
     Raises:
-        EngineDirError: not JSON, another format, or a field that is missing or wrong, with its path.
-            `check_plan` says whether it is safe to execute.
+        EngineDirError: not JSON, another format, or a field that is missing or wrong; the message
+            has its path. `check_plan` checks whether the plan is safe to execute.
     """
     fields = parse_json(text, where, EngineDirError)
     check_format(fields, PLAN_FORMAT, PLAN_VERSION, where, EngineDirError)

@@ -93,7 +93,8 @@ def array_from_npy(path: Path) -> np.ndarray:
 def arrays_from_safetensors(content: bytes, where: str) -> dict[str, np.ndarray]:
     """Arrays of a safetensors file; bfloat16 is widened to float32.
 
-    ``safetensors.numpy`` cannot read bfloat16, so the bytes that the package checked are viewed here.
+    ``safetensors.numpy`` cannot read bfloat16, so the bytes that the package checked are viewed
+    here.
 
     Raises:
         UsageError: damaged, a header that claims what is not there, or a dtype that is not read.
