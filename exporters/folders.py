@@ -11,15 +11,16 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Generic, TypeVar
 
 import torch
+from msgspec import Meta, Struct
 from torch import Tensor
 
 from goc_deploy.errors import ModelError, SafetyError
 from goc_deploy.exporters.checkpoint import load_checkpoint
 from goc_deploy.schedule import MAX_BLOCKS
-from goc_deploy.strict_json import bytes_from_file, parse_json
+from goc_deploy.strict_json import bytes_from_file, convert, parse_json
 
 CONFIG, PIPELINE_CONFIG, SCHEDULER_CONFIG = (
     "config.json",
@@ -39,14 +40,6 @@ MAX_SIZE = 10**5
 MAX_GRID = 256  # tokens per side, of which a position table is made
 MAX_WIDTH = 2**15
 
-TRANSFORMER_SIZES = {  # of DiT and PixArt alike; the side of the latents differs
-    "num_attention_heads": 16,
-    "attention_head_dim": 72,
-    "in_channels": 4,
-    "num_layers": 28,
-    "patch_size": 2,
-    "num_embeds_ada_norm": 1000,
-}
 TRANSFORMER_REQUIRED: dict[str, tuple[Any, ...]] = {
     "activation_fn": ("gelu-approximate",),
     "attention_bias": (True,),
@@ -61,46 +54,66 @@ TRANSFORMER_REQUIRED: dict[str, tuple[Any, ...]] = {
 OLD_CLASS = "Transformer2DModel"  # what old files say in place of a class of its own
 
 
+Setting = Annotated[int, Meta(ge=1, le=MAX_SIZE)]
+
+
+class TransformerConfig(Struct, frozen=True, kw_only=True):
+    """Sizes of DiT and PixArt alike, with what diffusers takes where they are missing."""
+
+    num_attention_heads: Setting = 16
+    attention_head_dim: Setting = 72
+    in_channels: Setting = 4
+    out_channels: int | None = None
+    num_layers: Setting = 28
+    patch_size: Setting = 2
+    sample_size: Setting
+    num_embeds_ada_norm: Setting = 1000
+
+
+ConfigT = TypeVar("ConfigT", bound=Struct)
+
+
 @dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(Generic[ConfigT]):
     """What may stand in a ``config.json``.
 
     Attributes:
-        sizes: whole numbers, with what the library takes where they are missing.
-        required: setting -> the values that this project computes; others would change the arithmetic.
-        read: settings that the caller reads itself.
+        kind: the settings that are read, with what the library takes where they are missing.
+        required: setting -> the values that this project computes; others would change the
+            arithmetic.
         without_effect: settings that change nothing here.
     """
 
-    sizes: Mapping[str, int]
+    kind: type[ConfigT]
     required: Mapping[str, tuple[Any, ...]]
-    read: Collection[str] = ()
     without_effect: Collection[str] = WITHOUT_EFFECT
 
-    def check(self, config: Mapping[str, Any], where: str) -> dict[str, int]:
-        """The sizes of a configuration.
+    def read(self, config: Mapping[str, Any], where: str) -> ConfigT:
+        """The settings of a configuration that are read.
 
         Raises:
             ModelError: naming the setting that is unknown, not supported or out of range.
         """
-        unknown = sorted(
-            config.keys() - {*self.sizes, *self.required, *self.read, *self.without_effect}
-        )
+        unknown = sorted(config.keys() - {*self.known, *self.without_effect})
         if unknown:
             raise ModelError(
-                f"{where} has a setting {unknown[0]!r} that this version does not know; it may change the arithmetic"
+                f"{where} has a setting {unknown[0]!r} that this version does not know; it may "
+                "change the arithmetic"
             )
         for name, allowed in self.required.items():
-            found = config.get(name, allowed[0])
-            if not any(type(found) is type(value) and found == value for value in allowed):
+            given = config.get(name, allowed[0])
+            if not any(type(given) is type(value) and given == value for value in allowed):
                 raise ModelError(
-                    f"{where}: {name} is {found!r}, only {' or '.join(map(repr, allowed))} is supported"
+                    f"{where}: {name} is {given!r}, only {' or '.join(map(repr, allowed))} is "
+                    "supported"
                 )
-        found_sizes = {name: config.get(name, default) for name, default in self.sizes.items()}
-        for name, value in found_sizes.items():
-            if type(value) is not int or not 1 <= value <= MAX_SIZE:
-                raise ModelError(f"{where}: {name} must be a whole number from 1 on, got {value!r}")
-        return found_sizes
+        settings: ConfigT = convert(dict(config), self.kind, where, ModelError)
+        return settings
+
+    @property
+    def known(self) -> set[str]:
+        """Settings that decide something."""
+        return {*self.kind.__struct_encode_fields__, *self.required}
 
 
 def is_transformer(config: Mapping[str, Any], own_class: str, norm_type: str) -> bool:
@@ -109,11 +122,26 @@ def is_transformer(config: Mapping[str, Any], own_class: str, norm_type: str) ->
     return name == own_class or (name == OLD_CLASS and config.get("norm_type") == norm_type)
 
 
-def transformer_width(size: Mapping[str, int], divisor: int, reason: str, where: str) -> int:
+def predicts_sigma(config: TransformerConfig, where: str) -> bool:
+    """Whether ``out_channels`` says that a transformer predicts sigma too.
+
+    Raises:
+        ModelError: neither once nor twice the channels.
+    """
+    channels, predicted = config.in_channels, config.out_channels
+    if predicted not in (None, channels, 2 * channels):
+        raise ModelError(
+            f"{where}: out_channels is {predicted!r}, expected {channels} or {2 * channels} "
+            "(with sigma)"
+        )
+    return predicted == 2 * channels
+
+
+def transformer_width(config: TransformerConfig, divisor: int, reason: str, where: str) -> int:
     """The width of a transformer, whose sizes fit each other.
 
     Args:
-        size: what `Settings.check` returned.
+        config: its sizes.
         divisor: of the width,
         reason: and what it is for.
         where: for messages.
@@ -121,8 +149,8 @@ def transformer_width(size: Mapping[str, int], divisor: int, reason: str, where:
     Raises:
         ModelError: naming the setting that does not fit.
     """
-    heads, head = size["num_attention_heads"], size["attention_head_dim"]
-    side, patch, layers = size["sample_size"], size["patch_size"], size["num_layers"]
+    heads, head = config.num_attention_heads, config.attention_head_dim
+    side, patch = config.sample_size, config.patch_size
     width = heads * head
     if side % patch:
         raise ModelError(
@@ -130,32 +158,20 @@ def transformer_width(size: Mapping[str, int], divisor: int, reason: str, where:
         )
     if side // patch > MAX_GRID:
         raise ModelError(
-            f"{where}: sample_size is {side}, at most {MAX_GRID * patch} is supported with patch_size {patch}"
+            f"{where}: sample_size is {side}, at most {MAX_GRID * patch} is supported with "
+            f"patch_size {patch}"
         )
     if width % divisor or width > MAX_WIDTH:
         raise ModelError(
-            f"{where}: the width, {heads} heads of {head} (num_attention_heads, attention_head_dim), must be a multiple of {divisor}, "
-            f"{reason}, and at most {MAX_WIDTH}"
+            f"{where}: the width, {heads} heads of {head} (num_attention_heads, "
+            f"attention_head_dim), must be a multiple of {divisor}, {reason}, and at most "
+            f"{MAX_WIDTH}"
         )
-    if layers > MAX_BLOCKS:
-        raise ModelError(f"{where}: num_layers is {layers}, at most {MAX_BLOCKS} are supported")
-    return width
-
-
-def predicts_sigma(
-    config: Mapping[str, Any], channels: int, default: int | None, where: str
-) -> bool:
-    """Whether ``out_channels`` (``default`` where it is missing) says that a transformer predicts sigma too.
-
-    Raises:
-        ModelError: neither once nor twice the channels.
-    """
-    predicted = config.get("out_channels", default)
-    if predicted not in (None, channels, 2 * channels):
+    if config.num_layers > MAX_BLOCKS:
         raise ModelError(
-            f"{where}: out_channels is {predicted!r}, expected {channels} or {2 * channels} (with sigma)"
+            f"{where}: num_layers is {config.num_layers}, at most {MAX_BLOCKS} are supported"
         )
-    return bool(predicted == 2 * channels)
+    return width
 
 
 def read_json(path: Path, constants: Mapping[str, float] | None = None) -> dict[str, Any]:
@@ -164,9 +180,8 @@ def read_json(path: Path, constants: Mapping[str, float] | None = None) -> dict[
     Raises:
         ModelError: unreadable or not a JSON object.
     """
-    return parse_json(
-        bytes_from_file(path, str(path), ModelError), str(path), ModelError, constants
-    )
+    text = bytes_from_file(path, str(path), ModelError)
+    return parse_json(text, str(path), ModelError, constants)
 
 
 def read_scheduler(path: Path) -> dict[str, Any]:
@@ -216,13 +231,7 @@ def read_weights(
     index = present[0]
     if index not in indices:
         return [index], dict(load_checkpoint(index).tensors)
-    places = read_json(index).get("weight_map")
-    if (
-        not isinstance(places, dict)
-        or not places
-        or not all(isinstance(file, str) for file in places.values())
-    ):
-        raise ModelError(f"{index} has no weight_map from tensors to files; download it again")
+    places = convert(read_json(index), _WeightIndex, str(index), ModelError).weight_map
     tensors: dict[str, Tensor] = {}
     names = sorted(set(places.values()))
     for name in names:
@@ -239,6 +248,12 @@ def read_weights(
             )
         tensors |= shard
     return [index, *(folder / name for name in names)], tensors
+
+
+class _WeightIndex(Struct):
+    """Which file holds which tensor."""
+
+    weight_map: Annotated[dict[str, str], Meta(min_length=1)]
 
 
 class Renaming:

@@ -10,13 +10,16 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct
 
 from goc_deploy.errors import EnvironmentUnsupportedError, ModelError, UsageError, VerificationError
 from goc_deploy.samplers import SamplerTable, sampler_table
 from goc_deploy.samplers.process import TRAIN_STEPS, Process
 from goc_deploy.samplers.solvers import check_steps
 from goc_deploy.samplers.table import FOLDER_SAMPLER, flow_table
+from goc_deploy.strict_json import convert
 
 INSTEAD = "name another sampler with --sampler"
 FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
@@ -66,6 +69,17 @@ SCHEDULERS = {
 }
 
 
+class _Numbers(Struct):
+    """Settings that are counts, and something that is accepted where they are missing."""
+
+    num_train_timesteps: Annotated[int, Meta(ge=1, le=MAX_TRAIN_STEPS)] = 1
+    solver_order: Annotated[int, Meta(ge=1, le=3)] = 1
+
+
+_List = Annotated[tuple[int | float | str, ...], Meta(max_length=MAX_TRAIN_STEPS)]
+_Value = bool | int | float | str | _List | None  # of any setting
+
+
 def prediction_of(scheduler: Mapping[str, Any], where: str) -> str:
     """What a model predicts whose scheduler has these settings, one of `goc_deploy.spec.PREDICTIONS`.
 
@@ -103,26 +117,13 @@ def check_scheduler(scheduler: Mapping[str, Any]) -> None:
             raise ModelError(
                 f"the folder's {name} has {setting} {found!r}, only {shown} is supported; {INSTEAD}"
             )
-    for setting, value in scheduler.items():
-        if not isinstance(value, bool | int | float | str | list | None) or (
-            isinstance(value, list)
-            and (
-                len(value) > MAX_TRAIN_STEPS
-                or not all(isinstance(v, int | float | str) for v in value)
-            )
-        ):
-            raise ModelError(
-                f"the folder's {name} has a {setting} that is neither a number, a word nor a list; {INSTEAD}"
-            )
-    for setting, least, most in (
-        ("num_train_timesteps", 1, MAX_TRAIN_STEPS),
-        ("solver_order", 1, 3),
-    ):
-        number = scheduler.get(setting, least)
-        if type(number) is not int or not least <= number <= most:
-            raise ModelError(
-                f"the folder's {name} has {setting} {number!r}, it must be within {least}..{most}; {INSTEAD}"
-            )
+    where = f"the folder's {name}"
+    try:
+        for setting, value in scheduler.items():
+            convert(value, _Value, where, ModelError, f"$.{setting}")
+        convert(dict(scheduler), _Numbers, where, ModelError)
+    except ModelError as cause:
+        raise ModelError(f"{cause}; {INSTEAD}") from cause
 
 
 def table_from_sampler(sampler: str, steps: int, process: Process) -> SamplerTable:

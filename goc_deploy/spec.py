@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from msgspec import Meta
 
 from goc_deploy.modulation import ModulationRows
 
@@ -11,6 +14,11 @@ FLOW_PREDICTIONS = ("flow", "flow_to_noise")
 PREDICTIONS = (*DIFFUSION_PREDICTIONS, *FLOW_PREDICTIONS)
 DECODED_PIXELS = 64 * 64  # latent pixels of one launch of the decoder: one tile of the default size
 MAX_TILES = 8
+# What `goc_deploy.strict_json.convert` accepts where a file has such a field:
+MAX_SIZE = 10**6
+Size = Annotated[int, Meta(ge=1, le=MAX_SIZE)]
+Count = Annotated[int, Meta(ge=0)]
+SizeOrZero = Annotated[int, Meta(ge=0, le=MAX_SIZE)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,24 +51,24 @@ class ModelSpec:
             diffusers; the final layer takes what block 0 makes.
     """
 
-    depth: int
-    hidden: int
-    heads: int
-    mlp_hidden: int
-    patch: int
-    grid: int
-    channels: int
-    classes: int
+    depth: Size
+    hidden: Size
+    heads: Size
+    mlp_hidden: Size
+    patch: Size
+    grid: Size
+    channels: Size
+    classes: SizeOrZero
     learn_sigma: bool
     architecture: str = "dit"
-    branches: tuple[str, ...] = ("attn", "mlp")
+    branches: Annotated[tuple[str, ...], Meta(min_length=1, max_length=3)] = ("attn", "mlp")
     prediction: str = "eps"
     frequency_shift: int = 0
     mlp_norm_eps: float = 1e-6
-    guided_channels: int = 3
-    caption_channels: int = 0
-    caption_tokens: int = 0
-    told_size: int = 0
+    guided_channels: SizeOrZero = 3
+    caption_channels: SizeOrZero = 0
+    caption_tokens: SizeOrZero = 0
+    told_size: SizeOrZero = 0
     block_embedders: bool = False
 
     @property
@@ -113,9 +121,9 @@ class DecoderSpec:
     """
 
     channels: int
-    upscale: int
-    tile: int
-    overlap: int
+    upscale: Annotated[int, Meta(ge=1, le=10**4)]
+    tile: Size
+    overlap: Size
 
 
 def tiles_at_once(spec: ModelSpec) -> int:
@@ -136,6 +144,6 @@ class TextSpec:
     """
 
     tokenizer: str
-    vocabulary: int
-    eos: int
-    pad: int
+    vocabulary: Size
+    eos: Count
+    pad: Count

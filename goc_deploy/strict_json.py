@@ -1,19 +1,25 @@
-"""JSON forms of schedules and plans, and strict reading of JSON that nobody vouches for."""
+"""Strict reading of JSON files, and checking them against types."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping, Sized
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from goc_deploy.errors import GocError
 
 MAX_JSON_BYTES = 64 * 2**20
 MAX_DIGITS = 20  # of a whole number, which therefore fits a float
+_MISSING = re.compile("Object missing required field `(.+)`")
+_STEP = re.compile(r"\.(\w+)|\[(\d+)\]")  # of a path such as $.plans[0].name
 
 
 def bytes_from_file(path: Path, where: str, error: type[GocError]) -> bytes:
@@ -28,7 +34,7 @@ def bytes_from_file(path: Path, where: str, error: type[GocError]) -> bytes:
             raise error(f"{where} cannot be read: it is not a regular file")
         if status.st_size > MAX_JSON_BYTES:
             raise error(
-                f"{where} has {status.st_size} bytes, more than {MAX_JSON_BYTES} are not read"
+                f"{where} has {status.st_size} bytes; at most {MAX_JSON_BYTES} are accepted"
             )
         with open(path, "rb") as file:
             return file.read(MAX_JSON_BYTES)
@@ -41,25 +47,27 @@ def bytes_from_file(path: Path, where: str, error: type[GocError]) -> bytes:
 def parse_json(
     text: bytes, where: str, error: type[GocError], constants: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
-    """Read one JSON object, refusing what ``json`` lets through: duplicate keys, NaN, endless nesting.
+    """Read one JSON object; duplicate keys, NaN, huge numbers and deep nesting are refused.
 
     Args:
         text: UTF-8.
         where: the file, for messages.
         error: what is raised.
-        constants: numbers that are no JSON and are taken all the same, such as ``-Infinity``, by name.
+        constants: values of names that are not JSON but are accepted, such as ``-Infinity``.
 
     Raises:
-        error: saying where and why.
+        error: with the file and the reason.
     """
     if len(text) > MAX_JSON_BYTES:
-        raise error(f"{where} has {len(text)} bytes, more than {MAX_JSON_BYTES} are not read")
+        raise error(f"{where} has {len(text)} bytes; at most {MAX_JSON_BYTES} are accepted")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a key stands twice")
-        return found
+        fields = dict(pairs)
+        if len(fields) != len(pairs):
+            names = [name for name, _ in pairs]
+            duplicate = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"duplicate key {duplicate!r:.60}")
+        return fields
 
     def known(constant: str) -> float:
         if constant not in (constants or {}):
@@ -88,38 +96,104 @@ def parse_json(
 
 
 def check_format(
-    found: dict[str, Any],
+    fields: Mapping[str, Any],
     name: str,
     version: int,
     where: str,
     error: type[GocError],
     oldest: int | None = None,
 ) -> None:
-    """Check the ``format`` and ``version`` fields; ``oldest`` is the first version that is read, by default ``version``.
+    """Check ``format`` and ``version``.
+
+    Args:
+        fields: of the file.
+        name: the format.
+        version: the newest that is read.
+        where: the file, for messages.
+        error: what is raised.
+        oldest: the first version that is read, by default ``version``.
 
     Raises:
         error: another format, or a version that this release does not read.
     """
-    if found.get("format") != name:
-        raise error(f"{where} is not a {name} file (its format is {found.get('format')!r})")
-    if not isinstance(found.get("version"), int) or found["version"] > version:
+    found = fields.get("version")
+    if fields.get("format") != name:
+        raise error(f"{where} is not a {name} file (its format is {fields.get('format')!r:.60})")
+    if type(found) is not int or found > version:
         raise error(
-            f"{where} has format version {found.get('version')!r}, this goc_deploy reads up to {version}; update goc_deploy"
+            f"{where} has format version {found!r:.60}, this goc_deploy reads up to {version}; "
+            "update goc_deploy"
         )
-    if found["version"] < (version if oldest is None else oldest):
+    if found < (version if oldest is None else oldest):
         raise error(
-            f"{where} has format version {found['version']}, this goc_deploy reads {version}; export again"
+            f"{where} has format version {found}, this goc_deploy reads {version}; export again"
         )
 
 
-def build(make: Callable[[], Any], where: str, error: type[GocError]) -> Any:
-    """Call ``make`` and turn what malformed data raises into one error of ours."""
+def convert(value: Any, kind: Any, where: str, error: type[GocError], path: str = "$") -> Any:
+    """A JSON value as ``kind``, whose annotations say what each field must be.
+
+    Args:
+        value: what `parse_json` returned, or a part of it.
+        kind: a dataclass, a ``msgspec.Struct`` or another type that msgspec converts to.
+        where: the file, for messages.
+        error: what is raised.
+        path: of the value in the file.
+
+    Raises:
+        error: such as ``plan.json: $.launches[0][1]: expected int >= 0, got -1``.
+    """
     try:
-        return make()
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as cause:
-        raise error(
-            f"{where} does not have the expected form: {type(cause).__name__} {cause}"
-        ) from cause
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as cause:
+        reason, _, place = str(cause).partition(" - at `$")
+        place = place.removesuffix("`")
+        if missing := _MISSING.fullmatch(reason):
+            place, text = f"{place}.{missing[1]}", "required field is missing"
+        else:
+            text = _reason(reason, value, place)
+        raise error(f"{where}: {path}{place}: {text}") from cause
+    except UnicodeEncodeError as cause:  # from half of a surrogate pair
+        raise error(f"{where}: {path}: a field's name is not valid Unicode") from cause
+
+
+def unknown_field(given: Any, known: Any, path: str = "$") -> str | None:
+    """Path of the first field of ``given``, at any depth, that was dropped from it.
+
+    Args:
+        given: a JSON value.
+        known: what `convert` made of it; dataclasses drop what they do not know.
+        path: of the value in the file.
+    """
+    if isinstance(given, list):
+        parts = [(f"{path}[{i}]", part, known[i]) for i, part in enumerate(given)]
+    elif isinstance(given, dict) and is_dataclass(known):
+        names = known.__dataclass_fields__
+        for name in given:
+            if name not in names:
+                return f"{path}.{name}"
+        parts = [(f"{path}.{name}", part, getattr(known, name)) for name, part in given.items()]
+    else:
+        return None
+    nested = (unknown_field(part, made, place) for place, part, made in parts)
+    return next((place for place in nested if place is not None), None)
+
+
+def expected(allowed: Iterable[Any], value: Any) -> str:
+    """Why a value that is not one of ``allowed`` is wrong."""
+    return f"expected {' or '.join(map(str, allowed))}, got {value!r:.60}"
+
+
+def _reason(reason: str, value: Any, place: str) -> str:
+    """msgspec's reason in the words of our messages, with the value that was found."""
+    text = reason[:1].lower() + reason[1:].replace("`", "")
+    if not text.startswith("expected") or "[...]" in place:
+        return text
+    for name, index in _STEP.findall(place):
+        value = value[name or int(index)]
+    if " length " in text and isinstance(value, Sized):
+        return f"{text.partition(', got ')[0]}, got {len(value)}"
+    return f"{text.partition(', got ')[0]}, got {value!r:.60}"
 
 
 def dump_json(value: dict[str, Any], *, indent: int | None = 1) -> str:

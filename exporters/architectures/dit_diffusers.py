@@ -6,25 +6,38 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
-from goc_deploy.errors import ModelError
 from goc_deploy.exporters.folders import (
     OLD_CLASS,
     TRANSFORMER_REQUIRED,
-    TRANSFORMER_SIZES,
     Renaming,
+    Setting,
     Settings,
+    TransformerConfig,
     predicts_sigma,
     transformer_width,
 )
 from goc_deploy.spec import ModelSpec
 
+FREQUENCY_SHIFT = (
+    1  # diffusers spreads its 128 frequencies over 127 intervals, the public DiT code over 128
+)
+
+
+class DiTConfig(TransformerConfig, frozen=True, kw_only=True):
+    """Settings of a DiTTransformer2DModel that are read."""
+
+    sample_size: Setting = 32
+    norm_eps: Annotated[float, Meta(gt=0, lt=1)] = 1e-5
+
+
 SETTINGS = Settings(
-    sizes={**TRANSFORMER_SIZES, "sample_size": 32},
+    DiTConfig,
     required={
         "_class_name": ("DiTTransformer2DModel", OLD_CLASS),
         "norm_type": ("ada_norm_zero",),
@@ -34,12 +47,7 @@ SETTINGS = Settings(
         "interpolation_scale": (None, 1, 1.0),
         "use_additional_conditions": (None, False),
     },
-    read=("out_channels", "norm_eps"),
 )
-FREQUENCY_SHIFT = (
-    1  # diffusers spreads its 128 frequencies over 127 intervals, the public DiT code over 128
-)
-DEFAULT_NORM_EPS = 1e-5
 _EMBEDDER = re.compile(r"transformer_blocks\.(\d+)\.norm1\.emb\.(.+)")
 
 
@@ -49,29 +57,21 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
     Raises:
         ModelError: naming the setting that is unknown, not supported or out of range.
     """
-    size = SETTINGS.check(config, where)
-    channels, patch, norm_eps = (
-        size["in_channels"],
-        size["patch_size"],
-        config.get("norm_eps", DEFAULT_NORM_EPS),
-    )
-    learn_sigma = predicts_sigma(config, channels, None, where)
-    if not isinstance(norm_eps, float) or not 0 < norm_eps < 1:
-        raise ModelError(f"{where}: norm_eps must be a number between 0 and 1, got {norm_eps!r}")
-    hidden = transformer_width(size, 4, "a sine and a cosine per axis", where)
+    settings = SETTINGS.read(config, where)
+    hidden = transformer_width(settings, 4, "a sine and a cosine per axis", where)
     return ModelSpec(
-        depth=size["num_layers"],
+        depth=settings.num_layers,
         hidden=hidden,
-        heads=size["num_attention_heads"],
+        heads=settings.num_attention_heads,
         mlp_hidden=4 * hidden,
-        patch=patch,
-        grid=size["sample_size"] // patch,
-        channels=channels,
-        classes=size["num_embeds_ada_norm"],
-        learn_sigma=learn_sigma,
+        patch=settings.patch_size,
+        grid=settings.sample_size // settings.patch_size,
+        channels=settings.in_channels,
+        classes=settings.num_embeds_ada_norm,
+        learn_sigma=predicts_sigma(settings, where),
         frequency_shift=FREQUENCY_SHIFT,
-        mlp_norm_eps=norm_eps,
-        guided_channels=channels,
+        mlp_norm_eps=settings.norm_eps,
+        guided_channels=settings.in_channels,
     )
 
 

@@ -13,29 +13,35 @@ from goc_deploy.exporters.architectures.dit_diffusers import position_table
 from goc_deploy.exporters.folders import (
     OLD_CLASS,
     TRANSFORMER_REQUIRED,
-    TRANSFORMER_SIZES,
     Renaming,
+    Setting,
     Settings,
+    TransformerConfig,
     predicts_sigma,
     transformer_width,
 )
 from goc_deploy.spec import ModelSpec
 
+
+class PixArtConfig(TransformerConfig, frozen=True, kw_only=True):
+    """Settings of a PixArtTransformer2DModel that are read."""
+
+    sample_size: Setting = 128
+    out_channels: int | None = 8
+    caption_channels: Setting
+    cross_attention_dim: int | None = None
+    interpolation_scale: float | None = None
+    use_additional_conditions: bool | None = None
+
+
 SETTINGS = Settings(
-    sizes={**TRANSFORMER_SIZES, "sample_size": 128},
+    PixArtConfig,
     required={
         "_class_name": ("PixArtTransformer2DModel", OLD_CLASS),
         "norm_type": ("ada_norm_single",),
         **TRANSFORMER_REQUIRED,
         "norm_eps": (1e-6,),
     },
-    read=(
-        "out_channels",
-        "cross_attention_dim",
-        "caption_channels",
-        "interpolation_scale",
-        "use_additional_conditions",
-    ),
 )
 SIDE_THAT_IS_TOLD = (
     128  # latents of this side come with the size of the image, where the file does not say
@@ -54,43 +60,34 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
     Raises:
         ModelError: naming the setting that is unknown, not supported or out of range.
     """
-    size = SETTINGS.check(config, where)
-    channels, patch, side = size["in_channels"], size["patch_size"], size["sample_size"]
-    parts = "4 for positions (a sine and a cosine per axis) times 3 for sizes (height, width, aspect ratio)"
-    hidden = transformer_width(size, 12, parts, where)
-    learn_sigma = predicts_sigma(config, channels, 8, where)
-    if config.get("cross_attention_dim", hidden) != hidden:
-        raise ModelError(
-            f"{where}: cross_attention_dim is {config['cross_attention_dim']!r}, only {hidden} is supported"
-        )
-    captions, told = config.get("caption_channels"), config.get("use_additional_conditions")
-    if type(captions) is not int or not 1 <= captions <= 10**5:
-        raise ModelError(
-            f"{where}: caption_channels must be a whole number from 1 on, got {captions!r}"
-        )
-    if told not in (None, True, False):
-        raise ModelError(
-            f"{where}: use_additional_conditions must be true, false or null, got {told!r}"
-        )
-    if config.get("interpolation_scale") not in (None, stretch(side)):
-        raise ModelError(
-            f"{where}: interpolation_scale is {config['interpolation_scale']!r}, only {stretch(side)} is supported for sample_size {side}"
-        )
+    settings = SETTINGS.read(config, where)
+    channels, side = settings.in_channels, settings.sample_size
+    parts = "4 for positions (a sine and a cosine per axis)"
+    sizes = "3 for sizes (height, width, aspect ratio)"
+    hidden = transformer_width(settings, 12, f"{parts} times {sizes}", where)
+    for name, only in (("cross_attention_dim", hidden), ("interpolation_scale", stretch(side))):
+        value = getattr(settings, name)
+        if value not in (None, only):
+            raise ModelError(
+                f"{where}: {name} is {value:g}, only {only} is supported for a width of {hidden} "
+                f"and sample_size {side}"
+            )
+    told = settings.use_additional_conditions
     told = side == SIDE_THAT_IS_TOLD if told is None else told
     return ModelSpec(
-        depth=size["num_layers"],
+        depth=settings.num_layers,
         hidden=hidden,
-        heads=size["num_attention_heads"],
+        heads=settings.num_attention_heads,
         mlp_hidden=4 * hidden,
-        patch=patch,
-        grid=side // patch,
+        patch=settings.patch_size,
+        grid=side // settings.patch_size,
         channels=channels,
         classes=0,
-        learn_sigma=learn_sigma,
+        learn_sigma=predicts_sigma(settings, where),
         architecture="pixart",
         branches=BRANCHES,
         guided_channels=channels,
-        caption_channels=captions,
+        caption_channels=settings.caption_channels,
         caption_tokens=TOKENS,
         told_size=side * PIXELS_PER_LATENT if told else 0,
     )

@@ -15,42 +15,50 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from msgspec import Struct
 from torch import Tensor, nn
 
 from goc_deploy.errors import ModelError
 from goc_deploy.exporters.checkpoint import Checkpoint
 from goc_deploy.exporters.companions.tokenizer_files import read_tokenizer
-from goc_deploy.exporters.folders import CONFIG, PIPELINE_CONFIG, Settings, read_json, read_weights
+from goc_deploy.exporters.folders import (
+    CONFIG,
+    PIPELINE_CONFIG,
+    Setting,
+    Settings,
+    read_json,
+    read_weights,
+)
 from goc_deploy.exporters.tracing import Examples, check_shapes, empty_module, same_names, shapes_of
 from goc_deploy.exporters.units import Input, UnitKind
 from goc_deploy.precision import Precision
-from goc_deploy.spec import ModelSpec
+from goc_deploy.spec import Count, ModelSpec
 
 TEXT_ENCODER = "text_encoder"  # name of the unit
 PRECISION: Precision = "fp32"
 PADDING_SCORE = -1e9
 FEED_FORWARD = {"gated-gelu": True, "relu": False}  # whether a second matrix gates the first
-SETTINGS = Settings(
-    sizes={
-        "d_model": 512,
-        "d_kv": 64,
-        "d_ff": 2048,
-        "num_heads": 8,
-        "num_layers": 6,
-        "vocab_size": 32128,
-        "relative_attention_num_buckets": 32,
-        "relative_attention_max_distance": 128,
-    },
-    required={"model_type": ("t5",), "is_decoder": (False,), "layer_norm_epsilon": (1e-6,)},
-    read=("feed_forward_proj", "eos_token_id", "pad_token_id"),
-)
 OF_THE_DECODER = ("decoder.", "lm_head.")
 _EMBEDDING, _SAME_EMBEDDING = "shared.weight", "encoder.embed_tokens.weight"
 
 
-@dataclass(frozen=True, slots=True)
-class T5Config:
-    """What ``config.json`` says of the encoder.
+class T5Config(
+    Struct,
+    frozen=True,
+    rename={
+        "width": "d_model",
+        "head": "d_kv",
+        "inner": "d_ff",
+        "heads": "num_heads",
+        "layers": "num_layers",
+        "vocabulary": "vocab_size",
+        "buckets": "relative_attention_num_buckets",
+        "furthest": "relative_attention_max_distance",
+        "eos": "eos_token_id",
+        "pad": "pad_token_id",
+    },
+):
+    """What ``config.json`` says of the encoder, with what transformers takes where it says nothing.
 
     Attributes:
         width: of the embeddings.
@@ -61,22 +69,33 @@ class T5Config:
         vocabulary: rows of the embedding table.
         buckets: of relative positions, half of them for each direction.
         furthest: distance from which on positions share a bucket.
-        gated: whether the feed-forward layers have a gate (and GELU instead of ReLU).
+        feed_forward_proj: one of `FEED_FORWARD`.
         eos: number of the token that ends a text.
         pad: number of the token behind it.
     """
 
-    width: int
-    head: int
-    inner: int
-    heads: int
-    layers: int
-    vocabulary: int
-    buckets: int
-    furthest: int
-    gated: bool
-    eos: int
-    pad: int
+    width: Setting = 512
+    head: Setting = 64
+    inner: Setting = 2048
+    heads: Setting = 8
+    layers: Setting = 6
+    vocabulary: Setting = 32128
+    buckets: Setting = 32
+    furthest: Setting = 128
+    feed_forward_proj: str = "relu"
+    eos: Count = 1
+    pad: Count = 0
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward layers have a gate (and GELU instead of ReLU)."""
+        return FEED_FORWARD[self.feed_forward_proj]
+
+
+SETTINGS = Settings(
+    T5Config,
+    required={"model_type": ("t5",), "is_decoder": (False,), "layer_norm_epsilon": (1e-6,)},
+)
 
 
 @dataclass(frozen=True)
@@ -141,38 +160,27 @@ def t5_config(config: Mapping[str, Any], where: str) -> T5Config:
     Raises:
         ModelError: naming the setting that is not supported or out of range.
     """
-    known = {*SETTINGS.sizes, *SETTINGS.required, *SETTINGS.read}
-    size = SETTINGS.check({name: value for name, value in config.items() if name in known}, where)
-    kind = config.get("feed_forward_proj", "relu")
-    if config.get("model_type") != "t5" or not isinstance(kind, str) or kind not in FEED_FORWARD:
+    known = {name: value for name, value in config.items() if name in SETTINGS.known}
+    settings = SETTINGS.read(known, where)
+    kind = settings.feed_forward_proj
+    if "model_type" not in config or kind not in FEED_FORWARD:
         raise ModelError(
             f"{where}: model_type is {config.get('model_type')!r} and feed_forward_proj {kind!r}, "
             f"only 't5' with {' or '.join(map(repr, FEED_FORWARD))} is supported"
         )
-    eos, pad = config.get("eos_token_id", 1), config.get("pad_token_id", 0)
-    if any(type(token) is not int or not 0 <= token < size["vocab_size"] for token in (eos, pad)):
+    if max(settings.eos, settings.pad) >= settings.vocabulary:
         raise ModelError(
-            f"{where}: eos_token_id and pad_token_id must be tokens, got {eos!r} and {pad!r}"
+            f"{where}: eos_token_id and pad_token_id must be tokens, got {settings.eos} and "
+            f"{settings.pad}"
         )
-    if size["relative_attention_num_buckets"] % 4:
+    if settings.buckets % 4:
         raise ModelError(f"{where}: relative_attention_num_buckets must be a multiple of 4")
-    if size["relative_attention_max_distance"] <= size["relative_attention_num_buckets"] // 4:
+    if settings.furthest <= settings.buckets // 4:
         raise ModelError(
-            f"{where}: relative_attention_max_distance must be more than a quarter of relative_attention_num_buckets"
+            f"{where}: relative_attention_max_distance must be more than a quarter of "
+            "relative_attention_num_buckets"
         )
-    return T5Config(
-        width=size["d_model"],
-        head=size["d_kv"],
-        inner=size["d_ff"],
-        heads=size["num_heads"],
-        layers=size["num_layers"],
-        vocabulary=size["vocab_size"],
-        buckets=size["relative_attention_num_buckets"],
-        furthest=size["relative_attention_max_distance"],
-        gated=FEED_FORWARD[kind],
-        eos=eos,
-        pad=pad,
-    )
+    return settings
 
 
 def text_encoder_kind(config: T5Config, spec: ModelSpec) -> UnitKind:

@@ -13,15 +13,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from msgspec import Meta, Struct
 from torch import Tensor, nn
 
+from goc_deploy.engine_dir.manifest import IMAGE_CHANNELS
 from goc_deploy.errors import ModelError
 from goc_deploy.exporters.checkpoint import Checkpoint
-from goc_deploy.exporters.folders import CONFIG, PIPELINE_CONFIG, Settings, read_json, read_weights
+from goc_deploy.exporters.folders import (
+    CONFIG,
+    PIPELINE_CONFIG,
+    Setting,
+    Settings,
+    read_json,
+    read_weights,
+)
 from goc_deploy.exporters.tracing import Examples, check_shapes, empty_module, same_names, shapes_of
 from goc_deploy.exporters.units import Input, UnitKind
 from goc_deploy.precision import Precision
@@ -34,22 +43,72 @@ PRECISION: Precision = (
 NORM_EPSILON = 1e-6
 OVERLAP_SHARE = 4  # a quarter of a tile
 MAX_FACTOR = 1e4
+UP_BLOCK = "UpDecoderBlock2D"
+_Width = Annotated[int, Meta(ge=1, le=2**14)]
+_ENCODER = ("encoder.", "quant_conv.")
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_ATTENTION = re.compile(r"(decoder\.mid_block\.attentions\.0)\.([\w.]+)\.(weight|bias)")
+_NORM = re.compile(r"decoder\..*norm\w*\.(weight|bias)")
+
+
+class VaeConfig(
+    Struct,
+    frozen=True,
+    rename={
+        "image_channels": "out_channels",
+        "widths": "block_out_channels",
+        "layers": "layers_per_block",
+        "groups": "norm_num_groups",
+        "scaling": "scaling_factor",
+        "has_post_quant": "use_post_quant_conv",
+        "has_attention": "mid_block_add_attention",
+    },
+):
+    """What ``config.json`` says of the decoder, with what diffusers takes where it says nothing.
+
+    Attributes:
+        latent_channels: channels that it takes.
+        image_channels: channels that it gives.
+        widths: channels of its levels, from the image's to the latents'.
+        layers: residual blocks per level, without the one that a decoder has more.
+        groups: of every group norm.
+        scaling: latents are divided by it,
+        shift_factor: and this is added.
+        up_block_types: class of every level, or None for that of today.
+        has_post_quant: whether a 1x1 convolution comes first.
+        has_attention: whether the middle has attention.
+    """
+
+    latent_channels: Setting = 4
+    image_channels: Setting = 3
+    widths: Annotated[tuple[_Width, ...], Meta(min_length=1, max_length=8)] = (64,)
+    layers: Setting = 1
+    groups: Setting = 32
+    scaling: Annotated[float, Meta(gt=0, lt=MAX_FACTOR)] = 0.18215
+    shift_factor: Annotated[float, Meta(ge=-MAX_FACTOR, le=MAX_FACTOR)] | None = None
+    up_block_types: tuple[str, ...] | None = None
+    has_post_quant: bool = True
+    has_attention: bool = True
+
+    @property
+    def shift(self) -> float:
+        """What is added to latents."""
+        return self.shift_factor or 0.0
+
+    @property
+    def upscale(self) -> int:
+        """Image pixels per latent pixel."""
+        return 2 ** (len(self.widths) - 1)
+
+
 SETTINGS = Settings(
-    sizes={"latent_channels": 4, "out_channels": 3, "layers_per_block": 1, "norm_num_groups": 32},
+    VaeConfig,
     required={
         "_class_name": ("AutoencoderKL",),
         "act_fn": ("silu",),
         "latents_mean": (None,),
         "latents_std": (None,),
     },
-    read=(
-        "block_out_channels",
-        "up_block_types",
-        "scaling_factor",
-        "shift_factor",
-        "use_post_quant_conv",
-        "mid_block_add_attention",
-    ),
     without_effect=(  # on the decoder
         "_diffusers_version",
         "_name_or_path",
@@ -60,42 +119,6 @@ SETTINGS = Settings(
         "use_quant_conv",
     ),
 )
-_ENCODER = ("encoder.", "quant_conv.")
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_ATTENTION = re.compile(r"(decoder\.mid_block\.attentions\.0)\.([\w.]+)\.(weight|bias)")
-_NORM = re.compile(r"decoder\..*norm\w*\.(weight|bias)")
-
-
-@dataclass(frozen=True, slots=True)
-class VaeConfig:
-    """What ``config.json`` says of the decoder.
-
-    Attributes:
-        latent_channels: channels that it takes.
-        image_channels: channels that it gives.
-        widths: channels of its levels, from the image's to the latents'.
-        layers: residual blocks per level, without the one that a decoder has more.
-        groups: of every group norm.
-        scaling: latents are divided by it,
-        shift: and this is added.
-        has_post_quant: whether a 1x1 convolution comes first.
-        has_attention: whether the middle has attention.
-    """
-
-    latent_channels: int
-    image_channels: int
-    widths: tuple[int, ...]
-    layers: int
-    groups: int
-    scaling: float
-    shift: float
-    has_post_quant: bool
-    has_attention: bool
-
-    @property
-    def upscale(self) -> int:
-        """Image pixels per latent pixel."""
-        return 2 ** (len(self.widths) - 1)
 
 
 @dataclass(frozen=True)
@@ -146,54 +169,20 @@ def vae_config(config: Mapping[str, Any], where: str) -> VaeConfig:
     Raises:
         ModelError: naming the setting that is unknown, not supported or out of range.
     """
-    size = SETTINGS.check(config, where)
-    widths = config.get("block_out_channels", [64])
-    if (
-        not isinstance(widths, list)
-        or not 1 <= len(widths) <= 8
-        or not all(type(w) is int for w in widths)
-    ):
+    settings = SETTINGS.read(config, where)
+    if any(width % settings.groups for width in settings.widths):
         raise ModelError(
-            f"{where}: block_out_channels must be a list of 1 to 8 whole numbers, got {widths!r}"
+            f"{where}: block_out_channels {list(settings.widths)} must be multiples of "
+            "norm_num_groups"
         )
-    if any(not 1 <= w <= 2**14 or w % size["norm_num_groups"] for w in widths):
+    kinds = settings.up_block_types
+    if kinds not in (None, (UP_BLOCK,) * len(settings.widths)):
         raise ModelError(
-            f"{where}: block_out_channels {widths} must be multiples of norm_num_groups"
+            f"{where}: up_block_types is {kinds!r}, only {UP_BLOCK} once per level is supported"
         )
-    kinds = config.get("up_block_types", ["UpDecoderBlock2D"] * len(widths))
-    if kinds != ["UpDecoderBlock2D"] * len(widths):
-        raise ModelError(
-            f"{where}: up_block_types is {kinds!r}, only UpDecoderBlock2D once per level is supported"
-        )
-    if size["out_channels"] not in (1, 3):
-        raise ModelError(f"{where}: out_channels is {size['out_channels']}, images have 1 or 3")
-    scaling, shift = config.get("scaling_factor", 0.18215), config.get("shift_factor")
-    shift = 0.0 if shift is None else shift
-    if (
-        not _is_number(scaling)
-        or not _is_number(shift)
-        or not 0 < scaling < MAX_FACTOR
-        or abs(shift) > MAX_FACTOR
-    ):
-        raise ModelError(
-            f"{where}: scaling_factor {scaling!r} and shift_factor {shift!r} are not usable numbers"
-        )
-    flags = [config.get(name, True) for name in ("use_post_quant_conv", "mid_block_add_attention")]
-    if not all(isinstance(flag, bool) for flag in flags):
-        raise ModelError(
-            f"{where}: use_post_quant_conv and mid_block_add_attention must be true or false"
-        )
-    return VaeConfig(
-        latent_channels=size["latent_channels"],
-        image_channels=size["out_channels"],
-        widths=tuple(widths),
-        layers=size["layers_per_block"],
-        groups=size["norm_num_groups"],
-        scaling=float(scaling),
-        shift=float(shift),
-        has_post_quant=flags[0],
-        has_attention=flags[1],
-    )
+    if settings.image_channels not in IMAGE_CHANNELS:
+        raise ModelError(f"{where}: out_channels is {settings.image_channels}, images have 1 or 3")
+    return settings
 
 
 def decoder_spec(config: VaeConfig, spec: ModelSpec, largest_tile: int) -> DecoderSpec:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from operator import index
 from typing import Any
+
+from msgspec import Struct
 
 from goc_deploy.compiler.plan import (
     Collect,
@@ -19,9 +20,45 @@ from goc_deploy.errors import EngineDirError
 from goc_deploy.options import SEGMENTS
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
-from goc_deploy.strict_json import build, check_format, dump_json, parse_json
+from goc_deploy.spec import Count
+from goc_deploy.strict_json import check_format, convert, dump_json, expected, parse_json
 
 PLAN_FORMAT, PLAN_VERSION = "goc_deploy.plan", 3
+
+
+class _Row(Struct, array_like=True, forbid_unknown_fields=True):
+    """Fields that are written as a list, in their order."""
+
+
+class _Compute(_Row, tag="c"):
+    unit: Count
+    store: Count | None
+
+
+class _Collect(_Row, tag="a"):
+    ahead: Count
+
+
+class _Prediction(_Row):
+    slots: tuple[Count, ...]
+    coefficients: tuple[float, ...]
+    store: Count | None
+
+
+class _Predict(_Row, tag="p"):
+    unit: Count
+    predictions: tuple[_Prediction, ...]
+    ahead: Count
+
+
+class _PlanFile(Struct):
+    """The fields of a plan file behind ``format`` and ``version``."""
+
+    name: str
+    slots: Count
+    sampler: SamplerTable
+    launches: tuple[tuple[_Compute | _Collect | _Predict, ...], ...]
+    segments: str = "none"
 
 
 def plan_to_json(plan: Plan) -> str:
@@ -69,53 +106,22 @@ def plan_from_json(text: bytes, schedule: Schedule, where: str) -> Plan:
     """Read a plan; ``schedule`` is what it was compiled from.
 
     Raises:
-        EngineDirError: not JSON or another format. `check_plan` says whether it is safe to execute.
+        EngineDirError: not JSON, another format, or a field that is missing or wrong; the message
+            has its path. `check_plan` checks whether the plan is safe to execute.
     """
-    found = parse_json(text, where, EngineDirError)
-    check_format(found, PLAN_FORMAT, PLAN_VERSION, where, EngineDirError)
-
-    def make() -> Plan:
-        sampler = _sampler_from_fields(found["sampler"])
-        launches = tuple(tuple(_launch_from_list(op) for op in step) for step in found["launches"])
-        segments = found.get("segments", "none")
-        if segments not in SEGMENTS:
-            raise ValueError(f"unknown segments {segments!r}")
-        return Plan(
-            str(found["name"]), sampler, launches, index(found["slots"]), schedule, segments
-        )
-
-    plan: Plan = build(make, where, EngineDirError)
-    return plan
+    fields = parse_json(text, where, EngineDirError)
+    check_format(fields, PLAN_FORMAT, PLAN_VERSION, where, EngineDirError)
+    file: _PlanFile = convert(fields, _PlanFile, where, EngineDirError)
+    if file.segments not in SEGMENTS:
+        raise EngineDirError(f"{where}: $.segments: {expected(SEGMENTS, file.segments)}")
+    launches = tuple(tuple(map(_launch_from_row, step)) for step in file.launches)
+    return Plan(file.name, file.sampler, launches, file.slots, schedule, file.segments)
 
 
-def _sampler_from_fields(table: dict[str, Any]) -> SamplerTable:
-    numbers = {
-        key: tuple(float(v) for v in table[key]) for key in ("latent", "model", "noise", "spread")
-    }
-    return SamplerTable(
-        sampler=str(table["sampler"]),
-        prediction=str(table["prediction"]),
-        timesteps=tuple(t if isinstance(t, int) else float(t) for t in table["timesteps"]),
-        estimate=tuple((float(of_x), float(of_m)) for of_x, of_m in table["estimate"]),
-        history=tuple(tuple(float(w) for w in row) for row in table["history"]),
-        start=float(table.get("start", 1)),
-        **numbers,
-    )
-
-
-def _launch_from_list(op: list[Any]) -> Launch:
-    if op[0] == "c":
-        return Compute(index(op[1]), _slot(op[2]))
-    if op[0] == "a":
-        return Collect(index(op[1]))
-    if op[0] != "p":
-        raise ValueError(f"unknown launch {op[0]!r}")
-    rows = (
-        Prediction(tuple(index(s) for s in p[0]), tuple(float(c) for c in p[1]), _slot(p[2]))
-        for p in op[2]
-    )
-    return Predict(index(op[1]), tuple(rows), index(op[3]))
-
-
-def _slot(value: Any) -> int | None:
-    return None if value is None else index(value)
+def _launch_from_row(row: _Compute | _Collect | _Predict) -> Launch:
+    if isinstance(row, _Compute):
+        return Compute(row.unit, row.store)
+    if isinstance(row, _Collect):
+        return Collect(row.ahead)
+    predictions = (Prediction(p.slots, p.coefficients, p.store) for p in row.predictions)
+    return Predict(row.unit, tuple(predictions), row.ahead)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from goc_deploy.engine_dir.keys import EngineWeights, Target
 from goc_deploy.precision import Precision
 from goc_deploy.samplers.process import Process
-from goc_deploy.spec import DecoderSpec, ModelSpec, TextSpec
+from goc_deploy.spec import Count, DecoderSpec, ModelSpec, Size, TextSpec
 
 MANIFEST_NAME = "manifest.json"
 IMAGE_CHANNELS = (1, 3)
@@ -27,8 +29,8 @@ class FileEntry:
     """
 
     path: str
-    size: int
-    sha256: str
+    size: Count
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +44,8 @@ class Parameter:
     """
 
     name: str
-    offset: int
-    shape: tuple[int, ...]
+    offset: Count
+    shape: tuple[Count, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +105,10 @@ class EngineEntry:
     target: Target
     weights: EngineWeights
     graphs: tuple[str, ...]
-    kernels: int | None
-    plugin_layers: int
-    activation_bytes: int | None
-    workspace_bytes: int = 0
+    kernels: Count | None
+    plugin_layers: Count
+    activation_bytes: Count | None
+    workspace_bytes: Count = 0
     optima: tuple[str, ...] = ()
 
 
@@ -134,7 +136,7 @@ class Manifest:
 
     model: ModelSpec
     precision: Precision
-    max_batch: int
+    max_batch: Size
     units: tuple[Unit, ...]
     predict: dict[str, str]
     plans: tuple[PlanEntry, ...]

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict
-from operator import index
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from itertools import chain
 
-from goc_deploy.engine_dir.keys import ENGINE_BACKENDS, WEIGHT_MODES, Target
-from goc_deploy.engine_dir.manifest import (
-    IMAGE_CHANNELS,
-    EngineEntry,
-    FileEntry,
-    Manifest,
-    Parameter,
-    PlanEntry,
-    Unit,
-)
+from goc_deploy.engine_dir.keys import ENGINE_BACKENDS
+from goc_deploy.engine_dir.manifest import IMAGE_CHANNELS, Manifest, Parameter
 from goc_deploy.errors import EngineDirError, SafetyError
-from goc_deploy.precision import ITEM_BYTES, PRECISIONS
-from goc_deploy.spec import PREDICTIONS, DecoderSpec, ModelSpec, TextSpec
-from goc_deploy.strict_json import build, check_format, dump_json, parse_json
+from goc_deploy.precision import ITEM_BYTES
+from goc_deploy.spec import PREDICTIONS
+from goc_deploy.strict_json import (
+    check_format,
+    convert,
+    dump_json,
+    expected,
+    parse_json,
+    unknown_field,
+)
 
 MANIFEST_FORMAT, MANIFEST_VERSION = "goc_deploy.engine_dir", 5
-LABEL_TABLE = "embedding_table.weight"  # end of the names of tables with a row per class
+_LABEL_TABLE = "embedding_table.weight"  # end of the names of tables with a row per class
+_FIELDS = {field.name for field in fields(Manifest)}
 _SAFE_PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,@-]*(/[A-Za-z0-9][A-Za-z0-9._+=,@-]*){0,3}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def manifest_to_json(manifest: Manifest) -> str:
@@ -38,175 +37,144 @@ def manifest_from_json(text: bytes, where: str) -> Manifest:
     """Read and check a manifest.
 
     Raises:
-        EngineDirError: not JSON, another format or version, a field of the wrong form.
+        EngineDirError: not JSON, another format or version, or a field that is missing, unknown or
+            wrong; the message has its path.
         SafetyError: a path that leaves the directory.
     """
-    found = parse_json(text, where, EngineDirError)
-    check_format(found, MANIFEST_FORMAT, MANIFEST_VERSION, where, EngineDirError)
-    manifest: Manifest = build(lambda: _manifest_from_fields(found), where, EngineDirError)
-    build(lambda: _check(manifest, where), where, EngineDirError)
+    given = parse_json(text, where, EngineDirError)
+    check_format(given, MANIFEST_FORMAT, MANIFEST_VERSION, where, EngineDirError)
+    manifest: Manifest = convert(given, Manifest, where, EngineDirError)
+    # Later releases may add fields at the top without a new version, but none below.
+    unknown = unknown_field({name: given[name] for name in _FIELDS & given.keys()}, manifest)
+    if unknown is not None:
+        raise EngineDirError(f"{where}: {unknown}: unknown field; export again")
+    for problem in _unsafe_paths(manifest):
+        raise SafetyError(f"{where}: {problem}; do not use this directory")
+    for problem in chain(
+        _model_problems(manifest),
+        _decoder_problems(manifest),
+        _unit_problems(manifest),
+        _unlisted_files(manifest),
+    ):
+        raise EngineDirError(f"{where}: {problem}; export again")
+    for problem in _engine_problems(manifest):
+        raise EngineDirError(f"{where}: {problem}; build the engines again")
     return manifest
 
 
-def _manifest_from_fields(found: dict[str, Any]) -> Manifest:
-    model = {
-        **found["model"],
-        "branches": tuple(str(branch) for branch in found["model"]["branches"]),
-    }
-    return Manifest(
-        model=ModelSpec(**model),
-        precision=found["precision"],
-        max_batch=index(found["max_batch"]),
-        units=tuple(_unit_from_fields(unit) for unit in found["units"]),
-        predict={str(key): str(path) for key, path in found["predict"].items()},
-        plans=tuple(PlanEntry(**plan) for plan in found["plans"]),
-        files=tuple(FileEntry(**entry) for entry in found["files"]),
-        provenance=dict(found["provenance"]),
-        engines=tuple(_engine_from_fields(engine) for engine in found.get("engines", ())),
-        class_names=tuple(str(name) for name in found["class_names"]),
-        decoder=None if found["decoder"] is None else DecoderSpec(**found["decoder"]),
-        captions=None if found["captions"] is None else str(found["captions"]),
-        text=None if found["text"] is None else TextSpec(**found["text"]),
-        segments={str(key): str(path) for key, path in found.get("segments", {}).items()},
-        scheduler=None if found.get("scheduler") is None else dict(found["scheduler"]),
-    )
+# Rules that types cannot express. Each yields the path of a wrong field and the reason.
 
 
-def _engine_from_fields(engine: dict[str, Any]) -> EngineEntry:
-    target = engine["target"]
-    target = Target(**{**target, "capabilities": tuple(str(c) for c in target["capabilities"])})
-    names = {
-        name: tuple(str(text) for text in engine.get(name, ())) for name in ("graphs", "optima")
-    }
-    return EngineEntry(**{**engine, "target": target, **names})
+def _unsafe_paths(manifest: Manifest) -> Iterator[str]:
+    """Files that may lie outside the directory, and files that are listed twice."""
+    seen: dict[str, int] = {}  # names that differ only in case are one file on some systems
+    for i, file in enumerate(manifest.files):
+        if not _SAFE_PATH.fullmatch(file.path):
+            yield f"$.files[{i}].path: {file.path!r:.60} may lie outside the directory"
+        first = seen.setdefault(file.path.lower(), i)
+        if first != i:
+            yield f"$.files[{i}].path: {file.path!r:.60} is listed as $.files[{first}] already"
 
 
-def _unit_from_fields(unit: dict[str, Any]) -> Unit:
-    parameters = tuple(
-        Parameter(str(p["name"]), index(p["offset"]), tuple(index(d) for d in p["shape"]))
-        for p in unit["parameters"]
-    )
-    return Unit(**{**unit, "parameters": parameters})
-
-
-def _check(manifest: Manifest, where: str) -> None:
+def _model_problems(manifest: Manifest) -> Iterator[str]:
     model = manifest.model
-    sizes = (
-        model.depth,
-        model.hidden,
-        model.heads,
-        model.patch,
-        model.grid,
-        model.channels,
-        manifest.max_batch,
-        *(
-            [model.caption_channels, model.caption_tokens]
-            if model.draws_captions
-            else [model.classes]
-        ),
-    )
-    if (
-        not all(type(size) is int and 0 < size <= 10**6 for size in sizes)
-        or manifest.precision not in PRECISIONS
-    ):
-        raise EngineDirError(f"{where} has sizes or a precision out of range; export again")
     if model.prediction not in PREDICTIONS:
-        raise EngineDirError(
-            f"{where}: the model predicts {model.prediction!r}, which this version does not know; export again"
+        yield f"$.model.prediction: {expected(PREDICTIONS, model.prediction)}"
+    needed = "caption_tokens" if model.draws_captions else "classes"
+    if not getattr(model, needed):
+        yield f"$.model.{needed}: expected int >= 1, got 0"
+    if ("cross" in model.branches) != model.draws_captions:
+        yield (
+            "$.model.branches: expected 'cross' if caption_channels is not 0 and only then, "
+            f"got {', '.join(model.branches):.60}"
         )
-    if (
-        type(model.classes) is not int
-        or model.classes < 0
-        or ("cross" in model.branches) != model.draws_captions
-    ):
-        raise EngineDirError(
-            f"{where}: the classes, captions and branches do not fit each other; export again"
-        )
-    _check_decoder(manifest, where)
     if len(manifest.class_names) not in (0, model.classes):
-        raise EngineDirError(
-            f"{where} names {len(manifest.class_names)} classes of a model with {model.classes}; export again"
+        yield (
+            f"$.class_names: expected 0 or {model.classes} names, got {len(manifest.class_names)}"
         )
-    paths = [entry.path for entry in manifest.files]
-    for path in paths:
-        if not isinstance(path, str) or not _SAFE_PATH.fullmatch(path):
-            raise SafetyError(
-                f"{where} names a file that may lie outside the directory: {path!r}; do not use this directory"
-            )
-    if len({path.lower() for path in paths}) != len(paths):
-        raise SafetyError(
-            f"{where} lists a file twice (names that differ only in case count as equal)"
-        )
-    if not all(
-        type(e.size) is int and e.size >= 0 and _SHA256.fullmatch(e.sha256) for e in manifest.files
-    ):
-        raise EngineDirError(f"{where} lists a file without a valid size and SHA-256")
-    _check_weights(manifest, where)
-    if manifest.segments and not set(model.unit_names) <= {
-        unit.name for unit in manifest.units if unit.weights
-    }:
-        raise EngineDirError(
-            f"{where} lists segments without the units that they are made of; export again"
-        )
-    used = [u.onnx for u in manifest.units] + [u.weights for u in manifest.units if u.weights]
-    for engine in manifest.engines:
-        if engine.target.backend not in ENGINE_BACKENDS or engine.weights not in (
-            *WEIGHT_MODES,
-            "none",
-        ):
-            raise EngineDirError(
-                f"{where} lists engine {engine.path!r} of an unknown kind; build the engines again"
-            )
-        used += [engine.path, *engine.graphs]
-    used += [
-        *manifest.predict.values(),
-        *manifest.segments.values(),
-        *(p.plan for p in manifest.plans),
-        *(p.schedule for p in manifest.plans),
-    ]
-    used += [manifest.captions] if manifest.captions is not None else []
-    used += [manifest.text.tokenizer] if manifest.text is not None else []
-    missing = sorted(set(used) - set(paths))
-    if missing:
-        raise EngineDirError(f"{where} uses {missing[0]!r} but does not list it; export again")
 
 
-def _check_weights(manifest: Manifest, where: str) -> None:
-    """Check that weights files hold their parameters and no more, so that nothing else is read, and that labels have rows."""
-    sizes = {entry.path: entry.size for entry in manifest.files}
-    for unit in manifest.units:
-        if unit.precision not in PRECISIONS:
-            raise EngineDirError(
-                f"{where}: unit {unit.name} has an unknown precision; export again"
-            )
-        size, needed = sizes.get(unit.weights or "", 0), 0
-        for p in unit.parameters:
-            end = p.offset + math.prod(p.shape) * ITEM_BYTES[unit.precision]
-            if min(p.offset, *p.shape, end) < 0 or end > size:
-                raise EngineDirError(
-                    f"{where} places {p.name} of unit {unit.name} outside its weights file; export again"
-                )
-            takes_labels = p.name.endswith(LABEL_TABLE) and not manifest.model.draws_captions
-            rows = p.shape[0] if takes_labels else None
-            if rows not in (None, manifest.model.classes + 1):  # the last one is the null label
-                raise EngineDirError(
-                    f"{where} describes a model with {manifest.model.classes} classes, but its label table {p.name} has {rows} rows; export again"
-                )
-            needed = max(needed, end)
-        if unit.weights in sizes and size != needed:
-            raise EngineDirError(
-                f"{where} lists {unit.weights} with {size} bytes, but its parameters take {needed}; export again"
-            )
-
-
-def _check_decoder(manifest: Manifest, where: str) -> None:
+def _decoder_problems(manifest: Manifest) -> Iterator[str]:
     decoder = manifest.decoder
     if decoder is None:
         return
-    sizes = (decoder.upscale, decoder.tile, decoder.overlap)
-    if (
-        decoder.channels not in IMAGE_CHANNELS
-        or not all(type(size) is int and 0 < size <= 10**4 for size in sizes)
-        or not decoder.overlap < decoder.tile <= manifest.model.side
-    ):
-        raise EngineDirError(f"{where} describes a decoder that cannot be; export again")
+    if decoder.channels not in IMAGE_CHANNELS:
+        yield f"$.decoder.channels: {expected(IMAGE_CHANNELS, decoder.channels)}"
+    if decoder.tile > manifest.model.side:
+        yield f"$.decoder.tile: expected int <= {manifest.model.side}, got {decoder.tile}"
+    if decoder.overlap >= decoder.tile:
+        yield f"$.decoder.overlap: expected int < {decoder.tile}, got {decoder.overlap}"
+
+
+def _unit_problems(manifest: Manifest) -> Iterator[str]:
+    """Weights files that hold less or more than their parameters, and segments without units."""
+    sizes = {file.path: file.size for file in manifest.files}
+    for i, unit in enumerate(manifest.units):
+        size, needed = sizes.get(unit.weights or "", 0), 0
+        for j, parameter in enumerate(unit.parameters):
+            end = parameter.offset + math.prod(parameter.shape) * ITEM_BYTES[unit.precision]
+            needed = max(needed, end)
+            if end > size:
+                yield (
+                    f"$.units[{i}].parameters[{j}]: {parameter.name!r:.60} ends at byte {end}, "
+                    f"but its weights file has {size} bytes"
+                )
+            yield from _label_table_problems(manifest, parameter, f"$.units[{i}].parameters[{j}]")
+        if unit.weights in sizes and size != needed:
+            yield (
+                f"$.units[{i}].weights: {unit.weights!r:.60} is listed with {size} bytes, but its "
+                f"parameters take {needed}"
+            )
+    if manifest.segments:
+        with_weights = {unit.name for unit in manifest.units if unit.weights}
+        for name in manifest.model.unit_names:
+            if name not in with_weights:
+                yield f"$.segments: made of unit {name}, which $.units does not list with weights"
+
+
+def _label_table_problems(manifest: Manifest, parameter: Parameter, path: str) -> Iterator[str]:
+    classes, rows = manifest.model.classes, parameter.shape[:1]
+    if not parameter.name.endswith(_LABEL_TABLE) or manifest.model.draws_captions:
+        return
+    if rows != (classes + 1,):  # the last row is the null label
+        yield (
+            f"{path}: the model has {classes} classes, but its label table {parameter.name!r:.60} "
+            f"has {rows[0] if rows else 'no'} rows"
+        )
+
+
+def _engine_problems(manifest: Manifest) -> Iterator[str]:
+    for i, engine in enumerate(manifest.engines):
+        backend = engine.target.backend
+        if backend not in ENGINE_BACKENDS:
+            yield f"$.engines[{i}].target.backend: {expected(ENGINE_BACKENDS, backend)}"
+
+
+def _unlisted_files(manifest: Manifest) -> Iterator[str]:
+    listed = {file.path for file in manifest.files}
+    for path, name in _used_files(manifest):
+        if name not in listed:
+            yield f"{path}: {name!r:.60} is not in $.files"
+
+
+def _used_files(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Path of every field that names a file, and the name."""
+    for i, unit in enumerate(manifest.units):
+        yield f"$.units[{i}].onnx", unit.onnx
+        if unit.weights:
+            yield f"$.units[{i}].weights", unit.weights
+    for signature, name in manifest.predict.items():
+        yield f"$.predict.{signature}", name
+    for signature, name in manifest.segments.items():
+        yield f"$.segments.{signature}", name
+    for i, plan in enumerate(manifest.plans):
+        yield f"$.plans[{i}].plan", plan.plan
+        yield f"$.plans[{i}].schedule", plan.schedule
+    for i, engine in enumerate(manifest.engines):
+        yield f"$.engines[{i}].path", engine.path
+        for j, name in enumerate(engine.graphs):
+            yield f"$.engines[{i}].graphs[{j}]", name
+    if manifest.captions is not None:
+        yield "$.captions", manifest.captions
+    if manifest.text is not None:
+        yield "$.text.tokenizer", manifest.text.tokenizer

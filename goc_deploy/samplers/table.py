@@ -56,7 +56,7 @@ class SamplerTable:
 
     sampler: str
     prediction: str
-    timesteps: tuple[float, ...]
+    timesteps: tuple[int | float, ...]
     latent: tuple[float, ...]
     model: tuple[float, ...]
     noise: tuple[float, ...]

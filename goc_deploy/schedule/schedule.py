@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
+
+from msgspec import Meta, Struct
 
 from goc_deploy.errors import ScheduleError
-from goc_deploy.strict_json import build, bytes_from_file, check_format, dump_json, parse_json
+from goc_deploy.strict_json import (
+    bytes_from_file,
+    check_format,
+    convert,
+    dump_json,
+    expected,
+    parse_json,
+)
 
 COMPUTE: tuple[float, ...] = ()
 REUSE: tuple[float, ...] = (1.0,)
@@ -19,6 +28,7 @@ SHORT_HISTORY_KINDS: tuple[ShortHistory, ...] = get_args(ShortHistory)
 MAX_HISTORY = 4
 MAX_STEPS = 10_000
 MAX_BLOCKS = 1_000
+MAX_BRANCHES = 3
 
 
 def gradient(eta: float) -> tuple[float, ...]:
@@ -138,14 +148,28 @@ def schedule_from_json(text: bytes, where: str) -> Schedule:
     """Read a schedule.
 
     Raises:
-        ScheduleError: not JSON, another format, an unknown action word, or a wrong number of units.
+        ScheduleError: not JSON, another format, a field that is missing or wrong, an unknown action
+            or a wrong number of them; the message has the path of the field.
     """
-    found = parse_json(text, where, ScheduleError)
+    fields = parse_json(text, where, ScheduleError)
     check_format(
-        found, SCHEDULE_FORMAT, SCHEDULE_VERSION, where, ScheduleError, OLDEST_SCHEDULE_VERSION
+        fields, SCHEDULE_FORMAT, SCHEDULE_VERSION, where, ScheduleError, OLDEST_SCHEDULE_VERSION
     )
-    schedule: Schedule = build(lambda: _schedule_from_fields(found, where), where, ScheduleError)
-    return schedule
+    file: _ScheduleFile = convert(fields, _ScheduleFile, where, ScheduleError)
+    for problem in _problems(file):
+        raise ScheduleError(f"{where}: {problem}")
+    words: dict[str, tuple[float, ...]] = {"C": COMPUTE}
+    for word, row in file.predictors.items():
+        words[word] = convert(row, _Coefficients, where, ScheduleError, f"$.predictors.{word}")
+    rows = tuple(
+        _step_from_text(actions, words, file, f"{where}: $.actions[{step}]: step {step}")
+        for step, actions in enumerate(file.actions)
+    )
+    history = cast(HistoryKind, file.history)
+    short_history = cast(ShortHistory, file.short_history)
+    return Schedule(
+        file.depth, file.branches, rows, history, short_history, file.policy, file.provenance
+    )
 
 
 def schedule_from_file(path: Path) -> Schedule:
@@ -159,50 +183,48 @@ def schedule_from_file(path: Path) -> Schedule:
     )
 
 
-def _schedule_from_fields(found: dict[str, Any], where: str) -> Schedule:
-    depth, branches = found["depth"], tuple(str(branch) for branch in found["branches"])
-    if type(depth) is not int or not 1 <= depth <= MAX_BLOCKS or not 1 <= len(branches) <= 3:
-        raise ScheduleError(
-            f"{where}: depth must be 1 to {MAX_BLOCKS} and there are 1 to 3 branches"
-        )
-    if found["short_history"] not in SHORT_HISTORY_KINDS:
-        raise ScheduleError(f"{where}: short_history must be 'reuse' or 'error'")
-    if not 1 <= len(found["actions"]) <= MAX_STEPS:
-        raise ScheduleError(f"{where}: there must be 1 to {MAX_STEPS} steps")
-    predictors = {
-        str(word): _coefficients(row, f"{where}: predictors.{word}")
-        for word, row in found["predictors"].items()
-    }
-    if "C" in predictors or not all(predictors.values()):
-        raise ScheduleError(
-            f"{where}: a predictor needs at least one coefficient and cannot be named C"
-        )
-    words = {"C": COMPUTE, **predictors}
-    rows = []
-    for step, text in enumerate(found["actions"]):
-        actions = text.split()
-        if len(actions) != depth * len(branches):
+class _ScheduleFile(Struct):
+    """The fields of a schedule file behind ``format`` and ``version``."""
+
+    depth: Annotated[int, Meta(ge=1, le=MAX_BLOCKS)]
+    branches: Annotated[tuple[str, ...], Meta(min_length=1, max_length=MAX_BRANCHES)]
+    history: str
+    short_history: str
+    policy: str
+    predictors: dict[str, Any]
+    actions: Annotated[tuple[str, ...], Meta(min_length=1, max_length=MAX_STEPS)]
+    provenance: dict[str, Any] = {}
+
+
+_Coefficients = Annotated[tuple[float, ...], Meta(min_length=1)]
+
+
+def _problems(file: _ScheduleFile) -> Iterator[str]:
+    """What is wrong with fields whose types are right, each with its path."""
+    if file.history not in HISTORY_KINDS:
+        yield f"$.history: {expected(HISTORY_KINDS, file.history)}"
+    if file.short_history not in SHORT_HISTORY_KINDS:
+        yield f"$.short_history: {expected(SHORT_HISTORY_KINDS, file.short_history)}"
+    if "C" in file.predictors:
+        yield "$.predictors.C: a predictor cannot be named C, which computes; use another name"
+
+
+def _step_from_text(
+    text: str, words: Mapping[str, tuple[float, ...]], file: _ScheduleFile, where: str
+) -> tuple[tuple[float, ...], ...]:
+    """Coefficients of every unit of a step, which ``where`` names.
+
+    Raises:
+        ScheduleError: a wrong number of actions or an unknown one.
+    """
+    actions, units = text.split(), file.depth * len(file.branches)
+    if len(actions) != units:
+        raise ScheduleError(f"{where} has {len(actions)} actions for {units} units")
+    for unit, word in enumerate(actions):
+        if word not in words:
+            block, branch = divmod(unit, len(file.branches))
             raise ScheduleError(
-                f"{where}: step {step} has {len(actions)} actions for {depth * len(branches)} units"
+                f"{where}, block {block}, {file.branches[branch]}: unknown action {word!r:.60}; "
+                "use C or a name in $.predictors"
             )
-        for unit, word in enumerate(actions):
-            if word not in words:
-                block, branch = divmod(unit, len(branches))
-                raise ScheduleError(
-                    f"{where}: step {step}, block {block}, {branches[branch]}: unknown action {word!r}"
-                )
-        rows.append(tuple(words[word] for word in actions))
-    provenance = found.get("provenance", {})
-    if not isinstance(provenance, dict):
-        raise ScheduleError(f"{where}: provenance must be a JSON object")
-    kinds = (found["history"], found["short_history"], str(found["policy"]))
-    return Schedule(depth, branches, tuple(rows), *kinds, provenance)
-
-
-def _coefficients(row: Any, place: str) -> tuple[float, ...]:
-    if not isinstance(row, list):
-        raise ScheduleError(f"{place} is {row!r}, it must be a list of numbers")
-    for position, coefficient in enumerate(row):
-        if type(coefficient) not in (int, float):
-            raise ScheduleError(f"{place}[{position}] is {coefficient!r}, it must be a number")
-    return tuple(float(coefficient) for coefficient in row)
+    return tuple(words[word] for word in actions)

@@ -328,11 +328,15 @@ ENGINES: dict[str, tuple[Callable[[Path], object], int, str]] = {
         4,
         "not a goc_deploy.engine_dir",
     ),
-    "missing field": (lambda e: edit_manifest(e, lambda m: m.pop("model")), 4, "KeyError 'model'"),
+    "missing field": (
+        lambda e: edit_manifest(e, lambda m: m.pop("model")),
+        4,
+        "$.model: required field is missing",
+    ),
     "wrong field": (
         lambda e: edit_manifest(e, lambda m: m["model"].update(depth="4")),
         4,
-        "sizes or a precision out of range",
+        "$.model.depth: expected int, got '4'",
     ),
     "other sizes": (
         lambda e: edit_manifest(e, lambda m: m["model"].update(hidden=32)),
@@ -343,7 +347,7 @@ ENGINES: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "missing unit of a block": (
         lambda e: edit_manifest(e, lambda m: m["units"].pop(3)),
         4,
-        "lists segments without",
+        "$.segments: made of unit block_",
     ),
     "missing file": (
         lambda e: (e / "onnx" / "block_02_attn.weights").unlink(),
@@ -378,7 +382,7 @@ ENGINES: dict[str, tuple[Callable[[Path], object], int, str]] = {
             e, lambda m: m["files"].append({**m["files"][0], "path": m["files"][0]["path"].upper()})
         ),
         9,
-        "listed|lists a file twice",
+        "is listed as $.files[0] already",
     ),
 }
 

@@ -273,7 +273,7 @@ def test_a_manifest_with_a_scheduler_that_is_no_object_is_refused(
 ) -> None:
     found = json.loads((dit[1] / MANIFEST_NAME).read_text())
     (tmp_path / MANIFEST_NAME).write_text(json.dumps({**found, "scheduler": 3}))
-    with pytest.raises(EngineDirError, match="does not have the expected form"):
+    with pytest.raises(EngineDirError, match=r"\$\.scheduler: expected object \| null, got 3"):
         read_manifest(tmp_path)
 
 

@@ -246,14 +246,17 @@ DDIM, DPM = CONFIGS["ddim"], CONFIGS["dpm++ 2m"]
         ),
         (
             {**DDIM, "beta_start": {"a": 1}},
-            "a beta_start that is neither a number, a word nor a list",
+            r"the folder's DDIMScheduler: \$\.beta_start: expected .*, got \{'a': 1\}",
         ),
-        ({**DDIM, "trained_betas": [[1]]}, "a trained_betas that is neither"),
+        (
+            {**DDIM, "trained_betas": [[1]]},
+            r"\$\.trained_betas\[0\]: expected int \| float \| str, got \[1\]",
+        ),
         (
             {**DDIM, "num_train_timesteps": 10**9},
-            r"num_train_timesteps 1000000000, it must be within 1\.\.100000",
+            r"\$\.num_train_timesteps: expected int <= 100000, got 1000000000",
         ),
-        ({**DPM, "solver_order": 9}, r"solver_order 9, it must be within 1\.\.3"),
+        ({**DPM, "solver_order": 9}, r"\$\.solver_order: expected int <= 3, got 9"),
     ],
 )
 def test_what_is_no_table_is_refused_by_name_with_the_option_that_helps(

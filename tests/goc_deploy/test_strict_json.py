@@ -1,195 +1,188 @@
-"""Plans and manifests on disk."""
+"""Strict reading of JSON, and the message of every kind of wrong value."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import random
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import Meta, Struct
 
-from goc_deploy.compiler import Plan, check_plan, compile_schedule
-from goc_deploy.compiler.plan_file import PLAN_VERSION, plan_from_json, plan_to_json
-from goc_deploy.conditions.labels import labels_from_text
-from goc_deploy.engine_dir.directory import EngineDir
-from goc_deploy.engine_dir.manifest_file import (
-    MANIFEST_VERSION,
-    manifest_from_json,
-    manifest_to_json,
+from goc_deploy import strict_json
+from goc_deploy.errors import EngineDirError, ScheduleError
+from goc_deploy.strict_json import (
+    bytes_from_file,
+    check_format,
+    convert,
+    dump_json,
+    parse_json,
+    unknown_field,
 )
-from goc_deploy.engine_dir.reading import read_manifest
-from goc_deploy.errors import EngineDirError, GocError, ScheduleError, UsageError
-from goc_deploy.options import SEGMENTS
-from goc_deploy.policies.bases import ForaOptions
-from goc_deploy.policies.options import filled
-from goc_deploy.schedule.schedule import schedule_from_file
-from goc_deploy.spec import DIFFUSION_PREDICTIONS, ModelSpec
-from tests.goc_deploy.strategies import schedules
 
 
-def plan_of(
-    schedule, sampler: str = "ddim", prediction: str = "eps", segments: str = "none"
-) -> Plan:
-    spec = ModelSpec(schedule.depth, 8, 2, 16, 2, 2, 4, 10, True, prediction=prediction)
-    return compile_schedule(schedule, spec, sampler, segments=segments)
+class Launch(Struct, array_like=True, tag="c", forbid_unknown_fields=True):
+    unit: Annotated[int, Meta(ge=0)]
 
 
-@given(
-    schedules(),
-    st.sampled_from(["ddim:0.3", "dpm++", "dpm++:3@leading", "ddpm"]),
-    st.sampled_from(DIFFUSION_PREDICTIONS),
-    st.sampled_from(SEGMENTS),
-)
-def test_plans_survive_their_json_form(
-    schedule, sampler: str, prediction: str, segments: str
-) -> None:
-    plan = plan_of(schedule, sampler, prediction, segments)
-    assert plan_from_json(plan_to_json(plan).encode(), schedule, "plan") == plan
+@dataclass(frozen=True, slots=True)
+class Plan:
+    steps: Annotated[int, Meta(ge=1, le=9)]
+    names: Annotated[tuple[str, ...], Meta(max_length=2)] = ()
+    size: float | None = None
+    digest: Annotated[str, Meta(pattern=r"^[0-9a-f]{2}\Z")] = "00"
+    predict: dict[str, str] | None = None
+    launches: tuple[Launch, ...] = ()
+
+    @property
+    def derived(self) -> int:
+        """No field of a file."""
+        return self.steps
 
 
-@given(schedules(max_steps=3), st.integers(0, PLAN_VERSION - 1))
-def test_plans_of_an_older_version_ask_for_a_new_export(schedule, version: int) -> None:
-    old = json.loads(plan_to_json(plan_of(schedule))) | {"version": version}
-    message = (
-        f"plan has format version {version}, this goc_deploy reads {PLAN_VERSION}; export again"
-    )
-    with pytest.raises(EngineDirError, match=message):
-        plan_from_json(json.dumps(old).encode(), schedule, "plan")
-
-
-@given(schedules(max_steps=3))
-def test_a_plan_that_says_nothing_of_segments_has_none_and_unknown_ones_are_refused(
-    schedule,
-) -> None:
-    found = json.loads(plan_to_json(plan_of(schedule, segments="full")))
-    text = json.dumps({**found, "segments": "all"}).encode()
-    with pytest.raises(
-        EngineDirError,
-        match="plan does not have the expected form: ValueError unknown segments 'all'",
-    ):
-        plan_from_json(text, schedule, "plan")
-    del found["segments"]
-    assert plan_from_json(json.dumps(found).encode(), schedule, "plan") == plan_of(schedule)
-
-
-def test_engine_directories_of_an_older_version_ask_for_a_new_export() -> None:
-    old = json.dumps({"format": "goc_deploy.engine_dir", "version": MANIFEST_VERSION - 1})
-    with pytest.raises(
-        EngineDirError, match=f"this goc_deploy reads {MANIFEST_VERSION}; export again"
-    ):
-        manifest_from_json(old.encode(), "manifest.json")
+@dataclass(frozen=True, slots=True)
+class Directory:
+    plans: tuple[Plan, ...]
+    provenance: Any = None
 
 
 @pytest.mark.parametrize("number", ["1e999", "-1e999", "1" * 400, "1" * 5000])
 def test_numbers_that_no_float_holds_are_refused(number: str) -> None:
-    with pytest.raises(EngineDirError, match="is out of range"):
-        manifest_from_json(f'{{"a": {number}}}'.encode(), "manifest.json")
+    with pytest.raises(EngineDirError, match=r"x is not valid JSON: .*is out of range"):
+        parse_json(f'{{"a": {number}}}'.encode(), "x", EngineDirError)
 
 
-@given(schedules(max_steps=3))
-def test_a_count_with_a_fraction_is_refused(schedule) -> None:
-    found = json.loads(plan_to_json(plan_of(schedule)))
-    with pytest.raises(EngineDirError, match="does not have the expected form"):
-        plan_from_json(
-            json.dumps({**found, "slots": found["slots"] + 0.9}).encode(), schedule, "plan"
-        )
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b'{"a": 1, "b": 2, "a": 1}', "x is not valid JSON: duplicate key 'a'"),
+        (b'{"c": [{"a": 1, "a": 2}]}', "x is not valid JSON: duplicate key 'a'"),
+        (b'{"a": NaN}', "x is not valid JSON: NaN is not allowed"),
+        (b'{"a": -Infinity}', "x is not valid JSON: -Infinity is not allowed"),
+        (b"[" * 100_000, "x is not valid JSON: it is nested too deep"),
+        (b"[]", "x must hold a JSON object"),
+        (b"{", "x is not valid JSON: Expecting property name"),
+        (b'{"a": "\xff"}', "x is not valid JSON: 'utf-8' codec"),
+    ],
+)
+def test_what_json_lets_through_is_refused(text: bytes, message: str) -> None:
+    with pytest.raises(EngineDirError, match=message):
+        parse_json(text, "x", EngineDirError)
 
 
-def test_a_plan_that_computes_what_its_schedule_does_not_is_refused(golden_engine: Path) -> None:
-    manifest = read_manifest(golden_engine)
-    none, fora = manifest.plans[0], manifest.plans[1]
-    mixed = replace(none, schedule=fora.schedule)
-    with pytest.raises(EngineDirError, match="does not do what its schedule asks for at step 1"):
-        EngineDir(golden_engine, replace(manifest, plans=(mixed,))).plan(none.name)
-
-
-def test_a_plan_with_other_coefficients_than_its_schedule_is_refused(golden_engine: Path) -> None:
-    manifest = read_manifest(golden_engine)
-    gradients = [entry for entry in manifest.plans if "+gc" in entry.spec]
-    assert len(gradients) == 2
-    mixed = replace(gradients[0], schedule=gradients[1].schedule)
-    with pytest.raises(EngineDirError, match="does not do what its schedule asks for"):
-        EngineDir(golden_engine, replace(manifest, plans=(mixed,))).plan(mixed.name)
-
-
-def read_changed(engine: Path, **changes: Any) -> None:
-    manifest_from_json(manifest_to_json(replace(read_manifest(engine), **changes)).encode(), "m")
-
-
-@pytest.mark.parametrize("classes", [9, 11, 10**6])
-def test_more_or_fewer_classes_than_the_label_table_has_rows_are_refused(
-    golden_engine: Path, classes: int
+def test_texts_and_files_beyond_the_limit_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    manifest = read_manifest(golden_engine)
-    rows = manifest.model.classes + 1
-    with pytest.raises(
-        EngineDirError, match=f"{classes} classes, but its label table .* has {rows}"
-    ):
-        read_changed(golden_engine, model=replace(manifest.model, classes=classes))
+    monkeypatch.setattr(strict_json, "MAX_JSON_BYTES", 10)
+    (tmp_path / "x").write_bytes(b" " * 11)
+    with pytest.raises(EngineDirError, match="x has 11 bytes; at most 10 are accepted"):
+        parse_json(b" " * 11, "x", EngineDirError)
+    with pytest.raises(EngineDirError, match="x has 11 bytes; at most 10 are accepted"):
+        bytes_from_file(tmp_path / "x", "x", EngineDirError)
 
 
-@pytest.mark.parametrize("size", [2**40, 2**62])
-def test_a_weights_file_that_is_larger_than_its_parameters_is_refused_before_it_is_read(
-    golden_engine: Path, size: int
-) -> None:
-    manifest = read_manifest(golden_engine)
-    weights = next(unit.weights for unit in manifest.units if unit.weights)
-    files = [replace(f, size=size) if f.path == weights else f for f in manifest.files]
-    with pytest.raises(EngineDirError, match=f"with {size} bytes, but its parameters take"):
-        read_changed(golden_engine, files=tuple(files))
-
-
-def test_devices_pipes_and_odd_names_are_no_schedules(tmp_path: Path) -> None:
+def test_devices_pipes_and_odd_names_are_no_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (Path("/dev/zero"), tmp_path / "pipe", tmp_path, Path("a\0b"), Path("x" * 5000)):
-        with pytest.raises(ScheduleError, match="cannot be read"):
-            schedule_from_file(path)
+        with pytest.raises(ScheduleError, match="x cannot be read"):
+            bytes_from_file(path, "x", ScheduleError)
 
 
-@pytest.mark.parametrize("text", ["\uff11", "\u0663", "2" * 5000, "2.0", ""])
-def test_numbers_are_digits_of_ascii_and_few(text: str) -> None:
-    with pytest.raises(UsageError, match="must be a whole number"):
-        labels_from_text(text, ())
-    with pytest.raises(UsageError, match="must be a whole number"):
-        filled(ForaOptions, "fora", text, {})
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, r"x is not a f file \(its format is None\)"),
+        ({"format": "f"}, "x has format version None, this goc_deploy reads up to 3; update"),
+        ({"format": "f", "version": True}, "x has format version True"),
+        ({"format": "f", "version": 4}, "x has format version 4, this goc_deploy reads up to 3"),
+        ({"format": "f", "version": 1}, "x has format version 1, this goc_deploy reads 3; export"),
+    ],
+)
+def test_other_formats_and_versions_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(EngineDirError, match=message):
+        check_format(fields, "f", 3, "x", EngineDirError, oldest=2)
+    check_format({"format": "f", "version": 2}, "f", 3, "x", EngineDirError, oldest=2)
 
 
-ODD: tuple[Any, ...] = (None, True, -1, 2**70, 1.5, "", "x", [], {}, [[]], "../x", "\ud800")
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"steps": 0}, "$.plans[1].steps: expected int >= 1, got 0"),
+        ({"steps": 10**19}, "$.plans[1].steps: expected int <= 9, got 10000000000000000000"),
+        ({"steps": "4"}, "$.plans[1].steps: expected int, got '4'"),
+        ({"steps": 4.0}, "$.plans[1].steps: expected int, got 4.0"),
+        ({"steps": True}, "$.plans[1].steps: expected int, got True"),
+        ({}, "$.plans[1].steps: required field is missing"),
+        (7, "$.plans[1]: expected object, got 7"),
+        ({"steps": 1, "names": "ab"}, "$.plans[1].names: expected array, got 'ab'"),
+        ({"steps": 1, "names": ["a", 2]}, "$.plans[1].names[1]: expected str, got 2"),
+        (
+            {"steps": 1, "names": ["a"] * 3},
+            "$.plans[1].names: expected array of length <= 2, got 3",
+        ),
+        ({"steps": 1, "size": []}, "$.plans[1].size: expected float | null, got []"),
+        ({"steps": 1, "size": False}, "$.plans[1].size: expected float | null, got False"),
+        (
+            {"steps": 1, "digest": "0f\n"},
+            r"$.plans[1].digest: expected str matching regex '^[0-9a-f]{2}\\Z', got '0f\n'",
+        ),
+        ({"steps": 1, "predict": {"a": 1}}, "$.plans[1].predict[...]: expected str, got int"),
+        ({"steps": 1, "launches": [["c", -1]]}, "$.plans[1].launches[0][1]: expected int >= 0"),
+        ({"steps": 1, "launches": [["d", 1]]}, "$.plans[1].launches[0][0]: invalid value 'd'"),
+        (
+            {"steps": 1, "launches": [["c"]]},
+            "$.plans[1].launches[0]: expected array of at least length 2, got 1",
+        ),
+        ({"\ud800": 1}, "$: a field's name is not valid Unicode"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_path(plan: Any, message: str) -> None:
+    with pytest.raises(EngineDirError) as caught:
+        convert({"plans": [{"steps": 1}, plan]}, Directory, "m.json", EngineDirError)
+    assert str(caught.value).startswith(f"m.json: {message}")
 
 
-def mutated(value: Any, generator: random.Random) -> Any:
-    """JSON with one value or key, at any depth, changed."""
-    if not isinstance(value, dict | list) or not value or generator.random() < 0.15:
-        return generator.choice(ODD)
-    keys = list(value) if isinstance(value, dict) else list(range(len(value)))
-    key, changed = generator.choice(keys), value.copy()
-    if generator.random() < 0.1:
-        del changed[key]
-    else:
-        changed[key] = mutated(value[key], generator)
-    return changed
+def test_a_part_of_a_file_is_named_by_the_path_that_is_given() -> None:
+    with pytest.raises(ScheduleError) as caught:
+        convert([1, "a"], tuple[float, ...], "s.json", ScheduleError, "$.predictors.R")
+    assert str(caught.value) == "s.json: $.predictors.R[1]: expected float, got 'a'"
 
 
-def test_mutated_manifests_and_plans_are_read_or_refused(golden_engine: Path) -> None:
-    manifest, generator = read_manifest(golden_engine), random.Random(0)
-    sound = json.loads((golden_engine / "manifest.json").read_bytes())
-    plan = json.loads((golden_engine / manifest.plans[1].plan).read_bytes())
-    schedule = EngineDir(golden_engine, manifest).plan(manifest.plans[1].name).schedule
-    for _ in range(1500):
-        for read in (
-            lambda: manifest_from_json(
-                json.dumps(mutated(sound, generator)).encode(), "manifest.json"
-            ),
-            lambda: check_plan(
-                plan_from_json(json.dumps(mutated(plan, generator)).encode(), schedule, "plan"),
-                manifest.model,
-            ),
-        ):
-            with contextlib.suppress(GocError):
-                read()
+@pytest.mark.parametrize(
+    ("given", "path"),
+    [
+        ({"plans": [{"steps": 1}], "provenance": {"any": [{"thing": 1}]}}, None),
+        ({"plans": [], "more": 1}, "$.more"),
+        ({"plans": [{"steps": 1}, {"steps": 1, "stepz": 2}]}, "$.plans[1].stepz"),
+        ({"plans": [{"steps": 1, "derived": 2}]}, "$.plans[0].derived"),
+        ({"plans": [{"steps": 1, "predict": {"a": "b"}}]}, None),
+    ],
+)
+def test_fields_that_no_dataclass_has_are_found(given: Any, path: str | None) -> None:
+    assert unknown_field(given, convert(given, Directory, "x", EngineDirError)) == path
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**18), 10**18)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(), VALUES, max_size=4))
+def test_reading_what_was_written_is_the_identity(value: dict[str, Any]) -> None:
+    assert parse_json(dump_json(value).encode(), "x", EngineDirError) == value
+
+
+@given(st.dictionaries(st.sampled_from(["plans", "provenance"]), VALUES))
+def test_any_json_value_is_converted_or_refused(value: dict[str, Any]) -> None:
+    with contextlib.suppress(EngineDirError):
+        convert(value, Directory, "x", EngineDirError)

@@ -27,7 +27,6 @@ FOR_EXPORTING_ONLY = (
     "onnx",
     "onnxscript",
     "onnx_ir",
-    "safetensors",
     "tensorrt",
     "tensorrt_rtx",
 )

@@ -326,7 +326,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[GocError], str]] = {
         ModelError,
         "feed_forward_proj 'gated-silu', only 't5'",
     ),
-    "no function": (_set(feed_forward_proj=[]), ModelError, r"feed_forward_proj \[\], only 't5'"),
+    "no function": (_set(feed_forward_proj=[]), ModelError, r"\$\.feed_forward_proj: expected str"),
     "a device": (
         lambda f: ((f / "config.json").unlink(), (f / "config.json").symlink_to("/dev/zero")),
         ModelError,

@@ -107,7 +107,7 @@ def test_segments_without_their_units_are_refused(engine: Path) -> None:
     found["units"] = [unit for unit in found["units"] if unit["name"] != "block_02_mlp"]
     (engine / MANIFEST_NAME).write_text(json.dumps(found))
     with pytest.raises(
-        EngineDirError, match="lists segments without the units that they are made of"
+        EngineDirError, match=r"\$\.segments: made of unit block_\w+, which \$\.units does not list"
     ):
         read_manifest(engine)
 

@@ -4,6 +4,8 @@ import pytest
 
 from goc_deploy.conditions.labels import labels_from_text
 from goc_deploy.errors import UsageError
+from goc_deploy.policies.bases import ForaOptions
+from goc_deploy.policies.options import filled
 
 NAMES = ("tench, Tinca tinca", "golden retriever", "crane", "drake", "crane, lifting device")
 
@@ -32,3 +34,11 @@ def test_words_that_name_no_class_or_several_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         labels_from_text(text, names)
+
+
+@pytest.mark.parametrize("text", ["\uff11", "\u0663", "2" * 5000, "2.0", ""])
+def test_numbers_are_digits_of_ascii_and_few(text: str) -> None:
+    with pytest.raises(UsageError, match="must be a whole number"):
+        labels_from_text(text, ())
+    with pytest.raises(UsageError, match="must be a whole number"):
+        filled(ForaOptions, "fora", text, {})

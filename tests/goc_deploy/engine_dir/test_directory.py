@@ -107,3 +107,20 @@ def test_a_manifest_that_names_files_outside_is_refused(engine: Path) -> None:
     (engine / MANIFEST_NAME).write_text(manifest_to_json(replace(manifest, files=(outside,))))
     with pytest.raises(SafetyError, match="may lie outside the directory"):
         EngineDir.open(engine)
+
+
+def test_a_plan_that_computes_what_its_schedule_does_not_is_refused(golden_engine: Path) -> None:
+    manifest = EngineDir.open(golden_engine).manifest
+    none, fora = manifest.plans[0], manifest.plans[1]
+    mixed = replace(none, schedule=fora.schedule)
+    with pytest.raises(EngineDirError, match="does not do what its schedule asks for at step 1"):
+        EngineDir(golden_engine, replace(manifest, plans=(mixed,))).plan(none.name)
+
+
+def test_a_plan_with_other_coefficients_than_its_schedule_is_refused(golden_engine: Path) -> None:
+    manifest = EngineDir.open(golden_engine).manifest
+    gradients = [entry for entry in manifest.plans if "+gc" in entry.spec]
+    assert len(gradients) == 2
+    mixed = replace(gradients[0], schedule=gradients[1].schedule)
+    with pytest.raises(EngineDirError, match="does not do what its schedule asks for"):
+        EngineDir(golden_engine, replace(manifest, plans=(mixed,))).plan(mixed.name)
