@@ -38,9 +38,7 @@ def fitted_schedule(
         reused = [unit for unit, row in enumerate(rows) if row == REUSE]
         equations = _equations(trajectories, step, reused) if reused else {}
         seen |= {(step, unit): found for unit, found in equations.items()}
-        groups = (
-            [[unit] for unit in reused] if options.granularity == "unit" else _by_entries(equations)
-        )
+        groups = _by_entries(equations)
         made = list(rows)
         for units in groups:
             coefficients = solve(_total([equations[unit] for unit in units]), options.ridge)

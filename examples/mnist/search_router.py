@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from goc_deploy.disk import written
 from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.metrics.paired import whole_relative_l2
 from goc_deploy.policies.calibration import CalibrationOptions
-from goc_deploy.policies.candidates import flipped_errors, plain
+from goc_deploy.policies.candidates import plain
 from goc_deploy.policies.search import uncached
 
 THRESHOLD = 0.1
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ).trials()
     expected = trials.run(uncached(spec, args.steps), options).latents
     cells = [(step, unit) for step in range(1, args.steps, 2) for unit in range(spec.units)]
-    losses = flipped_errors(
+    losses = errors_of_reuse(
         np.ones((args.steps, spec.units), bool),
         cells,
         lambda mask: whole_relative_l2(trials.run(plain(mask, spec), options).latents, expected),
@@ -59,6 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.save({"routers": {f"{i}.prob": row for i, row in enumerate(logits)}}, temporary)
     print(args.output)
     return 0
+
+
+def errors_of_reuse(
+    mask: np.ndarray, cells: Iterable[tuple[int, int]], measure: Callable[[np.ndarray], float]
+) -> dict[tuple[int, int], float]:
+    """Each cell (step, unit) of ``mask``, which computes units, -> the error if that unit alone is reused."""
+    errors = {}
+    for cell in cells:
+        other = mask.copy()
+        other[cell] = False
+        errors[cell] = measure(other)
+    return errors
 
 
 def router_logits(

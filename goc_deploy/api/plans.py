@@ -18,7 +18,7 @@ from goc_deploy.errors import CalibrationNeededError, ConflictError, UsageError
 from goc_deploy.exporters.schedulers import table_from_sampler
 from goc_deploy.options import ExportOptions, PlanOptions, Progress, no_progress
 from goc_deploy.policies.calibration import CalibrationOptions, default_images
-from goc_deploy.policies.grammar import BASES_WITH_A_PATH, check_plan_name, parse_policy
+from goc_deploy.policies.grammar import check_plan_name, parse_policy
 from goc_deploy.policies.registration import base_named
 from goc_deploy.policies.resolve import schedule_from_policy
 from goc_deploy.policies.suggestions import meant_spec
@@ -170,7 +170,7 @@ def plan_on_the_fly(
     present = load_plan(directory, manifest, entry.name)
     if steps is None or steps == present.steps:
         return None
-    if parse_policy(entry.spec).base[0] in BASES_WITH_A_PATH:
+    if parse_policy(entry.spec).path:
         raise UsageError(
             f"plan {entry.name} was made from a file for {present.steps} steps; give its SPEC with the file's path instead"
         )

@@ -27,7 +27,7 @@ from goc_deploy.cli.options import (
 from goc_deploy.cli.progress import progress_bar
 from goc_deploy.compiler.plan import SEGMENTS
 from goc_deploy.options import ExportOptions
-from goc_deploy.policies.grammar import GRAMMAR
+from goc_deploy.policies.help import calibrated, grammar
 from goc_deploy.policies.registration import installed_policies
 from goc_deploy.samplers import SAMPLER_GRAMMAR
 from goc_deploy.spec import PREDICTIONS
@@ -86,13 +86,13 @@ DEFAULTS = ExportOptions()
     "plans",
     multiple=True,
     metavar="SPEC",
-    help=f"Caching policy, repeatable: {GRAMMAR}{installed_policies()}.  [default: none and fora:2+goc]",
+    help=f"Caching policy, repeatable: {grammar()}{installed_policies()}.  [default: none and fora:2+goc]",
 )
 @click.option(
     "--calibrate",
     type=click.IntRange(1),
     metavar="K",
-    help="Images that calibrated policies (goc, fit, smoothcache, search) learn from.  [default: 16, fewer for large models]",
+    help=f"Images that calibrated policies ({calibrated()}) learn from.  [default: 16, fewer for large models]",
 )
 @click.option(
     "--seed",

@@ -29,15 +29,14 @@ from goc_deploy.cli.options import (
 from goc_deploy.cli.progress import progress_bar
 from goc_deploy.compiler.plan import SEGMENTS
 from goc_deploy.options import PlanOptions
-from goc_deploy.policies.grammar import GRAMMAR
-from goc_deploy.policies.registration import installed_policies
+from goc_deploy.policies.help import calibrated, policy_help
 from goc_deploy.samplers import SAMPLER_GRAMMAR
 
 DEFAULTS = PlanOptions()
 EPILOG = (
     "Examples: goc-plan engine fora:3+gc:1.0 --steps 50 --name fast; goc-plan engine --list; "
-    "goc-plan engine --show fast --plot fast.png; goc-plan engine --backend tensorrt-rtx --compute-capability 8.9. "
-    f"SPEC is {GRAMMAR}{installed_policies()}"
+    "goc-plan engine --show fast --plot fast.png; goc-plan engine --backend tensorrt-rtx --compute-capability 8.9.\n\n"
+    f"{policy_help()}"
 )
 
 
@@ -51,7 +50,7 @@ EPILOG = (
     "--calibrate",
     type=click.IntRange(1),
     metavar="K",
-    help="Images that a calibrated policy (goc, fit, smoothcache, search) learns from.  [default: 16, fewer for large models]",
+    help=f"Images that a calibrated policy ({calibrated()}) learns from.  [default: 16, fewer for large models]",
 )
 @click.option("--seed", type=int, help=f"Seed of these images.  [default: {DEFAULTS.seed}]")
 @cfg_scale_option(None, f"Guidance scale of these images.  [default: {DEFAULTS.cfg_scale:g}]")

@@ -101,7 +101,7 @@ def action_name(schedule: Schedule, step: int, unit: int, prediction: str) -> st
 
 
 def prediction_name(schedule: Schedule) -> str:
-    """What a schedule's predictions are: the correction of its SPEC, or the predictor that its search chose.
+    """What a schedule's predictions are: the correction of its SPEC, or the one that its search chose.
 
     Coefficients do not tell: the gradient with eta 0.5 and the line through two features may be the same numbers.
     """
@@ -112,7 +112,7 @@ def prediction_name(schedule: Schedule) -> str:
     if policy.base[0] == "file":  # which may hold predictions of its own
         return "prediction"
     found = schedule.provenance.get("search")
-    chosen = found.get("predictor") if isinstance(found, dict) else None
+    chosen = found.get("correction") if isinstance(found, dict) else None
     name = (
         policy.correction[0] if policy.correction else str(chosen or "prediction").partition(":")[0]
     )

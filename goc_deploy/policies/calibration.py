@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from goc_deploy.errors import ScheduleError, UsageError
 from goc_deploy.options import CALIBRATION_SEED, GenerateOptions, Progress
-from goc_deploy.policies.least_squares import FitOptions
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule, check_amplification
 from goc_deploy.schedule.operations import full_step_flops
 from goc_deploy.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from goc_deploy.policies.fit import FitOptions
 
 MAX_GAP = 3  # steps that SmoothCache looks back, its calibration_lookahead
 DEFAULT_IMAGES = 16
@@ -23,6 +25,8 @@ DEFAULT_FLOPS = (
     10**12
 )  # for the images without cache; policies that measure schedules take a few times that
 MAX_IMAGES = 100_000
+
+Reading = Literal["exists", "at_eta"]  # of GOC's eq. 7, see `goc_deploy.policies.god.is_inverse`
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from goc_deploy.errors import CalibrationNeededError, EnvironmentUnsupportedError
 from goc_deploy.policies.calibration import Laboratory
+from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec
 
+Correct = Callable[[Schedule, str], Schedule]
 ReadRouter = Callable[[str], tuple[tuple[float, ...], ...]]
 
 
@@ -19,17 +21,23 @@ class PolicyContext:
     Attributes:
         spec: the model.
         steps: sampling steps asked for.
-        options: options of the SPEC; a flag has an empty value.
+        correct: a schedule and a correction such as ``lagrange:2`` to the corrected schedule, which is
+            legal to run. For policies that try several.
+        options: options of the SPEC as text; a flag has an empty value. Policies with an options
+            dataclass have theirs there.
         correction: the correction of the SPEC as written, such as ``gc:1.2``, or None.
-        laboratory: how policies that learn reach an engine, or None where there is none.
+        correction_calibrates: whether that correction learns from images.
+        laboratory: how policies that learn reach an engine, or None if there is none.
         read_router: path of a Learning-to-Cache router file to its probabilities per step and unit. None if this
             process reads no checkpoints.
     """
 
     spec: ModelSpec
     steps: int
-    options: Mapping[str, str]
+    correct: Correct
+    options: Mapping[str, str] = field(default_factory=dict)
     correction: str | None = None
+    correction_calibrates: bool = False
     laboratory: Laboratory | None = None
     read_router: ReadRouter | None = None
 

@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
-from goc_deploy.errors import UsageError
+from dataclasses import dataclass
+from typing import Literal
+
 from goc_deploy.policies.context import PolicyContext
-from goc_deploy.policies.grammar import number, whole_number
-from goc_deploy.policies.least_squares import GRANULARITIES, TARGETS, FitOptions
+from goc_deploy.policies.options import argument, option
 from goc_deploy.schedule import MAX_HISTORY, Schedule
 
+Granularity = Literal["step", "global"]
 
-def fit(schedule: Schedule, argument: str, context: PolicyContext) -> Schedule:
-    """``fit[:n]``: coefficients over n history entries, fitted on calibration images along the cached trajectory.
 
-    See `goc_deploy.policies.least_squares.FitOptions` for ``fit=``, ``target=`` and ``ridge=``.
+@dataclass(frozen=True, slots=True)
+class FitOptions:
+    """Options of `fit`: how the coefficients are fitted to the final latents without cache.
+
+    Attributes:
+        entries: history entries that a prediction may read.
+        granularity: coefficients of their own for every ``step``, or ``global``: the same wherever as
+            many entries are stored.
+        ridge: pull toward where an iteration starts, as a share of each weight's own square.
     """
-    options = context.options
-    entries = (
-        whole_number(argument, "history entries", 1, MAX_HISTORY)
-        if argument
-        else FitOptions().entries
+
+    entries: int = argument(
+        "History entries that a prediction reads.",
+        default=2,
+        form="N",
+        low=1,
+        high=MAX_HISTORY,
     )
-    granularity = options.get("fit", FitOptions().granularity)
-    ridge = number(options["ridge"], "ridge") if "ridge" in options else FitOptions().ridge
-    if granularity not in GRANULARITIES:
-        raise UsageError(f"fit {granularity!r} must be {', '.join(GRANULARITIES)}")
-    if not ridge > 0:
-        raise UsageError(f"ridge {ridge:g} must be above 0")
-    target = options.get("target", FitOptions().target)
-    if target not in TARGETS:
-        raise UsageError(f"target {target!r} must be {' or '.join(TARGETS)}")
-    return (
-        context.engine()
-        .calibrator(schedule.steps)
-        .fit(schedule, FitOptions(entries, granularity, target, ridge))
+    granularity: Granularity = option(
+        "Whether every step has coefficients of its own, or all steps share them.",
+        default="step",
+        name="fit",
     )
+    ridge: float = option("Strength of the regularization.", default=1e-2, above=0)
+
+    @property
+    def target(self) -> str:
+        """What the coefficients are fitted to."""
+        return "final"
+
+
+def fit(schedule: Schedule, options: FitOptions, context: PolicyContext) -> Schedule:
+    """``fit``: coefficients over N history entries, fitted along the cached trajectory."""
+    return context.engine().calibrator(schedule.steps).fit(schedule, options)

@@ -1,52 +1,70 @@
-"""Corrections that learn from calibration images: where the gradient helps (GOD), and fitted coefficients."""
+"""The correction ``goc``: the gradient where GOD, measured on calibration images, allows it."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
-from goc_deploy.errors import UsageError
-from goc_deploy.policies import god
-from goc_deploy.policies.calibration import Calibrator, measured_error
+from goc_deploy.policies.calibration import Calibrator, Reading, measured_error
 from goc_deploy.policies.context import PolicyContext
-from goc_deploy.policies.god import Decision
-from goc_deploy.policies.grammar import number
-from goc_deploy.schedule import REUSE, Schedule
+from goc_deploy.policies.options import argument, option
+from goc_deploy.schedule import Schedule
 
-DEFAULT_GAMMA = 0.5
-DEFAULT_READING = "at_eta"
+if TYPE_CHECKING:
+    import numpy as np
+
+    from goc_deploy.policies.god import Decision
+
 ETAS = (0.4, 0.6, 0.8, 1.0, 1.2)
 MOST_THRESHOLDS = 6
 
 
-def goc(schedule: Schedule, argument: str, context: PolicyContext) -> Schedule:
-    """``goc[:ETA]``: the gradient where GOD says so.
+@dataclass(frozen=True, slots=True)
+class GocOptions:
+    """Options of `goc`."""
+
+    eta: float | None = argument(
+        f"Step size of the gradient. Without it, the best of {', '.join(map(str, ETAS))}.",
+        default=None,
+    )
+    both_branches: bool = option(
+        "Use the gradient only where all branches of a block are reused.", default=False
+    )
+    gamma: float = option(
+        "Weight of a step's position against its share of inverse units.",
+        default=0.5,
+        low=0,
+        high=1,
+    )
+    threshold: float | Literal["auto"] = option(
+        "Use the gradient where the boundary is below it; auto measures some thresholds.",
+        default="auto",
+    )
+    reading: Reading = option(
+        "Whether a unit is inverse if no step size helps, or if ETA does not.", default="at_eta"
+    )
+    per_unit: bool = option("Decide for every unit on its own.", default=False)
+
+
+def goc(schedule: Schedule, options: GocOptions, context: PolicyContext) -> Schedule:
+    """``goc``: the gradient where GOD says so.
 
     Without ETA the step size is the best of ``ETAS`` for the gradient everywhere. ``threshold=auto`` takes the
     threshold whose schedule has the least measured error; the gradient everywhere and plain reuse are among them, so on
     the calibration images it is never worse than either.
     """
-    options = context.options
-    gamma = number(options.get("gamma", str(DEFAULT_GAMMA)), "gamma")
-    reading = options.get("reading", DEFAULT_READING)
-    threshold_text, per_unit = options.get("threshold", "auto"), "per_unit" in options
-    if not 0 <= gamma <= 1:
-        raise UsageError(f"gamma {options['gamma']} must be within 0..1")
-    if reading not in god.READINGS:
-        raise UsageError(f"reading {reading!r} must be {' or '.join(god.READINGS)}")
-    threshold = None if threshold_text == "auto" else number(threshold_text, "threshold")
-    if argument:
-        number(argument, "eta")
+    from goc_deploy.policies import god  # needs NumPy, which help texts do without
+
     calibrator = context.engine().calibrator(schedule.steps)
-    allowed = _where_reused(schedule, all_branches="both_branches" in options)
-    eta = number(argument, "eta") if argument else _best_eta(schedule, allowed, calibrator)
-    inverse = god.inverse_units(calibrator.statistics().means, eta, reading)
+    allowed = god.where_reused(schedule, all_branches=options.both_branches)
+    eta = _best_eta(schedule, allowed, calibrator) if options.eta is None else options.eta
+    inverse = god.inverse_units(calibrator.statistics().means, eta, options.reading)
+    gamma, per_unit = options.gamma, options.per_unit
     thresholds = (
         god.candidate_thresholds(schedule, inverse, gamma, per_unit=per_unit, most=MOST_THRESHOLDS)
-        if threshold is None
-        else (threshold,)
+        if options.threshold == "auto"
+        else (options.threshold,)
     )
     decisions = [
         god.decide(schedule, allowed, inverse, eta, gamma, t, per_unit=per_unit) for t in thresholds
@@ -59,7 +77,7 @@ def goc(schedule: Schedule, argument: str, context: PolicyContext) -> Schedule:
     record = {
         **_record(decisions[best], inverse),
         "gamma": gamma,
-        "reading": reading,
+        "reading": options.reading,
         "per_unit": per_unit,
         "measured": [m for m in measured if math.isfinite(m["error"])],
         "calibration": calibrator.describe(),
@@ -67,19 +85,11 @@ def goc(schedule: Schedule, argument: str, context: PolicyContext) -> Schedule:
     return replace(decisions[best].schedule, provenance={**schedule.provenance, "god": record})
 
 
-def _where_reused(schedule: Schedule, *, all_branches: bool) -> np.ndarray:
-    """(T, U) where a unit is plainly reused, with ``all_branches`` together with the other branches of its block."""
-    reused = np.array([[row == REUSE for row in step] for step in schedule.coefficients])
-    if not all_branches:
-        return reused
-    blocks = reused.reshape(schedule.steps, schedule.depth, -1).all(axis=2)
-    return np.repeat(blocks, len(schedule.branches), axis=1)
-
-
 def _best_eta(schedule: Schedule, allowed: np.ndarray, calibrator: Calibrator) -> float:
+    from goc_deploy.policies.god import with_gradient_at
+
     errors = {
-        eta: measured_error(calibrator, god.with_gradient_at(schedule, allowed, eta))
-        for eta in ETAS
+        eta: measured_error(calibrator, with_gradient_at(schedule, allowed, eta)) for eta in ETAS
     }
     return min(errors, key=lambda eta: errors[eta])
 

@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from goc_deploy.policies.calibration import Reading
 from goc_deploy.schedule import REUSE, Schedule, gradient
 
-READINGS = ("exists", "at_eta")
 
-
-def is_inverse(missed: np.ndarray, trend: np.ndarray, eta: float, reading: str) -> bool:
+def is_inverse(missed: np.ndarray, trend: np.ndarray, eta: float, reading: Reading) -> bool:
     """Whether the gradient raises the L1 error of one unit at one step.
 
     Args:
@@ -32,7 +31,7 @@ def is_inverse(missed: np.ndarray, trend: np.ndarray, eta: float, reading: str) 
     return bool((np.sign(d) * e).sum() <= np.abs(e[d == 0]).sum())
 
 
-def inverse_units(means: np.ndarray, eta: float, reading: str) -> np.ndarray:
+def inverse_units(means: np.ndarray, eta: float, reading: Reading) -> np.ndarray:
     """Which units are inverse at which step.
 
     Args:
@@ -64,8 +63,17 @@ def boundaries(inverse: np.ndarray, gamma: float) -> np.ndarray:
     """
     steps = inverse.shape[0]
     position = np.arange(steps)[:, None] / steps
-    found: np.ndarray = gamma * position + (1 - gamma) * inverse
-    return found
+    own: np.ndarray = gamma * position + (1 - gamma) * inverse
+    return own
+
+
+def where_reused(schedule: Schedule, *, all_branches: bool) -> np.ndarray:
+    """(T, U) where a unit is plainly reused, with ``all_branches`` together with the other branches of its block."""
+    reused = np.array([[row == REUSE for row in step] for step in schedule.coefficients])
+    if not all_branches:
+        return reused
+    blocks = reused.reshape(schedule.steps, schedule.depth, -1).all(axis=2)
+    return np.repeat(blocks, len(schedule.branches), axis=1)
 
 
 def with_gradient_at(schedule: Schedule, chosen: np.ndarray, eta: float) -> Schedule:
@@ -132,7 +140,7 @@ def candidate_thresholds(
     """
     own = boundaries(inverse, gamma)
     values = own if per_unit else np.repeat(own.mean(axis=1)[:, None], own.shape[1], axis=1)
-    reused = np.array([[row == REUSE for row in step] for step in schedule.coefficients])
+    reused = where_reused(schedule, all_branches=False)
     distinct = np.unique(values[reused]) if reused.any() else np.empty(0)
     between = ((distinct[:-1] + distinct[1:]) / 2).tolist()
     if len(between) > most - 2:

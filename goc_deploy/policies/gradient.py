@@ -2,35 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 from goc_deploy.errors import UsageError
 from goc_deploy.policies.context import PolicyContext
-from goc_deploy.policies.grammar import number
+from goc_deploy.policies.options import argument
 from goc_deploy.schedule import REUSE, Schedule, gradient
 
 DEFAULT_ETA = 1.0
+ETA_HELP = "Step size of the gradient."
 
 
-def gradient_everywhere(schedule: Schedule, argument: str, _context: PolicyContext) -> Schedule:
-    """``gc[:ETA]``: the gradient wherever history allows (GOC without GOD)."""
-    return _with_gradient(
-        schedule, set(range(schedule.steps)), number(argument, "eta") if argument else DEFAULT_ETA
-    )
+@dataclass(frozen=True, slots=True)
+class GradientOptions:
+    """Options of `gradient_everywhere`."""
+
+    eta: float = argument(ETA_HELP, default=DEFAULT_ETA)
 
 
-def gradient_at_steps(schedule: Schedule, argument: str, _context: PolicyContext) -> Schedule:
-    """``steps:K,K,..:ETA``: the gradient at these steps."""
-    steps_text, _, eta_text = argument.partition(":")
-    if not all(part.isdecimal() for part in steps_text.split(",")):
-        raise UsageError(f"steps {steps_text!r} must be whole numbers separated by commas")
-    steps = {int(part) for part in steps_text.split(",")}
-    if max(steps) >= schedule.steps:
-        raise UsageError(f"step {max(steps)} is beyond the last step {schedule.steps - 1}")
-    return _with_gradient(schedule, steps, number(eta_text, "eta") if eta_text else DEFAULT_ETA)
+def gradient_everywhere(
+    schedule: Schedule, options: GradientOptions, _context: PolicyContext
+) -> Schedule:
+    """``gc``: the gradient wherever history allows (GOC without GOD)."""
+    return _with_gradient(schedule, range(schedule.steps), options.eta)
 
 
-def _with_gradient(schedule: Schedule, steps: set[int], eta: float) -> Schedule:
+@dataclass(frozen=True, slots=True)
+class GradientStepsOptions:
+    """Options of `gradient_at_steps`."""
+
+    steps: tuple[int, ...] = argument("Steps that use the gradient.", form="K,K,..")
+    eta: float = argument(ETA_HELP, default=DEFAULT_ETA)
+
+
+def gradient_at_steps(
+    schedule: Schedule, options: GradientStepsOptions, _context: PolicyContext
+) -> Schedule:
+    """``steps``: the gradient at these steps."""
+    if max(options.steps) >= schedule.steps:
+        raise UsageError(f"step {max(options.steps)} is beyond the last step {schedule.steps - 1}")
+    return _with_gradient(schedule, options.steps, options.eta)
+
+
+def _with_gradient(schedule: Schedule, steps: Collection[int], eta: float) -> Schedule:
     """Turn plain reuse into gradient reuse at these steps; where history is short plain reuse stays (as GOC does)."""
     rows = tuple(
         tuple(gradient(eta) if row == REUSE and k in steps else row for row in step)

@@ -6,30 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from goc_deploy.policies.fit import FitOptions
 from goc_deploy.schedule import REUSE
 
-GRANULARITIES = ("unit", "step", "global")
-TARGETS = ("final", "feature")
+__all__ = ["FitOptions", "NormalEquations", "solve"]
+
 MAX_COEFFICIENT = 8.0
-
-
-@dataclass(frozen=True, slots=True)
-class FitOptions:
-    """How to fit.
-
-    Attributes:
-        entries: history entries that a prediction may read.
-        granularity: coefficients of their own for every ``unit`` and step, for every ``step``, or ``global``: the same
-            wherever as many entries are stored.
-        target: ``final``: the latents at the end without cache; ``feature``: the feature of a full step at each step.
-        ridge: pull toward plain reuse (``final``: toward where an iteration starts), as a share of each weight's own
-            square.
-    """
-
-    entries: int = 2
-    granularity: str = "step"
-    target: str = "final"
-    ridge: float = 1e-2
 
 
 @dataclass(slots=True)

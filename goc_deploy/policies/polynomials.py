@@ -1,4 +1,4 @@
-"""Predictors: coefficients over the features that a unit really computed, newest first.
+"""Polynomial corrections: coefficients over the features that a unit really computed, newest first.
 
 Each is a polynomial through (or a Taylor expansion of) past features in the step index, so its coefficients are known
 once the schedule is: see `goc_deploy.schedule.schedule.Schedule` for what a row of coefficients does.
@@ -7,15 +7,13 @@ once the schedule is: see `goc_deploy.schedule.schedule.Schedule` for what a row
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import factorial, prod
 
-from goc_deploy.errors import UsageError
 from goc_deploy.policies.context import PolicyContext
-from goc_deploy.policies.grammar import number, whole_number
-from goc_deploy.schedule import REUSE, Schedule
+from goc_deploy.policies.options import argument
+from goc_deploy.schedule import MAX_HISTORY, REUSE, Schedule
 
-MAX_ORDER = 3
 HERMITE_SIGMA = 0.5
 
 Weight = Callable[
@@ -88,44 +86,54 @@ def _hermite(order: int, x: float) -> float:
     return value
 
 
-DEFAULT_ORDER = "2"
-
 Row = Callable[
     [Sequence[int], int], tuple[float, ...]
 ]  # (computed steps, newest first; step) -> coefficients
 
 
-def taylor(schedule: Schedule, argument: str, context: PolicyContext) -> Schedule:
-    """``taylor[:ORDER]``: TaylorSeer."""
-    return _over_computed(schedule, argument, context, taylor_row)
+@dataclass(frozen=True, slots=True)
+class PolynomialOptions:
+    """Options of `taylor` and `lagrange`."""
 
-
-def lagrange(schedule: Schedule, argument: str, context: PolicyContext) -> Schedule:
-    """``lagrange[:ORDER]``: the polynomial through the last ORDER + 1 computed features."""
-    return _over_computed(schedule, argument, context, lagrange_row)
-
-
-def hermite(schedule: Schedule, argument: str, context: PolicyContext) -> Schedule:
-    """``hermite[:ORDER[:SIGMA]]``: HiCache."""
-    order, _, sigma_text = argument.partition(":")
-    sigma = number(sigma_text, "sigma") if sigma_text else HERMITE_SIGMA
-    return _over_computed(
-        schedule, order, context, lambda computed, step: hermite_row(computed, step, sigma)
+    order: int = argument(
+        "Order of the polynomial, which reads ORDER + 1 features.",
+        default=2,
+        low=0,
+        high=MAX_HISTORY - 1,
     )
 
 
-def _over_computed(
-    schedule: Schedule, order_text: str, context: PolicyContext, row_of: Row
-) -> Schedule:
-    """Predict from the last ORDER + 1 features that were computed, or as many as there are."""
-    order = whole_number(order_text or DEFAULT_ORDER, "order", 0, MAX_ORDER)
-    if context.options.get("history", "computed") != "computed":
-        raise UsageError("this predictor reads computed features only; leave out history=used")
-    return predict_from_computed(schedule, order, row_of)
+@dataclass(frozen=True, slots=True)
+class HermiteOptions(PolynomialOptions):
+    """Options of `hermite`."""
+
+    sigma: float = argument("Scale, which damps high orders.", default=HERMITE_SIGMA)
+
+
+def taylor(schedule: Schedule, options: PolynomialOptions, _context: PolicyContext) -> Schedule:
+    """``taylor``: TaylorSeer."""
+    return predict_from_computed(schedule, options.order, taylor_row)
+
+
+def lagrange(schedule: Schedule, options: PolynomialOptions, _context: PolicyContext) -> Schedule:
+    """``lagrange``: the polynomial through the last ORDER + 1 computed features."""
+    return predict_from_computed(schedule, options.order, lagrange_row)
+
+
+def hermite(schedule: Schedule, options: HermiteOptions, _context: PolicyContext) -> Schedule:
+    """``hermite``: HiCache."""
+    return predict_from_computed(
+        schedule,
+        options.order,
+        lambda computed, step: hermite_row(computed, step, options.sigma),
+    )
 
 
 def predict_from_computed(schedule: Schedule, order: int, row_of: Row) -> Schedule:
-    """Give every plainly reused evaluation the row of a predictor over the last ``order + 1`` computed features."""
+    """Predict every plainly reused evaluation from the last ``order + 1`` computed features.
+
+    Fewer features are read where fewer were computed.
+    """
     computed: list[list[int]] = [[] for _ in range(schedule.units)]  # newest first
     rows = []
     for step, actions in enumerate(schedule.coefficients):

@@ -1,40 +1,25 @@
 """Policies: what makes a schedule. A SPEC such as ``fora:2+gc:1.2,history=computed`` names one.
 
-A base says what is computed, a correction how the rest is predicted. The modules of this folder have
-the arguments and options of each; `goc_deploy.policies.registration` has those of other packages.
+A base decides what is computed, a correction how the rest is predicted. `goc_deploy.policies.tables` has
+goc_deploy's own; `goc_deploy.policies.registration` has those of other packages.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from goc_deploy.errors import GocError, UsageError
-from goc_deploy.policies import bases
 from goc_deploy.policies.calibration import Laboratory
 from goc_deploy.policies.context import PolicyContext, ReadRouter
-from goc_deploy.policies.fit import fit
-from goc_deploy.policies.goc import goc
-from goc_deploy.policies.gradient import (
-    gradient_at_steps,
-    gradient_everywhere,
-    only_where_all_branches_are_reused,
-)
-from goc_deploy.policies.grammar import PolicySpec
-from goc_deploy.policies.polynomials import hermite, lagrange, taylor
-from goc_deploy.policies.registration import (
-    BASES,
-    CORRECTIONS,
-    Base,
-    Correction,
-    base_named,
-    correction_named,
-    registered_names,
-)
-from goc_deploy.policies.search import searched
-from goc_deploy.policies.smoothcache import smoothcache
+from goc_deploy.policies.gradient import only_where_all_branches_are_reused
+from goc_deploy.policies.grammar import PolicySpec, parse_policy
+from goc_deploy.policies.options import NoOptions, filled, option, option_names
+from goc_deploy.policies.registration import base_named, correction_named, registered_names
 from goc_deploy.policies.suggestions import hint_for_correction, hint_for_policy
+from goc_deploy.policies.tables import Base, Correction
 from goc_deploy.schedule import (
-    HISTORY_KINDS,
     Schedule,
     check_schedule,
     check_schedule_fits,
@@ -42,30 +27,25 @@ from goc_deploy.schedule import (
 )
 from goc_deploy.spec import ModelSpec
 
-COMMON_OPTIONS = ("history",)
+
+@dataclass(frozen=True, slots=True)
+class CommonOptions:
+    """Options of every SPEC."""
+
+    history: Literal["used", "computed"] | None = option(
+        "Whether predictions read all features that were used, or only computed ones. Without it, "
+        "polynomials read computed ones, and all other policies used ones.",
+        default=None,
+    )
 
 
-BASES.update(
-    {
-        "none": Base(bases.compute_all),
-        "fora": Base(bases.fora, ("phase",)),
-        "l2c": Base(bases.l2c),
-        "file": Base(bases.from_file),
-        "search": Base(searched, ("steps", "reference", "units"), chooses_steps=True),
-        "smoothcache": Base(smoothcache, ("per_unit",)),
-    }
-)
-CORRECTIONS.update(
-    {
-        "gc": Correction(gradient_everywhere),
-        "steps": Correction(gradient_at_steps),
-        "taylor": Correction(taylor),
-        "lagrange": Correction(lagrange),
-        "hermite": Correction(hermite),
-        "goc": Correction(goc, ("both_branches", "gamma", "threshold", "reading", "per_unit")),
-        "fit": Correction(fit, ("fit", "target", "ridge")),
-    }
-)
+@dataclass(frozen=True, slots=True)
+class RestrictionOptions:
+    """Options of a correction that is restrictable."""
+
+    both_branches: bool = option(
+        "Correct only where all branches of a block are reused; not with +fit.", default=False
+    )
 
 
 def schedule_from_policy(
@@ -93,20 +73,23 @@ def schedule_from_policy(
         ModelError, SafetyError: a router file is unreadable or asks to run code.
     """
     try:
-        base, correction = _named(policy)
+        parts = _parts(policy)
         context = PolicyContext(
-            spec, steps, dict(policy.options), _written(policy.correction), laboratory, read_router
+            spec,
+            steps,
+            lambda schedule, text: _tried(schedule, text, spec),
+            dict(policy.options),
+            _written(policy.correction),
+            parts.correction is not None and parts.correction.calibrates,
+            laboratory,
+            read_router,
         )
-        schedule = base.make(policy.base[1], context)
-        check_schedule_fits(schedule, spec, schedule.steps if base.chooses_steps else steps)
-        schedule = replace(schedule, history=_history(context, schedule.history))
-        if policy.correction and correction:
-            corrected = correction.apply(schedule, policy.correction[1], context)
-            every = "both_branches" not in context.options
-            schedule = (
-                corrected if every else only_where_all_branches_are_reused(schedule, corrected)
-            )
-        schedule = replace(schedule, history=_history(context, schedule.history))
+        schedule = parts.base.make(parts.base_options, context)
+        wanted = schedule.steps if parts.base.chooses_steps else steps
+        check_schedule_fits(schedule, spec, wanted)
+        schedule = parts.corrected(
+            replace(schedule, history=parts.history or schedule.history), context
+        )
         schedule = replace(fill_short_history(schedule), policy=policy.recorded)
         check_schedule(schedule)
     except GocError as error:
@@ -114,25 +97,85 @@ def schedule_from_policy(
     return schedule
 
 
-def _named(policy: PolicySpec) -> tuple[Base, Correction | None]:
-    """The base and the correction that a SPEC names, once its options are known to belong to them."""
-    base = base_named(policy.base[0])
-    if base is None:
-        raise UsageError(
-            f"unknown policy {policy.base[0]!r}; {hint_for_policy(policy.base[0])}{_more()}"
-        )
-    correction = correction_named(policy.correction[0]) if policy.correction else None
-    if policy.correction and correction is None:
-        raise UsageError(
-            f"unknown correction {policy.correction[0]!r}; {hint_for_correction(policy.correction[0])}{_more()}"
-        )
-    allowed = (*COMMON_OPTIONS, *base.options, *(correction.options if correction else ()))
-    for option, _ in policy.options:
-        if option not in allowed:
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """A SPEC as functions with their options.
+
+    Attributes:
+        base: the base.
+        base_options: an instance of its options dataclass.
+        history: the kind of history that the SPEC asks for, or None.
+        correction: the correction, or None.
+        correction_options: an instance of its options dataclass.
+        both_branches: whether to undo the correction in blocks that compute a branch.
+    """
+
+    base: Base[Any]
+    base_options: Any
+    history: str | None
+    correction: Correction[Any] | None = None
+    correction_options: Any = None
+    both_branches: bool = False
+
+    def corrected(self, schedule: Schedule, context: PolicyContext) -> Schedule:
+        """The schedule of the base after the correction.
+
+        Raises:
+            UsageError: the correction reads another kind of history than the SPEC asks for.
+        """
+        if self.correction is None:
+            return schedule
+        corrected = self.correction.apply(schedule, self.correction_options, context)
+        if self.history and corrected.history != self.history:
             raise UsageError(
-                f"option {option!r} is not one of {', '.join(allowed)}, which this policy takes"
+                f"this correction reads {corrected.history} features only; "
+                f"leave out history={self.history}"
             )
-    return base, correction
+        if self.both_branches:
+            return only_where_all_branches_are_reused(schedule, corrected)
+        return corrected
+
+
+def _parts(policy: PolicySpec) -> _Parts:
+    """Look up the names of a SPEC, and fill their options dataclasses."""
+    base_name, base_argument = policy.base
+    base, pairs = base_named(base_name), dict(policy.options)
+    if base is None:
+        raise UsageError(f"unknown policy {base_name!r}; {hint_for_policy(base_name)}{_more()}")
+    if policy.correction is None:
+        _check_names(pairs, CommonOptions, base.options)
+        history = filled(CommonOptions, base_name, "", pairs).history
+        return _Parts(base, filled(base.options, base_name, base_argument, pairs), history)
+    name, argument = policy.correction
+    correction = correction_named(name)
+    if correction is None:
+        raise UsageError(f"unknown correction {name!r}; {hint_for_correction(name)}{_more()}")
+    restriction = RestrictionOptions if correction.restrictable else NoOptions
+    _check_names(pairs, CommonOptions, base.options, restriction, correction.options)
+    return _Parts(
+        base,
+        filled(base.options, base_name, base_argument, pairs),
+        filled(CommonOptions, base_name, "", pairs).history,
+        correction,
+        filled(correction.options, name, argument, pairs),
+        correction.restrictable and filled(RestrictionOptions, name, "", pairs).both_branches,
+    )
+
+
+def _check_names(pairs: Mapping[str, str], *options: type) -> None:
+    allowed = [name for one in options for name in option_names(one)]
+    for name in pairs:
+        if name not in allowed:
+            raise UsageError(
+                f"option {name!r} is not one of {', '.join(allowed)}, which this policy takes"
+            )
+
+
+def _tried(schedule: Schedule, text: str, spec: ModelSpec) -> Schedule:
+    """`PolicyContext.correct`: a correction as if ``none`` were the base, without options."""
+    policy = parse_policy(f"none+{text}")
+    context = PolicyContext(spec, schedule.steps, lambda other, more: _tried(other, more, spec))
+    return fill_short_history(_parts(policy).corrected(schedule, context))
 
 
 def _more() -> str:
@@ -142,10 +185,3 @@ def _more() -> str:
 
 def _written(named_argument: tuple[str, str] | None) -> str | None:
     return None if named_argument is None else ":".join(named_argument).removesuffix(":")
-
-
-def _history(context: PolicyContext, own: str) -> str:
-    history = context.options.get("history", own)
-    if history not in HISTORY_KINDS:
-        raise UsageError(f"history {history!r} must be {' or '.join(HISTORY_KINDS)}")
-    return history

@@ -7,18 +7,20 @@ the form of its published schedule files: ``{"attn": [1, 0, ...], "mlp": [...]}`
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from goc_deploy.errors import ScheduleError, UsageError
+from goc_deploy.errors import ScheduleError
 from goc_deploy.policies.calibration import MAX_GAP
 from goc_deploy.policies.context import PolicyContext
-from goc_deploy.policies.grammar import number
+from goc_deploy.policies.options import argument, option
 from goc_deploy.schedule import COMPUTE, MAX_STEPS, REUSE, Schedule
 from goc_deploy.strict_json import bytes_from_file, parse_json
+
+if TYPE_CHECKING:
+    import numpy as np
 
 BRANCH_OF_COMPONENT = {
     "attn": "attn",
@@ -30,27 +32,37 @@ BRANCH_OF_COMPONENT = {
 }
 
 
-def smoothcache(argument: str, context: PolicyContext) -> Schedule:
+@dataclass(frozen=True, slots=True)
+class SmoothCacheOptions:
+    """Options of `smoothcache`."""
+
+    alpha: float | Path = argument(
+        "Largest relative change of a feature that is reused, or a schedule file of SmoothCache's.",
+        form="ALPHA|FILE.json",
+        low=0,
+        suffix=".json",
+    )
+    per_unit: bool = option("Decide for every unit on its own.", default=False)
+
+
+def smoothcache(options: SmoothCacheOptions, context: PolicyContext) -> Schedule:
     """``smoothcache:ALPHA`` calibrates; ``smoothcache:FILE.json`` reads a schedule file of SmoothCache's.
 
     After a computed step, the most steps are reused (up to three) whose last one changed by at most ALPHA, on average
     over the blocks of a branch; with ``per_unit`` every unit has its own schedule. The last step is computed.
     """
-    if argument.endswith(".json"):
-        return schedule_from_smoothcache(Path(argument), context)
-    alpha = number(argument, "alpha")
-    if alpha < 0:
-        raise UsageError(f"alpha {argument} must not be negative")
-    calibrator, spec = context.engine().calibrator(context.steps), context.spec
+    alpha, spec = options.alpha, context.spec
+    if isinstance(alpha, Path):
+        return schedule_from_smoothcache(alpha, context)
+    calibrator = context.engine().calibrator(context.steps)
     changes = calibrator.statistics().changes
-    if "per_unit" not in context.options:
-        branches = len(spec.branches)
-        per_branch = changes.reshape(len(changes), spec.depth, branches, MAX_GAP).mean(axis=1)
-        changes = np.tile(per_branch, (1, spec.depth, 1))
-    computed = np.array([greedy_steps(changes[:, unit], alpha) for unit in range(spec.units)]).T
+    if not options.per_unit:
+        changes = changes.reshape(len(changes), spec.depth, -1, MAX_GAP).mean(axis=1)
+    decided = [greedy_steps(changes[:, place], alpha) for place in range(changes.shape[1])]
+    computed = [decided[unit % len(decided)] for unit in range(spec.units)]
     provenance = {
         "alpha": alpha,
-        "per_unit": "per_unit" in context.options,
+        "per_unit": options.per_unit,
         "calibration": calibrator.describe(),
     }
     return replace(_schedule(computed, context), provenance={"smoothcache": provenance})
@@ -85,22 +97,23 @@ def schedule_from_smoothcache(path: Path, context: PolicyContext) -> Schedule:
         ScheduleError: unreadable, of another form, for another number of steps, or for branches the model lacks.
     """
     where = f"schedule {path}"
-    found = parse_json(bytes_from_file(path, where, ScheduleError), where, ScheduleError)
+    document = parse_json(bytes_from_file(path, where, ScheduleError), where, ScheduleError)
     spec, steps = context.spec, context.steps
-    computed = np.ones((steps, spec.units), bool)
-    for component, actions in found.items():
+    computed = [[True] * steps for _ in range(spec.units)]
+    for component, actions in document.items():
         branch = BRANCH_OF_COMPONENT.get(component)
         if branch not in spec.branches:
             raise ScheduleError(
                 f"schedule {path} names {component!r} but the model has {', '.join(spec.branches)}"
             )
-        computed[:, spec.branches.index(branch) :: len(spec.branches)] = _actions(
-            actions, steps, path, component
-        )[:, None]
+        checked = _actions(actions, steps, path, component)
+        for unit in range(spec.branches.index(branch), spec.units, len(spec.branches)):
+            computed[unit] = checked
     return _schedule(computed, context)
 
 
-def _actions(actions: Any, steps: int, path: Path, component: str) -> np.ndarray:
+def _actions(actions: Any, steps: int, path: Path, component: str) -> list[bool]:
+    """Whether each step computes."""
     if (
         not isinstance(actions, list)
         or len(actions) > MAX_STEPS
@@ -113,7 +126,7 @@ def _actions(actions: Any, steps: int, path: Path, component: str) -> np.ndarray
         raise ScheduleError(
             f"schedule {path} has {len(actions)} steps but {steps} are asked for; use --steps {len(actions)}"
         )
-    return np.array(actions, bool)
+    return [bool(action) for action in actions]
 
 
 def smoothcache_from_schedule(schedule: Schedule) -> str:
@@ -137,6 +150,10 @@ def smoothcache_from_schedule(schedule: Schedule) -> str:
     return json.dumps(lists) + "\n"
 
 
-def _schedule(computed: np.ndarray, context: PolicyContext) -> Schedule:
-    rows = tuple(tuple(COMPUTE if c else REUSE for c in step) for step in computed)
+def _schedule(computed: Sequence[Sequence[bool]], context: PolicyContext) -> Schedule:
+    """The schedule whose unit u computes the steps k with ``computed[u][k]``."""
+    rows = tuple(
+        tuple(COMPUTE if computes else REUSE for computes in step)
+        for step in zip(*computed, strict=True)
+    )
     return Schedule(context.spec.depth, context.spec.branches, rows)

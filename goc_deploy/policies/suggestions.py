@@ -7,15 +7,16 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 from goc_deploy.errors import UsageError
-from goc_deploy.policies.grammar import BASE_NAMES, CORRECTION_NAMES, parse_policy
+from goc_deploy.policies.grammar import parse_policy
+from goc_deploy.policies.tables import BASE_NAMES, CORRECTION_NAMES
 
 _DASHED = re.compile(rf"(?<![a-z])({'|'.join((*BASE_NAMES, *CORRECTION_NAMES))})-")
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:
     """The known name that is most like a word, if one is."""
-    found = get_close_matches(word, list(known), n=1)
-    return found[0] if found else None
+    matches = get_close_matches(word, list(known), n=1)
+    return matches[0] if matches else None
 
 
 def meant_spec(text: str) -> str | None:
@@ -41,14 +42,14 @@ def hint_for_policy(name: str) -> str:
         return "begin with what is computed, such as fora:2+goc"
     if name in CORRECTION_NAMES:
         return f"it predicts what a policy reuses, so it comes after one, such as fora:2+{name}"
-    found = meant_spec(name) or closest(name, BASE_NAMES)
-    return f"did you mean {found}?" if found else f"the policies are {', '.join(BASE_NAMES)}"
+    meant = meant_spec(name) or closest(name, BASE_NAMES)
+    return f"did you mean {meant}?" if meant else f"the policies are {', '.join(BASE_NAMES)}"
 
 
 def hint_for_correction(name: str) -> str:
     """How to write a correction instead of ``name``, which is none."""
     spec = meant_spec(f"none+{name}")
-    found = spec.removeprefix("none+") if spec else closest(name, CORRECTION_NAMES)
+    meant = spec.removeprefix("none+") if spec else closest(name, CORRECTION_NAMES)
     return (
-        f"did you mean +{found}?" if found else f"the corrections are {', '.join(CORRECTION_NAMES)}"
+        f"did you mean +{meant}?" if meant else f"the corrections are {', '.join(CORRECTION_NAMES)}"
     )

@@ -22,7 +22,8 @@ from goc_deploy.engine_dir.manifest_file import MANIFEST_VERSION, manifest_from_
 from goc_deploy.engine_dir.plans import load_plan
 from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.errors import EngineDirError, GocError, ScheduleError, UsageError
-from goc_deploy.policies.grammar import whole_number
+from goc_deploy.policies.bases import ForaOptions
+from goc_deploy.policies.options import filled
 from goc_deploy.schedule.schedule import schedule_from_file
 from goc_deploy.spec import DIFFUSION_PREDICTIONS, ModelSpec
 from tests.goc_deploy.strategies import schedules
@@ -116,7 +117,7 @@ def test_numbers_are_digits_of_ascii_and_few(text: str) -> None:
     with pytest.raises(UsageError, match="must be a whole number"):
         labels_from_text(text, ())
     with pytest.raises(UsageError, match="must be a whole number"):
-        whole_number(text, "interval", 1, 10)
+        filled(ForaOptions, "fora", text, {})
 
 
 ODD: tuple[Any, ...] = (None, True, -1, 2**70, 1.5, "", "x", [], {}, [[]], "../x", "\ud800")

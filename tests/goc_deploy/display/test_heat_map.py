@@ -85,7 +85,9 @@ def test_a_schedule_that_does_not_tell_has_predictions() -> None:
     schedule = made("fora:2+lagrange:1")
     for policy in ("", "file:mine.json+gc", "a+b+c"):
         assert prediction_name(replace(schedule, policy=policy)) == "prediction"
-    found = replace(schedule, policy="search:4", provenance={"search": {"predictor": "lagrange:1"}})
+    found = replace(
+        schedule, policy="search:4", provenance={"search": {"correction": "lagrange:1"}}
+    )
     assert prediction_name(found) == "Lagrange"
 
 

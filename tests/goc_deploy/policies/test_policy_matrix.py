@@ -21,7 +21,8 @@ from goc_deploy.exporters.router import router_probabilities
 from goc_deploy.options import no_progress
 from goc_deploy.policies.calibration import CalibrationOptions
 from goc_deploy.policies.grammar import parse_policy
-from goc_deploy.policies.resolve import BASES, CORRECTIONS, schedule_from_policy
+from goc_deploy.policies.resolve import schedule_from_policy
+from goc_deploy.policies.tables import BASES, CORRECTIONS
 from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec
 from tests.pixart_reference import SPEC as PIXART

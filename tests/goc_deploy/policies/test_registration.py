@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,17 @@ import pytest
 
 from goc_deploy import Schedule, register_correction, register_policy
 from goc_deploy.errors import EnvironmentUnsupportedError, ScheduleError, UsageError
-from goc_deploy.policies import registration
-from goc_deploy.policies.candidates import plain, predicted
 from goc_deploy.policies.context import PolicyContext
 from goc_deploy.policies.grammar import parse_policy
+from goc_deploy.policies.options import argument, option
 from goc_deploy.policies.registration import (
     base_named,
     correction_named,
     installed_policies,
     registered_names,
 )
-from goc_deploy.policies.resolve import BASES, CORRECTIONS, schedule_from_policy
+from goc_deploy.policies.resolve import schedule_from_policy
+from goc_deploy.policies.tables import BASES, CORRECTIONS
 from goc_deploy.schedule import gradient
 from goc_deploy.spec import ModelSpec
 
@@ -42,10 +42,14 @@ Packages = Callable[..., Path]
 
 
 @pytest.fixture(autouse=True)
-def _forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def _forgotten() -> Iterator[None]:
     """What a test registers is gone after it."""
-    monkeypatch.setattr(registration, "BASES", dict(BASES))
-    monkeypatch.setattr(registration, "CORRECTIONS", dict(CORRECTIONS))
+    bases, corrections = dict(BASES), dict(CORRECTIONS)
+    yield
+    BASES.clear()
+    CORRECTIONS.clear()
+    BASES.update(bases)
+    CORRECTIONS.update(corrections)
 
 
 @pytest.fixture
@@ -110,10 +114,64 @@ def test_lists_and_numbers_of_numpy_become_plain_floats() -> None:
 
 def test_a_search_tries_a_registered_correction() -> None:
     register_correction("weak")(weak_gradient)
-    schedule = predicted(
-        plain(np.array([[True] * 4, [False] * 4, [False] * 4]), SPEC), "weak:0.25", SPEC
-    )
-    assert schedule.coefficients[2] == (gradient(0.25),) * 4
+
+    @register_policy("tries")
+    def tries(argument: str, context: PolicyContext) -> Schedule:
+        plain = reuse_after_the_first(argument, context)
+        return context.correct(made("fora:6"), "weak:0.25") if argument else plain
+
+    assert made("tries:yes").coefficients[2] == (gradient(0.25),) * 4
+
+
+@dataclass(frozen=True)
+class WeakOptions:
+    eta: float = argument("Strength.", default=0.5, low=0, high=1)
+    times: int = option("Factor.", default=1, low=1, high=9)
+
+
+def test_a_function_with_an_options_dataclass_takes_an_instance() -> None:
+    @register_policy("once", options=WeakOptions)
+    def once(options: WeakOptions, context: PolicyContext) -> Schedule:
+        assert options == WeakOptions(0.25, 2)
+        return reuse_after_the_first("", context)
+
+    @register_correction("weak", options=WeakOptions)
+    def weak(schedule: Schedule, options: WeakOptions, context: PolicyContext) -> Schedule:
+        return weak_gradient(
+            schedule, str(options.eta * options.times), replace(context, options={})
+        )
+
+    assert made("once:0.25+weak:0.25,times=2").coefficients[2] == (gradient(0.5),) * 4
+    with pytest.raises(UsageError, match=r"eta must be a number within 0..1, got '2'"):
+        made("fora:2+weak:2")
+    with pytest.raises(UsageError, match=r"option times must be a whole number within 1..9"):
+        made("fora:2+weak,times=x")
+    with pytest.raises(UsageError, match=r"\.once: field 'a' of Bad must be made by argument"):
+        register_policy("bad", options=make_dataclass("Bad", [("a", int)], frozen=True))(once)
+
+
+def test_both_branches_is_honored_for_a_registered_correction() -> None:
+    register_correction("weak")(weak_gradient)
+
+    @register_policy("uneven")
+    def uneven(_argument: str, context: PolicyContext) -> Schedule:
+        rows = [[()] * 4, [()] * 4, [(), (1.0,), (1.0,), (1.0,)]]
+        return Schedule(context.spec.depth, context.spec.branches, rows)  # type: ignore[arg-type]
+
+    assert made("uneven+weak", 3).coefficients[2][1] == gradient(0.5)
+    assert made("uneven+weak,both_branches", 3).coefficients[2][1] == (1.0,)
+    assert made("uneven+weak,both_branches", 3).coefficients[2][2] == gradient(0.5)
+
+
+def test_a_history_that_a_correction_does_not_read_is_refused() -> None:
+    @register_correction("fresh")
+    def fresh(schedule: Schedule, _argument: str, _context: PolicyContext) -> Schedule:
+        return replace(schedule, history="computed")
+
+    assert made("fora:2+fresh").history == "computed"
+    assert made("fora:2+fresh,history=computed").history == "computed"
+    with pytest.raises(UsageError, match="reads computed features only; leave out history=used"):
+        made("fora:2+fresh,history=used")
 
 
 def test_the_number_of_steps_is_the_schedule_s_only_if_the_policy_chooses_it() -> None:

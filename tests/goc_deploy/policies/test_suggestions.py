@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import pytest
 
-from goc_deploy.policies.grammar import BASE_NAMES, CORRECTION_NAMES
-from goc_deploy.policies.resolve import BASES, CORRECTIONS
 from goc_deploy.policies.suggestions import closest, meant_spec
 
 
@@ -29,8 +27,3 @@ def test_a_plan_name_is_understood_as_the_spec_that_it_comes_from(
 def test_the_most_similar_name_is_found() -> None:
     assert closest("fsat", ["slow", "fast"]) == "fast"
     assert closest("zzz", ["slow", "fast"]) is None
-
-
-def test_the_names_of_the_grammar_are_those_of_the_policies() -> None:
-    assert set(BASE_NAMES) == set(BASES)
-    assert set(CORRECTION_NAMES) == set(CORRECTIONS)
