@@ -1,4 +1,4 @@
-"""Base policies: which unit is computed at which step. What is not computed is reused plainly; corrections refine it."""
+"""Base policies: which unit is computed at which step. The others are reused plainly."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class ForaOptions:
 def fora(options: ForaOptions, context: PolicyContext) -> Schedule:
     """``fora``: every INTERVAL-th step is computed, and all beyond the first FRACTION of the steps.
 
-    ``phase=first`` counts from step 0, as the GOC authors' schedules do; ``phase=last`` counts back from the last step,
-    which is then computed, as FORA itself does (step 0 always is).
+    ``phase=first`` counts from step 0, as the GOC authors' schedules do; ``phase=last`` counts back
+    from the last step, which is then computed, as FORA itself does (step 0 always is).
 
     Source: "FORA: Fast-Forward Caching in Diffusion Transformer Acceleration".
     """
@@ -70,10 +70,11 @@ class RouterOptions:
 def l2c(options: RouterOptions, context: PolicyContext) -> Schedule:
     """``l2c``: a Learning-to-Cache router decides which units the odd steps reuse.
 
-    Entry ``routers["i.prob"]`` of the file belongs to step T - 1 - i, and its numbers to attn and mlp of block 0, of
-    block 1, ...; a unit is computed if sigmoid(number) > THRESHOLD.
+    Entry ``routers["i.prob"]`` of the file belongs to step T - 1 - i, and its numbers to attn and
+    mlp of block 0, of block 1, ...; a unit is computed if sigmoid(number) > THRESHOLD.
 
-    Source: "Learning-to-Cache: Accelerating Diffusion Transformer via Layer Caching", and its published routers.
+    Source: "Learning-to-Cache: Accelerating Diffusion Transformer via Layer Caching", and its
+    published routers.
 
     Raises:
         UsageError: the router is for another number of steps or units.

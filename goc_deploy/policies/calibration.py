@@ -51,9 +51,10 @@ class Statistics:
     """What calibration saw without cache.
 
     Attributes:
-        means: (T, U, tokens, D) float32 features averaged over images, conditional and unconditional rows alike: A_k.
-        changes: (T, U, MAX_GAP) ``|F_k - F_(k-j)|_1 / |F_k|_1`` averaged over images, for j = 1 .. MAX_GAP; infinite
-            where there is no step k - j. Source: SmoothCache, eq. 4.
+        means: (T, U, tokens, D) float32 features averaged over images, conditional and
+            unconditional rows alike: A_k.
+        changes: (T, U, MAX_GAP) ``|F_k - F_(k-j)|_1 / |F_k|_1`` averaged over images, for j = 1 ..
+            MAX_GAP; infinite where there is no step k - j. Source: SmoothCache, eq. 4.
     """
 
     means: np.ndarray
@@ -68,11 +69,11 @@ class Calibrator(Protocol):
         ...
 
     def error(self, schedule: Schedule) -> float:
-        """Relative L2 error of the final latents to those without cache, over the calibration images."""
+        """Relative L2 error of the final latents to uncached ones, over the calibration images."""
         ...
 
     def fit(self, schedule: Schedule, options: FitOptions) -> Schedule:
-        """The schedule with fitted coefficients in place of plain reuse, and how that went in its provenance."""
+        """The schedule with fitted coefficients in place of plain reuse, and their provenance."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -144,7 +145,7 @@ class Laboratory:
 
 
 def default_images(spec: ModelSpec, steps: int) -> int:
-    """Images to calibrate on where nobody says: 16, or what ``DEFAULT_FLOPS`` pay for, but one at least."""
+    """Default number of calibration images: 16, or what ``DEFAULT_FLOPS`` pay for, at least one."""
     return max(1, min(DEFAULT_IMAGES, DEFAULT_FLOPS // (steps * full_step_flops(spec, 2))))
 
 

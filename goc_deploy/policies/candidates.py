@@ -1,11 +1,14 @@
-"""Search: how many steps to take, which of them to compute and how to predict the others, chosen together.
+"""Search: the number of steps, the computed ones and the correction, chosen together.
 
-A step that computes nothing costs about a hundredth of one that computes everything, so the best use of a few computed
-steps is often many more steps than that. Candidates are judged by what they are for: the relative L2 distance of their
-final latents to a converged solution (many steps, all computed) on a few calibration images. The search is a fixed
-sequence of trials, so the same images lead to the same schedule:
+A step that computes nothing costs about a hundredth of one that computes everything, so the best
+use of a few computed steps is often many more steps than that. Candidates are judged by what they
+are for: the relative L2 distance of their final latents to a converged solution (many steps, all
+computed) on a few calibration images. The search is a fixed sequence of trials, so the same images
+lead to the same schedule:
 
-    even spacing, every (step count, correction)  ->  denser early or late  ->  single computed steps moved
+    even spacing, every (step count, correction)
+    ->  denser early or late
+    ->  single computed steps moved
 """
 
 from __future__ import annotations
@@ -51,9 +54,9 @@ def plain(mask: Iterable[Iterable[bool]], spec: ModelSpec) -> Schedule:
 
 
 def warped(steps: int, count: int, warp: float, tail: int) -> tuple[int, ...]:
-    """``count`` computed steps of ``steps``, the last ``tail`` predicted: ``warp`` above 1 is denser early, below 1 late.
+    """``count`` computed steps of ``steps``, the last ``tail`` predicted.
 
-    Steps that round to one place move apart.
+    ``warp`` above 1 is denser early, below 1 late. Steps that round to one place move apart.
     """
     last = steps - 1 - tail
     places = [round(last * (i / max(count - 1, 1)) ** warp) for i in range(count)]

@@ -21,15 +21,15 @@ class PolicyContext:
     Attributes:
         spec: the model.
         steps: sampling steps asked for.
-        correct: a schedule and a correction such as ``lagrange:2`` to the corrected schedule, which is
-            legal to run. For policies that try several.
+        correct: a schedule and a correction such as ``lagrange:2`` to the corrected schedule, which
+            is legal to run. For policies that try several.
         options: options of the SPEC as text; a flag has an empty value. Policies with an options
             dataclass have theirs there.
         correction: the correction of the SPEC as written, such as ``gc:1.2``, or None.
         correction_calibrates: whether that correction learns from images.
         laboratory: how policies that learn reach an engine, or None if there is none.
-        read_router: path of a Learning-to-Cache router file to its probabilities per step and unit. None if this
-            process reads no checkpoints.
+        read_router: path of a Learning-to-Cache router file to its probabilities per step and unit.
+            None if this process reads no checkpoints.
     """
 
     spec: ModelSpec
@@ -49,7 +49,8 @@ class PolicyContext:
         """
         if self.laboratory is None:
             raise CalibrationNeededError(
-                "this policy calibrates, which needs an engine directory; use goc-export or goc-plan"
+                "this policy calibrates, which needs an engine directory; use goc-export or "
+                "goc-plan"
             )
         return self.laboratory
 

@@ -18,8 +18,8 @@ class FitOptions:
 
     Attributes:
         entries: history entries that a prediction may read.
-        granularity: coefficients of their own for every ``step``, or ``global``: the same wherever as
-            many entries are stored.
+        granularity: coefficients of their own for every ``step``, or ``global``: the same wherever
+            as many entries are stored.
         ridge: pull toward where an iteration starts, as a share of each weight's own square.
     """
 

@@ -50,9 +50,10 @@ class GocOptions:
 def goc(schedule: Schedule, options: GocOptions, context: PolicyContext) -> Schedule:
     """``goc``: the gradient where GOD says so.
 
-    Without ETA the step size is the best of ``ETAS`` for the gradient everywhere. ``threshold=auto`` takes the
-    threshold whose schedule has the least measured error; the gradient everywhere and plain reuse are among them, so on
-    the calibration images it is never worse than either.
+    Without ETA the step size is the best of ``ETAS`` for the gradient everywhere.
+    ``threshold=auto`` takes the threshold whose schedule has the least measured error; the gradient
+    everywhere and plain reuse are among them, so on the calibration images it is never worse than
+    either.
     """
     from goc_deploy.policies import god  # needs NumPy, which help texts do without
 

@@ -1,8 +1,9 @@
 """GOD: where the gradient helps, judged by features averaged over images that ran without cache.
 
-With mean features A_k of a unit, ``d = A_k - A_(k-1)`` is what reuse misses at step k and ``e = A_(k-1) - A_(k-2)`` the
-trend that the gradient extends. Where extending it raises the error, the unit is *inverse*. Source: "Accelerating
-Diffusion Transformer via Gradient-Optimized Cache", eq. 7 and 8, and the threshold after them, which has no number.
+With mean features A_k of a unit, ``d = A_k - A_(k-1)`` is what reuse misses at step k and ``e =
+A_(k-1) - A_(k-2)`` the trend that the gradient extends. Where extending it raises the error, the
+unit is *inverse*. Source: "Accelerating Diffusion Transformer via Gradient-Optimized Cache", eq. 7
+and 8, and the threshold after them, which has no number.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ def is_inverse(missed: np.ndarray, trend: np.ndarray, eta: float, reading: Readi
         missed: d.
         trend: e, of the same shape.
         eta: step size, which ``at_eta`` tests.
-        reading: ``exists``: no eta > 0 lowers the error. It is convex in eta, so that is its right derivative at 0,
-            ``sum over d = 0 of |e| - sum over d != 0 of sign(d) * e``, being not negative. ``at_eta``: this one does not.
+        reading: ``exists``: no eta > 0 lowers the error. It is convex in eta, so that is its right
+            derivative at 0, ``sum over d = 0 of |e| - sum over d != 0 of sign(d) * e``, being not
+            negative. ``at_eta``: this one does not.
     """
     d, e = missed.astype(np.float64), trend.astype(np.float64)
     if reading == "at_eta":
@@ -52,7 +54,7 @@ def inverse_units(means: np.ndarray, eta: float, reading: Reading) -> np.ndarray
 
 
 def boundaries(inverse: np.ndarray, gamma: float) -> np.ndarray:
-    """``B(k) = gamma * (1 - t/T) + (1 - gamma) * N(k)``, where t = T - k counts down along sampling.
+    """``B(k) = gamma * (1 - t/T) + (1 - gamma) * N(k)``, where t = T - k counts down.
 
     Args:
         inverse: (T, U); N(k) is the mean of a row.
@@ -68,7 +70,7 @@ def boundaries(inverse: np.ndarray, gamma: float) -> np.ndarray:
 
 
 def where_reused(schedule: Schedule, *, all_branches: bool) -> np.ndarray:
-    """(T, U) where a unit is plainly reused, with ``all_branches`` together with the other branches of its block."""
+    """(T, U) where a unit is plainly reused, with ``all_branches`` only in wholly reused blocks."""
     reused = np.array([[row == REUSE for row in step] for step in schedule.coefficients])
     if not all_branches:
         return reused
@@ -79,7 +81,8 @@ def where_reused(schedule: Schedule, *, all_branches: bool) -> np.ndarray:
 def with_gradient_at(schedule: Schedule, chosen: np.ndarray, eta: float) -> Schedule:
     """Turn plain reuse into the gradient where ``chosen`` (T, U) says so and history allows.
 
-    Before: ``reuse`` at steps 1, 3 and 5, chosen at 1 and 5. After: ``reuse`` at 1 (one entry) and 3, ``gradient`` at 5.
+    Before: ``reuse`` at steps 1, 3 and 5, chosen at 1 and 5. After: ``reuse`` at 1 (one entry) and
+    3, ``gradient`` at 5.
     """
     rows = [list(step) for step in schedule.coefficients]
     for step, unit, stored in schedule.available_history():
@@ -115,9 +118,10 @@ def decide(
     *,
     per_unit: bool = False,
 ) -> Decision:
-    """Use the gradient where B is below the threshold: at whole steps, or for each unit by its own test.
+    """Use the gradient where B is below the threshold.
 
-    ``allowed`` (T, U) says which units of a step may have it at all.
+    That is at whole steps, or with ``per_unit`` for each unit by its own test. ``allowed`` (T, U)
+    says which units of a step may have it at all.
     """
     own = boundaries(inverse, gamma)
     of_step = own.mean(axis=1)
@@ -136,7 +140,8 @@ def candidate_thresholds(
 ) -> tuple[float, ...]:
     """Thresholds that decide differently for this schedule, at most ``most``, evenly taken.
 
-    The first is 0, plain reuse everywhere, the last is 2, the gradient everywhere: B is within 0..1.
+    The first is 0, plain reuse everywhere, the last is 2, the gradient everywhere: B is within
+    0..1.
     """
     own = boundaries(inverse, gamma)
     values = own if per_unit else np.repeat(own.mean(axis=1)[:, None], own.shape[1], axis=1)

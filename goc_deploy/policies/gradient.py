@@ -46,7 +46,7 @@ def gradient_at_steps(
 
 
 def _with_gradient(schedule: Schedule, steps: Collection[int], eta: float) -> Schedule:
-    """Turn plain reuse into gradient reuse at these steps; where history is short plain reuse stays (as GOC does)."""
+    """The gradient instead of plain reuse at these steps, if history allows, as GOC does."""
     rows = tuple(
         tuple(gradient(eta) if row == REUSE and k in steps else row for row in step)
         for k, step in enumerate(schedule.coefficients)
@@ -55,7 +55,7 @@ def _with_gradient(schedule: Schedule, steps: Collection[int], eta: float) -> Sc
 
 
 def only_where_all_branches_are_reused(base: Schedule, corrected: Schedule) -> Schedule:
-    """Undo a correction in blocks that compute a branch at that step, as the authors' L2C variant does."""
+    """Undo a correction in blocks that compute a branch, as the authors' L2C variant does."""
     branches = len(base.branches)
     rows = []
     for before, after in zip(base.coefficients, corrected.coefficients, strict=True):

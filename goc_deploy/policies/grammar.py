@@ -98,6 +98,7 @@ def check_plan_name(name: str) -> str:
     """Return ``name`` if it can name a file anywhere, else raise UsageError."""
     if not _PLAN_NAME.fullmatch(name):
         raise UsageError(
-            f"plan name {name!r} must be 1 to 100 letters, digits or ._+=,@- and start with a letter or digit"
+            f"plan name {name!r} must be 1 to 100 letters, digits or ._+=,@- and start with "
+            "a letter or digit"
         )
     return name

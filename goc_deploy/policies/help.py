@@ -49,7 +49,7 @@ def calibrated() -> str:
 
 
 def policy_help() -> str:
-    r"""Every base, correction and option with its sentence and default, for click (``\b`` keeps lines)."""
+    r"""Every policy and option with its sentence and default, for click (``\b`` keeps lines)."""
     bases, corrections, common = ["\b", "BASE, what is computed:"], ["\b"], ["\b"]
     for name in BASE_NAMES:
         bases += _policy("", name, BASES[name])
@@ -81,7 +81,7 @@ def _option(one: OptionField) -> Iterator[str]:
 
 
 def _form(one: OptionField) -> str:
-    """An argument or option as a SPEC writes it, such as ``FRACTION``, ``,phase=first|last`` or ``,per_unit``."""
+    """A field as a SPEC writes it: ``FRACTION``, ``,phase=first|last`` or ``,per_unit``."""
     choices = one.types[0] if len(one.types) == 1 else None
     words = "|".join(get_args(choices)) if get_origin(choices) is Literal else one.name.upper()
     if one.separator:

@@ -41,10 +41,11 @@ class NormalEquations:
 
 
 def solve(equations: NormalEquations, ridge: float) -> tuple[float, ...]:
-    """Coefficients that minimise ``|c V - t|^2 + ridge * sum_i |V_i|^2 (c_i - p_i)^2`` with p = plain reuse.
+    """Coefficients that minimize ``|c V - t|^2 + ridge * sum_i |V_i|^2 (c_i - p_i)^2``.
 
-    Plain reuse itself where the result would be larger than ``MAX_COEFFICIENT`` or not finite: then the entries are so
-    alike that their difference is noise.
+    p is plain reuse.
+    Plain reuse itself where the result would be larger than ``MAX_COEFFICIENT`` or not finite: then
+    the entries are so alike that their difference is noise.
     """
     entries = len(equations.cross)
     prior = np.zeros(entries)

@@ -10,7 +10,8 @@ The SPEC ``fora:2@0.5,phase=last`` fills, once, an instance of
 
 The grammar, the error messages and the help texts derive from the same fields. Types of a field are
 ``int``, ``float``, ``Fraction`` (exact), `Milliseconds`, ``bool`` (a flag, options only), ``str``,
-``Path``, ``tuple[int, ...]``, ``Literal`` of strings, and unions of these; ``None`` is a default only.
+``Path``, ``tuple[int, ...]``, ``Literal`` of strings, and unions of these; ``None`` is a default
+only.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class OptionField:
         return " or ".join(_expectation(kind, self) for kind in self.types)
 
     def read(self, text: str) -> Any:
-        """The value that a SPEC writes as ``text``, or None if it is none of the types or out of range."""
+        """The value that a SPEC writes as ``text``, or None if it does not fit."""
         values = (_converted(kind, text, self) for kind in self.types)
         return next((value for value in values if value is not None), None)
 
@@ -107,7 +108,7 @@ class OptionField:
 
 
 def argument(help: str, *, default: Any = MISSING, separator: str = ":", **more: Any) -> Any:
-    """A field of what follows a policy's name in a SPEC: ``name:FIRST``, then ``SEPARATOR`` and the next.
+    """A field that follows a policy's name: ``name:FIRST``, then ``SEPARATOR`` and the next.
 
     Args:
         help: a sentence for help texts.
@@ -165,7 +166,8 @@ def check_option_name(name: str) -> str:
     """Return ``name`` if a SPEC can have an option of that name, else raise UsageError."""
     if not _NAME.fullmatch(name):
         raise UsageError(
-            f"the option {name!r} must be 1 to 32 lower-case letters or underscores and start with a letter"
+            f"the option {name!r} must be 1 to 32 lower-case letters or underscores and start with "
+            "a letter"
         )
     return name
 
@@ -189,7 +191,8 @@ def filled(
         options: the dataclass.
         policy: the name of the policy or correction, for messages.
         written: what the SPEC has after the name and its colon, "" if nothing.
-        pairs: options of the SPEC by name, those of other dataclasses among them; a flag's value is "".
+        pairs: options of the SPEC by name, those of other dataclasses among them; a flag's value is
+            "".
 
     Raises:
         UsageError: a value is missing, is not of the field's type, or is out of range.

@@ -1,7 +1,8 @@
 """Polynomial corrections: coefficients over the features that a unit really computed, newest first.
 
-Each is a polynomial through (or a Taylor expansion of) past features in the step index, so its coefficients are known
-once the schedule is: see `goc_deploy.schedule.schedule.Schedule` for what a row of coefficients does.
+Each is a polynomial through (or a Taylor expansion of) past features in the step index, so its
+coefficients are known once the schedule is: see `goc_deploy.schedule.schedule.Schedule` for what a
+row of coefficients does.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ Weight = Callable[
 
 
 def lagrange_row(computed: Sequence[int], step: int) -> tuple[float, ...]:
-    """Value at ``step`` of the polynomial through the features of the ``computed`` steps, newest first.
+    """Value at ``step`` of the polynomial through the features of the ``computed`` steps.
 
-    Three steps 2 apart, one step on: ``(1.875, -1.25, 0.375)``.
+    Newest first. Three steps 2 apart, one step on: ``(1.875, -1.25, 0.375)``.
     """
     return tuple(
         prod((step - other) / (own - other) for other in computed if other != own)
@@ -37,7 +38,8 @@ def taylor_row(computed: Sequence[int], step: int) -> tuple[float, ...]:
 
     Three steps 2 apart, one step on: ``(1.625, -0.75, 0.125)``.
 
-    Source: TaylorSeer, "From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers", eq. 7.
+    Source: TaylorSeer, "From Reusing to Forecasting: Accelerating Diffusion Models with
+    TaylorSeers", eq. 7.
     """
     return _expansion_row(
         computed, step, lambda order, distance: distance**order / factorial(order)
@@ -51,7 +53,8 @@ def hermite_row(
 
     Three steps 2 apart, one step on, sigma 0.5: ``(1.21875, -0.1875, -0.03125)``.
 
-    Source: HiCache, "Training-free Acceleration of Diffusion Models via Hermite Polynomial-based Feature Caching", eq. 8.
+    Source: HiCache, "Training-free Acceleration of Diffusion Models via Hermite Polynomial-based
+    Feature Caching", eq. 8.
     """
     return _expansion_row(
         computed,

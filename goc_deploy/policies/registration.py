@@ -1,7 +1,8 @@
 """Policies and corrections of other packages: how they register, and how an installed one is found.
 
-An installed package names its own under the entry point group ``goc_deploy.policies``. Their names are read from the
-package's metadata; its code is imported if a SPEC uses such a name, and at no other time.
+An installed package names its own under the entry point group ``goc_deploy.policies``. Their names
+are read from the package's metadata; its code is imported if a SPEC uses such a name, and at no
+other time.
 """
 
 from __future__ import annotations
@@ -38,19 +39,21 @@ def register_policy(
 ) -> Callable[[MakeT], MakeT]:
     """Decorator: a SPEC may have ``name[:ARGUMENT]`` as its base.
 
-    The function takes the SPEC's argument and a `goc_deploy.policies.context.PolicyContext`, and returns the
-    `goc_deploy.Schedule` of ``context.steps`` steps. Its ``coefficients`` are [T][U] tuples over the history, newest first:
-    ``()`` computes a unit and ``(1.0,)`` reuses it.
+    The function takes the SPEC's argument and a `goc_deploy.policies.context.PolicyContext`, and
+    returns the `goc_deploy.Schedule` of ``context.steps`` steps. Its ``coefficients`` are [T][U]
+    tuples over the history, newest first: ``()`` computes a unit and ``(1.0,)`` reuses it.
 
     Args:
         name: lower-case letters, digits and underscores, at most 32.
-        options: names of the options ``,OPTION=VALUE`` of a SPEC that the function reads in ``context.options``; then
-            the argument is a string, "" if there is none. Or a frozen dataclass of arguments and options, see
-            `goc_deploy.policies.options`; then the function takes an instance in place of the argument.
+        options: names of the options ``,OPTION=VALUE`` of a SPEC that the function reads in
+            ``context.options``; then the argument is a string, "" if there is none. Or a frozen
+            dataclass of arguments and options, see `goc_deploy.policies.options`; then the function
+            takes an instance in place of the argument.
         chooses_steps: the number of steps is that of the schedule, not ``context.steps``.
 
     Raises:
-        UsageError: the name is taken by another function, a name has another form, or the dataclass does not fit.
+        UsageError: the name is taken by another function, a name has another form, or the dataclass
+            does not fit.
     """
 
     def register(make: MakeT) -> MakeT:
@@ -68,16 +71,18 @@ def register_correction(name: str, *, options: Options = ()) -> Callable[[Correc
     """Decorator: a SPEC may have ``+name[:ARGUMENT]`` as its correction.
 
     The function takes the schedule of the base, the argument and a
-    `goc_deploy.policies.context.PolicyContext`, and returns the schedule with other coefficients where the base has ``(1.0,)``. With
-    ``short_history="reuse"`` in the schedule, an evaluation that reads more than is stored reuses plainly.
+    `goc_deploy.policies.context.PolicyContext`, and returns the schedule with other coefficients
+    where the base has ``(1.0,)``. With ``short_history="reuse"`` in the schedule, an evaluation
+    that reads more than is stored reuses plainly.
 
     Args:
         name: lower-case letters, digits and underscores, at most 32.
-        options: as for `register_policy`. Without a field ``both_branches`` in the dataclass, that option exists for
-            every correction and is honored for it.
+        options: as for `register_policy`. Without a field ``both_branches`` in the dataclass, that
+            option exists for every correction and is honored for it.
 
     Raises:
-        UsageError: the name is taken by another function, a name has another form, or the dataclass does not fit.
+        UsageError: the name is taken by another function, a name has another form, or the dataclass
+            does not fit.
     """
 
     def register(apply: CorrectT) -> CorrectT:
@@ -98,7 +103,8 @@ def base_named(name: str) -> Base[Any] | None:
     """The base policy of that name, or None; an installed package that has it is imported.
 
     Raises:
-        EnvironmentUnsupportedError: two packages have one of that name, or importing its package fails.
+        EnvironmentUnsupportedError: two packages have one of that name, or importing its package
+            fails.
     """
     if name not in BASES:
         _import_installed(name)
@@ -113,7 +119,7 @@ def correction_named(name: str) -> Correction[Any] | None:
 
 
 def registered_names() -> tuple[str, ...]:
-    """Names beyond goc_deploy's own: those registered so far, and those of installed packages, which stay unimported."""
+    """Names registered so far, and those of installed packages, which are not imported."""
     bases = {name for name, base in BASES.items() if base.registered}
     corrections = {name for name, correction in CORRECTIONS.items() if correction.registered}
     return tuple(
@@ -122,7 +128,7 @@ def registered_names() -> tuple[str, ...]:
 
 
 def installed_names() -> tuple[str, ...]:
-    """Names that installed packages have under the entry point group; none of the packages is imported."""
+    """Names of the entry point group; none of the packages is imported."""
     return tuple(sorted({entry.name for entry in _installed()}))
 
 
@@ -142,17 +148,19 @@ def _check(
 ) -> None:
     if not _NAME.fullmatch(name):
         raise UsageError(
-            f"{place_of(function)}: the name {name!r} must be 1 to 32 lower-case letters, digits or underscores and start with a letter"
+            f"{place_of(function)}: the name {name!r} must be 1 to 32 lower-case letters, "
+            "digits or underscores and start with a letter"
         )
     # The same function again is a cell of a notebook that ran twice, or a module that was reloaded.
     if registered is not None and place_of(registered) != place_of(function):
         raise UsageError(
-            f"{place_of(function)}: the name {name!r} is taken by {place_of(registered)}; choose another name"
+            f"{place_of(function)}: the name {name!r} is taken by {place_of(registered)}; choose "
+            "another name"
         )
 
 
 def _options_dataclass(name: str, options: Options, function: Callable[..., object]) -> type:
-    """The dataclass itself once it is checked, or one of an argument and the named options, all of them strings."""
+    """The dataclass once it is checked, or one of strings: an argument and the named options."""
     try:
         if isinstance(options, type):
             fields_of(options)
@@ -168,9 +176,10 @@ def _options_dataclass(name: str, options: Options, function: Callable[..., obje
 
 
 def _guarded(function: Callable[..., Any], options: Options) -> Callable[..., Schedule]:
-    """A registered function whose mistakes are errors of ours with its place, and whose schedule has plain floats.
+    """A registered function whose mistakes are errors of ours with its place.
 
-    It takes an options dataclass before the context; ``function`` does, or takes the argument as text.
+    Its schedule has plain floats. It takes an options dataclass before the context; ``function``
+    does, or takes the argument as text.
     """
 
     @wraps(function)
@@ -219,18 +228,20 @@ def _import_installed(name: str) -> None:
     packages = sorted({entry.dist.name if entry.dist else entry.value for entry in entries})
     if len(packages) > 1:
         raise EnvironmentUnsupportedError(
-            f"the policy {name!r} is in the packages {' and '.join(packages)}; uninstall all but one"
+            f"the policy {name!r} is in the packages {' and '.join(packages)}; "
+            "uninstall all but one"
         )
     for entry in entries:
         try:
             entry.load()
         except Exception as cause:
             raise EnvironmentUnsupportedError(
-                f"the policy {name!r} of the package {packages[0]} ({entry.value}) cannot be imported: {type(cause).__name__}: {cause}; "
-                "repair or uninstall the package"
+                f"the policy {name!r} of the package {packages[0]} ({entry.value}) cannot be "
+                f"imported: {type(cause).__name__}: {cause}; repair or uninstall the package"
             ) from cause
         if name not in BASES and name not in CORRECTIONS:
             raise EnvironmentUnsupportedError(
-                f"the entry point {name!r} of the package {packages[0]} ({entry.value}) registers no policy or correction "
-                f"of that name; name it as its @register_policy or @register_correction does"
+                f"the entry point {name!r} of the package {packages[0]} ({entry.value}) registers "
+                "no policy or correction of that name; name it as its @register_policy or "
+                "@register_correction does"
             )

@@ -1,7 +1,8 @@
 """Policies: what makes a schedule. A SPEC such as ``fora:2+gc:1.2,history=computed`` names one.
 
-A base decides what is computed, a correction how the rest is predicted. `goc_deploy.policies.tables` has
-goc_deploy's own; `goc_deploy.policies.registration` has those of other packages.
+A base decides what is computed, a correction how the rest is predicted.
+`goc_deploy.policies.tables` has goc_deploy's own; `goc_deploy.policies.registration` has those of
+other packages.
 """
 
 from __future__ import annotations
@@ -65,10 +66,10 @@ def schedule_from_policy(
         read_router: asked by ``l2c``; see `goc_deploy.policies.context.PolicyContext`.
 
     Raises:
-        UsageError: an unknown name, an argument or option of the SPEC that is out of range, or a registered policy that
-            raises or returns no schedule.
-        EnvironmentUnsupportedError: the package of an installed policy cannot be imported, or a router is to be read
-            and ``read_router`` is None.
+        UsageError: an unknown name, an argument or option of the SPEC that is out of range, or a
+            registered policy that raises or returns no schedule.
+        EnvironmentUnsupportedError: the package of an installed policy cannot be imported, or a
+            router is to be read and ``read_router`` is None.
         ScheduleError: a schedule file is wrong or does not fit.
         ModelError, SafetyError: a router file is unreadable or asks to run code.
     """

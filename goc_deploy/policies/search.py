@@ -1,4 +1,4 @@
-"""The base policy ``search:BUDGET``: what `goc_deploy.policies.candidates` tries, measured on an engine."""
+"""The base policy ``search``: `goc_deploy.policies.candidates`, measured on an engine."""
 
 from __future__ import annotations
 
@@ -82,10 +82,10 @@ class Judge:
 
 
 def searched(options: SearchOptions, context: PolicyContext) -> Schedule:
-    """``search``: the step count, computed steps and correction with the least error to a converged solution.
+    """``search``: the step count, computed steps and correction with the least error.
 
-    A correction in the SPEC is the only one tried; for one that calibrates, on the schedule that comes out,
-    ``lagrange:2`` stands in.
+    The error is the distance to a converged solution. A correction in the SPEC is the only one
+    tried; for one that calibrates, on the schedule that comes out, ``lagrange:2`` stands in.
 
     Raises:
         UsageError: a budget that pays for nothing, or a sampler with fresh noise.
@@ -93,7 +93,8 @@ def searched(options: SearchOptions, context: PolicyContext) -> Schedule:
     trials = context.engine().trials()
     if trials.table(options.reference).stochastic:
         raise UsageError(
-            f"sampler {trials.sampler!r} draws fresh noise, so there is no converged solution; use ddim or dpm++"
+            f"sampler {trials.sampler!r} draws fresh noise, so there is no converged solution; "
+            "use ddim or dpm++"
         )
     sizes = sizes_for(_computed_steps(options, context, trials), options.steps)
     judge = Judge(trials, uncached(context.spec, options.reference), trials.options)
@@ -166,7 +167,7 @@ def _described(candidate: Candidate) -> dict[str, object]:
 def _computed_steps(
     options: SearchOptions, context: PolicyContext, trials: Trials
 ) -> Callable[[int], int]:
-    """Step count -> how many of the steps the budget allows to compute; a time is spent by measured times."""
+    """Step count -> how many of the steps the budget allows to compute, by measured times."""
     budget = options.budget
     if not isinstance(budget, Milliseconds):
         return lambda _: int(budget)

@@ -1,7 +1,8 @@
 """SmoothCache: steps are reused while features calibrated without cache change little.
 
-Source: Liu et al., "SmoothCache: A Universal Inference Acceleration Technique for Diffusion Transformers", eq. 4, and
-the form of its published schedule files: ``{"attn": [1, 0, ...], "mlp": [...]}``, 1 computes.
+Source: Liu et al., "SmoothCache: A Universal Inference Acceleration Technique for Diffusion
+Transformers", eq. 4, and the form of its published schedule files: ``{"attn": [1, 0, ...], "mlp":
+[...]}``, 1 computes.
 """
 
 from __future__ import annotations
@@ -46,10 +47,11 @@ class SmoothCacheOptions:
 
 
 def smoothcache(options: SmoothCacheOptions, context: PolicyContext) -> Schedule:
-    """``smoothcache:ALPHA`` calibrates; ``smoothcache:FILE.json`` reads a schedule file of SmoothCache's.
+    """``smoothcache``: by calibration, or from a schedule file of SmoothCache's.
 
-    After a computed step, the most steps are reused (up to three) whose last one changed by at most ALPHA, on average
-    over the blocks of a branch; with ``per_unit`` every unit has its own schedule. The last step is computed.
+    After a computed step, the most steps are reused (up to three) whose last one changed by at most
+    ALPHA, on average over the blocks of a branch; with ``per_unit`` every unit has its own
+    schedule. The last step is computed.
     """
     alpha, spec = options.alpha, context.spec
     if isinstance(alpha, Path):
@@ -91,10 +93,13 @@ def greedy_steps(changes: np.ndarray, alpha: float) -> list[bool]:
 
 
 def schedule_from_smoothcache(path: Path, context: PolicyContext) -> Schedule:
-    """Read a schedule file of SmoothCache's; branches that it does not name are computed at every step.
+    """Read a schedule file of SmoothCache's.
+
+    Branches that it does not name are computed at every step.
 
     Raises:
-        ScheduleError: unreadable, of another form, for another number of steps, or for branches the model lacks.
+        ScheduleError: unreadable, of another form, for another number of steps, or for branches the
+            model lacks.
     """
     where = f"schedule {path}"
     document = parse_json(bytes_from_file(path, where, ScheduleError), where, ScheduleError)
@@ -124,7 +129,8 @@ def _actions(actions: Any, steps: int, path: Path, component: str) -> list[bool]
         )
     if len(actions) != steps:
         raise ScheduleError(
-            f"schedule {path} has {len(actions)} steps but {steps} are asked for; use --steps {len(actions)}"
+            f"schedule {path} has {len(actions)} steps but {steps} are asked for; "
+            f"use --steps {len(actions)}"
         )
     return [bool(action) for action in actions]
 
@@ -144,7 +150,8 @@ def smoothcache_from_schedule(schedule: Schedule) -> str:
         mixed = next((step for step, actions in enumerate(rows) if len(actions) > 1), None)
         if mixed is not None:
             raise ScheduleError(
-                f"step {mixed} computes {branch} in some blocks only, which a SmoothCache file cannot say; save the schedule itself"
+                f"step {mixed} computes {branch} in some blocks only, which a SmoothCache file "
+                "cannot express; save the schedule itself"
             )
         lists[branch] = [action for actions in rows for action in actions]
     return json.dumps(lists) + "\n"

@@ -20,9 +20,9 @@ def closest(word: str, known: Iterable[str]) -> str | None:
 
 
 def meant_spec(text: str) -> str | None:
-    """The SPEC that a text is, or would be if a plan's name were one (``fora-2+gc-1.2``), if its policies exist.
+    """The SPEC that a text is, or would be if a plan's name were one (``fora-2+gc-1.2``).
 
-    Arguments and options are not checked.
+    None if its policies do not exist. Arguments and options are not checked.
     """
     for candidate in (text, _DASHED.sub(r"\1:", text)):
         try:

@@ -1,4 +1,4 @@
-"""The tables of policies and corrections: a line is all that the grammar, the help and the errors need.
+"""The tables of policies and corrections, of which grammar, help and messages are made.
 
 A new one is a function with its options dataclass (`goc_deploy.policies.options`), and a line here.
 """

@@ -502,7 +502,7 @@ def test_bad_run_options(
         (("--list", "--plot", "x.png"), 2, "--plot and --smoothcache go with --show"),
         (("--show", "other"), 2, "there is no plan"),
         (("--show", "none", "--plot", "x.jpg"), 2, "--plot ends in .png, .svg or .pdf"),
-        (("fora:x",), 2, "interval 'x'"),
+        (("fora:x",), 2, "interval must be a whole number within 1..1000, got 'x'"),
         (("fora:2", "--name", "../x", "--steps", "5"), 2, "plan name '../x'"),
         (("fora:2", "--steps", "0"), 2, "steps must be within"),
     ],

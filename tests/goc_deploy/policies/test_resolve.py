@@ -233,3 +233,16 @@ def test_a_schedule_file_with_another_step_count_is_refused(tmp_path: Path) -> N
 def test_plan_names_that_are_no_file_names_are_refused(name: str) -> None:
     with pytest.raises(UsageError, match="plan name"):
         check_plan_name(name)
+
+
+def test_only_the_path_of_a_file_counts_as_one() -> None:
+    assert parse_policy("smoothcache:0.3").path == ""
+    assert parse_policy("smoothcache:a/b.json+gc").path == "a/b.json"
+    assert parse_policy("l2c:a@b/c.pt@0.2").path == "a@b/c.pt"
+    assert parse_policy("fora:2").path == parse_policy("unknown:a/b.json").path == ""
+
+
+@pytest.mark.parametrize("path", ["a,b.json", "fora-2,both_branches.json"])
+def test_a_comma_in_a_path_begins_an_option_only_before_a_name(path: str) -> None:
+    assert parse_policy(f"file:{path}+gc:1.2").path == path
+    assert parse_policy(f"file:{path}").options == ()
