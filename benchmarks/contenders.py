@@ -13,7 +13,7 @@ from benchmarks.eager import EagerDiT
 from benchmarks.monolithic import MonolithicGraph, write_graph
 from benchmarks.work import Contender, Outcome, Work, sampled
 from goc_deploy.api.facade import load_plans
-from goc_deploy.engine_dir.reading import read_manifest
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.exporters.architectures.dit_model import DiT
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.schedule import COMPUTE, REUSE, Schedule
@@ -112,7 +112,7 @@ def ours(
     engine: Path, steps: int, batch: int, threads: int
 ) -> tuple[list[Contender], dict[str, Pipeline]]:
     """(e) goc_deploy's plans, which are added to the engine, and one of two steps for warming up."""
-    spec = read_manifest(engine).model
+    spec = EngineDir.open(engine).manifest.model
     file = engine.with_name("l2c-like.json")
     file.write_text(schedule_to_json(l2c_like_schedule(spec, steps)), encoding="utf-8")
     names = []

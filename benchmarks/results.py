@@ -32,8 +32,7 @@ from benchmarks.sampled_rows import Request, Workers, chunks_of, engine_digest, 
 from goc_deploy.api.bench import compare_plans
 from goc_deploy.api.facade import add_plan
 from goc_deploy.disk import save_text
-from goc_deploy.engine_dir.plans import load_plan
-from goc_deploy.engine_dir.reading import read_manifest
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.errors import GocError
 from goc_deploy.evaluation.distribution import FeatureSet, distribution_metrics, reference_from_adm
 from goc_deploy.evaluation.features import OnnxExtractor
@@ -115,7 +114,7 @@ def make_tables(args: argparse.Namespace) -> dict[str, str]:
         table["name"]: (table["title"], [Row(**row) for row in table["rows"]])
         for table in wanted["table"]
     }
-    manifest = read_manifest(args.engine)
+    manifest = EngineDir.open(args.engine).manifest
     extractor = OnnxExtractor(args.features)
     study = Study(
         args.engine,
@@ -154,7 +153,7 @@ def make_tables(args: argparse.Namespace) -> dict[str, str]:
 def sampled(study: Study, row: Row, images: int) -> Samples:
     """The folder and request of a row's samples, which are made where they are missing."""
     add(study, row)
-    digest = engine_digest(read_manifest(study.engine), row.plan)
+    digest = engine_digest(EngineDir.open(study.engine), row.plan)
     request = replace(study.request, plan=row.plan, images=images, engine=digest)
     folder = study.work / (row.plan if images == study.request.images else f"{row.plan}.{images}")
     sample(folder, request, study.engine, study.workers, say)
@@ -163,7 +162,7 @@ def sampled(study: Study, row: Row, images: int) -> Samples:
 
 def add(study: Study, row: Row) -> None:
     """Add a row's plan to the engine directory, unless it is there."""
-    if all(entry.name != row.plan for entry in read_manifest(study.engine).plans):
+    if all(entry.name != row.plan for entry in EngineDir.open(study.engine).manifest.plans):
         say(f"making {row.spec}")
         calibration = {"calibrate": study.calibration_images, "cfg_scale": study.request.cfg_scale}
         add_plan(
@@ -179,7 +178,7 @@ def add(study: Study, row: Row) -> None:
 def schedule_of(study: Study, row: Row) -> Schedule:
     """Of a row's plan, which is made where it is missing."""
     add(study, row)
-    return load_plan(study.engine, read_manifest(study.engine), row.plan).schedule
+    return EngineDir.open(study.engine).plan(row.plan).schedule
 
 
 def say(line: str) -> None:
@@ -277,7 +276,8 @@ def block(study: Study, title: str, rows: Sequence[Row]) -> str:
         if any(metric.key in numbers["metrics"] for _, numbers in found)
     ]
     shown = [metric for metric in present if not study.metrics or metric.key in study.metrics]
-    model, god = read_manifest(study.engine).model, any("god" in numbers for _, numbers in found)
+    model = EngineDir.open(study.engine).manifest.model
+    god = any("god" in numbers for _, numbers in found)
     columns = ["method", "SPEC", "steps", *COST, "speed-up", *(["GOD decided"] if god else [])]
     lines = []
     for row, numbers in found:

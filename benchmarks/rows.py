@@ -13,7 +13,7 @@ from benchmarks.roofline import Counter, total
 from benchmarks.sampled_rows import Request, Workers
 from goc_deploy.compiler import Compute
 from goc_deploy.disk import save_text
-from goc_deploy.engine_dir.reading import read_manifest
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.evaluation.distribution import Reference
 from goc_deploy.evaluation.features import Extractor
 from goc_deploy.policies.grammar import parse_policy, plan_name_from_spec
@@ -87,8 +87,9 @@ class Study:
 
     def made_for(self) -> dict[str, Any]:
         """What numbers must have been made for to be shown beside each other."""
+        provenance = EngineDir.open(self.engine).manifest.provenance
         return {
-            "checkpoint_sha256": read_manifest(self.engine).provenance["checkpoint_sha256"],
+            "checkpoint_sha256": provenance["checkpoint_sha256"],
             "images": self.request.images,
             "seed": self.request.seed,
             "cfg_scale": self.request.cfg_scale,

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from goc_deploy.disk import save_text, written
-from goc_deploy.engine_dir.manifest import Manifest
-from goc_deploy.engine_dir.plans import plan_entry
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.errors import ConflictError
 from goc_deploy.evaluation.sampling import class_labels
 from goc_deploy.runtime.pipeline import Pipeline
@@ -63,14 +62,12 @@ class Workers:
     batch_size: int
 
 
-def engine_digest(manifest: Manifest, plan: str) -> str:
+def engine_digest(engine: EngineDir, plan: str) -> str:
     """Digest of what decides the numbers of a plan: the model's graphs and weights, and the plan."""
-    entry = plan_entry(manifest, plan)
-    decides = {path for unit in manifest.units for path in (unit.onnx, unit.weights)} | {
-        entry.plan,
-        entry.schedule,
-    }
-    digests = [f"{file.path} {file.sha256}" for file in manifest.files if file.path in decides]
+    entry, units = engine.plan_entry(plan), engine.manifest.units
+    weights = {unit.weights for unit in units if unit.weights}
+    decides = {entry.plan, entry.schedule, *(unit.onnx for unit in units), *weights}
+    digests = [f"{path} {engine.sha256(path)}" for path in sorted(decides)]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 

@@ -6,13 +6,13 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from goc_deploy.errors import UsageError
 from goc_deploy.protocols import Backend
 
 if TYPE_CHECKING:
+    from goc_deploy.engine_dir.directory import EngineDir
     from goc_deploy.engines.tensorrt.backend import TensorrtBackend
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:(?P<number>[0-9]{1,3}))?")
@@ -44,7 +44,7 @@ class RunOptions:
         Raises:
             UsageError: not a device.
         """
-        found = _DEVICE.fullmatch(self.device)
+        found = _DEVICE.fullmatch(self.device) if isinstance(self.device, str) else None
         if found is None:
             raise UsageError(f"there is no device {self.device!r}; use cpu, cuda, cuda:1, or auto")
         return int(found["number"] or 0)
@@ -55,7 +55,7 @@ class RunOptions:
 
 
 def candidates(
-    name: str, directory: Path, options: RunOptions
+    name: str, directory: EngineDir, options: RunOptions
 ) -> Iterator[tuple[str, Callable[[], Backend]]]:
     """Backends to try in turn, each with what makes it.
 
@@ -78,7 +78,7 @@ def candidates(
         yield candidate, partial(_make, candidate, directory, options)
 
 
-def _make(name: str, directory: Path, options: RunOptions) -> Backend:
+def _make(name: str, directory: EngineDir, options: RunOptions) -> Backend:
     if name == "onnxruntime":
         return onnxruntime_backend(options)
     return (
@@ -104,7 +104,7 @@ def onnxruntime_cuda_backend(options: RunOptions) -> Backend:
     return OrtCudaBackend(device, options.threads, shared_pool=options.shared_pool)
 
 
-def tensorrt_backend_here(name: str, directory: Path, options: RunOptions) -> TensorrtBackend:
+def tensorrt_backend_here(name: str, directory: EngineDir, options: RunOptions) -> TensorrtBackend:
     """TensorRT or TensorRT for RTX on the GPU of this machine, with the engines of a directory.
 
     Raises:

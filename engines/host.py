@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 
 from goc_deploy.errors import ResourceError
-from goc_deploy.host_memory import available_bytes
+from goc_deploy.host_memory import available_bytes, host_array
 from goc_deploy.protocols import (
     ALIGNMENT,
     DTYPE_BYTES,
-    NUMPY_DTYPES,
     Buffer,
     Launch,
     Move,
@@ -23,13 +22,6 @@ from goc_deploy.protocols import (
     float32_from_bfloat16,
     stored_values,
 )
-
-
-def host_array(buffer: Buffer) -> np.ndarray:
-    """A buffer in host memory as a NumPy array on the same memory."""
-    start = buffer.pointer - buffer.owner.ctypes.data
-    flat: np.ndarray = buffer.owner[start : start + buffer.nbytes].view(NUMPY_DTYPES[buffer.dtype])
-    return flat.reshape(buffer.shape)
 
 
 class HostStream:

@@ -16,9 +16,10 @@ import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from goc_deploy.engines.host import HostDevice, host_array
+from goc_deploy.engines.host import HostDevice
 from goc_deploy.engines.ort_errors import LOADING, RUNNING, error_from_ort
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, UsageError
+from goc_deploy.host_memory import available_bytes, host_array
 from goc_deploy.protocols import NOTHING, Buffer, Device, Engine, Footprint, Launch, Stream
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def shared_pool_of_process(threads: int) -> tuple[str, int]:
                     error,
                 )
                 _pool = ("made by the host program", 0)
-            register_arena("Cpu", 0, state.create_and_register_allocator)
+            register_arena("Cpu", 0, state.create_and_register_allocator, available_bytes())
         elif threads not in (0, _pool[1]):
             logger.warning(
                 "the thread pool of this process keeps its size %d; %d threads are ignored",
@@ -69,19 +70,27 @@ def shared_pool_of_process(threads: int) -> tuple[str, int]:
         return _pool
 
 
-def register_arena(memory: str, device: int, register: Callable[[Any, Any], None]) -> None:
+def register_arena(
+    memory: str,
+    device: int,
+    register: Callable[[Any, Any], None],
+    most_bytes: int | None = None,
+) -> None:
     """One arena for the activations of all units: they run one after the other, so each finds warm memory.
 
     Args:
         memory: ONNX Runtime's name for a kind of memory.
         device: its number.
         register: ONNX Runtime's call for the process, which takes where the arena is and how it grows.
+        most_bytes: how large it may become: a graph that multiplies its inputs out to more fails, before the system ends
+            the process. None is no limit.
     """
+    limit = {} if most_bytes is None else {"max_mem": most_bytes}
     where = state.OrtMemoryInfo(
         memory, state.OrtAllocatorType.ORT_ARENA_ALLOCATOR, device, state.OrtMemType.DEFAULT
     )
     try:
-        register(where, state.OrtArenaCfg({"arena_extend_strategy": GROW_AS_REQUESTED}))
+        register(where, state.OrtArenaCfg({"arena_extend_strategy": GROW_AS_REQUESTED, **limit}))
     except Exception as error:
         logger.warning(
             "the ONNX Runtime memory arena that this process has already is used as it is: %s",

@@ -19,11 +19,11 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from goc_deploy.engines.cuda import CudaDevice
-from goc_deploy.engines.host import host_array
 from goc_deploy.engines.ort import OrtBackend, OrtEngine, register_arena
 from goc_deploy.engines.ort_errors import RUNNING, error_from_ort
 from goc_deploy.engines.plugin.predict import PredictKernel
 from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError
+from goc_deploy.host_memory import host_array
 from goc_deploy.protocols import NOTHING, Buffer, Engine, Footprint, Launch, Stream
 
 logger = logging.getLogger(__name__)

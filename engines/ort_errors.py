@@ -16,7 +16,8 @@ LOADING, RUNNING = "refuses a graph of the engine", "cannot run a graph of the e
 SHOWN_CHARACTERS = 300
 
 _MEMORY = re.compile(
-    r"bad_alloc|failed to allocate memory|cannot allocate memory|out of memory|CUDA (failure|error) 2\b|ALLOC(ATION)?_FAILED",
+    r"bad_alloc|smaller than requested bytes|"
+    r"failed to allocate memory|cannot allocate memory|out of memory|CUDA (failure|error) 2\b|ALLOC(ATION)?_FAILED",
     re.IGNORECASE,
 )
 _FILES = re.compile(r"too many open files|\bEMFILE\b|\bENFILE\b", re.IGNORECASE)

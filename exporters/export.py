@@ -13,9 +13,10 @@ import onnx
 
 from goc_deploy.compiler import Plan, compile_schedule
 from goc_deploy.disk import check_free_space, directory_lock, staged
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.manifest import MANIFEST_NAME, Manifest, Unit
 from goc_deploy.engine_dir.manifest_file import manifest_to_json
-from goc_deploy.engine_dir.reading import check_target, files_below, read_manifest
+from goc_deploy.engine_dir.reading import check_target, files_below
 from goc_deploy.errors import CalibrationNeededError, GocError, ModelError, UsageError
 from goc_deploy.exporters.architectures.dit import DIT
 from goc_deploy.exporters.architectures.pixart import PIXART
@@ -45,9 +46,8 @@ from goc_deploy.spec import ITEM_BYTES, ModelSpec
 from goc_deploy.version import __version__
 
 ARCHITECTURES = {family.name: family for family in (DIT, PIXART, SIT)}
-LaboratoryMaker = Callable[
-    [Path, str, CalibrationOptions], Laboratory
-]  # of the engine at a path, for a sampler
+# of an engine directory, for a sampler
+LaboratoryMaker = Callable[[EngineDir, str, CalibrationOptions], Laboratory]
 
 RECORDED_PACKAGES = ("torch", "onnx", "onnxscript", "numpy")
 
@@ -233,7 +233,7 @@ def _provenance(
 def _same_engine(output: Path, provenance: Mapping[str, Any]) -> Manifest | None:
     """The manifest of an engine that the same export made, complete in size but for what can be built again."""
     try:
-        manifest = read_manifest(output)
+        manifest = EngineDir.open(output).manifest
         kept = [entry for entry in manifest.files if not entry.path.startswith("engines/")]
         whole = all((output / entry.path).stat().st_size == entry.size for entry in kept)
     except (OSError, GocError):
@@ -278,19 +278,13 @@ def _write_plans(
     options: ExportOptions,
     make_laboratory: LaboratoryMaker,
 ) -> Manifest:
-    """Write the manifest of a directory without plans, which calibration runs on, then plans and the whole manifest."""
-    spec, path = manifest.model, stage / MANIFEST_NAME
-
-    laboratory = None
-    if not all(compiled for _, compiled in plans.values()):
-        path.write_text(manifest_to_json(manifest), encoding="utf-8")
-        laboratory = make_laboratory(
-            stage, _sampler(manifest.process, options), _calibration(spec, options)
-        )
+    """Write the plans, which are calibrated on the directory without plans, then the manifest."""
+    spec, process = manifest.model, manifest.process
+    bare = EngineDir(stage, manifest)
+    laboratory = make_laboratory(bare, _sampler(process, options), _calibration(spec, options))
     for name, (policy, compiled) in plans.items():
-        plan = compiled or _compile(policy, name, spec, manifest.process, options, laboratory)
+        plan = compiled or _compile(policy, name, spec, process, options, laboratory)
         manifest = write_plan(stage, plan, manifest, lambda unit: (stage / unit).read_bytes())
-    path.unlink(missing_ok=True)
     manifest = replace(manifest, files=files_below(stage))
-    path.write_text(manifest_to_json(manifest), encoding="utf-8")
+    (stage / MANIFEST_NAME).write_text(manifest_to_json(manifest), encoding="utf-8")
     return manifest

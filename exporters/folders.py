@@ -18,7 +18,8 @@ from torch import Tensor
 
 from goc_deploy.errors import ModelError, SafetyError
 from goc_deploy.exporters.checkpoint import load_checkpoint
-from goc_deploy.strict_json import parse_json
+from goc_deploy.schedule import MAX_BLOCKS
+from goc_deploy.strict_json import bytes_from_file, parse_json
 
 CONFIG, PIPELINE_CONFIG, SCHEDULER_CONFIG = (
     "config.json",
@@ -35,6 +36,8 @@ WITHOUT_EFFECT = (
     "norm_num_groups",
 )  # on any transformer here
 MAX_SIZE = 10**5
+MAX_GRID = 256  # tokens per side, of which a position table is made
+MAX_WIDTH = 2**15
 
 TRANSFORMER_SIZES = {  # of DiT and PixArt alike; the side of the latents differs
     "num_attention_heads": 16,
@@ -106,6 +109,39 @@ def is_transformer(config: Mapping[str, Any], own_class: str, norm_type: str) ->
     return name == own_class or (name == OLD_CLASS and config.get("norm_type") == norm_type)
 
 
+def transformer_width(size: Mapping[str, int], divisor: int, reason: str, where: str) -> int:
+    """The width of a transformer, whose sizes fit each other.
+
+    Args:
+        size: what `Settings.check` returned.
+        divisor: of the width,
+        reason: and what it is for.
+        where: for messages.
+
+    Raises:
+        ModelError: naming the setting that does not fit.
+    """
+    heads, head = size["num_attention_heads"], size["attention_head_dim"]
+    side, patch, layers = size["sample_size"], size["patch_size"], size["num_layers"]
+    width = heads * head
+    if side % patch:
+        raise ModelError(
+            f"{where}: sample_size must be a multiple of patch_size, got {side} and {patch}"
+        )
+    if side // patch > MAX_GRID:
+        raise ModelError(
+            f"{where}: sample_size is {side}, at most {MAX_GRID * patch} is supported with patch_size {patch}"
+        )
+    if width % divisor or width > MAX_WIDTH:
+        raise ModelError(
+            f"{where}: the width, {heads} heads of {head} (num_attention_heads, attention_head_dim), must be a multiple of {divisor}, "
+            f"{reason}, and at most {MAX_WIDTH}"
+        )
+    if layers > MAX_BLOCKS:
+        raise ModelError(f"{where}: num_layers is {layers}, at most {MAX_BLOCKS} are supported")
+    return width
+
+
 def predicts_sigma(
     config: Mapping[str, Any], channels: int, default: int | None, where: str
 ) -> bool:
@@ -128,11 +164,9 @@ def read_json(path: Path, constants: Mapping[str, float] | None = None) -> dict[
     Raises:
         ModelError: unreadable or not a JSON object.
     """
-    try:
-        text = path.read_bytes()
-    except OSError as cause:
-        raise ModelError(f"{path} cannot be read: {cause.strerror or cause}") from cause
-    return parse_json(text, str(path), ModelError, constants)
+    return parse_json(
+        bytes_from_file(path, str(path), ModelError), str(path), ModelError, constants
+    )
 
 
 def read_scheduler(path: Path) -> dict[str, Any]:

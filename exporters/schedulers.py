@@ -13,9 +13,10 @@ from importlib.util import find_spec
 from typing import Any
 
 from goc_deploy.errors import EnvironmentUnsupportedError, ModelError, UsageError, VerificationError
+from goc_deploy.samplers import SamplerTable, sampler_table
 from goc_deploy.samplers.process import TRAIN_STEPS, Process
 from goc_deploy.samplers.solvers import check_steps
-from goc_deploy.samplers.table import FOLDER_SAMPLER, SamplerTable, flow_table, sampler_table
+from goc_deploy.samplers.table import FOLDER_SAMPLER, flow_table
 
 INSTEAD = "name another sampler with --sampler"
 FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"

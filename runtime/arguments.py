@@ -7,8 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from goc_deploy.conditions.captions import (
+    Conditions,
+    PromptEmbeds,
+    conditions_from_captions,
+    conditions_from_labels,
+)
 from goc_deploy.errors import UsageError
-from goc_deploy.noise import check_key
+from goc_deploy.runtime.noise import check_key
 from goc_deploy.spec import ModelSpec
 
 MAX_SCALE = 1e3
@@ -33,6 +39,36 @@ def check_labels(labels: Any) -> None:
         raise UsageError(
             f"labels are a list of whole numbers, got {labels!r:.60}; for one image give a list of one"
         )
+
+
+def conditions(
+    labels: Sequence[int] | None,
+    captions: PromptEmbeds | None,
+    spec: ModelSpec,
+    stored: PromptEmbeds | None,
+    *,
+    guided: bool,
+) -> Conditions:
+    """What each image shows.
+
+    Args:
+        labels: class labels, or which of the captions; None is each of them once.
+        captions: embeddings; None is what the engine directory keeps.
+        spec: the model.
+        stored: the captions that the engine directory keeps.
+        guided: whether any image is guided.
+
+    Raises:
+        UsageError: labels that are no list or out of range, or captions for a model that draws
+            classes.
+    """
+    if labels is not None:
+        check_labels(labels)
+    if captions is None:
+        return conditions_from_labels(() if labels is None else labels, spec, stored)
+    if not spec.draws_captions:
+        raise UsageError("this model draws class labels, not captions; give labels")
+    return conditions_from_captions(labels, captions, guided=guided)
 
 
 def checked_seed(seed: Any) -> int | list[int]:

@@ -5,31 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
-from itertools import accumulate
 
-from goc_deploy import protocols
 from goc_deploy.compiler import Collect, Compute, Launch, Plan, Predict, Segment
 from goc_deploy.conditions.captions import PromptEmbeds
 from goc_deploy.protocols import Buffer, Engine, Stream, taken
+from goc_deploy.runtime.bound import BoundLaunch, BoundPlan, BoundStep
 from goc_deploy.runtime.buffers import (
     Buffers,
-    aligned_size,
     captions_of_block,
     keys_values_shape,
     modulation_rows,
-    step_rows,
-    step_size,
 )
+from goc_deploy.runtime.constants import aligned_size
+from goc_deploy.runtime.request import Batch
 from goc_deploy.runtime.weights import Weights
 from goc_deploy.spec import ModelSpec
-
-
-@dataclass(frozen=True, slots=True)
-class BoundLaunch:
-    """An engine on fixed addresses: what it is, for reports, and how to run it."""
-
-    name: str
-    run: protocols.Launch
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,60 +39,6 @@ class Engines:
     captions: PromptEmbeds | None = None
     segments: MutableMapping[str, Engine] = field(default_factory=dict)
     weights: Weights = field(default_factory=Weights)
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Shape of one run, which decides all addresses.
-
-    Attributes:
-        images: N.
-        guided: whether conditional and unconditional rows run together, B = 2N.
-        labels: R, distinct labels including the null label; 1 where captions take their place.
-        captions: K, distinct captions.
-    """
-
-    images: int
-    guided: bool
-    labels: int
-    captions: int = 0
-
-    @property
-    def rows(self) -> int:
-        """Rows B of the model's batch."""
-        return self.images * (2 if self.guided else 1)
-
-
-@dataclass(frozen=True, slots=True)
-class BoundStep:
-    """Launches of a step.
-
-    Attributes:
-        before: those that only some steps have: what is computed for a whole request, or for several steps.
-        launches: all others, in order. Steps of a kind may be the same objects.
-    """
-
-    before: tuple[BoundLaunch, ...]
-    launches: tuple[BoundLaunch, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class BoundPlan:
-    """A plan on addresses.
-
-    Attributes:
-        steps: what to launch.
-        initial: where x_T is put, (N, C, H, W).
-        latents: where they are after each step.
-        noise: of each step where the sampler is stochastic, else one buffer of zeros.
-        resets: copies, from and to, to be made before the first step.
-    """
-
-    steps: tuple[BoundStep, ...]
-    initial: Buffer
-    latents: tuple[Buffer, ...]
-    noise: tuple[Buffer, ...]
-    resets: tuple[tuple[Buffer, Buffer], ...] = ()
 
 
 class Binder:
@@ -130,7 +66,6 @@ class Binder:
         self._stream = stream
         self._feature = (batch.rows, spec.tokens, spec.hidden)
         self._latents_shape = (batch.images, spec.channels, spec.side, spec.side)
-        self._step_size = step_size(plan)
         self._known: dict[tuple[object, ...], BoundLaunch] = {}
 
     def bind(self) -> BoundPlan:
@@ -145,33 +80,26 @@ class Binder:
         )
 
     def _step(self, step: int) -> BoundStep:
-        buffers, batch, spec, ops = (
-            self._buffers,
-            self._batch,
-            self._spec,
-            self._plan.launches[step],
-        )
+        buffers, batch, spec = self._buffers, self._batch, self._spec
         before = [self._keys_values()] if step == 0 and buffers.captions else []
         before += [self._conditioning(step)] if step % buffers.chunk == 0 else []
-        launches = self._start(step)
         x, spare = (tokens.view(*self._feature) for tokens in buffers.tokens)
         inputs = {"latents": self._latents(step), "rows": buffers.rows.view(batch.rows)}
-        launches.append(self._unit("embed", inputs, {"x": x}))
-        for op, coefficients in zip(ops, self._coefficients(step), strict=True):
+        start = (*self._start(step), self._unit("embed", inputs, {"x": x}))
+        updates: list[BoundLaunch] = []
+        ops = zip(self._plan.launches[step], buffers.coefficients[step], strict=True)
+        for op, coefficients in ops:
             if isinstance(op, Predict) and op.ahead:
-                launches.append(self._accumulate(op, coefficients))
+                updates.append(self._accumulate(op, coefficients))
             else:
-                launches.append(self._update(op, x, spare, coefficients))
+                updates.append(self._update(op, x, spare, coefficients))
                 x, spare = spare, x
         prediction = buffers.prediction.view(batch.rows, spec.output_channels, spec.side, spec.side)
         shift, scale = self._modulation_row(spec.units), self._modulation_row(spec.units + 1)
-        launches.append(
-            self._unit(
-                "final", {"x": x, "shift": shift, "scale": scale}, {"prediction": prediction}
-            )
-        )
-        launches.append(self._sampler(step, prediction))
-        return BoundStep(tuple(before), tuple(launches))
+        inputs = {"x": x, "shift": shift, "scale": scale}
+        final = self._unit("final", inputs, {"prediction": prediction})
+        end = (final, self._sampler(step, prediction))
+        return BoundStep(tuple(before), start, tuple(updates), end)
 
     def _start(self, step: int) -> list[BoundLaunch]:
         """What a step does first: it expands its rows of the modulation table, and those of steps that it predicts ahead."""
@@ -208,22 +136,6 @@ class Binder:
         """Noise of a step as its sampler reads it."""
         return self._noise_of(step)
 
-    def _constants(self, step: int, start: int, width: int) -> Buffer:
-        """Values ``start ...`` of the constants of a step."""
-        return self._buffers.constants.view(width, start=step * self._step_size + start)
-
-    def _coefficients(self, step: int) -> list[Buffer | None]:
-        """The coefficients of each launch of a step that predicts."""
-        rows = step_rows(self._plan, step)
-        starts = accumulate(aligned_size(len(row)) for row in rows)  # the sampler's row comes first
-        found = (
-            self._constants(step, start, len(row))
-            for start, row in zip(starts, rows[1:], strict=False)
-        )
-        return [
-            next(found) if isinstance(op, Predict) else None for op in self._plan.launches[step]
-        ]
-
     def _estimate(self, step: int, lag: int) -> Buffer:
         """What a multistep sampler kept ``lag`` steps ago; 0 is where it keeps that of the step itself."""
         ring, nothing = self._buffers.estimates, self._buffers.no_estimate
@@ -244,7 +156,7 @@ class Binder:
             "cond_rows": buffers.cond_rows.view(images),
             "uncond_rows": buffers.uncond_rows.view(images),
             "guidance": buffers.guidance.view(images, self._spec.channels),
-            "coefficients": self._constants(step, 0, len(table.rows[step])),
+            "coefficients": buffers.sampler_rows[step],
             "noise": self._noise(step),
         }
         outputs = {"latents_out": self._latents_out(step)}
@@ -408,5 +320,6 @@ class Binder:
         addresses = [(name, b.pointer, b.shape) for name, b in [*inputs.items(), *outputs.items()]]
         key = (id(engine), *addresses)
         if key not in self._known:
-            self._known[key] = BoundLaunch(name, engine.bind(inputs, outputs, self._stream))
+            run = engine.bind(inputs, outputs, self._stream)
+            self._known[key] = BoundLaunch(name, run, inputs, outputs)
         return self._known[key]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from goc_deploy.compiler import Plan, Predict
-from goc_deploy.protocols import ALIGNMENT, DTYPE_BYTES, DTYPE_OF_PRECISION, Backend, Buffer
+from goc_deploy.compiler import Plan
+from goc_deploy.protocols import DTYPE_OF_PRECISION, Backend, Buffer
+from goc_deploy.runtime.constants import (
+    aligned_rows,
+    aligned_size,
+    constants_from_plan,
+    views_of_step,
+)
 from goc_deploy.spec import ITEM_BYTES, ModelSpec
 
 TABLE_BUDGET_BYTES = 512 * 2**20
@@ -33,7 +38,11 @@ class Buffers:
         estimates: what a multistep sampler keeps of the last steps, (N, C, H, W) float32 each; one more than it reaches back.
         no_estimate: zeros, what it reads before there is anything.
         noise: fresh noise of each step for a stochastic sampler, else zeros once, (N, C, H, W) each, one after the other.
-        constants: (T, `step_size`) float32, the numbers that differ from step to step; see `step_rows`.
+        constants: (T, S) float32, the numbers that differ from step to step; see
+            `goc_deploy.runtime.constants`.
+        sampler_rows: [T] where a step reads its row of the sampler table.
+        coefficients: [T] for each launch of the step, where it reads its coefficients; None if it
+            predicts nothing.
         shared: where steps find theirs on a device that shares launches, else None.
         timesteps: a row per chunk, each at an aligned address.
         guidance: (N, C) guidance weight of each channel of each image.
@@ -56,6 +65,8 @@ class Buffers:
     no_estimate: Buffer | None
     noise: Buffer
     constants: Buffer
+    sampler_rows: tuple[Buffer, ...]
+    coefficients: tuple[tuple[Buffer | None, ...], ...]
     shared: SharedBuffers | None
     timesteps: Buffer
     guidance: Buffer
@@ -73,7 +84,7 @@ class SharedBuffers:
 
     Attributes:
         step: (1,) int32, the step that runs.
-        constants: (`step_size`,) float32, its row of the constants.
+        constants: (S,) float32, its row of the constants.
         noise: (N, C, H, W) float32, its noise.
     """
 
@@ -136,41 +147,6 @@ def modulation_rows(spec: ModelSpec) -> int:
     return 3 * spec.units + 2
 
 
-def aligned_size(count: int) -> int:
-    """Float32 values to the next aligned address after ``count`` of them."""
-    per_line = ALIGNMENT // DTYPE_BYTES["float32"]
-    return -(-count // per_line) * per_line
-
-
-def aligned_rows(rows: Sequence[Sequence[float]], size: int = 1) -> np.ndarray:
-    """Rows one after the other, each from an aligned address on, as float32; filled up to ``size`` values with zeros."""
-    starts = np.cumsum([0, *(aligned_size(len(row)) for row in rows)])
-    values = np.zeros(max(size, starts[-1]), np.float32)
-    for start, row in zip(starts, rows, strict=False):
-        values[start : start + len(row)] = row
-    return values
-
-
-def step_rows(plan: Plan, step: int) -> list[Sequence[float]]:
-    """The numbers of a step: its row of the sampler table, then the coefficients of each launch that predicts."""
-    return [
-        plan.sampler.rows[step],
-        *(coefficient_row(op) for op in plan.launches[step] if isinstance(op, Predict)),
-    ]
-
-
-def step_size(plan: Plan) -> int:
-    """Values from the constants of a step to those of the next: what the largest takes."""
-    return max(
-        sum(aligned_size(len(row)) for row in step_rows(plan, step)) for step in range(plan.steps)
-    )
-
-
-def coefficient_row(op: Predict) -> list[float]:
-    """What a launch reads: the coefficients of its units, joined."""
-    return [c for prediction in op.predictions for c in prediction.coefficients]
-
-
 def planned_bytes(spec: ModelSpec, precision: str, plan: Plan, capacity: int) -> int:
     """Bytes that `allocate_buffers` takes, without its few kilobytes of indices."""
     item, rows = ITEM_BYTES[precision], 2 * capacity
@@ -200,16 +176,31 @@ def _chunk_steps(step_bytes: int, plan: Plan) -> int:
 
 
 def allocate_buffers(
-    backend: Backend, spec: ModelSpec, precision: str, plan: Plan, capacity: int
+    backend: Backend,
+    spec: ModelSpec,
+    precision: str,
+    plan: Plan,
+    capacity: int,
+    chunk: int | None = None,
 ) -> Buffers:
     """Allocate a session's memory and fill in what never changes.
+
+    Args:
+        backend: allocates.
+        spec: the model.
+        precision: of the engines.
+        plan: what the session runs.
+        capacity: the largest number of images N.
+        chunk: steps for which the modulation table is made at a time; None: as many as
+            ``TABLE_BUDGET_BYTES`` allow.
 
     Raises:
         ResourceError: not enough memory.
     """
     dtype, rows = DTYPE_OF_PRECISION[precision], 2 * capacity
     table_row = table_labels(spec, capacity) * spec.hidden
-    chunk = _chunk_steps(modulation_rows(spec) * table_row * ITEM_BYTES[precision], plan)
+    if chunk is None:
+        chunk = _chunk_steps(modulation_rows(spec) * table_row * ITEM_BYTES[precision], plan)
     feature, image = rows * spec.tokens * spec.hidden, spec.channels * spec.side**2
 
     def new(*shape: int, dtype: str = "float32") -> Buffer:
@@ -220,21 +211,18 @@ def allocate_buffers(
         backend.upload(values, buffer)
         return buffer
 
-    def rows_of(rows: Sequence[Sequence[float]]) -> Buffer:
-        return constant(aligned_rows(rows))
-
     table = plan.sampler
     whole = chunk + plan.accumulators
     padded = (*table.timesteps, *[0.0] * whole)
-    size = step_size(plan)
+    first_steps = range(0, plan.steps, chunk)
     noise = (
         new(plan.steps * aligned_size(capacity * image))
         if table.stochastic
         else constant(np.zeros(capacity * image))
     )
-    constants = constant(
-        np.stack([aligned_rows(step_rows(plan, step), size) for step in range(plan.steps)])
-    )
+    constants = constant(constants_from_plan(plan))
+    shared = _shared_buffers(backend, constants, capacity * image, noise, plan)
+    sampler_rows, coefficients = _numbers(plan, constants, shared)
     return Buffers(
         chunk=chunk,
         table=new(
@@ -257,26 +245,50 @@ def allocate_buffers(
         no_estimate=constant(np.zeros(capacity * image)) if table.lags else None,
         noise=noise,
         constants=constants,
-        shared=SharedBuffers(
-            step=new(1, dtype="int32"),
-            constants=new(size),
-            noise=new(capacity * image) if table.stochastic else noise,
-        )
-        if backend.device.shares_launches
-        else None,
-        timesteps=rows_of([padded[first : first + whole] for first in range(0, plan.steps, chunk)]),
+        sampler_rows=sampler_rows,
+        coefficients=coefficients,
+        shared=shared,
+        timesteps=constant(aligned_rows([padded[first : first + whole] for first in first_steps])),
         guidance=new(capacity * spec.channels),
         labels=new(capacity + 1, dtype="int64"),
         label_rows=new(rows, dtype="int64"),
         rows=new(rows, dtype="int64"),
         cond_rows=new(capacity, dtype="int64"),
         uncond_rows=new(capacity, dtype="int64"),
-        captions=CaptionBuffers(
-            embeds=new(rows * spec.caption_tokens * spec.caption_channels),
-            bias=new(rows * spec.caption_tokens),
-            keys_values=new(*keys_values_shape(spec, rows), dtype=dtype),
-            rows=new(rows, dtype="int64"),
-        )
-        if spec.draws_captions
-        else None,
+        captions=_caption_buffers(backend, spec, rows, dtype) if spec.draws_captions else None,
+    )
+
+
+def _shared_buffers(
+    backend: Backend, constants: Buffer, elements: int, noise: Buffer, plan: Plan
+) -> SharedBuffers | None:
+    """What steps that share launches read; None if the device shares no launches."""
+    if not backend.device.shares_launches:
+        return None
+    return SharedBuffers(
+        step=backend.allocate((1,), "int32"),
+        constants=backend.allocate(constants.shape[1:], "float32"),
+        noise=backend.allocate((elements,), "float32") if plan.sampler.stochastic else noise,
+    )
+
+
+def _numbers(
+    plan: Plan, constants: Buffer, shared: SharedBuffers | None
+) -> tuple[tuple[Buffer, ...], tuple[tuple[Buffer | None, ...], ...]]:
+    """Where each step reads its sampler row, and each of its launches its coefficients."""
+    _, size = constants.shape
+    own = [constants.view(size, start=step * size) for step in range(plan.steps)]
+    views = [
+        views_of_step(plan, step, shared.constants if shared else row)
+        for step, row in enumerate(own)
+    ]
+    return tuple(sampler for sampler, _ in views), tuple(launches for _, launches in views)
+
+
+def _caption_buffers(backend: Backend, spec: ModelSpec, rows: int, dtype: str) -> CaptionBuffers:
+    return CaptionBuffers(
+        embeds=backend.allocate((rows * spec.caption_tokens * spec.caption_channels,), "float32"),
+        bias=backend.allocate((rows * spec.caption_tokens,), "float32"),
+        keys_values=backend.allocate(keys_values_shape(spec, rows), dtype),
+        rows=backend.allocate((rows,), "int64"),
     )

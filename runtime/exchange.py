@@ -13,13 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.manifest import Manifest, Unit
-from goc_deploy.engine_dir.reading import read_manifest, read_verified
 from goc_deploy.engine_dir.weights import mapped_parts
 from goc_deploy.errors import UsageError
+from goc_deploy.host_memory import return_free_pages
 from goc_deploy.protocols import Backend, Engine
-from goc_deploy.runtime import memory
-from goc_deploy.runtime.binding import Batch, Engines
+from goc_deploy.runtime.binding import Engines
+from goc_deploy.runtime.request import Batch
 from goc_deploy.runtime.session import Session
 from goc_deploy.runtime.weights import Weights
 
@@ -46,39 +47,39 @@ class _Graph:
     parts: Mapping[str, Unit]
 
 
-def load_weights(directory: Path, engines: Engines, backend: Backend) -> None:
+def load_weights(path: Path, engines: Engines, backend: Backend) -> None:
     """See `goc_deploy.runtime.pipeline.Pipeline.load_weights`."""
     weights = engines.weights
     with weights.exchange():
-        if weights.manifest is None:
+        if weights.directory is None:
             raise UsageError(
                 "these engines come from no engine directory, so their weights cannot be exchanged"
             )
-        graphs = list(_graphs(weights.manifest, engines))
+        graphs = list(_graphs(weights.directory.manifest, engines))
         parts = {part.name: part for graph in graphs for part in graph.parts.values()}
-        other = read_manifest(directory)
-        _check(directory, list(_differences(weights.manifest, other, parts)))
+        other = EngineDir.open(path)
+        _check(path, list(_differences(weights.directory, other, parts)))
         for graph in graphs:
             names = {
                 prefix + p.name for prefix, part in graph.parts.items() for p in part.parameters
             }
             backend.check_replaceable(graph.engines[graph.key], names)
-        content = {**weights.content, **_verified(directory, other, parts)}
+        content = {**weights.content, **_verified(other, parts)}
         with weights.alone():
             _Exchange(backend, weights).run(graphs, content)
             weights.content, weights.checkpoint_sha256 = (
                 content,
-                other.provenance.get("checkpoint_sha256"),
+                other.manifest.provenance.get("checkpoint_sha256"),
             )
-    logger.info("the weights of %s are in use now", directory)
+    logger.info("the weights of %s are in use now", path)
 
 
-def _check(directory: Path, differences: Sequence[str]) -> None:
+def _check(path: Path, differences: Sequence[str]) -> None:
     if differences:
         rest = len(differences) - SHOWN_DIFFERENCES
         more = f" and {rest} more" if rest > 0 else ""
         raise UsageError(
-            f"the weights of {directory} do not fit the engines that are loaded: {'; '.join(differences[:SHOWN_DIFFERENCES])}{more}; "
+            f"the weights of {path} do not fit the engines that are loaded: {'; '.join(differences[:SHOWN_DIFFERENCES])}{more}; "
             "load that directory by itself, or export its checkpoint with the same options and version"
         )
 
@@ -120,9 +121,7 @@ class _Exchange:
                 graph.key, None
             )  # before the new one is made: memory never holds both
             graph.engines[graph.key] = self._backend.load(content[graph.onnx], initializers, inputs)
-        memory.return_free_pages(
-            content[part.weights] for part in graph.parts.values() if part.weights
-        )
+        return_free_pages(content[part.weights] for part in graph.parts.values() if part.weights)
 
     def _bind(self) -> None:
         """Bind what was bound before; binding is done once, and fails here if it fails."""
@@ -148,11 +147,12 @@ def _graphs(manifest: Manifest, engines: Engines) -> Iterator[_Graph]:
                 yield _Graph(kind, key, unit.onnx, parts)
 
 
-def _differences(manifest: Manifest, other: Manifest, parts: Mapping[str, Unit]) -> Iterator[str]:
+def _differences(own: EngineDir, other: EngineDir, parts: Mapping[str, Unit]) -> Iterator[str]:
     """What of another engine directory does not fit: the model, or graphs and parameters of units."""
-    if other.precision != manifest.precision:
-        yield f"precision {other.precision} instead of {manifest.precision}"
-    mine, theirs = asdict(manifest.model), asdict(other.model)
+    manifest, precision = own.manifest, other.manifest.precision
+    if precision != manifest.precision:
+        yield f"precision {precision} instead of {manifest.precision}"
+    mine, theirs = asdict(manifest.model), asdict(other.manifest.model)
     if manifest.model.draws_captions:
         del mine["classes"], theirs["classes"]  # how many captions a directory keeps
     yield from (
@@ -160,35 +160,31 @@ def _differences(manifest: Manifest, other: Manifest, parts: Mapping[str, Unit])
         for name, value in mine.items()
         if theirs[name] != value
     )
-    units, digests = (
-        {unit.name: unit for unit in other.units},
-        {file.path: file.sha256 for file in other.files},
-    )
-    own_digests = {file.path: file.sha256 for file in manifest.files}
+    units = {unit.name: unit for unit in other.manifest.units}
     for name, unit in parts.items():
         twin = units.get(name)
         if twin is None:
             yield f"no unit {name}"
-        elif digests[twin.onnx] != own_digests[unit.onnx]:
+        elif other.sha256(twin.onnx) != own.sha256(unit.onnx):
             yield f"unit {name} is another graph"
         elif (twin.parameters, twin.precision) != (unit.parameters, unit.precision):
             yield f"unit {name} has other parameters"
 
 
-def _verified(directory: Path, other: Manifest, parts: Mapping[str, Unit]) -> dict[str, memoryview]:
+def _verified(other: EngineDir, parts: Mapping[str, Unit]) -> dict[str, memoryview]:
     """The weights of units, by their path in the directory that was loaded first."""
-    files = {file.path: file for file in other.files}
-    units = {unit.name: unit for unit in other.units}
+    units = {unit.name: unit for unit in other.manifest.units}
 
     def verified(unit: Unit) -> memoryview:
         path = units[unit.name].weights
         assert path is not None  # it has parameters
-        content = read_verified(directory, files[path])
-        memory.return_free_pages([content])
+        content = other.read(path)
+        return_free_pages([content])
         return content
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        found = pool.map(verified, parts.values())
+        contents = pool.map(verified, parts.values())
         return {
-            str(unit.weights): content for unit, content in zip(parts.values(), found, strict=True)
+            str(unit.weights): content
+            for unit, content in zip(parts.values(), contents, strict=True)
         }

@@ -9,16 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from numbers import Integral
-from pathlib import Path
 from types import MappingProxyType
 
 from goc_deploy.compiler import Compute, Plan, with_stacks
 from goc_deploy.conditions.captions import captions_from_bytes
 from goc_deploy.conditions.text import TextEncoder
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.graph_check import check_graph, external_tensors
 from goc_deploy.engine_dir.manifest import Manifest, Unit
-from goc_deploy.engine_dir.plans import load_plan
-from goc_deploy.engine_dir.reading import read_manifest, read_verified
 from goc_deploy.engine_dir.weights import mapped_parts
 from goc_deploy.errors import (
     EngineDirError,
@@ -27,18 +25,13 @@ from goc_deploy.errors import (
     ResourceError,
     UsageError,
 )
-from goc_deploy.options import Progress
-from goc_deploy.policies.calibration import CalibrationOptions
+from goc_deploy.host_memory import return_free_pages
 from goc_deploy.protocols import DTYPE_OF_PRECISION, Backend, Engine, Footprint
-from goc_deploy.runtime import memory
 from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.buffers import planned_bytes
-from goc_deploy.runtime.calibrator import EngineCalibrator
 from goc_deploy.runtime.decoder import LatentDecoder
 from goc_deploy.runtime.pipeline import Attached, Pipeline
-from goc_deploy.runtime.stepper import Stepper
 from goc_deploy.runtime.weights import Weights
-from goc_deploy.samplers import SamplerTable
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +52,7 @@ class UnlistedPlans:
 
 
 def load_pipelines(
-    directory: Path,
+    directory: EngineDir,
     backend: Backend,
     names: Sequence[str | None],
     batch_size: int | None,
@@ -91,12 +84,9 @@ def load_pipelines(
         raise UsageError(
             f"max_sessions must be at least 1 and at most {MAX_SESSIONS}, got {max_sessions}"
         )
-    manifest = read_manifest(directory)
-    others = unlisted.plans if unlisted else {}
+    manifest, others = directory.manifest, unlisted.plans if unlisted else {}
     plans = [
-        others[name]
-        if name is not None and name in others
-        else load_plan(directory, manifest, name)
+        others[name] if name is not None and name in others else directory.plan(name)
         for name in names
     ]
     images = manifest.max_batch if batch_size is None else batch_size
@@ -111,13 +101,13 @@ def load_pipelines(
     more += manifest.model.unit_names if all_units else ()
     made = _made_predictors(manifest, plans, unlisted.predict_graph, backend) if unlisted else {}
     footprint = backend.footprint(
-        _weights_of(manifest, needed_graphs(directory, manifest, plans, backend, more, made))
+        _weights_of(directory, needed_graphs(directory, plans, backend, more, made))
     )
     for plan in plans:
         _check_memory(manifest, plan, images, max_sessions, footprint, backend.device.free_bytes())
-    engines = load_engines(directory, manifest, plans, backend, more, made)
+    engines = load_engines(directory, plans, backend, more, made)
     attached = Attached(
-        _decoder(manifest, engines, backend), _text_encoder(directory, manifest, engines, backend)
+        _decoder(manifest, engines, backend), _text_encoder(directory, engines, backend)
     )
     return [
         Pipeline(manifest, plan, engines, backend, images, max_sessions, attached) for plan in plans
@@ -149,15 +139,13 @@ def _made_predictors(
     return {s: backend.load(memoryview(predict_graph(s)), {}) for s in missing}
 
 
-def _text_encoder(
-    directory: Path, manifest: Manifest, engines: Engines, backend: Backend
-) -> TextEncoder | None:
+def _text_encoder(directory: EngineDir, engines: Engines, backend: Backend) -> TextEncoder | None:
     """The text encoder, where there is one and the package that it needs is installed; asked for a prompt without it,
     the pipeline says so."""
+    manifest = directory.manifest
     if manifest.text is None or find_spec("tokenizers") is None:
         return None
-    entry = next(file for file in manifest.files if file.path == manifest.text.tokenizer)
-    tokenizer = bytes(read_verified(directory, entry))
+    tokenizer = bytes(directory.read(manifest.text.tokenizer))
     most = 2 * manifest.max_batch  # that TensorRT engines are built for
     return TextEncoder(
         engines.units["text_encoder"], backend, tokenizer, manifest.model, manifest.text, most
@@ -168,42 +156,6 @@ def _decoder(manifest: Manifest, engines: Engines, backend: Backend) -> LatentDe
     if manifest.decoder is None:
         return None
     return LatentDecoder(engines.units["decoder"], backend, manifest.decoder, manifest.model)
-
-
-def load_stepper(directory: Path, backend: Backend, table: SamplerTable, images: int) -> Stepper:
-    """Load an engine directory to drive its units one at a time with a sampler, ``images`` at most together.
-
-    Raises:
-        EngineDirError, SafetyError: the directory is corrupt or not ours.
-        EnvironmentUnsupportedError: the backend has no kernels for its precision.
-    """
-    manifest = read_manifest(directory)
-    engines = load_engines(directory, manifest, (), backend, (table.graph,))
-    return Stepper(
-        engines, manifest.model, manifest.precision, table, min(images, manifest.max_batch)
-    )
-
-
-def load_calibrator(
-    directory: Path,
-    backend: Backend,
-    table: SamplerTable,
-    options: CalibrationOptions,
-    progress: Progress,
-) -> EngineCalibrator:
-    """Load an engine directory to calibrate on it.
-
-    Raises:
-        UsageError: an option out of range.
-        EngineDirError, SafetyError, EnvironmentUnsupportedError: as `load_stepper`.
-    """
-    found = read_manifest(directory).provenance
-    provenance = (
-        {"checkpoint_sha256": found["checkpoint_sha256"]} if "checkpoint_sha256" in found else {}
-    )
-    return EngineCalibrator(
-        load_stepper(directory, backend, table, options.images), options, provenance, progress
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,8 +178,7 @@ class NeededGraphs:
 
 
 def needed_graphs(
-    directory: Path,
-    manifest: Manifest,
+    directory: EngineDir,
     plans: Sequence[Plan],
     backend: Backend,
     more: Iterable[str] = (),
@@ -241,8 +192,8 @@ def needed_graphs(
     Raises:
         EngineDirError: the manifest does not list one.
     """
+    manifest, dtype = directory.manifest, DTYPE_OF_PRECISION[directory.manifest.precision]
     signatures = {signature for plan in plans for signature in plan.signatures}
-    dtype = DTYPE_OF_PRECISION[manifest.precision]
     offered = {s: made[s] if s in made else backend.predictor(s, dtype) for s in sorted(signatures)}
     predictors = {signature: engine for signature, engine in offered.items() if engine is not None}
     predict = {
@@ -269,28 +220,25 @@ def needed_graphs(
     lacking = sorted({*needed, *manifest.model.unit_names} - {unit.name for unit in manifest.units})
     if lacking:
         raise EngineDirError(
-            f"{directory} lists no unit {lacking[0]!r}, which the model needs; export again"
+            f"{directory.path} lists no unit {lacking[0]!r}, which the model needs; export again"
         )
     units = {unit.name: unit for unit in manifest.units if unit.name in needed}
     return NeededGraphs(units, predict, segments, predictors)
 
 
-def _weights_of(manifest: Manifest, graphs: NeededGraphs) -> dict[str, dict[str, int]]:
+def _weights_of(directory: EngineDir, graphs: NeededGraphs) -> dict[str, dict[str, int]]:
     """What `Backend.footprint` takes."""
-    files = {file.path: file for file in manifest.files}
-    weights = {
-        unit.onnx: [part.weights for part in manifest.parts(unit).values() if part.weights]
-        for unit in graphs.all
-    }
+    parts = {unit.onnx: directory.manifest.parts(unit).values() for unit in graphs.all}
     return {
-        files[onnx].sha256: {path: files[path].size for path in paths}
-        for onnx, paths in weights.items()
+        directory.sha256(onnx): {
+            part.weights: directory.size(part.weights) for part in of_graph if part.weights
+        }
+        for onnx, of_graph in parts.items()
     }
 
 
 def load_engines(
-    directory: Path,
-    manifest: Manifest,
+    directory: EngineDir,
     plans: Sequence[Plan],
     backend: Backend,
     more: Iterable[str] = (),
@@ -301,8 +249,7 @@ def load_engines(
     Raises:
         EngineDirError, SafetyError: a file is missing, corrupt or not ours, or a graph asks for more than its weights.
     """
-    graphs = needed_graphs(directory, manifest, plans, backend, more, made)
-    entries = {file.path: file for file in manifest.files}
+    manifest, graphs = directory.manifest, needed_graphs(directory, plans, backend, more, made)
     weights = {
         part.weights
         for unit in graphs.all
@@ -312,19 +259,16 @@ def load_engines(
     captions = {manifest.captions} if manifest.captions else set()
     paths = sorted({unit.onnx for unit in graphs.all} | weights | captions)
 
-    def verified(path: str) -> memoryview:
-        return read_verified(directory, entries[path])
-
     def loaded(unit: Unit) -> Engine:
-        parts = manifest.parts(unit)
-        check_graph(content[unit.onnx], external_tensors(parts), str(directory / unit.onnx))
+        parts, where = manifest.parts(unit), str(directory.path / unit.onnx)
+        check_graph(content[unit.onnx], external_tensors(parts), where)
         try:
             return backend.load(content[unit.onnx], *mapped_parts(parts, content))
         except GocError as cause:
-            raise type(cause)(f"{directory / unit.onnx}: {cause}") from cause
+            raise type(cause)(f"{where}: {cause}") from cause
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        content = dict(zip(paths, pool.map(verified, paths), strict=True))
+        content = dict(zip(paths, pool.map(directory.read, paths), strict=True))
         units, predict, segments = (
             dict(zip(kind, pool.map(loaded, kind.values()), strict=True))
             for kind in (graphs.units, graphs.predict, graphs.segments)
@@ -332,28 +276,31 @@ def load_engines(
     stored = None
     if manifest.captions:
         stored = captions_from_bytes(
-            content[manifest.captions], manifest.model, f"{directory / manifest.captions}"
+            content[manifest.captions], manifest.model, f"{directory.path / manifest.captions}"
         )
-    memory.return_free_pages(content.values())
+    return_free_pages(content.values())
     weights_and_graphs = {path: content[path] for path in content if path != manifest.captions}
     return Engines(
         units,
         {**predict, **graphs.predictors},
         stored,
         segments,
-        Weights(manifest, weights_and_graphs),
+        Weights(directory, weights_and_graphs),
     )
 
 
-def _listed(directory: Path, graphs: Mapping[str, str], signatures: Iterable[str]) -> list[str]:
+def _listed(
+    directory: EngineDir, graphs: Mapping[str, str], signatures: Iterable[str]
+) -> list[str]:
     """Distinct signatures, whose graphs the manifest lists."""
-    found = sorted(set(signatures))
-    missing = [signature for signature in found if signature not in graphs]
+    distinct = sorted(set(signatures))
+    missing = [signature for signature in distinct if signature not in graphs]
     if missing:
         raise EngineDirError(
-            f"{directory} lists no graph for {missing[0]!r}, which a plan needs; add the plan again"
+            f"{directory.path} lists no graph for {missing[0]!r}, which a plan needs; "
+            "add the plan again"
         )
-    return found
+    return distinct
 
 
 def _launched_units(manifest: Manifest, plans: Sequence[Plan]) -> Iterable[str]:

@@ -2,97 +2,42 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from goc_deploy.compiler import Plan
 from goc_deploy.conditions.captions import (
     Conditions,
     PromptEmbeds,
     blank_captions,
-    conditions_from_captions,
-    conditions_from_labels,
 )
 from goc_deploy.conditions.text import NO_TOKENIZERS, TextEncoder
 from goc_deploy.engine_dir.manifest import Manifest
-from goc_deploy.errors import EnvironmentUnsupportedError, UsageError, VerificationError
-from goc_deploy.noise import image_noise
+from goc_deploy.errors import EnvironmentUnsupportedError, UsageError
 from goc_deploy.options import GenerateOptions
 from goc_deploy.protocols import Backend
 from goc_deploy.runtime import arguments
-from goc_deploy.runtime.binding import Batch, Engines
-from goc_deploy.runtime.buffers import planned_bytes
+from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.decoder import LatentDecoder
-from goc_deploy.runtime.images import images_from_latents, pil_images
-from goc_deploy.runtime.interpreter_exit import check_not_exiting, code_of_the_caller, native_calls
-from goc_deploy.runtime.session import Request, Session, Timing
+from goc_deploy.runtime.images import images_from_latents
+from goc_deploy.runtime.interpreter_exit import native_calls
+from goc_deploy.runtime.request import Batch, Drawing, Request
+from goc_deploy.runtime.results import Drawn, Result, plan_report, timing_report
+from goc_deploy.runtime.session import Session
 from goc_deploy.runtime.session_pool import CLOSED, SessionPool
-from goc_deploy.spec import ITEM_BYTES, ModelSpec
+from goc_deploy.runtime.step_events import StepHook, step_callback
+from goc_deploy.spec import ModelSpec
 from goc_deploy.trace import Span, recorded
 from goc_deploy.version import __version__
 
-logger = logging.getLogger(__name__)
-
 DEFAULTS = GenerateOptions()
-
-StepHook = Callable[["StepEvent"], None]
-
-
-@dataclass(frozen=True, slots=True)
-class StepEvent:
-    """What a callback is told after each step.
-
-    Attributes:
-        step: 0 .. T-1.
-        steps: T.
-        kind: ``full``, ``collapsed`` or ``mixed``.
-        first_image: index of the batch's first image in the request.
-        images: images of the batch.
-    """
-
-    step: int
-    steps: int
-    kind: str
-    first_image: int
-    images: int
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What `Pipeline.generate` returns.
-
-    Attributes:
-        images: (N, H, W, channels) uint8, or None where the latents need a decoder that the engine does not have.
-        latents: (N, C, H, W) float32.
-        trajectory: (T, N, C, H, W) float32, latents after each step, where asked for.
-        report: timings, plan, memory and versions; plain JSON types.
-    """
-
-    images: np.ndarray | None
-    latents: np.ndarray
-    trajectory: np.ndarray | None
-    report: dict[str, Any]
-
-    def pil(self) -> list[Image.Image]:
-        """The images as Pillow has them, mode ``L`` where they are grey, else ``RGB``.
-
-        Raises:
-            UsageError: there are latents only.
-        """
-        if self.images is None:
-            raise UsageError(
-                "the result has latents but no images; leave out decode=False, or export the model with its decoder (--vae)"
-            )
-        return pil_images(self.images)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,61 +121,51 @@ class Pipeline:
             EnvironmentUnsupportedError: the pipeline was closed, or inherited over a fork.
         """
         self._check_open()
-        cfg_channels = self.spec.guided_channels if cfg_channels is None else cfg_channels
         if prompts is not None:
             captions = self.encode(prompts, negative_prompts)
         seed, cfg_scale = arguments.checked_seed(seed), arguments.checked_scale(cfg_scale)
-        arguments.check_channels(cfg_channels)
-        if labels is not None:
-            arguments.check_labels(labels)
-        conditions = self._conditions(
-            labels, captions, guided=bool(np.any(np.not_equal(cfg_scale, 1))) and cfg_channels != 0
+        cfg_channels = self.spec.guided_channels if cfg_channels is None else cfg_channels
+        drawing = self._drawing(
+            labels, captions, seed, first_image, cfg_scale, cfg_channels, latents
         )
-        images = len(conditions.labels)
-        keys = arguments.noise_keys(seed, first_image, images)
-        scales = arguments.scale_of_each(cfg_scale, images)
-        start = None if latents is None else arguments.checked_latents(latents, images, self.spec)
-        outputs: list[np.ndarray] = []
-        timings: list[Timing] = []
-        trajectories: list[list[np.ndarray]] = []
-        weights = self._engines.weights
+        drawn = Drawn()
 
         def run_batches(session: Session) -> None:
-            for first in range(0, images, self.batch_size):
-                part = range(first, min(first + self.batch_size, images))
-                noise = np.stack(
-                    [image_noise(*keys[i], self._draws, self._latent_shape) for i in part]
-                )
-                cut = slice(part.start, part.stop)
-                if start is not None:
-                    noise[:, 0] = start[cut]
-                request = Request(conditions.part(part), noise, scales[cut], int(cfg_channels))
+            for first in range(0, len(drawing), self.batch_size):
+                part = range(first, min(first + self.batch_size, len(drawing)))
                 taken: list[np.ndarray] = []
-                on_step = self._step_callback(callback, taken if trajectory else None, part)
+                on_step = None
+                if callback is not None or trajectory or self._backend.device.kind == "cpu":
+                    # Else nothing is called between steps: on a GPU a run is short.
+                    on_step = step_callback(
+                        self.plan, callback, taken if trajectory else None, part
+                    )
+                request = drawing.request(part, self._draws, self._latent_shape)
                 final, timing = session.run(request, on_step, spans)
-                outputs.append(final)
-                timings.append(timing)
-                trajectories.append(taken)
+                drawn.batches.append(final)
+                drawn.timings.append(timing)
+                drawn.trajectories.append(taken)
 
+        weights = self._engines.weights
         with weights.running():
             checkpoint = weights.checkpoint_sha256
             self._pool.run(self._new_session, run_batches, spans)
-        final_latents = np.concatenate(outputs)
-        if not np.isfinite(final_latents).all():
-            bad = [i for i, x in enumerate(final_latents) if not np.isfinite(x).all()]
-            raise VerificationError(
-                f"the latents of image {bad[0]} are not finite; use a milder plan or --precision fp32"
-            )
+        final_latents = drawn.latents()
         started = time.perf_counter()
         pictures = self._images(final_latents, spans) if decode else None
-        decode_ms = 1e3 * (time.perf_counter() - started)
-        report = self._report(images, seed, cfg_scale, cfg_channels, timings)
-        report |= {"checkpoint_sha256": checkpoint, "decode_ms": decode_ms}
-        whole = (
-            np.concatenate([np.stack(taken) for taken in trajectories], axis=1)
-            if trajectory
-            else None
-        )
+        report = {
+            "goc_deploy": __version__,
+            **self._backend.describe(),
+            **plan_report(self.plan, self.spec, self.manifest.precision, self.batch_size),
+            "images": len(drawing),
+            "seed": seed,
+            "cfg_scale": cfg_scale,
+            "cfg_channels": drawing.cfg_channels,
+            **timing_report(self.plan, drawn.timings),
+            "checkpoint_sha256": checkpoint,
+            "decode_ms": 1e3 * (time.perf_counter() - started),
+        }
+        whole = drawn.trajectory() if trajectory else None
         return Result(pictures, final_latents, whole, report)
 
     def encode(
@@ -365,16 +300,34 @@ class Pipeline:
         with recorded(spans, "decode", f"decode {len(latents)} images"), native_calls():
             return self._attached.decoder.images(latents)
 
+    def _drawing(
+        self,
+        labels: Sequence[int] | None,
+        captions: PromptEmbeds | None,
+        seed: int | list[int],
+        first_image: int,
+        cfg_scale: float | list[float],
+        cfg_channels: int,
+        latents: np.ndarray | None,
+    ) -> Drawing:
+        """Check what each image gets; see `generate`."""
+        arguments.check_channels(cfg_channels)
+        guided = bool(np.any(np.not_equal(cfg_scale, 1))) and cfg_channels != 0
+        conditions = self._conditions(labels, captions, guided=guided)
+        images = len(conditions.labels)
+        return Drawing(
+            conditions,
+            arguments.noise_keys(seed, first_image, images),
+            arguments.scale_of_each(cfg_scale, images),
+            int(cfg_channels),
+            None if latents is None else arguments.checked_latents(latents, images, self.spec),
+        )
+
     def _conditions(
         self, labels: Sequence[int] | None, captions: PromptEmbeds | None, *, guided: bool
     ) -> Conditions:
-        if captions is None:
-            return conditions_from_labels(
-                () if labels is None else labels, self.spec, self._engines.captions
-            )
-        if not self.spec.draws_captions:
-            raise UsageError("this model draws class labels, not captions; give labels")
-        return conditions_from_captions(labels, captions, guided=guided)
+        stored = self._engines.captions
+        return arguments.conditions(labels, captions, self.spec, stored, guided=guided)
 
     def _check_open(self) -> None:
         if self._pool.closed:
@@ -393,83 +346,7 @@ class Pipeline:
             self.plan,
             self.batch_size,
         )
-        usual = (
-            Batch(1, True, labels=1, captions=2)
-            if self.spec.draws_captions
-            else Batch(1, True, labels=2)
-        )
-        session.bind(usual)
+        captions = self.spec.draws_captions
+        session.bind(Batch(1, True, labels=1 if captions else 2, captions=2 if captions else 0))
         self._engines.weights.sessions.add(session)
         return session
-
-    def _step_callback(
-        self, callback: StepHook | None, taken: list[np.ndarray] | None, part: range
-    ) -> Any:
-        if callback is None and taken is None and self._backend.device.kind != "cpu":
-            return None  # a run is short there, and may be one launch
-
-        def on_step(step: int, latents: Callable[[], np.ndarray]) -> None:
-            check_not_exiting()
-            if taken is not None:
-                taken.append(latents())
-            if callback is not None:
-                with code_of_the_caller():
-                    try:
-                        callback(
-                            StepEvent(
-                                step,
-                                self.plan.steps,
-                                self.plan.step_kind(step),
-                                part.start,
-                                len(part),
-                            )
-                        )
-                    except Exception:
-                        logger.exception("the callback failed at step %d; the run goes on", step)
-
-        return on_step
-
-    def _report(
-        self,
-        images: int,
-        seed: int | list[int],
-        cfg_scale: float | list[float],
-        cfg_channels: int,
-        timings: Sequence[Timing],
-    ) -> dict[str, Any]:
-        plan, rows = self.plan, 2 * self.batch_size
-        item = ITEM_BYTES[self.manifest.precision]
-        return {
-            "goc_deploy": __version__,
-            **self._backend.describe(),
-            "plan": plan.name,
-            "policy": plan.schedule.policy,
-            "sampler": plan.sampler.sampler,
-            "prediction": plan.sampler.prediction,
-            "steps": plan.steps,
-            "step_kinds": plan.kind_counts,
-            "computed_units": plan.schedule.computed,
-            "all_units": plan.steps * self.spec.units,
-            "precision": self.manifest.precision,
-            "images": images,
-            "batch_size": self.batch_size,
-            "seed": seed,
-            "cfg_scale": cfg_scale,
-            "cfg_channels": int(cfg_channels),
-            "cache_bytes": plan.cache_bytes(self.spec, rows, item),
-            "naive_cache_bytes": plan.naive_cache_bytes(self.spec, rows, item),
-            "buffer_bytes": planned_bytes(
-                self.spec, self.manifest.precision, plan, self.batch_size
-            ),
-            "total_ms": sum(t.prepare_ms + sum(t.step_ms) for t in timings),
-            "batches": [
-                {
-                    "prepare_ms": t.prepare_ms,
-                    "steps": [
-                        {"step": k, "kind": plan.step_kind(k), "ms": ms}
-                        for k, ms in enumerate(t.step_ms)
-                    ],
-                }
-                for t in timings
-            ],
-        }

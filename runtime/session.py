@@ -16,10 +16,11 @@ from functools import partial
 import numpy as np
 
 from goc_deploy.compiler import Plan
-from goc_deploy.conditions.captions import Conditions
 from goc_deploy.protocols import Backend, Launch, Stream
-from goc_deploy.runtime.binding import Batch, Binder, BoundLaunch, BoundPlan, BoundStep, Engines
+from goc_deploy.runtime.binding import Binder, Engines
+from goc_deploy.runtime.bound import BoundLaunch, BoundPlan, BoundStep
 from goc_deploy.runtime.buffers import allocate_buffers
+from goc_deploy.runtime.request import Batch, Inputs, Request, prepared
 from goc_deploy.runtime.shared_binding import SharedBinder
 from goc_deploy.spec import ModelSpec
 from goc_deploy.trace import Span, recorded
@@ -28,23 +29,6 @@ MAX_BOUND_SHAPES = 8
 BEFORE_THE_FIRST_STEP = np.array([-1], np.int32)
 
 StepCallback = Callable[[int, Callable[[], np.ndarray]], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """Inputs of one run.
-
-    Attributes:
-        conditions: what each image shows.
-        noise: (N, draws, C, H, W) float32: x_T, then one tensor for each step where the sampler is stochastic.
-        cfg_scale: (N,) guidance scale of each image; where all are 1, there are no unconditional rows.
-        cfg_channels: guidance acts on channels 0 .. cfg_channels - 1.
-    """
-
-    conditions: Conditions
-    noise: np.ndarray
-    cfg_scale: np.ndarray
-    cfg_channels: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +63,18 @@ def _run_profiled(step: BoundStep, name: str, stream: Stream, spans: list[Span])
 
 
 class Session:
-    """Buffers for one plan and up to ``capacity`` images; runs one request at a time."""
+    """Buffers for one plan and up to ``capacity`` images; runs one request at a time.
+
+    Args:
+        engines: what the plan launches.
+        backend: what they run on.
+        spec: the model.
+        precision: of the engines.
+        plan: what to run.
+        capacity: the largest number of images N of a request.
+        chunk: steps for which the modulation table is made at a time; None: as many as its memory
+            budget allows.
+    """
 
     def __init__(
         self,
@@ -89,13 +84,11 @@ class Session:
         precision: str,
         plan: Plan,
         capacity: int,
+        chunk: int | None = None,
     ) -> None:
         self._engines, self._backend, self._spec, self._plan = engines, backend, spec, plan
         self._stream = backend.stream()
-        self._pads_labels = (
-            backend.device.shares_launches
-        )  # to bind and record a shape costs more than to pad one
-        self._buffers = allocate_buffers(backend, spec, precision, plan, capacity)
+        self._buffers = allocate_buffers(backend, spec, precision, plan, capacity, chunk)
         self._bound: OrderedDict[Batch, _Runnable] = OrderedDict()
 
     def run(
@@ -143,66 +136,55 @@ class Session:
         )
         return latents, Timing(prepare_ms, step_ms)
 
+    def prepare(self, request: Request) -> BoundPlan:
+        """Bind the plan and upload a request, for a caller that runs the launches itself."""
+        inputs = self._inputs(request)
+        plan = self.bind(inputs.batch).plan
+        self._upload(request, inputs, plan)
+        return plan
+
     def _prepare(self, request: Request) -> _Runnable:
         """Bind the plan for the request's shape, or record it if it ran before, and upload the inputs."""
-        buffers, upload = self._buffers, self._stream.upload
-        conditions, images = request.conditions, len(request.conditions.labels)
-        guided = request.cfg_channels > 0 and bool((request.cfg_scale != 1).any())
-        wanted = [*conditions.labels, *(conditions.nulls if guided else ())]
-        distinct = sorted(set(wanted))
-        index = np.searchsorted(distinct, wanted)
-        if self._pads_labels:
-            distinct += distinct[-1:] * (images + guided - len(distinct))
-        captions = conditions.captions
-        batch = (
-            Batch(images, guided, len(distinct))
-            if captions is None
-            else Batch(images, guided, 1, len(distinct))
-        )
-        runnable = self.bind(batch)
+        inputs = self._inputs(request)
+        runnable = self.bind(inputs.batch)
         if runnable.ran and not runnable.recorded:
             runnable.steps = self._recorded(runnable.plan)
             runnable.recorded = True
-        own = np.arange(images)
-        if captions is None:
-            upload(np.asarray(distinct), buffers.labels.view(batch.labels))
-            upload(index, buffers.label_rows.view(batch.rows))
-        else:
-            assert buffers.captions is not None
-            embeds, bias = captions.embeds[distinct], captions.bias[distinct]
-            upload(embeds, buffers.captions.embeds.view(*embeds.shape))
-            upload(bias, buffers.captions.bias.view(*bias.shape))
-            upload(index, buffers.captions.rows.view(batch.rows))
-            upload(np.zeros(batch.rows), buffers.label_rows.view(batch.rows))
-        upload(np.resize(own, batch.rows), buffers.rows.view(batch.rows))
-        self._upload_guidance(request, batch)
-        upload(np.float32(self._plan.sampler.start) * request.noise[:, 0], runnable.plan.initial)
-        if buffers.shared is not None:
-            upload(BEFORE_THE_FIRST_STEP, buffers.shared.step)
-        for source, target in runnable.plan.resets:
-            self._stream.copy(source, target)
-        if self._plan.sampler.stochastic:
-            for step, target in enumerate(runnable.plan.noise):
-                upload(request.noise[:, step + 1], target)
-        self._stream.wait()
+        self._upload(request, inputs, runnable.plan)
         return runnable
 
-    def _upload_guidance(self, request: Request, batch: Batch) -> None:
-        """Weights, and which rows of the prediction they lie between: for an image of scale 1, one row and itself."""
-        buffers, upload, scales, channels = (
-            self._buffers,
-            self._stream.upload,
-            request.cfg_scale,
-            self._spec.channels,
-        )
-        own = np.arange(batch.images)
-        guidance = np.where(np.arange(channels) < request.cfg_channels, scales[:, None], 1.0)
-        upload(own, buffers.cond_rows.view(batch.images))
-        upload(
-            np.where(scales == 1, own, own + batch.rows - batch.images),
-            buffers.uncond_rows.view(batch.images),
-        )
-        upload(guidance.astype(np.float32), buffers.guidance.view(batch.images, channels))
+    def _inputs(self, request: Request) -> Inputs:
+        # To bind and record a shape costs more than to pad one.
+        pads_labels = self._backend.device.shares_launches
+        return prepared(request, self._spec.channels, pads_labels=pads_labels)
+
+    def _upload(self, request: Request, inputs: Inputs, plan: BoundPlan) -> None:
+        """Put everything that a request brings where the launches read it."""
+        buffers, batch, upload = self._buffers, inputs.batch, self._stream.upload
+        captions = request.conditions.captions
+        if captions is None:
+            upload(inputs.distinct, buffers.labels.view(batch.labels))
+            upload(inputs.index, buffers.label_rows.view(batch.rows))
+        else:
+            assert buffers.captions is not None
+            embeds, bias = captions.embeds[inputs.distinct], captions.bias[inputs.distinct]
+            upload(embeds, buffers.captions.embeds.view(*embeds.shape))
+            upload(bias, buffers.captions.bias.view(*bias.shape))
+            upload(inputs.index, buffers.captions.rows.view(batch.rows))
+            upload(np.zeros(batch.rows), buffers.label_rows.view(batch.rows))
+        upload(inputs.rows, buffers.rows.view(batch.rows))
+        upload(inputs.cond_rows, buffers.cond_rows.view(batch.images))
+        upload(inputs.uncond_rows, buffers.uncond_rows.view(batch.images))
+        upload(inputs.guidance, buffers.guidance.view(*inputs.guidance.shape))
+        upload(np.float32(self._plan.sampler.start) * request.noise[:, 0], plan.initial)
+        if buffers.shared is not None:
+            upload(BEFORE_THE_FIRST_STEP, buffers.shared.step)
+        for source, target in plan.resets:
+            self._stream.copy(source, target)
+        if self._plan.sampler.stochastic:
+            for step, target in enumerate(plan.noise):
+                upload(request.noise[:, step + 1], target)
+        self._stream.wait()
 
     def _recorded(self, plan: BoundPlan) -> tuple[Sequence[Launch], ...]:
         """What to call for each step: steps of the same launches are recorded once."""

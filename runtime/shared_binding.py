@@ -12,8 +12,10 @@ import math
 from typing import Any
 
 from goc_deploy.protocols import Buffer, Device, Move
-from goc_deploy.runtime.binding import Binder, BoundLaunch
-from goc_deploy.runtime.buffers import SharedBuffers, aligned_size, modulation_rows
+from goc_deploy.runtime.binding import Binder
+from goc_deploy.runtime.bound import BoundLaunch
+from goc_deploy.runtime.buffers import SharedBuffers, modulation_rows
+from goc_deploy.runtime.constants import aligned_size
 
 
 class SharedBinder(Binder):
@@ -56,7 +58,7 @@ class SharedBinder(Binder):
     def _numbers(self) -> list[Move]:
         """The step's numbers, and its noise."""
         plan, places, buffers = self._plan, self._places, self._buffers
-        size, elements = self._step_size, math.prod(self._latents_shape)
+        (size,), elements = places.constants.shape, math.prod(self._latents_shape)
         moves = [
             Move(
                 buffers.constants.view(1, 1, size),
@@ -95,9 +97,6 @@ class SharedBinder(Binder):
 
     def _noise(self, step: int) -> Buffer:  # noqa: ARG002
         return self._places.noise.view(*self._latents_shape)
-
-    def _constants(self, step: int, start: int, width: int) -> Buffer:  # noqa: ARG002
-        return self._places.constants.view(width, start=start)
 
     def _estimate(self, step: int, lag: int) -> Buffer:  # noqa: ARG002
         return self._buffers.estimates[lag].view(*self._latents_shape)

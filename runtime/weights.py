@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
-from goc_deploy.engine_dir.manifest import Manifest
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.errors import EnvironmentUnsupportedError, UsageError
 from goc_deploy.protocols import NOTHING
 
@@ -21,7 +21,7 @@ class Weights:
     """Shared by all pipelines on the same engines: any number of requests run on them, or one thread exchanges them.
 
     Attributes:
-        manifest: of the engine directory that the engines come from, or None where they come from nowhere.
+        directory: the engine directory that the engines come from, or None if they come from none.
         content: graphs of that directory and the weights in use, mapped, by path in that directory.
         checkpoint_sha256: digest of the checkpoint that the weights in use were exported from.
         sessions: that may have engines bound.
@@ -29,11 +29,11 @@ class Weights:
     """
 
     def __init__(
-        self, manifest: Manifest | None = None, content: Mapping[str, memoryview] = NOTHING
+        self, directory: EngineDir | None = None, content: Mapping[str, memoryview] = NOTHING
     ) -> None:
-        self.manifest, self.content = manifest, dict(content)
+        self.directory, self.content = directory, dict(content)
         self.checkpoint_sha256 = (
-            None if manifest is None else manifest.provenance.get("checkpoint_sha256")
+            None if directory is None else directory.manifest.provenance.get("checkpoint_sha256")
         )
         self.sessions: WeakSet[Session] = WeakSet()
         self.lost: str | None = None

@@ -11,12 +11,12 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy as np
 
-from goc_deploy.engines.host import host_array
 from goc_deploy.engines.plugin.registration import register_plugin
 from goc_deploy.engines.tensorrt.engine import Lane, StoredEngine, TensorrtEngine, Weight
 from goc_deploy.engines.tensorrt.kernel_cache import KernelCache
 from goc_deploy.engines.tensorrt.library import Library, message_log
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, GocError, ResourceError
+from goc_deploy.host_memory import host_array
 from goc_deploy.protocols import DTYPE_BYTES, NOTHING, Buffer, Device, Engine, Footprint, Stream
 
 KEPT_MESSAGES = 100

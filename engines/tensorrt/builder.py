@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
-from goc_deploy.engine_dir.manifest import Manifest
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engines.tensorrt.build import BuildReport, BuildRequest
 from goc_deploy.engines.tensorrt.jobs import Job, graph_of_job
 from goc_deploy.engines.tensorrt.library import is_out_of_memory
@@ -31,9 +30,7 @@ class Builder:
         self._backend, self._stack, self._timings = backend, stack, timings
         self._processes: dict[bool, BuildProcess] = {}
 
-    def build(
-        self, directory: Path, manifest: Manifest, job: Job
-    ) -> tuple[Job, bytes, BuildReport]:
+    def build(self, directory: EngineDir, job: Job) -> tuple[Job, bytes, BuildReport]:
         """Build a job; where the plugin cannot be used, from the function bodies.
 
         Returns:
@@ -44,7 +41,7 @@ class Builder:
             ConflictError, ResourceError: the timings cannot be written; there is not enough memory.
         """
         try:
-            return (job, *self._build(graph_of_job(directory, manifest, job), job))
+            return (job, *self._build(graph_of_job(directory, job), job))
         except EnvironmentUnsupportedError as cause:
             if job.recipe.plugin_sha256 is None:
                 raise
@@ -52,7 +49,7 @@ class Builder:
                 "%s; it is built from the function bodies instead, which takes more launches", cause
             )
         job = replace(job, recipe=replace(job.recipe, plugin_sha256=None))
-        return (job, *self._build(graph_of_job(directory, manifest, job), job))
+        return (job, *self._build(graph_of_job(directory, job), job))
 
     def _build(self, graph: bytes, job: Job) -> tuple[bytes, BuildReport]:
         target, uses_plugin = job.recipe.target, job.recipe.plugin_sha256 is not None

@@ -7,14 +7,11 @@ lists, byte for byte.
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
-from goc_deploy.disk import directory_lock, disk_errors, replacing
+from goc_deploy.engine_dir.directory import EngineDir
+from goc_deploy.engine_dir.editing import Amendment, amended
 from goc_deploy.engine_dir.keys import Target
-from goc_deploy.engine_dir.manifest import MANIFEST_NAME
-from goc_deploy.engine_dir.manifest_file import manifest_to_json
-from goc_deploy.engine_dir.reading import file_entry, read_manifest, read_verified
 from goc_deploy.engines.driver import device_name, load_driver
 from goc_deploy.errors import EnvironmentUnsupportedError
 
@@ -54,29 +51,24 @@ def gpu_name() -> str:
     return device_name(driver, driver.cuDeviceGet(0))
 
 
-def read_cache(directory: Path, path: str) -> bytes:
-    """The bytes of a cache, empty where the manifest lists none.
+def read_cache(directory: EngineDir, path: str) -> bytes:
+    """The bytes of a cache, empty if the manifest lists none.
 
     Raises:
         EngineDirError: missing, truncated, changed.
         SafetyError: a link, or not a regular file.
     """
-    listed = {file.path: file for file in read_manifest(directory).files}
-    return bytes(read_verified(directory, listed[path])) if path in listed else b""
+    return bytes(directory.read(path)) if path in directory else b""
 
 
 def keep_cache(directory: Path, path: str, content: bytes) -> None:
-    """Write a cache, file first, then the manifest that lists it, each in one step.
+    """Write a cache, and list it in the manifest.
 
     Raises:
         ConflictError, ResourceError: the directory cannot be written.
     """
-    with directory_lock(directory), disk_errors(f"keeping {path} in {directory}"):
-        manifest = read_manifest(directory)
-        (directory / path).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(directory / path) as temporary:
-            temporary.write_bytes(content)
-        others = [file for file in manifest.files if file.path != path]
-        files = tuple(sorted([*others, file_entry(directory, path)], key=lambda file: file.path))
-        with replacing(directory / MANIFEST_NAME) as temporary:
-            temporary.write_text(manifest_to_json(replace(manifest, files=files)), encoding="utf-8")
+    amended(
+        directory,
+        f"keeping {path} in {directory}",
+        lambda current: Amendment(current.manifest, {path: content}),
+    )

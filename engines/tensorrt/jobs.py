@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 from goc_deploy.compiler import with_stacks
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.graph_check import check_graph, external_tensors
 from goc_deploy.engine_dir.keys import Recipe, Target, dimension_profiles
-from goc_deploy.engine_dir.manifest import FileEntry, Manifest, Unit
-from goc_deploy.engine_dir.plans import load_plan
-from goc_deploy.engine_dir.reading import read_verified
+from goc_deploy.engine_dir.manifest import EngineEntry, FileEntry, Manifest, Unit
 from goc_deploy.engines.plugin.stacking import KERNEL_SHA256, stack_updates
 from goc_deploy.engines.tensorrt import graphs
 from goc_deploy.options import EngineOptions
@@ -50,31 +48,48 @@ class Job:
         """Of the engine file."""
         return f"{self.recipe.target.folder}/{self.unit.name}-{self.recipe.key[:12]}.engine"
 
+    def accepts(self, entry: EngineEntry, *, as_asked: bool) -> bool:
+        """Whether an engine of the directory does this job.
 
-def wanted_engines(
-    directory: Path, manifest: Manifest, target: Target, options: EngineOptions
-) -> list[Job]:
+        Args:
+            entry: the engine.
+            as_asked: accept only what was built by exactly this recipe. A command that builds asks
+                for that, so that it keeps to the limit on scratch memory and tries the plugin again
+                if an earlier build could not use it. To run, an engine under another limit or
+                without the plugin will do, because it computes the same.
+        """
+        recipes = [self.recipe]
+        if not as_asked:
+            recipe = replace(self.recipe, workspace_bytes=entry.workspace_bytes)
+            recipes = [recipe, replace(recipe, plugin_sha256=None)]
+        return (
+            entry.key in [recipe.key for recipe in recipes]
+            and entry.target == self.recipe.target
+            and entry.graphs == self.served
+        )
+
+
+def wanted_engines(directory: EngineDir, target: Target, options: EngineOptions) -> list[Job]:
     """One job per engine: per unit, or per kind of unit where weights are shared, and per segment.
 
     Predict graphs that plans launch only where their predictions are spread over steps (`Backend.stacks`) get none. A
     segment whose weights are more than one graph can hold reads them at an address in both weight modes.
     """
-    plans = [load_plan(directory, manifest, entry.name) for entry in manifest.plans]
+    manifest, plans = directory.manifest, directory.plans()
     steps = max((plan.steps for plan in plans), default=1)
     ways = dimension_profiles(target.backend, manifest.model, manifest.max_batch, steps)
     launched = {
         signature for plan in plans for signature in with_stacks(plan, manifest.model).signatures
     }
     not_launched = {signature for plan in plans for signature in plan.signatures} - launched
-    files = {entry.path: entry for entry in manifest.files}
     jobs: dict[str, Job] = {}
     for unit in _units(manifest, not_launched):
-        where = f"{directory / unit.onnx}"
-        content, parts = read_verified(directory, files[unit.onnx]), manifest.parts(unit)
+        where = f"{directory.path / unit.onnx}"
+        content, parts = directory.read(unit.onnx), manifest.parts(unit)
         check_graph(content, external_tensors(parts), where)
         model = graphs.model_from_bytes(content, where)
         held = [
-            files[part.weights]
+            directory.file(part.weights)
             for part in parts.values()
             if part.weights and not part.weights_are_inputs
         ]
@@ -97,8 +112,9 @@ def wanted_engines(
         known = jobs.get(recipe.key)
         served = (*(known.served if known else ()), unit.onnx)
         weights = "embedded" if embeds else "shared" if parts else "none"
-        first, parts = (known.unit, known.parts) if known else (unit, parts)
-        jobs[recipe.key] = Job(recipe, first, served, tuple(profiles.values()), weights, parts)
+        if known:
+            unit, parts = known.unit, known.parts
+        jobs[recipe.key] = Job(recipe, unit, served, tuple(profiles.values()), weights, parts)
     return list(jobs.values())
 
 
@@ -116,14 +132,14 @@ def _units(manifest: Manifest, without: Set[str]) -> Iterator[Unit]:
     yield from (unit for unit in manifest.graphs() if unit.onnx not in skipped)
 
 
-def graph_of_job(directory: Path, manifest: Manifest, job: Job) -> bytes:
+def graph_of_job(directory: EngineDir, job: Job) -> bytes:
     """The graph as the parser takes it."""
-    files, where = {entry.path: entry for entry in manifest.files}, f"{directory / job.unit.onnx}"
-    model = graphs.model_from_bytes(read_verified(directory, files[job.unit.onnx]), where)
+    where = f"{directory.path / job.unit.onnx}"
+    model = graphs.model_from_bytes(directory.read(job.unit.onnx), where)
     if job.recipe.weights_sha256 is None:
         graphs.share_weights(model)
     for prefix, path in embedded_weights(job).items():
-        part, weights = job.parts[prefix], read_verified(directory, files[path])
+        part, weights = job.parts[prefix], directory.read(path)
         graphs.embed_weights(model, part.parameters, weights, part.precision, where, prefix)
     if job.recipe.plugin_sha256 is not None:
         stack_updates(model)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import threading
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engines.tensorrt.caches import keep_cache, read_cache
 from goc_deploy.errors import GocError
 
@@ -22,14 +22,19 @@ class KernelCache:
     """The kernels of all engines of a target that run on one kind of GPU.
 
     Args:
-        directory: the engine directory.
+        directory: the engine directory, from which the kernels are read now.
         path: where they lie in it, as `goc_deploy.engines.tensorrt.caches.cache_path` names it.
     """
 
-    def __init__(self, directory: Path, path: str) -> None:
-        self._directory, self.path = directory, path
+    def __init__(self, directory: EngineDir, path: str) -> None:
+        self._directory, self.path = directory.path, path
         self._lock = threading.Lock()
         self._cache: Any = None
+        self._stored = b""  # what was read, until TensorRT takes it
+        try:
+            self._stored = read_cache(directory, path)
+        except GocError as reason:
+            logger.warning("compiled kernels are not loaded: %s", reason)
         self._kept = b""  # digest of what lies in the directory, as far as it is sound
         self._has_grown = False
 
@@ -47,11 +52,7 @@ class KernelCache:
             self._has_grown = True
 
     def _load(self) -> None:
-        try:
-            content = read_cache(self._directory, self.path)
-        except GocError as reason:
-            logger.warning("compiled kernels are not loaded: %s", reason)
-            return
+        content, self._stored = self._stored, b""
         if not content or self._cache is None:
             return
         if self._cache.deserialize(content):

@@ -9,15 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.keys import WEIGHT_MODES, Target
 from goc_deploy.engine_dir.manifest import EngineEntry, Manifest
-from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.engines.tensorrt.backend import TensorrtBackend
 from goc_deploy.engines.tensorrt.caches import cache_path, driver_version
 from goc_deploy.engines.tensorrt.engine import StoredEngine
-from goc_deploy.engines.tensorrt.jobs import Job, wanted_engines
+from goc_deploy.engines.tensorrt.jobs import wanted_engines
 from goc_deploy.engines.tensorrt.kernel_cache import KernelCache
 from goc_deploy.engines.tensorrt.library import Library, check_target, this_platform
 from goc_deploy.engines.tensorrt.store import build_engines, read_engine
@@ -27,7 +26,7 @@ from goc_deploy.protocols import Device
 
 logger = logging.getLogger(__name__)
 
-Build = Callable[[Path, EngineOptions, Progress], tuple[Manifest, int]]
+Build = Callable[[EngineDir, EngineOptions, Progress], tuple[EngineDir, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,7 @@ class Selection:
 
 
 def tensorrt_backend(
-    directory: Path,
+    directory: EngineDir,
     library: Library,
     capability: str,
     device: Device,
@@ -71,31 +70,31 @@ def tensorrt_backend(
         ConflictError, ResourceError: it cannot be written.
         EngineDirError, SafetyError: the directory is corrupt.
     """
-    manifest = read_manifest(directory)
-    check_target(library, capability, manifest.precision)
-    chosen = best_selection(directory, manifest, library, capability, weights)
-    content, damaged = _contents(directory, manifest, chosen)
+    check_target(library, capability, directory.manifest.precision)
+    chosen = best_selection(directory, library, capability, weights)
+    content, damaged = _contents(directory, chosen)
     if chosen.missing or damaged:
         logger.warning(
             "%s: %d of %d graphs have no %s engine for this GPU, so they are built now, once (goc-plan --backend %s builds them ahead)",
             *(
-                directory,
+                directory.path,
                 len(chosen.missing) + damaged,
                 len(chosen.engines) + len(chosen.missing),
                 library.backend,
             ),
             library.backend,
         )
-        manifest, _ = build(directory, chosen.options, progress)
-        chosen = best_selection(directory, manifest, library, capability, weights)
-        content, damaged = _contents(directory, manifest, chosen)
+        directory, _ = build(directory, chosen.options, progress)
+        chosen = best_selection(directory, library, capability, weights)
+        content, damaged = _contents(directory, chosen)
         if chosen.missing or damaged:
             raise EnvironmentUnsupportedError(
-                f"{directory}: {library.backend} engines are missing right after they were built, first for "
-                f"{[*chosen.missing, *chosen.engines][0]}; is another program changing the directory?"
+                f"{directory.path}: {library.backend} engines are missing right after they were built, "
+                f"first for {[*chosen.missing, *chosen.engines][0]}; is another program changing the directory?"
             )
-    digests = {file.path: file.sha256 for file in manifest.files}
-    engines = {digests[graph]: content[entry.path] for graph, entry in chosen.engines.items()}
+    engines = {
+        directory.sha256(graph): content[entry.path] for graph, entry in chosen.engines.items()
+    }
     target = next(iter(chosen.engines.values())).target
     report = {"engine_target": target.folder, "engine_weights": chosen.options.weights}
     kernels = None
@@ -107,19 +106,15 @@ def tensorrt_backend(
 
 
 def best_selection(
-    directory: Path,
-    manifest: Manifest,
-    library: Library,
-    capability: str,
-    weights: str | None = None,
+    directory: EngineDir, library: Library, capability: str, weights: str | None = None
 ) -> Selection:
     """Of all engines that this machine may run, those of the target and weight mode that lack least."""
-    found = []
-    for target, options in _ways(manifest, library, capability, weights):
-        found.append(selection(directory, manifest, target, options))
-        if not found[-1].missing:  # each reads every graph of the directory
+    selections = []
+    for target, options in _ways(directory.manifest, library, capability, weights):
+        selections.append(selection(directory, target, options))
+        if not selections[-1].missing:  # each reads every graph of the directory
             break
-    return min(found, key=lambda one: len(one.missing))  # the first of equals
+    return min(selections, key=lambda one: len(one.missing))  # the first of equals
 
 
 def _ways(
@@ -142,14 +137,13 @@ def _ways(
     yield Target(*here[:3], (capability,)), replace(usual, weights=weights or usual.weights)
 
 
-def selection(
-    directory: Path, manifest: Manifest, target: Target, options: EngineOptions
-) -> Selection:
+def selection(directory: EngineDir, target: Target, options: EngineOptions) -> Selection:
     """The engines that are listed for a target, by the keys that they must have."""
     engines: dict[str, EngineEntry] = {}
     missing: list[str] = []
-    for job in wanted_engines(directory, manifest, target, options):
-        entry = next((entry for entry in manifest.engines if _stands_for(entry, job)), None)
+    listed = directory.manifest.engines
+    for job in wanted_engines(directory, target, options):
+        entry = next((entry for entry in listed if job.accepts(entry, as_asked=False)), None)
         if entry is None:
             missing += job.served
         else:
@@ -157,23 +151,14 @@ def selection(
     return Selection(options, engines, tuple(missing))
 
 
-def _stands_for(entry: EngineEntry, job: Job) -> bool:
-    """Whether an engine was built by a job's recipe, under any limit of its workspace, and also if the plugin was not usable."""
-    recipe = replace(job.recipe, workspace_bytes=entry.workspace_bytes)
-    keys = (recipe.key, replace(recipe, plugin_sha256=None).key)
-    return entry.key in keys and entry.target == recipe.target and entry.graphs == job.served
-
-
-def _contents(
-    directory: Path, manifest: Manifest, chosen: Selection
-) -> tuple[dict[str, StoredEngine], int]:
+def _contents(directory: EngineDir, chosen: Selection) -> tuple[dict[str, StoredEngine], int]:
     """The verified bytes of the chosen engines by path, and how many are damaged."""
     content: dict[str, StoredEngine] = {}
     entries = {entry.path: entry for entry in chosen.engines.values()}
     for path, entry in entries.items():
         try:
             uses_plugin = entry.plugin_layers > 0
-            read = read_engine(directory, manifest, entry)
+            read = read_engine(directory, entry)
             content[path] = StoredEngine(
                 path,
                 read,

@@ -7,9 +7,9 @@ nothing when it builds, and a timing cache would make it ask for a GPU.
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engines.tensorrt.caches import keep_cache, read_cache
 from goc_deploy.errors import GocError
 
@@ -24,8 +24,8 @@ class TimingCache:
         path: where they lie in it, as `goc_deploy.engines.tensorrt.caches.cache_path` names it.
     """
 
-    def __init__(self, directory: Path, path: str) -> None:
-        self._directory, self._path = directory, path
+    def __init__(self, directory: EngineDir, path: str) -> None:
+        self._directory, self._path = directory.path, path
         self.content = b""
         try:
             self.content = read_cache(directory, path)

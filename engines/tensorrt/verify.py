@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.keys import dimension_ranges
-from goc_deploy.engine_dir.manifest import Manifest, Unit
-from goc_deploy.engine_dir.reading import read_manifest, read_verified
+from goc_deploy.engine_dir.manifest import Unit
 from goc_deploy.engine_dir.weights import mapped_parts
 from goc_deploy.engines.tensorrt.backend import TensorrtBackend
 from goc_deploy.engines.tensorrt.graphs import model_from_bytes
@@ -37,7 +36,7 @@ class Difference:
 
 
 def verify_engines(
-    directory: Path, backend: TensorrtBackend, reference: Backend, progress: Progress
+    directory: EngineDir, backend: TensorrtBackend, reference: Backend, progress: Progress
 ) -> list[Difference]:
     """Run every graph that a backend has an engine for on both backends, and compare.
 
@@ -55,50 +54,45 @@ def verify_engines(
         UsageError: bf16, which the reference cannot run.
         EngineDirError, SafetyError: the directory is corrupt.
     """
-    manifest = read_manifest(directory)
-    if manifest.precision not in TOLERANCE:
+    precision = directory.manifest.precision
+    if precision not in TOLERANCE:
         raise UsageError(
-            f"{directory} is {manifest.precision}, for which ONNX Runtime has no CPU kernels to verify with; export with --precision fp32 or fp16"
+            f"{directory.path} is {precision}, for which ONNX Runtime has no CPU kernels to verify "
+            "with; export with --precision fp32 or fp16"
         )
-    graphs, found = list(_graphs(manifest, backend)), []
+    graphs, differences = list(_graphs(directory, backend)), []
     for index, unit in enumerate(graphs):
         progress(f"verifying {unit.name}", index, len(graphs))
-        expected, outputs = (
-            _outputs(directory, manifest, unit, one) for one in (reference, backend)
-        )
+        expected, outputs = (_outputs(directory, unit, one) for one in (reference, backend))
         difference = Difference(
             unit.name, max(whole_relative_l2(outputs[name], expected[name]) for name in expected)
         )
-        if not difference.relative_l2 <= TOLERANCE[manifest.precision]:
+        if not difference.relative_l2 <= TOLERANCE[precision]:
             raise VerificationError(
                 f"unit {unit.name}: {backend.name} differs from ONNX Runtime by {difference.relative_l2:.2e} relative L2, allowed are "
-                f"{TOLERANCE[manifest.precision]:.0e}; see docs/gpu.md on looking at one unit with Polygraphy"
+                f"{TOLERANCE[precision]:.0e}; see docs/gpu.md on looking at one unit with Polygraphy"
             )
-        found.append(difference)
+        differences.append(difference)
     progress("done", len(graphs), len(graphs))
-    return found
+    return differences
 
 
-def _graphs(manifest: Manifest, backend: TensorrtBackend) -> Iterator[Unit]:
-    digests = {file.path: file.sha256 for file in manifest.files}
-    yield from (unit for unit in manifest.graphs() if digests[unit.onnx] in backend.graphs)
+def _graphs(directory: EngineDir, backend: TensorrtBackend) -> Iterator[Unit]:
+    for unit in directory.manifest.graphs():
+        if directory.sha256(unit.onnx) in backend.graphs:
+            yield unit
 
 
-def _outputs(
-    directory: Path, manifest: Manifest, unit: Unit, backend: Backend
-) -> dict[str, np.ndarray]:
+def _outputs(directory: EngineDir, unit: Unit, backend: Backend) -> dict[str, np.ndarray]:
     """All outputs of a graph on inputs that depend on its name alone."""
-    files = {file.path: file for file in manifest.files}
-    onnx = read_verified(directory, files[unit.onnx])
+    manifest, onnx = directory.manifest, directory.read(unit.onnx)
     parts = manifest.parts(unit)
     weights = {
-        part.weights: read_verified(directory, files[part.weights])
-        for part in parts.values()
-        if part.weights
+        part.weights: directory.read(part.weights) for part in parts.values() if part.weights
     }
     initializers, fixed = mapped_parts(parts, weights)
     engine = backend.load(onnx, initializers, fixed, runs_once=True)
-    graph = model_from_bytes(onnx, f"{directory / unit.onnx}").graph
+    graph = model_from_bytes(onnx, f"{directory.path / unit.onnx}").graph
     images = min(IMAGES, manifest.max_batch)
     sizes = {
         symbol: high for symbol, (_, _, high) in dimension_ranges(manifest.model, images, 1).items()

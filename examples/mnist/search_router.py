@@ -20,7 +20,7 @@ import torch
 from goc_deploy.api.facade import cpu_backend
 from goc_deploy.api.laboratory import engine_laboratory
 from goc_deploy.disk import written
-from goc_deploy.engine_dir.reading import read_manifest
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.metrics.paired import whole_relative_l2
 from goc_deploy.policies.calibration import CalibrationOptions
 from goc_deploy.policies.candidates import plain
@@ -39,11 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--images", type=int, default=16)
     args = parser.parse_args(argv)
-    spec = read_manifest(args.engine).model
+    directory = EngineDir.open(args.engine)
+    spec = directory.manifest.model
     options = CalibrationOptions(args.images)
     backend = cpu_backend()
     trials = engine_laboratory(
-        args.engine, lambda: backend, "ddim", options, lambda *_: None
+        directory, lambda: backend, "ddim", options, lambda *_: None
     ).trials()
     expected = trials.run(uncached(spec, args.steps), options).latents
     cells = [(step, unit) for step in range(1, args.steps, 2) for unit in range(spec.units)]

@@ -19,8 +19,8 @@ from goc_deploy.exporters.folders import (
     Renaming,
     Settings,
     predicts_sigma,
+    transformer_width,
 )
-from goc_deploy.schedule import MAX_BLOCKS
 from goc_deploy.spec import ModelSpec
 
 SETTINGS = Settings(
@@ -58,15 +58,7 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
     learn_sigma = predicts_sigma(config, channels, None, where)
     if not isinstance(norm_eps, float) or not 0 < norm_eps < 1:
         raise ModelError(f"{where}: norm_eps must be a number between 0 and 1, got {norm_eps!r}")
-    hidden = size["num_attention_heads"] * size["attention_head_dim"]
-    if size["sample_size"] % patch or hidden % 4:
-        raise ModelError(
-            f"{where}: sample_size must be a multiple of patch_size, and the width {hidden} of 4"
-        )
-    if size["num_layers"] > MAX_BLOCKS:
-        raise ModelError(
-            f"{where}: num_layers is {size['num_layers']}, at most {MAX_BLOCKS} are supported"
-        )
+    hidden = transformer_width(size, 4, "a sine and a cosine per axis", where)
     return ModelSpec(
         depth=size["num_layers"],
         hidden=hidden,

@@ -17,8 +17,8 @@ from goc_deploy.exporters.folders import (
     Renaming,
     Settings,
     predicts_sigma,
+    transformer_width,
 )
-from goc_deploy.schedule import MAX_BLOCKS
 from goc_deploy.spec import ModelSpec
 
 SETTINGS = Settings(
@@ -56,7 +56,8 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
     """
     size = SETTINGS.check(config, where)
     channels, patch, side = size["in_channels"], size["patch_size"], size["sample_size"]
-    hidden = size["num_attention_heads"] * size["attention_head_dim"]
+    parts = "4 for positions (a sine and a cosine per axis) times 3 for sizes (height, width, aspect ratio)"
+    hidden = transformer_width(size, 12, parts, where)
     learn_sigma = predicts_sigma(config, channels, 8, where)
     if config.get("cross_attention_dim", hidden) != hidden:
         raise ModelError(
@@ -76,10 +77,6 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
             f"{where}: interpolation_scale is {config['interpolation_scale']!r}, only {stretch(side)} is supported for sample_size {side}"
         )
     told = side == SIDE_THAT_IS_TOLD if told is None else told
-    if side % patch or hidden % 12 or size["num_layers"] > MAX_BLOCKS:
-        raise ModelError(
-            f"{where}: sample_size must be a multiple of patch_size, the width {hidden} of 12, and num_layers at most {MAX_BLOCKS}"
-        )
     return ModelSpec(
         depth=size["num_layers"],
         hidden=hidden,

@@ -143,7 +143,7 @@ def t5_config(config: Mapping[str, Any], where: str) -> T5Config:
     known = {*SETTINGS.sizes, *SETTINGS.required, *SETTINGS.read}
     size = SETTINGS.check({name: value for name, value in config.items() if name in known}, where)
     kind = config.get("feed_forward_proj", "relu")
-    if config.get("model_type") != "t5" or kind not in FEED_FORWARD:
+    if config.get("model_type") != "t5" or not isinstance(kind, str) or kind not in FEED_FORWARD:
         raise ModelError(
             f"{where}: model_type is {config.get('model_type')!r} and feed_forward_proj {kind!r}, "
             f"only 't5' with {' or '.join(map(repr, FEED_FORWARD))} is supported"
@@ -155,6 +155,10 @@ def t5_config(config: Mapping[str, Any], where: str) -> T5Config:
         )
     if size["relative_attention_num_buckets"] % 4:
         raise ModelError(f"{where}: relative_attention_num_buckets must be a multiple of 4")
+    if size["relative_attention_max_distance"] <= size["relative_attention_num_buckets"] // 4:
+        raise ModelError(
+            f"{where}: relative_attention_max_distance must be more than a quarter of relative_attention_num_buckets"
+        )
     return T5Config(
         width=size["d_model"],
         head=size["d_kv"],

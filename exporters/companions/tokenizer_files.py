@@ -134,8 +134,8 @@ def _pieces(content: bytes) -> tuple[list[tuple[str, float, int]], bytes]:
         if field == 1 and isinstance(value, bytes):
             entry = dict(_fields(value))
             name, score = entry.get(1, b""), entry.get(2, b"\0" * 4)
-            assert isinstance(name, bytes)
-            assert isinstance(score, bytes)
+            if not isinstance(name, bytes) or not isinstance(score, bytes) or len(score) != 4:
+                raise ValueError("a piece has no text or no score")
             kind = entry.get(3, 1)
             pieces.append(
                 (

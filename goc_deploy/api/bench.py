@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from goc_deploy.engine_dir.reading import read_manifest
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.options import BenchOptions, Progress
 from goc_deploy.trace import Span
 
@@ -33,7 +33,7 @@ def compare_plans(
     """
     from goc_deploy.api.facade import load_plans
 
-    names = options.plans or [entry.name for entry in read_manifest(engine_dir).plans]
+    names = options.plans or [entry.name for entry in EngineDir.open(engine_dir).manifest.plans]
     reports: dict[str, list[dict[str, Any]]] = {}
     with ExitStack() as stack:
         pipes = [

@@ -11,6 +11,7 @@ from goc_deploy.errors import ConflictError, EnvironmentUnsupportedError, UsageE
 from goc_deploy.options import EngineOptions, ExportOptions, PlanOptions, Progress, no_progress
 
 if TYPE_CHECKING:
+    from goc_deploy.engine_dir.directory import EngineDir
     from goc_deploy.engine_dir.manifest import Manifest, PlanEntry
     from goc_deploy.engines.choice import RunOptions
     from goc_deploy.engines.tensorrt.verify import Difference
@@ -64,7 +65,9 @@ def export_with(
 
     backend = cpu_backend()
 
-    def laboratory(directory: Path, sampler: str, calibration: CalibrationOptions) -> Laboratory:
+    def laboratory(
+        directory: EngineDir, sampler: str, calibration: CalibrationOptions
+    ) -> Laboratory:
         return engine_laboratory(directory, lambda: backend, sampler, calibration, progress)
 
     return export_checkpoint(checkpoint, output, options, backend, laboratory, progress)
@@ -100,9 +103,11 @@ def build_engines(
         GocError: a subclass says what is wrong and has an ``exit_code``.
     """
     _require("rtx" if options.backend == "tensorrt-rtx" else "tensorrt", "onnx", "polygraphy")
+    from goc_deploy.engine_dir.directory import EngineDir
     from goc_deploy.engines.tensorrt.store import build_engines as build
 
-    return build(Path(engine_dir), options, progress)
+    directory, built = build(EngineDir.open(Path(engine_dir)), options, progress)
+    return directory.manifest, built
 
 
 def check_gpu() -> None:
@@ -133,13 +138,13 @@ def verify_engines(
         VerificationError: one is beyond tolerance.
         EnvironmentUnsupportedError: there is no GPU, or TensorRT does not work on it.
     """
+    from goc_deploy.engine_dir.directory import EngineDir
     from goc_deploy.engines.choice import RunOptions, tensorrt_backend_here
     from goc_deploy.engines.tensorrt.verify import verify_engines as verify
 
-    backend = tensorrt_backend_here(
-        options.backend, Path(engine_dir), RunOptions(weights=options.weights)
-    )
-    return verify(Path(engine_dir), backend, cpu_backend(), progress)
+    directory = EngineDir.open(Path(engine_dir))
+    backend = tensorrt_backend_here(options.backend, directory, RunOptions(weights=options.weights))
+    return verify(directory, backend, cpu_backend(), progress)
 
 
 def load(
@@ -176,10 +181,11 @@ def load(
     Raises:
         GocError: a subclass says what is wrong and has an ``exit_code``.
     """
+    from goc_deploy.engine_dir.directory import EngineDir
     from goc_deploy.engines.choice import RunOptions
 
     options = RunOptions(threads, shared_pool, cuda_graphs, device)
-    directory, unlisted = Path(engine_dir), None
+    directory, unlisted = EngineDir.open(Path(engine_dir)), None
     if plan is not None or steps is not None:
         plan, unlisted = _plan_on_the_fly(directory, plan, steps)
     return _load(directory, backend, options, [plan], batch_size, max_sessions, unlisted=unlisted)[
@@ -188,11 +194,10 @@ def load(
 
 
 def _plan_on_the_fly(
-    directory: Path, plan: str | None, steps: int | None
+    directory: EngineDir, plan: str | None, steps: int | None
 ) -> tuple[str | None, UnlistedPlans | None]:
     """The name to load, and the plan of that name if the directory does not hold it."""
     from goc_deploy.api.plans import plan_on_the_fly
-    from goc_deploy.engine_dir.reading import read_manifest
     from goc_deploy.runtime.loading import UnlistedPlans
 
     try:
@@ -202,7 +207,7 @@ def _plan_on_the_fly(
         raise
     if found is None:
         return plan, None
-    manifest = read_manifest(directory)
+    manifest = directory.manifest
 
     def graph(signature: str) -> bytes:
         _require("export", "onnx")
@@ -244,16 +249,16 @@ def load_plans(
     Raises:
         GocError: a subclass says what is wrong and has an ``exit_code``.
     """
+    from goc_deploy.engine_dir.directory import EngineDir
     from goc_deploy.engines.choice import RunOptions
 
     options = RunOptions(threads, shared_pool, cuda_graphs, device)
-    return _load(
-        Path(engine_dir), backend, options, plans, batch_size, max_sessions, all_units=all_units
-    )
+    directory = EngineDir.open(Path(engine_dir))
+    return _load(directory, backend, options, plans, batch_size, max_sessions, all_units=all_units)
 
 
 def _load(
-    engine_dir: Path,
+    directory: EngineDir,
     name: str,
     options: RunOptions,
     plans: Sequence[str | None],
@@ -273,13 +278,13 @@ def _load(
     from goc_deploy.runtime.loading import load_pipelines
 
     passed_over: dict[str, str] = {}
-    choices = list(candidates(name, engine_dir, options))
+    choices = list(candidates(name, directory, options))
     for candidate, make in choices:
         try:
             backend = make()
             backend.passed_over = passed_over
             pipelines = load_pipelines(
-                engine_dir,
+                directory,
                 backend,
                 plans,
                 batch_size,
@@ -325,9 +330,11 @@ def add_plan(
     """
     _require("export", "onnx", *(("torch", "safetensors") if spec.startswith("l2c:") else ()))
     from goc_deploy.api.plans import add_plan_to
+    from goc_deploy.engine_dir.directory import EngineDir
 
     options = PlanOptions(name, steps, sampler, **more)
-    return add_plan_to(Path(engine_dir), spec, options, cpu_backend, progress)
+    directory = EngineDir.open(Path(engine_dir))
+    return add_plan_to(directory, spec, options, cpu_backend, progress)
 
 
 def cpu_backend() -> Backend:

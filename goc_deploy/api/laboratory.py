@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from goc_deploy.compiler import compile_schedule
 from goc_deploy.conditions.labels import balanced_labels
-from goc_deploy.engine_dir.reading import read_manifest
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.exporters.schedulers import table_from_sampler
 from goc_deploy.options import Progress
 from goc_deploy.policies.calibration import (
@@ -27,7 +26,7 @@ from goc_deploy.schedule import Schedule
 
 
 def engine_laboratory(
-    directory: Path,
+    directory: EngineDir,
     make_backend: Callable[[], Backend],
     sampler: str,
     options: CalibrationOptions,
@@ -46,9 +45,9 @@ def engine_laboratory(
 
     @cache
     def calibrator(steps: int) -> Calibrator:
-        from goc_deploy.runtime.loading import load_calibrator
+        from goc_deploy.runtime.calibration.calibrator import load_calibrator
 
-        table = table_from_sampler(sampler, steps, read_manifest(directory).process)
+        table = table_from_sampler(sampler, steps, directory.manifest.process)
         return load_calibrator(directory, backend(), table, options, progress)
 
     return Laboratory(
@@ -68,7 +67,7 @@ class EngineTrials:
 
     def __init__(
         self,
-        directory: Path,
+        directory: EngineDir,
         backend: Backend,
         sampler: str,
         options: CalibrationOptions,
@@ -78,9 +77,9 @@ class EngineTrials:
 
         check_options(options)
         self.sampler, self.options, self.progress = sampler, options, progress
-        self._backend, self._manifest = backend, read_manifest(directory)
+        self._backend, self._manifest = backend, directory.manifest
         graphs = [unit.name for unit in self._manifest.units if unit.name.startswith("sampler")]
-        self._engines = load_engines(directory, self._manifest, (), backend, graphs)
+        self._engines = load_engines(directory, (), backend, graphs)
         self._predict: dict[str, Engine] = {}
         self._tables: dict[int, SamplerTable] = {}
 

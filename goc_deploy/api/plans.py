@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 
 from goc_deploy.api.laboratory import engine_laboratory
 from goc_deploy.compiler import Plan, compile_schedule
-from goc_deploy.disk import directory_lock, disk_errors, replacing, scratch_folder
-from goc_deploy.engine_dir.manifest import MANIFEST_NAME, Manifest, PlanEntry
-from goc_deploy.engine_dir.manifest_file import manifest_to_json
-from goc_deploy.engine_dir.plans import load_plan, plan_entry
-from goc_deploy.engine_dir.reading import files_below, read_manifest, read_verified
+from goc_deploy.disk import scratch_folder
+from goc_deploy.engine_dir.directory import EngineDir
+from goc_deploy.engine_dir.editing import Amendment, amended
+from goc_deploy.engine_dir.manifest import PlanEntry
 from goc_deploy.errors import CalibrationNeededError, ConflictError, UsageError
 from goc_deploy.exporters.schedulers import table_from_sampler
 from goc_deploy.options import ExportOptions, PlanOptions, Progress, no_progress
@@ -29,13 +26,13 @@ DEFAULTS = ExportOptions()
 
 
 def add_plan_to(
-    directory: Path,
+    directory: EngineDir,
     spec: str,
     options: PlanOptions,
     make_backend: Callable[[], Backend],
     progress: Progress,
 ) -> PlanEntry:
-    """Compile a plan and add it: its files first, the manifest that lists them last, each in one step.
+    """Compile a plan and add it.
 
     Args:
         directory: the engine directory.
@@ -49,27 +46,36 @@ def add_plan_to(
         ConflictError: another plan has that name, the directory cannot be written, or it was replaced meanwhile.
         EngineDirError: the directory is corrupt.
     """
-    before = read_manifest(directory)
-    plan = _compiled(directory, before, spec, options, make_backend, progress)
-    with directory_lock(directory), disk_errors(f"adding a plan to {directory}"):
-        manifest = read_manifest(directory)
+    path, before = directory.path, directory.manifest
+    plan = _compiled(directory, spec, options, make_backend, progress)
+
+    def change(current: EngineDir) -> Amendment | None:
+        manifest = current.manifest
         if (manifest.model, manifest.units) != (before.model, before.units):
-            raise ConflictError(
-                f"{directory} was replaced while the plan was made; add the plan again"
-            )
-        for entry in manifest.plans:
-            if entry.name.lower() == plan.name.lower():
-                if load_plan(directory, manifest, entry.name) == plan:
-                    return entry
-                raise ConflictError(
-                    f"{directory} already has another plan named {entry.name}; choose another --name"
-                )
-        return _add(directory, manifest, plan)
+            raise ConflictError(f"{path} was replaced while the plan was made; add the plan again")
+        present = _named(current, plan.name)
+        if present is None:
+            return _with_plan(current, plan)
+        if current.plan(present.name) == plan:
+            return None
+        raise ConflictError(
+            f"{path} already has another plan named {present.name}; choose another --name"
+        )
+
+    after = amended(path, f"adding a plan to {path}", change)
+    entry = _named(after, plan.name)
+    assert entry is not None
+    return entry
+
+
+def _named(directory: EngineDir, name: str) -> PlanEntry | None:
+    """The plan of that name. Upper and lower case count as equal, as on some file systems."""
+    plans = directory.manifest.plans
+    return next((entry for entry in plans if entry.name.lower() == name.lower()), None)
 
 
 def _compiled(
-    directory: Path,
-    manifest: Manifest,
+    directory: EngineDir,
     spec: str,
     options: PlanOptions,
     make_backend: Callable[[], Backend],
@@ -83,7 +89,8 @@ def _compiled(
             f"{policy.base[0]!r} chooses the number of steps; use the option ,steps={options.steps} in the SPEC"
         )
     name = check_plan_name(options.name or policy.default_name)
-    first = load_plan(directory, manifest, manifest.plans[0].name) if manifest.plans else None
+    manifest = directory.manifest
+    first = directory.plan(manifest.plans[0].name) if manifest.plans else None
     steps = options.steps if options.steps is not None else first.steps if first else DEFAULTS.steps
     sampler = options.sampler or (
         first.sampler.sampler if first else default_sampler(manifest.process)
@@ -112,37 +119,20 @@ def _read_router(path: str) -> tuple[tuple[float, ...], ...]:
     return router_probabilities(path)
 
 
-def _add(directory: Path, manifest: Manifest, plan: Plan) -> PlanEntry:
+def _with_plan(directory: EngineDir, plan: Plan) -> Amendment:
     from goc_deploy.exporters.graphs.plan_files import write_plan
 
-    listed = {file.path: file for file in manifest.files}
-
-    def read(path: str) -> bytes:
-        return bytes(read_verified(directory, listed[path]))
-
-    made: list[Path] = []
-    try:
-        with scratch_folder(directory, ".plan-") as stage:
-            manifest = write_plan(stage, plan, manifest, read)
-            new = files_below(stage)
-            for file in new:
-                (directory / file.path).parent.mkdir(exist_ok=True)
-                made.append(directory / file.path)
-                with replacing(directory / file.path) as temporary:
-                    temporary.write_bytes((stage / file.path).read_bytes())
-        files = sorted((*manifest.files, *new), key=lambda file: file.path)
-        manifest = replace(manifest, files=tuple(files))
-        with replacing(directory / MANIFEST_NAME) as temporary:
-            temporary.write_text(manifest_to_json(manifest), encoding="utf-8")
-    except BaseException:
-        for path in made:  # files that no manifest lists
-            path.unlink(missing_ok=True)
-        raise
-    return manifest.plans[-1]
+    with scratch_folder(directory.path, ".plan-") as stage:
+        manifest = write_plan(
+            stage, plan, directory.manifest, lambda path: bytes(directory.read(path))
+        )
+        written = [path for path in stage.rglob("*") if path.is_file()]
+        files = {path.relative_to(stage).as_posix(): path.read_bytes() for path in written}
+    return Amendment(manifest, files)
 
 
 def plan_on_the_fly(
-    directory: Path, name: str | None, steps: int | None
+    directory: EngineDir, name: str | None, steps: int | None
 ) -> tuple[str, Plan] | None:
     """The plan that a name or SPEC asks for where the engine directory does not hold it, and what to call it.
 
@@ -158,16 +148,13 @@ def plan_on_the_fly(
         UsageError: no such plan, one that learns from images, or one made from a file that is not known any more.
         EngineDirError: the directory is corrupt.
     """
-    manifest = read_manifest(directory)
     try:
-        entry = plan_entry(manifest, name, directory)
+        entry = directory.plan_entry(name)
     except UsageError:
         if not isinstance(name, str) or meant_spec(name) != name:
             raise
-        return name, _uncalibrated(
-            directory, manifest, name, PlanOptions(steps=steps, segments="none")
-        )
-    present = load_plan(directory, manifest, entry.name)
+        return name, _uncalibrated(directory, name, PlanOptions(steps=steps, segments="none"))
+    present = directory.plan(entry.name)
     if steps is None or steps == present.steps:
         return None
     if parse_policy(entry.spec).path:
@@ -175,18 +162,18 @@ def plan_on_the_fly(
             f"plan {entry.name} was made from a file for {present.steps} steps; give its SPEC with the file's path instead"
         )
     options = PlanOptions(entry.name, steps, present.sampler.sampler, segments="none")
-    return entry.name, _uncalibrated(directory, manifest, entry.spec, options)
+    return entry.name, _uncalibrated(directory, entry.spec, options)
 
 
-def _uncalibrated(directory: Path, manifest: Manifest, spec: str, options: PlanOptions) -> Plan:
+def _uncalibrated(directory: EngineDir, spec: str, options: PlanOptions) -> Plan:
     def no_backend() -> Backend:
         raise CalibrationNeededError("it learns from images")
 
     try:
-        return _compiled(directory, manifest, spec, options, no_backend, no_progress)
+        return _compiled(directory, spec, options, no_backend, no_progress)
     except CalibrationNeededError as cause:
         steps = "" if options.steps is None else f" --steps {options.steps}"
-        command = f"goc plan {shlex.quote(str(directory))} {shlex.quote(spec)}{steps}"
+        command = f"goc plan {shlex.quote(str(directory.path))} {shlex.quote(spec)}{steps}"
         raise UsageError(
             f"{cause}, so the plan must be added to the engine first, with: {command}"
         ) from cause

@@ -14,7 +14,9 @@ from goc_deploy.errors import UsageError
 from goc_deploy.options import GenerateOptions, Progress
 
 if TYPE_CHECKING:
-    from goc_deploy.runtime.pipeline import Pipeline, Result, StepEvent
+    from goc_deploy.runtime.pipeline import Pipeline
+    from goc_deploy.runtime.results import Result
+    from goc_deploy.runtime.step_events import StepEvent
 
 
 @dataclass(frozen=True, slots=True)

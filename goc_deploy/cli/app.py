@@ -20,6 +20,8 @@ from goc_deploy.errors import GocError, ResourceError
 INTERRUPTED, TERMINATED, BUG = 130, 143, 1
 OUT_OF = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
+NO_THREAD = "can't start new thread"  # a RuntimeError
+
 _received: int | None = None  # the signal that asked this command to end
 
 
@@ -60,9 +62,9 @@ def run_command(command: click.Command, argv: Sequence[str] | None) -> int:
             return _interrupted()
         if isinstance(error, GocError):
             return _say(f"error: {error}", error.exit_code)
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in OUT_OF):
+        if _is_short_of_resources(error):
             return _say(
-                f"error: this machine is short of memory, disk or open files: {error}",
+                f"error: this machine is short of memory, disk, threads or open files: {error}",
                 ResourceError.exit_code,
             )
         return _say(
@@ -70,6 +72,13 @@ def run_command(command: click.Command, argv: Sequence[str] | None) -> int:
             BUG,
         )
     return 0
+
+
+def _is_short_of_resources(error: Exception) -> bool:
+    """Whether memory, disk, open files or threads ran out, for which Python has no class of their own."""
+    if isinstance(error, OSError):
+        return error.errno in OUT_OF
+    return isinstance(error, MemoryError) or str(error) == NO_THREAD
 
 
 def _open_streams() -> None:

@@ -92,6 +92,7 @@ def engines_from_options(options: dict[str, Any]) -> tuple[list[EngineOptions], 
 def build_engines_and_tell(directory: Path, wanted: list[EngineOptions], *, verify: bool) -> None:
     """Build what is missing, with a progress bar, verify it if asked to, and say on stderr what came of it."""
     from goc_deploy.api.facade import build_engines, verify_engines
+    from goc_deploy.engine_dir.directory import EngineDir
 
     for options in wanted:
         with progress_bar() as progress:
@@ -99,8 +100,8 @@ def build_engines_and_tell(directory: Path, wanted: list[EngineOptions], *, veri
         engines = [
             engine for engine in manifest.engines if engine.target.backend == options.backend
         ]
-        paths = {engine.path for engine in engines}
-        size = sum(file.size for file in manifest.files if file.path in paths)
+        size_of = EngineDir(directory, manifest).size
+        size = sum(size_of(path) for path in {engine.path for engine in engines})
         click.echo(
             f"{directory}: {built} engines built for {options.backend}, {len(engines)} are there ({size / 1e6:.1f} MB), "
             f"{sum(engine.plugin_layers > 0 for engine in engines)} with the plugin",

@@ -14,7 +14,6 @@ from goc_deploy.spec import PRECISIONS
 from goc_deploy.version import __version__
 
 SETTINGS: dict[str, Any] = {"show_default": True, "help_option_names": ["-h", "--help"]}
-PATH = click.Path(path_type=Path)
 LONG_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -85,6 +84,23 @@ def plans_of_directory(
     except (KeyError, TypeError, ValueError, OSError):
         return []  # a shell has no place for a message; the command itself reports what is wrong
     return [CompletionItem(name, help=spec) for name, spec in plans if name.startswith(incomplete)]
+
+
+class NamedPath(click.Path):
+    """A path whose name is text: files that tell of it are UTF-8, and are written after the work."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path."""
+        path = super().convert(value, param, ctx)
+        if any("\ud800" <= character <= "\udfff" for character in str(path)):
+            self.fail(f"{str(path)!a} is not UTF-8; choose or rename to another name", param, ctx)
+        return path
+
+
+PATH = NamedPath()
 
 
 class Precision(click.Choice):

@@ -147,22 +147,19 @@ def command(
     from goc_deploy.cli.paths import check_suffix, check_writable
     from goc_deploy.disk import written
     from goc_deploy.display.plans import action_rows, calibration_lines, plan_rows
-    from goc_deploy.engine_dir.plans import load_plan
-    from goc_deploy.engine_dir.reading import read_manifest
+    from goc_deploy.engine_dir.directory import EngineDir
     from goc_deploy.policies.smoothcache import smoothcache_from_schedule
 
     check_suffix(plot, ".png", ".svg", ".pdf", what="--plot ends in .png, .svg or .pdf")
     check_suffix(smoothcache, ".json", what="--smoothcache ends in .json")
     check_writable(plot)
     check_writable(smoothcache)
-    manifest = read_manifest(engine_dir)
+    directory = EngineDir.open(engine_dir)
     if list_plans:
-        columns, rows = plan_rows(
-            [load_plan(engine_dir, manifest, entry.name) for entry in manifest.plans], manifest
-        )
+        columns, rows = plan_rows(directory.plans(), directory.manifest)
         print_table(str(engine_dir), columns, rows)
         return
-    plan = load_plan(engine_dir, manifest, show)
+    plan = directory.plan(show)
     columns, rows = action_rows(plan)
     print_table(
         f"{plan.name} ({plan.schedule.policy}), history {plan.schedule.history}, {plan.slots} cache slots",
@@ -184,10 +181,9 @@ def command(
 
 def _tell(engine_dir: Path, name: str) -> None:
     """What a plan computes, on stderr."""
-    from goc_deploy.engine_dir.plans import load_plan
-    from goc_deploy.engine_dir.reading import read_manifest
+    from goc_deploy.engine_dir.directory import EngineDir
 
-    plan = load_plan(engine_dir, read_manifest(engine_dir), name)
+    plan = EngineDir.open(engine_dir).plan(name)
     schedule = plan.schedule
     kinds = ", ".join(f"{count} {kind}" for kind, count in plan.kind_counts.items())
     click.echo(
@@ -199,14 +195,13 @@ def _tell(engine_dir: Path, name: str) -> None:
 
 def _inspect(engine_dir: Path) -> None:
     from goc_deploy.display.engines import engine_rows, launch_rows, target_folders, unit_rows
-    from goc_deploy.engine_dir.plans import load_plan
-    from goc_deploy.engine_dir.reading import read_manifest
+    from goc_deploy.engine_dir.directory import EngineDir
 
-    manifest = read_manifest(engine_dir)
-    plans = [load_plan(engine_dir, manifest, entry.name) for entry in manifest.plans]
-    print_table("units", *unit_rows(manifest))
+    directory = EngineDir.open(engine_dir)
+    plans, manifest = directory.plans(), directory.manifest
+    print_table("units", *unit_rows(directory))
     for folder in target_folders(manifest):
-        print_table(folder, *engine_rows(engine_dir, manifest, folder))
+        print_table(folder, *engine_rows(directory, folder))
     print_table("launches", *launch_rows(plans, manifest))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,6 +42,7 @@ def arrays_from_file(path: Path) -> dict[str, np.ndarray]:
     if path.suffix not in SUFFIXES:
         raise UsageError(f"{path} must end in {' or '.join(SUFFIXES)}")
     try:
+        _check_regular(path)
         if path.stat().st_size > MAX_BYTES:
             raise UsageError(f"{path} has more than {MAX_BYTES} bytes; give a smaller file")
         if path.suffix == ".safetensors":
@@ -83,11 +85,20 @@ def array_from_npy(path: Path) -> np.ndarray:
         UsageError: unreadable, damaged, or of another kind.
     """
     try:
+        _check_regular(path)
         return np.array(
             np.lib.format.open_memmap(path, mode="r")
         )  # it takes no archive and no pickle
+    except GocError:
+        raise
     except Exception as cause:  # as above
         raise UsageError(f"{path} cannot be read: {cause}") from cause
+
+
+def _check_regular(path: Path) -> None:
+    """Refuse devices and pipes, which may never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise UsageError(f"{path} cannot be read: it is not a regular file")
 
 
 def arrays_from_safetensors(content: bytes, where: str) -> dict[str, np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -141,11 +141,8 @@ class TextEncoder:
         return [found[text] for text in texts]
 
     def _tokens_of(self, text: str) -> list[int]:
-        encoding, most, eos = (
-            self._tokenizer.encode(text),
-            self._spec.caption_tokens,
-            self._text.eos,
-        )
+        most, eos = self._spec.caption_tokens, self._text.eos
+        encoding = _of_tokenizer(lambda: self._tokenizer.encode(text))
         tokens = list(encoding.ids)
         if not tokens or tokens[-1] != eos:
             tokens.append(eos)
@@ -216,10 +213,17 @@ def _tokenizer_from_json(content: bytes) -> Any:
         from tokenizers import Tokenizer
     except ImportError as cause:
         raise EnvironmentUnsupportedError(NO_TOKENIZERS) from cause
-    try:
-        tokenizer = Tokenizer.from_str(content.decode())
-    except Exception as cause:  # what the library raises
-        raise EngineDirError(f"the tokenizer cannot be read: {cause}; export again") from cause
+    tokenizer = _of_tokenizer(lambda: Tokenizer.from_str(content.decode()))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _of_tokenizer(call: Callable[[], Any]) -> Any:
+    """What a call into the library returns; on a damaged tokenizer it raises anything, and a panic is no Exception."""
+    try:
+        return call()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as cause:
+        raise EngineDirError(f"the tokenizer cannot be used: {cause}; export again") from cause

@@ -9,44 +9,42 @@ from pathlib import Path
 
 from goc_deploy.compiler import Collect, Compute, Plan, Predict, Segment, with_stacks
 from goc_deploy.display.plans import Table
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.manifest import EngineEntry, Manifest
 
 
-def unit_rows(manifest: Manifest) -> Table:
+def unit_rows(directory: EngineDir) -> Table:
     """A row per graph: its sizes, its error to PyTorch, and how many engines serve it."""
-    sizes = {file.path: file.size for file in manifest.files}
+    manifest = directory.manifest
     served = Counter(graph for engine in manifest.engines for graph in engine.graphs)
     rows = []
     for unit in manifest.units:
-        weights = f"{sizes[unit.weights] / 1e6:.2f}" if unit.weights else ""
+        weights = f"{directory.size(unit.weights) / 1e6:.2f}" if unit.weights else ""
         error = f"{unit.relative_l2:.1e}" if unit.relative_l2 is not None else ""
-        rows.append(
-            [unit.name, f"{sizes[unit.onnx] / 1e3:.1f}", weights, error, str(served[unit.onnx])]
-        )
+        graph = f"{directory.size(unit.onnx) / 1e3:.1f}"
+        rows.append([unit.name, graph, weights, error, str(served[unit.onnx])])
     for kind, graphs in (("predict", manifest.predict), ("segment", manifest.segments)):
         for signature, path in graphs.items():
-            rows.append(
-                [f"{kind} {signature}", f"{sizes[path] / 1e3:.1f}", "", "", str(served[path])]
-            )
+            graph = f"{directory.size(path) / 1e3:.1f}"
+            rows.append([f"{kind} {signature}", graph, "", "", str(served[path])])
     return ["unit", "graph kB", "weights MB", "error to PyTorch", "engines"], rows
 
 
-def engine_rows(directory: Path, manifest: Manifest, folder: str) -> Table:
+def engine_rows(directory: EngineDir, folder: str) -> Table:
     """A row per engine of a target: what it serves, what it takes, and whether its file has the listed size."""
-    sizes = {file.path: file.size for file in manifest.files}
     rows = [
         [
             engine.path.removeprefix(f"{folder}/"),
             engine.weights,
             str(len(engine.graphs)),
-            f"{sizes[engine.path] / 1e6:.2f}",
+            f"{directory.size(engine.path) / 1e6:.2f}",
             "?" if engine.kernels is None else str(engine.kernels),
             str(engine.plugin_layers),
             " | ".join(engine.optima),
             "?" if engine.activation_bytes is None else f"{engine.activation_bytes / 1e6:.1f}",
-            _state(directory / engine.path, sizes[engine.path]),
+            _state(directory.path / engine.path, directory.size(engine.path)),
         ]
-        for engine in manifest.engines
+        for engine in directory.manifest.engines
         if engine.target.folder == folder
     ]
     return [

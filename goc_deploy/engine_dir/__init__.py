@@ -1,1 +1,4 @@
-"""The engine directory: `manifest`, `reading.read_manifest` and `read_verified`, `plans.load_plan`."""
+"""The engine directory.
+
+`directory.EngineDir` is an open one, `editing.amended` changes one, `manifest.Manifest` describes one.
+"""

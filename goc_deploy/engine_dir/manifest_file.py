@@ -23,6 +23,7 @@ from goc_deploy.spec import ITEM_BYTES, PRECISIONS, PREDICTIONS, DecoderSpec, Mo
 from goc_deploy.strict_json import build, check_format, dump_json, parse_json
 
 MANIFEST_FORMAT, MANIFEST_VERSION = "goc_deploy.engine_dir", 5
+LABEL_TABLE = "embedding_table.weight"  # end of the names of tables with a row per class
 _SAFE_PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,@-]*(/[A-Za-z0-9][A-Za-z0-9._+=,@-]*){0,3}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -139,18 +140,7 @@ def _check(manifest: Manifest, where: str) -> None:
         type(e.size) is int and e.size >= 0 and _SHA256.fullmatch(e.sha256) for e in manifest.files
     ):
         raise EngineDirError(f"{where} lists a file without a valid size and SHA-256")
-    sizes_of = {entry.path: entry.size for entry in manifest.files}
-    for unit in manifest.units:
-        if unit.precision not in PRECISIONS:
-            raise EngineDirError(
-                f"{where}: unit {unit.name} has an unknown precision; export again"
-            )
-        for p in unit.parameters:
-            end = p.offset + math.prod(p.shape) * ITEM_BYTES[unit.precision]
-            if min(p.offset, *p.shape, end) < 0 or end > sizes_of.get(unit.weights or "", 0):
-                raise EngineDirError(
-                    f"{where} places {p.name} of unit {unit.name} outside its weights file; export again"
-                )
+    _check_weights(manifest, where)
     if manifest.segments and not set(model.unit_names) <= {
         unit.name for unit in manifest.units if unit.weights
     }:
@@ -178,6 +168,34 @@ def _check(manifest: Manifest, where: str) -> None:
     missing = sorted(set(used) - set(paths))
     if missing:
         raise EngineDirError(f"{where} uses {missing[0]!r} but does not list it; export again")
+
+
+def _check_weights(manifest: Manifest, where: str) -> None:
+    """Check that weights files hold their parameters and no more, so that nothing else is read, and that labels have rows."""
+    sizes = {entry.path: entry.size for entry in manifest.files}
+    for unit in manifest.units:
+        if unit.precision not in PRECISIONS:
+            raise EngineDirError(
+                f"{where}: unit {unit.name} has an unknown precision; export again"
+            )
+        size, needed = sizes.get(unit.weights or "", 0), 0
+        for p in unit.parameters:
+            end = p.offset + math.prod(p.shape) * ITEM_BYTES[unit.precision]
+            if min(p.offset, *p.shape, end) < 0 or end > size:
+                raise EngineDirError(
+                    f"{where} places {p.name} of unit {unit.name} outside its weights file; export again"
+                )
+            takes_labels = p.name.endswith(LABEL_TABLE) and not manifest.model.draws_captions
+            rows = p.shape[0] if takes_labels else None
+            if rows not in (None, manifest.model.classes + 1):  # the last one is the null label
+                raise EngineDirError(
+                    f"{where} describes a model with {manifest.model.classes} classes, but its label table {p.name} has {rows} rows; export again"
+                )
+            needed = max(needed, end)
+        if unit.weights in sizes and size != needed:
+            raise EngineDirError(
+                f"{where} lists {unit.weights} with {size} bytes, but its parameters take {needed}; export again"
+            )
 
 
 def _check_decoder(manifest: Manifest, where: str) -> None:

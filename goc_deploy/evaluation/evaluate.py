@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.manifest import Manifest
-from goc_deploy.engine_dir.plans import load_plan
-from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.errors import UsageError
 from goc_deploy.evaluation.collect import PlanScores, collect
 from goc_deploy.evaluation.distribution import FeatureSet
@@ -63,11 +62,14 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
         raise UsageError(
             "a router is for a preset; without one name its plan, or give --preset paper"
         )
-    before = {entry.name for entry in read_manifest(engine_dir).plans}
-    methods = plans_of_preset(engine_dir, options, progress) if options.preset is not None else {}
-    manifest = read_manifest(engine_dir)
+    directory, methods = EngineDir.open(engine_dir), dict[str, str]()
+    before = {entry.name for entry in directory.manifest.plans}
+    if options.preset is not None:
+        methods = plans_of_preset(directory, options, progress)
+        directory = EngineDir.open(engine_dir)
+    manifest = directory.manifest
     names = tuple(methods) or options.plans or tuple(entry.name for entry in manifest.plans)
-    plans = [load_plan(engine_dir, manifest, name) for name in names]
+    plans = [directory.plan(name) for name in names]
     if len({plan.name for plan in plans}) != len(plans):
         raise UsageError("a plan is named twice; give each --plan once")
     compared_with = baselines(plans)

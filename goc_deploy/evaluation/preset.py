@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from goc_deploy.compiler import Plan
-from goc_deploy.engine_dir.plans import load_plan
-from goc_deploy.engine_dir.reading import read_manifest
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.errors import UsageError
 from goc_deploy.options import PRESETS, EvalOptions, Progress
 from goc_deploy.policies.grammar import parse_policy
@@ -16,7 +14,9 @@ from goc_deploy.policies.grammar import parse_policy
 PAPER_BASES = (("FORA-50", "fora:2"), ("FORA-25", "fora:2@0.5"))
 
 
-def plans_of_preset(engine_dir: Path, options: EvalOptions, progress: Progress) -> dict[str, str]:
+def plans_of_preset(
+    directory: EngineDir, options: EvalOptions, progress: Progress
+) -> dict[str, str]:
     """The plans of a preset, which are added to the engine directory where it lacks them.
 
     ``paper`` has the rows of Table 1 of GOC's paper: no cache, FORA at 50 and 25 %, and Learning-to-Cache if
@@ -34,7 +34,7 @@ def plans_of_preset(engine_dir: Path, options: EvalOptions, progress: Progress) 
         raise UsageError(f"preset {options.preset!r} is not one of {', '.join(PRESETS)}")
     if options.plans:
         raise UsageError("a preset chooses the plans; leave out the plans or the preset")
-    plan_of = _plan_finder(engine_dir, options, progress)
+    plan_of = _plan_finder(directory, options, progress)
     uncached = plan_of("none")
     methods = {uncached.name: "no cache"}
     bases = (*PAPER_BASES, *((("L2C", f"l2c:{options.router}"),) if options.router else ()))
@@ -49,7 +49,7 @@ def plans_of_preset(engine_dir: Path, options: EvalOptions, progress: Progress) 
 
 
 def _plan_finder(
-    engine_dir: Path, options: EvalOptions, progress: Progress
+    directory: EngineDir, options: EvalOptions, progress: Progress
 ) -> Callable[[str], Plan]:
     """SPEC -> its plan, which is made where there is none, with the steps and the sampler of the first plan asked for."""
     from goc_deploy.api.facade import add_plan
@@ -58,9 +58,9 @@ def _plan_finder(
     first: list[Plan] = []
 
     def plan_of(spec: str) -> Plan:
-        manifest = read_manifest(engine_dir)
-        wanted = {spec, parse_policy(spec).default_name}
-        entry = next((entry for entry in manifest.plans if wanted & {entry.name, entry.spec}), None)
+        nonlocal directory
+        plans, wanted = directory.manifest.plans, {spec, parse_policy(spec).default_name}
+        entry = next((entry for entry in plans if wanted & {entry.name, entry.spec}), None)
         if (
             entry is None or spec == f"l2c:{options.router}"
         ):  # which may be another file of that name, then adding it fails
@@ -72,10 +72,10 @@ def _plan_finder(
                 {"steps": first[0].steps, "sampler": first[0].sampler.sampler} if first else {}
             )
             entry = add_plan(
-                engine_dir, spec, progress=progress, cfg_scale=options.cfg_scale, **like
+                directory.path, spec, progress=progress, cfg_scale=options.cfg_scale, **like
             )
-            manifest = read_manifest(engine_dir)
-        plan = load_plan(engine_dir, manifest, entry.name)
+            directory = EngineDir.open(directory.path)
+        plan = directory.plan(entry.name)
         first.append(plan)
         if (plan.steps, plan.sampler.sampler) != (first[0].steps, first[0].sampler.sampler):
             raise UsageError(

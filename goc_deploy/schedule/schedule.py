@@ -92,13 +92,11 @@ class Schedule:
         Raises:
             ScheduleError: the file is missing, not JSON, or breaks the format; the message names the place.
         """
-        from goc_deploy.schedule.schedule import schedule_from_file
 
         return schedule_from_file(Path(path))
 
     def save(self, path: str | Path) -> None:
         """Write the schedule as hand-editable JSON."""
-        from goc_deploy.schedule.schedule import schedule_to_json
 
         Path(path).write_text(schedule_to_json(self), encoding="utf-8")
 

@@ -46,6 +46,11 @@ def session(
             "smaller batch",
         ),
         (
+            "Available memory of 61711104 is smaller than requested bytes of 324000000",
+            ResourceError,
+            "free memory",
+        ),
+        (
             "CUDA failure 2: out of memory ; GPU=0 ; expr=cudaMalloc",
             ResourceError,
             "smaller batch size",
@@ -170,3 +175,32 @@ def test_a_full_memory_at_load_is_no_corrupt_engine() -> None:
         [sys.executable, "-c", ADDRESS_SPACE], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 7, done.stderr
+
+
+OUTER_PRODUCT = """
+import sys
+from onnx import helper
+from goc_deploy.engines import ort
+from goc_deploy.errors import ResourceError
+ort.available_bytes = lambda: 2**26
+tensors = [helper.make_tensor_value_info("a", 1, ["n", 1]), helper.make_tensor_value_info("b", 1, [1, 1])]
+nodes = [helper.make_node("Transpose", ["a"], ["t"], perm=[1, 0]), helper.make_node("Mul", ["a", "t"], ["m"]),
+         helper.make_node("ReduceMean", ["m"], ["b"])]
+graph = helper.make_graph(nodes, "g", tensors[:1], tensors[1:])
+content = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString()
+backend = ort.OrtBackend(1)
+engine, b = backend.load(memoryview(content), {}), backend.allocate((1, 1), "float32")
+for side in (1000, 9000):
+    try:
+        engine.bind({"a": backend.allocate((side, 1), "float32")}, {"b": b})()
+    except ResourceError as error:
+        sys.exit(f"{side}: {error}")
+"""
+
+
+def test_a_graph_that_multiplies_its_inputs_out_is_stopped_at_the_memory_there_is() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", OUTER_PRODUCT], capture_output=True, text=True, timeout=120
+    )
+    assert "9000: ONNX Runtime" in done.stderr
+    assert "because memory is full" in done.stderr

@@ -18,8 +18,12 @@ from goc_deploy.compiler import Plan, check_plan, compile_schedule
 from goc_deploy.compiler.plan import SEGMENTS
 from goc_deploy.compiler.plan_file import PLAN_VERSION, plan_from_json, plan_to_json
 from goc_deploy.conditions.labels import labels_from_text
-from goc_deploy.engine_dir.manifest_file import MANIFEST_VERSION, manifest_from_json
-from goc_deploy.engine_dir.plans import load_plan
+from goc_deploy.engine_dir.directory import EngineDir
+from goc_deploy.engine_dir.manifest_file import (
+    MANIFEST_VERSION,
+    manifest_from_json,
+    manifest_to_json,
+)
 from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.errors import EngineDirError, GocError, ScheduleError, UsageError
 from goc_deploy.policies.bases import ForaOptions
@@ -101,8 +105,44 @@ def test_a_plan_that_computes_what_its_schedule_does_not_is_refused(golden_engin
     manifest = read_manifest(golden_engine)
     none, fora = manifest.plans[0], manifest.plans[1]
     mixed = replace(none, schedule=fora.schedule)
-    with pytest.raises(EngineDirError, match="and its schedule do not fit together"):
-        load_plan(golden_engine, replace(manifest, plans=(mixed,)), none.name)
+    with pytest.raises(EngineDirError, match="does not do what its schedule asks for at step 1"):
+        EngineDir(golden_engine, replace(manifest, plans=(mixed,))).plan(none.name)
+
+
+def test_a_plan_with_other_coefficients_than_its_schedule_is_refused(golden_engine: Path) -> None:
+    manifest = read_manifest(golden_engine)
+    gradients = [entry for entry in manifest.plans if "+gc" in entry.spec]
+    assert len(gradients) == 2
+    mixed = replace(gradients[0], schedule=gradients[1].schedule)
+    with pytest.raises(EngineDirError, match="does not do what its schedule asks for"):
+        EngineDir(golden_engine, replace(manifest, plans=(mixed,))).plan(mixed.name)
+
+
+def read_changed(engine: Path, **changes: Any) -> None:
+    manifest_from_json(manifest_to_json(replace(read_manifest(engine), **changes)).encode(), "m")
+
+
+@pytest.mark.parametrize("classes", [9, 11, 10**6])
+def test_more_or_fewer_classes_than_the_label_table_has_rows_are_refused(
+    golden_engine: Path, classes: int
+) -> None:
+    manifest = read_manifest(golden_engine)
+    rows = manifest.model.classes + 1
+    with pytest.raises(
+        EngineDirError, match=f"{classes} classes, but its label table .* has {rows}"
+    ):
+        read_changed(golden_engine, model=replace(manifest.model, classes=classes))
+
+
+@pytest.mark.parametrize("size", [2**40, 2**62])
+def test_a_weights_file_that_is_larger_than_its_parameters_is_refused_before_it_is_read(
+    golden_engine: Path, size: int
+) -> None:
+    manifest = read_manifest(golden_engine)
+    weights = next(unit.weights for unit in manifest.units if unit.weights)
+    files = [replace(f, size=size) if f.path == weights else f for f in manifest.files]
+    with pytest.raises(EngineDirError, match=f"with {size} bytes, but its parameters take"):
+        read_changed(golden_engine, files=tuple(files))
 
 
 def test_devices_pipes_and_odd_names_are_no_schedules(tmp_path: Path) -> None:
@@ -140,7 +180,7 @@ def test_mutated_manifests_and_plans_are_read_or_refused(golden_engine: Path) ->
     manifest, generator = read_manifest(golden_engine), random.Random(0)
     sound = json.loads((golden_engine / "manifest.json").read_bytes())
     plan = json.loads((golden_engine / manifest.plans[1].plan).read_bytes())
-    schedule = load_plan(golden_engine, manifest, manifest.plans[1].name).schedule
+    schedule = EngineDir(golden_engine, manifest).plan(manifest.plans[1].name).schedule
     for _ in range(1500):
         for read in (
             lambda: manifest_from_json(

@@ -5,7 +5,7 @@ import pytest
 
 from goc_deploy.errors import UsageError
 from goc_deploy.runtime.images import grid, images_from_latents
-from goc_deploy.runtime.pipeline import Result
+from goc_deploy.runtime.results import Result
 
 
 def test_pixels_are_scaled_as_the_reference_does() -> None:

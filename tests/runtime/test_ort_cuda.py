@@ -13,11 +13,10 @@ import pytest
 
 import goc_deploy
 from goc_deploy.compiler import Plan
-from goc_deploy.engine_dir.manifest import Manifest
-from goc_deploy.engine_dir.plans import load_plan
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engines.ort_cuda import OrtCudaBackend
 from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError
-from goc_deploy.runtime import buffers, loading
+from goc_deploy.runtime import buffers
 from goc_deploy.runtime.loading import load_pipelines
 from goc_deploy.trace import Span
 from tests.conftest import GOLDEN_PLANS
@@ -98,7 +97,7 @@ def test_too_little_memory_is_named_as_memory(golden_engine: Path) -> None:
     pipe.generate([1])  # and fine afterwards
     with pytest.raises(ResourceError, match=r"of weights, .* GB are available"):
         load_pipelines(
-            golden_engine,
+            EngineDir.open(golden_engine),
             StandInOrtCudaBackend(StandInRuntime(StandInDevice(1_000_000))),
             [GRADIENT],
             None,
@@ -163,12 +162,14 @@ def test_a_sampler_may_reach_back_to_other_steps_each_time(
         history[step, rng.choice(5, 3, replace=False)] = rng.uniform(-0.1, 0.1, 3)
         history[step, step:] = 0.0  # there is nothing before the first step
 
-    def loaded(directory: Path, manifest: Manifest, name: str | None) -> Plan:
-        plan = load_plan(directory, manifest, name)
+    read_plan = EngineDir.plan
+
+    def loaded(directory: EngineDir, name: str | None) -> Plan:
+        plan = read_plan(directory, name)
         rows, estimate = tuple(map(tuple, history.tolist())), ((0.5, -0.25),) * 20
         return replace(plan, sampler=replace(plan.sampler, history=rows, estimate=estimate))
 
-    monkeypatch.setattr(loading, "load_plan", loaded)
+    monkeypatch.setattr(EngineDir, "plan", loaded)
     pipe, _ = cuda_pipeline(golden_engine, "none")
     with goc_deploy.load(golden_engine, plan="none", backend="onnxruntime") as cpu:
         assert pipe.plan.sampler.reach > pipe.plan.sampler.lags
@@ -192,7 +193,6 @@ def test_nothing_is_allocated_and_only_the_result_is_read_back(golden_engine: Pa
 def test_onnx_runtime_without_its_cuda_libraries_names_them(golden_engine: Path) -> None:
     pytest.importorskip("cuda.pathfinder")
     refusal = r"cannot start its CUDAExecutionProvider|pip install onnxruntime-gpu|on this device"
+    directory = EngineDir.open(golden_engine)
     with pytest.raises(EnvironmentUnsupportedError, match=refusal):
-        load_pipelines(
-            golden_engine, OrtCudaBackend(StandInDevice(graphs=False)), [GRADIENT], None, 1
-        )
+        load_pipelines(directory, OrtCudaBackend(StandInDevice(graphs=False)), [GRADIENT], None, 1)

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import goc_deploy
+from goc_deploy.api.facade import cpu_backend
 from goc_deploy.compiler import compile_schedule
-from goc_deploy.engine_dir.plans import plan_entry
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.engines.host import HostDevice
 from goc_deploy.engines.ort import OrtBackend
@@ -31,11 +32,12 @@ from goc_deploy.errors import (
 from goc_deploy.exporters.architectures.dit_model import DiT
 from goc_deploy.exporters.graphs.cache_update import predict_graph
 from goc_deploy.exporters.graphs.step import sampler_graphs
-from goc_deploy.noise import image_noise
 from goc_deploy.protocols import Engine
-from goc_deploy.runtime import buffers, pipeline
+from goc_deploy.runtime import buffers
 from goc_deploy.runtime.binding import Engines
+from goc_deploy.runtime.noise import image_noise
 from goc_deploy.runtime.pipeline import Pipeline
+from goc_deploy.runtime.step_events import StepEvent
 from goc_deploy.samplers import sampler_table
 from goc_deploy.samplers.process import Process
 from goc_deploy.schedule import Schedule
@@ -155,6 +157,10 @@ def test_any_split_into_batches_gives_the_same_images(golden_engine: Path, pipe:
     assert relative_l2(first, whole[:2]) < 1e-5
 
 
+def allocated(pipe: Pipeline) -> buffers.Buffers:
+    return buffers.allocate_buffers(cpu_backend(), pipe.spec, "fp32", pipe.plan, pipe.batch_size)
+
+
 @pytest.mark.parametrize("chunk", [1, 6, 7])
 def test_the_modulation_table_may_be_filled_in_chunks(
     golden_engine: Path, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, chunk: int
@@ -165,7 +171,7 @@ def test_the_modulation_table_may_be_filled_in_chunks(
         buffers, "TABLE_BUDGET_BYTES", (chunk + 1) * row_bytes
     )  # one step is predicted ahead
     with goc_deploy.load(golden_engine, plan="fora:2+gc:1.2") as chunked:
-        assert chunked._new_session()._buffers.chunk == chunk
+        assert allocated(chunked).chunk == chunk
         assert relative_l2(chunked.generate(LABELS, seed=1).latents, whole) < 1e-6
 
 
@@ -240,7 +246,7 @@ def test_a_callback_sees_every_step_and_cannot_stop_the_run(
 ) -> None:
     seen = []
 
-    def callback(event: pipeline.StepEvent) -> None:
+    def callback(event: StepEvent) -> None:
         seen.append((event.step, event.kind, event.images))
         raise RuntimeError("from the user")
 
@@ -389,7 +395,7 @@ def test_closing_wakes_a_caller_that_waits_for_a_session(golden_engine: Path) ->
     loaded = goc_deploy.load(golden_engine)
     running, go_on, errors = threading.Event(), threading.Event(), []
 
-    def hold(_event: pipeline.StepEvent) -> None:
+    def hold(_event: StepEvent) -> None:
         running.set()
         go_on.wait(timeout=60)
 
@@ -413,22 +419,6 @@ def test_closing_wakes_a_caller_that_waits_for_a_session(golden_engine: Path) ->
     assert not first.is_alive()
     assert len(errors) == 1
     assert "closed" in errors[0]
-
-
-def test_a_session_that_cannot_be_made_does_not_block_later_callers(
-    golden_engine: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded = goc_deploy.load(golden_engine)
-    loaded._pool._slots[0].session = None
-
-    def fail() -> None:
-        raise ResourceError("no memory")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loaded, "_new_session", fail)
-        with pytest.raises(ResourceError):
-            loaded.generate([1])
-    assert loaded.generate([1]).latents.shape == (1, 4, 8, 8)
 
 
 def test_interrupts_lose_no_session_and_spoil_no_image(golden_engine: Path) -> None:
@@ -490,9 +480,9 @@ def test_a_pipeline_inherited_over_a_fork_refuses_instead_of_hanging(pipe: Pipel
 def test_a_plan_is_found_by_its_name_before_the_name_is_read_as_a_spec(golden_engine: Path) -> None:
     manifest = read_manifest(golden_engine)
     named = replace(manifest.plans[1], name="nine.dpm++", spec="fora:9")
-    manifest = replace(manifest, plans=(*manifest.plans, named))
-    assert plan_entry(manifest, "nine.dpm++") == plan_entry(manifest, "fora:9") == named
-    assert plan_entry(manifest, "fora:2").name == "fora-2"
+    directory = EngineDir(golden_engine, replace(manifest, plans=(*manifest.plans, named)))
+    assert directory.plan_entry("nine.dpm++") == directory.plan_entry("fora:9") == named
+    assert directory.plan_entry("fora:2").name == "fora-2"
 
 
 def test_numbers_out_of_range_are_refused_at_load(golden_engine: Path) -> None:
@@ -522,7 +512,7 @@ def test_buffers_that_do_not_fit_into_memory_are_refused_before_allocation(
 
 
 def test_planned_bytes_are_what_is_allocated(pipe: Pipeline) -> None:
-    held = pipe._new_session()._buffers
+    held = allocated(pipe)
     pairs = (
         *held.tokens,
         *held.slots,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from goc_deploy.compiler import Launch, Plan, Predict, compile_schedule
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.keys import WEIGHT_MODES
 from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.engines.plugin import stacking
@@ -198,7 +199,8 @@ def test_weights_are_on_the_device_once_for_units_and_segments(engines: dict[str
     used = {}
     for all_units in (False, True):
         backend, tensorrt = stand_in_backend(engines["shared"])
-        pipes = load_pipelines(engines["shared"], backend, ["none"], 1, 1, all_units=all_units)
+        opened = EngineDir.open(engines["shared"])
+        pipes = load_pipelines(opened, backend, ["none"], 1, 1, all_units=all_units)
         assert pipes[0].plan.segment_signatures
         used[all_units] = tensorrt.device.capacity - tensorrt.device.free_bytes()
         assert len(pipes[0]._engines.units) == 6 + 8 * all_units
@@ -209,7 +211,8 @@ def test_another_plan_runs_on_the_units_where_they_were_loaded(
     engines: dict[str, Path], golden: dict[str, np.ndarray]
 ) -> None:
     backend, _ = stand_in_backend(engines["embedded"])
-    (pipe,) = load_pipelines(engines["embedded"], backend, ["fora:2"], None, 1, all_units=True)
+    opened = EngineDir.open(engines["embedded"])
+    (pipe,) = load_pipelines(opened, backend, ["fora:2"], None, 1, all_units=True)
     spec = pipe.spec
     plan = compile_schedule(
         Schedule(spec.depth, spec.branches, ((COMPUTE,) * spec.units,) * 20), spec

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from goc_deploy.engine_dir import editing
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.manifest import MANIFEST_NAME
-from goc_deploy.engine_dir.reading import read_manifest
-from goc_deploy.engines.tensorrt import caches, selection
+from goc_deploy.engines.tensorrt import selection
 from tests.stand_ins.device import StandInDevice
 from tests.stand_ins.loading import copy_with_engines, stand_in_pipeline
 
@@ -44,7 +45,7 @@ def compiled(engine: Path, *sizes: int, plan: str = "fora:2") -> int:
 
 def test_the_next_process_compiles_only_what_is_new(engine: Path) -> None:
     assert compiled(engine, 1) > 0
-    assert KERNELS in {file.path for file in read_manifest(engine).files}
+    assert KERNELS in EngineDir.open(engine)
     before = (engine / MANIFEST_NAME).read_bytes()
     assert compiled(engine, 1, 1) == 0
     assert (engine / MANIFEST_NAME).read_bytes() == before
@@ -90,9 +91,7 @@ def test_gpus_of_one_compute_capability_and_drivers_keep_their_kernels_apart(
     assert [on(*way) for way in ways] == [0, 0, 0]
     names = {f"kernels-NVIDIA-{name}.cache" for name in ("L4-cuda13", "L40S-cuda13", "L40S-cuda14")}
     assert {path.name for path in (engine / FOLDER).glob("*.cache")} == names
-    assert {f"{FOLDER}/{name}" for name in names} <= {
-        file.path for file in read_manifest(engine).files
-    }
+    assert all(f"{FOLDER}/{name}" in EngineDir.open(engine) for name in names)
 
 
 def test_a_directory_that_cannot_be_written_is_run_all_the_same(
@@ -102,7 +101,7 @@ def test_a_directory_that_cannot_be_written_is_run_all_the_same(
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
     caplog.set_level("INFO")
-    monkeypatch.setattr(caches, "replacing", read_only)
+    monkeypatch.setattr(editing, "replacing", read_only)
     assert compiled(engine, 1) == compiled(engine, 1) > 0
     assert f"compiled kernels are not kept: keeping {KERNELS} in" in caplog.text
     assert "Read-only file system" in caplog.text

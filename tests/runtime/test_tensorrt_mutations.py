@@ -252,7 +252,5 @@ def test_counting_steps_from_elsewhere_is_noticed(
 def test_running_on_inputs_that_were_not_uploaded_is_noticed(
     pipe: Pipeline, golden: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        session.Session, "_prepare", lambda self, _request: self.bind(binding.Batch(3, True, 4))
-    )
+    monkeypatch.setattr(session.Session, "_upload", lambda *_: None)
     assert "which nobody wrote" in notices(with_plan(pipe, pipe.plan), golden)

@@ -31,7 +31,8 @@ from goc_deploy.errors import (
 )
 from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.exchange import load_weights
-from goc_deploy.runtime.pipeline import Pipeline, StepEvent
+from goc_deploy.runtime.pipeline import Pipeline
+from goc_deploy.runtime.step_events import StepEvent
 from tests.conftest import GOLDEN
 from tests.reference import relative_l2
 from tests.stand_ins.loading import copy_with_engines, stand_in_pipeline

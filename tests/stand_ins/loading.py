@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from goc_deploy.compiler.plan_file import plan_to_json
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.manifest import MANIFEST_NAME
 from goc_deploy.engine_dir.manifest_file import manifest_to_json
-from goc_deploy.engine_dir.plans import load_plan
-from goc_deploy.engine_dir.reading import file_entry, read_manifest
+from goc_deploy.engine_dir.reading import file_entry
 from goc_deploy.engines.tensorrt.backend import TensorrtBackend
 from goc_deploy.engines.tensorrt.selection import tensorrt_backend
 from goc_deploy.options import EngineOptions, no_progress
@@ -37,15 +37,18 @@ def copy_with_engines(
     if not segments:
         drop_segments(target)
     options = EngineOptions(library, (CAPABILITY,), weights)
-    StandInTensorrt(StandInDevice(), library, kernels).build(target, options, no_progress)
+    StandInTensorrt(StandInDevice(), library, kernels).build(
+        EngineDir.open(target), options, no_progress
+    )
     return target
 
 
 def drop_segments(directory: Path) -> None:
     """Make a directory one whose plans were added with ``--segments none``."""
-    manifest = read_manifest(directory)
+    opened = EngineDir.open(directory)
+    manifest = opened.manifest
     for entry in manifest.plans:
-        plan = replace(load_plan(directory, manifest, entry.name), segments="none")
+        plan = replace(opened.plan(entry.name), segments="none")
         (directory / entry.plan).write_text(plan_to_json(plan))
     plans, dropped = {entry.plan for entry in manifest.plans}, set(manifest.segments.values())
     kept = [file for file in manifest.files if file.path not in dropped]
@@ -62,8 +65,9 @@ def stand_in_backend(
 ) -> tuple[TensorrtBackend, StandInTensorrt]:
     """The real backend on stand-ins."""
     tensorrt = StandInTensorrt(StandInDevice(**device), library)
+    opened = EngineDir.open(directory)
     backend = tensorrt_backend(
-        directory, tensorrt.library, CAPABILITY, tensorrt.device, build=tensorrt.build
+        opened, tensorrt.library, CAPABILITY, tensorrt.device, build=tensorrt.build
     )
     return backend, tensorrt
 
@@ -73,4 +77,5 @@ def stand_in_pipeline(
 ) -> tuple[Pipeline, StandInTensorrt]:
     """A real pipeline on stand-ins."""
     backend, tensorrt = stand_in_backend(directory, library, **device)
-    return load_pipelines(directory, backend, [plan], None, sessions)[0], tensorrt
+    opened = EngineDir.open(directory)
+    return load_pipelines(opened, backend, [plan], None, sessions)[0], tensorrt

@@ -16,6 +16,7 @@ from weakref import WeakSet
 import numpy as np
 import onnxruntime
 
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engines.ort import ONNX_TYPES
 from goc_deploy.engines.ort_cuda import OrtCudaBackend
 from goc_deploy.protocols import DTYPE_BYTES, NUMPY_DTYPES
@@ -171,6 +172,5 @@ def cuda_pipeline(
 ) -> tuple[Pipeline, StandInRuntime]:
     """A real pipeline of the backend ``onnxruntime-cuda`` on stand-ins."""
     runtime = StandInRuntime(StandInDevice(graphs=graphs), **refusals)
-    return load_pipelines(directory, StandInOrtCudaBackend(runtime), [plan], None, sessions)[
-        0
-    ], runtime
+    opened, backend = EngineDir.open(directory), StandInOrtCudaBackend(runtime)
+    return load_pipelines(opened, backend, [plan], None, sessions)[0], runtime

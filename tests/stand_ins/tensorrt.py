@@ -10,16 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
 
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.keys import Target
-from goc_deploy.engine_dir.manifest import Manifest
-from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.engines.plugin.stacking import STACK
 from goc_deploy.engines.tensorrt import store
@@ -247,23 +245,21 @@ class StandInTensorrt:
         return store.MAGIC.get(self.backend, b"")
 
     def build(
-        self, directory: Path, options: EngineOptions, progress: Progress
-    ) -> tuple[Manifest, int]:
+        self, directory: EngineDir, options: EngineOptions, progress: Progress
+    ) -> tuple[EngineDir, int]:
         """Takes the place of `goc_deploy.engines.tensorrt.store.build_engines`: all of it but the builder."""
-        manifest = latest = read_manifest(directory)
+        latest = directory
         target = Target(options.backend, self.__version__, this_platform(), options.capabilities)
-        (directory / "engines").mkdir(exist_ok=True)
-        jobs = wanted_engines(directory, manifest, target, options)
-        missing = [job for job in jobs if not store.is_there(directory, manifest, job)]
+        (directory.path / "engines").mkdir(exist_ok=True)
+        jobs = wanted_engines(directory, target, options)
+        missing = [job for job in jobs if not store.is_there(directory, job)]
         for job in missing:
-            engine = self._magic + with_profiles(
-                graph_of_job(directory, manifest, job), job.profiles
-            )
+            engine = self._magic + with_profiles(graph_of_job(directory, job), job.profiles)
             report = BuildReport(
                 kernels=self.kernels,
                 plugin_layers=int(job.recipe.plugin_sha256 is not None),
                 activation_bytes=4096,
             )
-            latest = store.add_engine(directory, manifest, job, engine, report)
+            latest = store.add_engine(directory, job, engine, report)
         progress("done", len(jobs), len(jobs))
         return latest, len(missing)

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+from goc_deploy.api.facade import build_engines
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.engines import driver
 from goc_deploy.engines.cuda import cuda_device
 from goc_deploy.engines.plugin.registration import register_plugin
-from goc_deploy.engines.tensorrt.store import build_engines, read_engine
+from goc_deploy.engines.tensorrt.store import read_engine
 from goc_deploy.exporters.graphs.cache_update import predict_graph
 from goc_deploy.options import EngineOptions, no_progress
 from tests.conftest import GOLDEN, Command
@@ -54,8 +56,9 @@ def test_engines_build_for_this_gpu_and_load(
     assert built == len(manifest.engines)
     assert sum(entry.plugin_layers for entry in manifest.engines) == 1
     register_plugin(library.trt)
+    directory = EngineDir.open(engine)
     runtime: Any = library.trt.Runtime(library.trt.Logger(library.trt.Logger.ERROR))
     for entry in manifest.engines:
-        assert (
-            runtime.deserialize_cuda_engine(bytes(read_engine(engine, manifest, entry))) is not None
-        ), entry.path
+        assert runtime.deserialize_cuda_engine(bytes(read_engine(directory, entry))) is not None, (
+            entry.path
+        )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from goc_deploy.engines.host import HostDevice, host_array
+from goc_deploy.engines.host import HostDevice
 from goc_deploy.engines.plugin.kernel import DTYPES, Stack
 from goc_deploy.engines.plugin.predict import PredictKernel
 from goc_deploy.errors import EngineDirError
+from goc_deploy.host_memory import host_array
 from goc_deploy.protocols import Buffer
 from tests.engines.plugin.arrays import NUMPY_DTYPES, Case, assert_close, random_case
 from tests.engines.plugin.conftest import HostKernels

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.keys import dimension_ranges
 from goc_deploy.engine_dir.manifest import Manifest, Unit
-from goc_deploy.engine_dir.reading import read_manifest, read_verified
 from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.engines.tensorrt import graphs
 from goc_deploy.errors import EngineDirError, ResourceError
@@ -16,16 +16,10 @@ from goc_deploy.protocols import mapped_buffer
 
 def unit_of(engine: Path, name: str) -> tuple[Manifest, Unit, memoryview, memoryview]:
     """Manifest, unit, and the bytes of its graph and weights."""
-    manifest = read_manifest(engine)
-    unit = next(u for u in manifest.units if u.name == name)
-    files = {file.path: file for file in manifest.files}
+    directory = EngineDir.open(engine)
+    unit = next(u for u in directory.manifest.units if u.name == name)
     assert unit.weights is not None
-    return (
-        manifest,
-        unit,
-        read_verified(engine, files[unit.onnx]),
-        read_verified(engine, files[unit.weights]),
-    )
+    return directory.manifest, unit, directory.read(unit.onnx), directory.read(unit.weights)
 
 
 def run(graph: bytes, inputs: dict[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:

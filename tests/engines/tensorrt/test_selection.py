@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.manifest import MANIFEST_NAME
 from goc_deploy.engine_dir.manifest_file import manifest_to_json
 from goc_deploy.engine_dir.reading import read_manifest
@@ -37,10 +38,10 @@ class Builder:
     def __init__(self, tensorrt: StandInTensorrt) -> None:
         self.tensorrt, self.asked = tensorrt, []
 
-    def __call__(self, directory: Path, options: EngineOptions, progress: Progress):
-        manifest, built = self.tensorrt.build(directory, options, progress)
+    def __call__(self, directory: EngineDir, options: EngineOptions, progress: Progress):
+        directory, built = self.tensorrt.build(directory, options, progress)
         self.asked.append((options.weights, options.capabilities, built))
-        return manifest, built
+        return directory, built
 
 
 def asked(directory: Path, capability: str = CAPABILITY, version: str = "99.1") -> list[tuple]:
@@ -48,7 +49,8 @@ def asked(directory: Path, capability: str = CAPABILITY, version: str = "99.1") 
     tensorrt = StandInTensorrt(StandInDevice())
     tensorrt.__version__ = version
     build = Builder(tensorrt)
-    tensorrt_backend(directory, tensorrt.library, capability, tensorrt.device, build=build)
+    opened = EngineDir.open(directory)
+    tensorrt_backend(opened, tensorrt.library, capability, tensorrt.device, build=build)
     return build.asked
 
 
@@ -96,7 +98,7 @@ def test_a_gpu_without_a_target_is_refused_before_anything_is_built(
 def test_an_engine_for_several_gpus_runs_on_each(golden_engine: Path, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(golden_engine, tmp_path / "engine"))
     options = EngineOptions(capabilities=("8.6", "8.9", "12.0"), weights="shared")
-    StandInTensorrt(StandInDevice()).build(directory, options, no_progress)
+    StandInTensorrt(StandInDevice()).build(EngineDir.open(directory), options, no_progress)
     assert [asked(directory, capability) for capability in options.capabilities] == [[], [], []]
 
 
@@ -131,7 +133,7 @@ def test_engines_built_with_other_limits_are_as_good(
     golden_engine: Path, tmp_path: Path, options: EngineOptions
 ) -> None:
     directory = Path(shutil.copytree(golden_engine, tmp_path / "engine"))
-    StandInTensorrt(StandInDevice()).build(directory, options, no_progress)
+    StandInTensorrt(StandInDevice()).build(EngineDir.open(directory), options, no_progress)
     assert asked(directory) == []
 
 
@@ -139,11 +141,12 @@ def test_of_two_weight_modes_the_complete_one_is_taken_and_then_the_one_with_few
     engine: Path,
 ) -> None:
     tensorrt = StandInTensorrt(StandInDevice())
-    tensorrt.build(engine, replace(SHARED, weights="embedded"), no_progress)
-    manifest = read_manifest(engine)
+    options = replace(SHARED, weights="embedded")
+    manifest = tensorrt.build(EngineDir.open(engine), options, no_progress)[0].manifest
 
     def chosen(manifest) -> str:
-        return best_selection(engine, manifest, tensorrt.library, CAPABILITY).options.weights
+        directory = EngineDir(engine, manifest)
+        return best_selection(directory, tensorrt.library, CAPABILITY).options.weights
 
     assert chosen(manifest) == "embedded"
     embedded = next(entry for entry in manifest.engines if entry.weights == "embedded")
@@ -162,6 +165,6 @@ def test_a_builder_that_leaves_something_out_is_an_error(
         EnvironmentUnsupportedError, match="engines are missing right after they were built"
     ):
         tensorrt_backend(
-            *(directory, tensorrt.library, CAPABILITY, tensorrt.device),
-            build=lambda path, _options, _progress: (read_manifest(path), 0),
+            *(EngineDir.open(directory), tensorrt.library, CAPABILITY, tensorrt.device),
+            build=lambda directory, _options, _progress: (directory, 0),
         )

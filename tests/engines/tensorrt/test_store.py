@@ -14,16 +14,17 @@ from pathlib import Path
 import onnx
 import pytest
 
+from goc_deploy.api.facade import build_engines
 from goc_deploy.compiler import with_stacks
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.manifest import MANIFEST_NAME, Manifest
-from goc_deploy.engine_dir.plans import load_plan
 from goc_deploy.engine_dir.reading import file_entry, read_manifest
 from goc_deploy.engines.tensorrt import process as build_processes
 from goc_deploy.engines.tensorrt.build import BuildReport
 from goc_deploy.engines.tensorrt.jobs import wanted_engines
 from goc_deploy.engines.tensorrt.library import library_from_backend, target_from_options
 from goc_deploy.engines.tensorrt.process import build_process
-from goc_deploy.engines.tensorrt.store import add_engine, build_engines, is_there, read_engine
+from goc_deploy.engines.tensorrt.store import add_engine, is_there, read_engine
 from goc_deploy.errors import ConflictError, EngineDirError, EnvironmentUnsupportedError
 from goc_deploy.exporters.graphs.cache_update import predict_graph
 from goc_deploy.options import EngineOptions, no_progress
@@ -69,15 +70,14 @@ def engine(built_engine: Path, tmp_path: Path) -> Path:
 
 def listed(directory: Path) -> dict[str, str]:
     """Path to digest of every engine."""
-    manifest = read_manifest(directory)
-    digests = {file.path: file.sha256 for file in manifest.files}
-    return {e.path: digests[e.path] for e in manifest.engines}
+    opened = EngineDir.open(directory)
+    return {e.path: opened.sha256(e.path) for e in opened.manifest.engines}
 
 
 def test_with_shared_weights_one_engine_serves_every_unit_of_a_kind(built_engine: Path) -> None:
-    manifest = read_manifest(built_engine)
+    directory = EngineDir.open(built_engine)
+    manifest, plans = directory.manifest, directory.plans()
     graphs = [graph for engine in manifest.engines for graph in engine.graphs]
-    plans = [load_plan(built_engine, manifest, entry.name) for entry in manifest.plans]
     launched = {
         signature for plan in plans for signature in with_stacks(plan, manifest.model).signatures
     }
@@ -89,7 +89,7 @@ def test_with_shared_weights_one_engine_serves_every_unit_of_a_kind(built_engine
     assert served == {"onnx/block_00_attn.onnx": 4, "onnx/block_00_mlp.onnx": 4}
     for entry in manifest.engines:
         assert entry.target.capabilities == CAPABILITIES
-        assert bytes(read_engine(built_engine, manifest, entry)[:4]) == b"vtrt"
+        assert bytes(read_engine(directory, entry)[:4]) == b"vtrt"
         assert entry.kernels
         assert entry.activation_bytes is not None
         assert len(entry.optima) == 1
@@ -104,10 +104,10 @@ def test_with_shared_weights_one_engine_serves_every_unit_of_a_kind(built_engine
 def test_the_library_tells_an_engine_without_its_gpu_from_what_is_no_engine(
     built_engine: Path,
 ) -> None:
-    manifest = read_manifest(built_engine)
+    directory = EngineDir.open(built_engine)
     runtime = trt.Runtime(trt.Logger(trt.Logger.INTERNAL_ERROR))
-    for entry in manifest.engines[:3]:
-        content = bytes(read_engine(built_engine, manifest, entry))
+    for entry in directory.manifest.engines[:3]:
+        content = bytes(read_engine(directory, entry))
         assert int.from_bytes(content[16:24], "little") == len(content)
         validity, diagnostics = runtime.get_engine_validity(content)
         malformed = runtime.get_engine_validity(b"x" * len(content))[1]
@@ -173,7 +173,7 @@ def test_damaged_engines_are_built_again_and_no_other(
         foreign,
         missing,
     }
-    assert all(read_engine(engine, manifest, entry) for entry in manifest.engines)
+    assert all(read_engine(EngineDir(engine, manifest), entry) for entry in manifest.engines)
 
 
 def test_an_engine_whose_bytes_are_no_engine_is_refused_although_its_digest_is_right(
@@ -185,7 +185,7 @@ def test_an_engine_whose_bytes_are_no_engine_is_refused_although_its_digest_is_r
     files = tuple(f for f in manifest.files if f.path != entry.path)
     manifest = replace(manifest, files=(*files, file_entry(engine, entry.path)))
     with pytest.raises(EngineDirError, match="is not an engine of tensorrt-rtx"):
-        read_engine(engine, manifest, entry)
+        read_engine(EngineDir(engine, manifest), entry)
 
 
 def test_another_graph_weights_or_option_is_another_engine(engine: Path) -> None:
@@ -193,15 +193,17 @@ def test_another_graph_weights_or_option_is_another_engine(engine: Path) -> None
     target = target_from_options(library, CAPABILITIES, "fp16")
 
     def missing(manifest: Manifest, **options: object) -> int:
-        jobs = wanted_engines(engine, manifest, target, replace(SHARED, **options))  # type: ignore[arg-type]
-        return sum(not is_there(engine, manifest, job) for job in jobs)
+        directory = EngineDir(engine, manifest)
+        jobs = wanted_engines(directory, target, replace(SHARED, **options))  # type: ignore[arg-type]
+        return sum(not is_there(directory, job) for job in jobs)
 
     everything = len(manifest.engines)
     assert missing(manifest) == 0
     assert missing(manifest, workspace_bytes=2**30) == everything
     assert missing(replace(manifest, max_batch=3)) == everything
-    jobs = wanted_engines(engine, manifest, replace(target, version="9"), SHARED)
-    assert not any(is_there(engine, manifest, job) for job in jobs)
+    directory = EngineDir(engine, manifest)
+    jobs = wanted_engines(directory, replace(target, version="9"), SHARED)
+    assert not any(is_there(directory, job) for job in jobs)
     changed = onnx.load(engine / "onnx/collect.onnx")
     changed.graph.node[0].op_type = "Sub"
     with_graph(engine, "onnx/collect.onnx", changed.SerializeToString())
@@ -216,6 +218,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from goc_deploy.engines.tensorrt.store import build_engines
+from goc_deploy.api import build_engines
 from goc_deploy.options import EngineOptions
 replace, left = os.replace, int(sys.argv[2])
 def replace_or_die(*args):
@@ -240,7 +243,7 @@ def test_killing_a_build_leaves_a_usable_directory_and_what_was_built(
     assert done.returncode == -signal.SIGKILL
     manifest = read_manifest(engine)
     assert len(manifest.engines) == replacements // 2  # an engine's file, then the manifest
-    assert all(read_engine(engine, manifest, entry) for entry in manifest.engines)
+    assert all(read_engine(EngineDir(engine, manifest), entry) for entry in manifest.engines)
     command("goc-run", engine, "--labels", "1", "--latents-output", tmp_path / "x.npy")
     progress: list[int] = []
     manifest, built = build_engines(
@@ -284,17 +287,15 @@ def test_a_directory_that_was_replaced_meanwhile_gets_no_engine_of_the_old_one(
 
 
 def test_an_engine_whose_graph_was_replaced_while_it_was_built_is_not_added(engine: Path) -> None:
-    manifest = read_manifest(engine)
+    directory = EngineDir.open(engine)
     target = target_from_options(library_from_backend("tensorrt-rtx"), CAPABILITIES, "fp16")
-    job = next(
-        j for j in wanted_engines(engine, manifest, target, SHARED) if j.unit.name == "sampler"
-    )
+    job = next(j for j in wanted_engines(directory, target, SHARED) if j.unit.name == "sampler")
     with_graph(engine, job.unit.onnx, (engine / job.unit.onnx).read_bytes() + b" ")
     before = (engine / MANIFEST_NAME).read_bytes()
     with pytest.raises(
         ConflictError, match="was replaced while engines were built for it; run again"
     ):
-        add_engine(engine, manifest, job, b"vtrt", BuildReport())
+        add_engine(directory, job, b"vtrt", BuildReport())
     assert (engine / MANIFEST_NAME).read_bytes() == before
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.manifest import MANIFEST_NAME, Manifest
 from goc_deploy.engine_dir.manifest_file import manifest_to_json
-from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.engines import driver
 from goc_deploy.engines.tensorrt import store
 from goc_deploy.errors import ResourceError
@@ -51,11 +51,12 @@ def engine(golden_engine: Path, tmp_path: Path) -> Path:
 
 def build(directory: Path, weights: str = "embedded") -> tuple[Manifest, list[int]]:
     """Build everything anew; how many layers were timed for each engine."""
-    manifest = replace(read_manifest(directory), engines=())
+    manifest = replace(EngineDir.open(directory).manifest, engines=())
     (directory / MANIFEST_NAME).write_text(manifest_to_json(manifest))
-    manifest, built = store.build_engines(
-        directory, EngineOptions("tensorrt", weights=weights), no_progress
+    opened, built = store.build_engines(
+        EngineDir.open(directory), EngineOptions("tensorrt", weights=weights), no_progress
     )
+    manifest = opened.manifest
     assert built == len(manifest.engines) > 0
     return manifest, [
         json.loads((directory / entry.path).read_text())["timed"] for entry in manifest.engines
@@ -102,7 +103,7 @@ def test_damaged_timings_are_measured_again_and_replaced(
         (engine / TIMINGS).write_bytes(sound + b"?")
     else:  # listed, but TensorRT does not take them
         content = b"?" if damage == "no timings" else sound.replace(b"99.2", b"99.1")
-        store.TimingCache(engine, TIMINGS).keep(content)
+        store.TimingCache(EngineDir.open(engine), TIMINGS).keep(content)
     _, again = build(engine, "shared")
     assert again == first
     assert "timings are not used: " in caplog.text

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.keys import WEIGHT_MODES
-from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.engines import driver
 from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.engines.tensorrt.verify import verify_engines
@@ -24,8 +24,9 @@ def test_every_graph_that_has_an_engine_is_compared(
 ) -> None:
     engine = copy_with_engines(golden_engine, tmp_path / "engine", weights)
     backend, _ = stand_in_backend(engine)
-    found = verify_engines(engine, backend, OrtBackend(), no_progress)
-    manifest = read_manifest(engine)
+    directory = EngineDir.open(engine)
+    found = verify_engines(directory, backend, OrtBackend(), no_progress)
+    manifest = directory.manifest
     assert {unit.name for unit in manifest.units} <= {difference.unit for difference in found}
     assert len(found) == sum(len(entry.graphs) for entry in manifest.engines)
     assert max(difference.relative_l2 for difference in found) < 1e-5
@@ -45,10 +46,10 @@ def test_an_engine_that_computes_something_else_is_named(
     with pytest.raises(
         VerificationError, match=r"unit sampler: tensorrt-rtx differs from ONNX Runtime by 1.00e-02"
     ):
-        verify_engines(engine, backend, OrtBackend(), no_progress)
+        verify_engines(EngineDir.open(engine), backend, OrtBackend(), no_progress)
     monkeypatch.setattr(backend, "download", lambda buffer: np.full(buffer.shape, np.nan))
     with pytest.raises(VerificationError, match="differs from ONNX Runtime by inf"):
-        verify_engines(engine, backend, OrtBackend(), no_progress)
+        verify_engines(EngineDir.open(engine), backend, OrtBackend(), no_progress)
 
 
 def test_without_a_gpu_verification_is_refused_before_the_export_begins(

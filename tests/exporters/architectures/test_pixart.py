@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import goc_deploy
 from goc_deploy.conditions.captions import prompt_embeds_from_arrays
-from goc_deploy.engine_dir.plans import load_plan
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.errors import ModelError, UsageError
 from goc_deploy.exporters.architectures import pixart
 from goc_deploy.exporters.architectures.pixart_diffusers import layer_names
@@ -269,7 +269,10 @@ def test_large_latents_stretch_positions_and_are_told_their_size() -> None:
             {"use_additional_conditions": "yes"},
             "use_additional_conditions must be true, false or null",
         ),
-        ({"sample_size": 9}, "sample_size must be a multiple of patch_size"),
+        ({"sample_size": 9}, "sample_size must be a multiple of patch_size, got 9 and 2"),
+        ({"sample_size": 8000}, "sample_size is 8000, at most 512 is supported"),
+        ({"attention_head_dim": 20}, "3 heads of 20 .* must be a multiple of 12|cross_attention"),
+        ({"num_layers": 1001}, "num_layers is 1001, at most 1000"),
         (
             {"use_additional_conditions": False},
             "unexpected: adaln_single.emb.aspect_ratio_embedder",
@@ -445,7 +448,7 @@ def test_a_folder_draws_what_diffusers_draws(tmp_path: Path) -> None:
         ).sample
 
     for plan in plans:
-        compiled = load_plan(tmp_path / "engine", manifest, plan)
+        compiled = EngineDir(tmp_path / "engine", manifest).plan(plan)
         with goc_deploy.load(tmp_path / "engine", plan=plan) as pipe:
             captions = prompt_embeds_from_arrays(given, spec, "")
             found = pipe.generate(captions=captions, latents=noise, cfg_scale=4.5).latents

@@ -326,6 +326,17 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[GocError], str]] = {
         ModelError,
         "feed_forward_proj 'gated-silu', only 't5'",
     ),
+    "no function": (_set(feed_forward_proj=[]), ModelError, r"feed_forward_proj \[\], only 't5'"),
+    "a device": (
+        lambda f: ((f / "config.json").unlink(), (f / "config.json").symlink_to("/dev/zero")),
+        ModelError,
+        "config.json cannot be read: it is not a regular file|has no config.json",
+    ),
+    "near positions": (
+        _set(relative_attention_max_distance=2),
+        ModelError,
+        "relative_attention_max_distance must be more than a quarter",
+    ),
     "another width": (
         _set(d_model=24),
         ModelError,
@@ -364,6 +375,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[GocError], str]] = {
     ),
     "cut tokenizer": (
         lambda f: (f / "spiece.model").write_bytes(sentencepiece_model()[:-3]),
+        ModelError,
+        "not a sound SentencePiece model",
+    ),
+    "a piece without text": (
+        lambda f: (f / "spiece.model").write_bytes(sentencepiece_model() + b"\x0a\x02\x08\x05"),
         ModelError,
         "not a sound SentencePiece model",
     ),

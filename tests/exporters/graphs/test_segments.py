@@ -11,8 +11,8 @@ import onnx
 import pytest
 
 import goc_deploy
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.manifest import MANIFEST_NAME
-from goc_deploy.engine_dir.plans import load_plan
 from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.errors import ConflictError, EngineDirError
@@ -37,7 +37,7 @@ def engine(golden_engine: Path, tmp_path: Path) -> Path:
 def test_a_segment_computes_what_its_units_compute(
     golden_engine: Path, golden: dict[str, np.ndarray], spec: str
 ) -> None:
-    with load_pipelines(golden_engine, MergingOrt(), [spec], None, 1)[0] as pipe:
+    with load_pipelines(EngineDir.open(golden_engine), MergingOrt(), [spec], None, 1)[0] as pipe:
         assert not set(pipe.spec.unit_names) & pipe._engines.units.keys()
         found = pipe.generate(
             golden["labels"], cfg_scale=2.0, latents=golden["noise"], trajectory=True
@@ -80,10 +80,10 @@ def test_tensors_have_the_names_of_their_units_and_weights_stay_where_they_lie(
 def test_a_plan_keeps_what_it_was_added_with(engine: Path) -> None:
     before = read_manifest(engine)
     goc_deploy.add_plan(engine, "fora:3", segments="none")
-    manifest = read_manifest(engine)
-    assert load_plan(engine, manifest, "fora-3").segments == "none"
-    assert load_plan(engine, manifest, "fora:2").segments == "full"
-    assert manifest.segments == before.segments
+    directory = EngineDir.open(engine)
+    assert directory.plan("fora-3").segments == "none"
+    assert directory.plan("fora:2").segments == "full"
+    assert directory.manifest.segments == before.segments
     with pytest.raises(
         ConflictError, match="already has another plan named fora-3; choose another --name"
     ):
@@ -98,7 +98,7 @@ def test_a_directory_without_segments_gets_those_of_a_new_plan(
     assert not read_manifest(engine).segments
     command("goc-plan", engine, "fora:3", "--segments", "full", "--name", "merged")
     assert list(read_manifest(engine).segments) == ["w*8"]
-    with load_pipelines(engine, MergingOrt(), ["merged"], 1, 1)[0] as pipe:
+    with load_pipelines(EngineDir.open(engine), MergingOrt(), ["merged"], 1, 1)[0] as pipe:
         assert np.isfinite(pipe.generate([1]).latents).all()
 
 
@@ -119,4 +119,4 @@ def test_a_segment_that_a_plan_needs_and_the_directory_lacks_is_named(engine: Pa
     with pytest.raises(
         EngineDirError, match=r"lists no graph for 'w\*8', which a plan needs; add the plan again"
     ):
-        load_pipelines(engine, MergingOrt(), ["fora:2"], 1, 1)
+        load_pipelines(EngineDir.open(engine), MergingOrt(), ["fora:2"], 1, 1)

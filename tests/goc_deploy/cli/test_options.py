@@ -104,3 +104,14 @@ def test_verbose_shows_what_the_library_logs(
     monkeypatch.setattr(logging.getLogger("goc_deploy"), "level", logging.NOTSET)
     assert goc_run([str(tmp_path), "-v"]) == 4
     assert logging.getLogger("goc_deploy").isEnabledFor(logging.INFO)
+
+
+@pytest.mark.parametrize("option", ["--output", "--latents-output", "--report"])
+def test_a_name_that_is_not_utf8_is_refused_before_the_work(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert goc_run(["engine", option, "a\udcff.png"]) == 2
+    assert r"'a\udcff.png' is not UTF-8" in capsys.readouterr().err
+    for command in COMMANDS:
+        assert goc([command, "a\udcff"]) == 2
+        assert "is not UTF-8" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -14,7 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from goc_deploy.conditions.tensor_files import arrays_from_file, arrays_from_safetensors
+from goc_deploy.conditions.tensor_files import (
+    array_from_npy,
+    arrays_from_file,
+    arrays_from_safetensors,
+)
 from goc_deploy.errors import UsageError
 
 TENSORS = {
@@ -119,3 +124,14 @@ def test_randomly_damaged_archives_end_as_errors_of_ours(tmp_path: Path) -> None
         with contextlib.suppress(UsageError), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             arrays_from_file(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".npy"])
+def test_devices_and_pipes_are_refused_and_do_not_hang(tmp_path: Path, suffix: str) -> None:
+    read = array_from_npy if suffix == ".npy" else arrays_from_file
+    zeros, pipe = tmp_path / f"zeros{suffix}", tmp_path / f"pipe{suffix}"
+    zeros.symlink_to("/dev/zero")
+    os.mkfifo(pipe)
+    for path in (zeros, pipe):
+        with pytest.raises(UsageError, match="cannot be read: it is not a regular file"):
+            read(path)

@@ -13,6 +13,7 @@ from goc_deploy.display.engines import (
     target_folders,
     unit_rows,
 )
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.keys import Target
 from goc_deploy.engine_dir.manifest import EngineEntry, FileEntry, Manifest
 from goc_deploy.engine_dir.reading import read_manifest
@@ -84,8 +85,9 @@ def test_engines_are_shown_with_their_size_and_whether_their_file_is_there(
     golden_engine: Path,
 ) -> None:
     manifest = with_engines(read_manifest(golden_engine), "embedded", None)
+    directory = EngineDir(golden_engine, manifest)
     assert target_folders(manifest) == [TARGET.folder]
-    _, rows = engine_rows(golden_engine, manifest, TARGET.folder)
+    _, rows = engine_rows(directory, TARGET.folder)
     assert rows[0] == [
         "embedded0.engine",
         "embedded",
@@ -97,7 +99,7 @@ def test_engines_are_shown_with_their_size_and_whether_their_file_is_there(
         "1.5",
         "missing",
     ]
-    _, units = unit_rows(manifest)
+    _, units = unit_rows(directory)
     assert {row[-1] for row in units} == {"1"}
     assert any(row[0].startswith("predict 1*") for row in units)
     assert {"segment -*8", "segment w*8"} <= {row[0] for row in units}

@@ -14,7 +14,7 @@ import goc_deploy
 from benchmarks.make_checkpoint import random_state
 from goc_deploy.api.facade import cpu_backend
 from goc_deploy.api.laboratory import engine_laboratory
-from goc_deploy.engine_dir.reading import read_manifest
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.errors import UsageError
 from goc_deploy.exporters.export import ARCHITECTURES
 from goc_deploy.exporters.router import router_probabilities
@@ -104,11 +104,12 @@ def test_the_matrix_has_every_architecture_base_and_correction() -> None:
 )
 def test_every_policy_runs(engine_of: MakeEngine, architecture: str, sampler: str) -> None:
     engine = engine_of(architecture)
-    manifest, options = (
-        read_manifest(engine),
+    directory, options = (
+        EngineDir.open(engine),
         CalibrationOptions(2, 3, 2.0, SPECS[architecture].guided_channels),
     )
-    laboratory = engine_laboratory(engine, cpu_backend, sampler, options, no_progress)
+    manifest = directory.manifest
+    laboratory = engine_laboratory(directory, cpu_backend, sampler, options, no_progress)
     for policy in POLICIES:
         text = policy.format(
             router=engine.parent / "router.pt", schedule=engine.parent / "schedule.json"

@@ -10,6 +10,7 @@ import pytest
 
 from goc_deploy.api.facade import add_plan, cpu_backend
 from goc_deploy.api.laboratory import engine_laboratory
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.errors import CalibrationNeededError, UsageError
 from goc_deploy.metrics.paired import whole_relative_l2
 from goc_deploy.options import no_progress
@@ -28,7 +29,8 @@ OPTIONS = CalibrationOptions(images=2, seed=3, cfg_scale=2.0)
 
 @pytest.fixture(scope="module")
 def laboratory(golden_engine: Path) -> Laboratory:
-    return engine_laboratory(golden_engine, cpu_backend, "ddim", OPTIONS, no_progress)
+    directory = EngineDir.open(golden_engine)
+    return engine_laboratory(directory, cpu_backend, "ddim", OPTIONS, no_progress)
 
 
 def made(text: str, laboratory: Laboratory | None, spec: ModelSpec) -> Schedule:
@@ -37,9 +39,7 @@ def made(text: str, laboratory: Laboratory | None, spec: ModelSpec) -> Schedule:
 
 @pytest.fixture(scope="module")
 def golden_spec(golden_engine: Path) -> ModelSpec:
-    from goc_deploy.engine_dir.reading import read_manifest
-
-    return read_manifest(golden_engine).model
+    return EngineDir.open(golden_engine).manifest.model
 
 
 def computed_steps(schedule: Schedule) -> list[int]:
@@ -145,7 +145,8 @@ def test_a_search_needs_an_engine_and_a_sampler_without_noise(
 ) -> None:
     with pytest.raises(CalibrationNeededError, match="needs an engine directory"):
         made("search:2", None, SPEC)
-    noisy = engine_laboratory(golden_engine, cpu_backend, "ddim:0.5", OPTIONS, no_progress)
+    directory = EngineDir.open(golden_engine)
+    noisy = engine_laboratory(directory, cpu_backend, "ddim:0.5", OPTIONS, no_progress)
     with pytest.raises(UsageError, match="draws fresh noise"):
         made("search:2", noisy, golden_spec)
 

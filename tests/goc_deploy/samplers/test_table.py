@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from goc_deploy.compiler import check_plan, compile_schedule
 from goc_deploy.errors import EngineDirError, UsageError
-from goc_deploy.noise import image_noise
+from goc_deploy.runtime.noise import image_noise
 from goc_deploy.samplers import sampler_table
 from goc_deploy.samplers.process import Process
 from goc_deploy.samplers.solvers import SPACINGS, spaced_timesteps

@@ -11,24 +11,24 @@ import numpy as np
 import pytest
 
 from goc_deploy.api.facade import cpu_backend, load
+from goc_deploy.conditions.captions import conditions_from_labels
 from goc_deploy.conditions.labels import balanced_labels
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.errors import CalibrationNeededError, ScheduleError, UsageError
-from goc_deploy.noise import image_noise
 from goc_deploy.options import no_progress
 from goc_deploy.policies.calibration import (
     CalibrationOptions,
     Laboratory,
-    Statistics,
     Trials,
     default_images,
 )
 from goc_deploy.policies.grammar import parse_policy
 from goc_deploy.policies.resolve import schedule_from_policy
-from goc_deploy.runtime import calibrator as module
-from goc_deploy.runtime.calibrator import EngineCalibrator
-from goc_deploy.runtime.loading import load_calibrator, load_stepper
-from goc_deploy.runtime.stepper import Stepper
-from goc_deploy.runtime.trajectory import ImageBatch, Trajectory
+from goc_deploy.runtime.calibration.calibrator import EngineCalibrator, load_calibrator
+from goc_deploy.runtime.calibration.stepper import Stepper, load_stepper
+from goc_deploy.runtime.calibration.trajectory import Trajectory
+from goc_deploy.runtime.noise import image_noise
+from goc_deploy.runtime.request import Request
 from goc_deploy.samplers import sampler_table
 from goc_deploy.samplers.process import Process
 from goc_deploy.schedule import COMPUTE, Schedule
@@ -41,9 +41,8 @@ OPTIONS = CalibrationOptions(IMAGES, SEED, SCALE)
 
 @pytest.fixture(scope="module")
 def stepper(golden_engine: Path) -> Stepper:
-    return load_stepper(
-        golden_engine, cpu_backend(), sampler_table("ddim", STEPS, Process("eps")), 2
-    )
+    directory, table = EngineDir.open(golden_engine), sampler_table("ddim", STEPS, Process("eps"))
+    return load_stepper(directory, cpu_backend(), table, 2)
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +70,13 @@ def noise() -> np.ndarray:
     return np.stack([image_noise(SEED, image, 1, (4, 8, 8)) for image in range(IMAGES)])
 
 
-def features_of_one_batch(stepper: Stepper) -> np.ndarray:
+@pytest.fixture(scope="module")
+def features(golden_engine: Path, stepper: Stepper) -> np.ndarray:
     """(T, U, B, tokens, D) of all calibration images at once, the obvious way."""
-    wide = Stepper(stepper._engines, stepper.spec, "fp32", stepper.table, IMAGES)
-    batch = ImageBatch(balanced_labels(10, IMAGES, SEED), noise(), SCALE, 3)
-    trajectory, found = Trajectory(wide, batch, "computed", 0), []
+    wide = load_stepper(EngineDir.open(golden_engine), cpu_backend(), stepper.table, IMAGES)
+    conditions = conditions_from_labels(balanced_labels(10, IMAGES, SEED), wide.spec, None)
+    request = Request(conditions, noise(), np.full(IMAGES, SCALE), 3)
+    trajectory, found = Trajectory(wide, request, "computed", 0), []
     for step in range(STEPS):
         row: list[np.ndarray] = []
         trajectory.advance(
@@ -86,11 +87,11 @@ def features_of_one_batch(stepper: Stepper) -> np.ndarray:
 
 
 def test_streamed_statistics_are_those_of_all_features(
-    calibrator: EngineCalibrator, stepper: Stepper
+    calibrator: EngineCalibrator, features: np.ndarray
 ) -> None:
-    features, found = features_of_one_batch(stepper), calibrator.statistics()
+    found = calibrator.statistics()
     assert relative_l2(found.means, features.mean(axis=2)) < 1e-5
-    per_image = features.reshape(STEPS, stepper.spec.units, 2, IMAGES, -1)
+    per_image = features.reshape(STEPS, features.shape[1], 2, IMAGES, -1)
     for gap in (1, 2, 3):
         change = np.abs(per_image[gap:] - per_image[:-gap]).sum(axis=(2, 4)) / np.abs(
             per_image[gap:]
@@ -100,10 +101,9 @@ def test_streamed_statistics_are_those_of_all_features(
 
 
 def test_beyond_the_budget_features_go_to_a_file_and_batches_shrink(
-    stepper: Stepper, calibrator: EngineCalibrator, monkeypatch: pytest.MonkeyPatch
+    stepper: Stepper, calibrator: EngineCalibrator
 ) -> None:
-    monkeypatch.setattr(module, "BUDGET_BYTES", 1)
-    found: Statistics = EngineCalibrator(stepper, OPTIONS, {}).statistics()
+    found = EngineCalibrator(stepper, OPTIONS, {}, budget_bytes=1).statistics()
     assert isinstance(found.means, np.memmap)
     assert relative_l2(found.means, calibrator.statistics().means) < 1e-5
     np.testing.assert_allclose(found.changes, calibrator.statistics().changes, rtol=1e-4)
@@ -112,7 +112,8 @@ def test_beyond_the_budget_features_go_to_a_file_and_batches_shrink(
 def test_the_measured_error_is_that_of_the_compiled_plan(golden_engine: Path) -> None:
     options = CalibrationOptions(3, SEED, SCALE)
     table = sampler_table("ddim", 20, Process("eps"))
-    calibrator = load_calibrator(golden_engine, cpu_backend(), table, options, no_progress)
+    directory = EngineDir.open(golden_engine)
+    calibrator = load_calibrator(directory, cpu_backend(), table, options, no_progress)
     labels, latents = balanced_labels(10, 3, SEED), {}
     for plan in ("none", "fora:2+gc:1.2"):
         with load(golden_engine, plan=plan) as pipeline:

@@ -4,31 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass
 
 import numpy as np
 
-from goc_deploy.runtime.stepper import Stepper
+from goc_deploy.runtime.calibration.stepper import Stepper
+from goc_deploy.runtime.request import Request
 
 Row = tuple[float, ...]
 FeatureHook = Callable[[int, np.ndarray], None]
-
-
-@dataclass(frozen=True, slots=True)
-class ImageBatch:
-    """Images that advance together.
-
-    Attributes:
-        labels: N class labels.
-        noise: (N, draws, C, H, W) float32: x_T, then one tensor for each step where the sampler is stochastic.
-        cfg_scale: guidance scale.
-        cfg_channels: guidance acts on the first channels only.
-    """
-
-    labels: tuple[int, ...]
-    noise: np.ndarray
-    cfg_scale: float
-    cfg_channels: int
 
 
 class Trajectory:
@@ -36,15 +19,15 @@ class Trajectory:
 
     Args:
         stepper: runs the units; trajectories may share it.
-        batch: the images.
+        request: the images.
         history: ``used`` or ``computed``, as in a schedule.
         depth: history entries kept per unit.
     """
 
-    def __init__(self, stepper: Stepper, batch: ImageBatch, history: str, depth: int) -> None:
-        self._stepper, self._batch = stepper, batch
+    def __init__(self, stepper: Stepper, request: Request, history: str, depth: int) -> None:
+        self._stepper, self._request = stepper, request
         self._pushes_predictions, self._depth = history == "used", depth
-        self.latents = np.float32(stepper.table.start) * batch.noise[:, 0]
+        self.latents = np.float32(stepper.table.start) * request.noise[:, 0]
         self._entries: list[list[np.ndarray]] = [
             [] for _ in range(stepper.spec.units)
         ]  # newest first
@@ -61,8 +44,8 @@ class Trajectory:
             rows: coefficients of every unit; an empty row computes it.
             on_feature: called with (unit, feature) for every computed unit; the feature is a view.
         """
-        stepper, batch = self._stepper, self._batch
-        stepper.begin(step, self.latents, batch.labels, batch.cfg_scale, batch.cfg_channels)
+        stepper = self._stepper
+        stepper.begin(step, self._request, self.latents, self._estimates)
         for unit, row in enumerate(rows):
             if row:
                 self._predict(unit, row)
@@ -71,15 +54,14 @@ class Trajectory:
             self._push(unit, feature)
             if on_feature:
                 on_feature(unit, feature)
-        noise = batch.noise[:, step + 1] if stepper.table.stochastic else None
-        self.latents, estimate = stepper.finish(noise, self._estimates)
+        self.latents, estimate = stepper.finish()
         if estimate is not None:
             self._estimates = [estimate, *self._estimates][: stepper.table.reach]
 
     def look(self, step: int, on_feature: FeatureHook) -> None:
         """Compute every unit of a full step from the latents as they stand, and leave everything as it was."""
-        stepper, batch = self._stepper, self._batch
-        stepper.begin(step, self.latents, batch.labels, batch.cfg_scale, batch.cfg_channels)
+        stepper = self._stepper
+        stepper.begin(step, self._request, self.latents, self._estimates)
         for unit in range(stepper.spec.units):
             on_feature(unit, stepper.compute(unit))
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from goc_deploy.options import Progress
 from goc_deploy.policies.least_squares import FitOptions, NormalEquations, solve
-from goc_deploy.runtime.trajectory import Row, Trajectory
+from goc_deploy.runtime.calibration.trajectory import Row, Trajectory
 from goc_deploy.schedule import REUSE, Schedule
 
 Place = TypeVar("Place")

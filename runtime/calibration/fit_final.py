@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from goc_deploy.policies.least_squares import FitOptions, NormalEquations
-from goc_deploy.runtime.trajectory import Row, Trajectory
+from goc_deploy.runtime.calibration.trajectory import Row, Trajectory
 from goc_deploy.schedule import REUSE, Schedule
 
 DELTA = (

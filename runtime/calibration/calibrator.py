@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from goc_deploy.conditions.captions import conditions_from_labels
 from goc_deploy.conditions.labels import balanced_labels
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.errors import ResourceError, ScheduleError, VerificationError
 from goc_deploy.host_memory import available_bytes
-from goc_deploy.noise import image_noise
 from goc_deploy.options import Progress, no_progress
 from goc_deploy.policies.calibration import (
     MAX_GAP,
@@ -23,16 +24,19 @@ from goc_deploy.policies.calibration import (
     measured_error,
 )
 from goc_deploy.policies.least_squares import FitOptions
-from goc_deploy.runtime.final_fit import Pair, fit_to_final
-from goc_deploy.runtime.fitting import fitted_schedule
-from goc_deploy.runtime.stepper import Stepper
-from goc_deploy.runtime.trajectory import ImageBatch, Trajectory
+from goc_deploy.protocols import Backend
+from goc_deploy.runtime.calibration.fit_features import fitted_schedule
+from goc_deploy.runtime.calibration.fit_final import Pair, fit_to_final
+from goc_deploy.runtime.calibration.stepper import Stepper, load_stepper
+from goc_deploy.runtime.calibration.trajectory import Trajectory
+from goc_deploy.runtime.noise import image_noise
+from goc_deploy.runtime.request import Request
+from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import COMPUTE, Schedule, check_schedule
 
 TINY = np.finfo(np.float64).tiny
-BUDGET_BYTES = (
-    2**30
-)  # for features of a batch in memory, and again for mean features; beyond it these lie in a file
+# For features of a batch in memory, and again for mean features; beyond it the means are in a file.
+BUDGET_BYTES = 2**30
 
 
 class EngineCalibrator:
@@ -46,6 +50,8 @@ class EngineCalibrator:
         options: which images.
         provenance: of the engine, for `describe`.
         progress: called with (what, done, total).
+        budget_bytes: memory for features of a batch, which bounds its size, and for mean features,
+            which go to a temporary file if they are larger.
 
     Raises:
         UsageError: an option out of range.
@@ -57,10 +63,11 @@ class EngineCalibrator:
         options: CalibrationOptions,
         provenance: dict[str, Any],
         progress: Progress = no_progress,
+        budget_bytes: int = BUDGET_BYTES,
     ) -> None:
         check_options(options)
         self._stepper, self._table, self._options = stepper, stepper.table, options
-        self._provenance, self._progress = provenance, progress
+        self._provenance, self._progress, self._budget_bytes = provenance, progress, budget_bytes
         self._labels = balanced_labels(stepper.spec.classes, options.images, options.seed)
         self._final: list[np.ndarray] = []
         self._statistics: Statistics | None = None
@@ -101,8 +108,8 @@ class EngineCalibrator:
             depth = max(len(row) for step in schedule.coefficients for row in step)
             squares = np.zeros(2)
             with np.errstate(over="ignore", invalid="ignore"):
-                for batch, expected in zip(self._batches(), self._final, strict=True):
-                    trajectory = Trajectory(self._stepper, batch, schedule.history, depth)
+                for request, expected in zip(self._batches(), self._final, strict=True):
+                    trajectory = Trajectory(self._stepper, request, schedule.history, depth)
                     for step, rows in enumerate(schedule.coefficients):
                         trajectory.advance(step, rows)
                         self._progress(f"measuring {schedule.policy}", step, schedule.steps)
@@ -137,8 +144,8 @@ class EngineCalibrator:
 
     def _pairs(self, history: str, depth: int) -> Iterator[Pair]:
         self.statistics()
-        for batch, expected in zip(self._batches(), self._final, strict=True):
-            yield Trajectory(self._stepper, batch, history, depth), expected
+        for request, expected in zip(self._batches(), self._final, strict=True):
+            yield Trajectory(self._stepper, request, history, depth), expected
 
     def _all_trajectories(self, schedule: Schedule, options: FitOptions) -> list[Trajectory]:
         spec, images = self._stepper.spec, len(self._labels)
@@ -150,23 +157,24 @@ class EngineCalibrator:
                 "available; use fewer images (--calibrate) or history entries"
             )
         return [
-            Trajectory(self._stepper, batch, schedule.history, options.entries)
-            for batch in self._batches()
+            Trajectory(self._stepper, request, schedule.history, options.entries)
+            for request in self._batches()
         ]
 
     def _without_cache(self) -> Statistics:
         spec, steps = self._stepper.spec, self._table.steps
-        means = _zeros((steps, spec.units, spec.tokens, spec.hidden))
+        means = _zeros((steps, spec.units, spec.tokens, spec.hidden), self._budget_bytes)
         changes = np.zeros((steps, spec.units, MAX_GAP))
         done = rows = 0
-        for batch in self._batches():
-            trajectory = Trajectory(self._stepper, batch, "computed", 0)
-            watcher = _Watcher(means, changes, len(batch.labels))
+        for request in self._batches():
+            images = len(request.noise)
+            trajectory = Trajectory(self._stepper, request, "computed", 0)
+            watcher = _Watcher(means, changes, images)
             for step in range(steps):
                 trajectory.advance(step, (COMPUTE,) * spec.units, watcher.at(step))
                 self._progress(
                     "calibrating without cache",
-                    done * steps + step * len(batch.labels),
+                    done * steps + step * images,
                     len(self._labels) * steps,
                 )
             if not np.isfinite(trajectory.latents).all():
@@ -174,7 +182,7 @@ class EngineCalibrator:
                     "calibration without cache gives NaN or infinite latents; check the engine"
                 )
             self._final.append(trajectory.latents)
-            done += len(batch.labels)
+            done += images
             rows += self._stepper.feature_shape[0]
         for step in range(steps):
             means[step] /= rows
@@ -183,18 +191,39 @@ class EngineCalibrator:
             changes[:gap, :, gap - 1] = np.inf
         return Statistics(means, changes)
 
-    def _batches(self) -> Iterator[ImageBatch]:
+    def _batches(self) -> Iterator[Request]:
         """The calibration images; a batch is as large as the engine and the budget for features allow."""
         spec, options = self._stepper.spec, self._options
         image_bytes = 2 * spec.units * (MAX_GAP + 1) * spec.tokens * spec.hidden * 4
-        size = max(1, min(self._stepper.capacity, BUDGET_BYTES // image_bytes))
+        size = max(1, min(self._stepper.capacity, self._budget_bytes // image_bytes))
         draws = 1 + (self._table.steps if self._table.stochastic else 0)
         for first in range(0, len(self._labels), size):
             labels = self._labels[first : first + size]
             images = range(first, first + len(labels))
             shape = (spec.channels, spec.side, spec.side)
             noise = np.stack([image_noise(options.seed, image, draws, shape) for image in images])
-            yield ImageBatch(labels, noise, options.cfg_scale, options.cfg_channels)
+            conditions = conditions_from_labels(labels, spec, self._stepper.captions)
+            scales = np.full(len(labels), options.cfg_scale)
+            yield Request(conditions, noise, scales, options.cfg_channels)
+
+
+def load_calibrator(
+    directory: EngineDir,
+    backend: Backend,
+    table: SamplerTable,
+    options: CalibrationOptions,
+    progress: Progress,
+) -> EngineCalibrator:
+    """Load an engine directory to calibrate on it.
+
+    Raises:
+        UsageError: an option out of range.
+        EngineDirError, SafetyError, EnvironmentUnsupportedError: as `load_stepper`.
+    """
+    recorded = directory.manifest.provenance
+    provenance = {key: recorded[key] for key in ("checkpoint_sha256",) if key in recorded}
+    stepper = load_stepper(directory, backend, table, options.images)
+    return EngineCalibrator(stepper, options, provenance, progress)
 
 
 class _Watcher:
@@ -228,9 +257,9 @@ class _Watcher:
         return summed
 
 
-def _zeros(shape: tuple[int, ...]) -> np.ndarray:
-    """Float32 zeros, in a temporary file where they are beyond the budget; the file goes with the array."""
-    if math.prod(shape) * 4 <= BUDGET_BYTES:
+def _zeros(shape: tuple[int, ...], budget_bytes: int) -> np.ndarray:
+    """Float32 zeros, in a temporary file if they exceed the budget; it goes with the array."""
+    if math.prod(shape) * 4 <= budget_bytes:
         return np.zeros(shape, np.float32)
     with tempfile.TemporaryFile(prefix="goc-calibration-") as file:
         return np.memmap(file, np.float32, "w+", shape=shape)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from goc_deploy.errors import UsageError
-from goc_deploy.noise import image_noise
+from goc_deploy.runtime.noise import image_noise
 
 SHAPE = (2, 2, 2)
 WORDS = st.integers(0, 2**64 - 1)

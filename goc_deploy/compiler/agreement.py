@@ -1,0 +1,84 @@
+"""Whether a plan predicts what its schedule asks for."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from goc_deploy.compiler.plan import Compute, Plan, Predict, Prediction
+from goc_deploy.errors import EngineDirError
+from goc_deploy.schedule import MAX_HISTORY, Schedule, fill_short_history
+
+TOLERANCE = 1e-6
+
+_Features = Sequence[
+    Sequence[float]
+]  # per step and unit, a number that stands for what is computed
+
+
+def check_agreement(plan: Plan) -> None:
+    """Follow the schedule and the plan with random numbers in place of features: both must use the same ones.
+
+    Two linear combinations of computed features that differ do so for almost all numbers, and nobody knows these before.
+    The plan is one that `goc_deploy.plan.check_plan` accepts.
+
+    Raises:
+        EngineDirError: naming the first step and unit at which they differ.
+    """
+    schedule = fill_short_history(plan.schedule)
+    generator = random.SystemRandom()
+    features = [
+        [generator.uniform(0.5, 1) for _ in range(schedule.units)] for _ in range(schedule.steps)
+    ]
+    asked, found = _asked(schedule, features), _found(plan, features)
+    for step, (rows, used) in enumerate(zip(asked, found, strict=True)):
+        for unit, (wanted, value) in enumerate(zip(rows, used, strict=True)):
+            if not abs(wanted - value) <= TOLERANCE * max(1.0, abs(wanted)):
+                raise EngineDirError(
+                    f"plan {plan.name} does not do what its schedule asks for at {schedule.place(step, unit)}; add the plan again"
+                )
+
+
+def _asked(schedule: Schedule, features: _Features) -> list[list[float]]:
+    """What each unit adds at each step, as the schedule has it."""
+    histories: list[list[float]] = [[] for _ in range(schedule.units)]
+    asked = []
+    for step, rows in enumerate(schedule.coefficients):
+        used = []
+        for unit, row in enumerate(rows):
+            history = histories[unit]
+            value = sum(c * h for c, h in zip(row, history, strict=False))
+            used.append(value if row else features[step][unit])
+            if not row or schedule.history == "used":
+                histories[unit] = [used[-1], *history][:MAX_HISTORY]
+        asked.append(used)
+    return asked
+
+
+def _found(plan: Plan, features: _Features) -> list[list[float]]:
+    """The same, as the plan makes it with its slots."""
+    slots = [0.0] * plan.slots
+    found = [[0.0] * plan.schedule.units for _ in range(plan.steps)]
+    for step, launches in enumerate(plan.launches):
+        for op in launches:
+            if isinstance(op, Compute):
+                value = found[step][op.unit] = features[step][op.unit]
+                if op.store is not None:
+                    slots[op.store] = value
+            elif isinstance(op, Predict):
+                sums = [_sum(prediction, slots) for prediction in op.predictions]
+                for unit, (prediction, value) in enumerate(
+                    zip(op.predictions, sums, strict=True), op.unit
+                ):
+                    found[step + op.ahead][unit] = prediction.coefficients[0] * value
+                    if prediction.store is not None:
+                        slots[prediction.store] = value
+    return found
+
+
+def _sum(prediction: Prediction, slots: Sequence[float]) -> float:
+    """What a prediction stores: the first coefficient is the factor of the whole."""
+    if not prediction.slots:
+        raise EngineDirError("a launch of the plan predicts from nothing; add the plan again")
+    first, *others = (slots[slot] for slot in prediction.slots)
+    return first + sum(c * v for c, v in zip(prediction.coefficients[1:], others, strict=True))

@@ -1,0 +1,1 @@
+"""Calibration on an engine directory: uncached images, measured schedules, fitted coefficients."""

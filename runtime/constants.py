@@ -1,0 +1,73 @@
+"""The numbers that differ from step to step: a row of the sampler table, and coefficients.
+
+Each step has a row of float32 values: the sampler's, then the coefficients of each launch that
+predicts, in order, each from an aligned address on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+
+from goc_deploy.compiler import Launch, Plan, Predict
+from goc_deploy.protocols import ALIGNMENT, DTYPE_BYTES, Buffer
+
+
+def aligned_size(count: int) -> int:
+    """Float32 values to the next aligned address after ``count`` of them."""
+    per_line = ALIGNMENT // DTYPE_BYTES["float32"]
+    return -(-count // per_line) * per_line
+
+
+def aligned_rows(rows: Sequence[Sequence[float]], size: int = 1) -> np.ndarray:
+    """Rows one after the other as float32, each at an aligned address, zeros up to ``size``."""
+    starts = np.cumsum([0, *(aligned_size(len(row)) for row in rows)])
+    values = np.zeros(max(size, starts[-1]), np.float32)
+    for start, row in zip(starts, rows, strict=False):
+        values[start : start + len(row)] = row
+    return values
+
+
+def step_rows(plan: Plan, step: int) -> list[Sequence[float]]:
+    """A step's row of the sampler table, then a row per launch, empty if it predicts nothing."""
+    return [plan.sampler.rows[step], *map(coefficient_row, plan.launches[step])]
+
+
+def coefficient_row(op: Launch) -> list[float]:
+    """What a launch reads: the coefficients of its units, joined."""
+    if not isinstance(op, Predict):
+        return []
+    return [c for prediction in op.predictions for c in prediction.coefficients]
+
+
+def constants_from_plan(plan: Plan) -> np.ndarray:
+    """The rows of all steps, (T, S) float32, where S is what the largest step takes."""
+    steps = [step_rows(plan, step) for step in range(plan.steps)]
+    size = max(sum(aligned_size(len(row)) for row in rows) for rows in steps)
+    return np.stack([aligned_rows(rows, size) for rows in steps])
+
+
+def views_of_step(
+    plan: Plan, step: int, constants: Buffer
+) -> tuple[Buffer, tuple[Buffer | None, ...]]:
+    """Where a step's numbers are in its row of the constants.
+
+    Args:
+        plan: the plan.
+        step: which step.
+        constants: (S,) float32, the row.
+
+    Returns:
+        The row of the sampler table; and for each launch its coefficients, or None if it predicts
+        nothing.
+    """
+    rows = step_rows(plan, step)
+    starts = accumulate((aligned_size(len(row)) for row in rows), initial=0)
+    sampler, *launches = (
+        constants.view(len(row), start=start) if row else None
+        for row, start in zip(rows, starts, strict=False)
+    )
+    assert sampler is not None
+    return sampler, tuple(launches)

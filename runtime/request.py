@@ -1,0 +1,146 @@
+"""What a call draws, its requests to a session, and the arrays that the step loop reads of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from goc_deploy.conditions.captions import Conditions
+from goc_deploy.runtime.noise import image_noise
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """Inputs of one run.
+
+    Attributes:
+        conditions: what each image shows.
+        noise: (N, draws, C, H, W) float32: x_T, then one tensor for each step of a stochastic
+            sampler.
+        cfg_scale: (N,) guidance scale of each image; if all are 1, there are no unconditional rows.
+        cfg_channels: guidance acts on channels 0 .. cfg_channels - 1.
+    """
+
+    conditions: Conditions
+    noise: np.ndarray
+    cfg_scale: np.ndarray
+    cfg_channels: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Drawing:
+    """What a call draws: N images of any number, which `request` cuts into requests.
+
+    Attributes:
+        conditions: what each image shows.
+        noise_keys: [N] the two numbers that an image's noise is made from.
+        cfg_scale: (N,) guidance scale of each image.
+        cfg_channels: guidance acts on channels 0 .. cfg_channels - 1.
+        start: (N, C, H, W) float32 in place of the x_T made from the keys, or None.
+    """
+
+    conditions: Conditions
+    noise_keys: Sequence[tuple[int, int]]
+    cfg_scale: np.ndarray
+    cfg_channels: int
+    start: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.conditions.labels)
+
+    def request(self, part: range, draws: int, shape: tuple[int, int, int]) -> Request:
+        """The request of some images.
+
+        Args:
+            part: which of them.
+            draws: noise tensors of an image: x_T, and one per step of a stochastic sampler.
+            shape: of one tensor, (C, H, W).
+        """
+        cut = slice(part.start, part.stop)
+        noise = np.stack([image_noise(*key, draws, shape) for key in self.noise_keys[cut]])
+        if self.start is not None:
+            noise[:, 0] = self.start[cut]
+        conditions = self.conditions.part(part)
+        return Request(conditions, noise, self.cfg_scale[cut], self.cfg_channels)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Shape of one run, which decides all addresses.
+
+    Attributes:
+        images: N.
+        guided: whether conditional and unconditional rows run together, B = 2N.
+        labels: R, distinct labels including the null label; 1 if the model draws captions.
+        captions: K, distinct captions.
+    """
+
+    images: int
+    guided: bool
+    labels: int
+    captions: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows B of the model's batch."""
+        return self.images * (2 if self.guided else 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inputs:
+    """A request as the graphs take it, except for its noise.
+
+    Attributes:
+        batch: its shape.
+        distinct: (R or K,) each label once, ascending; or which captions of the table.
+        index: (B,) which of these each row shows.
+        rows: (B,) the image of each row.
+        cond_rows: (N,) the row with the conditional prediction of each image.
+        uncond_rows: (N,) the row with the unconditional one; for an image of scale 1, the same row.
+        guidance: (N, C) float32 weight between the two.
+    """
+
+    batch: Batch
+    distinct: np.ndarray
+    index: np.ndarray
+    rows: np.ndarray
+    cond_rows: np.ndarray
+    uncond_rows: np.ndarray
+    guidance: np.ndarray
+
+
+def prepared(request: Request, channels: int, *, pads_labels: bool = False) -> Inputs:
+    """Inputs of a request.
+
+    Args:
+        request: what to draw.
+        channels: C of the latents.
+        pads_labels: repeat the last label, so that fewer different shapes are bound.
+    """
+    conditions, images = request.conditions, len(request.conditions.labels)
+    guided = request.cfg_channels > 0 and bool((request.cfg_scale != 1).any())
+    wanted = [*conditions.labels, *(conditions.nulls if guided else ())]
+    distinct = sorted(set(wanted))
+    index = np.searchsorted(distinct, wanted)
+    if pads_labels:
+        distinct += distinct[-1:] * (images + guided - len(distinct))
+    draws_captions = conditions.captions is not None
+    batch = Batch(
+        images,
+        guided,
+        labels=1 if draws_captions else len(distinct),
+        captions=len(distinct) if draws_captions else 0,
+    )
+    own, scales = np.arange(images), request.cfg_scale
+    weights = np.where(np.arange(channels) < request.cfg_channels, scales[:, None], 1.0)
+    return Inputs(
+        batch=batch,
+        distinct=np.asarray(distinct),
+        index=index,
+        rows=np.resize(own, batch.rows),
+        cond_rows=own,
+        uncond_rows=np.where(scales == 1, own, own + batch.rows - images),
+        guidance=weights.astype(np.float32),
+    )

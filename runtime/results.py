@@ -1,0 +1,118 @@
+"""What a pipeline returns: images, latents, and a report of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from goc_deploy.compiler import Plan
+from goc_deploy.errors import UsageError, VerificationError
+from goc_deploy.runtime.buffers import planned_bytes
+from goc_deploy.runtime.images import pil_images
+from goc_deploy.runtime.session import Timing
+from goc_deploy.spec import ITEM_BYTES, ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What `Pipeline.generate` returns.
+
+    Attributes:
+        images: (N, H, W, channels) uint8, or None if the latents need a decoder that the engine
+            directory does not have.
+        latents: (N, C, H, W) float32.
+        trajectory: (T, N, C, H, W) float32, latents after each step, where asked for.
+        report: timings, plan, memory and versions; plain JSON types.
+    """
+
+    images: np.ndarray | None
+    latents: np.ndarray
+    trajectory: np.ndarray | None
+    report: dict[str, Any]
+
+    def pil(self) -> list[Image.Image]:
+        """The images as Pillow has them, mode ``L`` where they are grey, else ``RGB``.
+
+        Raises:
+            UsageError: there are latents only.
+        """
+        if self.images is None:
+            raise UsageError(
+                "the result has latents but no images; leave out decode=False, or export the "
+                "model with its decoder (--vae)"
+            )
+        return pil_images(self.images)
+
+
+@dataclass(slots=True)
+class Drawn:
+    """What the batches of a request gave so far.
+
+    Attributes:
+        batches: final latents of each, (N, C, H, W) float32.
+        timings: of each.
+        trajectories: latents after each step of each batch; empty where nobody asked for them.
+    """
+
+    batches: list[np.ndarray] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
+    trajectories: list[list[np.ndarray]] = field(default_factory=list)
+
+    def latents(self) -> np.ndarray:
+        """Final latents of all images.
+
+        Raises:
+            VerificationError: those of an image are not finite.
+        """
+        latents = np.concatenate(self.batches)
+        finite = np.isfinite(latents).all(axis=(1, 2, 3))
+        if not finite.all():
+            raise VerificationError(
+                f"the latents of image {finite.argmin()} are not finite; use a milder plan or "
+                "--precision fp32"
+            )
+        return latents
+
+    def trajectory(self) -> np.ndarray:
+        """(T, N, C, H, W), latents of all images after each step."""
+        return np.concatenate([np.stack(steps) for steps in self.trajectories], axis=1)
+
+
+def plan_report(plan: Plan, spec: ModelSpec, precision: str, batch_size: int) -> dict[str, Any]:
+    """What a plan does, and the memory that it takes for a batch size."""
+    rows, item = 2 * batch_size, ITEM_BYTES[precision]
+    return {
+        "plan": plan.name,
+        "policy": plan.schedule.policy,
+        "sampler": plan.sampler.sampler,
+        "prediction": plan.sampler.prediction,
+        "steps": plan.steps,
+        "step_kinds": plan.kind_counts,
+        "computed_units": plan.schedule.computed,
+        "all_units": plan.steps * spec.units,
+        "precision": precision,
+        "batch_size": batch_size,
+        "cache_bytes": plan.cache_bytes(spec, rows, item),
+        "naive_cache_bytes": plan.naive_cache_bytes(spec, rows, item),
+        "buffer_bytes": planned_bytes(spec, precision, plan, batch_size),
+    }
+
+
+def timing_report(plan: Plan, timings: Sequence[Timing]) -> dict[str, Any]:
+    """Milliseconds of a request, and of every step of every batch."""
+    batches = [
+        {
+            "prepare_ms": timing.prepare_ms,
+            "steps": [
+                {"step": step, "kind": plan.step_kind(step), "ms": ms}
+                for step, ms in enumerate(timing.step_ms)
+            ],
+        }
+        for timing in timings
+    ]
+    total_ms = sum(timing.prepare_ms + sum(timing.step_ms) for timing in timings)
+    return {"total_ms": total_ms, "batches": batches}

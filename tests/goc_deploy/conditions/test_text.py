@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from goc_deploy.api.facade import cpu_backend
+from goc_deploy.conditions.text import TextEncoder
+from goc_deploy.errors import EngineDirError
+from goc_deploy.exporters.companions.tokenizer_files import json_from_sentencepiece
+from goc_deploy.spec import TextSpec
+from tests.pixart_reference import SPEC
+from tests.t5_folder import sentencepiece_model
+
+
+class LeavesOutputs:
+    """An engine that does nothing."""
+
+    def bind(self, *_: Any) -> Callable[[], None]:
+        return lambda: None
+
+
+def encode(content: bytes) -> None:
+    text = TextSpec("tokenizer.json", 48, 1, 0)
+    TextEncoder(LeavesOutputs(), cpu_backend(), content, SPEC, text, 2).prompt_embeds(["a \u00e9"])  # type: ignore[arg-type]
+
+
+def misnamed(tokenizer: dict[str, Any]) -> None:
+    """The library panics on the text that it encodes first, which is no ``Exception`` of Python."""
+    tokenizer["post_processor"]["single"][1]["SpecialToken"]["id"] = "x"
+
+
+def without_unknown(tokenizer: dict[str, Any]) -> None:
+    tokenizer["model"]["unk_id"] = None
+
+
+@pytest.mark.parametrize("damage", [misnamed, without_unknown, dict.clear])
+def test_a_damaged_tokenizer_is_a_damaged_engine(damage: Callable[[Any], None]) -> None:
+    pytest.importorskip("tokenizers", reason="tokenizers comes with the text extra")
+    tokenizer = json.loads(json_from_sentencepiece(sentencepiece_model(), ""))
+    encode(json.dumps(tokenizer).encode())
+    damage(tokenizer)
+    with pytest.raises(EngineDirError, match="the tokenizer cannot be used"):
+        encode(json.dumps(tokenizer).encode())
