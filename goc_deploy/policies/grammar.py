@@ -79,7 +79,7 @@ def parse_policy(text: str) -> PolicySpec:
         (name, value) for name, _, value in (option.partition("=") for option in option_texts)
     ]
     if len({name for name, _ in options}) != len(options):
-        raise UsageError(f"SPEC {text!r}: an option stands twice")
+        raise UsageError(f"SPEC {text!r}: an option is given twice")
     correction = _named_argument(parts[1]) if len(parts) == 2 else None
     return PolicySpec(text.strip(), _named_argument(parts[0]), correction, tuple(options))
 

@@ -74,12 +74,12 @@ def schedule_from_policy(
         context = PolicyContext(
             spec,
             steps,
-            lambda schedule, text: _tried(schedule, text, spec),
-            dict(policy.options),
-            _written(policy.correction),
-            parts.correction is not None and parts.correction.calibrates,
-            laboratory,
-            read_router,
+            correct=lambda schedule, text: _tried(schedule, text, spec),
+            options=dict(policy.options),
+            correction=_written(policy.correction),
+            correction_calibrates=parts.correction is not None and parts.correction.calibrates,
+            laboratory=laboratory,
+            read_router=read_router,
         )
         schedule = parts.base.make(parts.base_options, context)
         wanted = schedule.steps if parts.base.chooses_steps else steps

@@ -9,34 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic
 
-from goc_deploy.policies.bases import (
-    FileOptions,
-    ForaOptions,
-    RouterOptions,
-    compute_all,
-    fora,
-    from_file,
-    l2c,
-)
+from goc_deploy.policies import bases, fit, goc, gradient, polynomials, search, smoothcache
 from goc_deploy.policies.context import PolicyContext
-from goc_deploy.policies.fit import FitOptions, fit
-from goc_deploy.policies.goc import GocOptions, goc
-from goc_deploy.policies.gradient import (
-    GradientOptions,
-    GradientStepsOptions,
-    gradient_at_steps,
-    gradient_everywhere,
-)
 from goc_deploy.policies.options import NoOptions, OptionsT
-from goc_deploy.policies.polynomials import (
-    HermiteOptions,
-    PolynomialOptions,
-    hermite,
-    lagrange,
-    taylor,
-)
-from goc_deploy.policies.search import SearchOptions, searched
-from goc_deploy.policies.smoothcache import SmoothCacheOptions, smoothcache
 from goc_deploy.schedule import Schedule
 
 
@@ -84,39 +59,51 @@ class Correction(Generic[OptionsT]):
 
 
 BASES: dict[str, Base[Any]] = {
-    "none": Base(compute_all, NoOptions, "Compute everything."),
-    "fora": Base(fora, ForaOptions, "Compute whole steps at an even spacing (FORA)."),
-    "l2c": Base(l2c, RouterOptions, "Compute what a Learning-to-Cache router keeps."),
-    "file": Base(from_file, FileOptions, "Do what a schedule file holds."),
+    "none": Base(bases.compute_all, NoOptions, "Compute everything."),
+    "fora": Base(bases.fora, bases.ForaOptions, "Compute whole steps at an even spacing (FORA)."),
+    "l2c": Base(bases.l2c, bases.RouterOptions, "Compute what a Learning-to-Cache router keeps."),
+    "file": Base(bases.from_file, bases.FileOptions, "Do what a schedule file holds."),
     "search": Base(
-        searched,
-        SearchOptions,
+        search.searched,
+        search.SearchOptions,
         "Compute whole steps that trials choose.",
         chooses_steps=True,
         calibrates=True,
     ),
     "smoothcache": Base(
-        smoothcache,
-        SmoothCacheOptions,
+        smoothcache.smoothcache,
+        smoothcache.SmoothCacheOptions,
         "Reuse features while they change little (SmoothCache).",
         calibrates=True,
     ),
 }
 CORRECTIONS: dict[str, Correction[Any]] = {
-    "gc": Correction(gradient_everywhere, GradientOptions, "The gradient (GOC without GOD)."),
-    "steps": Correction(gradient_at_steps, GradientStepsOptions, "The gradient at these steps."),
-    "taylor": Correction(taylor, PolynomialOptions, "A Taylor expansion (TaylorSeer)."),
-    "lagrange": Correction(lagrange, PolynomialOptions, "The polynomial through past features."),
+    "gc": Correction(
+        gradient.gradient_everywhere, gradient.GradientOptions, "The gradient (GOC without GOD)."
+    ),
+    "steps": Correction(
+        gradient.gradient_at_steps, gradient.GradientStepsOptions, "The gradient at these steps."
+    ),
+    "taylor": Correction(
+        polynomials.taylor, polynomials.PolynomialOptions, "A Taylor expansion (TaylorSeer)."
+    ),
+    "lagrange": Correction(
+        polynomials.lagrange, polynomials.PolynomialOptions, "The polynomial through past features."
+    ),
     "hermite": Correction(
-        hermite, HermiteOptions, "A Taylor expansion in Hermite polynomials (HiCache)."
+        polynomials.hermite,
+        polynomials.HermiteOptions,
+        "A Taylor expansion in Hermite polynomials (HiCache).",
     ),
     "goc": Correction(
-        goc,
-        GocOptions,
+        goc.goc,
+        goc.GocOptions,
         "The gradient where GOD allows it (GOC).",
         restrictable=False,
         calibrates=True,
     ),
-    "fit": Correction(fit, FitOptions, "Fitted coefficients.", restrictable=False, calibrates=True),
+    "fit": Correction(
+        fit.fit, fit.FitOptions, "Fitted coefficients.", restrictable=False, calibrates=True
+    ),
 }
 BASE_NAMES, CORRECTION_NAMES = tuple(BASES), tuple(CORRECTIONS)  # goc_deploy's own

@@ -202,7 +202,7 @@ def test_the_default_name_is_the_spec_made_file_safe(text: str, name: str) -> No
         ("fora:2,eta=1", "option 'eta' is not one of history, phase"),
         ("fora:2,both_branches", "option 'both_branches' is not one of history, phase"),
         ("none+gc,phase=last", "option 'phase' is not one of history, both_branches"),
-        ("fora:2,history=used,history=used", "an option stands twice"),
+        ("fora:2,history=used,history=used", "an option is given twice"),
         ("fora:2+taylor:4", "order must be a whole number within 0..3, got '4'"),
         ("fora:2+lagrange:x", "order must be .*, got 'x'"),
         ("fora:2+hermite:1:y", "sigma must be .*, got 'y'"),
