@@ -37,11 +37,6 @@ class FitOptions:
     )
     ridge: float = option("Strength of the regularization.", default=1e-2, above=0)
 
-    @property
-    def target(self) -> str:
-        """What the coefficients are fitted to."""
-        return "final"
-
 
 def fit(schedule: Schedule, options: FitOptions, context: PolicyContext) -> Schedule:
     """``fit``: coefficients over N history entries, fitted along the cached trajectory."""

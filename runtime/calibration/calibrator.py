@@ -13,8 +13,7 @@ import numpy as np
 from goc_deploy.conditions.captions import conditions_from_labels
 from goc_deploy.conditions.labels import balanced_labels
 from goc_deploy.engine_dir.directory import EngineDir
-from goc_deploy.errors import ResourceError, ScheduleError, VerificationError
-from goc_deploy.host_memory import available_bytes
+from goc_deploy.errors import ScheduleError, VerificationError
 from goc_deploy.options import Progress, no_progress
 from goc_deploy.policies.calibration import (
     MAX_GAP,
@@ -23,9 +22,8 @@ from goc_deploy.policies.calibration import (
     check_options,
     measured_error,
 )
-from goc_deploy.policies.least_squares import FitOptions
+from goc_deploy.policies.fit import FitOptions
 from goc_deploy.protocols import Backend
-from goc_deploy.runtime.calibration.fit_features import fitted_schedule
 from goc_deploy.runtime.calibration.fit_final import Pair, fit_to_final
 from goc_deploy.runtime.calibration.stepper import Stepper, load_stepper
 from goc_deploy.runtime.calibration.trajectory import Trajectory
@@ -120,26 +118,14 @@ class EngineCalibrator:
         return self._errors[schedule]
 
     def fit(self, schedule: Schedule, options: FitOptions) -> Schedule:
-        """See `goc_deploy.policies.calibration.Calibrator.fit`. With target ``feature`` the history of all images is kept.
-
-        Raises:
-            ResourceError: the history does not fit into memory.
-        """
-        if options.target == "final":
-            fitted = fit_to_final(
-                schedule,
-                lambda: self._pairs(schedule.history, options.entries),
-                lambda tried: measured_error(self, tried),
-                options,
-                self._progress,
-            )
-        else:
-            candidate = fitted_schedule(
-                schedule, self._all_trajectories(schedule, options), options, self._progress
-            )
-            fitted = min(
-                schedule, candidate, key=lambda tried: measured_error(self, tried)
-            )  # the sums may mislead
+        """See `goc_deploy.policies.calibration.Calibrator.fit`."""
+        fitted = fit_to_final(
+            schedule,
+            lambda: self._pairs(schedule.history, options.entries),
+            lambda tried: measured_error(self, tried),
+            options,
+            self._progress,
+        )
         record = {**asdict(options), "calibration": self.describe(), "error": self.error(fitted)}
         return replace(fitted, provenance={**schedule.provenance, "fit": record})
 
@@ -147,20 +133,6 @@ class EngineCalibrator:
         self.statistics()
         for request, expected in zip(self._batches(), self._final, strict=True):
             yield Trajectory(self._stepper, request, history, depth), expected
-
-    def _all_trajectories(self, schedule: Schedule, options: FitOptions) -> list[Trajectory]:
-        spec, images = self._stepper.spec, len(self._labels)
-        needed = 2 * images * spec.units * options.entries * spec.tokens * spec.hidden * 4
-        available = available_bytes()
-        if available is not None and needed > 0.8 * available:
-            raise ResourceError(
-                f"fitting keeps the history of {images} images, {needed / 1e9:.1f} GB, but {available / 1e9:.1f} GB are "
-                "available; use fewer images (--calibrate) or history entries"
-            )
-        return [
-            Trajectory(self._stepper, request, schedule.history, options.entries)
-            for request in self._batches()
-        ]
 
     def _without_cache(self) -> Statistics:
         spec, steps = self._stepper.spec, self._table.steps

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from goc_deploy.policies.least_squares import FitOptions, NormalEquations
+from goc_deploy.policies.fit import FitOptions
 from goc_deploy.runtime.calibration.trajectory import Row, Trajectory
 from goc_deploy.schedule import REUSE, Schedule
 
@@ -21,6 +21,32 @@ STARTS = (0.0, 0.5, 1.0)  # eta of the gradient, 0 is plain reuse
 Pair = tuple[Trajectory, np.ndarray]  # a batch at step 0, and its final latents without cache
 
 
+@dataclass(slots=True)
+class NormalEquations:
+    """Sums over images of ``V V^T`` and ``V t``, for a target t to be predicted from the rows of V.
+
+    Attributes:
+        gram: (n, n) float64.
+        cross: (n,) float64.
+    """
+
+    gram: np.ndarray
+    cross: np.ndarray
+
+    @classmethod
+    def zeros(cls, entries: int) -> NormalEquations:
+        """The sums over no images."""
+        return cls(np.zeros((entries, entries)), np.zeros(entries))
+
+    def see(self, rows: list[np.ndarray], target: np.ndarray) -> None:
+        """Add the rows and the target of one batch."""
+        for i, left in enumerate(rows):
+            self.cross[i] += np.dot(left.ravel(), target.ravel())
+            for j, right in enumerate(rows[: i + 1]):
+                self.gram[i, j] += np.dot(left.ravel(), right.ravel())
+                self.gram[j, i] = self.gram[i, j]
+
+
 @dataclass(frozen=True, slots=True)
 class Direction:
     """A weight to fit: ``weight * (g_order - g_(order + 1))`` is added to what some units of some steps reuse."""
@@ -32,16 +58,14 @@ class Direction:
 def directions(schedule: Schedule, options: FitOptions) -> list[Direction]:
     """What may be fitted: where a unit is reused and its history is long enough, one weight per difference of entries.
 
-    Units share weights as ``options.granularity`` says: none, the units of a step, or all.
+    All units of a step share weights, or all of all steps, by ``options.granularity``.
     """
     groups: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     for step, unit, stored in schedule.available_history():
         if schedule.coefficients[step][unit] == REUSE:
             for order in range(min(stored, options.entries) - 1):
-                of_place = {"unit": (step, unit), "step": (step,), "global": ()}[
-                    options.granularity
-                ]
-                groups.setdefault((*of_place, order), []).append((step, unit))
+                sharing = (step,) if options.granularity == "step" else ()
+                groups.setdefault((*sharing, order), []).append((step, unit))
     return [Direction(tuple(places), key[-1]) for key, places in groups.items()]
 
 

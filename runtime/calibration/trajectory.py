@@ -61,22 +61,11 @@ class Trajectory:
         if estimate is not None:
             self._estimates = [estimate, *self._estimates][: stepper.table.reach]
 
-    def look(self, step: int, on_feature: FeatureHook) -> None:
-        """Compute every unit of a full step from the latents as they stand, and leave everything as it was."""
-        stepper = self._stepper
-        stepper.begin(step, self._request, self.latents, self._estimates)
-        for unit in range(stepper.spec.units):
-            on_feature(unit, stepper.compute(unit))
-
     def fork(self) -> Trajectory:
         """Another trajectory of the same images that goes on from here."""
         other = copy(self)
         other._entries = [[entry.copy() for entry in entries] for entries in self._entries]
         return other
-
-    def history(self, unit: int) -> list[np.ndarray]:
-        """The unit's entries, newest first, each (B, T, D) float32."""
-        return self._entries[unit]
 
     def _predict(self, unit: int, row: Row) -> None:
         """Add ``gate * sum(c * h)``."""

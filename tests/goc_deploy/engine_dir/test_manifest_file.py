@@ -191,10 +191,6 @@ BROKEN_RULES: Changes = {
         lambda m: m["units"][3]["parameters"][0].update(scale=3),
         "$.units[3].parameters[0].scale: unknown field",
     ),
-    "precision": (
-        lambda m: m.update(precision="fp8"),
-        "$.precision: invalid enum value 'fp8'",
-    ),
     "prediction": (
         lambda m: m["model"].update(prediction="score"),
         "$.model.prediction: expected eps or v or x0 or flow or flow_to_noise, got 'score'",
@@ -223,10 +219,6 @@ BROKEN_RULES: Changes = {
     "overlap": (
         lambda m: m["decoder"].update(overlap=4),
         "$.decoder.overlap: expected int < 4, got 4",
-    ),
-    "unit precision": (
-        lambda m: m["units"][1].update(precision="fp8"),
-        "$.units[1].precision: invalid enum value 'fp8'",
     ),
     "parameter outside": (
         lambda m: m["units"][3]["parameters"][0].update(offset=2),
@@ -270,6 +262,17 @@ BROKEN_ENGINES: Changes = {
         lambda m: m["engines"][0]["target"].update(backend="x"),
         "$.engines[0].target.backend: expected tensorrt-rtx or tensorrt, got 'x'",
     ),
+}
+
+UNKNOWN_CHOICES = {
+    "precision": (
+        lambda m: m.update(precision="fp8"),
+        "$.precision: invalid enum value 'fp8'",
+    ),
+    "unit precision": (
+        lambda m: m["units"][1].update(precision="fp8"),
+        "$.units[1].precision: invalid enum value 'fp8'",
+    ),
     "weight mode": (
         lambda m: m["engines"][0].update(weights="x"),
         "$.engines[0].weights: invalid enum value 'x'",
@@ -283,8 +286,9 @@ BROKEN_ENGINES: Changes = {
         *((change, "") for change in WRONG_TYPES.values()),
         *((change, "; export again") for change in BROKEN_RULES.values()),
         *((change, "; build the engines again") for change in BROKEN_ENGINES.values()),
+        *((change, "") for change in UNKNOWN_CHOICES.values()),
     ],
-    ids=[*WRONG_TYPES, *BROKEN_RULES, *BROKEN_ENGINES],
+    ids=[*WRONG_TYPES, *BROKEN_RULES, *BROKEN_ENGINES, *UNKNOWN_CHOICES],
 )
 def test_a_wrong_field_is_named_with_its_path(
     change: tuple[Callable[[dict[str, Any]], object], str], end: str
