@@ -20,11 +20,11 @@ FASTEST_FIRST = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime")
 
 
 @dataclass(frozen=True, slots=True)
-class RunOptions:
-    """How to run an engine directory.
+class BackendOptions:
+    """How to make a backend.
 
     Attributes:
-        threads: of ONNX Runtime; 0 is one per core.
+        threads: size of ONNX Runtime's thread pool; 0 is one thread per core.
         shared_pool: one ONNX Runtime thread pool for the process.
         graphs: record CUDA graphs.
         device: ``cpu``, ``cuda``, ``cuda:1`` (of those that the process may see), or ``auto``.
@@ -55,14 +55,14 @@ class RunOptions:
 
 
 def candidates(
-    name: str, directory: Path, options: RunOptions
+    name: str, directory: Path, options: BackendOptions
 ) -> Iterator[tuple[str, Callable[[], Backend]]]:
     """Backends to try in turn, each with what makes it.
 
     Args:
         name: ``auto``, or one of ``FASTEST_FIRST``.
         directory: the engine directory.
-        options: how to run it.
+        options: how to make the backend.
 
     Raises:
         UsageError: no such backend or device, or a backend that does not run on the device.
@@ -78,7 +78,7 @@ def candidates(
         yield candidate, partial(_make, candidate, directory, options)
 
 
-def _make(name: str, directory: Path, options: RunOptions) -> Backend:
+def _make(name: str, directory: Path, options: BackendOptions) -> Backend:
     if name == "onnxruntime":
         return onnxruntime_backend(options)
     return (
@@ -88,7 +88,7 @@ def _make(name: str, directory: Path, options: RunOptions) -> Backend:
     )
 
 
-def onnxruntime_cuda_backend(options: RunOptions) -> Backend:
+def onnxruntime_cuda_backend(options: BackendOptions) -> Backend:
     """ONNX Runtime on the GPU of this machine.
 
     Raises:
@@ -104,7 +104,7 @@ def onnxruntime_cuda_backend(options: RunOptions) -> Backend:
     return OrtCudaBackend(device, options.threads, shared_pool=options.shared_pool)
 
 
-def tensorrt_backend_here(name: str, directory: Path, options: RunOptions) -> TensorrtBackend:
+def tensorrt_backend_here(name: str, directory: Path, options: BackendOptions) -> TensorrtBackend:
     """TensorRT or TensorRT for RTX on the GPU of this machine, with the engines of a directory.
 
     Raises:
@@ -124,7 +124,7 @@ def tensorrt_backend_here(name: str, directory: Path, options: RunOptions) -> Te
     return tensorrt_backend(directory, library, capability, device, weights=options.weights)
 
 
-def onnxruntime_backend(options: RunOptions) -> Backend:
+def onnxruntime_backend(options: BackendOptions) -> Backend:
     """ONNX Runtime on the CPU."""
     from goc_deploy.engines.ort import OrtBackend
 

@@ -137,6 +137,60 @@ class GenerateOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class RunOptions:
+    """What goc-run draws, on which backend, and the files that it writes.
+
+    Attributes:
+        plan: name or SPEC of the plan; None takes the first plan that caches.
+        steps: number of sampling steps; None takes that of the plan.
+        labels: class labels or class names, separated by commas; None takes 0, 1, 2, ... over the
+            classes. If prompts or prompt embeddings are given, a label selects one of them.
+        prompts: texts to draw; they need an engine directory with a text encoder.
+        negative_prompts: texts to draw away from: none, one for all prompts, or one per prompt.
+        prompt_embeds: file of prompt embeddings, ``.npz`` or ``.safetensors``, in place of prompts.
+        num_images: number of images; labels are repeated in order. None takes one image per label
+            or latent, or 8.
+        seed: seed of the noise; image i depends on (seed, i) alone.
+        cfg_scale: classifier-free guidance scale; 1 turns guidance off.
+        cfg_channels: number of leading channels that guidance acts on; None takes the number of
+            the model's reference implementation.
+        latents: ``.npy`` file of x_T, (N, C, H, W), in place of seeded noise.
+        output: file (``.png``, ``.npz``) or directory of the images.
+        resume: keep the images that an interrupted run left in the ``output`` directory.
+        latents_output: ``.npy`` file of the final latents, (N, C, H, W).
+        trajectory_output: ``.npy`` file of the latents after every step, (T, N, C, H, W).
+        report: JSON file of the time and kind of every step.
+        backend: as `goc_deploy.load` takes it.
+        device: as `goc_deploy.load` takes it.
+        cuda_graphs: as `goc_deploy.load` takes it.
+        batch_size: images per batch; None takes the largest that the engine directory supports.
+        threads: size of the thread pool; 0 is one thread per core.
+    """
+
+    plan: str | None = None
+    steps: int | None = None
+    labels: str | None = None
+    prompts: tuple[str, ...] = ()
+    negative_prompts: tuple[str, ...] = ()
+    prompt_embeds: Path | None = None
+    num_images: int | None = None
+    seed: int = 0
+    cfg_scale: float = 4.0
+    cfg_channels: int | None = None
+    latents: Path | None = None
+    output: Path | None = None
+    resume: bool = False
+    latents_output: Path | None = None
+    trajectory_output: Path | None = None
+    report: Path | None = None
+    backend: str = "auto"
+    device: str = "auto"
+    cuda_graphs: bool = True
+    batch_size: int | None = None
+    threads: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class BenchOptions:
     """How to compare plans.
 

@@ -12,7 +12,7 @@ from goc_deploy.options import EngineOptions, ExportOptions, PlanOptions, Progre
 
 if TYPE_CHECKING:
     from goc_deploy.engine_dir.manifest import Manifest, PlanEntry
-    from goc_deploy.engines.choice import RunOptions
+    from goc_deploy.engines.choice import BackendOptions
     from goc_deploy.engines.tensorrt.verify import Difference
     from goc_deploy.policies.calibration import CalibrationOptions, Laboratory
     from goc_deploy.protocols import Backend
@@ -133,11 +133,11 @@ def verify_engines(
         VerificationError: one is beyond tolerance.
         EnvironmentUnsupportedError: there is no GPU, or TensorRT does not work on it.
     """
-    from goc_deploy.engines.choice import RunOptions, tensorrt_backend_here
+    from goc_deploy.engines.choice import BackendOptions, tensorrt_backend_here
     from goc_deploy.engines.tensorrt.verify import verify_engines as verify
 
     backend = tensorrt_backend_here(
-        options.backend, Path(engine_dir), RunOptions(weights=options.weights)
+        options.backend, Path(engine_dir), BackendOptions(weights=options.weights)
     )
     return verify(Path(engine_dir), backend, cpu_backend(), progress)
 
@@ -176,9 +176,9 @@ def load(
     Raises:
         GocError: a subclass says what is wrong and has an ``exit_code``.
     """
-    from goc_deploy.engines.choice import RunOptions
+    from goc_deploy.engines.choice import BackendOptions
 
-    options = RunOptions(threads, shared_pool, cuda_graphs, device)
+    options = BackendOptions(threads, shared_pool, cuda_graphs, device)
     directory, unlisted = Path(engine_dir), None
     if plan is not None or steps is not None:
         plan, unlisted = _plan_on_the_fly(directory, plan, steps)
@@ -244,9 +244,9 @@ def load_plans(
     Raises:
         GocError: a subclass says what is wrong and has an ``exit_code``.
     """
-    from goc_deploy.engines.choice import RunOptions
+    from goc_deploy.engines.choice import BackendOptions
 
-    options = RunOptions(threads, shared_pool, cuda_graphs, device)
+    options = BackendOptions(threads, shared_pool, cuda_graphs, device)
     return _load(
         Path(engine_dir), backend, options, plans, batch_size, max_sessions, all_units=all_units
     )
@@ -255,7 +255,7 @@ def load_plans(
 def _load(
     engine_dir: Path,
     name: str,
-    options: RunOptions,
+    options: BackendOptions,
     plans: Sequence[str | None],
     batch_size: int | None,
     max_sessions: int,
@@ -337,9 +337,9 @@ def cpu_backend() -> Backend:
         EnvironmentUnsupportedError: ONNX Runtime is missing.
     """
     _require(None, "onnxruntime")
-    from goc_deploy.engines.choice import RunOptions, onnxruntime_backend
+    from goc_deploy.engines.choice import BackendOptions, onnxruntime_backend
 
-    return onnxruntime_backend(RunOptions())
+    return onnxruntime_backend(BackendOptions())
 
 
 def _require(extra: str | None, *modules: str) -> None:

@@ -1,16 +1,17 @@
-"""Files that goc-run reads and writes besides engine directories."""
+"""Checks of the files that commands write besides engine directories."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-import numpy as np
-
-from goc_deploy.conditions.tensor_files import array_from_npy
 from goc_deploy.disk import check_parent, disk_errors, nearest_parent
 from goc_deploy.errors import ConflictError, UsageError
+from goc_deploy.options import RunOptions
+
+OTHER_OUTPUTS = ("latents_output", "trajectory_output", "report")  # of goc-run, besides --output
 
 
 def dated_picture() -> Path:
@@ -20,18 +21,26 @@ def dated_picture() -> Path:
     return next(path for path in names if not path.exists())
 
 
-def read_latents(path: Path | None) -> np.ndarray | None:
-    """Read x_T from a ``.npy`` file without running anything in it.
+def check_outputs(options: RunOptions) -> RunOptions:
+    """Check the outputs of goc-run before any work is done.
+
+    Returns:
+        The options, with a dated picture as output if there is no other.
 
     Raises:
-        UsageError: unreadable or not an array of numbers.
+        UsageError: a suffix that no output has, or two outputs of one name.
+        ConflictError: an output that cannot be written.
     """
-    if path is None:
-        return None
-    found = array_from_npy(path)
-    if found.ndim != 4 or not len(found):
-        raise UsageError(f"latents {path} have shape {list(found.shape)}, expected [N,C,H,W]")
-    return found
+    what = "--output ends in .png or .npz, or has no suffix and is a directory"
+    check_suffix(options.output, "", ".png", ".npz", what=what)
+    others = {name: getattr(options, name) for name in OTHER_OUTPUTS}
+    if not options.output and not any(others.values()):
+        options = replace(options, output=dated_picture())
+    check_writable(options.output, may_be_folder=True)
+    for path in others.values():
+        check_writable(path)
+    check_distinct(output=options.output, **others)
+    return options
 
 
 def check_suffix(path: Path | None, *suffixes: str, what: str) -> None:

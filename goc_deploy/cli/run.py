@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +23,12 @@ from goc_deploy.cli.options import (
     version_option,
 )
 from goc_deploy.cli.progress import progress_bar
-from goc_deploy.options import GenerateOptions
+from goc_deploy.options import RunOptions
 
 if TYPE_CHECKING:
-    from goc_deploy.api.series import Series
-    from goc_deploy.runtime.pipeline import Pipeline
+    from goc_deploy.api.run import RunResult
 
-DEFAULTS = GenerateOptions()
+DEFAULTS = RunOptions()
 
 
 @click.command(
@@ -63,13 +60,12 @@ DEFAULTS = GenerateOptions()
 )
 @click.option(
     "--negative-prompt",
-    "negatives",
+    "negative_prompts",
     multiple=True,
     help="What to draw away from: once, or once per --prompt.",
 )
 @click.option(
     "--prompt-embeds",
-    "embeds_file",
     type=PATH,
     help="Captions to draw, .npz or .safetensors: prompt_embeds [N,L,C], prompt_attention_mask, negative_prompt_embeds, ...",
 )
@@ -93,7 +89,6 @@ DEFAULTS = GenerateOptions()
 )
 @click.option(
     "--latents",
-    "latents_file",
     type=PATH,
     help="x_T, float32 [N,C,H,W] .npy, instead of seeded noise.",
 )
@@ -128,165 +123,42 @@ DEFAULTS = GenerateOptions()
 @verbose_option
 @debug_option
 @version_option
-def command(
-    engine_dir: Path,
-    labels: str | None,
-    prompts: tuple[str, ...],
-    negatives: tuple[str, ...],
-    embeds_file: Path | None,
-    num_images: int | None,
-    latents_file: Path | None,
-    output: Path | None,
-    latents_output: Path | None,
-    trajectory_output: Path | None,
-    report: Path | None,
-    resume: bool,
-    seed: int,
-    cfg_scale: float,
-    cfg_channels: int | None,
-    **loading: Any,
-) -> None:
+def command(engine_dir: Path, **options: Any) -> None:
     """Generate images from an engine directory.
 
-    Without an output, the images become a picture with a dated name in the current folder. What is written is printed.
+    Without an output, the images become a picture with a dated name in the current folder. The path of each file
+    that was written is printed.
     """
-    from goc_deploy import disk
-    from goc_deploy.api.facade import load
-    from goc_deploy.api.series import Series
-    from goc_deploy.cli import paths
-    from goc_deploy.conditions.captions import prompt_embeds_from_arrays
-    from goc_deploy.conditions.labels import labels_from_text, spread_labels
-    from goc_deploy.conditions.tensor_files import arrays_from_file
-    from goc_deploy.errors import UsageError
+    from goc_deploy.api.run import run
+    from goc_deploy.cli.paths import check_outputs
 
-    paths.check_suffix(
-        output,
-        "",
-        ".png",
-        ".npz",
-        what="--output ends in .png or .npz, or has no suffix and is a directory",
-    )
-    if resume and (output is None or output.suffix or latents_output or trajectory_output):
-        raise UsageError("--resume goes with --output DIRECTORY, and with no output of latents")
-    if not (output or latents_output or trajectory_output or report):
-        output = paths.dated_picture()
-    paths.check_writable(output, may_be_folder=True)
-    for path in (latents_output, trajectory_output, report):
-        paths.check_writable(path)
-    paths.check_distinct(
-        output=output,
-        latents_output=latents_output,
-        trajectory_output=trajectory_output,
-        report=report,
-    )
-    latents = paths.read_latents(latents_file)
-    if bool(prompts) + (embeds_file is not None) > 1 or (negatives and not prompts):
-        raise UsageError(
-            "give --prompt or --prompt-embeds, not both; --negative-prompt goes with --prompt"
+    chosen = check_outputs(RunOptions(**options))
+    with progress_bar() as progress:
+        result = run(engine_dir, chosen, progress)
+    for line in _summary(result):
+        click.echo(line, err=True)
+    for path in result.paths:
+        click.echo(path)
+
+
+def _summary(result: RunResult) -> Iterator[str]:
+    """What came of a run, as lines for stderr."""
+    if result.channels is not None:
+        yield (
+            f"the model makes {result.channels}-channel latents, which need a VAE to become images; "
+            "export with --vae, or use --latents-output"
         )
-    arrays = None if embeds_file is None else arrays_from_file(embeds_file)
-    with load(engine_dir, **loading) as pipe:
-        captions = (
-            None
-            if arrays is None
-            else prompt_embeds_from_arrays(arrays, pipe.spec, str(embeds_file))
-        )
-        if prompts:
-            captions = pipe.encode(prompts, negatives or ("",))
-        rows = None if labels is None else labels_from_text(labels, pipe.manifest.class_names)
-        if captions is not None and rows is None:
-            rows = tuple(range(len(captions.prompts)))
-        count = num_images or (None if latents is None else len(latents))
-        chosen = spread_labels(rows, count, pipe.spec.classes)
-        series = Series(chosen, GenerateOptions(seed, cfg_scale, cfg_channels), captions, latents)
-        series.check(pipe)
-        files = {"latents": latents_output, "trajectory": trajectory_output}
-        described = _draw(
-            pipe, series, series.records(pipe, prompts, negatives), output, files, resume=resume
-        )
-    if described is None:
-        click.echo(f"all {len(chosen)} images are there", err=True)
-    else:
-        _tell(described)
-    if report and described is not None:
-        disk.save_text(json.dumps(described, indent=1) + "\n", report)
-    if output and pipe.manifest.image_side is None:
-        output = None if latents_output else output.with_suffix(".npy")
-    for path in (
-        output,
-        latents_output,
-        trajectory_output,
-        report if described is not None else None,
-    ):
-        if path:
-            click.echo(path)
-
-
-def _draw(
-    pipe: Pipeline,
-    series: Series,
-    records: list[dict[str, Any]],
-    output: Path | None,
-    arrays: dict[str, Path | None],
-    *,
-    resume: bool,
-) -> dict[str, Any] | None:
-    """Draw what is not there yet and write it; the report, or None where all was there."""
-    import numpy as np
-
-    from goc_deploy import disk
-    from goc_deploy.api.series import joined_report
-    from goc_deploy.errors import UsageError
-    from goc_deploy.runtime.picture_files import PictureFiles, finished_pictures
-
-    draws = pipe.manifest.image_side is not None
-    if resume and not draws:
-        raise UsageError(
-            "--resume continues pictures, and the model makes latents; export with --vae"
-        )
-    start = finished_pictures(output, records) if resume and output else 0
-    latents, trajectories, reports = [], [], []
-    needs_latents = arrays["latents"] is not None or not draws
-    with ExitStack() as stack:
-        files = (
-            stack.enter_context(PictureFiles(output, series.labels, records))
-            if output and draws
-            else None
-        )
-        progress = stack.enter_context(progress_bar())
-        for first, result in series.results(
-            pipe, start, progress, trajectory=arrays["trajectory"] is not None
-        ):
-            reports.append(result.report)
-            if files is not None and result.images is not None:
-                files.add(first, result.images)
-            if needs_latents:
-                latents.append(result.latents)
-            if result.trajectory is not None:
-                trajectories.append(result.trajectory)
-    if arrays["latents"]:
-        disk.save_array(np.concatenate(latents), arrays["latents"])
-    if arrays["trajectory"]:
-        disk.save_array(np.concatenate(trajectories, axis=1), arrays["trajectory"])
-    if not draws:
-        click.echo(
-            f"the model makes {pipe.spec.channels}-channel latents, which need a VAE to become images; export with --vae, or use --latents-output",
-            err=True,
-        )
-        if output and not arrays["latents"]:
-            disk.save_array(np.concatenate(latents), output.with_suffix(".npy"))
-            click.echo(
-                f"wrote the latents to {output.with_suffix('.npy')} instead of images", err=True
-            )
-    return joined_report(reports) if reports else None
-
-
-def _tell(described: dict[str, Any]) -> None:
-    click.echo(
-        f"{described['images']} images with plan {described['plan']} on {described['backend']} {described['version']} ({described['provider']}"
-        f"{'; -v tells why no faster backend' if described['passed_over'] else ''}), "
-        f"{described['computed_units']} of {described['all_units']} units computed, {described['total_ms'] / 1e3:.2f} s",
-        err=True,
+    if result.latents_instead:
+        yield f"wrote the latents to {result.latents_instead} instead of images"
+    report = result.report
+    if report is None:
+        yield f"all {result.images} images are there"
+        return
+    slower = "; -v tells why no faster backend" if report["passed_over"] else ""
+    yield (
+        f"{report['images']} images with plan {report['plan']} on {report['backend']} "
+        f"{report['version']} ({report['provider']}{slower}), {report['computed_units']} of "
+        f"{report['all_units']} units computed, {report['total_ms'] / 1e3:.2f} s"
     )
 
 

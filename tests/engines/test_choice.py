@@ -6,7 +6,7 @@ import pytest
 
 import goc_deploy
 from goc_deploy.engines import choice, cuda, driver
-from goc_deploy.engines.choice import FASTEST_FIRST, RunOptions, candidates, explanation
+from goc_deploy.engines.choice import FASTEST_FIRST, BackendOptions, candidates, explanation
 from goc_deploy.engines.tensorrt import library
 from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError, UsageError
 from goc_deploy.protocols import Backend
@@ -21,14 +21,14 @@ def no_gpu(_index: int = 0) -> str:
 
 
 def test_the_fastest_is_tried_first_and_a_named_one_alone() -> None:
-    assert [name for name, _ in candidates("auto", Path("engine"), RunOptions())] == list(
+    assert [name for name, _ in candidates("auto", Path("engine"), BackendOptions())] == list(
         FASTEST_FIRST
     )
-    assert [name for name, _ in candidates("tensorrt", Path("engine"), RunOptions())] == [
+    assert [name for name, _ in candidates("tensorrt", Path("engine"), BackendOptions())] == [
         "tensorrt"
     ]
     with pytest.raises(UsageError, match="there is no backend 'cuda'; use auto, tensorrt"):
-        list(candidates("cuda", Path("engine"), RunOptions()))
+        list(candidates("cuda", Path("engine"), BackendOptions()))
 
 
 def test_auto_without_a_gpu_says_why_it_takes_the_cpu(
@@ -65,7 +65,7 @@ def test_auto_takes_tensorrt_where_it_works_and_goes_on_where_it_does_not(
     make = choice._make
     refuses: list[Exception] = []
 
-    def made(name: str, directory: Path, options: RunOptions) -> Backend:
+    def made(name: str, directory: Path, options: BackendOptions) -> Backend:
         if name == "tensorrt":
             raise EnvironmentUnsupportedError("tensorrt cannot be imported")
         if name != "tensorrt-rtx":
