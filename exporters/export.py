@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -108,14 +108,12 @@ def export_checkpoint(
             check_values(read, allow_nonfinite=options.allow_nonfinite)
         with staged(output) as stage:
             writer = UnitWriter(stage, backend, progress)
-            bare = _write_units(writer, checkpoint, spec, provenance, options)
+            kinds = architecture.unit_kinds(spec, options.precision)
+            units = writer.write(kinds, checkpoint.tensors, options.precision)
+            units += _write_step_graphs(stage, spec, options.precision)
+            bare = _bare_manifest(found, spec, units, provenance, options)
             bare = write_companions(companions, bare, options, writer)
-            bare = replace(
-                bare,
-                class_names=found.class_names,
-                scheduler=found.scheduler,
-                files=files_below(stage),
-            )
+            bare = replace(bare, files=files_below(stage))
             manifest = _write_plans(stage, bare, plans, options, make_laboratory)
     return manifest, True
 
@@ -240,24 +238,28 @@ def _same_engine(output: Path, provenance: Mapping[str, Any]) -> Manifest | None
     return manifest if whole and manifest.provenance == provenance else None
 
 
-def _write_units(
-    writer: UnitWriter,
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
-    provenance: dict[str, Any],
-    options: ExportOptions,
-) -> Manifest:
-    """Write the units of the model."""
-    kinds = ARCHITECTURES[spec.architecture].unit_kinds(spec, options.precision)
-    units = writer.write(kinds, checkpoint.tensors, options.precision)
+def _write_step_graphs(stage: Path, spec: ModelSpec, precision: str) -> list[Unit]:
+    """Write the graphs of a step that hold no weights of the model."""
     step_graphs = {
-        "modulation": modulation_graph(spec, options.precision),
-        "collect": collect_graph(spec, options.precision),
+        "modulation": modulation_graph(spec, precision),
+        "collect": collect_graph(spec, precision),
         **sampler_graphs(spec),
     }
     for name, graph in step_graphs.items():
-        onnx.save_model(graph, writer.stage / "onnx" / f"{name}.onnx")
-        units.append(Unit(name, f"onnx/{name}.onnx", None, (), False, None, options.precision))
+        onnx.save_model(graph, stage / "onnx" / f"{name}.onnx")
+    return [
+        Unit(name, f"onnx/{name}.onnx", None, (), False, None, precision) for name in step_graphs
+    ]
+
+
+def _bare_manifest(
+    found: FolderModel,
+    spec: ModelSpec,
+    units: Sequence[Unit],
+    provenance: dict[str, Any],
+    options: ExportOptions,
+) -> Manifest:
+    """The manifest of a directory that has units only."""
     return Manifest(
         model=spec,
         precision=options.precision,
@@ -267,6 +269,8 @@ def _write_units(
         plans=(),
         files=(),
         provenance=provenance,
+        class_names=found.class_names,
+        scheduler=found.scheduler,
     )
 
 

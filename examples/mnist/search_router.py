@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from goc_deploy.api.facade import cpu_backend
-from goc_deploy.api.laboratory import engine_laboratory
+from goc_deploy.api import cpu_backend
+from goc_deploy.api.laboratory import EngineTrials
 from goc_deploy.disk import written
 from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.metrics.paired import whole_relative_l2
+from goc_deploy.options import no_progress
 from goc_deploy.policies.calibration import CalibrationOptions
 from goc_deploy.policies.candidates import flipped_errors, plain
 from goc_deploy.policies.search import uncached
@@ -41,10 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     spec = read_manifest(args.engine).model
     options = CalibrationOptions(args.images)
-    backend = cpu_backend()
-    trials = engine_laboratory(
-        args.engine, lambda: backend, "ddim", options, lambda *_: None
-    ).trials()
+    trials = EngineTrials(args.engine, cpu_backend(), "ddim", options, no_progress)
     expected = trials.run(uncached(spec, args.steps), options).latents
     cells = [(step, unit) for step in range(1, args.steps, 2) for unit in range(spec.units)]
     losses = flipped_errors(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,7 +17,6 @@ from goc_deploy.options import Progress
 from goc_deploy.policies.calibration import (
     CalibrationOptions,
     Calibrator,
-    Laboratory,
     Trial,
     check_options,
 )
@@ -26,34 +25,56 @@ from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
 
 
-def engine_laboratory(
-    directory: Path,
-    make_backend: Callable[[], Backend],
-    sampler: str,
-    options: CalibrationOptions,
-    progress: Progress,
-) -> Laboratory:
+class EngineLaboratory:
     """The laboratory of an engine directory, which is loaded when a policy first asks.
 
-    Args:
-        directory: the engine directory; plans are not needed.
-        make_backend: runs it.
-        sampler: sampler SPEC.
-        options: which images.
-        progress: called with (what, done, total).
+    Implements `goc_deploy.policies.calibration.Laboratory`.
     """
-    backend = cache(make_backend)
 
-    @cache
-    def calibrator(steps: int) -> Calibrator:
-        from goc_deploy.runtime.loading import load_calibrator
+    def __init__(
+        self,
+        directory: Path,
+        make_backend: Callable[[], Backend],
+        sampler: str,
+        options: CalibrationOptions,
+        progress: Progress,
+    ) -> None:
+        """Set what will be run.
 
-        table = table_from_sampler(sampler, steps, read_manifest(directory).process)
-        return load_calibrator(directory, backend(), table, options, progress)
+        Args:
+            directory: the engine directory; plans are not needed.
+            make_backend: makes the backend that runs it, if a policy asks.
+            sampler: sampler SPEC.
+            options: the calibration images.
+            progress: called with (what, done, total).
+        """
+        self._directory, self._make_backend = directory, make_backend
+        self._sampler, self._options, self._progress = sampler, options, progress
+        self._calibrators: dict[int, Calibrator] = {}
+        self._trials: EngineTrials | None = None
 
-    return Laboratory(
-        calibrator, cache(lambda: EngineTrials(directory, backend(), sampler, options, progress))
-    )
+    def calibrator(self, steps: int) -> Calibrator:
+        """See `goc_deploy.policies.calibration.Laboratory.calibrator`."""
+        if steps not in self._calibrators:
+            from goc_deploy.runtime.loading import load_calibrator
+
+            table = table_from_sampler(self._sampler, steps, read_manifest(self._directory).process)
+            self._calibrators[steps] = load_calibrator(
+                self._directory, self._backend, table, self._options, self._progress
+            )
+        return self._calibrators[steps]
+
+    def trials(self) -> EngineTrials:
+        """See `goc_deploy.policies.calibration.Laboratory.trials`."""
+        if self._trials is None:
+            self._trials = EngineTrials(
+                self._directory, self._backend, self._sampler, self._options, self._progress
+            )
+        return self._trials
+
+    @cached_property
+    def _backend(self) -> Backend:
+        return self._make_backend()
 
 
 class EngineTrials:

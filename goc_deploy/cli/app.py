@@ -23,7 +23,7 @@ OUT_OF = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, e
 _received: int | None = None  # the signal that asked this command to end
 
 
-def run_command(command: click.Command, argv: Sequence[str] | None) -> int:
+def run_command(command: click.Command, argv: Sequence[str] | None = None) -> int:
     """Run a click command and return its exit code.
 
     Errors of ours end as one sentence on stderr and their code; usage errors as click prints them and 2; Ctrl-C as

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,4 @@ def command(
         )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of goc-bench."""
-    return run_command(command, argv)
+main = partial(run_command, command)  # entry point of goc-bench

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from goc_deploy.cli.progress import progress_bar
 from goc_deploy.engine_dir.keys import ENGINE_BACKENDS, WEIGHT_MODES
 from goc_deploy.options import EngineOptions
+
+if TYPE_CHECKING:
+    from goc_deploy.engine_dir.manifest import Manifest
 
 DEFAULTS = EngineOptions()
 
@@ -63,55 +66,77 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def engines_from_options(options: dict[str, Any]) -> tuple[list[EngineOptions], bool]:
-    """Take the engine options out of a command's options: what to build, one per backend, and whether to verify it.
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """TensorRT engines that a command is asked to build.
+
+    Attributes:
+        builds: the options of each backend.
+        verify: run the engines on the GPU of this machine after they are built.
+    """
+
+    builds: tuple[EngineOptions, ...]
+    verify: bool
+
+    def check(self, precision: str) -> None:
+        """Check that the engines can be built here, before anything else is done.
+
+        Raises:
+            UsageError, EnvironmentUnsupportedError: as `goc_deploy.api.check_engine_options`.
+        """
+        from goc_deploy.api.engines import check_engine_options
+
+        for options in self.builds:
+            check_engine_options(options, precision, verify=self.verify)
+
+    def build(self, directory: Path) -> None:
+        """Build what is missing, verify it if asked to, and print a summary on stderr."""
+        from goc_deploy.api.engines import build_engines, verify_engines
+
+        for options in self.builds:
+            with progress_bar() as progress:
+                manifest, built = build_engines(directory, options, progress)
+            click.echo(f"{directory}: {_built(manifest, options.backend, built)}", err=True)
+            if not self.verify:
+                continue
+            with progress_bar() as progress:
+                differences = verify_engines(directory, options, progress)
+            worst = max(differences, key=lambda difference: difference.relative_l2)
+            click.echo(
+                f"{directory}: {len(differences)} graphs run on {options.backend} as on ONNX "
+                f"Runtime; the largest relative L2 difference is {worst.relative_l2:.1e} "
+                f"({worst.unit})",
+                err=True,
+            )
+
+
+def _built(manifest: Manifest, backend: str, built: int) -> str:
+    """How many engines were built, and how many there are now."""
+    engines = [engine for engine in manifest.engines if engine.target.backend == backend]
+    paths = {engine.path for engine in engines}
+    size = sum(file.size for file in manifest.files if file.path in paths)
+    return (
+        f"{built} engines built for {backend}, {len(engines)} are there ({size / 1e6:.1f} MB), "
+        f"{sum(engine.plugin_layers > 0 for engine in engines)} with the plugin"
+    )
+
+
+def engines_from_flags(flags: dict[str, Any]) -> EngineRequest:
+    """Take the flags of engines out of the flags of a command.
 
     Raises:
-        click.UsageError: options of engines, but no backend that has any.
-        EnvironmentUnsupportedError: verification without a GPU.
+        click.UsageError: flags of engines, but no backend that has any.
     """
-    verify = options.pop("verify")
-    backends = [name for name in dict.fromkeys(options.pop("backends")) if name in ENGINE_BACKENDS]
-    how = EngineOptions(
-        capabilities=options.pop("engine_capabilities"),
-        weights=options.pop("engine_weights"),
-        workspace_bytes=options.pop("engine_workspace") * 2**20,
-        plugin=options.pop("engine_plugin"),
+    verify = flags.pop("verify")
+    backends = [name for name in dict.fromkeys(flags.pop("backends")) if name in ENGINE_BACKENDS]
+    options = EngineOptions(
+        capabilities=flags.pop("engine_capabilities"),
+        weights=flags.pop("engine_weights"),
+        workspace_bytes=flags.pop("engine_workspace") * 2**20,
+        plugin=flags.pop("engine_plugin"),
     )
-    if not backends and (how != DEFAULTS or verify):
+    if not backends and (options != DEFAULTS or verify):
         raise click.UsageError(
             f"options of engines go with --backend {' or --backend '.join(ENGINE_BACKENDS)}"
         )
-    if verify:
-        from goc_deploy.api.facade import check_gpu
-
-        check_gpu()
-    return [replace(how, backend=name) for name in backends], verify
-
-
-def build_engines_and_tell(directory: Path, wanted: list[EngineOptions], *, verify: bool) -> None:
-    """Build what is missing, with a progress bar, verify it if asked to, and say on stderr what came of it."""
-    from goc_deploy.api.facade import build_engines, verify_engines
-
-    for options in wanted:
-        with progress_bar() as progress:
-            manifest, built = build_engines(directory, options, progress)
-        engines = [
-            engine for engine in manifest.engines if engine.target.backend == options.backend
-        ]
-        paths = {engine.path for engine in engines}
-        size = sum(file.size for file in manifest.files if file.path in paths)
-        click.echo(
-            f"{directory}: {built} engines built for {options.backend}, {len(engines)} are there ({size / 1e6:.1f} MB), "
-            f"{sum(engine.plugin_layers > 0 for engine in engines)} with the plugin",
-            err=True,
-        )
-        if verify:
-            with progress_bar() as progress:
-                found = verify_engines(directory, options, progress)
-            worst = max(found, key=lambda difference: difference.relative_l2)
-            click.echo(
-                f"{directory}: {len(found)} graphs run on {options.backend} as on ONNX Runtime; the largest relative L2 difference "
-                f"is {worst.relative_l2:.1e} ({worst.unit})",
-                err=True,
-            )
+    return EngineRequest(tuple(replace(options, backend=name) for name in backends), verify)

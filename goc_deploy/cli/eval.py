@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +173,4 @@ def command(
         save_text(page(evaluation, str(engine_dir.name)), html_path)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of goc-eval."""
-    return run_command(command, argv)
+main = partial(run_command, command)  # entry point of goc-eval

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from goc_deploy.cli.app import run_command
-from goc_deploy.cli.engine_options import (
-    build_engines_and_tell,
-    engine_options,
-    engines_from_options,
-)
+from goc_deploy.cli.engine_options import engine_options, engines_from_flags
 from goc_deploy.cli.options import (
     PATH,
     SETTINGS,
@@ -142,15 +138,14 @@ DEFAULTS = ExportOptions()
 @version_option
 def command(checkpoint: Path, output: Path, **options: Any) -> None:
     """Compile a CHECKPOINT (.pt, .pth, .safetensors, a folder of diffusers, or its Hub id org/name) into an engine directory."""
-    from goc_deploy.api.facade import check_engine_options, export_with
+    from goc_deploy.api.exporting import export_with
 
-    engines, verify = engines_from_options(options)
-    for wanted in engines:
-        check_engine_options(wanted, options["precision"])
+    engines = engines_from_flags(options)
+    engines.check(options["precision"])
     with progress_bar() as progress:
         manifest, written = export_with(checkpoint, output, ExportOptions(**options), progress)
     click.echo(_summary(output, manifest) if written else f"{output} is up to date", err=True)
-    build_engines_and_tell(output, engines, verify=verify)
+    engines.build(output)
 
 
 def _summary(output: Path, manifest: Manifest) -> str:
@@ -165,6 +160,4 @@ def _summary(output: Path, manifest: Manifest) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of goc-export."""
-    return run_command(command, argv)
+main = partial(run_command, command)  # entry point of goc-export

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 
 import click
@@ -51,6 +51,4 @@ def command() -> None:
     """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of goc and of ``python -m goc_deploy``."""
-    return run_command(command, argv)
+main = partial(run_command, command)  # entry point of goc and of ``python -m goc_deploy``

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from goc_deploy.cli.app import print_table, run_command
-from goc_deploy.cli.engine_options import (
-    build_engines_and_tell,
-    engine_options,
-    engines_from_options,
-)
+from goc_deploy.cli.engine_options import EngineRequest, engine_options, engines_from_flags
 from goc_deploy.cli.options import (
     PATH,
     SETTINGS,
@@ -34,6 +31,8 @@ from goc_deploy.policies.registration import installed_policies
 from goc_deploy.samplers import SAMPLER_GRAMMAR
 
 DEFAULTS = PlanOptions()
+SPEC_OPTIONS = ("name", "steps", "sampler", "calibrate", "seed", "cfg_scale", "segments")
+PLOTS = (".png", ".svg", ".pdf")
 EPILOG = (
     "Examples: goc-plan engine fora:3+gc:1.0 --steps 50 --name fast; goc-plan engine --list; "
     "goc-plan engine --show fast --plot fast.png; goc-plan engine --backend tensorrt-rtx --compute-capability 8.9. "
@@ -88,87 +87,90 @@ EPILOG = (
 @verbose_option
 @debug_option
 @version_option
-def command(
-    engine_dir: Path,
-    spec: str | None,
-    name: str | None,
-    steps: int | None,
-    sampler: str | None,
-    calibrate: int | None,
-    seed: int | None,
-    cfg_scale: float | None,
-    segments: str | None,
-    list_plans: bool,
-    show: str | None,
-    plot: Path | None,
-    smoothcache: Path | None,
-    inspect: bool,
-    outputs: tuple[Path, ...],
-    **engine_choices: Any,
-) -> None:
+def command(engine_dir: Path, **flags: Any) -> None:
     """Add the plan that SPEC names to ENGINE_DIR, list and show its plans, or build TensorRT engines for it."""
-    engines, verify = engines_from_options(engine_choices)
-    if sum((spec is not None, list_plans, show is not None, inspect, bool(engines))) != 1:
+    _action(flags)(engine_dir)
+
+
+def _action(flags: dict[str, Any]) -> Callable[[Path], None]:
+    """The one of the five actions that the flags ask for.
+
+    Raises:
+        click.UsageError: no action, more than one, or a flag of another action.
+    """
+    engines = engines_from_flags(flags)
+    spec, name = flags["spec"], flags["show"]
+    suffixes = {PLOTS: flags["plot"], (".json",): flags["smoothcache"]}
+    plot, smoothcache = sort_outputs(flags["outputs"], suffixes)
+    options = {option: flags[option] for option in SPEC_OPTIONS if flags[option] is not None}
+    actions: dict[Callable[[Path], None], bool] = {
+        partial(_add, spec=spec, options=options): spec is not None,
+        _list: flags["list_plans"],
+        partial(_show, name=name, plot=plot, smoothcache=smoothcache): name is not None,
+        _inspect: flags["inspect"],
+        partial(_build, engines=engines): bool(engines.builds),
+    }
+    asked_for = [action for action, asked in actions.items() if asked]
+    if len(asked_for) != 1:
         raise click.UsageError(
             "give a SPEC to add, --list, --show NAME, --inspect, or a --backend to build engines for"
         )
-    plot, smoothcache = sort_outputs(
-        outputs, {(".png", ".svg", ".pdf"): plot, (".json",): smoothcache}
-    )
-    if (plot or smoothcache) and not show:
+    if (plot or smoothcache) and name is None:
         raise click.UsageError("--plot and --smoothcache go with --show NAME")
-    options: dict[str, Any] = {
-        "name": name,
-        "steps": steps,
-        "sampler": sampler,
-        "calibrate": calibrate,
-        "seed": seed,
-        "cfg_scale": cfg_scale,
-        "segments": segments,
-    }
-    given = {option: value for option, value in options.items() if value is not None}
-    if spec is None and given:
-        raise click.UsageError(
-            f"{', '.join('--' + option.replace('_', '-') for option in given)} goes with a SPEC"
-        )
-    if spec:
-        from goc_deploy.api.facade import add_plan
+    if spec is None and options:
+        named = ", ".join("--" + option.replace("_", "-") for option in options)
+        raise click.UsageError(f"{named} goes with a SPEC")
+    return asked_for[0]
 
-        with progress_bar() as progress:
-            entry = add_plan(engine_dir, spec, progress=progress, **given)
-        _tell(engine_dir, entry.name)
-        click.echo(entry.name)
-        return
-    if engines:
-        build_engines_and_tell(engine_dir, engines, verify=verify)
-        return
-    if inspect:
-        _inspect(engine_dir)
-        return
+
+def _add(engine_dir: Path, spec: str, options: dict[str, Any]) -> None:
+    """Add a plan, and print its name; what it computes goes to stderr."""
+    from goc_deploy.api.facade import add_plan
+    from goc_deploy.engine_dir.plans import load_plan
+    from goc_deploy.engine_dir.reading import read_manifest
+
+    with progress_bar() as progress:
+        entry = add_plan(engine_dir, spec, progress=progress, **options)
+    plan = load_plan(engine_dir, read_manifest(engine_dir), entry.name)
+    schedule = plan.schedule
+    kinds = ", ".join(f"{count} {kind}" for kind, count in plan.kind_counts.items())
+    click.echo(
+        f"{schedule.policy}: {plan.steps} steps of {plan.sampler.sampler} ({kinds}), "
+        f"{schedule.computed} of {plan.steps * schedule.units} units computed",
+        err=True,
+    )
+    click.echo(entry.name)
+
+
+def _list(engine_dir: Path) -> None:
+    """Print a table of the plans."""
+    from goc_deploy.display.plans import plan_rows
+    from goc_deploy.engine_dir.plans import load_plan
+    from goc_deploy.engine_dir.reading import read_manifest
+
+    manifest = read_manifest(engine_dir)
+    plans = [load_plan(engine_dir, manifest, entry.name) for entry in manifest.plans]
+    print_table(str(engine_dir), *plan_rows(plans, manifest))
+
+
+def _show(engine_dir: Path, name: str, plot: Path | None, smoothcache: Path | None) -> None:
+    """Print the actions of a plan, and write them to files."""
     from goc_deploy.cli.paths import check_suffix, check_writable
     from goc_deploy.disk import written
-    from goc_deploy.display.plans import action_rows, calibration_lines, plan_rows
+    from goc_deploy.display.plans import action_rows, calibration_lines
     from goc_deploy.engine_dir.plans import load_plan
     from goc_deploy.engine_dir.reading import read_manifest
     from goc_deploy.policies.smoothcache import smoothcache_from_schedule
 
-    check_suffix(plot, ".png", ".svg", ".pdf", what="--plot ends in .png, .svg or .pdf")
+    check_suffix(plot, *PLOTS, what="--plot ends in .png, .svg or .pdf")
     check_suffix(smoothcache, ".json", what="--smoothcache ends in .json")
     check_writable(plot)
     check_writable(smoothcache)
-    manifest = read_manifest(engine_dir)
-    if list_plans:
-        columns, rows = plan_rows(
-            [load_plan(engine_dir, manifest, entry.name) for entry in manifest.plans], manifest
-        )
-        print_table(str(engine_dir), columns, rows)
-        return
-    plan = load_plan(engine_dir, manifest, show)
-    columns, rows = action_rows(plan)
+    plan = load_plan(engine_dir, read_manifest(engine_dir), name)
     print_table(
-        f"{plan.name} ({plan.schedule.policy}), history {plan.schedule.history}, {plan.slots} cache slots",
-        columns,
-        rows,
+        f"{plan.name} ({plan.schedule.policy}), history {plan.schedule.history}, "
+        f"{plan.slots} cache slots",
+        *action_rows(plan),
     )
     for line in calibration_lines(plan.schedule):
         click.echo(line)
@@ -183,22 +185,8 @@ def command(
         click.echo(plot)
 
 
-def _tell(engine_dir: Path, name: str) -> None:
-    """What a plan computes, on stderr."""
-    from goc_deploy.engine_dir.plans import load_plan
-    from goc_deploy.engine_dir.reading import read_manifest
-
-    plan = load_plan(engine_dir, read_manifest(engine_dir), name)
-    schedule = plan.schedule
-    kinds = ", ".join(f"{count} {kind}" for kind, count in plan.kind_counts.items())
-    click.echo(
-        f"{plan.schedule.policy}: {plan.steps} steps of {plan.sampler.sampler} ({kinds}), "
-        f"{schedule.computed} of {plan.steps * schedule.units} units computed",
-        err=True,
-    )
-
-
 def _inspect(engine_dir: Path) -> None:
+    """Print the units, the engines of each target, and what a step launches."""
     from goc_deploy.display.engines import engine_rows, launch_rows, target_folders, unit_rows
     from goc_deploy.engine_dir.plans import load_plan
     from goc_deploy.engine_dir.reading import read_manifest
@@ -211,6 +199,12 @@ def _inspect(engine_dir: Path) -> None:
     print_table("launches", *launch_rows(plans, manifest))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of goc-plan."""
-    return run_command(command, argv)
+def _build(engine_dir: Path, engines: EngineRequest) -> None:
+    """Build TensorRT engines."""
+    from goc_deploy.engine_dir.reading import read_manifest
+
+    engines.check(read_manifest(engine_dir).precision)
+    engines.build(engine_dir)
+
+
+main = partial(run_command, command)  # entry point of goc-plan

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,6 +163,4 @@ def _summary(result: RunResult) -> Iterator[str]:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of goc-run."""
-    return run_command(command, argv)
+main = partial(run_command, command)  # entry point of goc-run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -126,17 +125,16 @@ class Trials(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Laboratory:
-    """How policies that learn reach an engine, which is loaded when they first ask.
+class Laboratory(Protocol):
+    """How policies that learn reach an engine directory, which is loaded when they first ask."""
 
-    Attributes:
-        calibrator: step count -> what to ask about features.
-        trials: what runs whole schedules.
-    """
+    def calibrator(self, steps: int) -> Calibrator:
+        """Measures features and errors for a step count."""
+        ...
 
-    calibrator: Callable[[int], Calibrator]
-    trials: Callable[[], Trials]
+    def trials(self) -> Trials:
+        """Runs whole schedules."""
+        ...
 
 
 def default_images(spec: ModelSpec, steps: int) -> int:

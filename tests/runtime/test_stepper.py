@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from goc_deploy.api.facade import cpu_backend, load
+from goc_deploy.api import cpu_backend, load
 from goc_deploy.errors import EngineDirError
 from goc_deploy.policies.grammar import parse_policy
 from goc_deploy.policies.resolve import schedule_from_policy
