@@ -155,7 +155,7 @@ def check_values(checkpoint: Checkpoint, *, allow_nonfinite: bool) -> None:
     bad = [name for name, tensor in checkpoint.tensors.items() if not _all_finite(tensor)]
     if bad:
         raise ModelError(
-            f"{checkpoint.path}: NaN or infinite values in {_some(bad)}; use a sound checkpoint or --allow-nonfinite"
+            f"{checkpoint.path}: NaN or infinite values in {_some(bad)}; use a sound checkpoint or `allow_nonfinite=True`"
         )
 
 

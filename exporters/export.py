@@ -122,7 +122,7 @@ def _read(path: Path, options: ExportOptions) -> FolderModel:
     """A checkpoint file, or a folder that diffusers saved."""
     if options.model not in ("auto", *ARCHITECTURES):
         raise ModelError(
-            f"unknown --model {options.model!r}; this version has {', '.join(ARCHITECTURES)}"
+            f"`model={options.model}` is unknown; this version has {', '.join(ARCHITECTURES)}"
         )
     if not path.is_dir():
         checkpoint = load_checkpoint(path, options.weights)
@@ -136,11 +136,11 @@ def _read(path: Path, options: ExportOptions) -> FolderModel:
     found = read_model_folder(path, wanted, options.prediction)
     if options.num_heads not in (None, found.spec.heads):
         raise UsageError(
-            f"--num-heads {options.num_heads}: the configuration in {path} says {found.spec.heads}"
+            f"`num_heads={options.num_heads}`: the configuration in {path} says {found.spec.heads}"
         )
     if options.weights != "auto":
         raise UsageError(
-            f"--weights {options.weights} is for training checkpoints; {path} holds one set of weights"
+            f"`weights={options.weights}` is for training checkpoints; {path} holds one set of weights"
         )
     return found
 
@@ -170,7 +170,7 @@ def _compile_plans(
         except CalibrationNeededError as cause:
             if not spec.classes:
                 raise UsageError(
-                    f"plan {name} is made by calibration, but there are no captions; add --captions"
+                    f"plan {name} is made by calibration, but there are no captions; add `captions`"
                 ) from cause
             plan = None
         plans.setdefault(name, (policy, plan))

@@ -147,7 +147,7 @@ class EngineCalibrator:
         if available is not None and needed > 0.8 * available:
             raise ResourceError(
                 f"fitting keeps the history of {images} images, {needed / 1e9:.1f} GB, but {available / 1e9:.1f} GB are "
-                "available; use fewer images (--calibrate) or history entries"
+                "available; use fewer images (`calibrate`) or history entries"
             )
         return [
             Trajectory(self._stepper, batch, schedule.history, options.entries)

@@ -102,7 +102,7 @@ def load_pipelines(
     images = manifest.max_batch if batch_size is None else batch_size
     if not 1 <= images <= manifest.max_batch:
         raise UsageError(
-            f"batch size {images} must be within 1..{manifest.max_batch}, what the engine was exported for (--max-batch)"
+            f"batch size {images} must be within 1..{manifest.max_batch}, what the engine was exported for (`max_batch`)"
         )
     if backend.stacks:
         plans = [with_stacks(plan, manifest.model) for plan in plans]

@@ -90,7 +90,7 @@ class Result:
         """
         if self.images is None:
             raise UsageError(
-                "the result has latents but no images; leave out decode=False, or export the model with its decoder (--vae)"
+                "the result has latents but no images; leave out decode=False, or export the model with its decoder (`vae`)"
             )
         return pil_images(self.images)
 
@@ -219,7 +219,7 @@ class Pipeline:
         if not np.isfinite(final_latents).all():
             bad = [i for i, x in enumerate(final_latents) if not np.isfinite(x).all()]
             raise VerificationError(
-                f"the latents of image {bad[0]} are not finite; use a milder plan or --precision fp32"
+                f"the latents of image {bad[0]} are not finite; use a milder plan or `precision=fp32`"
             )
         started = time.perf_counter()
         pictures = self._images(final_latents, spans) if decode else None
@@ -244,7 +244,7 @@ class Pipeline:
         """
         if self.manifest.text is None:
             raise UsageError(
-                "the engine has no text encoder; export with --text-encoder, or give --prompt-embeds"
+                "the engine has no text encoder; export with `text_encoder`, or give prompt embeddings"
             )
         if self._attached.text is None:
             raise EnvironmentUnsupportedError(NO_TOKENIZERS)

@@ -45,7 +45,7 @@ def register_plugin(trt: Any, kernels: Callable[[], Kernels] = device_kernels) -
         for creator in make:
             if not registry.register_creator(creator, NAMESPACE):
                 raise EnvironmentUnsupportedError(
-                    f"{trt.__name__} {trt.__version__} does not register plugin {creator.name}; build with --no-plugin"
+                    f"{trt.__name__} {trt.__version__} does not register plugin {creator.name}; build with `EngineOptions.plugin=False`"
                 )
         _registered[trt.__name__] = make
 

@@ -58,7 +58,7 @@ def verify_engines(
     manifest = read_manifest(directory)
     if manifest.precision not in TOLERANCE:
         raise UsageError(
-            f"{directory} is {manifest.precision}, for which ONNX Runtime has no CPU kernels to verify with; export with --precision fp32 or fp16"
+            f"{directory} is {manifest.precision}, for which ONNX Runtime has no CPU kernels to verify with; export with `precision=fp32` or fp16"
         )
     graphs, found = list(_graphs(manifest, backend)), []
     for index, unit in enumerate(graphs):

@@ -87,11 +87,13 @@ def _check(options: RunOptions) -> None:
     folder = options.output is not None and options.output.suffix == ""
     arrays = options.latents_output or options.trajectory_output
     if options.resume and (not folder or arrays):
-        raise UsageError("--resume goes with --output DIRECTORY, and with no output of latents")
+        raise UsageError(
+            "`resume` goes with a directory as `output`, and with no output of latents"
+        )
     twice = options.prompts and options.prompt_embeds is not None
     if twice or (options.negative_prompts and not options.prompts):
         raise UsageError(
-            "give --prompt or --prompt-embeds, not both; --negative-prompt goes with --prompt"
+            "give `prompts` or `prompt_embeds`, not both; `negative_prompts` goes with `prompts`"
         )
 
 
@@ -149,7 +151,7 @@ class _Outputs:
         if series.options.resume and output:
             if not self._draws:
                 raise UsageError(
-                    "--resume continues pictures, and the model makes latents; export with --vae"
+                    "`resume` continues images, but the engine directory makes latents; export with `vae`"
                 )
             self.start = finished_pictures(output, records)
         if output and self._draws:

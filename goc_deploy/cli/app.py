@@ -15,6 +15,7 @@ from typing import Any
 import click
 from click.shell_completion import shell_complete
 
+from goc_deploy.cli.flags import FlagFormatter, with_flags
 from goc_deploy.errors import GocError, ResourceError
 
 INTERRUPTED, TERMINATED, BUG = 130, 143, 1
@@ -32,7 +33,9 @@ def run_command(command: click.Command, argv: Sequence[str] | None = None) -> in
     args = list(sys.argv[1:] if argv is None else argv)
     _open_streams()
     debug = "--debug" in args
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(FlagFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     _catch_signals()
     _complete(command)
     try:
@@ -59,7 +62,7 @@ def run_command(command: click.Command, argv: Sequence[str] | None = None) -> in
         ):  # native code turns what the signal handler raises into errors of its own
             return _interrupted()
         if isinstance(error, GocError):
-            return _say(f"error: {error}", error.exit_code)
+            return _say(f"error: {with_flags(str(error))}", error.exit_code)
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in OUT_OF):
             return _say(
                 f"error: this machine is short of memory, disk or open files: {error}",

@@ -61,7 +61,7 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
         )
     if options.router is not None and options.preset is None:
         raise UsageError(
-            "a router is for a preset; without one name its plan, or give --preset paper"
+            "a router is for a preset; without one name its plan, or give `preset=paper`"
         )
     before = {entry.name for entry in read_manifest(engine_dir).plans}
     methods = plans_of_preset(engine_dir, options, progress) if options.preset is not None else {}
@@ -69,7 +69,7 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
     names = tuple(methods) or options.plans or tuple(entry.name for entry in manifest.plans)
     plans = [load_plan(engine_dir, manifest, name) for name in names]
     if len({plan.name for plan in plans}) != len(plans):
-        raise UsageError("a plan is named twice; give each --plan once")
+        raise UsageError("a plan is named twice; give each of `plans` once")
     compared_with = baselines(plans)
     spec = manifest.model
     if options.cfg_channels is None:

@@ -66,7 +66,7 @@ def l2c(argument: str, context: PolicyContext) -> Schedule:
     probabilities, spec = context.router(path), context.spec
     if len(probabilities) != context.steps:
         raise UsageError(
-            f"router {path} is for {len(probabilities)} steps but {context.steps} are asked for; use --steps {len(probabilities)}"
+            f"router {path} is for {len(probabilities)} steps but {context.steps} are asked for; use `steps={len(probabilities)}`"
         )
     if any(len(row) != spec.units for row in probabilities):
         raise UsageError(

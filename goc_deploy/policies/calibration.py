@@ -149,7 +149,7 @@ def check_options(options: CalibrationOptions) -> None:
         UsageError: naming the option.
     """
     if not 1 <= options.images <= MAX_IMAGES:
-        raise UsageError(f"--calibrate must be within 1..{MAX_IMAGES} images, got {options.images}")
+        raise UsageError(f"`calibrate` must be within 1..{MAX_IMAGES} images, got {options.images}")
     if not 0 <= options.seed < 2**64:
         raise UsageError(f"seed must be within 0..2**64-1, got {options.seed}")
     if not 0 <= options.cfg_scale <= 1e3:

@@ -111,7 +111,7 @@ def _actions(actions: Any, steps: int, path: Path, component: str) -> np.ndarray
         )
     if len(actions) != steps:
         raise ScheduleError(
-            f"schedule {path} has {len(actions)} steps but {steps} are asked for; use --steps {len(actions)}"
+            f"schedule {path} has {len(actions)} steps but {steps} are asked for; use `steps={len(actions)}`"
         )
     return np.array(actions, bool)
 

@@ -211,7 +211,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_sampled(
         (demo_engine, replace(SMALL, plans=("fora:5",)), "there is no plan 'fora:5'"),
         (demo_engine, replace(SMALL, plans=("fora:2",)), "no plan computes everything"),
         (demo_engine, replace(SMALL, plans=("none", "none")), "named twice"),
-        (demo_engine, replace(SMALL, reference=reference), "--reference needs --features"),
+        (demo_engine, replace(SMALL, reference=reference), "`reference` needs `features`"),
         (
             demo_engine,
             replace(scored, reference=wrong_size),

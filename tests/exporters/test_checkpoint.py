@@ -192,7 +192,7 @@ def test_values_that_are_not_finite_are_named_and_may_be_allowed(tmp_path: Path)
     checkpoint = load_checkpoint(saved(tmp_path, bad))
     with pytest.raises(
         ModelError,
-        match="NaN or infinite values in pos_embed; use a sound checkpoint or --allow-nonfinite",
+        match="NaN or infinite values in pos_embed; use a sound checkpoint or `allow_nonfinite=True`",
     ):
         check_values(checkpoint, allow_nonfinite=False)
     check_values(checkpoint, allow_nonfinite=True)
@@ -228,7 +228,7 @@ def test_heads_of_the_known_sizes_need_no_option(hidden: int, heads: int) -> Non
 
 def test_unknown_heads_are_asked_for() -> None:
     with pytest.raises(
-        ModelError, match="heads cannot be read off a width of 64; give --num-heads"
+        ModelError, match="heads cannot be read off a width of 64; give `num_heads`"
     ):
         spec_from_tensors(STATE, None)
     with pytest.raises(ModelError, match="5 heads do not divide the width 64"):

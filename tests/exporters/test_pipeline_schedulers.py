@@ -290,7 +290,7 @@ def test_another_sampler_takes_the_place_of_the_folders(
         "goc-export", folder, "-o", tmp_path / "e", "--plan", "none", "--steps", 2, code=3
     )
     assert (
-        "clip_sample True, only False is supported; name another sampler with --sampler"
+        "clip_sample True, only False is supported; name another --sampler"
         in done.stderr
     )
     command(

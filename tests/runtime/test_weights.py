@@ -135,7 +135,7 @@ def test_engines_that_hold_their_weights_say_what_to_build(
     before = drawn(pipe)
     with pytest.raises(
         EnvironmentUnsupportedError,
-        match=r"hold their weights.*--engine-weights shared and load again",
+        match=r"hold their weights.*`EngineOptions.weights=shared` and load again",
     ):
         pipe.load_weights(tuned)
     np.testing.assert_array_equal(drawn(pipe), before)

@@ -68,5 +68,5 @@ def test_channels_that_guidance_leaves_alone_are_those_without_guidance(
 def test_options_that_contradict_each_other_are_refused_before_anything_is_loaded(
     options: RunOptions,
 ) -> None:
-    with pytest.raises(UsageError, match=r"not both|goes with"):
+    with pytest.raises(UsageError, match=r"not both|`resume` goes"):
         run("nowhere", options)
