@@ -105,7 +105,7 @@ def export_checkpoint(
             output, checkpoint.nbytes_fp32 * ITEM_BYTES[options.precision] // 4 + beside
         )
         for read in (checkpoint, *companions.checkpoints):
-            check_values(read, allow_nonfinite=options.allow_nonfinite)
+            check_values(read)
         with staged(output) as stage:
             writer = UnitWriter(stage, backend, progress)
             kinds = architecture.unit_kinds(spec, options.precision)

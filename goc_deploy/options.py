@@ -38,7 +38,6 @@ class ExportOptions:
         calibration_seed: of these images.
         cfg_scale: guidance scale of these images.
         weights: ``ema``, ``model``, or ``auto`` (ema where there is one).
-        allow_nonfinite: accept NaN and infinite weights.
         force: replace an existing engine directory.
         captions: what stands for labels of a model that draws captions: a file of embeddings, or of prompts (``.txt``, one
             per line, with a text encoder); None takes `goc_deploy.conditions.text.DEFAULT_PROMPTS` where there is a text encoder.
@@ -60,7 +59,6 @@ class ExportOptions:
     calibration_seed: int = CALIBRATION_SEED
     cfg_scale: float = 4.0
     weights: str = "auto"
-    allow_nonfinite: bool = False
     force: bool = False
     captions: Path | None = None
     text_encoder: Path | None = None
@@ -241,7 +239,6 @@ class EvalOptions:
         converged_images: images that the converged solution is made of.
         trajectory_images: images whose error is followed over the steps.
         resamples: bootstrap resamples of FID and inception score.
-        grid_images: pictures per plan in the report.
     """
 
     plans: tuple[str, ...] = ()
@@ -265,4 +262,3 @@ class EvalOptions:
     converged_images: int = 128
     trajectory_images: int = 64
     resamples: int = 50
-    grid_images: int = 12

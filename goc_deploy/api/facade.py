@@ -32,7 +32,6 @@ def export(
     calibration_seed: int = EXPORT.calibration_seed,
     cfg_scale: float = EXPORT.cfg_scale,
     weights: str = EXPORT.weights,
-    allow_nonfinite: bool = EXPORT.allow_nonfinite,
     force: bool = EXPORT.force,
     captions: str | Path | None = EXPORT.captions,
     text_encoder: str | Path | None = EXPORT.text_encoder,
@@ -64,7 +63,6 @@ def export(
         cfg_scale: guidance scale of the calibration images.
         weights: weights of a training checkpoint: ``ema``, ``model``, or ``auto`` (``ema`` if there
             are such weights).
-        allow_nonfinite: accept NaN and infinite weights.
         force: replace an existing engine directory.
         captions: captions of a text-conditional model in place of class labels: a file of
             embeddings, or of prompts (``.txt``, one per line, with a text encoder). None takes
@@ -96,7 +94,6 @@ def export(
         calibration_seed=calibration_seed,
         cfg_scale=cfg_scale,
         weights=weights,
-        allow_nonfinite=allow_nonfinite,
         force=force,
         captions=_path(captions),
         text_encoder=_path(text_encoder),

@@ -15,15 +15,13 @@ from goc_deploy.cli.options import (
     SETTINGS,
     backend_option,
     cfg_scale_option,
-    debug_option,
+    common_options,
+    compared_plans,
     device_option,
     numbers,
     output_option,
-    plans_of_directory,
     sort_outputs,
     threads_option,
-    verbose_option,
-    version_option,
 )
 from goc_deploy.cli.progress import progress_bar
 from goc_deploy.options import BenchOptions
@@ -36,47 +34,43 @@ DEFAULTS = BenchOptions()
     context_settings=SETTINGS,
     epilog="Example: goc-bench engine --plan none --plan fora:2 --plan fora:2+gc:1.2 --json bench.json",
 )
-@click.argument("engine_dir", type=PATH)
-@click.option(
-    "--plan",
-    "plans",
-    multiple=True,
-    shell_complete=plans_of_directory,
-    help="Plan to compare, repeatable; the first is the baseline.  [default: all]",
-)
+@compared_plans("Plan to compare, repeatable; the first is the baseline.  [default: all plans]")
 @click.option(
     "--labels",
     callback=numbers(int, "whole numbers"),
-    default="0",
-    help="One label per image; all images run as one batch.",
+    default=",".join(map(str, DEFAULTS.labels)),
+    help="Labels separated by commas, one per image; all images run as one batch.",
 )
-@cfg_scale_option(DEFAULTS.cfg_scale, "Classifier-free guidance scale; 1 is none.")
+@cfg_scale_option(DEFAULTS.cfg_scale)
 @click.option(
     "--repeats",
     type=click.IntRange(1),
     default=DEFAULTS.repeats,
-    help="Measured rounds; every round runs every plan once.",
+    help="Number of measured rounds; every round runs every plan once.",
 )
 @click.option(
     "--warmup",
     type=click.IntRange(0),
     default=DEFAULTS.warmup,
-    help="Rounds that are not measured; on a GPU twice as many.",
+    help="Number of rounds before them that are not measured; a GPU runs twice as many.",
 )
 @backend_option
 @device_option
 @threads_option
 @output_option("File to write, repeatable: .json is --json, .png, .svg or .pdf is --plot.")
-@click.option("--json", "json_path", type=PATH, help="File for every measurement.")
+@click.option("--json", "json_path", type=PATH, help="JSON file to write every measurement to.")
 @click.option(
     "--profile",
     type=PATH,
-    help="Run each plan once more and write a Chrome trace of its steps and launches (open it at ui.perfetto.dev).",
+    help="File to write a Chrome trace to: the steps and launches of one more run of each plan "
+    "(open it at ui.perfetto.dev).",
 )
-@click.option("--plot", type=PATH, help="File for a plot of step times; it needs the plot extra.")
-@verbose_option
-@debug_option
-@version_option
+@click.option(
+    "--plot",
+    type=PATH,
+    help="File to write a plot of step times to; it needs the plot extra.",
+)
+@common_options
 def command(
     engine_dir: Path,
     json_path: Path | None,

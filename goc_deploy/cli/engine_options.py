@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from goc_deploy.cli.options import composed
 from goc_deploy.cli.progress import progress_bar
 from goc_deploy.engine_dir.keys import ENGINE_BACKENDS, WEIGHT_MODES
 from goc_deploy.options import EngineOptions
@@ -19,51 +19,49 @@ if TYPE_CHECKING:
 DEFAULTS = EngineOptions()
 
 
-def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options to a click command, which gets them as ``backends``, ``engine_*`` and ``verify``."""
-    options = (
-        click.option(
-            "--backend",
-            "backends",
-            multiple=True,
-            type=click.Choice(["onnxruntime", *ENGINE_BACKENDS]),
-            help="Build engines for it, repeatable; onnxruntime needs none.",
-        ),
-        click.option(
-            "--compute-capability",
-            "engine_capabilities",
-            multiple=True,
-            metavar="X.Y",
-            help="GPU to build for, repeatable.  [default: tensorrt-rtx: all from 8.0 on; tensorrt: this machine's]",
-        ),
-        click.option(
-            "--engine-weights",
-            type=click.Choice(WEIGHT_MODES),
-            default=DEFAULTS.weights,
-            help="An engine per unit with its weights, or one per kind of unit, which reads them at an address.",
-        ),
-        click.option(
-            "--engine-workspace",
-            type=click.IntRange(0),
-            default=DEFAULTS.workspace_bytes >> 20,
-            metavar="MIB",
-            help="Most scratch memory of an engine; 0 is no limit.",
-        ),
-        click.option(
-            "--plugin/--no-plugin",
-            "engine_plugin",
-            default=DEFAULTS.plugin,
-            help="Use the plugin where it saves launches.",
-        ),
-        click.option(
-            "--verify",
-            is_flag=True,
-            help="Then run every engine on the GPU of this machine, and compare with ONNX Runtime.",
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+engine_options = composed(  # a command gets them as backends, engine_* and verify
+    click.option(
+        "--backend",
+        "backends",
+        multiple=True,
+        type=click.Choice(["onnxruntime", *ENGINE_BACKENDS]),
+        help="Backend to build engines for, repeatable; onnxruntime needs none.",
+    ),
+    click.option(
+        "--compute-capability",
+        "engine_capabilities",
+        multiple=True,
+        metavar="X.Y",
+        help="Compute capability of a GPU to build for, repeatable.  "
+        "[default: tensorrt-rtx: all from 8.0 on; tensorrt: that of this machine]",
+    ),
+    click.option(
+        "--engine-weights",
+        type=click.Choice(WEIGHT_MODES),
+        default=DEFAULTS.weights,
+        help="How engines hold their weights: embedded is an engine per unit that holds them, shared "
+        "is an engine per kind of unit that reads them at an address.",
+    ),
+    click.option(
+        "--engine-workspace",
+        type=click.IntRange(0),
+        default=DEFAULTS.workspace_bytes >> 20,
+        metavar="MIB",
+        help="Limit of the scratch memory of an engine in MiB; 0 is no limit.",
+    ),
+    click.option(
+        "--plugin/--no-plugin",
+        "engine_plugin",
+        default=DEFAULTS.plugin,
+        help="Use the plugin if it saves launches.",
+    ),
+    click.option(
+        "--verify",
+        is_flag=True,
+        help="Run every engine on the GPU of this machine afterwards, and compare the results with "
+        "ONNX Runtime.",
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True)

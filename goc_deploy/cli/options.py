@@ -19,6 +19,18 @@ LONG_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
+
+def composed(*options: Decorator) -> Decorator:
+    """Several options as one decorator; they stand in the help in this order."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
 version_option = click.version_option(__version__, message="%(prog)s %(version)s")
 debug_option = click.option(
     "--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."
@@ -32,12 +44,20 @@ threads_option = click.option(
 backend_option = click.option(
     "--backend",
     default="auto",
-    help="What runs the engine: tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime, or auto, the first of these that works here.",
+    help="Backend that runs the plans: tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime, or "
+    "auto, the first of these that works here.",
 )
 device_option = click.option(
     "--device",
     default="auto",
-    help="Where it runs: cpu, cuda, cuda:1 for another GPU than the first, or auto, which leaves it to the backend.",
+    help="Device that the backend uses: cpu, cuda, cuda:1 for another GPU than the first, or auto, "
+    "which leaves it to the backend.",
+)
+cfg_channels_option = click.option(
+    "--cfg-channels",
+    type=click.IntRange(0),
+    help="Number of leading channels that guidance acts on.  "
+    "[default: that of the model's reference implementation]",
 )
 
 
@@ -54,11 +74,14 @@ verbose_option = click.option(
     is_flag=True,
     expose_value=False,
     callback=_log_more,
-    help="Tell more on stderr, such as why a faster backend does not work here.",
+    help="Print more on stderr, such as the reason why a faster backend does not work here.",
 )
+common_options = composed(verbose_option, debug_option, version_option)
 
 
-def cfg_scale_option(default: float | None, text: str) -> Decorator:
+def cfg_scale_option(
+    default: float | None, text: str = "Classifier-free guidance scale; 1 turns guidance off."
+) -> Decorator:
     """The guidance scale, under our name and under that of diffusers."""
     return click.option(
         "--cfg-scale", "--guidance-scale", "cfg_scale", type=float, default=default, help=text
@@ -69,6 +92,16 @@ def steps_option(default: int | None, text: str) -> Decorator:
     """The number of sampling steps, under our name and under that of diffusers."""
     return click.option(
         "--steps", "--num-inference-steps", "steps", type=int, default=default, help=text
+    )
+
+
+def compared_plans(help_text: str) -> Decorator:
+    """The engine directory, and plans of it that a command compares."""
+    return composed(
+        click.argument("engine_dir", type=PATH),
+        click.option(
+            "--plan", "plans", multiple=True, shell_complete=plans_of_directory, help=help_text
+        ),
     )
 
 

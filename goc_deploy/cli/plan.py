@@ -15,13 +15,11 @@ from goc_deploy.cli.options import (
     PATH,
     SETTINGS,
     cfg_scale_option,
-    debug_option,
+    common_options,
     output_option,
     plans_of_directory,
     sort_outputs,
     steps_option,
-    verbose_option,
-    version_option,
 )
 from goc_deploy.cli.progress import progress_bar
 from goc_deploy.compiler.plan import SEGMENTS
@@ -44,51 +42,67 @@ EPILOG = (
 @click.argument("engine_dir", type=PATH)
 @click.argument("spec", required=False)
 @click.option("--name", help="Name of the new plan.  [default: SPEC made file-safe]")
-@steps_option(None, "Sampling steps.  [default: those of the engine's first plan]")
-@click.option("--sampler", help=f"{SAMPLER_GRAMMAR}.  [default: that of the engine's first plan]")
+@steps_option(
+    None,
+    "Number of sampling steps of the new plan.  "
+    "[default: that of the first plan of the engine directory]",
+)
+@click.option(
+    "--sampler",
+    help=f"Sampler of the new plan: {SAMPLER_GRAMMAR}.  "
+    "[default: that of the first plan of the engine directory]",
+)
 @click.option(
     "--calibrate",
     type=click.IntRange(1),
     metavar="K",
-    help="Images that a calibrated policy (goc, fit, smoothcache, search) learns from.  [default: 16, fewer for large models]",
+    help="Number of images that a calibrated policy (goc, fit, smoothcache, search) learns from.  "
+    "[default: 16, fewer for large models]",
 )
-@click.option("--seed", type=int, help=f"Seed of these images.  [default: {DEFAULTS.seed}]")
-@cfg_scale_option(None, f"Guidance scale of these images.  [default: {DEFAULTS.cfg_scale:g}]")
+@click.option(
+    "--seed",
+    type=int,
+    help="Seed of the calibration images.  [default: 2**32, far from the seeds that people use]",
+)
+@cfg_scale_option(
+    None, f"Guidance scale of the calibration images.  [default: {DEFAULTS.cfg_scale}]"
+)
 @click.option(
     "--segments",
     type=click.Choice(SEGMENTS),
-    help=f"What TensorRT runs as one engine: a full step, or no more than a unit.  [default: {DEFAULTS.segments}]",
+    help="Part of a step that TensorRT runs as one engine: full is a full step, none is a unit.  "
+    f"[default: {DEFAULTS.segments}]",
 )
-@click.option("--list", "list_plans", is_flag=True, help="List the plans.")
+@click.option("--list", "list_plans", is_flag=True, help="List the plans of ENGINE_DIR.")
 @click.option(
     "--show",
     metavar="NAME",
     shell_complete=plans_of_directory,
-    help="Show a plan's actions over steps.",
+    help="Name of a plan whose actions over the steps are shown.",
 )
 @output_option(
-    "With --show, file to write, repeatable: .png, .svg or .pdf is --plot, .json is --smoothcache."
+    "File to write with --show, repeatable: .png, .svg or .pdf is --plot, .json is --smoothcache."
 )
 @click.option(
     "--plot",
     type=PATH,
-    help="With --show, file for a heat map of actions over steps and units; it needs the plot extra.",
+    help="File to write a heat map of actions over steps and units to, with --show; a .png or .pdf "
+    "needs the plot extra.",
 )
 @click.option(
     "--smoothcache",
     type=PATH,
     metavar="FILE.json",
-    help="With --show, file for what the plan computes, in the form of SmoothCache's schedules.",
+    help="File to write what the plan computes to, with --show, in the form of SmoothCache's "
+    "schedules.",
 )
 @click.option(
-    "--inspect", is_flag=True, help="Show the units, the engines, and what a step launches."
+    "--inspect", is_flag=True, help="Show the units, the engines, and the launches of a step."
 )
 @engine_options
-@verbose_option
-@debug_option
-@version_option
+@common_options
 def command(engine_dir: Path, **flags: Any) -> None:
-    """Add the plan that SPEC names to ENGINE_DIR, list and show its plans, or build TensorRT engines for it."""
+    """Add the plan that SPEC names to ENGINE_DIR, list or show its plans, or build TensorRT engines."""
     _action(flags)(engine_dir)
 
 

@@ -14,14 +14,13 @@ from goc_deploy.cli.options import (
     PATH,
     SETTINGS,
     backend_option,
+    cfg_channels_option,
     cfg_scale_option,
-    debug_option,
+    common_options,
     device_option,
     plans_of_directory,
     steps_option,
     threads_option,
-    verbose_option,
-    version_option,
 )
 from goc_deploy.cli.progress import progress_bar
 from goc_deploy.options import RunOptions
@@ -41,47 +40,45 @@ DEFAULTS = RunOptions()
 @click.option(
     "--plan",
     shell_complete=plans_of_directory,
-    help="Name of a plan of the engine, or any SPEC that does not learn from images, which is compiled for this run.  "
-    "[default: the first plan that caches]",
+    help="Name of a plan of the engine directory, or any SPEC that does not learn from images, "
+    "which is compiled for this run.  [default: the first plan that caches]",
 )
 @steps_option(
     None,
-    "Sampling steps. Others than the plan's are compiled for this run.  [default: those of the plan]",
+    "Number of sampling steps. If it is not that of the plan, the plan is compiled for this run.  "
+    "[default: that of the plan]",
 )
 @click.option(
     "--labels",
-    help="Class labels, one per image: numbers, or class names of the model's folder; which captions, for a model of captions.  "
+    help="Labels separated by commas, one per image: numbers, or class names of the model's folder. "
+    "If prompts or stored captions are drawn, a label selects one of them.  "
     "[default: 0,1,2,... over the classes]",
 )
 @click.option(
     "--prompt",
     "prompts",
     multiple=True,
-    help="A text to draw, repeatable, where the engine has a text encoder.",
+    help="Text to draw, repeatable. The engine directory must have a text encoder.",
 )
 @click.option(
     "--negative-prompt",
     "negative_prompts",
     multiple=True,
-    help="What to draw away from: once, or once per --prompt.",
+    help="Text to draw away from: given once, or once per --prompt.",
 )
 @click.option(
     "--prompt-embeds",
     type=PATH,
-    help="Captions to draw, .npz or .safetensors: prompt_embeds [N,L,C], prompt_attention_mask, negative_prompt_embeds, ...",
+    help="File of prompt embeddings to draw, .npz or .safetensors: prompt_embeds [N,L,C], and if "
+    "there are such prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask.",
 )
 @click.option(
     "--num-images",
     type=click.IntRange(1, 1_000_000),
-    help="Images; labels are repeated in order.  [default: one per label, or 8]",
+    help="Number of images; labels are repeated in order.  [default: one per label, or 8]",
 )
-@cfg_scale_option(DEFAULTS.cfg_scale, "Classifier-free guidance scale; 1 is none.")
-@click.option(
-    "--cfg-channels",
-    type=click.IntRange(0),
-    default=DEFAULTS.cfg_channels,
-    help="Guidance acts on so many channels only, the first ones.  [default: as in the model's reference]",
-)
+@cfg_scale_option(DEFAULTS.cfg_scale)
+@cfg_channels_option
 @click.option(
     "--seed",
     type=int,
@@ -91,39 +88,49 @@ DEFAULTS = RunOptions()
 @click.option(
     "--latents",
     type=PATH,
-    help="x_T, float32 [N,C,H,W] .npy, instead of seeded noise.",
+    help="File of x_T in place of seeded noise, float32 [N,C,H,W] .npy.",
 )
 @click.option(
     "-o",
     "--output",
     type=PATH,
-    help="File or directory for the images: .png is a grid, .npz the ADM format with labels, another name is a directory of pictures, "
-    "each of which is written when it is drawn.  [default: goc-DATE-TIME.png, if no other output is given]",
+    help="File or directory of the images: .png is a grid, .npz the ADM format with labels. Another "
+    "name is a directory of images, each of which is written when it is drawn.  "
+    "[default: goc-DATE-TIME.png, if no other output is given]",
 )
 @click.option(
     "--resume",
     is_flag=True,
-    help="Keep the pictures that an interrupted run left in the --output directory, and draw the others.",
+    help="Keep the images that an interrupted run left in the --output directory, and draw the "
+    "others.",
 )
-@click.option("--latents-output", type=PATH, help="Final latents, .npy [N,C,H,W].")
-@click.option("--trajectory-output", type=PATH, help="Latents after every step, .npy [T,N,C,H,W].")
 @click.option(
-    "--report", type=PATH, help="JSON report: time and kind of every step, cache bytes, versions."
+    "--latents-output", type=PATH, help="File to write the final latents to, .npy [N,C,H,W]."
+)
+@click.option(
+    "--trajectory-output",
+    type=PATH,
+    help="File to write the latents after every step to, .npy [T,N,C,H,W].",
+)
+@click.option(
+    "--report",
+    type=PATH,
+    help="JSON file to write a report to: time and kind of every step, cache bytes, versions.",
 )
 @backend_option
 @device_option
 @click.option(
     "--cuda-graphs/--no-cuda-graphs",
-    default=True,
-    help="Record CUDA graphs the second time that a step runs; off, for debugging.",
+    default=DEFAULTS.cuda_graphs,
+    help="Record CUDA graphs the second time that a step runs. Turn it off for debugging.",
 )
 @click.option(
-    "--batch-size", type=int, help="Images per run.  [default: what the engine was exported for]"
+    "--batch-size",
+    type=int,
+    help="Number of images per batch.  [default: the --max-batch of the export]",
 )
 @threads_option
-@verbose_option
-@debug_option
-@version_option
+@common_options
 def command(engine_dir: Path, **options: Any) -> None:
     """Generate images from an engine directory.
 

@@ -46,10 +46,12 @@ def test_plans_are_compared_on_the_same_noise_and_the_samples_can_be_read_back(
     done = command(
         "goc-eval", demo_engine, "--num-images", IMAGES, "--batch-size", 6, "--trajectory-images", 5, *scored,
         "--converged", 25, "--converged-images", 2, "--samples-output", samples, "--json", found_at, "--html", html,
+        "--resamples", 7,
     )  # fmt: skip
     assert "L2 to converged" in done.stdout
     assert "8 samples for 64 features: FID needs more images than features" in done.stderr
     found = json.loads(found_at.read_text())
+    assert found["resamples"] == 7
     plain, gc = found["plans"]["fora-2"], found["plans"]["fora-2+gc-1.0"]
     assert list(found["plans"]) == ENGINE_PLANS
     assert plain["baseline"] == gc["baseline"] == "none"
