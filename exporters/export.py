@@ -44,10 +44,8 @@ from goc_deploy.spec import ITEM_BYTES, ModelSpec
 from goc_deploy.version import __version__
 
 ARCHITECTURES: dict[str, Architecture] = {"dit": dit, "pixart": pixart, "sit": sit}
-LaboratoryMaker = Callable[
-    [Path, str, CalibrationOptions], Laboratory
-]  # of the engine at a path, for a sampler
-
+# of the engine at a path, for a sampler
+LaboratoryMaker = Callable[[Path, str, CalibrationOptions], Laboratory]
 RECORDED_PACKAGES = ("torch", "onnx", "onnxscript", "numpy")
 
 
@@ -92,20 +90,13 @@ def export_checkpoint(
     process = Process(spec.prediction, found.scheduler)
     plans = _compile_plans(spec, process, options)
     check_options(_calibration(spec, options))
-    provenance = _provenance(found, companions, options)
-    if name:
-        provenance["checkpoint"] = f"{name}@{checkpoint.path.name}"
+    provenance = _provenance(found, name, companions, options)
     with directory_lock(output):
         present = _same_engine(output, provenance)
         if present:
             return present, False
         check_target(output, force=options.force)
-        beside = sum(read.nbytes_fp32 for read in companions.checkpoints)
-        check_free_space(
-            output, checkpoint.nbytes_fp32 * ITEM_BYTES[options.precision] // 4 + beside
-        )
-        for read in (checkpoint, *companions.checkpoints):
-            check_values(read)
+        _check_checkpoints(output, (checkpoint, *companions.checkpoints), options.precision)
         with staged(output) as stage:
             writer = UnitWriter(stage, backend, progress)
             kinds = architecture.unit_kinds(spec, options.precision)
@@ -204,8 +195,9 @@ def _calibration(spec: ModelSpec, options: ExportOptions) -> CalibrationOptions:
 
 
 def _provenance(
-    found: FolderModel, companions: Companions, options: ExportOptions
+    found: FolderModel, name: str | None, companions: Companions, options: ExportOptions
 ) -> dict[str, Any]:
+    """What the engine directory was made from; ``name`` is the model's id on the Hub."""
     checkpoint = found.checkpoint
     probes = ("diffusers",) if found.scheduler is not None and find_spec("diffusers") else ()
     recorded = {**asdict(options), "plans": list(options.plans)}
@@ -215,7 +207,7 @@ def _provenance(
     del recorded["force"]
     return {
         **companions.provenance,
-        "checkpoint": checkpoint.path.name,
+        "checkpoint": f"{name}@{checkpoint.path.name}" if name else checkpoint.path.name,
         "checkpoint_sha256": checkpoint.sha256,
         "weight_set": checkpoint.weight_set,
         "checkpoint_dtypes": checkpoint.dtypes,
@@ -250,6 +242,14 @@ def _write_step_graphs(stage: Path, spec: ModelSpec, precision: str) -> list[Uni
     return [
         Unit(name, f"onnx/{name}.onnx", None, (), False, None, precision) for name in step_graphs
     ]
+
+
+def _check_checkpoints(output: Path, checkpoints: Sequence[Checkpoint], precision: str) -> None:
+    """Check that there is space for the weights, and that they are finite."""
+    model, *companions = (read.nbytes_fp32 for read in checkpoints)
+    check_free_space(output, model * ITEM_BYTES[precision] // 4 + sum(companions))
+    for read in checkpoints:
+        check_values(read)
 
 
 def _bare_manifest(

@@ -84,7 +84,9 @@ def _scheduler(settings: Mapping[str, Any], steps: int) -> Any:
             scheduler.set_timesteps(steps - extra)
             if len(scheduler.timesteps) == steps:
                 return scheduler
-    raise UsageError(f"the folder's {name} cannot run the model {steps} times; use another number of `steps`")
+    raise UsageError(
+        f"the folder's {name} cannot run the model {steps} times; use another number of `steps`"
+    )
 
 
 class _Probe:

@@ -1,4 +1,8 @@
-"""The library's jobs. The stages are wired together in this folder."""
+"""The library's jobs. The stages are wired together in this folder.
+
+`goc_deploy.api.run` and `goc_deploy.api.bench` need NumPy, which ``import goc_deploy`` does not
+import, so they are imported by their own names.
+"""
 
 from goc_deploy.api.engines import build_engines, check_engine_options, cpu_backend, verify_engines
 from goc_deploy.api.exporting import export_with

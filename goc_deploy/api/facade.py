@@ -52,8 +52,8 @@ def export(
         precision: dtype of weights, tokens and history: ``fp32``, ``fp16`` or ``bf16``.
         max_batch: largest number of images per batch.
         steps: number of sampling steps of the plans.
-        sampler: sampler SPEC; None takes ``diffusers``, the scheduler of the model's folder. Without
-            such a scheduler it is ``ddim``, or ``euler`` for a model that predicts a flow.
+        sampler: sampler SPEC; None takes ``diffusers``, the scheduler of the model's folder.
+            Without such a scheduler it is ``ddim``, or ``euler`` for a model that predicts a flow.
         prediction: what the model predicts, one of `goc_deploy.spec.PREDICTIONS`; None takes it
             from the scheduler of the model's folder, or without one from the architecture.
         plans: policy SPECs, in order of preference; empty takes `goc_deploy.options.default_plans`.

@@ -1,4 +1,4 @@
-"""What policies that learn run: trials of schedules that are in no engine directory yet, and calibration."""
+"""The laboratory of policies that learn: calibration, and trials of schedules."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class EngineLaboratory:
 
 
 class EngineTrials:
-    """Compiles and runs schedules on the loaded units of an engine directory, as its plans would run.
+    """Compiles and runs schedules on the units of an engine directory, as its plans would run.
 
     Implements `goc_deploy.policies.calibration.Trials`.
 
@@ -147,7 +147,7 @@ class EngineTrials:
 
     def describe(self) -> dict[str, Any]:
         """See `goc_deploy.policies.calibration.Trials.describe`."""
-        options, found = self.options, self._manifest.provenance
+        options, provenance = self.options, self._manifest.provenance
         return {
             "images": options.images,
             "seed": options.seed,
@@ -155,8 +155,8 @@ class EngineTrials:
             "cfg_channels": options.cfg_channels,
             "sampler": self.sampler,
             **(
-                {"checkpoint_sha256": found["checkpoint_sha256"]}
-                if "checkpoint_sha256" in found
+                {"checkpoint_sha256": provenance["checkpoint_sha256"]}
+                if "checkpoint_sha256" in provenance
                 else {}
             ),
         }

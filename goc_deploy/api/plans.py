@@ -122,7 +122,8 @@ def publish_plan(directory: Path, before: Manifest, plan: Plan) -> PlanEntry:
                 if load_plan(directory, manifest, entry.name) == plan:
                     return entry
                 raise ConflictError(
-                    f"{directory} already has another plan named {entry.name}; choose another `name`"
+                    f"{directory} already has another plan named {entry.name}; "
+                    "choose another `name`"
                 )
         return _add(directory, manifest, plan)
 

@@ -151,7 +151,7 @@ class _Outputs:
         if series.options.resume and output:
             if not self._draws:
                 raise UsageError(
-                    "`resume` continues images, but the engine directory makes latents; export with `vae`"
+                    "`resume` continues images, but the model makes latents; export with `vae`"
                 )
             self.start = finished_pictures(output, records)
         if output and self._draws:

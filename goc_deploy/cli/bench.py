@@ -18,10 +18,10 @@ from goc_deploy.cli.options import (
     common_options,
     compared_plans,
     device_option,
-    numbers,
     output_option,
     sort_outputs,
     threads_option,
+    whole_numbers,
 )
 from goc_deploy.cli.progress import progress_bar
 from goc_deploy.options import BenchOptions
@@ -32,12 +32,13 @@ DEFAULTS = BenchOptions()
 @click.command(
     "goc-bench",
     context_settings=SETTINGS,
-    epilog="Example: goc-bench engine --plan none --plan fora:2 --plan fora:2+gc:1.2 --json bench.json",
+    epilog="Example: goc-bench engine --plan none --plan fora:2 --plan fora:2+gc:1.2 "
+    "--json bench.json",
 )
 @compared_plans("Plan to compare, repeatable; the first is the baseline.  [default: all plans]")
 @click.option(
     "--labels",
-    callback=numbers(int, "whole numbers"),
+    callback=whole_numbers,
     default=",".join(map(str, DEFAULTS.labels)),
     help="Labels separated by commas, one per image; all images run as one batch.",
 )
@@ -91,35 +92,37 @@ def command(
         check_writable(path)
     spans: dict[str, list[Span]] | None = {} if profile else None
     with progress_bar() as progress:
-        found = compare_plans(engine_dir, BenchOptions(**options), progress, spans)
-    columns, rows = summary_rows(found)
-    first = next(iter(found["plans"].values()))
+        comparison = compare_plans(engine_dir, BenchOptions(**options), progress, spans)
+    plans = comparison["plans"]
+    first = next(iter(plans.values()))
     print_table(
-        f"{first['backend']} {first['version']}, threads {first['threads']}, {first['images']} images, {first['precision']}, "
+        f"{first['backend']} {first['version']}, threads {first['threads']}, "
+        f"{first['images']} images, {first['precision']}, "
         f"medians of {options['repeats']} interleaved rounds after {options['warmup']}",
-        columns,
-        rows,
+        *summary_rows(comparison),
     )
     if profile and spans:
         save_text(json.dumps(chrome_trace(spans)), profile)
-        for name, entry in found["plans"].items():
+        for name, entry in plans.items():
             entry["profile_ms"] = totals_ms(spans[name])
-        kinds = sorted({kind for entry in found["plans"].values() for kind in entry["profile_ms"]})
-        rows = [
-            [name, *(f"{e['profile_ms'].get(kind, 0):.2f}" for kind in kinds)]
-            for name, e in found["plans"].items()
-        ]
-        print_table("milliseconds of the profiled run, by what ran", ["plan", *kinds], rows)
+        _print_profile(plans)
     if json_path:
-        save_text(json.dumps(found, indent=1) + "\n", json_path)
+        save_text(json.dumps(comparison, indent=1) + "\n", json_path)
     if plot:
         from goc_deploy.display.plots import plot_step_times
 
-        plot_step_times(
-            [(name, entry["step_ms"]) for name, entry in found["plans"].items()],
-            str(engine_dir),
-            plot,
-        )
+        step_times = [(name, entry["step_ms"]) for name, entry in plans.items()]
+        plot_step_times(step_times, str(engine_dir), plot)
+
+
+def _print_profile(plans: dict[str, dict[str, Any]]) -> None:
+    """Print the milliseconds of each kind of span of the profiled runs."""
+    kinds = sorted({kind for entry in plans.values() for kind in entry["profile_ms"]})
+    rows = [
+        [name, *(f"{entry['profile_ms'].get(kind, 0):.2f}" for kind in kinds)]
+        for name, entry in plans.items()
+    ]
+    print_table("milliseconds of the profiled run, by what ran", ["plan", *kinds], rows)
 
 
 main = partial(run_command, command)  # entry point of goc-bench

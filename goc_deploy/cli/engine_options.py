@@ -39,8 +39,8 @@ engine_options = composed(  # a command gets them as backends, engine_* and veri
         "--engine-weights",
         type=click.Choice(WEIGHT_MODES),
         default=DEFAULTS.weights,
-        help="How engines hold their weights: embedded is an engine per unit that holds them, shared "
-        "is an engine per kind of unit that reads them at an address.",
+        help="How engines hold their weights: embedded is an engine per unit that holds them, "
+        "shared is an engine per kind of unit that reads them at an address.",
     ),
     click.option(
         "--engine-workspace",

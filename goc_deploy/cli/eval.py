@@ -27,7 +27,10 @@ from goc_deploy.cli.progress import progress_bar
 from goc_deploy.options import PRESETS, EvalOptions
 
 DEFAULTS = EvalOptions()
-EPILOG = "Example: goc-eval engine --num-images 2000 --features classifier.onnx --reference digits.npz --html report.html"
+EPILOG = (
+    "Example: goc-eval engine --num-images 2000 --features classifier.onnx "
+    "--reference digits.npz --html report.html"
+)
 
 
 @click.command("goc-eval", context_settings=SETTINGS, epilog=EPILOG)
@@ -35,9 +38,9 @@ EPILOG = "Example: goc-eval engine --num-images 2000 --features classifier.onnx 
 @click.option(
     "--preset",
     type=click.Choice(PRESETS),
-    help="Table of the literature whose plans are evaluated, in place of --plan. paper is Table 1 of "
-    "GOC's paper: no cache, FORA at 50 and 25 %, each also with GC and GOC. Plans that ENGINE_DIR "
-    "lacks are added to it.",
+    help="Table of the literature whose plans are evaluated, in place of --plan. paper is Table 1 "
+    "of GOC's paper: no cache, FORA at 50 and 25 %, each also with GC and GOC. Plans that "
+    "ENGINE_DIR lacks are added to it.",
 )
 @click.option(
     "--router",
@@ -62,8 +65,8 @@ EPILOG = "Example: goc-eval engine --num-images 2000 --features classifier.onnx 
     "--labels",
     type=click.Choice(["balanced", "iid"]),
     default=DEFAULTS.labels,
-    help="How labels are drawn: balanced is every class equally often in random order, iid is each "
-    "label independently of the others.",
+    help="Distribution of the labels: balanced is every class equally often in random order, iid "
+    "is each label independently of the others.",
 )
 @click.option(
     "--features",
@@ -133,7 +136,10 @@ def command(
     outputs: tuple[Path, ...],
     **options: Any,
 ) -> None:
-    """Compare the plans of ENGINE_DIR with no cache on the same noise and labels, and with a reference set."""
+    """Compare the plans of ENGINE_DIR with no cache and with a reference set.
+
+    All plans draw the same labels from the same noise.
+    """
     from goc_deploy.cli.paths import check_folder, check_writable
     from goc_deploy.disk import save_text
     from goc_deploy.evaluation.evaluate import evaluate

@@ -112,7 +112,7 @@ DEFAULTS = ExportOptions()
     "--weights",
     type=click.Choice(["auto", "ema", "model"]),
     default=DEFAULTS.weights,
-    help="Weights of a training checkpoint that are exported; auto takes ema if it has such weights.",
+    help="Weights of a training checkpoint that are exported; auto takes ema if there are such.",
 )
 @click.option(
     "--captions",
@@ -156,14 +156,13 @@ def command(checkpoint: Path, output: Path, **options: Any) -> None:
 
 
 def _summary(output: Path, manifest: Manifest) -> str:
-    spec, errors = (
-        manifest.model,
-        [unit.relative_l2 for unit in manifest.units if unit.relative_l2 is not None],
-    )
-    size = sum(file.size for file in manifest.files)
+    spec, size = manifest.model, sum(file.size for file in manifest.files)
+    errors = [unit.relative_l2 for unit in manifest.units if unit.relative_l2 is not None]
     return (
-        f"{output}: {spec.depth} blocks of width {spec.hidden} with {spec.heads} heads, {manifest.precision}, {size / 1e6:.1f} MB; "
-        f"largest difference of a unit to PyTorch {max(errors):.1e} (relative L2); plans {', '.join(plan.name for plan in manifest.plans)}"
+        f"{output}: {spec.depth} blocks of width {spec.hidden} with {spec.heads} heads, "
+        f"{manifest.precision}, {size / 1e6:.1f} MB; "
+        f"largest difference of a unit to PyTorch {max(errors):.1e} (relative L2); "
+        f"plans {', '.join(plan.name for plan in manifest.plans)}"
     )
 
 

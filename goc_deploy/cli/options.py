@@ -1,4 +1,4 @@
-"""Options that several commands share, so that they have the same names, types and help everywhere."""
+"""Options that several commands share, with the same names, types and help in each."""
 
 from __future__ import annotations
 
@@ -131,24 +131,18 @@ class Precision(click.Choice):
         return super().convert(LONG_NAMES.get(value, value), param, ctx)
 
 
-def numbers(
-    kind: Callable[[str], Any], what: str
-) -> Callable[[Any, Any, str | None], tuple[Any, ...] | None]:
+def whole_numbers(
+    _context: click.Context, _parameter: click.Parameter, text: str
+) -> tuple[int, ...]:
     """A click callback that splits a comma-separated list."""
-
-    def parse(_context: Any, _parameter: Any, text: str | None) -> tuple[Any, ...] | None:
-        if text is None:
-            return None
-        try:
-            return tuple(kind(part) for part in text.split(","))
-        except ValueError:
-            raise click.BadParameter(f"{text!r} must be {what} separated by commas") from None
-
-    return parse
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} must be whole numbers separated by commas") from None
 
 
 def output_option(help_text: str) -> Decorator:
-    """``-o FILE``, repeatable: the end of its name tells which of a command's files it is (`sort_outputs`)."""
+    """``-o FILE``, repeatable; the suffix selects one of a command's files (`sort_outputs`)."""
     return click.option(
         "-o", "--output", "outputs", type=PATH, multiple=True, metavar="FILE", help=help_text
     )
@@ -169,15 +163,15 @@ def sort_outputs(
     Raises:
         click.UsageError: no option writes such a file, or it has a value already.
     """
-    found = dict(given)
+    files = dict(given)
     for path in outputs:
-        kind = next((suffixes for suffixes in found if path.suffix.lower() in suffixes), None)
+        kind = next((suffixes for suffixes in files if path.suffix.lower() in suffixes), None)
         if kind is None:
-            ends = ", ".join(suffix for suffixes in found for suffix in suffixes)
+            ends = ", ".join(suffix for suffixes in files for suffix in suffixes)
             raise click.UsageError(f"-o {path}: its name must end in one of {ends}")
-        if found[kind] is not None:
+        if files[kind] is not None:
             raise click.UsageError(
-                f"-o {path}: {found[kind]} is written already; one file of a kind is"
+                f"-o {path}: {files[kind]} is written already; give one file of each kind"
             )
-        found[kind] = path
-    return list(found.values())
+        files[kind] = path
+    return list(files.values())

@@ -44,13 +44,19 @@ def check_outputs(options: RunOptions) -> RunOptions:
 
 
 def check_suffix(path: Path | None, *suffixes: str, what: str) -> None:
-    """Raise UsageError unless ``path`` ends in one of the suffixes (an empty one is a name without a suffix)."""
+    """Check the suffix of a path; the empty suffix stands for a name without one.
+
+    Raises:
+        UsageError: another suffix; ``what`` says which are possible.
+    """
     if path is not None and path.suffix.lower() not in suffixes:
         raise UsageError(f"{path.name}: {what}")
 
 
 def check_writable(path: Path | None, *, may_be_folder: bool = False) -> None:
-    """Refuse an output path before any work is done. With ``may_be_folder`` a name without a suffix is a folder.
+    """Refuse an output path before any work is done.
+
+    With ``may_be_folder`` a name without a suffix is a folder.
 
     Raises:
         ConflictError: no such file can be made, or a folder stands in its place.
@@ -63,7 +69,8 @@ def check_writable(path: Path | None, *, may_be_folder: bool = False) -> None:
             raise ConflictError(f"{path} is a directory; choose another output file")
         if path.exists() and is_folder and not path.is_dir():
             raise ConflictError(
-                f"{path} is a file; for single images give a directory, or a name ending in .png or .npz"
+                f"{path} is a file; for single images give a directory, "
+                "or a name that ends in .png or .npz"
             )
         target = path if path.is_dir() else nearest_parent(path)
         if not target.is_dir():
@@ -93,7 +100,7 @@ def check_distinct(**paths: Path | None) -> None:
 
 
 def check_folder(path: Path | None) -> None:
-    """Check before any work is done that a folder for outputs is there, or can be made by `written`.
+    """Check before any work is done that a folder for outputs exists or can be made by `written`.
 
     Raises:
         ConflictError: it cannot be made or written to, or a file stands in its place.

@@ -33,7 +33,8 @@ SPEC_OPTIONS = ("name", "steps", "sampler", "calibrate", "seed", "cfg_scale", "s
 PLOTS = (".png", ".svg", ".pdf")
 EPILOG = (
     "Examples: goc-plan engine fora:3+gc:1.0 --steps 50 --name fast; goc-plan engine --list; "
-    "goc-plan engine --show fast --plot fast.png; goc-plan engine --backend tensorrt-rtx --compute-capability 8.9. "
+    "goc-plan engine --show fast --plot fast.png; "
+    "goc-plan engine --backend tensorrt-rtx --compute-capability 8.9. "
     f"SPEC is {GRAMMAR}{installed_policies()}"
 )
 
@@ -102,7 +103,7 @@ EPILOG = (
 @engine_options
 @common_options
 def command(engine_dir: Path, **flags: Any) -> None:
-    """Add the plan that SPEC names to ENGINE_DIR, list or show its plans, or build TensorRT engines."""
+    """Add the plan of a SPEC to ENGINE_DIR, list or show its plans, or build TensorRT engines."""
     _action(flags)(engine_dir)
 
 
@@ -127,7 +128,8 @@ def _action(flags: dict[str, Any]) -> Callable[[Path], None]:
     asked_for = [action for action, asked in actions.items() if asked]
     if len(asked_for) != 1:
         raise click.UsageError(
-            "give a SPEC to add, --list, --show NAME, --inspect, or a --backend to build engines for"
+            "give a SPEC to add, --list, --show NAME, --inspect, "
+            "or a --backend to build engines for"
         )
     if (plot or smoothcache) and name is None:
         raise click.UsageError("--plot and --smoothcache go with --show NAME")

@@ -50,8 +50,8 @@ DEFAULTS = RunOptions()
 )
 @click.option(
     "--labels",
-    help="Labels separated by commas, one per image: numbers, or class names of the model's folder. "
-    "If prompts or stored captions are drawn, a label selects one of them.  "
+    help="Labels separated by commas, one per image: numbers, or class names of the model's "
+    "folder. If prompts or stored captions are drawn, a label selects one of them.  "
     "[default: 0,1,2,... over the classes]",
 )
 @click.option(
@@ -94,8 +94,8 @@ DEFAULTS = RunOptions()
     "-o",
     "--output",
     type=PATH,
-    help="File or directory of the images: .png is a grid, .npz the ADM format with labels. Another "
-    "name is a directory of images, each of which is written when it is drawn.  "
+    help="File or directory of the images: .png is a grid, .npz the ADM format with labels. "
+    "Another name is a directory of images, each of which is written when it is drawn.  "
     "[default: goc-DATE-TIME.png, if no other output is given]",
 )
 @click.option(
@@ -134,8 +134,8 @@ DEFAULTS = RunOptions()
 def command(engine_dir: Path, **options: Any) -> None:
     """Generate images from an engine directory.
 
-    Without an output, the images become a picture with a dated name in the current folder. The path of each file
-    that was written is printed.
+    Without an output, the images become a picture with a dated name in the current folder. The path
+    of each file that was written is printed.
     """
     from goc_deploy.api.run import run
     from goc_deploy.cli.paths import check_outputs
@@ -153,8 +153,8 @@ def _summary(result: RunResult) -> Iterator[str]:
     """What came of a run, as lines for stderr."""
     if result.channels is not None:
         yield (
-            f"the model makes {result.channels}-channel latents, which need a VAE to become images; "
-            "export with --vae, or use --latents-output"
+            f"the model makes {result.channels}-channel latents, which need a VAE to become "
+            "images; export with --vae, or use --latents-output"
         )
     if result.latents_instead:
         yield f"wrote the latents to {result.latents_instead} instead of images"

@@ -289,10 +289,7 @@ def test_another_sampler_takes_the_place_of_the_folders(
     done = command(
         "goc-export", folder, "-o", tmp_path / "e", "--plan", "none", "--steps", 2, code=3
     )
-    assert (
-        "clip_sample True, only False is supported; name another --sampler"
-        in done.stderr
-    )
+    assert "clip_sample True, only False is supported; name another --sampler" in done.stderr
     command(
         "goc-export",
         folder,

@@ -274,9 +274,7 @@ def test_what_diffusers_refuses_is_refused_with_its_reason() -> None:
         probed({**DDIM, "beta_schedule": "none"}, 5)
     with pytest.raises(UsageError, match=r"steps must be within 1..1000, got 1001"):
         probed(DDIM, 1001)
-    with pytest.raises(
-        UsageError, match="did not come with this model; name another `sampler`"
-    ):
+    with pytest.raises(UsageError, match="did not come with this model; name another `sampler`"):
         table_from_sampler("diffusers", 5, Process("eps"))
     with pytest.raises(
         ModelError, match=r"prediction_type is 'score', only epsilon, .*give `prediction`"

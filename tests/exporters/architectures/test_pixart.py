@@ -365,7 +365,8 @@ def test_an_engine_without_captions_says_so(engine: Path, tmp_path: Path) -> Non
     with goc_deploy.load(bare, plan="none") as pipe:
         pipe.warmup()
         with pytest.raises(
-            UsageError, match="the engine directory keeps no captions to take instead of class labels"
+            UsageError,
+            match="the engine directory keeps no captions to take instead of class labels",
         ):
             pipe.generate([0])
     for use in ("fora:3+goc", "search:2"):
