@@ -72,7 +72,9 @@ def test_plans_are_compared_on_the_same_noise_and_the_samples_can_be_read_back(
     )
 
     again = tmp_path / "again.json"
-    command("goc-eval", demo_engine, "--samples", samples, *scored, "--json", again)
+    command(
+        "goc-eval", demo_engine, "--samples", samples, *scored, "--json", again, "--resamples", 7
+    )
     kept = json.loads(again.read_text())
     for name in ENGINE_PLANS:
         entry, metrics = kept["plans"][name], found["plans"][name]["metrics"]
@@ -228,11 +230,11 @@ def test_what_does_not_fit_is_refused_before_anything_is_sampled(
         (
             demo_engine,
             replace(SMALL, samples=tmp_path),
-            "for plan none; write samples with --samples-output",
+            "for plan none; write samples with `samples_output`",
         ),
         (demo_engine, replace(SMALL, seed=-1), "seed must be"),
-        (golden_engine, replace(SMALL, features=CLASSIFIER), "--features needs images"),
-        (golden_engine, replace(SMALL, samples_output=tmp_path), "--samples-output needs images"),
+        (golden_engine, replace(SMALL, features=CLASSIFIER), "`features` needs images"),
+        (golden_engine, replace(SMALL, samples_output=tmp_path), "`samples_output` needs images"),
     ):
         with pytest.raises(UsageError, match=message):
             evaluate(engine, options, no_progress)
