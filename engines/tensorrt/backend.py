@@ -15,6 +15,7 @@ from goc_deploy.engines.plugin.registration import register_plugin
 from goc_deploy.engines.tensorrt.engine import Lane, StoredEngine, TensorrtEngine, Weight
 from goc_deploy.engines.tensorrt.kernel_cache import KernelCache
 from goc_deploy.engines.tensorrt.library import Library, message_log
+from goc_deploy.engines.tensorrt.scratch import needed_bytes
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, GocError, ResourceError
 from goc_deploy.host_memory import host_array
 from goc_deploy.precision import DTYPE_BYTES
@@ -180,7 +181,7 @@ class TensorrtBackend:
             ResourceError: the scratch memory does not fit.
         """
         with self._lock:
-            needed = self._scratch_bytes
+            needed = needed_bytes(self._loaded.values())
             lane = self._lanes.get(stream)
             if lane is None:
                 lane = self._lanes[stream] = Lane(
@@ -191,13 +192,6 @@ class TensorrtBackend:
                     "an engine was loaded that needs more scratch memory than this session has; load again"
                 )
             return lane
-
-    @property
-    def _scratch_bytes(self) -> int:
-        """Scratch memory of the largest engine that is loaded."""
-        return max(
-            (int(engine.device_memory_size_v2) for engine in self._loaded.values()), default=0
-        )
 
     def aside(self, lane: Lane, index: int, shape: tuple[int, ...], dtype: str) -> Buffer:
         """Memory of a session for the ``index``-th output of an engine that is not written where it belongs."""
@@ -265,6 +259,6 @@ class TensorrtBackend:
             **self._report,
             "weight_bytes": self._engine_bytes
             + sum(weight.buffer.nbytes for weight in self._weights.values()),
-            "scratch_bytes": self._scratch_bytes,
+            "scratch_bytes": needed_bytes(self._loaded.values()),
             "passed_over": dict(self.passed_over),
         }

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from goc_deploy.engines.tensorrt.library import Library, message_log
+from goc_deploy.engines.tensorrt.scratch import limit_options, logged_bytes
 from goc_deploy.engines.tensorrt.timing_cache import timings_of, use_timings
 
 _NO_LAUNCH = {"shape_call", "wait", "signal", "NoOp", "Constant", "Shuffle", "copy_d2h"}
@@ -15,7 +16,6 @@ _PLUGIN_LAYERS = ("PluginV3", "custom_layer")
 _LAYER = re.compile(r"Name: .*?, LayerType: (\w+)")
 _COMPILED = re.compile(r"_myl(\d+)_\d+,")
 _PROFILE = re.compile(r"\[profile (\d+)\]")
-_ACTIVATION = re.compile(r"Total Activation Memory: (\d+) bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +115,8 @@ def config_from_request(library: Library, builder: Any, network: Any, request: B
     options: dict[str, Any] = {
         "profiles": profiles,
         "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
+        **limit_options(trt, request.workspace_bytes),
     }
-    if request.workspace_bytes:
-        options["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: request.workspace_bytes}
     if library.cross_compiles:
         from polygraphy.backend.tensorrt_rtx import create_config_rtx
 
@@ -140,19 +139,15 @@ def config_from_request(library: Library, builder: Any, network: Any, request: B
 def _report(messages: Sequence[str]) -> BuildReport:
     """Read what the builder logged: without a GPU nothing else tells what is in an engine."""
     listed = [text for text in messages if text.startswith("Layers:")]
-    activation = max(
-        (int(m[1]) for text in messages if (m := _ACTIVATION.search(text))), default=None
-    )
+    scratch = logged_bytes(messages)
     if not listed:
-        return BuildReport(activation_bytes=activation)
+        return BuildReport(activation_bytes=scratch)
     runs = [
         [kind for kind in kinds if kind not in _NO_LAUNCH] for kinds in _layer_kinds(listed[-1])
     ]
     longest = max(runs, key=len, default=[])
     plugin_layers = sum(kind in _PLUGIN_LAYERS for kind in longest)
-    return BuildReport(
-        kernels=len(longest), plugin_layers=plugin_layers, activation_bytes=activation
-    )
+    return BuildReport(kernels=len(longest), plugin_layers=plugin_layers, activation_bytes=scratch)
 
 
 def _layer_kinds(listed: str) -> list[list[str]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
+from goc_deploy.engines.tensorrt.scratch import use_scratch
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError
 from goc_deploy.precision import ELEMENT_TYPES
 from goc_deploy.protocols import ALIGNMENT, Buffer, Launch, Stream
@@ -200,8 +201,7 @@ class TensorrtEngine:
                     raise backend.failure(
                         f"{self._name}: profile {profile} cannot be chosen", before
                     )
-            if lane.scratch is not None:
-                context.set_device_memory(lane.scratch.pointer, lane.scratch.nbytes)
+            use_scratch(context, lane.scratch)
             for name, shape in shapes.items():
                 if not context.set_input_shape(name, shape):
                     refused = f"{self._name} does not take {name} of shape {list(shape)}"
