@@ -47,7 +47,7 @@ from goc_deploy.spec import ModelSpec
 from goc_deploy.version import __version__
 
 ARCHITECTURES = {family.name: family for family in (DIT, PIXART, SIT)}
-# of an engine directory, for a sampler
+# Makes the laboratory of an engine directory for a sampler.
 LaboratoryMaker = Callable[[EngineDir, str, CalibrationOptions], Laboratory]
 
 RECORDED_PACKAGES = ("torch", "onnx", "onnxscript", "numpy")
@@ -61,29 +61,30 @@ def export_checkpoint(
     make_laboratory: LaboratoryMaker,
     progress: Progress,
 ) -> tuple[Manifest, bool]:
-    """Export a checkpoint; the directory appears whole or not at all.
+    """Export a checkpoint; the engine directory is published complete or not at all.
 
     Args:
-        checkpoint_path: a ``.pt``, ``.pth`` or ``.safetensors`` file, a folder that diffusers saved, or the id of one on the
-            Hugging Face Hub, ``org/name``.
-        output: engine directory to make.
-        options: how.
-        backend: runs the written units for the comparison with PyTorch.
-        make_laboratory: for policies that learn, on the engine before it is published.
+        checkpoint_path: a ``.pt``, ``.pth`` or ``.safetensors`` file, a folder that diffusers
+            saved, or the id of a model on the Hugging Face Hub, ``org/name``.
+        output: engine directory to create.
+        options: export options.
+        backend: runs the exported graphs for the comparison with PyTorch.
+        make_laboratory: makes the laboratory in which policies are calibrated, on the engine
+            directory before it is published.
         progress: called with (what, done, total).
 
     Returns:
-        The manifest, and whether anything was written (False: an equal engine was there already).
+        The manifest, and whether anything was written (False: the same export exists already).
 
     Raises:
         ModelError, SafetyError: the checkpoint is not usable.
         UsageError, ScheduleError: a SPEC is wrong.
         ConflictError, ResourceError: the output cannot be written.
-        VerificationError: a unit differs from PyTorch.
+        VerificationError: an exported graph differs from PyTorch.
     """
     name = hub_id(checkpoint_path)
-    found = _read(folder_from_hub(name) if name else checkpoint_path, options)
-    checkpoint, spec = found.checkpoint, found.spec
+    model = _read(folder_from_hub(name) if name else checkpoint_path, options)
+    checkpoint, spec = model.checkpoint, model.spec
     architecture = ARCHITECTURES[spec.architecture]
     architecture.check_tensors(checkpoint.tensors, spec)
     companions = read_companions(options, spec)
@@ -91,10 +92,10 @@ def export_checkpoint(
         spec = replace(spec, classes=companions.labels)
     calibrates = options.precision != "bf16" and spec.classes > 0
     options = replace(options, plans=options.plans or default_plans(calibrates=calibrates))
-    process = Process(spec.prediction, found.scheduler)
+    process = Process(spec.prediction, model.scheduler)
     plans = _compile_plans(spec, process, options)
     check_options(_calibration(spec, options))
-    provenance = _provenance(found, companions, options)
+    provenance = _provenance(model, companions, options)
     if name:
         provenance["checkpoint"] = f"{name}@{checkpoint.path.name}"
     with directory_lock(output):
@@ -114,8 +115,8 @@ def export_checkpoint(
             bare = write_companions(companions, bare, options, writer)
             bare = replace(
                 bare,
-                class_names=found.class_names,
-                scheduler=found.scheduler,
+                class_names=model.class_names,
+                scheduler=model.scheduler,
                 files=files_below(stage),
             )
             manifest = _write_plans(stage, bare, plans, options, make_laboratory)
@@ -123,7 +124,7 @@ def export_checkpoint(
 
 
 def _read(path: Path, options: ExportOptions) -> FolderModel:
-    """A checkpoint file, or a folder that diffusers saved."""
+    """Read a checkpoint file, or a folder that diffusers saved."""
     if options.model not in ("auto", *ARCHITECTURES):
         raise ModelError(
             f"unknown --model {options.model!r}; this version has {', '.join(ARCHITECTURES)}"
@@ -155,17 +156,17 @@ def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> ModelSpec:
         if options.model == name or (options.model == "auto" and architecture.matches(names)):
             return architecture.spec_from_tensors(checkpoint.tensors, options.num_heads)
     raise ModelError(
-        f"{checkpoint.path} is not a model that this version knows ({', '.join(ARCHITECTURES)}); it has tensors such as {', '.join(names[:3])}"
+        f"{checkpoint.path} is not a model that this version knows ({', '.join(ARCHITECTURES)}); "
+        f"it has tensors such as {', '.join(names[:3])}"
     )
 
 
 def _compile_plans(
     spec: ModelSpec, process: Process, options: ExportOptions
 ) -> dict[str, tuple[PolicySpec, Plan | None]]:
-    """Every policy by plan name, compiled, or None where that has to wait for an engine to calibrate on."""
-    table_from_sampler(
-        _sampler(process, options), options.steps, process
-    )  # refuses what no plan could run with
+    """Every policy by plan name, with its plan, or None if the policy must be calibrated first."""
+    # Raises early for a sampler with which no plan could run.
+    table_from_sampler(_sampler(process, options), options.steps, process)
     plans: dict[str, tuple[PolicySpec, Plan | None]] = {}
     for policy in map(parse_policy, options.plans):
         name = check_plan_name(policy.default_name)
@@ -208,10 +209,10 @@ def _calibration(spec: ModelSpec, options: ExportOptions) -> CalibrationOptions:
 
 
 def _provenance(
-    found: FolderModel, companions: Companions, options: ExportOptions
+    model: FolderModel, companions: Companions, options: ExportOptions
 ) -> dict[str, Any]:
-    checkpoint = found.checkpoint
-    probes = ("diffusers",) if found.scheduler is not None and find_spec("diffusers") else ()
+    checkpoint = model.checkpoint
+    probes = ("diffusers",) if model.scheduler is not None and find_spec("diffusers") else ()
     recorded = {**asdict(options), "plans": list(options.plans)}
     recorded = {
         name: value.name if isinstance(value, Path) else value for name, value in recorded.items()
@@ -232,7 +233,10 @@ def _provenance(
 
 
 def _same_engine(output: Path, provenance: Mapping[str, Any]) -> Manifest | None:
-    """The manifest of an engine that the same export made, complete in size but for what can be built again."""
+    """The manifest of an engine directory that the same export wrote, or None.
+
+    The sizes of all its files must match, except TensorRT engines, which can be built again.
+    """
     try:
         manifest = EngineDir.open(output).manifest
         kept = [entry for entry in manifest.files if not entry.path.startswith("engines/")]
@@ -249,7 +253,7 @@ def _write_units(
     provenance: dict[str, Any],
     options: ExportOptions,
 ) -> Manifest:
-    """Write the units of the model."""
+    """Write the graphs of the model."""
     kinds = ARCHITECTURES[spec.architecture].unit_kinds(spec, options.precision)
     units = writer.write(kinds, checkpoint.tensors, options.precision)
     step_graphs = {
@@ -279,7 +283,7 @@ def _write_plans(
     options: ExportOptions,
     make_laboratory: LaboratoryMaker,
 ) -> Manifest:
-    """Write the plans, which are calibrated on the directory without plans, then the manifest."""
+    """Write the plans, calibrated on the engine directory without plans, then the manifest."""
     spec, process = manifest.model, manifest.process
     bare = EngineDir(stage, manifest)
     laboratory = make_laboratory(bare, _sampler(process, options), _calibration(spec, options))
