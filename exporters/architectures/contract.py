@@ -120,5 +120,5 @@ class Architecture:
     folder: DiffusersFolder | None = None
 
     def matches(self, names: Sequence[str]) -> bool:
-        """Whether these tensor names are those of a checkpoint of the family in its public layout."""
+        """Whether these are the tensor names of a checkpoint of the family in its public layout."""
         return bool(self.telling_tensors) and self.telling_tensors <= set(names)

@@ -57,7 +57,7 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
     hidden, patch, values = sizes.hidden, sizes.patch, sizes.patch**2 * sizes.channels
     if sizes.grid**2 != sizes.tokens or patch != sizes.patch_width:
         raise ModelError(
-            f"only square samples and patches are supported; found {sizes.tokens} tokens and "
+            f"only square samples and patches are supported; there are {sizes.tokens} tokens and "
             f"patches of {patch}x{sizes.patch_width}"
         )
     if sizes.own[0] < 2:
