@@ -258,7 +258,7 @@ def _check_zip(path: Path) -> None:
 
 
 def _refuse_allocation(path: Path, *, is_zip: bool) -> None:
-    """Refuse ``bytearray``, which torch accepts although it allocates as much as a number says.
+    """Refuse ``bytearray``, which torch accepts although a small file can allocate any size.
 
     A legacy file begins with its pickles, so the whole file is searched.
     """

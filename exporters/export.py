@@ -103,9 +103,9 @@ def export_checkpoint(
         if present:
             return present, False
         check_target(output, force=options.force)
-        beside = sum(read.nbytes_fp32 for read in companions.checkpoints)
+        companion_bytes = sum(read.nbytes_fp32 for read in companions.checkpoints)
         check_free_space(
-            output, checkpoint.nbytes_fp32 * ITEM_BYTES[options.precision] // 4 + beside
+            output, checkpoint.nbytes_fp32 * ITEM_BYTES[options.precision] // 4 + companion_bytes
         )
         for read in (checkpoint, *companions.checkpoints):
             check_values(read, allow_nonfinite=options.allow_nonfinite)

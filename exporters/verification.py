@@ -107,7 +107,7 @@ def _stored_parameters(
             part = whole[start : start + rows.numel()]
             if not torch.equal(part.view(torch.uint8), rows.view(torch.uint8)):
                 raise VerificationError(
-                    f"unit {name}: {slab.key} was not written as it stands in the checkpoint; "
+                    f"unit {name}: {slab.key} differs between the weights file and the checkpoint; "
                     "check the disk"
                 )
             start += rows.numel()

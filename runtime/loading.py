@@ -347,9 +347,8 @@ def _check_memory(
     needed = footprint.weights + sessions * (footprint.scratch + buffers)
     parts = (
         f"{needed / 1e9:.2f} GB: {footprint.weights / 1e9:.2f} GB of weights, and for each of "
-        f"{sessions} sessions of "
-        f"{images} images {buffers / 1e9:.2f} GB of buffers and {footprint.scratch / 1e9:.2f} GB "
-        "of scratch memory"
+        f"{sessions} sessions of {images} images {buffers / 1e9:.2f} GB of buffers and "
+        f"{footprint.scratch / 1e9:.2f} GB of scratch memory"
     )
     logger.info("plan %s takes %s", plan.name, parts)
     if available is not None and needed > available:

@@ -37,7 +37,6 @@ class PictureFiles:
     def __init__(
         self, output: Path, labels: Sequence[int], records: Sequence[Mapping[str, Any]]
     ) -> None:
-
         self._output, self._labels, self._records = output, labels, records
         self._stack = ExitStack()
         self._adm: AdmWriter | None = None

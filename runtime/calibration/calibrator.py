@@ -159,7 +159,7 @@ class EngineCalibrator:
                 )
             if not np.isfinite(trajectory.latents).all():
                 raise VerificationError(
-                    "calibration without cache gives NaN or infinite latents; check the engine"
+                    "calibration without cache results in NaN or infinite latents; check the engine"
                 )
             self._final.append(trajectory.latents)
             done += images
