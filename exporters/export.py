@@ -138,16 +138,16 @@ def _read(path: Path, options: ExportOptions) -> FolderModel:
     wanted = (
         ARCHITECTURES if options.model == "auto" else {options.model: ARCHITECTURES[options.model]}
     )
-    found = read_model_folder(path, wanted, options.prediction)
-    if options.num_heads not in (None, found.spec.heads):
+    model = read_model_folder(path, wanted, options.prediction)
+    if options.num_heads not in (None, model.spec.heads):
         raise UsageError(
-            f"--num-heads {options.num_heads}: the configuration in {path} says {found.spec.heads}"
+            f"--num-heads {options.num_heads}: the configuration in {path} says {model.spec.heads}"
         )
     if options.weights != "auto":
         raise UsageError(
             f"--weights {options.weights} is for training checkpoints; {path} holds one set of weights"
         )
-    return found
+    return model
 
 
 def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> ModelSpec:
