@@ -1,1 +1,1 @@
-"""Checkpoint to ONNX: loading, recognition, lowering and verification (needs the ``export`` extra)."""
+"""Checkpoint to ONNX: load, recognize, lower and verify a model (needs the ``export`` extra)."""

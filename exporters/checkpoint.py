@@ -1,7 +1,7 @@
-"""Reading checkpoints without running anything that stands in them.
+"""Reading checkpoints without running any code in them.
 
-Accepted: a plain state dict (``.pt``, ``.pth``), a training checkpoint that holds ``ema`` and/or ``model``, and
-``.safetensors``. Tensors stay memory-mapped until they are read.
+Accepted files are plain state dicts (``.pt``, ``.pth``), training checkpoints with ``ema`` or
+``model`` weights, and ``.safetensors``. Tensors stay memory-mapped until they are read.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from goc_deploy.options import CheckpointWeights
 
 PREFIXES = ("module.", "_orig_mod.")
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_CALL = "Trying to call"  # in what torch raises of a function that it does not know
-_ALLOCATOR = b"bytearray"  # no name in a state dict has that word
+_CALL = "Trying to call"  # in torch's message about a function that it does not allow
+_ALLOCATOR = b"bytearray"  # no name in a state dict contains this word
 _ALLOCATOR_GLOBAL = re.compile(
     rb"c(builtins|__builtin__)\nbytearray\n|bytearray.{0,4}\x93", re.DOTALL
 )
@@ -43,11 +43,10 @@ class Checkpoint:
     """Tensors of a checkpoint.
 
     Attributes:
-        path: the file or folder.
+        path: file or folder of the checkpoint.
         tensors: name -> tensor, without wrapper prefixes.
-        weight_set: which set was taken: ``ema``, ``model`` or ``plain``.
-        files: what was read, in a fixed order.
-        dtypes: dtype name -> number of tensors, for the report.
+        weight_set: the set of weights that was selected: ``ema``, ``model`` or ``plain``.
+        files: the files that were read, in a fixed order.
     """
 
     path: Path
@@ -57,7 +56,7 @@ class Checkpoint:
 
     @property
     def sha256(self) -> str:
-        """Digest of the file, or of the names and digests of several."""
+        """SHA-256 of the file; of several files, SHA-256 of their names and digests."""
         if len(self.files) == 1:
             return sha256_of(self.files[0])
         lines = [
@@ -67,13 +66,13 @@ class Checkpoint:
 
     @property
     def dtypes(self) -> dict[str, int]:
-        """How many tensors there are of each dtype."""
+        """Dtype name -> number of tensors, for the report."""
         names = [str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors.values()]
         return {name: names.count(name) for name in sorted(set(names))}
 
     @property
     def nbytes_fp32(self) -> int:
-        """Bytes of all tensors in float32."""
+        """Size in bytes of all tensors in float32."""
         return 4 * sum(tensor.numel() for tensor in self.tensors.values())
 
 
@@ -88,13 +87,14 @@ def load_checkpoint(path: Path, weight_set: CheckpointWeights = "auto") -> Check
 
     Args:
         path: the file.
-        weight_set: ``ema`` or ``model`` takes that part of a training checkpoint; ``auto`` prefers ``ema``.
+        weight_set: ``ema`` or ``model`` selects that part of a training checkpoint; ``auto``
+            prefers ``ema``.
 
     Raises:
-        ModelError: missing, unreadable, truncated, or not a state dict.
-        SafetyError: it asks to import or call something that is not a tensor.
+        ModelError: the file is missing, unreadable, truncated, or not a state dict.
+        SafetyError: the file asks to import or call something that is not a tensor.
     """
-    state, chosen = _choose_weights(load_file(path), weight_set, path)
+    state, weight_set_name = _choose_weights(load_file(path), weight_set, path)
     tensors: dict[str, Tensor] = {}
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
@@ -116,17 +116,18 @@ def load_checkpoint(path: Path, weight_set: CheckpointWeights = "auto") -> Check
         )
     if len(tensors) != len(state):
         raise ModelError(
-            f"{path}: two tensors have the same name once {' and '.join(PREFIXES)} are removed; {_SAVE_HINT}"
+            f"{path}: two tensors have the same name once {' and '.join(PREFIXES)} are removed; "
+            f"{_SAVE_HINT}"
         )
-    return Checkpoint(path, tensors, chosen, (path,))
+    return Checkpoint(path, tensors, weight_set_name, (path,))
 
 
 def load_file(path: Path) -> Any:
-    """What a torch or safetensors file holds, tensors memory-mapped where the format allows.
+    """Read the content of a torch or safetensors file; tensors are memory-mapped if possible.
 
     Raises:
-        ModelError: missing, unreadable or truncated.
-        SafetyError: it asks to import or call something that is not a tensor.
+        ModelError: the file is missing, unreadable or truncated.
+        SafetyError: the file asks to import or call something that is not a tensor.
     """
     _check_file(path)
     with open(path, "rb") as file:
@@ -137,10 +138,10 @@ def load_file(path: Path) -> Any:
 
 
 def check_values(checkpoint: Checkpoint) -> None:
-    """Check dtypes and that every number is finite.
+    """Check that every dtype is supported and every number is finite.
 
     Raises:
-        ModelError: naming up to ten tensors.
+        ModelError: a tensor fails a check; the message names up to ten of them.
     """
     odd = [
         f"{n} ({str(t.dtype).removeprefix('torch.')})"
@@ -149,7 +150,8 @@ def check_values(checkpoint: Checkpoint) -> None:
     ]
     if odd:
         raise ModelError(
-            f"{checkpoint.path}: dtype not supported: {_some(odd)}; save weights as float32, float16 or bfloat16"
+            f"{checkpoint.path}: dtype not supported: {_some(odd)}; save weights as float32, "
+            "float16 or bfloat16"
         )
     bad = [name for name, tensor in checkpoint.tensors.items() if not _all_finite(tensor)]
     if bad:
@@ -159,13 +161,13 @@ def check_values(checkpoint: Checkpoint) -> None:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor has values of its own: neither meta nor sparse, nested, quantised or empty."""
+    """Whether a tensor is a dense, non-empty CPU tensor: not meta, sparse, nested or quantized."""
     dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
     return dense and tensor.device.type == "cpu" and tensor.numel() > 0
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    """Check in pieces, so that a mapped tensor is never copied whole."""
+    """Check a tensor in pieces, so that a memory-mapped tensor is never copied as a whole."""
     return all(
         bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.reshape(-1), 2**22)
     )
@@ -220,11 +222,10 @@ def _load_torch(path: Path, head: bytes) -> Any:
         if is_zip:
             _refuse_globals(path, torch.serialization.get_unsafe_globals_in_checkpoint(path))
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # about old pickle protocols; what matters is whether loading succeeds
+            # torch warns about old pickle protocols; only success or failure of loading matters.
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as cause:  # on a damaged file torch raises whatever its readers run into
+    except Exception as cause:  # torch raises exceptions of many types for a damaged file
         named = re.search(r"GLOBAL ([\w.]+)", str(cause))
         if isinstance(cause, SafetyError | ModelError):
             raise
@@ -235,7 +236,8 @@ def _load_torch(path: Path, head: bytes) -> Any:
             ) from cause
         reason = str(cause).splitlines()[0][:200] if str(cause) else type(cause).__name__
         raise ModelError(
-            f"{path} is not a sound torch checkpoint, it may end early: {reason}; download or save it again"
+            f"{path} is not a sound torch checkpoint, it may end early: {reason}; download or save "
+            "it again"
         ) from cause
 
 
@@ -254,17 +256,20 @@ def _check_zip(path: Path) -> None:
 
 
 def _refuse_allocation(path: Path, *, is_zip: bool) -> None:
-    """Refuse what torch lets through although it allocates by a number. A legacy file begins with its pickles."""
+    """Refuse ``bytearray``, which torch accepts although a small file can allocate any size.
+
+    A legacy file begins with its pickles, so the whole file is searched.
+    """
     with contextlib.ExitStack() as stack:
         if is_zip:
             archive = stack.enter_context(zipfile.ZipFile(path))
             names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            found = any(_ALLOCATOR in archive.read(name) for name in names)
+            allocates = any(_ALLOCATOR in archive.read(name) for name in names)
         else:
             content = stack.enter_context(open(path, "rb"))
             view = stack.enter_context(mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ))
-            found = _ALLOCATOR_GLOBAL.search(view) is not None
-    if found:
+            allocates = _ALLOCATOR_GLOBAL.search(view) is not None
+    if allocates:
         raise SafetyError(
             f"{path} is refused, it asks for memory by a number: it names bytearray; {_SAVE_HINT}"
         )
@@ -281,24 +286,25 @@ def _refuse_globals(path: Path, names: list[str]) -> None:
 
 
 def _choose_weights(
-    found: Any, weight_set: CheckpointWeights, path: Path
+    content: Any, weight_set: CheckpointWeights, path: Path
 ) -> tuple[dict[Any, Any], str]:
-    if not isinstance(found, dict):
-        raise ModelError(f"{path} holds a {type(found).__name__}, not a state dict; {_SAVE_HINT}")
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds a {type(content).__name__}, not a state dict; {_SAVE_HINT}")
     sets = {
-        name: found[name]
+        name: content[name]
         for name in ("ema", "model", "state_dict")
-        if isinstance(found.get(name), dict)
+        if isinstance(content.get(name), dict)
     }
     if weight_set != "auto":
         if weight_set not in sets:
             raise ModelError(
-                f"{path} has no {weight_set!r} weights; it has {', '.join(sets) or 'a plain state dict'}"
+                f"{path} has no {weight_set!r} weights; it has "
+                f"{', '.join(sets) or 'a plain state dict'}"
             )
         return dict(sets[weight_set]), weight_set
     for name, state in sets.items():
         return dict(state), name
-    return found, "plain"
+    return content, "plain"
 
 
 def _without_prefix(name: str) -> str:

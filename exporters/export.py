@@ -47,7 +47,7 @@ from goc_deploy.spec import ModelSpec
 from goc_deploy.version import __version__
 
 ARCHITECTURES = {family.name: family for family in (DIT, PIXART, SIT)}
-# of an engine directory, for a sampler
+# Makes the laboratory of an engine directory for a sampler.
 LaboratoryMaker = Callable[[EngineDir, str, CalibrationOptions], Laboratory]
 
 RECORDED_PACKAGES = ("torch", "onnx", "onnxscript", "numpy")
@@ -61,29 +61,30 @@ def export_checkpoint(
     make_laboratory: LaboratoryMaker,
     progress: Progress,
 ) -> tuple[Manifest, bool]:
-    """Export a checkpoint; the directory appears whole or not at all.
+    """Export a checkpoint; the engine directory is published complete or not at all.
 
     Args:
-        checkpoint_path: a ``.pt``, ``.pth`` or ``.safetensors`` file, a folder that diffusers saved, or the id of one on the
-            Hugging Face Hub, ``org/name``.
-        output: engine directory to make.
-        options: how.
-        backend: runs the written units for the comparison with PyTorch.
-        make_laboratory: for policies that learn, on the engine before it is published.
+        checkpoint_path: a ``.pt``, ``.pth`` or ``.safetensors`` file, a folder that diffusers
+            saved, or the id of a model on the Hugging Face Hub, ``org/name``.
+        output: engine directory to create.
+        options: export options.
+        backend: runs the exported graphs for the comparison with PyTorch.
+        make_laboratory: makes the laboratory in which policies are calibrated, on the engine
+            directory before it is published.
         progress: called with (what, done, total).
 
     Returns:
-        The manifest, and whether anything was written (False: an equal engine was there already).
+        The manifest, and whether anything was written (False: the same export exists already).
 
     Raises:
         ModelError, SafetyError: the checkpoint is not usable.
         UsageError, ScheduleError: a SPEC is wrong.
         ConflictError, ResourceError: the output cannot be written.
-        VerificationError: a unit differs from PyTorch.
+        VerificationError: an exported graph differs from PyTorch.
     """
     name = hub_id(checkpoint_path)
-    found = _read(folder_from_hub(name) if name else checkpoint_path, options)
-    checkpoint, spec = found.checkpoint, found.spec
+    model = _read(folder_from_hub(name) if name else checkpoint_path, options)
+    checkpoint, spec = model.checkpoint, model.spec
     architecture = ARCHITECTURES[spec.architecture]
     architecture.check_tensors(checkpoint.tensors, spec)
     companions = read_companions(options, spec)
@@ -91,10 +92,10 @@ def export_checkpoint(
         spec = replace(spec, classes=companions.labels)
     calibrates = options.precision != "bf16" and spec.classes > 0
     options = replace(options, plans=options.plans or default_plans(calibrates=calibrates))
-    process = Process(spec.prediction, found.scheduler)
+    process = Process(spec.prediction, model.scheduler)
     plans = _compile_plans(spec, process, options)
     check_options(_calibration(spec, options))
-    provenance = _provenance(found, name, companions, options)
+    provenance = _provenance(model, name, companions, options)
     with directory_lock(output):
         present = _same_engine(output, provenance)
         if present:
@@ -106,7 +107,7 @@ def export_checkpoint(
             kinds = architecture.unit_kinds(spec, options.precision)
             units = writer.write(kinds, checkpoint.tensors, options.precision)
             units += _write_step_graphs(stage, spec, options.precision)
-            bare = _bare_manifest(found, spec, units, provenance, options)
+            bare = _bare_manifest(model, spec, units, provenance, options)
             bare = write_companions(companions, bare, options, writer)
             bare = replace(bare, files=files_below(stage))
             manifest = _write_plans(stage, bare, plans, options, make_laboratory)
@@ -114,7 +115,7 @@ def export_checkpoint(
 
 
 def _read(path: Path, options: ExportOptions) -> FolderModel:
-    """A checkpoint file, or a folder that diffusers saved."""
+    """Read a checkpoint file, or a folder that diffusers saved."""
     if options.model not in ("auto", *ARCHITECTURES):
         raise ModelError(
             f"`model={options.model}` is unknown; this version has {', '.join(ARCHITECTURES)}"
@@ -128,16 +129,16 @@ def _read(path: Path, options: ExportOptions) -> FolderModel:
     wanted = (
         ARCHITECTURES if options.model == "auto" else {options.model: ARCHITECTURES[options.model]}
     )
-    found = read_model_folder(path, wanted, options.prediction)
-    if options.num_heads not in (None, found.spec.heads):
+    model = read_model_folder(path, wanted, options.prediction)
+    if options.num_heads not in (None, model.spec.heads):
         raise UsageError(
-            f"`num_heads={options.num_heads}`: the configuration in {path} says {found.spec.heads}"
+            f"`num_heads={options.num_heads}`: the configuration in {path} says {model.spec.heads}"
         )
     if options.weights != "auto":
         raise UsageError(
             f"`weights={options.weights}` is for training checkpoints; {path} holds one set of weights"
         )
-    return found
+    return model
 
 
 def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> ModelSpec:
@@ -146,17 +147,17 @@ def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> ModelSpec:
         if options.model == name or (options.model == "auto" and architecture.matches(names)):
             return architecture.spec_from_tensors(checkpoint.tensors, options.num_heads)
     raise ModelError(
-        f"{checkpoint.path} is not a model that this version knows ({', '.join(ARCHITECTURES)}); it has tensors such as {', '.join(names[:3])}"
+        f"{checkpoint.path} is not a model that this version knows ({', '.join(ARCHITECTURES)}); "
+        f"it has tensors such as {', '.join(names[:3])}"
     )
 
 
 def _compile_plans(
     spec: ModelSpec, process: Process, options: ExportOptions
 ) -> dict[str, tuple[PolicySpec, Plan | None]]:
-    """Every policy by plan name, compiled, or None where that has to wait for an engine to calibrate on."""
-    table_from_sampler(
-        _sampler(process, options), options.steps, process
-    )  # refuses what no plan could run with
+    """Every policy by plan name, with its plan, or None if the policy must be calibrated first."""
+    # Raises early for a sampler with which no plan could run.
+    table_from_sampler(_sampler(process, options), options.steps, process)
     plans: dict[str, tuple[PolicySpec, Plan | None]] = {}
     for policy in map(parse_policy, options.plans):
         name = check_plan_name(policy.default_name)
@@ -199,11 +200,11 @@ def _calibration(spec: ModelSpec, options: ExportOptions) -> CalibrationOptions:
 
 
 def _provenance(
-    found: FolderModel, name: str | None, companions: Companions, options: ExportOptions
+    model: FolderModel, name: str | None, companions: Companions, options: ExportOptions
 ) -> dict[str, Any]:
     """What the engine directory was made from; ``name`` is the model's id on the Hub."""
-    checkpoint = found.checkpoint
-    probes = ("diffusers",) if found.scheduler is not None and find_spec("diffusers") else ()
+    checkpoint = model.checkpoint
+    probes = ("diffusers",) if model.scheduler is not None and find_spec("diffusers") else ()
     recorded = {**asdict(options), "plans": list(options.plans)}
     recorded = {
         name: value.name if isinstance(value, Path) else value for name, value in recorded.items()
@@ -224,7 +225,10 @@ def _provenance(
 
 
 def _same_engine(output: Path, provenance: Mapping[str, Any]) -> Manifest | None:
-    """The manifest of an engine that the same export made, complete in size but for what can be built again."""
+    """The manifest of an engine directory that the same export wrote, or None.
+
+    The sizes of all its files must match, except TensorRT engines, which can be built again.
+    """
     try:
         manifest = EngineDir.open(output).manifest
         kept = [entry for entry in manifest.files if not entry.path.startswith("engines/")]
@@ -259,7 +263,7 @@ def _check_checkpoints(
 
 
 def _bare_manifest(
-    found: FolderModel,
+    model: FolderModel,
     spec: ModelSpec,
     units: Sequence[Unit],
     provenance: dict[str, Any],
@@ -275,8 +279,8 @@ def _bare_manifest(
         plans=(),
         files=(),
         provenance=provenance,
-        class_names=found.class_names,
-        scheduler=found.scheduler,
+        class_names=model.class_names,
+        scheduler=model.scheduler,
     )
 
 
@@ -287,7 +291,7 @@ def _write_plans(
     options: ExportOptions,
     make_laboratory: LaboratoryMaker,
 ) -> Manifest:
-    """Write the plans, which are calibrated on the directory without plans, then the manifest."""
+    """Write the plans, calibrated on the engine directory without plans, then the manifest."""
     spec, process = manifest.model, manifest.process
     bare = EngineDir(stage, manifest)
     laboratory = make_laboratory(bare, _sampler(process, options), _calibration(spec, options))

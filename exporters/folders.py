@@ -1,8 +1,8 @@
-"""Reading models from folders that diffusers or transformers saved, without running anything that stands in them.
+"""Reading models from folders of diffusers or transformers, without running any code in them.
 
-A folder has a ``config.json`` and weights in one ``.safetensors`` file, in several with an index, in a ``.bin`` file, or in
-``.fp16.safetensors``.
-Settings that are not known, or that would change the arithmetic, are refused by name.
+A folder has a ``config.json`` and weights in one ``.safetensors`` file, in several with an index,
+in a ``.bin`` file, or in ``.fp16.safetensors``. Settings that are unknown, or that would change the
+arithmetic, are refused by name.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ CONFIG, PIPELINE_CONFIG, SCHEDULER_CONFIG = (
     "model_index.json",
     "scheduler/scheduler_config.json",
 )
-UNLIMITED = "lambda_min_clipped"  # the setting of a scheduler that may be -Infinity
+UNLIMITED = "lambda_min_clipped"  # the one setting of a scheduler that may be -Infinity
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
 VARIANTS = ("", ".fp16")
+# Settings that change no transformer of this package.
 WITHOUT_EFFECT = (
     "_diffusers_version",
     "_name_or_path",
     "dropout",
     "norm_num_groups",
-)  # on any transformer here
+)
 MAX_SIZE = 10**5
-MAX_GRID = 256  # tokens per side, of which a position table is made
+MAX_GRID = 256  # tokens per side of a position table
 MAX_WIDTH = 2**15
 
 TRANSFORMER_REQUIRED: dict[str, tuple[Any, ...]] = {
@@ -51,14 +52,14 @@ TRANSFORMER_REQUIRED: dict[str, tuple[Any, ...]] = {
     "use_linear_projection": (False,),
     "num_vector_embeds": (None,),
 }
-OLD_CLASS = "Transformer2DModel"  # what old files say in place of a class of its own
+OLD_CLASS = "Transformer2DModel"  # the class in old files, before each model had its own
 
 
 Setting = Annotated[int, Meta(ge=1, le=MAX_SIZE)]
 
 
 class TransformerConfig(Struct, frozen=True, kw_only=True):
-    """Sizes of DiT and PixArt alike, with what diffusers takes where they are missing."""
+    """Sizes that DiT and PixArt share, with the defaults of diffusers."""
 
     num_attention_heads: Setting = 16
     attention_head_dim: Setting = 72
@@ -75,13 +76,12 @@ ConfigT = TypeVar("ConfigT", bound=Struct)
 
 @dataclass(frozen=True, slots=True)
 class Settings(Generic[ConfigT]):
-    """What may stand in a ``config.json``.
+    """The settings that a ``config.json`` may have.
 
     Attributes:
-        kind: the settings that are read, with what the library takes where they are missing.
-        required: setting -> the values that this project computes; others would change the
-            arithmetic.
-        without_effect: settings that change nothing here.
+        kind: the settings that are read, with the defaults of the library.
+        required: setting -> the supported values; others would change the arithmetic.
+        without_effect: settings that do not change the exported graph.
     """
 
     kind: type[ConfigT]
@@ -89,10 +89,10 @@ class Settings(Generic[ConfigT]):
     without_effect: Collection[str] = WITHOUT_EFFECT
 
     def read(self, config: Mapping[str, Any], where: str) -> ConfigT:
-        """The settings of a configuration that are read.
+        """Read the settings of a configuration.
 
         Raises:
-            ModelError: naming the setting that is unknown, not supported or out of range.
+            ModelError: a setting is unknown, not supported or out of range; the message names it.
         """
         unknown = sorted(config.keys() - {*self.known, *self.without_effect})
         if unknown:
@@ -101,10 +101,10 @@ class Settings(Generic[ConfigT]):
                 "change the arithmetic"
             )
         for name, allowed in self.required.items():
-            given = config.get(name, allowed[0])
-            if not any(type(given) is type(value) and given == value for value in allowed):
+            actual = config.get(name, allowed[0])
+            if not any(type(actual) is type(value) and actual == value for value in allowed):
                 raise ModelError(
-                    f"{where}: {name} is {given!r}, only {' or '.join(map(repr, allowed))} is "
+                    f"{where}: {name} is {actual!r}, only {' or '.join(map(repr, allowed))} is "
                     "supported"
                 )
         settings: ConfigT = convert(dict(config), self.kind, where, ModelError)
@@ -112,21 +112,21 @@ class Settings(Generic[ConfigT]):
 
     @property
     def known(self) -> set[str]:
-        """Settings that decide something."""
+        """Names of the settings that change the model."""
         return {*self.kind.__struct_encode_fields__, *self.required}
 
 
 def is_transformer(config: Mapping[str, Any], own_class: str, norm_type: str) -> bool:
-    """Whether a ``config.json`` is of a class; old files name `OLD_CLASS`, and the norm tells."""
+    """Whether a ``config.json`` describes a class; old files have `OLD_CLASS` and a norm type."""
     name = config.get("_class_name")
     return name == own_class or (name == OLD_CLASS and config.get("norm_type") == norm_type)
 
 
 def predicts_sigma(config: TransformerConfig, where: str) -> bool:
-    """Whether ``out_channels`` says that a transformer predicts sigma too.
+    """Whether a transformer predicts sigma too, by its ``out_channels``.
 
     Raises:
-        ModelError: neither once nor twice the channels.
+        ModelError: ``out_channels`` is neither the number of channels nor twice that number.
     """
     channels, predicted = config.in_channels, config.out_channels
     if predicted not in (None, channels, 2 * channels):
@@ -138,16 +138,16 @@ def predicts_sigma(config: TransformerConfig, where: str) -> bool:
 
 
 def transformer_width(config: TransformerConfig, divisor: int, reason: str, where: str) -> int:
-    """The width of a transformer, whose sizes fit each other.
+    """The width of a transformer, after checking that its sizes are consistent.
 
     Args:
-        config: its sizes.
-        divisor: of the width,
-        reason: and what it is for.
-        where: for messages.
+        config: the sizes of the transformer.
+        divisor: the number that must divide the width.
+        reason: the reason for the divisor, for messages.
+        where: the file, for messages.
 
     Raises:
-        ModelError: naming the setting that does not fit.
+        ModelError: a size is not consistent with the others; the message names its setting.
     """
     heads, head = config.num_attention_heads, config.attention_head_dim
     side, patch = config.sample_size, config.patch_size
@@ -175,22 +175,27 @@ def transformer_width(config: TransformerConfig, divisor: int, reason: str, wher
 
 
 def read_json(path: Path, constants: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """A JSON object of a model's folder; ``constants`` as in `goc_deploy.strict_json.parse_json`.
+    """Read a JSON file of a model's folder.
+
+    Args:
+        path: the file.
+        constants: constants that are not JSON, as in `goc_deploy.strict_json.parse_json`.
 
     Raises:
-        ModelError: unreadable or not a JSON object.
+        ModelError: the file is unreadable or not a JSON object.
     """
     text = bytes_from_file(path, str(path), ModelError)
     return parse_json(text, str(path), ModelError, constants)
 
 
 def read_scheduler(path: Path) -> dict[str, Any]:
-    """The settings of a scheduler.
+    """Read the settings of a scheduler.
 
-    diffusers writes ``-Infinity``, which is no JSON, where no limit is set, and takes the same where the setting is missing.
+    diffusers writes ``-Infinity``, which is not JSON, if no limit is set, and uses the same value
+    if the setting is missing.
 
     Raises:
-        ModelError: unreadable, not a JSON object, or another setting is infinite.
+        ModelError: the file is unreadable or not a JSON object, or another setting is infinite.
     """
     settings = read_json(path, {"-Infinity": -math.inf})
     if settings.get(UNLIMITED) == -math.inf:
@@ -209,16 +214,19 @@ def read_scheduler(path: Path) -> dict[str, Any]:
 def read_weights(
     folder: Path, stem: str = DIFFUSERS_WEIGHTS, old_stem: str | None = None
 ) -> tuple[list[Path], dict[str, Tensor]]:
-    """The files that hold the weights, and every tensor in them; of half precision only where there is nothing else.
+    """Read all tensors of a folder; half-precision files are used only if there are no others.
 
     Args:
-        folder: where they lie.
+        folder: folder with the weights.
         stem: name of the ``.safetensors`` file or of its index.
-        old_stem: name of the ``.bin`` file, where that differs.
+        old_stem: name of the ``.bin`` file, if it differs from ``stem``.
+
+    Returns:
+        The files that were read, and their tensors by name.
 
     Raises:
-        ModelError: missing or damaged.
-        SafetyError: an index that names files outside the folder, or a file that asks to run code.
+        ModelError: the weights are missing or damaged.
+        SafetyError: an index names files outside the folder, or a file asks to run code.
     """
     indices = [folder / f"{stem}.safetensors.index{variant}.json" for variant in VARIANTS]
     whole = [folder / f"{stem}{variant}.safetensors" for variant in VARIANTS]
@@ -226,7 +234,8 @@ def read_weights(
     present = [path for path in (indices[0], whole[0], old, indices[1], whole[1]) if path.exists()]
     if not present:
         raise ModelError(
-            f"{folder} has neither {whole[0].name}, its index, their {VARIANTS[1]} variants, nor {old.name}; download it again"
+            f"{folder} has neither {whole[0].name}, its index, their {VARIANTS[1]} variants, nor "
+            f"{old.name}; download it again"
         )
     index = present[0]
     if index not in indices:
@@ -244,39 +253,45 @@ def read_weights(
         if shard.keys() != listed:
             odd = sorted(shard.keys() ^ listed)
             raise ModelError(
-                f"{folder / name} does not hold the tensors that {index.name} lists for it, see {odd[0]}; download it again"
+                f"{folder / name} does not hold the tensors that {index.name} lists for it, see "
+                f"{odd[0]}; download it again"
             )
         tensors |= shard
     return [index, *(folder / name for name in names)], tensors
 
 
 class _WeightIndex(Struct):
-    """Which file holds which tensor."""
+    """An index: tensor name -> file name."""
 
     weight_map: Annotated[dict[str, str], Meta(min_length=1)]
 
 
 class Renaming:
-    """Takes tensors out of a folder's weights under other names, and says in the end what was missing or left over."""
+    """Renames the tensors of a folder, and reports those that were missing or left over.
 
-    def __init__(self, found: Mapping[str, Tensor], where: Path) -> None:
-        self.rest, self._where = dict(found), where
+    Args:
+        tensors: the tensors by their names in the folder.
+        where: the folder, for messages.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], where: Path) -> None:
+        self.rest, self._where = dict(tensors), where
         self._missing: list[str] = []
 
     def take_tensors(self, names: Mapping[str, str]) -> dict[str, Tensor]:
-        """Tensors: name here -> name there."""
+        """Take tensors; ``names`` maps the new names to those in the folder."""
         self._missing += [old for old in names.values() if old not in self.rest]
         return {new: self.rest.pop(old) for new, old in names.items() if old in self.rest}
 
     def take_layers(self, names: Mapping[str, str]) -> dict[str, Tensor]:
-        """Weights and biases of layers: name here -> name there."""
+        """Take weights and biases of layers; ``names`` maps new names to those in the folder."""
         kinds = ("weight", "bias")
         return self.take_tensors(
             {f"{new}.{kind}": f"{old}.{kind}" for new, old in names.items() for kind in kinds}
         )
 
     def take_joined(self, new: str, parts: Sequence[str]) -> dict[str, Tensor]:
-        """Layers that are one here, joined along the first dimension of their weights and biases."""
+        """Take layers as one, joined along the first dimension of their weights and biases."""
         state = {}
         for kind in ("weight", "bias"):
             tensors = list(self.take_tensors({part: f"{part}.{kind}" for part in parts}).values())
@@ -285,14 +300,15 @@ class Renaming:
         return state
 
     def finish(self) -> None:
-        """Check that everything was there and nothing is left.
+        """Check that no tensor was missing and none is left over.
 
         Raises:
-            ModelError: listing up to ten tensors.
+            ModelError: a tensor was missing or is left over; the message lists up to ten.
         """
         for names, what in ((self._missing, "missing"), (sorted(self.rest), "unexpected")):
             if names:
                 shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
                 raise ModelError(
-                    f"{self._where}: the weights are not those of {CONFIG}; {len(names)} tensors {what}: {shown}"
+                    f"{self._where}: the weights are not those of {CONFIG}; {len(names)} tensors "
+                    f"{what}: {shown}"
                 )

@@ -1,7 +1,8 @@
-"""PyTorch modules to ONNX: one trace per unit kind, one file per copy.
+"""PyTorch modules to ONNX: one trace per kind of graph, one file per copy.
 
-A template is the traced graph. For every copy its parameters become external data in that copy's weights file, in the
-layout of the checkpoint (linear layers become Gemm with transB=1, so weights are stored as they are).
+A template is the traced graph. The parameters of every copy become external data in the weights
+file of that copy, in the layout of the checkpoint: linear layers become Gemm with transB=1, so
+weights are stored without transposition.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from goc_deploy.exporters.units import DTYPES, Binding, UnitKind
 from goc_deploy.precision import DTYPE_OF_PRECISION, ELEMENT_TYPES
 
 OPSET = 20
-ALIGNMENT = 4096  # a page, so that weights can be mapped
+ALIGNMENT = 4096  # the size of a memory page, so that weights can be mapped
 IR_TYPES = {
     DTYPES[precision]: ir.DataType(ELEMENT_TYPES[dtype].onnx)
     for precision, dtype in DTYPE_OF_PRECISION.items()
@@ -34,12 +35,12 @@ IR_TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A traced unit kind.
+    """A traced kind of graph.
 
     Attributes:
-        kind: what was traced.
+        kind: the kind that was traced.
         model: the graph; the values of its parameters do not matter.
-        dtype: of the parameters.
+        dtype: dtype of the parameters.
     """
 
     kind: UnitKind
@@ -48,10 +49,10 @@ class Template:
 
 
 def template_from_kind(kind: UnitKind, dtype: torch.dtype) -> Template:
-    """Trace a unit kind.
+    """Trace a kind of graph.
 
     Raises:
-        VerificationError: the exporter lost a parameter, so weights could not be bound.
+        VerificationError: the graph lacks a parameter, so weights could not be bound.
     """
     symbols = {
         symbol: torch.export.Dim(symbol, min=1, max=1 << 20)
@@ -73,7 +74,8 @@ def template_from_kind(kind: UnitKind, dtype: torch.dtype) -> Template:
         )
     if program is None:
         raise VerificationError(
-            f"unit kind {kind.kind}: torch.onnx returned no graph; use the torch version in constraints.txt"
+            f"unit kind {kind.kind}: torch.onnx returned no graph; use the torch version in "
+            "constraints.txt"
         )
     lost = sorted(
         {name for name, _ in kind.module.named_parameters()}
@@ -81,7 +83,8 @@ def template_from_kind(kind: UnitKind, dtype: torch.dtype) -> Template:
     )
     if lost:
         raise VerificationError(
-            f"unit kind {kind.kind}: the ONNX exporter folded {', '.join(lost)} away; use the torch and onnxscript versions in constraints.txt"
+            f"unit kind {kind.kind}: the ONNX exporter folded {', '.join(lost)} away; use the "
+            "torch and onnxscript versions in constraints.txt"
         )
     program.model.graph.metadata_props.clear()
     for node in program.model.graph:
@@ -95,16 +98,16 @@ def template_from_kind(kind: UnitKind, dtype: torch.dtype) -> Template:
 def write_copy(
     template: Template, name: str, tensors: Mapping[str, Tensor], folder: Path
 ) -> tuple[Parameter, ...]:
-    """Write ``NAME.onnx`` and ``NAME.weights`` for one copy of a unit kind.
+    """Write ``NAME.onnx`` and ``NAME.weights`` for one copy of a kind of graph.
 
     Args:
         template: the traced kind.
-        name: the copy, a key of ``template.kind.copies``.
-        tensors: the checkpoint.
-        folder: where to write.
+        name: name of the copy, a key of ``template.kind.copies``.
+        tensors: the tensors of the checkpoint.
+        folder: folder to write to.
 
     Returns:
-        What lies where in the weights file.
+        Names, offsets and shapes of the parameters in the weights file.
     """
     binding, parameters = template.kind.copies[name], []
     initializers = template.model.graph.initializers
@@ -144,7 +147,7 @@ def _write_rows(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch.onnx's chatter about optional packages out of the user's terminal."""
+    """Keep the messages of torch.onnx about optional packages out of the user's terminal."""
     loggers = [
         logging.getLogger("torch.onnx"),
         logging.getLogger("torch.export"),

@@ -1,4 +1,4 @@
-"""A model in a folder that diffusers saved: which architecture it is, its sizes, tensors and class names."""
+"""Models in folders that diffusers saved: architecture, sizes, tensors and class names."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ from goc_deploy.spec import ModelSpec
 
 @dataclass(frozen=True)
 class FolderModel:
-    """A model of a folder.
+    """A model that was read from a folder.
 
     Attributes:
         checkpoint: tensors under the names of the architecture's public layout.
-        spec: sizes, as ``config.json`` gives them.
-        class_names: one per class, synonyms separated by commas; empty where the folder has none.
-        scheduler: settings of the scheduler that the pipeline samples with, or None where the folder has none.
+        spec: sizes of the model, from ``config.json``.
+        class_names: one name per class, synonyms separated by commas; empty if the folder has no
+            names.
+        scheduler: settings of the pipeline's scheduler, or None if the folder has no scheduler.
     """
 
     checkpoint: Checkpoint
@@ -43,39 +44,44 @@ class FolderModel:
 def read_model_folder(
     path: Path, architectures: Mapping[str, Architecture], prediction: str | None = None
 ) -> FolderModel:
-    """Read a folder of a pipeline (``model_index.json``, ``transformer/`` and ``scheduler/``) or its transformer folder alone.
+    """Read the folder of a pipeline, or its transformer folder alone.
+
+    The folder of a pipeline has ``model_index.json``, ``transformer/`` and ``scheduler/``.
 
     Args:
         path: the folder.
-        architectures: what it may hold, by name.
-        prediction: what the model predicts, where somebody says otherwise than its scheduler.
+        architectures: the architectures that are accepted, by name.
+        prediction: prediction type that overrides the one of the scheduler, or None.
 
     Raises:
-        ModelError: not such a folder, a setting that is not supported, weights that are missing, damaged, or not those
-            of the configuration.
-        SafetyError: an index that names files outside the folder.
+        ModelError: the folder is not such a folder, a setting is not supported, or the weights are
+            missing, damaged, or do not fit the configuration.
+        SafetyError: an index names files outside the folder.
     """
     index = read_json(path / PIPELINE_CONFIG) if (path / PIPELINE_CONFIG).exists() else {}
     folders = [a.folder for a in architectures.values() if a.folder is not None]
     if not folders:
         raise ModelError(
-            f"{path}: diffusers has no {' or '.join(architectures)}; give a checkpoint in its public layout"
+            f"{path}: diffusers has no {' or '.join(architectures)}; give a checkpoint in its "
+            "public layout"
         )
     pipelines = [name for family in folders for name in family.pipelines]
     if index and index.get("_class_name") not in pipelines:
         raise ModelError(
-            f"{path} holds a {index.get('_class_name')}; this version exports {' or '.join(pipelines)}"
+            f"{path} holds a {index.get('_class_name')}; this version exports "
+            f"{' or '.join(pipelines)}"
         )
     folder = path / "transformer" if index else path
     if not (folder / CONFIG).is_file():
         raise ModelError(
-            f"{folder} has no {CONFIG}; give a .pt, .pth or .safetensors file, or a folder that diffusers saved a "
+            f"{folder} has no {CONFIG}; give a .pt, .pth or .safetensors file, or a folder that "
+            "diffusers saved a "
             f"pipeline ({', '.join(pipelines)}) or its transformer to"
         )
     config = read_json(folder / CONFIG)
     family = _family(config, folders, architectures, folder)
     spec = family.spec_from_config(config, f"{folder / CONFIG}")
-    files, found = read_weights(folder)
+    files, tensors = read_weights(folder)
     described = [folder / CONFIG, *([path / PIPELINE_CONFIG] if index else [])]
     scheduler, settings = None, path / SCHEDULER_CONFIG
     if index and settings.exists():
@@ -83,7 +89,7 @@ def read_model_folder(
         described.append(settings)
         prediction = prediction or prediction_of(scheduler, str(settings))
     spec = replace(spec, prediction=prediction or spec.prediction)
-    spec, state = family.state_from_diffusers(found, spec, folder)
+    spec, state = family.state_from_diffusers(tensors, spec, folder)
     checkpoint = Checkpoint(path, state, "plain", (*described, *files))
     return FolderModel(
         checkpoint, spec, _class_names(index, spec, path / PIPELINE_CONFIG), scheduler
@@ -100,7 +106,8 @@ def _family(
         if is_transformer(config, family.transformer, family.norm_type):
             return family
     raise ModelError(
-        f"{folder / CONFIG} is of a {config.get('_class_name')} with norm_type {config.get('norm_type')!r}, "
+        f"{folder / CONFIG} is of a {config.get('_class_name')} with norm_type "
+        f"{config.get('norm_type')!r}, "
         f"this version exports {', '.join(architectures)}; check `model` and the folder"
     )
 
@@ -117,6 +124,7 @@ def _class_names(index: Mapping[str, Any], spec: ModelSpec, where: Path) -> tupl
     ):
         count = len(names) if isinstance(names, dict) else 0
         raise ModelError(
-            f"{where}: id2label must name each of the model's {spec.classes} classes by its number, it has {count} entries"
+            f"{where}: id2label must name each of the model's {spec.classes} classes by its "
+            f"number, it has {count} entries"
         )
     return tuple(names[str(i)] for i in range(spec.classes))

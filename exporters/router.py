@@ -1,4 +1,4 @@
-"""Reading Learning-to-Cache router files, which are torch pickles, without running anything that stands in them."""
+"""Reading Learning-to-Cache router files, which are torch pickles, without running their code."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from goc_deploy.exporters.checkpoint import load_file
 
 
 def router_probabilities(path: str | Path) -> tuple[tuple[float, ...], ...]:
-    """The router's probabilities of computing: one row per step as the file counts them (the last step first).
+    """The router's probabilities of computing each unit: one row per step, the last step first.
 
-    A file holds ``{"routers": {"0.prob": (U,), "1.prob": (U,), ...}}`` of logits.
+    A file holds the logits of U units: ``{"routers": {"0.prob": (U,), "1.prob": (U,), ...}}``.
 
     Raises:
-        ModelError: unreadable or not a router.
-        SafetyError: it asks to import or call something that is not a tensor.
+        ModelError: the file is unreadable or not a router.
+        SafetyError: the file asks to import or call something that is not a tensor.
     """
     path = Path(path)
-    found = load_file(path)
-    routers = found.get("routers") if isinstance(found, dict) else None
+    content = load_file(path)
+    routers = content.get("routers") if isinstance(content, dict) else None
     if not isinstance(routers, dict) or not routers:
         raise ModelError(f"{path} is not a Learning-to-Cache router: it has no 'routers'")
     rows = []

@@ -1,8 +1,9 @@
-"""diffusers' schedulers as sampler tables, read off by feeding them unit vectors.
+"""The schedulers of diffusers as sampler tables, measured by running them on unit vectors.
 
-A scheduler that is linear in the latents and the model outputs shows its weights where every latent and every output is
-a direction of its own: coordinate 2k is what it is given as x[k], coordinate 2k + 1 what the model says at step k. What its
-steps read then becomes a recurrence with few terms: `_weights` looks for the fewest earlier estimates that make up a step.
+A scheduler that is linear in the latents and the model outputs reveals its weights if every latent
+and every model output is a separate direction: coordinate 2k is the latent x[k], and coordinate
+2k + 1 is the model output of step k. The steps then become a recurrence with few terms: `_weights`
+finds the smallest number of earlier estimates that explain a step.
 """
 
 from __future__ import annotations
@@ -21,12 +22,9 @@ from goc_deploy.errors import EnvironmentUnsupportedError, ModelError, UsageErro
 from goc_deploy.samplers import MAX_LAGS, SamplerTable
 from goc_deploy.samplers.table import FOLDER_SAMPLER, MAX_REACH
 
-EXACT = 1e-9  # of the recurrence; float64 gives 1e-14
-EXTRA_RUNS = (
-    0,
-    1,
-    9,
-)  # how often a scheduler runs the model more than it has steps: PNDM with and without Runge-Kutta
+EXACT = 1e-9  # allowed relative error of the recurrence; float64 reaches 1e-14
+# Model runs beyond the number of steps: 1 or 9 for PNDM, without and with Runge-Kutta.
+EXTRA_RUNS = (0, 1, 9)
 SEED = 0
 REFUSALS = (
     ArithmeticError,
@@ -40,22 +38,25 @@ REFUSALS = (
 
 
 def probed_table(settings: Mapping[str, Any], steps: int, prediction: str) -> SamplerTable:
-    """The table of a scheduler.
+    """Measure the table of a scheduler.
 
     Args:
-        settings: of ``scheduler_config.json``, checked by `goc_deploy.exporters.schedulers.check_scheduler`.
-        steps: T, times that the model runs.
-        prediction: what the model predicts.
+        settings: settings of ``scheduler_config.json``, checked by
+            `goc_deploy.exporters.schedulers.check_scheduler`.
+        steps: T, the number of model runs.
+        prediction: prediction type of the model.
 
     Raises:
-        UsageError: the scheduler cannot run the model so often.
-        ModelError: diffusers refuses the settings, or the scheduler is no recurrence with few terms.
-        EnvironmentUnsupportedError: this version of diffusers does not have the scheduler, or does not work.
+        UsageError: the scheduler cannot run the model T times.
+        ModelError: diffusers refuses the settings, or the scheduler is not a recurrence with few
+            terms.
+        EnvironmentUnsupportedError: the installed diffusers does not have the scheduler, or does
+            not work.
     """
     name = settings["_class_name"]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of diffusers about itself
+            warnings.simplefilter("ignore")  # deprecations inside diffusers
             probe = _Probe(_scheduler(settings, steps), steps)
     except REFUSALS as cause:
         reason = " ".join(str(cause).split())[:200]
@@ -66,20 +67,20 @@ def probed_table(settings: Mapping[str, Any], steps: int, prediction: str) -> Sa
 
 
 def _scheduler(settings: Mapping[str, Any], steps: int) -> Any:
-    """A scheduler that will run the model ``steps`` times."""
+    """A scheduler that runs the model ``steps`` times."""
     name = settings["_class_name"]
     try:
         import diffusers
 
-        made = getattr(diffusers, name)
+        scheduler_class = getattr(diffusers, name)
     except (ImportError, AttributeError, RuntimeError) as cause:
         raise EnvironmentUnsupportedError(
             f"diffusers has no working {name}: {cause}; update diffusers"
         ) from cause
-    known = inspect.signature(made.__init__).parameters
-    given = {setting: value for setting, value in settings.items() if setting in known}
+    parameters = inspect.signature(scheduler_class.__init__).parameters
+    arguments = {setting: value for setting, value in settings.items() if setting in parameters}
     for extra in EXTRA_RUNS:
-        scheduler = made(**given)
+        scheduler = scheduler_class(**arguments)
         if steps > extra:
             scheduler.set_timesteps(steps - extra)
             if len(scheduler.timesteps) == steps:
@@ -90,15 +91,16 @@ def _scheduler(settings: Mapping[str, Any], steps: int) -> Any:
 
 
 class _Probe:
-    """What a scheduler does with unit vectors.
+    """The weights of a scheduler, from a run on unit vectors.
 
     Attributes:
-        timesteps: [T] what the model is told.
-        latents: (T + 1, T + 1) what the model is shown as x[k] of, in order, the noise that sampling starts from and the
-            T model outputs; the last row is the finished sample.
-        kept: (T, 2) what is kept of (x[k], m[k]), as the model is shown them.
-        keeps: whether the scheduler keeps anything.
-        noise: (T,) weight of fresh noise.
+        timesteps: T timesteps that the model gets.
+        latents: (T + 1, T + 1) float64. Row k has the weights of the model's input x[k]: of the
+            initial noise, then of the T model outputs. The last row is the finished sample.
+        kept: (T, 2) float64, weights of the model's input x[k] and its output m[k] in what the
+            scheduler stores.
+        keeps: whether the scheduler stores anything.
+        noise: (T,) float64, weights of fresh noise.
     """
 
     def __init__(self, scheduler: Any, steps: int) -> None:
@@ -108,14 +110,15 @@ class _Probe:
             np.zeros((steps, 2)),
             hasattr(scheduler, "model_outputs") or hasattr(scheduler, "ets"),
         )
-        given, said, shown = np.zeros((steps, steps)), np.zeros((steps, steps)), np.ones(steps + 1)
+        of_latents, of_outputs = np.zeros((steps, steps)), np.zeros((steps, steps))
+        input_scale = np.ones(steps + 1)
         draws = "DDPM" in type(scheduler).__name__
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
         for k, t in enumerate(scheduler.timesteps):
             x, m = _unit(2 * k, 2 * steps), _unit(2 * k + 1, 2 * steps)
             if hasattr(scheduler, "scale_model_input"):
-                shown[k] = scheduler.scale_model_input(x, t)[0, 0, 0, 2 * k]
+                input_scale[k] = scheduler.scale_model_input(x, t)[0, 0, 0, 2 * k]
             fixed = {"generator": torch.Generator().manual_seed(SEED)} if draws else {}
             step = scheduler.step(m, t, x, **fixed)
             after = step.prev_sample.double()
@@ -129,23 +132,23 @@ class _Probe:
                     x.shape, generator=torch.Generator().manual_seed(SEED), dtype=x.dtype
                 )
                 self.noise[k], after = float(alone[0, 0, 0, 0] / drawn[0, 0, 0, 0]), after - alone
-            given[k], said[k] = after[0, 0, 0, 0::2], after[0, 0, 0, 1::2]
+            of_latents[k], of_outputs[k] = after[0, 0, 0, 0::2], after[0, 0, 0, 1::2]
             of_x, of_m = _kept(scheduler, step, x, m)[0, 0, 0, 2 * k : 2 * k + 2].tolist()
-            self.kept[k] = of_x / shown[k], of_m
+            self.kept[k] = of_x / input_scale[k], of_m
         chained = np.zeros((steps + 1, steps + 1))
         chained[0, 0] = float(getattr(scheduler, "init_noise_sigma", 1.0))
         for k in range(steps):
-            read = np.flatnonzero(given[k])
-            chained[k + 1] = given[k, read] @ chained[read]
-            chained[k + 1, 1:] += said[k]
-        self.latents = shown[:, None] * chained
-        self.noise *= shown[1:]
+            read = np.flatnonzero(of_latents[k])
+            chained[k + 1] = of_latents[k, read] @ chained[read]
+            chained[k + 1, 1:] += of_outputs[k]
+        self.latents = input_scale[:, None] * chained
+        self.noise *= input_scale[1:]
 
     def estimates(self) -> np.ndarray:
-        """(T, T + 1) what every step keeps, of the same as ``latents``."""
-        found = self.kept[:, :1] * self.latents[:-1]
-        found[:, 1:] += np.diag(self.kept[:, 1])
-        return found
+        """(T, T + 1) float64: weights of the stored estimates, in the columns of ``latents``."""
+        estimates = self.kept[:, :1] * self.latents[:-1]
+        estimates[:, 1:] += np.diag(self.kept[:, 1])
+        return estimates
 
 
 def _unit(place: int, size: int) -> Tensor:
@@ -155,7 +158,7 @@ def _unit(place: int, size: int) -> Tensor:
 
 
 def _kept(scheduler: Any, step: Any, x: Tensor, m: Tensor) -> Tensor:
-    """What a scheduler keeps of a step, or the estimate of the clean sample where it keeps nothing."""
+    """What a scheduler stores at a step; if it stores nothing, its estimate of the clean sample."""
     if hasattr(scheduler, "model_outputs"):
         kept: Tensor = scheduler.model_outputs[-1]
         return kept.double()
@@ -173,16 +176,16 @@ def _table(probe: _Probe, name: str, prediction: str) -> SamplerTable:
     latent, model, history = [], [], []
     for k in range(steps):
         target = probe.latents[k + 1].copy()
-        model.append(float(target[k + 1]))  # nothing else has seen this output
+        model.append(float(target[k + 1]))  # no earlier estimate contains this output
         target[k + 1] = 0
         earlier = estimates[max(0, k - MAX_REACH) : k][::-1] if probe.keeps else estimates[:0]
-        found = _weights(target, probe.latents[k], earlier)
-        if found is None or np.count_nonzero(found[1:]) > MAX_LAGS:
+        weights = _weights(target, probe.latents[k], earlier)
+        if weights is None or np.count_nonzero(weights[1:]) > MAX_LAGS:
             raise ModelError(
                 f"the folder's {name} reads more than {MAX_LAGS} earlier estimates at step {k}; name another `sampler`"
             )
-        latent.append(float(found[0]))
-        history.append(found[1:].tolist())
+        latent.append(float(weights[0]))
+        history.append(weights[1:].tolist())
     reach = max(len(row) for row in history)
     return SamplerTable(
         sampler=FOLDER_SAMPLER,
@@ -203,14 +206,18 @@ def _start(weight: float) -> float:
 
 
 def _weights(target: np.ndarray, latents: np.ndarray, earlier: np.ndarray) -> np.ndarray | None:
-    """Weights of ``latents`` and of as few of the newest ``earlier`` vectors as make up ``target``, or None."""
+    """Weights of ``latents`` and of the newest ``earlier`` vectors that sum up to ``target``.
+
+    Returns:
+        (1 + n,) float64 for the smallest possible n, or None if there are no such weights.
+    """
     scale = np.abs(target).max() or 1.0
     for count in range(len(earlier) + 1):
         columns = np.stack([latents, *earlier[:count]], axis=1)
         sizes = np.abs(columns).max(axis=0)
         sizes[sizes == 0] = 1
-        found = np.linalg.lstsq(columns / sizes, target, rcond=1e-13)[0]
-        if np.abs(columns / sizes @ found - target).max() <= EXACT * scale:
-            weights: np.ndarray = np.where(np.abs(found) <= EXACT * scale, 0.0, found) / sizes
+        scaled = np.linalg.lstsq(columns / sizes, target, rcond=1e-13)[0]
+        if np.abs(columns / sizes @ scaled - target).max() <= EXACT * scale:
+            weights: np.ndarray = np.where(np.abs(scaled) <= EXACT * scale, 0.0, scaled) / sizes
             return weights
     return None

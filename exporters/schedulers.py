@@ -1,7 +1,8 @@
-"""Schedulers of diffusers that came with a model, as sampler tables.
+"""The diffusers scheduler of a model's folder as a sampler table.
 
-A table is probed from diffusers' own scheduler where diffusers is installed. Where a sampler of this project takes the same
-steps, it stands in for diffusers if that is not installed, and is checked against the probed table if it is.
+If diffusers is installed, the table is measured by running its scheduler. If a sampler of this
+package takes the same steps, it replaces diffusers when that is not installed, and is compared with
+the measured table when it is.
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ TOLERANCE = 1e-3  # diffusers computes its betas in float32
 
 @dataclass(frozen=True, slots=True)
 class _Allowed:
-    """Settings under which a class of schedulers is linear and draws no noise that a table cannot have.
+    """Settings under which a class of schedulers can be expressed as a table.
+
+    Such a scheduler is linear and draws no noise other than that of the table.
 
     Attributes:
-        values: setting -> the values that are supported; the first is what diffusers takes where it is missing, unless
-            ``missing`` has it.
-        missing: setting -> what diffusers takes where it is missing, if that is not supported.
+        values: setting -> the supported values; the first is the default of diffusers, unless
+            ``missing`` has the setting.
+        missing: setting -> the default of diffusers, if it is not supported.
     """
 
     values: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -70,21 +73,21 @@ SCHEDULERS = {
 
 
 class _Numbers(Struct):
-    """Settings that are counts, and something that is accepted where they are missing."""
+    """Settings that are counts, with defaults that are in range."""
 
     num_train_timesteps: Annotated[int, Meta(ge=1, le=MAX_TRAIN_STEPS)] = 1
     solver_order: Annotated[int, Meta(ge=1, le=3)] = 1
 
 
 _List = Annotated[tuple[int | float | str, ...], Meta(max_length=MAX_TRAIN_STEPS)]
-_Value = bool | int | float | str | _List | None  # of any setting
+_Value = bool | int | float | str | _List | None  # the value of any setting
 
 
 def prediction_of(scheduler: Mapping[str, Any], where: str) -> str:
-    """What a model predicts whose scheduler has these settings, one of `goc_deploy.spec.PREDICTIONS`.
+    """The prediction type of a model by its scheduler, one of `goc_deploy.spec.PREDICTIONS`.
 
     Raises:
-        ModelError: a prediction that is not known.
+        ModelError: the prediction type is unknown.
     """
     told = scheduler.get("prediction_type", "epsilon")
     if scheduler.get("_class_name") == FLOW_CLASS:
@@ -97,25 +100,28 @@ def prediction_of(scheduler: Mapping[str, Any], where: str) -> str:
 
 
 def check_scheduler(scheduler: Mapping[str, Any]) -> None:
-    """Check that a scheduler can be a table: it is known, linear, and draws no noise of its own.
+    """Check that a scheduler can be a table: known, linear, and without noise of its own.
 
     Raises:
-        ModelError: naming the scheduler or the setting, and the option that overrides it.
+        ModelError: it cannot; the message names the scheduler or the setting, and the option that
+            overrides it.
     """
     name = scheduler.get("_class_name")
     if not isinstance(name, str) or name not in SCHEDULERS:
         raise ModelError(
-            f"the folder's scheduler is {name!r}, which is not one of {', '.join(SCHEDULERS)}; {INSTEAD}"
+            f"the folder's scheduler is {name!r}, which is not one of {', '.join(SCHEDULERS)}; "
+            f"{INSTEAD}"
         )
     allowed = SCHEDULERS[name]
     for setting, values in allowed.values.items():
-        found = scheduler.get(setting, allowed.missing.get(setting, values[0]))
-        if not any(type(found) is type(value) and found == value for value in values):
+        actual = scheduler.get(setting, allowed.missing.get(setting, values[0]))
+        if not any(type(actual) is type(value) and actual == value for value in values):
             shown = " or ".join(
                 repr(value) for value in values if value is not None or len(values) == 1
             )
             raise ModelError(
-                f"the folder's {name} has {setting} {found!r}, only {shown} is supported; {INSTEAD}"
+                f"the folder's {name} has {setting} {actual!r}, only {shown} is supported; "
+                f"{INSTEAD}"
             )
     where = f"the folder's {name}"
     try:
@@ -127,16 +133,18 @@ def check_scheduler(scheduler: Mapping[str, Any]) -> None:
 
 
 def table_from_sampler(sampler: str, steps: int, process: Process) -> SamplerTable:
-    """The table of any sampler: ``diffusers`` is the scheduler that came with the model.
+    """The table of any sampler, including the scheduler of the model's folder.
 
     Args:
-        sampler: as `goc_deploy.samplers.table.sampler_table` takes it, or ``diffusers``.
-        steps: T.
-        process: what the model predicts, the process that it was trained on, and the scheduler that came with it.
+        sampler: a sampler of `goc_deploy.samplers.table.sampler_table`, or ``diffusers`` for the
+            scheduler of the folder.
+        steps: T, the number of model runs.
+        process: prediction type of the model, its training process, and the scheduler of its
+            folder.
 
     Raises:
-        UsageError: unknown sampler, or a number out of range.
-        ModelError, EnvironmentUnsupportedError, VerificationError: as `scheduler_table`.
+        UsageError: the sampler is unknown, or a number is out of range.
+        ModelError, EnvironmentUnsupportedError, VerificationError: as in `scheduler_table`.
     """
     return (
         scheduler_table(steps, process)
@@ -146,22 +154,25 @@ def table_from_sampler(sampler: str, steps: int, process: Process) -> SamplerTab
 
 
 def scheduler_table(steps: int, process: Process) -> SamplerTable:
-    """The table of the scheduler that came with a model.
+    """The table of the scheduler of a model's folder.
 
     Args:
-        steps: T: times that the model runs. A scheduler that runs it more often than it has steps (PNDM) gets fewer steps.
-        process: with a scheduler.
+        steps: T, the number of model runs. A scheduler with more model runs than steps (PNDM) gets
+            fewer steps.
+        process: the process, with a scheduler.
 
     Raises:
-        UsageError: no scheduler came with the model, or it cannot take so many steps.
-        ModelError: it cannot be a table.
-        EnvironmentUnsupportedError: no sampler here takes its steps, and diffusers is not installed.
-        VerificationError: the probed table is not what our own sampler takes for the same.
+        UsageError: the model has no scheduler, or the scheduler cannot take T steps.
+        ModelError: the scheduler cannot be a table.
+        EnvironmentUnsupportedError: no sampler of this package takes the same steps, and diffusers
+            is not installed.
+        VerificationError: the measured table differs from that of our equivalent sampler.
     """
     scheduler = process.scheduler
     if scheduler is None:
         raise UsageError(
-            f"sampler {FOLDER_SAMPLER!r} is the scheduler of a pipeline's folder, which did not come with this model; {INSTEAD}"
+            f"sampler {FOLDER_SAMPLER!r} is the scheduler of a pipeline's folder, which did not "
+            f"come with this model; {INSTEAD}"
         )
     check_scheduler(scheduler)
     check_steps(steps, scheduler.get("num_train_timesteps", TRAIN_STEPS))
@@ -169,7 +180,8 @@ def scheduler_table(steps: int, process: Process) -> SamplerTable:
     if find_spec("diffusers") is None or find_spec("torch") is None:
         if own is None:
             raise EnvironmentUnsupportedError(
-                f"the folder's {scheduler['_class_name']} with these settings is read with diffusers and torch, which are not installed; "
+                f"the folder's {scheduler['_class_name']} with these settings is read with "
+                "diffusers and torch, which are not installed; "
                 f"run: pip install 'goc_deploy[export,diffusers]', or {INSTEAD}"
             )
         return replace(own, sampler=FOLDER_SAMPLER)
@@ -178,14 +190,15 @@ def scheduler_table(steps: int, process: Process) -> SamplerTable:
     probed = probed_table(scheduler, steps, process.prediction)
     if own is not None and not _same_steps(own, probed):
         raise VerificationError(
-            f"the folder's {scheduler['_class_name']} in this version of diffusers takes other steps than sampler {own.sampler!r}, which it "
+            f"the folder's {scheduler['_class_name']} in this version of diffusers takes other "
+            f"steps than sampler {own.sampler!r}, which it "
             f"should equal; {INSTEAD} to decide"
         )
     return probed
 
 
 def _own_table(steps: int, process: Process) -> SamplerTable | None:
-    """The table of our own sampler that takes the same steps, or None where there is none."""
+    """The table of our sampler that takes the same steps, or None if there is no such sampler."""
     scheduler = process.scheduler or {}
     spacings = {
         "DDIMScheduler": "leading",
@@ -208,12 +221,12 @@ def _own_table(steps: int, process: Process) -> SamplerTable | None:
             "shift_terminal",
         )
         shift = scheduler.get("shift", 1.0)
-        known = (
+        supported = (
             isinstance(shift, int | float)
             and shift > 0
             and plain(*sigmas, num_train_timesteps=TRAIN_STEPS)
         )
-        return _shifted_flow(steps, shift) if known else None
+        return _shifted_flow(steps, shift) if supported else None
     spacing = scheduler.get("timestep_spacing", spacings.get(name))
     common = plain("steps_offset", "rescale_betas_zero_snr", num_train_timesteps=TRAIN_STEPS)
     common = common and scheduler.get("beta_schedule", "linear") in (
@@ -243,7 +256,7 @@ def _own_table(steps: int, process: Process) -> SamplerTable | None:
         if spacing != "trailing" and steps == TRAIN_STEPS:
             return None
         return sampler_table(f"dpm++:{scheduler.get('solver_order', 2)}@{spacing}", steps, process)
-    # diffusers steps to t - 1000 // T, which these spacings visit next
+    # diffusers steps to t - 1000 // T, which is the next timestep of these spacings.
     even = spacing == "leading" or (
         spacing == "trailing" and TRAIN_STEPS % steps == 0 and name == "DDIMScheduler"
     )
@@ -253,9 +266,12 @@ def _own_table(steps: int, process: Process) -> SamplerTable | None:
 
 
 def _shifted_flow(steps: int, shift: float) -> SamplerTable:
-    """diffusers shifts the ends of the sigmas, spaces them evenly, and shifts them again.
+    """The Euler table of a flow with shifted sigmas.
 
-    Source: Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", ICML 2024, eq. 23.
+    diffusers shifts both ends of the sigmas, spaces them evenly, and shifts them again.
+
+    Source: Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis",
+    ICML 2024, eq. 23.
     """
 
     def shifted(sigma: float) -> float:
@@ -267,7 +283,7 @@ def _shifted_flow(steps: int, shift: float) -> SamplerTable:
 
 
 def _same_steps(one: SamplerTable, other: SamplerTable) -> bool:
-    """Whether two tables tell the model the same times and take the same latents to the same ones."""
+    """Whether two tables have the same timesteps and the same latents after every step."""
     if (
         max(abs(a - b) for a, b in zip(one.timesteps, other.timesteps, strict=True))
         > TOLERANCE * TRAIN_STEPS
@@ -278,7 +294,7 @@ def _same_steps(one: SamplerTable, other: SamplerTable) -> bool:
 
 
 def _followed(table: SamplerTable) -> list[float]:
-    """Where a table takes one number after every step, with outputs and noise from a fixed seed."""
+    """The latent of one element after every step, with model outputs and noise of a fixed seed."""
     generator, kept = random.Random(0), [0.0] * table.reach
     x, path = table.start * generator.uniform(-1, 1), []
     for k in range(table.steps):

@@ -1,4 +1,4 @@
-"""What every module to be traced needs: example inputs, empty weights, bindings by name."""
+"""Parts of every traced module: example inputs, empty weights, bindings by name."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from goc_deploy.errors import ModelError
 from goc_deploy.exporters.units import Input, Slab
 from goc_deploy.spec import ModelSpec
 
-SEED = 0  # of example inputs
-SMALL = 4096  # elements; the ONNX optimiser merges equal initializers of up to 1024
+SEED = 0  # seed of the example inputs
+SMALL = 4096  # elements; the ONNX optimizer merges equal initializers of up to 1024
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 class Examples:
-    """Example inputs of the units, from one seed.
+    """Example inputs of the graphs, from one seed.
 
     Args:
-        spec: the model.
-        dtype: of tokens and modulation.
+        spec: sizes of the model.
+        dtype: dtype of tokens and modulation.
     """
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
@@ -31,7 +31,7 @@ class Examples:
         self.generator = torch.Generator().manual_seed(SEED)
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Standard normal values."""
+        """A tensor of standard normal values; by default in the dtype of the tokens."""
         return torch.randn(shape, generator=self.generator).to(dtype or self._dtype)
 
     def fixed(self, name: str, *shape: int) -> Input:
@@ -67,10 +67,11 @@ ROWS = Input("rows", torch.tensor([0, 1, 0, 1]), {0: "batch"})
 def empty_module(
     make: Callable[[], Module], dtype: torch.dtype, generator: torch.Generator
 ) -> Module:
-    """A module to trace; the large weights, which are bound later, stay uninitialized and touch no memory.
+    """Make a module to trace; its large weights stay uninitialized and occupy no memory.
 
-    The ONNX optimiser drops a bias that happens to be zero and merges small initializers that happen to be equal, so
-    biases and small weights get random values.
+    The large weights are bound later. The ONNX optimizer drops a bias that happens to be zero and
+    merges small initializers that happen to be equal, so biases and small weights get random
+    values.
     """
     with torch.device("meta"):
         module = make()
@@ -82,14 +83,14 @@ def empty_module(
 
 
 def same_names(module: nn.Module, prefix: str = "") -> dict[str, tuple[Slab, ...]]:
-    """Every parameter is the checkpoint's tensor of that name behind ``prefix``."""
+    """Bind every parameter to the checkpoint's tensor of the same name after ``prefix``."""
     return {name: (Slab(prefix + name),) for name, _ in module.named_parameters()}
 
 
 def block_copies(
     module: nn.Module, depth: int, branch: str
 ) -> dict[str, dict[str, tuple[Slab, ...]]]:
-    """A copy of a branch's unit for every block, with that block's tensors."""
+    """Bindings of a branch's unit in every block, to the tensors of that block."""
     return {
         f"block_{block:02d}_{branch}": same_names(module, f"blocks.{block}.")
         for block in range(depth)
@@ -99,21 +100,22 @@ def block_copies(
 def check_shapes(
     tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], what: str
 ) -> None:
-    """Check names and shapes.
+    """Check names and shapes of tensors.
 
     Raises:
-        ModelError: listing up to ten missing, unexpected and mis-shaped tensors.
+        ModelError: tensors are missing, unexpected or of another shape; the message lists up to ten
+            of each.
     """
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    actual = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wrong = [
-        ("missing", sorted(expected.keys() - found.keys())),
-        ("unexpected", sorted(found.keys() - expected.keys())),
+        ("missing", sorted(expected.keys() - actual.keys())),
+        ("unexpected", sorted(actual.keys() - expected.keys())),
         (
             "of another shape",
             [
-                f"{n} {found[n]}, expected {s}"
+                f"{n} {actual[n]}, expected {s}"
                 for n, s in expected.items()
-                if n in found and found[n] != s
+                if n in actual and actual[n] != s
             ],
         ),
     ]
@@ -127,6 +129,6 @@ def check_shapes(
 
 
 def shapes_of(make: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a module's tensors, without its memory."""
+    """Names and shapes of a module's tensors, without allocating them."""
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in make().state_dict().items()}

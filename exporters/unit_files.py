@@ -1,4 +1,4 @@
-"""Kinds of units to files: traced once, then written and compared with PyTorch copy by copy."""
+"""Writing kinds of graphs: traced once, then written and compared with PyTorch copy by copy."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from goc_deploy.protocols import Backend, Engine
 
 @dataclass(frozen=True, slots=True)
 class UnitWriter:
-    """Writes units into a directory that is being made.
+    """Writes graphs into an engine directory that is not yet published.
 
     Attributes:
         stage: the directory.
-        backend: runs what was written.
+        backend: runs the graphs that were written.
         progress: called with (what, done, total).
     """
 
@@ -41,10 +41,10 @@ class UnitWriter:
         precision: Precision,
         folder: str = "onnx",
     ) -> list[Unit]:
-        """Write and verify every copy of some kinds.
+        """Write and verify every copy of some kinds of graphs.
 
         Raises:
-            VerificationError: a unit differs from PyTorch.
+            VerificationError: an exported graph differs from PyTorch.
         """
         where = self.stage / folder
         where.mkdir(exist_ok=True)
@@ -67,7 +67,7 @@ class UnitWriter:
         return units
 
     def loaded(self, unit: Unit) -> Engine:
-        """A unit that was written, loaded from its files."""
+        """Load a graph that was written, with its weights."""
         assert unit.weights is not None
         with open(self.stage / unit.weights, "rb") as file:
             weights = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

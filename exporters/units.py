@@ -1,4 +1,4 @@
-"""What an architecture gives the exporter: graphs to trace, and which tensors each copy of a graph holds."""
+"""The graphs of an architecture: modules to trace, and the tensors of each copy."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True, slots=True)
 class Slab:
-    """Rows ``start:stop`` (first dimension) of a checkpoint tensor; all of them by default."""
+    """Rows ``start:stop`` (first dimension) of a checkpoint tensor; by default all rows."""
 
     key: str
     start: int = 0
     stop: int | None = None
 
     def read(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """The rows as one contiguous tensor."""
+        """The rows as one contiguous tensor of a dtype."""
         tensor = tensors[self.key]
         rows = (
             tensor[self.start : self.stop]
@@ -44,7 +44,7 @@ class Input:
     Attributes:
         name: tensor name.
         example: values for tracing and for the comparison with PyTorch.
-        dynamic: dimension -> symbol; dimensions with one symbol are equal.
+        dynamic: dimension -> symbol; dimensions with the same symbol are equal.
     """
 
     name: str
@@ -54,17 +54,17 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class UnitKind:
-    """Isomorphic units: traced once, then written once per copy with that copy's weights.
+    """Isomorphic graphs: traced once, then written once per copy with the weights of that copy.
 
     Attributes:
         kind: name of the kind.
-        module: what is traced; its parameters' values do not matter, its ``reference`` method (or ``forward``) is what
-            the exported graph is compared with.
+        module: the module to trace; the values of its parameters do not matter. The exported graph
+            is compared with its ``reference`` method, or with ``forward``.
         inputs: graph inputs in the order of ``forward``.
         outputs: names of the outputs.
-        copies: unit name -> parameter name -> slabs, joined along the first dimension.
-        weights_are_inputs: the parameters become inputs of the graph, which the runtime maps instead of copying: for
-            graphs that run once per request.
+        copies: name of the copy -> parameter name -> slabs, joined along the first dimension.
+        weights_are_inputs: whether the parameters become inputs of the graph, which the runtime
+            maps instead of copying. This is for graphs that run once per request.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""Comparing an exported unit with PyTorch."""
+"""Comparing exported graphs with PyTorch."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from goc_deploy.exporters.lowering import Template
 from goc_deploy.metrics.paired import whole_relative_l2
 from goc_deploy.protocols import Backend, Buffer, float32_from_bfloat16, mapped_buffer
 
+# A bf16 graph is widened to float32 before it is compared.
 TOLERANCE = {
     torch.float32: 1e-4,
     torch.float16: 1e-2,
     torch.bfloat16: 1e-4,
-}  # bf16 graphs are compared widened
+}
 
 
 def verify_copy(
@@ -34,16 +35,17 @@ def verify_copy(
     folder: Path,
     backend: Backend,
 ) -> float:
-    """Run a written unit and PyTorch on the same inputs.
+    """Run an exported graph and PyTorch on the same inputs.
 
-    Both take the weights as rounded to the engine's precision; PyTorch computes in float32. ONNX Runtime has no bf16
-    kernels on the CPU, so a bf16 graph is compared with every bf16 tensor widened to float32.
+    Both use the weights rounded to the precision of the engine directory; PyTorch computes in
+    float32. ONNX Runtime has no bf16 kernels on the CPU, so all tensors of a bf16 graph are widened
+    to float32 for the comparison.
 
     Returns:
         The largest relative L2 error over the outputs.
 
     Raises:
-        VerificationError: it is beyond ``TOLERANCE``.
+        VerificationError: the error is above ``TOLERANCE``.
     """
     kind = template.kind
     with open(folder / f"{name}.weights", "rb") as file:
@@ -61,7 +63,7 @@ def verify_copy(
             )
         )
     expected_outputs = (expected,) if isinstance(expected, Tensor) else expected
-    found = _run(
+    outputs = _run(
         template,
         name,
         parameters,
@@ -71,11 +73,12 @@ def verify_copy(
         backend,
     )
     error = max(
-        whole_relative_l2(f, e.numpy()) for f, e in zip(found, expected_outputs, strict=True)
+        whole_relative_l2(o, e.numpy()) for o, e in zip(outputs, expected_outputs, strict=True)
     )
     if not error <= TOLERANCE[template.dtype]:
         raise VerificationError(
-            f"unit {name}: the exported graph differs from PyTorch by {error:.2e} relative L2, allowed are "
+            f"unit {name}: the exported graph differs from PyTorch by {error:.2e} relative L2, "
+            "allowed are "
             f"{TOLERANCE[template.dtype]:.0e}; the weights may overflow this precision, try `precision=fp32`"
         )
     return error
@@ -88,11 +91,12 @@ def _stored_parameters(
     weights: memoryview,
     parameters: Sequence[Parameter],
 ) -> dict[str, Tensor]:
-    """The parameters in a weights file, without copying them, once they equal the checkpoint to the last bit."""
+    """The parameters in a weights file, not copied, but compared bitwise with the checkpoint."""
     stored = {}
     for p in parameters:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the mapping is read-only; nothing writes to it
+            # torch warns that the mapping is read-only, but nothing writes to it.
+            warnings.simplefilter("ignore")
             whole = torch.frombuffer(
                 weights, dtype=template.dtype, count=math.prod(p.shape), offset=p.offset
             )
@@ -103,7 +107,8 @@ def _stored_parameters(
             part = whole[start : start + rows.numel()]
             if not torch.equal(part.view(torch.uint8), rows.view(torch.uint8)):
                 raise VerificationError(
-                    f"unit {name}: {slab.key} was not written as it stands in the checkpoint; check the disk"
+                    f"unit {name}: {slab.key} differs between the weights file and the checkpoint; "
+                    "check the disk"
                 )
             start += rows.numel()
     return stored
@@ -129,8 +134,8 @@ def _run(
     else:
         dtype = str(template.dtype).removeprefix("torch.")
         buffers = {p.name: mapped_buffer(weights, p.offset, p.shape, dtype) for p in parameters}
-        given = ({}, buffers) if template.kind.weights_are_inputs else (buffers, {})
-        engine = backend.load(graph, *given, runs_once=True)
+        weights_and_inputs = ({}, buffers) if template.kind.weights_are_inputs else (buffers, {})
+        engine = backend.load(graph, *weights_and_inputs, runs_once=True)
     inputs, outputs = {}, {}
     for i in template.kind.inputs:
         inputs[i.name] = backend.allocate(tuple(i.example.shape), engine.dtypes[i.name])
@@ -151,7 +156,7 @@ def _widened_buffer(weights: memoryview, p: Parameter) -> Buffer:
 
 
 def _widened(graph: memoryview, weights: memoryview) -> bytes:
-    """The graph with every bf16 tensor turned into float32."""
+    """The graph with every bf16 tensor converted to float32."""
     bf16, fp32 = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
     model = onnx.load_from_string(bytes(graph))
     for initializer in model.graph.initializer:

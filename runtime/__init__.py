@@ -1,1 +1,1 @@
-"""The runtime: an engine directory to images. Needs no torch on the ONNX Runtime path."""
+"""The runtime: an engine directory to images. With ONNX Runtime it does not need torch."""

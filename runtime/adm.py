@@ -1,6 +1,7 @@
-"""ADM's evaluation files: ``.npz`` with ``arr_0`` uint8 (N, H, W, C), read and written a few images at a time.
+"""The evaluation files of ADM: ``.npz`` with ``arr_0`` uint8 (N, H, W, C), streamed in batches.
 
-Source: the reference batches and evaluator of "Diffusion Models Beat GANs on Image Synthesis" (guided-diffusion).
+Source: the reference batches and evaluator of "Diffusion Models Beat GANs on Image Synthesis"
+(guided-diffusion).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _BROKEN = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImple
 
 
 class AdmWriter:
-    """Appends images to the ``arr_0`` of a file whose number of images is known. Made by `adm_writer`."""
+    """Appends images to ``arr_0`` of a file with a fixed number of images. Made by `adm_writer`."""
 
     def __init__(self, member: IO[bytes], shape: tuple[int, int, int, int]) -> None:
         self._member, self._shape = member, shape
@@ -33,7 +34,7 @@ class AdmWriter:
         np.lib.format.write_array_header_1_0(member, header)
 
     def add(self, images: np.ndarray, labels: tuple[int, ...]) -> None:
-        """Append (n, H, W, 1 or C) uint8 images; grey ones are repeated over the channels."""
+        """Append (n, H, W, 1 or C) uint8 images; gray images are repeated over the channels."""
         self._member.write(
             np.ascontiguousarray(np.broadcast_to(images, (len(images), *self._shape[1:]))).tobytes()
         )
@@ -42,9 +43,10 @@ class AdmWriter:
 
 @contextmanager
 def adm_writer(path: Path, images: int, height: int, width: int) -> Iterator[AdmWriter]:
-    """A writer of ``images`` RGB pictures; the file appears when all are written, or not at all.
+    """Open a writer of ``images`` RGB images; the file is published complete or not at all.
 
-    ``arr_1`` keeps the labels, as ADM's own sampler does. Nothing is compressed: ADM's reader streams.
+    ``arr_1`` has the labels, as in files of ADM's sampler. The file is not compressed, because
+    ADM's reader streams it.
     """
     with (
         written(path) as temporary,
@@ -63,11 +65,11 @@ class AdmFile:
     """A file of images, not yet read.
 
     Attributes:
-        path: where it is.
-        shape: (N, H, W, C) of ``arr_0``, or None where the file has statistics only.
-        labels: (N,) of ``arr_1``, or None.
-        statistics: of the pooled features, ``mu`` and ``sigma``, or None.
-        spatial_statistics: of the spatial features, ``mu_s`` and ``sigma_s``, or None.
+        path: path of the file.
+        shape: shape (N, H, W, C) of ``arr_0``, or None if the file has statistics only.
+        labels: (N,) labels of ``arr_1``, or None.
+        statistics: ``mu`` and ``sigma`` of the pooled features, or None.
+        spatial_statistics: ``mu_s`` and ``sigma_s`` of the spatial features, or None.
     """
 
     path: Path
@@ -77,7 +79,7 @@ class AdmFile:
     spatial_statistics: Gaussian | None
 
     def batches(self, images: int) -> Iterator[np.ndarray]:
-        """(n, H, W, C) uint8, at most ``images`` at a time, in the order of the file.
+        """Read batches (n, H, W, C) uint8 of at most ``images`` images, in the order of the file.
 
         Raises:
             UsageError: the file ends early or is damaged.
@@ -96,10 +98,11 @@ class AdmFile:
 
 
 def open_adm(path: Path) -> AdmFile:
-    """Look into an ADM file without reading its images.
+    """Open an ADM file without reading its images.
 
     Raises:
-        UsageError: no npz, or one without uint8 images (N, H, W, 1 or 3) and without statistics.
+        UsageError: the file is not an .npz file, or it has neither uint8 images (N, H, W, 1 or 3)
+            nor statistics.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -120,15 +123,16 @@ def open_adm(path: Path) -> AdmFile:
             f"{path} cannot be read as an .npz file: {cause}; give one in the ADM format"
         ) from cause
     if shape is None and pooled is None:
-        found = ", ".join(sorted(names)) or "nothing"
+        content = ", ".join(sorted(names)) or "nothing"
         raise UsageError(
-            f"{path} holds {found}; an ADM file has arr_0 (uint8 images), or mu and sigma, or both"
+            f"{path} holds {content}; an ADM file has arr_0 (uint8 images), or mu and sigma, or "
+            "both"
         )
     return AdmFile(path, shape, labels, pooled, spatial)
 
 
 def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether in Fortran order, and dtype, from the head of a ``.npy`` stream."""
+    """Shape, whether the order is Fortran's, and dtype, from the header of a ``.npy`` stream."""
     version = np.lib.format.read_magic(member)
     read = (
         np.lib.format.read_array_header_1_0
@@ -160,11 +164,14 @@ def _small_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 
 
 def with_channels(images: np.ndarray, channels: int) -> np.ndarray:
-    """Images with 1 or 3 channels: grey ones are repeated, coloured ones averaged.
+    """Convert images to 1 or 3 channels: gray is repeated, and colors are averaged.
 
     Args:
         images: (N, H, W, 1 or 3) uint8.
         channels: 1 or 3.
+
+    Returns:
+        (N, H, W, channels) uint8.
     """
     if images.shape[3] == channels:
         return images

@@ -1,4 +1,4 @@
-"""What `goc_deploy.runtime.pipeline.Pipeline.generate` is given, checked before anything runs."""
+"""Checks of the arguments of `goc_deploy.runtime.pipeline.Pipeline.generate`."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ MAX_SCALE = 1e3
 
 
 def is_whole(value: object) -> bool:
-    """Whether it is an integer of Python or NumPy; a bool is none."""
+    """Whether a value is an integer of Python or NumPy; a bool is not."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def check_labels(labels: Any) -> None:
-    """Check that labels can be counted; each is checked where they are used.
+    """Check that labels are a list or an array; `conditions` checks each label.
 
     Raises:
-        UsageError: one label instead of a list, a text, or an array of another rank than one.
+        UsageError: labels are a single label, a text, or an array whose rank is not one.
     """
     if (
         isinstance(labels, str | bytes)
@@ -37,7 +37,8 @@ def check_labels(labels: Any) -> None:
         or getattr(labels, "ndim", 1) != 1
     ):
         raise UsageError(
-            f"labels are a list of whole numbers, got {labels!r:.60}; for one image give a list of one"
+            f"labels are a list of whole numbers, got {labels!r:.60}; for one image give a list of "
+            "one"
         )
 
 
@@ -49,18 +50,18 @@ def conditions(
     *,
     guided: bool,
 ) -> Conditions:
-    """What each image shows.
+    """The conditions of each image.
 
     Args:
-        labels: class labels, or which of the captions; None is each of them once.
-        captions: embeddings; None is what the engine directory keeps.
-        spec: the model.
-        stored: the captions that the engine directory keeps.
+        labels: class labels, or indices of captions; None selects each caption once.
+        captions: prompt embeddings; None selects the stored captions.
+        spec: sizes of the model.
+        stored: the stored captions of the engine directory, or None.
         guided: whether any image is guided.
 
     Raises:
-        UsageError: labels that are no list or out of range, or captions for a model that draws
-            classes.
+        UsageError: labels are not a list or out of range, or captions are for a class-conditional
+            model.
     """
     if labels is not None:
         check_labels(labels)
@@ -72,43 +73,44 @@ def conditions(
 
 
 def checked_seed(seed: Any) -> int | list[int]:
-    """A seed, or a list of them from any sequence or array.
+    """Convert a seed, or a sequence or array of seeds.
 
     Raises:
-        UsageError: something that is not a whole number.
+        UsageError: a seed is not a whole number.
     """
-    found = _numbers(seed)
-    for value in found if isinstance(found, list) else [found]:
+    seeds = _numbers(seed)
+    for value in seeds if isinstance(seeds, list) else [seeds]:
         if not is_whole(value):
             raise UsageError(
                 f"seed must be a whole number, or a list of one per image, got {value!r:.60}"
             )
-    return [int(value) for value in found] if isinstance(found, list) else int(found)
+    return [int(value) for value in seeds] if isinstance(seeds, list) else int(seeds)
 
 
 def checked_scale(cfg_scale: Any) -> float | list[float]:
-    """A guidance scale, or a list of them from any sequence or array.
+    """Convert a guidance scale, or a sequence or array of scales.
 
     Raises:
-        UsageError: something that is not a number within 0..1000.
+        UsageError: a scale is not a number within 0..1000.
     """
-    found = _numbers(cfg_scale)
-    for value in found if isinstance(found, list) else [found]:
+    scales = _numbers(cfg_scale)
+    for value in scales if isinstance(scales, list) else [scales]:
         number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(
             value, bool
         )
         if not number or not 0 <= value <= MAX_SCALE:
             raise UsageError(
-                f"cfg_scale must be a number within 0..{MAX_SCALE:g}, or a list of one per image, got {value!r:.60}"
+                f"cfg_scale must be a number within 0..{MAX_SCALE:g}, or a list of one per image, "
+                f"got {value!r:.60}"
             )
-    return [float(value) for value in found] if isinstance(found, list) else float(found)
+    return [float(value) for value in scales] if isinstance(scales, list) else float(scales)
 
 
 def check_channels(cfg_channels: Any) -> None:
-    """Check how many channels are guided.
+    """Check the number of guided channels.
 
     Raises:
-        UsageError: something that is not a whole number, or a negative one.
+        UsageError: the number is negative or not a whole number.
     """
     if not is_whole(cfg_channels) or cfg_channels < 0:
         raise UsageError(
@@ -117,16 +119,16 @@ def check_channels(cfg_channels: Any) -> None:
 
 
 def noise_keys(seed: int | list[int], first_image: Any, images: int) -> list[tuple[int, int]]:
-    """Seed and index of each image, which its noise is made from.
+    """The seed and the index of each image, which determine its noise.
 
     Args:
-        seed: one for all, whose images are ``first_image``, ``first_image + 1`` and so on; or one per image, each of which is
-            ``first_image`` of its own seed, as in a request of one image.
-        first_image: where the request starts.
+        seed: one seed, for indices ``first_image``, ``first_image + 1`` and so on; or one seed per
+            image, each with the index ``first_image``, as in a request of one image.
+        first_image: index of the first image.
         images: N.
 
     Raises:
-        UsageError: another number of seeds, or a word that is out of range.
+        UsageError: the number of seeds is not N, or a seed or an index is out of range.
     """
     if not is_whole(first_image) or first_image < 0:
         raise UsageError(
@@ -150,7 +152,7 @@ def scale_of_each(cfg_scale: float | list[float], images: int) -> np.ndarray:
     """The guidance scale of each image, (N,) float64.
 
     Raises:
-        UsageError: another number of scales than images.
+        UsageError: the number of scales is not the number of images.
     """
     if isinstance(cfg_scale, list):
         return np.array(_one_per_image("cfg_scale", cfg_scale, images))
@@ -158,41 +160,46 @@ def scale_of_each(cfg_scale: float | list[float], images: int) -> np.ndarray:
 
 
 def checked_latents(latents: Any, images: int, spec: ModelSpec) -> np.ndarray:
-    """x_T of a request, (N, C, H, W) float32.
+    """Convert x_T of a request to (N, C, H, W) float32.
 
     Raises:
-        UsageError: no array, another shape, whole numbers, or values that float32 cannot hold.
+        UsageError: latents are not an array, have another shape, are whole numbers, or do not fit
+            into float32.
     """
     expected = (images, spec.channels, spec.side, spec.side)
     try:
-        found = np.asarray(latents)
-    except Exception as cause:  # whatever an object raises that is asked to be an array
+        values = np.asarray(latents)
+    except Exception as cause:  # an object may raise anything when it is converted to an array
         raise UsageError(
-            f"latents are no array: {cause}; for a tensor of torch use latents.detach().float().numpy()"
+            f"latents are no array: {cause}; for a tensor of torch use "
+            "latents.detach().float().numpy()"
         ) from cause
-    if found.shape != expected:
+    if values.shape != expected:
         raise UsageError(
-            f"latents have shape {list(found.shape)}, expected {list(expected)} for {images} labels"
+            f"latents have shape {list(values.shape)}, expected {list(expected)} for {images} "
+            "labels"
         )
-    if found.dtype.kind != "f":
-        raise UsageError(f"latents have dtype {found.dtype}, expected float32")
+    if values.dtype.kind != "f":
+        raise UsageError(f"latents have dtype {values.dtype}, expected float32")
     with np.errstate(over="ignore"):
-        narrow = found.astype(np.float32)
+        narrow = values.astype(np.float32)
     if not np.isfinite(narrow).all():
         raise UsageError("latents hold NaN or infinite values, or such that float32 cannot hold")
     return narrow
 
 
-def _numbers(given: Any) -> Any:
-    """The values of a sequence or of an array of rank one; anything else as it is."""
-    if isinstance(given, Sequence) and not isinstance(given, str | bytes):
-        return list(given)
-    return list(given) if isinstance(given, np.ndarray) and given.ndim == 1 else given
+def _numbers(argument: Any) -> Any:
+    """The list of a sequence or of an array of rank one; any other argument unchanged."""
+    if isinstance(argument, Sequence) and not isinstance(argument, str | bytes):
+        return list(argument)
+    is_row = isinstance(argument, np.ndarray) and argument.ndim == 1
+    return list(argument) if is_row else argument
 
 
 def _one_per_image(name: str, values: list[Any], images: int) -> list[Any]:
     if len(values) != images:
         raise UsageError(
-            f"{name} is a list of {len(values)} for {images} images; give one number, or one for each image"
+            f"{name} is a list of {len(values)} for {images} images; give one number, or one for "
+            "each image"
         )
     return values

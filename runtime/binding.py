@@ -1,4 +1,4 @@
-"""A plan bound to addresses: which engine runs on which memory, decided before the loop."""
+"""A plan bound to addresses: the engine and the memory of every launch, before the step loop."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from goc_deploy.spec import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class Engines:
-    """Loaded graphs of a model.
+    """The loaded engines of a model.
 
     Attributes:
-        units: by name: those that a plan launches by themselves.
-        predict: predict graphs, by signature.
-        captions: that come with the model.
-        segments: by signature.
-        weights: what those of ``units`` and ``segments`` have.
+        units: engines of units and of the graphs around the blocks, by name.
+        predict: engines of predict graphs, by signature.
+        captions: the stored captions of the engine directory, or None.
+        segments: engines of segments, by signature.
+        weights: the weights of ``units`` and ``segments``.
     """
 
     units: MutableMapping[str, Engine]
@@ -43,7 +43,8 @@ class Engines:
 class Binder:
     """Binds one plan for one batch shape. Launches with equal addresses are bound once.
 
-    Here every step reads where its own values lie; `goc_deploy.runtime.shared_binding` has steps that share launches.
+    Every step reads its values at their own addresses. In `goc_deploy.runtime.shared_binding`,
+    steps share launches.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Binder:
         self._stream = stream
         self._feature = (batch.rows, spec.tokens, spec.hidden)
         self._latents_shape = (batch.images, spec.channels, spec.side, spec.side)
-        self._known: dict[tuple[object, ...], BoundLaunch] = {}
+        self._launches: dict[tuple[object, ...], BoundLaunch] = {}
 
     def bind(self) -> BoundPlan:
         """Bind every step."""
@@ -102,7 +103,7 @@ class Binder:
         return BoundStep(tuple(before), start, tuple(updates), end)
 
     def _start(self, step: int) -> list[BoundLaunch]:
-        """What a step does first: it expands its rows of the modulation table, and those of steps that it predicts ahead."""
+        """The launches that expand the modulation of a step, and the gates for predicting ahead."""
         used = self._used_modulation(step)
         target = self._modulation_row(used.start, len(used))
         steps_ahead = sorted(
@@ -112,19 +113,19 @@ class Binder:
         return picked + [self._pick_gates(step, ahead) for ahead in steps_ahead]
 
     def _initial(self) -> Buffer:
-        """Where x_T is put, (N, C, H, W)."""
+        """The buffer of x_T, (N, C, H, W)."""
         return self._latents(0)
 
     def _latents(self, step: int) -> Buffer:
-        """What a step starts from, (N, C, H, W)."""
+        """The latents before a step, (N, C, H, W)."""
         return self._buffers.latents[step % 2].view(*self._latents_shape)
 
     def _latents_out(self, step: int) -> Buffer:
-        """What a step makes of it."""
+        """The latents after a step, (N, C, H, W)."""
         return self._latents(step + 1)
 
     def _noise_of(self, step: int) -> Buffer:
-        """Noise of a step as it is uploaded, (N, C, H, W)."""
+        """The buffer to which the noise of a step is uploaded, (N, C, H, W)."""
         start = (
             step * aligned_size(math.prod(self._latents_shape))
             if self._plan.sampler.stochastic
@@ -133,22 +134,22 @@ class Binder:
         return self._buffers.noise.view(*self._latents_shape, start=start)
 
     def _noise(self, step: int) -> Buffer:
-        """Noise of a step as its sampler reads it."""
+        """The buffer from which the sampler reads the noise of a step, (N, C, H, W)."""
         return self._noise_of(step)
 
     def _estimate(self, step: int, lag: int) -> Buffer:
-        """What a multistep sampler kept ``lag`` steps ago; 0 is where it keeps that of the step itself."""
+        """The estimate of ``lag`` steps ago, (N, C, H, W); 0 is the buffer for the new estimate."""
         ring, nothing = self._buffers.estimates, self._buffers.no_estimate
         assert nothing is not None
         kept = ring[(step - lag) % len(ring)] if lag <= step else nothing
         return kept.view(*self._latents_shape)
 
     def _resets(self) -> tuple[tuple[Buffer, Buffer], ...]:
-        """Copies to be made before the first step."""
+        """Copies that must be made before the first step."""
         return ()
 
     def _sampler(self, step: int, prediction: Buffer) -> BoundLaunch:
-        """Guidance and one row of the sampler table; a multistep sampler also keeps its estimate."""
+        """Guidance and a row of the sampler table; a multistep sampler also stores its estimate."""
         buffers, images, table = self._buffers, self._batch.images, self._plan.sampler
         inputs = {
             "latents": self._latents(step),
@@ -192,7 +193,7 @@ class Binder:
         return self._unit("captions", {"captions": embeds}, {"keys_values": keys_values})
 
     def _of_captions(self, block: int) -> dict[str, Buffer]:
-        """What a branch of a block may read of the captions."""
+        """The tensors of the captions that a branch of a block may read."""
         batch, buffers = self._batch, self._buffers.captions
         if buffers is None:
             return {}
@@ -240,7 +241,7 @@ class Binder:
     def _update(
         self, op: Launch, x: Buffer, x_out: Buffer, coefficients: Buffer | None
     ) -> BoundLaunch:
-        """What changes x of the step itself."""
+        """A launch that changes x of the step itself."""
         if isinstance(op, Compute):
             return self._compute(op, x, x_out)
         if isinstance(op, Segment):
@@ -269,7 +270,7 @@ class Binder:
         return self._unit(name, taken(self._engines.units[name], offered), outputs)
 
     def _segment(self, op: Segment, x: Buffer, x_out: Buffer) -> BoundLaunch:
-        """All units as one engine, whose tensors have the names of their unit in front."""
+        """All units as one engine, whose tensors have the names of their units as prefixes."""
         offered, outputs = {"x": x}, {"x_out": x_out}
         for unit, (name, store) in enumerate(zip(self._spec.unit_names, op.stores, strict=True)):
             offered |= {
@@ -281,7 +282,7 @@ class Binder:
         return self._bound("segment", engine, taken(engine, offered), outputs)
 
     def _of_unit(self, unit: int) -> dict[str, Buffer]:
-        """What a unit may read beside x."""
+        """The tensors that a unit may read in addition to x."""
         modulation = self._spec.modulation
         return {
             "shift": self._modulation_row(modulation.shift(unit)),
@@ -291,7 +292,7 @@ class Binder:
         }
 
     def _computed(self, slot: int) -> Buffer:
-        """A slot as a unit writes its feature."""
+        """A slot of the history in the shape in which a unit writes its feature."""
         return self._buffers.slots[slot].view(
             self._batch.rows * self._spec.tokens, self._spec.hidden
         )
@@ -321,7 +322,7 @@ class Binder:
     ) -> BoundLaunch:
         addresses = [(name, b.pointer, b.shape) for name, b in [*inputs.items(), *outputs.items()]]
         key = (id(engine), *addresses)
-        if key not in self._known:
+        if key not in self._launches:
             run = engine.bind(inputs, outputs, self._stream)
-            self._known[key] = BoundLaunch(name, run, inputs, outputs)
-        return self._known[key]
+            self._launches[key] = BoundLaunch(name, run, inputs, outputs)
+        return self._launches[key]

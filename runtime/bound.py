@@ -1,4 +1,4 @@
-"""What a plan becomes on addresses: functions to call, in order, step by step."""
+"""A plan on addresses: the functions to call in each step, in order."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ class BoundLaunch:
     """An engine on fixed addresses.
 
     Attributes:
-        name: what it is, for reports.
-        run: runs it.
-        inputs, outputs: the tensors that it was bound to, by name.
+        name: name of the launch, for reports.
+        run: runs the launch.
+        inputs: the input tensors that the engine was bound to, by name.
+        outputs: the output tensors that the engine was bound to, by name.
     """
 
     name: str
@@ -27,14 +28,14 @@ class BoundLaunch:
 
 @dataclass(frozen=True, slots=True)
 class BoundStep:
-    """Launches of a step, in order. Steps of a kind may have the same objects.
+    """The launches of a step, in order. Steps of the same kind may share objects.
 
     Attributes:
-        before: those that only some steps have: what is computed for a whole request, or for
+        before: launches that only some steps have, which compute values for a whole request or for
             several steps.
         start: modulation, and tokens from the latents.
         updates: the launches of the plan, which change the tokens.
-        end: the prediction from the tokens, and the sampler.
+        end: the model output from the tokens, and the sampler.
     """
 
     before: tuple[BoundLaunch, ...]
@@ -44,7 +45,7 @@ class BoundStep:
 
     @property
     def launches(self) -> tuple[BoundLaunch, ...]:
-        """All but those of ``before``."""
+        """All launches except those of ``before``."""
         return (*self.start, *self.updates, *self.end)
 
 
@@ -53,11 +54,11 @@ class BoundPlan:
     """A plan on addresses.
 
     Attributes:
-        steps: what to launch.
-        initial: where x_T is put, (N, C, H, W).
-        latents: where they are after each step.
-        noise: of each step where the sampler is stochastic, else one buffer of zeros.
-        resets: copies, from and to, to be made before the first step.
+        steps: the launches of each step.
+        initial: the buffer of x_T, (N, C, H, W).
+        latents: the latents after each step, (N, C, H, W).
+        noise: the noise of each step if the sampler is stochastic, else one buffer of zeros.
+        resets: source and target of copies that must be made before the first step.
     """
 
     steps: tuple[BoundStep, ...]

@@ -1,4 +1,4 @@
-"""All memory of a session, allocated once."""
+"""The device memory of a session, allocated once."""
 
 from __future__ import annotations
 
@@ -26,30 +26,36 @@ class Buffers:
     """Device memory for one plan and up to ``capacity`` images.
 
     Attributes:
-        chunk: steps after which the modulation table is filled again.
-        table: modulation table of a chunk and of the steps that its last ones predict ahead, (steps, M, R, D).
+        chunk: number of steps after which the modulation table is filled again.
+        table: modulation table of a chunk and of the steps that are predicted ahead, (steps, M, R,
+            D).
         modulation: rows of the current step, (M, B, D).
         gates_ahead: gates of the steps that are predicted ahead, (U, B, D) each.
-        tokens: two token buffers (B, T, D) that units alternate between.
-        slots: history, one feature (B, T, D) each.
+        tokens: two token buffers (B, T, D), used alternately by the launches.
+        slots: the history, one feature (B, T, D) per slot.
         accumulators: sums of gated predictions for steps ahead, (B, T, D) each.
-        zeros: what an accumulator starts from, (B, T, D), or None where nothing is predicted ahead.
-        latents: two latents buffers (N, C, H, W) float32 that steps alternate between.
+        zeros: initial value of an accumulator, (B, T, D), or None if nothing is predicted ahead.
+        latents: two latents buffers (N, C, H, W) float32, used alternately by the steps.
         prediction: model output (B, C_out, H, W) float32.
-        estimates: what a multistep sampler keeps of the last steps, (N, C, H, W) float32 each; one more than it reaches back.
-        no_estimate: zeros, what it reads before there is anything.
-        noise: fresh noise of each step for a stochastic sampler, else zeros once, (N, C, H, W) each, one after the other.
+        estimates: estimates of a multistep sampler, (N, C, H, W) float32 each: one for each step
+            that it reaches back, and one for the current step.
+        no_estimate: zeros, in place of estimates before the first step.
+        noise: fresh noise of each step for a stochastic sampler, (N, C, H, W) each, one after the
+            other; else zeros of one step.
         constants: (T, S) float32, the numbers that differ from step to step; see
             `goc_deploy.runtime.constants`.
-        sampler_rows: [T] where a step reads its row of the sampler table.
-        coefficients: [T] for each launch of the step, where it reads its coefficients; None if it
-            predicts nothing.
-        shared: where steps find theirs on a device that shares launches, else None.
-        timesteps: a row per chunk, each at an aligned address.
+        sampler_rows: for each step, its row of the sampler table.
+        coefficients: for each step and launch, the coefficients; None if the launch predicts
+            nothing.
+        shared: common buffers of the steps if the device shares launches, else None.
+        timesteps: one row per chunk, each at an aligned address.
         guidance: (N, C) guidance weight of each channel of each image.
         labels: distinct labels.
-        label_rows, rows, cond_rows, uncond_rows: indices that expand labels, images and predictions to rows.
-        captions: of a model that draws captions, else None.
+        label_rows: (B,) index of the label of each row.
+        rows: (B,) image of each row.
+        cond_rows: (N,) conditional row of each image.
+        uncond_rows: (N,) unconditional row of each image.
+        captions: buffers of a text-conditional model, else None.
     """
 
     chunk: int
@@ -81,12 +87,12 @@ class Buffers:
 
 @dataclass(frozen=True, slots=True)
 class SharedBuffers:
-    """What steps that are the same launches read, whichever step it is.
+    """Buffers that all steps read if they share launches.
 
     Attributes:
-        step: (1,) int32, the step that runs.
-        constants: (S,) float32, its row of the constants.
-        noise: (N, C, H, W) float32, its noise.
+        step: (1,) int32, the current step.
+        constants: (S,) float32, row of the constants of the current step.
+        noise: (N, C, H, W) float32, noise of the current step.
     """
 
     step: Buffer
@@ -102,7 +108,7 @@ class CaptionBuffers:
         embeds: (K, caption tokens, caption channels) float32.
         bias: (K, caption tokens) float32, added to attention scores.
         keys_values: keys, then values of each block, (2L, K, heads, caption tokens, head width).
-        rows: (B,) which caption each row shows.
+        rows: (B,) index of the caption of each row.
     """
 
     embeds: Buffer
@@ -112,26 +118,30 @@ class CaptionBuffers:
 
 
 def table_labels(spec: ModelSpec, capacity: int) -> int:
-    """Most rows R of a modulation table: distinct labels with the null label; captions do not enter it."""
+    """The largest number R of rows of a modulation table.
+
+    These are the distinct labels and the null label. Captions have no rows in the table.
+    """
     return 1 if spec.draws_captions else capacity + 1
 
 
 def keys_values_shape(spec: ModelSpec, captions: int) -> tuple[int, int, int, int, int]:
-    """Keys and values of every block."""
+    """The shape of the keys and values of every block."""
     return (2 * spec.depth, captions, spec.heads, spec.caption_tokens, spec.hidden // spec.heads)
 
 
 def captions_of_block(
     spec: ModelSpec, captions: int, block: int, keys_values: Buffer, bias: Buffer, rows: Buffer
 ) -> dict[str, Buffer]:
-    """What a branch of a block may read of the captions.
+    """The tensors of the captions that a branch of a block may read, by name.
 
     Args:
-        spec: the model.
-        captions: K, distinct captions.
-        block: which block.
-        keys_values, bias: see `CaptionBuffers`.
-        rows: (B,) which caption each row shows.
+        spec: sizes of the model.
+        captions: K, number of distinct captions.
+        block: index of the block.
+        keys_values: keys and values, see `CaptionBuffers`.
+        bias: bias of the scores, see `CaptionBuffers`.
+        rows: (B,) index of the caption of each row.
     """
     _, *shape = keys_values_shape(spec, captions)
     size = math.prod(shape)
@@ -144,7 +154,7 @@ def captions_of_block(
 
 
 def planned_bytes(spec: ModelSpec, precision: Precision, plan: Plan, capacity: int) -> int:
-    """Bytes that `allocate_buffers` takes, without its few kilobytes of indices."""
+    """Bytes that `allocate_buffers` allocates, without a few kilobytes of indices."""
     item, rows = ITEM_BYTES[precision], 2 * capacity
     step_bytes = spec.modulation.count * table_labels(spec, capacity) * spec.hidden * item
     captions = (
@@ -182,19 +192,19 @@ def allocate_buffers(
     capacity: int,
     chunk: int | None = None,
 ) -> Buffers:
-    """Allocate a session's memory and fill in what never changes.
+    """Allocate the memory of a session and upload the constants.
 
     Args:
-        backend: allocates.
-        spec: the model.
-        precision: of the engines.
-        plan: what the session runs.
+        backend: allocates the buffers.
+        spec: sizes of the model.
+        precision: precision of the engines.
+        plan: the plan that the session runs.
         capacity: the largest number of images N.
-        chunk: steps for which the modulation table is made at a time; None: as many as
-            ``TABLE_BUDGET_BYTES`` allow.
+        chunk: number of steps for which the modulation table is computed at a time; None for as
+            many as ``TABLE_BUDGET_BYTES`` allow.
 
     Raises:
-        ResourceError: not enough memory.
+        ResourceError: there is not enough memory.
     """
     dtype, rows = DTYPE_OF_PRECISION[precision], 2 * capacity
     table_row = table_labels(spec, capacity) * spec.hidden
@@ -262,7 +272,7 @@ def allocate_buffers(
 def _shared_buffers(
     backend: Backend, constants: Buffer, elements: int, noise: Buffer, plan: Plan
 ) -> SharedBuffers | None:
-    """What steps that share launches read; None if the device shares no launches."""
+    """The common buffers of all steps; None if the device does not share launches."""
     if not backend.device.shares_launches:
         return None
     return SharedBuffers(
@@ -275,7 +285,7 @@ def _shared_buffers(
 def _numbers(
     plan: Plan, constants: Buffer, shared: SharedBuffers | None
 ) -> tuple[tuple[Buffer, ...], tuple[tuple[Buffer | None, ...], ...]]:
-    """Where each step reads its sampler row, and each of its launches its coefficients."""
+    """The sampler row of each step, and the coefficients of each of its launches."""
     _, size = constants.shape
     own = [constants.view(size, start=step * size) for step in range(plan.steps)]
     views = [

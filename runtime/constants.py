@@ -1,7 +1,7 @@
 """The numbers that differ from step to step: a row of the sampler table, and coefficients.
 
-Each step has a row of float32 values: the sampler's, then the coefficients of each launch that
-predicts, in order, each from an aligned address on.
+Each step has a row of float32 values: its row of the sampler table, then the coefficients of each
+launch that predicts, in order. Each part starts at an aligned address.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from goc_deploy.protocols import ALIGNMENT, Buffer
 
 
 def aligned_size(count: int) -> int:
-    """Float32 values to the next aligned address after ``count`` of them."""
+    """The smallest multiple of the alignment, in float32 values, that is at least ``count``."""
     per_line = ALIGNMENT // DTYPE_BYTES["float32"]
     return -(-count // per_line) * per_line
 
 
 def aligned_rows(rows: Sequence[Sequence[float]], size: int = 1) -> np.ndarray:
-    """Rows one after the other as float32, each at an aligned address, zeros up to ``size``."""
+    """Join rows as float32, each at an aligned address, padded with zeros to ``size`` values."""
     starts = np.cumsum([0, *(aligned_size(len(row)) for row in rows)])
     values = np.zeros(max(size, starts[-1]), np.float32)
     for start, row in zip(starts, rows, strict=False):
@@ -37,14 +37,14 @@ def step_rows(plan: Plan, step: int) -> list[Sequence[float]]:
 
 
 def coefficient_row(op: Launch) -> list[float]:
-    """What a launch reads: the coefficients of its units, joined."""
+    """The coefficients of a launch: those of its units, joined."""
     if not isinstance(op, Predict):
         return []
     return [c for prediction in op.predictions for c in prediction.coefficients]
 
 
 def constants_from_plan(plan: Plan) -> np.ndarray:
-    """The rows of all steps, (T, S) float32, where S is what the largest step takes."""
+    """The rows of all steps, (T, S) float32; S is the size of the largest row."""
     steps = [step_rows(plan, step) for step in range(plan.steps)]
     size = max(sum(aligned_size(len(row)) for row in rows) for rows in steps)
     return np.stack([aligned_rows(rows, size) for rows in steps])
@@ -53,16 +53,16 @@ def constants_from_plan(plan: Plan) -> np.ndarray:
 def views_of_step(
     plan: Plan, step: int, constants: Buffer
 ) -> tuple[Buffer, tuple[Buffer | None, ...]]:
-    """Where a step's numbers are in its row of the constants.
+    """Views of the numbers of a step in its row of the constants.
 
     Args:
         plan: the plan.
-        step: which step.
+        step: index of the step.
         constants: (S,) float32, the row.
 
     Returns:
-        The row of the sampler table; and for each launch its coefficients, or None if it predicts
-        nothing.
+        The row of the sampler table, and for each launch its coefficients, or None if the launch
+        predicts nothing.
     """
     rows = step_rows(plan, step)
     starts = accumulate((aligned_size(len(row)) for row in rows), initial=0)

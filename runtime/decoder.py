@@ -1,7 +1,8 @@
-"""Latents to pixels by the decoder unit, tile by tile where they are larger than the tile that the graph takes.
+"""Latents to pixels with the decoder, in tiles if the latents are larger than the graph's tile.
 
-Neighbouring tiles overlap. Every pixel is the mean of the tiles that hold it, weighted by how far it lies from their
-edges, so that no seam shows. Memory does not grow with the number of tiles or images, but for the images themselves.
+Adjacent tiles overlap. Every pixel is the mean of the tiles that contain it, weighted by the
+distance from their edges, so that no seam is visible. Apart from the images themselves, memory does
+not grow with the number of tiles or images.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from goc_deploy.spec import DecoderSpec, ModelSpec, tiles_at_once
 
 
 def tile_starts(side: int, tile: int, overlap: int) -> tuple[int, ...]:
-    """Where tiles start along a side: evenly spread, as few as share ``overlap`` at least.
+    """The starts of the tiles along a side.
 
-    ``side`` 128, ``tile`` 64, ``overlap`` 16 gives 0, 32, 64.
+    They are evenly spaced, with the smallest number of tiles that overlap by at least ``overlap``.
+    For ``side`` 128, ``tile`` 64 and ``overlap`` 16, the starts are 0, 32 and 64.
     """
     if side <= tile:
         return (0,)
@@ -29,22 +31,23 @@ def tile_starts(side: int, tile: int, overlap: int) -> tuple[int, ...]:
 
 
 def ramp(tile: int, overlap: int, *, first: bool, last: bool) -> np.ndarray:
-    """Weights along a tile: 1 in its middle, falling over ``overlap`` towards an edge that has a neighbour."""
+    """Weights (tile,) along a tile: 1 in the middle, decreasing over ``overlap`` at inner edges."""
     rising = (np.arange(tile) + 0.5) / overlap
     weights = np.ones(tile) if first else np.minimum(1.0, rising)
     return weights if last else np.minimum(weights, rising[::-1])
 
 
 class LatentDecoder:
-    """Runs the decoder unit on a stream of its own, several tiles at a time. Thread-safe.
+    """Runs the decoder on its own stream, several tiles at a time. Thread-safe.
 
-    Latents and pixels pass through the host: a sampler's result is downloaded anyway, and is small beside the pixels.
+    Latents and pixels pass through the host, because the latents are downloaded anyway and are
+    small compared with the pixels.
 
     Args:
-        engine: the unit.
-        backend: owns its buffers.
+        engine: engine of the decoder.
+        backend: owns the buffers.
         decoder: tiles and scale.
-        spec: the model, whose latents have one size.
+        spec: sizes of the model.
     """
 
     def __init__(
@@ -78,7 +81,11 @@ class LatentDecoder:
         return np.stack([pixels_to_uint8(pixels) for pixels in self.pixels(latents)])
 
     def pixels(self, latents: np.ndarray) -> Iterator[np.ndarray]:
-        """One after the other, (channels, H*upscale, W*upscale) float32, about -1..1, of (N, C, H, W) float32 latents."""
+        """Decode latents (N, C, H, W) float32 image by image.
+
+        Yields:
+            (channels, H*upscale, W*upscale) float32, about -1..1.
+        """
         tile = self._decoder.tile
         places = list(product(self._starts, repeat=2))
         decoded = self._decoded(
@@ -88,7 +95,7 @@ class LatentDecoder:
             yield self._blended(islice(decoded, len(places)))
 
     def _blended(self, tiles: Iterator[np.ndarray]) -> np.ndarray:
-        """An image of its tiles."""
+        """Blend the tiles of an image."""
         if len(self._starts) == 1:
             return next(tiles)
         tile, scale, side = (
@@ -108,16 +115,16 @@ class LatentDecoder:
         return (total / weight).astype(np.float32)
 
     def _decoded(self, tiles: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Pixels of tiles, in their order."""
+        """The pixels of tiles, in order."""
         waiting = iter(tiles)
         while together := list(islice(waiting, self._most)):
-            with self._stream.held():  # and with it the buffers
+            with self._stream.held():  # which also protects the buffers
                 latents, pixels, run = self._bind(len(together))
                 self._stream.upload(np.stack(together), latents)
-                self._stream.wait()  # for backends whose engines run on a stream of their own
+                self._stream.wait()  # some backends run engines on their own streams
                 run()
-                found = self._stream.download(pixels)
-            yield from found
+                decoded = self._stream.download(pixels)
+            yield from decoded
 
     def _bind(self, tiles: int) -> tuple[Buffer, Buffer, Launch]:
         if tiles not in self._bound:

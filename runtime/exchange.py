@@ -1,7 +1,7 @@
-"""Other weights for engines that are loaded: checked and verified first, then all of them or none.
+"""Exchanging the weights of loaded engines: after all checks, for all engines or for none.
 
-The graphs must be the same, byte for byte, because engines stand for graphs. The decoder of a VAE and a text encoder are no
-part of the model and stay as they are.
+The graphs must be identical byte for byte, because the engines were made from them. The decoder of
+a VAE and a text encoder do not belong to the model and are not changed.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class _Graph:
     """A loaded graph with weights.
 
     Attributes:
-        engines: those of its kind.
-        key: which of them it is.
+        engines: the engines of the same kind.
+        key: key of the engine in ``engines``.
         onnx: path of the graph.
-        parts: the units whose weights it has, by prefix.
+        parts: the graphs whose weights it contains, by prefix.
     """
 
     engines: MutableMapping[str, Engine]
@@ -79,13 +79,15 @@ def _check(path: Path, differences: Sequence[str]) -> None:
         rest = len(differences) - SHOWN_DIFFERENCES
         more = f" and {rest} more" if rest > 0 else ""
         raise UsageError(
-            f"the weights of {path} do not fit the engines that are loaded: {'; '.join(differences[:SHOWN_DIFFERENCES])}{more}; "
-            "load that directory by itself, or export its checkpoint with the same options and version"
+            f"the weights of {path} do not fit the engines that are loaded: "
+            f"{'; '.join(differences[:SHOWN_DIFFERENCES])}{more}; "
+            "load that directory by itself, or export its checkpoint with the same options and "
+            "version"
         )
 
 
 class _Exchange:
-    """Gives engines other weights, or those that they had."""
+    """Exchanges the weights of engines, or restores them."""
 
     def __init__(self, backend: Backend, weights: Weights) -> None:
         self._backend, self._weights = backend, weights
@@ -105,31 +107,32 @@ class _Exchange:
                     self._give(graph, weights.content)
                 self._bind()
             except BaseException as cause:
-                weights.lost = f"weights could neither be exchanged nor restored ({cause}); load the engine directory again"
+                weights.lost = (
+                    f"weights could neither be exchanged nor restored ({cause}); "
+                    "load the engine directory again"
+                )
                 raise
             raise
 
     def _give(self, graph: _Graph, content: Mapping[str, memoryview]) -> None:
         initializers, inputs = mapped_parts(graph.parts, content)
-        engine = graph.engines.get(
-            graph.key
-        )  # which is missing if it could not be loaded a moment ago
+        # The engine is missing if loading it failed in the exchange that is being undone.
+        engine = graph.engines.get(graph.key)
         if engine is None or not self._backend.replace_weights(engine, initializers, inputs):
             del engine
             self._unbind()
-            graph.engines.pop(
-                graph.key, None
-            )  # before the new one is made: memory never holds both
+            # Drop the old engine before loading the new one, so that memory never has both.
+            graph.engines.pop(graph.key, None)
             graph.engines[graph.key] = self._backend.load(content[graph.onnx], initializers, inputs)
         return_free_pages(content[part.weights] for part in graph.parts.values() if part.weights)
 
     def _bind(self) -> None:
-        """Bind what was bound before; binding is done once, and fails here if it fails."""
+        """Bind the shapes that were bound before, so that a failure happens here."""
         for session, batches in self._unbound.items():
             session.bind_all(batches)
 
     def _unbind(self) -> None:
-        """Let sessions forget the engines, which live as long as they are bound."""
+        """Unbind all sessions, because a bound engine cannot be freed."""
         for session in self._weights.sessions:
             self._unbound[session] = session.unbind() or self._unbound.get(session, ())
 
@@ -148,13 +151,13 @@ def _graphs(manifest: Manifest, engines: Engines) -> Iterator[_Graph]:
 
 
 def _differences(own: EngineDir, other: EngineDir, parts: Mapping[str, Unit]) -> Iterator[str]:
-    """What of another engine directory does not fit: the model, or graphs and parameters of units."""
+    """Differences of another engine directory: in the model, or in graphs and parameters."""
     manifest, precision = own.manifest, other.manifest.precision
     if precision != manifest.precision:
         yield f"precision {precision} instead of {manifest.precision}"
     mine, theirs = asdict(manifest.model), asdict(other.manifest.model)
     if manifest.model.draws_captions:
-        del mine["classes"], theirs["classes"]  # how many captions a directory keeps
+        del mine["classes"], theirs["classes"]  # the number of stored captions
     yield from (
         f"{name} {theirs[name]} instead of {value}"
         for name, value in mine.items()
@@ -172,7 +175,7 @@ def _differences(own: EngineDir, other: EngineDir, parts: Mapping[str, Unit]) ->
 
 
 def _verified(other: EngineDir, parts: Mapping[str, Unit]) -> dict[str, memoryview]:
-    """The weights of units, by their path in the directory that was loaded first."""
+    """Read and verify other weights, by the path of those that they replace."""
     units = {unit.name: unit for unit in other.manifest.units}
 
     def verified(unit: Unit) -> memoryview:

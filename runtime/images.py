@@ -1,4 +1,4 @@
-"""Latents to pictures."""
+"""Latents to images."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from goc_deploy.engine_dir.manifest import IMAGE_CHANNELS
 
 
 def images_from_latents(latents: np.ndarray) -> np.ndarray | None:
-    """Pixel-space samples to pictures.
+    """Convert pixel-space samples to images.
 
     Args:
         latents: (N, C, H, W) float32, pixels in -1..1.
 
     Returns:
-        (N, H, W, C) uint8, ``clamp(127.5 * x + 128)`` as DiT's reference does, or None where C is not 1 or 3.
+        (N, H, W, C) uint8, ``clamp(127.5 * x + 128)`` as in DiT's reference, or None if C is
+        neither 1 nor 3.
     """
     return pixels_to_uint8(latents) if latents.shape[1] in IMAGE_CHANNELS else None
 
 
 def pixels_to_uint8(pixels: np.ndarray) -> np.ndarray:
-    """(..., C, H, W) float32 in -1..1 to (..., H, W, C) uint8."""
+    """Convert pixels (..., C, H, W) float32 in -1..1 to (..., H, W, C) uint8."""
     return np.moveaxis(np.clip(127.5 * pixels + 128, 0, 255).astype(np.uint8), -3, -1)
 
 
 def grid(
     images: np.ndarray, columns: int | None = None, *, scale: int = 1, gap: int = 2
 ) -> Image.Image:
-    """Arrange pictures in rows.
+    """Arrange images in rows.
 
     Args:
         images: (N, H, W, C) uint8, C is 1 or 3.
-        columns: per row; default: as square as possible.
-        scale: whole-number magnification.
-        gap: pixels between pictures.
+        columns: images per row; by default, the grid is as square as possible.
+        scale: integer magnification.
+        gap: pixels between images.
     """
     count, height, width, _ = images.shape
     columns = columns or math.ceil(math.sqrt(count))
@@ -59,17 +60,17 @@ def grid(
 
 
 def pil_images(images: np.ndarray) -> list[Image.Image]:
-    """Pictures as Pillow has them.
+    """Convert images to Pillow images.
 
     Args:
         images: (N, H, W, C) uint8, C is 1 or 3.
 
     Returns:
-        N pictures, mode ``L`` where C is 1, else ``RGB``.
+        N images, of mode ``L`` if C is 1, else ``RGB``.
     """
     return [picture(image) for image in images]
 
 
 def picture(pixels: np.ndarray) -> Image.Image:
-    """(H, W, 1 or 3) uint8 as Pillow has it."""
+    """Convert an image (H, W, 1 or 3) uint8 to a Pillow image."""
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)

@@ -1,8 +1,8 @@
-"""The end of the interpreter while daemon threads generate.
+"""The exit of the interpreter while daemon threads generate images.
 
-Python ends a daemon thread that asks for its lock after the interpreter has gone. If the thread comes out of ONNX Runtime or
-TensorRT just then, it is ended inside C++, which aborts the process. So the last thing before the interpreter goes is to let
-launches end, and to begin no other.
+Python terminates a daemon thread that requests the interpreter's lock after the exit. If the thread
+is returning from ONNX Runtime or TensorRT, it is terminated inside C++, which aborts the process.
+Therefore the exit waits for running launches, and new launches are refused.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from goc_deploy.errors import EnvironmentUnsupportedError
 MAX_WAIT_SECONDS = 60.0
 POLL_SECONDS = 0.002
 
-_busy: dict[int, int] = {}  # thread -> how many calls of it are in native code, or may be soon
+_busy: dict[int, int] = {}  # thread -> number of its calls that are or may soon be in native code
 _exiting = False
 
 
 def check_not_exiting() -> None:
-    """Raise EnvironmentUnsupportedError once the interpreter exits."""
+    """Raise an error if the interpreter is exiting.
+
+    Raises:
+        EnvironmentUnsupportedError: the interpreter is exiting.
+    """
     if _exiting:
         raise EnvironmentUnsupportedError(
             "the interpreter is exiting, so nothing more is generated"
@@ -32,14 +36,16 @@ def check_not_exiting() -> None:
 
 @contextlib.contextmanager
 def native_calls() -> Iterator[None]:
-    """The body runs native code: the interpreter's exit waits for it.
+    """Make the exit of the interpreter wait for the body, which runs native code.
 
     Raises:
-        EnvironmentUnsupportedError: the interpreter exits already.
+        EnvironmentUnsupportedError: the interpreter is exiting.
     """
     thread = threading.get_ident()
     before = _busy.get(thread, 0)
-    _busy[thread] = before + 1  # before the check: what exits sees one or the other
+    _busy[thread] = (
+        before + 1
+    )  # before the check, so that the exit sees the call, or the check fails
     try:
         check_not_exiting()
         yield
@@ -51,7 +57,7 @@ def native_calls() -> Iterator[None]:
 
 @contextlib.contextmanager
 def code_of_the_caller() -> Iterator[None]:
-    """Inside `native_calls`, the body is code of whoever called, which may wait for anything: exit does not wait for it."""
+    """Inside `native_calls`, let the exit not wait for the body, which is code of the caller."""
     thread = threading.get_ident()
     before = _busy.pop(thread, 0)
     try:

@@ -1,4 +1,4 @@
-"""An engine directory to pipelines: verify, load, share."""
+"""Loading an engine directory: verify its files, load its engines, share them in pipelines."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ MAX_SESSIONS = 1024
 
 @dataclass(frozen=True, slots=True)
 class UnlistedPlans:
-    """Plans that an engine directory does not hold.
+    """Plans that are not in the engine directory.
 
     Attributes:
-        plans: by the name or SPEC that asks for one.
-        predict_graph: makes the ONNX file of a predict signature.
+        plans: plans by the name or SPEC that selects them.
+        predict_graph: returns the ONNX file of a predict signature.
     """
 
     plans: Mapping[str, Plan]
@@ -69,14 +69,15 @@ def load_pipelines(
         directory: the engine directory.
         backend: loads the graphs and owns the buffers.
         names: plans by name or SPEC; None is the first plan that caches.
-        batch_size: images per run; None is the engine's ``max_batch``.
+        batch_size: images per run; None is the ``max_batch`` of the engine directory.
         max_sessions: sessions of each pipeline.
-        all_units: load the units that none of these plans launches too, for `Pipeline.with_plan`.
-        unlisted: plans that are not in the directory.
+        all_units: whether units that none of these plans launches are loaded too, for
+            `Pipeline.with_plan`.
+        unlisted: plans that are not in the engine directory.
 
     Raises:
-        EngineDirError, SafetyError: the directory is corrupt or not ours.
-        UsageError: no such plan, or a number out of range.
+        EngineDirError, SafetyError: the engine directory is corrupt or not from this package.
+        UsageError: there is no such plan, or a number is out of range.
         ResourceError: the buffers do not fit into memory.
     """
     for option, value in (("max_sessions", max_sessions), ("batch_size", batch_size)):
@@ -101,13 +102,13 @@ def load_pipelines(
     parts = {"decoder": manifest.decoder, "text_encoder": manifest.text}
     more = [name for name, part in parts.items() if part]
     more += manifest.model.unit_names if all_units else ()
-    made = _made_predictors(manifest, plans, unlisted.predict_graph, backend) if unlisted else {}
+    new = _new_predictors(manifest, plans, unlisted.predict_graph, backend) if unlisted else {}
     footprint = backend.footprint(
-        _weights_of(directory, needed_graphs(directory, plans, backend, more, made))
+        _weights_of(directory, needed_graphs(directory, plans, backend, more, new))
     )
     for plan in plans:
         _check_memory(manifest, plan, images, max_sessions, footprint, backend.device.free_bytes())
-    engines = load_engines(directory, plans, backend, more, made)
+    engines = load_engines(directory, plans, backend, more, new)
     attached = Attached(
         _decoder(manifest, engines, backend), _text_encoder(directory, engines, backend)
     )
@@ -116,16 +117,16 @@ def load_pipelines(
     ]
 
 
-def _made_predictors(
+def _new_predictors(
     manifest: Manifest,
     plans: Sequence[Plan],
     predict_graph: Callable[[str], bytes],
     backend: Backend,
 ) -> dict[str, Engine]:
-    """Engines of the predict signatures of plans for which the directory has no graph.
+    """Engines of those predict signatures of plans that have no graph in the engine directory.
 
     Raises:
-        EnvironmentUnsupportedError: the backend runs built engines only.
+        EnvironmentUnsupportedError: the backend only runs engines that were built before.
     """
     dtype = DTYPE_OF_PRECISION[manifest.precision]
     signatures = {signature for plan in plans for signature in plan.signatures}
@@ -136,19 +137,22 @@ def _made_predictors(
     ]
     if missing and backend.stacks:
         raise EnvironmentUnsupportedError(
-            "it runs engines that were built for a plan of the directory, and this plan is not there; add it with goc plan"
+            "it runs engines that were built for a plan of the directory, and this plan is not "
+            "there; add it with goc plan"
         )
     return {s: backend.load(memoryview(predict_graph(s)), {}) for s in missing}
 
 
 def _text_encoder(directory: EngineDir, engines: Engines, backend: Backend) -> TextEncoder | None:
-    """The text encoder, where there is one and the package that it needs is installed; asked for a prompt without it,
-    the pipeline says so."""
+    """The text encoder, or None if there is none or the package tokenizers is not installed.
+
+    In the second case, the pipeline raises an error when it gets a prompt.
+    """
     manifest = directory.manifest
     if manifest.text is None or find_spec("tokenizers") is None:
         return None
     tokenizer = bytes(directory.read(manifest.text.tokenizer))
-    most = 2 * manifest.max_batch  # that TensorRT engines are built for
+    most = 2 * manifest.max_batch  # the largest batch of TensorRT engines
     return TextEncoder(
         engines.units["text_encoder"], backend, tokenizer, manifest.model, manifest.text, most
     )
@@ -162,9 +166,12 @@ def _decoder(manifest: Manifest, engines: Engines, backend: Backend) -> LatentDe
 
 @dataclass(frozen=True, slots=True)
 class NeededGraphs:
-    """Graphs to load: units by name, predict graphs and segments by signature.
+    """The graphs to load.
 
     Attributes:
+        units: units and the graphs around the blocks, by name.
+        predict: predict graphs, by signature.
+        segments: segments, by signature.
         predictors: engines of the predict signatures that need no graph.
     """
 
@@ -175,7 +182,7 @@ class NeededGraphs:
 
     @property
     def all(self) -> tuple[Unit, ...]:
-        """Every one."""
+        """All graphs."""
         return (*self.units.values(), *self.predict.values(), *self.segments.values())
 
 
@@ -184,19 +191,26 @@ def needed_graphs(
     plans: Sequence[Plan],
     backend: Backend,
     more: Iterable[str] = (),
-    made: Mapping[str, Engine] = MappingProxyType({}),
+    predictors: Mapping[str, Engine] = MappingProxyType({}),
 ) -> NeededGraphs:
-    """The graphs that plans launch on a backend, and further units.
+    """The graphs that plans launch on a backend, and further graphs.
 
-    Without plans all units of the blocks are needed, with plans those that one of them launches. ``made`` are engines of
-    predict signatures that are loaded already.
+    Args:
+        directory: the engine directory.
+        plans: the plans; without plans, all units of the blocks are needed.
+        backend: the backend.
+        more: names of further graphs.
+        predictors: engines of predict signatures that are loaded already.
 
     Raises:
-        EngineDirError: the manifest does not list one.
+        EngineDirError: the manifest does not list a graph.
     """
     manifest, dtype = directory.manifest, DTYPE_OF_PRECISION[directory.manifest.precision]
     signatures = {signature for plan in plans for signature in plan.signatures}
-    offered = {s: made[s] if s in made else backend.predictor(s, dtype) for s in sorted(signatures)}
+    offered = {
+        s: predictors[s] if s in predictors else backend.predictor(s, dtype)
+        for s in sorted(signatures)
+    }
     predictors = {signature: engine for signature, engine in offered.items() if engine is not None}
     predict = {
         signature: manifest.predict_unit(signature)
@@ -229,7 +243,7 @@ def needed_graphs(
 
 
 def _weights_of(directory: EngineDir, graphs: NeededGraphs) -> dict[str, dict[str, int]]:
-    """What `Backend.footprint` takes."""
+    """The argument of `Backend.footprint`: graph digest -> weights file -> size in bytes."""
     parts = {unit.onnx: directory.manifest.parts(unit).values() for unit in graphs.all}
     return {
         directory.sha256(onnx): {
@@ -244,14 +258,18 @@ def load_engines(
     plans: Sequence[Plan],
     backend: Backend,
     more: Iterable[str] = (),
-    made: Mapping[str, Engine] = MappingProxyType({}),
+    predictors: Mapping[str, Engine] = MappingProxyType({}),
 ) -> Engines:
-    """Verify every file of the graphs that are needed (`needed_graphs`), then check and load them; both in parallel.
+    """Verify all files of the `needed_graphs`, then check and load the graphs, both in parallel.
+
+    The arguments are those of `needed_graphs`.
 
     Raises:
-        EngineDirError, SafetyError: a file is missing, corrupt or not ours, or a graph asks for more than its weights.
+        EngineDirError, SafetyError: a file is missing, corrupt or not from this package, or a graph
+            reads more than its weights.
     """
-    manifest, graphs = directory.manifest, needed_graphs(directory, plans, backend, more, made)
+    manifest = directory.manifest
+    graphs = needed_graphs(directory, plans, backend, more, predictors)
     weights = {
         part.weights
         for unit in graphs.all
@@ -294,7 +312,7 @@ def load_engines(
 def _listed(
     directory: EngineDir, graphs: Mapping[str, str], signatures: Iterable[str]
 ) -> list[str]:
-    """Distinct signatures, whose graphs the manifest lists."""
+    """The distinct signatures, after checking that the manifest lists their graphs."""
     distinct = sorted(set(signatures))
     missing = [signature for signature in distinct if signature not in graphs]
     if missing:
@@ -306,7 +324,7 @@ def _listed(
 
 
 def _launched_units(manifest: Manifest, plans: Sequence[Plan]) -> Iterable[str]:
-    """Units of the blocks that plans launch by themselves; without plans, all."""
+    """Units that plans launch outside segments; without plans, all units."""
     names = manifest.model.unit_names
     ops = [op for plan in plans for step in plan.launches for op in step]
     return {names[op.unit] for op in ops if isinstance(op, Compute)} if plans else names
@@ -320,19 +338,21 @@ def _check_memory(
     footprint: Footprint,
     available: int | None,
 ) -> None:
-    """Report what a plan takes, and refuse it before anything is allocated.
+    """Log the memory that a plan needs, and check it before anything is allocated.
 
     Raises:
-        ResourceError: the device has less than that free.
+        ResourceError: the device does not have that much free memory.
     """
     buffers = planned_bytes(manifest.model, manifest.precision, plan, images)
     needed = footprint.weights + sessions * (footprint.scratch + buffers)
     parts = (
-        f"{needed / 1e9:.2f} GB: {footprint.weights / 1e9:.2f} GB of weights, and for each of {sessions} sessions of "
-        f"{images} images {buffers / 1e9:.2f} GB of buffers and {footprint.scratch / 1e9:.2f} GB of scratch memory"
+        f"{needed / 1e9:.2f} GB: {footprint.weights / 1e9:.2f} GB of weights, and for each of "
+        f"{sessions} sessions of {images} images {buffers / 1e9:.2f} GB of buffers and "
+        f"{footprint.scratch / 1e9:.2f} GB of scratch memory"
     )
     logger.info("plan %s takes %s", plan.name, parts)
     if available is not None and needed > available:
         raise ResourceError(
-            f"plan {plan.name} needs {parts}, but {available / 1e9:.2f} GB are available; use a smaller batch size"
+            f"plan {plan.name} needs {parts}, but {available / 1e9:.2f} GB are available; use a "
+            "smaller batch size"
         )

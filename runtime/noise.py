@@ -1,4 +1,4 @@
-"""Noise that depends on (seed, image index) alone: not on batch size, backend, worker or machine."""
+"""Noise that depends only on seed and image index: not on batch size, backend or machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from goc_deploy.errors import UsageError
 
 
 def check_key(seed: int, image: int) -> None:
-    """Check that noise can be made from a seed and the index of an image.
+    """Check that a seed and the index of an image are in range.
 
     Raises:
         UsageError: one of them is not within 0 .. 2**64 - 1.
@@ -24,8 +24,8 @@ def image_noise(seed: int, image: int, draws: int, shape: tuple[int, ...]) -> np
     Args:
         seed: 0 .. 2**64 - 1.
         image: index of the image, 0 .. 2**64 - 1.
-        draws: number of tensors: the first is x_T, the others are for stochastic samplers.
-        shape: of one tensor, (C, H, W).
+        draws: number of tensors; the first is x_T, the others are for stochastic samplers.
+        shape: shape of one tensor, (C, H, W).
 
     Returns:
         (draws, C, H, W) float32.
@@ -34,6 +34,8 @@ def image_noise(seed: int, image: int, draws: int, shape: tuple[int, ...]) -> np
         UsageError: the seed or the index is out of range.
     """
     check_key(seed, image)
-    key = np.array([seed, image], np.uint64)  # of a list with words of 64 bits NumPy makes float64
+    key = np.array(
+        [seed, image], np.uint64
+    )  # NumPy would convert a list of 64-bit words to float64
     generator = np.random.Generator(np.random.Philox(key=key))
     return generator.standard_normal((draws, *shape), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Pictures of a series to files, as they come, and where an interrupted series goes on."""
+"""Writing the images of a series to files, and continuing an interrupted series."""
 
 from __future__ import annotations
 
@@ -18,20 +18,25 @@ from goc_deploy.errors import ConflictError
 from goc_deploy.runtime.adm import AdmWriter, adm_writer
 from goc_deploy.runtime.images import grid, picture
 
-RECORD = "goc_deploy"  # name of a PNG's text that keeps what the picture was made from
+RECORD = "goc_deploy"  # name of the PNG text with the record of an image
 
 
 class PictureFiles:
-    """The files of one output, made in a ``with``.
+    """The files of one output, a context manager.
 
-    ``.png`` is a grid and ``.npz`` the ADM format (``arr_0`` the pictures, uint8 (N, H, W, 3), ``arr_1`` their labels); both
-    appear whole when the body ends well. Any other name is a directory, in which each picture appears when it is added.
+    ``.png`` is a grid, and ``.npz`` is the ADM format: ``arr_0`` has the images, uint8 (N, H, W,
+    3), and ``arr_1`` their labels. Both are published complete if the body of the ``with``
+    succeeds. Any other name is a directory, in which each image is published when it is added.
+
+    Args:
+        output: path of the file or directory.
+        labels: labels of the whole series.
+        records: for each image of the series, the values that it was made from, in JSON types.
     """
 
     def __init__(
         self, output: Path, labels: Sequence[int], records: Sequence[Mapping[str, Any]]
     ) -> None:
-        """``labels`` and ``records`` are of the whole series; a record is what its picture was made from, in JSON types."""
         self._output, self._labels, self._records = output, labels, records
         self._stack = ExitStack()
         self._adm: AdmWriter | None = None
@@ -49,10 +54,10 @@ class PictureFiles:
         self._stack.__exit__(kind, *raised)
 
     def add(self, first: int, images: np.ndarray) -> None:
-        """Take the next pictures.
+        """Add the next images.
 
         Args:
-            first: index of the first one in the series.
+            first: index of the first of them in the series.
             images: (n, H, W, 1 or 3) uint8.
 
         Raises:
@@ -76,23 +81,23 @@ class PictureFiles:
 
 
 def picture_path(folder: Path, index: int, total: int) -> Path:
-    """Where a picture of a series of ``total`` stands."""
+    """The path of an image of a series of ``total`` images."""
     return folder / f"{index:0{max(4, len(str(total - 1)))}d}.png"
 
 
 def finished_pictures(folder: Path, records: Sequence[Mapping[str, Any]]) -> int:
-    """How many pictures of a series stand in a folder, from the first one on without a gap.
+    """The number of images of a series in a folder, from the first one up to the first gap.
 
     Raises:
-        ConflictError: one of them is no picture, or was made from something else than its record.
+        ConflictError: a file is not an image, or its record differs.
     """
     for i, record in enumerate(records):
         path = picture_path(folder, i, len(records))
         if not path.exists():
             return i
         try:
-            with Image.open(path) as found:
-                text = found.info.get(RECORD)
+            with Image.open(path) as image:
+                text = image.info.get(RECORD)
         except (OSError, UnidentifiedImageError) as cause:
             raise ConflictError(
                 f"{path} cannot be read ({cause}); remove it, and run again with `resume=True`"
@@ -110,10 +115,10 @@ def _text(record: Mapping[str, Any]) -> str:
 
 def _difference(text: object, record: Mapping[str, Any]) -> str:
     try:
-        found = json.loads(text) if isinstance(text, str) else None
+        stored = json.loads(text) if isinstance(text, str) else None
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        stored = None
+    if not isinstance(stored, dict):
         return "does not tell what it was made from"
-    name = next(name for name in sorted({*record, *found}) if found.get(name) != record.get(name))
-    return f"was made with {name} {found.get(name)}, not {record.get(name)}"
+    name = next(name for name in sorted({*record, *stored}) if stored.get(name) != record.get(name))
+    return f"was made with {name} {stored.get(name)}, not {record.get(name)}"

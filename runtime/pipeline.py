@@ -1,4 +1,4 @@
-"""The runtime as a library: load an engine directory, generate images, from any number of threads."""
+"""The runtime as a library: generating images with a loaded plan, from any number of threads."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ DEFAULTS = GenerateOptions()
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """What comes before and after the sampler, where the engine directory has it."""
+    """The optional parts of an engine directory: VAE decoder and text encoder."""
 
     decoder: LatentDecoder | None = None
     text: TextEncoder | None = None
@@ -52,9 +52,9 @@ NOTHING_ATTACHED = Attached()
 
 
 class Pipeline:
-    """A plan of a loaded engine directory. Thread-safe; at most ``max_sessions`` callers run at a time, others wait.
+    """A plan of a loaded engine directory; `goc_deploy.load` returns one.
 
-    Make one with `goc_deploy.load`.
+    A pipeline is thread-safe. At most ``max_sessions`` callers run at a time; others wait.
     """
 
     def __init__(
@@ -96,29 +96,37 @@ class Pipeline:
         """Generate one image per label, or per caption.
 
         Args:
-            labels: class labels, 0 .. classes - 1. Of a model that draws captions: which of ``prompts`` or ``captions``, by
-                default each once, or without these which of the captions that the engine directory keeps.
-            prompts: texts, where the engine has a text encoder. A text with too many tokens is cut; the log says where.
-            negative_prompts: what to draw away from: one for all, or one for each.
-            captions: embeddings that `goc_deploy.conditions.captions.prompt_embeds_from_arrays` checked.
-            seed: image i gets noise from (seed, first_image + i) alone, whatever the batch size. Or one per image: image i then
-                gets noise from (seed[i], first_image), for the steps of a stochastic sampler too, as in a request of its own with
-                that seed. Equal seeds mean equal noise.
-            first_image: where this request starts in a longer series of images that share a seed.
-            cfg_scale: classifier-free guidance scale, 0..1000; 1 is none. Or one per image: images of different scales share a
-                batch. An image of scale 1 among others is what it is alone, but takes their time.
-            cfg_channels: guidance acts on the first channels only; None is what the model's reference does.
-            latents: x_T instead of seeded noise, (N, C, H, W), converted to float32.
-            trajectory: also return the latents after every step.
-            decode: turn latents into images where the engine has a decoder.
-            callback: called after every step with a `StepEvent`; an exception in it is logged and the run goes on.
-            spans: where to record what ran when, for `goc_deploy.trace`.
+            labels: class labels, 0 .. classes - 1. For a text-conditional model: indices of
+                ``prompts`` or ``captions``, by default each index once; without these, indices of
+                the stored captions.
+            prompts: texts, if the engine directory has a text encoder. A text with too many tokens
+                is truncated and logged.
+            negative_prompts: prompts that the images should differ from: one for all images, or one
+                for each prompt.
+            captions: prompt embeddings from
+                `goc_deploy.conditions.captions.prompt_embeds_from_arrays`.
+            seed: one seed, or one seed per image. With one seed, the noise of image i depends only
+                on (seed, first_image + i), for every batch size. With one seed per image, it
+                depends only on (seed[i], first_image), as in a request of one image; equal seeds
+                mean equal noise. This includes the noise of a stochastic sampler.
+            first_image: index of the first image, in a longer series of images that share a seed.
+            cfg_scale: classifier-free guidance scale, 0..1000, or one scale per image; 1 means no
+                guidance. Images of different scales share a batch. An image of scale 1 in such a
+                batch is the same as without the others, but not faster.
+            cfg_channels: number of channels that are guided, from the first; None is the number of
+                the model's reference.
+            latents: x_T in place of seeded noise, (N, C, H, W), converted to float32.
+            trajectory: whether the latents after every step are returned too.
+            decode: whether latents are decoded to images, if the engine directory has a decoder.
+            callback: called after every step with a `StepEvent`; an exception in it is logged, and
+                the run continues.
+            spans: list to which the times of all parts are appended, for `goc_deploy.trace`.
 
         Raises:
-            UsageError: a label, number or shape out of range, another number of seeds or scales than images, or captions for a
-                model that draws classes.
+            UsageError: a label, number or shape is out of range, the number of seeds or scales is
+                not the number of images, or captions are for a class-conditional model.
             VerificationError: a result is not finite.
-            EnvironmentUnsupportedError: the pipeline was closed, or inherited over a fork.
+            EnvironmentUnsupportedError: the pipeline was closed, or was loaded before a fork.
         """
         self._check_open()
         if prompts is not None:
@@ -133,18 +141,18 @@ class Pipeline:
         def run_batches(session: Session) -> None:
             for first in range(0, len(drawing), self.batch_size):
                 part = range(first, min(first + self.batch_size, len(drawing)))
-                taken: list[np.ndarray] = []
+                batch_trajectory: list[np.ndarray] = []
                 on_step = None
                 if callback is not None or trajectory or self._backend.device.kind == "cpu":
-                    # Else nothing is called between steps: on a GPU a run is short.
+                    # Otherwise nothing is called between steps, because a run on a GPU is short.
                     on_step = step_callback(
-                        self.plan, callback, taken if trajectory else None, part
+                        self.plan, callback, batch_trajectory if trajectory else None, part
                     )
                 request = drawing.request(part, self._draws, self._latent_shape)
                 final, timing = session.run(request, on_step, spans)
                 drawn.batches.append(final)
                 drawn.timings.append(timing)
-                drawn.trajectories.append(taken)
+                drawn.trajectories.append(batch_trajectory)
 
         weights = self._engines.weights
         with weights.running():
@@ -171,10 +179,11 @@ class Pipeline:
     def encode(
         self, prompts: Sequence[str], negative_prompts: Sequence[str] = ("",)
     ) -> PromptEmbeds:
-        """Encode prompts; the last ones are remembered.
+        """Encode prompts; the embeddings of the last prompts are kept.
 
         Raises:
-            UsageError: the engine has no text encoder, or no prompts are given, or another number of negative ones.
+            UsageError: the engine directory has no text encoder, there are no prompts, or the
+                number of negative prompts does not fit.
             EnvironmentUnsupportedError: the package tokenizers is missing.
         """
         if self.manifest.text is None:
@@ -187,30 +196,41 @@ class Pipeline:
             return self._attached.text.prompt_embeds(prompts, negative_prompts)
 
     def with_plan(self, plan: Plan) -> Pipeline:
-        """A pipeline of another plan on the same engines, which must hold the graphs that it launches: its predict graphs
-        (a plan that computes everything has none) and units, or its segments."""
+        """A pipeline of another plan on the same engines.
+
+        The engines must include all graphs that the plan launches: its predict graphs and units, or
+        its segments. A plan that computes all units has no predict graphs.
+        """
         return Pipeline(
             self.manifest, plan, self._engines, self._backend, self.batch_size, 1, self._attached
         )
 
     def load_weights(self, engine_dir: str | Path) -> None:
-        """Exchange the weights for those of another engine directory, such as a fine-tune's, without building engines.
+        """Exchange the weights for those of another engine directory, without building engines.
 
-        Requests that run now end first, later ones wait. All pipelines on the same engines have the new weights then, and
-        results tell which these are (``checkpoint_sha256`` in the report). Plans stay, though they may have been learned from
-        other weights; so do a VAE's decoder, a text encoder, and captions that stand for labels. TensorRT engines with shared
-        weights get new values at the same addresses, and recorded steps stay; ONNX Runtime loads one graph after the other
-        again, and drops the one before first, so that memory holds at most the old or the new weights of each.
+        The other engine directory may come from a fine-tuned checkpoint. Running requests end
+        first, and later requests wait. Afterwards, all pipelines on the same engines use the new
+        weights, and ``checkpoint_sha256`` in the reports of results identifies them. Plans do not
+        change, although they may have been calibrated with other weights. The VAE decoder, the text
+        encoder and the stored captions do not change either.
+
+        TensorRT engines with shared weights get new values at the same addresses, and recorded
+        steps remain valid. ONNX Runtime loads the graphs again, one after the other, and drops each
+        old one first, so that memory never has both versions of a graph.
+
+        If an error is raised, the weights are the previous ones.
 
         Args:
-            engine_dir: an export of the same architecture, sizes and precision by the same version of the exporter.
+            engine_dir: an export of the same architecture, sizes and precision by the same version
+                of the exporter.
 
         Raises:
-            UsageError: its model, precision or graphs differ; the message says what does. Or a callback of a request calls it.
-            EngineDirError, SafetyError: a file is missing, corrupt or not ours.
-            EnvironmentUnsupportedError: TensorRT engines hold their weights, or the pipeline was closed.
+            UsageError: the model, precision or graphs differ, which the message lists, or the
+                caller is a callback.
+            EngineDirError, SafetyError: a file is missing, corrupt or not from this package.
+            EnvironmentUnsupportedError: TensorRT engines embed their weights, or the pipeline was
+                closed.
             ResourceError: there is not enough memory.
-            GocError: whatever is raised, the weights are those from before.
         """
         from goc_deploy.runtime.exchange import load_weights
 
@@ -218,17 +238,18 @@ class Pipeline:
         load_weights(Path(engine_dir), self._engines, self._backend)
 
     def warmup(self, images: Sequence[int] = (1,), *, guided: Sequence[bool] = (True,)) -> None:
-        """Run every session as often as it takes until nothing is compiled or recorded for requests like these.
+        """Run every session until later requests of these shapes compile and record nothing.
 
-        It waits for each session, one after the other.
+        The method waits for each session, one after the other.
 
         Args:
-            images: sizes of the requests, each within the batch size; ``(1, batch_size)`` also warms a full batch.
-            guided: whether they are guided.
+            images: numbers of images of the requests, each within the batch size; ``(1,
+                batch_size)`` also prepares full batches.
+            guided: whether the requests are guided.
 
         Raises:
-            UsageError: a size that is not within 1..batch_size.
-            EnvironmentUnsupportedError: the pipeline was closed, or inherited over a fork.
+            UsageError: a number of images is not within 1..batch_size.
+            EnvironmentUnsupportedError: the pipeline was closed, or was loaded before a fork.
         """
         self._check_open()
         for size in images:
@@ -253,7 +274,7 @@ class Pipeline:
 
     @property
     def runs_to_warm(self) -> int:
-        """Requests of a shape after which the next one finds everything there: a GPU records what ran once."""
+        """Requests of a shape that warm a session up: a GPU records a step after its first run."""
         return 1 if self._backend.device.kind == "cpu" else 2
 
     def _request_to_warm_up(self, images: int, *, guided: bool) -> Request:
@@ -266,11 +287,15 @@ class Pipeline:
 
     @property
     def closed(self) -> bool:
-        """Whether `close` was called, after which every request raises."""
+        """Whether `close` was called; every request raises an error afterwards."""
         return self._pool.closed
 
     def close(self) -> None:
-        """Free the engines and buffers; later and waiting calls raise, running ones end. Closing twice is fine."""
+        """Free the engines and buffers.
+
+        Running calls end normally; later and waiting calls raise an error. Closing twice is
+        allowed.
+        """
         self._pool.close()
         self._engines = Engines({}, {})
 
@@ -287,7 +312,7 @@ class Pipeline:
 
     @property
     def _draws(self) -> int:
-        """Noise tensors of an image: x_T, and one per step of a stochastic sampler."""
+        """Number of noise tensors of an image: x_T, and one per step of a stochastic sampler."""
         return 1 + (self.plan.steps if self.plan.sampler.stochastic else 0)
 
     @property
@@ -310,7 +335,7 @@ class Pipeline:
         cfg_channels: int,
         latents: np.ndarray | None,
     ) -> Drawing:
-        """Check what each image gets; see `generate`."""
+        """Check the arguments of `generate` that concern single images."""
         arguments.check_channels(cfg_channels)
         guided = bool(np.any(np.not_equal(cfg_scale, 1))) and cfg_channels != 0
         conditions = self._conditions(labels, captions, guided=guided)
@@ -334,7 +359,8 @@ class Pipeline:
             raise EnvironmentUnsupportedError(CLOSED)
         if os.getpid() != self._pid:
             raise EnvironmentUnsupportedError(
-                "the pipeline was loaded before a fork, which its threads do not survive; load after forking"
+                "the pipeline was loaded before a fork, which its threads do not survive; load "
+                "after forking"
             )
 
     def _new_session(self) -> Session:

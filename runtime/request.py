@@ -1,4 +1,4 @@
-"""What a call draws, its requests to a session, and the arrays that the step loop reads of one."""
+"""The images of a call, its requests to a session, and the input arrays of a request."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Drawing:
-    """What a call draws: N images of any number, which `request` cuts into requests.
+    """All N images of a call, which `request` divides into requests.
 
     Attributes:
         conditions: what each image shows.
-        noise_keys: [N] the two numbers that an image's noise is made from.
+        noise_keys: for each image, the two numbers that determine its noise.
         cfg_scale: (N,) guidance scale of each image.
         cfg_channels: guidance acts on channels 0 .. cfg_channels - 1.
         start: (N, C, H, W) float32 in place of the x_T made from the keys, or None.
@@ -54,9 +54,9 @@ class Drawing:
         """The request of some images.
 
         Args:
-            part: which of them.
+            part: indices of the images.
             draws: noise tensors of an image: x_T, and one per step of a stochastic sampler.
-            shape: of one tensor, (C, H, W).
+            shape: shape of one tensor, (C, H, W).
         """
         cut = slice(part.start, part.stop)
         noise = np.stack([image_noise(*key, draws, shape) for key in self.noise_keys[cut]])
@@ -68,13 +68,13 @@ class Drawing:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Shape of one run, which decides all addresses.
+    """The shape of one run, which determines all addresses.
 
     Attributes:
-        images: N.
+        images: N, number of images.
         guided: whether conditional and unconditional rows run together, B = 2N.
-        labels: R, distinct labels including the null label; 1 if the model draws captions.
-        captions: K, distinct captions.
+        labels: R, number of distinct labels with the null label; 1 for a text-conditional model.
+        captions: K, number of distinct captions.
     """
 
     images: int
@@ -90,16 +90,16 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inputs:
-    """A request as the graphs take it, except for its noise.
+    """The input arrays of a request, without its noise.
 
     Attributes:
-        batch: its shape.
-        distinct: (R or K,) each label once, ascending; or which captions of the table.
-        index: (B,) which of these each row shows.
-        rows: (B,) the image of each row.
-        cond_rows: (N,) the row with the conditional prediction of each image.
-        uncond_rows: (N,) the row with the unconditional one; for an image of scale 1, the same row.
-        guidance: (N, C) float32 weight between the two.
+        batch: shape of the run.
+        distinct: (R or K,) distinct labels in ascending order, or indices of captions.
+        index: (B,) for each row, the index of its label or caption in ``distinct``.
+        rows: (B,) image of each row.
+        cond_rows: (N,) row with the conditional model output of each image.
+        uncond_rows: (N,) row with the unconditional output; for a scale of 1, the same row.
+        guidance: (N, C) float32, weight of the conditional output.
     """
 
     batch: Batch
@@ -112,12 +112,12 @@ class Inputs:
 
 
 def prepared(request: Request, channels: int, *, pads_labels: bool = False) -> Inputs:
-    """Inputs of a request.
+    """The input arrays of a request.
 
     Args:
-        request: what to draw.
+        request: the request.
         channels: C of the latents.
-        pads_labels: repeat the last label, so that fewer different shapes are bound.
+        pads_labels: whether the last label is repeated, so that fewer different shapes are bound.
     """
     conditions, images = request.conditions, len(request.conditions.labels)
     guided = request.cfg_channels > 0 and bool((request.cfg_scale != 1).any())

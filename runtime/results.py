@@ -1,4 +1,4 @@
-"""What a pipeline returns: images, latents, and a report of the run."""
+"""The result of a pipeline: images, latents, and a report of the run."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from goc_deploy.spec import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What `Pipeline.generate` returns.
+    """The result of `Pipeline.generate`.
 
     Attributes:
         images: (N, H, W, channels) uint8, or None if the latents need a decoder that the engine
             directory does not have.
         latents: (N, C, H, W) float32.
-        trajectory: (T, N, C, H, W) float32, latents after each step, where asked for.
-        report: timings, plan, memory and versions; plain JSON types.
+        trajectory: (T, N, C, H, W) float32, latents after each step, or None if not requested.
+        report: timings, plan, memory and versions, in JSON types.
     """
 
     images: np.ndarray | None
@@ -36,10 +36,10 @@ class Result:
     report: dict[str, Any]
 
     def pil(self) -> list[Image.Image]:
-        """The images as Pillow has them, mode ``L`` where they are grey, else ``RGB``.
+        """Convert the images to Pillow images, of mode ``L`` if they are gray, else ``RGB``.
 
         Raises:
-            UsageError: there are latents only.
+            UsageError: the result has no images.
         """
         if self.images is None:
             raise UsageError(
@@ -51,12 +51,12 @@ class Result:
 
 @dataclass(slots=True)
 class Drawn:
-    """What the batches of a request gave so far.
+    """The results of the batches that have run.
 
     Attributes:
-        batches: final latents of each, (N, C, H, W) float32.
-        timings: of each.
-        trajectories: latents after each step of each batch; empty where nobody asked for them.
+        batches: final latents of each batch, (N, C, H, W) float32.
+        timings: timing of each batch.
+        trajectories: latents after each step of each batch; empty if not requested.
     """
 
     batches: list[np.ndarray] = field(default_factory=list)
@@ -64,10 +64,10 @@ class Drawn:
     trajectories: list[list[np.ndarray]] = field(default_factory=list)
 
     def latents(self) -> np.ndarray:
-        """Final latents of all images.
+        """Final latents of all images, (N, C, H, W) float32.
 
         Raises:
-            VerificationError: those of an image are not finite.
+            VerificationError: the latents of an image are not finite.
         """
         latents = np.concatenate(self.batches)
         finite = np.isfinite(latents).all(axis=(1, 2, 3))
@@ -86,7 +86,7 @@ class Drawn:
 def plan_report(
     plan: Plan, spec: ModelSpec, precision: Precision, batch_size: int
 ) -> dict[str, Any]:
-    """What a plan does, and the memory that it takes for a batch size."""
+    """Report entries about a plan, and about its memory for a batch size."""
     rows, item = 2 * batch_size, ITEM_BYTES[precision]
     return {
         "plan": plan.name,
@@ -107,7 +107,7 @@ def plan_report(
 
 
 def timing_report(plan: Plan, timings: Sequence[Timing]) -> dict[str, Any]:
-    """Milliseconds of a request, and of every step of every batch."""
+    """Report entries about the milliseconds of a request, and of every step of every batch."""
     batches = [
         {
             "prepare_ms": timing.prepare_ms,

@@ -1,8 +1,9 @@
 """One set of buffers and the step loop.
 
-Everything is decided before the loop: which engine runs on which addresses. The loop calls functions in order, knows
-no policy, allocates nothing, waits for nothing and reads nothing back. On a device with graphs, each step is recorded once it
-has run for a batch shape, and is one call from then on.
+The engine and the addresses of every launch are fixed before the loop. The loop calls functions in
+order, knows no policy, allocates nothing, waits for nothing and reads nothing back. On a device
+with CUDA graphs, each step is recorded after it has run for a batch shape, and is one call
+afterwards.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Timing:
 
 @dataclass(slots=True)
 class _Runnable:
-    """A bound plan, and what to call for each step: its launches, and a replay of them once they ran."""
+    """A bound plan, and the calls of each step: its launches, or their replay if recorded."""
 
     plan: BoundPlan
     steps: tuple[Sequence[Launch], ...]
@@ -55,7 +56,7 @@ def _runs(launches: Sequence[BoundLaunch]) -> list[Launch]:
 
 
 def _run_profiled(step: BoundStep, name: str, stream: Stream, spans: list[Span]) -> None:
-    """Run a step launch by launch, and wait for each."""
+    """Run a step launch by launch, and wait for each launch."""
     with recorded(spans, "step", name):
         for launch in (*step.before, *step.launches):
             with recorded(spans, "launch", launch.name):
@@ -67,14 +68,14 @@ class Session:
     """Buffers for one plan and up to ``capacity`` images; runs one request at a time.
 
     Args:
-        engines: what the plan launches.
-        backend: what they run on.
-        spec: the model.
-        precision: of the engines.
-        plan: what to run.
+        engines: the engines that the plan launches.
+        backend: the backend of the engines.
+        spec: sizes of the model.
+        precision: precision of the engines.
+        plan: the plan to run.
         capacity: the largest number of images N of a request.
-        chunk: steps for which the modulation table is made at a time; None: as many as its memory
-            budget allows.
+        chunk: number of steps for which the modulation table is computed at a time; None for as
+            many as its memory budget allows.
     """
 
     def __init__(
@@ -99,9 +100,10 @@ class Session:
 
         Args:
             request: labels, noise, guidance.
-            on_step: called after every step with the step and a function that waits for its latents and gives a copy,
-                outside the timed part.
-            spans: where to record what ran when; every launch is then waited for.
+            on_step: called after every step, outside the timed part, with the step and a function
+                that waits for its latents and returns a copy.
+            spans: list to which the times of all launches are appended; each launch is then waited
+                for.
 
         Returns:
             Final latents (N, C, H, W) float32, and the timing.
@@ -145,7 +147,7 @@ class Session:
         return plan
 
     def _prepare(self, request: Request) -> _Runnable:
-        """Bind the plan for the request's shape, or record it if it ran before, and upload the inputs."""
+        """Bind the plan for the shape of a request, record it if it has run, and upload inputs."""
         inputs = self._inputs(request)
         runnable = self.bind(inputs.batch)
         if runnable.ran and not runnable.recorded:
@@ -155,12 +157,12 @@ class Session:
         return runnable
 
     def _inputs(self, request: Request) -> Inputs:
-        # To bind and record a shape costs more than to pad one.
+        # Binding and recording a shape costs more than padding.
         pads_labels = self._backend.device.shares_launches
         return prepared(request, self._spec.channels, pads_labels=pads_labels)
 
     def _upload(self, request: Request, inputs: Inputs, plan: BoundPlan) -> None:
-        """Put everything that a request brings where the launches read it."""
+        """Upload the arrays of a request to the buffers that the launches read."""
         buffers, batch, upload = self._buffers, inputs.batch, self._stream.upload
         captions = request.conditions.captions
         if captions is None:
@@ -188,18 +190,22 @@ class Session:
         self._stream.wait()
 
     def _recorded(self, plan: BoundPlan) -> tuple[Sequence[Launch], ...]:
-        """What to call for each step: steps of the same launches are recorded once."""
-        known: dict[tuple[int, ...], Sequence[Launch]] = {}
-        found = []
+        """The calls of each step; steps with the same launches are recorded once."""
+        recordings: dict[tuple[int, ...], Sequence[Launch]] = {}
+        calls = []
         for step in plan.steps:
             key = tuple(map(id, step.launches))
-            if key not in known:
-                known[key] = self._stream.recorded(_runs(step.launches))
-            found.append([*_runs(step.before), *known[key]])
-        return tuple(found)
+            if key not in recordings:
+                recordings[key] = self._stream.recorded(_runs(step.launches))
+            calls.append([*_runs(step.before), *recordings[key]])
+        return tuple(calls)
 
     def unbind(self) -> tuple[Batch, ...]:
-        """Forget engines, which other weights take the place of; returns the shapes that were bound, for `bind_all`."""
+        """Unbind all engines before an exchange of weights.
+
+        Returns:
+            The shapes that were bound, for `bind_all`.
+        """
         batches = tuple(self._bound)
         self._bound.clear()
         return batches
@@ -211,7 +217,7 @@ class Session:
                 self.bind(batch)
 
     def bind(self, batch: Batch) -> _Runnable:
-        """The plan bound for a batch shape; the last few shapes are kept."""
+        """Bind the plan for a batch shape; the last few shapes are kept."""
         if batch not in self._bound:
             plan = self._binder(batch).bind()
             steps = tuple([*_runs(step.before), *_runs(step.launches)] for step in plan.steps)

@@ -1,9 +1,10 @@
-"""Sessions that callers take in turn, such that no interrupt loses one.
+"""Sessions that callers use in turn; no interrupt can lose a session.
 
-Ctrl-C may arrive at any call, also at those of a ``finally``; a queue that a session is popped from, or a semaphore that is
-counted down, then stays short of one for ever. Here nothing is popped or counted. A session belongs to the claim that its
-slot names, a claim knows its slot before the slot names it, and the end of a call gives the slot back by one assignment,
-before anything that can be interrupted.
+Ctrl-C may arrive at any call, also inside a ``finally``. A queue from which a session was popped,
+or a semaphore that was decremented, would then lack a session permanently. Here nothing is popped
+or counted. A session belongs to the claim that its slot refers to. A claim refers to its slot
+before the slot refers to it, and the end of a call releases the slot by one assignment, before any
+operation that can be interrupted.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Returned = TypeVar("Returned")
 
 @dataclass(slots=True, eq=False)
 class _Claim:
-    """A call that wants a session, or has the one of its slot."""
+    """A call that waits for a session, or uses the session of its slot."""
 
     thread: int
     slot: _Slot | None = None
@@ -34,7 +35,7 @@ class _Claim:
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """A place for a session, which is made when it is first needed; free while no claim has it."""
+    """A place for a session, which is made when it is first needed; free if it has no claim."""
 
     session: Session | None = None
     claim: _Claim | None = None
@@ -53,14 +54,15 @@ class SessionPool:
     def __init__(self, size: int) -> None:
         self._slots = tuple(_Slot() for _ in range(size))
         self._choosing = threading.Lock()
-        # Wakes a caller that waits, who looks for a free slot itself: one too many does no harm, and every call that ends
-        # or takes a slot rings, so none is missing. It is written in C, and an interrupted wait takes nothing.
+        # Wakes a waiting caller, which then searches for a free slot. A superfluous ring is
+        # harmless, and every call that ends or takes a slot rings, so no ring is missing. The queue
+        # is written in C, and an interrupted wait removes nothing.
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.closed = False
 
     @property
     def free(self) -> int:
-        """Slots that no call has."""
+        """Number of slots without a claim."""
         return sum(slot.claim is None for slot in self._slots)
 
     def run(
@@ -69,16 +71,16 @@ class SessionPool:
         work: Callable[[Session], Returned],
         spans: list[Span] | None = None,
     ) -> Returned:
-        """Call ``work`` with a session that nobody else has meanwhile, once there is one.
+        """Wait for a session, and call ``work`` with exclusive use of it.
 
         Args:
             make: makes a session.
-            work: what to do with it.
-            spans: where to record the wait.
+            work: the function to call with the session.
+            spans: list to which the waiting time is appended.
 
         Raises:
             EnvironmentUnsupportedError: the pool is closed.
-            UsageError: all sessions are taken, and this thread would wait for itself.
+            UsageError: all sessions are in use, and this thread would wait for itself.
         """
         return self._run(self._slots, make, work, spans)
 
@@ -105,15 +107,15 @@ class SessionPool:
             with native_calls():
                 return work(slot.session)
         finally:
-            taken = claim.slot
-            if taken is not None and taken.claim is claim:
-                taken.claim = None
+            own_slot = claim.slot
+            if own_slot is not None and own_slot.claim is claim:
+                own_slot.claim = None
                 if self.closed:
-                    taken.session = None
+                    own_slot.session = None
             self._bell.put(None)
 
     def close(self) -> None:
-        """Drop sessions that are free, and others when their call ends; wake whoever waits."""
+        """Drop free sessions, and the others when their calls end; wake waiting callers."""
         self.closed = True
         for slot in self._slots:
             if slot.claim is None:
@@ -132,11 +134,12 @@ class SessionPool:
                         break
             if claim.slot is not None:
                 self._forget_rings()
-                self._bell.put(None)  # for the next who waits: another slot may be free too
+                self._bell.put(None)  # for the next waiting caller: another slot may be free too
                 return claim.slot
             if any(slot.claim is not None and slot.claim.thread == claim.thread for slot in slots):
                 raise UsageError(
-                    f"all {len(self._slots)} sessions of the pipeline are taken, one of them by this thread, which would wait for itself; "
+                    f"all {len(self._slots)} sessions of the pipeline are taken, one of them by "
+                    "this thread, which would wait for itself; "
                     "do not generate from a callback, or load with a larger max_sessions"
                 )
             self._bell.get()

@@ -1,9 +1,10 @@
-"""A plan bound so that steps of a kind are the same launches on the same addresses.
+"""A plan bound so that steps of the same kind share launches and addresses.
 
-A CUDA graph holds addresses. If each step read its own values where they lie, each step would be a graph of its own. So a
-step begins by moving what differs from step to step to one place: its rows of the modulation table, its numbers, its
-noise, and what the step before it left. A counter on the device tells which step it is. All else is the same for every
-step that launches the same engines on the same history, and is recorded once.
+A CUDA graph contains addresses. If each step read its values at their own addresses, each step
+would need its own CUDA graph. Therefore a step begins by moving the values that differ from step to
+step to common addresses: its rows of the modulation table, its coefficients, its noise, and the
+results of the preceding step. A counter on the device selects the step. All other launches are the
+same for all steps that launch the same engines on the same history, and are recorded once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from goc_deploy.runtime.constants import aligned_size
 
 
 class SharedBinder(Binder):
-    """See `Binder`; for a device that shares launches. Nothing is predicted ahead there."""
+    """A `Binder` for a device that shares launches. Plans in this form do not predict ahead."""
 
     def __init__(self, device: Device, *args: Any) -> None:
         super().__init__(*args)
@@ -32,14 +33,14 @@ class SharedBinder(Binder):
         return self._buffers.shared
 
     def _start(self, step: int) -> list[BoundLaunch]:
-        """One launch that moves everything."""
+        """One launch that moves all values of the step."""
         used = self._used_modulation(step)
         key = ("start", used)
-        if key not in self._known:
+        if key not in self._launches:
             moves = (self._modulation_of(used), *self._numbers(), *self._left())
             run = self._device.step_start(moves, self._places.step, self._stream)
-            self._known[key] = BoundLaunch("start", run)
-        return [self._known[key]]
+            self._launches[key] = BoundLaunch("start", run)
+        return [self._launches[key]]
 
     def _modulation_of(self, used: range) -> Move:
         """Rows of the modulation table, expanded to the batch."""
@@ -56,7 +57,7 @@ class SharedBinder(Binder):
         )
 
     def _numbers(self) -> list[Move]:
-        """The step's numbers, and its noise."""
+        """Moves of the coefficients and the noise of a step."""
         plan, places, buffers = self._plan, self._places, self._buffers
         (size,), elements = places.constants.shape, math.prod(self._latents_shape)
         moves = [
@@ -75,7 +76,7 @@ class SharedBinder(Binder):
         return moves
 
     def _left(self) -> list[Move]:
-        """What the step before left: its latents, and estimates, which all grow older by a step."""
+        """Moves of the latents and estimates of the preceding step; estimates age by one step."""
         reach, elements = self._plan.sampler.reach, math.prod(self._latents_shape)
         pairs = [(self._latents_out(0), self._latents(0))]
         pairs += [
@@ -102,7 +103,7 @@ class SharedBinder(Binder):
         return self._buffers.estimates[lag].view(*self._latents_shape)
 
     def _resets(self) -> tuple[tuple[Buffer, Buffer], ...]:
-        """Before the first step there were no estimates."""
+        """Copies of zeros to all estimates, because the first step has none before it."""
         nothing, reach = self._buffers.no_estimate, self._plan.sampler.reach
         if nothing is None:
             return ()

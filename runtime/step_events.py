@@ -1,4 +1,4 @@
-"""Telling a caller about each step while a request runs."""
+"""Notifying a caller of each step while a request runs."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ StepHook = Callable[["StepEvent"], None]
 
 @dataclass(frozen=True, slots=True)
 class StepEvent:
-    """What a callback is told after each step.
+    """The event of a step that has ended.
 
     Attributes:
-        step: 0 .. T-1.
-        steps: T.
-        kind: ``full``, ``collapsed`` or ``mixed``.
+        step: index of the step, 0 .. T-1.
+        steps: T, number of steps.
+        kind: kind of the step: ``full``, ``collapsed`` or ``mixed``.
         first_image: index of the batch's first image in the request.
-        images: images of the batch.
+        images: number of images of the batch.
     """
 
     step: int
@@ -37,21 +37,21 @@ class StepEvent:
 
 
 def step_callback(
-    plan: Plan, hook: StepHook | None, taken: list[np.ndarray] | None, part: range
+    plan: Plan, hook: StepHook | None, trajectory: list[np.ndarray] | None, part: range
 ) -> StepCallback:
-    """What a session calls after each step of a batch.
+    """The function that a session calls after each step of a batch.
 
     Args:
-        plan: what runs.
-        hook: told about the step; an exception in it is logged.
-        taken: where to append a copy of the latents, if not None.
+        plan: the plan that runs.
+        hook: called with the event of the step; an exception in it is logged.
+        trajectory: list to which a copy of the latents is appended, or None.
         part: the images of the batch.
     """
 
     def on_step(step: int, latents: Callable[[], np.ndarray]) -> None:
         check_not_exiting()
-        if taken is not None:
-            taken.append(latents())
+        if trajectory is not None:
+            trajectory.append(latents())
         if hook is None:
             return
         event = StepEvent(step, plan.steps, plan.step_kind(step), part.start, len(part))

@@ -1,4 +1,4 @@
-"""Where the weights of loaded engines come from, and who runs on them."""
+"""The weights of loaded engines: their source, and the requests that use them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ if TYPE_CHECKING:
 
 
 class Weights:
-    """Shared by all pipelines on the same engines: any number of requests run on them, or one thread exchanges them.
+    """The weights that all pipelines on the same engines share.
+
+    Either any number of requests use them, or one thread exchanges them.
 
     Attributes:
-        directory: the engine directory that the engines come from, or None if they come from none.
-        content: graphs of that directory and the weights in use, mapped, by path in that directory.
-        checkpoint_sha256: digest of the checkpoint that the weights in use were exported from.
-        sessions: that may have engines bound.
-        lost: why the engines cannot be used any more, or None.
+        directory: the engine directory of the engines, or None.
+        content: graphs of that directory and the current weights, mapped, by path in that
+            directory.
+        checkpoint_sha256: digest of the checkpoint from which the current weights were exported.
+        sessions: sessions that may have bound engines.
+        lost: the reason why the engines cannot be used any more, or None.
     """
 
     def __init__(
@@ -38,12 +41,14 @@ class Weights:
         self.sessions: WeakSet[Session] = WeakSet()
         self.lost: str | None = None
         self._one_exchange, self._changed = threading.Lock(), threading.Condition()
-        self._running: Counter[int] = Counter()  # by thread, which may run a request within one
+        self._running: Counter[int] = (
+            Counter()
+        )  # per thread, because requests of a thread may be nested
         self._exchanging = False
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Use the engines; an exchange is waited for, and waits.
+        """Use the engines in the body, after a running exchange; the next exchange waits for it.
 
         Raises:
             EnvironmentUnsupportedError: an exchange lost the weights.
@@ -65,16 +70,17 @@ class Weights:
 
     @contextmanager
     def exchange(self) -> Iterator[None]:
-        """Be the only one that prepares an exchange; requests go on.
+        """Prepare an exchange in the body, one thread at a time; requests continue to run.
 
         Raises:
-            UsageError: called by a callback of a request, which would wait for itself.
+            UsageError: the caller is a callback of a request, which would wait for itself.
             EnvironmentUnsupportedError: an exchange lost the weights.
         """
         with self._changed:
             if threading.get_ident() in self._running:
                 raise UsageError(
-                    "weights cannot be loaded by a callback of a request that runs on them; load them afterwards"
+                    "weights cannot be loaded by a callback of a request that runs on them; load "
+                    "them afterwards"
                 )
         with self._one_exchange:
             if self.lost is not None:
@@ -83,7 +89,7 @@ class Weights:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Within `exchange`: have the engines alone, once the requests that run now have ended; later ones wait."""
+        """Within `exchange`, wait for running requests; later requests wait for the body."""
         try:
             with self._changed:
                 self._exchanging = True

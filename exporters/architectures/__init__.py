@@ -1,1 +1,1 @@
-"""Model families, one module each; `contract.Architecture` states what a family provides."""
+"""Model families, one module each; `contract.Architecture` lists what a family provides."""

@@ -1,6 +1,6 @@
-"""The contract of an architecture: what its module in this folder provides.
+"""The contract of an architecture: the functions that its module in this folder provides.
 
-``docs/architectures.md`` says what each unit computes and which tensors the runtime offers it.
+``docs/architectures.md`` describes what each graph computes and which tensors the runtime offers.
 """
 
 from __future__ import annotations
@@ -18,45 +18,63 @@ from goc_deploy.spec import ModelSpec
 
 
 class SpecFromTensors(Protocol):
+    """The type of `Architecture.spec_from_tensors`."""
+
     def __call__(self, tensors: Mapping[str, Tensor], heads: int | None) -> ModelSpec:
-        """Read the sizes off the tensors of a checkpoint; ``heads`` is what the user gave, or None.
+        """Infer the sizes of a model from the tensors of a checkpoint.
+
+        Args:
+            tensors: the checkpoint, in the public layout.
+            heads: number of attention heads that the user requests, or None to infer it.
 
         Raises:
-            ModelError: sizes that do not fit each other, or a number of heads that cannot be known.
+            ModelError: the sizes are not consistent, or the number of heads cannot be inferred.
         """
 
 
 class CheckTensors(Protocol):
+    """The type of `Architecture.check_tensors`."""
+
     def __call__(self, tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
         """Check names and shapes in the public layout.
 
         Raises:
-            ModelError: listing what is missing, unexpected, or of another shape.
+            ModelError: tensors are missing, unexpected, or of another shape; the message lists
+                them.
         """
 
 
 class UnitKinds(Protocol):
+    """The type of `Architecture.unit_kinds`."""
+
     def __call__(self, spec: ModelSpec, precision: Precision) -> tuple[UnitKind, ...]:
         """The graphs of a model, in the order in which they are written."""
 
 
 class SpecFromConfig(Protocol):
+    """The type of `DiffusersFolder.spec_from_config`."""
+
     def __call__(self, config: Mapping[str, Any], where: str) -> ModelSpec:
-        """Read the sizes off a ``config.json``; ``where`` names the file in messages.
+        """Read the sizes of a model from a ``config.json``; ``where`` names the file in messages.
 
         Raises:
-            ModelError: naming the setting that is unknown, not supported or out of range.
+            ModelError: a setting is unknown, not supported or out of range; the message names it.
         """
 
 
 class StateFromDiffusers(Protocol):
+    """The type of `DiffusersFolder.state_from_diffusers`."""
+
     def __call__(
-        self, found: Mapping[str, Tensor], spec: ModelSpec, where: Path
+        self, tensors: Mapping[str, Tensor], spec: ModelSpec, where: Path
     ) -> tuple[ModelSpec, dict[str, Tensor]]:
-        """Rename tensors that diffusers saved to the public layout; the spec gets what only they tell.
+        """Rename tensors that diffusers saved to the public layout.
+
+        Returns:
+            The spec, completed by what only the tensors show, and the renamed tensors.
 
         Raises:
-            ModelError: listing tensors that are missing or left over.
+            ModelError: tensors are missing or left over; the message lists them.
         """
 
 
@@ -67,9 +85,10 @@ class DiffusersFolder:
     Attributes:
         pipelines: pipeline classes whose ``transformer`` folder is read.
         transformer: the model's class in ``config.json``.
-        norm_type: the setting that tells the family, because old files name one class for all.
-        spec_from_config: sizes from ``config.json``.
-        state_from_diffusers: tensors under the names of the public layout.
+        norm_type: value of the setting that distinguishes families in old files, which have the
+            same class for all.
+        spec_from_config: reads the sizes from ``config.json``.
+        state_from_diffusers: renames the tensors to the public layout.
     """
 
     pipelines: tuple[str, ...]
@@ -84,13 +103,13 @@ class Architecture:
     """A family of models.
 
     Attributes:
-        name: as in ``--model`` and `ModelSpec.architecture`.
-        telling_tensors: names that only this family has together. Empty if its checkpoints look like another family's,
-            which ``--model`` must then tell apart.
-        spec_from_tensors: sizes of a checkpoint.
-        check_tensors: whether names and shapes are those of the sizes.
-        unit_kinds: the graphs.
-        folder: how diffusers saves it, or None if diffusers does not have it.
+        name: name of the family in ``--model`` and `ModelSpec.architecture`.
+        telling_tensors: tensor names that together identify the family. Empty if its checkpoints
+            look like those of another family; then ``--model`` must select it.
+        spec_from_tensors: infers the sizes from a checkpoint.
+        check_tensors: checks that names and shapes fit the sizes.
+        unit_kinds: returns the graphs.
+        folder: how diffusers saves the family, or None if diffusers does not have it.
     """
 
     name: str
@@ -101,5 +120,5 @@ class Architecture:
     folder: DiffusersFolder | None = None
 
     def matches(self, names: Sequence[str]) -> bool:
-        """Whether tensors with these names are a checkpoint of the family in its public layout."""
+        """Whether these are the tensor names of a checkpoint of the family in its public layout."""
         return bool(self.telling_tensors) and self.telling_tensors <= set(names)

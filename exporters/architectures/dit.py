@@ -1,7 +1,8 @@
-"""DiT as exported units: what is hoisted out of the step loop, and what a block's units compute.
+"""DiT as exported graphs: the units of the blocks, and the graphs around them.
 
-Hoisted: timestep and label embeddings and every adaLN modulation, one matrix product over steps x distinct labels.
-The order of the table's rows is that of `goc_deploy.modulation.ModulationRows`.
+The timestep and label embeddings and every adaLN modulation are hoisted out of the step loop: they
+are one matrix product over steps and distinct labels. `goc_deploy.modulation.ModulationRows`
+defines the order of the rows of the resulting table.
 """
 
 from __future__ import annotations
@@ -47,20 +48,22 @@ SHIFT_ATTN, SCALE_ATTN, GATE_ATTN, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
 
 
 def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> ModelSpec:
-    """Read the model's sizes off its tensors.
+    """Infer the sizes of a model from its tensors.
 
     Raises:
-        ModelError: sizes that do not fit each other, or heads that cannot be known.
+        ModelError: the sizes are not consistent, or the number of heads cannot be inferred.
     """
     sizes = sizes_from_tensors(tensors, "DiT", "y_embedder.embedding_table.weight")
     hidden, patch, values = sizes.hidden, sizes.patch, sizes.patch**2 * sizes.channels
     if sizes.grid**2 != sizes.tokens or patch != sizes.patch_width:
         raise ModelError(
-            f"only square samples and patches are supported; found {sizes.tokens} tokens and patches of {patch}x{sizes.patch_width}"
+            f"only square samples and patches are supported; there are {sizes.tokens} tokens and "
+            f"patches of {patch}x{sizes.patch_width}"
         )
     if sizes.own[0] < 2:
         raise ModelError(
-            "the label table has one row, so there is no class besides the null label; give a conditional model"
+            "the label table has one row, so there is no class besides the null label; give a "
+            "conditional model"
         )
     if sizes.depth > MAX_BLOCKS:
         raise ModelError(
@@ -68,7 +71,8 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
         )
     if sizes.ratio not in (1, 2):
         raise ModelError(
-            f"the final layer predicts {sizes.predicted} values per token, expected {values} (or twice that, with sigma)"
+            f"the final layer predicts {sizes.predicted} values per token, expected {values} (or "
+            "twice that, with sigma)"
         )
     heads = heads or HEADS_OF_KNOWN_SIZES.get(hidden)
     if heads is None:
@@ -103,16 +107,19 @@ class ConditioningUnit(nn.Module):
         self.modulation = nn.Linear(spec.hidden, self.rows * spec.hidden)
 
     def forward(self, t: Tensor, labels: Tensor) -> Tensor:
-        condition = self.t_embedder(t).unsqueeze(1) + self.y_embedder(labels).unsqueeze(
-            0
-        )  # (S, R, D)
+        """Timesteps (S,) and labels (R,) to the table (S, M, R, D)."""
+        # (S, R, D)
+        condition = self.t_embedder(t).unsqueeze(1) + self.y_embedder(labels).unsqueeze(0)
         steps, rows, hidden = condition.shape
         table = self.modulation(nn.functional.silu(condition).reshape(-1, hidden))  # (S*R, M*D)
         return table.reshape(steps, rows, self.rows, hidden).transpose(1, 2)  # (S, M, R, D)
 
 
 class PatchRows(nn.Module):
-    """`PatchEmbed` as one matrix product; a checkpoint's kernel (D, C, p, p) is its matrix (D, C*p*p) as it lies there."""
+    """`PatchEmbed` as one matrix product.
+
+    The matrix (D, C*p*p) has the memory layout of the kernel (D, C, p, p) of a checkpoint.
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -120,17 +127,16 @@ class PatchRows(nn.Module):
         self.proj = nn.Linear(spec.channels * spec.patch**2, spec.hidden)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Latents (N, C, H, W) to tokens (N, T, D)."""
         side, p, channels = self.spec.grid, self.spec.patch, self.spec.channels
-        patches = x.reshape(-1, channels, side, p, side, p).permute(
-            0, 2, 4, 1, 3, 5
-        )  # (N, h, w, C, p, p)
-        return self.proj(patches.reshape(-1, channels * p * p)).reshape(
-            -1, side * side, self.spec.hidden
-        )  # (N, T, D)
+        # (N, h, w, C, p, p)
+        patches = x.reshape(-1, channels, side, p, side, p).permute(0, 2, 4, 1, 3, 5)
+        tokens = self.proj(patches.reshape(-1, channels * p * p))  # (N*T, D)
+        return tokens.reshape(-1, side * side, self.spec.hidden)
 
 
 class OwnConditioning(nn.Module):
-    """What a block makes of timesteps and labels where its embedders are its own."""
+    """The embedders and the modulation of a block that has its own embedders."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -139,15 +145,18 @@ class OwnConditioning(nn.Module):
         self.adaLN_modulation = adaln(spec.hidden, 6)
 
     def forward(self, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        condition = self.t_embedder(t).unsqueeze(1) + self.y_embedder(labels).unsqueeze(
-            0
-        )  # (S, R, D)
+        """Timesteps (S,) and labels (R,) to conditions (S, R, D) and modulation (S, R, 6, D)."""
+        # (S, R, D)
+        condition = self.t_embedder(t).unsqueeze(1) + self.y_embedder(labels).unsqueeze(0)
         chunks = self.adaLN_modulation(condition.reshape(-1, condition.shape[-1]))  # (S*R, 6*D)
         return condition, chunks.reshape(*condition.shape[:2], 6, -1)
 
 
 class BlockConditioningUnit(nn.Module):
-    """`ConditioningUnit` of a model whose blocks own their embedders; parameters have the names of the layout."""
+    """`ConditioningUnit` of a model whose blocks have their own embedders.
+
+    The parameters have the names of the public layout.
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -156,6 +165,7 @@ class BlockConditioningUnit(nn.Module):
         self.final_layer = nn.ModuleDict({"adaLN_modulation": adaln(spec.hidden, 2)})
 
     def forward(self, t: Tensor, labels: Tensor) -> Tensor:
+        """Timesteps (S,) and labels (R,) to the table (S, M, R, D)."""
         conditions, chunks = zip(*(block(t, labels) for block in self.blocks), strict=True)
         steps, rows, hidden = conditions[0].shape
         last = self.final_layer["adaLN_modulation"](conditions[0].reshape(-1, hidden))  # (S*R, 2*D)
@@ -171,22 +181,22 @@ class BlockConditioningUnit(nn.Module):
 
 
 class EmbedUnit(nn.Module):
-    """Latents to tokens, once per image, then copied to the rows of the batch."""
+    """Latents to tokens, computed once per image and then copied to the rows of the batch."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.x_embedder = PatchRows(
-            spec
-        )  # no convolution, which ONNX Runtime's CUDA provider lacks in bf16 at opset 20
+        # Not a convolution: ONNX Runtime's CUDA provider has none in bf16 at opset 20.
+        self.x_embedder = PatchRows(spec)
         self.pos_embed = nn.Parameter(torch.empty(1, spec.tokens, spec.hidden), requires_grad=False)
 
     def forward(self, latents: Tensor, rows: Tensor) -> Tensor:
+        """Latents (N, C, H, W) and the image (B,) of each row to tokens (B, T, D)."""
         tokens = self.x_embedder(latents.to(self.pos_embed.dtype)) + self.pos_embed  # (N, T, D)
         return tokens.index_select(0, rows)  # (B, T, D)
 
     def reference(self, latents: Tensor, rows: Tensor) -> Tensor:
-        """The same as the PyTorch model computes it."""
+        """The same tokens, computed with the convolution of the PyTorch model."""
         layer, p = self.x_embedder.proj, self.spec.patch
         kernel = layer.weight.reshape(-1, self.spec.channels, p, p)
         tokens = (
@@ -196,12 +206,18 @@ class EmbedUnit(nn.Module):
 
 
 def add_gated(x: Tensor, gate: Tensor, feature: Tensor) -> Tensor:
-    """``x + gate * feature`` in float32, back in the dtype of ``x``."""
+    """``x + gate * feature``, computed in float32 and returned in the dtype of ``x``.
+
+    Args:
+        x: (B, T, D).
+        gate: (B, D).
+        feature: (B, T, D).
+    """
     return (x.float() + gate.float().unsqueeze(1) * feature.float()).to(x.dtype)
 
 
 class AttnUnit(nn.Module):
-    """Attention branch of a block: (x_out, feature)."""
+    """The unit of an attention branch."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -210,15 +226,15 @@ class AttnUnit(nn.Module):
     def forward(
         self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """``x`` (B, T, D) and modulation (B, D) to x_out (B, T, D) and feature (B*T, D)."""
         batch, tokens, hidden = x.shape
         heads = self.attn.heads
         qkv = self.attn.qkv(modulate(x, shift, scale).reshape(-1, hidden))  # (B*T, 3*D)
         q, k, v = (
             qkv.reshape(batch, tokens, 3, heads, hidden // heads).permute(2, 0, 3, 1, 4).unbind(0)
         )
-        scores = torch.matmul(
-            q * (hidden // heads) ** -0.5, k.transpose(-1, -2)
-        )  # (B, heads, T, T)
+        # (B, heads, T, T)
+        scores = torch.matmul(q * (hidden // heads) ** -0.5, k.transpose(-1, -2))
         weights = torch.softmax(scores.float(), dim=-1).to(x.dtype)
         mixed = torch.matmul(weights, v).transpose(1, 2).reshape(-1, hidden)  # (B*T, D)
         feature = self.attn.proj(mixed)
@@ -227,13 +243,13 @@ class AttnUnit(nn.Module):
     def reference(
         self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The same branch as the PyTorch model computes it."""
+        """The same tensors, computed with the branch of the PyTorch model."""
         feature = self.attn(modulate(x, shift, scale))
         return x + gate.unsqueeze(1) * feature, feature.reshape(-1, x.shape[-1])
 
 
 class MlpUnit(nn.Module):
-    """MLP branch of a block: (x_out, feature)."""
+    """The unit of an MLP branch."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -243,21 +259,21 @@ class MlpUnit(nn.Module):
     def forward(
         self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor
     ) -> tuple[Tensor, Tensor]:
-        feature = self.mlp(
-            modulate(x, shift, scale, self.norm_eps).reshape(-1, x.shape[-1])
-        )  # (B*T, D)
+        """``x`` (B, T, D) and modulation (B, D) to x_out (B, T, D) and feature (B*T, D)."""
+        modulated = modulate(x, shift, scale, self.norm_eps)
+        feature = self.mlp(modulated.reshape(-1, x.shape[-1]))  # (B*T, D)
         return add_gated(x, gate, feature.reshape(x.shape)), feature
 
     def reference(
         self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The same branch as the PyTorch model computes it."""
+        """The same tensors, computed with the branch of the PyTorch model."""
         feature = self.mlp(modulate(x, shift, scale, self.norm_eps))
         return x + gate.unsqueeze(1) * feature, feature.reshape(-1, x.shape[-1])
 
 
 class FinalUnit(nn.Module):
-    """Tokens to the model's prediction."""
+    """Tokens to the model output."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -265,10 +281,10 @@ class FinalUnit(nn.Module):
         self.linear = nn.Linear(spec.hidden, spec.patch**2 * spec.output_channels)
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        patches = self.linear(
-            modulate(x, shift, scale).reshape(-1, x.shape[-1])
-        )  # (B*T, p*p*C_out)
-        return unpatchify(patches, self.spec).float()  # (B, C_out, H, W)
+        """Tokens (B, T, D) and modulation (B, D) to the output (B, C_out, H, W) float32."""
+        modulated = modulate(x, shift, scale)
+        patches = self.linear(modulated.reshape(-1, x.shape[-1]))  # (B*T, p*p*C_out)
+        return unpatchify(patches, self.spec).float()
 
 
 def unit_kinds(spec: ModelSpec, precision: Precision) -> tuple[UnitKind, ...]:
@@ -276,14 +292,14 @@ def unit_kinds(spec: ModelSpec, precision: Precision) -> tuple[UnitKind, ...]:
     dtype = DTYPES[precision]
     examples = Examples(spec, dtype)
 
-    def made(make: Callable[[ModelSpec], Module]) -> Module:
+    def traceable(make: Callable[[ModelSpec], Module]) -> Module:
         return empty_module(lambda: make(spec), dtype, examples.generator)
 
-    conditioning: nn.Module = made(
+    conditioning: nn.Module = traceable(
         BlockConditioningUnit if spec.block_embedders else ConditioningUnit
     )
-    embed, final = made(EmbedUnit), made(FinalUnit)
-    attn, mlp = made(AttnUnit), made(MlpUnit)
+    embed, final = traceable(EmbedUnit), traceable(FinalUnit)
+    attn, mlp = traceable(AttnUnit), traceable(MlpUnit)
     labels = Input("labels", torch.tensor([0, spec.classes]), {0: "labels"})
     branch = (examples.tokens(), *examples.modulation("shift", "scale", "gate"))
     return (
@@ -311,10 +327,11 @@ def unit_kinds(spec: ModelSpec, precision: Precision) -> tuple[UnitKind, ...]:
 
 
 def check_tensors(tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
-    """Check names and shapes against the architecture.
+    """Check that names and shapes of tensors are those of the architecture.
 
     Raises:
-        ModelError: listing up to ten missing, unexpected and mis-shaped tensors.
+        ModelError: tensors are missing, unexpected or of another shape; the message lists up to ten
+            of each.
     """
     check_shapes(
         tensors,
@@ -324,7 +341,7 @@ def check_tensors(tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
 
 
 def _conditioning(module: nn.Module, spec: ModelSpec) -> dict[str, tuple[Slab, ...]]:
-    """The embedders as they are, and all adaLN layers as one matrix, if they read one condition."""
+    """Bind the embedders, and all adaLN layers as one matrix if they share one condition."""
     binding = same_names(module)
     if spec.block_embedders:
         return binding

@@ -1,4 +1,4 @@
-"""A DiT as diffusers saves it: its configuration, and its tensors under the names of the public DiT layout."""
+"""A DiT that diffusers saved: its configuration, and its tensors in the public DiT layout."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ from goc_deploy.exporters.folders import (
 )
 from goc_deploy.spec import ModelSpec
 
-FREQUENCY_SHIFT = (
-    1  # diffusers spreads its 128 frequencies over 127 intervals, the public DiT code over 128
-)
+# diffusers spreads its 128 frequencies over 127 intervals, the public DiT code over 128.
+FREQUENCY_SHIFT = 1
 
 
 class DiTConfig(TransformerConfig, frozen=True, kw_only=True):
-    """Settings of a DiTTransformer2DModel that are read."""
+    """The settings of a DiTTransformer2DModel that are read."""
 
     sample_size: Setting = 32
     norm_eps: Annotated[float, Meta(gt=0, lt=1)] = 1e-5
@@ -52,10 +51,10 @@ _EMBEDDER = re.compile(r"transformer_blocks\.(\d+)\.norm1\.emb\.(.+)")
 
 
 def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
-    """Sizes of the model that a ``config.json`` describes.
+    """The sizes of the model that a ``config.json`` describes.
 
     Raises:
-        ModelError: naming the setting that is unknown, not supported or out of range.
+        ModelError: a setting is unknown, not supported or out of range; the message names it.
     """
     settings = SETTINGS.read(config, where)
     hidden = transformer_width(settings, 4, "a sine and a cosine per axis", where)
@@ -76,30 +75,35 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
 
 
 def state_from_diffusers(
-    found: Mapping[str, Tensor], spec: ModelSpec, where: Path
+    tensors: Mapping[str, Tensor], spec: ModelSpec, where: Path
 ) -> tuple[ModelSpec, dict[str, Tensor]]:
-    """Tensors of a DiTTransformer2DModel under the names of the public DiT layout.
+    """The tensors of a DiTTransformer2DModel under the names of the public DiT layout.
 
-    q, k and v are joined, and the position table is computed where diffusers did not save it. diffusers keeps embedders in
-    every block: where they are equal, as in a converted checkpoint, they are taken once; where they are not, as in a model
-    that was trained in diffusers, every block keeps its own, under its name.
+    q, k and v are joined. The position table is computed if diffusers did not save it. diffusers
+    has embedders in every block. If they are equal, as in a converted checkpoint, they are used
+    once. If they differ, as in a model that was trained in diffusers, every block keeps its own
+    embedders.
+
+    Returns:
+        The spec, with ``block_embedders`` set, and the tensors by name.
 
     Raises:
-        ModelError: listing tensors that are missing or left over.
+        ModelError: tensors are missing or left over; the message lists them.
     """
-    own = any(not _equals_block_0(name, found) for name in found)
+    own = any(not _equals_block_0(name, tensors) for name in tensors)
     spec = replace(spec, block_embedders=own)
     kept = {
-        name: tensor for name, tensor in found.items() if own or not _is_repeated_embedder(name)
+        name: tensor for name, tensor in tensors.items() if own or not _is_repeated_embedder(name)
     }
     names = Renaming(kept, where)
     table = names.rest.pop("pos_embed.pos_embed", None)
     state = {"pos_embed": position_table(spec.hidden, spec.grid) if table is None else table}
     state |= names.take_layers(layer_names(spec))
+    table_name = "embedding_table.weight"
     state |= names.take_tensors(
         {
-            f"{here}y_embedder.embedding_table.weight": f"{there}.class_embedder.embedding_table.weight"
-            for here, there in embedders(spec).items()
+            f"{new}y_embedder.{table_name}": f"{old}.class_embedder.{table_name}"
+            for new, old in embedders(spec).items()
         }
     )
     for block in range(spec.depth):
@@ -110,14 +114,14 @@ def state_from_diffusers(
 
 
 def embedders(spec: ModelSpec) -> dict[str, str]:
-    """Where embedders stand: prefix of their names in the public layout -> module in diffusers."""
+    """The embedders of a model: prefix of their names in the public layout -> diffusers module."""
     if spec.block_embedders:
         return {f"blocks.{i}.": f"transformer_blocks.{i}.norm1.emb" for i in range(spec.depth)}
     return {"": "transformer_blocks.0.norm1.emb"}
 
 
 def layer_names(spec: ModelSpec) -> dict[str, str]:
-    """Layers with a weight and a bias that differ in name only: public DiT layout -> diffusers."""
+    """Layers that differ in name only: name in the public DiT layout -> name in diffusers."""
     names = {
         "x_embedder.proj": "pos_embed.proj",
         "final_layer.adaLN_modulation.1": "proj_out_1",
@@ -136,11 +140,18 @@ def layer_names(spec: ModelSpec) -> dict[str, str]:
 
 
 def position_table(hidden: int, grid: int, stretch: float = 1) -> Tensor:
-    """Sines and cosines of a token's column, then of its row: (1, grid * grid, hidden) float32.
+    """Sines and cosines of the column of each token, then of its row.
 
-    ``stretch`` is how many tokens lie within a distance of 1.
+    Args:
+        hidden: D.
+        grid: tokens per side.
+        stretch: number of tokens within a distance of 1.
 
-    Source: Vaswani et al., "Attention Is All You Need", NeurIPS 2017, section 3.5, in two dimensions.
+    Returns:
+        (1, grid * grid, hidden) float32.
+
+    Source: Vaswani et al., "Attention Is All You Need", NeurIPS 2017, section 3.5, in two
+    dimensions.
     """
     frequencies = 10_000.0 ** (-torch.arange(hidden // 4, dtype=torch.float64) / (hidden // 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] / stretch * frequencies
@@ -154,10 +165,10 @@ def _is_repeated_embedder(name: str) -> bool:
     return match is not None and match[1] != "0"
 
 
-def _equals_block_0(name: str, found: Mapping[str, Tensor]) -> bool:
-    """Whether a tensor is no embedder, or the same as that of block 0."""
+def _equals_block_0(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor belongs to no embedder, or equals the same tensor of block 0."""
     match = _EMBEDDER.fullmatch(name)
     if match is None or match[1] == "0":
         return True
-    first = found.get(f"transformer_blocks.0.norm1.emb.{match[2]}")
-    return first is not None and torch.equal(first, found[name])
+    first = tensors.get(f"transformer_blocks.0.norm1.emb.{match[2]}")
+    return first is not None and torch.equal(first, tensors[name])

@@ -1,8 +1,10 @@
 """Diffusion Transformer (DiT) in PyTorch, in the public checkpoint layout.
 
-The parameter names and shapes follow the public DiT checkpoints, so ``load_state_dict`` takes them as they are.
-This module is what exported units are compared with; the examples train it. Source: Peebles and Xie, "Scalable
-Diffusion Models with Transformers", ICCV 2023, figure 3 (adaLN-Zero block).
+The parameter names and shapes follow the public DiT checkpoints, so ``load_state_dict`` accepts
+them unchanged. Exported graphs are compared with this module, and the examples train it.
+
+Source: Peebles and Xie, "Scalable Diffusion Models with Transformers", ICCV 2023, figure 3
+(adaLN-Zero block).
 """
 
 from __future__ import annotations
@@ -23,14 +25,14 @@ TIMESTEP_MAX_PERIOD = 10_000
 
 
 def normalize(x: Tensor, epsilon: float = LAYER_NORM_EPSILON) -> Tensor:
-    """Layer norm over the last dimension without affine parameters, in float32."""
+    """Layer norm over the last dimension without affine parameters: (..., D) to float32."""
     return F.layer_norm(x.float(), (x.shape[-1],), eps=epsilon)
 
 
 def modulate(
     x: Tensor, shift: Tensor, scale: Tensor, epsilon: float = LAYER_NORM_EPSILON
 ) -> Tensor:
-    """Normalise tokens, then shift and scale them per sample (adaLN).
+    """Normalize tokens, then shift and scale them per sample (adaLN).
 
     Args:
         x: (B, T, D).
@@ -71,6 +73,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, T, D) to tokens (B, T, D)."""
         batch, tokens, hidden = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, hidden // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, T, head_dim)
@@ -87,11 +90,12 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(inner, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 def adaln(hidden: int, chunks: int) -> nn.Sequential:
-    """SiLU and a linear layer that turn the condition into ``chunks`` modulation vectors."""
+    """SiLU and a linear layer: the condition (..., D) to ``chunks`` joined modulation vectors."""
     return nn.Sequential(nn.SiLU(), nn.Linear(hidden, chunks * hidden))
 
 
@@ -108,6 +112,7 @@ class Block(nn.Module):
             self.t_embedder, self.y_embedder = TimestepEmbed(spec), LabelEmbed(spec)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Tokens (B, T, D) and conditions (B, D) to tokens (B, T, D)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(
             6, dim=1
         )
@@ -123,7 +128,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(spec.channels, spec.hidden, kernel_size=spec.patch, stride=spec.patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)  # (B, T, D)
+        """Latents (B, C, H, W) to tokens (B, T, D)."""
+        return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class TimestepEmbed(nn.Module):
@@ -139,6 +145,7 @@ class TimestepEmbed(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
+        """Timesteps (S,) to conditions (S, D)."""
         return self.mlp(
             timestep_features(t, self.frequency_shift).to(next(self.mlp.parameters()).dtype)
         )
@@ -152,6 +159,7 @@ class LabelEmbed(nn.Module):
         self.embedding_table = nn.Embedding(spec.classes + 1, spec.hidden)
 
     def forward(self, labels: Tensor) -> Tensor:
+        """Labels (R,) int64 to conditions (R, D)."""
         return self.embedding_table(labels)
 
 
@@ -165,7 +173,7 @@ class FinalLayer(nn.Module):
 
 
 def unpatchify(patches: Tensor, spec: ModelSpec) -> Tensor:
-    """(B, T, p*p*C) token outputs to (B, C, H, W) images."""
+    """Token outputs (B, T, p*p*C) to images (B, C, H, W)."""
     side, p = spec.grid, spec.patch
     x = patches.reshape(-1, side, side, p, p, spec.output_channels)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, spec.output_channels, side * p, side * p)
@@ -175,7 +183,7 @@ class DiT(nn.Module):
     """Class-conditional DiT.
 
     Raises:
-        RuntimeError: from ``load_state_dict`` when names or shapes differ from the spec.
+        RuntimeError: ``load_state_dict`` raises it if names or shapes differ from the spec.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -202,9 +210,8 @@ class DiT(nn.Module):
         embedders: Iterable[Any] = (
             self.blocks if self.spec.block_embedders else [self] * self.spec.depth
         )
-        conditions = [
-            own.t_embedder(t) + own.y_embedder(labels) for own in embedders
-        ]  # (B, D) each
+        # (B, D) each
+        conditions = [own.t_embedder(t) + own.y_embedder(labels) for own in embedders]
         x = self.x_embedder(x) + self.pos_embed  # (B, T, D)
         for block, condition in zip(self.blocks, conditions, strict=True):
             x = block(x, condition)

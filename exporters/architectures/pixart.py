@@ -1,10 +1,13 @@
-"""PixArt-alpha as exported units: DiT's attention and MLP, and cross-attention to a caption between them.
+"""PixArt-alpha as exported graphs: the attention and MLP of DiT, and cross-attention to a caption.
 
-Hoisted: the timestep embedding and all modulation (adaLN-single: one layer for all blocks plus a table per block), which
-no caption enters, so the modulation table has one row; the caption projection and every block's keys and values, once
-per caption. A cross branch has no modulation; its gate is 1. Parameter names follow the public checkpoints.
-Source: Chen et al., "PixArt-alpha: Fast Training of Diffusion Transformer for Photorealistic Text-to-Image Synthesis",
-ICLR 2024, section 2.3 and figure 4.
+The timestep embedding and all modulation are hoisted out of the step loop (adaLN-single: one layer
+for all blocks plus a table per block). They do not depend on the caption, so the modulation table
+has one row. The caption projection and the keys and values of every block are computed once per
+caption. A cross-attention branch has no modulation; its gate is 1. Parameter names follow the
+public checkpoints.
+
+Source: Chen et al., "PixArt-alpha: Fast Training of Diffusion Transformer for Photorealistic
+Text-to-Image Synthesis", ICLR 2024, section 2.3 and figure 4.
 """
 
 from __future__ import annotations
@@ -63,21 +66,23 @@ from goc_deploy.precision import Precision
 from goc_deploy.schedule import MAX_BLOCKS
 from goc_deploy.spec import ModelSpec
 
-NULL_CAPTION = "y_embedder.y_embedding"  # which the reference pipeline of diffusers does not use
+NULL_CAPTION = "y_embedder.y_embedding"  # not used by the reference pipeline of diffusers
 
 
 def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> ModelSpec:
-    """Read the model's sizes off its tensors.
+    """Infer the sizes of a model from its tensors.
 
     Raises:
-        ModelError: sizes that do not fit each other, or heads that cannot be known.
+        ModelError: the sizes are not consistent, or the number of heads cannot be inferred.
     """
     sizes = sizes_from_tensors(tensors, "PixArt", "y_embedder.y_proj.fc1.weight")
     hidden, patch, channels = sizes.hidden, sizes.patch, sizes.channels
     if sizes.grid**2 != sizes.tokens or sizes.ratio not in (1, 2) or sizes.depth > MAX_BLOCKS:
         raise ModelError(
-            f"the checkpoint has {sizes.tokens} tokens, {sizes.depth} blocks and predicts {sizes.predicted} values per token; supported are "
-            f"square samples, {MAX_BLOCKS} blocks at most, and {patch**2 * channels} values (or twice that, with sigma)"
+            f"the checkpoint has {sizes.tokens} tokens, {sizes.depth} blocks and predicts "
+            f"{sizes.predicted} values per token; supported are "
+            f"square samples, {MAX_BLOCKS} blocks at most, and {patch**2 * channels} values (or "
+            "twice that, with sigma)"
         )
     heads = heads or HEADS_OF_KNOWN_SIZES.get(hidden)
     if heads is None or hidden % heads:
@@ -107,7 +112,7 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
 
 
 class SizeEmbed(nn.Module):
-    """Numbers that describe the image to a part of the condition vector."""
+    """Numbers that describe an image to a part of the condition vector."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -116,12 +121,13 @@ class SizeEmbed(nn.Module):
         )
 
     def forward(self, numbers: Tensor) -> Tensor:
+        """Numbers (n,) float32 to their joined embeddings (1, n * width)."""
         features = timestep_features(numbers).to(next(self.parameters()).dtype)
         return self.mlp(features).reshape(1, -1)
 
 
 class CrossAttention(nn.Module):
-    """Attention of tokens to a caption; names of the public layout."""
+    """The layers of cross-attention, under the names of the public layout."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -139,6 +145,7 @@ class CaptionProjection(nn.Module):
         self.fc2 = nn.Linear(spec.hidden, spec.hidden)
 
     def forward(self, captions: Tensor) -> Tensor:
+        """Caption tokens (n, caption channels) to (n, D)."""
         return self.fc2(F.gelu(self.fc1(captions), approximate="tanh"))
 
 
@@ -159,21 +166,19 @@ class ConditioningUnit(nn.Module):
             )
 
     def forward(self, t: Tensor) -> Tensor:
+        """Timesteps (S,) to the table (S, M, 1, D)."""
         condition = self.t_embedder(t)  # (S, D)
         if self.told_size:
-            nothing = (
-                t[:1] < 0
-            ).float()  # keeps the ONNX optimiser from computing the embedding while it exports
+            # A zero that depends on the input, so that the ONNX optimizer folds nothing here.
+            nothing = (t[:1] < 0).float()
             side = self.told_size + nothing
             size = self.csize_embedder(torch.cat([side, side]))  # (1, 2 * D / 3)
             condition = condition + torch.cat([size, self.ar_embedder(1.0 + nothing)], dim=1)
         steps, hidden = condition.shape
         shared = self.t_block(F.silu(condition)).reshape(steps, 1, 6, hidden)
         own = shared + self.block_tables  # (S, L, 6, D)
-        one, nothing = (
-            torch.ones_like(own[:, :, 0]),
-            torch.zeros_like(own[:, :, 0]),
-        )  # of the cross branch
+        # Gate and modulation of the cross-attention branch.
+        one, nothing = torch.ones_like(own[:, :, 0]), torch.zeros_like(own[:, :, 0])
         gates = torch.stack([own[:, :, GATE_ATTN], one, own[:, :, GATE_MLP]], dim=2)
         rest = (SHIFT_ATTN, SCALE_ATTN, None, None, SHIFT_MLP, SCALE_MLP)
         shifts = torch.stack(
@@ -186,7 +191,7 @@ class ConditioningUnit(nn.Module):
 
 
 class CaptionsUnit(nn.Module):
-    """Captions to the keys and values of every block: (2L, R, heads, caption tokens, head width)."""
+    """Captions to the keys and values of every block."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -195,17 +200,17 @@ class CaptionsUnit(nn.Module):
         self.kv_linear = nn.Linear(spec.hidden, 2 * spec.depth * spec.hidden)
 
     def forward(self, captions: Tensor) -> Tensor:
+        """Captions (R, Lc, C) float32 to keys and values (2L, R, heads, Lc, head width)."""
         rows, tokens, width = captions.shape
-        projected = self.y_proj(
-            captions.reshape(-1, width).to(self.kv_linear.weight.dtype)
-        )  # (R*Lc, D)
+        narrow = captions.reshape(-1, width).to(self.kv_linear.weight.dtype)
+        projected = self.y_proj(narrow)  # (R*Lc, D)
         head = projected.shape[-1] // self.heads
         both = self.kv_linear(projected).reshape(rows, tokens, -1, self.heads, head)
         return both.permute(2, 0, 3, 1, 4)
 
 
 class CrossUnit(nn.Module):
-    """Cross branch of a block: (x_out, feature)."""
+    """The unit of a cross-attention branch."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -217,40 +222,44 @@ class CrossUnit(nn.Module):
     def forward(
         self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor, caption_rows: Tensor
     ) -> tuple[Tensor, Tensor]:
-        k, v = (
-            keys.index_select(0, caption_rows),
-            values.index_select(0, caption_rows),
-        )  # (B, heads, Lc, head width)
+        """Tokens and captions to x_out (B, T, D) and feature (B*T, D).
+
+        Args:
+            x: (B, T, D).
+            keys: (K, heads, Lc, head width).
+            values: (K, heads, Lc, head width).
+            bias: (K, Lc) float32, added to the scores.
+            caption_rows: (B,) int64, the caption of each row.
+        """
+        # (B, heads, Lc, head width)
+        k, v = keys.index_select(0, caption_rows), values.index_select(0, caption_rows)
         q = self._queries(x)
         scores = (
             torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).float()
             + bias.index_select(0, caption_rows)[:, None, None]
         )
         mixed = torch.matmul(torch.softmax(scores, dim=-1).to(x.dtype), v)
-        feature = self.cross_attn["proj"](
-            mixed.transpose(1, 2).reshape(-1, x.shape[-1])
-        )  # (B*T, D)
+        feature = self.cross_attn["proj"](mixed.transpose(1, 2).reshape(-1, x.shape[-1]))
         return (x.float() + feature.reshape(x.shape).float()).to(x.dtype), feature
 
     def reference(
         self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor, caption_rows: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The same branch by PyTorch's attention."""
+        """The same tensors, computed with PyTorch's attention."""
         k, v, mask = keys[caption_rows], values[caption_rows], bias[caption_rows][:, None, None]
         mixed = F.scaled_dot_product_attention(self._queries(x), k, v, attn_mask=mask)
         feature = self.cross_attn["proj"](mixed.transpose(1, 2).reshape(-1, x.shape[-1]))
         return x + feature.reshape(x.shape), feature
 
     def _queries(self, x: Tensor) -> Tensor:
+        """Tokens (B, T, D) to queries (B, heads, T, head width)."""
         batch, tokens, hidden = x.shape
         q = self.cross_attn["q_linear"](x.reshape(-1, hidden))
-        return q.reshape(batch, tokens, self.heads, hidden // self.heads).transpose(
-            1, 2
-        )  # (B, heads, T, head width)
+        return q.reshape(batch, tokens, self.heads, hidden // self.heads).transpose(1, 2)
 
 
 class PublicLayout(nn.Module):
-    """Names and shapes of the public checkpoints. It is never run."""
+    """Names and shapes of the public checkpoints. This module is never run."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -270,7 +279,7 @@ class PublicLayout(nn.Module):
 
 
 class PublicBlock(nn.Module):
-    """Names and shapes of a block."""
+    """Names and shapes of a block. This module is never run."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -281,10 +290,11 @@ class PublicBlock(nn.Module):
 
 
 def check_tensors(tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
-    """Check names and shapes against the architecture.
+    """Check that names and shapes of tensors are those of the architecture.
 
     Raises:
-        ModelError: listing up to ten missing, unexpected and mis-shaped tensors.
+        ModelError: tensors are missing, unexpected or of another shape; the message lists up to ten
+            of each.
     """
     used = {name: tensor for name, tensor in tensors.items() if name != NULL_CAPTION}
     what = f"a PixArt of depth {spec.depth} and width {spec.hidden}"
@@ -296,16 +306,16 @@ def unit_kinds(spec: ModelSpec, precision: Precision) -> tuple[UnitKind, ...]:
     dtype = DTYPES[precision]
     examples = Examples(spec, dtype)
 
-    def made(make: Callable[[ModelSpec], Module]) -> Module:
+    def traceable(make: Callable[[ModelSpec], Module]) -> Module:
         return empty_module(lambda: make(spec), dtype, examples.generator)
 
     conditioning, captions, embed, final = (
-        made(ConditioningUnit),
-        made(CaptionsUnit),
-        made(EmbedUnit),
-        made(FinalUnit),
+        traceable(ConditioningUnit),
+        traceable(CaptionsUnit),
+        traceable(EmbedUnit),
+        traceable(FinalUnit),
     )
-    attn, cross, mlp = made(AttnUnit), made(CrossUnit), made(MlpUnit)
+    attn, cross, mlp = traceable(AttnUnit), traceable(CrossUnit), traceable(MlpUnit)
     length, head = spec.caption_tokens, spec.hidden // spec.heads
     by_caption = {0: "captions"}
     example = examples.normal(2, length, spec.caption_channels, dtype=torch.float32)
@@ -367,7 +377,7 @@ def _conditioning(module: nn.Module, spec: ModelSpec) -> dict[str, tuple[Slab, .
 
 
 def _captions(module: nn.Module, spec: ModelSpec) -> dict[str, tuple[Slab, ...]]:
-    """The projection, and the key and value layers of all blocks as one matrix."""
+    """Bind the projection, and the key and value layers of all blocks as one matrix."""
     binding = same_names(module, "y_embedder.")
     for kind in ("weight", "bias"):
         blocks = range(spec.depth)

@@ -1,4 +1,4 @@
-"""A PixArt as diffusers saves it: its configuration, and its tensors under the names of the public layout."""
+"""A PixArt that diffusers saved: its configuration, and its tensors in the public layout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from goc_deploy.spec import ModelSpec
 
 
 class PixArtConfig(TransformerConfig, frozen=True, kw_only=True):
-    """Settings of a PixArtTransformer2DModel that are read."""
+    """The settings of a PixArtTransformer2DModel that are read."""
 
     sample_size: Setting = 128
     out_channels: int | None = 8
@@ -43,22 +43,20 @@ SETTINGS = Settings(
         "norm_eps": (1e-6,),
     },
 )
-SIDE_THAT_IS_TOLD = (
-    128  # latents of this side come with the size of the image, where the file does not say
-)
+# Models with latents of this side get the size of the image as an input, unless the file differs.
+SIDE_THAT_IS_TOLD = 128
 BRANCHES = ("attn", "cross", "mlp")
-PIXELS_PER_LATENT = (
-    8  # of the VAE that it was trained with: what a model that is told the image's size is told
-)
-TOKENS = 120  # of a caption, in the pipeline that the configuration belongs to
+# Pixels per latent pixel of the VAE that PixArt was trained with; the size is given in pixels.
+PIXELS_PER_LATENT = 8
+TOKENS = 120  # tokens of a caption in the pipeline of diffusers
 BASE_SIDE = 64  # position tables are stretched for larger latents
 
 
 def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
-    """Sizes of the model that a ``config.json`` describes.
+    """The sizes of the model that a ``config.json`` describes.
 
     Raises:
-        ModelError: naming the setting that is unknown, not supported or out of range.
+        ModelError: a setting is unknown, not supported or out of range; the message names it.
     """
     settings = SETTINGS.read(config, where)
     channels, side = settings.in_channels, settings.sample_size
@@ -94,21 +92,25 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
 
 
 def stretch(side: int) -> int:
-    """By how much the positions of latents of a side are stretched: those of 64 pixels are 1 apart."""
+    """The number of tokens per unit of distance for latents of a side; for a side of 64 it is 1."""
     return max(side // BASE_SIDE, 1)
 
 
 def state_from_diffusers(
-    found: Mapping[str, Tensor], spec: ModelSpec, where: Path
+    tensors: Mapping[str, Tensor], spec: ModelSpec, where: Path
 ) -> tuple[ModelSpec, dict[str, Tensor]]:
-    """Tensors of a PixArtTransformer2DModel under the names of the public layout.
+    """The tensors of a PixArtTransformer2DModel under the names of the public layout.
 
-    q, k and v are joined, k and v of the cross-attention too, and the position table is computed.
+    q, k and v are joined, and so are k and v of the cross-attention. The position table is
+    computed.
+
+    Returns:
+        The spec, unchanged, and the tensors by name.
 
     Raises:
-        ModelError: listing tensors that are missing or left over.
+        ModelError: tensors are missing or left over; the message lists them.
     """
-    names = Renaming(found, where)
+    names = Renaming(tensors, where)
     names.rest.pop("pos_embed.pos_embed", None)
     state = {"pos_embed": position_table(spec.hidden, spec.grid, stretch(spec.side))}
     state |= names.take_layers(layer_names(spec))
@@ -130,7 +132,7 @@ def state_from_diffusers(
 
 
 def layer_names(spec: ModelSpec) -> dict[str, str]:
-    """Layers with a weight and a bias that differ in name only: public layout -> diffusers."""
+    """Layers that differ in name only: name in the public layout -> name in diffusers."""
     embedders = {"t_embedder": "timestep_embedder"}
     if spec.told_size:
         embedders |= {

@@ -1,10 +1,11 @@
 """SiT: a DiT that predicts the velocity of a flow.
 
-Its units are the DiT's; what differs is what the sampler makes of their output. Its public checkpoints have the DiT's
-names and shapes, so it is never recognised: ``--model sit`` names it. diffusers does not have it.
+Its graphs are those of DiT; only the prediction type differs. Its public checkpoints have the names
+and shapes of DiT, so SiT is never recognized automatically: ``--model sit`` selects it. diffusers
+does not have it.
 
-Source: Ma et al., "SiT: Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant Transformers",
-ECCV 2024, section 2 (linear path, velocity).
+Source: Ma et al., "SiT: Exploring Flow and Diffusion-based Generative Models with Scalable
+Interpolant Transformers", ECCV 2024, section 2 (linear path, velocity).
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from goc_deploy.spec import ModelSpec
 
 
 def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> ModelSpec:
-    """The sizes of a DiT.
+    """Infer the sizes of a model from its tensors, like those of a DiT.
 
     Raises:
-        ModelError: sizes that do not fit each other, or a number of heads that cannot be known.
+        ModelError: the sizes are not consistent, or the number of heads cannot be inferred.
     """
     return replace(DIT.spec_from_tensors(tensors, heads), architecture="sit", prediction="flow")
 

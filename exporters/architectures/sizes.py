@@ -1,4 +1,4 @@
-"""Sizes of a model, read off the tensors that DiT and PixArt have in common."""
+"""Sizes of a model, inferred from the tensors that DiT and PixArt have in common."""
 
 from __future__ import annotations
 
@@ -16,13 +16,18 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What the tensors of DiT and PixArt say of the sizes; the names are the same in both.
+    """Sizes of a DiT or a PixArt, whose tensors have the same names.
 
     Attributes:
-        patch, patch_width: of the patch embedding.
-        tokens: rows of the position table.
-        predicted: values that the final layer gives per token.
-        own: shape of one more tensor, which only this family has.
+        depth: number of blocks.
+        hidden: D, width of the tokens.
+        mlp_hidden: width of the hidden layer of the MLP.
+        channels: C of the latents.
+        patch: height of a patch.
+        patch_width: width of a patch.
+        tokens: T, rows of the position table.
+        predicted: values per token that the final layer writes.
+        own: shape of one tensor that only this family has.
     """
 
     depth: int
@@ -37,25 +42,25 @@ class Sizes:
 
     @property
     def grid(self) -> int:
-        """Tokens per side, if they are square."""
+        """Tokens per side, if the grid is square."""
         return math.isqrt(self.tokens)
 
     @property
     def ratio(self) -> float:
-        """Predicted channels per channel: 1, or 2 with sigma."""
+        """Output channels per latent channel: 1, or 2 with sigma."""
         return self.predicted / (self.patch**2 * self.channels)
 
 
 def sizes_from_tensors(tensors: Mapping[str, Tensor], what: str, own: str) -> Sizes:
-    """Read sizes off tensors, as they are.
+    """Infer sizes from tensors, without checking them.
 
     Args:
-        tensors: the checkpoint.
-        what: the family, for messages.
+        tensors: the tensors of the checkpoint.
+        what: name of the family, for messages.
         own: name of the tensor that only this family has.
 
     Raises:
-        ModelError: a tensor is missing or has another number of dimensions.
+        ModelError: a tensor is missing or has an unexpected number of dimensions.
     """
     try:
         hidden, channels, patch, patch_width = tensors["x_embedder.proj.weight"].shape

@@ -1,1 +1,1 @@
-"""What an engine directory holds in addition to the model: text encoder, captions, VAE decoder."""
+"""Optional parts of an engine directory: text encoder, stored captions, VAE decoder."""

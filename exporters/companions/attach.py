@@ -1,4 +1,7 @@
-"""What an engine directory holds beside the model: a text encoder, captions that stand for labels, the decoder of a VAE."""
+"""Reading and writing the optional parts of an engine directory.
+
+These are a text encoder, stored captions, and the decoder of a VAE.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +42,13 @@ CAPTIONS_FILE = "captions/captions.npz"
 
 @dataclass(frozen=True)
 class Companions:
-    """What was read beside the model; None where nobody gave it.
+    """The optional parts that were read.
 
     Attributes:
-        vae: the VAE whose decoder is written.
-        text: the text encoder.
-        captions: embeddings that stand for labels.
-        prompts: texts that stand for labels once the text encoder has encoded them.
+        vae: the VAE whose decoder is exported, or None.
+        text: the text encoder, or None.
+        captions: prompt embeddings to store, or None.
+        prompts: texts that the text encoder encodes to stored captions; may be empty.
     """
 
     vae: Vae | None
@@ -55,38 +58,38 @@ class Companions:
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
-        """Weights that were read."""
+        """The weights of the parts."""
         return tuple(part.checkpoint for part in (self.vae, self.text) if part is not None)
 
     @property
     def labels(self) -> int:
-        """How many captions will stand for labels."""
+        """The number of captions that will be stored."""
         return len(self.captions.prompts) if self.captions is not None else len(self.prompts)
 
     @property
     def provenance(self) -> Mapping[str, str]:
-        """Digests of what was read."""
-        found = {}
+        """Name of each part with ``_sha256`` -> digest of its content."""
+        digests = {}
         if self.vae is not None:
-            found["vae_sha256"] = self.vae.checkpoint.sha256
+            digests["vae_sha256"] = self.vae.checkpoint.sha256
         if self.text is not None:
-            found["text_encoder_sha256"] = self.text.checkpoint.sha256
+            digests["text_encoder_sha256"] = self.text.checkpoint.sha256
         if self.prompts:
-            found["prompts_sha256"] = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
+            digests["prompts_sha256"] = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
         if self.captions is not None:
             table = self.captions.table
-            found["captions_sha256"] = hashlib.sha256(
+            digests["captions_sha256"] = hashlib.sha256(
                 table.embeds.tobytes() + table.mask.tobytes()
             ).hexdigest()
-        return found
+        return digests
 
 
 def read_companions(options: ExportOptions, spec: ModelSpec) -> Companions:
-    """Read what the options name.
+    """Read the parts that the options name.
 
     Raises:
-        ModelError, SafetyError: a folder that cannot be used, or does not fit the model.
-        UsageError: captions that do not fit it.
+        ModelError, SafetyError: a folder cannot be used, or does not fit the model.
+        UsageError: the captions do not fit the model.
     """
     vae = None if options.vae is None else read_vae_folder(options.vae, spec)
     text = None if options.text_encoder is None else read_text_encoder(options.text_encoder, spec)
@@ -111,7 +114,11 @@ def read_companions(options: ExportOptions, spec: ModelSpec) -> Companions:
 def write_companions(
     companions: Companions, manifest: Manifest, options: ExportOptions, writer: UnitWriter
 ) -> Manifest:
-    """Write them beside the units that the manifest lists."""
+    """Write the parts into the directory of the writer.
+
+    Returns:
+        The manifest with the graphs of the parts and the stored captions.
+    """
     if companions.vae is not None:
         decoder = decoder_spec(companions.vae.config, manifest.model, options.vae_tile)
         kind = decoder_kind(companions.vae.config, manifest.model, decoder)
@@ -131,17 +138,17 @@ def write_companions(
 
 
 def _write_text_encoder(
-    found: TextEncoderFiles, manifest: Manifest, writer: UnitWriter
+    files: TextEncoderFiles, manifest: Manifest, writer: UnitWriter
 ) -> tuple[Manifest, TextEncoder]:
-    """Write the unit and its tokenizer, and load them."""
-    config, spec = found.config, manifest.model
+    """Write the graph and the tokenizer of a text encoder, and load them."""
+    config, spec = files.config, manifest.model
     kinds = (text_encoder_kind(config, spec),)
-    (unit,) = writer.write(kinds, found.checkpoint.tensors, TEXT_PRECISION, TEXT_ENCODER)
+    (unit,) = writer.write(kinds, files.checkpoint.tensors, TEXT_PRECISION, TEXT_ENCODER)
     tokenizer = f"{TEXT_ENCODER}/tokenizer.json"
-    (writer.stage / tokenizer).write_bytes(found.tokenizer)
+    (writer.stage / tokenizer).write_bytes(files.tokenizer)
     text = TextSpec(tokenizer, config.vocabulary, config.eos, config.pad)
     manifest = replace(manifest, units=(*manifest.units, unit), text=text)
     most = 2 * manifest.max_batch
     return manifest, TextEncoder(
-        writer.loaded(unit), writer.backend, found.tokenizer, spec, text, most
+        writer.loaded(unit), writer.backend, files.tokenizer, spec, text, most
     )

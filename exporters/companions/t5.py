@@ -1,8 +1,10 @@
-"""The encoder of a T5 as a unit: token numbers to embeddings, in float32, because its activations overflow in fp16.
+"""The encoder of a T5 as a graph: token numbers to embeddings.
 
-Parameter names are those of transformers' state dict. Source: Raffel et al., "Exploring the Limits of Transfer Learning
-with a Unified Text-to-Text Transformer", JMLR 2020, section 2.1; gated GELU: Shazeer, "GLU Variants Improve
-Transformer", 2020.
+The graph is float32, because the activations of T5 overflow in fp16. Parameter names are those of
+the state dict in transformers.
+
+Source: Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text
+Transformer", JMLR 2020, section 2.1; gated GELU: Shazeer, "GLU Variants Improve Transformer", 2020.
 """
 
 from __future__ import annotations
@@ -34,10 +36,10 @@ from goc_deploy.exporters.units import Input, UnitKind
 from goc_deploy.precision import Precision
 from goc_deploy.spec import Count, ModelSpec
 
-TEXT_ENCODER = "text_encoder"  # name of the unit
+TEXT_ENCODER = "text_encoder"  # name of the graph
 PRECISION: Precision = "fp32"
 PADDING_SCORE = -1e9
-FEED_FORWARD = {"gated-gelu": True, "relu": False}  # whether a second matrix gates the first
+FEED_FORWARD = {"gated-gelu": True, "relu": False}  # whether a second matrix is the gate
 OF_THE_DECODER = ("decoder.", "lm_head.")
 _EMBEDDING, _SAME_EMBEDDING = "shared.weight", "encoder.embed_tokens.weight"
 
@@ -58,20 +60,20 @@ class T5Config(
         "pad": "pad_token_id",
     },
 ):
-    """What ``config.json`` says of the encoder, with what transformers takes where it says nothing.
+    """The settings of ``config.json`` that concern the encoder, with the defaults of transformers.
 
     Attributes:
-        width: of the embeddings.
+        width: width of the embeddings.
         head: width of an attention head.
         inner: width of the feed-forward layers.
-        heads: per layer.
-        layers: of the encoder.
+        heads: attention heads per layer.
+        layers: layers of the encoder.
         vocabulary: rows of the embedding table.
-        buckets: of relative positions, half of them for each direction.
-        furthest: distance from which on positions share a bucket.
-        feed_forward_proj: one of `FEED_FORWARD`.
+        buckets: buckets of relative positions, half of them for each direction.
+        furthest: distance beyond which all positions share a bucket.
+        feed_forward_proj: kind of the feed-forward layers, one of `FEED_FORWARD`.
         eos: number of the token that ends a text.
-        pad: number of the token behind it.
+        pad: number of the padding token.
     """
 
     width: Setting = 512
@@ -100,7 +102,7 @@ SETTINGS = Settings(
 
 @dataclass(frozen=True)
 class TextEncoderFiles:
-    """A text encoder that was read: its configuration, its tensors, and ``tokenizer.json``."""
+    """A text encoder that was read: configuration, tensors, and content of ``tokenizer.json``."""
 
     config: T5Config
     checkpoint: Checkpoint
@@ -111,14 +113,15 @@ def read_text_encoder(path: Path, spec: ModelSpec) -> TextEncoderFiles:
     """Read a T5 encoder and its tokenizer.
 
     Args:
-        path: a pipeline's folder with ``text_encoder`` and ``tokenizer``, or a folder that transformers saved a T5 to, with
-            the tokenizer in it or in a folder ``tokenizer`` beside it.
-        spec: the model that it is for.
+        path: folder of a pipeline with ``text_encoder`` and ``tokenizer``, or folder of a T5 that
+            transformers saved, with the tokenizer in it or in the adjacent folder ``tokenizer``.
+        spec: the model that the encoder is for.
 
     Raises:
-        ModelError: not such a folder, a setting that is not supported, weights that are missing, damaged, or not those
-            of the configuration, or embeddings of another width than the model takes.
-        SafetyError: an index that names files outside the folder, or a file that asks to run code.
+        ModelError: the folder is not such a folder, a setting is not supported, the weights are
+            missing, damaged, or do not fit the configuration, or the width of the embeddings does
+            not fit the model.
+        SafetyError: an index names files outside the folder, or a file asks to run code.
     """
     if not spec.draws_captions:
         raise ModelError(
@@ -134,15 +137,16 @@ def read_text_encoder(path: Path, spec: ModelSpec) -> TextEncoderFiles:
     config = t5_config(read_json(folder / CONFIG), where)
     if config.width != spec.caption_channels:
         raise ModelError(
-            f"{where}: the encoder makes embeddings of width {config.width} but the model takes {spec.caption_channels}; "
+            f"{where}: the encoder makes embeddings of width {config.width} but the model takes "
+            f"{spec.caption_channels}; "
             "give the one that it was trained with"
         )
     tokenizer_file, tokenizer = read_tokenizer(
         [folder, folder.parent / "tokenizer"], config.vocabulary
     )
-    files, found = read_weights(folder, "model", "pytorch_model")
+    files, stored = read_weights(folder, "model", "pytorch_model")
     tensors = {
-        name: tensor for name, tensor in found.items() if not name.startswith(OF_THE_DECODER)
+        name: tensor for name, tensor in stored.items() if not name.startswith(OF_THE_DECODER)
     }
     same = tensors.pop(_SAME_EMBEDDING, None)
     if same is not None:
@@ -155,13 +159,15 @@ def read_text_encoder(path: Path, spec: ModelSpec) -> TextEncoderFiles:
 
 
 def t5_config(config: Mapping[str, Any], where: str) -> T5Config:
-    """The encoder that a ``config.json`` describes. transformers writes many settings that concern other uses.
+    """The encoder that a ``config.json`` describes.
+
+    Unknown settings are ignored, because transformers writes many that concern other uses.
 
     Raises:
-        ModelError: naming the setting that is not supported or out of range.
+        ModelError: a setting is not supported or out of range; the message names it.
     """
-    known = {name: value for name, value in config.items() if name in SETTINGS.known}
-    settings = SETTINGS.read(known, where)
+    relevant = {name: value for name, value in config.items() if name in SETTINGS.known}
+    settings = SETTINGS.read(relevant, where)
     kind = settings.feed_forward_proj
     if "model_type" not in config or kind not in FEED_FORWARD:
         raise ModelError(
@@ -184,7 +190,10 @@ def t5_config(config: Mapping[str, Any], where: str) -> T5Config:
 
 
 def text_encoder_kind(config: T5Config, spec: ModelSpec) -> UnitKind:
-    """The graph: tokens (K, L) int64 and mask (K, L) float32 to embeds (K, L, C) float32."""
+    """The graph of the encoder.
+
+    Inputs: tokens (K, L) int64, mask (K, L) float32. Outputs: embeds (K, L, C) float32.
+    """
     examples, length = Examples(spec, torch.float32), spec.caption_tokens
     module = empty_module(lambda: T5Encoder(config, length), torch.float32, examples.generator)
     tokens = torch.randint(config.vocabulary, (2, length), generator=examples.generator)
@@ -195,10 +204,10 @@ def text_encoder_kind(config: T5Config, spec: ModelSpec) -> UnitKind:
 
 
 def position_buckets(length: int, buckets: int, furthest: int) -> Tensor:
-    """(length, length) int64: which bias a query (row) uses for a key (column).
+    """The bucket of each query (row) and key (column): (length, length) int64.
 
-    Half of the buckets are for keys behind the query. In each half one bucket is one distance up to a quarter of all;
-    from there they grow logarithmically up to ``furthest``.
+    Half of the buckets are for keys after the query. In each half, a bucket holds a single distance
+    up to a quarter of ``buckets``; the others grow logarithmically up to ``furthest``.
     """
     offset = torch.arange(length)[None, :] - torch.arange(length)[:, None]
     half, exact = buckets // 2, buckets // 4
@@ -216,9 +225,9 @@ class Plain(nn.Module):
         self.weight = nn.Parameter(torch.empty(after, before))
 
     def forward(self, rows: Tensor) -> Tensor:
-        return F.linear(
-            rows, self.weight, torch.zeros(self.weight.shape[0])
-        )  # zeros keep it one Gemm in ONNX
+        """(n, before) to (n, after)."""
+        # With a bias of zeros, the ONNX graph is one Gemm.
+        return F.linear(rows, self.weight, torch.zeros(self.weight.shape[0]))
 
 
 class Norm(nn.Module):
@@ -229,11 +238,12 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(n, width) to (n, width)."""
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
 
 
 class SelfAttention(nn.Module):
-    """Attention without scaling; the first layer holds the biases of all."""
+    """Attention without scaling of the scores; the first layer has the position biases of all."""
 
     def __init__(self, config: T5Config, *, first: bool) -> None:
         super().__init__()
@@ -244,12 +254,12 @@ class SelfAttention(nn.Module):
             self.relative_attention_bias = nn.Embedding(config.buckets, config.heads)
 
     def forward(self, x: Tensor, shape: tuple[int, int], bias: Tensor) -> Tensor:
+        """(K*L, C) of texts of ``shape`` (K, L), and bias (K or 1, heads, L, L), to (K*L, C)."""
         q, k, v = (
             p(x).reshape(*shape, self.heads, -1).transpose(1, 2) for p in (self.q, self.k, self.v)
         )
-        weights = torch.softmax(
-            torch.matmul(q, k.transpose(-1, -2)) + bias, dim=-1
-        )  # (K, heads, L, L)
+        # (K, heads, L, L)
+        weights = torch.softmax(torch.matmul(q, k.transpose(-1, -2)) + bias, dim=-1)
         mixed = torch.matmul(weights, v).transpose(1, 2)
         return self.o(mixed.reshape(x.shape[0], -1))
 
@@ -265,6 +275,7 @@ class FeedForward(nn.Module):
         self.wo = Plain(config.inner, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(n, width) to (n, width)."""
         first = self.get_submodule("wi_0" if self.gated else "wi")(x)
         if self.gated:
             return self.wo(F.gelu(first, approximate="tanh") * self.get_submodule("wi_1")(x))
@@ -272,7 +283,7 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """A branch behind its norm; ``name`` is transformers' name of the branch."""
+    """A norm and the branch after it; ``name`` is the name of the branch in transformers."""
 
     def __init__(self, name: str, branch: nn.Module, width: int) -> None:
         super().__init__()
@@ -282,12 +293,12 @@ class Layer(nn.Module):
 
     @property
     def branch(self) -> nn.Module:
-        """The branch itself."""
+        """The attention or the feed-forward layers."""
         return self.get_submodule(self.name)
 
 
 class Block(nn.Module):
-    """Attention, then the feed-forward layers."""
+    """Attention, followed by the feed-forward layers."""
 
     def __init__(self, config: T5Config, *, first: bool) -> None:
         super().__init__()
@@ -307,7 +318,7 @@ class Stack(nn.Module):
 
     @property
     def branches(self) -> list[tuple[Any, Any]]:
-        """Attention and feed-forward layer of each block."""
+        """The attention layer and the feed-forward layer of each block."""
         return [(block.layer[0], block.layer[1]) for block in self.block]  # type: ignore[index]
 
 
@@ -321,12 +332,12 @@ class T5Encoder(nn.Module):
         self.encoder = Stack(config)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Tokens (K, L) int64 and mask (K, L) float32 to embeddings (K, L, C) float32."""
         count, length = tokens.shape
         x = self.shared(tokens.reshape(-1))  # (K*L, C)
         table = self.encoder.branches[0][0].branch.relative_attention_bias
-        nothing = (
-            tokens[:1, :1] < 0
-        ).long()  # keeps the ONNX optimiser from looking the table up while it exports
+        # A zero that depends on the input, so that the ONNX optimizer folds nothing here.
+        nothing = (tokens[:1, :1] < 0).long()
         biases = table(position_buckets(*self.positions) + nothing).permute(2, 0, 1)[None]
         bias = biases + PADDING_SCORE * (1 - mask)[:, None, None]
         for attention, feed_forward in self.encoder.branches:

@@ -1,8 +1,10 @@
-"""Tokenizers as one ``tokenizer.json``: as it lies in a folder, or made from a SentencePiece model.
+"""Tokenizers as one ``tokenizer.json``, copied from a folder or made from a SentencePiece model.
 
-Source of the SentencePiece format: ``sentencepiece_model.proto`` of google/sentencepiece (fields read: ModelProto.pieces
-1, normalizer_spec 3; SentencePiece.piece 1, score 2, type 3; NormalizerSpec.precompiled_charsmap 2; TrainerSpec is not
-read). Source of the JSON format: the documentation of Hugging Face's tokenizers.
+Source of the SentencePiece format: ``sentencepiece_model.proto`` of google/sentencepiece. Fields
+that are read: ModelProto.pieces 1, normalizer_spec 3; SentencePiece.piece 1, score 2, type 3;
+NormalizerSpec.precompiled_charsmap 2. TrainerSpec is not read.
+
+Source of the JSON format: the documentation of tokenizers by Hugging Face.
 """
 
 from __future__ import annotations
@@ -24,17 +26,17 @@ UNKNOWN, CONTROL = 2, 3  # types of a piece
 
 
 def read_tokenizer(folders: Sequence[Path], vocabulary: int) -> tuple[Path, bytes]:
-    """Find a tokenizer in the first folder that has one.
+    """Read the tokenizer of the first folder that has one.
 
     Args:
-        folders: where to look.
-        vocabulary: tokens that the encoder knows.
+        folders: folders to search, in order.
+        vocabulary: number of tokens of the encoder.
 
     Returns:
         The file that was read, and the content of a ``tokenizer.json``.
 
     Raises:
-        ModelError: there is none, or it is damaged, or has more tokens than the encoder.
+        ModelError: there is no tokenizer, it is damaged, or it has more tokens than the encoder.
     """
     for folder in folders:
         for name, read in ((TOKENIZER, _checked_json), (SENTENCEPIECE, json_from_sentencepiece)):
@@ -42,13 +44,15 @@ def read_tokenizer(folders: Sequence[Path], vocabulary: int) -> tuple[Path, byte
             if path.is_file():
                 if path.stat().st_size > MAX_BYTES:
                     raise ModelError(
-                        f"{path} has more than {MAX_BYTES} bytes; give a tokenizer of a text encoder"
+                        f"{path} has more than {MAX_BYTES} bytes; give a tokenizer of a text "
+                        "encoder"
                     )
                 content = read(path.read_bytes(), str(path))
                 _check_size(content, vocabulary, path)
                 return path, content
     raise ModelError(
-        f"there is no {TOKENIZER} or {SENTENCEPIECE} in {' or '.join(map(str, folders))}; download the tokenizer too"
+        f"there is no {TOKENIZER} or {SENTENCEPIECE} in {' or '.join(map(str, folders))}; download "
+        "the tokenizer too"
     )
 
 
@@ -58,21 +62,24 @@ def _checked_json(content: bytes, where: str) -> bytes:
 
 
 def _check_size(content: bytes, vocabulary: int, path: Path) -> None:
-    found = parse_json(content, str(path), ModelError)
-    model = found.get("model")
+    tokenizer = parse_json(content, str(path), ModelError)
+    model = tokenizer.get("model")
     tokens = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(tokens, (list, dict)) or not 0 < len(tokens) <= vocabulary:
         count = len(tokens) if isinstance(tokens, (list, dict)) else "no"
         raise ModelError(
-            f"{path} has {count} tokens but the text encoder knows {vocabulary}; they do not belong together"
+            f"{path} has {count} tokens but the text encoder knows {vocabulary}; they do not "
+            "belong together"
         )
 
 
 def json_from_sentencepiece(content: bytes, where: str) -> bytes:
-    """A SentencePiece unigram model as ``tokenizer.json``, with T5's end-of-text token behind every text.
+    """Convert a SentencePiece unigram model to a ``tokenizer.json``.
+
+    The tokenizer appends the end-of-text token of T5 to every text.
 
     Raises:
-        ModelError: not such a model.
+        ModelError: the content is not such a model.
     """
     try:
         pieces, charsmap = _pieces(content)
@@ -103,7 +110,7 @@ def json_from_sentencepiece(content: bytes, where: str) -> bytes:
         {"Sequence": {"id": "A", "type_id": 0}},
         {"SpecialToken": {"id": END, "type_id": 0}},
     )
-    found = {
+    tokenizer = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -124,11 +131,11 @@ def json_from_sentencepiece(content: bytes, where: str) -> bytes:
             "byte_fallback": False,
         },
     }
-    return json.dumps(found, ensure_ascii=False).encode()
+    return json.dumps(tokenizer, ensure_ascii=False).encode()
 
 
 def _pieces(content: bytes) -> tuple[list[tuple[str, float, int]], bytes]:
-    """(piece, score, type) of every token, and the compiled character map."""
+    """Piece, score and type of every token, and the compiled character map."""
     pieces, charsmap = [], b""
     for field, value in _fields(content):
         if field == 1 and isinstance(value, bytes):
@@ -145,16 +152,16 @@ def _pieces(content: bytes) -> tuple[list[tuple[str, float, int]], bytes]:
                 )
             )
         elif field == 3 and isinstance(value, bytes):
-            found = dict(_fields(value)).get(2, b"")
-            charsmap = found if isinstance(found, bytes) else b""
+            compiled = dict(_fields(value)).get(2, b"")
+            charsmap = compiled if isinstance(compiled, bytes) else b""
     return pieces, charsmap
 
 
 def _fields(content: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Fields of a protocol buffer message: (number, value); fixed-size values as bytes.
+    """Fields of a protocol buffer message: number and value; values of fixed size are bytes.
 
     Raises:
-        ValueError, IndexError: it is damaged.
+        ValueError, IndexError: the message is damaged.
     """
     at = 0
     while at < len(content):

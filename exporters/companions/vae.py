@@ -1,8 +1,10 @@
-"""The decoder of an AutoencoderKL as a unit: latents of the diffusion model to pixels, in float32.
+"""The decoder of an AutoencoderKL as a graph: latents of the diffusion model to pixels, in float32.
 
-Parameter names are those of diffusers' state dict. The factors that the latents are scaled by are constants of the graph.
-Source: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", CVPR 2022, section 3.1 and
-appendix E.
+Parameter names are those of the state dict in diffusers. The scale and shift of the latents are
+constants of the graph.
+
+Source: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", CVPR 2022,
+section 3.1 and appendix E.
 """
 
 from __future__ import annotations
@@ -36,12 +38,11 @@ from goc_deploy.exporters.units import Input, UnitKind
 from goc_deploy.precision import Precision
 from goc_deploy.spec import DecoderSpec, ModelSpec
 
-DECODER = "decoder"  # name of the unit
-PRECISION: Precision = (
-    "fp32"  # the decoder of Stable Diffusion overflows in fp16, and it runs once per image
-)
+DECODER = "decoder"  # name of the graph
+# The decoder of Stable Diffusion overflows in fp16, and it runs only once per image.
+PRECISION: Precision = "fp32"
 NORM_EPSILON = 1e-6
-OVERLAP_SHARE = 4  # a quarter of a tile
+OVERLAP_SHARE = 4  # adjacent tiles overlap by a quarter of a tile
 MAX_FACTOR = 1e4
 UP_BLOCK = "UpDecoderBlock2D"
 _Width = Annotated[int, Meta(ge=1, le=2**14)]
@@ -64,19 +65,19 @@ class VaeConfig(
         "has_attention": "mid_block_add_attention",
     },
 ):
-    """What ``config.json`` says of the decoder, with what diffusers takes where it says nothing.
+    """The settings of ``config.json`` that concern the decoder, with the defaults of diffusers.
 
     Attributes:
-        latent_channels: channels that it takes.
-        image_channels: channels that it gives.
-        widths: channels of its levels, from the image's to the latents'.
-        layers: residual blocks per level, without the one that a decoder has more.
-        groups: of every group norm.
-        scaling: latents are divided by it,
-        shift_factor: and this is added.
-        up_block_types: class of every level, or None for that of today.
-        has_post_quant: whether a 1x1 convolution comes first.
-        has_attention: whether the middle has attention.
+        latent_channels: channels of the latents.
+        image_channels: channels of the image.
+        widths: channels of the levels, from that of the image to that of the latents.
+        layers: residual blocks per level of the encoder; the decoder has one more.
+        groups: groups of every group norm.
+        scaling: number that the latents are divided by.
+        shift_factor: number that is added to the latents after the division.
+        up_block_types: class of every level, or None for the current default.
+        has_post_quant: whether a 1x1 convolution precedes the decoder.
+        has_attention: whether the middle block has attention.
     """
 
     latent_channels: Setting = 4
@@ -92,7 +93,7 @@ class VaeConfig(
 
     @property
     def shift(self) -> float:
-        """What is added to latents."""
+        """Number that is added to the latents after the division."""
         return self.shift_factor or 0.0
 
     @property
@@ -123,7 +124,7 @@ SETTINGS = Settings(
 
 @dataclass(frozen=True)
 class Vae:
-    """A decoder that was read: its configuration, and its tensors under today's names."""
+    """A decoder that was read: its configuration, and its tensors under current names."""
 
     config: VaeConfig
     checkpoint: Checkpoint
@@ -133,9 +134,10 @@ def read_vae_folder(path: Path, spec: ModelSpec) -> Vae:
     """Read an AutoencoderKL folder, or the ``vae`` folder of a pipeline.
 
     Raises:
-        ModelError: not such a folder, a setting that is not supported, weights that are missing, damaged, or not those
-            of the configuration, or latents of another number of channels than the model's.
-        SafetyError: an index that names files outside the folder.
+        ModelError: the folder is not such a folder, a setting is not supported, the weights are
+            missing, damaged, or do not fit the configuration, or the number of latent channels does
+            not fit the model.
+        SafetyError: an index names files outside the folder.
     """
     folder = path / "vae" if (path / PIPELINE_CONFIG).exists() else path
     if not (folder / CONFIG).is_file():
@@ -146,15 +148,18 @@ def read_vae_folder(path: Path, spec: ModelSpec) -> Vae:
     config = vae_config(read_json(folder / CONFIG), where)
     if config.latent_channels != spec.channels:
         raise ModelError(
-            f"{where}: the VAE decodes {config.latent_channels} channels but the model makes {spec.channels}; give the VAE that it was trained with"
+            f"{where}: the VAE decodes {config.latent_channels} channels but the model makes "
+            f"{spec.channels}; give the VAE that it was trained with"
         )
-    files, found = read_weights(folder)
+    files, stored = read_weights(folder)
     tensors = {
-        _today(name): tensor for name, tensor in found.items() if not name.startswith(_ENCODER)
+        _current_name(name): tensor
+        for name, tensor in stored.items()
+        if not name.startswith(_ENCODER)
     }
     for name, tensor in tensors.items():
         if _ATTENTION.fullmatch(name) and tensor.ndim == 4:
-            tensors[name] = tensor.reshape(tensor.shape[:2])  # 1x1 convolutions in the oldest files
+            tensors[name] = tensor.reshape(tensor.shape[:2])  # the oldest files have convolutions
         elif _NORM.fullmatch(name):
             tensors[name] = tensor.reshape(-1, 1, 1)
     check_shapes(
@@ -167,7 +172,7 @@ def vae_config(config: Mapping[str, Any], where: str) -> VaeConfig:
     """The decoder that a ``config.json`` describes.
 
     Raises:
-        ModelError: naming the setting that is unknown, not supported or out of range.
+        ModelError: a setting is unknown, not supported or out of range; the message names it.
     """
     settings = SETTINGS.read(config, where)
     if any(width % settings.groups for width in settings.widths):
@@ -186,7 +191,7 @@ def vae_config(config: Mapping[str, Any], where: str) -> VaeConfig:
 
 
 def decoder_spec(config: VaeConfig, spec: ModelSpec, largest_tile: int) -> DecoderSpec:
-    """Tiles for the model's latents: one where they are no larger than ``largest_tile`` per side."""
+    """Tiles of the model's latents: a single tile if they fit into ``largest_tile`` per side."""
     tile = min(spec.side, largest_tile)
     return DecoderSpec(
         config.image_channels, config.upscale, tile, max(1, min(tile - 1, tile // OVERLAP_SHARE))
@@ -194,7 +199,11 @@ def decoder_spec(config: VaeConfig, spec: ModelSpec, largest_tile: int) -> Decod
 
 
 def decoder_kind(config: VaeConfig, spec: ModelSpec, decoder: DecoderSpec) -> UnitKind:
-    """The graph: tiles of latents (n, C, t, t) float32 to pixels (n, channels, t*upscale, t*upscale), -1..1."""
+    """The graph of the decoder for tiles.
+
+    Inputs: latents (n, C, t, t) float32. Outputs: pixels (n, channels, t*upscale, t*upscale)
+    float32, in -1..1.
+    """
     examples = Examples(spec, torch.float32)
     tiles = examples.normal(2, spec.channels, decoder.tile, decoder.tile)
     module = empty_module(lambda: VaeDecoder(config), torch.float32, examples.generator)
@@ -208,7 +217,7 @@ def decoder_kind(config: VaeConfig, spec: ModelSpec, decoder: DecoderSpec) -> Un
 
 
 class VaeDecoder(nn.Module):
-    """Scaled latents (N, C, h, w) to pixels (N, channels, h*upscale, w*upscale)."""
+    """Scaling of the latents, and the decoder."""
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
@@ -220,11 +229,12 @@ class VaeDecoder(nn.Module):
         )
 
     def forward(self, latents: Tensor) -> Tensor:
+        """Scaled latents (N, C, h, w) to pixels (N, channels, h*upscale, w*upscale)."""
         return self.decoder(self.post_quant_conv(latents / self.scaling + self.shift))
 
 
 class Decoder(nn.Module):
-    """Residual blocks with attention in the middle, then a level per doubling."""
+    """A middle block with attention, then one level for every doubling of the resolution."""
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
@@ -239,6 +249,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.image_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Latents (N, C, h, w) to pixels (N, channels, h*upscale, w*upscale)."""
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
@@ -246,7 +257,10 @@ class Decoder(nn.Module):
 
 
 class Norm(nn.Module):
-    """Group norm; its parameters lie as they are multiplied, because the ONNX exporter would copy them otherwise."""
+    """Group norm; its parameters have the shape (C, 1, 1).
+
+    The ONNX exporter would copy them if they had to be reshaped in the graph.
+    """
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -257,11 +271,12 @@ class Norm(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, h, w) to (N, C, h, w)."""
         return F.group_norm(x, self.groups, eps=NORM_EPSILON) * self.weight + self.bias
 
 
 class MidBlock(nn.Module):
-    """Two residual blocks, and attention between them."""
+    """Two residual blocks with attention between them."""
 
     def __init__(self, width: int, groups: int, *, attention: bool) -> None:
         super().__init__()
@@ -269,6 +284,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([PixelAttention(width, groups)] if attention else [])
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, h, w) to (N, C, h, w)."""
         x = self.resnets[0](x)
         for attention in self.attentions:
             x = attention(x)
@@ -276,7 +292,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Residual blocks of one level, then twice the pixels."""
+    """The residual blocks of one level, then a doubling of the resolution."""
 
     def __init__(self, before: int, width: int, layers: int, groups: int, *, doubles: bool) -> None:
         super().__init__()
@@ -286,13 +302,14 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([Doubling(width)] if doubles else [])
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, before, h, w) to (N, width, h, w), or to (N, width, 2*h, 2*w) if it doubles."""
         for layer in (*self.resnets, *self.upsamplers):
             x = layer(x)
         return x
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions behind group norms, added to the input."""
+    """Two convolutions after group norms, added to the input."""
 
     def __init__(self, before: int, width: int, groups: int) -> None:
         super().__init__()
@@ -303,24 +320,26 @@ class ResidualBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(before, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, before, h, w) to (N, width, h, w)."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 
 class Doubling(nn.Module):
-    """Every pixel four times, then a convolution."""
+    """Nearest-neighbor upsampling by two, then a convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, h, w) to (N, C, 2*h, 2*w)."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class PixelAttention(nn.Module):
-    """Attention of one head over all pixels, added to the input."""
+    """Single-head attention over all pixels, added to the input."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
@@ -329,23 +348,23 @@ class PixelAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, h, w) to (N, C, h, w)."""
         batch, channels, height, width = x.shape
         pixels = self.group_norm(x).flatten(2).transpose(1, 2).reshape(-1, channels)  # (N*h*w, C)
         q, k, v = (
             layer(pixels).reshape(batch, -1, channels)
             for layer in (self.to_q, self.to_k, self.to_v)
         )
-        weights = torch.softmax(
-            torch.matmul(q * channels**-0.5, k.transpose(1, 2)), dim=-1
-        )  # (N, h*w, h*w)
+        # (N, h*w, h*w)
+        weights = torch.softmax(torch.matmul(q * channels**-0.5, k.transpose(1, 2)), dim=-1)
         mixed = self.to_out[0](torch.matmul(weights, v).reshape(-1, channels)).reshape(
             batch, -1, channels
         )
         return x + mixed.transpose(1, 2).reshape(batch, channels, height, width)
 
 
-def _today(name: str) -> str:
-    """Attention layers of old files under the names that diffusers gives them now."""
+def _current_name(name: str) -> str:
+    """The current diffusers name of a tensor; attention layers of old files have other names."""
     match = _ATTENTION.fullmatch(name)
     return f"{match[1]}.{_OLD_ATTENTION.get(match[2], match[2])}.{match[3]}" if match else name
 

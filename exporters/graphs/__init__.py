@@ -1,1 +1,1 @@
-"""ONNX graphs that are written node by node instead of traced."""
+"""ONNX graphs that are built node by node instead of traced."""

@@ -1,10 +1,10 @@
 """The cache update as ONNX: ``GocCacheUpdate`` nodes with function bodies, and graphs made of them.
 
-``x_out = x + c0 * gate * g`` with ``g = g0 + c1 * g1 + ...``, in float32 whatever the dtype;
-``GocCacheApply`` is the same for a prediction that is not stored. In a file every update is a node
-of domain ``goc`` plus a model-local function plus the attributes ``plugin_namespace`` and
-``plugin_version``, so that ONNX Runtime inlines the body and TensorRT uses the plugin where it is
-registered.
+An update is ``x_out = x + c0 * gate * g`` with ``g = g0 + c1 * g1 + ...``, computed in float32 for
+every dtype. ``GocCacheApply`` is the same for a prediction that is not stored. In a file, every
+update is a node of domain ``goc`` with a model-local function and the attributes
+``plugin_namespace`` and ``plugin_version``. ONNX Runtime inlines the function, and TensorRT uses
+the plugin if it is registered.
 """
 
 from __future__ import annotations
@@ -27,14 +27,17 @@ OPSET = 20
 def update_function(entries: int, *, stores: bool, precision: Precision) -> FunctionProto:
     """The body of ``GocCacheUpdateN`` (outputs x_out and g) or ``GocCacheApplyN`` (x_out only).
 
-    N is the number of history entries.
+    ``g = g0 + c1 * g1 + ...`` and ``x_out = x + (c0 * gate) * g``. c0 is multiplied with the gate,
+    which is the smaller tensor. Every entry is read before g is written, so g may share memory with
+    an entry, and x_out with x.
 
-    ``g = g0 + c1 * g1 + ...`` and ``x_out = x + (c0 * gate) * g``: c0 is multiplied into the gate,
-    which is small.
+    Inputs of the function: x (B, T, D), gate (B, 1, D), coefficients c (N,) float32, and
+    g0..g(N-1) (B, T, D).
 
-    Inputs: x (B, T, D), gate (B, 1, D), coefficients c (N,) float32, g0..g(N-1) (B, T, D).
-
-    Every entry is read before g is written, so g may lie on one of them; x_out may lie on x.
+    Args:
+        entries: N, the number of history entries.
+        stores: whether g is an output.
+        precision: precision of x, gate and the entries.
     """
     narrow = precision != "fp32"
     history = [f"g{i}" for i in range(entries)]
@@ -56,7 +59,7 @@ def update_function(entries: int, *, stores: bool, precision: Precision) -> Func
     if narrow:
         lines += ["total = Add(x_32, update)", "x_out = CastLike(total, x)"]
     else:
-        lines.append("x_out = Add(x, update)")  # an Identity that names an output would cost a copy
+        lines.append("x_out = Add(x, update)")  # an Identity after the sum would cost a copy
     inputs = ", ".join(["x", "gate", "coefficients", *history])
     header = f'<domain: "{CACHE_DOMAIN}", opset_import: ["" : {OPSET}]>'
     outputs = "(x_out, g)" if stores else "(x_out)"
@@ -71,11 +74,16 @@ def _split_text(source: str, count: int) -> str:
 
 
 def predict_graph(signature: str, spec: ModelSpec, precision: Precision) -> ModelProto:
-    """One launch that predicts neighbouring units: a chain of updates on x.
+    """The graph of a launch that predicts n adjacent units: a chain of updates on x.
 
-    Inputs: x (B, T, D), gates (n, B, D), coefficients (all units' rows joined) float32,
+    Inputs: x (B, T, D), gates (n, B, D), coefficients float32 (the rows of all units, joined), and
     g{unit}_{entry} (B, T, D).
-    Outputs: x_out, and g{unit} where it is stored.
+    Outputs: x_out (B, T, D), and g{unit} (B, T, D) of every unit whose prediction is stored.
+
+    Args:
+        signature: entries and storage of every unit, see `goc_deploy.compiler.cache_ops`.
+        spec: sizes of the model.
+        precision: precision of x, gates and the entries.
     """
     entries = updates_from_signature(signature)
     dtype, n = ELEMENT_TYPES[DTYPE_OF_PRECISION[precision]].onnx, len(entries)

@@ -1,4 +1,4 @@
-"""Writing plans into an engine directory: plan, schedule, and the graphs of the plan."""
+"""Writing a plan into an engine directory, with its schedule and graphs."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from goc_deploy.schedule.schedule import schedule_to_json
 def write_plan(
     folder: Path, plan: Plan, manifest: Manifest, read: Callable[[str], bytes]
 ) -> Manifest:
-    """Write a plan, and the missing predict graphs and segments of both its forms.
+    """Write a plan, and those predict graphs and segments of both its forms that are missing.
 
     Args:
-        folder: where to write.
-        plan: what to write.
-        manifest: of the engine directory.
-        read: the content of a file that the engine directory has.
+        folder: folder to write to.
+        plan: the plan.
+        manifest: manifest of the engine directory.
+        read: returns the content of a file of the engine directory.
 
     Returns:
-        The manifest with the plan and these graphs; its list of files is as it was.
+        The manifest with the plan and these graphs; its list of files is unchanged.
     """
     for name in ("plans", "schedules", "onnx"):
         (folder / name).mkdir(exist_ok=True)

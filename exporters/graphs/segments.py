@@ -1,4 +1,4 @@
-"""Segments: the graph of a step that computes everything, made of its units' graphs."""
+"""Segments: the graph of all units of a full step, made of the graphs of the units."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from onnx.compose import add_prefix_graph
 
 
 def segment_graph(units: Mapping[str, ModelProto], stores: Sequence[bool]) -> ModelProto:
-    """Chain units: each takes the tokens that the one before it gives.
+    """Chain units: each reads the tokens that the preceding unit writes.
 
-    Tensor ``name`` of a unit becomes ``UNIT.name``: the inputs that are its own, the initializers,
-    which stay where they lie, and the feature. Inputs: x (B, T, D) and those of the units. Outputs:
-    x_out (B, T, D), and features (B * T, D).
+    Tensor ``name`` of a unit becomes ``UNIT.name``. This concerns its feature, its inputs other
+    than the tokens, and its initializers, whose data stays in the weights file of the unit.
+
+    Inputs: x (B, T, D) and the other inputs of the units. Outputs: x_out (B, T, D) and features
+    (B * T, D).
 
     Args:
-        units: the graphs by name, in order.
-        stores: per unit whether its feature is an output.
+        units: unit name -> graph, in order.
+        stores: for each unit, whether its feature is an output.
     """
     segment, x = ModelProto(), "x"
     segment.CopyFrom(next(iter(units.values())))
@@ -40,7 +42,7 @@ def segment_graph(units: Mapping[str, ModelProto], stores: Sequence[bool]) -> Mo
 
 
 def _rename(graph: GraphProto, old: str, new: str) -> None:
-    """Give a tensor another name."""
+    """Rename a tensor."""
     for value in (*graph.input, *graph.output):
         value.name = new if value.name == old else value.name
     for node in graph.node:

@@ -1,4 +1,4 @@
-"""Graphs of a step that belong to no block: modulation rows, collecting predictions, guidance and the sampler update."""
+"""Graphs of a step outside the blocks: modulation, accumulators, guidance and the sampler."""
 
 from __future__ import annotations
 
@@ -15,25 +15,27 @@ _HEADER = '<ir_version: 10, opset_import: ["" : 20], producer_name: "goc_deploy"
 
 
 def modulation_graph(spec: ModelSpec, precision: Precision) -> ModelProto:
-    """Pick the rows of one step's modulation table for the batch.
+    """Expand the modulation table of one step to the rows of the batch.
 
     Inputs: table (M, R, D), rows (B,) int64. Outputs: modulation (M, B, D).
     """
     dtype = _onnx_name(precision)
     return _parse(
-        f"""modulation ({dtype}[M, R, {spec.hidden}] table, int64[B] rows) => ({dtype}[M, B, {spec.hidden}] modulation)
+        f"""modulation ({dtype}[M, R, {spec.hidden}] table, int64[B] rows)
+            => ({dtype}[M, B, {spec.hidden}] modulation)
         {{ modulation = Gather<axis=1>(table, rows) }}"""
     )
 
 
 def collect_graph(spec: ModelSpec, precision: Precision) -> ModelProto:
-    """Add what was predicted for a whole step ahead of time.
+    """Add the accumulator of a collapsed step, whose predictions were made ahead.
 
     Inputs: x (B, T, D), accumulated (B, T, D). Outputs: x_out (B, T, D).
     """
     feature = f"{_onnx_name(precision)}[B, {spec.tokens}, {spec.hidden}]"
     return _parse(
-        f"collect ({feature} x, {feature} accumulated) => ({feature} x_out) {{ x_out = Add(x, accumulated) }}"
+        f"""collect ({feature} x, {feature} accumulated) => ({feature} x_out)
+        {{ x_out = Add(x, accumulated) }}"""
     )
 
 
@@ -42,7 +44,7 @@ def _onnx_name(precision: Precision) -> str:
 
 
 def sampler_graphs(spec: ModelSpec) -> dict[str, ModelProto]:
-    """The sampler unit in every form that `goc_deploy.samplers.table.SamplerTable.graph` may name for this model."""
+    """The sampler graphs that `goc_deploy.samplers.table.SamplerTable.graph` may name, by name."""
     graphs = {
         f"sampler_lag{lags}" if lags else "sampler": sampler_graph(spec, lags=lags)
         for lags in range(MAX_LAGS + 1)
@@ -55,19 +57,23 @@ def sampler_graphs(spec: ModelSpec) -> dict[str, ModelProto]:
 
 
 def sampler_graph(spec: ModelSpec, *, lags: int = 0, learned: bool = False) -> ModelProto:
-    """Classifier-free guidance per image and channel, then one row of the sampler table, in float32.
+    """Classifier-free guidance per image and channel, then a row of the sampler table, in float32.
 
-    ``guided = uncond + guidance * (cond - uncond)``; ``latents_out = c0 * latents + c1 * guided + c2 * noise``.
+    ``guided = uncond + guidance * (cond - uncond)`` and
+    ``latents_out = c0 * latents + c1 * guided + c2 * noise``.
+
+    Inputs: latents (N, C, H, W), prediction (B, C_out, H, W), which is the model output, cond_rows
+    and uncond_rows (N,) int64, guidance (N, C), coefficients (3 + ...,), noise (N, C, H, W), and
+    estimate_1 ... (N, C, H, W). Outputs: latents_out (N, C, H, W), and with lags also estimate (N,
+    C, H, W).
 
     Args:
-        spec: the model.
-        lags: earlier estimates that are read: ``estimate = c3 * latents + c4 * guided`` is an output, and
-            ``c5 * estimate_1 + c6 * estimate_2`` joins ``latents_out``.
-        learned: the noise is scaled by ``exp(c3 * variance)``, the sigma channels of the conditional rows; without it
-            they are ignored.
-
-    Inputs: latents (N, C, H, W), prediction (B, C_out, H, W), cond_rows and uncond_rows (N,) int64, guidance (N, C),
-    coefficients (3 + ...,), noise (N, C, H, W), estimate_1 ... (N, C, H, W). Outputs: latents_out, and with lags estimate.
+        spec: sizes of the model.
+        lags: number of earlier estimates that are read. If there are any, ``estimate = c3 * latents
+            + c4 * guided`` is an output, and ``c5 * estimate_1 + c6 * estimate_2`` is added to
+            ``latents_out``.
+        learned: whether the noise is scaled by ``exp(c3 * variance)``. The variance is in the sigma
+            channels of the conditional rows, which are ignored otherwise.
     """
     latents = f"float[N, {spec.channels}, {spec.side}, {spec.side}]"
     earlier = [f"estimate_{lag}" for lag in range(1, lags + 1)]
@@ -93,8 +99,10 @@ def sampler_graph(spec: ModelSpec, *, lags: int = 0, learned: bool = False) -> M
         else "from_noise = Mul(c2, noise)"
     )
     return _parse(
-        f"""sampler ({latents} latents, float[B, {spec.output_channels}, {spec.side}, {spec.side}] prediction,
-            int64[N] cond_rows, int64[N] uncond_rows, float[N, {spec.channels}] guidance, float[{len(names)}] coefficients,
+        f"""sampler ({latents} latents,
+            float[B, {spec.output_channels}, {spec.side}, {spec.side}] prediction,
+            int64[N] cond_rows, int64[N] uncond_rows,
+            float[N, {spec.channels}] guidance, float[{len(names)}] coefficients,
             {latents} noise{more_inputs}) => ({latents} latents_out{more_outputs})
         {{
             first = Constant<value = int64[1] {{0}}>()
@@ -119,7 +127,7 @@ def sampler_graph(spec: ModelSpec, *, lags: int = 0, learned: bool = False) -> M
 
 
 def _with_history(earlier: Sequence[str]) -> str:
-    """Close the update: the new estimate, and the sum over the earlier ones."""
+    """The last lines of the sampler: the new estimate, and the sum over the earlier estimates."""
     if not earlier:
         return "latents_out = Add(deterministic, from_noise)"
     lines = [

@@ -1,1 +1,1 @@
-"""Calibration on an engine directory: uncached images, measured schedules, fitted coefficients."""
+"""Calibration on an engine directory: uncached runs, measured schedules, fitted coefficients."""

@@ -1,4 +1,4 @@
-"""Calibration on an engine directory: images without cache, their statistics, and schedules measured against them."""
+"""Calibration on an engine directory: statistics of uncached images, and errors of schedules."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ from goc_deploy.schedule import COMPUTE, Schedule, check_schedule
 from goc_deploy.schedule.schedule import HistoryKind
 
 TINY = np.finfo(np.float64).tiny
-# For features of a batch in memory, and again for mean features; beyond it the means are in a file.
+# Memory for the features of a batch, and the same for mean features; larger means are in a file.
 BUDGET_BYTES = 2**30
 
 
 class EngineCalibrator:
-    """Answers policies by running calibration images through a stepper. Implements `goc_deploy.policies.calibration.Calibrator`.
+    """A `goc_deploy.policies.calibration.Calibrator` that runs images through a stepper.
 
-    The images without cache run once, when first needed, batch by batch: memory does not grow with their number, but
-    for the final latents.
+    The calibration images run without cache once, when they are first needed, batch by batch. Apart
+    from their final latents, memory does not grow with the number of images.
 
     Args:
-        stepper: the engine and its sampler.
-        options: which images.
-        provenance: of the engine, for `describe`.
+        stepper: the engines and the sampler.
+        options: number, seed and guidance of the images.
+        provenance: provenance of the engine directory, for `describe`.
         progress: called with (what, done, total).
-        budget_bytes: memory for features of a batch, which bounds its size, and for mean features,
-            which go to a temporary file if they are larger.
+        budget_bytes: memory for the features of a batch, which limits the size of batches, and for
+            the mean features, which are in a temporary file if they are larger.
 
     Raises:
-        UsageError: an option out of range.
+        UsageError: an option is out of range.
     """
 
     def __init__(
@@ -89,14 +89,21 @@ class EngineCalibrator:
         """See `goc_deploy.policies.calibration.Calibrator.statistics`.
 
         Raises:
-            VerificationError: the model's results without cache are not finite.
+            VerificationError: results without cache are not finite.
         """
         if self._statistics is None:
             self._statistics = self._without_cache()
         return self._statistics
 
     def error(self, schedule: Schedule) -> float:
-        """See `goc_deploy.policies.calibration.Calibrator.error`. Infinite where the results are not finite."""
+        """See `goc_deploy.policies.calibration.Calibrator.error`.
+
+        The error is infinite if the results are not finite.
+
+        Raises:
+            ScheduleError: the schedule is invalid or has another number of steps than the sampler.
+            VerificationError: results without cache are not finite.
+        """
         check_schedule(schedule)
         if schedule.steps != self._table.steps:
             raise ScheduleError(
@@ -152,7 +159,7 @@ class EngineCalibrator:
                 )
             if not np.isfinite(trajectory.latents).all():
                 raise VerificationError(
-                    "calibration without cache gives NaN or infinite latents; check the engine"
+                    "calibration without cache results in NaN or infinite latents; check the engine"
                 )
             self._final.append(trajectory.latents)
             done += images
@@ -165,7 +172,7 @@ class EngineCalibrator:
         return Statistics(means, changes)
 
     def _batches(self) -> Iterator[Request]:
-        """The calibration images; a batch is as large as the engine and the budget for features allow."""
+        """The calibration images, in the largest batches that the engines and the budget allow."""
         spec, options = self._stepper.spec, self._options
         image_bytes = 2 * spec.units * (MAX_GAP + 1) * spec.tokens * spec.hidden * 4
         size = max(1, min(self._stepper.capacity, self._budget_bytes // image_bytes))
@@ -190,8 +197,8 @@ def load_calibrator(
     """Load an engine directory to calibrate on it.
 
     Raises:
-        UsageError: an option out of range.
-        EngineDirError, SafetyError, EnvironmentUnsupportedError: as `load_stepper`.
+        UsageError: an option is out of range.
+        EngineDirError, SafetyError, EnvironmentUnsupportedError: as in `load_stepper`.
     """
     recorded = directory.manifest.provenance
     provenance = {key: recorded[key] for key in ("checkpoint_sha256",) if key in recorded}
@@ -200,14 +207,14 @@ def load_calibrator(
 
 
 class _Watcher:
-    """Sums up features and their changes as a batch passes without cache."""
+    """Sums up the features of a batch that runs without cache, and their changes."""
 
     def __init__(self, means: np.ndarray, changes: np.ndarray, images: int) -> None:
         self._means, self._changes, self._images = means, changes, images
         self._earlier: list[list[np.ndarray]] = [[] for _ in range(means.shape[1])]  # newest first
 
     def at(self, step: int) -> Any:
-        """The hook of one step."""
+        """The hook for one step."""
         return lambda unit, feature: self._see(step, unit, feature)
 
     def _see(self, step: int, unit: int, feature: np.ndarray) -> None:
@@ -223,7 +230,7 @@ class _Watcher:
         earlier.insert(0, memory)
 
     def _per_image(self, values: np.ndarray) -> np.ndarray:
-        """(B, T, D) summed up per image, over its conditional and unconditional row."""
+        """The sum of (B, T, D) per image, over its conditional and unconditional row: (N,)."""
         summed: np.ndarray = (
             values.sum(axis=(1, 2), dtype=np.float64).reshape(-1, self._images).sum(axis=0)
         )
@@ -231,7 +238,7 @@ class _Watcher:
 
 
 def _zeros(shape: tuple[int, ...], budget_bytes: int) -> np.ndarray:
-    """Float32 zeros, in a temporary file if they exceed the budget; it goes with the array."""
+    """Float32 zeros, in a temporary file if they exceed the budget; it is freed with the array."""
     if math.prod(shape) * 4 <= budget_bytes:
         return np.zeros(shape, np.float32)
     with tempfile.TemporaryFile(prefix="goc-calibration-") as file:

@@ -1,4 +1,4 @@
-"""Fitting coefficients to where the cached trajectory ends: least squares on the final latents, linearised."""
+"""Fitting coefficients to the final latents: least squares, linearized."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from goc_deploy.policies.fit import FitOptions
 from goc_deploy.runtime.calibration.trajectory import Row, Trajectory
 from goc_deploy.schedule import REUSE, Schedule
 
-DELTA = (
-    0.1  # of the difference quotients: well above float32 noise, small against weights of about 1
-)
+# Step of the difference quotients: far above float32 noise, and small compared with weights near 1.
+DELTA = 0.1
 MAX_WEIGHT = 2.0
 ITERATIONS = 2
-STARTS = (0.0, 0.5, 1.0)  # eta of the gradient, 0 is plain reuse
+STARTS = (0.0, 0.5, 1.0)  # eta of the gradient; 0 is plain reuse
 
-Pair = tuple[Trajectory, np.ndarray]  # a batch at step 0, and its final latents without cache
+# A batch at step 0, and its final latents (N, C, H, W) without cache.
+Pair = tuple[Trajectory, np.ndarray]
 
 
 @dataclass(slots=True)
@@ -49,16 +49,22 @@ class NormalEquations:
 
 @dataclass(frozen=True, slots=True)
 class Direction:
-    """A weight to fit: ``weight * (g_order - g_(order + 1))`` is added to what some units of some steps reuse."""
+    """A weight to fit: ``weight * (g_order - g_(order + 1))`` is added to the reused features.
+
+    Attributes:
+        places: step and unit of each feature that the weight changes.
+        order: index of the newer of the two history entries.
+    """
 
     places: tuple[tuple[int, int], ...]
     order: int
 
 
 def directions(schedule: Schedule, options: FitOptions) -> list[Direction]:
-    """What may be fitted: where a unit is reused and its history is long enough, one weight per difference of entries.
+    """The weights that can be fitted: one per difference of two entries, for units that are reused.
 
-    All units of a step share weights, or all of all steps, by ``options.granularity``.
+    A unit is included if its history is long enough. By ``options.granularity``, the units of a
+    step or of all steps share weights.
     """
     groups: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     for step, unit, stored in schedule.available_history():
@@ -69,13 +75,13 @@ def directions(schedule: Schedule, options: FitOptions) -> list[Direction]:
     return [Direction(tuple(places), key[-1]) for key, places in groups.items()]
 
 
-def with_weights(schedule: Schedule, found: list[Direction], weights: np.ndarray) -> Schedule:
+def with_weights(schedule: Schedule, fitted: list[Direction], weights: np.ndarray) -> Schedule:
     """The schedule with weights along directions in place of plain reuse.
 
-    Before: ``reuse``. After weights 1.0 and 0.2 along orders 0 and 1: ``(2.0, -0.8, -0.2)``.
+    For example, weights 1.0 and 0.2 along orders 0 and 1 change reuse to ``(2.0, -0.8, -0.2)``.
     """
     rows = [list(step) for step in schedule.coefficients]
-    for direction, weight in zip(found, weights.tolist(), strict=True):
+    for direction, weight in zip(fitted, weights.tolist(), strict=True):
         for step, unit in direction.places:
             row = [*rows[step][unit], *[0.0] * (direction.order + 2 - len(rows[step][unit]))]
             row[direction.order] += weight
@@ -91,54 +97,58 @@ def fit_to_final(
     options: FitOptions,
     progress: Callable[[str, int, int], None],
 ) -> Schedule:
-    """Replace plain reuse by weights that bring the final latents closest to those without cache.
+    """Replace plain reuse by weights that minimize the error of the final latents.
 
-    Gauss-Newton: every weight's effect on the final latents is a difference quotient along the cached trajectory, run
-    on from the first step that it changes; a ridge pulls a step's weights toward the last ones, and a step that does not
-    lower the measured error ends it. Starts from the best of plain reuse and the
-    gradient with an eta of ``STARTS``, so that the result is not worse than these on the calibration images.
+    The method is Gauss-Newton. The effect of a weight on the final latents is a difference
+    quotient: the cached trajectory is forked at the first step that the weight changes. A ridge
+    pulls the weights of an iteration toward the previous weights. The method stops at an iteration
+    that does not lower the measured error. It starts from the best eta of ``STARTS``, so the result
+    is not worse than plain reuse or the gradient on the calibration images.
 
     Args:
-        schedule: what is computed and what is reused.
-        pairs: gives the calibration images anew.
-        error: measured error of a schedule over them, infinite where it is not to be had.
-        options: how to fit.
+        schedule: the schedule, with plain reuse.
+        pairs: returns the calibration images, from the beginning in each call.
+        error: returns the measured error of a schedule, infinite if it cannot be measured.
+        options: options of the fit.
         progress: called with (what, done, total).
+
+    Returns:
+        The schedule with the fitted weights.
     """
-    found = directions(schedule, options)
-    slope = np.array([float(direction.order == 0) for direction in found])
+    fitted = directions(schedule, options)
+    slope = np.array([float(direction.order == 0) for direction in fitted])
     starts = [eta * slope for eta in STARTS]
-    weights = min(starts, key=lambda start: error(with_weights(schedule, found, start)))
-    best = error(with_weights(schedule, found, weights))
-    for iteration in range(ITERATIONS if found else 0):
-        equations = NormalEquations.zeros(len(found))
+    weights = min(starts, key=lambda start: error(with_weights(schedule, fitted, start)))
+    best = error(with_weights(schedule, fitted, weights))
+    for iteration in range(ITERATIONS if fitted else 0):
+        equations = NormalEquations.zeros(len(fitted))
         for batch, (trajectory, expected) in enumerate(pairs()):
             progress(f"fitting, pass {iteration + 1} of {ITERATIONS}", batch, 0)
-            columns, final = _effects(schedule, found, weights, trajectory)
+            columns, final = _effects(schedule, fitted, weights, trajectory)
             equations.see(columns, expected - final)
         ridge = options.ridge * np.diag(
             np.maximum(np.diag(equations.gram), np.finfo(np.float64).tiny)
         )
         step = np.linalg.solve(equations.gram + ridge, equations.cross)
         tried = np.clip(weights + step, -MAX_WEIGHT, MAX_WEIGHT)
-        measured = error(with_weights(schedule, found, tried))
+        measured = error(with_weights(schedule, fitted, tried))
         if not measured < best:
             break
         weights, best = tried, measured
-    return with_weights(schedule, found, weights)
+    return with_weights(schedule, fitted, weights)
 
 
 def _effects(
-    schedule: Schedule, found: list[Direction], weights: np.ndarray, trajectory: Trajectory
+    schedule: Schedule, fitted: list[Direction], weights: np.ndarray, trajectory: Trajectory
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """What each weight does to the final latents, and the final latents themselves."""
-    base = with_weights(schedule, found, weights)
+    """The effect of each weight on the final latents, and the final latents."""
+    base = with_weights(schedule, fitted, weights)
     changed = []
     forks: dict[int, list[int]] = {}
-    for index, direction in enumerate(found):
+    for index, direction in enumerate(fitted):
         moved = weights.copy()
         moved[index] += DELTA
-        changed.append(with_weights(schedule, found, moved).coefficients)
+        changed.append(with_weights(schedule, fitted, moved).coefficients)
         forks.setdefault(min(step for step, _ in direction.places), []).append(index)
     ends: dict[int, np.ndarray] = {}
     for step, rows in enumerate(base.coefficients):
@@ -146,7 +156,7 @@ def _effects(
             ends[index] = _finish(trajectory.fork(), step, changed[index])
         trajectory.advance(step, rows)
     final = trajectory.latents
-    return [(ends[index] - final) / DELTA for index in range(len(found))], final
+    return [(ends[index] - final) / DELTA for index in range(len(fitted))], final
 
 
 def _finish(

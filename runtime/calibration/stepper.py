@@ -1,9 +1,9 @@
-"""One sampling step of a session, launch by launch, with its tensors in sight.
+"""One sampling step of a session, launch by launch, with access to its tensors.
 
-Calibration looks at features and decides by them, which a compiled plan never does. It therefore
-runs a session whose plan computes every unit and stores every feature, and calls the bound launches
-itself. In place of a launch it may add what it predicted. It reads and writes the tensors that the
-launches were bound to, as NumPy arrays on host memory.
+Calibration reads features and makes decisions that depend on them, unlike a compiled plan. It
+therefore runs a session whose plan computes every unit and stores every feature, and calls the
+bound launches itself. It may replace a launch by a prediction. It reads and writes the tensors of
+the launches as NumPy arrays in host memory.
 """
 
 from __future__ import annotations
@@ -30,17 +30,16 @@ from goc_deploy.spec import ModelSpec
 class Stepper:
     """Runs one sampling step of a request.
 
-    A step is `begin`, then `compute` or `add` for every unit in order, then `finish`. Nothing of a
-    trajectory is kept here: latents, estimates and features belong to the caller, so any number of
-    trajectories may advance in turn. Arithmetic of NumPy is float32 whatever the precision of the
-    engines.
+    A step is `begin`, then `compute` or `add` for every unit in order, then `finish`. A stepper has
+    no state of a trajectory: latents, estimates and features belong to the caller, so any number of
+    trajectories may advance in turn. NumPy computes in float32 for every precision of the engines.
 
     Args:
-        engines: loaded units; predict graphs are not needed.
-        backend: that loaded them, on host memory.
-        spec: the model.
-        precision: of the engines.
-        table: the sampler.
+        engines: the loaded engines; predict graphs are not needed.
+        backend: the backend that loaded them, in host memory.
+        spec: sizes of the model.
+        precision: precision of the engines.
+        table: table of the sampler.
         capacity: the largest number of images of a request.
     """
 
@@ -73,47 +72,47 @@ class Stepper:
     def begin(
         self, step: int, request: Request, latents: np.ndarray, estimates: Sequence[np.ndarray] = ()
     ) -> None:
-        """Start a step: its modulation, and tokens from the latents.
+        """Start a step: run its modulation, and compute tokens from the latents.
 
         Args:
-            step: which step.
-            request: the images; its noise is what a stochastic sampler adds.
+            step: index of the step.
+            request: the images, with the noise of a stochastic sampler.
             latents: (N, C, H, W) before the step.
-            estimates: what a multistep sampler kept of earlier steps, newest first; (N, C, H, W)
-                each.
+            estimates: estimates of earlier steps for a multistep sampler, newest first, (N, C, H,
+                W) each.
         """
         if request is not self._request:
             self._plan, self._request = self._session.prepare(request), request
-            if step:  # captions get their keys and values in the first step
+            if step:  # the launches before the first step compute keys and values of captions
                 _run(self._plan.steps[0].before)
         self._step = self._plan.steps[step]
         inputs = self._step.end[-1].inputs
         host_array(inputs["latents"])[...] = latents
         for place, lag in enumerate(self.table.reads(step), 1):
-            if lag <= len(estimates):  # else the sampler is bound to zeros
+            if lag <= len(estimates):  # otherwise the sampler is bound to zeros
                 host_array(inputs[f"estimate_{place}"])[...] = estimates[lag - 1]
         _run((*self._step.before, *self._step.start))
 
     @property
     def feature_shape(self) -> tuple[int, ...]:
-        """(B, T, D) of the current step: rows (conditional, then unconditional), tokens, width."""
+        """Shape (B, T, D) of the current step: first the conditional, then unconditional rows."""
         return self._step.start[-1].outputs["x"].shape
 
     def compute(self, unit: int) -> np.ndarray:
-        """Run a unit's engine, which adds its gated feature to the tokens.
+        """Run the engine of a unit, which adds its gated feature to the tokens.
 
         Returns:
-            The feature (B, T, D) in the engine's dtype: a view that the next call overwrites.
+            The feature (B, T, D) in the dtype of the engine, a view that the next call overwrites.
         """
         launch = self._step.updates[unit]
         launch.run()
         return host_array(launch.outputs["feature"]).reshape(self.feature_shape)
 
     def add(self, unit: int, feature: np.ndarray) -> None:
-        """Add ``gate * feature`` to the tokens in place of the unit's engine.
+        """Add ``gate * feature`` to the tokens in place of the engine of a unit.
 
         Args:
-            unit: which unit.
+            unit: index of the unit.
             feature: (B, T, D) float32.
         """
         launch = self._step.updates[unit]
@@ -125,11 +124,11 @@ class Stepper:
         np.add(tokens, self._update, out=target, casting="same_kind")
 
     def finish(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """End the step: final layer, guidance and the sampler's row.
+        """End the step: run the final layer, the guidance and the sampler.
 
         Returns:
-            The latents after the step, (N, C, H, W) float32, and what a multistep sampler keeps of
-            it; copies.
+            Copies of the latents after the step, (N, C, H, W) float32, and of the estimate of a
+            multistep sampler, or None.
         """
         _run(self._step.end)
         outputs = self._step.end[-1].outputs
@@ -149,12 +148,13 @@ def load_stepper(
 
     Args:
         directory: the engine directory.
-        backend: loads the graphs, on host memory.
-        table: the sampler.
-        images: the largest number of images of a request, at most the engine's ``max_batch``.
+        backend: loads the graphs into host memory.
+        table: table of the sampler.
+        images: the largest number of images of a request, limited by the ``max_batch`` of the
+            engine directory.
 
     Raises:
-        EngineDirError, SafetyError: the directory is corrupt or not ours.
+        EngineDirError, SafetyError: the engine directory is corrupt or not from this package.
         EnvironmentUnsupportedError: the backend has no kernels for its precision.
     """
     manifest = directory.manifest

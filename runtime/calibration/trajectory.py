@@ -1,4 +1,4 @@
-"""A batch of images on its way through the sampler under a schedule, one step at a time."""
+"""A batch of images that advances through the sampler under a schedule, step by step."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ FeatureHook = Callable[[int, np.ndarray], None]
 
 
 class Trajectory:
-    """Latents and history of one batch.
+    """The latents and the history of one batch.
 
     Args:
         stepper: runs the units; trajectories may share it.
         request: the images.
         history: ``used`` or ``computed``, as in a schedule.
-        depth: history entries kept per unit.
+        depth: number of history entries per unit.
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class Trajectory:
         """Run one step.
 
         Args:
-            step: which step.
-            rows: coefficients of every unit; an empty row computes it.
+            step: index of the step.
+            rows: coefficients of every unit; a unit with an empty row is computed.
             on_feature: called with (unit, feature) for every computed unit; the feature is a view.
         """
         stepper = self._stepper
@@ -62,13 +62,13 @@ class Trajectory:
             self._estimates = [estimate, *self._estimates][: stepper.table.reach]
 
     def fork(self) -> Trajectory:
-        """Another trajectory of the same images that goes on from here."""
+        """Another trajectory of the same images that continues from the current step."""
         other = copy(self)
         other._entries = [[entry.copy() for entry in entries] for entries in self._entries]
         return other
 
     def _predict(self, unit: int, row: Row) -> None:
-        """Add ``gate * sum(c * h)``."""
+        """Add the gated prediction, ``gate * sum(c * h)``."""
         shape = self._stepper.feature_shape
         if self._scratch.shape != (2, *shape):
             self._scratch = np.empty((2, *shape), np.float32)
@@ -84,7 +84,7 @@ class Trajectory:
             self._push(unit, predicted)
 
     def _push(self, unit: int, feature: np.ndarray) -> None:
-        """Copy a feature into the history; the oldest entry's memory is used again."""
+        """Copy a feature into the history; the memory of the oldest entry is reused."""
         entries = self._entries[unit]
         if not self._depth:
             return
