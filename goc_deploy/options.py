@@ -1,4 +1,4 @@
-"""Options of the main jobs with their defaults, so that command line and library cannot disagree."""
+"""Options of the main jobs and their defaults, which the commands and the library share."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from typing import Literal, get_args
 
 from goc_deploy.precision import Precision
 
-Progress = Callable[[str, int, int], None]  # (what, done, total)
+Progress = Callable[[str, int, int], None]  # (name of the job, done, total)
 
 
-CALIBRATION_SEED = (
-    2**32
-)  # far from the small seeds that people generate with: calibration images stay unseen
+# Far from the small seeds that people generate with, so that calibration images stay unseen.
+CALIBRATION_SEED = 2**32
 Segments = Literal["full", "none"]
 SEGMENTS: tuple[Segments, ...] = get_args(Segments)
 WeightMode = Literal["embedded", "shared"]  # how a TensorRT engine holds its weights
 CheckpointWeights = Literal["auto", "ema", "model"]
-PRESETS = ("paper",)  # tables of the literature that goc-eval makes
+PRESETS = ("paper",)  # tables of the literature that goc-eval reproduces
 
 
 def no_progress(what: str, done: int, total: int) -> None:
@@ -28,31 +27,34 @@ def no_progress(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
-    """How to export.
+    """Options of an export.
 
     Attributes:
-        model: architecture, or ``auto`` to recognise it.
-        num_heads: attention heads, where the width does not tell.
-        precision: ``fp32``, ``fp16`` or ``bf16``: dtype of weights, tokens and history.
-        max_batch: most images per run.
-        steps: sampling steps of the plans.
-        sampler: sampler SPEC; None takes ``diffusers``, the scheduler of the model's folder, or where there is none
-            ``ddim``, or ``euler`` for a model that predicts a flow.
-        prediction: what the model predicts, one of `goc_deploy.spec.PREDICTIONS`; None is what the scheduler of its folder
-            says, or where there is none what its architecture does.
+        model: architecture, or ``auto`` to detect it.
+        num_heads: number of attention heads; None infers it from the width.
+        precision: ``fp32``, ``fp16`` or ``bf16``: number format of weights, tokens and history.
+        max_batch: largest number of images per run.
+        steps: number of sampling steps of the plans.
+        sampler: sampler SPEC. None takes ``diffusers``, the scheduler of the model's folder. If
+            there is no folder, it takes ``euler`` for a model that predicts a flow, and ``ddim``
+            for others.
+        prediction: prediction type, one of `goc_deploy.spec.PREDICTIONS`. None takes that of the
+            folder's scheduler, or of the architecture if there is no folder.
         plans: policy SPECs, in order of preference; empty takes `default_plans`.
-        calibrate: images that calibrated policies learn from; None takes `goc_deploy.policies.calibration.default_images`.
-        calibration_seed: of these images.
-        cfg_scale: guidance scale of these images.
-        weights: ``ema``, ``model``, or ``auto`` (ema where there is one).
+        calibrate: number of images that calibrated policies learn from; None takes
+            `goc_deploy.policies.calibration.default_images`.
+        calibration_seed: seed of the calibration images.
+        cfg_scale: guidance scale of the calibration images.
+        weights: ``ema``, ``model``, or ``auto`` (``ema`` if the checkpoint has it).
         allow_nonfinite: accept NaN and infinite weights.
         force: replace an existing engine directory.
-        captions: what stands for labels of a model that draws captions: a file of embeddings, or of prompts (``.txt``, one
-            per line, with a text encoder); None takes `goc_deploy.conditions.text.DEFAULT_PROMPTS` where there is a text encoder.
+        captions: captions that a text-conditional model uses instead of class labels: a file of
+            prompt embeddings, or of prompts (``.txt``, one per line, with a text encoder). None
+            takes `goc_deploy.conditions.text.DEFAULT_PROMPTS` if there is a text encoder.
         text_encoder: folder of the T5 encoder that the model was trained with, or None.
         vae: folder of the AutoencoderKL whose decoder turns latents into images, or None.
-        vae_tile: latents beyond so many pixels per side are decoded in tiles of that size.
-        segments: of the plans, as `PlanOptions.segments`.
+        vae_tile: side of a decoder tile in latent pixels; larger latents are decoded in tiles.
+        segments: as `PlanOptions.segments`, for the plans of the export.
     """
 
     model: str = "auto"
@@ -77,24 +79,28 @@ class ExportOptions:
 
 
 def default_plans(*, calibrates: bool) -> tuple[str, ...]:
-    """Policy SPECs where none are asked for. bf16 engines have no CPU kernels to calibrate with, and a model that draws
-    captions needs some; then the gradient is one that no sampler was seen to amplify."""
+    """Return the default SPECs.
+
+    Calibration is impossible for bf16 engines (no CPU kernels) and for text-conditional models
+    without captions. These get a gradient of 0.5, which no tested sampler amplifies.
+    """
     return ("none", "fora:2+goc" if calibrates else "fora:2+gc:0.5")
 
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
-    """How to add a plan.
+    """Options of a plan that is added to an engine directory.
 
     Attributes:
-        name: default: the SPEC made file-safe.
-        steps: default: those of the engine's first plan.
-        sampler: default: that of the engine's first plan.
-        calibrate: images that a calibrated policy learns from; None takes `goc_deploy.policies.calibration.default_images`.
-        seed: of these images.
-        cfg_scale: guidance scale of these images.
-        segments: what TensorRT runs as one engine: ``full``, a step that computes everything, or ``none``. ONNX Runtime
-            always runs units.
+        name: the plan's name; None takes the SPEC, made safe for a file name.
+        steps: number of sampling steps; None takes that of the first plan.
+        sampler: sampler SPEC; None takes that of the first plan.
+        calibrate: number of images that a calibrated policy learns from; None takes
+            `goc_deploy.policies.calibration.default_images`.
+        seed: seed of the calibration images.
+        cfg_scale: guidance scale of the calibration images.
+        segments: what TensorRT runs as one engine: ``full``, all units of a full step, or
+            ``none``. ONNX Runtime always runs single units.
     """
 
     name: str | None = None
@@ -108,16 +114,17 @@ class PlanOptions:
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """How to build TensorRT engines for an engine directory.
+    """Options of the TensorRT engines of an engine directory.
 
     Attributes:
         backend: ``tensorrt-rtx`` or ``tensorrt``.
-        capabilities: GPUs to build for, such as ``8.6``; empty is all that TensorRT-RTX targets from Ampere on, and for
-            ``tensorrt`` the GPU of this machine.
-        weights: ``embedded``, an engine per unit that holds its weights, or ``shared``, an engine per kind of unit that
-            reads them at an address.
-        workspace_bytes: most scratch memory of one engine; 0 is no limit.
-        plugin: use the plugin where it needs fewer launches.
+        capabilities: compute capabilities to build for, such as ``8.6``. Empty takes the GPU of
+            this machine for ``tensorrt``, and for ``tensorrt-rtx`` all that it targets from Ampere
+            on.
+        weights: ``embedded``, one engine per unit that contains its weights, or ``shared``, one
+            engine per kind of unit that reads the weights at an address.
+        workspace_bytes: limit on the scratch memory of one engine; 0 is no limit.
+        plugin: use the plugin for graphs that need fewer launches with it.
     """
 
     backend: str = "tensorrt-rtx"
@@ -129,13 +136,14 @@ class EngineOptions:
 
 @dataclass(frozen=True, slots=True)
 class GenerateOptions:
-    """How to generate.
+    """Options of a generation.
 
     Attributes:
-        seed: of the noise; image i of a request depends on (seed, i) alone.
-        cfg_scale: classifier-free guidance scale; 1 is none and runs half the rows.
-        cfg_channels: guidance acts on the first channels only; None is what the model's reference does (3 for
-            checkpoints of DiT, all for PixArt and folders of diffusers).
+        seed: seed of the noise; image i of a request depends on (seed, i) alone.
+        cfg_scale: guidance scale; 1 turns guidance off and halves the rows of a batch.
+        cfg_channels: number of leading channels that guidance acts on. None takes that of the
+            reference implementation (3 for checkpoints of DiT, all for PixArt and folders of
+            diffusers).
     """
 
     seed: int = 0
@@ -145,17 +153,18 @@ class GenerateOptions:
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
-    """How to compare plans.
+    """Options of a comparison of plans by speed.
 
     Attributes:
-        plans: names or SPECs; the first is the baseline; empty takes all plans of the engine.
-        labels: one per image; all images run as one batch.
-        cfg_scale: classifier-free guidance scale.
-        repeats: measured rounds; every round runs every plan once.
-        warmup: rounds that are not measured; on a GPU twice as many, because the second run of a plan records it.
-        backend: as `goc_deploy.load` takes it.
-        device: as `goc_deploy.load` takes it.
-        threads: 0 is one per core.
+        plans: names or SPECs; the first is the baseline. Empty takes all plans.
+        labels: one label per image; all images run as one batch.
+        cfg_scale: guidance scale.
+        repeats: number of measured rounds; every round runs every plan once.
+        warmup: number of rounds before the measured ones. A GPU gets twice as many, because the
+            second run of a plan records it.
+        backend: as for `goc_deploy.load`.
+        device: as for `goc_deploy.load`.
+        threads: number of CPU threads; 0 is one per core.
     """
 
     plans: tuple[str, ...] = ()
@@ -170,31 +179,33 @@ class BenchOptions:
 
 @dataclass(frozen=True, slots=True)
 class EvalOptions:
-    """How to evaluate plans.
+    """Options of an evaluation of plans by quality.
 
     Attributes:
-        plans: names or SPECs; empty takes all plans of the engine.
+        plans: names or SPECs; empty takes all plans.
         preset: one of ``PRESETS``, which chooses the plans, or None.
-        router: Learning-to-Cache router for the preset's rows of it, or None.
-        num_images: images per plan.
-        seed: of noise, labels and resampling; image i has the noise that goc-run gives it.
-        cfg_scale: classifier-free guidance scale.
-        cfg_channels: guidance acts on the first channels only; None is what the model's reference does.
+        router: Learning-to-Cache router for the rows of the preset that need one, or None.
+        num_images: number of images per plan.
+        seed: seed of noise, labels and resampling; image i has the same noise as in goc-run.
+        cfg_scale: guidance scale.
+        cfg_channels: number of leading channels that guidance acts on; None takes that of the
+            reference implementation.
         labels: ``balanced`` (every class equally often, in random order) or ``iid``.
-        batch_size: images per run; 0 is what the engine was exported for.
-        backend: as `goc_deploy.load` takes it.
-        device: as `goc_deploy.load` takes it.
-        threads: 0 is one per core.
+        batch_size: number of images per run; 0 takes the largest of the engine directory.
+        backend: as for `goc_deploy.load`.
+        device: as for `goc_deploy.load`.
+        threads: number of CPU threads; 0 is one per core.
         reference: ADM file to compare the distribution with, or None.
         features: ``inception``, the path of an ONNX model, or None for paired metrics only.
         inception_weights: torch-fidelity's weights, or None.
         samples: folder to read images from instead of generating them, or None.
         samples_output: folder to write images to, or None.
-        converged: uncached steps of a converged solution to measure the distance to; 0 is none.
-        converged_images: images that the converged solution is made of.
-        trajectory_images: images whose error is followed over the steps.
-        resamples: bootstrap resamples of FID and inception score.
-        grid_images: pictures per plan in the report.
+        converged: number of uncached steps of the converged solution to compare with; 0 skips
+            the comparison.
+        converged_images: number of images to compare with the converged solution.
+        trajectory_images: number of images whose error is measured at every step.
+        resamples: number of bootstrap resamples of FID and inception score.
+        grid_images: number of pictures per plan in the report.
     """
 
     plans: tuple[str, ...] = ()
