@@ -177,8 +177,8 @@ class Device(Protocol):
         The launch adds one to ``step``, then copies.
 
         Args:
-            moves: the copies, in order. A move without ``rows`` may read what an earlier move of
-                the same size has overwritten.
+            moves: the copies, in order. A move without ``rows`` and with a period of 1 may read
+                what an earlier move of the same size has overwritten.
             step: (1,) int32, the number of the step that ran last; -1 before the first.
             stream: the stream to launch on.
 

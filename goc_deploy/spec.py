@@ -49,7 +49,6 @@ class ModelSpec:
         frequency_shift: the 128 frequencies of the timestep fall to 1/10000 over
             ``128 - frequency_shift`` intervals.
         mlp_norm_eps: epsilon of the layer norm before the MLP branch.
-        mlp_norm_eps: epsilon of the layer norm before the MLP branch.
         guided_channels: number of leading channels that guidance acts on in the reference
             implementation.
         caption_channels: width of a caption's embeddings, or 0 for a class-conditional model.

@@ -81,7 +81,7 @@ def _figure_of(drawing: Drawing) -> Any:
 def plot_step_times(rows: Sequence[tuple[str, Sequence[float]]], title: str, path: Path) -> None:
     """Plot the median milliseconds of every step, one line per plan.
 
-    The scale is logarithmic, because a collapsed step takes about one percent of a full one.
+    The scale is logarithmic, because a full step can take a hundred times as long as a cached one.
     """
     figure = make_figure(figsize=(9, 4.5), layout="constrained")
     from matplotlib.ticker import MaxNLocator

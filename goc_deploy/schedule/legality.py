@@ -59,8 +59,8 @@ def check_schedule_fits(schedule: Schedule, spec: ModelSpec, steps: int) -> None
         )
     if (schedule.depth, schedule.branches) != (spec.depth, spec.branches):
         raise ScheduleError(
-            f"the schedule is for {schedule.depth} blocks of {'+'.join(schedule.branches)} but the model has "
-            f"{spec.depth} blocks of {'+'.join(spec.branches)}"
+            f"the schedule is for {schedule.depth} blocks of {'+'.join(schedule.branches)} but the "
+            f"model has {spec.depth} blocks of {'+'.join(spec.branches)}"
         )
 
 

@@ -38,7 +38,7 @@ def full_step_flops(spec: ModelSpec, rows: int) -> int:
 
 
 def schedule_flops(schedule: Schedule, spec: ModelSpec, rows: int) -> int:
-    """Count all steps of a schedule, for ``rows`` rows of the batch; guidance needs two per image."""
+    """Count all steps of a schedule for ``rows`` rows of the batch, two per guided image."""
     computed = [sum(product_flops(spec, branch)) for branch in spec.branches]
     of_entry = 2 * spec.tokens * spec.hidden
     total = schedule.steps * patch_flops(spec)
