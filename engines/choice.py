@@ -132,10 +132,10 @@ def onnxruntime_backend(options: RunOptions) -> Backend:
     return OrtBackend(options.threads, shared_pool=options.shared_pool)
 
 
-def explanation(chosen: str, passed_over: dict[str, str]) -> str:
+def explanation(backend: str, passed_over: dict[str, str]) -> str:
     """Explain in a sentence why `auto` chose a backend; equal reasons appear once."""
     names_of: dict[str, list[str]] = {}
     for name, reason in passed_over.items():
         names_of.setdefault(reason, []).append(name)
     reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in names_of.items())
-    return f"backend {chosen} is the fastest that works here" + (f"; {reasons}" if reasons else "")
+    return f"backend {backend} is the fastest that works here" + (f"; {reasons}" if reasons else "")

@@ -192,7 +192,7 @@ class OrtCudaBackend(OrtBackend):
 
         placed = {name: self._placed(buffer) for name, buffer in inputs.items()}
         nbytes = sum(buffer.nbytes for buffer in (*initializers.values(), *inputs.values()))
-        session, graphs = self._made(create_session)
+        session, graphs = self._recording(create_session)
         engine = OrtCudaEngine(
             session,
             placed,
@@ -202,17 +202,17 @@ class OrtCudaBackend(OrtBackend):
         self._weight_bytes[engine] = nbytes
         return engine
 
-    def _made(self, made: Callable[..., Any]) -> tuple[Any, bool]:
-        """Create a session; also return whether it has CUDA graphs."""
+    def _recording(self, create_session: Callable[..., Any]) -> tuple[Any, bool]:
+        """Create a session, with CUDA graphs if possible; also return whether it has them."""
         if self._cuda.graphs:
             try:
-                return made(graphs=True), True
+                return create_session(graphs=True), True
             except ResourceError:
                 raise
             except Exception as reason:
                 self._graphless += 1
                 logger.info("a session has no CUDA graph: %s", reason)
-        return made(graphs=False), False
+        return create_session(graphs=False), False
 
     def _provider_options(self, *, graphs: bool) -> dict[str, str]:
         return {
@@ -225,7 +225,7 @@ class OrtCudaBackend(OrtBackend):
         }
 
     def _placed(self, buffer: Buffer) -> Buffer:
-        """Put a host buffer where the device can read it."""
+        """Copy a host buffer to memory that the device can read."""
         placed = self.allocate(buffer.shape, buffer.dtype)
         self.upload(host_array(buffer), placed)
         return placed

@@ -70,7 +70,7 @@ def parse_json(
             raise ValueError(f"duplicate key {duplicate!r:.60}")
         return fields
 
-    def known(constant: str) -> float:
+    def allowed(constant: str) -> float:
         if constant not in (constants or {}):
             raise ValueError(f"{constant} is not allowed")
         return (constants or {})[constant]
@@ -85,7 +85,7 @@ def parse_json(
             raise ValueError(f"{number:.20}... is out of range")
         return int(number)
 
-    hooks: dict[str, Any] = {"parse_constant": known, "parse_float": finite, "parse_int": bounded}
+    hooks: dict[str, Any] = {"parse_constant": allowed, "parse_float": finite, "parse_int": bounded}
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, **hooks)
     except (ValueError, RecursionError) as cause:

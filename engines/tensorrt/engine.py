@@ -148,9 +148,9 @@ class TensorrtEngine:
         inputs = {**{name: weight.buffer for name, weight in self.weights.items()}, **inputs}
         self._check(inputs, outputs)
         lane = backend.lane(stream)
-        held = self._context(lane, stream, {name: buffer.shape for name, buffer in inputs.items()})
+        fixed = self._context(lane, stream, {name: buffer.shape for name, buffer in inputs.items()})
         shapes = {
-            name: tuple(held.context.get_tensor_shape(name))
+            name: tuple(fixed.context.get_tensor_shape(name))
             for name in self.dtypes.keys() - self.inputs
         }
         for name, buffer in outputs.items():
@@ -168,16 +168,16 @@ class TensorrtEngine:
         addresses = tuple(
             (name, buffer.pointer) for name, buffer in (*inputs.items(), *bound.items())
         )
-        context, handle, keep = held.context, stream.handle, (inputs, bound)
+        context, handle, keep = fixed.context, stream.handle, (inputs, bound)
 
         def run(_: Any = keep) -> None:
-            if held.addresses is not addresses:
+            if fixed.addresses is not addresses:
                 for name, pointer in addresses:
                     if not context.set_tensor_address(name, pointer):
                         raise EnvironmentUnsupportedError(
                             f"{self._name}: TensorRT refuses the address of {name}"
                         )
-                held.addresses = addresses
+                fixed.addresses = addresses
             before = backend.messages()
             if not context.execute_async_v3(handle):
                 raise backend.failure(f"{self._name} does not run", before)

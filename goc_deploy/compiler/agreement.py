@@ -18,7 +18,7 @@ def check_agreement(plan: Plan) -> None:
     """Check that a plan and its schedule use the same predictions.
 
     Both are followed with random numbers in place of features. Two linear combinations of computed
-    features that differ do so for almost all numbers, and nobody can know these numbers before.
+    features that differ do so for almost all numbers, and no plan can depend on them.
     `goc_deploy.compiler.check.check_plan` must have accepted the plan.
 
     Raises:

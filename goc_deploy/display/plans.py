@@ -103,7 +103,7 @@ def action_name(schedule: Schedule, step: int, unit: int, prediction: str) -> st
 def prediction_name(schedule: Schedule) -> str:
     """Name a schedule's predictions: the correction of its SPEC, or the one that a search chose.
 
-    The coefficients do not tell: the gradient with eta 0.5 and the line through two features may
+    The coefficients are not enough: the gradient with eta 0.5 and the line through two features may
     have the same numbers.
     """
     try:

@@ -128,7 +128,7 @@ def _load(
 def _converged(
     stack: ExitStack, pipes: Sequence[Pipeline], options: EvalOptions
 ) -> Pipeline | None:
-    """Load a pipeline with so many uncached steps that more would change nothing.
+    """Load a pipeline of ``options.converged`` uncached steps, or return None if there are none.
 
     It has the first plan's sampler and engines.
     """
