@@ -1,1 +1,1 @@
-"""Backends: ONNX graphs to something that runs."""
+"""Backends, which make ONNX graphs executable."""

@@ -1,4 +1,4 @@
-"""Backends by name, and which of them `auto` tries: the fastest first."""
+"""Backends by name, and the order in which `auto` tries them: the fastest first."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ FASTEST_FIRST = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime")
 
 @dataclass(frozen=True, slots=True)
 class BackendOptions:
-    """How to make a backend.
+    """Options of a backend.
 
     Attributes:
-        threads: size of ONNX Runtime's thread pool; 0 is one thread per core.
-        shared_pool: one ONNX Runtime thread pool for the process.
+        threads: number of threads of ONNX Runtime; 0 is one per core.
+        shared_pool: use one ONNX Runtime thread pool for the process.
         graphs: record CUDA graphs.
         device: ``cpu``, ``cuda``, ``cuda:1`` (of those that the process may see), or ``auto``.
-        weights: TensorRT engines with ``embedded`` or ``shared`` weights; None takes those that are there.
+        weights: use TensorRT engines with ``embedded`` or ``shared`` weights; None takes those that
+            exist.
     """
 
     threads: int = 0
@@ -40,37 +41,37 @@ class BackendOptions:
 
     @property
     def gpu(self) -> int:
-        """Number of the GPU that a backend on a GPU takes.
+        """Number of the GPU for backends on a GPU.
 
         Raises:
-            UsageError: not a device.
+            UsageError: the device is unknown.
         """
-        found = _DEVICE.fullmatch(self.device) if isinstance(self.device, str) else None
-        if found is None:
+        match = _DEVICE.fullmatch(self.device) if isinstance(self.device, str) else None
+        if match is None:
             raise UsageError(f"there is no device {self.device!r}; use cpu, cuda, cuda:1, or auto")
-        return int(found["number"] or 0)
+        return int(match["number"] or 0)
 
     def allows(self, backend: str) -> bool:
-        """Whether a backend runs on the device that is asked for."""
+        """Whether a backend runs on the requested device."""
         return self.device == "auto" or (self.device == "cpu") == (backend == "onnxruntime")
 
 
 def candidates(
     name: str, directory: EngineDir, options: BackendOptions
 ) -> Iterator[tuple[str, Callable[[], Backend]]]:
-    """Backends to try in turn, each with what makes it.
+    """Return the backends to try in turn, each with the function that makes it.
 
     Args:
         name: ``auto``, or one of ``FASTEST_FIRST``.
         directory: the engine directory.
-        options: how to make the backend.
+        options: options of the backend.
 
     Raises:
-        UsageError: no such backend or device, or a backend that does not run on the device.
+        UsageError: the backend or device is unknown, or the backend does not run on the device.
     """
     if name not in ("auto", *FASTEST_FIRST):
         raise UsageError(f"there is no backend {name!r}; use auto, {', '.join(FASTEST_FIRST)}")
-    assert options.gpu >= 0  # a device, or a UsageError
+    assert options.gpu >= 0  # raises UsageError if the device is unknown
     if name != "auto" and not options.allows(name):
         raise UsageError(
             f"backend {name} does not run on device {options.device}; name one of the two only"
@@ -90,14 +91,14 @@ def _make(name: str, directory: EngineDir, options: BackendOptions) -> Backend:
 
 
 def onnxruntime_cuda_backend(options: BackendOptions) -> Backend:
-    """ONNX Runtime on the GPU of this machine.
+    """Make ONNX Runtime on the GPU of this machine.
 
     Raises:
-        EnvironmentUnsupportedError: there is none, or no ONNX Runtime or cuda-bindings for it.
+        EnvironmentUnsupportedError: there is no GPU, or no ONNX Runtime or cuda-bindings for it.
     """
     from goc_deploy.engines import driver
 
-    driver.device_capability(options.gpu)  # asks the driver, before anything large is imported
+    driver.device_capability(options.gpu)  # asks the driver before any large import
     from goc_deploy.engines.cuda import cuda_device
     from goc_deploy.engines.ort_cuda import OrtCudaBackend
 
@@ -108,17 +109,16 @@ def onnxruntime_cuda_backend(options: BackendOptions) -> Backend:
 def tensorrt_backend_here(
     name: str, directory: EngineDir, options: BackendOptions
 ) -> TensorrtBackend:
-    """TensorRT or TensorRT for RTX on the GPU of this machine, with the engines of a directory.
+    """Make TensorRT or TensorRT for RTX on the GPU of this machine, with a directory's engines.
 
     Raises:
-        EnvironmentUnsupportedError: there is no GPU, or no TensorRT or cuda-bindings for it, or an engine cannot be built.
-        ConflictError, ResourceError, EngineDirError, SafetyError: of the directory.
+        EnvironmentUnsupportedError: there is no GPU, or no TensorRT or cuda-bindings for it, or an
+            engine cannot be built.
+        ConflictError, ResourceError, EngineDirError, SafetyError: the directory cannot be used.
     """
     from goc_deploy.engines import driver
 
-    capability = driver.device_capability(
-        options.gpu
-    )  # asks the driver, before anything large is imported
+    capability = driver.device_capability(options.gpu)  # asks the driver before any large import
     from goc_deploy.engines.cuda import cuda_device
     from goc_deploy.engines.tensorrt.library import library_from_backend
     from goc_deploy.engines.tensorrt.selection import tensorrt_backend
@@ -128,16 +128,16 @@ def tensorrt_backend_here(
 
 
 def onnxruntime_backend(options: BackendOptions) -> Backend:
-    """ONNX Runtime on the CPU."""
+    """Make ONNX Runtime on the CPU."""
     from goc_deploy.engines.ort import OrtBackend
 
     return OrtBackend(options.threads, shared_pool=options.shared_pool)
 
 
-def explanation(chosen: str, passed_over: dict[str, str]) -> str:
-    """Why `auto` chose a backend, as a sentence; equal reasons are said once."""
+def explanation(backend: str, passed_over: dict[str, str]) -> str:
+    """Explain in a sentence why `auto` chose a backend; equal reasons appear once."""
     names_of: dict[str, list[str]] = {}
     for name, reason in passed_over.items():
         names_of.setdefault(reason, []).append(name)
     reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in names_of.items())
-    return f"backend {chosen} is the fastest that works here" + (f"; {reasons}" if reasons else "")
+    return f"backend {backend} is the fastest that works here" + (f"; {reasons}" if reasons else "")

@@ -1,6 +1,6 @@
-"""A CUDA device by the driver: memory, streams, events and graphs. Nothing here knows what an engine is.
+"""A CUDA device by the driver: memory, streams, events and graphs. It knows nothing of engines.
 
-Every thread that calls here works in the device's primary context, which libraries on the CUDA runtime use too.
+Every thread works in the device's primary context, which libraries on the CUDA runtime use too.
 """
 
 from __future__ import annotations
@@ -36,28 +36,29 @@ from goc_deploy.protocols import (
 
 logger = logging.getLogger(__name__)
 
-STAGING_BYTES = 4 * 2**20  # pinned host memory of a stream: larger copies go through it in parts
+STAGING_BYTES = 4 * 2**20  # pinned host memory of a stream; larger copies go through it in parts
 
-# PyTorch documents that a process may have one capture at a time, and other libraries are no clearer: we keep to that.
+# PyTorch documents one capture at a time per process, and other libraries do not document more.
 _capturing = threading.RLock()
 _this_thread = threading.local()
 
 
 def cuda_device(index: int = 0, *, graphs: bool = True) -> CudaDevice:
-    """A CUDA device of those that this process may see (``CUDA_VISIBLE_DEVICES`` chooses).
+    """Open a CUDA device of those that this process may see (``CUDA_VISIBLE_DEVICES``).
 
     Args:
-        index: which.
-        graphs: record steps as CUDA graphs; off, every launch is made by itself.
+        index: number of the device.
+        graphs: record steps as CUDA graphs; False makes every launch by itself.
 
     Raises:
-        EnvironmentUnsupportedError: there is no driver, no such device, or cuda-bindings is missing.
+        EnvironmentUnsupportedError: there is no driver, no such device, or cuda-bindings is
+            missing.
     """
     return CudaDevice(load_driver(), index, graphs=graphs)
 
 
 class Allocation:
-    """Device memory that is freed with the last buffer on it."""
+    """Device memory, freed with the last buffer on it."""
 
     __slots__ = ("__weakref__", "pointer")
 
@@ -67,7 +68,7 @@ class Allocation:
 
 @dataclass(slots=True)
 class GraphCounts:
-    """What a device recorded so far: graphs, their nodes, and the milliseconds that it took."""
+    """Counts of what a device has recorded: graphs, nodes, and milliseconds of recording."""
 
     graphs: int = 0
     nodes: int = 0
@@ -84,9 +85,8 @@ class CudaDevice:
         self.driver, self.index, self.graphs, self.recorded = driver, index, graphs, GraphCounts()
         self._handle = device_handle(driver, index)
         self._context = driver.cuDevicePrimaryCtxRetain(self._handle)
-        self._later: list[
-            Callable[[], None]
-        ] = []  # what a capture of the same thread would not forgive
+        # What waits for the end of a capture: in its thread, these calls would break it.
+        self._later: list[Callable[[], None]] = []
         self._kernels: DeviceKernels | None = None
 
     def enter(self) -> None:
@@ -94,10 +94,10 @@ class CudaDevice:
         self.driver.cuCtxSetCurrent(self._context)
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        """New memory; the driver aligns it to 256 bytes at least.
+        """Allocate memory; the driver aligns it to at least 256 bytes.
 
         Raises:
-            ResourceError: the device has not that much.
+            ResourceError: the device has not enough memory.
         """
         nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
         self.enter()
@@ -105,7 +105,8 @@ class CudaDevice:
             pointer = int(self.driver.cuMemAlloc(max(nbytes, 1)))
         except ResourceError as cause:
             raise ResourceError(
-                f"{nbytes / 1e9:.2f} GB cannot be allocated on the GPU; use a smaller batch size, or end what else uses it"
+                f"{nbytes / 1e9:.2f} GB cannot be allocated on the GPU; use a smaller batch size, "
+                "or end what else uses it"
             ) from cause
         assert pointer % ALIGNMENT == 0
         owner = Allocation(pointer)
@@ -113,10 +114,10 @@ class CudaDevice:
         return Buffer(pointer, tuple(shape), dtype, owner)
 
     def dispose(self, free: Callable[[Any], Any], handle: Any) -> None:
-        """Free something; after the capture, if garbage is collected in a thread that captures."""
+        """Free something; garbage that is collected in a capturing thread is freed afterwards."""
 
         def freed() -> None:
-            with contextlib.suppress(GocError):  # the process ends, and the driver has ended before
+            with contextlib.suppress(GocError):  # at the end of the process, without the driver
                 self.enter()
                 free(handle)
 
@@ -126,7 +127,7 @@ class CudaDevice:
             freed()
 
     def stream(self, *, graphs: bool = True) -> CudaStream:
-        """A new stream, which no other code of the process puts anything on.
+        """Create a stream that no other code of the process uses.
 
         Args:
             graphs: record on it, if the device records at all.
@@ -135,10 +136,10 @@ class CudaDevice:
 
     @property
     def kernels(self) -> DeviceKernels:
-        """Our kernels, compiled for this device when they are first asked for.
+        """Our kernels, compiled for this device on first use.
 
         Raises:
-            EnvironmentUnsupportedError: NVRTC is missing or refuses.
+            EnvironmentUnsupportedError: NVRTC is missing or refuses the code.
         """
         if self._kernels is None:
             self.enter()
@@ -167,12 +168,12 @@ class CudaDevice:
         return run
 
     def free_bytes(self) -> int | None:
-        """What the driver has."""
+        """Return the free memory that the driver reports."""
         self.enter()
         return int(self.driver.cuMemGetInfo()[0])
 
     def describe(self) -> dict[str, Any]:
-        """Name and compute capability of the GPU, and what was recorded."""
+        """Describe the GPU by name and compute capability, with the counts of recordings."""
         driver, recorded = self.driver, self.recorded
         return {
             "device": device_name(driver, self._handle),
@@ -187,7 +188,7 @@ class CudaDevice:
 
     @contextlib.contextmanager
     def capturing(self) -> Iterator[None]:
-        """One capture at a time; what this thread frees meanwhile is freed afterwards."""
+        """Allow one capture at a time; what this thread frees meanwhile is freed afterwards."""
         with _capturing:
             _this_thread.captures = True
             try:
@@ -199,7 +200,7 @@ class CudaDevice:
 
 
 def _by_address(move: Move) -> kernel_moves.ByteMove:
-    """A move as the kernel takes it."""
+    """Convert a move to the form that the kernel takes."""
     (outer, table_rows, width), (_, batch_rows, _) = move.source.shape, move.target.shape
     item = DTYPE_BYTES[move.source.dtype]
     return kernel_moves.ByteMove(
@@ -243,13 +244,16 @@ class CudaStream:
 
     @contextlib.contextmanager
     def _entered(self) -> Iterator[None]:
-        """What one call needs; between two calls another thread may have the stream, unless it is held."""
+        """Prepare one call; between calls another thread may use the stream unless it is held."""
         with self._lock:
             self._device.enter()
             yield
 
     def upload(self, values: np.ndarray, target: Buffer) -> None:
-        """Copy into pinned memory, from which the GPU reads in its time. Waits only if that memory is full."""
+        """Copy into pinned memory, from which the GPU reads later.
+
+        The call waits only if that memory is full.
+        """
         stored = stored_values(values, target.dtype)
         assert stored.nbytes == target.nbytes, (stored.shape, target)
         content = stored.reshape(-1).view(np.uint8)
@@ -266,7 +270,7 @@ class CudaStream:
                 self._staged += len(part)
 
     def download(self, source: Buffer) -> np.ndarray:
-        """Wait, and copy to the host."""
+        """Wait, then copy to the host."""
         content = np.empty(source.nbytes, np.uint8)
         with self._entered():
             self.wait()
@@ -293,7 +297,7 @@ class CudaStream:
     def recorded(self, launches: Sequence[Launch]) -> Sequence[Launch]:
         """Capture the launches into a CUDA graph.
 
-        Where that fails, the log says why, and this stream launches one by one from then on.
+        If that fails, the log states why, and this stream launches one by one from then on.
         """
         if not self._records:
             return launches
@@ -305,7 +309,8 @@ class CudaStream:
             except GocError as reason:
                 self._records = False
                 logger.warning(
-                    "steps are launched one by one, because one cannot be recorded as a CUDA graph: %s",
+                    "steps are launched one by one, because one cannot be recorded as a CUDA "
+                    "graph: %s",
                     reason,
                 )
                 return launches
@@ -316,11 +321,10 @@ class CudaStream:
         return (lambda: launch(graph.handle, stream),)
 
     def _captured(self, launches: Sequence[Launch]) -> tuple[_Graph, int]:
-        """A graph of the launches, and how many nodes it has."""
+        """Record the launches as a graph; also return its number of nodes."""
         driver = self._driver
-        mode = (
-            driver.bindings.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        )  # other threads may allocate
+        # In this mode other threads may allocate.
+        mode = driver.bindings.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         with self._device.capturing():
             driver.cuStreamBeginCapture(self._stream, mode)
             try:
@@ -338,7 +342,7 @@ class CudaStream:
                 driver.cuGraphDestroy(captured)
 
     def mark(self, index: int) -> None:
-        """Record an event; it is made when it is first used."""
+        """Record an event, which is created on first use."""
         if index == len(self._events):
             event = self._driver.cuEventCreate(
                 int(self._driver.bindings.CUevent_flags.CU_EVENT_DEFAULT)
@@ -350,7 +354,7 @@ class CudaStream:
         self._driver.cuEventRecord(self._events[index], self._stream)
 
     def marked_ms(self, count: int) -> list[float]:
-        """What the events measured, which count time on the device."""
+        """Return the times of the events, which count time on the device."""
         self.wait()
         elapsed = self._driver.cuEventElapsedTime
         return [float(elapsed(self._events[0], event)) for event in self._events[:count]]
@@ -367,5 +371,5 @@ class _Graph:
 
 
 def _destroy(device: CudaDevice, handle: Any) -> None:
-    with _capturing:  # to destroy a graph while another thread captures may fail that capture
+    with _capturing:  # destroying a graph could break a capture in another thread
         device.dispose(device.driver.bindings.cuGraphExecDestroy, handle)

@@ -1,8 +1,9 @@
-"""The CUDA driver by NVIDIA's cuda-bindings, each call checked: which GPU there is, loading code, launching it.
+"""The CUDA driver by NVIDIA's cuda-bindings, with checked calls: devices, code and launches.
 
-Of the two Python layers that NVIDIA keeps, cuda-bindings has the driver's own calls under their documented names, so that
-the documentation of the driver is the documentation of this code, and a stand-in can hold it to the driver's rules. A CUDA
-build of torch brings it; cuda-core is a layer above it that hides captures and streams.
+NVIDIA maintains two Python layers. cuda-bindings has the driver's own calls under their documented
+names. The documentation of the driver is therefore the documentation of this code, and a stand-in
+can enforce the driver's rules. A CUDA build of torch installs it. cuda-core is a layer above it
+that hides captures and streams.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ _NAME_BYTES = 256
 
 
 class Driver:
-    """Calls of the driver by their names, such as ``driver.cuMemAlloc(64)``: the value, or a tuple of several.
+    """Calls of the driver by name; ``driver.cuMemAlloc(64)`` returns a value or a tuple.
+
+    A call raises `ResourceError` if the GPU is out of memory, and `EnvironmentUnsupportedError` for
+    every other failure.
 
     Args:
         bindings: ``cuda.bindings.driver``, or a stand-in for it, whose calls return a status first.
-
-    A call raises `ResourceError` if the GPU is out of memory, and `EnvironmentUnsupportedError` for every other failure.
     """
 
     def __init__(self, bindings: Any) -> None:
@@ -45,8 +47,12 @@ class Driver:
         return checked
 
     def _failure(self, call: str, status: Any) -> GocError:
-        known, text = self.bindings.cuGetErrorString(status)
-        reason = text.decode() if known == self.bindings.CUresult.CUDA_SUCCESS else "unknown error"
+        status_of_text, text = self.bindings.cuGetErrorString(status)
+        reason = (
+            text.decode()
+            if status_of_text == self.bindings.CUresult.CUDA_SUCCESS
+            else "unknown error"
+        )
         message = f"the NVIDIA driver refuses {call}: {reason} ({int(status)})"
         if status == self.bindings.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             return ResourceError(
@@ -57,29 +63,33 @@ class Driver:
 
 @functools.cache
 def load_driver() -> Driver:
-    """The driver of this machine.
+    """Load the driver of this machine.
 
     Raises:
-        EnvironmentUnsupportedError: there is none, it does not start, cuda-bindings is missing, or it is for a later CUDA.
+        EnvironmentUnsupportedError: there is no driver, it does not start, cuda-bindings is
+            missing, or it is for a later CUDA.
     """
     try:
         ctypes.CDLL(_LIBRARY)
     except OSError as cause:
         raise EnvironmentUnsupportedError(
-            f"there is no NVIDIA driver here ({_LIBRARY} cannot be loaded); use a GPU machine (tensorrt-rtx builds engines without one)"
+            f"there is no NVIDIA driver here ({_LIBRARY} cannot be loaded); use a GPU machine "
+            "(tensorrt-rtx builds engines without one)"
         ) from cause
     try:
         from cuda.bindings import driver as bindings
     except ImportError as cause:
         raise EnvironmentUnsupportedError(
-            f"cuda-bindings, which calls the NVIDIA driver, cannot be imported ({cause}); run: pip install 'goc_deploy[cuda]'"
+            f"cuda-bindings, which calls the NVIDIA driver, cannot be imported ({cause}); run: "
+            "pip install 'goc_deploy[cuda]'"
         ) from cause
     driver = Driver(bindings)
     driver.cuInit(0)
     has, needs = driver.cuDriverGetVersion(), bindings.CUDA_VERSION
-    if has // 1000 < needs // 1000:  # later minor versions run on it, later major ones do not
+    if has // 1000 < needs // 1000:  # code for later minor versions runs, for major ones not
         raise EnvironmentUnsupportedError(
-            f"the NVIDIA driver is for CUDA {_dotted(has)}, and cuda-bindings for CUDA {_dotted(needs)}; update the driver"
+            f"the NVIDIA driver is for CUDA {_dotted(has)}, and cuda-bindings for CUDA "
+            f"{_dotted(needs)}; update the driver"
         )
     return driver
 
@@ -89,7 +99,7 @@ def _dotted(version: int) -> str:
 
 
 def device_capability(index: int = 0) -> str:
-    """Compute capability of a GPU of this machine, such as ``8.6``.
+    """Return the compute capability of a GPU of this machine, such as ``8.6``.
 
     Raises:
         EnvironmentUnsupportedError: there is no driver or no such GPU.
@@ -99,7 +109,7 @@ def device_capability(index: int = 0) -> str:
 
 
 def device_handle(driver: Driver, index: int) -> Any:
-    """A device of those that this process may see.
+    """Return the handle of a device of those that this process may see.
 
     Raises:
         EnvironmentUnsupportedError: there is no such device.
@@ -113,7 +123,7 @@ def device_handle(driver: Driver, index: int) -> Any:
 
 
 def capability_of(driver: Driver, device: Any) -> str:
-    """Compute capability of a device of the driver."""
+    """Return the compute capability of a device of the driver."""
     attribute = driver.bindings.CUdevice_attribute
     major = driver.cuDeviceGetAttribute(
         attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device
@@ -125,23 +135,23 @@ def capability_of(driver: Driver, device: Any) -> str:
 
 
 def device_name(driver: Driver, device: Any) -> str:
-    """Name of a device of the driver, such as ``NVIDIA L40S``."""
+    """Return the name of a device of the driver, such as ``NVIDIA L40S``."""
     name: bytes = driver.cuDeviceGetName(_NAME_BYTES, device)
     return name.partition(b"\0")[0].decode()  # the bindings fill the rest with spaces
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceFunction:
-    """A function loaded into the context that was current."""
+    """A function that was loaded into the current context."""
 
     driver: Driver
     function: Any
 
     def launch(self, blocks: int, threads: int, parameters: ctypes.Structure, stream: int) -> None:
-        """Launch on a stream with one parameter, passed by value. Neither waits nor allocates.
+        """Launch on a stream with one parameter, passed by value; neither wait nor allocate.
 
         Raises:
-            EnvironmentUnsupportedError: the driver refuses.
+            EnvironmentUnsupportedError: the driver refuses the launch.
         """
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
         self.driver.cuLaunchKernel(
@@ -165,10 +175,10 @@ def functions_from_cubin(
 
 
 def current_context(driver: Driver) -> int:
-    """Handle of the current CUDA context.
+    """Return the handle of the current CUDA context.
 
     Raises:
-        EnvironmentUnsupportedError: this thread has none.
+        EnvironmentUnsupportedError: this thread has no context.
     """
     handle = int(driver.cuCtxGetCurrent())
     if not handle:

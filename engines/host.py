@@ -1,4 +1,4 @@
-"""The host as a device: memory that NumPy owns, and a stream on which everything is done when the call returns."""
+"""The host as a device: memory that NumPy owns, and a stream whose calls are done on return."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class HostStream:
         )
 
     def download(self, source: Buffer) -> np.ndarray:
-        """A copy of a buffer."""
+        """Copy a buffer."""
         values = host_array(source).copy()
         return float32_from_bfloat16(values) if source.dtype == "bfloat16" else values
 
@@ -53,19 +53,19 @@ class HostStream:
         host_array(target)[...] = host_array(source)
 
     def wait(self) -> None:
-        """Nothing to wait for."""
+        """Return at once; there is nothing to wait for."""
 
     def recorded(self, launches: Sequence[Launch]) -> Sequence[Launch]:
-        """The launches themselves."""
+        """Return the launches themselves."""
         return launches
 
     def mark(self, index: int) -> None:
-        """Note the time."""
+        """Record the time."""
         del self._marks[index:]
         self._marks.append(time.perf_counter())
 
     def marked_ms(self, count: int) -> list[float]:
-        """Milliseconds from the first mark to each."""
+        """Return the milliseconds from the first mark to each."""
         return [1e3 * (mark - self._marks[0]) for mark in self._marks[:count]]
 
 
@@ -76,14 +76,14 @@ class HostDevice:
     shares_launches = False
 
     def step_start(self, moves: Sequence[Move], step: Buffer, stream: Stream) -> Launch:
-        """Not for the host, on which steps do not share launches."""
+        """Fail: steps do not share launches on the host."""
         raise AssertionError((moves, step, stream))
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        """New memory. Pages are taken from the system when they are first written.
+        """Allocate memory. The system provides pages when they are first written.
 
         Raises:
-            ResourceError: the system has not that much.
+            ResourceError: the system has not enough memory.
         """
         nbytes = int(np.prod(shape, dtype=np.int64)) * DTYPE_BYTES[dtype]
         try:
@@ -96,13 +96,13 @@ class HostDevice:
         return Buffer(memory.ctypes.data + offset, tuple(shape), dtype, memory)
 
     def stream(self) -> HostStream:
-        """A stream without a queue."""
+        """Create a stream without a queue."""
         return HostStream()
 
     def free_bytes(self) -> int | None:
-        """Memory that can be used without swapping."""
+        """Return the memory that can be used without swapping."""
         return available_bytes()
 
     def describe(self) -> dict[str, Any]:
-        """The host needs no description."""
+        """Return nothing: the host needs no description."""
         return {}

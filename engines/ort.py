@@ -1,7 +1,8 @@
-"""ONNX Runtime on the CPU, and what its CUDA provider (`goc_deploy.engines.ort_cuda`) shares with it.
+"""ONNX Runtime on the CPU, and code that its CUDA provider (`goc_deploy.engines.ort_cuda`) shares.
 
-All sessions of a process share one thread pool: a pool per session has threads that spin against each other. Weights
-are initialisers given from memory that was verified before, so ONNX Runtime opens no file.
+All sessions of a process share one thread pool, because the threads of several pools compete while
+they spin. Weights are initializers in memory that was verified before, so ONNX Runtime opens no
+file.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _DTYPE_OF_ORT_TYPE = {f"tensor({kind.onnx_name})": dtype for dtype, kind in ELEM
 GROW_AS_REQUESTED = 1
 
 _pool_lock = threading.Lock()
-_pool: tuple[str, int] | None = None  # (who made it, threads)
+_pool: tuple[str, int] | None = None  # (who created it, threads)
 
 
 def shared_pool_of_process(threads: int) -> tuple[str, int]:
@@ -40,8 +41,8 @@ def shared_pool_of_process(threads: int) -> tuple[str, int]:
         threads: size; 0 lets ONNX Runtime choose (one per core).
 
     Returns:
-        Who made the pool (``shared`` or ``made by the host program``), and the size asked for then. A later call
-        cannot change it and says so in the log.
+        Who created the pool (``shared`` or ``made by the host program``), and the requested size. A
+        later call cannot change the size, and writes that to the log.
     """
     global _pool
     with _pool_lock:
@@ -51,7 +52,8 @@ def shared_pool_of_process(threads: int) -> tuple[str, int]:
                 _pool = ("shared", threads)
             except Exception as error:
                 logger.warning(
-                    "the ONNX Runtime thread pool that this process has already is used as it is: %s",
+                    "the ONNX Runtime thread pool that this process has already is used as it is: "
+                    "%s",
                     error,
                 )
                 _pool = ("made by the host program", 0)
@@ -71,14 +73,16 @@ def register_arena(
     register: Callable[[Any, Any], None],
     most_bytes: int | None = None,
 ) -> None:
-    """One arena for the activations of all units: they run one after the other, so each finds warm memory.
+    """Register one arena for the activations of all units, which run one after the other.
+
+    Each unit then finds memory that is warm.
 
     Args:
         memory: ONNX Runtime's name for a kind of memory.
-        device: its number.
-        register: ONNX Runtime's call for the process, which takes where the arena is and how it grows.
-        most_bytes: how large it may become: a graph that multiplies its inputs out to more fails, before the system ends
-            the process. None is no limit.
+        device: number of the device.
+        register: ONNX Runtime's call for the process, with the place and the growth of the arena.
+        most_bytes: largest size. A graph that expands its inputs beyond it fails, before the system
+            ends the process. None is no limit.
     """
     limit = {} if most_bytes is None else {"max_mem": most_bytes}
     where = state.OrtMemoryInfo(
@@ -97,10 +101,10 @@ class OrtEngine:
     """A session whose tensors are bound by address.
 
     Args:
-        session: of ONNX Runtime.
-        inputs: that are the same on every run.
-        memory: ONNX Runtime's name for the device on which buffers lie, and its number.
-        provider: for messages.
+        session: session of ONNX Runtime.
+        inputs: inputs that are the same on every run.
+        memory: ONNX Runtime's name for the device of the buffers, and its number.
+        provider: name of the provider for messages.
     """
 
     def __init__(
@@ -124,7 +128,7 @@ class OrtEngine:
         outputs: Mapping[str, Buffer],
         stream: Stream | None = None,  # noqa: ARG002
     ) -> Launch:
-        """See `goc_deploy.protocols.Engine.bind`. On the CPU a run is done when the call returns."""
+        """See `goc_deploy.protocols.Engine.bind`; a run on the CPU is done when it returns."""
         inputs = {**self._inputs, **inputs}
         run, keep_alive = self._bound(inputs, outputs), (inputs, dict(outputs))
 
@@ -137,7 +141,7 @@ class OrtEngine:
         return launch
 
     def _bound(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Launch:
-        """A run on these tensors."""
+        """Make a run on these tensors."""
         return partial(self._session.run_with_iobinding, self._binding(inputs, outputs))
 
     def _binding(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Any:
@@ -156,13 +160,14 @@ class OrtEngine:
         return binding
 
     def _check(self, name: str, buffer: Buffer) -> None:
-        found, dtype = self._shapes.get(name, []), self.dtypes.get(name)
-        fits = len(found) == len(buffer.shape) and all(
-            not isinstance(f, int) or f == size for f, size in zip(found, buffer.shape, strict=True)
+        shape, dtype = self._shapes.get(name, []), self.dtypes.get(name)
+        fits = len(shape) == len(buffer.shape) and all(
+            not isinstance(f, int) or f == size for f, size in zip(shape, buffer.shape, strict=True)
         )
         if dtype != buffer.dtype or not fits:
             raise EngineDirError(
-                f"a graph has tensor {name!r} as {dtype} {found} but the manifest implies {buffer.dtype} {list(buffer.shape)}; export again"
+                f"a graph has tensor {name!r} as {dtype} {shape} but the manifest implies "
+                f"{buffer.dtype} {list(buffer.shape)}; export again"
             )
 
 
@@ -171,14 +176,14 @@ class OrtBackend:
 
     Args:
         threads: size of the thread pool; 0 is one per core.
-        shared_pool: one pool for all sessions of the process. It is faster, but from then on ONNX Runtime refuses any
-            session of the process that is made with its default ``use_per_session_threads``. Without it every unit
-            has a pool whose threads do not spin.
+        shared_pool: one pool for all sessions of the process. It is faster, but from then on ONNX
+            Runtime refuses any session of the process that has its default
+            ``use_per_session_threads``. Without it every unit has a pool whose threads do not spin.
 
     Raises:
         UsageError: ``threads`` is negative.
-        EnvironmentUnsupportedError: own pools are asked for but the process has a shared one, or this ONNX Runtime
-            lacks the provider.
+        EnvironmentUnsupportedError: separate pools are wanted but the process has a shared one, or
+            this ONNX Runtime lacks the provider.
     """
 
     name = "onnxruntime"
@@ -194,13 +199,15 @@ class OrtBackend:
         self.passed_over: Mapping[str, str] = NOTHING
         if self._provider_name not in self.runtime.get_available_providers():
             raise EnvironmentUnsupportedError(
-                f"ONNX Runtime {onnxruntime.__version__} has no {self._provider_name}; run: pip install onnxruntime-gpu"
+                f"ONNX Runtime {onnxruntime.__version__} has no {self._provider_name}; run: pip "
+                "install onnxruntime-gpu"
             )
         if threads < 0:
             raise UsageError(f"threads must not be negative, got {threads}")
         if not shared_pool and _pool is not None:
             raise EnvironmentUnsupportedError(
-                "this process has a shared ONNX Runtime thread pool already, so shared_pool=False is not possible; use it from the first load on"
+                "this process has a shared ONNX Runtime thread pool already, so shared_pool=False "
+                "is not possible; use it from the first load on"
             )
         self._shared_pool = shared_pool
         self._pool, self._threads = (
@@ -212,7 +219,7 @@ class OrtBackend:
         return f"{self.provider}ExecutionProvider"
 
     def _own_stream(self) -> Stream:
-        """What the backend itself uploads and downloads on."""
+        """Return the stream for uploads and downloads of the backend itself."""
         return self.device.stream()
 
     def stream(self) -> Stream:
@@ -220,11 +227,11 @@ class OrtBackend:
         return self.device.stream()
 
     def predictor(self, signature: str, dtype: str) -> Engine | None:  # noqa: ARG002
-        """None: predictions are graphs on the CPU."""
+        """Return None: on the CPU, predictions are graphs."""
         return None
 
     def footprint(self, graphs: Mapping[str, Mapping[str, int]]) -> Footprint:  # noqa: ARG002
-        """Nothing: ONNX Runtime does not tell."""
+        """Return nothing: ONNX Runtime does not report it."""
         return Footprint()
 
     def load(
@@ -235,12 +242,12 @@ class OrtBackend:
         *,
         runs_once: bool = False,
     ) -> OrtEngine:
-        """Load a graph. ONNX Runtime copies the initializers, and packs matrices unless the graph runs once.
+        """Load a graph; ONNX Runtime copies initializers, and packs matrices for repeated runs.
 
         Raises:
             EnvironmentUnsupportedError: this ONNX Runtime has no kernel for it (bf16 on the CPU).
-            EngineDirError: not a graph that ONNX Runtime accepts.
-            ResourceError: memory or file descriptors do not suffice.
+            EngineDirError: ONNX Runtime does not accept the graph.
+            ResourceError: there is not enough memory, or there are too many open files.
         """
         return OrtEngine(
             self._session(onnx, initializers, runs_once=runs_once),
@@ -257,11 +264,12 @@ class OrtBackend:
         runs_once: bool,
         **provider: str,
     ) -> Any:
-        """A session, with options of its provider."""
+        """Create a session, with options of its provider."""
         options = onnxruntime.SessionOptions()
         options.use_per_session_threads = not self._shared_pool
         options.log_severity_level = 3
-        # As the graph says; by default the sums of a prediction launch come last, when their terms left the CPU's cache.
+        # Run in the order of the graph. By default the sums of a prediction launch come last, when
+        # their terms have left the CPU's cache.
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         options.enable_mem_pattern = (
             False  # a pattern is a block of memory per unit; the shared arena serves all
@@ -290,7 +298,7 @@ class OrtBackend:
             raise error_from_ort(cause, LOADING, self.provider) from cause
 
     def check_replaceable(self, engine: Engine, weights: Set[str]) -> None:
-        """Nothing to check: graphs are loaded again."""
+        """Accept everything: graphs are loaded again."""
 
     def replace_weights(
         self,
@@ -298,11 +306,11 @@ class OrtBackend:
         initializers: Mapping[str, Buffer],  # noqa: ARG002
         inputs: Mapping[str, Buffer],  # noqa: ARG002
     ) -> bool:
-        """Not done: ONNX Runtime packs weights when it loads a graph."""
+        """Return False: ONNX Runtime packs weights when it loads a graph."""
         return False
 
     def keep_compiled(self) -> None:
-        """Nothing: ONNX Runtime compiles nothing."""
+        """Do nothing: ONNX Runtime compiles nothing."""
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """See `goc_deploy.protocols.Device.allocate`."""
@@ -315,12 +323,12 @@ class OrtBackend:
             self._stream.wait()
 
     def download(self, source: Buffer) -> np.ndarray:
-        """A copy of a buffer."""
+        """Copy a buffer to the host."""
         with self._stream.held():
             return self._stream.download(source)
 
     def describe(self) -> dict[str, Any]:
-        """Version, provider and threads."""
+        """Describe version, provider and threads."""
         return {
             "backend": self.name,
             "version": onnxruntime.__version__,

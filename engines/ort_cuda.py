@@ -1,8 +1,9 @@
-"""ONNX Runtime's CUDA provider on a device: what everyone with an NVIDIA GPU can run.
+"""ONNX Runtime's CUDA provider on a device, for every user with an NVIDIA GPU.
 
-All sessions put their work on one stream, which this backend owns, and no run waits: an order of streams costs a wait on the
-host for each launch otherwise. A step that computes nothing is one launch of our kernel, without ONNX Runtime. A session
-records what it launches as a CUDA graph of its own where it can. Documentation: onnxruntime.ai, "CUDA Execution Provider".
+All sessions put their work on one stream, which this backend owns, and no run waits. With several
+streams, each launch would wait on the host. A collapsed step is one launch of our kernel, without
+ONNX Runtime. A session records its launches as its own CUDA graph if it can. Documentation:
+onnxruntime.ai, "CUDA Execution Provider".
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from goc_deploy.protocols import NOTHING, Buffer, Engine, Footprint, Launch, Str
 logger = logging.getLogger(__name__)
 
 LIBRARIES = ("cudart", "nvrtc", "cublasLt", "cublas", "curand", "cufft", "cudnn")
-_graph_ids = itertools.count(1)  # 0 and -1 mean something else to ONNX Runtime
+_graph_ids = itertools.count(1)  # 0 and -1 have other meanings in ONNX Runtime
 
 
 @functools.cache
 def _shared_arena(device: int) -> None:
-    """One arena on a GPU for all sessions of the process; each would have its own, which grows by doubling."""
+    """Register one arena on a GPU for all sessions; otherwise each has one that doubles."""
     register = partial(state.create_and_register_allocator_v2, "CUDAExecutionProvider")
     register_arena("Cuda", device, lambda where, how: register(where, {}, how))
 
@@ -43,10 +44,10 @@ class OrtCudaEngine(OrtEngine):
     """A session on the stream of its backend.
 
     Args:
-        session: of ONNX Runtime.
-        inputs: that are the same on every run.
+        session: session of ONNX Runtime.
+        inputs: inputs that are the same on every run.
         device: number of the GPU.
-        without_graphs: makes the same session without CUDA graphs, or None where this one has none.
+        without_graphs: creates the same session without CUDA graphs; None if this one has none.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class OrtCudaEngine(OrtEngine):
         )
 
     def run_of(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Launch:
-        """A run of the session as it is now, which does not wait; its graph, if it has one, is its own."""
+        """Make a run of the current session that does not wait; it records its own graph."""
         options = onnxruntime.RunOptions()
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         if self.without_graphs is not None:
@@ -75,14 +76,14 @@ class OrtCudaEngine(OrtEngine):
         return partial(self._session.run_with_iobinding, self._binding(inputs, outputs), options)
 
     def give_up_graphs(self, reason: Exception) -> None:
-        """Take a session without CUDA graphs for the rest of the time."""
+        """Use a session without CUDA graphs from now on."""
         assert self.without_graphs is not None
         logger.warning("a session goes on without a CUDA graph, which it cannot record: %s", reason)
         self._session, self.without_graphs = self.without_graphs(), None
 
 
 class _RecordedRun:
-    """A run that ONNX Runtime records the first time, when it may find that it cannot."""
+    """A run that ONNX Runtime records the first time; recording may turn out to be impossible."""
 
     def __init__(
         self, engine: OrtCudaEngine, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
@@ -110,11 +111,13 @@ class OrtCudaBackend(OrtBackend):
     """ONNX Runtime on a GPU.
 
     Args:
-        device: where tensors lie.
-        threads, shared_pool: see `OrtBackend`.
+        device: device of the tensors.
+        threads: see `OrtBackend`.
+        shared_pool: see `OrtBackend`.
 
     Raises:
-        EnvironmentUnsupportedError: this ONNX Runtime lacks the CUDA provider, or our kernels cannot be compiled.
+        EnvironmentUnsupportedError: this ONNX Runtime lacks the CUDA provider, or our kernels
+            cannot be compiled.
     """
 
     name = "onnxruntime-cuda"
@@ -131,7 +134,7 @@ class OrtCudaBackend(OrtBackend):
             self._register_arena()
 
     def _load_libraries(self) -> None:
-        """Load what NVIDIA's wheels have of the provider's libraries; the provider finds others by the system's means."""
+        """Load the provider's libraries from NVIDIA's wheels; the system searches for others."""
         from cuda import pathfinder
 
         for name in LIBRARIES:
@@ -144,19 +147,19 @@ class OrtCudaBackend(OrtBackend):
         _shared_arena(self._cuda.index)
 
     def _own_stream(self) -> Stream:
-        """Not recorded on: what ONNX Runtime 1.31 does in a run must not be captured by others."""
+        """Return a stream without recording: no other capture may contain ONNX Runtime's calls."""
         return self._cuda.stream(graphs=False)
 
     def stream(self) -> Stream:
-        """The one stream of all sessions: ONNX Runtime takes a stream for a session, not for a run."""
+        """Return the one stream of all sessions: ONNX Runtime has a stream per session."""
         return self._stream
 
     def predictor(self, signature: str, dtype: str) -> Engine | None:
-        """Our kernel, launched by the driver."""
+        """Return our kernel, which the driver launches."""
         return PredictKernel(signature, dtype, self._kernels)
 
     def footprint(self, graphs: Mapping[str, Mapping[str, int]]) -> Footprint:
-        """Weights: each session has its own copy. What activations take ONNX Runtime does not tell."""
+        """Count the weights, a copy per session; ONNX Runtime does not report activations."""
         return Footprint(weights=sum(sum(files.values()) for files in graphs.values()))
 
     def load(
@@ -171,60 +174,64 @@ class OrtCudaBackend(OrtBackend):
 
         Raises:
             EnvironmentUnsupportedError: the provider does not start, or has no kernel for a node.
-            EngineDirError: not a graph that ONNX Runtime accepts.
+            EngineDirError: ONNX Runtime does not accept the graph.
             ResourceError: the GPU has not enough memory.
         """
 
-        def made(*, graphs: bool) -> Any:
+        def create_session(*, graphs: bool) -> Any:
             session = self._session(
                 onnx, initializers, runs_once=runs_once, **self._provider_options(graphs=graphs)
             )
             if self._provider_name not in session.get_providers():
                 raise EnvironmentUnsupportedError(
-                    f"ONNX Runtime {onnxruntime.__version__} cannot start its {self._provider_name}; check that its CUDA libraries "
-                    "are installed (pip install 'goc_deploy[cuda]')"
+                    f"ONNX Runtime {onnxruntime.__version__} cannot start its "
+                    f"{self._provider_name}; check that its CUDA libraries are installed (pip "
+                    "install 'goc_deploy[cuda]')"
                 )
             return session
 
         placed = {name: self._placed(buffer) for name, buffer in inputs.items()}
         nbytes = sum(buffer.nbytes for buffer in (*initializers.values(), *inputs.values()))
-        session, graphs = self._made(made)
+        session, graphs = self._recording(create_session)
         engine = OrtCudaEngine(
-            session, placed, self._cuda.index, partial(made, graphs=False) if graphs else None
+            session,
+            placed,
+            self._cuda.index,
+            partial(create_session, graphs=False) if graphs else None,
         )
         self._weight_bytes[engine] = nbytes
         return engine
 
-    def _made(self, made: Callable[..., Any]) -> tuple[Any, bool]:
-        """A session, and whether it has CUDA graphs."""
+    def _recording(self, create_session: Callable[..., Any]) -> tuple[Any, bool]:
+        """Create a session, with CUDA graphs if possible; also return whether it has them."""
         if self._cuda.graphs:
             try:
-                return made(graphs=True), True
+                return create_session(graphs=True), True
             except ResourceError:
                 raise
             except Exception as reason:
                 self._graphless += 1
                 logger.info("a session has no CUDA graph: %s", reason)
-        return made(graphs=False), False
+        return create_session(graphs=False), False
 
     def _provider_options(self, *, graphs: bool) -> dict[str, str]:
         return {
             "device_id": str(self._cuda.index),
             "user_compute_stream": str(self._stream.handle),
-            "use_tf32": "0",  # fp32 means fp32: TF32 would cost three digits, and is the provider's default
+            "use_tf32": "0",  # TF32, the provider's default, has three digits less than fp32
             "cudnn_conv_algo_search": "HEURISTIC",
             "arena_extend_strategy": "kSameAsRequested",
             "enable_cuda_graph": str(int(graphs)),
         }
 
     def _placed(self, buffer: Buffer) -> Buffer:
-        """A host buffer where the device can read it."""
+        """Copy a host buffer to memory that the device can read."""
         placed = self.allocate(buffer.shape, buffer.dtype)
         self.upload(host_array(buffer), placed)
         return placed
 
     def describe(self) -> dict[str, Any]:
-        """What `OrtBackend.describe` says, the weights, and how many sessions have no CUDA graph."""
+        """Describe as `OrtBackend`, with the weights and the sessions without a CUDA graph."""
         return {
             **super().describe(),
             "weight_bytes": sum(self._weight_bytes.values()),

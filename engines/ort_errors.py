@@ -1,7 +1,7 @@
-"""What ONNX Runtime raises, as errors of ours.
+"""Errors of goc_deploy from the exceptions of ONNX Runtime.
 
-ONNX Runtime has one class for most of what can go wrong, and raises plain ``RuntimeError`` from a bound run, so that only
-the text tells a full memory from a broken graph.
+ONNX Runtime has one class for most failures, and a bound run raises plain ``RuntimeError``. Only
+the text distinguishes full memory from a broken graph.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ SHOWN_CHARACTERS = 300
 
 _MEMORY = re.compile(
     r"bad_alloc|smaller than requested bytes|"
-    r"failed to allocate memory|cannot allocate memory|out of memory|CUDA (failure|error) 2\b|ALLOC(ATION)?_FAILED",
+    r"failed to allocate memory|cannot allocate memory|out of memory|CUDA (failure|error) 2\b|"
+    r"ALLOC(ATION)?_FAILED",
     re.IGNORECASE,
 )
 _FILES = re.compile(r"too many open files|\bEMFILE\b|\bENFILE\b", re.IGNORECASE)
 _DEVICE = re.compile(
-    r"\b(CUDA|CUDNN|CUBLAS|CUBLASLT|CURAND|CUFFT) (failure|error)|\b(CUDNN|CUBLAS)_STATUS_|\bCUDA_ERROR_|: EP_FAIL :|"
+    r"\b(CUDA|CUDNN|CUBLAS|CUBLASLT|CURAND|CUFFT) (failure|error)|\b(CUDNN|CUBLAS)_STATUS_|"
+    r"\bCUDA_ERROR_|: EP_FAIL :|"
     r"cannot open shared object file|device (is )?lost",
     re.IGNORECASE,
 )
@@ -31,16 +33,17 @@ _SOURCE_LINE = re.compile(r"/onnxruntime_src/\S+:\d+ [^)]*\) ")
 
 
 def error_from_ort(cause: Exception, doing: str, provider: str = "CPU") -> GocError:
-    """The error to raise for what ONNX Runtime raised.
+    """Return the error to raise for an exception of ONNX Runtime.
 
     Args:
-        cause: from making a session, or from a run.
+        cause: the exception, from creating a session or from a run.
         doing: ``LOADING`` or ``RUNNING``.
         provider: ``CPU`` or ``CUDA``, for the message.
 
     Returns:
-        ``cause`` itself if it is ours already; ResourceError for memory and file descriptors; EnvironmentUnsupportedError for the
-        device, its libraries, and kernels that this ONNX Runtime lacks; otherwise EngineDirError.
+        ``cause`` itself if it is a `GocError`; ResourceError for memory and file descriptors;
+        EnvironmentUnsupportedError for the device, its libraries, and kernels that this ONNX
+        Runtime lacks; otherwise EngineDirError.
     """
     if isinstance(cause, GocError):
         return cause
@@ -48,11 +51,13 @@ def error_from_ort(cause: Exception, doing: str, provider: str = "CPU") -> GocEr
     reason = _printable(text)
     if isinstance(cause, MemoryError) or _MEMORY.search(text):
         return ResourceError(
-            f"{version} {doing} because memory is full: {reason}; free memory, or use a smaller batch size"
+            f"{version} {doing} because memory is full: {reason}; free memory, or use a smaller "
+            "batch size"
         )
     if _FILES.search(text):
         return ResourceError(
-            f"{version} {doing} because this process has too many open files: {reason}; raise the limit (ulimit -n)"
+            f"{version} {doing} because this process has too many open files: {reason}; raise the "
+            "limit (ulimit -n)"
         )
     if _DEVICE.search(text):
         return EnvironmentUnsupportedError(
@@ -66,6 +71,6 @@ def error_from_ort(cause: Exception, doing: str, provider: str = "CPU") -> GocEr
 
 
 def _printable(text: str) -> str:
-    """The first line, without ONNX Runtime's place in its source; names in a graph may hold anything."""
+    """Return the first line without ONNX Runtime's source position; names may hold anything."""
     line = _SOURCE_LINE.sub("", text.strip().split("\n", 1)[0])[:SHOWN_CHARACTERS]
     return "".join(character if character.isprintable() else "?" for character in line)

@@ -1,4 +1,4 @@
-"""The command ``goc`` where it is not installed: ``python -m goc_deploy run engine --labels 207``."""
+"""The command ``goc`` without installation: ``python -m goc_deploy run DIR --labels 207``."""
 
 from goc_deploy.cli.goc import main
 

@@ -1,4 +1,4 @@
-"""Writing so that a file or directory is whole or absent: locks, staging, atomic replacement."""
+"""Writing that leaves a whole file or directory or none: locks, staging, atomic replacement."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from goc_deploy.errors import ConflictError, ResourceError
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes ``path`` when it is whole. Missing folders are made.
+    """Yield a path to write to, which becomes ``path`` when it is whole.
+
+    Missing parent folders are created.
 
     Raises:
         ConflictError, ResourceError: the system refuses to write.
@@ -31,12 +33,11 @@ def written(path: Path) -> Iterator[Path]:
 
 
 def save_array(values: np.ndarray, path: Path) -> None:
-    """Write a ``.npy`` file, whatever the name ends in."""
+    """Write a ``.npy`` file, whatever the suffix of its name is."""
     with written(path) as temporary, open(temporary, "wb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
-        file.write(
-            np.ascontiguousarray(values).data
-        )  # NumPy would write by itself, and not tell why it cannot
+        # NumPy could write the array itself, but does not report why a write fails.
+        file.write(np.ascontiguousarray(values).data)
 
 
 def save_text(text: str, path: Path) -> None:
@@ -54,14 +55,16 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 @contextlib.contextmanager
 def directory_lock(directory: Path, seconds: float | None = None) -> Iterator[None]:
-    """Hold the lock of an engine directory: a sibling file, released by the system if the holder dies.
+    """Hold the lock of an engine directory, a file beside it.
+
+    The system releases the lock if the holder dies.
 
     Args:
-        directory: what is locked.
-        seconds: how long to wait for another holder; by default ten.
+        directory: the directory to lock.
+        seconds: how long to wait for another holder; None is ten seconds.
 
     Raises:
-        ConflictError: another process holds it for longer than that, or the parent cannot be written.
+        ConflictError: another process holds the lock for longer, or the parent is not writable.
     """
     check_parent(directory)
     directory = directory.absolute()
@@ -79,19 +82,20 @@ def _locked(directory: Path, seconds: float | None) -> Iterator[None]:
                 lock.acquire()
             except filelock.Timeout as cause:
                 raise ConflictError(
-                    f"another process is writing {directory}; wait for it, or choose another directory"
+                    f"another process is writing {directory}; wait for it, or choose another "
+                    "directory"
                 ) from cause
         yield
     finally:
         with contextlib.suppress(filelock.Timeout, OSError):
             lock.acquire(timeout=0)  # a signal may have interrupted the first call halfway
-            os.unlink(lock.lock_file)  # whoever waits sees that the file is gone, and retries
+            os.unlink(lock.lock_file)  # a waiting process notices this and tries again
         lock.release(force=True)
 
 
 @contextlib.contextmanager
 def disk_errors(doing: str) -> Iterator[None]:
-    """Turn what the system says about disk and permissions into an error of ours."""
+    """Turn errors of the system about disk and permissions into errors of goc_deploy."""
     try:
         yield
     except OSError as cause:
@@ -108,10 +112,10 @@ def disk_errors(doing: str) -> Iterator[None]:
 
 
 def check_parent(directory: Path) -> None:
-    """Check that ``directory`` may be made, with parents that are missing.
+    """Check that ``directory`` can be created, with its missing parents.
 
     Raises:
-        ConflictError: the nearest parent that exists is not a directory, or not writable.
+        ConflictError: the nearest existing parent is not a directory, or not writable.
     """
     with disk_errors(f"checking {directory}"):
         parent = nearest_parent(directory)
@@ -124,56 +128,60 @@ def check_parent(directory: Path) -> None:
 
 
 def nearest_parent(path: Path) -> Path:
-    """The nearest parent that exists."""
+    """Return the nearest parent that exists."""
     return next(parent for parent in path.absolute().parents if os.path.lexists(parent))
 
 
 @contextlib.contextmanager
 def made_parents(path: Path) -> Iterator[None]:
-    """Make missing parents of ``path``; they stay if the body ends well.
+    """Create missing parents of ``path``; they are removed if the body raises.
 
     Raises:
-        ConflictError, ResourceError: the system refuses to.
+        ConflictError, ResourceError: the system refuses to create one.
     """
-    made: list[Path] = []
+    created: list[Path] = []
     try:
         with disk_errors(f"making the folder of {path}"):
             for parent in reversed(path.absolute().parents):
                 if not parent.exists():
-                    parent.mkdir(exist_ok=True)  # somebody else may be making it
-                    made.append(parent)
+                    parent.mkdir(exist_ok=True)  # another process may be creating it
+                    created.append(parent)
         yield
     except BaseException:
-        with contextlib.suppress(OSError):  # somebody else has put something there
-            for parent in reversed(made):
+        with contextlib.suppress(OSError):  # another process has put something into it
+            for parent in reversed(created):
                 parent.rmdir()
         raise
 
 
 def check_free_space(directory: Path, needed_bytes: int) -> None:
-    """Raise ResourceError unless the disk has room for ``needed_bytes`` and a fifth more."""
+    """Raise ResourceError unless the disk has room for 120 percent of ``needed_bytes``."""
     free = shutil.disk_usage(directory.absolute().parent).free
     if free < needed_bytes * 1.2:
         raise ResourceError(
-            f"{directory.absolute().parent} has {free / 1e9:.2f} GB free but the engine needs {needed_bytes * 1.2 / 1e9:.2f} GB; free some space"
+            f"{directory.absolute().parent} has {free / 1e9:.2f} GB free but the engine needs "
+            f"{needed_bytes * 1.2 / 1e9:.2f} GB; free some space"
         )
 
 
 def remove_leftovers(folder: Path, prefix: str, seconds: float = 0.0) -> None:
-    """Remove what commands that were killed left in a folder: names ``PREFIX<process>-<8 digits>`` whose process is gone.
+    """Remove temporary files of commands that were killed.
+
+    Their names are ``PREFIX<process>-<8 digits>``, with a process that has ended.
 
     Args:
-        folder: where.
-        prefix: of the names.
-        seconds: keep what changed since then; 0 where a lock keeps other writers, of other machines too, away.
+        folder: the folder to clean up.
+        prefix: prefix of the names.
+        seconds: keep what changed within this time; 0 if a lock excludes other writers, also those
+            on other machines.
     """
     pattern = re.compile(re.escape(prefix) + r"(\d{1,9})-[0-9a-f]{8}(\.\w+)?")
     with contextlib.suppress(OSError):
         for path in list(folder.iterdir()):
-            made = pattern.fullmatch(path.name)
+            temporary = pattern.fullmatch(path.name)
             if (
-                not made
-                or os.path.exists(f"/proc/{made[1]}")
+                not temporary
+                or os.path.exists(f"/proc/{temporary[1]}")
                 or time.time() - path.lstat().st_mtime < seconds
             ):
                 continue
@@ -189,7 +197,10 @@ def _own_name(prefix: str) -> str:
 
 @contextlib.contextmanager
 def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """A folder that vanishes with the body; those that killed commands left vanish first. For who holds the lock."""
+    """Yield a folder that is removed after the body. The caller must hold the lock.
+
+    Folders that killed commands left are removed first.
+    """
     remove_leftovers(parent, prefix)
     folder = parent / _own_name(prefix)
     folder.mkdir()
@@ -201,7 +212,9 @@ def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def staged(directory: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes ``directory`` when the body ends well, and vanishes otherwise. For who holds the lock.
+    """Yield a temporary sibling that becomes ``directory`` if the body does not raise.
+
+    Otherwise it is removed. The caller must hold the lock.
 
     An existing directory is swapped out atomically and removed afterwards.
 
@@ -226,7 +239,7 @@ def staged(directory: Path) -> Iterator[Path]:
 
 
 def _exchange(left: Path, right: Path) -> None:
-    """Swap two directories in one step; where the system cannot, replace with two renames."""
+    """Swap two directories in one step; if the system cannot, replace with two renames."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if (
         renameat2
@@ -257,9 +270,11 @@ def _sync_tree(root: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling that replaces ``path`` in one step when the body ends well, and vanishes otherwise.
+    """Yield a temporary sibling that replaces ``path`` in one step if the body does not raise.
 
-    What is no regular file, such as a device, is written directly.
+    Otherwise it is removed.
+
+    A path that is not a regular file, such as a device, is written directly.
     """
     if path.exists() and not path.is_file():
         yield path

@@ -12,7 +12,7 @@
     ├── ConflictError               8   output exists, lock held
     └── SafetyError                 9   pickle globals, path escape
 
-A message is one sentence that says what is wrong, where, and what to do.
+A message is one sentence that states what is wrong, where, and what to do.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ScheduleError(UsageError):
 
 
 class CalibrationNeededError(UsageError):
-    """A policy that learns from images of an engine, where there is no engine to run."""
+    """A policy needs images from an engine, but there is no engine to run."""
 
 
 class ModelError(GocError):
@@ -69,12 +69,12 @@ class ResourceError(GocError):
 
 
 class ConflictError(GocError):
-    """The output exists or somebody else holds the lock."""
+    """The output exists or another process holds the lock."""
 
     exit_code = 8
 
 
 class SafetyError(GocError):
-    """Input that asks to run code or to leave its directory."""
+    """Input that would run code or leave its directory."""
 
     exit_code = 9

@@ -1,7 +1,7 @@
-"""The modulation table: which row of it is whose.
+"""The modulation table: which row belongs to which unit.
 
 The table of a step has M rows (B, D). The gates come first and the rows of the final layer next, so
-that what a step reads is one range of rows, whether it computes, predicts, or only adds an
+that a step always reads one range of rows, whether it computes, predicts, or only adds an
 accumulator.
 """
 
@@ -17,8 +17,8 @@ T = TypeVar("T")
 class ModulationRows:
     """The rows of a model's modulation table. Nothing else knows their order.
 
-    A unit reads one gate, one shift and one scale; an architecture fills with zeros or ones what a
-    unit has no layer for.
+    A unit reads one gate, one shift and one scale. If a unit has no layer for one of them, the
+    architecture fills its row with zeros or ones.
 
     Attributes:
         units: number of units U.
@@ -59,7 +59,7 @@ class ModulationRows:
         return self.shift(unit) + 1
 
     def read(self, *, computes: bool, predicts: bool) -> range:
-        """The rows that a step reads; the final layer always reads its own.
+        """Return the rows that a step reads; the final layer always reads its own.
 
         Args:
             computes: the step computes a unit, which reads its gate, shift and scale.
@@ -69,10 +69,10 @@ class ModulationRows:
         return range(first, self.count if computes else self.final_scale + 1)
 
     def in_order(self, *, gates: T, final: T, units: T) -> tuple[T, T, T]:
-        """The three parts of a table in the order in which it joins them.
+        """Put the three parts of a table into the order of its rows.
 
         Args:
-            gates: of every unit.
+            gates: the gates of every unit.
             final: shift and scale of the final layer.
             units: shift and scale of every unit, unit by unit.
         """

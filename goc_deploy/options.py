@@ -9,15 +9,17 @@ from typing import Literal, get_args
 
 from goc_deploy.precision import Precision
 
-Progress = Callable[[str, int, int], None]  # (what, done, total)
+Progress = Callable[[str, int, int], None]  # (name of the job, done, total)
 
 # far from the small seeds that people generate with, so that calibration images stay unseen
+
+# Far from the small seeds that people generate with, so that calibration images stay unseen.
 CALIBRATION_SEED = 2**32
 Segments = Literal["full", "none"]
 SEGMENTS: tuple[Segments, ...] = get_args(Segments)
 WeightMode = Literal["embedded", "shared"]  # how a TensorRT engine holds its weights
 CheckpointWeights = Literal["auto", "ema", "model"]
-PRESETS = ("paper",)  # tables of the literature that goc-eval makes
+PRESETS = ("paper",)  # tables of the literature that goc-eval reproduces
 
 
 def no_progress(what: str, done: int, total: int) -> None:
@@ -26,7 +28,7 @@ def no_progress(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
-    """How to export.
+    """Options of an export.
 
     Attributes:
         model: architecture, or ``auto`` to recognise it.
@@ -87,7 +89,7 @@ def default_plans(*, calibrates: bool) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
-    """How to add a plan.
+    """Options of a plan that is added to an engine directory.
 
     Attributes:
         name: name of the plan; None makes the SPEC file-safe.
@@ -112,7 +114,7 @@ class PlanOptions:
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """How to build TensorRT engines for an engine directory.
+    """Options of the TensorRT engines of an engine directory.
 
     Attributes:
         backend: ``tensorrt-rtx`` or ``tensorrt``.
@@ -134,7 +136,7 @@ class EngineOptions:
 
 @dataclass(frozen=True, slots=True)
 class GenerateOptions:
-    """How to generate.
+    """Options of a generation.
 
     Attributes:
         seed: seed of the noise; image i of a request depends on (seed, i) alone.
@@ -205,7 +207,7 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
-    """How to compare plans.
+    """Options of a comparison of plans by speed.
 
     Attributes:
         plans: names or SPECs; the first is the baseline; empty takes all plans.
@@ -231,7 +233,7 @@ class BenchOptions:
 
 @dataclass(frozen=True, slots=True)
 class EvalOptions:
-    """How to evaluate plans.
+    """Options of an evaluation of plans by quality.
 
     Attributes:
         plans: names or SPECs; empty takes all plans.

@@ -1,4 +1,4 @@
-"""Element types: the one table that every stage derives its own names from.
+"""Element types: the one table from which every stage derives its own names.
 
 A model has a *precision*, the short name that the command line takes (``fp32``). A tensor has a
 *dtype*, which is named as in NumPy and PyTorch (``float32``).
@@ -17,14 +17,13 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 @dataclass(frozen=True, slots=True)
 class ElementType:
-    """What other libraries call a dtype.
+    """The names of a dtype in other libraries.
 
     Attributes:
         nbytes: bytes of an element.
         numpy: the NumPy dtype that holds its bits; NumPy itself has no ``bfloat16``.
         onnx: number of the ``TensorProto.DataType``.
-        onnx_name: name in ONNX's text format, which is also what ONNX Runtime writes in
-            ``tensor(...)``.
+        onnx_name: name in ONNX's text format, which ONNX Runtime also writes in ``tensor(...)``.
         tensorrt: name of the ``tensorrt.DataType``.
     """
 

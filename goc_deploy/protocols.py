@@ -1,4 +1,4 @@
-"""What the runtime asks of a backend. Everything a stage may know of another one stands here."""
+"""The interfaces between stages: all that one stage may know of another one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from goc_deploy.precision import DTYPE_BYTES, ELEMENT_TYPES
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 NUMPY_DTYPES = {dtype: np.dtype(kind.numpy) for dtype, kind in ELEMENT_TYPES.items()}
-ALIGNMENT = 256  # of every address that an engine is given: what TensorRT asks for
+ALIGNMENT = 256  # of every address that an engine is bound to, as TensorRT requires
 
 Launch = Callable[[], None]
 
@@ -38,18 +38,18 @@ class Buffer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the view."""
+        """Size of the view in bytes."""
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
     def overlaps(self, other: Buffer) -> bool:
-        """Whether two buffers share memory."""
+        """Return whether two buffers share memory."""
         return (
             self.pointer < other.pointer + other.nbytes
             and other.pointer < self.pointer + self.nbytes
         )
 
     def view(self, *shape: int, start: int = 0) -> Buffer:
-        """Elements ``start ...`` of this memory with another shape."""
+        """View this memory in another shape, from element ``start`` on."""
         offset = start * DTYPE_BYTES[self.dtype]
         assert offset + math.prod(shape) * DTYPE_BYTES[self.dtype] <= self.nbytes, (
             self.shape,
@@ -61,14 +61,16 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """What a step moves to where its launches find it: ``target[m, b] = source[k % period][m, rows[b]]`` at step k.
+    """A copy at the start of a step: ``target[m, b] = source[k % period][m, rows[b]]`` at step k.
+
+    It brings the values of the step to the addresses that its launches read.
 
     Attributes:
-        source: (M, R, W), what step 0 takes.
+        source: (M, R, W), the values of step 0.
         target: (M, B, W).
         period: number of different sources.
-        stride: elements from the source of a step to that of the next.
-        rows: (B,) int64; None is row b of R = B.
+        stride: elements from the source of one step to that of the next.
+        rows: (B,) int64; with None, R = B and row b is copied to row b.
     """
 
     source: Buffer
@@ -79,49 +81,53 @@ class Move:
 
 
 def float32_from_bfloat16(bits: np.ndarray) -> np.ndarray:
-    """bfloat16 values, given as uint16 because NumPy has no such dtype, widened exactly."""
+    """Widen bfloat16 values exactly; they are uint16, because NumPy has no such dtype."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def bfloat16_from_float32(values: np.ndarray) -> np.ndarray:
-    """Values rounded to the nearest bfloat16, as uint16."""
+    """Round values to the nearest bfloat16, as uint16."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def stored_values(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Values as memory of a dtype holds them, contiguous; what is uint16 already is taken as bfloat16."""
+    """Convert values to a dtype, contiguous; an array of uint16 holds bfloat16 values already."""
     if dtype == "bfloat16" and values.dtype != np.uint16:
         return bfloat16_from_float32(values)
     return np.ascontiguousarray(values, NUMPY_DTYPES[dtype])
 
 
 def mapped_buffer(content: memoryview, offset: int, shape: tuple[int, ...], dtype: str) -> Buffer:
-    """A tensor inside read-only memory, such as a mapped file, without copying it."""
+    """View a tensor inside read-only memory, such as a mapped file, without copying it."""
     owner = np.frombuffer(content, np.uint8)
     return Buffer(owner.ctypes.data + offset, shape, dtype, owner)
 
 
 class Stream(Protocol):
-    """What a session runs on: what is put on a stream happens in order. For the thread that holds it.
+    """The queue of a session, whose operations run in the order in which they are put on it.
 
-    Attributes:
-        handle: of the device's stream, 0 on the host.
+    Only the thread that holds a stream may use it.
     """
 
     @property
-    def handle(self) -> int: ...
+    def handle(self) -> int:
+        """The device's stream, or 0 on the host."""
+        ...
 
     def held(self) -> AbstractContextManager[Any]:
-        """Take the stream for this thread, which may hold it already; other threads wait until the block ends."""
+        """Hold the stream for this thread until the block ends; other threads wait.
+
+        A thread that holds the stream already may hold it again.
+        """
         ...
 
     def upload(self, values: np.ndarray, target: Buffer) -> None:
-        """Copy host values, which may change afterwards, into a buffer of the same size."""
+        """Copy host values into a buffer of the same size; they may change after the call."""
         ...
 
     def download(self, source: Buffer) -> np.ndarray:
-        """Wait for the stream; a copy of a buffer on the host (float32 for ``bfloat16``)."""
+        """Wait for the stream, then copy a buffer to the host (float32 for ``bfloat16``)."""
         ...
 
     def copy(self, source: Buffer, target: Buffer) -> None:
@@ -129,45 +135,52 @@ class Stream(Protocol):
         ...
 
     def wait(self) -> None:
-        """Return once everything that was put on the stream is done."""
+        """Return after everything that was put on the stream is done."""
         ...
 
     def recorded(self, launches: Sequence[Launch]) -> Sequence[Launch]:
-        """What to call in place of launches that ran before: one replay where the device has graphs, else themselves."""
+        """Return what to call in place of launches that ran before.
+
+        That is one replay if the device has graphs, and the launches themselves otherwise.
+        """
         ...
 
     def mark(self, index: int) -> None:
-        """Note when everything that was put on the stream so far is done."""
+        """Record the time when everything that was put on the stream so far is done."""
         ...
 
     def marked_ms(self, count: int) -> list[float]:
-        """Wait for the stream; milliseconds from the first mark to each of the first ``count``."""
+        """Wait for the stream, then return the time from the first mark to each of ``count``."""
         ...
 
 
 class Device(Protocol):
-    """Memory and streams: all that sessions and backends know of the hardware.
-
-    Attributes:
-        kind: ``cpu`` or ``cuda``.
-        shares_launches: whether steps of a kind had better be the same launches at the same addresses, so that they are
-            recorded once, and `step_start` moves there what a step needs. Where it is not, each step reads where its
-            values lie.
-    """
+    """Memory and streams: all that sessions and backends know of the hardware."""
 
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str:
+        """``cpu`` or ``cuda``."""
+        ...
 
     @property
-    def shares_launches(self) -> bool: ...
+    def shares_launches(self) -> bool:
+        """Whether all steps of one kind should be the same launches at the same addresses.
+
+        If so, the launches are recorded once, and `step_start` copies what a step needs to their
+        addresses. Otherwise each step reads its values in place.
+        """
+        ...
 
     def step_start(self, moves: Sequence[Move], step: Buffer, stream: Stream) -> Launch:
-        """What begins each step of a device that shares launches: it adds one to the step, then moves.
+        """Return the launch that begins each step of a device that shares launches.
+
+        The launch adds one to ``step``, then copies.
 
         Args:
-            moves: done in order; a plain move may read what an earlier one of the same size has written over.
-            step: (1,) int32, the step that ran last; -1 before the first.
-            stream: where it is put.
+            moves: the copies, in order. A move without ``rows`` and with a period of 1 may read
+                what an earlier move of the same size has overwritten.
+            step: (1,) int32, the number of the step that ran last; -1 before the first.
+            stream: the stream to launch on.
 
         Raises:
             EnvironmentUnsupportedError: the kernels for it cannot be compiled.
@@ -175,35 +188,33 @@ class Device(Protocol):
         ...
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        """New memory, aligned to ``ALIGNMENT``, not initialised.
+        """Allocate memory, aligned to ``ALIGNMENT``, not initialised.
 
         Raises:
-            ResourceError: there is not that much.
+            ResourceError: the device has not enough memory.
         """
         ...
 
     def stream(self) -> Stream:
-        """A new stream."""
+        """Create a stream."""
         ...
 
     def free_bytes(self) -> int | None:
-        """Memory that can be allocated, or None where the system does not say."""
+        """Return how much memory can be allocated, or None if the system does not report it."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Which device, for reports."""
+        """Describe the device for reports."""
         ...
 
 
 class Engine(Protocol):
-    """A loaded graph.
-
-    Attributes:
-        dtypes: input or output name -> a key of ``DTYPE_BYTES``.
-    """
+    """A graph that a backend has made executable."""
 
     @property
-    def dtypes(self) -> Mapping[str, str]: ...
+    def dtypes(self) -> Mapping[str, str]:
+        """The dtype of each input and output by name, a key of ``DTYPE_BYTES``."""
+        ...
 
     def bind(
         self,
@@ -213,22 +224,23 @@ class Engine(Protocol):
     ) -> Launch:
         """Bind tensors by address; the returned function puts a run of the graph on the stream.
 
-        Outputs that are not named are not kept. An output may lie on an input that the graph reads element by
-        element before it writes (the entry of the history that dies).
+        Outputs without a buffer are discarded. An output may share the memory of an input that the
+        graph reads element by element before it writes, such as the oldest history entry.
 
         Args:
-            inputs, outputs: by name.
-            stream: of the session; None is the backend's own.
+            inputs: buffers by name.
+            outputs: buffers by name.
+            stream: the session's stream; None is the backend's own.
 
         Raises:
-            EngineDirError: a name the graph does not have, or a dtype or size it does not take.
+            EngineDirError: the graph has no tensor of a name, or a dtype or size is wrong.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Device memory that a backend takes beside the buffers of its sessions.
+    """Device memory that a backend takes in addition to the buffers of its sessions.
 
     Attributes:
         weights: bytes that all sessions share.
@@ -240,19 +252,20 @@ class Footprint:
 
 
 def taken(engine: Engine, offered: Mapping[str, Buffer]) -> dict[str, Buffer]:
-    """Those of the offered inputs that a graph takes."""
+    """Select those of the offered inputs that a graph has."""
     return {name: buffer for name, buffer in offered.items() if name in engine.dtypes}
 
 
 class Backend(Protocol):
-    """Loads graphs for a device.
+    """A library with a kind of device: it loads graphs and makes engines of them.
 
     Attributes:
-        name: as on the command line.
-        device: where they run.
-        stacks: True if the backend prefers few, large launches (GPUs): a collapsed step is one launch,
-            and with segments a full step too. False (CPU): every unit is a launch, and a collapsed
-            step's predictions are made during the preceding step, while their inputs are in cache.
+        name: its name on the command line.
+        device: the device that engines run on.
+        stacks: True if the backend prefers few, large launches (GPUs): a collapsed step is one
+            launch, and with segments a full step too. False (CPU): every unit is a launch, and a
+            collapsed step's predictions are made during the preceding step, while their inputs are
+            in cache.
         passed_over: faster backends that were tried first -> why they do not work here.
     """
 
@@ -262,23 +275,23 @@ class Backend(Protocol):
     passed_over: Mapping[str, str]
 
     def stream(self) -> Stream:
-        """The stream of a session: one of its own, unless this backend has a single one for all."""
+        """Return the stream of a session: a new one, unless the backend has one for all."""
         ...
 
     def predictor(self, signature: str, dtype: str) -> Engine | None:
-        """An engine for launches of a predict signature that needs no graph, or None where the graph is loaded.
+        """Return an engine that predicts without a graph, or None if the graph must be loaded.
 
         Args:
             signature: see `goc_deploy.compiler.plan.Predict.signature`.
-            dtype: of the model's tensors.
+            dtype: dtype of the model's tensors.
         """
         ...
 
     def footprint(self, graphs: Mapping[str, Mapping[str, int]]) -> Footprint:
-        """Device memory of graphs, as far as the engine directory tells before they are loaded.
+        """Estimate the device memory of graphs from the engine directory, before they are loaded.
 
         Args:
-            graphs: SHA-256 of an ONNX file -> path and size of every file with weights of the graph.
+            graphs: SHA-256 of each ONNX file -> path and size of every weights file of the graph.
         """
         ...
 
@@ -293,41 +306,45 @@ class Backend(Protocol):
         """Load a graph.
 
         Args:
-            onnx: the graph.
+            onnx: the ONNX file.
             initializers: values of its external initializers, on the host, read during the call.
-            inputs: inputs that are the same on every run, on the host; they must stay where they lie.
-            runs_once: time spent at load to make the graph faster would be lost.
+            inputs: inputs that are the same on every run, on the host. Their memory must outlive
+                the engine.
+            runs_once: the graph runs only once, so the load should not spend time on making it
+                faster.
         """
         ...
 
     def check_replaceable(self, engine: Engine, weights: Set[str]) -> None:
-        """Check that the weights of an engine can be exchanged, before anything is done.
+        """Check that the weights of an engine can be replaced, before anything is done.
 
         Args:
-            engine: of this backend.
+            engine: an engine of this backend.
             weights: names of its initializers and inputs.
 
         Raises:
-            EnvironmentUnsupportedError: the engine was built with its weights inside.
+            EnvironmentUnsupportedError: the engine was built with embedded weights.
         """
         ...
 
     def replace_weights(
         self, engine: Engine, initializers: Mapping[str, Buffer], inputs: Mapping[str, Buffer]
     ) -> bool:
-        """Overwrite the weights of an engine that reads them at an address; what is bound stays bound.
+        """Overwrite the weights that an engine reads at an address; its launches stay valid.
 
         Args:
-            engine: on which nothing runs.
-            initializers, inputs: as `load` takes them, of the same names, shapes and dtypes. They must stay where they lie.
+            engine: an engine that is not running.
+            initializers: as for `load`, of the same names, shapes and dtypes. Their memory must
+                outlive the engine.
+            inputs: the same for inputs.
 
         Returns:
-            Whether it was done; otherwise the graph must be loaded again.
+            True if the weights were replaced; if False, the graph must be loaded again.
         """
         ...
 
     def keep_compiled(self) -> None:
-        """Called after a batch shape ran for the first time: keep what was compiled for it for the next process."""
+        """Save what was compiled for a batch shape, after its first run, for the next process."""
         ...
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
@@ -339,9 +356,9 @@ class Backend(Protocol):
         ...
 
     def download(self, source: Buffer) -> np.ndarray:
-        """A copy of a buffer on the host (float32 for ``bfloat16``)."""
+        """Copy a buffer to the host (float32 for ``bfloat16``)."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Name, version, device, threads, and what was passed over, for reports."""
+        """Describe the backend for reports: name, version, device, threads, `passed_over`."""
         ...

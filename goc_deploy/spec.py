@@ -1,4 +1,4 @@
-"""What a model looks like to every stage: sizes, units and the tensors they exchange."""
+"""The sizes of a model, its units, and the tensors that the stages exchange."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from goc_deploy.modulation import ModulationRows
 DIFFUSION_PREDICTIONS = ("eps", "v", "x0")
 FLOW_PREDICTIONS = ("flow", "flow_to_noise")
 PREDICTIONS = (*DIFFUSION_PREDICTIONS, *FLOW_PREDICTIONS)
-DECODED_PIXELS = 64 * 64  # latent pixels of one launch of the decoder: one tile of the default size
+DECODED_PIXELS = 64 * 64  # latent pixels of one decoder launch: one tile of the default size
 MAX_TILES = 8
-# What `goc_deploy.strict_json.convert` accepts where a file has such a field:
+# The values that `goc_deploy.strict_json.convert` accepts for such a field of a file:
 MAX_SIZE = 10**6
 Size = Annotated[int, Meta(ge=1, le=MAX_SIZE)]
 Count = Annotated[int, Meta(ge=0)]
@@ -23,7 +23,7 @@ SizeOrZero = Annotated[int, Meta(ge=0, le=MAX_SIZE)]
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Sizes of a Diffusion Transformer that draws classes or captions.
+    """Sizes of a class-conditional or text-conditional Diffusion Transformer.
 
     Attributes:
         depth: number of blocks L.
@@ -33,22 +33,29 @@ class ModelSpec:
         patch: patch side in latent pixels.
         grid: tokens per side, so that a sample is ``grid * patch`` latent pixels high and wide.
         channels: latent (or pixel) channels C.
-        classes: number of labels; the null label is ``classes``. Of a model that draws captions, the number of captions
-            that its engine directory keeps: label i is the i-th of them, the null label the unconditional one.
-        learn_sigma: the model predicts 2*C channels: the prediction, then a variance that only ``ddpm`` samplers use.
-        architecture: exporter that made the units.
+        classes: number of choices: a label is below it, and the null label is equal to it. A
+            class-conditional model has this many classes. For a text-conditional model it is the
+            number of stored captions: label i is the i-th of them, and the null label is the
+            unconditional caption.
+        learn_sigma: the model output has 2*C channels: the noise, velocity or clean sample, then a
+            variance that only ``ddpm`` samplers use.
+        architecture: name of the exporter that wrote the units.
         branches: the branches of each block, in execution order.
-        prediction: what the first C channels predict: ``eps`` (the noise), ``v`` (velocity of a diffusion), ``x0`` (the clean
-            sample), ``flow`` (velocity along the straight line from noise to the clean sample, told a time that rises from 0
-            to 1, as SiT) or ``flow_to_noise`` (the opposite velocity, told a time that falls from 1000 to 0, as diffusers).
-        frequency_shift: the timestep's 128 frequencies fall to 1/10000 over ``128 - frequency_shift`` intervals.
-        mlp_norm_eps: what the layer norm before the MLP branch adds to the variance.
-        guided_channels: classifier-free guidance acts on so many channels in the model's reference.
+        prediction: prediction type, the meaning of the first C channels of the model output:
+            ``eps`` (the noise), ``v`` (velocity of a diffusion), ``x0`` (the clean sample),
+            ``flow`` or ``flow_to_noise``. A flow is the velocity along the straight line from noise
+            to the clean sample, with a time that rises from 0 to 1, as in SiT. ``flow_to_noise`` is
+            the opposite velocity, with a time that falls from 1000 to 0, as in diffusers.
+        frequency_shift: the 128 frequencies of the timestep fall to 1/10000 over
+            ``128 - frequency_shift`` intervals.
+        mlp_norm_eps: epsilon of the layer norm before the MLP branch.
+        guided_channels: number of leading channels that guidance acts on in the reference
+            implementation.
         caption_channels: width of a caption's embeddings, or 0 for a class-conditional model.
         caption_tokens: tokens of a caption; shorter ones are padded.
-        told_size: height and width of the image in pixels, where the model is told them, or 0.
-        block_embedders: every block embeds timesteps and labels with weights of its own, as a DiT that was trained in
-            diffusers; the final layer takes what block 0 makes.
+        told_size: height and width of the image in pixels if they are inputs of the model, or 0.
+        block_embedders: every block embeds timesteps and labels with weights of its own, as in a
+            DiT that was trained in diffusers; the final layer uses the embedding of block 0.
     """
 
     depth: Size
@@ -83,12 +90,12 @@ class ModelSpec:
 
     @property
     def output_channels(self) -> int:
-        """Channels that the model predicts."""
+        """Channels of the model output."""
         return self.channels * (2 if self.learn_sigma else 1)
 
     @property
     def draws_captions(self) -> bool:
-        """Whether captions take the place of labels."""
+        """Whether the model is text-conditional."""
         return self.caption_channels > 0
 
     @property
@@ -103,7 +110,7 @@ class ModelSpec:
 
     @property
     def unit_names(self) -> tuple[str, ...]:
-        """``block_00_attn``, ``block_00_mlp``, ...: the units in the order in which a step runs them."""
+        """``block_00_attn``, ``block_00_mlp``, ...: the units in execution order."""
         return tuple(
             f"block_{block:02d}_{branch}" for block in range(self.depth) for branch in self.branches
         )
@@ -111,13 +118,14 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class DecoderSpec:
-    """What the decoder unit makes of latents.
+    """The decoder unit, which turns latents into images.
 
     Attributes:
-        channels: of the images.
+        channels: channels of the images.
         upscale: image pixels per latent pixel and side.
-        tile: latent pixels per side that the graph takes; larger latents are decoded tile by tile.
-        overlap: least latent pixels that neighbouring tiles share, over which they are blended.
+        tile: side of the graph's input in latent pixels; larger latents are decoded tile by tile.
+        overlap: smallest number of latent pixels that neighbouring tiles share and are blended
+            over.
     """
 
     channels: int
@@ -127,20 +135,23 @@ class DecoderSpec:
 
 
 def tiles_at_once(spec: ModelSpec) -> int:
-    """Most tiles that the decoder takes in one launch: as many latents as fit into ``DECODED_PIXELS``, which bounds its
-    memory. A larger tile fills the processor by itself."""
+    """Largest number of tiles in one launch of the decoder.
+
+    ``DECODED_PIXELS`` limits their latent pixels, and so the memory. One large tile keeps the
+    processor busy by itself.
+    """
     return max(1, min(MAX_TILES, DECODED_PIXELS // spec.side**2))
 
 
 @dataclass(frozen=True, slots=True)
 class TextSpec:
-    """What the text encoder unit takes.
+    """The inputs of the text encoder unit.
 
     Attributes:
         tokenizer: path of its ``tokenizer.json`` in the engine directory.
-        vocabulary: tokens that it knows.
+        vocabulary: number of tokens that it knows.
         eos: the token that ends a text.
-        pad: the token behind it.
+        pad: the token that fills the places after it.
     """
 
     tokenizer: str

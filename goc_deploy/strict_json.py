@@ -1,4 +1,4 @@
-"""Strict reading of JSON files, and checking them against types."""
+"""Strict reading of JSON files, and the check of their values against types."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ import msgspec
 from goc_deploy.errors import GocError
 
 MAX_JSON_BYTES = 64 * 2**20
-MAX_DIGITS = 20  # of a whole number, which therefore fits a float
+MAX_DIGITS = 20  # digits of a whole number, which therefore fits a float
 _MISSING = re.compile("Object missing required field `(.+)`")
-_STEP = re.compile(r"\.(\w+)|\[(\d+)\]")  # of a path such as $.plans[0].name
+_STEP = re.compile(r"\.(\w+)|\[(\d+)\]")  # one step of a path such as $.plans[0].name
 
 
 def bytes_from_file(path: Path, where: str, error: type[GocError]) -> bytes:
-    """The content of a regular file of at most ``MAX_JSON_BYTES``.
+    """Read a regular file of at most ``MAX_JSON_BYTES``.
 
     Raises:
-        error: missing, unreadable, larger, or a device or pipe, which might never end.
+        error: the file is missing, unreadable, larger, or a device or pipe, which might never end.
     """
     try:
         status = os.stat(path)
@@ -47,13 +47,14 @@ def bytes_from_file(path: Path, where: str, error: type[GocError]) -> bytes:
 def parse_json(
     text: bytes, where: str, error: type[GocError], constants: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
-    """Read one JSON object; duplicate keys, NaN, huge numbers and deep nesting are refused.
+    """Parse one JSON object; duplicate keys, NaN, huge numbers and deep nesting are errors.
 
     Args:
         text: UTF-8.
-        where: the file, for messages.
-        error: what is raised.
-        constants: values of names that are not JSON but are accepted, such as ``-Infinity``.
+        where: name of the file for messages.
+        error: class of the errors.
+        constants: values of names that are accepted although they are not JSON, such as
+            ``-Infinity``.
 
     Raises:
         error: with the file and the reason.
@@ -69,7 +70,7 @@ def parse_json(
             raise ValueError(f"duplicate key {duplicate!r:.60}")
         return fields
 
-    def known(constant: str) -> float:
+    def allowed(constant: str) -> float:
         if constant not in (constants or {}):
             raise ValueError(f"{constant} is not allowed")
         return (constants or {})[constant]
@@ -84,7 +85,7 @@ def parse_json(
             raise ValueError(f"{number:.20}... is out of range")
         return int(number)
 
-    hooks: dict[str, Any] = {"parse_constant": known, "parse_float": finite, "parse_int": bounded}
+    hooks: dict[str, Any] = {"parse_constant": allowed, "parse_float": finite, "parse_int": bounded}
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, **hooks)
     except (ValueError, RecursionError) as cause:
@@ -106,39 +107,39 @@ def check_format(
     """Check ``format`` and ``version``.
 
     Args:
-        fields: of the file.
-        name: the format.
-        version: the newest that is read.
-        where: the file, for messages.
-        error: what is raised.
-        oldest: the first version that is read, by default ``version``.
+        fields: the fields of the file.
+        name: the expected format.
+        version: the newest version that this release reads.
+        where: name of the file for messages.
+        error: class of the errors.
+        oldest: the oldest version that this release reads; None is ``version``.
 
     Raises:
         error: another format, or a version that this release does not read.
     """
-    found = fields.get("version")
+    stated = fields.get("version")
     if fields.get("format") != name:
         raise error(f"{where} is not a {name} file (its format is {fields.get('format')!r:.60})")
-    if type(found) is not int or found > version:
+    if type(stated) is not int or stated > version:
         raise error(
-            f"{where} has format version {found!r:.60}, this goc_deploy reads up to {version}; "
+            f"{where} has format version {stated!r:.60}, this goc_deploy reads up to {version}; "
             "update goc_deploy"
         )
-    if found < (version if oldest is None else oldest):
+    if stated < (version if oldest is None else oldest):
         raise error(
-            f"{where} has format version {found}, this goc_deploy reads {version}; export again"
+            f"{where} has format version {stated}, this goc_deploy reads {version}; export again"
         )
 
 
 def convert(value: Any, kind: Any, where: str, error: type[GocError], path: str = "$") -> Any:
-    """A JSON value as ``kind``, whose annotations say what each field must be.
+    """Convert a JSON value to ``kind``, whose annotations define what each field may be.
 
     Args:
-        value: what `parse_json` returned, or a part of it.
+        value: a result of `parse_json`, or a part of it.
         kind: a dataclass, a ``msgspec.Struct`` or another type that msgspec converts to.
-        where: the file, for messages.
-        error: what is raised.
-        path: of the value in the file.
+        where: name of the file for messages.
+        error: class of the errors.
+        path: path of the value in the file.
 
     Raises:
         error: such as ``plan.json: $.launches[0][1]: expected int >= 0, got -1``.
@@ -157,35 +158,35 @@ def convert(value: Any, kind: Any, where: str, error: type[GocError], path: str 
         raise error(f"{where}: {path}: a field's name is not valid Unicode") from cause
 
 
-def unknown_field(given: Any, known: Any, path: str = "$") -> str | None:
-    """Path of the first field of ``given``, at any depth, that was dropped from it.
+def unknown_field(value: Any, converted: Any, path: str = "$") -> str | None:
+    """Return the path of the first field of ``value``, at any depth, that `convert` dropped.
 
     Args:
-        given: a JSON value.
-        known: what `convert` made of it; dataclasses drop what they do not know.
-        path: of the value in the file.
+        value: a JSON value.
+        converted: the result of `convert`; dataclasses drop fields that they do not have.
+        path: path of the value in the file.
     """
-    if isinstance(given, list):
-        parts = [(f"{path}[{i}]", part, known[i]) for i, part in enumerate(given)]
-    elif isinstance(given, dict) and is_dataclass(known):
-        names = known.__dataclass_fields__
-        for name in given:
+    if isinstance(value, list):
+        parts = [(f"{path}[{i}]", part, converted[i]) for i, part in enumerate(value)]
+    elif isinstance(value, dict) and is_dataclass(converted):
+        names = converted.__dataclass_fields__
+        for name in value:
             if name not in names:
                 return f"{path}.{name}"
-        parts = [(f"{path}.{name}", part, getattr(known, name)) for name, part in given.items()]
+        parts = [(f"{path}.{name}", part, getattr(converted, name)) for name, part in value.items()]
     else:
         return None
-    nested = (unknown_field(part, made, place) for place, part, made in parts)
+    nested = (unknown_field(part, child, place) for place, part, child in parts)
     return next((place for place in nested if place is not None), None)
 
 
 def expected(allowed: Iterable[Any], value: Any) -> str:
-    """Why a value that is not one of ``allowed`` is wrong."""
+    """Explain why a value that is not one of ``allowed`` is wrong."""
     return f"expected {' or '.join(map(str, allowed))}, got {value!r:.60}"
 
 
 def _reason(reason: str, value: Any, place: str) -> str:
-    """msgspec's reason in the words of our messages, with the value that was found."""
+    """Reword a reason of msgspec in the style of our messages, with the wrong value."""
     text = reason[:1].lower() + reason[1:].replace("`", "")
     if not text.startswith("expected") or "[...]" in place:
         return text

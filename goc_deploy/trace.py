@@ -1,4 +1,4 @@
-"""Where a request's time goes: spans that the runtime records, as totals and as a Chrome trace."""
+"""Where a request spends its time: spans that the runtime records, totals, and a Chrome trace."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ _BLOCK = re.compile(r"^block_\d+_")
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Something that took time.
+    """A named interval of time.
 
     Attributes:
-        category: ``wait`` (for a free session), ``prepare`` (inputs), ``step``, or ``launch`` (within a step).
-        name: which one.
-        start_ns: on the clock of `time.perf_counter_ns`.
-        stop_ns: on the same clock.
+        category: ``wait`` (for a free session), ``prepare`` (inputs), ``step``, or ``launch``
+            (within a step).
+        name: what ran.
+        start_ns: time of `time.perf_counter_ns` at the start.
+        stop_ns: the same at the end.
     """
 
     category: str
@@ -37,7 +38,7 @@ class Span:
 
 @contextmanager
 def recorded(spans: list[Span] | None, category: str, name: str) -> Iterator[None]:
-    """Record the body as one span; nothing where ``spans`` is None."""
+    """Record the body as one span; if ``spans`` is None, record nothing."""
     started = perf_counter_ns()
     yield
     if spans is not None:
@@ -45,9 +46,9 @@ def recorded(spans: list[Span] | None, category: str, name: str) -> Iterator[Non
 
 
 def totals_ms(spans: Iterable[Span]) -> dict[str, float]:
-    """Milliseconds by what ran: each kind of launch, ``prepare``, ``wait``, and ``between launches`` of a step.
+    """Sum up milliseconds by kind of launch, ``prepare``, ``wait``, and ``between launches``.
 
-    ``block_07_attn`` counts as ``attn``, ``predict 3-3, 1 ahead`` as ``predict ahead``.
+    ``block_07_attn`` counts as ``attn``, and ``predict 3-3, 1 ahead`` as ``predict ahead``.
     """
     totals: defaultdict[str, float] = defaultdict(float)
     for span in spans:
@@ -66,10 +67,12 @@ def _kind_of_launch(name: str) -> str:
 
 
 def chrome_trace(spans_of_process: Mapping[str, Sequence[Span]]) -> dict[str, Any]:
-    """Spans in the Trace Event Format, one process per entry; steps hold their launches because they hold their times.
+    """Convert spans to the Trace Event Format, with one process per entry.
 
-    chrome://tracing and ui.perfetto.dev open it. Source: "Trace Event Format", complete events (``ph: "X"``, times in
-    microseconds).
+    A step contains its launches because their times are within its time.
+
+    chrome://tracing and ui.perfetto.dev open the result. Source: "Trace Event Format", complete
+    events (``ph: "X"``, times in microseconds).
     """
     events: list[dict[str, Any]] = []
     for pid, (process, spans) in enumerate(spans_of_process.items()):

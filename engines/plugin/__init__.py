@@ -1,1 +1,1 @@
-"""The cache update as a TensorRT plugin: kernel source, its compilation at run time, and registration."""
+"""The cache update as a TensorRT plugin: kernel source, compilation at run time, registration."""

@@ -1,4 +1,4 @@
-"""The kernel from Python: its parameters, its geometry, and the memory that a launch moves."""
+"""The kernel from Python: its parameters, its geometry, and the bytes that a launch moves."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ SOURCE_PATH = Path(__file__).parent / "update.cu"
 MOVES_SOURCE_PATH = SOURCE_PATH.with_name("moves.cu")
 MAX_UNITS, MAX_ENTRIES = MAX_LAUNCH_UNITS, MAX_HISTORY
 TOKENS_PER_THREAD = (2, 1)
-BUSY_BLOCKS = (
-    4 * 132
-)  # of an H100's 132 processors: 16 KB of reads under way on each, where a unit has one entry
+# On an H100 with 132 processors: 16 KB of reads in flight on each, for one entry per unit.
+BUSY_BLOCKS = 4 * 132
 THREADS = 128
 VECTOR_BYTES = 16
 DTYPES = tuple(DTYPE_OF_PRECISION.values())
@@ -60,7 +59,7 @@ class StackParameters(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Which units a launch serves.
+    """The units of a launch.
 
     Attributes:
         entries: history entries that each unit reads, 1 to ``MAX_ENTRIES``.
@@ -76,11 +75,11 @@ class Stack:
 
     @property
     def units(self) -> int:
-        """How many."""
+        """Number of units."""
         return len(self.entries)
 
     def bytes_needed(self, shape: Sequence[int], dtype: str) -> int:
-        """Least bytes that a launch moves: every tensor, gate and coefficient once.
+        """Count the bytes that a launch must move: every tensor, gate and coefficient once.
 
         Args:
             shape: (B, T, D).
@@ -102,7 +101,7 @@ def stack_from_signature(signature: str) -> Stack:
     The inverse of `goc_deploy.compiler.plan.Predict.signature`.
 
     Raises:
-        EngineDirError: not a signature, or one of a launch that no kernel serves.
+        EngineDirError: the text is not a signature, or no kernel serves its launch.
     """
     units = updates_from_signature(signature)
     if len(units) > MAX_UNITS:
@@ -116,23 +115,25 @@ def stack_from_signature(signature: str) -> Stack:
 def parameters_from_addresses(
     stack: Stack, shape: Sequence[int], inputs: Sequence[int], outputs: Sequence[int]
 ) -> StackParameters:
-    """Parameters of a launch.
+    """Fill in the parameters of a launch.
 
     Args:
-        stack: which units.
+        stack: the units.
         shape: (B, T, D).
         inputs: addresses of x, gates, coefficients, then each unit's history, newest first.
         outputs: addresses of x_out, then of each prediction that is stored.
     """
-    found = StackParameters(inputs[0], outputs[0], inputs[1], inputs[2], *shape, stack.units, 0)
+    parameters = StackParameters(
+        inputs[0], outputs[0], inputs[1], inputs[2], *shape, stack.units, 0
+    )
     history, stored, coefficient = iter(inputs[3:]), iter(outputs[1:]), 0
     for unit, (entries, stores) in enumerate(zip(stack.entries, stack.stores, strict=True)):
         for entry in range(entries):
-            found.history[unit][entry] = next(history)
-        found.stored[unit] = next(stored) if stores else None
-        found.coefficient[unit], found.entries[unit] = coefficient, entries
+            parameters.history[unit][entry] = next(history)
+        parameters.stored[unit] = next(stored) if stores else None
+        parameters.coefficient[unit], parameters.entries[unit] = coefficient, entries
         coefficient += entries
-    return found
+    return parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,17 +157,17 @@ def geometry(
     *,
     busy_blocks: int = BUSY_BLOCKS,
 ) -> Geometry:
-    """Sixteen bytes per access where rows and addresses allow it, else one element.
+    """Choose the access width: sixteen bytes if rows and addresses allow it, else one element.
 
-    A thread serves the most tokens that divide T and leave enough blocks to keep the memory busy:
-    gates, which all tokens of a row share, are fetched less often then.
+    A thread serves the most tokens that divide T and leave enough blocks to keep the memory busy.
+    It then reads the gates, which all tokens of a row share, less often.
 
     Args:
         shape: (B, T, D).
-        dtype: of all tensors but the coefficients, which are read one by one, wherever they lie.
+        dtype: dtype of all tensors but the coefficients, which are read one by one.
         inputs: addresses, see `parameters_from_addresses`.
         outputs: addresses, likewise.
-        busy_blocks: how many blocks are enough.
+        busy_blocks: number of blocks that keep the memory busy.
     """
     addresses = [*inputs[:2], *inputs[3:], *outputs]
     rows, tokens, hidden = shape
@@ -185,12 +186,12 @@ class Kernels(Protocol):
     """Runs kernels of ``update.cu`` and ``moves.cu``."""
 
     def launch(self, geometry: Geometry, parameters: ctypes.Structure, stream: int) -> None:
-        """Run one on a stream; neither waits nor allocates.
+        """Launch a kernel on a stream; neither wait nor allocate.
 
         Args:
-            geometry: which, and on how many threads.
-            parameters: what this kernel takes.
-            stream: handle.
+            geometry: the kernel and its number of threads.
+            parameters: parameters of this kernel.
+            stream: handle of the stream.
         """
         ...
 
@@ -208,7 +209,7 @@ class DeviceKernels:
 
 @functools.cache
 def cubin_for(capability: str) -> bytes:
-    """Machine code of all kernels for a GPU; compiled once per process."""
+    """Return the machine code of all kernels for a GPU; it is compiled once per process."""
     sources = [
         f'#line 1 "{path.name}"\n{path.read_text(encoding="utf-8")}'
         for path in (SOURCE_PATH, MOVES_SOURCE_PATH)
@@ -222,10 +223,10 @@ def load_kernels(cuda: driver.Driver, cubin: bytes) -> DeviceKernels:
 
 
 def device_kernels() -> DeviceKernels:
-    """The kernels in the current CUDA context, compiled for its GPU and loaded once per context.
+    """Return the kernels of the current CUDA context, loaded once per context.
 
     Raises:
-        EnvironmentUnsupportedError: NVRTC is missing or refuses, or there is no context.
+        EnvironmentUnsupportedError: NVRTC is missing or refuses the code, or there is no context.
     """
     return _loaded_kernels(driver.current_context(driver.load_driver()))
 

@@ -1,7 +1,7 @@
-"""What a step needs at its start, from Python: a counter on the device, and moves of what depends on it.
+"""The start of a step, from Python: a counter on the device, and moves that depend on it.
 
-A recorded graph that begins with `goc_next_step` and `goc_step_moves` serves every step of a kind: all its other launches
-read memory whose address is the same at each step.
+A recorded graph that begins with `goc_next_step` and `goc_step_moves` serves every step of a kind.
+All its other launches read memory at the same address in each step.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from goc_deploy.engines.plugin.kernel import THREADS, Geometry
 
 MAX_MOVES = 16
-MAX_BLOCKS = 1024  # of a chain: 2 MB in flight, which keeps the memory of an H100 busy (3.35 TB/s for 0.6 us)
+# Per chain: 2 MB in flight, which keeps the memory of an H100 busy (3.35 TB/s for 0.6 us).
+MAX_BLOCKS = 1024
 NEXT_STEP = Geometry("goc_next_step", 1)
 
 
@@ -55,19 +56,21 @@ class MovesParameters(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class ByteMove:
-    """A `goc_deploy.protocols.Move` by addresses and bytes: ``target[m, b] = source[step % period, m, rows[b]]``.
+    """A `goc_deploy.protocols.Move` by addresses and bytes.
+
+    It copies ``target[m, b] = source[step % period, m, rows[b]]``.
 
     Attributes:
-        source: address of (period, outer, table_rows, row); the values for a step start ``step_bytes`` after those for
-            the step before, so a step may use a part of a table.
+        source: address of (period, outer, table_rows, row). The values of a step start
+            ``step_bytes`` after those of the step before, so a step may use a part of a table.
         target: address of (outer, batch_rows, row), contiguous.
-        period: how many steps the source has values for.
-        step_bytes: see ``source``; any number where the period is 1.
+        period: number of steps that the source has values for.
+        step_bytes: see ``source``; any number if the period is 1.
         outer: M.
         table_rows: R.
         batch_rows: B.
-        row_bytes: of a row.
-        rows: address of B row numbers below R, int64; None where row b is row b, with B = R.
+        row_bytes: bytes of a row.
+        rows: address of B row numbers below R, int64; None copies row b to row b, with B = R.
     """
 
     source: int
@@ -90,12 +93,12 @@ class ByteMove:
 
     @property
     def nbytes(self) -> int:
-        """Bytes written."""
+        """Number of bytes that are written."""
         return self.outer * self.batch_rows * self.row_bytes
 
     @property
     def access_bytes(self) -> int:
-        """Bytes per access: the most that divides every address, and every row unless rows follow each other."""
+        """Bytes per access: the most that divides all addresses, and all rows if they have gaps."""
         steps = self.step_bytes if self.period > 1 else 0
         numbers = (
             self.source,
@@ -107,7 +110,7 @@ class ByteMove:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it reads its source from the first byte to the last, at every step."""
+        """Whether every step reads the source from the first byte to the last."""
         return self.rows is None and self.period == 1
 
     @property
@@ -132,7 +135,7 @@ def _overlap(a: range, b: range) -> bool:
 
 
 def _chains(moves: Sequence[ByteMove]) -> list[list[ByteMove]]:
-    """Moves that must run in order, together; chains run at the same time."""
+    """Group moves into chains, which run in order; different chains run at the same time."""
     assert 0 < len(moves) <= MAX_MOVES
     chains: list[list[ByteMove]] = []
     for move in moves:
@@ -143,7 +146,7 @@ def _chains(moves: Sequence[ByteMove]) -> list[list[ByteMove]]:
 
 
 def _chained(earlier: ByteMove, later: ByteMove) -> bool:
-    """Whether one writes what the other uses."""
+    """Whether one move writes memory that the other uses."""
     pairs = [
         (earlier.target_span, later.target_span, True),
         (earlier.target_span, later.source_span, later.is_plain),
@@ -162,24 +165,25 @@ def _chained(earlier: ByteMove, later: ByteMove) -> bool:
 
 
 def moves_geometry(moves: Sequence[ByteMove]) -> Geometry:
-    """Blocks of each chain, one chain after the other."""
+    """Lay out the blocks of each chain, one chain after the other."""
     return Geometry(
         "goc_step_moves", THREADS * sum(max(m.blocks for m in chain) for chain in _chains(moves))
     )
 
 
 def moves_parameters(moves: Sequence[ByteMove], counter: int) -> MovesParameters:
-    """Parameters of `goc_step_moves`.
+    """Fill in the parameters of `goc_step_moves`.
 
-    Moves that share memory which one of them writes are a chain, such as ``e1 -> e2``, then ``e0 -> e1``: they happen in
-    the order given. They must use the memory from the same address on, with the same accesses, and read it without rows
-    and with a period of 1. Moves that share nothing happen at once.
+    Moves are a chain if they share memory that one of them writes, such as ``e1 -> e2``, then
+    ``e0 -> e1``. They run in the given order. They must use the memory from the same address on,
+    with the same accesses, and read it without rows and with a period of 1. Moves that share
+    nothing run at the same time.
 
     Args:
         moves: 1 to ``MAX_MOVES``.
         counter: address of the step's number, int32, not negative.
     """
-    found, count, first_block = MovesParameters(counter), 0, 0
+    parameters, count, first_block = MovesParameters(counter), 0, 0
     for chain in _chains(moves):
         blocks = max(m.blocks for m in chain)
         for m in chain:
@@ -192,10 +196,10 @@ def moves_parameters(moves: Sequence[ByteMove], counter: int) -> MovesParameters
                 m.row_bytes,
                 m.access_bytes,
             )
-            found.move[count] = MoveParameters(
+            parameters.move[count] = MoveParameters(
                 m.source, m.target, m.rows, *sizes, first_block, blocks
             )
             count += 1
         first_block += blocks
-    found.moves = count
-    return found
+    parameters.moves = count
+    return parameters

@@ -1,7 +1,7 @@
-"""CUDA C++ to machine code with NVRTC, by NVIDIA's cuda-bindings: no CUDA toolkit, and no GPU, is needed.
+"""CUDA C++ to machine code with NVRTC, by NVIDIA's cuda-bindings, without CUDA toolkit or GPU.
 
-The bindings find NVRTC's wheel, and load the library that it compiles with beside it, which the library itself of CUDA
-13.0 does not find.
+The bindings find NVRTC's wheel, and load the library that NVRTC compiles with, which NVRTC of CUDA
+13.0 does not find by itself.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from typing import Any
 
 from goc_deploy.errors import EnvironmentUnsupportedError
 
-MISSING = "NVRTC, which compiles the update kernel, cannot be loaded ({}); run: pip install cuda-bindings nvidia-cuda-nvrtc"
+MISSING = (
+    "NVRTC, which compiles the update kernel, cannot be loaded ({}); run: pip install "
+    "cuda-bindings nvidia-cuda-nvrtc"
+)
 
 
 def cubin_from_source(source: str, name: str, capability: str) -> bytes:
@@ -18,7 +21,7 @@ def cubin_from_source(source: str, name: str, capability: str) -> bytes:
 
     Args:
         source: CUDA C++.
-        name: of the source in messages.
+        name: name of the source in messages.
         capability: compute capability, such as ``8.6``.
 
     Raises:
@@ -50,7 +53,7 @@ def cubin_from_source(source: str, name: str, capability: str) -> bytes:
 
 
 def _checked(nvrtc: Any, status: Any, *values: Any) -> Any:
-    """The value of a call, or None; every call of the bindings returns its status first."""
+    """Return the value of a call, or None; every call of the bindings returns its status first."""
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise EnvironmentUnsupportedError(f"NVRTC fails: {_text(nvrtc, status)}")
     return values[0] if values else None

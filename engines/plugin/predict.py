@@ -20,17 +20,18 @@ from goc_deploy.protocols import Buffer, Launch, Stream
 class PredictKernel:
     """See `goc_deploy.protocols.Engine`.
 
-    Inputs: x (B, T, D), gates (units, B, D), coefficients (all units' rows joined) float32, and each unit's history
-    ``g{unit}_{entry}`` (B, T, D). Outputs: x_out, and ``g{unit}`` of the units that store. x_out may lie on x, and a
-    stored prediction on an entry that its own or an earlier unit reads.
+    Inputs: x (B, T, D), gates (units, B, D), coefficients (rows of all units, concatenated)
+    float32, and each unit's history ``g{unit}_{entry}`` (B, T, D). Outputs: x_out, and ``g{unit}``
+    of the units that store. x_out may share the memory of x, and a stored prediction that of an
+    entry which its own or an earlier unit reads.
 
     Args:
-        signature: of the launch, see `goc_deploy.compiler.plan.Predict.signature`.
-        dtype: of every tensor but the coefficients, one of ``DTYPES``.
-        kernels: that are launched.
+        signature: signature of the launch, see `goc_deploy.compiler.plan.Predict.signature`.
+        dtype: dtype of every tensor but the coefficients, one of ``DTYPES``.
+        kernels: the kernels to launch.
 
     Raises:
-        EngineDirError: not a signature, or one of a launch that no kernel serves.
+        EngineDirError: the signature is wrong, or no kernel serves its launch.
     """
 
     def __init__(self, signature: str, dtype: str, kernels: Kernels) -> None:
@@ -58,11 +59,11 @@ class PredictKernel:
         outputs: Mapping[str, Buffer],
         stream: Stream | None = None,
     ) -> Launch:
-        """See `goc_deploy.protocols.Engine.bind`; the stream is required, and every output.
+        """See `goc_deploy.protocols.Engine.bind`; the stream and every output are required.
 
         Raises:
-            EngineDirError: a name that is missing or unknown, a dtype or a shape that does not fit, or an output on an
-                input that is read later.
+            EngineDirError: a name is missing or unknown, a dtype or a shape does not fit, or an
+                output shares the memory of an input that is read later.
         """
         assert stream is not None, "a kernel has no stream of its own"
         self._check_names("input", self._inputs, inputs)
@@ -74,20 +75,20 @@ class PredictKernel:
             [inputs[name].pointer for name in self._inputs],
             [outputs[name].pointer for name in self._outputs],
         )
-        chosen = geometry(shape, inputs["x"].dtype, *addresses)
+        launch_geometry = geometry(shape, inputs["x"].dtype, *addresses)
         parameters = parameters_from_addresses(self._stack, shape, *addresses)
         kernels, handle, keep_alive = self._kernels, stream.handle, (dict(inputs), dict(outputs))
 
         def run(_: Any = keep_alive) -> None:
-            kernels.launch(chosen, parameters, handle)
+            kernels.launch(launch_geometry, parameters, handle)
 
         return run
 
     def _check_names(
-        self, kind: str, expected: tuple[str, ...], found: Mapping[str, Buffer]
+        self, kind: str, expected: tuple[str, ...], bound: Mapping[str, Buffer]
     ) -> None:
-        for name in sorted(found.keys() ^ set(expected)):
-            state = "does not have" if name in found else "needs"
+        for name in sorted(bound.keys() ^ set(expected)):
+            state = "does not have" if name in bound else "needs"
             raise EngineDirError(
                 f"launch {self._signature!r} {state} {kind} {name!r}; compile the plan again"
             )
@@ -100,23 +101,24 @@ class PredictKernel:
             expected = shapes.get(name, shape)
             if len(shape) != 3 or buffer.shape != expected or buffer.dtype != self.dtypes[name]:
                 raise EngineDirError(
-                    f"launch {self._signature!r} takes {name} as {self.dtypes[name]} {list(expected)} where x is (B, T, D), but the "
-                    f"plan binds {buffer.dtype} {list(buffer.shape)}; export again"
+                    f"launch {self._signature!r} takes {name} as {self.dtypes[name]} "
+                    f"{list(expected)} where x is (B, T, D), but the plan binds {buffer.dtype} "
+                    f"{list(buffer.shape)}; export again"
                 )
 
     def _check_order(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
-        """The kernel reads a unit's history before it writes what earlier units store."""
+        """Check that no earlier unit stores on a history entry that the kernel reads later."""
         last_read = {inputs[name].pointer: unit for unit, name in _histories(self._stack)}
         for unit, stores in enumerate(self._stack.stores):
             if stores and last_read.get(outputs[f"g{unit}"].pointer, unit) > unit:
                 raise EngineDirError(
-                    f"launch {self._signature!r} stores g{unit} on an entry that unit {last_read[outputs[f'g{unit}'].pointer]} "
-                    "reads; compile the plan again"
+                    f"launch {self._signature!r} stores g{unit} on an entry that unit "
+                    f"{last_read[outputs[f'g{unit}'].pointer]} reads; compile the plan again"
                 )
 
 
 def _histories(stack: Stack) -> list[tuple[int, str]]:
-    """Each unit and the names of its entries, in the order in which they are read."""
+    """Return each unit with the names of its entries, in the order in which they are read."""
     return [
         (unit, f"g{unit}_{entry}")
         for unit, entries in enumerate(stack.entries)

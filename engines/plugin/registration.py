@@ -35,10 +35,10 @@ def register_plugin(trt: Any, kernels: Callable[[], Kernels] = device_kernels) -
 
     Args:
         trt: ``tensorrt`` or ``tensorrt_rtx``.
-        kernels: gives the kernels once a plugin is attached to an execution context.
+        kernels: returns the kernels when a plugin is attached to an execution context.
 
     Raises:
-        EnvironmentUnsupportedError: the registry refuses.
+        EnvironmentUnsupportedError: the registry refuses the plugin.
     """
     with _lock:
         if trt.__name__ in _registered:
@@ -55,11 +55,12 @@ def register_plugin(trt: Any, kernels: Callable[[], Kernels] = device_kernels) -
 
 
 def plugin_creators(trt: Any, kernels: Callable[[], Kernels]) -> list[Any]:
-    """A creator for each op type."""
+    """Make a creator for each op type."""
     plugin_class = _plugin_class(trt, kernels)
 
-    class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]  # the base exists once the library is imported
-        """Makes plugins of one name; ``fixed`` is their stack, or None where the fields say it."""
+    # mypy: the base class exists only after the library is imported.
+    class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]
+        """Creates plugins of one name; ``fixed`` is their stack; with None the fields define it."""
 
         def __init__(self, name: str, fixed: Stack | None) -> None:
             super().__init__()
@@ -147,7 +148,7 @@ def _plugin_class(trt: Any, kernels: Callable[[], Kernels]) -> Any:
             pass
 
         def on_shape_change(self, _inputs: Any, _outputs: Any) -> None:
-            """Also called where a builder times the plugin, without a context."""
+            """Accept; a builder that times the plugin also calls this, without a context."""
             self.loaded = self.loaded or kernels()
 
         def get_valid_tactics(self) -> list[int]:
@@ -171,7 +172,7 @@ def _plugin_class(trt: Any, kernels: Callable[[], Kernels]) -> Any:
             )
 
         def attach_to_context(self, _context: Any) -> Any:
-            """A copy for an execution context; it loads the kernels, so that `enqueue` need not."""
+            """Copy for an execution context; the copy loads the kernels that `enqueue` needs."""
             return StackPlugin(self.plugin_name, self.stack, self.loaded or kernels())
 
         def enqueue(
@@ -183,12 +184,12 @@ def _plugin_class(trt: Any, kernels: Callable[[], Kernels]) -> Any:
             _workspace: int,
             stream: int,
         ) -> None:
-            """One launch. It neither waits nor allocates, so a CUDA graph can capture it."""
+            """Launch once; this neither waits nor allocates, so a CUDA graph can capture it."""
             assert self.loaded is not None, "enqueue comes after on_shape_change"
             x = input_desc[0]
             shape = tuple(x.dims)
-            chosen = geometry(shape, dtypes[x.type], inputs, outputs)
+            launch_geometry = geometry(shape, dtypes[x.type], inputs, outputs)
             parameters = parameters_from_addresses(self.stack, shape, inputs, outputs)
-            self.loaded.launch(chosen, parameters, stream)
+            self.loaded.launch(launch_geometry, parameters, stream)
 
     return StackPlugin

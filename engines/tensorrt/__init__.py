@@ -1,1 +1,1 @@
-"""TensorRT: `selection.tensorrt_backend` is the entry to run, `store.build_engines` to build."""
+"""TensorRT: `selection.tensorrt_backend` runs engines, `store.build_engines` builds them."""

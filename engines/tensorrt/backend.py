@@ -1,4 +1,4 @@
-"""The TensorRT backend: engines loaded once, for every session; weights, scratch memory and messages."""
+"""The TensorRT backend: engines loaded once for every session, with weights and scratch memory."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ KEPT_MESSAGES = 100
 
 
 def _place(source: Buffer) -> tuple[Any, ...]:
-    """By which engines find that they read the same weight."""
+    """Return the key by which engines recognise that they read the same weight."""
     return (source.pointer, source.shape, source.dtype)
 
 
 class TensorrtBackend:
-    """TensorRT or TensorRT for RTX, on engines that are there.
+    """TensorRT or TensorRT for RTX, with engines that exist.
 
     Args:
-        library: which TensorRT.
-        device: where engines run.
-        engines: SHA-256 of an ONNX file -> the engine that stands for it.
-        report: what `describe` adds, such as which engines these are.
-        kernels: where compiled kernels are kept, or None.
+        library: the TensorRT library.
+        device: the device that engines run on.
+        engines: SHA-256 of an ONNX file -> the engine of that file.
+        report: further content of `describe`, such as the names of the engines.
+        kernels: the cache of compiled kernels, or None.
     """
 
     stacks = True
@@ -51,26 +51,26 @@ class TensorrtBackend:
         kernels: KernelCache | None = None,
     ) -> None:
         self.library, self.name, self.device = library, library.backend, device
-        self.own_stream = device.stream()  # held before the lock is taken, never after
+        self.own_stream = device.stream()  # hold it before the lock is taken, never after
         self.passed_over: Mapping[str, str] = NOTHING
         self._engines, self._report, self.kernels = engines, report, kernels
         self._messages = message_log(library.trt, KEPT_MESSAGES)
         self._runtime = library.trt.Runtime(self._messages)
-        self._loaded: dict[str, Any] = {}  # name of a stored engine -> what TensorRT made of it
-        self._engine_bytes = 0  # of these
+        self._loaded: dict[str, Any] = {}  # name of a stored engine -> TensorRT's engine
+        self._engine_bytes = 0  # size of all loaded engines
         self._weights: WeakValueDictionary[tuple[Any, ...], Weight] = WeakValueDictionary()
         self._lanes: WeakKeyDictionary[Stream, Lane] = WeakKeyDictionary()
         self._lock = threading.RLock()
 
     def stream(self) -> Stream:
-        """A stream for a session of its own."""
+        """Create a stream for one session."""
         return self.device.stream()
 
     def predictor(self, signature: str, dtype: str) -> None:
-        """None: predictions are engines, with the plugin where it pays."""
+        """Return None: predictions are engines, with the plugin if that needs fewer launches."""
 
     def footprint(self, graphs: Mapping[str, Mapping[str, int]]) -> Footprint:
-        """Engines, the weights that they read at an address, and the scratch memory of the largest; see `Backend`."""
+        """Count engines, weights at addresses, and the scratch memory of the largest engine."""
         stored = {digest: self._engines[digest] for digest in graphs if digest in self._engines}
         engines = {engine.name: engine for engine in stored.values()}
         apart = {
@@ -86,7 +86,7 @@ class TensorrtBackend:
 
     @property
     def graphs(self) -> Set[str]:
-        """SHA-256 of every ONNX file that an engine stands for."""
+        """SHA-256 of every ONNX file that has an engine."""
         return self._engines.keys()
 
     def load(
@@ -100,7 +100,7 @@ class TensorrtBackend:
         """Load the engine of a graph, and upload the weights that it reads at an address.
 
         Raises:
-            EngineDirError: no engine was built from this graph.
+            EngineDirError: there is no engine for this graph.
             EnvironmentUnsupportedError: TensorRT refuses the engine.
             ResourceError: the engine or the weights do not fit.
         """
@@ -109,10 +109,8 @@ class TensorrtBackend:
             raise EngineDirError(
                 f"{self.name} has no engine for this graph; build the engines again"
             )
-        with (
-            self.own_stream.held(),
-            self._lock,
-        ):  # TensorRT does not say that deserialising is safe in parallel
+        # TensorRT does not document that deserializing is safe in parallel.
+        with self.own_stream.held(), self._lock:
             engine = TensorrtEngine(self, stored, self._deserialized(stored))
             for name, buffer in {**initializers, **inputs}.items():
                 if name in engine.inputs:
@@ -121,7 +119,7 @@ class TensorrtBackend:
         return engine
 
     def _uploaded(self, source: Buffer) -> Weight:
-        """A weight on the device, uploaded unless another engine reads it."""
+        """Return a weight on the device; it is uploaded unless another engine reads it."""
         weight = self._weights.get(_place(source))
         if weight is None:
             weight = self._weights[_place(source)] = Weight(
@@ -134,7 +132,7 @@ class TensorrtBackend:
         """Check that an engine reads its weights at addresses.
 
         Raises:
-            EnvironmentUnsupportedError: it was built with them inside.
+            EnvironmentUnsupportedError: it was built with embedded weights.
         """
         assert isinstance(engine, TensorrtEngine)
         if weights - engine.inputs:
@@ -146,16 +144,17 @@ class TensorrtBackend:
     def replace_weights(
         self, engine: Engine, initializers: Mapping[str, Buffer], inputs: Mapping[str, Buffer]
     ) -> bool:
-        """Upload other values to where engines read them; an engine that shares a weight with another finds it done."""
+        """Upload new weights to the addresses that engines read; a shared weight only once."""
         assert isinstance(engine, TensorrtEngine)
-        given = {**initializers, **inputs}
+        sources = {**initializers, **inputs}
         with self.own_stream.held(), self._lock:
-            for name, source in given.items():
+            for name, source in sources.items():
                 weight = engine.weights[name]
                 if weight.source.pointer != source.pointer:
                     self._weights.pop(_place(weight.source), None)
                     self._weights[_place(source)] = weight
-                    weight.source = source  # before the upload: if that fails, the former values must be uploaded again
+                    # Before the upload: if it fails, the former values must be uploaded again.
+                    weight.source = source
                     self.own_stream.upload(host_array(source), weight.buffer)
             self.own_stream.wait()
         return True
@@ -175,10 +174,10 @@ class TensorrtBackend:
         return self._loaded[stored.name]
 
     def lane(self, stream: Stream) -> Lane:
-        """What engines share on a stream; scratch memory for the largest engine that is loaded.
+        """Return what engines share on a stream, with scratch memory for the largest engine.
 
         Raises:
-            ResourceError: the scratch memory does not fit.
+            ResourceError: there is not enough memory.
         """
         with self._lock:
             needed = needed_bytes(self._loaded.values())
@@ -189,12 +188,13 @@ class TensorrtBackend:
                 )
             if needed > (lane.scratch.nbytes if lane.scratch else 0):
                 raise ResourceError(
-                    "an engine was loaded that needs more scratch memory than this session has; load again"
+                    "an engine was loaded that needs more scratch memory than this session has; "
+                    "load again"
                 )
             return lane
 
     def aside(self, lane: Lane, index: int, shape: tuple[int, ...], dtype: str) -> Buffer:
-        """Memory of a session for the ``index``-th output of an engine that is not written where it belongs."""
+        """Return memory for an engine's ``index``-th output that is not written to its place."""
         nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
         if index == len(lane.aside) or lane.aside[index].nbytes < nbytes:
             lane.aside[index : index + 1] = [self.allocate((nbytes,), "uint8")]
@@ -202,35 +202,36 @@ class TensorrtBackend:
         return Buffer(memory.pointer, shape, dtype, memory.owner)
 
     def messages(self) -> int:
-        """How many messages TensorRT has logged."""
+        """Count the messages that TensorRT has logged."""
         return int(self._messages.count)
 
     def failure(
         self, what: str, since: int, otherwise: type[GocError] = EnvironmentUnsupportedError
     ) -> GocError:
-        """The error of a call that TensorRT refused.
+        """Make the error of a call that TensorRT refused.
 
         Args:
             what: the engine, and what was refused.
             since: `messages` before the call.
-            otherwise: which error it is if it is not about memory or CUDA.
+            otherwise: class of the error if it is not about memory or CUDA.
         """
         memory, errors = self._messages.memory(since), self._messages.errors(since)
         if memory:
             return ResourceError(
-                f"{what}: there is not enough GPU memory ({'; '.join(memory)}); use a smaller batch size or fewer sessions, or "
-                "end what else uses the GPU"
+                f"{what}: there is not enough GPU memory ({'; '.join(memory)}); use a smaller "
+                "batch size or fewer sessions, or end what else uses the GPU"
             )
         if any("cuda" in text.lower() for text in errors):
             return EnvironmentUnsupportedError(
                 f"{what}: {errors[-1]}; check the driver, and run again"
             )
         return otherwise(
-            f"{what}: {errors[-1] if errors else 'TensorRT gives no reason'}; build the engines again"
+            f"{what}: {errors[-1] if errors else 'TensorRT gives no reason'}; build the engines "
+            "again"
         )
 
     def keep_compiled(self) -> None:
-        """Keep the kernels that TensorRT for RTX compiled."""
+        """Save the kernels that TensorRT for RTX compiled."""
         if self.kernels is not None:
             self.kernels.keep()
 
@@ -245,12 +246,12 @@ class TensorrtBackend:
             self.own_stream.wait()
 
     def download(self, source: Buffer) -> np.ndarray:
-        """A copy of a buffer."""
+        """Copy a buffer to the host."""
         with self.own_stream.held():
             return self.own_stream.download(source)
 
     def describe(self) -> dict[str, Any]:
-        """Library, device and engines."""
+        """Describe library, device and engines."""
         return {
             "backend": self.name,
             "version": self.library.version,

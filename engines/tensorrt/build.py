@@ -1,4 +1,4 @@
-"""One ONNX graph to one TensorRT engine. Runs in the build process only."""
+"""The build of a TensorRT engine from an ONNX graph. It runs in the build process only."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ _PROFILE = re.compile(r"\[profile (\d+)\]")
 
 @dataclass(frozen=True, slots=True)
 class BuildRequest:
-    """How to build a graph.
+    """Settings of a build.
 
     Attributes:
-        profiles: of each optimisation profile: input -> smallest, usual and largest shape, for inputs with dynamic
-            dimensions.
-        capabilities: GPUs to build for; of no meaning where the library builds for the GPU of the machine.
-        workspace_bytes: most scratch memory, 0 for no limit.
+        profiles: per optimisation profile, input -> smallest, usual and largest shape, for inputs
+            with dynamic dimensions.
+        capabilities: compute capabilities of the GPUs to build for; without meaning if the library
+            builds for the GPU of the machine.
+        workspace_bytes: limit on scratch memory, 0 for no limit.
     """
 
     profiles: Sequence[Mapping[str, Sequence[Sequence[int]]]]
@@ -36,14 +37,16 @@ class BuildRequest:
 
 @dataclass(frozen=True, slots=True)
 class BuildReport:
-    """What came of a build.
+    """Result of a build.
 
     Attributes:
         refusal: why there is no engine, or empty.
-        kernels: launches of one run, of the profile with most, or None where the library does not tell.
-        plugin_layers: how many of them are the plugin.
-        activation_bytes: scratch memory at the largest shapes, or None where the library does not tell.
-        takes_timings: whether the timings that the build was given are of this library and GPU.
+        kernels: number of launches per run, in the profile with most, or None if the library does
+            not report it.
+        plugin_layers: number of these that are the plugin.
+        activation_bytes: scratch memory at the largest shapes, or None if the library does not
+            report it.
+        takes_timings: whether the timings that the build received fit this library and GPU.
     """
 
     refusal: str = ""
@@ -55,7 +58,7 @@ class BuildReport:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """An engine, empty where it was refused; what came of it; and the timings, with those of this build."""
+    """An engine (empty if it was refused), the report, and the timings with those of this build."""
 
     engine: bytes
     report: BuildReport
@@ -65,15 +68,15 @@ class Built:
 def engine_from_onnx(
     library: Library, graph: bytes, request: BuildRequest, timings: bytes = b""
 ) -> Built:
-    """Build an engine from a graph that holds all its weights, or has them as inputs.
+    """Build an engine from a graph that contains its weights, or has them as inputs.
 
-    The network is strongly typed: every tensor has the type that the graph says.
+    The network is strongly typed: every tensor has the type that the graph states.
 
     Args:
-        library: what builds.
+        library: the TensorRT library.
         graph: the ONNX graph.
-        request: how to build it.
-        timings: of earlier builds, which TensorRT for RTX has none of.
+        request: settings of the build.
+        timings: timings of earlier builds; TensorRT for RTX has none.
     """
     trt, messages = library.trt, message_log(library.trt)
     builder = trt.Builder(messages)
@@ -87,23 +90,22 @@ def engine_from_onnx(
         return Built(b"", BuildReport("; ".join(reasons)))
     try:
         config = config_from_request(library, builder, network, request)
-        taken = library.cross_compiles or use_timings(config, timings)
+        takes_timings = library.cross_compiles or use_timings(config, timings)
         engine = builder.build_serialized_network(network, config)
-    except (
-        Exception
-    ) as error:  # Polygraphy and the bindings raise all kinds; the parent names the unit
+    except Exception as error:  # of any type; the parent process adds the unit's name
         return Built(b"", BuildReport(f"{type(error).__name__}: {_first_line(str(error))}"))
     if engine is None:
         errors = [_first_line(text) for text in messages.errors()]
         return Built(b"", BuildReport("; ".join(errors) or "the builder gives no reason"))
-    report = replace(_report([text for _, text in messages.lines]), takes_timings=taken)
+    report = _report([text for _, text in messages.lines])
+    report = replace(report, takes_timings=takes_timings)
     return Built(
         bytes(memoryview(engine)), report, b"" if library.cross_compiles else timings_of(config)
     )
 
 
 def config_from_request(library: Library, builder: Any, network: Any, request: BuildRequest) -> Any:
-    """The profiles, all layers on one stream, no TF32; Polygraphy knows how each library says so."""
+    """Set profiles, one stream for all layers, and no TF32, for each library by Polygraphy."""
     trt = library.trt
     from polygraphy.backend.trt import Profile, create_config
 
@@ -130,14 +132,13 @@ def config_from_request(library: Library, builder: Any, network: Any, request: B
     config.max_aux_streams = 0
     config.clear_flag(trt.BuilderFlag.TF32)
     if library.cross_compiles:
-        config.set_flag(
-            trt.BuilderFlag.REQUIRE_USER_ALLOCATION
-        )  # without it a run may allocate, and not be recorded
+        # Without this flag a run may allocate memory, and could then not be recorded.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     return config
 
 
 def _report(messages: Sequence[str]) -> BuildReport:
-    """Read what the builder logged: without a GPU nothing else tells what is in an engine."""
+    """Read the builder's log, the only source on an engine's content without a GPU."""
     listed = [text for text in messages if text.startswith("Layers:")]
     scratch = logged_bytes(messages)
     if not listed:
@@ -151,20 +152,21 @@ def _report(messages: Sequence[str]) -> BuildReport:
 
 
 def _layer_kinds(listed: str) -> list[list[str]]:
-    """Kinds of the layers of each profile.
+    """Return the kinds of the layers of each profile.
 
-    All profiles are in one list. The tensors of the second and later ones are marked with their profile; layers that a
-    compiler made together have its number in their names, and one of them has such a tensor. What has no mark counts for
-    the first, so that it is rather taken to have too many kernels than too few.
+    All profiles are in one list. The tensors of the second and later profiles are marked with their
+    profile. Layers that a compiler made together have its number in their names, and one of them
+    has such a tensor. Layers without a mark count for the first profile, so that its number of
+    kernels is too large rather than too small.
     """
-    found = [
+    layers = [
         (m[1], _COMPILED.search(m[0]), _PROFILE.search(line))
         for line in listed.splitlines()
         if (m := _LAYER.match(line))
     ]
-    profile_of = {compiled[1]: mark[1] for _, compiled, mark in found if compiled and mark}
+    profile_of = {compiled[1]: mark[1] for _, compiled, mark in layers if compiled and mark}
     kinds: dict[str, list[str]] = {}
-    for kind, compiled, mark in found:
+    for kind, compiled, mark in layers:
         profile = mark[1] if mark else profile_of.get(compiled[1], "0") if compiled else "0"
         kinds.setdefault(profile, []).append(kind)
     return list(kinds.values())

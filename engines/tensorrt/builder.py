@@ -1,4 +1,4 @@
-"""Building the engine of a job in a build process, with the plugin where it can be used."""
+"""The build of a job's engine in a build process, with the plugin if it can be used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engines.tensorrt.build import BuildReport, BuildRequest
 from goc_deploy.engines.tensorrt.jobs import Job, graph_of_job
 from goc_deploy.engines.tensorrt.library import is_out_of_memory
-from goc_deploy.engines.tensorrt.process import BuildProcess, BuildProcessDied, build_process
+from goc_deploy.engines.tensorrt.process import BuildProcess, BuildProcessError, build_process
 from goc_deploy.engines.tensorrt.timing_cache import TimingCache
 from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError
 
@@ -18,12 +18,12 @@ logger = logging.getLogger(__name__)
 
 
 class Builder:
-    """Builds in processes of its own: one with the plugin, one without.
+    """Builds engines in processes: one process with the plugin, one without.
 
     Args:
-        backend: which TensorRT builds.
+        backend: the backend to build for.
         stack: ends the processes.
-        timings: given to every build and kept from it, or None where the library has none.
+        timings: timings that every build reads and extends, or None if the library has none.
     """
 
     def __init__(self, backend: str, stack: ExitStack, timings: TimingCache | None = None) -> None:
@@ -31,14 +31,15 @@ class Builder:
         self._processes: dict[bool, BuildProcess] = {}
 
     def build(self, directory: EngineDir, job: Job) -> tuple[Job, bytes, BuildReport]:
-        """Build a job; where the plugin cannot be used, from the function bodies.
+        """Build a job; if the plugin cannot be used, build from the function bodies.
 
         Returns:
-            The job that was built, the engine, and what came of it.
+            The job that was built, the engine, and the report.
 
         Raises:
             EnvironmentUnsupportedError: naming the unit, the op and the reason.
-            ConflictError, ResourceError: the timings cannot be written; there is not enough memory.
+            ConflictError, ResourceError: the timings cannot be written, or there is not enough
+                memory.
         """
         try:
             return (job, *self._build(graph_of_job(directory, job), job))
@@ -56,14 +57,15 @@ class Builder:
         if uses_plugin not in self._processes:
             process = build_process(self._backend, plugin=uses_plugin)
             self._processes[uses_plugin] = self._stack.enter_context(process)
-        where = f"unit {job.name}: {target.backend} {target.version} for {', '.join(target.capabilities)}"
+        gpus = ", ".join(target.capabilities)
+        where = f"unit {job.name}: {target.backend} {target.version} for {gpus}"
         where += " with the plugin" if uses_plugin else ""
         try:
             request = BuildRequest(job.profiles, target.capabilities, job.recipe.workspace_bytes)
             built = self._processes[uses_plugin].build(
                 graph, request, self._timings.content if self._timings else b""
             )
-        except BuildProcessDied as death:
+        except BuildProcessError as death:
             del self._processes[uses_plugin]
             raise EnvironmentUnsupportedError(f"{where} cannot be built: {death}") from death
         report = built.report

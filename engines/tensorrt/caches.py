@@ -1,7 +1,7 @@
-"""Files that TensorRT makes for one kind of GPU and reads again: kernels that were compiled, tactics that were timed.
+"""Cache files of TensorRT for one kind of GPU: compiled kernels, and timings of tactics.
 
-They lie beside the engines, one for each GPU name and driver, and are listed in the manifest: what is read is what it
-lists, byte for byte.
+They are stored beside the engines, one for each GPU name and driver, and listed in the manifest.
+Only files that match the manifest are read.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9.]+")
 
 
 def cache_path(target: Target, kind: str, gpu: str, driver: int | None) -> str:
-    """Where a cache lies in an engine directory.
+    """Return the path of a cache in an engine directory.
 
-    GPUs of one compute capability are not enough: TensorRT refuses a cache of another model, or of an older driver.
+    The compute capability is not enough: TensorRT refuses a cache of another GPU model, or of an
+    older driver.
 
     Args:
-        target: of the engines that it belongs to.
+        target: target of the engines that use the cache.
         kind: ``kernels`` or ``timings``.
         gpu: name of the GPU, such as ``NVIDIA L40S``.
-        driver: major version of CUDA that the driver has, or None where there is no driver.
+        driver: major version of the driver's CUDA, or None without a driver.
     """
     version = "" if driver is None else f"-cuda{driver}"
     return f"{target.folder}/{kind}-{_UNSAFE.sub('-', gpu).strip('-.')}{version}.cache"
 
 
 def driver_version() -> int | None:
-    """Major version of CUDA that the driver has, or None where there is no driver."""
+    """Return the major version of the driver's CUDA, or None without a driver."""
     try:
         return int(load_driver().cuDriverGetVersion()) // 1000
     except EnvironmentUnsupportedError:
@@ -42,7 +43,7 @@ def driver_version() -> int | None:
 
 
 def gpu_name() -> str:
-    """Name of the first GPU that this process may see.
+    """Return the name of the first GPU that this process may see.
 
     Raises:
         EnvironmentUnsupportedError: there is no driver or no GPU.
@@ -52,11 +53,11 @@ def gpu_name() -> str:
 
 
 def read_cache(directory: EngineDir, path: str) -> bytes:
-    """The bytes of a cache, empty if the manifest lists none.
+    """Read a cache; the result is empty if the manifest lists none.
 
     Raises:
-        EngineDirError: missing, truncated, changed.
-        SafetyError: a link, or not a regular file.
+        EngineDirError: the file is missing, truncated or changed.
+        SafetyError: the file is a link, or not a regular file.
     """
     return bytes(directory.read(path)) if path in directory else b""
 

@@ -1,7 +1,8 @@
-"""A TensorRT engine on a device: its execution contexts, and the launches that run them at addresses.
+"""A TensorRT engine on a device: its execution contexts, and launches at fixed addresses.
 
-An execution context is made for each engine and set of input shapes, because a context whose shapes change must run
-once before it can be captured. All contexts of a session share one scratch allocation: they run one after the other.
+Each engine has an execution context per set of input shapes, because a context must run once after
+a change of shapes before it can be captured. All contexts of a session share one scratch
+allocation, because they run one after the other.
 """
 
 from __future__ import annotations
@@ -21,24 +22,24 @@ if TYPE_CHECKING:
     from goc_deploy.engines.tensorrt.backend import TensorrtBackend
 
 
-_Profile = Mapping[
-    str, tuple[tuple[int, ...], ...]
-]  # dynamic input -> smallest, optimal and largest shape
+# Dynamic input -> smallest, optimal and largest shape.
+_Profile = Mapping[str, tuple[tuple[int, ...], ...]]
 DTYPES = {kind.tensorrt: dtype for dtype, kind in ELEMENT_TYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class StoredEngine:
-    """An engine whose bytes were verified.
+    """The verified bytes of an engine.
 
     Attributes:
-        name: for messages.
+        name: name for messages.
         content: the bytes.
-        uses_plugin: whether it holds a layer of the plugin.
-        reads_first: whether an output may lie on an input of its shape: one kernel, or the plugin, which read what they
-            overwrite first. Of several kernels one may read what another has overwritten.
-        reads_weights: whether its weights lie beside it, at addresses.
-        scratch_bytes: scratch memory at the largest shapes, as far as the builder told.
+        uses_plugin: whether it contains a layer of the plugin.
+        reads_first: whether an output may share the memory of an input of its shape. That is safe
+            for one kernel and for the plugin, which read before they write. With several kernels,
+            one may read what another has overwritten.
+        reads_weights: whether it reads its weights at addresses.
+        scratch_bytes: scratch memory at the largest shapes, as far as the builder reported it.
     """
 
     name: str
@@ -51,7 +52,7 @@ class StoredEngine:
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Weight:
-    """A weight on the device, for all engines that read it; and where it came from, which therefore stays there."""
+    """A weight on the device for all engines that read it, and its source, which stays alive."""
 
     source: Buffer
     buffer: Buffer
@@ -59,7 +60,7 @@ class Weight:
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class _Context:
-    """An execution context with fixed shapes, and the addresses that it has now. It lives as long as a launch on it."""
+    """An execution context with fixed shapes and its current addresses; launches keep it alive."""
 
     context: Any
     addresses: tuple[tuple[str, int], ...] = ()
@@ -67,12 +68,12 @@ class _Context:
 
 @dataclass(slots=True)
 class Lane:
-    """What the engines of one session share.
+    """Memory and contexts that the engines of one session share.
 
     Attributes:
-        scratch: memory that a run uses and leaves; None where no engine needs any.
-        aside: where outputs go that nobody asked for, or that are copied to their place afterwards.
-        contexts: by engine and input shapes.
+        scratch: memory that a run uses only while it runs, or None if no engine needs any.
+        aside: memory for outputs that are discarded or copied to their place afterwards.
+        contexts: execution contexts by engine and input shapes.
     """
 
     scratch: Buffer | None
@@ -122,13 +123,14 @@ class TensorrtEngine:
         """See `goc_deploy.protocols.Engine.bind`.
 
         Raises:
-            EngineDirError: a name, type or shape that the engine does not have.
-            EnvironmentUnsupportedError: an address that TensorRT does not take, or a context that cannot be made.
+            EngineDirError: the engine does not have a name, type or shape.
+            EnvironmentUnsupportedError: TensorRT does not take an address, or a context cannot be
+                made.
             ResourceError: there is not enough memory for the context.
         """
         if stream is not None:
             return self._bound(inputs, outputs, stream)
-        own = self._backend.own_stream  # of everybody that has none, so it is held while it is used
+        own = self._backend.own_stream  # all such launches share it, so they hold it
         with own.held():
             launch = self._bound(inputs, outputs, own)
 
@@ -142,13 +144,14 @@ class TensorrtEngine:
         self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], stream: Stream
     ) -> Launch:
         backend = self._backend
-        stream.wait()  # the first call of a thread to CUDA, which then has the context that the plugin asks for
+        # The first CUDA call of a thread: it sets the context that the plugin asks for.
+        stream.wait()
         inputs = {**{name: weight.buffer for name, weight in self.weights.items()}, **inputs}
         self._check(inputs, outputs)
         lane = backend.lane(stream)
-        held = self._context(lane, stream, {name: buffer.shape for name, buffer in inputs.items()})
+        fixed = self._context(lane, stream, {name: buffer.shape for name, buffer in inputs.items()})
         shapes = {
-            name: tuple(held.context.get_tensor_shape(name))
+            name: tuple(fixed.context.get_tensor_shape(name))
             for name in self.dtypes.keys() - self.inputs
         }
         for name, buffer in outputs.items():
@@ -166,16 +169,16 @@ class TensorrtEngine:
         addresses = tuple(
             (name, buffer.pointer) for name, buffer in (*inputs.items(), *bound.items())
         )
-        context, handle, keep = held.context, stream.handle, (inputs, bound)
+        context, handle, keep = fixed.context, stream.handle, (inputs, bound)
 
         def run(_: Any = keep) -> None:
-            if held.addresses is not addresses:
+            if fixed.addresses is not addresses:
                 for name, pointer in addresses:
                     if not context.set_tensor_address(name, pointer):
                         raise EnvironmentUnsupportedError(
                             f"{self._name}: TensorRT refuses the address of {name}"
                         )
-                held.addresses = addresses
+                fixed.addresses = addresses
             before = backend.messages()
             if not context.execute_async_v3(handle):
                 raise backend.failure(f"{self._name} does not run", before)
@@ -188,14 +191,14 @@ class TensorrtEngine:
         self, lane: Lane, stream: Stream, shapes: Mapping[str, tuple[int, ...]]
     ) -> _Context:
         key = (id(self._engine), *sorted(shapes.items()))
-        held = lane.contexts.get(key)
-        if held is None:
+        cached = lane.contexts.get(key)
+        if cached is None:
             backend = self._backend
             before = backend.messages()
             context = backend.library.new_context(self._engine, backend.kernels)
             if context is None:
                 raise backend.failure(f"{self._name}: no execution context can be made", before)
-            if len(self._profiles) > 1:  # it must be chosen before any shape is set
+            if len(self._profiles) > 1:  # the profile must be chosen before any shape is set
                 profile = _nearest(self._profiles, shapes)
                 if not context.set_optimization_profile_async(profile, stream.handle):
                     raise backend.failure(
@@ -206,8 +209,8 @@ class TensorrtEngine:
                 if not context.set_input_shape(name, shape):
                     refused = f"{self._name} does not take {name} of shape {list(shape)}"
                     raise backend.failure(refused, before, EngineDirError)
-            held = lane.contexts[key] = _Context(context)
-        return held
+            cached = lane.contexts[key] = _Context(context)
+        return cached
 
     def _check(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
         for name, buffer in [*inputs.items(), *outputs.items()]:
@@ -221,18 +224,20 @@ class TensorrtEngine:
         missing = sorted(self.inputs - inputs.keys())
         if missing:
             raise EngineDirError(
-                f"{self._name} has an input {missing[0]!r} that nobody binds; build the engines again"
+                f"{self._name} has an input {missing[0]!r} that nobody binds; build the engines "
+                "again"
             )
 
     def _misfit(self, name: str, shape: str, buffer: Buffer) -> EngineDirError:
         return EngineDirError(
-            f"{self._name} has tensor {name!r} as {self.dtypes.get(name)} {shape} but the manifest implies {buffer.dtype} "
+            f"{self._name} has tensor {name!r} as {self.dtypes.get(name)} {shape} but the manifest "
+            f"implies {buffer.dtype} "
             f"{list(buffer.shape)}; build the engines again"
         )
 
 
 def _nearest(profiles: Sequence[_Profile], shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Index of the profile that was optimised for shapes nearest to these, by the ratio of their sizes."""
+    """Return the index of the profile with the nearest optimal shapes, by the ratio of sizes."""
 
     def distance(index: int) -> float:
         optima = {name: optimum for name, (_, optimum, _) in profiles[index].items()}

@@ -1,6 +1,6 @@
-"""ONNX units as a TensorRT parser takes them: weights inside the graph, or as inputs that are bound by address.
+"""ONNX graphs in the form for a TensorRT parser: weights inside, or as inputs at addresses.
 
-Weights come from memory that was verified; the file that the ONNX names is never opened.
+Weights come from verified memory; the file that the ONNX graph names is never opened.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from goc_deploy.engine_dir.manifest import Parameter
 from goc_deploy.errors import EngineDirError, ResourceError
 from goc_deploy.precision import ITEM_BYTES, Precision
 
-MAX_GRAPH_BYTES = 2**31 - 1  # what protobuf, in which ONNX is written, can hold
+MAX_GRAPH_BYTES = 2**31 - 1  # limit of protobuf, the format of ONNX
 
 
 def model_from_bytes(content: memoryview, where: str) -> Any:
     """Read an ONNX graph without its weights.
 
     Raises:
-        EngineDirError: not a graph.
+        EngineDirError: the content is not a graph.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -30,7 +30,7 @@ def model_from_bytes(content: memoryview, where: str) -> Any:
         model = onnx.load_model_from_string(bytes(content))
     except DecodeError as cause:
         raise EngineDirError(f"{where} is not an ONNX graph; export again") from cause
-    model.graph.name = "unit"  # so that isomorphic units are equal
+    model.graph.name = "unit"  # so that graphs of isomorphic units are equal
     return model
 
 
@@ -47,7 +47,7 @@ def share_weights(model: Any) -> None:
 
 
 def drop_weight_places(model: Any) -> None:
-    """Forget where external initializers lie, which the manifest says."""
+    """Remove the places of external initializers, which are in the manifest."""
     for initializer in _external(model):
         del initializer.external_data[:]
 
@@ -64,15 +64,15 @@ def embed_weights(
 
     Args:
         model: the graph.
-        parameters: what lies where in the weights.
-        weights: of a unit.
-        precision: of the weights.
-        where: for messages.
-        prefix: of the initializers that these weights are for, in a graph of several units.
+        parameters: position of each tensor in the weights.
+        weights: content of a unit's weights file.
+        precision: precision of the weights.
+        where: name of the graph for messages.
+        prefix: prefix of the initializers of these weights in a graph of several units.
 
     Raises:
-        EngineDirError: the manifest lacks one, or has it in another shape.
-        ResourceError: more than one graph can hold.
+        EngineDirError: the manifest lacks an initializer, or has it in another shape.
+        ResourceError: the weights are larger than one graph can be.
     """
     from onnx import TensorProto
 
@@ -80,14 +80,15 @@ def embed_weights(
         raise ResourceError(
             f"{where}: {len(weights) / 1e9:.1f} GB of weights do not fit into one graph; use `EngineOptions.weights=shared`"
         )
-    known = {prefix + p.name: p for p in parameters}
+    by_name = {prefix + p.name: p for p in parameters}
     for initializer in _external(model):
         if not initializer.name.startswith(prefix):
             continue
-        parameter = known.get(initializer.name)
+        parameter = by_name.get(initializer.name)
         if parameter is None or parameter.shape != tuple(initializer.dims):
             raise EngineDirError(
-                f"{where}: the manifest does not describe initializer {initializer.name}; export again"
+                f"{where}: the manifest does not describe initializer {initializer.name}; export "
+                "again"
             )
         end = parameter.offset + math.prod(parameter.shape) * ITEM_BYTES[precision]
         initializer.raw_data = bytes(weights[parameter.offset : end])
@@ -96,7 +97,7 @@ def embed_weights(
 
 
 def graph_bytes(model: Any) -> bytes:
-    """The graph as bytes that depend on what it says only."""
+    """Write the graph as bytes that depend on its content only."""
     return bytes(model.SerializeToString(deterministic=True))
 
 
@@ -106,13 +107,13 @@ Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 def input_shapes(
     model: Any, ranges: Mapping[str, Range], where: str
 ) -> tuple[Shapes, tuple[tuple[str, Range], ...]]:
-    """Smallest, usual and largest shape of each input with dynamic dimensions.
+    """Return the smallest, usual and largest shape of each input with dynamic dimensions.
 
     Returns:
         Input -> shapes, and the ranges that were used.
 
     Raises:
-        EngineDirError: a dynamic dimension without a range.
+        EngineDirError: a dynamic dimension has no range.
     """
     shapes, used = {}, {}
     for value in model.graph.input:
@@ -121,11 +122,13 @@ def input_shapes(
             symbol, size = dimension.dim_param, dimension.dim_value
             if not symbol and not size:
                 raise EngineDirError(
-                    f"{where}: input {value.name} has a dimension without name or size; export again"
+                    f"{where}: input {value.name} has a dimension without name or size; export "
+                    "again"
                 )
             if symbol and symbol not in ranges:
                 raise EngineDirError(
-                    f"{where}: input {value.name} has the dynamic dimension {symbol!r}, whose sizes this version does not know; export again"
+                    f"{where}: input {value.name} has the dynamic dimension {symbol!r}, whose "
+                    "sizes this version does not know; export again"
                 )
             if symbol:
                 used[symbol] = ranges[symbol]

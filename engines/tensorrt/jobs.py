@@ -1,4 +1,4 @@
-"""Which engines an engine directory should have, and the graph that each is built from."""
+"""The engines that an engine directory should have, and the graph that each is built from."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from goc_deploy.options import EngineOptions
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """An engine that should be there.
+    """An engine that should exist.
 
     Attributes:
-        recipe: what it is built from.
+        recipe: the recipe of its build.
         unit: the first unit that it serves.
         served: ONNX files that it serves.
-        profiles: of each optimisation profile, the shapes of its dynamic inputs.
+        profiles: per optimisation profile, the shapes of its dynamic inputs.
         weights: ``embedded``, ``shared``, or ``none``.
         parts: units whose weights the graph of ``unit`` has, by prefix.
     """
@@ -38,14 +38,14 @@ class Job:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Name for messages."""
         return self.unit.name + (
             f" and {len(self.served) - 1} like it" if len(self.served) > 1 else ""
         )
 
     @property
     def path(self) -> str:
-        """Of the engine file."""
+        """Path of the engine file."""
         return f"{self.recipe.target.folder}/{self.unit.name}-{self.recipe.key[:12]}.engine"
 
     def accepts(self, entry: EngineEntry, *, as_asked: bool) -> bool:
@@ -53,10 +53,10 @@ class Job:
 
         Args:
             entry: the engine.
-            as_asked: accept only what was built by exactly this recipe. A command that builds asks
-                for that, so that it keeps to the limit on scratch memory and tries the plugin again
-                if an earlier build could not use it. To run, an engine under another limit or
-                without the plugin will do, because it computes the same.
+            as_asked: accept only an engine that was built by exactly this recipe. A command that
+                builds needs that: it keeps to the limit on scratch memory, and tries the plugin
+                again if an earlier build could not use it. To run, an engine with another limit or
+                without the plugin is enough, because it computes the same.
         """
         recipes = [self.recipe]
         if not as_asked:
@@ -70,10 +70,11 @@ class Job:
 
 
 def wanted_engines(directory: EngineDir, target: Target, options: EngineOptions) -> list[Job]:
-    """One job per engine: per unit, or per kind of unit where weights are shared, and per segment.
+    """List one job per engine: per unit or kind of unit with shared weights, and per segment.
 
-    Predict graphs that only the host's form of a plan launches (`goc_deploy.compiler.passes`) get none. A
-    segment whose weights are more than one graph can hold reads them at an address in both weight modes.
+    Predict graphs that only the host form of a plan launches (`goc_deploy.compiler.passes`) get no
+    engine. A segment whose weights are too large for one graph reads them at an address in both
+    weight modes.
     """
     manifest, plans = directory.manifest, directory.plans()
     steps = max((plan.steps for plan in plans), default=1)
@@ -90,13 +91,16 @@ def wanted_engines(directory: EngineDir, target: Target, options: EngineOptions)
         content, parts = directory.read(unit.onnx), manifest.parts(unit)
         check_graph(content, external_tensors(parts), where)
         model = graphs.model_from_bytes(content, where)
-        held = [
+        weight_files = [
             directory.file(part.weights)
             for part in parts.values()
             if part.weights and not part.weights_are_inputs
         ]
-        fits = len(held) == 1 or sum(file.size for file in held) <= graphs.MAX_GRAPH_BYTES
-        embeds = options.weights == "embedded" and bool(held) and fits
+        fits = (
+            len(weight_files) == 1
+            or sum(file.size for file in weight_files) <= graphs.MAX_GRAPH_BYTES
+        )
+        embeds = options.weights == "embedded" and bool(weight_files) and fits
         (graphs.drop_weight_places if embeds else graphs.share_weights)(model)
         stacked = stack_updates(model) if options.plugin else 0
         profiles = {
@@ -105,23 +109,23 @@ def wanted_engines(directory: EngineDir, target: Target, options: EngineOptions)
         }
         recipe = Recipe(
             graph_sha256=hashlib.sha256(graphs.graph_bytes(model)).hexdigest(),
-            weights_sha256=_digest_of_all(held) if embeds else None,
+            weights_sha256=_digest_of_all(weight_files) if embeds else None,
             target=target,
             profiles=tuple(profiles),
             workspace_bytes=options.workspace_bytes,
             plugin_sha256=KERNEL_SHA256 if stacked else None,
         )
-        known = jobs.get(recipe.key)
-        served = (*(known.served if known else ()), unit.onnx)
+        earlier = jobs.get(recipe.key)
+        served = (*(earlier.served if earlier else ()), unit.onnx)
         weights: EngineWeights = "embedded" if embeds else "shared" if parts else "none"
-        if known:
-            unit, parts = known.unit, known.parts
+        if earlier:
+            unit, parts = earlier.unit, earlier.parts
         jobs[recipe.key] = Job(recipe, unit, served, tuple(profiles.values()), weights, parts)
     return list(jobs.values())
 
 
 def _digest_of_all(files: list[FileEntry]) -> str:
-    """The digest of a file, or of the digests of several."""
+    """Return the digest of a file, or of the digests of several."""
     digests = [file.sha256 for file in files]
     return (
         digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
@@ -129,13 +133,13 @@ def _digest_of_all(files: list[FileEntry]) -> str:
 
 
 def _units(manifest: Manifest, without: Set[str]) -> Iterator[Unit]:
-    """Every graph but some predict graphs."""
+    """Yield every graph except some predict graphs."""
     skipped = {manifest.predict[signature] for signature in without}
     yield from (unit for unit in manifest.graphs() if unit.onnx not in skipped)
 
 
 def graph_of_job(directory: EngineDir, job: Job) -> bytes:
-    """The graph as the parser takes it."""
+    """Return the graph in the form that the parser takes."""
     where = f"{directory.path / job.unit.onnx}"
     model = graphs.model_from_bytes(directory.read(job.unit.onnx), where)
     if job.recipe.weights_sha256 is None:
@@ -149,7 +153,7 @@ def graph_of_job(directory: EngineDir, job: Job) -> bytes:
 
 
 def embedded_weights(job: Job) -> dict[str, str]:
-    """Prefix -> weights file that an engine holds."""
+    """Return prefix -> weights file that an engine embeds."""
     if job.recipe.weights_sha256 is None:
         return {}
     return {prefix: part.weights for prefix, part in job.parts.items() if part.weights}

@@ -1,7 +1,8 @@
-"""Kernels that TensorRT for RTX compiled on this GPU, kept in the engine directory for the next process.
+"""Kernels that TensorRT for RTX compiled on this GPU, saved for the next process.
 
-They are executable code, so what is loaded is what the manifest lists, byte for byte. TensorRT itself checks that they fit
-the GPU and the versions, and compiles what is missing.
+They are in the engine directory. They are executable code, so only the bytes that the manifest
+lists are loaded. TensorRT itself checks that they fit the GPU and the versions, and compiles what
+is missing.
 """
 
 from __future__ import annotations
@@ -22,24 +23,24 @@ class KernelCache:
     """The kernels of all engines of a target that run on one kind of GPU.
 
     Args:
-        directory: the engine directory, from which the kernels are read now.
-        path: where they lie in it, as `goc_deploy.engines.tensorrt.caches.cache_path` names it.
+        directory: the engine directory, from which the kernels are read immediately.
+        path: path of the cache, from `goc_deploy.engines.tensorrt.caches.cache_path`.
     """
 
     def __init__(self, directory: EngineDir, path: str) -> None:
         self._directory, self.path = directory.path, path
         self._lock = threading.Lock()
         self._cache: Any = None
-        self._stored = b""  # what was read, until TensorRT takes it
+        self._stored = b""  # content that was read, until TensorRT takes it
         try:
             self._stored = read_cache(directory, path)
         except GocError as reason:
             logger.warning("compiled kernels are not loaded: %s", reason)
-        self._kept = b""  # digest of what lies in the directory, as far as it is sound
+        self._kept = b""  # digest of the undamaged content in the directory
         self._has_grown = False
 
     def attach(self, config: Any) -> None:
-        """Let contexts that are made with a runtime configuration use the kernels, and add theirs."""
+        """Make contexts of a runtime configuration use the kernels, and collect new ones."""
         with self._lock:
             if self._cache is None:
                 self._cache = config.create_runtime_cache()
@@ -64,9 +65,10 @@ class KernelCache:
             )
 
     def keep(self) -> None:
-        """Write the kernels, file first, then the manifest that lists it; nothing where there are no new ones.
+        """Write the file of kernels, then the manifest that lists it; without new ones do nothing.
 
-        A directory that cannot be written keeps none: the log says so, and the next process compiles again.
+        If the directory cannot be written, the log states that, and the next process compiles
+        again.
         """
         with self._lock:
             if not self._has_grown:

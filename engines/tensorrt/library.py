@@ -1,7 +1,7 @@
-"""TensorRT 10, TensorRT 11 and TensorRT-RTX behind one import, and what each can build for.
+"""TensorRT 10, TensorRT 11 and TensorRT-RTX behind one import, and the GPUs each can build for.
 
-Only what all three share is used. They differ in name, and in what they build for: TensorRT builds on and for the GPU of
-this machine, TensorRT-RTX for any list of GPUs on any machine.
+The code uses only what all three share. They differ in name and in their targets: TensorRT builds
+on and for the GPU of this machine, TensorRT-RTX for any list of GPUs on any machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from goc_deploy.errors import EnvironmentUnsupportedError, UsageError
 from goc_deploy.precision import Precision
 
 _PACKAGES = {"tensorrt-rtx": ("tensorrt_rtx", "rtx"), "tensorrt": ("tensorrt", "tensorrt")}
-_FIRST_BY_DEFAULT = "8.0"  # Ampere: the first with bf16
+_FIRST_BY_DEFAULT = "8.0"  # Ampere, the first with bf16
 _FIRST_WITH_BF16 = (8, 0)
 _OUT_OF_MEMORY = re.compile(
     r"out ?of ?memory|insufficient memory|allocator error|could not be allocated", re.IGNORECASE
@@ -51,14 +51,15 @@ class Library:
 
     @property
     def compiles_at_load(self) -> bool:
-        """Whether kernels are compiled for the GPU by the process that runs them."""
+        """Whether the process that runs an engine compiles its kernels for the GPU."""
         return hasattr(self.trt, "DynamicShapesKernelSpecializationStrategy")
 
     def new_context(self, engine: Any, kernels: KernelCache | None = None) -> Any:
-        """An execution context without scratch memory, or None.
+        """Create an execution context without scratch memory, or return None.
 
-        TensorRT for RTX compiles kernels for the shapes that it meets. It is told to do so at once, because what runs until
-        then would be what a CUDA graph records; those that ``kernels`` has are not compiled again.
+        TensorRT for RTX compiles kernels for the shapes that occur. It is told to do so at once,
+        because a CUDA graph would otherwise record the fallback that runs until then. Kernels in
+        ``kernels`` are not compiled again.
         """
         strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if not self.compiles_at_load:
@@ -73,27 +74,28 @@ class Library:
 
 
 def message_log(trt: Any, most: int | None = None) -> Any:
-    """A logger that keeps what it is told, or the last ``most`` messages."""
+    """Create a logger that keeps all messages, or the last ``most`` messages."""
 
-    class MessageLog(trt.ILogger):  # type: ignore[misc]  # the class exists once the library is imported
-        """Keeps everything: the layers of an engine are listed at the most talkative level only."""
+    # mypy: the base class exists only after the library is imported.
+    class MessageLog(trt.ILogger):  # type: ignore[misc]
+        """Keeps all levels: only the most verbose one lists the layers of an engine."""
 
         def __init__(self) -> None:
             super().__init__()
             self.lines: deque[tuple[Any, str]] = deque(maxlen=most)
-            self.count = 0  # of all messages so far
+            self.count = 0  # number of all messages so far
 
         def log(self, severity: Any, text: str) -> None:
             self.lines.append((severity, text))
             self.count += 1
 
         def errors(self, since: int = 0) -> list[str]:
-            """Errors among the messages after the first ``since``."""
+            """Return the errors among the messages after the first ``since``."""
             severity = trt.ILogger.Severity
             return self._of((severity.INTERNAL_ERROR, severity.ERROR), since)
 
         def memory(self, since: int) -> list[str]:
-            """Errors and warnings that memory is too little, among the messages after the first ``since``."""
+            """Return messages about too little memory after the first ``since`` messages."""
             severity = trt.ILogger.Severity
             told = self._of((severity.INTERNAL_ERROR, severity.ERROR, severity.WARNING), since)
             return [text for text in told if is_out_of_memory(text)]
@@ -110,7 +112,7 @@ def message_log(trt: Any, most: int | None = None) -> Any:
 
 
 def is_out_of_memory(text: str) -> bool:
-    """Whether a message of TensorRT is about memory that is not there; each of its parts words that differently."""
+    """Whether a message is about missing memory; each part of TensorRT words that differently."""
     return bool(_OUT_OF_MEMORY.search(text))
 
 
@@ -118,8 +120,8 @@ def library_from_backend(backend: str) -> Library:
     """Import a TensorRT.
 
     Raises:
-        UsageError: no such backend.
-        EnvironmentUnsupportedError: it is not installed, or too old.
+        UsageError: the backend is unknown.
+        EnvironmentUnsupportedError: the library is not installed, or too old.
     """
     if backend not in ENGINE_BACKENDS:
         raise UsageError(
@@ -142,16 +144,16 @@ def library_from_backend(backend: str) -> Library:
 def target_from_options(
     library: Library, capabilities: tuple[str, ...], precision: Precision
 ) -> Target:
-    """What to build for.
+    """Choose the target of a build.
 
     Args:
-        library: what builds.
-        capabilities: asked for, such as ``8.6``; empty is the default of the library.
-        precision: of the engine directory.
+        library: the TensorRT library.
+        capabilities: requested capabilities, such as ``8.6``; empty is the library's default.
+        precision: precision of the engine directory.
 
     Raises:
-        UsageError: a capability that the library cannot build for, or that lacks the precision.
-        EnvironmentUnsupportedError: TensorRT without a GPU, or on one that lacks the precision.
+        UsageError: the library cannot build for a capability, or the GPU lacks the precision.
+        EnvironmentUnsupportedError: TensorRT has no GPU, or one that lacks the precision.
     """
     known = (
         _known_capabilities(library) if library.cross_compiles else (driver.device_capability(),)
@@ -185,12 +187,13 @@ def check_target(library: Library, capability: str, precision: Precision) -> Non
     """Check that a library can build for the GPU of this machine, before anything is built.
 
     Args:
-        library: what builds.
-        capability: of the GPU, such as ``9.0``.
-        precision: of the engine directory.
+        library: the TensorRT library.
+        capability: compute capability of the GPU, such as ``9.0``.
+        precision: precision of the engine directory.
 
     Raises:
-        EnvironmentUnsupportedError: it has no target for the GPU, or the GPU lacks the precision.
+        EnvironmentUnsupportedError: the library has no target for the GPU, or the GPU lacks the
+            precision.
     """
     known = _known_capabilities(library) if library.cross_compiles else (capability,)
     if capability not in known:
@@ -205,12 +208,12 @@ def check_target(library: Library, capability: str, precision: Precision) -> Non
 
 
 def this_platform() -> str:
-    """Operating system and machine, such as ``linux-x86_64``."""
+    """Return operating system and machine, such as ``linux-x86_64``."""
     return f"{platform.system().lower()}-{platform.machine()}"
 
 
 def _known_capabilities(library: Library) -> tuple[str, ...]:
-    """``SM86`` to ``8.6``, ``SM120`` to ``12.0``, ascending."""
+    """Return the capabilities of the library, ascending: ``SM86`` is ``8.6``."""
     members = library.trt.ComputeCapability.__members__
     digits = [name.removeprefix("SM") for name in members if name.startswith("SM")]
     return tuple(sorted((f"{d[:-1]}.{d[-1]}" for d in digits), key=_number))

@@ -1,8 +1,9 @@
 """The build process: TensorRT builds outside of the process that asked for it.
 
-Three reasons. A build cannot be interrupted, but a process can be ended. A parser that meets a plugin it cannot use ends
-its process. And the parser of TensorRT-RTX looks for ``libtensorrt_rtx.so``, which the wheel names ``libtensorrt_rtx.so.1``:
-a process can be started with a search path on which that name exists, without writing into site-packages.
+There are three reasons. A build cannot be interrupted, but a process can be ended. A parser that
+meets a plugin it cannot use ends its process. And the parser of TensorRT-RTX looks for
+``libtensorrt_rtx.so``, which the wheel names ``libtensorrt_rtx.so.1``. A new process can have a
+search path on which that name exists, without any write to site-packages.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from goc_deploy.engines.tensorrt.library import library_from_backend
 _RTX_LIBRARY = "libtensorrt_rtx.so"
 
 
-class BuildProcessDied(Exception):
-    """The build process ended while it built; the message says how."""
+class BuildProcessError(Exception):
+    """The build process ended during a build; the message states how."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class BuildProcess:
         """Build a graph; see `engine_from_onnx`.
 
         Raises:
-            BuildProcessDied: the process ended.
+            BuildProcessError: the process ended.
         """
         try:
             self.connection.send_bytes(json.dumps(asdict(request)).encode())
@@ -55,17 +56,17 @@ class BuildProcess:
             code = self.process.wait()
             self.output.seek(0)
             last = self.output.read()[-2000:].decode(errors="replace").strip().splitlines()[-3:]
-            raise BuildProcessDied(
+            raise BuildProcessError(
                 f"it ended with exit code {code}: {' / '.join(last) or 'no message'}"
             ) from cause
 
 
 @contextlib.contextmanager
 def build_process(backend: str, *, plugin: bool) -> Iterator[BuildProcess]:
-    """Start a build process, and end it whatever happens.
+    """Start a build process, and end it in any case.
 
     Args:
-        backend: which TensorRT builds.
+        backend: the backend to build for.
         plugin: register the plugin.
     """
     connection, theirs = multiprocessing.Pipe()
@@ -87,7 +88,7 @@ def build_process(backend: str, *, plugin: bool) -> Iterator[BuildProcess]:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            start_new_session=True,  # Ctrl-C reaches the command alone, which then ends this process
+            start_new_session=True,  # Ctrl-C reaches only the command, which ends this process
         )
         theirs.close()
         stack.callback(process.wait)
@@ -96,13 +97,12 @@ def build_process(backend: str, *, plugin: bool) -> Iterator[BuildProcess]:
 
 
 def _environment(backend: str, folder: Path) -> dict[str, str]:
-    """Variables of the build process, which finds this goc_deploy, and ``libtensorrt_rtx.so`` in ``folder``."""
+    """Return the variables of the build process, with ``libtensorrt_rtx.so`` in ``folder``."""
     package_folder = Path(str(sys.modules["goc_deploy"].__file__)).parents[1]
     environment = {**os.environ, "PYTHONPATH": _prepended(str(package_folder), "PYTHONPATH")}
     if backend == "tensorrt-rtx":
-        environment["POLYGRAPHY_USE_TENSORRT_RTX"] = (
-            "1"  # it must stand before Polygraphy is imported
-        )
+        # Polygraphy reads this when it is imported.
+        environment["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
         versioned = next(iter(_rtx_folder().glob(f"{_RTX_LIBRARY}.*")), None)
         if versioned is not None and not (versioned.parent / _RTX_LIBRARY).exists():
             (folder / _RTX_LIBRARY).symlink_to(versioned)
@@ -113,7 +113,7 @@ def _environment(backend: str, folder: Path) -> dict[str, str]:
 def _rtx_folder() -> Path:
     try:
         return Path(str(importlib.import_module("tensorrt_rtx_libs").__file__)).parent
-    except ImportError:  # installed from an archive, whose library has both names
+    except ImportError:  # installed from an archive, which has the library under both names
         return Path("/nonexistent")
 
 

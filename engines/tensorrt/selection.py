@@ -1,7 +1,8 @@
-"""From an engine directory to a TensorRT backend: which of its engines this machine may run, and building what lacks.
+"""The TensorRT backend of an engine directory: it selects engines and builds missing ones.
 
-An engine is used only if its key is the one that its graph, weights and target give, its bytes have the listed digest, and
-its target is this library, version, platform and GPU. Whatever is missing is built from the ONNX first.
+An engine is used only if its key follows from its graph, weights and target, its bytes have the
+listed digest, and its target is this library, version, platform and GPU. Missing engines are first
+built from the ONNX files.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ class Selection:
     """Engines of one target and weight mode.
 
     Attributes:
-        options: what builds them.
-        engines: ONNX file -> its engine, listed under the right key; the bytes are not read yet.
-        missing: ONNX files that have none.
+        options: options that build them.
+        engines: ONNX file -> its engine with the right key; the bytes are not read yet.
+        missing: ONNX files without an engine.
     """
 
     options: EngineOptions
@@ -54,49 +55,52 @@ def tensorrt_backend(
     build: Build = build_engines,
     progress: Progress = no_progress,
 ) -> TensorrtBackend:
-    """The backend of an engine directory, once all its engines are there.
+    """Make the backend of an engine directory, after all its engines exist.
 
     Args:
         directory: the engine directory.
-        library: which TensorRT.
-        capability: of the GPU, such as ``8.9``.
+        library: the TensorRT library.
+        capability: compute capability of the GPU, such as ``8.9``.
         device: the GPU.
-        weights: ``embedded`` or ``shared`` engines; None takes those that lack least.
-        build: builds what is missing.
-        progress: of that.
+        weights: ``embedded`` or ``shared`` engines; None takes the mode with fewest missing ones.
+        build: function that builds missing engines.
+        progress: progress of that function.
 
     Raises:
-        EnvironmentUnsupportedError: the library has no target for the GPU, or an engine cannot be built.
-        ConflictError, ResourceError: it cannot be written.
+        EnvironmentUnsupportedError: the library has no target for the GPU, or an engine cannot be
+            built.
+        ConflictError, ResourceError: the directory cannot be written.
         EngineDirError, SafetyError: the directory is corrupt.
     """
     check_target(library, capability, directory.manifest.precision)
-    chosen = best_selection(directory, library, capability, weights)
-    content, damaged = _contents(directory, chosen)
-    if chosen.missing or damaged:
+    usable = best_selection(directory, library, capability, weights)
+    content, damaged = _contents(directory, usable)
+    if usable.missing or damaged:
         logger.warning(
             "%s: %d of %d graphs have no %s engine for this GPU, so they are built now, once (goc-plan --backend %s builds them ahead)",
             *(
                 directory.path,
-                len(chosen.missing) + damaged,
-                len(chosen.engines) + len(chosen.missing),
+                len(usable.missing) + damaged,
+                len(usable.engines) + len(usable.missing),
                 library.backend,
             ),
             library.backend,
         )
-        directory, _ = build(directory, chosen.options, progress)
-        chosen = best_selection(directory, library, capability, weights)
-        content, damaged = _contents(directory, chosen)
-        if chosen.missing or damaged:
+        directory, _ = build(directory, usable.options, progress)
+        usable = best_selection(directory, library, capability, weights)
+        content, damaged = _contents(directory, usable)
+        if usable.missing or damaged:
             raise EnvironmentUnsupportedError(
-                f"{directory.path}: {library.backend} engines are missing right after they were built, "
-                f"first for {[*chosen.missing, *chosen.engines][0]}; is another program changing the directory?"
+                f"{directory.path}: {library.backend} engines are missing right after they were "
+                "built, "
+                f"first for {[*usable.missing, *usable.engines][0]}; is another program changing "
+                "the directory?"
             )
     engines = {
-        directory.sha256(graph): content[entry.path] for graph, entry in chosen.engines.items()
+        directory.sha256(graph): content[entry.path] for graph, entry in usable.engines.items()
     }
-    target = next(iter(chosen.engines.values())).target
-    report = {"engine_target": target.folder, "engine_weights": chosen.options.weights}
+    target = next(iter(usable.engines.values())).target
+    report = {"engine_target": target.folder, "engine_weights": usable.options.weights}
     kernels = None
     if library.compiles_at_load:
         kernels = KernelCache(
@@ -111,19 +115,19 @@ def best_selection(
     capability: str,
     weights: WeightMode | None = None,
 ) -> Selection:
-    """Of all engines that this machine may run, those of the target and weight mode that lack least."""
+    """Select the target and weight mode with the fewest missing engines for this machine."""
     selections = []
     for target, options in _ways(directory.manifest, library, capability, weights):
         selections.append(selection(directory, target, options))
-        if not selections[-1].missing:  # each reads every graph of the directory
+        if not selections[-1].missing:  # the next selection would read every graph again
             break
-    return min(selections, key=lambda one: len(one.missing))  # the first of equals
+    return min(selections, key=lambda one: len(one.missing))  # the first of equal ones
 
 
 def _ways(
     manifest: Manifest, library: Library, capability: str, weights: WeightMode | None
 ) -> Iterator[tuple[Target, EngineOptions]]:
-    """What is in the directory for this machine, then what would be built by default."""
+    """Yield the targets in the directory that fit this machine, then the default target."""
     here = (library.backend, library.version, this_platform(), capability)
     listed = dict.fromkeys(
         (engine.target, engine.weights)
@@ -131,9 +135,8 @@ def _ways(
         if engine.weights in (WEIGHT_MODES if weights is None else (weights,))
         and engine.target.refusal(*here) is None
     )
-    for target, mode in sorted(
-        listed, key=lambda way: way[1]
-    ):  # embedded before shared: fewer kernels
+    # Embedded weights come before shared ones, because they need fewer kernels.
+    for target, mode in sorted(listed, key=lambda way: way[1]):
         for plugin in (True, False):
             yield target, EngineOptions(library.backend, target.capabilities, mode, plugin=plugin)
     usual = EngineOptions(library.backend, (capability,))
@@ -141,7 +144,7 @@ def _ways(
 
 
 def selection(directory: EngineDir, target: Target, options: EngineOptions) -> Selection:
-    """The engines that are listed for a target, by the keys that they must have."""
+    """Select the listed engines of a target by the keys that they must have."""
     engines: dict[str, EngineEntry] = {}
     missing: list[str] = []
     listed = directory.manifest.engines
@@ -154,10 +157,10 @@ def selection(directory: EngineDir, target: Target, options: EngineOptions) -> S
     return Selection(options, engines, tuple(missing))
 
 
-def _contents(directory: EngineDir, chosen: Selection) -> tuple[dict[str, StoredEngine], int]:
-    """The verified bytes of the chosen engines by path, and how many are damaged."""
+def _contents(directory: EngineDir, usable: Selection) -> tuple[dict[str, StoredEngine], int]:
+    """Read the bytes of the usable engines by path; also return how many are damaged."""
     content: dict[str, StoredEngine] = {}
-    entries = {entry.path: entry for entry in chosen.engines.values()}
+    entries = {entry.path: entry for entry in usable.engines.values()}
     for path, entry in entries.items():
         try:
             uses_plugin = entry.plugin_layers > 0

@@ -1,7 +1,8 @@
-"""Engines in an engine directory: which are missing, building them, and trusting none without a check.
+"""Engines in an engine directory: which are missing, their build, and their verification.
 
-A TensorRT engine is executable code. It counts as there only if the manifest lists it under the key of the recipe that is
-asked for and its bytes have the listed size and SHA-256; anything else is built again from the ONNX.
+A TensorRT engine is executable code. It counts as existing only if the manifest lists it under the
+key of the requested recipe and its bytes have the listed size and SHA-256. Any other engine is
+built again from the ONNX file.
 """
 
 from __future__ import annotations
@@ -26,22 +27,22 @@ from goc_deploy.options import EngineOptions, Progress
 
 logger = logging.getLogger(__name__)
 
-BUILD_WAIT_SECONDS = 6 * 3600.0  # for another process that builds for the same target
-MAGIC = {"tensorrt-rtx": b"vtrt"}  # first bytes of an engine, where they are known
+BUILD_WAIT_SECONDS = 6 * 3600.0  # wait for another process that builds for the same target
+MAGIC = {"tensorrt-rtx": b"vtrt"}  # first bytes of an engine, as far as they are known
 
 
 def build_engines(
     directory: EngineDir, options: EngineOptions, progress: Progress
 ) -> tuple[EngineDir, int]:
-    """Build the engines of a directory that are missing; each is there as soon as it is built.
+    """Build the missing engines of a directory; each is usable as soon as it is built.
 
     Returns:
-        The directory as it is then, and how many were built.
+        The directory after the build, and the number of engines that were built.
 
     Raises:
-        UsageError: capabilities that the library cannot build for.
+        UsageError: the library cannot build for a capability.
         EnvironmentUnsupportedError: the library is missing, or refuses a unit.
-        ConflictError, ResourceError: the directory changes meanwhile, or cannot be written.
+        ConflictError, ResourceError: the directory changes during the build, or is not writable.
         EngineDirError, SafetyError: the directory is corrupt.
     """
     library = library_from_backend(options.backend)
@@ -50,7 +51,7 @@ def build_engines(
     with disk_errors(f"writing {path}"):
         (path / "engines").mkdir(exist_ok=True)
     with directory_lock(path / target.folder, BUILD_WAIT_SECONDS), ExitStack() as stack:
-        latest = directory = EngineDir.open(path)  # others may have built while this one waited
+        latest = directory = EngineDir.open(path)  # another process may have built meanwhile
         jobs = wanted_engines(directory, target, options)
         missing = [job for job in jobs if not is_there(directory, job)]
         check_free_space(path / target.folder, _estimated_bytes(directory, missing))
@@ -65,14 +66,14 @@ def build_engines(
 
 
 def _timing_cache(directory: EngineDir, library: Library, target: Target) -> TimingCache | None:
-    """The timings of the GPU that a library builds on; None where it builds on no GPU."""
+    """Return the timings of the GPU that a library builds on; None if it builds without one."""
     if library.cross_compiles:
         return None
     return TimingCache(directory, cache_path(target, "timings", gpu_name(), driver_version()))
 
 
 def is_there(directory: EngineDir, job: Job) -> bool:
-    """Whether a directory holds the engine of a job, undamaged."""
+    """Whether a directory contains the engine of a job, undamaged."""
     engines = directory.manifest.engines
     entry = next((entry for entry in engines if job.accepts(entry, as_asked=True)), None)
     if entry is None:
@@ -86,11 +87,11 @@ def is_there(directory: EngineDir, job: Job) -> bool:
 
 
 def read_engine(directory: EngineDir, entry: EngineEntry) -> memoryview:
-    """The bytes of an engine, verified against the manifest.
+    """Read an engine and verify it against the manifest.
 
     Raises:
-        EngineDirError: missing, truncated, changed, or no engine.
-        SafetyError: a link, or not a regular file.
+        EngineDirError: the file is missing, truncated, changed, or no engine.
+        SafetyError: the file is a link, or not a regular file.
     """
     content = directory.read(entry.path)
     if not bytes(content[:8]).startswith(MAGIC.get(entry.target.backend, b"")):
@@ -107,19 +108,20 @@ def _estimated_bytes(directory: EngineDir, jobs: list[Job]) -> int:
 
 
 def add_engine(built_from: EngineDir, job: Job, engine: bytes, report: BuildReport) -> EngineDir:
-    """Add an engine, which replaces older ones that serve the same graphs in the same way.
+    """Add an engine; it replaces older ones that serve the same graphs in the same way.
 
     Args:
         built_from: the directory as it was when the graph was read.
-        job: what was built.
-        engine: the file.
-        report: what came of the build.
+        job: the job that was built.
+        engine: content of the file.
+        report: report of the build.
 
     Returns:
         The directory with the engine.
 
     Raises:
-        ConflictError: what it was built from was replaced meanwhile, or the directory cannot be written.
+        ConflictError: a file that it was built from was replaced meanwhile, or the directory cannot
+            be written.
     """
     entry = EngineEntry(
         path=job.path,

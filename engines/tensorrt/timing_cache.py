@@ -1,7 +1,8 @@
-"""Timings of tactics that TensorRT measured on this GPU, kept in the engine directory for later builds.
+"""Timings of tactics that TensorRT measured on this GPU, saved for later builds.
 
-Blocks of a model are alike, so TensorRT times the layers of one and finds those of all others. TensorRT for RTX times
-nothing when it builds, and a timing cache would make it ask for a GPU.
+They are in the engine directory. The blocks of a model are alike, so TensorRT times the layers of
+one block and reuses the timings for all others. TensorRT for RTX times nothing during a build, and
+a timing cache would make it require a GPU.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ logger = logging.getLogger(__name__)
 
 
 class TimingCache:
-    """The timings of a target, for one kind of GPU. For the process that holds the lock of the target.
+    """The timings of a target on one kind of GPU. Its user must hold the lock of the target.
 
     Args:
         directory: the engine directory.
-        path: where they lie in it, as `goc_deploy.engines.tensorrt.caches.cache_path` names it.
+        path: path of the cache, from `goc_deploy.engines.tensorrt.caches.cache_path`.
     """
 
     def __init__(self, directory: EngineDir, path: str) -> None:
@@ -33,13 +34,13 @@ class TimingCache:
             logger.warning("timings are not used: %s", reason)
 
     def refused(self) -> None:
-        """Tell that TensorRT does not take them: they are of another version or GPU. The next `keep` replaces them."""
+        """Note that TensorRT refuses these timings; the next `keep` replaces them."""
         logger.warning(
             "timings are not used: TensorRT does not take %s", self._directory / self._path
         )
 
     def keep(self, content: bytes) -> None:
-        """Write what a build made of the timings.
+        """Write the timings after a build.
 
         Raises:
             ConflictError, ResourceError: the directory cannot be written.
@@ -50,7 +51,7 @@ class TimingCache:
 
 
 def use_timings(config: Any, content: bytes) -> bool:
-    """Add timings of earlier builds to the cache that Polygraphy gave a configuration; whether TensorRT takes them."""
+    """Add timings of earlier builds to a configuration; return whether TensorRT takes them."""
     if not content:
         return True
     earlier = config.create_timing_cache(content)
@@ -60,6 +61,6 @@ def use_timings(config: Any, content: bytes) -> bool:
 
 
 def timings_of(config: Any) -> bytes:
-    """All timings that a configuration has after a build."""
+    """Return all timings of a configuration after a build."""
     memory = config.get_timing_cache().serialize()
     return b"" if memory is None else bytes(memoryview(memory))

@@ -1,4 +1,4 @@
-"""TensorRT engines against ONNX Runtime on the CPU, graph by graph, on the same random inputs."""
+"""Comparison of TensorRT engines with ONNX Runtime on the CPU, on the same random inputs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,8 @@ from goc_deploy.options import Progress
 from goc_deploy.precision import ELEMENT_TYPES
 from goc_deploy.protocols import NUMPY_DTYPES, Backend
 
-TOLERANCE = {
-    "fp32": 1e-3,
-    "fp16": 2e-2,
-}  # relative L2 of an output; what the order of sums may change
+# Largest relative L2 error of an output that another order of sums may cause.
+TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2}
 IMAGES = 2
 _DTYPES = {kind.onnx: dtype for dtype, kind in ELEMENT_TYPES.items()}
 
@@ -39,20 +37,20 @@ class Difference:
 def verify_engines(
     directory: EngineDir, backend: TensorrtBackend, reference: Backend, progress: Progress
 ) -> list[Difference]:
-    """Run every graph that a backend has an engine for on both backends, and compare.
+    """Run every graph that has an engine on both backends, and compare the outputs.
 
     Args:
         directory: the engine directory.
-        backend: what is verified.
+        backend: the backend to verify.
         reference: ONNX Runtime on the CPU.
-        progress: called with (what, done, total).
+        progress: called with (name, done, total).
 
     Returns:
         One difference per graph, in the order of the manifest.
 
     Raises:
-        VerificationError: one is beyond ``TOLERANCE``.
-        UsageError: bf16, which the reference cannot run.
+        VerificationError: a difference is beyond ``TOLERANCE``.
+        UsageError: the precision is bf16, which the reference cannot run.
         EngineDirError, SafetyError: the directory is corrupt.
     """
     precision = directory.manifest.precision
@@ -70,8 +68,9 @@ def verify_engines(
         )
         if not difference.relative_l2 <= TOLERANCE[precision]:
             raise VerificationError(
-                f"unit {unit.name}: {backend.name} differs from ONNX Runtime by {difference.relative_l2:.2e} relative L2, allowed are "
-                f"{TOLERANCE[precision]:.0e}; see docs/gpu.md on looking at one unit with Polygraphy"
+                f"unit {unit.name}: {backend.name} differs from ONNX Runtime by "
+                f"{difference.relative_l2:.2e} relative L2, allowed are {TOLERANCE[precision]:.0e};"
+                " see docs/gpu.md on looking at one unit with Polygraphy"
             )
         differences.append(difference)
     progress("done", len(graphs), len(graphs))
@@ -85,7 +84,7 @@ def _graphs(directory: EngineDir, backend: TensorrtBackend) -> Iterator[Unit]:
 
 
 def _outputs(directory: EngineDir, unit: Unit, backend: Backend) -> dict[str, np.ndarray]:
-    """All outputs of a graph on inputs that depend on its name alone."""
+    """Return all outputs of a graph on inputs that depend on its name alone."""
     manifest, onnx = directory.manifest, directory.read(unit.onnx)
     parts = manifest.parts(unit)
     weights = {
@@ -109,9 +108,8 @@ def _outputs(directory: EngineDir, unit: Unit, backend: Backend) -> dict[str, np
         value.name: backend.allocate(_shape(value, sizes), _DTYPES[_kind(value)])
         for value in graph.output
     }
-    stream = (
-        backend.device.stream()
-    )  # one for each graph: scratch memory is that of the engines loaded so far
+    # A stream for each graph: its scratch memory is that of the engines loaded so far.
+    stream = backend.device.stream()
     engine.bind(inputs, outputs, stream)()
     stream.wait()
     return {name: backend.download(buffer) for name, buffer in outputs.items()}
@@ -120,7 +118,7 @@ def _outputs(directory: EngineDir, unit: Unit, backend: Backend) -> dict[str, np
 def _filled(
     backend: Backend, shape: tuple[int, ...], dtype: str, images: int, rng: np.random.Generator
 ) -> Any:
-    """Indices below the number of images, which every graph takes; else normal values."""
+    """Upload image indices if the dtype is int64, otherwise normal values."""
     count = int(np.prod(shape))
     values = np.arange(count) % images if dtype == "int64" else rng.standard_normal(count)
     buffer = backend.allocate(shape, dtype)
@@ -133,7 +131,7 @@ def _kind(value: Any) -> int:
 
 
 def _shape(value: Any, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """Dimensions with their symbols replaced; the exporter writes products such as ``256*batch``."""
+    """Return the dimensions with numbers for their symbols, also in products (``256*batch``)."""
     dimensions = []
     for dimension in value.type.tensor_type.shape.dim:
         factors = (

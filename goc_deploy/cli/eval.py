@@ -156,16 +156,18 @@ def command(
     check_folder(chosen.samples_output)
     with progress_bar() as progress:
         evaluation = evaluate(engine_dir, chosen, progress)
-    if evaluation.found["added_plans"]:
-        click.echo(f"added to {engine_dir}: {', '.join(evaluation.found['added_plans'])}", err=True)
-    title = f"{evaluation.found['images']} images per plan; +- is half of a 95 % interval"
-    for columns, rows in (cost_rows(evaluation.found), distribution_rows(evaluation.found)):
+    if evaluation.report["added_plans"]:
+        click.echo(
+            f"added to {engine_dir}: {', '.join(evaluation.report['added_plans'])}", err=True
+        )
+    title = f"{evaluation.report['images']} images per plan; +- is half of a 95 % interval"
+    for columns, rows in (cost_rows(evaluation.report), distribution_rows(evaluation.report)):
         if rows:
             print_table(title, columns, rows)
-    for warning in evaluation.found["warnings"]:
+    for warning in evaluation.report["warnings"]:
         click.echo(f"warning: {with_flags(warning)}", err=True)
     if json_path:
-        save_text(dump_json(evaluation.found), json_path)
+        save_text(dump_json(evaluation.report), json_path)
     if html_path:
         save_text(page(evaluation, str(engine_dir.name)), html_path)
 

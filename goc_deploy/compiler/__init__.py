@@ -1,4 +1,4 @@
-"""Schedules to plans: `passes` has the entries, one per form; a `plan.Plan` is the result."""
+"""From schedules to plans: `passes` has one function per form, and `plan.Plan` is the result."""
 
 from goc_deploy.compiler.check import check_plan
 from goc_deploy.compiler.passes import compile_for_device, compile_for_host, in_form

@@ -1,4 +1,4 @@
-"""Whether a plan predicts what its schedule asks for."""
+"""The check that a plan predicts what its schedule asks for."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from goc_deploy.schedule import MAX_HISTORY, Schedule, fill_short_history
 
 TOLERANCE = 1e-6
 
-_Features = Sequence[
-    Sequence[float]
-]  # per step and unit, a number that stands for what is computed
+_Features = Sequence[Sequence[float]]  # by step and unit, a number in place of a computed feature
 
 
 def check_agreement(plan: Plan) -> None:
-    """Follow the schedule and the plan with random numbers in place of features: both must use the same ones.
+    """Check that a plan and its schedule use the same predictions.
 
-    Two linear combinations of computed features that differ do so for almost all numbers, and nobody knows these before.
-    The plan is one that `goc_deploy.plan.check_plan` accepts.
+    Both are followed with random numbers in place of features. Two linear combinations of computed
+    features that differ do so for almost all numbers, and no plan can depend on them.
+    `goc_deploy.compiler.check.check_plan` must have accepted the plan.
 
     Raises:
         EngineDirError: naming the first step and unit at which they differ.
@@ -30,17 +29,18 @@ def check_agreement(plan: Plan) -> None:
     features = [
         [generator.uniform(0.5, 1) for _ in range(schedule.units)] for _ in range(schedule.steps)
     ]
-    asked, found = _asked(schedule, features), _found(plan, features)
-    for step, (rows, used) in enumerate(zip(asked, found, strict=True)):
+    asked, planned = _asked(schedule, features), _planned(plan, features)
+    for step, (rows, used) in enumerate(zip(asked, planned, strict=True)):
         for unit, (wanted, value) in enumerate(zip(rows, used, strict=True)):
             if not abs(wanted - value) <= TOLERANCE * max(1.0, abs(wanted)):
                 raise EngineDirError(
-                    f"plan {plan.name} does not do what its schedule asks for at {schedule.place(step, unit)}; add the plan again"
+                    f"plan {plan.name} does not do what its schedule asks for at "
+                    f"{schedule.place(step, unit)}; add the plan again"
                 )
 
 
 def _asked(schedule: Schedule, features: _Features) -> list[list[float]]:
-    """What each unit adds at each step, as the schedule has it."""
+    """Compute what each unit adds at each step according to the schedule."""
     histories: list[list[float]] = [[] for _ in range(schedule.units)]
     asked = []
     for step, rows in enumerate(schedule.coefficients):
@@ -55,14 +55,14 @@ def _asked(schedule: Schedule, features: _Features) -> list[list[float]]:
     return asked
 
 
-def _found(plan: Plan, features: _Features) -> list[list[float]]:
-    """The same, as the plan makes it with its slots."""
+def _planned(plan: Plan, features: _Features) -> list[list[float]]:
+    """Compute the same from the plan and its slots."""
     slots = [0.0] * plan.slots
-    found = [[0.0] * plan.schedule.units for _ in range(plan.steps)]
+    planned = [[0.0] * plan.schedule.units for _ in range(plan.steps)]
     for step, launches in enumerate(plan.launches):
         for op in launches:
             if isinstance(op, Compute):
-                value = found[step][op.unit] = features[step][op.unit]
+                value = planned[step][op.unit] = features[step][op.unit]
                 if op.store is not None:
                     slots[op.store] = value
             elif isinstance(op, Predict):
@@ -70,14 +70,14 @@ def _found(plan: Plan, features: _Features) -> list[list[float]]:
                 for unit, (prediction, value) in enumerate(
                     zip(op.predictions, sums, strict=True), op.unit
                 ):
-                    found[step + op.ahead][unit] = prediction.coefficients[0] * value
+                    planned[step + op.ahead][unit] = prediction.coefficients[0] * value
                     if prediction.store is not None:
                         slots[prediction.store] = value
-    return found
+    return planned
 
 
 def _sum(prediction: Prediction, slots: Sequence[float]) -> float:
-    """What a prediction stores: the first coefficient is the factor of the whole."""
+    """Compute the sum that a prediction stores, without its first coefficient, the factor."""
     if not prediction.slots:
         raise EngineDirError("a launch of the plan predicts from nothing; add the plan again")
     first, *others = (slots[slot] for slot in prediction.slots)

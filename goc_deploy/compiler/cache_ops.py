@@ -1,8 +1,8 @@
-"""Names of what a cache update is in a graph: op types, and the signatures of predict graphs.
+"""Names of cache updates in a graph: op types, and the signatures of predict graphs.
 
 A predict graph is a chain of updates, one per unit. ``GocCacheUpdate2`` reads two history entries
-and stores the prediction, ``GocCacheApply2`` does not store it. The exporters write these names,
-the plugin registers and recognises them.
+and stores the prediction; ``GocCacheApply2`` does not store it. The exporters write these names,
+and the plugin registers and recognises them.
 """
 
 from __future__ import annotations
@@ -21,31 +21,32 @@ _RUN = re.compile(rf"([1-{MAX_HISTORY}])(w?)\*([1-9][0-9]*)")
 
 
 def update_name(entries: int, *, stores: bool) -> str:
-    """Op type of an update that reads ``entries`` history entries."""
+    """Return the op type of an update that reads ``entries`` history entries."""
     return f"GocCache{'Update' if stores else 'Apply'}{entries}"
 
 
 def update_from_name(op_type: str) -> tuple[int, bool] | None:
-    """``GocCacheUpdate2`` to ``(2, True)``, the inverse of `update_name`; None for any other op."""
+    """Parse an op type, ``GocCacheUpdate2`` to ``(2, True)``; None for any other op."""
     name = _OP_TYPE.fullmatch(op_type)
     return (int(name[2]), name[1] == "Update") if name else None
 
 
 def predict_signature(updates: Iterable[tuple[int, bool]]) -> str:
-    """``[(2, True)] * 8 + [(1, False)]`` to ``2w*8 1*1``: runs of equal updates, in order.
+    """Write updates as runs: ``[(2, True)] * 8 + [(1, False)]`` is ``2w*8 1*1``.
 
     Args:
-        updates: per unit the number of history entries read, and whether the prediction is stored.
+        updates: per unit, the number of history entries it reads and whether it stores the
+            prediction.
     """
     words = (f"{entries}{'w' if stores else ''}" for entries, stores in updates)
     return " ".join(f"{word}*{len(list(run))}" for word, run in groupby(words))
 
 
 def updates_from_signature(signature: str) -> list[tuple[int, bool]]:
-    """The inverse of `predict_signature`.
+    """Parse a predict signature, the inverse of `predict_signature`.
 
     Raises:
-        EngineDirError: not a signature.
+        EngineDirError: the text is not a signature.
     """
     runs = [_RUN.fullmatch(word) for word in signature.split(" ")]
     if not all(runs):

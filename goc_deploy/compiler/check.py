@@ -1,4 +1,4 @@
-"""Whether a plan is safe to execute for a model."""
+"""The check that a plan is safe to execute for a model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from goc_deploy.spec import ModelSpec
 def check_plan(plan: Plan, spec: ModelSpec) -> None:
     """Check that a plan is safe to execute for this model.
 
-    Every unit acts once in every step, in order, or through an accumulator that is filled before
-    and collected once. Slots are in range, and nothing is read before it is written.
+    Every unit acts once in every step and in order, or through an accumulator that is filled in an
+    earlier step and added once. Slots are in range, and nothing is read before it is written.
 
     Raises:
         EngineDirError: naming the step and what is wrong.
@@ -55,7 +55,7 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
 
 
 def _entries(op: Compute | Segment | Predict) -> tuple[int, tuple[Prediction, ...]]:
-    """The first unit of a launch, and what it reads and stores per unit."""
+    """Return the first unit of a launch, and what the launch reads and stores per unit."""
     if isinstance(op, Predict):
         return op.unit, op.predictions
     first, stores = (op.unit, (op.store,)) if isinstance(op, Compute) else (0, op.stores)
@@ -88,10 +88,10 @@ def _check_table(plan: Plan, spec: ModelSpec) -> None:
 def _collected(
     plan: Plan, step: int, op: Collect, accumulated: dict[int, list[int]], every_unit: list[int]
 ) -> list[int]:
-    """The units whose predictions the accumulator of a collapsed step holds: all of them.
+    """Return the units whose predictions the accumulator of a collapsed step holds: all units.
 
     Raises:
-        EngineDirError: some are missing, or came from another step than the one ``ahead`` before.
+        EngineDirError: units are missing, or were predicted in another step than ``ahead`` before.
     """
     launches = plan.launches[step - op.ahead] if 0 < op.ahead <= step else ()
     filled = [

@@ -1,8 +1,8 @@
-"""From schedule to plan: the compiler.
+"""The compiler passes, which turn a schedule into a plan.
 
-Every pipeline names every feature once (static single assignment) and keeps only those that are
-read again. `compile_for_host` then moves the predictions of steps that compute nothing to where
-their history is at hand; `compile_for_device` makes few launches of many units instead:
+Both pipelines name every feature once (static single assignment) and store only the features that
+are read again. `compile_for_host` then moves the predictions of collapsed steps to the place where
+their history was just computed. `compile_for_device` instead makes few launches of many units:
 
     host:    name_values -> drop_dead_stores -> accumulate_ahead -> group_launches -> assign_slots
     device:  name_values -> drop_dead_stores -> group_launches -> assign_slots
@@ -10,8 +10,8 @@ their history is at hand; `compile_for_device` makes few launches of many units 
              name_values -> drop_dead_stores -> store_alike -> group_launches -> merge_full_steps
              -> assign_slots
 
-Both compute the same numbers. An engine directory holds the host's form, with what was asked for;
-`in_form` turns it into the other.
+Both forms compute the same numbers. An engine directory stores the host form together with the
+requested segments; `in_form` converts it to the device form.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ from goc_deploy.schedule import (
 )
 from goc_deploy.spec import ModelSpec
 
-LAUNCHES_BEFORE_AHEAD = 3  # each further one would be a little faster and take one more slot
+LAUNCHES_BEFORE_AHEAD = 3  # each additional launch is a little faster and needs one more slot
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One unit at one step, over named values instead of buffers.
+    """One unit at one step, which reads and produces named values instead of buffers.
 
     Attributes:
         step: the step whose x it updates.
         unit: index of the unit.
-        reads: names of the values read, the one with the largest weight first; empty if the unit is
-            computed.
+        reads: names of the values read, the one with the largest coefficient first; empty if the
+            unit is computed.
         coefficients: one per value read, as in `goc_deploy.compiler.plan.Prediction`.
-        value: name of the value it produces, or None if no evaluation reads it.
-        ahead: how many steps before ``step`` it runs.
+        value: name of the value it produces, or None if no evaluation reads that value.
+        ahead: number of steps between the step in which it runs and ``step``.
     """
 
     step: int
@@ -79,21 +79,25 @@ def compile_for_host(
     name: str = "plan",
     segments: Segments = "none",
 ) -> Plan:
-    """Compile a schedule for a CPU: every unit is a launch, and predictions are made ahead of time.
+    """Compile a schedule for a CPU: every unit is a launch, and predictions are made ahead.
 
     Args:
         schedule: the action of every unit at every step.
         spec: the model.
-        sampler: a table, or a sampler SPEC for the process that DiT and PixArt are trained on; for
-            a model whose folder has a scheduler, use
-            `goc_deploy.exporters.schedulers.table_from_sampler` with its manifest's ``process``.
-        steps: number of steps; default: the schedule's.
+        sampler: a table, or a sampler SPEC for the process that DiT and PixArt are trained on. If
+            the model's folder has a scheduler, make the table with
+            `goc_deploy.exporters.schedulers.table_from_sampler` and the ``process`` of the
+            manifest.
+        steps: number of steps; None takes the schedule's.
         name: the plan's name.
-        segments: what `in_form` shall merge for a device; this form has no segments.
+        segments: what `in_form` merges in the device form; the host form has no segments.
+
+    Returns:
+        The plan, checked with `check_plan`.
 
     Raises:
         ScheduleError: the schedule breaks a rule of legality or does not fit.
-        UsageError: unknown sampler, one that does not fit the model, or unknown segments.
+        UsageError: the sampler is unknown or does not fit the model, or ``segments`` is unknown.
     """
     schedule, table = _checked(schedule, spec, sampler, steps, segments)
     evaluations = name_values(schedule)
@@ -115,14 +119,22 @@ def compile_for_device(
     name: str = "plan",
     segments: Segments = "none",
 ) -> Plan:
-    """Compile a schedule for a GPU: a step that computes nothing is one launch.
+    """Compile a schedule for a GPU: a collapsed step is one launch.
 
     Args:
-        schedule, spec, sampler, steps, name: as `compile_for_host` takes them.
-        segments: ``full`` makes one launch of a step that computes everything too.
+        schedule: as for `compile_for_host`.
+        spec: as for `compile_for_host`.
+        sampler: as for `compile_for_host`.
+        steps: as for `compile_for_host`.
+        name: as for `compile_for_host`.
+        segments: ``full`` also makes each full step one launch.
+
+    Returns:
+        The plan, checked with `check_plan`.
 
     Raises:
-        ScheduleError, UsageError: as `compile_for_host`.
+        ScheduleError: as for `compile_for_host`.
+        UsageError: as for `compile_for_host`.
     """
     schedule, table = _checked(schedule, spec, sampler, steps, segments)
     evaluations = name_values(schedule)
@@ -140,11 +152,12 @@ def compile_for_device(
 
 
 def in_form(plan: Plan, spec: ModelSpec, form: PlanForm) -> Plan:
-    """A plan in the form that a backend runs. Coefficients and results are the same.
+    """Convert a plan to the form that a backend runs; the results are the same.
 
-    Before, ``host``: step 4 computes and, a few units at a time, predicts for step 5, which adds
-    the sum. After, ``device``: step 4 computes, in one launch with segments; step 5 is one launch
-    over the history of all units. The history takes more slots.
+    Before, ``host``: step 4 computes all units and predicts for step 5, a few units at a time.
+    Step 5 adds the accumulated predictions. After, ``device``: step 4 only computes, in one launch
+    if the plan has segments. Step 5 is one launch that reads the history of all units. The device
+    form needs more slots for the history.
     """
     if form == plan.form:
         return plan
@@ -159,7 +172,7 @@ def _checked(
     steps: int | None,
     segments: Segments,
 ) -> tuple[Schedule, SamplerTable]:
-    """The schedule with its short histories filled, and its sampler table; both fit the model."""
+    """Fill the short histories of a schedule, make its sampler table, and check both."""
     if segments not in SEGMENTS:
         raise UsageError(f"segments must be {' or '.join(SEGMENTS)}, got {segments!r}")
     schedule = fill_short_history(schedule)
@@ -181,10 +194,9 @@ def name_values(schedule: Schedule) -> list[Evaluation]:
     """Name every feature that a schedule computes or predicts.
 
     A history entry is a value times a factor. A prediction from one entry only changes the factor.
-    A
-    prediction from several entries is a new value: their sum, divided by the largest weight, which
-    becomes the factor. A value that is in the history twice is read once, with the sum of its
-    coefficients.
+    A prediction from several entries is a new value: their sum, divided by the largest coefficient,
+    which becomes the factor. A value that is in the history twice is read once, with the sum of
+    its coefficients.
 
     Before: ``gradient`` with history (a, a). After: the prediction *is* a.
     Before: ``2.2 a - 1.2 b``. After: the value ``a - 0.545 b``, times 2.2.
@@ -214,7 +226,8 @@ def name_values(schedule: Schedule) -> list[Evaluation]:
 def drop_dead_stores(evaluations: list[Evaluation]) -> list[Evaluation]:
     """Drop the stores of values that no later evaluation reads.
 
-    Before: step 2 stores a feature that step 4 replaces unread. After: step 2 stores nothing.
+    Before: step 2 stores a feature that step 4 replaces before any step reads it. After: step 2
+    stores nothing.
     """
     alive: set[int] = set()
     kept: list[Evaluation] = []
@@ -225,7 +238,7 @@ def drop_dead_stores(evaluations: list[Evaluation]) -> list[Evaluation]:
 
 
 def store_alike(evaluations: list[Evaluation]) -> list[Evaluation]:
-    """Let all full steps store the features of the same units, so that one engine serves them.
+    """Make all full steps store the features of the same units, so that one engine serves them.
 
     Before: step 4 stores units 0 and 1, step 8 stores nothing. After: step 8 stores units 0 and 1
     too, although no step reads them.
@@ -244,12 +257,12 @@ def accumulate_ahead(evaluations: list[Evaluation]) -> list[Evaluation]:
     """Move the predictions of collapsed steps into the last step that computes a unit.
 
     These predictions depend on the history alone. If they are made soon after their unit ran, a
-    feature that only they read needs no slot for long. A few units are predicted at a time, because
-    a launch is faster if its temporary tensors fit into the CPU's cache (DiT-XL/2, gradient of all
-    units: 38 ms one by one, 33 ms by fours).
+    feature that only they read occupies a slot for a short time. A few units are predicted at a
+    time, because a launch is faster if its temporary tensors fit into the CPU's cache (DiT-XL/2,
+    gradient of all units: 38 ms with one unit per launch, 33 ms with four).
 
     Before: step 4 computes units 0 and 1, step 5 predicts 0 and 1. After: step 4 computes 0 and 1
-    and predicts both ahead. The evaluations of a unit keep their order.
+    and predicts both ahead. The order of the evaluations of each unit does not change.
     """
     moved: list[Evaluation] = []
     steps = [list(step) for _, step in groupby(evaluations, key=lambda e: e.step)]
@@ -272,7 +285,7 @@ def accumulate_ahead(evaluations: list[Evaluation]) -> list[Evaluation]:
 def group_launches(evaluations: list[Evaluation]) -> list[list[Evaluation]]:
     """Group evaluations into launches of at most `MAX_LAUNCH_UNITS` units.
 
-    Neighbouring predictions for one step are a launch, and so is every computed unit.
+    Adjacent predictions for one step share a launch. Every computed unit is a launch of its own.
 
     Before: step 4 predicts units 0 and 1 and computes unit 2. After: step 4 launches units 0 and 1
     together, then unit 2.
@@ -301,13 +314,13 @@ def merge_full_steps(groups: list[list[Evaluation]]) -> list[list[Evaluation]]:
 
 
 def assign_slots(groups: list[list[Evaluation]]) -> tuple[tuple[tuple[Launch, ...], ...], int]:
-    """Assign a slot to every stored value for as long as the value lives.
+    """Assign a slot to every stored value, for as long as the value is needed.
 
-    A prediction overwrites the oldest entry of its own unit that dies in the same launch. Any other
-    value prefers a slot that its unit used before. So steps of a kind use the same slots, and are
-    the same launches. The slots of other entries that die in a launch, and of values that are never
-    read, are free from the next launch on, because the order of writes within a launch is not
-    fixed.
+    A prediction overwrites the oldest entry of its own unit that is read for the last time in the
+    same launch. Any other value prefers a slot that its unit used before. As a result, steps of
+    one kind use the same slots, and their launches are the same. All other slots whose values are
+    read for the last time in a launch are free from the next launch on, because the order of
+    writes within a launch is not fixed. The same holds for values that are never read.
 
     Returns:
         (launches by the step in which they run, number of slots).
@@ -329,7 +342,7 @@ def assign_slots(groups: list[list[Evaluation]]) -> tuple[tuple[tuple[Launch, ..
             if e.value is not None:
                 own = [value for value in e.reads if value in dying]
                 if own:
-                    oldest = min(own)  # values are named in order
+                    oldest = min(own)  # values are numbered in the order of evaluation
                     store = slot_of[oldest]
                     dying.remove(oldest)
                 elif free:
@@ -351,7 +364,7 @@ def assign_slots(groups: list[list[Evaluation]]) -> tuple[tuple[tuple[Launch, ..
 
 
 def _launch(first: Evaluation, entries: list[Prediction]) -> Launch:
-    """The launch of a group with this first evaluation."""
+    """Make the launch of a group of evaluations, of which this is the first."""
     if first.reads:
         return Predict(first.unit, tuple(entries), first.ahead)
     stores = tuple(entry.store for entry in entries)

@@ -13,7 +13,7 @@ from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec
 
-MAX_LAUNCH_UNITS = 88  # predictions that the parameters of the plugin's kernel have room for
+MAX_LAUNCH_UNITS = 88  # limit of predictions in the parameters of the plugin's kernel
 PlanForm = Literal["host", "device"]
 StepKind = Literal["full", "mixed", "collapsed"]
 
@@ -43,7 +43,7 @@ class Segment:
 
     @property
     def signature(self) -> str:
-        """Which units' features the engine outputs, whatever slots keep them.
+        """Which units' features the engine outputs; it does not depend on the slots.
 
         ``-*2 w*6`` outputs the features of all units but the first two.
         """
@@ -55,16 +55,16 @@ class Segment:
 class Prediction:
     """One unit's ``g = c0 * (slot0 + c1 * slot1 + ...)``.
 
-    The first coefficient is multiplied into the gate, which is small; that saves a pass over the
-    feature. The sum in brackets is what is stored, and the compiler accounts for the factor when
-    the sum is read.
+    The first coefficient is multiplied into the gate, which is small. That saves a pass over the
+    feature. The sum in brackets is stored, and the compiler accounts for the factor when the sum
+    is read.
 
     Attributes:
-        slots: history slots read, the one with the largest weight first, so that the other
-            coefficients are within -1..1.
+        slots: history slots that are read, the one with the largest coefficient first, so that the
+            other coefficients are within -1..1.
         coefficients: one per slot.
-        store: slot that keeps the sum, or None. It may be one of ``slots``: that of the entry that
-            dies.
+        store: slot that keeps the sum, or None. It may be one of ``slots`` if its entry is not
+            read again.
     """
 
     slots: tuple[int, ...]
@@ -81,8 +81,8 @@ class Predict:
         predictions: one per unit.
         ahead: 0 adds to x of the step in which the launch runs. The predictions of a collapsed step
             do not depend on x. They can be made ``ahead`` steps early, with the gates of the
-            collapsed step, and are then summed in accumulator number ``ahead``, which unit 0
-            starts.
+            collapsed step, and are then summed up in accumulator number ``ahead``. The launch of
+            unit 0 starts the accumulator.
     """
 
     unit: int
@@ -91,16 +91,16 @@ class Predict:
 
     @property
     def signature(self) -> str:
-        """What each unit reads and stores, whatever the launch is bound to.
+        """What each unit reads and stores; it does not depend on the slots.
 
-        ``2w*8`` is eight units that read two entries each and store their prediction.
+        ``2w*8`` is eight units that each read two entries and store their prediction.
         """
         return predict_signature((len(p.slots), p.store is not None) for p in self.predictions)
 
 
 @dataclass(frozen=True, slots=True)
 class Collect:
-    """All of a collapsed step: x += the accumulator that was filled ``ahead`` steps before."""
+    """A whole collapsed step: x += the accumulator that was filled ``ahead`` steps before."""
 
     ahead: int
 
@@ -117,11 +117,11 @@ class Plan:
         sampler: the sampler table, T rows.
         launches: [T] the launches of each step, in execution order.
         slots: number of feature-sized history buffers.
-        schedule: what it was compiled from.
-        segments: what a device shall run as one engine: ``full``, a step that computes everything,
-            or ``none``.
-        form: ``host`` as `goc_deploy.compiler.passes.compile_for_host` makes it, which engine
-            directories hold, or ``device``.
+        schedule: the schedule that it was compiled from.
+        segments: what a device runs as one engine: ``full``, all units of a full step, or
+            ``none``.
+        form: ``host``, the form of `goc_deploy.compiler.passes.compile_for_host` that engine
+            directories store, or ``device``.
     """
 
     name: str
@@ -157,14 +157,14 @@ class Plan:
 
     @property
     def accumulators(self) -> int:
-        """Number of accumulators: how many steps ahead the earliest prediction is made."""
+        """Number of accumulators: the largest number of steps that a prediction is made ahead."""
         return max(
             (op.ahead for step in self.launches for op in step if isinstance(op, Predict)),
             default=0,
         )
 
     def step_kind(self, step: int) -> StepKind:
-        """``full`` computes every unit, ``collapsed`` none, ``mixed`` some."""
+        """``full`` if the step computes every unit, ``collapsed`` if none, otherwise ``mixed``."""
         ops = self.launches[step]
         computed = sum(isinstance(op, Compute) for op in ops)
         if computed == self.schedule.units or any(isinstance(op, Segment) for op in ops):
@@ -173,18 +173,18 @@ class Plan:
 
     @property
     def kind_counts(self) -> dict[StepKind, int]:
-        """How many steps are of each kind."""
+        """Count the steps of each kind."""
         return dict(sorted(Counter(self.step_kind(k) for k in range(self.steps)).items()))
 
     @property
     def cache_features(self) -> int:
-        """Feature-sized buffers: slots, accumulators, and the zeros that these start from."""
+        """Number of feature-sized buffers: slots, accumulators, and the zeros they start from."""
         return self.slots + (self.accumulators + 1 if self.accumulators else 0)
 
     def cache_bytes(self, spec: ModelSpec, batch: int, item_bytes: int) -> int:
-        """Bytes of the cache for ``batch`` rows (two per image with guidance)."""
+        """Size of the cache for ``batch`` rows (two per image with guidance)."""
         return self.cache_features * batch * spec.tokens * spec.hidden * item_bytes
 
     def naive_cache_bytes(self, spec: ModelSpec, batch: int, item_bytes: int) -> int:
-        """Bytes of the reference implementation's queue: two features per unit."""
+        """Size of the reference implementation's queue: two features per unit."""
         return 2 * spec.units * batch * spec.tokens * spec.hidden * item_bytes

@@ -27,7 +27,7 @@ PLAN_FORMAT, PLAN_VERSION = "goc_deploy.plan", 3
 
 
 class _Row(Struct, array_like=True, forbid_unknown_fields=True):
-    """Fields that are written as a list, in their order."""
+    """A list in the file, whose items are the fields in their order."""
 
 
 class _Compute(_Row, tag="c"):
@@ -52,7 +52,7 @@ class _Predict(_Row, tag="p"):
 
 
 class _PlanFile(Struct):
-    """The fields of a plan file behind ``format`` and ``version``."""
+    """The fields of a plan file after ``format`` and ``version``."""
 
     name: str
     slots: Count
@@ -62,10 +62,10 @@ class _PlanFile(Struct):
 
 
 def plan_to_json(plan: Plan) -> str:
-    """A plan as JSON.
+    """Write a plan as JSON.
 
-    Launches are lists: ``["c", unit, slot]`` computes, ``["p", unit, [[slots, coefficients, slot], ...], ahead]``
-    predicts, ``["a", ahead]`` adds an accumulator.
+    Launches are lists: ``["c", unit, slot]`` computes, ``["p", unit, [[slots, coefficients, slot],
+    ...], ahead]`` predicts, and ``["a", ahead]`` adds an accumulator.
     """
     return dump_json(
         {
@@ -83,7 +83,7 @@ def plan_to_json(plan: Plan) -> str:
 
 def _sampler_to_fields(table: SamplerTable) -> dict[str, Any]:
     fields = asdict(table)
-    if table.start == 1:  # as in files that were written before there was a start
+    if table.start == 1:  # files that older versions wrote have no start
         del fields["start"]
     return fields
 
@@ -103,11 +103,11 @@ def _launch_to_list(op: Launch) -> list[Any]:
 
 
 def plan_from_json(text: bytes, schedule: Schedule, where: str) -> Plan:
-    """Read a plan; ``schedule`` is what it was compiled from.
+    """Read a plan; ``schedule`` is the one that it was compiled from.
 
     Raises:
-        EngineDirError: not JSON, another format, or a field that is missing or wrong; the message
-            has its path. `check_plan` checks whether the plan is safe to execute.
+        EngineDirError: the text is not JSON or has another format, or a field is missing or wrong;
+            the message has the field's path. `check_plan` checks whether the plan is safe to run.
     """
     fields = parse_json(text, where, EngineDirError)
     check_format(fields, PLAN_FORMAT, PLAN_VERSION, where, EngineDirError)

@@ -1,4 +1,4 @@
-"""Captions as models take them: embeddings of a text encoder, which tokens count, and which image shows what."""
+"""Captions as the model reads them, and the choice of a caption or class for each image."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NO_CAPTIONS = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Captions:
-    """K captions, padded to what the model takes.
+    """K captions, padded to the length that the model reads.
 
     Attributes:
         embeds: (K, L, C) float32.
@@ -38,17 +38,17 @@ class Captions:
 
     @property
     def bias(self) -> np.ndarray:
-        """(K, L) float32, what is added to attention scores."""
+        """(K, L) float32, the number to add to attention scores."""
         return ((1 - self.mask) * MASKED).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptEmbeds:
-    """What to draw and, with guidance, what to draw away from.
+    """Prompts of images, and negative prompts for guidance.
 
     Attributes:
         prompts: K captions.
-        negatives: K of them, or one for all; None where there are none, so that guidance is not possible.
+        negatives: K captions, or one for all prompts; None makes guidance impossible.
     """
 
     prompts: Captions
@@ -56,7 +56,7 @@ class PromptEmbeds:
 
     @property
     def table(self) -> Captions:
-        """Prompts, then negatives."""
+        """Prompts, followed by negatives."""
         if self.negatives is None:
             return self.prompts
         return Captions(
@@ -71,8 +71,8 @@ class Conditions:
 
     Attributes:
         labels: N class labels, or rows of ``captions``.
-        nulls: the same for the unconditional half; not read without guidance.
-        captions: the table that both point into, or None for a class-conditional model.
+        nulls: the same for the unconditional half; without guidance they are not read.
+        captions: the table of these rows, or None for a class-conditional model.
     """
 
     labels: tuple[int, ...]
@@ -80,7 +80,7 @@ class Conditions:
     captions: Captions | None = None
 
     def part(self, images: range) -> Conditions:
-        """The conditions of some of the images."""
+        """Select the conditions of some of the images."""
         cut = slice(images.start, images.stop)
         return Conditions(self.labels[cut], self.nulls[cut], self.captions)
 
@@ -88,10 +88,10 @@ class Conditions:
 def conditions_from_labels(
     labels: Sequence[int], spec: ModelSpec, stored: PromptEmbeds | None
 ) -> Conditions:
-    """Conditions of class labels, or of the captions that an engine directory keeps.
+    """Make conditions of labels: classes, or stored captions of an engine directory.
 
     Raises:
-        UsageError: no labels, or one out of range.
+        UsageError: there are no labels, or one is out of range.
     """
     if len(labels) == 0:
         raise UsageError("labels are empty; give one label per image")
@@ -103,37 +103,37 @@ def conditions_from_labels(
 
 
 def conditions_from_captions(
-    labels: Sequence[int] | None, given: PromptEmbeds, *, guided: bool
+    labels: Sequence[int] | None, embeds: PromptEmbeds, *, guided: bool
 ) -> Conditions:
-    """Conditions of captions; ``labels`` are rows of the prompts, by default each of them once.
+    """Make conditions of captions; ``labels`` are rows of the prompts, None is each row once.
 
     Raises:
-        UsageError: a row out of range, or guidance without negatives.
+        UsageError: a row is out of range, or guidance has no negatives.
     """
-    count = len(given.prompts)
+    count = len(embeds.prompts)
     rows = tuple(range(count)) if labels is None else tuple(labels)
     check_rows(rows, count)
-    if given.negatives is None:
+    if embeds.negatives is None:
         if guided:
             raise UsageError(f"guidance needs {NEGATIVE} too; add them, or use `cfg_scale=1`")
-        return Conditions(rows, rows, given.prompts)
-    negatives = len(given.negatives)
-    return Conditions(rows, tuple(count + row % negatives for row in rows), given.table)
+        return Conditions(rows, rows, embeds.prompts)
+    negatives = len(embeds.negatives)
+    return Conditions(rows, tuple(count + row % negatives for row in rows), embeds.table)
 
 
 def prompt_embeds_from_arrays(
     arrays: Mapping[str, np.ndarray], spec: ModelSpec, where: str
 ) -> PromptEmbeds:
-    """Check and pad embeddings.
+    """Check and pad prompt embeddings.
 
     Args:
-        arrays: ``prompt_embeds`` [K, L, C], and where there are some ``prompt_attention_mask`` [K, L],
+        arrays: ``prompt_embeds`` [K, L, C], and optionally ``prompt_attention_mask`` [K, L],
             ``negative_prompt_embeds`` [K or 1, L, C] and ``negative_prompt_attention_mask``.
         spec: the model.
-        where: they come from.
+        where: source of the arrays for messages.
 
     Raises:
-        UsageError: an unknown name, or a shape, dtype or value that does not fit.
+        UsageError: a name is unknown, or a shape, dtype or value does not fit.
     """
     if not spec.draws_captions:
         raise UsageError(
@@ -149,7 +149,8 @@ def prompt_embeds_from_arrays(
     )
     if negatives is not None and len(negatives) not in (1, len(prompts)):
         raise UsageError(
-            f"{where} has {len(negatives)} negative captions for {len(prompts)}; give one, or one for each"
+            f"{where} has {len(negatives)} negative captions for {len(prompts)}; give one, or one "
+            "for each"
         )
     return PromptEmbeds(prompts, negatives)
 
@@ -160,16 +161,19 @@ def _captions(
     embeds = np.asarray(arrays[name])
     if embeds.ndim != 3 or 0 in embeds.shape or embeds.dtype.kind != "f":
         raise UsageError(
-            f"{where}: {name} is {embeds.dtype} {list(embeds.shape)}, expected floating point [N,L,C]"
+            f"{where}: {name} is {embeds.dtype} {list(embeds.shape)}, expected floating point "
+            "[N,L,C]"
         )
     count, tokens, width = embeds.shape
     if width != spec.caption_channels:
         raise UsageError(
-            f"{where}: {name} has embeddings of width {width} but the model takes {spec.caption_channels}; use its own text encoder"
+            f"{where}: {name} has embeddings of width {width} but the model takes "
+            f"{spec.caption_channels}; use its own text encoder"
         )
     if tokens > spec.caption_tokens:
         raise UsageError(
-            f"{where}: {name} has {tokens} tokens but the model takes {spec.caption_tokens}; encode with that limit"
+            f"{where}: {name} has {tokens} tokens but the model takes {spec.caption_tokens}; "
+            "encode with that limit"
         )
     if not np.isfinite(embeds).all():
         raise UsageError(f"{where}: {name} holds NaN or infinite values")
@@ -180,7 +184,8 @@ def _captions(
         or not mask.any(axis=1).all()
     ):
         raise UsageError(
-            f"{where}: {mask_name} must be {[count, tokens]} of zeros and ones with a one for each caption, got {list(mask.shape)}"
+            f"{where}: {mask_name} must be {[count, tokens]} of zeros and ones with a one for each "
+            f"caption, got {list(mask.shape)}"
         )
     missing = spec.caption_tokens - tokens
     return Captions(
@@ -190,7 +195,7 @@ def _captions(
 
 
 def blank_captions(spec: ModelSpec) -> PromptEmbeds:
-    """One caption of zeros, to run a model on nothing in particular."""
+    """Make one caption of zeros, for runs whose images do not matter."""
     blank = Captions(
         np.zeros((1, spec.caption_tokens, spec.caption_channels), np.float32),
         np.ones((1, spec.caption_tokens), np.float32),
@@ -198,40 +203,45 @@ def blank_captions(spec: ModelSpec) -> PromptEmbeds:
     return PromptEmbeds(blank, blank)
 
 
-def captions_to_bytes(given: PromptEmbeds) -> bytes:
-    """The ``.npz`` that an engine directory keeps; it has one negative caption."""
-    assert given.negatives is not None
+def captions_to_bytes(embeds: PromptEmbeds) -> bytes:
+    """Write the ``.npz`` file of an engine directory; it has one negative caption."""
+    assert embeds.negatives is not None
     file = io.BytesIO()
     np.savez(
         file,
-        prompt_embeds=given.prompts.embeds,
-        prompt_attention_mask=given.prompts.mask,
-        negative_prompt_embeds=given.negatives.embeds[:1],
-        negative_prompt_attention_mask=given.negatives.mask[:1],
+        prompt_embeds=embeds.prompts.embeds,
+        prompt_attention_mask=embeds.prompts.mask,
+        negative_prompt_embeds=embeds.negatives.embeds[:1],
+        negative_prompt_attention_mask=embeds.negatives.mask[:1],
     )
     return file.getvalue()
 
 
 def captions_from_bytes(content: memoryview, spec: ModelSpec, where: str) -> PromptEmbeds:
-    """What `captions_to_bytes` wrote.
+    """Read a file that `captions_to_bytes` wrote.
 
     Raises:
-        EngineDirError: something else, or another number of captions than the model's spec says.
+        EngineDirError: the content is another, or the number of captions is not that of the spec.
     """
     try:
-        found = prompt_embeds_from_arrays(arrays_from_npz(io.BytesIO(content), where), spec, where)
+        embeds = prompt_embeds_from_arrays(arrays_from_npz(io.BytesIO(content), where), spec, where)
     except UsageError as cause:
         raise EngineDirError(
             f"{where} holds no captions for this model ({cause}); export again"
         ) from cause
-    if len(found.prompts) != spec.classes or found.negatives is None or len(found.negatives) != 1:
+    if (
+        len(embeds.prompts) != spec.classes
+        or embeds.negatives is None
+        or len(embeds.negatives) != 1
+    ):
         raise EngineDirError(
-            f"{where} holds {len(found.prompts)} captions, not {spec.classes}; export again"
+            f"{where} holds {len(embeds.prompts)} captions, not {spec.classes}; export again"
         )
-    return found
+    return embeds
 
 
 def check_rows(labels: Sequence[int], count: int) -> None:
+    """Raise UsageError unless all labels are whole numbers within 0..count - 1."""
     for i, label in enumerate(labels):
         whole = isinstance(label, (int, np.integer)) and not isinstance(label, bool)
         if not whole or not 0 <= label < count:

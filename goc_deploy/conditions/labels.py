@@ -1,4 +1,4 @@
-"""Class labels as people write them: numbers, or names that the model's folder gave."""
+"""Labels as users write them: numbers, or class names from the model's folder."""
 
 from __future__ import annotations
 
@@ -13,35 +13,36 @@ from goc_deploy.errors import UsageError
 
 
 def labels_from_text(text: str, class_names: Sequence[str]) -> tuple[int, ...]:
-    """Labels from words separated by commas.
+    """Parse labels that are separated by commas.
 
     Args:
-        text: such as ``golden retriever,207``; upper and lower case are the same.
-        class_names: one per class, synonyms separated by commas; empty where the model has none.
+        text: labels such as ``golden retriever,207``; upper and lower case are the same.
+        class_names: one per class, with synonyms separated by commas; empty if the model has none.
 
     Raises:
-        UsageError: a word that is neither a whole number nor the name of exactly one class.
+        UsageError: a word is neither a whole number nor the name of exactly one class.
     """
-    known: dict[str, list[int]] = {}
+    labels_of: dict[str, list[int]] = {}
     for label, synonyms in enumerate(class_names):
         for name in synonyms.split(","):
-            known.setdefault(_key(name), []).append(label)
-    return tuple(_label(word, known) for word in text.split(","))
+            labels_of.setdefault(_key(name), []).append(label)
+    return tuple(_label(word, labels_of) for word in text.split(","))
 
 
-def _label(word: str, known: dict[str, list[int]]) -> int:
+def _label(word: str, labels_of: dict[str, list[int]]) -> int:
     if re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", word):
         return int(word)
-    found = sorted(set(known.get(_key(word), ())))
-    if len(found) == 1:
-        return found[0]
-    if found:
+    labels = sorted(set(labels_of.get(_key(word), ())))
+    if len(labels) == 1:
+        return labels[0]
+    if labels:
         raise UsageError(
-            f"{word.strip()!r} is the name of the classes {' and '.join(map(str, found))}; give the number"
+            f"{word.strip()!r} is the name of the classes {' and '.join(map(str, labels))}; give "
+            "the number"
         )
     hint = (
         "is not the name of a class"
-        if known
+        if labels_of
         else "must be a whole number, the model has no class names"
     )
     raise UsageError(f"label {word.strip()!r} {hint}; separate labels by commas")
@@ -51,14 +52,16 @@ def _key(name: str) -> str:
     return " ".join(name.lower().split())
 
 
-LABELS = 2**64 - 1  # in place of an image index
+LABELS = 2**64 - 1  # this number in place of an image index is the stream of labels
 
 
 def balanced_labels(classes: int, images: int, seed: int) -> tuple[int, ...]:
-    """Labels of calibration images: every class equally often (to one), in an order that the seed shuffles.
+    """Choose the labels of calibration images.
+
+    Every class occurs equally often (to within one), in an order that the seed shuffles.
 
     Raises:
-        UsageError: there are none: a model that draws captions, in an engine directory that keeps none.
+        UsageError: the model is text-conditional and the engine directory has no captions.
     """
     generator = np.random.Generator(np.random.Philox(key=np.array([seed, LABELS], np.uint64)))
     if not classes:
@@ -68,10 +71,12 @@ def balanced_labels(classes: int, images: int, seed: int) -> tuple[int, ...]:
 
 
 def spread_labels(labels: Sequence[int] | None, count: int | None, classes: int) -> list[int]:
-    """Labels of ``count`` images: the given ones (or 0, 1, 2, ...), repeated in order. Without a count once each, or 8.
+    """Return the labels of ``count`` images: the given ones, or 0, 1, 2, ..., repeated in order.
+
+    Without a count, every given label occurs once; without labels too, there are 8 images.
 
     Raises:
-        UsageError: none are given and there are no classes to take.
+        UsageError: there are neither labels nor classes.
     """
     if labels is None and not classes:
         raise UsageError(f"{NO_CAPTIONS}, or give prompt embeddings")
@@ -80,7 +85,10 @@ def spread_labels(labels: Sequence[int] | None, count: int | None, classes: int)
 
 
 def grid_columns(labels: Sequence[int]) -> int | None:
-    """Columns of a grid in which a row is a repetition of the labels, or several, or None where that is no good shape."""
+    """Return the number of columns of a grid whose rows repeat the labels.
+
+    A row may hold several repetitions. The result is None if no such grid has a good shape.
+    """
     period = next(
         p
         for p in range(1, len(labels) + 1)

@@ -1,4 +1,4 @@
-"""Named arrays from ``.npz`` and ``.safetensors`` files, without running anything in them."""
+"""Named arrays from ``.npz`` and ``.safetensors`` files, which cannot execute code."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ from goc_deploy.strict_json import parse_json
 
 SUFFIXES = (".npz", ".safetensors")
 MAX_BYTES = 2**32
-MAX_RATIO, ALWAYS_UNPACKED = (
-    20,
-    64 * 2**20,
-)  # an archive unpacks to that many times its size, and to that much more
+# An archive may unpack to this many times its size, and to this many more bytes.
+MAX_RATIO, ALWAYS_UNPACKED = 20, 64 * 2**20
 _DTYPES = {
     "F64": "<f8",
     "F32": "<f4",
@@ -34,10 +32,10 @@ _DTYPES = {
 
 
 def arrays_from_file(path: Path) -> dict[str, np.ndarray]:
-    """Every array of a file, by name; bfloat16 is widened to float32.
+    """Read every array of a file, by name; bfloat16 is widened to float32.
 
     Raises:
-        UsageError: unreadable, damaged, or of another kind.
+        UsageError: the file is unreadable, damaged, or of another kind.
     """
     if path.suffix not in SUFFIXES:
         raise UsageError(f"{path} must end in {' or '.join(SUFFIXES)}")
@@ -54,10 +52,10 @@ def arrays_from_file(path: Path) -> dict[str, np.ndarray]:
 
 
 def arrays_from_npz(file: BinaryIO, where: str) -> dict[str, np.ndarray]:
-    """Arrays of an ``.npz`` file, unless it unpacks to far more than its size.
+    """Read the arrays of an ``.npz`` file, unless it unpacks to far more than its size.
 
     Raises:
-        UsageError: damaged, of another kind, or a bomb.
+        UsageError: the file is damaged, of another kind, or a decompression bomb.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -72,9 +70,7 @@ def arrays_from_npz(file: BinaryIO, where: str) -> dict[str, np.ndarray]:
             return {name: np.asarray(arrays[name]) for name in arrays}
     except GocError:
         raise
-    except (
-        Exception
-    ) as cause:  # on a damaged file zipfile, zlib and NumPy raise whatever they run into
+    except Exception as cause:  # zipfile, zlib and NumPy raise many types for a damaged file
         raise UsageError(f"{where} cannot be read: {cause}") from cause
 
 
@@ -91,19 +87,18 @@ def latents_from_file(path: Path) -> np.ndarray:
 
 
 def array_from_npy(path: Path) -> np.ndarray:
-    """The array of a ``.npy`` file; nothing is allocated for what the file does not hold.
+    """Read the array of a ``.npy`` file; never allocate more memory than the file has bytes.
 
     Raises:
-        UsageError: unreadable, damaged, or of another kind.
+        UsageError: the file is unreadable, damaged, or of another kind.
     """
     try:
         _check_regular(path)
-        return np.array(
-            np.lib.format.open_memmap(path, mode="r")
-        )  # it takes no archive and no pickle
+        # open_memmap reads neither archives nor pickles.
+        return np.array(np.lib.format.open_memmap(path, mode="r"))
     except GocError:
         raise
-    except Exception as cause:  # as above
+    except Exception as cause:  # as for archives
         raise UsageError(f"{path} cannot be read: {cause}") from cause
 
 
@@ -114,20 +109,20 @@ def _check_regular(path: Path) -> None:
 
 
 def arrays_from_safetensors(content: bytes, where: str) -> dict[str, np.ndarray]:
-    """Arrays of a safetensors file; bfloat16 is widened to float32.
+    """Read the arrays of a safetensors file; bfloat16 is widened to float32.
 
-    ``safetensors.numpy`` cannot read bfloat16, so the bytes that the package checked are viewed
-    here.
+    ``safetensors.numpy`` cannot read bfloat16, so this function views the bytes that the package
+    has checked.
 
     Raises:
-        UsageError: damaged, a header that claims what is not there, or a dtype that is not read.
+        UsageError: the file is damaged, its header describes missing data, or a dtype is unknown.
     """
     try:
         tensors = deserialize(content)  # type: ignore[no-untyped-call]
     except SafetensorError as cause:
         raise UsageError(f"{where} is not a sound safetensors file: {cause}") from cause
     header_end = 8 + int.from_bytes(content[:8], "little")
-    # The package accepts a name that is there twice; this refuses it.
+    # The package accepts duplicate names; this refuses them.
     parse_json(content[8:header_end], f"the header of {where}", UsageError)
     arrays = {}
     for name, tensor in tensors:

@@ -1,4 +1,4 @@
-"""Prompts to captions: tokens by the ``tokenizers`` library, embeddings by the text encoder unit, once per prompt."""
+"""Prompts to captions, with the ``tokenizers`` library and the text encoder unit."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from goc_deploy.strict_json import bytes_from_file
 logger = logging.getLogger(__name__)
 
 KEPT_PROMPTS = 64
-PROMPTS_AT_ONCE = 8  # bounds the memory of a launch
+PROMPTS_AT_ONCE = 8  # limits the memory of a launch
 SHOWN_CHARACTERS = 60
 MAX_CHARACTERS = 100_000
 NO_TOKENIZERS = "prompts need the package tokenizers, which is not installed; run: pip install 'goc_deploy[text]', or give prompt embeddings"
 
 _Encoded = tuple[np.ndarray, np.ndarray]  # embeddings (L, C) and mask (L,), float32
 
-DEFAULT_PROMPTS = (  # what policies learn from, and goc-bench and goc-eval draw, where nobody gives captions
+# Captions for calibration, goc-bench and goc-eval if the user has no others.
+DEFAULT_PROMPTS = (
     "a red apple on a wooden table",
     "a photograph of a mountain lake at sunrise",
     "an old man reading a newspaper in a cafe",
@@ -48,10 +49,10 @@ DEFAULT_PROMPTS = (  # what policies learn from, and goc-bench and goc-eval draw
 
 
 def prompts_from_file(path: Path) -> tuple[str, ...]:
-    """One prompt per line; empty lines are skipped.
+    """Read one prompt per line; empty lines are skipped.
 
     Raises:
-        UsageError: unreadable, not UTF-8, or without prompts.
+        UsageError: the file is unreadable, is not UTF-8, or has no prompts.
     """
     try:
         lines = bytes_from_file(path, f"prompts {path}", UsageError).decode("utf-8").splitlines()
@@ -64,19 +65,21 @@ def prompts_from_file(path: Path) -> tuple[str, ...]:
 
 
 class TextEncoder:
-    """Encodes prompts on a stream of its own, several at a time, and remembers the last ones. Thread-safe.
+    """Encodes prompts, several at a time, on its own stream; it keeps recent results.
+
+    Instances are safe to use from several threads.
 
     Args:
-        engine: unit ``text_encoder``.
-        backend: owns its buffers.
+        engine: engine of unit ``text_encoder``.
+        backend: owner of the buffers.
         tokenizer: content of a ``tokenizer.json``.
         spec: the model.
         text: special tokens.
-        most: captions that the unit takes at once.
+        most: number of captions that the unit takes at once.
 
     Raises:
         EnvironmentUnsupportedError: the package tokenizers is not installed.
-        EngineDirError: the tokenizer is not one.
+        EngineDirError: the tokenizer's content is not a tokenizer.
     """
 
     def __init__(
@@ -95,38 +98,40 @@ class TextEncoder:
         self._tokens = backend.allocate((self._most, length), "int64")
         self._mask = backend.allocate((self._most, length), "float32")
         self._embeds = backend.allocate((self._most, length, spec.caption_channels), "float32")
-        self._bound: dict[int, Launch] = {}  # by the number of prompts
+        self._bound: dict[int, Launch] = {}  # number of prompts -> launch
         self._known: OrderedDict[str, _Encoded] = OrderedDict()
         self._bind(1)
 
     def prompt_embeds(
         self, prompts: Sequence[str], negatives: Sequence[str] = ("",)
     ) -> PromptEmbeds:
-        """Encode what to draw and what to draw away from; by default that is nothing in particular.
+        """Encode prompts and negative prompts; by default the negative prompt is empty.
 
-        A prompt that has more tokens than the model takes is cut, and the log says what is left out.
+        A prompt with more tokens than the model takes is cut, and the log shows the rest.
 
         Raises:
-            UsageError: no prompts, one that is no text, or negatives that are neither one nor one for each.
+            UsageError: there are no prompts, one is not a string, or the number of negatives is
+                neither one nor that of the prompts.
         """
-        if isinstance(prompts, str) or isinstance(negatives, str):  # which is a sequence of letters
+        if isinstance(prompts, str) or isinstance(negatives, str):  # a str is a sequence of str
             raise UsageError(
                 "prompts and negative prompts are lists of texts, got one text; put it into a list"
             )
         if not prompts or len(negatives) not in (1, len(prompts)):
             raise UsageError(
-                f"{len(prompts)} prompts and {len(negatives)} negative prompts; give one, or one for each"
+                f"{len(prompts)} prompts and {len(negatives)} negative prompts; give one, or one "
+                "for each"
             )
         texts = [_normalised(prompt) for prompt in (*prompts, *negatives)]
-        with self._stream.held():  # and with it the buffers, and what is remembered
+        with self._stream.held():  # this also protects the buffers and the kept results
             encoded = self._encoded(texts)
         return PromptEmbeds(_captions(encoded[: len(prompts)]), _captions(encoded[len(prompts) :]))
 
     def _encoded(self, texts: Sequence[str]) -> list[_Encoded]:
-        found = {text: self._known[text] for text in texts if text in self._known}
-        unknown = iter(dict.fromkeys(text for text in texts if text not in found))
+        encoded = {text: self._known[text] for text in texts if text in self._known}
+        unknown = iter(dict.fromkeys(text for text in texts if text not in encoded))
         while together := list(islice(unknown, self._most)):
-            found.update(
+            encoded.update(
                 zip(
                     together,
                     self._run_encoder([self._tokens_of(text) for text in together]),
@@ -134,11 +139,11 @@ class TextEncoder:
                 )
             )
         for text in texts:
-            self._known[text] = found[text]
+            self._known[text] = encoded[text]
             self._known.move_to_end(text)
         while len(self._known) > KEPT_PROMPTS:
             self._known.popitem(last=False)
-        return [found[text] for text in texts]
+        return [encoded[text] for text in texts]
 
     def _tokens_of(self, text: str) -> list[int]:
         most, eos = self._spec.caption_tokens, self._text.eos
@@ -155,12 +160,13 @@ class TextEncoder:
             tokens = [*tokens[: most - 1], eos]
         if max(tokens) >= self._text.vocabulary:
             raise EngineDirError(
-                f"the tokenizer gives token {max(tokens)} but the text encoder knows {self._text.vocabulary}; export again"
+                f"the tokenizer gives token {max(tokens)} but the text encoder knows "
+                f"{self._text.vocabulary}; export again"
             )
         return tokens
 
     def _run_encoder(self, prompts: Sequence[Sequence[int]]) -> list[_Encoded]:
-        """Encode tokens of at most ``_most`` prompts."""
+        """Encode the tokens of at most ``_most`` prompts."""
         count, length = len(prompts), self._spec.caption_tokens
         padded = np.full((count, length), self._text.pad)
         for row, tokens in zip(padded, prompts, strict=True):
@@ -171,12 +177,11 @@ class TextEncoder:
         run = self._bind(count)
         self._stream.upload(padded, self._tokens.view(count, length))
         self._stream.upload(mask, self._mask.view(count, length))
-        self._stream.wait()  # for backends whose engines run on a stream of their own
+        self._stream.wait()  # some backends run engines on a stream of their own
         run()
         embeds = self._stream.download(self._embeds.view(count, *self._embeds.shape[1:]))
-        return [
-            (embeds[i].copy(), mask[i].copy()) for i in range(count)
-        ]  # which are forgotten one by one
+        # Copies, because kept results are dropped one by one.
+        return [(embeds[i].copy(), mask[i].copy()) for i in range(count)]
 
     def _bind(self, count: int) -> Launch:
         if count not in self._bound:
@@ -190,7 +195,7 @@ class TextEncoder:
 
 
 def _normalised(prompt: str) -> str:
-    """A prompt as the reference pipeline takes it."""
+    """Clean a prompt in the same way as the reference pipeline."""
     if not isinstance(prompt, str) or len(prompt) > MAX_CHARACTERS:
         raise UsageError(
             f"a prompt must be a text of at most {MAX_CHARACTERS} characters, got {prompt!r:.60}"
@@ -220,7 +225,7 @@ def _tokenizer_from_json(content: bytes) -> Any:
 
 
 def _of_tokenizer(call: Callable[[], Any]) -> Any:
-    """What a call into the library returns; on a damaged tokenizer it raises anything, and a panic is no Exception."""
+    """Call the library; a damaged tokenizer raises any exception, and a panic is no Exception."""
     try:
         return call()
     except (KeyboardInterrupt, SystemExit):

@@ -1,1 +1,1 @@
-"""Tables and plots for people. Nothing decides by what is here."""
+"""Tables and plots for people. No other code depends on their content."""

@@ -1,4 +1,4 @@
-"""What is in an engine directory, for people: units, engines, and what a step launches."""
+"""Tables of an engine directory: units, engines, and the launches of a step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from goc_deploy.engine_dir.manifest import EngineEntry, Manifest
 
 
 def unit_rows(directory: EngineDir) -> Table:
-    """A row per graph: its sizes, its error to PyTorch, and how many engines serve it."""
+    """Make a row per graph: its sizes, its error compared with PyTorch, and its engines."""
     manifest = directory.manifest
     served = Counter(graph for engine in manifest.engines for graph in engine.graphs)
     rows = []
@@ -33,7 +33,7 @@ def unit_rows(directory: EngineDir) -> Table:
 
 
 def engine_rows(directory: EngineDir, folder: str) -> Table:
-    """A row per engine of a target: what it serves, what it takes, and whether its file has the listed size."""
+    """Make a row per engine of a target: its graphs, its memory, and the state of its file."""
     rows = [
         [
             engine.path.removeprefix(f"{folder}/"),
@@ -63,7 +63,7 @@ def engine_rows(directory: EngineDir, folder: str) -> Table:
 
 
 def target_folders(manifest: Manifest) -> list[str]:
-    """Folders of the engines, one per target."""
+    """Return the folders of the engines, one per target."""
     return sorted({engine.target.folder for engine in manifest.engines})
 
 
@@ -75,16 +75,16 @@ def _state(path: Path, size: int) -> str:
 
 
 def launch_rows(plans: Sequence[Plan], manifest: Manifest) -> Table:
-    """A row per plan and kind of step: how many graphs a step launches, and how many kernels these are on each target.
+    """Make a row per plan and kind of step: launched graphs, and kernels on each target.
 
-    TensorRT runs the device's form of a plan (`goc_deploy.compiler.passes.in_form`).
+    TensorRT runs the device form of a plan (`goc_deploy.compiler.passes.in_form`).
     """
     ways = sorted({(e.target.folder, e.weights) for e in manifest.engines if e.weights != "none"})
     rows = []
     for plan in plans:
         on_device = in_form(plan, manifest.model, "device")
         kinds: dict[StepKind, int] = {}
-        for step in range(1, plan.steps):  # the first also prepares the modulation table
+        for step in range(1, plan.steps):  # step 0 also prepares the modulation table
             kinds.setdefault(plan.step_kind(step), step)
         for kind, step in sorted(kinds.items()):
             on_cpu, on_gpu = (launched_graphs(form, manifest, step) for form in (plan, on_device))
@@ -104,7 +104,10 @@ def launch_rows(plans: Sequence[Plan], manifest: Manifest) -> Table:
 
 
 def launched_graphs(plan: Plan, manifest: Manifest, step: int) -> list[str]:
-    """The graphs that a step launches, in order, without the conditioning that the first step of a chunk adds."""
+    """Return the graphs that a step launches, in order.
+
+    The conditioning, which the first step of a chunk also launches, is not included.
+    """
     onnx = {unit.name: unit.onnx for unit in manifest.units}
     ops = plan.launches[step]
     ahead = {op.ahead for op in ops if isinstance(op, Predict) and op.ahead}
@@ -122,21 +125,20 @@ def launched_graphs(plan: Plan, manifest: Manifest, step: int) -> list[str]:
 
 
 def _kernels(graphs: Sequence[str], manifest: Manifest, folder: str, weights: EngineWeights) -> str:
-    """Kernels of all graphs on one target, or what is missing to tell."""
+    """Count the kernels of all graphs on one target, or explain why they cannot be counted."""
     of_graph: dict[str, EngineEntry] = {}
     for engine in manifest.engines:
         if engine.target.folder == folder and engine.weights in (weights, "none"):
             of_graph.update(dict.fromkeys(engine.graphs, engine))
-    for (
-        engine
-    ) in manifest.engines:  # weights that are inputs of the graph itself are so in both ways
+    # Weights that are inputs of the exported graph are inputs in both weight modes.
+    for engine in manifest.engines:
         if engine.target.folder == folder:
             for graph in engine.graphs:
                 of_graph.setdefault(graph, engine)
     counts = [of_graph[graph].kernels if graph in of_graph else None for graph in graphs]
-    known = [count for count in counts if count is not None]
+    reported = [count for count in counts if count is not None]
     return (
-        str(sum(known))
-        if len(known) == len(counts)
-        else f"{len(counts) - len(known)} graphs unknown"
+        str(sum(reported))
+        if len(reported) == len(counts)
+        else f"{len(counts) - len(reported)} graphs unknown"
     )

@@ -1,6 +1,6 @@
 """The heat map of a schedule: one drawing, for `goc-plan --plot` and for the report of goc-eval.
 
-Steps go from left to right and units from top to bottom, block 0 at the top, in the order in which a step runs them.
+Columns are steps, from left to right. Rows are units in execution order, with block 0 at the top.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ COLORS = {
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 6, 38
 CELL_WIDTH, CELL_HEIGHT, MAX_WIDTH, LABEL_WIDTH = 14, 7, 640, 26
 LINE_HEIGHT, CURVES_HEIGHT = 18, 60
-FONT_SIZE, LETTER = 11, 6.2  # pixels, and pixels per letter, about
+FONT_SIZE, LETTER = 11, 6.2  # pixels, and approximate pixels per letter
 
 
 @dataclass(frozen=True, slots=True)
 class Rectangle:
-    """A filled rectangle; ``kind`` is a key of ``COLORS``, ``tip`` what it shows under the mouse."""
+    """A filled rectangle; ``kind`` is a key of ``COLORS``, ``tip`` the text of its tooltip."""
 
     kind: str
     x: float
@@ -42,7 +42,10 @@ class Rectangle:
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """A line of text on the baseline (x, y); ``anchor`` is ``start``, ``middle`` or ``end``; ``upwards`` is turned by 90 degrees."""
+    """A line of text on the baseline (x, y).
+
+    ``anchor`` is ``start``, ``middle`` or ``end``; ``upwards`` turns the text by 90 degrees.
+    """
 
     text: str
     x: float
@@ -70,11 +73,13 @@ class Drawing:
 
 
 def heat_map(schedule: Schedule, title: str = "") -> Drawing:
-    """What every unit does at every step; runs of equal actions are one mark. Above it GOD's N and B where it chose.
+    """Draw the action of every unit at every step; runs of equal actions are one mark.
+
+    If GOD chose the steps, its N and B are drawn above.
 
     Args:
-        schedule: what to draw.
-        title: above everything; "" leaves its line out.
+        schedule: the schedule to draw.
+        title: text above the drawing; "" leaves the line out.
     """
     cell = min(CELL_WIDTH, MAX_WIDTH / schedule.steps)
     middles = [LEFT + cell * (step + 0.5) for step in range(schedule.steps)]
@@ -121,17 +126,18 @@ def heat_map(schedule: Schedule, title: str = "") -> Drawing:
 
 
 def svg(drawing: Drawing) -> str:
-    """The drawing as an SVG element of a page, whose style sheet colours its classes, the kinds of marks."""
+    """Write the drawing as an SVG element of a page, whose style sheet colours the marks."""
     return _svg(drawing, "", "")
 
 
 def svg_file(drawing: Drawing) -> str:
-    """The drawing as an SVG file, with colours and fonts of its own."""
+    """Write the drawing as an SVG file, with its own colours and fonts."""
     rules = "".join(
         f"rect.{kind} {{ fill: {color} }} polyline.{kind} {{ stroke: {color} }} "
         for kind, color in COLORS.items()
     )
-    style = f"<style>{rules}polyline {{ fill: none }} text {{ font: {FONT_SIZE}px sans-serif; fill: #333333 }}</style>"
+    text_style = f"text {{ font: {FONT_SIZE}px sans-serif; fill: #333333 }}"
+    style = f"<style>{rules}polyline {{ fill: none }} {text_style}</style>"
     return _svg(drawing, ' xmlns="http://www.w3.org/2000/svg"', style) + "\n"
 
 
@@ -139,7 +145,8 @@ def _svg(drawing: Drawing, namespace: str, style: str) -> str:
     width, height = f"{drawing.width:.0f}", f"{drawing.height:.0f}"
     size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
     marks = "".join(_svg_mark(mark) for mark in drawing.marks)
-    return f'<svg{namespace} {size} role="img" aria-label="actions over steps and blocks">{style}{marks}</svg>'
+    label = 'role="img" aria-label="actions over steps and blocks"'
+    return f"<svg{namespace} {size} {label}>{style}{marks}</svg>"
 
 
 def _svg_mark(mark: Rectangle | Label | Line) -> str:
@@ -162,7 +169,7 @@ def _kind(schedule: Schedule, step: int, unit: int) -> str:
 
 
 def _keys(schedule: Schedule) -> list[tuple[str, str]]:
-    """(kind, name) of what the schedule does."""
+    """Return (kind, name) of every action of the schedule."""
     names = {"compute": "compute", "reuse": "reuse", "predict": prediction_name(schedule)}
     used = {
         _kind(schedule, step, unit)
@@ -185,7 +192,7 @@ def _legend_width(names: Sequence[str]) -> float:
 
 
 def _god_lines(schedule: Schedule, curves: list[list[float]]) -> list[tuple[str, str, list[float]]]:
-    """(kind, name, a value per step within 0..1) of what GOD decided by."""
+    """Return (kind, name, a value per step within 0..1) of the numbers that GOD compared."""
     lines = [
         ("inverse", "N, share of inverse units", curves[0]),
         ("boundary", "B, boundary", curves[1]),

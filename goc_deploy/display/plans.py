@@ -26,7 +26,7 @@ PREDICTION_NAMES = {
 
 
 def plan_rows(plans: Sequence[Plan], manifest: Manifest) -> Table:
-    """A row per plan: what it computes and what its cache takes for one guided image."""
+    """Make a row per plan: its computed units, and its cache for one guided image."""
     columns = [
         "plan",
         "SPEC",
@@ -65,7 +65,7 @@ def plan_rows(plans: Sequence[Plan], manifest: Manifest) -> Table:
 
 
 def action_rows(plan: Plan) -> Table:
-    """A row per step: timestep, kind, how many units do what, and with which coefficients; GOD's N and B where it chose."""
+    """Make a row per step: timestep, kind, actions with their coefficients, and GOD's N and B."""
     schedule = plan.schedule
     prediction = prediction_name(schedule)
     judged = god_curves(schedule)
@@ -95,37 +95,41 @@ def action_rows(plan: Plan) -> Table:
 
 
 def action_name(schedule: Schedule, step: int, unit: int, prediction: str) -> str:
-    """``compute``, ``reuse``, or ``prediction``, which is the schedule's `prediction_name`."""
+    """Return ``compute``, ``reuse``, or ``prediction``, the schedule's `prediction_name`."""
     action = schedule.action(step, unit)
     return action if action in ("compute", "reuse") else prediction
 
 
 def prediction_name(schedule: Schedule) -> str:
-    """What a schedule's predictions are: the correction of its SPEC, or the one that its search chose.
+    """Name a schedule's predictions: the correction of its SPEC, or the one that a search chose.
 
-    Coefficients do not tell: the gradient with eta 0.5 and the line through two features may be the same numbers.
+    The coefficients are not enough: the gradient with eta 0.5 and the line through two features may
+    have the same numbers.
     """
     try:
         policy = parse_policy(schedule.policy)
     except UsageError:  # a file may have any text there
         return "prediction"
-    if policy.base[0] == "file":  # which may hold predictions of its own
+    if policy.base[0] == "file":  # a file may contain predictions of its own
         return "prediction"
-    found = schedule.provenance.get("search")
-    chosen = found.get("correction") if isinstance(found, dict) else None
+    search = schedule.provenance.get("search")
+    correction = search.get("correction") if isinstance(search, dict) else None
     name = (
-        policy.correction[0] if policy.correction else str(chosen or "prediction").partition(":")[0]
+        policy.correction[0]
+        if policy.correction
+        else str(correction or "prediction").partition(":")[0]
     )
     return PREDICTION_NAMES.get(name, name)
 
 
 def god_curves(schedule: Schedule) -> list[list[float]]:
-    """N and B of every step from a schedule's provenance; empty where GOD did not make it or somebody edited it."""
-    found = schedule.provenance.get("god")
+    """Return N and B of every step from a schedule's provenance.
+
+    The result is empty if GOD did not make the schedule, or if somebody edited the numbers.
+    """
+    god = schedule.provenance.get("god")
     curves = (
-        [found.get(name) for name in ("inverse_share", "boundary")]
-        if isinstance(found, dict)
-        else []
+        [god.get(name) for name in ("inverse_share", "boundary")] if isinstance(god, dict) else []
     )
     fits = all(
         isinstance(curve, list)
@@ -137,13 +141,13 @@ def god_curves(schedule: Schedule) -> list[list[float]]:
 
 
 def calibration_lines(schedule: Schedule) -> list[str]:
-    """A line per calibrated part of a schedule: its parameters, what was measured, and on which images."""
+    """Make a line per calibrated part of a schedule: parameters, measurements, and images."""
     lines = []
-    for part, found in sorted(schedule.provenance.items()):
-        if not isinstance(found, dict):
+    for part, statistics in sorted(schedule.provenance.items()):
+        if not isinstance(statistics, dict):
             continue
-        images = found.get("calibration", {})
-        shown = {k: v for k, v in found.items() if isinstance(v, (bool, int, float, str))}
+        images = statistics.get("calibration", {})
+        shown = {k: v for k, v in statistics.items() if isinstance(v, (bool, int, float, str))}
         on = (
             {k: v for k, v in images.items() if k != "checkpoint_sha256"}
             if isinstance(images, dict)
@@ -156,7 +160,7 @@ def calibration_lines(schedule: Schedule) -> list[str]:
         lines.append(f"{part}: {', '.join(words)}")
         lines += [
             f"  threshold {m['threshold']:.3f}: error {m['error']:.4f}"
-            for m in found.get("measured", [])
+            for m in statistics.get("measured", [])
             if isinstance(m, dict) and {"threshold", "error"} <= m.keys()
         ]
     return lines

@@ -1,4 +1,4 @@
-"""Plots (PNG and PDF need the ``plot`` extra)."""
+"""Plots as files; PNG and PDF need the ``plot`` extra."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ALIGNMENT = {"start": "left", "middle": "center", "end": "right"}
 
 
 def make_figure(**options: Any) -> Any:
-    """A figure of matplotlib, which needs no screen.
+    """Create a figure of matplotlib, which needs no screen.
 
     Raises:
         EnvironmentUnsupportedError: matplotlib is not installed.
@@ -35,7 +35,7 @@ def plot_schedule(schedule: Schedule, title: str, path: Path) -> None:
     """Write `goc_deploy.display.heat_map.heat_map` as SVG, or with matplotlib as PNG or PDF.
 
     Raises:
-        EnvironmentUnsupportedError: PNG or PDF, and matplotlib is not installed.
+        EnvironmentUnsupportedError: PNG or PDF is wanted, and matplotlib is not installed.
     """
     drawing = heat_map(schedule, title)
     if path.suffix == ".svg":
@@ -79,7 +79,10 @@ def _figure_of(drawing: Drawing) -> Any:
 
 
 def plot_step_times(rows: Sequence[tuple[str, Sequence[float]]], title: str, path: Path) -> None:
-    """Median milliseconds of every step, one line per plan. The scale is logarithmic: cached steps take hundredths of full ones."""
+    """Plot the median milliseconds of every step, one line per plan.
+
+    The scale is logarithmic, because a full step can take a hundred times as long as a cached one.
+    """
     figure = make_figure(figsize=(9, 4.5), layout="constrained")
     from matplotlib.ticker import MaxNLocator
 

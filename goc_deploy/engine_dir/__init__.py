@@ -1,4 +1,5 @@
 """The engine directory.
 
-`directory.EngineDir` is an open one, `editing.amended` changes one, `manifest.Manifest` describes one.
+`directory.EngineDir` is an open engine directory, `editing.amended` changes one, and
+`manifest.Manifest` describes one.
 """

@@ -20,15 +20,15 @@ from goc_deploy.schedule.schedule import schedule_from_json
 
 @dataclass(frozen=True, slots=True)
 class EngineDir:
-    """An engine directory that was opened, and is handed on instead of being opened again.
+    """An open engine directory, which callers hand on instead of opening it again.
 
     The manifest is that of the moment of opening. Every file is verified against it when the file
-    is read: if the directory changed in between, that is an error, and never other bytes.
-    `goc_deploy.engine_dir.editing.amended` returns the directory as it is after a change.
+    is read. If the directory has changed in between, that is an error; other bytes are never
+    returned. `goc_deploy.engine_dir.editing.amended` returns the directory after a change.
 
     Attributes:
-        path: of the directory.
-        manifest: what the directory holds.
+        path: path of the directory.
+        manifest: the contents of the directory.
     """
 
     path: Path
@@ -54,19 +54,19 @@ class EngineDir:
         return path in self._files
 
     def file(self, path: str) -> FileEntry:
-        """What the manifest lists about a file."""
+        """Return the manifest's entry of a file."""
         return self._files[path]
 
     def size(self, path: str) -> int:
-        """Bytes of a file, as the manifest lists it."""
+        """Size of a file in bytes according to the manifest."""
         return self._files[path].size
 
     def sha256(self, path: str) -> str:
-        """Hexadecimal digest of a file, as the manifest lists it."""
+        """Hexadecimal digest of a file according to the manifest."""
         return self._files[path].sha256
 
     def read(self, path: str) -> memoryview:
-        """The bytes of a listed file, verified against the manifest; see `read_verified`.
+        """Read a listed file and verify it against the manifest; see `read_verified`.
 
         Raises:
             EngineDirError: the file is missing, or has another size or digest.
@@ -75,7 +75,7 @@ class EngineDir:
         return read_verified(self.path, self._files[path])
 
     def plan_entry(self, name: str | None) -> PlanEntry:
-        """The plan of that name or SPEC; without a name the first plan that caches, else the first.
+        """Return the plan of a name or SPEC; None is the first plan that caches, else the first.
 
         Raises:
             UsageError: there is no such plan.
@@ -101,7 +101,7 @@ class EngineDir:
         raise UsageError(f"there is no plan {name!r}; {self._advice(name)}")
 
     def _advice(self, name: str) -> str:
-        """What to do if there is no plan of that name."""
+        """Suggest what to do if there is no plan of that name."""
         spec = meant_spec(name)
         if spec is not None:
             return f"add it with: goc plan {shlex.quote(str(self.path))} {shlex.quote(spec)}"
@@ -136,9 +136,9 @@ class EngineDir:
         return plan
 
     def plans(self) -> list[Plan]:
-        """Every plan, in order of preference.
+        """Read and check every plan, in order of preference.
 
         Raises:
-            EngineDirError: as `plan`.
+            EngineDirError: as for `plan`.
         """
         return [self.plan(entry.name) for entry in self.manifest.plans]

@@ -1,4 +1,4 @@
-"""Changing an engine directory that other processes may be reading."""
+"""Changes of an engine directory that other processes may be reading."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Amendment:
     """A change of an engine directory.
 
     Attributes:
-        manifest: the manifest to be; `amended` brings its list of files up to date.
+        manifest: the new manifest; `amended` updates its list of files.
         files: path -> content of the files to write.
-        removed: paths of listed files that no reader needs any more.
+        removed: paths of listed files that are not needed any more.
     """
 
     manifest: Manifest
@@ -32,22 +32,24 @@ class Amendment:
 def amended(path: Path, doing: str, change: Callable[[EngineDir], Amendment | None]) -> EngineDir:
     """Lock an engine directory, read it again, and change it.
 
-    The files are written first and the manifest that lists them last, each in one step. Whoever
-    reads the directory meanwhile, or after this process was killed, finds a manifest and the files
-    that it lists. If an error is raised, new files that the manifest does not list are removed.
+    The files are written first and the manifest that lists them last, each in one step. A process
+    that reads the directory meanwhile sees a manifest and the files that it lists. That is also
+    true after this process was killed. If an error is raised, new files that the manifest does not
+    list are removed.
 
     Args:
         path: the engine directory.
-        doing: what an error of the disk calls this, such as ``adding a plan to DIR``.
-        change: called with the directory as it is under the lock. It raises an error if what the
-            caller read before does not hold any more, and returns None to leave all as it is.
+        doing: name of the change in errors of the disk, such as ``adding a plan to DIR``.
+        change: called with the directory as it is under the lock. It raises an error if the
+            directory does not match what the caller read before, and returns None to change
+            nothing.
 
     Returns:
         The directory after the change.
 
     Raises:
         ConflictError, ResourceError: the directory cannot be written.
-        EngineDirError, SafetyError: it is corrupt.
+        EngineDirError, SafetyError: the directory is corrupt.
     """
     with directory_lock(path), disk_errors(doing):
         current = EngineDir.open(path)
@@ -87,7 +89,7 @@ def _write(current: EngineDir, after: EngineDir, files: Mapping[str, bytes]) -> 
 
 
 def _unlisted(path: Path, names: list[str]) -> list[str]:
-    """Files that the manifest does not list now: a signal may come right after it was replaced."""
+    """Return files that the manifest does not list; a signal may arrive after its replacement."""
     try:
         current = EngineDir.open(path)
     except GocError:

@@ -1,7 +1,8 @@
-"""What a graph of an engine directory may hold, checked before ONNX Runtime or TensorRT sees it.
+"""Limits of a graph in an engine directory, checked before ONNX Runtime or TensorRT reads it.
 
-Whoever can write a manifest can list any graph in it. A graph that passes computes with tensors that it is given and does
-nothing else: it opens no file, has no loop, calls no operator that allocates by a number, and gives the same on every run.
+Anyone who can write a manifest can list any graph in it. A graph that passes only computes with
+its inputs and initializers: it opens no file, has no loop, calls no operator that allocates by a
+number, and returns the same result on every run.
 """
 
 from __future__ import annotations
@@ -18,11 +19,18 @@ from goc_deploy.engine_dir.onnx_messages import model_from_bytes
 from goc_deploy.errors import EngineDirError, SafetyError
 
 ELEMENTWISE = (
-    "Abs Add And Cast CastLike Clip Cos Div Equal Erf Exp Gelu Greater GreaterOrEqual Identity Less LessOrEqual Log Max Min "
+    "Abs Add And Cast CastLike Clip Cos Div Equal Erf Exp Gelu Greater GreaterOrEqual Identity "
+    "Less LessOrEqual Log Max Min "
     "Mul Neg Not Or Pow Reciprocal Relu Sigmoid Sin Sqrt Sub Tanh Where"
 )
-ALONG_DIMENSIONS = "Conv Gemm InstanceNormalization LayerNormalization MatMul ReduceMax ReduceMean ReduceSum Softmax"
-LAYOUT = "Concat Constant Expand Flatten Gather Reshape Resize Shape Slice Split Squeeze Transpose Unsqueeze"
+ALONG_DIMENSIONS = (
+    "Conv Gemm InstanceNormalization LayerNormalization MatMul ReduceMax ReduceMean ReduceSum "
+    "Softmax"
+)
+LAYOUT = (
+    "Concat Constant Expand Flatten Gather Reshape Resize Shape Slice Split Squeeze Transpose "
+    "Unsqueeze"
+)
 OPERATORS = frozenset(f"{ELEMENTWISE} {ALONG_DIMENSIONS} {LAYOUT}".split())
 FUNCTION_DOMAIN, FUNCTION_PREFIX = "goc", "Goc"  # functions whose body is in the file
 MAX_GRAPH_BYTES = 64 * 2**20
@@ -30,19 +38,18 @@ MAX_ELEMENTS = 2**31  # of one tensor
 MAX_PADDING, MAX_SCALE = 64, 8
 _STANDARD = frozenset(("", "ai.onnx"))
 _DTYPES = frozenset((1, 6, 7, 9, 10, 16))  # float32, int32, int64, bool, float16, bfloat16
-_ORT_FORMAT = (
-    b"ORTM"  # at byte 4; ONNX Runtime then reads its own format, whatever else the bytes are
-)
+# At byte 4. ONNX Runtime then reads its own format, whatever the other bytes are.
+_ORT_FORMAT = b"ORTM"
 _EXTERNAL = 1
 _PLACE = frozenset(("location", "offset", "length", "checksum"))
 
 
 @dataclass(frozen=True, slots=True)
 class ExternalTensor:
-    """An initializer whose values the manifest places.
+    """An initializer whose values are in a file that the manifest names.
 
     Attributes:
-        location: name of its file, as the graph has it.
+        location: name of the file in the graph.
         shape: dimensions.
     """
 
@@ -51,10 +58,10 @@ class ExternalTensor:
 
 
 def external_tensors(parts: Mapping[str, Unit]) -> dict[str, ExternalTensor]:
-    """The initializers that a graph may have outside, by name.
+    """Return by name the initializers that a graph may have outside its file.
 
     Args:
-        parts: of the graph, see `goc_deploy.engine_dir.manifest.Manifest.parts`.
+        parts: parts of the graph, see `goc_deploy.engine_dir.manifest.Manifest.parts`.
     """
     return {
         prefix + p.name: ExternalTensor(PurePosixPath(unit.weights or "").name, p.shape)
@@ -67,20 +74,22 @@ def external_tensors(parts: Mapping[str, Unit]) -> dict[str, ExternalTensor]:
 def check_graph(
     content: bytes | memoryview, external: Mapping[str, ExternalTensor], where: str
 ) -> None:
-    """Check a graph that nobody vouches for.
+    """Check a graph from an untrusted source.
 
     Args:
         content: an ONNX file.
-        external: the initializers that it may have outside.
-        where: for messages.
+        external: the initializers that the graph may have outside its file.
+        where: name of the graph for messages.
 
     Raises:
-        SafetyError: it asks for a file, or for memory at an address.
-        EngineDirError: no ONNX file, an operator, a subgraph or a size that graphs of goc_deploy do not have.
+        SafetyError: the graph asks for a file, or for memory at an address.
+        EngineDirError: the content is no ONNX file, or has an operator, subgraph or size that no
+            graph of goc_deploy has.
     """
     if len(content) > MAX_GRAPH_BYTES:
         raise EngineDirError(
-            f"{where} has {len(content)} bytes, more than {MAX_GRAPH_BYTES} are not read; export again"
+            f"{where} has {len(content)} bytes, more than {MAX_GRAPH_BYTES} are not read; "
+            "export again"
         )
     if bytes(content[4:8]) == _ORT_FORMAT:
         raise EngineDirError(f"{where} is not in ONNX format; export again")
@@ -119,14 +128,14 @@ def _check_nodes(
     values = {tensor.name: tensor for tensor in initializers}
     sources = {name: node.op_type for node in nodes for name in node.output}
     for node in nodes:
-        known = (
+        allowed = (
             OPERATORS
             if node.domain in _STANDARD
             else functions
             if node.domain == FUNCTION_DOMAIN
             else ()
         )
-        if node.op_type not in known:
+        if node.op_type not in allowed:
             raise ValueError(f"it has operator {node.domain or 'ai.onnx'}::{node.op_type}")
         if node.op_type == "Expand" and [sources.get(name) for name in node.input[1:]] != ["Shape"]:
             raise ValueError("it expands a tensor to another shape than that of a tensor")
@@ -148,7 +157,7 @@ def _check_nodes(
 
 
 def _floats(tensor: Any) -> tuple[float, ...]:
-    """The values of a small float32 tensor in the file; none where there is no such tensor."""
+    """The values of a small float32 tensor in the file; empty if there is no such tensor."""
     if tensor is None or tensor.data_location or len(tensor.raw_data) % 4:
         return ()
     return (*tensor.float_data, *struct.unpack(f"<{len(tensor.raw_data) // 4}f", tensor.raw_data))
@@ -175,7 +184,7 @@ def _elements(dims: Iterable[int]) -> int:
 
 
 def _tensors(model: Any) -> list[Any]:
-    """Initializers, and values of nodes."""
+    """Return the initializers and the tensors in attributes of nodes."""
     nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
     values = [
         attribute.t for node in nodes for attribute in node.attribute if attribute.HasField("t")
@@ -187,25 +196,28 @@ def _check_places(model: Any, external: Mapping[str, ExternalTensor], where: str
     names = [tensor.name for tensor in model.graph.initializer]
     if len(set(names)) != len(names):
         raise EngineDirError(
-            f"{where} is not a graph that goc_deploy wrote: two initializers have one name; export again"
+            f"{where} is not a graph that goc_deploy wrote: two initializers have one name; "
+            "export again"
         )
     inside = len(names)
     for index, tensor in enumerate(_tensors(model)):
         if not tensor.data_location and not tensor.external_data:
             continue
         place = {entry.key: entry.value for entry in tensor.external_data}
-        known = external.get(tensor.name) if index < inside else None
+        listed = external.get(tensor.name) if index < inside else None
         expected = (
             tensor.data_location == _EXTERNAL
-            and known is not None
-            and place.get("location") == known.location
+            and listed is not None
+            and place.get("location") == listed.location
         )
         if not expected or len(place) != len(tensor.external_data) or not place.keys() <= _PLACE:
             raise SafetyError(
-                f"{where} asks for the values of {tensor.name!r} from {place.get('location')!r}, which the manifest does not say; "
-                "do not use this directory"
+                f"{where} asks for the values of {tensor.name!r} from "
+                f"{place.get('location')!r}, which the manifest does not say; do not use this "
+                "directory"
             )
-        if known is not None and tuple(tensor.dims) != known.shape:
+        if listed is not None and tuple(tensor.dims) != listed.shape:
             raise EngineDirError(
-                f"{where} has {tensor.name!r} of shape {list(tensor.dims)} but the manifest says {list(known.shape)}; export again"
+                f"{where} has {tensor.name!r} of shape {list(tensor.dims)} but the manifest says "
+                f"{list(listed.shape)}; export again"
             )

@@ -1,4 +1,4 @@
-"""What a TensorRT engine is built for and from. Engines with equal keys can replace each other."""
+"""Keys of TensorRT engines. Engines with equal keys can replace each other."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from goc_deploy.spec import ModelSpec, tiles_at_once
 ENGINE_BACKENDS = ("tensorrt-rtx", "tensorrt")
 WEIGHT_MODES: tuple[WeightMode, ...] = get_args(WeightMode)
 EngineWeights = Literal["embedded", "shared", "none"]  # "none": the graph has no weights
-RECIPE_VERSION = 3  # raised whenever the same recipe is built in another way
+RECIPE_VERSION = 3  # increased whenever the same recipe leads to another engine
 
-Range = tuple[int, int, int]  # (smallest, most usual, largest) size of a dynamic dimension
+Range = tuple[int, int, int]  # (smallest, usual, largest) size of a dynamic dimension
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What an engine is built for. It runs nowhere else.
+    """The library, platform and GPUs that an engine is built for. It runs nowhere else.
 
     Attributes:
         backend: one of ``ENGINE_BACKENDS``.
-        version: of the library, in full.
+        version: full version of the library.
         platform: operating system and machine, such as ``linux-x86_64``.
         capabilities: compute capabilities of the GPUs, ascending, such as ``("8.6", "8.9")``.
     """
@@ -37,20 +37,20 @@ class Target:
 
     @property
     def folder(self) -> str:
-        """Where its engines lie in an engine directory."""
+        """Folder of its engines in an engine directory."""
         architectures = "+".join(
             f"sm{capability.replace('.', '')}" for capability in self.capabilities
         )
         return f"engines/{self.backend}-{self.version}-{architectures}"
 
     def refusal(self, backend: str, version: str, platform: str, capability: str) -> str | None:
-        """Why an engine of this target cannot run there, or None if it can.
+        """Explain why an engine of this target cannot run on a machine, or return None if it can.
 
         Args:
-            backend: library that would load it.
-            version: of that library.
-            platform: of that machine.
-            capability: of that machine's GPU.
+            backend: the library that would load the engine.
+            version: version of that library.
+            platform: platform of the machine.
+            capability: compute capability of the machine's GPU.
         """
         for what, built, present in (
             ("backend", self.backend, backend),
@@ -67,16 +67,15 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Everything that decides what an engine computes, how fast, and on what.
+    """Everything that decides what an engine computes, how fast, and on what hardware.
 
     Attributes:
-        graph_sha256: of the graph that the parser sees, without weights.
-        weights_sha256: of the weights file that is embedded, or None.
-        target: what it is built for.
-        profiles: of each optimisation profile: symbol of each dynamic dimension of the graph ->
-            sizes.
-        workspace_bytes: most scratch memory, 0 for no limit.
-        plugin_sha256: of the plugin's kernel source if the graph calls it, else None.
+        graph_sha256: digest of the graph that the parser reads, without weights.
+        weights_sha256: digest of the weights file that is embedded, or None.
+        target: the target of the engine.
+        profiles: per optimisation profile, symbol of each dynamic dimension of the graph -> sizes.
+        workspace_bytes: limit on scratch memory, 0 for no limit.
+        plugin_sha256: digest of the plugin's kernel source if the graph calls it, else None.
     """
 
     graph_sha256: str
@@ -88,7 +87,7 @@ class Recipe:
 
     @property
     def optima(self) -> tuple[str, ...]:
-        """Of each profile, the sizes that kernels are chosen for, such as ``batch=2``."""
+        """Per profile, the sizes that kernels are chosen for, such as ``batch=2``."""
         return tuple(
             " ".join(f"{symbol}={usual}" for symbol, (_, usual, _) in profile)
             for profile in self.profiles
@@ -104,17 +103,18 @@ class Recipe:
 def dimension_profiles(
     backend: str, spec: ModelSpec, max_batch: int, steps: int
 ) -> tuple[Mapping[str, Range], ...]:
-    """Sizes that an engine accepts and those that its kernels are chosen for, per profile.
+    """Return the accepted sizes and those that kernels are chosen for, per profile.
 
     TensorRT chooses kernels at build time, for the usual sizes of an optimisation profile. It gets
-    two
-    profiles of all sizes: one for a single image, one for the largest batch. TensorRT for RTX
+    two profiles of all sizes: one for a single image, one for the largest batch. TensorRT for RTX
     compiles kernels at run time for the sizes that occur, so a second profile would double its
     engines without any benefit.
 
     Args:
         backend: one of ``ENGINE_BACKENDS``.
-        spec, max_batch, steps: as `dimension_ranges` takes them.
+        spec: as for `dimension_ranges`.
+        max_batch: as for `dimension_ranges`.
+        steps: as for `dimension_ranges`.
     """
     most = dimension_ranges(spec, max_batch, steps)
     if backend == "tensorrt-rtx":
@@ -124,12 +124,12 @@ def dimension_profiles(
 
 
 def dimension_ranges(spec: ModelSpec, max_batch: int, steps: int) -> Mapping[str, Range]:
-    """Sizes of every dynamic dimension that the exporters name.
+    """Return the sizes of every dynamic dimension that the exporters name.
 
     Args:
         spec: the model.
-        max_batch: most images per run; with guidance an image has two rows.
-        steps: of the longest plan.
+        max_batch: largest number of images per run; with guidance an image has two rows.
+        steps: number of steps of the longest plan.
     """
     images, rows, labels = max_batch, 2 * max_batch, max_batch + 1
     modulation = spec.modulation.count

@@ -1,4 +1,4 @@
-"""The manifest: what an engine directory holds. Its presence says that the directory is whole."""
+"""The manifest, which describes an engine directory. A directory that has one is complete."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class FileEntry:
 
     Attributes:
         path: relative, with forward slashes.
-        size: bytes.
+        size: size in bytes.
         sha256: hexadecimal digest of the bytes.
     """
 
@@ -38,8 +38,8 @@ class Parameter:
     """A tensor in a weights file, in the engine's precision.
 
     Attributes:
-        name: of the graph's initializer.
-        offset: bytes from the start of the file.
+        name: name of the graph's initializer.
+        offset: number of bytes from the start of the file.
         shape: dimensions.
     """
 
@@ -50,18 +50,20 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """An exported graph: an ONNX file and, where it has weights, their file.
+    """An exported graph: an ONNX file, and a weights file if the graph has weights.
 
     Attributes:
-        name: ``conditioning``, ``modulation``, ``embed``, ``block_00_attn``, ..., ``collect``, ``final``, ``sampler``,
-            ``sampler_lag1``, ..., ``captions``, ``decoder``, ``text_encoder``.
+        name: ``conditioning``, ``modulation``, ``embed``, ``block_00_attn``, ..., ``collect``,
+            ``final``, ``sampler``, ``sampler_lag1``, ..., ``captions``, ``decoder``,
+            ``text_encoder``.
         onnx: path of the graph.
         weights: path of the external data, or None.
-        parameters: what lies where in the weights file.
-        weights_are_inputs: the parameters are inputs of the graph, which reads them in the mapped file, instead of
-            initializers that are copied at load.
-        relative_l2: largest error to PyTorch over the outputs, measured at export, or None where it has no weights.
-        precision: of the parameters.
+        parameters: position of each tensor in the weights file.
+        weights_are_inputs: the parameters are inputs of the graph, which reads them in the mapped
+            file, instead of initializers that are copied during the load.
+        relative_l2: largest error compared with PyTorch over the outputs, measured at export, or
+            None if the graph has no weights.
+        precision: precision of the parameters.
     """
 
     name: str
@@ -75,7 +77,7 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class PlanEntry:
-    """A plan of the directory: its name, the SPEC it came from, and its files."""
+    """A plan of the directory: its name, its SPEC, and its files."""
 
     name: str
     spec: str
@@ -88,16 +90,18 @@ class EngineEntry:
     """A TensorRT engine of the directory.
 
     Attributes:
-        path: of the file.
-        key: of the `goc_deploy.engine_dir.keys.Recipe` that it was built by.
-        target: what it was built for.
+        path: path of the file.
+        key: key of the `goc_deploy.engine_dir.keys.Recipe` that it was built by.
+        target: the target that it was built for.
         weights: ``embedded``, ``shared``, or ``none``.
-        graphs: ONNX files that it serves: one, or all of one kind where the weights are shared.
-        kernels: launches of one run, or None where the library does not tell.
-        plugin_layers: how many of them are the plugin.
-        activation_bytes: scratch memory at the largest shapes, or None where the library does not tell.
-        workspace_bytes: the limit on scratch memory that it was built under, 0 for none.
-        optima: of each optimisation profile, the sizes that its kernels were chosen for, such as ``batch=2``.
+        graphs: ONNX files that it serves: one file, or all of one kind if the weights are shared.
+        kernels: number of kernel launches per run, or None if the library does not report it.
+        plugin_layers: number of these that are the plugin.
+        activation_bytes: scratch memory at the largest shapes, or None if the library does not
+            report it.
+        workspace_bytes: limit on scratch memory during the build, 0 for none.
+        optima: per optimisation profile, the sizes that its kernels were chosen for, such as
+            ``batch=2``.
     """
 
     path: str
@@ -114,24 +118,27 @@ class EngineEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What an engine directory holds.
+    """The contents of an engine directory.
 
     Attributes:
         model: sizes of the model.
-        precision: ``fp32``, ``fp16`` or ``bf16``: dtype of weights, tokens and history.
-        max_batch: most images per run.
+        precision: ``fp32``, ``fp16`` or ``bf16``: number format of weights, tokens and history.
+        max_batch: largest number of images per run.
         units: exported graphs that do not depend on a plan.
         predict: predict signature -> path of its graph.
-        plans: in order of preference.
+        plans: plans in order of preference.
         files: every file with size and digest.
-        class_names: one per class, synonyms separated by commas; empty where the checkpoint has none.
-        provenance: checkpoint digest, versions, options. For people; nothing is decided by it but "up to date".
+        class_names: one per class, with synonyms separated by commas; empty if the checkpoint has
+            no names.
+        provenance: checkpoint digest, versions and options, for people. The program uses it only to
+            decide whether an export is up to date.
         engines: TensorRT engines, a cache: the ONNX files and plans are the source of truth.
-        decoder: what unit ``decoder`` makes of latents, or None where there is none.
-        captions: path of the captions that stand for labels, or None where there are none.
-        text: what unit ``text_encoder`` takes, or None where there is none.
-        segments: segment signature -> path of its graph, which holds all units of the blocks.
-        scheduler: settings of the scheduler of diffusers that came with the model, or None where none did.
+        decoder: sizes of unit ``decoder``, or None without a decoder.
+        captions: path of the stored captions, or None without any.
+        text: inputs of unit ``text_encoder``, or None without a text encoder.
+        segments: segment signature -> path of its graph, which contains all units of the blocks.
+        scheduler: settings of the diffusers scheduler that came with the model, or None without
+            one.
     """
 
     model: ModelSpec
@@ -152,36 +159,39 @@ class Manifest:
 
     @property
     def process(self) -> Process:
-        """What the model was trained to undo."""
+        """The diffusion process that the model was trained on."""
         return Process(self.model.prediction, self.scheduler)
 
     def predict_unit(self, signature: str) -> Unit:
-        """A predict graph as a unit without weights, named after its file."""
+        """Return a predict graph as a unit without weights, named after its file."""
         return self._unit_of_plans(self.predict[signature])
 
     def segment_unit(self, signature: str) -> Unit:
-        """A segment as a unit without weights of its own, named after its file; `parts` says whose it has."""
+        """Return a segment as a unit without weights of its own; `parts` names their units."""
         return self._unit_of_plans(self.segments[signature])
 
     def _unit_of_plans(self, path: str) -> Unit:
         return Unit(PurePosixPath(path).stem, path, None, (), False, None, self.precision)
 
     def graphs(self) -> Iterator[Unit]:
-        """Every graph as a unit: those that do not depend on a plan, predict graphs, segments."""
+        """Yield every graph: those that do not depend on a plan, predict graphs, segments."""
         yield from self.units
         yield from map(self.predict_unit, self.predict)
         yield from map(self.segment_unit, self.segments)
 
     def parts(self, unit: Unit) -> Mapping[str, Unit]:
-        """The units whose weights a graph has, by the prefix of their names in it: itself, or those of a segment."""
+        """Return the units whose weights a graph has, by the prefix of their names in the graph.
+
+        A segment has those of all its units, and any other graph only its own.
+        """
         if unit.onnx not in self.segments.values():
             return {"": unit} if unit.weights else {}
-        known = {part.name: part for part in self.units}
-        return {f"{name}.": known[name] for name in self.model.unit_names}
+        by_name = {part.name: part for part in self.units}
+        return {f"{name}.": by_name[name] for name in self.model.unit_names}
 
     @property
     def image_side(self) -> int | None:
-        """Height and width of the images, or None where there are only latents."""
+        """Height and width of the images, or None without a decoder of latents."""
         if self.decoder is not None:
             return self.model.side * self.decoder.upscale
         return self.model.side if self.model.channels in IMAGE_CHANNELS else None

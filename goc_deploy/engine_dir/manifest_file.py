@@ -23,13 +23,13 @@ from goc_deploy.strict_json import (
 )
 
 MANIFEST_FORMAT, MANIFEST_VERSION = "goc_deploy.engine_dir", 5
-_LABEL_TABLE = "embedding_table.weight"  # end of the names of tables with a row per class
+_LABEL_TABLE = "embedding_table.weight"  # how names of tables with a row per class end
 _FIELDS = {field.name for field in fields(Manifest)}
 _SAFE_PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,@-]*(/[A-Za-z0-9][A-Za-z0-9._+=,@-]*){0,3}")
 
 
 def manifest_to_json(manifest: Manifest) -> str:
-    """A manifest as JSON."""
+    """Write a manifest as JSON."""
     return dump_json({"format": MANIFEST_FORMAT, "version": MANIFEST_VERSION, **asdict(manifest)})
 
 
@@ -37,15 +37,15 @@ def manifest_from_json(text: bytes, where: str) -> Manifest:
     """Read and check a manifest.
 
     Raises:
-        EngineDirError: not JSON, another format or version, or a field that is missing, unknown or
-            wrong; the message has its path.
-        SafetyError: a path that leaves the directory.
+        EngineDirError: the text is not JSON, has another format or version, or a field is missing,
+            unknown or wrong; the message has the field's path.
+        SafetyError: a path leads out of the directory.
     """
-    given = parse_json(text, where, EngineDirError)
-    check_format(given, MANIFEST_FORMAT, MANIFEST_VERSION, where, EngineDirError)
-    manifest: Manifest = convert(given, Manifest, where, EngineDirError)
-    # Later releases may add fields at the top without a new version, but none below.
-    unknown = unknown_field({name: given[name] for name in _FIELDS & given.keys()}, manifest)
+    fields = parse_json(text, where, EngineDirError)
+    check_format(fields, MANIFEST_FORMAT, MANIFEST_VERSION, where, EngineDirError)
+    manifest: Manifest = convert(fields, Manifest, where, EngineDirError)
+    # Later releases may add fields at the top level without a new version, but none below.
+    unknown = unknown_field({name: fields[name] for name in _FIELDS & fields.keys()}, manifest)
     if unknown is not None:
         raise EngineDirError(f"{where}: {unknown}: unknown field; export again")
     for problem in _unsafe_paths(manifest):
@@ -66,7 +66,7 @@ def manifest_from_json(text: bytes, where: str) -> Manifest:
 
 
 def _unsafe_paths(manifest: Manifest) -> Iterator[str]:
-    """Files that may lie outside the directory, and files that are listed twice."""
+    """Yield files that may be outside the directory, and files that are listed twice."""
     seen: dict[str, int] = {}  # names that differ only in case are one file on some systems
     for i, file in enumerate(manifest.files):
         if not _SAFE_PATH.fullmatch(file.path):
@@ -107,7 +107,7 @@ def _decoder_problems(manifest: Manifest) -> Iterator[str]:
 
 
 def _unit_problems(manifest: Manifest) -> Iterator[str]:
-    """Weights files that hold less or more than their parameters, and segments without units."""
+    """Yield weights files larger or smaller than their parameters, and segments without units."""
     sizes = {file.path: file.size for file in manifest.files}
     for i, unit in enumerate(manifest.units):
         size, needed = sizes.get(unit.weights or "", 0), 0
@@ -158,7 +158,7 @@ def _unlisted_files(manifest: Manifest) -> Iterator[str]:
 
 
 def _used_files(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """Path of every field that names a file, and the name."""
+    """Yield the path of every field that names a file, and the file's name."""
     for i, unit in enumerate(manifest.units):
         yield f"$.units[{i}].onnx", unit.onnx
         if unit.weights:

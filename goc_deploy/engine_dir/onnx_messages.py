@@ -1,7 +1,8 @@
 """ONNX files without the package ``onnx``: messages for protobuf, which onnxruntime depends on.
 
-Only fields that a graph of ours may have are known here, under their names and numbers in ONNX IR 10 to 13. What is left out
-on purpose: subgraphs, sparse tensors, training, types other than tensors, and references to attributes of functions.
+The messages have only the fields that our graphs may have, under their names and numbers in ONNX
+IR 10 to 13. The following is left out on purpose: subgraphs, sparse tensors, training, types other
+than tensors, and references to attributes of functions.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ SCHEMA: Mapping[str, Fields] = {
 
 @cache
 def _message_class(name: str) -> Any:
-    """A class made of ``SCHEMA``, in a pool of its own: the process may hold ``onnx`` as well."""
+    """Build a class from ``SCHEMA``, in its own pool: the process may have ``onnx`` loaded too."""
     file = descriptor_pb2.FileDescriptorProto(
         name="goc_deploy/onnx.proto", package=_PACKAGE, syntax="proto3"
     )
@@ -129,10 +130,10 @@ def _message_class(name: str) -> Any:
 
 
 def model_from_bytes(content: bytes) -> Any:
-    """A ``ModelProto``.
+    """Parse a ``ModelProto``.
 
     Raises:
-        ValueError: no ONNX file, or one with a field that ``SCHEMA`` does not have.
+        ValueError: the content is no ONNX file, or has a field that ``SCHEMA`` does not have.
     """
     model = _message_class("ModelProto")()
     try:

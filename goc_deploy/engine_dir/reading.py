@@ -1,7 +1,8 @@
-"""Writing an engine directory so that it is whole or absent, and reading it so that nothing unverified gets through.
+"""Writing of complete engine directories, and verified reading of their files.
 
-Writing: everything goes to a temporary sibling, the manifest last, then one rename. Reading: every file is opened
-once without following links, hashed, and handed on as the bytes that were hashed.
+Writing: all files go to a temporary sibling, the manifest last, then one rename follows. Reading:
+every file is opened once without following links and hashed. The bytes that were hashed are the
+bytes that are returned.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ _OURS_BY_NAME = re.compile(
 
 
 def check_target(directory: Path, *, force: bool) -> None:
-    """Check that nothing that must be kept stands at ``directory``.
+    """Check that an export to ``directory`` would replace nothing that must be kept.
 
     Raises:
-        ConflictError: something that is not an engine directory is there, or one is and ``force`` is off.
+        ConflictError: ``directory`` exists and is not an engine directory, or it is one and
+            ``force`` is off.
     """
     if not os.path.lexists(directory):
         return
@@ -42,7 +44,8 @@ def check_target(directory: Path, *, force: bool) -> None:
         return
     if not _is_ours(directory):
         raise ConflictError(
-            f"{directory} exists and is not an engine directory that can be replaced; choose another output"
+            f"{directory} exists and is not an engine directory that can be replaced; choose "
+            "another output"
         )
     if not force:
         raise ConflictError(
@@ -57,7 +60,7 @@ def check_target(directory: Path, *, force: bool) -> None:
 
 
 def _is_ours(directory: Path) -> bool:
-    """Whether a directory has a manifest that begins as ours of any version do, however damaged it is behind that."""
+    """Whether the manifest begins like ours of any version, even if the rest is damaged."""
     try:
         with _open_beneath(directory, MANIFEST_NAME) as (fd, _):
             return _FIRST_KEY.match(os.read(fd, 200)) is not None
@@ -66,8 +69,10 @@ def _is_ours(directory: Path) -> bool:
 
 
 def foreign_files(directory: Path) -> list[str]:
-    """Files in an engine directory that its manifest does not list and no command of ours leaves there; none where the manifest
-    cannot be read."""
+    """Return files that the manifest does not list and that no command of ours leaves behind.
+
+    The list is empty if the manifest cannot be read.
+    """
     try:
         listed = {file.path for file in read_manifest(directory).files} | {MANIFEST_NAME}
     except GocError:
@@ -93,10 +98,10 @@ def files_below(root: Path) -> tuple[FileEntry, ...]:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read the manifest of an engine directory.
+    """Read and check the manifest of an engine directory.
 
     Raises:
-        EngineDirError: not an engine directory, or a corrupt one.
+        EngineDirError: the directory is not an engine directory, or is corrupt.
         SafetyError: the manifest names files outside the directory.
     """
     where = f"{directory / MANIFEST_NAME}"
@@ -113,32 +118,35 @@ def read_manifest(directory: Path) -> Manifest:
             text = os.read(fd, size)
     except FileNotFoundError as cause:
         raise EngineDirError(
-            f"{directory} has no {MANIFEST_NAME}, so it is not a complete engine directory; export again"
+            f"{directory} has no {MANIFEST_NAME}, so it is not a complete engine directory; "
+            "export again"
         ) from cause
     return manifest_from_json(text, where)
 
 
 def read_verified(directory: Path, entry: FileEntry) -> memoryview:
-    """The bytes of a listed file, verified against the manifest.
+    """Read a listed file and verify it against the manifest.
 
-    The file is opened once and mapped; the bytes that are hashed are the bytes that are returned.
+    The file is opened once and mapped. The bytes that are hashed are the bytes that are returned.
 
     Raises:
-        EngineDirError: missing, of another size or digest.
-        SafetyError: a link, or not a regular file.
+        EngineDirError: the file is missing, or has another size or digest.
+        SafetyError: the file is a link, or not a regular file.
     """
     try:
         with _open_beneath(directory, entry.path) as (fd, size):
             if size != entry.size:
                 raise EngineDirError(
-                    f"{directory / entry.path} has {size} bytes but the manifest says {entry.size}; export again"
+                    f"{directory / entry.path} has {size} bytes but the manifest says "
+                    f"{entry.size}; export again"
                 )
             content = memoryview(mmap.mmap(fd, size, access=mmap.ACCESS_READ) if size else b"")
     except FileNotFoundError as cause:
         raise EngineDirError(f"{directory / entry.path} is missing; export again") from cause
     if hashlib.sha256(content).hexdigest() != entry.sha256:
         raise EngineDirError(
-            f"{directory / entry.path} was changed after the export (its SHA-256 differs); export again"
+            f"{directory / entry.path} was changed after the export (its SHA-256 differs); "
+            "export again"
         )
     return content
 
@@ -162,7 +170,8 @@ def _open_beneath(directory: Path, relative: str) -> Iterator[tuple[int, int]]:
         except OSError as cause:
             if cause.errno in (errno.ELOOP, errno.ENOTDIR):
                 raise SafetyError(
-                    f"{where} is or lies behind a symbolic link; an engine directory holds plain files only"
+                    f"{where} is or lies behind a symbolic link; an engine directory holds plain "
+                    "files only"
                 ) from cause
             if cause.errno in NO_FILES:
                 raise ResourceError(f"{where} cannot be read: {TOO_MANY_FILES}") from cause
@@ -170,6 +179,7 @@ def _open_beneath(directory: Path, relative: str) -> Iterator[tuple[int, int]]:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
             raise SafetyError(
-                f"{where} is not a plain file with one name; an engine directory holds plain files only"
+                f"{where} is not a plain file with one name; an engine directory holds plain "
+                "files only"
             )
         yield fd, status.st_size

@@ -10,7 +10,11 @@ from goc_deploy.protocols import Buffer, mapped_buffer
 
 
 def mapped_weights(unit: Unit, weights: memoryview) -> tuple[dict[str, Buffer], dict[str, Buffer]]:
-    """A unit's weights where they lie in the content of its file: initializers and inputs of `Backend.load`."""
+    """View a unit's weights in the content of its file, as arguments of `Backend.load`.
+
+    Returns:
+        (initializers, inputs), each by name.
+    """
     dtype = DTYPE_OF_PRECISION[unit.precision]
     buffers = {p.name: mapped_buffer(weights, p.offset, p.shape, dtype) for p in unit.parameters}
     return ({}, buffers) if unit.weights_are_inputs else (buffers, {})
@@ -19,17 +23,17 @@ def mapped_weights(unit: Unit, weights: memoryview) -> tuple[dict[str, Buffer], 
 def mapped_parts(
     parts: Mapping[str, Unit], content: Mapping[str, memoryview]
 ) -> tuple[dict[str, Buffer], dict[str, Buffer]]:
-    """`mapped_weights` of all parts of a graph (`Manifest.parts`).
+    """View the weights of all parts of a graph, see `mapped_weights`.
 
     Args:
-        parts: prefix in the graph -> unit.
-        content: of the weights files, by path.
+        parts: prefix in the graph -> unit, as `Manifest.parts` returns them.
+        content: path -> content of the weights files.
     """
     initializers: dict[str, Buffer] = {}
     inputs: dict[str, Buffer] = {}
     for prefix, unit in parts.items():
         assert unit.weights is not None
         of_unit = mapped_weights(unit, content[unit.weights])
-        for found, mine in zip((initializers, inputs), of_unit, strict=True):
-            found.update({prefix + name: buffer for name, buffer in mine.items()})
+        for whole, mine in zip((initializers, inputs), of_unit, strict=True):
+            whole.update({prefix + name: buffer for name, buffer in mine.items()})
     return initializers, inputs

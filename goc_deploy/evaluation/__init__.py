@@ -1,1 +1,1 @@
-"""Plans against no cache: sample, compare, measure, report. `goc_deploy.evaluation.evaluate` is the entry."""
+"""Comparison of plans with no cache: sample, compare, measure, report. See `evaluate.evaluate`."""

@@ -1,4 +1,4 @@
-"""Charts as inline SVG. Colours are the page's CSS variables, so that light and dark both read well."""
+"""Charts as inline SVG. Colours are the page's CSS variables, for light and dark mode."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from html import escape
 
 WIDTH, HEIGHT = 520, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 12, 42
-LOGARITHMIC_FROM = 5  # the largest value over the smallest
-COLORS = 8  # CSS variables --c0 .. --c7; the next eight plans are hollow marks and dashed lines of the same colours
+LOGARITHMIC_FROM = 5  # ratio of the largest value to the smallest
+# CSS variables --c0 .. --c7; the next eight plans have hollow marks and dashed lines.
+COLORS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A value ``y`` at ``x`` with the ends of its interval, which are ``y`` where there is none."""
+    """A value ``y`` at ``x`` with the ends of its interval, which equal ``y`` without one."""
 
     x: float
     y: float
@@ -25,7 +26,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Points of one plan, in its colour."""
+    """The points of one plan, in its colour."""
 
     name: str
     color: int
@@ -34,7 +35,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """An axis from ``low`` to ``high`` that lies along pixels ``start`` to ``stop``."""
+    """An axis from ``low`` to ``high`` that covers the pixels ``start`` to ``stop``."""
 
     low: float
     high: float
@@ -43,27 +44,26 @@ class Axis:
     logarithmic: bool
 
     def place(self, value: float) -> float:
-        """Pixel of a value."""
-        low, high, at = (math.log10(v) for v in (self.low, self.high, value)) if self.logarithmic else (
-            self.low, self.high, value,
-        )  # fmt: skip
+        """Return the pixel of a value."""
+        numbers = (self.low, self.high, value)
+        low, high, at = map(math.log10, numbers) if self.logarithmic else numbers
         return self.start + (at - low) / (high - low) * (self.stop - self.start)
 
     def ticks(self) -> list[float]:
-        """Round values within the axis: 1, 2 and 5 times powers of ten, or of a linear axis about six multiples."""
+        """Round values within the axis: powers of ten times 1, 2 and 5, or about six multiples."""
         if self.logarithmic:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             factors = (1, 2, 5) if len(decades) <= 4 else (1,)
-            found = [factor * 10.0**decade for decade in decades for factor in factors]
+            ticks = [factor * 10.0**decade for decade in decades for factor in factors]
         else:
             raw = (self.high - self.low) / 6
             power = 10.0 ** math.floor(math.log10(raw))
             step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
-            found = [
+            ticks = [
                 step * i
                 for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)
             ]
-        return [tick for tick in found if self.low <= tick <= self.high]
+        return [tick for tick in ticks if self.low <= tick <= self.high]
 
 
 def _axis(values: Sequence[float], start: float, stop: float, *, logarithmic: bool) -> Axis:
@@ -75,17 +75,17 @@ def _axis(values: Sequence[float], start: float, stop: float, *, logarithmic: bo
 
 
 def color_of(number: int) -> tuple[str, bool]:
-    """CSS colour of the plan with a number, and whether its marks are hollow."""
+    """Return the CSS colour of the plan with a number, and whether its marks are hollow."""
     return f"var(--c{number % COLORS})", number // COLORS % 2 == 1
 
 
 def chart(series: Sequence[Series], x_title: str, y_title: str, *, lines: bool = False) -> str:
-    """Lines, or points with their intervals, over two axes; every mark has a tooltip.
+    """Draw lines, or points with their intervals, over two axes; every mark has a tooltip.
 
     Args:
         series: at least one point in all, ``y`` above 0.
-        x_title: of the horizontal axis.
-        y_title: of the vertical axis, which is logarithmic where the values differ much.
+        x_title: title of the horizontal axis.
+        y_title: title of the vertical axis, which is logarithmic if the values differ much.
         lines: connect the points of a series.
     """
     points = [point for one in series for point in one.points]
@@ -143,8 +143,10 @@ def _frame(x: Axis, y: Axis, x_title: str, y_title: str) -> list[str]:
         parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{tick:g}</text>')
     middle = (TOP + HEIGHT - BOTTOM) / 2
     parts.append(
-        f'<text class="title" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_title)}</text>'
-        f'<text class="title" x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{escape(y_title)}</text>'
+        f'<text class="title" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" '
+        f'text-anchor="middle">{escape(x_title)}</text>'
+        f'<text class="title" x="14" y="{middle}" text-anchor="middle" '
+        f'transform="rotate(-90 14 {middle})">{escape(y_title)}</text>'
     )
     return parts
 

@@ -1,4 +1,4 @@
-"""Batch after batch through every plan: score it, keep the few numbers, drop it."""
+"""The loop over batches: run every plan, score the images, keep the scores, drop the images."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ MACHINE_KEYS = ("backend", "version", "provider", "threads", "batch_size")
 
 @dataclass(slots=True)
 class PlanScores:
-    """What is collected of one plan.
+    """Scores of one plan.
 
     Attributes:
         plan: the plan.
         baseline: name of the plan it is compared with, which may be itself.
-        features: of its images.
+        features: features of its images.
         paired: comparison with the baseline and the converged solution.
         batch_ms: (images, milliseconds) of every batch.
         pictures: the first images.
@@ -52,7 +52,7 @@ class PlanScores:
     pictures: list[np.ndarray] = field(default_factory=list)
 
     def entry(self) -> dict[str, Any]:
-        """What the plan is and costs, as plain JSON types."""
+        """Describe the plan and its cost in plain JSON types."""
         schedule, steps = self.plan.schedule, self.plan.steps
         measured = [
             ms / images for images, ms in (self.batch_ms[1:] or self.batch_ms)
@@ -79,14 +79,14 @@ def collect(
     extractor: Extractor | None,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Fill ``scores`` from images that are read from ``files`` where there are any, else generated.
+    """Fill ``scores`` from the images of ``files`` if there are any, else from generated ones.
 
     Returns:
-        What ran the plans, for people.
+        Description of the machine that ran the plans, for people.
     """
     if files:
-        for _, found in read_back(files, READ_IMAGES, progress):
-            _take(scores, found, extractor)
+        for _, sampled in read_back(files, READ_IMAGES, progress):
+            _take(scores, sampled, extractor)
         return {"read_from": str(options.samples)}
     machine: dict[str, Any] = {}
     with ExitStack() as stack:
@@ -96,15 +96,15 @@ def collect(
         writers = stack.enter_context(
             SampleWriters(options.samples_output, list(scores), (len(labels), side, side))
         )
-        for first, found in generated(pipes, labels, options, progress):
+        for first, sampled in generated(pipes, labels, options, progress):
             part = labels[first : first + pipes[0].batch_size]
-            writers.add(found, part)
-            _take(scores, found, extractor)
+            writers.add(sampled, part)
+            _take(scores, sampled, extractor)
             if converged is not None and first < options.converged_images:
                 progress(f"{options.converged} uncached steps", first, options.converged_images)
-                _compare_with(converged, scores, found, part, first, options)
+                _compare_with(converged, scores, sampled, part, first, options)
             machine = machine or {
-                key: found[pipes[0].plan.name].report[key] for key in MACHINE_KEYS
+                key: sampled[pipes[0].plan.name].report[key] for key in MACHINE_KEYS
             }
     return machine
 
@@ -129,7 +129,10 @@ def _load(
 def _converged(
     stack: ExitStack, pipes: Sequence[Pipeline], options: EvalOptions
 ) -> Pipeline | None:
-    """A pipeline of so many uncached steps that more would change nothing, with the first plan's sampler and engines."""
+    """Load a pipeline of ``options.converged`` uncached steps, or return None if there are none.
+
+    It has the first plan's sampler and engines.
+    """
     if not options.converged:
         return None
     for pipe in pipes:
@@ -149,7 +152,7 @@ def _converged(
 def _compare_with(
     converged: Pipeline,
     scores: Mapping[str, PlanScores],
-    found: Mapping[str, Sampled],
+    sampled: Mapping[str, Sampled],
     labels: np.ndarray,
     first: int,
     options: EvalOptions,
@@ -164,7 +167,7 @@ def _compare_with(
         decode=False,
     ).latents
     for name, of_plan in scores.items():
-        latents = found[name].latents
+        latents = sampled[name].latents
         assert latents is not None
         of_plan.paired.add_values(
             "converged_relative_l2", relative_l2(latents[: len(truth)], truth)
@@ -173,13 +176,13 @@ def _compare_with(
 
 def _take(
     scores: Mapping[str, PlanScores],
-    found: Mapping[str, Sampled],
+    sampled: Mapping[str, Sampled],
     extractor: Extractor | None,
 ) -> None:
     for name, of_plan in scores.items():
-        batch = found[name]
+        batch = sampled[name]
         if of_plan.baseline != name:
-            of_plan.paired.add(batch, found[of_plan.baseline])
+            of_plan.paired.add(batch, sampled[of_plan.baseline])
         if batch.images is not None:
             if extractor is not None:
                 of_plan.features.add(extractor.extract(batch.images))

@@ -1,4 +1,4 @@
-"""goc-eval's work: sample every plan on the same noise and labels, and compare."""
+"""The evaluation of goc-eval: sample every plan on the same noise and labels, and compare."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ FORMAT, VERSION = "goc_deploy.evaluation", 1
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What `evaluate` returns.
+    """Result of `evaluate`.
 
     Attributes:
-        found: every number, plain JSON types.
-        schedules: of every plan, for heat maps.
-        pictures: plan -> (n, H, W, 1 or 3) uint8 first images, all from the same noise; empty without images.
+        report: every number, in plain JSON types.
+        schedules: plan -> its schedule, for heat maps.
+        pictures: plan -> (n, H, W, 1 or 3) uint8 first images, all from the same noise; empty if
+            the model has no images.
     """
 
-    found: dict[str, Any]
+    report: dict[str, Any]
     schedules: dict[str, Schedule]
     pictures: dict[str, np.ndarray]
 
@@ -45,18 +46,19 @@ class Evaluation:
 def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Evaluation:
     """Evaluate plans of an engine directory.
 
-    Memory: features, one number per image and metric, and one batch; the images themselves are never all held.
+    Memory holds features, one number per image and metric, and one batch; never all images.
 
     Plans of a preset that the engine directory lacks are added to it.
 
     Raises:
-        UsageError: an option, preset, plan, reference, sample file or extractor that does not fit.
+        UsageError: an option, preset, plan, reference, sample file or extractor does not fit.
         EngineDirError: the engine directory is corrupt.
         EnvironmentUnsupportedError: a package is missing.
     """
     if options.seed < 0 or options.num_images < 1:
         raise UsageError(
-            f"seed must be 0 or more and images at least 1, got {options.seed} and {options.num_images}"
+            f"seed must be 0 or more and images at least 1, got {options.seed} and "
+            f"{options.num_images}"
         )
     if options.router is not None and options.preset is None:
         raise UsageError(
@@ -101,7 +103,7 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
             **cost,
             "metrics": {key: asdict(value) for key, value in estimates.items()},
         }
-    found = {
+    report = {
         "format": FORMAT,
         "version": VERSION,
         "goc_deploy": __version__,
@@ -119,11 +121,11 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
     }
     schedules = {plan.name: plan.schedule for plan in plans}
     pictures = {name: np.concatenate(s.pictures) for name, s in scores.items() if s.pictures}
-    return Evaluation(found, schedules, pictures)
+    return Evaluation(report, schedules, pictures)
 
 
 def _labels(files: dict[str, AdmFile], options: EvalOptions, spec: ModelSpec) -> np.ndarray:
-    """The labels that the sample files were made for, or new ones."""
+    """Return the labels that the sample files were made for, or new ones."""
     if not files:
         return class_labels(options.labels, options.num_images, spec.classes, options.seed)
     labels = next(iter(files.values())).labels
@@ -132,13 +134,16 @@ def _labels(files: dict[str, AdmFile], options: EvalOptions, spec: ModelSpec) ->
 
 
 def _image_side(files: dict[str, AdmFile], manifest: Manifest) -> int | None:
-    """Height and width of the images, or None where there are only latents. Read-back images may have been decoded."""
+    """Return height and width of the images, or None if there are only latents.
+
+    Images from sample files may have been decoded elsewhere.
+    """
     side = manifest.image_side
     if not files:
         return side
     path, shape = next((file.path, file.shape) for file in files.values())
     assert shape is not None
     if shape[1] != shape[2] or side not in (None, shape[1]):
-        made = f"this model makes {side}x{side}" if side else "expected as high as wide"
-        raise UsageError(f"{path} has images of {shape[1]}x{shape[2]}, {made}")
+        expected = f"this model makes {side}x{side}" if side else "expected as high as wide"
+        raise UsageError(f"{path} has images of {shape[1]}x{shape[2]}, {expected}")
     return shape[1]

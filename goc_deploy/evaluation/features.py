@@ -1,4 +1,4 @@
-"""Feature extractors: an ONNX model of the user's, or torch-fidelity's Inception."""
+"""Feature extractors: an ONNX model of the user, or torch-fidelity's Inception."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INCEPTION = "inception"
 
 @dataclass(frozen=True, slots=True)
 class Extracted:
-    """What an extractor says of a batch, float32.
+    """The outputs of an extractor for a batch, float32.
 
     Attributes:
         features: (n, d).
@@ -37,32 +37,35 @@ class Extractor(Protocol):
     name: str
 
     def check_images(self, height: int, width: int) -> None:
-        """Raise UsageError where images of this size cannot be taken."""
+        """Raise UsageError if the extractor cannot take images of this size."""
         ...
 
     def extract(self, images: np.ndarray) -> Extracted:
-        """Features of (n, H, W, 1 or 3) uint8 images."""
+        """Extract the features of (n, H, W, 1 or 3) uint8 images."""
         ...
 
 
 class OnnxExtractor:
-    """An ONNX model: input ``images`` float32 (N, C, H, W) in -1..1; outputs ``features``, and where it has them
-    ``logits`` and ``spatial``."""
+    """An ONNX model as extractor.
+
+    Its input is ``images`` float32 (N, C, H, W) in -1..1. Its outputs are ``features``, and
+    optionally ``logits`` and ``spatial``.
+    """
 
     def __init__(self, path: Path, threads: int = 0) -> None:
         """Load the model.
 
         Raises:
-            UsageError: no readable ONNX file, or one of another form.
+            UsageError: the file is no readable ONNX file, or has other inputs and outputs.
         """
         import onnxruntime
 
         from goc_deploy.engines.ort import shared_pool_of_process
 
-        shared_pool_of_process(threads)  # the engines': a pool of its own would compete with it
+        shared_pool_of_process(threads)  # a second pool would compete with that of the engines
         self.name = path.name
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what goes wrong is raised
+        options.log_severity_level = 4  # errors are raised
         options.use_per_session_threads = False
         try:
             self._session = onnxruntime.InferenceSession(
@@ -76,7 +79,8 @@ class OnnxExtractor:
         outputs = {o.name: o for o in self._session.get_outputs()}
         if set(inputs) != {"images"} or "features" not in outputs:
             raise UsageError(
-                f"features {path} has inputs {', '.join(inputs)} and outputs {', '.join(outputs)}, expected an input "
+                f"features {path} has inputs {', '.join(inputs)} and outputs "
+                f"{', '.join(outputs)}, expected an input "
                 f"'images' and an output 'features' (and, as it has them, 'logits' and 'spatial')"
             )
         shape = inputs["images"].shape
@@ -97,33 +101,34 @@ class OnnxExtractor:
         self._outputs = [name for name in ("features", "logits", "spatial") if name in outputs]
 
     def check_images(self, height: int, width: int) -> None:
-        """Raise UsageError where the model takes images of another size."""
+        """Raise UsageError if the model takes images of another size."""
         if any(
             takes not in (None, has) for takes, has in zip(self._size, (height, width), strict=True)
         ):
             raise UsageError(
-                f"features {self.name} takes images of {self._size[0]}x{self._size[1]} but these are {height}x{width}; "
+                f"features {self.name} takes images of {self._size[0]}x{self._size[1]} but these "
+                f"are {height}x{width}; "
                 f"use an extractor for this size, or one that resizes"
             )
 
     def extract(self, images: np.ndarray) -> Extracted:
-        """Features of (n, H, W, 1 or 3) uint8 images."""
+        """Extract the features of (n, H, W, 1 or 3) uint8 images."""
         pixels = (
             with_channels(images, self._channels).transpose(0, 3, 1, 2).astype(np.float32) / 127.5
             - 1
         )
-        found = dict(
+        outputs = dict(
             zip(self._outputs, self._session.run(self._outputs, {"images": pixels}), strict=True)
         )
-        spatial = found.get("spatial")
+        spatial = outputs.get("spatial")
         flat = None if spatial is None else spatial[:, :SPATIAL_CHANNELS].reshape(len(spatial), -1)
-        return Extracted(found["features"], found.get("logits"), flat)
+        return Extracted(outputs["features"], outputs.get("logits"), flat)
 
 
 class InceptionExtractor:
-    """The Inception of 2015 that FID is defined by, as torch-fidelity converted it.
+    """The Inception network of 2015 that defines FID, as torch-fidelity converted it.
 
-    ``spatial`` is what ADM's evaluator calls ``mixed_6/conv``: 17 x 17 of the first 7 channels.
+    ``spatial`` is the layer ``mixed_6/conv`` of ADM's evaluator: 17 x 17 of the first 7 channels.
     """
 
     name = INCEPTION
@@ -132,7 +137,7 @@ class InceptionExtractor:
         """Load the network; nothing is ever downloaded.
 
         Raises:
-            UsageError: no weights file.
+            UsageError: there is no weights file.
             EnvironmentUnsupportedError: torch-fidelity cannot be imported.
         """
         if weights is None or not weights.is_file():
@@ -143,12 +148,10 @@ class InceptionExtractor:
         try:
             import torch
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except (
-            ImportError,
-            RuntimeError,
-        ) as cause:  # a torchvision that does not fit torch raises RuntimeError
+        except (ImportError, RuntimeError) as cause:  # RuntimeError: torchvision does not fit torch
             raise EnvironmentUnsupportedError(
-                f"features 'inception' needs torch-fidelity and a torchvision that fits torch ({cause}); "
+                "features 'inception' needs torch-fidelity and a torchvision that fits torch "
+                f"({cause}); "
                 f"run: pip install torch-fidelity torchvision"
             ) from cause
         try:
@@ -164,10 +167,10 @@ class InceptionExtractor:
         )
 
     def check_images(self, height: int, width: int) -> None:
-        """Every size is fine: images are resized to 299 x 299 as TensorFlow 1 did."""
+        """Accept every size: images are resized to 299 x 299 as in TensorFlow 1."""
 
     def extract(self, images: np.ndarray) -> Extracted:
-        """Features of (n, H, W, 1 or 3) uint8 images."""
+        """Extract the features of (n, H, W, 1 or 3) uint8 images."""
         pixels = np.ascontiguousarray(with_channels(images, COLOUR).transpose(0, 3, 1, 2))
         self._taken.clear()
         features, logits = self._network(self._from_numpy(pixels))
@@ -176,7 +179,7 @@ class InceptionExtractor:
 
 
 def make_extractor(features: str, inception_weights: Path | None, threads: int = 0) -> Extractor:
-    """The extractor of that name: ``inception``, or the path of an ONNX model.
+    """Load an extractor: ``inception``, or the path of an ONNX model.
 
     Raises:
         UsageError, EnvironmentUnsupportedError: it cannot be loaded.

@@ -1,4 +1,4 @@
-"""The extractor and the reference that an evaluation was asked for, checked before anything is sampled."""
+"""The extractor and the reference of an evaluation, checked before any image is sampled."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from goc_deploy.spec import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class Judges:
-    """What sets of images are judged by.
+    """The extractor and the reference that sets of images are judged by.
 
     Attributes:
-        extractor: turns images into features, or None where only paired metrics are wanted.
-        reference: what samples are compared with, or None.
-        resamples: of the bootstrap of FID and inception score.
-        warnings: what to mind about the numbers, sentences.
+        extractor: extractor of features, or None if only paired metrics are wanted.
+        reference: reference set, or None.
+        resamples: number of bootstrap resamples of FID and inception score.
+        warnings: sentences about the limits of the numbers.
     """
 
     extractor: Extractor | None
@@ -41,7 +41,7 @@ class Judges:
     def metrics(
         self, features: FeatureSet, labels: np.ndarray, classes: int, seed: int
     ) -> dict[str, Estimate]:
-        """Every distribution metric that can be had; none without an extractor."""
+        """Compute every distribution metric that is possible; none without an extractor."""
         if self.extractor is None:
             return {}
         return distribution_metrics(features, labels, classes, self.reference, self.resamples, seed)
@@ -50,17 +50,18 @@ class Judges:
 def make_judges(
     options: EvalOptions, spec: ModelSpec, side: int | None, images: int, progress: Progress
 ) -> Judges:
-    """Load what the options name and check that it fits the images.
+    """Load the extractor and the reference, and check that they fit the images.
 
     Args:
-        options: what is wanted.
+        options: options of the evaluation.
         spec: the model.
-        side: height and width of the images, or None where there are only latents.
-        images: how many.
-        progress: called with (what, done, total).
+        side: height and width of the images, or None if there are only latents.
+        images: number of images per plan.
+        progress: called with (name, done, total).
 
     Raises:
-        UsageError: an extractor or reference that does not fit, or an option that needs images where there are none.
+        UsageError: an extractor or reference does not fit, or an option needs images but there are
+            none.
         EnvironmentUnsupportedError: a package is missing.
     """
     if side is None:
@@ -81,7 +82,8 @@ def make_judges(
         for count, what in ((images, "samples"), (reference.images or images, "reference images")):
             if count <= width:
                 warnings.append(
-                    f"{count} {what} for {width} features: FID needs more images than features, and many more to be "
+                    f"{count} {what} for {width} features: FID needs more images than features, "
+                    "and many more to be "
                     f"comparable; read KID instead"
                 )
     resamples = options.resamples
@@ -94,14 +96,14 @@ def make_judges(
 
 
 def _judges_of_latents(options: EvalOptions, spec: ModelSpec) -> Judges:
-    """None, which is said; options that need images are refused."""
+    """Return no judges and a warning about that; refuse options that need images."""
     latents = f"this model makes {spec.channels}-channel latents, which need a VAE to become images"
-    for given, name in (
+    for value, name in (
         (options.samples_output, "`samples_output`"),
         (options.features, "`features`"),
         (options.reference, "`reference`"),
     ):
-        if given is not None:
+        if value is not None:
             raise UsageError(
                 f"{name} needs images, but {latents}; leave it out, or decode elsewhere and use `samples`"
             )
@@ -116,7 +118,8 @@ def _reference(
     file = open_adm(options.reference)
     if file.shape is not None and file.shape[1:3] != (side, side):
         raise UsageError(
-            f"the reference {file.path} has images of {file.shape[1]}x{file.shape[2]}, this model makes {side}x{side}"
+            f"the reference {file.path} has images of {file.shape[1]}x{file.shape[2]}, this model "
+            f"makes {side}x{side}"
         )
     if file.statistics is not None:
         check_widths(file.statistics, width, extractor.name)

@@ -1,4 +1,4 @@
-"""Plans against their baseline on the same noise and labels."""
+"""Comparison of plans with their baseline on the same noise and labels."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ def computes_everything(plan: Plan) -> bool:
 
 
 def baselines(plans: Sequence[Plan]) -> dict[str, str]:
-    """Plan -> the plan it is compared with: the first that computes everything with the same sampler and step count,
-    or, where there is none, the first that computes everything at all. A baseline is its own.
+    """Map each plan to its baseline, the plan that it is compared with.
+
+    The baseline is the first plan that computes everything with the same sampler and step count. If
+    there is none, it is the first plan that computes everything. A baseline is its own baseline.
 
     Raises:
         UsageError: no plan computes everything.
@@ -28,7 +30,8 @@ def baselines(plans: Sequence[Plan]) -> dict[str, str]:
     whole = [plan for plan in plans if computes_everything(plan)]
     if not whole:
         raise UsageError(
-            "no plan computes everything, so there is nothing to compare with; add 'none' with goc-plan"
+            "no plan computes everything, so there is nothing to compare with; add 'none' with "
+            "goc-plan"
         )
 
     def alike(plan: Plan, other: Plan) -> bool:
@@ -47,29 +50,29 @@ class PairedScores:
         self._values: dict[str, list[np.ndarray]] = {}
         self._steps: list[np.ndarray] = []
 
-    def add(self, found: Sampled, expected: Sampled) -> None:
-        """Compare a batch with what the baseline gives."""
-        if found.latents is not None and expected.latents is not None:
-            self.add_values("relative_l2", relative_l2(found.latents, expected.latents))
-        if found.images is not None and expected.images is not None:
-            self.add_values("psnr_db", psnr_db(found.images, expected.images))
-            if min(found.images.shape[1:3]) >= WINDOW:
-                self.add_values("ssim", ssim(found.images, expected.images))
-        x, y = found.trajectory, expected.trajectory
+    def add(self, batch: Sampled, expected: Sampled) -> None:
+        """Compare a batch with the same batch of the baseline."""
+        if batch.latents is not None and expected.latents is not None:
+            self.add_values("relative_l2", relative_l2(batch.latents, expected.latents))
+        if batch.images is not None and expected.images is not None:
+            self.add_values("psnr_db", psnr_db(batch.images, expected.images))
+            if min(batch.images.shape[1:3]) >= WINDOW:
+                self.add_values("ssim", ssim(batch.images, expected.images))
+        x, y = batch.trajectory, expected.trajectory
         if x is not None and y is not None and len(x) == len(y):
             self._steps.append(np.stack([relative_l2(a, b) for a, b in zip(x, y, strict=True)]))
 
     def add_values(self, metric: str, values: np.ndarray) -> None:
-        """Take in (n,) numbers of a metric."""
+        """Add (n,) numbers of a metric."""
         self._values.setdefault(metric, []).append(values)
 
     def estimates(self, seed: int) -> dict[str, Estimate]:
-        """Mean over images of every metric, with its bootstrap interval."""
+        """Return the mean over images of every metric, with its bootstrap interval."""
         return {
             metric: mean_estimate(np.concatenate(parts), seed)
             for metric, parts in self._values.items()
         }
 
     def step_errors(self) -> list[float] | None:
-        """Mean relative L2 of the latents after every step, over the images whose trajectory was kept, or None."""
+        """Mean relative L2 of the latents after every step, or None without trajectories."""
         return np.concatenate(self._steps, axis=1).mean(axis=1).tolist() if self._steps else None

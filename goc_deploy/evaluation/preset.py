@@ -17,18 +17,21 @@ PAPER_BASES = (("FORA-50", "fora:2"), ("FORA-25", "fora:2@0.5"))
 def plans_of_preset(
     directory: EngineDir, options: EvalOptions, progress: Progress
 ) -> dict[str, str]:
-    """The plans of a preset, which are added to the engine directory where it lacks them.
+    """Return the plans of a preset; those that the engine directory lacks are added to it.
 
-    ``paper`` has the rows of Table 1 of GOC's paper: no cache, FORA at 50 and 25 %, and Learning-to-Cache if
-    ``options.router`` is its file, each also with the gradient everywhere (GC) and where GOD says so (GOC). Strengths are
-    chosen on calibration images, by GOC; GC has the same, so that the two rows differ by GOD alone.
+    ``paper`` has the rows of Table 1 of GOC's paper: no cache, FORA at 50 and 25 percent, and
+    Learning-to-Cache if ``options.router`` is its file. Each base also has a row with the gradient
+    at every step (GC) and a row with the gradient at the steps that GOD chooses (GOC). GOC chooses
+    its strength on calibration images. GC has the same strength, so that the two rows differ by GOD
+    alone.
 
     Returns:
         Plan name -> method.
 
     Raises:
-        UsageError: another preset, or a plan of the engine directory has other steps or another sampler than no cache.
-        GocError: a plan cannot be added, as `goc_deploy.add_plan`.
+        UsageError: the preset is unknown, or a plan of the engine directory has other steps or
+            another sampler than no cache.
+        GocError: a plan cannot be added, as in `goc_deploy.add_plan`.
     """
     if options.preset not in PRESETS:
         raise UsageError(f"preset {options.preset!r} is not one of {', '.join(PRESETS)}")
@@ -51,7 +54,10 @@ def plans_of_preset(
 def _plan_finder(
     directory: EngineDir, options: EvalOptions, progress: Progress
 ) -> Callable[[str], Plan]:
-    """SPEC -> its plan, which is made where there is none, with the steps and the sampler of the first plan asked for."""
+    """Return a function from SPEC to plan.
+
+    It adds a missing plan with the steps and the sampler of the first plan that was asked for.
+    """
     from goc_deploy.api.facade import add_plan
     from goc_deploy.engines.ort import shared_pool_of_process
 
@@ -61,13 +67,11 @@ def _plan_finder(
         nonlocal directory
         plans, wanted = directory.manifest.plans, {spec, parse_policy(spec).default_name}
         entry = next((entry for entry in plans if wanted & {entry.name, entry.spec}), None)
-        if (
-            entry is None or spec == f"l2c:{options.router}"
-        ):  # which may be another file of that name, then adding it fails
+        # A plan may be of another router file of the same name; then adding the plan fails.
+        if entry is None or spec == f"l2c:{options.router}":
             if options.threads:
-                shared_pool_of_process(
-                    options.threads
-                )  # its first size stays, and add_plan asks for every core
+                # The pool keeps its first size, and add_plan asks for every core.
+                shared_pool_of_process(options.threads)
             like: dict[str, Any] = (
                 {"steps": first[0].steps, "sampler": first[0].sampler.sampler} if first else {}
             )
@@ -79,8 +83,9 @@ def _plan_finder(
         first.append(plan)
         if (plan.steps, plan.sampler.sampler) != (first[0].steps, first[0].sampler.sampler):
             raise UsageError(
-                f"plan {plan.name} has {plan.steps} steps of {plan.sampler.sampler}, but {first[0].name} has {first[0].steps} of "
-                f"{first[0].sampler.sampler}; a preset compares plans of one step count and sampler, so use another engine directory"
+                f"plan {plan.name} has {plan.steps} steps of {plan.sampler.sampler}, but "
+                f"{first[0].name} has {first[0].steps} of {first[0].sampler.sampler}; a preset "
+                "compares plans of one step count and sampler, so use another engine directory"
             )
         return plan
 
@@ -88,22 +93,24 @@ def _plan_finder(
 
 
 def _check_computes_the_same(plan: Plan, plain: Plan) -> None:
-    """Check that a corrected plan, which may have been there, is of the base that it is shown with."""
+    """Check that a corrected plan, which may be older, has the base that it is shown with."""
     computed = [
         [[not row for row in step] for step in p.schedule.coefficients] for p in (plan, plain)
     ]
     if computed[0] != computed[1]:
         raise UsageError(
-            f"plan {plan.name} computes other units than {plain.name}, so it was made from another base; use another engine directory"
+            f"plan {plan.name} computes other units than {plain.name}, so it was made from another "
+            "base; use another engine directory"
         )
 
 
 def _eta(plan: Plan) -> float:
-    """The strength that GOC chose."""
-    found = plan.schedule.provenance.get("god")
-    eta = found.get("eta") if isinstance(found, dict) else None
+    """Return the strength that GOC chose."""
+    god = plan.schedule.provenance.get("god")
+    eta = god.get("eta") if isinstance(god, dict) else None
     if not isinstance(eta, (int, float)):
         raise UsageError(
-            f"plan {plan.name} does not tell its eta; make it again with goc-plan and the SPEC of its name"
+            f"plan {plan.name} does not tell its eta; make it again with goc-plan and the SPEC of "
+            "its name"
         )
     return float(eta)

@@ -1,4 +1,4 @@
-"""Images of several plans from the same noise and labels, a batch at a time: generated, or read back."""
+"""Images of several plans from the same noise and labels, in batches: generated or read."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Sampled:
     """One plan's images of one batch.
 
     Attributes:
-        latents: (n, C, H, W) float32, or None where images were read back.
-        images: (n, H, W, 1 or 3) uint8, or None where the latents need a decoder.
+        latents: (n, C, H, W) float32, or None if the images were read from files.
+        images: (n, H, W, 1 or 3) uint8, or None if the latents need a decoder.
         trajectory: (T, m, C, H, W) of the first m images, or None.
-        report: what `Pipeline.generate` reports of the batch, empty where images were read back.
+        report: the report of `Pipeline.generate` for the batch, empty if images were read.
     """
 
     latents: np.ndarray | None
@@ -40,14 +40,15 @@ class Sampled:
 
 
 def class_labels(kind: str, images: int, classes: int, seed: int) -> np.ndarray:
-    """(images,) labels.
+    """Choose (images,) labels.
 
     Args:
-        kind: ``balanced`` has every class equally often (to within one), in a random order, so that the first few are
-            balanced too; ``iid`` draws each label alone, as DiT's script does.
-        images: how many.
-        classes: 0 .. classes - 1.
-        seed: of the order or the draws.
+        kind: ``balanced`` has every class equally often (to within one), in a random order, so that
+            the first few are balanced too; ``iid`` draws each label independently, as DiT's script
+            does.
+        images: number of images.
+        classes: number of classes; labels are 0 .. classes - 1.
+        seed: seed of the order or the draws.
     """
     if not classes:
         raise UsageError(NO_CAPTIONS)
@@ -65,7 +66,7 @@ def generated(
     batch = pipes[0].batch_size
     for first in range(0, len(labels), batch):
         part = labels[first : first + batch].tolist()
-        found = {}
+        sampled = {}
         for i, pipe in enumerate(pipes):
             progress(pipe.plan.name, first * len(pipes) + i * len(part), len(labels) * len(pipes))
             result = pipe.generate(
@@ -79,14 +80,16 @@ def generated(
             followed = result.trajectory
             if followed is not None:
                 followed = followed[:, : options.trajectory_images - first]
-            found[pipe.plan.name] = Sampled(result.latents, result.images, followed, result.report)
-        yield first, found
+            sampled[pipe.plan.name] = Sampled(
+                result.latents, result.images, followed, result.report
+            )
+        yield first, sampled
 
 
 def read_back(
     files: Mapping[str, AdmFile], batch: int, progress: Progress
 ) -> Iterator[tuple[int, dict[str, Sampled]]]:
-    """Like `generated`, from ADM files of equally many images."""
+    """Yield the same as `generated`, from ADM files with equal numbers of images."""
     count = next(iter(files.values())).shape[0]  # type: ignore[index]
     readers = {name: file.batches(batch) for name, file in files.items()}
     for first in range(0, count, batch):
@@ -98,10 +101,10 @@ def read_back(
 
 
 def samples_of_plans(folder: Path, names: Sequence[str]) -> dict[str, AdmFile]:
-    """The ADM files of plans in a folder that ``--samples-output`` wrote.
+    """Open the ADM files of plans in a folder that ``--samples-output`` wrote.
 
     Raises:
-        UsageError: a plan has none, or they do not fit together.
+        UsageError: a plan has no file, or the files do not fit together.
     """
     files = {}
     for name in names:
@@ -117,7 +120,8 @@ def samples_of_plans(folder: Path, names: Sequence[str]) -> dict[str, AdmFile]:
             raise UsageError(
                 f"{file.path} lacks arr_0 or arr_1, its images or labels; write it with `samples_output`"
             )
-        if file.shape != first.shape or not np.array_equal(file.labels, first.labels):  # type: ignore[arg-type]
+        same_labels = np.array_equal(file.labels, first.labels)  # type: ignore[arg-type]
+        if file.shape != first.shape or not same_labels:
             raise UsageError(
                 f"the samples of {name} have other labels or sizes than those of {names[0]}"
             )
@@ -125,7 +129,7 @@ def samples_of_plans(folder: Path, names: Sequence[str]) -> dict[str, AdmFile]:
 
 
 class SampleWriters:
-    """One ADM file per plan, all of which appear when the body of a ``with`` ends well."""
+    """One ADM file per plan; all of them appear if the body of a ``with`` does not raise."""
 
     def __init__(
         self, folder: Path | None, names: Sequence[str], shape: tuple[int, int, int]
@@ -145,9 +149,9 @@ class SampleWriters:
     def __exit__(self, *raised: Any) -> bool | None:
         return self._stack.__exit__(*raised)
 
-    def add(self, found: Mapping[str, Sampled], labels: np.ndarray) -> None:
+    def add(self, sampled: Mapping[str, Sampled], labels: np.ndarray) -> None:
         """Append a batch to every file."""
         for name, writer in self._writers.items():
-            images = found[name].images
+            images = sampled[name].images
             assert images is not None
             writer.add(images, tuple(labels.tolist()))

@@ -16,11 +16,11 @@ class Metric:
     """How a metric is shown.
 
     Attributes:
-        key: in the JSON.
-        title: column.
-        digits: after the point, fewer where the number is large.
-        paired: compares image by image, not sets of images.
-        lower_is_better: which end is good.
+        key: key in the JSON file.
+        title: title of the column.
+        digits: digits after the point; large numbers have fewer.
+        paired: True if it compares image by image, False if it compares sets of images.
+        lower_is_better: True if small values are good.
     """
 
     key: str
@@ -45,17 +45,17 @@ METRICS = (
 )
 
 
-def shown_metrics(found: dict[str, Any]) -> list[Metric]:
-    """The metrics that at least one plan has."""
+def shown_metrics(report: dict[str, Any]) -> list[Metric]:
+    """Return the metrics that at least one plan has."""
     return [
         metric
         for metric in METRICS
-        if any(metric.key in plan["metrics"] for plan in found["plans"].values())
+        if any(metric.key in plan["metrics"] for plan in report["plans"].values())
     ]
 
 
 def shown_value(estimate: dict[str, float] | None, metric: Metric, plus_minus: str = "+-") -> str:
-    """A number with half of its interval, or nothing."""
+    """Format a number with half of its interval; None is an empty text."""
     if estimate is None:
         return ""
     value, half = estimate["value"], (estimate["high"] - estimate["low"]) / 2
@@ -63,16 +63,19 @@ def shown_value(estimate: dict[str, float] | None, metric: Metric, plus_minus: s
     return f"{value:.{digits}f}" + (f" {plus_minus}{half:.{digits}f}" if half else "")
 
 
-def named(found: dict[str, Any]) -> dict[str, list[str]]:
-    """Plan -> its name, and in a preset before it the method that the literature names."""
-    methods = {name: plan.get("method") for name, plan in found["plans"].items()}
+def named(report: dict[str, Any]) -> dict[str, list[str]]:
+    """Map each plan to the cells of its name: in a preset the method, then the name."""
+    methods = {name: plan.get("method") for name, plan in report["plans"].items()}
     return {name: [method, name] if method else [name] for name, method in methods.items()}
 
 
-def costs(found: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
-    """Columns of what a plan costs, and plan -> its cells: in a preset those of papers, else what was counted and measured."""
-    plans: dict[str, Any] = found["plans"]
-    if not _of_preset(found):
+def costs(report: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
+    """Return the columns of a plan's cost, and plan -> its cells.
+
+    A preset has the columns of papers, any other evaluation what was counted and measured.
+    """
+    plans: dict[str, Any] = report["plans"]
+    if not _of_preset(report):
         cells = {
             name: [str(plan["steps"]), f"{plan['full_step_equivalents']:.2f}", _ms(plan)]
             for name, plan in plans.items()
@@ -87,35 +90,35 @@ def costs(found: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
     return ["caching level %", "FLOPs (T)", "speed-up"], cells
 
 
-def cost_rows(found: dict[str, Any]) -> Table:
-    """A row per plan: what it costs and how near its baseline it stays."""
-    metrics = [metric for metric in shown_metrics(found) if metric.paired]
-    columns, cells = costs(found)
-    titles = [*name_columns(found), *columns, *(metric.title for metric in metrics)]
-    names = named(found)
+def cost_rows(report: dict[str, Any]) -> Table:
+    """Make a row per plan: its cost, and its distance to the baseline."""
+    metrics = [metric for metric in shown_metrics(report) if metric.paired]
+    columns, cells = costs(report)
+    titles = [*name_columns(report), *columns, *(metric.title for metric in metrics)]
+    names = named(report)
     return titles, [
         [*names[name], *cells[name], *_values(plan, metrics)]
-        for name, plan in found["plans"].items()
+        for name, plan in report["plans"].items()
     ]
 
 
-def distribution_rows(found: dict[str, Any]) -> Table:
-    """A row per plan: how its images compare as a set; no rows where nothing was measured."""
-    metrics = [metric for metric in shown_metrics(found) if not metric.paired]
-    names = named(found)
+def distribution_rows(report: dict[str, Any]) -> Table:
+    """Make a row per plan: its metrics as a set of images; no rows if there are none."""
+    metrics = [metric for metric in shown_metrics(report) if not metric.paired]
+    names = named(report)
     rows = [
-        [*names[name], *_values(plan, metrics)] for name, plan in found["plans"].items() if metrics
+        [*names[name], *_values(plan, metrics)] for name, plan in report["plans"].items() if metrics
     ]
-    return [*name_columns(found), *(metric.title for metric in metrics)], rows
+    return [*name_columns(report), *(metric.title for metric in metrics)], rows
 
 
-def name_columns(found: dict[str, Any]) -> list[str]:
-    """Titles of what `named` has."""
-    return ["method", "plan"] if _of_preset(found) else ["plan"]
+def name_columns(report: dict[str, Any]) -> list[str]:
+    """Return the titles of the cells of `named`."""
+    return ["method", "plan"] if _of_preset(report) else ["plan"]
 
 
-def _of_preset(found: dict[str, Any]) -> bool:
-    return any(plan.get("method") for plan in found["plans"].values())
+def _of_preset(report: dict[str, Any]) -> bool:
+    return any(plan.get("method") for plan in report["plans"].values())
 
 
 def _ms(plan: dict[str, Any]) -> str:

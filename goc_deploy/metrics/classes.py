@@ -1,4 +1,4 @@
-"""What a classifier says of samples: inception score, and agreement with the wanted labels."""
+"""Metrics from a classifier: inception score, and agreement with the wanted labels."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ SPLIT_IMAGES = 5000
 
 
 def probabilities_from_logits(logits: np.ndarray) -> np.ndarray:
-    """Softmax of (N, K) logits, float32."""
+    """Apply softmax to (N, K) logits, float32."""
     shifted = np.exp((logits - logits.max(axis=1, keepdims=True)).astype(np.float64))
     return np.asarray(shifted / shifted.sum(axis=1, keepdims=True), np.float32)
 
 
 def inception_score(probabilities: np.ndarray, split_images: int = SPLIT_IMAGES) -> float:
-    """``exp(mean KL(p(y|x) || p(y)))``, averaged over consecutive splits of 5000 images as ADM's evaluator does.
+    """``exp(mean KL(p(y|x) || p(y)))``, averaged over splits of 5000 images as in ADM's evaluator.
 
-    The splits are not shuffled, so images sorted by class would score far too low: every split would lack classes.
+    Splits are consecutive images and are not shuffled. Images that are sorted by class would score
+    far too low, because every split would lack classes.
 
     Args:
         probabilities: (N, K), rows that sum to 1.
-        split_images: images in a split; the last one may be smaller.
+        split_images: number of images in a split; the last split may be smaller.
 
     Source: Salimans et al., "Improved Techniques for Training GANs", 2016.
     """

@@ -9,12 +9,12 @@ import numpy as np
 
 NORMAL_95 = 1.959964
 MEAN_RESAMPLES = 1000
-MAX_DRAWN = 2**20  # indices held at a time
+MAX_DRAWN = 2**20  # largest number of indices in memory at once
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A value and the ends of its 95 % confidence interval; both ends are the value where none was estimated."""
+    """A value and the ends of its 95 % confidence interval, which equal the value without one."""
 
     value: float
     low: float
@@ -27,16 +27,16 @@ class Estimate:
 
 
 def exact(value: float) -> Estimate:
-    """A value without an interval."""
+    """Return a value without an interval."""
     return Estimate(float(value), float(value), float(value))
 
 
 def mean_estimate(values: np.ndarray, seed: int) -> Estimate:
-    """Mean of one number per image, with the percentile bootstrap interval of the mean.
+    """Return the mean of one number per image, with its percentile bootstrap interval.
 
     Args:
         values: (N,) one per image.
-        seed: of the resampling.
+        seed: seed of the resampling.
 
     Source: Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979; 1000 resamples.
     """
@@ -56,10 +56,10 @@ def mean_estimate(values: np.ndarray, seed: int) -> Estimate:
 
 
 def resampled_estimate(value: float, replicas: Sequence[float]) -> Estimate:
-    """A statistic with the normal interval whose width is the spread of its bootstrap replicas.
+    """Return a statistic with the normal interval of the spread of its bootstrap replicas.
 
-    Percentiles would mislead: a resample repeats images, which biases FID and IS, so that the replicas may all lie on
-    one side of the value. Their spread is right all the same.
+    Percentiles would mislead. A resample repeats images, which biases FID and IS, so the replicas
+    may all be on one side of the value. Their spread is nevertheless right.
     """
     if len(replicas) < 2:
         return exact(value)
@@ -70,13 +70,13 @@ def resampled_estimate(value: float, replicas: Sequence[float]) -> Estimate:
 def bootstrap(
     statistic: Callable[[np.ndarray], float], images: int, resamples: int, seed: int
 ) -> Estimate:
-    """A statistic of a set of images, with its interval from resampled sets.
+    """Return a statistic of a set of images, with its interval from resampled sets.
 
     Args:
-        statistic: takes (N,) indices of images, which may repeat.
-        images: N.
-        resamples: how many sets to draw; fewer than 2 estimate no interval.
-        seed: of the resampling.
+        statistic: function of (N,) indices of images, which may repeat.
+        images: number of images N.
+        resamples: number of sets to draw; fewer than 2 estimate no interval.
+        seed: seed of the resampling.
     """
     generator = np.random.default_rng(seed)
     replicas = [statistic(generator.integers(0, images, images)) for _ in range(resamples)]

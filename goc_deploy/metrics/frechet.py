@@ -16,9 +16,10 @@ class Gaussian:
 
 
 class Moments:
-    """Mean and covariance of features that come in batches and are not kept.
+    """Mean and covariance of features that are added in batches and not kept.
 
-    Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+    Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing
+    sample variances", 1979.
     """
 
     def __init__(self, width: int) -> None:
@@ -27,7 +28,7 @@ class Moments:
         self._scatter = np.zeros((width, width))
 
     def add(self, features: np.ndarray) -> None:
-        """Take in (n, d) features."""
+        """Add (n, d) features."""
         if not len(features):
             return
         values = features.astype(np.float64)
@@ -41,12 +42,15 @@ class Moments:
         self.count = total
 
     def gaussian(self) -> Gaussian:
-        """The fitted Gaussian; the covariance is the unbiased one, as in ADM's evaluator. Needs two features."""
+        """Return the fitted Gaussian, with the unbiased covariance as in ADM's evaluator.
+
+        It needs at least two features.
+        """
         return Gaussian(self._mean.copy(), self._scatter / (self.count - 1))
 
 
 def gaussian_of(features: np.ndarray) -> Gaussian:
-    """The Gaussian fitted to (N, d) features."""
+    """Fit a Gaussian to (N, d) features."""
     moments = Moments(features.shape[1])
     moments.add(features)
     return moments.gaussian()
@@ -55,10 +59,12 @@ def gaussian_of(features: np.ndarray) -> Gaussian:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """``|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))``.
 
-    The trace of the root is the sum of the roots of the eigenvalues of ``R S_b R``, where R is the symmetric root of
-    S_a: real and not negative also where a covariance is singular, so nothing has to be added to its diagonal.
+    The trace of the root is the sum of the roots of the eigenvalues of ``R S_b R``, where R is the
+    symmetric root of S_a. These are real and not negative even if a covariance is singular, so its
+    diagonal needs no offset.
 
-    Source: Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", 2017.
+    Source: Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
+    Equilibrium", 2017.
     """
     eigenvalues, vectors = np.linalg.eigh(a.covariance)
     root = (vectors * np.sqrt(np.maximum(eigenvalues, 0))) @ vectors.T

@@ -1,4 +1,4 @@
-"""Kernel inception distance: unbiased also for few images, where FID is not."""
+"""Kernel inception distance, which is unbiased even for few images, unlike FID."""
 
 from __future__ import annotations
 
@@ -34,32 +34,34 @@ def kernel_distance(
     subsets: int = SUBSETS,
     subset_size: int = SUBSET_SIZE,
 ) -> Estimate:
-    """Mean squared MMD over random subsets; the interval scales their spread from the subset to the whole set.
+    """Return the mean squared MMD over random subsets.
+
+    The interval scales their spread from the size of a subset to that of the whole set.
 
     Args:
         x: (N, d) features of samples.
         y: (M, d) features of the reference.
-        seed: of the subsets.
-        subsets: how many.
-        subset_size: images in each; all of the smaller set where that is smaller.
+        seed: seed of the subsets.
+        subsets: number of subsets.
+        subset_size: number of images in each; at most that of the smaller set.
 
-    Source: Binkowski et al., "Demystifying MMD GANs", 2018. Interval: Politis and Romano, "Large sample confidence
-    regions based on subsamples under minimal assumptions", 1994.
+    Source: Binkowski et al., "Demystifying MMD GANs", 2018. Interval: Politis and Romano, "Large
+    sample confidence regions based on subsamples under minimal assumptions", 1994.
     """
     smaller = min(len(x), len(y))
     size = min(subset_size, smaller)
     generator = np.random.default_rng(seed)
-    found = [
+    distances = [
         squared_mmd(
             x[generator.choice(len(x), size, replace=False)],
             y[generator.choice(len(y), size, replace=False)],
         )
         for _ in range(subsets)
     ]
-    value = float(np.mean(found))
-    if size == smaller:  # the subsets are all the same set, or nearly: their spread says nothing
+    value = float(np.mean(distances))
+    if size == smaller:  # the subsets are nearly the same, so their spread has no meaning
         return exact(value)
-    half = NORMAL_95 * float(np.std(found, ddof=1)) * (size / smaller) ** 0.5
+    half = NORMAL_95 * float(np.std(distances, ddof=1)) * (size / smaller) ** 0.5
     return Estimate(value, value - half, value + half)
 
 

@@ -1,4 +1,4 @@
-"""Precision and recall of samples with respect to reference images, by balls around their features."""
+"""Precision and recall of samples and reference images, from balls around their features."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ BLOCK_ROWS = 1000
 def precision_and_recall(
     samples: np.ndarray, reference: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which images lie in the manifold of the other set: the union of balls that reach to the third neighbour.
+    """Find the images within the manifold of the other set.
+
+    The manifold of a set is the union of balls that reach to the third neighbour of each image.
 
     Args:
         samples: (N, d) features, more than 3.
@@ -22,13 +24,14 @@ def precision_and_recall(
     Returns:
         (N,) booleans whose mean is the precision, and (M,) whose mean is the recall.
 
-    Source: Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models", 2019.
+    Source: Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generative
+    Models", 2019.
     """
     return _covered(samples, reference), _covered(reference, samples)
 
 
 def _covered(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """Which points lie within the ball of at least one centre."""
+    """Return for each point whether the ball of at least one centre contains it."""
     radii = np.concatenate(
         [np.partition(d, NEIGHBOUR, axis=1)[:, NEIGHBOUR] for d in _squared(centres, centres)]
     )
@@ -36,8 +39,9 @@ def _covered(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
 
 
 def _squared(points: np.ndarray, centres: np.ndarray) -> Iterator[np.ndarray]:
-    """Squared distances to all centres, a block of points at a time."""
-    # About the centres' mean, or float32 would lose in the difference of two large numbers what tells neighbours apart.
+    """Yield squared distances to all centres, a block of points at a time."""
+    # Relative to the centres' mean: otherwise the difference of two large float32 numbers would
+    # lose the digits that distinguish neighbours.
     middle = centres.mean(axis=0, dtype=np.float64)
     centred = (centres - middle).astype(np.float64)
     sizes = np.square(centred).sum(axis=1)

@@ -1,4 +1,4 @@
-"""Samplers as tables of coefficients: `table` is the entry, over the formulas of `solvers`."""
+"""Samplers as tables of coefficients: `table` has the entry, `solvers` the formulas."""
 
 from goc_deploy.samplers.table import (
     MAX_LAGS,

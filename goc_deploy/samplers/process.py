@@ -1,4 +1,4 @@
-"""What a model was trained to undo: what it predicts, and the noise process that it was trained on."""
+"""The process that a model was trained on: its prediction type and its noise."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from goc_deploy.errors import UsageError
 
 TRAIN_STEPS = 1000
 BETA_FIRST, BETA_LAST = 1e-4, 0.02
-BETA_MOST = 0.999  # of the cosine schedule
+BETA_MOST = 0.999  # largest beta of the cosine schedule
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """The process that a sampler goes back along.
+    """The noise process that a sampler reverses.
 
     Attributes:
-        prediction: what the model predicts, one of `goc_deploy.spec.PREDICTIONS`.
-        scheduler: what ``scheduler/scheduler_config.json`` of the model's folder holds, or None where there is none: then
-            the betas are linear, from 1e-4 to 0.02 over 1000 steps, as DiT and PixArt are trained.
+        prediction: prediction type, one of `goc_deploy.spec.PREDICTIONS`.
+        scheduler: content of ``scheduler/scheduler_config.json`` in the model's folder, or None
+            without one. Then the betas are linear, from 1e-4 to 0.02 over 1000 steps, as for DiT
+            and PixArt.
     """
 
     prediction: str
     scheduler: Mapping[str, Any] | None = None
 
     def signal(self) -> list[float]:
-        """The share of the clean sample's variance that is left at each training timestep (alphas_cumprod).
+        """Share of the clean sample's variance at each training timestep (alphas_cumprod).
 
         Raises:
             UsageError: naming the setting of the scheduler that is not supported.
@@ -38,16 +39,16 @@ class Process:
         return list(accumulate((1 - beta for beta in _betas(self.scheduler or {})), mul))
 
     def signal_along(self, timesteps: Sequence[int]) -> list[float]:
-        """`signal` at some timesteps, closed by 1.0: the clean sample itself."""
+        """`signal` at some timesteps, followed by 1.0 for the clean sample."""
         signal = self.signal()
         return [*(signal[t] for t in timesteps), 1.0]
 
 
 def _betas(scheduler: Mapping[str, Any]) -> list[float]:
-    """The variance that each of the 1000 training steps adds.
+    """Return the variance that each of the 1000 training steps adds.
 
-    Source: Ho et al., NeurIPS 2020, section 4 (linear); Rombach et al., CVPR 2022, appendix (scaled linear); Nichol and
-    Dhariwal, ICML 2021, eq. 17 (cosine).
+    Source: Ho et al., NeurIPS 2020, section 4 (linear); Rombach et al., CVPR 2022, appendix
+    (scaled linear); Nichol and Dhariwal, ICML 2021, eq. 17 (cosine).
     """
     steps, kind = (
         scheduler.get("num_train_timesteps", TRAIN_STEPS),

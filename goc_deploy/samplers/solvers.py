@@ -1,8 +1,9 @@
-"""Where a sampler visits the diffusion process, and the update that it makes there, as numbers.
+"""The timesteps that a sampler visits, and its update at each of them, as numbers.
 
-Everything is a weighted sum of the latents ``x``, estimates ``d`` of the clean sample and fresh noise ``z``; what the
-model predicts (noise, velocity, the clean sample) turns into ``d`` by `estimate_weights`. ``signal`` is the share of the
-clean sample's variance left at each visited timestep (alphas_cumprod), closed by 1.0: the clean sample itself.
+Every update is a weighted sum of the latents ``x``, estimates ``d`` of the clean sample and fresh
+noise ``z``. `estimate_weights` turns the model output (noise, velocity, clean sample) into ``d``.
+``signal`` is the share of the clean sample's variance at each visited timestep (alphas_cumprod),
+followed by 1.0 for the clean sample.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from goc_deploy.errors import UsageError
 from goc_deploy.samplers.process import TRAIN_STEPS
 
 SPACINGS = ("linspace", "leading", "trailing")
-FEW_STEPS = 15  # below this, a third-order solver takes its last but one step at second order
+FEW_STEPS = 15  # with fewer, a third-order solver uses second order in its last step but one
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,8 @@ class Update:
         latent: weight of the current latents.
         denoised: weights of the estimates of the clean sample, newest first.
         noise: weight of fresh standard normal noise.
-        spread: how strongly the variance channels v of the model (-1 is the least variance, 1 the most) scale the noise.
+        spread: how strongly the variance channels v of the model (-1 is the least variance, 1 the
+            most) scale the noise.
     """
 
     latent: float
@@ -39,18 +41,20 @@ class Update:
 def spaced_timesteps(
     steps: int, spacing: str = "linspace", *, visits_zero: bool = True
 ) -> tuple[int, ...]:
-    """``steps`` training timesteps in sampling order.
+    """Return ``steps`` training timesteps in sampling order.
 
     Args:
-        steps: T.
-        spacing: ``linspace`` spreads them evenly over 999..0 (one step means 999); ``leading`` takes multiples of a
-            whole stride from 0 up; ``trailing`` takes strides from 999 down.
-        visits_zero: whether timestep 0 counts as one of the steps, or follows them and is left out.
+        steps: number of steps T.
+        spacing: ``linspace`` spreads them evenly over 999..0 (one step means 999); ``leading``
+            takes multiples of a whole stride from 0 up; ``trailing`` takes strides from 999 down.
+        visits_zero: True if timestep 0 is one of the steps, False if it follows them and is left
+            out.
 
     Raises:
         UsageError: too few or too many steps.
 
-    Source: Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", WACV 2024, table 2.
+    Source: Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", WACV 2024,
+    table 2.
     """
     skipped = 0 if visits_zero or spacing == "trailing" else 1
     points, most = steps + skipped, TRAIN_STEPS - skipped
@@ -73,16 +77,17 @@ def check_steps(steps: int, most: int) -> None:
 
 
 def estimate_weights(prediction: str, signal: float) -> tuple[float, float]:
-    """Weights (of the latents, of the model output) whose sum estimates the clean sample.
+    """Return weights (of the latents, of the model output) that estimate the clean sample.
 
-    Source: Salimans and Ho, "Progressive Distillation for Fast Sampling of Diffusion Models", ICLR 2022, section 4 (v).
+    Source: Salimans and Ho, "Progressive Distillation for Fast Sampling of Diffusion Models", ICLR
+    2022, section 4 (v).
     """
     alpha, sigma = math.sqrt(signal), math.sqrt(1 - signal)
     return {"eps": (1 / alpha, -sigma / alpha), "v": (alpha, -sigma), "x0": (0.0, 1.0)}[prediction]
 
 
 def ddim_updates(signal: Sequence[float], eta: float) -> list[Update]:
-    """DDIM; ``eta`` 0 is deterministic, 1 is ancestral with the least variance.
+    """Return the updates of DDIM; ``eta`` 0 is deterministic, 1 ancestral with least variance.
 
     Source: Song et al., "Denoising Diffusion Implicit Models", ICLR 2021, eq. 12.
     """
@@ -96,9 +101,12 @@ def ddim_updates(signal: Sequence[float], eta: float) -> list[Update]:
 
 
 def ddpm_updates(signal: Sequence[float]) -> list[Update]:
-    """Ancestral sampling with the variance that the model learned between its bounds; the last step adds no noise.
+    """Return the updates of ancestral sampling with the learned variance.
 
-    Source: Nichol and Dhariwal, "Improved Denoising Diffusion Probabilistic Models", ICML 2021, eq. 15.
+    The model learned a variance between two bounds. The last step adds no noise.
+
+    Source: Nichol and Dhariwal, "Improved Denoising Diffusion Probabilistic Models", ICML 2021,
+    eq. 15.
     """
 
     def update(now: float, after: float) -> Update:
@@ -116,10 +124,12 @@ def ddpm_updates(signal: Sequence[float]) -> list[Update]:
 
 
 def dpm_solver_updates(signal: Sequence[float], order: int) -> list[Update]:
-    """DPM-Solver++ multistep with midpoint corrections; the first steps and the last one are of lower order.
+    """Return the updates of DPM-Solver++ multistep with midpoint corrections.
 
-    Source: Lu et al., "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models", 2022,
-    algorithm 2 and appendix A; first order is DDIM.
+    The first steps and the last one are of lower order; first order is DDIM.
+
+    Source: Lu et al., "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic
+    Models", 2022, algorithm 2 and appendix A.
     """
     steps = len(signal) - 1
     alpha, sigma = [math.sqrt(s) for s in signal], [math.sqrt(1 - s) for s in signal]
@@ -139,9 +149,9 @@ def dpm_solver_updates(signal: Sequence[float], order: int) -> list[Update]:
 
 
 def _corrected(gain: float, alpha: float, widths: Sequence[float], order: int) -> tuple[float, ...]:
-    """Weights of d[k], d[k-1], ...: the first-order gain on d[k], then finite differences.
+    """Return weights of d[k], d[k-1], ...: the first-order gain, then finite differences.
 
-    ``widths``: of the coming step and those before it, in log-SNR, newest first.
+    ``widths`` are those of the coming step and of the steps before it, in log-SNR, newest first.
     """
     if order == 1:
         return (gain,)
@@ -152,7 +162,7 @@ def _corrected(gain: float, alpha: float, widths: Sequence[float], order: int) -
     r0, r1 = 1 / slope, 1 / earlier
     mixed = r0 / (r0 + r1)
     first = alpha - gain / h  # weight of the first derivative
-    second = alpha / 2 - (alpha * h - gain) / h**2  # and of the second
+    second = alpha / 2 - (alpha * h - gain) / h**2  # weight of the second derivative
     newer = first * (1 + mixed) + second / (r0 + r1)
     older = -first * mixed - second / (r0 + r1)
     return (gain + newer * slope, older * earlier - newer * slope, -older * earlier)

@@ -21,8 +21,8 @@ from goc_deploy.samplers.solvers import (
 from goc_deploy.spec import FLOW_PREDICTIONS, PREDICTIONS, ModelSpec
 
 SAMPLER_GRAMMAR = (
-    "ddim[:ETA] | dpm++[:ORDER] | ddpm, each with [@linspace | @leading | @trailing], euler for flow models, or diffusers for "
-    "the scheduler of the model's folder"
+    "ddim[:ETA] | dpm++[:ORDER] | ddpm, each with [@linspace | @leading | @trailing], euler for "
+    "flow models, or diffusers for the scheduler of the model's folder"
 )
 FLOW_SAMPLER = "euler"
 FOLDER_SAMPLER = "diffusers"
@@ -32,26 +32,30 @@ MAX_REACH = 12
 
 @dataclass(frozen=True, slots=True)
 class SamplerTable:
-    """What a sampler does at each step, given x, the guided model output m and fresh noise z.
+    """The coefficients of a sampler at each step.
 
-    ``x[k+1] = latent[k] * x[k] + model[k] * m[k] + sum_i history[k][i-1] * d[k-i] + noise[k] * exp(spread[k] * v) * z``,
-    where ``d[k] = estimate[k][0] * x[k] + estimate[k][1] * m[k]`` is kept for later steps, and v are the variance channels
-    of a model that learns sigma. At most `MAX_LAGS` weights of a row of ``history`` are not zero.
+    With the latents x, the guided model output m and fresh noise z, a step is
+    ``x[k+1] = latent[k] * x[k] + model[k] * m[k] + sum_i history[k][i-1] * d[k-i]
+    + noise[k] * exp(spread[k] * v) * z``. The estimate
+    ``d[k] = estimate[k][0] * x[k] + estimate[k][1] * m[k]`` is kept for later steps, and v are the
+    variance channels of a model that learns sigma. At most `MAX_LAGS` weights of a row of
+    ``history`` are not zero.
 
     Attributes:
         sampler: the sampler's SPEC, such as ``ddim:0.5`` or ``dpm++``.
-        prediction: what the model predicts, one of `goc_deploy.spec.PREDICTIONS`.
-        timesteps: [T] what the model is told of the time, in sampling order: training timesteps, or for a flow the way
-            that was gone, 0 (noise) to 1 (clean).
+        prediction: prediction type, one of `goc_deploy.spec.PREDICTIONS`.
+        timesteps: [T] the model's time input, in sampling order: training timesteps, or for a flow
+            the time from 0 (noise) to 1 (clean).
         latent: [T] weights of the current latents.
         model: [T] weights of the guided model output.
         noise: [T] weights of fresh standard normal noise; all zero for a deterministic sampler.
-        spread: [T] how strongly the learned variance scales the noise; all zero where it is fixed.
-        estimate: [T] weights (of x, of m) of what is kept: the estimate of the clean sample, or where a scheduler of
-            diffusers keeps something else, that.
-        history: [T][reach] weights of the estimates kept by earlier steps, newest first; reach is 0 for one-step samplers.
-        start: weight of the standard normal noise that becomes x[0]. It is not 1 where a scheduler scales what the model is
-            shown: x is always what the model sees.
+        spread: [T] how strongly the learned variance scales the noise; all zero if it is fixed.
+        estimate: [T] weights (of x, of m) of the kept estimate. It estimates the clean sample,
+            unless a scheduler of diffusers keeps another quantity.
+        history: [T][reach] weights of the estimates kept by earlier steps, newest first; reach is 0
+            for one-step samplers.
+        start: weight of the standard normal noise that becomes x[0]. It is not 1 if a scheduler
+            scales the model's input, because x is always the model's input.
     """
 
     sampler: str
@@ -77,23 +81,24 @@ class SamplerTable:
 
     @property
     def learned_variance(self) -> bool:
-        """Whether the noise is scaled by what the model predicts."""
+        """Whether the variance channels of the model scale the noise."""
         return any(self.spread)
 
     @property
     def reach(self) -> int:
-        """How many steps back the oldest estimate lies that any step may read."""
+        """Number of steps between a step and the oldest estimate that it may read."""
         return len(self.history[0]) if self.history else 0
 
     @property
     def lags(self) -> int:
-        """How many earlier estimates a step reads."""
+        """Number of earlier estimates that a step reads."""
         return min(self.reach, MAX_LAGS)
 
     def reads(self, step: int) -> tuple[int, ...]:
-        """How many steps back each of the `lags` estimates lies that a step reads, newest first.
+        """For each of the `lags` estimates that a step reads, how many steps back it was made.
 
-        Those with a weight come before those without; where the reach is no longer than what a step reads, it is all.
+        The order is newest first. Estimates with a weight come before those without. If the reach
+        is not longer than the number of lags, all of them are read.
         """
         weights = self.history[step]
         by_use = sorted(range(1, self.reach + 1), key=lambda lag: (not weights[lag - 1], lag))
@@ -101,7 +106,10 @@ class SamplerTable:
 
     @property
     def graph(self) -> str:
-        """Name of the unit that executes a row: ``sampler``, ``sampler_learned``, or ``sampler_lag1`` to ``sampler_lag3``."""
+        """Name of the unit that executes a row.
+
+        It is ``sampler``, ``sampler_learned``, or ``sampler_lag1`` to ``sampler_lag3``.
+        """
         return (
             "sampler_learned"
             if self.learned_variance
@@ -112,7 +120,7 @@ class SamplerTable:
 
     @property
     def rows(self) -> tuple[tuple[float, ...], ...]:
-        """[T] coefficients in the order in which the unit takes them."""
+        """[T] coefficients in the order of the unit's input."""
         plain = zip(self.latent, self.model, self.noise, strict=True)
         if self.learned_variance:
             return tuple((*row, spread) for row, spread in zip(plain, self.spread, strict=True))
@@ -127,28 +135,33 @@ class SamplerTable:
 
 
 def sampler_table(sampler: str, steps: int, process: Process) -> SamplerTable:
-    """The table of a sampler of this project; `goc_deploy.exporters.schedulers.table_from_sampler` knows ``diffusers`` too.
+    """Make the table of a sampler of this project.
+
+    For ``diffusers`` see `goc_deploy.exporters.schedulers.table_from_sampler`.
 
     Args:
-        sampler: ``ddim`` or ``ddim:ETA`` with ETA in 0..1 (0 is deterministic); ``dpm++`` or ``dpm++:ORDER`` with ORDER 1
-            to 3 (default 2); ``ddpm``, which samples with the learned variance. ``@leading`` or ``@trailing`` after it
-            spaces the timesteps otherwise than ``@linspace``, the default. The dpm++ family never visits timestep 0
-            except at the end of ``@trailing``. ``euler`` is for models that predict a flow, and no other is.
-        steps: T.
-        process: what the model predicts, and the process that it was trained on.
+        sampler: ``ddim`` or ``ddim:ETA`` with ETA in 0..1 (0 is deterministic); ``dpm++`` or
+            ``dpm++:ORDER`` with ORDER 1 to 3 (default 2); ``ddpm``, which samples with the learned
+            variance. A suffix ``@leading`` or ``@trailing`` changes the spacing of the timesteps
+            from ``@linspace``, the default. The dpm++ family never visits timestep 0 except at the
+            end of ``@trailing``. ``euler`` is for models that predict a flow, which need it.
+        steps: number of steps T.
+        process: the prediction type, and the process that the model was trained on.
 
     Raises:
-        UsageError: unknown sampler, or a number out of range.
+        UsageError: the sampler is unknown, or a number is out of range.
     """
     if process.prediction not in PREDICTIONS:
         raise UsageError(f"unknown prediction {process.prediction!r}; use {', '.join(PREDICTIONS)}")
     if sampler == FOLDER_SAMPLER:
         raise UsageError(
-            f"sampler {sampler!r} is the scheduler of a pipeline's folder; goc-plan and goc-export know it, here give a table or another sampler"
+            f"sampler {sampler!r} is the scheduler of a pipeline's folder; goc-plan and goc-export "
+            "know it, here give a table or another sampler"
         )
     if (sampler == FLOW_SAMPLER) != (process.prediction in FLOW_PREDICTIONS):
         raise UsageError(
-            f"sampler {sampler!r} does not go with a model that predicts {process.prediction!r}; use {FLOW_SAMPLER} for flow, and for no other"
+            f"sampler {sampler!r} does not go with a model that predicts {process.prediction!r}; "
+            f"use {FLOW_SAMPLER} for flow, and for no other"
         )
     if sampler == FLOW_SAMPLER:
         return _even_flow_table(steps, process.prediction)
@@ -179,9 +192,10 @@ def sampler_table(sampler: str, steps: int, process: Process) -> SamplerTable:
 
 
 def _even_flow_table(steps: int, prediction: str) -> SamplerTable:
-    """Even steps from noise to the clean sample.
+    """Make a table of even steps from noise to the clean sample.
 
-    Source: Liu et al., "Flow Straight and Fast", ICLR 2023, eq. 1; Ma et al., "SiT", ECCV 2024, section 2.
+    Source: Liu et al., "Flow Straight and Fast", ICLR 2023, eq. 1; Ma et al., "SiT", ECCV 2024,
+    section 2.
     """
     check_steps(steps, TRAIN_STEPS)
     if prediction == "flow_to_noise":
@@ -191,7 +205,9 @@ def _even_flow_table(steps: int, prediction: str) -> SamplerTable:
 
 
 def flow_table(sigmas: Sequence[float]) -> SamplerTable:
-    """Steps along the line ``x = (1 - sigma) * clean + sigma * noise`` of a model that predicts ``noise - clean``.
+    """Make a table of steps along the line ``x = (1 - sigma) * clean + sigma * noise``.
+
+    The model predicts ``noise - clean``.
 
     Args:
         sigmas: T + 1 shares of noise, falling to 0.
@@ -204,7 +220,7 @@ def flow_table(sigmas: Sequence[float]) -> SamplerTable:
 def _line_table(
     prediction: str, told: tuple[float, ...], moves: tuple[float, ...], to_clean: tuple[float, ...]
 ) -> SamplerTable:
-    """``x + move * velocity`` at every step, where ``x + to_clean * velocity`` is the clean sample."""
+    """``x + move * velocity`` at each step; ``x + to_clean * velocity`` is the clean sample."""
     zeros = (0.0,) * len(told)
     return SamplerTable(
         sampler=FLOW_SAMPLER,
@@ -220,23 +236,29 @@ def _line_table(
 
 
 def default_sampler(process: Process) -> str:
-    """The sampler of a model where nobody says: the one that came with it, if any."""
+    """Return the SPEC of the default sampler: the one that came with the model, if any."""
     if process.scheduler is not None:
         return FOLDER_SAMPLER
     return FLOW_SAMPLER if process.prediction in FLOW_PREDICTIONS else "ddim"
 
 
 def sampler_misfit(table: SamplerTable, spec: ModelSpec) -> str | None:
-    """Why a table cannot drive a model, or None."""
+    """Explain why a table cannot drive a model, or return None if it can."""
     if table.learned_variance and not spec.learn_sigma:
-        return f"sampler {table.sampler!r} needs the variance that this model does not predict; use ddim:1, which fixes it"
+        return (
+            f"sampler {table.sampler!r} needs the variance that this model does not predict; "
+            "use ddim:1, which fixes it"
+        )
     if table.prediction != spec.prediction:
-        return f"sampler {table.sampler!r} is made for a model that predicts {table.prediction}, this one predicts {spec.prediction}"
+        return (
+            f"sampler {table.sampler!r} is made for a model that predicts {table.prediction}, "
+            f"this one predicts {spec.prediction}"
+        )
     return None
 
 
 def _solver(sampler: str, family: str) -> tuple[Callable[[Sequence[float]], list[Update]], bool]:
-    """What makes the updates, and whether timestep 0 counts as a step."""
+    """Return the function that makes the updates, and whether timestep 0 counts as a step."""
     name, colon, number = family.partition(":")
     if name == "ddim":
         eta = _number(sampler, "eta", number) if colon else 0.0

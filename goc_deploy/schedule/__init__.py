@@ -1,4 +1,4 @@
-"""The schedule: what every unit does at every step (`schedule`), and whether that is legal (`legality`)."""
+"""The schedule: the action of every unit at every step (`schedule`), and its rules (`legality`)."""
 
 from goc_deploy.schedule.legality import (
     check_amplification,

@@ -1,4 +1,4 @@
-"""Which schedules are legal, and which fit a model."""
+"""The rules of legality of schedules, and the check that a schedule fits a model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def check_schedule(schedule: Schedule) -> None:
         where = schedule.place(step, unit)
         if step == 0 and row:
             raise ScheduleError(
-                f"{where}: {schedule.action(0, unit)} at step 0, where nothing is stored yet; compute it"
+                f"{where}: {schedule.action(0, unit)} at step 0, where nothing is stored yet; "
+                "compute it"
             )
         if len(row) > MAX_HISTORY:
             raise ScheduleError(
@@ -40,13 +41,14 @@ def check_schedule(schedule: Schedule) -> None:
             )
         if len(row) > stored:
             raise ScheduleError(
-                f"{where}: {schedule.action(step, unit)} reads {len(row)} history entries but only {stored} "
-                f"{'is' if stored == 1 else 'are'} stored; compute this unit at an earlier step, or use plain reuse"
+                f"{where}: {schedule.action(step, unit)} reads {len(row)} history entries but only "
+                f"{stored} {'is' if stored == 1 else 'are'} stored; compute this unit at an "
+                "earlier step, or use plain reuse"
             )
 
 
 def check_schedule_fits(schedule: Schedule, spec: ModelSpec, steps: int) -> None:
-    """Check that a schedule is for this model and step count.
+    """Check that a schedule fits this model and step count.
 
     Raises:
         ScheduleError: naming both sizes.
@@ -57,13 +59,13 @@ def check_schedule_fits(schedule: Schedule, spec: ModelSpec, steps: int) -> None
         )
     if (schedule.depth, schedule.branches) != (spec.depth, spec.branches):
         raise ScheduleError(
-            f"the schedule is for {schedule.depth} blocks of {'+'.join(schedule.branches)} but the model has "
-            f"{spec.depth} blocks of {'+'.join(spec.branches)}"
+            f"the schedule is for {schedule.depth} blocks of {'+'.join(schedule.branches)} but the "
+            f"model has {spec.depth} blocks of {'+'.join(spec.branches)}"
         )
 
 
 def fill_short_history(schedule: Schedule) -> Schedule:
-    """Replace actions that read more history than there is by plain reuse, where the policy allows it.
+    """Replace actions that read more entries than are stored by reuse, if the policy allows it.
 
     Before: step 1 is ``gradient`` with one entry stored and ``short_history`` is ``reuse``.
     After: step 1 is ``reuse``.
@@ -78,19 +80,19 @@ def fill_short_history(schedule: Schedule) -> Schedule:
 
 
 def check_amplification(schedule: Schedule) -> None:
-    """Check that predictions made of predictions do not blow up what they are made of.
+    """Check that predictions from earlier predictions do not amplify errors too much.
 
-    With history ``used``, the gradient at every second step is a recurrence with its pole at -eta: with |eta| > 1 its
-    weights over the features that were really computed grow without bound. Their sum of magnitudes must stay within
-    ``MAX_AMPLIFICATION``, so a large eta may serve a few steps but not many.
+    With history ``used``, the gradient at every second step is a recurrence with its pole at -eta.
+    With |eta| > 1, its weights of the computed features grow without bound. The sum of their
+    magnitudes must not exceed ``MAX_AMPLIFICATION``, so a large eta may serve a few steps but not
+    many.
 
     Raises:
-        ScheduleError: naming step, block and branch of the first prediction beyond it.
+        ScheduleError: naming step, block and branch of the first prediction beyond the limit.
     """
     for unit in range(schedule.units):
-        history: list[
-            dict[int, float]
-        ] = []  # newest first: weights over the steps that computed the unit
+        # Newest first; each entry has weights over the steps that computed the unit.
+        history: list[dict[int, float]] = []
         for step, rows in enumerate(schedule.coefficients):
             row, weights = rows[unit], {step: 1.0}
             if row:
@@ -100,9 +102,10 @@ def check_amplification(schedule: Schedule) -> None:
                         weights[computed] = weights.get(computed, 0.0) + coefficient * weight
                 if not sum(map(abs, weights.values())) <= MAX_AMPLIFICATION:
                     raise ScheduleError(
-                        f"{schedule.place(step, unit)}: the prediction amplifies errors of computed features more than "
-                        f"{MAX_AMPLIFICATION:g}-fold, because it reads earlier predictions; use an eta within -1..1, fewer "
-                        "such steps, or history=computed"
+                        f"{schedule.place(step, unit)}: the prediction amplifies errors of "
+                        f"computed features more than {MAX_AMPLIFICATION:g}-fold, because it reads "
+                        "earlier predictions; use an eta within -1..1, fewer such steps, or "
+                        "history=computed"
                     )
             if not row or schedule.history == "used":
                 history = [weights, *history][:MAX_HISTORY]

@@ -1,7 +1,8 @@
-"""Floating point operations, counted from a model's sizes: two for each multiply-add, as papers count FLOPs.
+"""Numbers of floating point operations, computed from a model's sizes.
 
-Counted is what grows with the steps: the matrix products of units, patch embedding and final layer, and the sums of
-predictions. Conditioning, text encoder and VAE run once per request and are not counted.
+A multiply-add counts as two operations, as in papers. The counts include what grows with the steps:
+the matrix products of units, patch embedding and final layer, and the sums of predictions.
+Conditioning, text encoder and VAE run once per request and are not counted.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from goc_deploy.spec import ModelSpec
 
 
 def product_flops(spec: ModelSpec, branch: str) -> tuple[int, ...]:
-    """Of each matrix product of a unit of a branch, in the order of execution, for one row of the batch.
+    """Count each matrix product of a unit, in execution order, for one row of the batch.
 
-    The two products of attention count as one. Keys and values of a caption are made once per request.
+    The two products of attention count as one. Keys and values of a caption are computed once per
+    request and are not counted.
     """
     tokens, hidden, inner = spec.tokens, spec.hidden, spec.mlp_hidden
     square = 2 * tokens * hidden * hidden
@@ -25,18 +27,18 @@ def product_flops(spec: ModelSpec, branch: str) -> tuple[int, ...]:
 
 
 def patch_flops(spec: ModelSpec) -> int:
-    """Of patch embedding and final layer, for one row of the batch."""
+    """Count patch embedding and final layer, for one row of the batch."""
     return 2 * spec.tokens * spec.patch**2 * (spec.channels + spec.output_channels) * spec.hidden
 
 
 def full_step_flops(spec: ModelSpec, rows: int) -> int:
-    """Of a step that computes every unit, for so many rows of the batch."""
+    """Count a step that computes every unit, for ``rows`` rows of the batch."""
     block = sum(sum(product_flops(spec, branch)) for branch in spec.branches)
     return rows * (spec.depth * block + patch_flops(spec))
 
 
 def schedule_flops(schedule: Schedule, spec: ModelSpec, rows: int) -> int:
-    """Of all steps of a schedule, for so many rows of the batch: two per image with guidance."""
+    """Count all steps of a schedule for ``rows`` rows of the batch, two per guided image."""
     computed = [sum(product_flops(spec, branch)) for branch in spec.branches]
     of_entry = 2 * spec.tokens * spec.hidden
     total = schedule.steps * patch_flops(spec)

@@ -1,4 +1,4 @@
-"""The schedule: which unit is computed, reused or predicted at which step. Pure data."""
+"""The schedule: which unit is computed, reused or predicted at which step. It is pure data."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MAX_BRANCHES = 3
 
 
 def gradient(eta: float) -> tuple[float, ...]:
-    """Coefficients of the gradient action, ``g0 + eta * (g0 - g1)``. Source: GOC, eq. 5."""
+    """Coefficients of the gradient, ``g0 + eta * (g0 - g1)``. Source: GOC, eq. 5."""
     return (1.0 + eta, -eta)
 
 
@@ -43,13 +43,15 @@ class Schedule:
     Attributes:
         depth: number of blocks.
         branches: branches of a block, in execution order.
-        coefficients: [T][U] coefficients over the history, newest first; an empty tuple computes the unit.
-        history: ``used`` pushes the feature that was used at every step, ``computed`` only computed features.
-        short_history: ``reuse`` lets an action that reads more history than there is fall back to plain reuse;
-            ``error`` refuses it.
+        coefficients: [T][U] coefficients over the history, newest first; an empty tuple computes
+            the unit.
+        history: ``used`` stores the feature that was used at every step, ``computed`` stores only
+            computed features.
+        short_history: ``reuse`` replaces an action that reads more entries than are stored by plain
+            reuse; ``error`` refuses the schedule.
         policy: the SPEC or file that made it, for people.
-        provenance: how a policy that learns from data came to it: parameters, statistics, images; plain JSON types. For
-            people; schedules that differ in nothing else are equal.
+        provenance: how a policy that learns from data made it: parameters, statistics, images, in
+            plain JSON types. It is for people, and schedules that differ only in it are equal.
     """
 
     depth: int
@@ -72,11 +74,11 @@ class Schedule:
 
     @property
     def computed(self) -> int:
-        """How many of the T * U evaluations are computed."""
+        """Number of the T * U evaluations that are computed."""
         return sum(not row for step in self.coefficients for row in step)
 
     def action(self, step: int, unit: int) -> str:
-        """One of ``compute``, ``reuse``, ``gradient`` and ``blend`` (any other coefficients)."""
+        """Return ``compute``, ``reuse``, ``gradient`` or ``blend`` (any other coefficients)."""
         row = self.coefficients[step][unit]
         if not row:
             return "compute"
@@ -85,7 +87,7 @@ class Schedule:
         return "gradient" if len(row) == 2 and abs(sum(row) - 1) < 1e-9 else "blend"
 
     def place(self, step: int, unit: int) -> str:
-        """Readable place of an evaluation, for messages."""
+        """Name the place of an evaluation for messages."""
         block, branch = divmod(unit, len(self.branches))
         return f"step {step}, block {block}, {self.branches[branch]}"
 
@@ -103,26 +105,26 @@ class Schedule:
         """Read a schedule JSON file.
 
         Raises:
-            ScheduleError: the file is missing, not JSON, or breaks the format; the message names the place.
+            ScheduleError: the file is missing, is not JSON, or breaks the format; the message
+                names the place.
         """
-
         return schedule_from_file(Path(path))
 
     def save(self, path: str | Path) -> None:
         """Write the schedule as hand-editable JSON."""
-
         Path(path).write_text(schedule_to_json(self), encoding="utf-8")
 
 
 SCHEDULE_FORMAT, SCHEDULE_VERSION = "goc_deploy.schedule", 2
-OLDEST_SCHEDULE_VERSION = 1  # had no provenance
+OLDEST_SCHEDULE_VERSION = 1  # version 1 had no provenance
 
 
 def schedule_to_json(schedule: Schedule) -> str:
-    """A schedule as hand-editable JSON.
+    """Write a schedule as hand-editable JSON.
 
-    ``actions`` has a string per step with a word per unit (attn and mlp of block 0, then of block 1, ...): ``C``
-    computes, any other word names a row of ``predictors``: coefficients over the history, newest first.
+    ``actions`` has a string per step with a word per unit (attn and mlp of block 0, then of block
+    1, ...). ``C`` computes; any other word names a row of ``predictors``: coefficients over the
+    history, newest first.
     """
     words: dict[tuple[float, ...], str] = {COMPUTE: "C", REUSE: "R"}
     for step in schedule.coefficients:
@@ -148,8 +150,8 @@ def schedule_from_json(text: bytes, where: str) -> Schedule:
     """Read a schedule.
 
     Raises:
-        ScheduleError: not JSON, another format, a field that is missing or wrong, an unknown action
-            or a wrong number of them; the message has the path of the field.
+        ScheduleError: the text is not JSON or has another format; a field is missing or wrong; an
+            action is unknown, or their number is wrong. The message has the path of the field.
     """
     fields = parse_json(text, where, ScheduleError)
     check_format(
@@ -176,7 +178,7 @@ def schedule_from_file(path: Path) -> Schedule:
     """Read a schedule file.
 
     Raises:
-        ScheduleError: unreadable, or as `schedule_from_json`.
+        ScheduleError: the file is unreadable, or as for `schedule_from_json`.
     """
     return schedule_from_json(
         bytes_from_file(path, f"schedule {path}", ScheduleError), f"schedule {path}"
@@ -184,7 +186,7 @@ def schedule_from_file(path: Path) -> Schedule:
 
 
 class _ScheduleFile(Struct):
-    """The fields of a schedule file behind ``format`` and ``version``."""
+    """The fields of a schedule file after ``format`` and ``version``."""
 
     depth: Annotated[int, Meta(ge=1, le=MAX_BLOCKS)]
     branches: Annotated[tuple[str, ...], Meta(min_length=1, max_length=MAX_BRANCHES)]
@@ -200,7 +202,7 @@ _Coefficients = Annotated[tuple[float, ...], Meta(min_length=1)]
 
 
 def _problems(file: _ScheduleFile) -> Iterator[str]:
-    """What is wrong with fields whose types are right, each with its path."""
+    """Yield what is wrong with fields whose types are right, each with its path."""
     if file.history not in HISTORY_KINDS:
         yield f"$.history: {expected(HISTORY_KINDS, file.history)}"
     if file.short_history not in SHORT_HISTORY_KINDS:
@@ -212,10 +214,10 @@ def _problems(file: _ScheduleFile) -> Iterator[str]:
 def _step_from_text(
     text: str, words: Mapping[str, tuple[float, ...]], file: _ScheduleFile, where: str
 ) -> tuple[tuple[float, ...], ...]:
-    """Coefficients of every unit of a step, which ``where`` names.
+    """Parse the coefficients of every unit of a step, which ``where`` names.
 
     Raises:
-        ScheduleError: a wrong number of actions or an unknown one.
+        ScheduleError: the number of actions is wrong, or one is unknown.
     """
     actions, units = text.split(), file.depth * len(file.branches)
     if len(actions) != units:

@@ -88,7 +88,7 @@ def test_the_images_are_those_of_goc_run_and_plans_without_images_are_compared_b
     golden_engine: Path, command: Command, tmp_path: Path
 ) -> None:
     options = replace(SMALL, plans=("none", "fora:2+gc:1.2"), cfg_scale=2.0, seed=5, batch_size=5)
-    found = evaluate(golden_engine, options, no_progress).found
+    found = evaluate(golden_engine, options, no_progress).report
     labels = ",".join(map(str, class_labels("balanced", IMAGES, 10, 5)))
     latents = []
     for plan in options.plans:
@@ -262,7 +262,7 @@ def test_images_that_were_decoded_elsewhere_are_judged_by_their_own_size(
     pictures = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3)).astype(np.uint8)
     for plan in ("none", "fora-2"):
         np.savez(tmp_path / f"{plan}.npz", arr_0=pictures, arr_1=np.arange(4))
-    found = evaluate(golden_engine, options, no_progress).found
+    found = evaluate(golden_engine, options, no_progress).report
     assert found["images"] == 4
     assert found["plans"]["fora-2"]["metrics"]["ssim"]["value"] == pytest.approx(1)
     with pytest.raises(UsageError, match="has images of 64x64, this model makes 28x28"):

@@ -98,7 +98,7 @@ def marked(evaluation: Evaluation) -> list[str]:
 
 
 def test_the_best_plan_that_caches_is_marked(evaluation: Evaluation) -> None:
-    evaluation.found["plans"]["c"]["metrics"]["fid"] = {"value": 2.5, "low": 2.0, "high": 3.0}
+    evaluation.report["plans"]["c"]["metrics"]["fid"] = {"value": 2.5, "low": 2.0, "high": 3.0}
     assert marked(evaluation) == ["0.0500", "2.500"]
 
 
@@ -116,19 +116,19 @@ def test_no_plan_is_the_best_within_the_noise(
 ) -> None:
     for name, values in (("<b>", other), ("c", one)):
         estimate = dict(zip(("value", "low", "high"), values, strict=True))
-        evaluation.found["plans"][name]["metrics"] = {metric: estimate}
+        evaluation.report["plans"][name]["metrics"] = {metric: estimate}
     assert marked(evaluation) == []
 
 
 def test_options_without_a_value_are_left_out(evaluation: Evaluation) -> None:
-    evaluation.found["options"]["plans"] = ()
+    evaluation.report["options"]["plans"] = ()
     assert "plans" not in page(evaluation, "engine").split("<dt>options</dt>")[1]
-    evaluation.found["options"]["plans"] = ("none", "fora-2")
+    evaluation.report["options"]["plans"] = ("none", "fora-2")
     assert "plans none, fora-2;" in page(evaluation, "engine").replace("</dd>", ";")
 
 
 def test_a_page_without_images_or_distances_is_whole_too(evaluation: Evaluation) -> None:
-    found = {**evaluation.found, "plans": {"none": plan(6)}, "features": None}
+    found = {**evaluation.report, "plans": {"none": plan(6)}, "features": None}
     count = checked(page(Evaluation(found, {"none": evaluation.schedules["none"]}, {}), "engine"))
     assert "img" not in count
     assert count["svg"] == 1
@@ -164,11 +164,11 @@ def test_charts_of_any_values_are_whole(values: list[float], lines: bool) -> Non
 
 
 def test_tables_show_values_with_half_their_interval(evaluation: Evaluation) -> None:
-    columns, rows = cost_rows(evaluation.found)
+    columns, rows = cost_rows(evaluation.report)
     assert columns == ["plan", "steps", "full steps", "ms/image", "relative L2"]
     assert rows[1] == ["<b>", "3", "2.00", "6.0", "0.0500 +-0.0050"]
     assert rows[0][-1] == ""
-    assert distribution_rows(evaluation.found)[1][0] == ["none", "3.000 +-0.300"]
+    assert distribution_rows(evaluation.report)[1][0] == ["none", "3.000 +-0.300"]
     kid = next(metric for metric in METRICS if metric.key == "kid")
     assert (
         shown_value({"value": 211.248040, "low": 211.248040, "high": 211.248040}, kid) == "211.248"
@@ -178,14 +178,14 @@ def test_tables_show_values_with_half_their_interval(evaluation: Evaluation) -> 
 
 def test_a_preset_has_the_columns_of_papers(evaluation: Evaluation) -> None:
     for (name, entry), method in zip(
-        evaluation.found["plans"].items(), ("no cache", "A", "B & C"), strict=True
+        evaluation.report["plans"].items(), ("no cache", "A", "B & C"), strict=True
     ):
         entry |= {"method": method, "flops_per_image": 2e12 if name == "none" else 1.5e12}
-    columns, rows = cost_rows(evaluation.found)
+    columns, rows = cost_rows(evaluation.report)
     assert columns == ["method", "plan", "caching level %", "FLOPs (T)", "speed-up", "relative L2"]
     assert rows[0] == ["no cache", "none", "0.0", "2", "1.00", ""]
     assert rows[1] == ["A", "<b>", "33.3", "1.5", "1.50", "0.0500 +-0.0050"]
-    assert distribution_rows(evaluation.found)[1][1][:2] == ["A", "<b>"]
+    assert distribution_rows(evaluation.report)[1][1][:2] == ["A", "<b>"]
     text = page(evaluation, "engine")
     checked(text)
     assert "<td>&lt;b&gt;</td><td>33.3</td><td>1.5</td><td>1.50</td>" in text
