@@ -12,7 +12,7 @@ import goc_deploy
 from benchmarks.eager import EagerDiT
 from benchmarks.monolithic import MonolithicGraph, write_graph
 from benchmarks.work import Contender, Outcome, Work, sampled
-from goc_deploy.api.facade import load_plans
+from goc_deploy.api import load_plans
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.exporters.architectures.dit_model import DiT
 from goc_deploy.runtime.pipeline import Pipeline

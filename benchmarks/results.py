@@ -29,8 +29,8 @@ import numpy as np
 from benchmarks.report import markdown, with_blocks
 from benchmarks.rows import COST, Row, Study, contents_of, cost_cells, god_text, update_contents
 from benchmarks.sampled_rows import Request, Workers, chunks_of, engine_digest, sample
+from goc_deploy.api import add_plan
 from goc_deploy.api.bench import compare_plans
-from goc_deploy.api.facade import add_plan
 from goc_deploy.disk import save_text
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.errors import GocError

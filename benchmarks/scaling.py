@@ -25,7 +25,7 @@ import torch
 import goc_deploy
 from benchmarks.make_checkpoint import random_state
 from benchmarks.suite import machine_report
-from goc_deploy.api.facade import load_plans
+from goc_deploy.api import load_plans
 from goc_deploy.spec import ModelSpec
 
 AXES = {

@@ -21,11 +21,11 @@ FASTEST_FIRST = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime")
 
 
 @dataclass(frozen=True, slots=True)
-class RunOptions:
-    """How to run an engine directory.
+class BackendOptions:
+    """How to make a backend.
 
     Attributes:
-        threads: of ONNX Runtime; 0 is one per core.
+        threads: size of ONNX Runtime's thread pool; 0 is one thread per core.
         shared_pool: one ONNX Runtime thread pool for the process.
         graphs: record CUDA graphs.
         device: ``cpu``, ``cuda``, ``cuda:1`` (of those that the process may see), or ``auto``.
@@ -56,14 +56,14 @@ class RunOptions:
 
 
 def candidates(
-    name: str, directory: EngineDir, options: RunOptions
+    name: str, directory: EngineDir, options: BackendOptions
 ) -> Iterator[tuple[str, Callable[[], Backend]]]:
     """Backends to try in turn, each with what makes it.
 
     Args:
         name: ``auto``, or one of ``FASTEST_FIRST``.
         directory: the engine directory.
-        options: how to run it.
+        options: how to make the backend.
 
     Raises:
         UsageError: no such backend or device, or a backend that does not run on the device.
@@ -79,7 +79,7 @@ def candidates(
         yield candidate, partial(_make, candidate, directory, options)
 
 
-def _make(name: str, directory: EngineDir, options: RunOptions) -> Backend:
+def _make(name: str, directory: EngineDir, options: BackendOptions) -> Backend:
     if name == "onnxruntime":
         return onnxruntime_backend(options)
     return (
@@ -89,7 +89,7 @@ def _make(name: str, directory: EngineDir, options: RunOptions) -> Backend:
     )
 
 
-def onnxruntime_cuda_backend(options: RunOptions) -> Backend:
+def onnxruntime_cuda_backend(options: BackendOptions) -> Backend:
     """ONNX Runtime on the GPU of this machine.
 
     Raises:
@@ -105,7 +105,9 @@ def onnxruntime_cuda_backend(options: RunOptions) -> Backend:
     return OrtCudaBackend(device, options.threads, shared_pool=options.shared_pool)
 
 
-def tensorrt_backend_here(name: str, directory: EngineDir, options: RunOptions) -> TensorrtBackend:
+def tensorrt_backend_here(
+    name: str, directory: EngineDir, options: BackendOptions
+) -> TensorrtBackend:
     """TensorRT or TensorRT for RTX on the GPU of this machine, with the engines of a directory.
 
     Raises:
@@ -125,7 +127,7 @@ def tensorrt_backend_here(name: str, directory: EngineDir, options: RunOptions) 
     return tensorrt_backend(directory, library, capability, device, weights=options.weights)
 
 
-def onnxruntime_backend(options: RunOptions) -> Backend:
+def onnxruntime_backend(options: BackendOptions) -> Backend:
     """ONNX Runtime on the CPU."""
     from goc_deploy.engines.ort import OrtBackend
 

@@ -136,7 +136,7 @@ def load_file(path: Path) -> Any:
     )
 
 
-def check_values(checkpoint: Checkpoint, *, allow_nonfinite: bool) -> None:
+def check_values(checkpoint: Checkpoint) -> None:
     """Check dtypes and that every number is finite.
 
     Raises:
@@ -151,12 +151,10 @@ def check_values(checkpoint: Checkpoint, *, allow_nonfinite: bool) -> None:
         raise ModelError(
             f"{checkpoint.path}: dtype not supported: {_some(odd)}; save weights as float32, float16 or bfloat16"
         )
-    if allow_nonfinite:
-        return
     bad = [name for name, tensor in checkpoint.tensors.items() if not _all_finite(tensor)]
     if bad:
         raise ModelError(
-            f"{checkpoint.path}: NaN or infinite values in {_some(bad)}; use a sound checkpoint or --allow-nonfinite"
+            f"{checkpoint.path}: NaN or infinite values in {_some(bad)}; use a sound checkpoint"
         )
 
 

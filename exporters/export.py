@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -39,7 +39,7 @@ from goc_deploy.policies.calibration import (
 )
 from goc_deploy.policies.grammar import PolicySpec, check_plan_name, parse_policy
 from goc_deploy.policies.resolve import schedule_from_policy
-from goc_deploy.precision import ITEM_BYTES
+from goc_deploy.precision import ITEM_BYTES, Precision
 from goc_deploy.protocols import Backend
 from goc_deploy.samplers import default_sampler
 from goc_deploy.samplers.process import Process
@@ -94,30 +94,21 @@ def export_checkpoint(
     process = Process(spec.prediction, found.scheduler)
     plans = _compile_plans(spec, process, options)
     check_options(_calibration(spec, options))
-    provenance = _provenance(found, companions, options)
-    if name:
-        provenance["checkpoint"] = f"{name}@{checkpoint.path.name}"
+    provenance = _provenance(found, name, companions, options)
     with directory_lock(output):
         present = _same_engine(output, provenance)
         if present:
             return present, False
         check_target(output, force=options.force)
-        beside = sum(read.nbytes_fp32 for read in companions.checkpoints)
-        check_free_space(
-            output, checkpoint.nbytes_fp32 * ITEM_BYTES[options.precision] // 4 + beside
-        )
-        for read in (checkpoint, *companions.checkpoints):
-            check_values(read, allow_nonfinite=options.allow_nonfinite)
+        _check_checkpoints(output, (checkpoint, *companions.checkpoints), options.precision)
         with staged(output) as stage:
             writer = UnitWriter(stage, backend, progress)
-            bare = _write_units(writer, checkpoint, spec, provenance, options)
+            kinds = architecture.unit_kinds(spec, options.precision)
+            units = writer.write(kinds, checkpoint.tensors, options.precision)
+            units += _write_step_graphs(stage, spec, options.precision)
+            bare = _bare_manifest(found, spec, units, provenance, options)
             bare = write_companions(companions, bare, options, writer)
-            bare = replace(
-                bare,
-                class_names=found.class_names,
-                scheduler=found.scheduler,
-                files=files_below(stage),
-            )
+            bare = replace(bare, files=files_below(stage))
             manifest = _write_plans(stage, bare, plans, options, make_laboratory)
     return manifest, True
 
@@ -126,7 +117,7 @@ def _read(path: Path, options: ExportOptions) -> FolderModel:
     """A checkpoint file, or a folder that diffusers saved."""
     if options.model not in ("auto", *ARCHITECTURES):
         raise ModelError(
-            f"unknown --model {options.model!r}; this version has {', '.join(ARCHITECTURES)}"
+            f"`model={options.model}` is unknown; this version has {', '.join(ARCHITECTURES)}"
         )
     if not path.is_dir():
         checkpoint = load_checkpoint(path, options.weights)
@@ -140,11 +131,11 @@ def _read(path: Path, options: ExportOptions) -> FolderModel:
     found = read_model_folder(path, wanted, options.prediction)
     if options.num_heads not in (None, found.spec.heads):
         raise UsageError(
-            f"--num-heads {options.num_heads}: the configuration in {path} says {found.spec.heads}"
+            f"`num_heads={options.num_heads}`: the configuration in {path} says {found.spec.heads}"
         )
     if options.weights != "auto":
         raise UsageError(
-            f"--weights {options.weights} is for training checkpoints; {path} holds one set of weights"
+            f"`weights={options.weights}` is for training checkpoints; {path} holds one set of weights"
         )
     return found
 
@@ -174,7 +165,7 @@ def _compile_plans(
         except CalibrationNeededError as cause:
             if not spec.classes:
                 raise UsageError(
-                    f"plan {name} is made by calibration, but there are no captions; add --captions"
+                    f"plan {name} is made by calibration, but there are no captions; add `captions`"
                 ) from cause
             plan = None
         plans.setdefault(name, (policy, plan))
@@ -208,8 +199,9 @@ def _calibration(spec: ModelSpec, options: ExportOptions) -> CalibrationOptions:
 
 
 def _provenance(
-    found: FolderModel, companions: Companions, options: ExportOptions
+    found: FolderModel, name: str | None, companions: Companions, options: ExportOptions
 ) -> dict[str, Any]:
+    """What the engine directory was made from; ``name`` is the model's id on the Hub."""
     checkpoint = found.checkpoint
     probes = ("diffusers",) if found.scheduler is not None and find_spec("diffusers") else ()
     recorded = {**asdict(options), "plans": list(options.plans)}
@@ -219,7 +211,7 @@ def _provenance(
     del recorded["force"]
     return {
         **companions.provenance,
-        "checkpoint": checkpoint.path.name,
+        "checkpoint": f"{name}@{checkpoint.path.name}" if name else checkpoint.path.name,
         "checkpoint_sha256": checkpoint.sha256,
         "weight_set": checkpoint.weight_set,
         "checkpoint_dtypes": checkpoint.dtypes,
@@ -242,24 +234,38 @@ def _same_engine(output: Path, provenance: Mapping[str, Any]) -> Manifest | None
     return manifest if whole and manifest.provenance == provenance else None
 
 
-def _write_units(
-    writer: UnitWriter,
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
-    provenance: dict[str, Any],
-    options: ExportOptions,
-) -> Manifest:
-    """Write the units of the model."""
-    kinds = ARCHITECTURES[spec.architecture].unit_kinds(spec, options.precision)
-    units = writer.write(kinds, checkpoint.tensors, options.precision)
+def _write_step_graphs(stage: Path, spec: ModelSpec, precision: Precision) -> list[Unit]:
+    """Write the graphs of a step that hold no weights of the model."""
     step_graphs = {
-        "modulation": modulation_graph(spec, options.precision),
-        "collect": collect_graph(spec, options.precision),
+        "modulation": modulation_graph(spec, precision),
+        "collect": collect_graph(spec, precision),
         **sampler_graphs(spec),
     }
     for name, graph in step_graphs.items():
-        onnx.save_model(graph, writer.stage / "onnx" / f"{name}.onnx")
-        units.append(Unit(name, f"onnx/{name}.onnx", None, (), False, None, options.precision))
+        onnx.save_model(graph, stage / "onnx" / f"{name}.onnx")
+    return [
+        Unit(name, f"onnx/{name}.onnx", None, (), False, None, precision) for name in step_graphs
+    ]
+
+
+def _check_checkpoints(
+    output: Path, checkpoints: Sequence[Checkpoint], precision: Precision
+) -> None:
+    """Check that there is space for the weights, and that they are finite."""
+    model, *companions = (read.nbytes_fp32 for read in checkpoints)
+    check_free_space(output, model * ITEM_BYTES[precision] // 4 + sum(companions))
+    for read in checkpoints:
+        check_values(read)
+
+
+def _bare_manifest(
+    found: FolderModel,
+    spec: ModelSpec,
+    units: Sequence[Unit],
+    provenance: dict[str, Any],
+    options: ExportOptions,
+) -> Manifest:
+    """The manifest of a directory that has units only."""
     return Manifest(
         model=spec,
         precision=options.precision,
@@ -269,6 +275,8 @@ def _write_units(
         plans=(),
         files=(),
         provenance=provenance,
+        class_names=found.class_names,
+        scheduler=found.scheduler,
     )
 
 

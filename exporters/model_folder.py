@@ -101,7 +101,7 @@ def _family(
             return family
     raise ModelError(
         f"{folder / CONFIG} is of a {config.get('_class_name')} with norm_type {config.get('norm_type')!r}, "
-        f"this version exports {', '.join(architectures)}; check --model and the folder"
+        f"this version exports {', '.join(architectures)}; check `model` and the folder"
     )
 
 

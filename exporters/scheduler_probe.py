@@ -60,7 +60,7 @@ def probed_table(settings: Mapping[str, Any], steps: int, prediction: str) -> Sa
     except REFUSALS as cause:
         reason = " ".join(str(cause).split())[:200]
         raise ModelError(
-            f"diffusers refuses the folder's {name} for {steps} steps: {reason}; name another sampler with --sampler"
+            f"diffusers refuses the folder's {name} for {steps} steps: {reason}; name another `sampler`"
         ) from cause
     return _table(probe, name, prediction)
 
@@ -84,7 +84,9 @@ def _scheduler(settings: Mapping[str, Any], steps: int) -> Any:
             scheduler.set_timesteps(steps - extra)
             if len(scheduler.timesteps) == steps:
                 return scheduler
-    raise UsageError(f"the folder's {name} cannot run the model {steps} times; use other --steps")
+    raise UsageError(
+        f"the folder's {name} cannot run the model {steps} times; use another number of `steps`"
+    )
 
 
 class _Probe:
@@ -177,7 +179,7 @@ def _table(probe: _Probe, name: str, prediction: str) -> SamplerTable:
         found = _weights(target, probe.latents[k], earlier)
         if found is None or np.count_nonzero(found[1:]) > MAX_LAGS:
             raise ModelError(
-                f"the folder's {name} reads more than {MAX_LAGS} earlier estimates at step {k}; name another sampler with --sampler"
+                f"the folder's {name} reads more than {MAX_LAGS} earlier estimates at step {k}; name another `sampler`"
             )
         latent.append(float(found[0]))
         history.append(found[1:].tolist())

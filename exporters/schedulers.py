@@ -21,7 +21,7 @@ from goc_deploy.samplers.solvers import check_steps
 from goc_deploy.samplers.table import FOLDER_SAMPLER, flow_table
 from goc_deploy.strict_json import convert
 
-INSTEAD = "name another sampler with --sampler"
+INSTEAD = "name another `sampler`"
 FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
 PREDICTION_TYPES = {
     "epsilon": "eps",
@@ -91,7 +91,7 @@ def prediction_of(scheduler: Mapping[str, Any], where: str) -> str:
         return "flow_to_noise"
     if not isinstance(told, str) or told not in PREDICTION_TYPES:
         raise ModelError(
-            f"{where}: prediction_type is {told!r}, only {', '.join(PREDICTION_TYPES)} are supported; if it is one of them, give --prediction"
+            f"{where}: prediction_type is {told!r}, only {', '.join(PREDICTION_TYPES)} are supported; if it is one of them, give `prediction`"
         )
     return PREDICTION_TYPES[told]
 

@@ -1,4 +1,4 @@
-"""Options of the main jobs with their defaults, so that command line and library cannot disagree."""
+"""Options of the main jobs and their defaults, shared by the commands and the library."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from goc_deploy.precision import Precision
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
-
-CALIBRATION_SEED = (
-    2**32
-)  # far from the small seeds that people generate with: calibration images stay unseen
+# far from the small seeds that people generate with, so that calibration images stay unseen
+CALIBRATION_SEED = 2**32
 Segments = Literal["full", "none"]
 SEGMENTS: tuple[Segments, ...] = get_args(Segments)
 WeightMode = Literal["embedded", "shared"]  # how a TensorRT engine holds its weights
@@ -32,27 +30,30 @@ class ExportOptions:
 
     Attributes:
         model: architecture, or ``auto`` to recognise it.
-        num_heads: attention heads, where the width does not tell.
-        precision: ``fp32``, ``fp16`` or ``bf16``: dtype of weights, tokens and history.
-        max_batch: most images per run.
-        steps: sampling steps of the plans.
-        sampler: sampler SPEC; None takes ``diffusers``, the scheduler of the model's folder, or where there is none
-            ``ddim``, or ``euler`` for a model that predicts a flow.
-        prediction: what the model predicts, one of `goc_deploy.spec.PREDICTIONS`; None is what the scheduler of its folder
-            says, or where there is none what its architecture does.
+        num_heads: number of attention heads. Inferred for widths 384, 768, 1024 and 1152; required
+            otherwise.
+        precision: dtype of weights, tokens and history: ``fp32``, ``fp16`` or ``bf16``.
+        max_batch: largest number of images per batch.
+        steps: number of sampling steps of the plans.
+        sampler: sampler SPEC; None takes ``diffusers``, the scheduler of the model's folder.
+            Without such a scheduler it is ``ddim``, or ``euler`` for a model that predicts a flow.
+        prediction: what the model predicts, one of `goc_deploy.spec.PREDICTIONS`; None takes it
+            from the scheduler of the model's folder, or without one from the architecture.
         plans: policy SPECs, in order of preference; empty takes `default_plans`.
-        calibrate: images that calibrated policies learn from; None takes `goc_deploy.policies.calibration.default_images`.
-        calibration_seed: of these images.
-        cfg_scale: guidance scale of these images.
-        weights: ``ema``, ``model``, or ``auto`` (ema where there is one).
-        allow_nonfinite: accept NaN and infinite weights.
+        calibrate: number of images that calibrated policies learn from; None takes
+            `goc_deploy.policies.calibration.default_images`.
+        calibration_seed: seed of the calibration images.
+        cfg_scale: guidance scale of the calibration images.
+        weights: weights of a training checkpoint: ``ema``, ``model``, or ``auto`` (``ema`` if there
+            are such weights).
         force: replace an existing engine directory.
-        captions: what stands for labels of a model that draws captions: a file of embeddings, or of prompts (``.txt``, one
-            per line, with a text encoder); None takes `goc_deploy.conditions.text.DEFAULT_PROMPTS` where there is a text encoder.
+        captions: captions of a text-conditional model in place of class labels: a file of
+            embeddings, or of prompts (``.txt``, one per line, with a text encoder). None takes
+            `goc_deploy.conditions.text.DEFAULT_PROMPTS` if there is a text encoder.
         text_encoder: folder of the T5 encoder that the model was trained with, or None.
         vae: folder of the AutoencoderKL whose decoder turns latents into images, or None.
-        vae_tile: latents beyond so many pixels per side are decoded in tiles of that size.
-        segments: of the plans, as `PlanOptions.segments`.
+        vae_tile: latents with more pixels per side than this are decoded in tiles of this size.
+        segments: what TensorRT runs as one engine, as in `PlanOptions`.
     """
 
     model: str = "auto"
@@ -67,7 +68,6 @@ class ExportOptions:
     calibration_seed: int = CALIBRATION_SEED
     cfg_scale: float = 4.0
     weights: CheckpointWeights = "auto"
-    allow_nonfinite: bool = False
     force: bool = False
     captions: Path | None = None
     text_encoder: Path | None = None
@@ -77,8 +77,11 @@ class ExportOptions:
 
 
 def default_plans(*, calibrates: bool) -> tuple[str, ...]:
-    """Policy SPECs where none are asked for. bf16 engines have no CPU kernels to calibrate with, and a model that draws
-    captions needs some; then the gradient is one that no sampler was seen to amplify."""
+    """Default SPECs of an export.
+
+    Calibration is impossible for bf16 engines, which have no CPU kernels, and for text-conditional
+    models without captions. These get a gradient of 0.5, which no tested sampler amplifies.
+    """
     return ("none", "fora:2+goc" if calibrates else "fora:2+gc:0.5")
 
 
@@ -87,14 +90,15 @@ class PlanOptions:
     """How to add a plan.
 
     Attributes:
-        name: default: the SPEC made file-safe.
-        steps: default: those of the engine's first plan.
-        sampler: default: that of the engine's first plan.
-        calibrate: images that a calibrated policy learns from; None takes `goc_deploy.policies.calibration.default_images`.
-        seed: of these images.
-        cfg_scale: guidance scale of these images.
-        segments: what TensorRT runs as one engine: ``full``, a step that computes everything, or ``none``. ONNX Runtime
-            always runs units.
+        name: name of the plan; None makes the SPEC file-safe.
+        steps: number of sampling steps; None takes that of the directory's first plan.
+        sampler: sampler SPEC; None takes that of the directory's first plan.
+        calibrate: number of images that a calibrated policy learns from; None takes
+            `goc_deploy.policies.calibration.default_images`.
+        seed: seed of the calibration images.
+        cfg_scale: guidance scale of the calibration images.
+        segments: what TensorRT runs as one engine: ``full``, a step that computes everything, or
+            ``none``. ONNX Runtime always runs units.
     """
 
     name: str | None = None
@@ -112,12 +116,13 @@ class EngineOptions:
 
     Attributes:
         backend: ``tensorrt-rtx`` or ``tensorrt``.
-        capabilities: GPUs to build for, such as ``8.6``; empty is all that TensorRT-RTX targets from Ampere on, and for
-            ``tensorrt`` the GPU of this machine.
-        weights: ``embedded``, an engine per unit that holds its weights, or ``shared``, an engine per kind of unit that
-            reads them at an address.
-        workspace_bytes: most scratch memory of one engine; 0 is no limit.
-        plugin: use the plugin where it needs fewer launches.
+        capabilities: compute capabilities of the GPUs to build for, such as ``8.6``; empty takes
+            all that TensorRT-RTX supports from Ampere on, and for ``tensorrt`` that of this
+            machine.
+        weights: ``embedded``, an engine per unit that holds its weights, or ``shared``, an engine
+            per kind of unit that reads them at an address.
+        workspace_bytes: limit of the scratch memory of one engine; 0 is no limit.
+        plugin: use the plugin if it needs fewer launches.
     """
 
     backend: str = "tensorrt-rtx"
@@ -132,10 +137,11 @@ class GenerateOptions:
     """How to generate.
 
     Attributes:
-        seed: of the noise; image i of a request depends on (seed, i) alone.
-        cfg_scale: classifier-free guidance scale; 1 is none and runs half the rows.
-        cfg_channels: guidance acts on the first channels only; None is what the model's reference does (3 for
-            checkpoints of DiT, all for PixArt and folders of diffusers).
+        seed: seed of the noise; image i of a request depends on (seed, i) alone.
+        cfg_scale: classifier-free guidance scale; 1 turns guidance off and runs half the rows.
+        cfg_channels: number of leading channels that guidance acts on; None takes that of the
+            model's reference implementation (3 for checkpoints of DiT, all for PixArt and folders
+            of diffusers).
     """
 
     seed: int = 0
@@ -144,18 +150,73 @@ class GenerateOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class RunOptions:
+    """What goc-run draws, on which backend, and the files that it writes.
+
+    Attributes:
+        plan: name or SPEC of the plan; None takes the first plan that caches.
+        steps: number of sampling steps; None takes that of the plan.
+        labels: class labels or class names, separated by commas; None takes 0, 1, 2, ... over the
+            classes. If prompts or prompt embeddings are given, a label selects one of them.
+        prompts: texts to draw; they need an engine directory with a text encoder.
+        negative_prompts: texts to draw away from: none, one for all prompts, or one per prompt.
+        prompt_embeds: file of prompt embeddings, ``.npz`` or ``.safetensors``, in place of prompts.
+        num_images: number of images; labels are repeated in order. None takes one image per label
+            or latent, or 8.
+        seed: seed of the noise; image i depends on (seed, i) alone.
+        cfg_scale: classifier-free guidance scale; 1 turns guidance off.
+        cfg_channels: number of leading channels that guidance acts on; None takes the number of
+            the model's reference implementation.
+        latents: ``.npy`` file of x_T, (N, C, H, W), in place of seeded noise.
+        output: file (``.png``, ``.npz``) or directory of the images.
+        resume: keep the images that an interrupted run left in the ``output`` directory.
+        latents_output: ``.npy`` file of the final latents, (N, C, H, W).
+        trajectory_output: ``.npy`` file of the latents after every step, (T, N, C, H, W).
+        report: JSON file of the time and kind of every step.
+        backend: as `goc_deploy.load` takes it.
+        device: as `goc_deploy.load` takes it.
+        cuda_graphs: as `goc_deploy.load` takes it.
+        batch_size: images per batch; None takes the largest that the engine directory supports.
+        threads: size of the thread pool; 0 is one thread per core.
+    """
+
+    plan: str | None = None
+    steps: int | None = None
+    labels: str | None = None
+    prompts: tuple[str, ...] = ()
+    negative_prompts: tuple[str, ...] = ()
+    prompt_embeds: Path | None = None
+    num_images: int | None = None
+    seed: int = 0
+    cfg_scale: float = 4.0
+    cfg_channels: int | None = None
+    latents: Path | None = None
+    output: Path | None = None
+    resume: bool = False
+    latents_output: Path | None = None
+    trajectory_output: Path | None = None
+    report: Path | None = None
+    backend: str = "auto"
+    device: str = "auto"
+    cuda_graphs: bool = True
+    batch_size: int | None = None
+    threads: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class BenchOptions:
     """How to compare plans.
 
     Attributes:
-        plans: names or SPECs; the first is the baseline; empty takes all plans of the engine.
+        plans: names or SPECs; the first is the baseline; empty takes all plans.
         labels: one per image; all images run as one batch.
         cfg_scale: classifier-free guidance scale.
-        repeats: measured rounds; every round runs every plan once.
-        warmup: rounds that are not measured; on a GPU twice as many, because the second run of a plan records it.
+        repeats: number of measured rounds; every round runs every plan once.
+        warmup: number of rounds that are not measured; a GPU runs twice as many, because the
+            second run of a plan records it.
         backend: as `goc_deploy.load` takes it.
         device: as `goc_deploy.load` takes it.
-        threads: 0 is one per core.
+        threads: size of the thread pool; 0 is one thread per core.
     """
 
     plans: tuple[str, ...] = ()
@@ -173,28 +234,28 @@ class EvalOptions:
     """How to evaluate plans.
 
     Attributes:
-        plans: names or SPECs; empty takes all plans of the engine.
+        plans: names or SPECs; empty takes all plans.
         preset: one of ``PRESETS``, which chooses the plans, or None.
-        router: Learning-to-Cache router for the preset's rows of it, or None.
-        num_images: images per plan.
-        seed: of noise, labels and resampling; image i has the noise that goc-run gives it.
+        router: Learning-to-Cache router that adds rows to the preset, or None.
+        num_images: number of images per plan.
+        seed: seed of noise, labels and resampling; image i has the noise that it has in goc-run.
         cfg_scale: classifier-free guidance scale.
-        cfg_channels: guidance acts on the first channels only; None is what the model's reference does.
+        cfg_channels: number of leading channels that guidance acts on; None takes that of the
+            model's reference implementation.
         labels: ``balanced`` (every class equally often, in random order) or ``iid``.
-        batch_size: images per run; 0 is what the engine was exported for.
+        batch_size: number of images per batch; 0 takes the largest of the engine directory.
         backend: as `goc_deploy.load` takes it.
         device: as `goc_deploy.load` takes it.
-        threads: 0 is one per core.
+        threads: size of the thread pool; 0 is one thread per core.
         reference: ADM file to compare the distribution with, or None.
         features: ``inception``, the path of an ONNX model, or None for paired metrics only.
         inception_weights: torch-fidelity's weights, or None.
         samples: folder to read images from instead of generating them, or None.
         samples_output: folder to write images to, or None.
-        converged: uncached steps of a converged solution to measure the distance to; 0 is none.
-        converged_images: images that the converged solution is made of.
-        trajectory_images: images whose error is followed over the steps.
-        resamples: bootstrap resamples of FID and inception score.
-        grid_images: pictures per plan in the report.
+        converged: number of uncached steps of a converged solution to compare with; 0 is none.
+        converged_images: number of images of the converged solution.
+        trajectory_images: number of images whose error is measured after every step.
+        resamples: number of bootstrap resamples of FID and inception score.
     """
 
     plans: tuple[str, ...] = ()
@@ -218,4 +279,3 @@ class EvalOptions:
     converged_images: int = 128
     trajectory_images: int = 64
     resamples: int = 50
-    grid_images: int = 12

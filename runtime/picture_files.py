@@ -95,7 +95,7 @@ def finished_pictures(folder: Path, records: Sequence[Mapping[str, Any]]) -> int
                 text = found.info.get(RECORD)
         except (OSError, UnidentifiedImageError) as cause:
             raise ConflictError(
-                f"{path} cannot be read ({cause}); remove it, and run again with --resume"
+                f"{path} cannot be read ({cause}); remove it, and run again with `resume=True`"
             ) from cause
         if text != _text(record):
             raise ConflictError(

@@ -44,7 +44,7 @@ class Result:
         if self.images is None:
             raise UsageError(
                 "the result has latents but no images; leave out decode=False, or export the "
-                "model with its decoder (--vae)"
+                "model with its decoder (`vae`)"
             )
         return pil_images(self.images)
 
@@ -74,7 +74,7 @@ class Drawn:
         if not finite.all():
             raise VerificationError(
                 f"the latents of image {finite.argmin()} are not finite; use a milder plan or "
-                "--precision fp32"
+                "`precision=fp32`"
             )
         return latents
 

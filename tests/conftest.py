@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from goc_deploy.api.facade import check_gpu
+from goc_deploy.engines import driver
 from goc_deploy.errors import EnvironmentUnsupportedError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -83,7 +83,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test that needs a GPU before fixtures of the session export engines for it."""
     if item.get_closest_marker("gpu"):
         try:
-            check_gpu()
+            driver.device_capability()
         except EnvironmentUnsupportedError as reason:
             pytest.skip(str(reason))
 
@@ -91,8 +91,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture
 def gpu() -> None:
     """Skip, with the reason, where no GPU can be used."""
-    from goc_deploy.engines import driver
-
     try:
         driver.device_capability()
     except EnvironmentUnsupportedError as reason:

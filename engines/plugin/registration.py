@@ -49,7 +49,7 @@ def register_plugin(trt: Any, kernels: Callable[[], Kernels] = device_kernels) -
             if not registry.register_creator(creator, CACHE_DOMAIN):
                 raise EnvironmentUnsupportedError(
                     f"{trt.__name__} {trt.__version__} does not register plugin {creator.name}; "
-                    "build with --no-plugin"
+                    "build with `EngineOptions.plugin=False`"
                 )
         _registered[trt.__name__] = make
 

@@ -139,7 +139,7 @@ class TensorrtBackend:
         if weights - engine.inputs:
             raise EnvironmentUnsupportedError(
                 f"these engines of {self.name} hold their weights, which cannot be exchanged; build engines with "
-                "--engine-weights shared and load again"
+                "`EngineOptions.weights=shared` and load again"
             )
 
     def replace_weights(

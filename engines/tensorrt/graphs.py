@@ -78,7 +78,7 @@ def embed_weights(
 
     if len(weights) > MAX_GRAPH_BYTES:
         raise ResourceError(
-            f"{where}: {len(weights) / 1e9:.1f} GB of weights do not fit into one graph; use --engine-weights shared"
+            f"{where}: {len(weights) / 1e9:.1f} GB of weights do not fit into one graph; use `EngineOptions.weights=shared`"
         )
     known = {prefix + p.name: p for p in parameters}
     for initializer in _external(model):

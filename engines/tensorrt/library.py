@@ -172,11 +172,11 @@ def target_from_options(
                 else "builds for the GPU of this machine only,"
             )
             raise UsageError(
-                f"--compute-capability {capability}: {library.backend} {library.version} {where} {', '.join(known)}"
+                f"`EngineOptions.capabilities={capability}`: {library.backend} {library.version} {where} {', '.join(known)}"
             )
         if precision == "bf16" and _number(capability) < _FIRST_WITH_BF16:
             raise UsageError(
-                f"--compute-capability {capability}: that GPU has no bf16; leave it out, or export with --precision fp16"
+                f"`EngineOptions.capabilities={capability}`: that GPU has no bf16; leave it out, or export with `precision=fp16`"
             )
     return Target(library.backend, library.version, this_platform(), chosen)
 
@@ -196,11 +196,11 @@ def check_target(library: Library, capability: str, precision: Precision) -> Non
     if capability not in known:
         raise EnvironmentUnsupportedError(
             f"{library.backend} {library.version} has no target {capability}, only {', '.join(known)}; "
-            "use --backend tensorrt, or onnxruntime-cuda"
+            "use `backend=tensorrt`, or onnxruntime-cuda"
         )
     if precision == "bf16" and _number(capability) < _FIRST_WITH_BF16:
         raise EnvironmentUnsupportedError(
-            f"a GPU of compute capability {capability} has no bf16; export with --precision fp16"
+            f"a GPU of compute capability {capability} has no bf16; export with `precision=fp16`"
         )
 
 
@@ -221,4 +221,4 @@ def _number(capability: str) -> tuple[int, ...]:
         major, minor = capability.split(".")
         return int(major), int(minor)
     except ValueError:
-        raise UsageError(f"--compute-capability {capability!r} must look like 8.6") from None
+        raise UsageError(f"`EngineOptions.capabilities={capability}` must look like 8.6") from None

@@ -59,7 +59,7 @@ def verify_engines(
     if precision not in TOLERANCE:
         raise UsageError(
             f"{directory.path} is {precision}, for which ONNX Runtime has no CPU kernels to verify "
-            "with; export with --precision fp32 or fp16"
+            "with; export with `precision=fp32` or fp16"
         )
     graphs, differences = list(_graphs(directory, backend)), []
     for index, unit in enumerate(graphs):

@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from goc_deploy.api.facade import cpu_backend
-from goc_deploy.api.laboratory import engine_laboratory
+from goc_deploy.api import cpu_backend
+from goc_deploy.api.laboratory import EngineTrials
 from goc_deploy.disk import written
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.metrics.paired import whole_relative_l2
+from goc_deploy.options import no_progress
 from goc_deploy.policies.calibration import CalibrationOptions
 from goc_deploy.policies.candidates import plain
 from goc_deploy.policies.search import uncached
@@ -42,10 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     directory = EngineDir.open(args.engine)
     spec = directory.manifest.model
     options = CalibrationOptions(args.images)
-    backend = cpu_backend()
-    trials = engine_laboratory(
-        directory, lambda: backend, "ddim", options, lambda *_: None
-    ).trials()
+    trials = EngineTrials(directory, cpu_backend(), "ddim", options, no_progress)
     expected = trials.run(uncached(spec, args.steps), options).latents
     cells = [(step, unit) for step in range(1, args.steps, 2) for unit in range(spec.units)]
     losses = errors_of_reuse(

@@ -73,11 +73,11 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
     heads = heads or HEADS_OF_KNOWN_SIZES.get(hidden)
     if heads is None:
         raise ModelError(
-            f"the number of attention heads cannot be read off a width of {hidden}; give --num-heads"
+            f"the number of attention heads cannot be read off a width of {hidden}; give `num_heads`"
         )
     if heads < 1 or hidden % heads:
         raise ModelError(
-            f"{heads} heads do not divide the width {hidden}; give another --num-heads"
+            f"{heads} heads do not divide the width {hidden}; give another `num_heads`"
         )
     return ModelSpec(
         depth=sizes.depth,

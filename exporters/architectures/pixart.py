@@ -82,7 +82,7 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
     heads = heads or HEADS_OF_KNOWN_SIZES.get(hidden)
     if heads is None or hidden % heads:
         raise ModelError(
-            f"the width {hidden} does not tell the number of attention heads; give --num-heads"
+            f"the width {hidden} does not tell the number of attention heads; give `num_heads`"
         )
     null = tensors.get(NULL_CAPTION)
     return ModelSpec(

@@ -95,7 +95,7 @@ def read_companions(options: ExportOptions, spec: ModelSpec) -> Companions:
     if options.captions.suffix == ".txt":
         if text is None:
             raise UsageError(
-                f"{options.captions} holds texts, which need a text encoder; add --text-encoder"
+                f"{options.captions} holds texts, which need a text encoder; add `text_encoder`"
             )
         return Companions(vae, text, None, prompts_from_file(options.captions))
     captions = prompt_embeds_from_arrays(

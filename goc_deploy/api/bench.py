@@ -29,7 +29,7 @@ def compare_plans(
         spans: where to record one more run of each plan, after the measured ones.
 
     Returns:
-        ``machine``, and for each plan its medians, every round's total, and what `Result.report` says of it.
+        ``machine``, and for each plan its medians, every round's total, and its `Result.report`.
     """
     from goc_deploy.api.facade import load_plans
 
@@ -95,8 +95,8 @@ def _summary(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def summary_rows(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """A row per plan: total, spread, speed-up over the first plan, and the median step of each kind."""
+def summary_rows(comparison: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """A row per plan: total, spread, speed-up over the first plan, median step of each kind."""
     columns = [
         "plan",
         "total ms",
@@ -109,7 +109,7 @@ def summary_rows(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         "collapsed/full",
         "cache MB",
     ]
-    plans = found["plans"]
+    plans = comparison["plans"]
     baseline = next(iter(plans.values()))["total_ms"]
     full = median(
         [p["step_ms_by_kind"]["full"] for p in plans.values() if "full" in p["step_ms_by_kind"]]

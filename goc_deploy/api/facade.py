@@ -1,43 +1,85 @@
-"""The public functions: what each needs is imported when it is called."""
+"""The public functions. What each of them needs is imported when it is called."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from goc_deploy.errors import ConflictError, EnvironmentUnsupportedError, UsageError
-from goc_deploy.options import EngineOptions, ExportOptions, PlanOptions, Progress, no_progress
+from goc_deploy.options import (
+    CheckpointWeights,
+    ExportOptions,
+    PlanOptions,
+    Progress,
+    Segments,
+    no_progress,
+)
 from goc_deploy.precision import Precision
 
 if TYPE_CHECKING:
-    from goc_deploy.engine_dir.directory import EngineDir
     from goc_deploy.engine_dir.manifest import Manifest, PlanEntry
-    from goc_deploy.engines.choice import RunOptions
-    from goc_deploy.engines.tensorrt.verify import Difference
-    from goc_deploy.policies.calibration import CalibrationOptions, Laboratory
     from goc_deploy.protocols import Backend
-    from goc_deploy.runtime.loading import UnlistedPlans
     from goc_deploy.runtime.pipeline import Pipeline
 
-
-MAX_THREADS = 1024  # each takes memory, and ONNX Runtime has no limit
-PATH_OPTIONS = ("captions", "text_encoder", "vae")
-
-logger = logging.getLogger(__name__)
+EXPORT, PLAN = ExportOptions(), PlanOptions()  # the defaults of the signatures below
 
 
 def export(
-    checkpoint: str | Path, output: str | Path, *, progress: Progress = no_progress, **options: Any
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    model: str = EXPORT.model,
+    num_heads: int | None = EXPORT.num_heads,
+    precision: Precision = EXPORT.precision,
+    max_batch: int = EXPORT.max_batch,
+    steps: int = EXPORT.steps,
+    sampler: str | None = EXPORT.sampler,
+    prediction: str | None = EXPORT.prediction,
+    plans: Sequence[str] = EXPORT.plans,
+    calibrate: int | None = EXPORT.calibrate,
+    calibration_seed: int = EXPORT.calibration_seed,
+    cfg_scale: float = EXPORT.cfg_scale,
+    weights: CheckpointWeights = EXPORT.weights,
+    force: bool = EXPORT.force,
+    captions: str | Path | None = EXPORT.captions,
+    text_encoder: str | Path | None = EXPORT.text_encoder,
+    vae: str | Path | None = EXPORT.vae,
+    vae_tile: int = EXPORT.vae_tile,
+    segments: Segments = EXPORT.segments,
+    progress: Progress = no_progress,
 ) -> Manifest:
     """Export a checkpoint to an engine directory.
 
     Args:
-        checkpoint: ``.pt``, ``.pth`` or ``.safetensors``, a folder that diffusers saved, or its id on the Hugging Face Hub.
+        checkpoint: ``.pt``, ``.pth`` or ``.safetensors`` file, a folder that diffusers saved, or
+            the id of such a folder on the Hugging Face Hub.
         output: directory to make; it appears whole or not at all.
+        model: architecture, or ``auto`` to recognise it.
+        num_heads: number of attention heads. Inferred for widths 384, 768, 1024 and 1152;
+            required otherwise.
+        precision: dtype of weights, tokens and history: ``fp32``, ``fp16`` or ``bf16``.
+        max_batch: largest number of images per batch.
+        steps: number of sampling steps of the plans.
+        sampler: sampler SPEC; None takes ``diffusers``, the scheduler of the model's folder.
+            Without such a scheduler it is ``ddim``, or ``euler`` for a model that predicts a flow.
+        prediction: what the model predicts, one of `goc_deploy.spec.PREDICTIONS`; None takes it
+            from the scheduler of the model's folder, or without one from the architecture.
+        plans: policy SPECs, in order of preference; empty takes `goc_deploy.options.default_plans`.
+        calibrate: number of images that calibrated policies learn from; None takes
+            `goc_deploy.policies.calibration.default_images`.
+        calibration_seed: seed of the calibration images.
+        cfg_scale: guidance scale of the calibration images.
+        weights: weights of a training checkpoint: ``ema``, ``model``, or ``auto`` (``ema`` if there
+            are such weights).
+        force: replace an existing engine directory.
+        captions: captions of a text-conditional model in place of class labels: a file of
+            embeddings, or of prompts (``.txt``, one per line, with a text encoder). None takes
+            `goc_deploy.conditions.text.DEFAULT_PROMPTS` if there is a text encoder.
+        text_encoder: folder of the T5 encoder that the model was trained with.
+        vae: folder of the AutoencoderKL whose decoder turns latents into images.
+        vae_tile: latents with more pixels per side than this are decoded in tiles of this size.
+        segments: what TensorRT runs as one engine: ``full``, a full step, or ``none``.
         progress: called with (what, done, total).
-        **options: fields of `goc_deploy.options.ExportOptions`.
 
     Returns:
         The manifest of the directory.
@@ -45,107 +87,84 @@ def export(
     Raises:
         GocError: a subclass says what is wrong and has an ``exit_code``.
     """
-    if "plans" in options:
-        options["plans"] = tuple(options["plans"])
-    options |= {name: Path(options[name]) for name in PATH_OPTIONS if options.get(name) is not None}
-    return export_with(Path(checkpoint), Path(output), ExportOptions(**options), progress)[0]
+    from goc_deploy.api.exporting import export_with
+
+    options = ExportOptions(
+        model=model,
+        num_heads=num_heads,
+        precision=precision,
+        max_batch=max_batch,
+        steps=steps,
+        sampler=sampler,
+        prediction=prediction,
+        plans=tuple(plans),
+        calibrate=calibrate,
+        calibration_seed=calibration_seed,
+        cfg_scale=cfg_scale,
+        weights=weights,
+        force=force,
+        captions=_path(captions),
+        text_encoder=_path(text_encoder),
+        vae=_path(vae),
+        vae_tile=vae_tile,
+        segments=segments,
+    )
+    return export_with(Path(checkpoint), Path(output), options, progress)[0]
 
 
-def export_with(
-    checkpoint: Path, output: Path, options: ExportOptions, progress: Progress = no_progress
-) -> tuple[Manifest, bool]:
-    """`export` with its options in one object; also says whether anything was written."""
-    from goc_deploy.disk import check_parent
-
-    check_parent(output)  # before torch is imported
-    _require("export", "torch", "onnx", "onnxscript", "safetensors")
-    if options.text_encoder is not None:
-        _require("text", "tokenizers")
-    from goc_deploy.api.laboratory import engine_laboratory
-    from goc_deploy.exporters.export import export_checkpoint
-
-    backend = cpu_backend()
-
-    def laboratory(
-        directory: EngineDir, sampler: str, calibration: CalibrationOptions
-    ) -> Laboratory:
-        return engine_laboratory(directory, lambda: backend, sampler, calibration, progress)
-
-    return export_checkpoint(checkpoint, output, options, backend, laboratory, progress)
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)
 
 
-def check_engine_options(options: EngineOptions, precision: Precision) -> None:
-    """Check that engines can be built here, before anything else is done.
-
-    Raises:
-        UsageError: GPUs that the backend cannot build for, or that lack the precision.
-        EnvironmentUnsupportedError: a package, a driver or a GPU is missing.
-    """
-    _require("rtx" if options.backend == "tensorrt-rtx" else "tensorrt", "onnx", "polygraphy")
-    from goc_deploy.engines.tensorrt.library import library_from_backend, target_from_options
-
-    target_from_options(library_from_backend(options.backend), options.capabilities, precision)
-
-
-def build_engines(
-    engine_dir: str | Path, options: EngineOptions, progress: Progress = no_progress
-) -> tuple[Manifest, int]:
-    """Build the TensorRT engines of an engine directory that are missing, stale or damaged.
+def add_plan(
+    engine_dir: str | Path,
+    spec: str,
+    *,
+    name: str | None = PLAN.name,
+    steps: int | None = PLAN.steps,
+    sampler: str | None = PLAN.sampler,
+    calibrate: int | None = PLAN.calibrate,
+    seed: int = PLAN.seed,
+    cfg_scale: float = PLAN.cfg_scale,
+    segments: Segments = PLAN.segments,
+    progress: Progress = no_progress,
+) -> PlanEntry:
+    """Add a plan to an engine directory that other processes may be reading.
 
     Args:
-        engine_dir: what `export` made.
-        options: which, and for what.
-        progress: called with (what, done, total).
+        engine_dir: the directory that `export` wrote.
+        spec: policy SPEC.
+        name: name of the plan; None makes the SPEC file-safe.
+        steps: number of sampling steps; None takes that of the directory's first plan.
+        sampler: sampler SPEC; None takes that of the directory's first plan.
+        calibrate: number of images that a calibrated policy learns from; None takes
+            `goc_deploy.policies.calibration.default_images`.
+        seed: seed of the calibration images.
+        cfg_scale: guidance scale of the calibration images.
+        segments: what TensorRT runs as one engine: ``full``, a full step, or ``none``. ONNX
+            Runtime always runs units.
+        progress: called with (what, done, total) by policies that calibrate.
 
     Returns:
-        The manifest, and how many engines were built.
+        The entry of the plan in the manifest; that of an equal plan if there is one already.
 
     Raises:
-        GocError: a subclass says what is wrong and has an ``exit_code``.
+        UsageError, ScheduleError: a wrong SPEC, name, step count or sampler.
+        ConflictError: another plan has that name, the directory cannot be written, or it was
+            replaced meanwhile.
+        EngineDirError: the directory is corrupt.
     """
-    _require("rtx" if options.backend == "tensorrt-rtx" else "tensorrt", "onnx", "polygraphy")
+    from goc_deploy.api.engines import cpu_backend
+    from goc_deploy.api.requirements import require
+
+    require("export", "onnx", *(("torch", "safetensors") if spec.startswith("l2c:") else ()))
+    from goc_deploy.api.plans import compiled_plan, publish_plan
     from goc_deploy.engine_dir.directory import EngineDir
-    from goc_deploy.engines.tensorrt.store import build_engines as build
-
-    directory, built = build(EngineDir.open(Path(engine_dir)), options, progress)
-    return directory.manifest, built
-
-
-def check_gpu() -> None:
-    """Check that there is a GPU, before anything that needs one is begun.
-
-    Raises:
-        EnvironmentUnsupportedError: there is no driver, or no GPU.
-    """
-    from goc_deploy.engines.driver import device_capability
-
-    device_capability()
-
-
-def verify_engines(
-    engine_dir: str | Path, options: EngineOptions, progress: Progress = no_progress
-) -> list[Difference]:
-    """Run every graph of an engine directory on TensorRT and on ONNX Runtime's CPU provider, and compare.
-
-    Args:
-        engine_dir: what `export` made.
-        options: the backend, and how its engines hold their weights.
-        progress: called with (what, done, total).
-
-    Returns:
-        The difference of each graph.
-
-    Raises:
-        VerificationError: one is beyond tolerance.
-        EnvironmentUnsupportedError: there is no GPU, or TensorRT does not work on it.
-    """
-    from goc_deploy.engine_dir.directory import EngineDir
-    from goc_deploy.engines.choice import RunOptions, tensorrt_backend_here
-    from goc_deploy.engines.tensorrt.verify import verify_engines as verify
 
     directory = EngineDir.open(Path(engine_dir))
-    backend = tensorrt_backend_here(options.backend, directory, RunOptions(weights=options.weights))
-    return verify(directory, backend, cpu_backend(), progress)
+    options = PlanOptions(name, steps, sampler, calibrate, seed, cfg_scale, segments)
+    plan = compiled_plan(directory, spec, options, cpu_backend, progress)
+    return publish_plan(directory, plan)
 
 
 def load(
@@ -164,62 +183,46 @@ def load(
     """Load an engine directory.
 
     Args:
-        engine_dir: what `export` made.
-        backend: ``tensorrt``, ``tensorrt-rtx``, ``onnxruntime-cuda``, ``onnxruntime``, or ``auto``, the first of these that
-            works; the log and the report say why others do not. TensorRT engines that are missing are built first.
-        plan: name or SPEC; default: the first plan that caches. A SPEC that learns nothing from images need not be in the
-            directory: it is compiled here, for TensorRT only where the directory has engines of its predictions.
-        steps: sampling steps, if others than the plan's; such a plan is compiled here too.
-        batch_size: images per run, at most the engine's ``max_batch`` (the default).
+        engine_dir: the directory that `export` wrote.
+        backend: ``tensorrt``, ``tensorrt-rtx``, ``onnxruntime-cuda``, ``onnxruntime``, or ``auto``,
+            the first of these that works; the log and the report name the reason why others do
+            not. TensorRT engines that are missing are built first.
+        plan: name or SPEC; None takes the first plan that caches. A SPEC that learns nothing from
+            images need not be in the directory: it is compiled here, for TensorRT only if the
+            directory has engines of its predictions.
+        steps: number of sampling steps, if it is not that of the plan; such a plan is compiled here
+            too.
+        batch_size: images per batch, at most the directory's ``max_batch`` (the default).
         max_sessions: callers that run at the same time; each session has its own buffers.
-        threads: size of the thread pool; 0 is one per core.
-        shared_pool: one ONNX Runtime thread pool for the process, which is faster. Other sessions that your program
-            makes then need ``SessionOptions.use_per_session_threads = False``; turn this off where that is not possible.
-        cuda_graphs: record CUDA graphs, on TensorRT of whole steps the second time they run for a batch shape, on ONNX Runtime
-            of each session; off, for debugging.
-        device: ``cpu``, ``cuda``, or ``cuda:1`` for another GPU than the first; ``auto`` leaves it to the backend.
+        threads: size of the thread pool; 0 is one thread per core.
+        shared_pool: one ONNX Runtime thread pool for the process, which is faster. Other sessions
+            that your program makes then need ``SessionOptions.use_per_session_threads = False``;
+            turn this off if that is not possible.
+        cuda_graphs: record CUDA graphs, on TensorRT of whole steps the second time they run for a
+            batch shape, on ONNX Runtime of each session. Turn it off for debugging.
+        device: ``cpu``, ``cuda``, or ``cuda:1`` for another GPU than the first; ``auto`` leaves it
+            to the backend.
 
     Raises:
         GocError: a subclass says what is wrong and has an ``exit_code``.
     """
+    from goc_deploy.api.engines import loaded_on
     from goc_deploy.engine_dir.directory import EngineDir
-    from goc_deploy.engines.choice import RunOptions
+    from goc_deploy.engines.choice import BackendOptions
 
-    options = RunOptions(threads, shared_pool, cuda_graphs, device)
     directory, unlisted = EngineDir.open(Path(engine_dir)), None
     if plan is not None or steps is not None:
-        plan, unlisted = _plan_on_the_fly(directory, plan, steps)
-    return _load(directory, backend, options, [plan], batch_size, max_sessions, unlisted=unlisted)[
-        0
-    ]
+        from goc_deploy.api.plans import plan_on_the_fly
 
+        plan, unlisted = plan_on_the_fly(directory, plan, steps)
 
-def _plan_on_the_fly(
-    directory: EngineDir, plan: str | None, steps: int | None
-) -> tuple[str | None, UnlistedPlans | None]:
-    """The name to load, and the plan of that name if the directory does not hold it."""
-    from goc_deploy.api.plans import plan_on_the_fly
-    from goc_deploy.runtime.loading import UnlistedPlans
+    def load_one(on: Backend) -> list[Pipeline]:
+        from goc_deploy.runtime.loading import load_pipelines
 
-    try:
-        found = plan_on_the_fly(directory, plan, steps)
-    except ModuleNotFoundError as cause:  # of a router that torch saved
-        _require("export", cause.name or "torch")
-        raise
-    if found is None:
-        return plan, None
-    manifest = directory.manifest
+        return load_pipelines(directory, on, [plan], batch_size, max_sessions, unlisted=unlisted)
 
-    def graph(signature: str) -> bytes:
-        _require("export", "onnx")
-        from goc_deploy.exporters.graphs.cache_update import predict_graph
-
-        content: bytes = predict_graph(
-            signature, manifest.model, manifest.precision
-        ).SerializeToString()
-        return content
-
-    return found[0], UnlistedPlans(dict([found]), graph)
+    options = BackendOptions(threads, shared_pool, cuda_graphs, device)
+    return loaded_on(backend, directory, options, load_one)[0]
 
 
 def load_plans(
@@ -238,11 +241,12 @@ def load_plans(
     """Load several plans of one engine directory, such as tiers of quality, on one set of weights.
 
     Args:
-        engine_dir: what `export` made.
+        engine_dir: the directory that `export` wrote.
         plans: names or SPECs.
         backend, batch_size, threads, shared_pool, cuda_graphs, device: as `load` takes them.
         max_sessions: callers of each pipeline that run at the same time.
-        all_units: also load units that none of these plans launches, for `goc_deploy.runtime.pipeline.Pipeline.with_plan`.
+        all_units: also load units that none of these plans launches, for
+            `goc_deploy.runtime.pipeline.Pipeline.with_plan`.
 
     Returns:
         A pipeline for each plan, in their order. Each is closed by itself.
@@ -250,113 +254,16 @@ def load_plans(
     Raises:
         GocError: a subclass says what is wrong and has an ``exit_code``.
     """
+    from goc_deploy.api.engines import loaded_on
     from goc_deploy.engine_dir.directory import EngineDir
-    from goc_deploy.engines.choice import RunOptions
+    from goc_deploy.engines.choice import BackendOptions
 
-    options = RunOptions(threads, shared_pool, cuda_graphs, device)
     directory = EngineDir.open(Path(engine_dir))
-    return _load(directory, backend, options, plans, batch_size, max_sessions, all_units=all_units)
 
+    def load_all(on: Backend) -> list[Pipeline]:
+        from goc_deploy.runtime.loading import load_pipelines
 
-def _load(
-    directory: EngineDir,
-    name: str,
-    options: RunOptions,
-    plans: Sequence[str | None],
-    batch_size: int | None,
-    max_sessions: int,
-    *,
-    all_units: bool = False,
-    unlisted: UnlistedPlans | None = None,
-) -> list[Pipeline]:
-    """Load on the backend of that name, or on the first that works."""
-    _require(None, "onnxruntime")
-    if not isinstance(options.threads, int) or options.threads > MAX_THREADS:
-        raise UsageError(
-            f"threads must be a whole number and at most {MAX_THREADS}, got {options.threads!r:.60}"
-        )
-    from goc_deploy.engines.choice import candidates, explanation
-    from goc_deploy.runtime.loading import load_pipelines
+        return load_pipelines(directory, on, plans, batch_size, max_sessions, all_units=all_units)
 
-    passed_over: dict[str, str] = {}
-    choices = list(candidates(name, directory, options))
-    for candidate, make in choices:
-        try:
-            backend = make()
-            backend.passed_over = passed_over
-            pipelines = load_pipelines(
-                directory,
-                backend,
-                plans,
-                batch_size,
-                max_sessions,
-                all_units=all_units,
-                unlisted=unlisted,
-            )
-        except (EnvironmentUnsupportedError, ConflictError) as reason:
-            if candidate == choices[-1][0]:
-                raise
-            passed_over[candidate] = str(reason)
-            continue
-        if name == "auto":
-            logger.info(explanation(candidate, passed_over))
-        return pipelines
-    raise AssertionError("the last candidate loads or raises")
-
-
-def add_plan(
-    engine_dir: str | Path,
-    spec: str,
-    *,
-    name: str | None = None,
-    steps: int | None = None,
-    sampler: str | None = None,
-    progress: Progress = no_progress,
-    **more: Any,
-) -> PlanEntry:
-    """Add a plan to an engine directory.
-
-    Args:
-        engine_dir: what `export` made.
-        spec: policy SPEC.
-        name: default: the SPEC made file-safe.
-        steps: default: the steps of the engine's first plan.
-        sampler: default: the sampler of the engine's first plan.
-        progress: called with (what, done, total) by policies that calibrate.
-        **more: further fields of `goc_deploy.options.PlanOptions`: ``calibrate``, ``seed``, ``cfg_scale``, ``segments``.
-
-    Raises:
-        UsageError, ScheduleError: a wrong SPEC, name, step count or sampler.
-        ConflictError: another plan has that name.
-    """
-    _require("export", "onnx", *(("torch", "safetensors") if spec.startswith("l2c:") else ()))
-    from goc_deploy.api.plans import add_plan_to
-    from goc_deploy.engine_dir.directory import EngineDir
-
-    options = PlanOptions(name, steps, sampler, **more)
-    directory = EngineDir.open(Path(engine_dir))
-    return add_plan_to(directory, spec, options, cpu_backend, progress)
-
-
-def cpu_backend() -> Backend:
-    """The backend that export and calibration run on.
-
-    Raises:
-        EnvironmentUnsupportedError: ONNX Runtime is missing.
-    """
-    _require(None, "onnxruntime")
-    from goc_deploy.engines.choice import RunOptions, onnxruntime_backend
-
-    return onnxruntime_backend(RunOptions())
-
-
-def _require(extra: str | None, *modules: str) -> None:
-    """Raise with the command that installs what is missing."""
-    from importlib.util import find_spec
-
-    missing = [module for module in modules if find_spec(module) is None]
-    if missing:
-        what = f"'goc_deploy[{extra}]'" if extra else "onnxruntime"
-        raise EnvironmentUnsupportedError(
-            f"this needs {', '.join(missing)}, which is not installed; run: pip install {what}"
-        )
+    options = BackendOptions(threads, shared_pool, cuda_graphs, device)
+    return loaded_on(backend, directory, options, load_all)

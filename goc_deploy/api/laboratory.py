@@ -1,10 +1,10 @@
-"""What policies that learn run: trials of schedules that are in no engine directory yet, and calibration."""
+"""The laboratory of policies that learn: calibration, and trials of schedules."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cached_property
 from statistics import median
 from typing import Any
 
@@ -16,7 +16,6 @@ from goc_deploy.options import Progress
 from goc_deploy.policies.calibration import (
     CalibrationOptions,
     Calibrator,
-    Laboratory,
     Trial,
     check_options,
 )
@@ -25,38 +24,61 @@ from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
 
 
-def engine_laboratory(
-    directory: EngineDir,
-    make_backend: Callable[[], Backend],
-    sampler: str,
-    options: CalibrationOptions,
-    progress: Progress,
-) -> Laboratory:
+class EngineLaboratory:
     """The laboratory of an engine directory, which is loaded when a policy first asks.
 
-    Args:
-        directory: the engine directory; plans are not needed.
-        make_backend: runs it.
-        sampler: sampler SPEC.
-        options: which images.
-        progress: called with (what, done, total).
+    Implements `goc_deploy.policies.calibration.Laboratory`.
     """
-    backend = cache(make_backend)
 
-    @cache
-    def calibrator(steps: int) -> Calibrator:
-        from goc_deploy.runtime.calibration.calibrator import load_calibrator
+    def __init__(
+        self,
+        directory: EngineDir,
+        make_backend: Callable[[], Backend],
+        sampler: str,
+        options: CalibrationOptions,
+        progress: Progress,
+    ) -> None:
+        """Set what will be run.
 
-        table = table_from_sampler(sampler, steps, directory.manifest.process)
-        return load_calibrator(directory, backend(), table, options, progress)
+        Args:
+            directory: the engine directory; plans are not needed.
+            make_backend: makes the backend that runs it, if a policy asks.
+            sampler: sampler SPEC.
+            options: the calibration images.
+            progress: called with (what, done, total).
+        """
+        self._directory, self._make_backend = directory, make_backend
+        self._sampler, self._options, self._progress = sampler, options, progress
+        self._calibrators: dict[int, Calibrator] = {}
+        self._trials: EngineTrials | None = None
 
-    return Laboratory(
-        calibrator, cache(lambda: EngineTrials(directory, backend(), sampler, options, progress))
-    )
+    def calibrator(self, steps: int) -> Calibrator:
+        """See `goc_deploy.policies.calibration.Laboratory.calibrator`."""
+        if steps not in self._calibrators:
+            from goc_deploy.runtime.calibration.calibrator import load_calibrator
+
+            process = self._directory.manifest.process
+            table = table_from_sampler(self._sampler, steps, process)
+            self._calibrators[steps] = load_calibrator(
+                self._directory, self._backend, table, self._options, self._progress
+            )
+        return self._calibrators[steps]
+
+    def trials(self) -> EngineTrials:
+        """See `goc_deploy.policies.calibration.Laboratory.trials`."""
+        if self._trials is None:
+            self._trials = EngineTrials(
+                self._directory, self._backend, self._sampler, self._options, self._progress
+            )
+        return self._trials
+
+    @cached_property
+    def _backend(self) -> Backend:
+        return self._make_backend()
 
 
 class EngineTrials:
-    """Compiles and runs schedules on the loaded units of an engine directory, as its plans would run.
+    """Compiles and runs schedules on the units of an engine directory, as its plans would run.
 
     Implements `goc_deploy.policies.calibration.Trials`.
 
@@ -125,7 +147,7 @@ class EngineTrials:
 
     def describe(self) -> dict[str, Any]:
         """See `goc_deploy.policies.calibration.Trials.describe`."""
-        options, found = self.options, self._manifest.provenance
+        options, provenance = self.options, self._manifest.provenance
         return {
             "images": options.images,
             "seed": options.seed,
@@ -133,8 +155,8 @@ class EngineTrials:
             "cfg_channels": options.cfg_channels,
             "sampler": self.sampler,
             **(
-                {"checkpoint_sha256": found["checkpoint_sha256"]}
-                if "checkpoint_sha256" in found
+                {"checkpoint_sha256": provenance["checkpoint_sha256"]}
+                if "checkpoint_sha256" in provenance
                 else {}
             ),
         }

@@ -1,16 +1,19 @@
-"""Adding a plan to an engine directory that others may be reading."""
+"""Plans of an engine directory: compiled, added while others read it, or compiled for one load."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
-from goc_deploy.api.laboratory import engine_laboratory
+from goc_deploy.api.laboratory import EngineLaboratory
+from goc_deploy.api.requirements import require
 from goc_deploy.compiler import Plan, compile_schedule
 from goc_deploy.disk import scratch_folder
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.editing import Amendment, amended
-from goc_deploy.engine_dir.manifest import PlanEntry
+from goc_deploy.engine_dir.manifest import Manifest, PlanEntry
 from goc_deploy.errors import CalibrationNeededError, ConflictError, UsageError
 from goc_deploy.exporters.schedulers import table_from_sampler
 from goc_deploy.options import ExportOptions, PlanOptions, Progress, no_progress
@@ -21,37 +24,93 @@ from goc_deploy.policies.resolve import schedule_from_policy
 from goc_deploy.policies.suggestions import meant_spec
 from goc_deploy.protocols import Backend
 from goc_deploy.samplers import default_sampler
+from goc_deploy.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from goc_deploy.runtime.loading import UnlistedPlans
 
 DEFAULTS = ExportOptions()
 
 
-def add_plan_to(
+def compiled_plan(
     directory: EngineDir,
     spec: str,
     options: PlanOptions,
-    make_backend: Callable[[], Backend],
-    progress: Progress,
-) -> PlanEntry:
-    """Compile a plan and add it.
+    make_backend: Callable[[], Backend] | None,
+    progress: Progress = no_progress,
+) -> Plan:
+    """Compile a plan for an engine directory, without a lock: calibration may take minutes.
 
     Args:
         directory: the engine directory.
         spec: policy SPEC.
         options: name, steps, sampler, calibration, segments.
-        make_backend: runs the engine for policies that calibrate, and is called by no other.
+        make_backend: makes the backend that a policy calibrates on; None refuses such policies.
         progress: called with (what, done, total).
 
     Raises:
         UsageError, ScheduleError: a wrong SPEC, name, step count or sampler.
-        ConflictError: another plan has that name, the directory cannot be written, or it was replaced meanwhile.
+        CalibrationNeededError: the policy calibrates, and there is no ``make_backend``.
         EngineDirError: the directory is corrupt.
     """
-    path, before = directory.path, directory.manifest
-    plan = _compiled(directory, spec, options, make_backend, progress)
+    policy = parse_policy(spec)
+    base = base_named(policy.base[0])
+    if options.steps is not None and base is not None and base.chooses_steps:
+        raise UsageError(
+            f"{policy.base[0]!r} chooses the number of steps; "
+            f"use the option ,steps={options.steps} in the SPEC"
+        )
+    name = check_plan_name(options.name or policy.default_name)
+    manifest = directory.manifest
+    first = directory.plan(manifest.plans[0].name) if manifest.plans else None
+    steps, sampler = options.steps, options.sampler
+    if steps is None:
+        steps = first.steps if first else DEFAULTS.steps
+    if not sampler:
+        sampler = first.sampler.sampler if first else default_sampler(manifest.process)
+    table_from_sampler(sampler, steps, manifest.process)  # refuses a wrong one before measuring
+    laboratory = None
+    if make_backend is not None:
+        images = _calibration(manifest.model, steps, options)
+        laboratory = EngineLaboratory(directory, make_backend, sampler, images, progress)
+    schedule = schedule_from_policy(policy, manifest.model, steps, laboratory, _read_router)
+    table = table_from_sampler(sampler, schedule.steps, manifest.process)
+    return compile_schedule(schedule, manifest.model, table, name=name, segments=options.segments)
+
+
+def _calibration(spec: ModelSpec, steps: int, options: PlanOptions) -> CalibrationOptions:
+    images = options.calibrate
+    if images is None:
+        images = default_images(spec, steps)
+    return CalibrationOptions(images, options.seed, options.cfg_scale, spec.guided_channels)
+
+
+def _read_router(path: str) -> tuple[tuple[float, ...], ...]:
+    from goc_deploy.exporters.router import router_probabilities
+
+    return router_probabilities(path)
+
+
+def publish_plan(before: EngineDir, plan: Plan) -> PlanEntry:
+    """Add a plan.
+
+    Args:
+        before: the engine directory as it was when the plan was compiled.
+        plan: the plan.
+
+    Returns:
+        The entry of the plan, or that of an equal plan which is there already.
+
+    Raises:
+        ConflictError: another plan has that name, the directory cannot be written, or it was
+            replaced meanwhile.
+        EngineDirError: the directory is corrupt.
+    """
+    path, compiled_for = before.path, before.manifest
 
     def change(current: EngineDir) -> Amendment | None:
         manifest = current.manifest
-        if (manifest.model, manifest.units) != (before.model, before.units):
+        if (manifest.model, manifest.units) != (compiled_for.model, compiled_for.units):
             raise ConflictError(f"{path} was replaced while the plan was made; add the plan again")
         present = _named(current, plan.name)
         if present is None:
@@ -59,7 +118,7 @@ def add_plan_to(
         if current.plan(present.name) == plan:
             return None
         raise ConflictError(
-            f"{path} already has another plan named {present.name}; choose another --name"
+            f"{path} already has another plan named {present.name}; choose another `name`"
         )
 
     after = amended(path, f"adding a plan to {path}", change)
@@ -72,51 +131,6 @@ def _named(directory: EngineDir, name: str) -> PlanEntry | None:
     """The plan of that name. Upper and lower case count as equal, as on some file systems."""
     plans = directory.manifest.plans
     return next((entry for entry in plans if entry.name.lower() == name.lower()), None)
-
-
-def _compiled(
-    directory: EngineDir,
-    spec: str,
-    options: PlanOptions,
-    make_backend: Callable[[], Backend],
-    progress: Progress,
-) -> Plan:
-    """The plan, for a directory that nobody needs to lock: calibration may take minutes."""
-    policy = parse_policy(spec)
-    base = base_named(policy.base[0])
-    if options.steps is not None and base is not None and base.chooses_steps:
-        raise UsageError(
-            f"{policy.base[0]!r} chooses the number of steps; use the option ,steps={options.steps} in the SPEC"
-        )
-    name = check_plan_name(options.name or policy.default_name)
-    manifest = directory.manifest
-    first = directory.plan(manifest.plans[0].name) if manifest.plans else None
-    steps = options.steps if options.steps is not None else first.steps if first else DEFAULTS.steps
-    sampler = options.sampler or (
-        first.sampler.sampler if first else default_sampler(manifest.process)
-    )
-    table_from_sampler(
-        sampler, steps, manifest.process
-    )  # refuses a wrong one before anything is measured
-    images = (
-        options.calibrate
-        if options.calibrate is not None
-        else default_images(manifest.model, steps)
-    )
-    calibration = CalibrationOptions(
-        images, options.seed, options.cfg_scale, manifest.model.guided_channels
-    )
-
-    laboratory = engine_laboratory(directory, make_backend, sampler, calibration, progress)
-    schedule = schedule_from_policy(policy, manifest.model, steps, laboratory, _read_router)
-    table = table_from_sampler(sampler, schedule.steps, manifest.process)
-    return compile_schedule(schedule, manifest.model, table, name=name, segments=options.segments)
-
-
-def _read_router(path: str) -> tuple[tuple[float, ...], ...]:
-    from goc_deploy.exporters.router import router_probabilities
-
-    return router_probabilities(path)
 
 
 def _with_plan(directory: EngineDir, plan: Plan) -> Amendment:
@@ -133,47 +147,67 @@ def _with_plan(directory: EngineDir, plan: Plan) -> Amendment:
 
 def plan_on_the_fly(
     directory: EngineDir, name: str | None, steps: int | None
-) -> tuple[str, Plan] | None:
-    """The plan that a name or SPEC asks for where the engine directory does not hold it, and what to call it.
+) -> tuple[str | None, UnlistedPlans | None]:
+    """The plan that a name or SPEC asks for, compiled if the engine directory does not hold it.
 
     Args:
         directory: the engine directory, in which nothing is written.
         name: plan or SPEC; None is the first plan that caches.
-        steps: sampling steps; None takes those of the plan, or of the engine's first plan.
+        steps: number of sampling steps; None takes that of the plan, or for a SPEC that of the
+            directory's first plan.
 
     Returns:
-        None if the directory holds the plan.
+        The name to load, and the compiled plan of that name, or None if the directory holds it.
 
     Raises:
-        UsageError: no such plan, one that learns from images, or one made from a file that is not known any more.
+        UsageError: no such plan, one that learns from images, or one made from a file whose path is
+            not recorded.
+        EnvironmentUnsupportedError: a package is missing.
         EngineDirError: the directory is corrupt.
     """
+    from goc_deploy.runtime.loading import UnlistedPlans
+
     try:
         entry = directory.plan_entry(name)
     except UsageError:
         if not isinstance(name, str) or meant_spec(name) != name:
             raise
-        return name, _uncalibrated(directory, name, PlanOptions(steps=steps, segments="none"))
-    present = directory.plan(entry.name)
-    if steps is None or steps == present.steps:
-        return None
-    if parse_policy(entry.spec).path:
-        raise UsageError(
-            f"plan {entry.name} was made from a file for {present.steps} steps; give its SPEC with the file's path instead"
-        )
-    options = PlanOptions(entry.name, steps, present.sampler.sampler, segments="none")
-    return entry.name, _uncalibrated(directory, entry.spec, options)
+        spec, options = name, PlanOptions(steps=steps, segments="none")
+    else:
+        present = directory.plan(entry.name)
+        if steps is None or steps == present.steps:
+            return name, None
+        if parse_policy(entry.spec).path:
+            raise UsageError(
+                f"plan {entry.name} was made from a file for {present.steps} steps; "
+                "give its SPEC with the file's path instead"
+            )
+        name, spec = entry.name, entry.spec
+        options = PlanOptions(name, steps, present.sampler.sampler, segments="none")
+    plan = _uncalibrated(directory, spec, options)
+    return name, UnlistedPlans({name: plan}, partial(_predict_graph, directory.manifest))
 
 
 def _uncalibrated(directory: EngineDir, spec: str, options: PlanOptions) -> Plan:
-    def no_backend() -> Backend:
-        raise CalibrationNeededError("it learns from images")
-
     try:
-        return _compiled(directory, spec, options, no_backend, no_progress)
+        return compiled_plan(directory, spec, options, None)
+    except ModuleNotFoundError as cause:  # of a router that torch saved
+        require("export", cause.name or "torch")
+        raise
     except CalibrationNeededError as cause:
         steps = "" if options.steps is None else f" --steps {options.steps}"
         command = f"goc plan {shlex.quote(str(directory.path))} {shlex.quote(spec)}{steps}"
         raise UsageError(
-            f"{cause}, so the plan must be added to the engine first, with: {command}"
+            f"SPEC {spec!r}: it learns from images, so the plan must be added to the engine "
+            f"directory first, with: {command}"
         ) from cause
+
+
+def _predict_graph(manifest: Manifest, signature: str) -> bytes:
+    """The ONNX file of a predict signature that the engine directory may lack."""
+    require("export", "onnx")
+    from goc_deploy.exporters.graphs.cache_update import predict_graph
+
+    graph = predict_graph(signature, manifest.model, manifest.precision)
+    content: bytes = graph.SerializeToString()
+    return content

@@ -1,4 +1,4 @@
-"""What every command shares: error to exit code, signals, shell completion, tables."""
+"""What every command shares: exit codes of errors, signals, shell completion, tables."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ from typing import Any
 import click
 from click.shell_completion import shell_complete
 
+from goc_deploy.cli.flags import FlagFormatter, with_flags
 from goc_deploy.errors import GocError, ResourceError
 
 INTERRUPTED, TERMINATED, BUG = 130, 143, 1
 OUT_OF = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-
-NO_THREAD = "can't start new thread"  # a RuntimeError
+NO_THREAD = "can't start new thread"  # the message of a RuntimeError
 
 _received: int | None = None  # the signal that asked this command to end
 
 
-def run_command(command: click.Command, argv: Sequence[str] | None) -> int:
+def run_command(command: click.Command, argv: Sequence[str] | None = None) -> int:
     """Run a click command and return its exit code.
 
-    Errors of ours end as one sentence on stderr and their code; usage errors as click prints them and 2; Ctrl-C as
-    130, SIGTERM as 143; anything else is a bug of ours: 1.
+    An error of goc_deploy is printed as one sentence on stderr and ends with its own code. A usage
+    error is printed by click and ends with 2, Ctrl-C with 130, SIGTERM with 143. Any other error is
+    a bug of goc_deploy and ends with 1.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     _open_streams()
-    debug = "--debug" in args
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(FlagFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     _catch_signals()
     _complete(command)
     try:
@@ -49,49 +51,48 @@ def run_command(command: click.Command, argv: Sequence[str] | None) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # so that the interpreter's last flush is silent
-        return 0
+        # so that the interpreter's last flush prints nothing
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        if debug:
+        if "--debug" in args:
             raise
-        if (
-            _received is not None
-        ):  # native code turns what the signal handler raises into errors of its own
-            return _interrupted()
-        if isinstance(error, GocError):
-            return _say(f"error: {error}", error.exit_code)
-        if _is_short_of_resources(error):
-            return _say(
-                f"error: this machine is short of memory, disk, threads or open files: {error}",
-                ResourceError.exit_code,
-            )
-        return _say(
-            f"error: a bug in goc_deploy: {type(error).__name__}: {error}; run again with --debug and report it",
-            BUG,
-        )
+        return _failed(error)
     return 0
 
 
+def _failed(error: Exception) -> int:
+    """Print an error as one sentence; the exit code."""
+    if _received is not None:  # native code turns what the signal handler raises into own errors
+        return _interrupted()
+    if isinstance(error, GocError):
+        return _print_error(f"error: {with_flags(str(error))}", error.exit_code)
+    if _is_short_of_resources(error):
+        message = "error: this machine is short of memory, disk, threads or open files"
+        return _print_error(f"{message}: {error}", ResourceError.exit_code)
+    message = f"error: a bug in goc_deploy: {type(error).__name__}: {error}"
+    return _print_error(f"{message}; run again with --debug and report it", BUG)
+
+
 def _is_short_of_resources(error: Exception) -> bool:
-    """Whether memory, disk, open files or threads ran out, for which Python has no class of their own."""
+    """Whether memory, disk, open files or threads ran out; Python has no class for all of these."""
     if isinstance(error, OSError):
         return error.errno in OUT_OF
     return isinstance(error, MemoryError) or str(error) == NO_THREAD
 
 
 def _open_streams() -> None:
-    """Python has None for streams that were closed by whoever started the command; what is written there is lost."""
+    """Replace streams that the caller closed, which are None, by one that discards its input."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (it stays open)
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (it stays open)
+            setattr(sys, name, stream)
 
 
 def _complete(command: click.Command) -> None:
     """Answer a shell that asks for completion, and exit.
 
-    Click's own ``main`` does no more for us: it ends with 1 where a pipe was closed, and takes an EOFError for Ctrl-C.
+    Click's own ``main`` is not used: it returns 1 if a pipe was closed, and treats an EOFError as
+    Ctrl-C.
     """
     name = command.name or ""
     variable = f"_{name.replace('-', '_')}_COMPLETE".upper()
@@ -104,9 +105,8 @@ def _catch_signals() -> None:
     _received = None
     sys.unraisablehook = _report_unless_interrupted
     signal.signal(signal.SIGTERM, _on_signal)
-    if (
-        signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    ):  # a parent may have it ignored
+    # a parent may have set it to be ignored
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _on_signal)
 
 
@@ -117,32 +117,37 @@ def _on_signal(number: int, _frame: Any) -> None:
 
 
 def _report_unless_interrupted(unraisable: sys.UnraisableHookArgs) -> None:
-    """Say nothing of an interruption that Python swallows: the command ends at its next report of progress."""
+    """Print nothing about an interruption that Python swallows.
+
+    The command ends at its next report of progress.
+    """
     if _received is None or not isinstance(unraisable.exc_value, (KeyboardInterrupt, SystemExit)):
         sys.__unraisablehook__(unraisable)
 
 
 def raise_if_interrupted() -> None:
-    """Python swallows what a signal handler raises while a weak reference dies, so commands ask again as they go."""
+    """Raise again what a signal handler raised.
+
+    Python swallows an exception of a signal handler that runs while a weak reference dies.
+    """
     if _received is not None:
         raise KeyboardInterrupt if _received == signal.SIGINT else SystemExit(TERMINATED)
 
 
 def _interrupted() -> int:
     code = TERMINATED if _received == signal.SIGTERM else INTERRUPTED
-    return _say("interrupted; nothing was left half written", code)
+    return _print_error("interrupted; nothing was left half written", code)
 
 
-def _say(message: str, code: int) -> int:
-    with contextlib.suppress(
-        OSError, ValueError
-    ):  # standard error may be full or closed; the code tells it too
+def _print_error(message: str, code: int) -> int:
+    # standard error may be full or closed; the code tells the caller too
+    with contextlib.suppress(OSError, ValueError):
         click.echo(message, err=True)
     return code
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout; numbers are right-aligned by their content."""
+    """Print a table on stdout; all columns but the first are right-aligned."""
     from rich.console import Console
     from rich.table import Table
 
@@ -151,6 +156,6 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    text = io.StringIO()  # rich would exit by itself where stdout is a closed pipe
+    text = io.StringIO()  # rich would exit by itself if stdout is a closed pipe
     Console(file=text, width=None if sys.stdout.isatty() else 140).print(table)
     click.echo("\n".join(line.rstrip() for line in text.getvalue().splitlines()))

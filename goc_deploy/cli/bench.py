@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,13 @@ from goc_deploy.cli.options import (
     SETTINGS,
     backend_option,
     cfg_scale_option,
-    debug_option,
+    common_options,
+    compared_plans,
     device_option,
-    numbers,
     output_option,
-    plans_of_directory,
     sort_outputs,
     threads_option,
-    verbose_option,
-    version_option,
+    whole_numbers,
 )
 from goc_deploy.cli.progress import progress_bar
 from goc_deploy.options import BenchOptions
@@ -34,49 +32,46 @@ DEFAULTS = BenchOptions()
 @click.command(
     "goc-bench",
     context_settings=SETTINGS,
-    epilog="Example: goc-bench engine --plan none --plan fora:2 --plan fora:2+gc:1.2 --json bench.json",
+    epilog="Example: goc-bench engine --plan none --plan fora:2 --plan fora:2+gc:1.2 "
+    "--json bench.json",
 )
-@click.argument("engine_dir", type=PATH)
-@click.option(
-    "--plan",
-    "plans",
-    multiple=True,
-    shell_complete=plans_of_directory,
-    help="Plan to compare, repeatable; the first is the baseline.  [default: all]",
-)
+@compared_plans("Plan to compare, repeatable; the first is the baseline.  [default: all plans]")
 @click.option(
     "--labels",
-    callback=numbers(int, "whole numbers"),
-    default="0",
-    help="One label per image; all images run as one batch.",
+    callback=whole_numbers,
+    default=",".join(map(str, DEFAULTS.labels)),
+    help="Labels separated by commas, one per image; all images run as one batch.",
 )
-@cfg_scale_option(DEFAULTS.cfg_scale, "Classifier-free guidance scale; 1 is none.")
+@cfg_scale_option(DEFAULTS.cfg_scale)
 @click.option(
     "--repeats",
     type=click.IntRange(1),
     default=DEFAULTS.repeats,
-    help="Measured rounds; every round runs every plan once.",
+    help="Number of measured rounds; every round runs every plan once.",
 )
 @click.option(
     "--warmup",
     type=click.IntRange(0),
     default=DEFAULTS.warmup,
-    help="Rounds that are not measured; on a GPU twice as many.",
+    help="Number of rounds before them that are not measured; a GPU runs twice as many.",
 )
 @backend_option
 @device_option
 @threads_option
 @output_option("File to write, repeatable: .json is --json, .png, .svg or .pdf is --plot.")
-@click.option("--json", "json_path", type=PATH, help="File for every measurement.")
+@click.option("--json", "json_path", type=PATH, help="JSON file to write every measurement to.")
 @click.option(
     "--profile",
     type=PATH,
-    help="Run each plan once more and write a Chrome trace of its steps and launches (open it at ui.perfetto.dev).",
+    help="File to write a Chrome trace to: the steps and launches of one more run of each plan "
+    "(open it at ui.perfetto.dev).",
 )
-@click.option("--plot", type=PATH, help="File for a plot of step times; it needs the plot extra.")
-@verbose_option
-@debug_option
-@version_option
+@click.option(
+    "--plot",
+    type=PATH,
+    help="File to write a plot of step times to; it needs the plot extra.",
+)
+@common_options
 def command(
     engine_dir: Path,
     json_path: Path | None,
@@ -97,37 +92,37 @@ def command(
         check_writable(path)
     spans: dict[str, list[Span]] | None = {} if profile else None
     with progress_bar() as progress:
-        found = compare_plans(engine_dir, BenchOptions(**options), progress, spans)
-    columns, rows = summary_rows(found)
-    first = next(iter(found["plans"].values()))
+        comparison = compare_plans(engine_dir, BenchOptions(**options), progress, spans)
+    plans = comparison["plans"]
+    first = next(iter(plans.values()))
     print_table(
-        f"{first['backend']} {first['version']}, threads {first['threads']}, {first['images']} images, {first['precision']}, "
+        f"{first['backend']} {first['version']}, threads {first['threads']}, "
+        f"{first['images']} images, {first['precision']}, "
         f"medians of {options['repeats']} interleaved rounds after {options['warmup']}",
-        columns,
-        rows,
+        *summary_rows(comparison),
     )
     if profile and spans:
         save_text(json.dumps(chrome_trace(spans)), profile)
-        for name, entry in found["plans"].items():
+        for name, entry in plans.items():
             entry["profile_ms"] = totals_ms(spans[name])
-        kinds = sorted({kind for entry in found["plans"].values() for kind in entry["profile_ms"]})
-        rows = [
-            [name, *(f"{e['profile_ms'].get(kind, 0):.2f}" for kind in kinds)]
-            for name, e in found["plans"].items()
-        ]
-        print_table("milliseconds of the profiled run, by what ran", ["plan", *kinds], rows)
+        _print_profile(plans)
     if json_path:
-        save_text(json.dumps(found, indent=1) + "\n", json_path)
+        save_text(json.dumps(comparison, indent=1) + "\n", json_path)
     if plot:
         from goc_deploy.display.plots import plot_step_times
 
-        plot_step_times(
-            [(name, entry["step_ms"]) for name, entry in found["plans"].items()],
-            str(engine_dir),
-            plot,
-        )
+        step_times = [(name, entry["step_ms"]) for name, entry in plans.items()]
+        plot_step_times(step_times, str(engine_dir), plot)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of goc-bench."""
-    return run_command(command, argv)
+def _print_profile(plans: dict[str, dict[str, Any]]) -> None:
+    """Print the milliseconds of each kind of span of the profiled runs."""
+    kinds = sorted({kind for entry in plans.values() for kind in entry["profile_ms"]})
+    rows = [
+        [name, *(f"{entry['profile_ms'].get(kind, 0):.2f}" for kind in kinds)]
+        for name, entry in plans.items()
+    ]
+    print_table("milliseconds of the profiled run, by what ran", ["plan", *kinds], rows)
+
+
+main = partial(run_command, command)  # entry point of goc-bench

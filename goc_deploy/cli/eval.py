@@ -2,126 +2,122 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from goc_deploy.cli.app import print_table, run_command
+from goc_deploy.cli.flags import with_flags
 from goc_deploy.cli.options import (
     PATH,
     SETTINGS,
     backend_option,
+    cfg_channels_option,
     cfg_scale_option,
-    debug_option,
+    common_options,
+    compared_plans,
     device_option,
     output_option,
-    plans_of_directory,
     sort_outputs,
     threads_option,
-    verbose_option,
-    version_option,
 )
 from goc_deploy.cli.progress import progress_bar
 from goc_deploy.options import PRESETS, EvalOptions
 
 DEFAULTS = EvalOptions()
-EPILOG = "Example: goc-eval engine --num-images 2000 --features classifier.onnx --reference digits.npz --html report.html"
+EPILOG = (
+    "Example: goc-eval engine --num-images 2000 --features classifier.onnx "
+    "--reference digits.npz --html report.html"
+)
 
 
 @click.command("goc-eval", context_settings=SETTINGS, epilog=EPILOG)
-@click.argument("engine_dir", type=PATH)
-@click.option(
-    "--plan",
-    "plans",
-    multiple=True,
-    shell_complete=plans_of_directory,
-    help="Plan to evaluate, repeatable.  [default: all]",
-)
+@compared_plans("Plan to evaluate, repeatable.  [default: all plans]")
 @click.option(
     "--preset",
     type=click.Choice(PRESETS),
-    help="Rows and columns of Table 1 of GOC's paper, in place of --plan: no cache, FORA at 50 and 25 %, each also with GC and GOC. "
-    "Plans that ENGINE_DIR lacks are added to it.",
+    help="Table of the literature whose plans are evaluated, in place of --plan. paper is Table 1 "
+    "of GOC's paper: no cache, FORA at 50 and 25 %, each also with GC and GOC. Plans that "
+    "ENGINE_DIR lacks are added to it.",
 )
 @click.option(
-    "--router", type=PATH, help="With --preset: Learning-to-Cache router (.pt) for three rows more."
+    "--router",
+    type=PATH,
+    help="Learning-to-Cache router (.pt) that adds three rows to the table of --preset.",
 )
 @click.option(
     "--num-images",
     type=click.IntRange(1, 1_000_000),
     default=DEFAULTS.num_images,
-    help="Images per plan.",
+    help="Number of images per plan.",
 )
 @click.option(
-    "--seed", type=int, default=DEFAULTS.seed, help="Seed of noise, labels and resampling."
+    "--seed",
+    type=int,
+    default=DEFAULTS.seed,
+    help="Seed of the noise, the labels and the resampling.",
 )
-@cfg_scale_option(DEFAULTS.cfg_scale, "Classifier-free guidance scale; 1 is none.")
-@click.option(
-    "--cfg-channels",
-    type=click.IntRange(0),
-    default=DEFAULTS.cfg_channels,
-    help="Guidance acts on so many channels only, the first ones.  [default: as in the model's reference]",
-)
+@cfg_scale_option(DEFAULTS.cfg_scale)
+@cfg_channels_option
 @click.option(
     "--labels",
     type=click.Choice(["balanced", "iid"]),
     default=DEFAULTS.labels,
-    help="Every class equally often in random order, or each label drawn alone.",
+    help="Distribution of the labels: balanced is every class equally often in random order, iid "
+    "is each label independently of the others.",
 )
 @click.option(
-    "--features", metavar="MODEL.onnx|inception", help="Feature extractor for FID and the like."
+    "--features",
+    metavar="MODEL.onnx|inception",
+    help="Feature extractor that FID and the other metrics of a distribution are computed with.",
 )
 @click.option(
     "--inception-weights",
     type=PATH,
-    help="torch-fidelity's weights file, for --features inception.",
+    help="Weights file of torch-fidelity for --features inception.",
 )
-@click.option("--reference", type=PATH, help="ADM .npz to compare the distribution with.")
+@click.option(
+    "--reference", type=PATH, help="ADM file (.npz) whose images the distribution is compared with."
+)
 @click.option(
     "--converged",
     type=click.IntRange(0, 1000),
     default=DEFAULTS.converged,
-    help="Also measure the distance to a solution of so many uncached steps; 0 does not.",
+    help="Also compare with a converged solution of this many uncached steps (0: skip).",
 )
 @click.option(
     "--converged-images",
     type=click.IntRange(1),
     default=DEFAULTS.converged_images,
-    help="Images that this solution is made of.",
+    help="Number of images of the converged solution.",
 )
 @click.option(
     "--trajectory-images",
     type=click.IntRange(0),
     default=DEFAULTS.trajectory_images,
-    help="Images whose error is followed over the steps.",
+    help="Number of images whose error is measured after every step.",
 )
 @click.option(
     "--resamples",
     type=click.IntRange(0),
     default=DEFAULTS.resamples,
-    help="Bootstrap resamples of FID and inception score.",
-)
-@click.option(
-    "--grid-images",
-    type=click.IntRange(1),
-    default=DEFAULTS.grid_images,
-    help="Pictures per plan in the report.",
+    help="Number of bootstrap resamples of FID and inception score.",
 )
 @click.option(
     "--samples",
     type=PATH,
-    help="Folder of --samples-output to read images from instead of generating.",
+    help="Folder of an earlier --samples-output, whose images are read instead of generated.",
 )
-@click.option("--samples-output", type=PATH, help="Folder for an ADM .npz per plan.")
+@click.option("--samples-output", type=PATH, help="Folder to write an ADM file per plan to.")
 @output_option("File to write, repeatable: .json is --json, .html is --html.")
-@click.option("--json", "json_path", type=PATH, help="File for every number.")
+@click.option("--json", "json_path", type=PATH, help="JSON file to write every number to.")
 @click.option(
     "--html",
     "html_path",
     type=PATH,
-    help="File for the report, which needs no other file and no network.",
+    help="HTML file to write the report to; it needs no other file and no network.",
 )
 @backend_option
 @device_option
@@ -129,12 +125,10 @@ EPILOG = "Example: goc-eval engine --num-images 2000 --features classifier.onnx 
     "--batch-size",
     type=click.IntRange(0),
     default=DEFAULTS.batch_size,
-    help="Images per run; 0 is what the engine was exported for.",
+    help="Number of images per batch; 0 is the --max-batch of the export.",
 )
 @threads_option
-@verbose_option
-@debug_option
-@version_option
+@common_options
 def command(
     engine_dir: Path,
     json_path: Path | None,
@@ -142,7 +136,10 @@ def command(
     outputs: tuple[Path, ...],
     **options: Any,
 ) -> None:
-    """Compare the plans of ENGINE_DIR with no cache on the same noise and labels, and with a reference set."""
+    """Compare the plans of ENGINE_DIR with no cache and with a reference set.
+
+    All plans draw the same labels from the same noise.
+    """
     from goc_deploy.cli.paths import check_folder, check_writable
     from goc_deploy.disk import save_text
     from goc_deploy.evaluation.evaluate import evaluate
@@ -166,13 +163,11 @@ def command(
         if rows:
             print_table(title, columns, rows)
     for warning in evaluation.found["warnings"]:
-        click.echo(f"warning: {warning}", err=True)
+        click.echo(f"warning: {with_flags(warning)}", err=True)
     if json_path:
         save_text(dump_json(evaluation.found), json_path)
     if html_path:
         save_text(page(evaluation, str(engine_dir.name)), html_path)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of goc-eval."""
-    return run_command(command, argv)
+main = partial(run_command, command)  # entry point of goc-eval

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from goc_deploy.cli.app import run_command
-from goc_deploy.cli.engine_options import (
-    build_engines_and_tell,
-    engine_options,
-    engines_from_options,
-)
+from goc_deploy.cli.engine_options import engine_options, engines_from_flags
 from goc_deploy.cli.options import (
     PATH,
     SETTINGS,
     Precision,
     cfg_scale_option,
-    debug_option,
+    common_options,
     steps_option,
-    verbose_option,
-    version_option,
 )
 from goc_deploy.cli.progress import progress_bar
 from goc_deploy.options import SEGMENTS, ExportOptions
@@ -43,17 +37,18 @@ DEFAULTS = ExportOptions()
     epilog="Example: goc-export model.pt -o engine --plan none --plan fora:2+gc:1.2",
 )
 @click.argument("checkpoint", type=PATH)
-@click.option("-o", "--output", type=PATH, required=True, help="Engine directory to make.")
+@click.option("-o", "--output", type=PATH, required=True, help="Engine directory to write.")
 @click.option(
     "--model",
     type=click.Choice(["auto", "dit", "pixart", "sit"]),
     default=DEFAULTS.model,
-    help="Architecture.",
+    help="Architecture of the model; auto recognises dit and pixart.",
 )
 @click.option(
     "--num-heads",
     type=click.IntRange(1),
-    help="Attention heads, where the width does not tell (384, 768, 1024, 1152 do).",
+    help="Number of attention heads. Inferred for widths 384, 768, 1024 and 1152; required "
+    "otherwise.",
 )
 @click.option(
     "--precision",
@@ -61,109 +56,113 @@ DEFAULTS = ExportOptions()
     "precision",
     type=Precision(),
     default=DEFAULTS.precision,
-    help="Precision of weights, tokens and cache. float32, float16 and bfloat16 are other names of the three.",
+    help="Precision of weights, tokens and cache. float32, float16 and bfloat16 are accepted as "
+    "other names.",
 )
 @click.option(
     "--max-batch",
     type=click.IntRange(1, 1024),
     default=DEFAULTS.max_batch,
-    help="Most images per run.",
+    help="Largest number of images per batch.",
 )
-@steps_option(DEFAULTS.steps, "Sampling steps of the plans.")
+@steps_option(DEFAULTS.steps, "Number of sampling steps of the plans.")
 @click.option(
     "--sampler",
-    help=f"{SAMPLER_GRAMMAR}.  [default: diffusers where the folder has a scheduler, else ddim, or euler for flow models]",
+    help=f"Sampler of the plans: {SAMPLER_GRAMMAR}.  [default: diffusers if the model's folder has "
+    "a scheduler, otherwise ddim, or euler for flow models]",
 )
 @click.option(
     "--prediction",
     type=click.Choice(PREDICTIONS),
-    help="What the model predicts: the noise, velocity, the clean sample, or the velocity of a flow.  "
-    "[default: what the folder says, else eps; flow for sit]",
+    help="What the model predicts: the noise, a velocity, the clean sample, or the velocity of a "
+    "flow.  [default: that of the model's folder, otherwise eps, or flow for sit]",
 )
 @click.option(
     "--plan",
     "plans",
     multiple=True,
     metavar="SPEC",
-    help=f"Caching policy, repeatable: {grammar()}{installed_policies()}.  [default: none and fora:2+goc]",
+    help=f"Caching policy of a plan, repeatable: {grammar()}{installed_policies()}.  "
+    "[default: none and fora:2+goc]",
 )
 @click.option(
     "--calibrate",
     type=click.IntRange(1),
     metavar="K",
-    help=f"Images that calibrated policies ({calibrated()}) learn from.  [default: 16, fewer for large models]",
+    help=f"Number of images that calibrated policies ({calibrated()}) learn from.  "
+    "[default: 16, fewer for large models]",
 )
 @click.option(
     "--seed",
     "calibration_seed",
     type=int,
     default=DEFAULTS.calibration_seed,
-    help="Seed of these images.",
+    show_default=False,
+    help="Seed of the calibration images.  [default: 2**32, far from the seeds that people use]",
 )
-@cfg_scale_option(DEFAULTS.cfg_scale, "Guidance scale of these images.")
+@cfg_scale_option(DEFAULTS.cfg_scale, "Guidance scale of the calibration images.")
 @click.option(
     "--segments",
     type=click.Choice(SEGMENTS),
     default=DEFAULTS.segments,
-    help="What TensorRT runs as one engine: a full step, or no more than a unit.",
+    help="Part of a step that TensorRT runs as one engine: full is a full step, none is a unit.",
 )
 @click.option(
     "--weights",
     type=click.Choice(["auto", "ema", "model"]),
     default=DEFAULTS.weights,
-    help="Which weights of a training checkpoint.",
+    help="Weights of a training checkpoint that are exported; auto takes ema if there are such.",
 )
 @click.option(
     "--captions",
     type=PATH,
-    help="What a model of captions calibrates, benches and evaluates with, in place of labels: embeddings (.npz, .safetensors), "
-    "or prompts (.txt, one per line).  [default: 16 prompts of its own, with a text encoder]",
+    help="Captions that a text-conditional model uses instead of class labels in calibration, "
+    "goc-bench and goc-eval: embeddings (.npz, .safetensors), or prompts (.txt, one per line).  "
+    "[default: 16 built-in prompts, if there is a text encoder]",
 )
 @click.option(
     "--text-encoder",
     type=PATH,
-    help="Folder of a T5 encoder and its tokenizer (transformers), to draw prompts with.",
+    help="Folder of a T5 encoder and its tokenizer (transformers) that encodes prompts.",
 )
 @click.option(
-    "--vae", type=PATH, help="Folder of an AutoencoderKL (diffusers), to decode latents with."
+    "--vae",
+    type=PATH,
+    help="Folder of an AutoencoderKL (diffusers) that decodes latents to images.",
 )
 @click.option(
     "--vae-tile",
-    type=click.IntRange(8, 512),
+    type=click.IntRange(4, 512),
     default=DEFAULTS.vae_tile,
-    help="Latents of more pixels per side are decoded in tiles of this size.",
+    help="Tile size of the decoder. Latents with more pixels per side are decoded in such tiles.",
 )
-@click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinite weights.")
 @click.option("--force", is_flag=True, help="Replace an existing engine directory.")
 @engine_options
-@verbose_option
-@debug_option
-@version_option
+@common_options
 def command(checkpoint: Path, output: Path, **options: Any) -> None:
-    """Compile a CHECKPOINT (.pt, .pth, .safetensors, a folder of diffusers, or its Hub id org/name) into an engine directory."""
-    from goc_deploy.api.facade import check_engine_options, export_with
+    """Compile a CHECKPOINT into an engine directory.
 
-    engines, verify = engines_from_options(options)
-    for wanted in engines:
-        check_engine_options(wanted, options["precision"])
+    CHECKPOINT is a .pt, .pth or .safetensors file, a folder of diffusers, or its Hub id org/name.
+    """
+    from goc_deploy.api.exporting import export_with
+
+    engines = engines_from_flags(options)
+    engines.check(options["precision"])
     with progress_bar() as progress:
         manifest, written = export_with(checkpoint, output, ExportOptions(**options), progress)
     click.echo(_summary(output, manifest) if written else f"{output} is up to date", err=True)
-    build_engines_and_tell(output, engines, verify=verify)
+    engines.build(output)
 
 
 def _summary(output: Path, manifest: Manifest) -> str:
-    spec, errors = (
-        manifest.model,
-        [unit.relative_l2 for unit in manifest.units if unit.relative_l2 is not None],
-    )
-    size = sum(file.size for file in manifest.files)
+    spec, size = manifest.model, sum(file.size for file in manifest.files)
+    errors = [unit.relative_l2 for unit in manifest.units if unit.relative_l2 is not None]
     return (
-        f"{output}: {spec.depth} blocks of width {spec.hidden} with {spec.heads} heads, {manifest.precision}, {size / 1e6:.1f} MB; "
-        f"largest difference of a unit to PyTorch {max(errors):.1e} (relative L2); plans {', '.join(plan.name for plan in manifest.plans)}"
+        f"{output}: {spec.depth} blocks of width {spec.hidden} with {spec.heads} heads, "
+        f"{manifest.precision}, {size / 1e6:.1f} MB; "
+        f"largest difference of a unit to PyTorch {max(errors):.1e} (relative L2); "
+        f"plans {', '.join(plan.name for plan in manifest.plans)}"
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of goc-export."""
-    return run_command(command, argv)
+main = partial(run_command, command)  # entry point of goc-export

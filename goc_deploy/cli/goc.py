@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 
 import click
@@ -26,7 +26,11 @@ class LazyGroup(click.Group):
         """Names in the order of work."""
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+    def get_command(
+        self,
+        ctx: click.Context,  # noqa: ARG002
+        cmd_name: str,
+    ) -> click.Command | None:
         """The command of that name, also with ``goc-`` in front."""
         name = cmd_name.removeprefix("goc-")
         if name not in COMMANDS:
@@ -34,7 +38,11 @@ class LazyGroup(click.Group):
         command: click.Command = import_module(f"goc_deploy.cli.{name}").command
         return command
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+    def format_commands(
+        self,
+        ctx: click.Context,  # noqa: ARG002
+        formatter: click.HelpFormatter,
+    ) -> None:
         """List the commands without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -51,6 +59,4 @@ def command() -> None:
     """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of goc and of ``python -m goc_deploy``."""
-    return run_command(command, argv)
+main = partial(run_command, command)  # entry point of goc and of ``python -m goc_deploy``

@@ -1,4 +1,4 @@
-"""Options that several commands share, so that they have the same names, types and help everywhere."""
+"""Options that several commands share, with the same names, types and help in each."""
 
 from __future__ import annotations
 
@@ -18,6 +18,18 @@ LONG_NAMES = {dtype: precision for precision, dtype in DTYPE_OF_PRECISION.items(
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
+
+def composed(*options: Decorator) -> Decorator:
+    """Several options as one decorator; they stand in the help in this order."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
 version_option = click.version_option(__version__, message="%(prog)s %(version)s")
 debug_option = click.option(
     "--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."
@@ -31,12 +43,20 @@ threads_option = click.option(
 backend_option = click.option(
     "--backend",
     default="auto",
-    help="What runs the engine: tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime, or auto, the first of these that works here.",
+    help="Backend that runs the plans: tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime, or "
+    "auto, the first of these that works here.",
 )
 device_option = click.option(
     "--device",
     default="auto",
-    help="Where it runs: cpu, cuda, cuda:1 for another GPU than the first, or auto, which leaves it to the backend.",
+    help="Device that the backend uses: cpu, cuda, cuda:1 for another GPU than the first, or auto, "
+    "which leaves it to the backend.",
+)
+cfg_channels_option = click.option(
+    "--cfg-channels",
+    type=click.IntRange(0),
+    help="Number of leading channels that guidance acts on.  "
+    "[default: that of the model's reference implementation]",
 )
 
 
@@ -53,11 +73,14 @@ verbose_option = click.option(
     is_flag=True,
     expose_value=False,
     callback=_log_more,
-    help="Tell more on stderr, such as why a faster backend does not work here.",
+    help="Print more on stderr, such as the reason why a faster backend does not work here.",
 )
+common_options = composed(verbose_option, debug_option, version_option)
 
 
-def cfg_scale_option(default: float | None, text: str) -> Decorator:
+def cfg_scale_option(
+    default: float | None, text: str = "Classifier-free guidance scale; 1 turns guidance off."
+) -> Decorator:
     """The guidance scale, under our name and under that of diffusers."""
     return click.option(
         "--cfg-scale", "--guidance-scale", "cfg_scale", type=float, default=default, help=text
@@ -68,6 +91,16 @@ def steps_option(default: int | None, text: str) -> Decorator:
     """The number of sampling steps, under our name and under that of diffusers."""
     return click.option(
         "--steps", "--num-inference-steps", "steps", type=int, default=default, help=text
+    )
+
+
+def compared_plans(help_text: str) -> Decorator:
+    """The engine directory, and plans of it that a command compares."""
+    return composed(
+        click.argument("engine_dir", type=PATH),
+        click.option(
+            "--plan", "plans", multiple=True, shell_complete=plans_of_directory, help=help_text
+        ),
     )
 
 
@@ -87,7 +120,7 @@ def plans_of_directory(
 
 
 class NamedPath(click.Path):
-    """A path whose name is text: files that tell of it are UTF-8, and are written after the work."""
+    """A path whose name is UTF-8, as are the files that name it and are written after the work."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
@@ -114,24 +147,18 @@ class Precision(click.Choice):
         return super().convert(LONG_NAMES.get(value, value), param, ctx)
 
 
-def numbers(
-    kind: Callable[[str], Any], what: str
-) -> Callable[[Any, Any, str | None], tuple[Any, ...] | None]:
+def whole_numbers(
+    _context: click.Context, _parameter: click.Parameter, text: str
+) -> tuple[int, ...]:
     """A click callback that splits a comma-separated list."""
-
-    def parse(_context: Any, _parameter: Any, text: str | None) -> tuple[Any, ...] | None:
-        if text is None:
-            return None
-        try:
-            return tuple(kind(part) for part in text.split(","))
-        except ValueError:
-            raise click.BadParameter(f"{text!r} must be {what} separated by commas") from None
-
-    return parse
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} must be whole numbers separated by commas") from None
 
 
 def output_option(help_text: str) -> Decorator:
-    """``-o FILE``, repeatable: the end of its name tells which of a command's files it is (`sort_outputs`)."""
+    """``-o FILE``, repeatable; the suffix selects one of a command's files (`sort_outputs`)."""
     return click.option(
         "-o", "--output", "outputs", type=PATH, multiple=True, metavar="FILE", help=help_text
     )
@@ -152,15 +179,15 @@ def sort_outputs(
     Raises:
         click.UsageError: no option writes such a file, or it has a value already.
     """
-    found = dict(given)
+    files = dict(given)
     for path in outputs:
-        kind = next((suffixes for suffixes in found if path.suffix.lower() in suffixes), None)
+        kind = next((suffixes for suffixes in files if path.suffix.lower() in suffixes), None)
         if kind is None:
-            ends = ", ".join(suffix for suffixes in found for suffix in suffixes)
+            ends = ", ".join(suffix for suffixes in files for suffix in suffixes)
             raise click.UsageError(f"-o {path}: its name must end in one of {ends}")
-        if found[kind] is not None:
+        if files[kind] is not None:
             raise click.UsageError(
-                f"-o {path}: {found[kind]} is written already; one file of a kind is"
+                f"-o {path}: {files[kind]} is written already; give one file of each kind"
             )
-        found[kind] = path
-    return list(found.values())
+        files[kind] = path
+    return list(files.values())

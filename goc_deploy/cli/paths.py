@@ -1,16 +1,17 @@
-"""Files that goc-run reads and writes besides engine directories."""
+"""Checks of the files that commands write besides engine directories."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-import numpy as np
-
-from goc_deploy.conditions.tensor_files import array_from_npy
 from goc_deploy.disk import check_parent, disk_errors, nearest_parent
 from goc_deploy.errors import ConflictError, UsageError
+from goc_deploy.options import RunOptions
+
+OTHER_OUTPUTS = ("latents_output", "trajectory_output", "report")  # of goc-run, besides --output
 
 
 def dated_picture() -> Path:
@@ -20,28 +21,42 @@ def dated_picture() -> Path:
     return next(path for path in names if not path.exists())
 
 
-def read_latents(path: Path | None) -> np.ndarray | None:
-    """Read x_T from a ``.npy`` file without running anything in it.
+def check_outputs(options: RunOptions) -> RunOptions:
+    """Check the outputs of goc-run before any work is done.
+
+    Returns:
+        The options, with a dated picture as output if there is no other.
 
     Raises:
-        UsageError: unreadable or not an array of numbers.
+        UsageError: a suffix that no output has, or two outputs of one name.
+        ConflictError: an output that cannot be written.
     """
-    if path is None:
-        return None
-    found = array_from_npy(path)
-    if found.ndim != 4 or not len(found):
-        raise UsageError(f"latents {path} have shape {list(found.shape)}, expected [N,C,H,W]")
-    return found
+    what = "--output ends in .png or .npz, or has no suffix and is a directory"
+    check_suffix(options.output, "", ".png", ".npz", what=what)
+    others = {name: getattr(options, name) for name in OTHER_OUTPUTS}
+    if not options.output and not any(others.values()):
+        options = replace(options, output=dated_picture())
+    check_writable(options.output, may_be_folder=True)
+    for path in others.values():
+        check_writable(path)
+    check_distinct(output=options.output, **others)
+    return options
 
 
 def check_suffix(path: Path | None, *suffixes: str, what: str) -> None:
-    """Raise UsageError unless ``path`` ends in one of the suffixes (an empty one is a name without a suffix)."""
+    """Check the suffix of a path; the empty suffix stands for a name without one.
+
+    Raises:
+        UsageError: another suffix; ``what`` says which are possible.
+    """
     if path is not None and path.suffix.lower() not in suffixes:
         raise UsageError(f"{path.name}: {what}")
 
 
 def check_writable(path: Path | None, *, may_be_folder: bool = False) -> None:
-    """Refuse an output path before any work is done. With ``may_be_folder`` a name without a suffix is a folder.
+    """Refuse an output path before any work is done.
+
+    With ``may_be_folder`` a name without a suffix is a folder.
 
     Raises:
         ConflictError: no such file can be made, or a folder stands in its place.
@@ -54,7 +69,8 @@ def check_writable(path: Path | None, *, may_be_folder: bool = False) -> None:
             raise ConflictError(f"{path} is a directory; choose another output file")
         if path.exists() and is_folder and not path.is_dir():
             raise ConflictError(
-                f"{path} is a file; for single images give a directory, or a name ending in .png or .npz"
+                f"{path} is a file; for single images give a directory, "
+                "or a name that ends in .png or .npz"
             )
         target = path if path.is_dir() else nearest_parent(path)
         if not target.is_dir():
@@ -84,7 +100,7 @@ def check_distinct(**paths: Path | None) -> None:
 
 
 def check_folder(path: Path | None) -> None:
-    """Check before any work is done that a folder for outputs is there, or can be made by `written`.
+    """Check before any work is done that a folder for outputs exists or can be made by `written`.
 
     Raises:
         ConflictError: it cannot be made or written to, or a file stands in its place.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,23 +14,21 @@ from goc_deploy.cli.options import (
     PATH,
     SETTINGS,
     backend_option,
+    cfg_channels_option,
     cfg_scale_option,
-    debug_option,
+    common_options,
     device_option,
     plans_of_directory,
     steps_option,
     threads_option,
-    verbose_option,
-    version_option,
 )
 from goc_deploy.cli.progress import progress_bar
-from goc_deploy.options import GenerateOptions
+from goc_deploy.options import RunOptions
 
 if TYPE_CHECKING:
-    from goc_deploy.api.series import Series
-    from goc_deploy.runtime.pipeline import Pipeline
+    from goc_deploy.api.run import RunResult
 
-DEFAULTS = GenerateOptions()
+DEFAULTS = RunOptions()
 
 
 @click.command(
@@ -43,48 +40,45 @@ DEFAULTS = GenerateOptions()
 @click.option(
     "--plan",
     shell_complete=plans_of_directory,
-    help="Name of a plan of the engine, or any SPEC that does not learn from images, which is compiled for this run.  "
-    "[default: the first plan that caches]",
+    help="Name of a plan of the engine directory, or any SPEC that does not learn from images, "
+    "which is compiled for this run.  [default: the first plan that caches]",
 )
 @steps_option(
     None,
-    "Sampling steps. Others than the plan's are compiled for this run.  [default: those of the plan]",
+    "Number of sampling steps. If it is not that of the plan, the plan is compiled for this run.  "
+    "[default: that of the plan]",
 )
 @click.option(
     "--labels",
-    help="Class labels, one per image: numbers, or class names of the model's folder; which captions, for a model of captions.  "
+    help="Labels separated by commas, one per image: numbers, or class names of the model's "
+    "folder. If prompts or stored captions are drawn, a label selects one of them.  "
     "[default: 0,1,2,... over the classes]",
 )
 @click.option(
     "--prompt",
     "prompts",
     multiple=True,
-    help="A text to draw, repeatable, where the engine has a text encoder.",
+    help="Text to draw, repeatable. The engine directory must have a text encoder.",
 )
 @click.option(
     "--negative-prompt",
-    "negatives",
+    "negative_prompts",
     multiple=True,
-    help="What to draw away from: once, or once per --prompt.",
+    help="Text to draw away from: given once, or once per --prompt.",
 )
 @click.option(
     "--prompt-embeds",
-    "embeds_file",
     type=PATH,
-    help="Captions to draw, .npz or .safetensors: prompt_embeds [N,L,C], prompt_attention_mask, negative_prompt_embeds, ...",
+    help="File of prompt embeddings to draw, .npz or .safetensors: prompt_embeds [N,L,C], and if "
+    "there are such prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask.",
 )
 @click.option(
     "--num-images",
     type=click.IntRange(1, 1_000_000),
-    help="Images; labels are repeated in order.  [default: one per label, or 8]",
+    help="Number of images; labels are repeated in order.  [default: one per label, or 8]",
 )
-@cfg_scale_option(DEFAULTS.cfg_scale, "Classifier-free guidance scale; 1 is none.")
-@click.option(
-    "--cfg-channels",
-    type=click.IntRange(0),
-    default=DEFAULTS.cfg_channels,
-    help="Guidance acts on so many channels only, the first ones.  [default: as in the model's reference]",
-)
+@cfg_scale_option(DEFAULTS.cfg_scale)
+@cfg_channels_option
 @click.option(
     "--seed",
     type=int,
@@ -93,203 +87,87 @@ DEFAULTS = GenerateOptions()
 )
 @click.option(
     "--latents",
-    "latents_file",
     type=PATH,
-    help="x_T, float32 [N,C,H,W] .npy, instead of seeded noise.",
+    help="File of x_T in place of seeded noise, float32 [N,C,H,W] .npy.",
 )
 @click.option(
     "-o",
     "--output",
     type=PATH,
-    help="File or directory for the images: .png is a grid, .npz the ADM format with labels, another name is a directory of pictures, "
-    "each of which is written when it is drawn.  [default: goc-DATE-TIME.png, if no other output is given]",
+    help="File or directory of the images: .png is a grid, .npz the ADM format with labels. "
+    "Another name is a directory of images, each of which is written when it is drawn.  "
+    "[default: goc-DATE-TIME.png, if no other output is given]",
 )
 @click.option(
     "--resume",
     is_flag=True,
-    help="Keep the pictures that an interrupted run left in the --output directory, and draw the others.",
+    help="Keep the images that an interrupted run left in the --output directory, and draw the "
+    "others.",
 )
-@click.option("--latents-output", type=PATH, help="Final latents, .npy [N,C,H,W].")
-@click.option("--trajectory-output", type=PATH, help="Latents after every step, .npy [T,N,C,H,W].")
 @click.option(
-    "--report", type=PATH, help="JSON report: time and kind of every step, cache bytes, versions."
+    "--latents-output", type=PATH, help="File to write the final latents to, .npy [N,C,H,W]."
+)
+@click.option(
+    "--trajectory-output",
+    type=PATH,
+    help="File to write the latents after every step to, .npy [T,N,C,H,W].",
+)
+@click.option(
+    "--report",
+    type=PATH,
+    help="JSON file to write a report to: time and kind of every step, cache bytes, versions.",
 )
 @backend_option
 @device_option
 @click.option(
     "--cuda-graphs/--no-cuda-graphs",
-    default=True,
-    help="Record CUDA graphs the second time that a step runs; off, for debugging.",
+    default=DEFAULTS.cuda_graphs,
+    help="Record CUDA graphs the second time that a step runs. Turn it off for debugging.",
 )
 @click.option(
-    "--batch-size", type=int, help="Images per run.  [default: what the engine was exported for]"
+    "--batch-size",
+    type=int,
+    help="Number of images per batch.  [default: the --max-batch of the export]",
 )
 @threads_option
-@verbose_option
-@debug_option
-@version_option
-def command(
-    engine_dir: Path,
-    labels: str | None,
-    prompts: tuple[str, ...],
-    negatives: tuple[str, ...],
-    embeds_file: Path | None,
-    num_images: int | None,
-    latents_file: Path | None,
-    output: Path | None,
-    latents_output: Path | None,
-    trajectory_output: Path | None,
-    report: Path | None,
-    resume: bool,
-    seed: int,
-    cfg_scale: float,
-    cfg_channels: int | None,
-    **loading: Any,
-) -> None:
+@common_options
+def command(engine_dir: Path, **options: Any) -> None:
     """Generate images from an engine directory.
 
-    Without an output, the images become a picture with a dated name in the current folder. What is written is printed.
+    Without an output, the images become a picture with a dated name in the current folder. The path
+    of each file that was written is printed.
     """
-    from goc_deploy import disk
-    from goc_deploy.api.facade import load
-    from goc_deploy.api.series import Series
-    from goc_deploy.cli import paths
-    from goc_deploy.conditions.captions import prompt_embeds_from_arrays
-    from goc_deploy.conditions.labels import labels_from_text, spread_labels
-    from goc_deploy.conditions.tensor_files import arrays_from_file
-    from goc_deploy.errors import UsageError
+    from goc_deploy.api.run import run
+    from goc_deploy.cli.paths import check_outputs
 
-    paths.check_suffix(
-        output,
-        "",
-        ".png",
-        ".npz",
-        what="--output ends in .png or .npz, or has no suffix and is a directory",
-    )
-    if resume and (output is None or output.suffix or latents_output or trajectory_output):
-        raise UsageError("--resume goes with --output DIRECTORY, and with no output of latents")
-    if not (output or latents_output or trajectory_output or report):
-        output = paths.dated_picture()
-    paths.check_writable(output, may_be_folder=True)
-    for path in (latents_output, trajectory_output, report):
-        paths.check_writable(path)
-    paths.check_distinct(
-        output=output,
-        latents_output=latents_output,
-        trajectory_output=trajectory_output,
-        report=report,
-    )
-    latents = paths.read_latents(latents_file)
-    if bool(prompts) + (embeds_file is not None) > 1 or (negatives and not prompts):
-        raise UsageError(
-            "give --prompt or --prompt-embeds, not both; --negative-prompt goes with --prompt"
+    chosen = check_outputs(RunOptions(**options))
+    with progress_bar() as progress:
+        result = run(engine_dir, chosen, progress)
+    for line in _summary(result):
+        click.echo(line, err=True)
+    for path in result.paths:
+        click.echo(path)
+
+
+def _summary(result: RunResult) -> Iterator[str]:
+    """What came of a run, as lines for stderr."""
+    if result.channels is not None:
+        yield (
+            f"the model makes {result.channels}-channel latents, which need a VAE to become "
+            "images; export with --vae, or use --latents-output"
         )
-    arrays = None if embeds_file is None else arrays_from_file(embeds_file)
-    with load(engine_dir, **loading) as pipe:
-        captions = (
-            None
-            if arrays is None
-            else prompt_embeds_from_arrays(arrays, pipe.spec, str(embeds_file))
-        )
-        if prompts:
-            captions = pipe.encode(prompts, negatives or ("",))
-        rows = None if labels is None else labels_from_text(labels, pipe.manifest.class_names)
-        if captions is not None and rows is None:
-            rows = tuple(range(len(captions.prompts)))
-        count = num_images or (None if latents is None else len(latents))
-        chosen = spread_labels(rows, count, pipe.spec.classes)
-        series = Series(chosen, GenerateOptions(seed, cfg_scale, cfg_channels), captions, latents)
-        series.check(pipe)
-        files = {"latents": latents_output, "trajectory": trajectory_output}
-        described = _draw(
-            pipe, series, series.records(pipe, prompts, negatives), output, files, resume=resume
-        )
-    if described is None:
-        click.echo(f"all {len(chosen)} images are there", err=True)
-    else:
-        _tell(described)
-    if report and described is not None:
-        disk.save_text(json.dumps(described, indent=1) + "\n", report)
-    if output and pipe.manifest.image_side is None:
-        output = None if latents_output else output.with_suffix(".npy")
-    for path in (
-        output,
-        latents_output,
-        trajectory_output,
-        report if described is not None else None,
-    ):
-        if path:
-            click.echo(path)
-
-
-def _draw(
-    pipe: Pipeline,
-    series: Series,
-    records: list[dict[str, Any]],
-    output: Path | None,
-    arrays: dict[str, Path | None],
-    *,
-    resume: bool,
-) -> dict[str, Any] | None:
-    """Draw what is not there yet and write it; the report, or None where all was there."""
-    import numpy as np
-
-    from goc_deploy import disk
-    from goc_deploy.api.series import joined_report
-    from goc_deploy.errors import UsageError
-    from goc_deploy.runtime.picture_files import PictureFiles, finished_pictures
-
-    draws = pipe.manifest.image_side is not None
-    if resume and not draws:
-        raise UsageError(
-            "--resume continues pictures, and the model makes latents; export with --vae"
-        )
-    start = finished_pictures(output, records) if resume and output else 0
-    latents, trajectories, reports = [], [], []
-    needs_latents = arrays["latents"] is not None or not draws
-    with ExitStack() as stack:
-        files = (
-            stack.enter_context(PictureFiles(output, series.labels, records))
-            if output and draws
-            else None
-        )
-        progress = stack.enter_context(progress_bar())
-        for first, result in series.results(
-            pipe, start, progress, trajectory=arrays["trajectory"] is not None
-        ):
-            reports.append(result.report)
-            if files is not None and result.images is not None:
-                files.add(first, result.images)
-            if needs_latents:
-                latents.append(result.latents)
-            if result.trajectory is not None:
-                trajectories.append(result.trajectory)
-    if arrays["latents"]:
-        disk.save_array(np.concatenate(latents), arrays["latents"])
-    if arrays["trajectory"]:
-        disk.save_array(np.concatenate(trajectories, axis=1), arrays["trajectory"])
-    if not draws:
-        click.echo(
-            f"the model makes {pipe.spec.channels}-channel latents, which need a VAE to become images; export with --vae, or use --latents-output",
-            err=True,
-        )
-        if output and not arrays["latents"]:
-            disk.save_array(np.concatenate(latents), output.with_suffix(".npy"))
-            click.echo(
-                f"wrote the latents to {output.with_suffix('.npy')} instead of images", err=True
-            )
-    return joined_report(reports) if reports else None
-
-
-def _tell(described: dict[str, Any]) -> None:
-    click.echo(
-        f"{described['images']} images with plan {described['plan']} on {described['backend']} {described['version']} ({described['provider']}"
-        f"{'; -v tells why no faster backend' if described['passed_over'] else ''}), "
-        f"{described['computed_units']} of {described['all_units']} units computed, {described['total_ms'] / 1e3:.2f} s",
-        err=True,
+    if result.latents_instead:
+        yield f"wrote the latents to {result.latents_instead} instead of images"
+    report = result.report
+    if report is None:
+        yield f"all {result.images} images are there"
+        return
+    slower = "; -v tells why no faster backend" if report["passed_over"] else ""
+    yield (
+        f"{report['images']} images with plan {report['plan']} on {report['backend']} "
+        f"{report['version']} ({report['provider']}{slower}), {report['computed_units']} of "
+        f"{report['all_units']} units computed, {report['total_ms'] / 1e3:.2f} s"
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of goc-run."""
-    return run_command(command, argv)
+main = partial(run_command, command)  # entry point of goc-run

@@ -17,7 +17,7 @@ PROMPT, PROMPT_MASK = "prompt_embeds", "prompt_attention_mask"  # diffusers' arg
 NEGATIVE, NEGATIVE_MASK = "negative_prompt_embeds", "negative_prompt_attention_mask"
 NAMES = (PROMPT, PROMPT_MASK, NEGATIVE, NEGATIVE_MASK)
 NO_CAPTIONS = (
-    "the engine keeps no captions to take instead of class labels; export it with --captions"
+    "the engine directory keeps no captions to take instead of class labels; export with `captions`"
 )
 
 
@@ -115,7 +115,7 @@ def conditions_from_captions(
     check_rows(rows, count)
     if given.negatives is None:
         if guided:
-            raise UsageError(f"guidance needs {NEGATIVE} too; add them, or use --cfg-scale 1")
+            raise UsageError(f"guidance needs {NEGATIVE} too; add them, or use `cfg_scale=1`")
         return Conditions(rows, rows, given.prompts)
     negatives = len(given.negatives)
     return Conditions(rows, tuple(count + row % negatives for row in rows), given.table)
@@ -136,7 +136,9 @@ def prompt_embeds_from_arrays(
         UsageError: an unknown name, or a shape, dtype or value that does not fit.
     """
     if not spec.draws_captions:
-        raise UsageError(f"{where}: this model draws class labels, not captions; use --labels")
+        raise UsageError(
+            f"{where}: this is a class-conditional model, which takes no captions; use `labels`"
+        )
     unknown = sorted(arrays.keys() - set(NAMES))
     if unknown or PROMPT not in arrays or (NEGATIVE_MASK in arrays and NEGATIVE not in arrays):
         has = f"it has {', '.join(sorted(arrays)) or 'nothing'}"

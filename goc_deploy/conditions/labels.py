@@ -74,7 +74,7 @@ def spread_labels(labels: Sequence[int] | None, count: int | None, classes: int)
         UsageError: none are given and there are no classes to take.
     """
     if labels is None and not classes:
-        raise UsageError(f"{NO_CAPTIONS}, or give --prompt-embeds")
+        raise UsageError(f"{NO_CAPTIONS}, or give prompt embeddings")
     source = list(labels) if labels is not None else list(range(min(classes, count or 8)))
     return [source[i % len(source)] for i in range(count or len(source))]
 

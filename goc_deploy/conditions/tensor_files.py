@@ -78,6 +78,18 @@ def arrays_from_npz(file: BinaryIO, where: str) -> dict[str, np.ndarray]:
         raise UsageError(f"{where} cannot be read: {cause}") from cause
 
 
+def latents_from_file(path: Path) -> np.ndarray:
+    """Read x_T, (N, C, H, W), from a ``.npy`` file without running anything in it.
+
+    Raises:
+        UsageError: unreadable, or not an array of numbers of this shape.
+    """
+    latents = array_from_npy(path)
+    if latents.ndim != 4 or not len(latents):
+        raise UsageError(f"latents {path} have shape {list(latents.shape)}, expected [N,C,H,W]")
+    return latents
+
+
 def array_from_npy(path: Path) -> np.ndarray:
     """The array of a ``.npy`` file; nothing is allocated for what the file does not hold.
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from goc_deploy.runtime.pipeline import Pipeline
 
 READ_IMAGES = 256
+GRID_IMAGES = 12  # images per plan in the report
 MACHINE_KEYS = ("backend", "version", "provider", "threads", "batch_size")
 
 
@@ -85,7 +86,7 @@ def collect(
     """
     if files:
         for _, found in read_back(files, READ_IMAGES, progress):
-            _take(scores, found, extractor, options)
+            _take(scores, found, extractor)
         return {"read_from": str(options.samples)}
     machine: dict[str, Any] = {}
     with ExitStack() as stack:
@@ -98,7 +99,7 @@ def collect(
         for first, found in generated(pipes, labels, options, progress):
             part = labels[first : first + pipes[0].batch_size]
             writers.add(found, part)
-            _take(scores, found, extractor, options)
+            _take(scores, found, extractor)
             if converged is not None and first < options.converged_images:
                 progress(f"{options.converged} uncached steps", first, options.converged_images)
                 _compare_with(converged, scores, found, part, first, options)
@@ -134,7 +135,7 @@ def _converged(
     for pipe in pipes:
         if pipe.plan.sampler.stochastic:
             raise UsageError(
-                f"--converged needs deterministic samplers, but plan {pipe.plan.name} has {pipe.plan.sampler.sampler}"
+                f"`converged` needs deterministic samplers, but plan {pipe.plan.name} has {pipe.plan.sampler.sampler}"
             )
     spec = pipes[0].spec
     schedule = Schedule(spec.depth, spec.branches, ((COMPUTE,) * spec.units,) * options.converged)
@@ -174,7 +175,6 @@ def _take(
     scores: Mapping[str, PlanScores],
     found: Mapping[str, Sampled],
     extractor: Extractor | None,
-    options: EvalOptions,
 ) -> None:
     for name, of_plan in scores.items():
         batch = found[name]
@@ -184,7 +184,7 @@ def _take(
             if extractor is not None:
                 of_plan.features.add(extractor.extract(batch.images))
             kept = sum(len(part) for part in of_plan.pictures)
-            if kept < options.grid_images:
-                of_plan.pictures.append(batch.images[: options.grid_images - kept].copy())
+            if kept < GRID_IMAGES:
+                of_plan.pictures.append(batch.images[: GRID_IMAGES - kept].copy())
         if batch.report:
             of_plan.batch_ms.append((batch.report["images"], batch.report["total_ms"]))

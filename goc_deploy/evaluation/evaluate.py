@@ -60,7 +60,7 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
         )
     if options.router is not None and options.preset is None:
         raise UsageError(
-            "a router is for a preset; without one name its plan, or give --preset paper"
+            "a router is for a preset; without one name its plan, or give `preset=paper`"
         )
     directory, methods = EngineDir.open(engine_dir), dict[str, str]()
     before = {entry.name for entry in directory.manifest.plans}
@@ -71,7 +71,7 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
     names = tuple(methods) or options.plans or tuple(entry.name for entry in manifest.plans)
     plans = [directory.plan(name) for name in names]
     if len({plan.name for plan in plans}) != len(plans):
-        raise UsageError("a plan is named twice; give each --plan once")
+        raise UsageError("a plan is named twice; give each of `plans` once")
     compared_with = baselines(plans)
     spec = manifest.model
     if options.cfg_channels is None:

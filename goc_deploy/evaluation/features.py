@@ -137,7 +137,7 @@ class InceptionExtractor:
         """
         if weights is None or not weights.is_file():
             raise UsageError(
-                f"features 'inception' needs --inception-weights with torch-fidelity's file "
+                f"features 'inception' needs `inception_weights` with torch-fidelity's file "
                 f"weights-inception-2015-12-05-6726825d.pth{'' if weights is None else f'; {weights} is not a file'}"
             )
         try:
@@ -184,5 +184,5 @@ def make_extractor(features: str, inception_weights: Path | None, threads: int =
     if features == INCEPTION:
         return InceptionExtractor(inception_weights)
     if inception_weights is not None:
-        raise UsageError("--inception-weights goes with --features inception")
+        raise UsageError("`inception_weights` needs `features=inception`")
     return OnnxExtractor(Path(features), threads)

@@ -68,7 +68,7 @@ def make_judges(
     if options.features is None:
         if options.reference is not None:
             raise UsageError(
-                "--reference needs --features to compare with; give an ONNX model or 'inception'"
+                "`reference` needs `features` to compare with; give an ONNX model or 'inception'"
             )
         return Judges(None, None, 0, ())
     extractor = make_extractor(options.features, options.inception_weights, options.threads)
@@ -97,13 +97,13 @@ def _judges_of_latents(options: EvalOptions, spec: ModelSpec) -> Judges:
     """None, which is said; options that need images are refused."""
     latents = f"this model makes {spec.channels}-channel latents, which need a VAE to become images"
     for given, name in (
-        (options.samples_output, "--samples-output"),
-        (options.features, "--features"),
-        (options.reference, "--reference"),
+        (options.samples_output, "`samples_output`"),
+        (options.features, "`features`"),
+        (options.reference, "`reference`"),
     ):
         if given is not None:
             raise UsageError(
-                f"{name} needs images, but {latents}; leave it out, or decode elsewhere and use --samples"
+                f"{name} needs images, but {latents}; leave it out, or decode elsewhere and use `samples`"
             )
     return Judges(None, None, 0, (f"{latents}: only latents are compared",))
 

@@ -85,7 +85,7 @@ def l2c(options: RouterOptions, context: PolicyContext) -> Schedule:
     if len(probabilities) != context.steps:
         raise UsageError(
             f"router {path} is for {len(probabilities)} steps but {context.steps} are asked for; "
-            f"use --steps {len(probabilities)}"
+            f"use `steps={len(probabilities)}`"
         )
     if any(len(row) != spec.units for row in probabilities):
         raise UsageError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -131,17 +130,16 @@ class Trials(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Laboratory:
-    """How policies that learn reach an engine, which is loaded when they first ask.
+class Laboratory(Protocol):
+    """How policies that learn reach an engine directory, which is loaded when they first ask."""
 
-    Attributes:
-        calibrator: step count -> what to ask about features.
-        trials: what runs whole schedules.
-    """
+    def calibrator(self, steps: int) -> Calibrator:
+        """Measures features and errors for a step count."""
+        ...
 
-    calibrator: Callable[[int], Calibrator]
-    trials: Callable[[], Trials]
+    def trials(self) -> Trials:
+        """Runs whole schedules."""
+        ...
 
 
 def default_images(spec: ModelSpec, steps: int) -> int:
@@ -156,7 +154,7 @@ def check_options(options: CalibrationOptions) -> None:
         UsageError: naming the option.
     """
     if not 1 <= options.images <= MAX_IMAGES:
-        raise UsageError(f"--calibrate must be within 1..{MAX_IMAGES} images, got {options.images}")
+        raise UsageError(f"`calibrate` must be within 1..{MAX_IMAGES} images, got {options.images}")
     if not 0 <= options.seed < 2**64:
         raise UsageError(f"seed must be within 0..2**64-1, got {options.seed}")
     if not 0 <= options.cfg_scale <= 1e3:

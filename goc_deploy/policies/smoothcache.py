@@ -130,7 +130,7 @@ def _actions(actions: Any, steps: int, path: Path, component: str) -> list[bool]
     if len(actions) != steps:
         raise ScheduleError(
             f"schedule {path} has {len(actions)} steps but {steps} are asked for; "
-            f"use --steps {len(actions)}"
+            f"use `steps={len(actions)}`"
         )
     return [bool(action) for action in actions]
 

@@ -445,11 +445,11 @@ def test_files_that_are_not_listed_are_ignored(
         (("--labels", "1", "--backend", "tensorflow"), 2, "there is no backend 'tensorflow'"),
         (("--labels", "10", "--output", "{tmp}/missing/x.png"), 2, "label 10"),
         (("--labels", "1", "--output", "{tmp}/flat.npy/x.png"), 8, "is not a directory"),
-        (("--labels", "1", "--resume"), 2, "--resume goes with --output DIRECTORY"),
+        (("--labels", "1", "--resume"), 2, "--resume goes with a directory as --output"),
         (
             ("--labels", "1", "--resume", "--output", "{tmp}/x.png"),
             2,
-            "--resume goes with --output DIRECTORY",
+            "--resume goes with a directory as --output",
         ),
         (("--labels", "1", "--resume", "--output", "{tmp}/x"), 2, "the model makes latents"),
         (

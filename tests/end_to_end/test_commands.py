@@ -263,6 +263,26 @@ def test_data_goes_to_stdout_and_messages_to_stderr(
     assert "\x1b" not in done.stdout + done.stderr
 
 
+def test_guidance_on_no_channel_is_no_guidance(
+    engine: Path, command: Command, tmp_path: Path
+) -> None:
+    outputs = []
+    for words in ((), ("--cfg-channels", 0), ("--cfg-scale", 1)):
+        out = tmp_path / "x.npy"
+        command("goc-run", engine, "--labels", "1", *words, "--latents-output", out)
+        outputs.append(np.load(out))
+    guided, on_no_channel, none = outputs
+    np.testing.assert_allclose(on_no_channel, none, atol=1e-5)
+    assert np.abs(guided - none).max() > 1e-2
+
+
+def test_an_export_takes_the_prediction_that_it_is_told(command: Command, tmp_path: Path) -> None:
+    model = (GOLDEN / "model.pt", "-o", tmp_path / "engine", "--num-heads", 4)
+    command("goc-export", *model, "--prediction", "v", "--plan", "none", "--steps", 2)
+    manifest = json.loads((tmp_path / "engine" / "manifest.json").read_text())
+    assert manifest["model"]["prediction"] == "v"
+
+
 def test_a_closed_pipe_is_no_error(engine: Path) -> None:
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {BIN / 'goc-plan'} {engine} --list | true"],

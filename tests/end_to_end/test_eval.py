@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import results
-from goc_deploy.api.facade import add_plan
+from goc_deploy.api import add_plan
 from goc_deploy.engine_dir.manifest_file import manifest_to_json
 from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.errors import ConflictError, UsageError
@@ -46,10 +46,12 @@ def test_plans_are_compared_on_the_same_noise_and_the_samples_can_be_read_back(
     done = command(
         "goc-eval", demo_engine, "--num-images", IMAGES, "--batch-size", 6, "--trajectory-images", 5, *scored,
         "--converged", 25, "--converged-images", 2, "--samples-output", samples, "--json", found_at, "--html", html,
+        "--resamples", 7,
     )  # fmt: skip
     assert "L2 to converged" in done.stdout
     assert "8 samples for 64 features: FID needs more images than features" in done.stderr
     found = json.loads(found_at.read_text())
+    assert found["resamples"] == 7
     plain, gc = found["plans"]["fora-2"], found["plans"]["fora-2+gc-1.0"]
     assert list(found["plans"]) == ENGINE_PLANS
     assert plain["baseline"] == gc["baseline"] == "none"
@@ -70,7 +72,9 @@ def test_plans_are_compared_on_the_same_noise_and_the_samples_can_be_read_back(
     )
 
     again = tmp_path / "again.json"
-    command("goc-eval", demo_engine, "--samples", samples, *scored, "--json", again)
+    command(
+        "goc-eval", demo_engine, "--samples", samples, *scored, "--json", again, "--resamples", 7
+    )
     kept = json.loads(again.read_text())
     for name in ENGINE_PLANS:
         entry, metrics = kept["plans"][name], found["plans"][name]["metrics"]
@@ -211,7 +215,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_sampled(
         (demo_engine, replace(SMALL, plans=("fora:5",)), "there is no plan 'fora:5'"),
         (demo_engine, replace(SMALL, plans=("fora:2",)), "no plan computes everything"),
         (demo_engine, replace(SMALL, plans=("none", "none")), "named twice"),
-        (demo_engine, replace(SMALL, reference=reference), "--reference needs --features"),
+        (demo_engine, replace(SMALL, reference=reference), "`reference` needs `features`"),
         (
             demo_engine,
             replace(scored, reference=wrong_size),
@@ -226,11 +230,11 @@ def test_what_does_not_fit_is_refused_before_anything_is_sampled(
         (
             demo_engine,
             replace(SMALL, samples=tmp_path),
-            "for plan none; write samples with --samples-output",
+            "for plan none; write samples with `samples_output`",
         ),
         (demo_engine, replace(SMALL, seed=-1), "seed must be"),
-        (golden_engine, replace(SMALL, features=CLASSIFIER), "--features needs images"),
-        (golden_engine, replace(SMALL, samples_output=tmp_path), "--samples-output needs images"),
+        (golden_engine, replace(SMALL, features=CLASSIFIER), "`features` needs images"),
+        (golden_engine, replace(SMALL, samples_output=tmp_path), "`samples_output` needs images"),
     ):
         with pytest.raises(UsageError, match=message):
             evaluate(engine, options, no_progress)

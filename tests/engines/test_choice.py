@@ -7,7 +7,7 @@ import pytest
 import goc_deploy
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engines import choice, cuda, driver
-from goc_deploy.engines.choice import FASTEST_FIRST, RunOptions, candidates, explanation
+from goc_deploy.engines.choice import FASTEST_FIRST, BackendOptions, candidates, explanation
 from goc_deploy.engines.tensorrt import library
 from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError, UsageError
 from goc_deploy.protocols import Backend
@@ -23,13 +23,15 @@ def no_gpu(_index: int = 0) -> str:
 
 def test_the_fastest_is_tried_first_and_a_named_one_alone(golden_engine: Path) -> None:
     directory = EngineDir.open(golden_engine)
-    assert [name for name, _ in candidates("auto", directory, RunOptions())] == list(FASTEST_FIRST)
-    assert [name for name, _ in candidates("tensorrt", directory, RunOptions())] == ["tensorrt"]
+    assert [name for name, _ in candidates("auto", directory, BackendOptions())] == list(
+        FASTEST_FIRST
+    )
+    assert [name for name, _ in candidates("tensorrt", directory, BackendOptions())] == ["tensorrt"]
     with pytest.raises(UsageError, match="there is no backend 'cuda'; use auto, tensorrt"):
-        list(candidates("cuda", directory, RunOptions()))
+        list(candidates("cuda", directory, BackendOptions()))
     for device in ("gpu", 3, None):
         with pytest.raises(UsageError, match=f"there is no device {device!r}; use cpu, cuda"):
-            _ = RunOptions(device=device).gpu  # type: ignore[arg-type]
+            _ = BackendOptions(device=device).gpu  # type: ignore[arg-type]
 
 
 def test_auto_without_a_gpu_says_why_it_takes_the_cpu(
@@ -66,7 +68,7 @@ def test_auto_takes_tensorrt_where_it_works_and_goes_on_where_it_does_not(
     make = choice._make
     refuses: list[Exception] = []
 
-    def made(name: str, directory: EngineDir, options: RunOptions) -> Backend:
+    def made(name: str, directory: EngineDir, options: BackendOptions) -> Backend:
         if name == "tensorrt":
             raise EnvironmentUnsupportedError("tensorrt cannot be imported")
         if name != "tensorrt-rtx":

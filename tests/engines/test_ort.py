@@ -75,7 +75,7 @@ def test_bytes_that_are_no_graph_and_unknown_ops_are_refused() -> None:
 
 def test_a_graph_without_a_cpu_kernel_says_what_to_do() -> None:
     with pytest.raises(
-        EnvironmentUnsupportedError, match=r"has no CPU kernel .* export with --precision fp32"
+        EnvironmentUnsupportedError, match=r"has no CPU kernel .* export with `precision=fp32`"
     ):
         OrtBackend().load(graph("Floor", TensorProto.BFLOAT16), {})
 

@@ -187,15 +187,14 @@ def test_a_truncated_safetensors_file_is_refused(tmp_path: Path, keep: int) -> N
         load_checkpoint(path)
 
 
-def test_values_that_are_not_finite_are_named_and_may_be_allowed(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_named(tmp_path: Path) -> None:
     bad = {**STATE, "pos_embed": STATE["pos_embed"] * float("nan")}
     checkpoint = load_checkpoint(saved(tmp_path, bad))
     with pytest.raises(
         ModelError,
-        match="NaN or infinite values in pos_embed; use a sound checkpoint or --allow-nonfinite",
+        match="NaN or infinite values in pos_embed; use a sound checkpoint",
     ):
-        check_values(checkpoint, allow_nonfinite=False)
-    check_values(checkpoint, allow_nonfinite=True)
+        check_values(checkpoint)
 
 
 def test_dtypes_that_are_no_weights_are_named(tmp_path: Path) -> None:
@@ -203,7 +202,7 @@ def test_dtypes_that_are_no_weights_are_named(tmp_path: Path) -> None:
         saved(tmp_path, {**STATE, "pos_embed": STATE["pos_embed"].to(torch.int8)})
     )
     with pytest.raises(ModelError, match=r"dtype not supported: pos_embed \(int8\)"):
-        check_values(checkpoint, allow_nonfinite=False)
+        check_values(checkpoint)
 
 
 def test_the_spec_is_read_off_the_tensors() -> None:
@@ -228,7 +227,7 @@ def test_heads_of_the_known_sizes_need_no_option(hidden: int, heads: int) -> Non
 
 def test_unknown_heads_are_asked_for() -> None:
     with pytest.raises(
-        ModelError, match="heads cannot be read off a width of 64; give --num-heads"
+        ModelError, match="heads cannot be read off a width of 64; give `num_heads`"
     ):
         spec_from_tensors(STATE, None)
     with pytest.raises(ModelError, match="5 heads do not divide the width 64"):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import goc_deploy
-from goc_deploy.api.facade import load_plans
+from goc_deploy.api import load_plans
 from goc_deploy.engine_dir.manifest import MANIFEST_NAME
 from goc_deploy.engine_dir.manifest_file import manifest_to_json
 from goc_deploy.engine_dir.reading import read_manifest
@@ -289,10 +289,7 @@ def test_another_sampler_takes_the_place_of_the_folders(
     done = command(
         "goc-export", folder, "-o", tmp_path / "e", "--plan", "none", "--steps", 2, code=3
     )
-    assert (
-        "clip_sample True, only False is supported; name another sampler with --sampler"
-        in done.stderr
-    )
+    assert "clip_sample True, only False is supported; name another --sampler" in done.stderr
     command(
         "goc-export",
         folder,

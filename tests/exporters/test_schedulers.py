@@ -262,7 +262,7 @@ DDIM, DPM = CONFIGS["ddim"], CONFIGS["dpm++ 2m"]
 def test_what_is_no_table_is_refused_by_name_with_the_option_that_helps(
     config: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ModelError, match=f"{message}.*--sampler"):
+    with pytest.raises(ModelError, match=f"{message}.*`sampler`"):
         check_scheduler(config)
     with pytest.raises(ModelError, match=message):
         table_from_sampler("diffusers", 5, Process("eps", config))
@@ -277,12 +277,10 @@ def test_what_diffusers_refuses_is_refused_with_its_reason() -> None:
         probed({**DDIM, "beta_schedule": "none"}, 5)
     with pytest.raises(UsageError, match=r"steps must be within 1..1000, got 1001"):
         probed(DDIM, 1001)
-    with pytest.raises(
-        UsageError, match="did not come with this model; name another sampler with --sampler"
-    ):
+    with pytest.raises(UsageError, match="did not come with this model; name another `sampler`"):
         table_from_sampler("diffusers", 5, Process("eps"))
     with pytest.raises(
-        ModelError, match=r"prediction_type is 'score', only epsilon, .*give --prediction"
+        ModelError, match=r"prediction_type is 'score', only epsilon, .*give `prediction`"
     ):
         prediction_of({"prediction_type": "score"}, "here")
     with pytest.raises(ModelError, match=r"prediction_type is \[\], only"):
@@ -311,7 +309,7 @@ def test_own_samplers_follow_the_betas_of_the_folder() -> None:
         "beta_start": "small",
     }.items():
         with pytest.raises(
-            UsageError, match=f"has .*{value}.*use the folder's own: --sampler diffusers"
+            UsageError, match=f"has .*{value}.*use the folder's own: `sampler=diffusers`"
         ):
             sampler_table("ddim", 5, Process("eps", {**DDIM, setting: value}))
     for betas_given in ([0.1], [2.0] * 1000, "abc"):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import goc_deploy
-from goc_deploy.api.facade import load_plans
+from goc_deploy.api import load_plans
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.graph_check import check_graph, external_tensors
 from goc_deploy.engine_dir.manifest import MANIFEST_NAME, Manifest

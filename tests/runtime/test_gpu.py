@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import goc_deploy
-from goc_deploy.api.facade import build_engines, verify_engines
+from goc_deploy.api import build_engines, verify_engines
 from goc_deploy.engine_dir.keys import ENGINE_BACKENDS, WEIGHT_MODES
 from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.engines import driver

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import goc_deploy
-from goc_deploy.api.facade import cpu_backend
+from goc_deploy.api import cpu_backend
 from goc_deploy.compiler import compile_schedule
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.reading import read_manifest

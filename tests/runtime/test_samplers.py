@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import goc_deploy
-from goc_deploy.api.facade import add_plan, cpu_backend
+from goc_deploy.api import add_plan, cpu_backend
 from goc_deploy.compiler import compile_schedule
 from goc_deploy.errors import VerificationError
 from goc_deploy.exporters.architectures.dit_model import DiT

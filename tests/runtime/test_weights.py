@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import goc_deploy
-from goc_deploy.api.facade import load_plans
+from goc_deploy.api import load_plans
 from goc_deploy.engine_dir.manifest import MANIFEST_NAME, Manifest
 from goc_deploy.engine_dir.manifest_file import manifest_to_json
 from goc_deploy.engine_dir.reading import read_manifest
@@ -136,7 +136,7 @@ def test_engines_that_hold_their_weights_say_what_to_build(
     before = drawn(pipe)
     with pytest.raises(
         EnvironmentUnsupportedError,
-        match=r"hold their weights.*--engine-weights shared and load again",
+        match=r"hold their weights.*`EngineOptions.weights=shared` and load again",
     ):
         pipe.load_weights(tuned)
     np.testing.assert_array_equal(drawn(pipe), before)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from goc_deploy.api.facade import build_engines
+from goc_deploy.api import build_engines
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.engines import driver

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import goc_deploy
-from goc_deploy.api.facade import build_engines
+from goc_deploy.api import build_engines
 from goc_deploy.exporters.companions.vae import VaeDecoder, vae_config
 from goc_deploy.options import EngineOptions, no_progress
 from tests.exporters.companions.test_vae import CONFIG as VAE

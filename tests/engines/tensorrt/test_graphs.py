@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_refused(golden_engine: Path) -> None:
     huge = np.lib.stride_tricks.as_strided(np.zeros(1, np.uint8), (2**31,), (0,))
     with pytest.raises(
         ResourceError,
-        match=r"2.1 GB of weights do not fit into one graph; use --engine-weights shared",
+        match=r"2.1 GB of weights do not fit into one graph; use `EngineOptions.weights=shared`",
     ):
         graphs.embed_weights(model, unit.parameters, huge, "fp32", "here")  # type: ignore[arg-type]
     with pytest.raises(EngineDirError, match="input x has the dynamic dimension 'batch'"):

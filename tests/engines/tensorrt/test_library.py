@@ -42,9 +42,13 @@ def test_capabilities_are_sorted_and_taken_once(rtx: Library) -> None:
 @pytest.mark.parametrize(
     ("capability", "precision", "message"),
     [
-        ("9.0", "fp16", r"--compute-capability 9.0: tensorrt-rtx [\d.]+ can build for 7.5, 8.0"),
-        ("7.5", "bf16", r"that GPU has no bf16; leave it out, or export with --precision fp16"),
-        ("sm86", "fp16", r"'sm86' must look like 8.6"),
+        (
+            "9.0",
+            "fp16",
+            r"`EngineOptions.capabilities=9.0`: tensorrt-rtx [\d.]+ can build for 7.5, 8.0",
+        ),
+        ("7.5", "bf16", r"that GPU has no bf16; leave it out, or export with `precision=fp16`"),
+        ("sm86", "fp16", r"sm86` must look like 8.6"),
         ("8.6.1", "fp16", r"must look like 8.6"),
     ],
 )
@@ -79,7 +83,7 @@ def test_the_gpu_of_the_machine_without_the_precision_is_no_wrong_option(
     assert target_from_options(library, (), "fp16").capabilities == ("7.5",)
     with pytest.raises(EnvironmentUnsupportedError, match=r"compute capability 7.5 has no bf16"):
         target_from_options(library, (), "bf16")
-    with pytest.raises(UsageError, match=r"--compute-capability 7.5: that GPU has no bf16"):
+    with pytest.raises(UsageError, match=r"`EngineOptions.capabilities=7.5`: that GPU has no bf16"):
         target_from_options(library, ("7.5",), "bf16")
 
 

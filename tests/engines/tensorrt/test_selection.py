@@ -76,12 +76,12 @@ def test_engines_of_another_gpu_or_version_are_not_loaded(
         (
             "9.0",
             "fp32",
-            r"tensorrt-rtx 99.1 has no target 9.0, only 7.5, .*; use --backend tensorrt, or onnxruntime-cuda",
+            r"tensorrt-rtx 99.1 has no target 9.0, only 7.5, .*; use `backend=tensorrt`, or onnxruntime-cuda",
         ),
         (
             "7.5",
             "bf16",
-            r"a GPU of compute capability 7.5 has no bf16; export with --precision fp16",
+            r"a GPU of compute capability 7.5 has no bf16; export with `precision=fp16`",
         ),
     ],
 )

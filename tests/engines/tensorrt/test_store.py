@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from goc_deploy.api.facade import build_engines
+from goc_deploy.api import build_engines
 from goc_deploy.compiler import in_form
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.manifest import MANIFEST_NAME, Manifest

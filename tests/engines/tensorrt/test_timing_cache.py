@@ -127,6 +127,7 @@ def test_a_build_that_runs_out_of_memory_says_so(
 ) -> None:
     monkeypatch.setenv("STAND_IN_OUT_OF_MEMORY", "1")
     with pytest.raises(
-        ResourceError, match=r"unit conditioning: .*not enough GPU memory .*use --engine-workspace"
+        ResourceError,
+        match=r"unit conditioning: .*not enough GPU memory .*set `EngineOptions.workspace_bytes`",
     ):
         build(engine)

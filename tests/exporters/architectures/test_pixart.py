@@ -306,7 +306,7 @@ def test_a_checkpoint_that_does_not_fit_itself_is_refused() -> None:
     state = random_state()
     with pytest.raises(
         ModelError,
-        match="the width 48 does not tell the number of attention heads; give --num-heads",
+        match="the width 48 does not tell the number of attention heads; give `num_heads`",
     ):
         pixart.spec_from_tensors(state, None)
     with pytest.raises(ModelError, match="its sizes cannot be read: 'pos_embed'"):
@@ -371,7 +371,8 @@ def test_an_engine_without_captions_says_so(engine: Path, tmp_path: Path) -> Non
     with goc_deploy.load(bare, plan="none") as pipe:
         pipe.warmup()
         with pytest.raises(
-            UsageError, match="the engine keeps no captions to take instead of class labels"
+            UsageError,
+            match="the engine directory keeps no captions to take instead of class labels",
         ):
             pipe.generate([0])
     for use in ("fora:3+goc", "search:2"):

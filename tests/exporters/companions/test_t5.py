@@ -239,7 +239,7 @@ def test_an_engine_without_a_text_encoder_says_so(golden_engine: Path) -> None:
         for use in ({"prompts": ["a three"]}, {"captions": pipe_captions()}):
             with pytest.raises(
                 UsageError,
-                match=r"no text encoder; export with --text-encoder|not captions; give labels",
+                match=r"no text encoder; export with `text_encoder`|not captions; give labels",
             ):
                 pipe.generate(**use)
 
@@ -262,7 +262,7 @@ def test_a_missing_tokenizers_package_is_named(
     def without(name: str, *more: Any) -> Any:
         return None if name == "tokenizers" else found(name, *more)
 
-    monkeypatch.setattr("importlib.util.find_spec", without)
+    monkeypatch.setattr("goc_deploy.api.requirements.find_spec", without)
     monkeypatch.setattr("goc_deploy.runtime.loading.find_spec", without)
     with goc_deploy.load(engine, plan="none") as pipe:
         assert np.isfinite(pipe.generate([0], seed=1).latents).all()
@@ -414,7 +414,7 @@ def test_prompts_in_a_file_need_a_text_encoder(tmp_path: Path) -> None:
     torch.save(random_state(), tmp_path / "m.pth")
     (tmp_path / "p.txt").write_text("a\n")
     with pytest.raises(
-        UsageError, match="holds texts, which need a text encoder; add --text-encoder"
+        UsageError, match="holds texts, which need a text encoder; add `text_encoder`"
     ):
         goc_deploy.export(
             tmp_path / "m.pth", tmp_path / "e", num_heads=3, captions=tmp_path / "p.txt"

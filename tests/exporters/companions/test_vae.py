@@ -272,8 +272,9 @@ def test_the_command_line_draws_latents(
     model: Path, copy: Path, tmp_path: Path, command: Command
 ) -> None:
     engine = tmp_path / "engine"
-    more = ("--num-heads", 3, "--plan", "none", "--plan", "fora:2", "--steps", 3)
+    more = ("--num-heads", 3, "--plan", "none", "--plan", "fora:2", "--steps", 3, "--vae-tile", 6)
     command("goc-export", model, "-o", engine, "--vae", copy, *more)
+    assert json.loads((engine / "manifest.json").read_text())["decoder"]["tile"] == 6
     command(
         "goc-run",
         engine,

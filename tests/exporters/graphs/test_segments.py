@@ -85,7 +85,7 @@ def test_a_plan_keeps_what_it_was_added_with(engine: Path) -> None:
     assert directory.plan("fora:2").segments == "full"
     assert directory.manifest.segments == before.segments
     with pytest.raises(
-        ConflictError, match="already has another plan named fora-3; choose another --name"
+        ConflictError, match="already has another plan named fora-3; choose another `name`"
     ):
         goc_deploy.add_plan(engine, "fora:3")
 

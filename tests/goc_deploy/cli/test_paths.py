@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import re
 import resource
 import signal
@@ -14,11 +13,10 @@ from goc_deploy.cli.paths import (
     check_folder,
     check_writable,
     dated_picture,
-    read_latents,
 )
 from goc_deploy.conditions.labels import grid_columns, spread_labels
 from goc_deploy.disk import save_array, save_text, written
-from goc_deploy.errors import ConflictError, GocError, ResourceError, UsageError
+from goc_deploy.errors import ConflictError, ResourceError, UsageError
 
 
 def test_labels_are_repeated_in_order() -> None:
@@ -159,31 +157,3 @@ def test_two_outputs_of_one_name_are_refused(tmp_path: Path) -> None:
         check_distinct(
             output=tmp_path / "x.png", latents_output=tmp_path / "there" / ".." / "x.png"
         )
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"PK\x03\x04 no archive",
-        b"\x93NUMPY\x01\x00\x46\x00" + b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000, 1000, 1000, 1000)}\n"[:70],
-        b"\x93NUMPY\x01\x00\x10\x00{'descr': ((((  \n",
-        b"\x93NUMPY\x01\x00\x10\x00" + b"\xff" * 16,
-    ],
-)  # fmt: skip
-def test_damaged_latents_are_a_usage_error(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "x.npy").write_bytes(content)
-    with pytest.raises(UsageError, match="cannot be read"):
-        read_latents(tmp_path / "x.npy")
-
-
-def test_randomly_damaged_latents_end_as_errors_of_ours(tmp_path: Path) -> None:
-    np.save(tmp_path / "x.npy", np.zeros((1, 4, 2, 2), np.float32))
-    sound, generator = (tmp_path / "x.npy").read_bytes(), np.random.default_rng(0)
-    for _ in range(300):
-        content = bytearray(sound)
-        for _ in range(3):
-            content[generator.integers(140)] = generator.integers(256)
-        (tmp_path / "x.npy").write_bytes(content)
-        with contextlib.suppress(GocError):
-            read_latents(tmp_path / "x.npy")

@@ -117,10 +117,10 @@ def test_arrays_that_do_not_fit_are_refused(changes: dict[str, Any], message: st
 
 def test_models_of_classes_take_no_captions() -> None:
     with pytest.raises(
-        UsageError, match="this model draws class labels, not captions; use --labels"
+        UsageError, match="this is a class-conditional model, which takes no captions; use `labels`"
     ):
         prompt_embeds_from_arrays(arrays(), CLASSES, "x")
     with pytest.raises(
-        UsageError, match="the engine keeps no captions to take instead of class labels"
+        UsageError, match="the engine directory keeps no captions to take instead of class labels"
     ):
         conditions_from_labels([0], SPEC, None)

@@ -19,8 +19,9 @@ from goc_deploy.conditions.tensor_files import (
     array_from_npy,
     arrays_from_file,
     arrays_from_safetensors,
+    latents_from_file,
 )
-from goc_deploy.errors import UsageError
+from goc_deploy.errors import GocError, UsageError
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -146,3 +147,31 @@ def test_devices_and_pipes_are_refused_and_do_not_hang(tmp_path: Path, suffix: s
     for path in (zeros, pipe):
         with pytest.raises(UsageError, match="cannot be read: it is not a regular file"):
             read(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"PK\x03\x04 no archive",
+        b"\x93NUMPY\x01\x00\x46\x00" + b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000, 1000, 1000, 1000)}\n"[:70],
+        b"\x93NUMPY\x01\x00\x10\x00{'descr': ((((  \n",
+        b"\x93NUMPY\x01\x00\x10\x00" + b"\xff" * 16,
+    ],
+)  # fmt: skip
+def test_damaged_latents_are_a_usage_error(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.npy").write_bytes(content)
+    with pytest.raises(UsageError, match="cannot be read"):
+        latents_from_file(tmp_path / "x.npy")
+
+
+def test_randomly_damaged_latents_end_as_errors_of_ours(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((1, 4, 2, 2), np.float32))
+    sound, generator = (tmp_path / "x.npy").read_bytes(), np.random.default_rng(0)
+    for _ in range(300):
+        content = bytearray(sound)
+        for _ in range(3):
+            content[generator.integers(140)] = generator.integers(256)
+        (tmp_path / "x.npy").write_bytes(content)
+        with contextlib.suppress(GocError):
+            latents_from_file(tmp_path / "x.npy")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from goc_deploy.api.facade import cpu_backend
+from goc_deploy.api import cpu_backend
 from goc_deploy.conditions.text import TextEncoder
 from goc_deploy.errors import EngineDirError
 from goc_deploy.exporters.companions.tokenizer_files import json_from_sentencepiece

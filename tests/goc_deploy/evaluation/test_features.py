@@ -85,11 +85,11 @@ def test_extractors_of_another_form_are_refused(tmp_path: Path) -> None:
 def test_inception_is_refused_without_weights_or_package_and_never_downloaded(
     tmp_path: Path,
 ) -> None:
-    with pytest.raises(UsageError, match="needs --inception-weights"):
+    with pytest.raises(UsageError, match="needs `inception_weights`"):
         make_extractor("inception", None)
     with pytest.raises(UsageError, match="is not a file"):
         make_extractor("inception", tmp_path / "missing.pth")
-    with pytest.raises(UsageError, match="goes with --features inception"):
+    with pytest.raises(UsageError, match="needs `features=inception`"):
         make_extractor(str(CLASSIFIER), tmp_path)
     weights = tmp_path / "weights.pth"
     weights.write_bytes(b"no weights")

@@ -12,8 +12,8 @@ import torch
 
 import goc_deploy
 from benchmarks.make_checkpoint import random_state
-from goc_deploy.api.facade import cpu_backend
-from goc_deploy.api.laboratory import engine_laboratory
+from goc_deploy.api import cpu_backend
+from goc_deploy.api.laboratory import EngineLaboratory
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.errors import UsageError
 from goc_deploy.exporters.export import ARCHITECTURES
@@ -109,7 +109,7 @@ def test_every_policy_runs(engine_of: MakeEngine, architecture: str, sampler: st
         CalibrationOptions(2, 3, 2.0, SPECS[architecture].guided_channels),
     )
     manifest = directory.manifest
-    laboratory = engine_laboratory(directory, cpu_backend, sampler, options, no_progress)
+    laboratory = EngineLaboratory(directory, cpu_backend, sampler, options, no_progress)
     for policy in POLICIES:
         text = policy.format(
             router=engine.parent / "router.pt", schedule=engine.parent / "schedule.json"

@@ -144,7 +144,7 @@ def test_a_router_that_is_not_there_is_refused() -> None:
 
 def test_a_router_for_another_model_or_step_count_is_refused(tmp_path: Path) -> None:
     path = router_file(tmp_path, [[0.0] * 4] * 6)
-    with pytest.raises(UsageError, match="for 6 steps but 4 are asked for; use --steps 6"):
+    with pytest.raises(UsageError, match="for 6 steps but 4 are asked for; use `steps=6`"):
         made(f"l2c:{path}", steps=4)
     path = router_file(tmp_path, [[0.0] * 56] * 4)
     with pytest.raises(

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from goc_deploy.api.facade import add_plan, cpu_backend
-from goc_deploy.api.laboratory import engine_laboratory
+from goc_deploy.api import add_plan, cpu_backend
+from goc_deploy.api.laboratory import EngineLaboratory
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.errors import CalibrationNeededError, UsageError
 from goc_deploy.metrics.paired import whole_relative_l2
@@ -22,6 +22,7 @@ from goc_deploy.samplers import SamplerTable, sampler_table
 from goc_deploy.samplers.process import Process
 from goc_deploy.schedule import COMPUTE, REUSE, Schedule
 from goc_deploy.spec import ModelSpec
+from tests.stand_ins.laboratory import StandInLaboratory
 
 SPEC = ModelSpec(2, 8, 2, 16, 2, 2, 4, 10, False)
 OPTIONS = CalibrationOptions(images=2, seed=3, cfg_scale=2.0)
@@ -30,7 +31,7 @@ OPTIONS = CalibrationOptions(images=2, seed=3, cfg_scale=2.0)
 @pytest.fixture(scope="module")
 def laboratory(golden_engine: Path) -> Laboratory:
     directory = EngineDir.open(golden_engine)
-    return engine_laboratory(directory, cpu_backend, "ddim", OPTIONS, no_progress)
+    return EngineLaboratory(directory, cpu_backend, "ddim", OPTIONS, no_progress)
 
 
 def made(text: str, laboratory: Laboratory | None, spec: ModelSpec) -> Schedule:
@@ -112,7 +113,7 @@ def no_calibrator(_steps: int) -> Any:
 def test_a_budget_in_milliseconds_is_spent_on_as_many_computed_steps_as_fit(
     text: str, computed: int
 ) -> None:
-    schedule = made(f"{text},reference=20", Laboratory(no_calibrator, Clock), SPEC)
+    schedule = made(f"{text},reference=20", StandInLaboratory(no_calibrator, Clock), SPEC)
     assert len(computed_steps(schedule)) == computed
 
 
@@ -137,7 +138,7 @@ def test_a_budget_in_milliseconds_is_spent_on_as_many_computed_steps_as_fit(
 )
 def test_bad_searches_are_refused(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        made(text, Laboratory(no_calibrator, Clock), SPEC)
+        made(text, StandInLaboratory(no_calibrator, Clock), SPEC)
 
 
 def test_a_search_needs_an_engine_and_a_sampler_without_noise(
@@ -146,7 +147,7 @@ def test_a_search_needs_an_engine_and_a_sampler_without_noise(
     with pytest.raises(CalibrationNeededError, match="needs an engine directory"):
         made("search:2", None, SPEC)
     directory = EngineDir.open(golden_engine)
-    noisy = engine_laboratory(directory, cpu_backend, "ddim:0.5", OPTIONS, no_progress)
+    noisy = EngineLaboratory(directory, cpu_backend, "ddim:0.5", OPTIONS, no_progress)
     with pytest.raises(UsageError, match="draws fresh noise"):
         made("search:2", noisy, golden_spec)
 
@@ -158,7 +159,9 @@ def test_steps_beside_a_search_are_refused(golden_engine: Path) -> None:
 
 def test_a_schedule_that_reuses_plainly_is_left_to_the_correction(golden_spec: ModelSpec) -> None:
     schedule = made(
-        "search:2+hermite:1,steps=4,reference=20", Laboratory(no_calibrator, Clock), golden_spec
+        "search:2+hermite:1,steps=4,reference=20",
+        StandInLaboratory(no_calibrator, Clock),
+        golden_spec,
     )
     rows = {row for step in schedule.coefficients for row in step}
     assert rows <= {

@@ -68,7 +68,7 @@ def test_a_branch_that_a_file_does_not_name_is_computed(tmp_path: Path) -> None:
     [
         ('{"attn2": [1, 0]}', "names 'attn2' but the model has attn, mlp"),
         ('{"attn": [1, 2]}', "attn must be a list of 0"),
-        ('{"attn": [1, 0, 0]}', "has 3 steps but 2 are asked for; use --steps 3"),
+        ('{"attn": [1, 0, 0]}', "has 3 steps but 2 are asked for; use `steps=3`"),
         ('{"attn": [0, 0]}', "step 0"),
         ("[]", "must hold a JSON object"),
     ],

@@ -49,7 +49,7 @@ def test_illegal_schedules_are_refused_with_their_place(bad: Schedule, message: 
 
 def test_a_schedule_for_another_model_or_step_count_is_refused() -> None:
     good = schedule((C,) * 4, (R,) * 4)
-    with pytest.raises(ScheduleError, match=r"2 steps but 20 are asked for; use --steps 2"):
+    with pytest.raises(ScheduleError, match=r"2 steps but 20 are asked for; use `steps=2`"):
         compile_schedule(good, SPEC, steps=20)
     with pytest.raises(ScheduleError, match=r"2 blocks of attn\+mlp but the model has 3"):
         compile_schedule(good, ModelSpec(3, 8, 2, 16, 2, 2, 4, 10, False))

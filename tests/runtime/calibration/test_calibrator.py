@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from goc_deploy.api.facade import cpu_backend, load
+from goc_deploy.api import cpu_backend, load
 from goc_deploy.conditions.captions import conditions_from_labels
 from goc_deploy.conditions.labels import balanced_labels
 from goc_deploy.engine_dir.directory import EngineDir
@@ -18,7 +18,6 @@ from goc_deploy.errors import CalibrationNeededError, ScheduleError, UsageError
 from goc_deploy.options import no_progress
 from goc_deploy.policies.calibration import (
     CalibrationOptions,
-    Laboratory,
     Trials,
     default_images,
 )
@@ -34,6 +33,7 @@ from goc_deploy.samplers.process import Process
 from goc_deploy.schedule import COMPUTE, Schedule
 from goc_deploy.spec import ModelSpec
 from tests.reference import relative_l2
+from tests.stand_ins.laboratory import StandInLaboratory
 
 STEPS, IMAGES, SEED, SCALE = 8, 5, 11, 2.0
 OPTIONS = CalibrationOptions(IMAGES, SEED, SCALE)
@@ -59,7 +59,10 @@ def made(calibrator: EngineCalibrator, stepper: Stepper) -> Callable[[str], Sche
     @functools.cache
     def make(text: str) -> Schedule:
         return schedule_from_policy(
-            parse_policy(text), stepper.spec, STEPS, Laboratory(lambda _: calibrator, no_trials)
+            parse_policy(text),
+            stepper.spec,
+            STEPS,
+            StandInLaboratory(lambda _: calibrator, no_trials),
         )
 
     return make

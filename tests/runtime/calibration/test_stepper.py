@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from goc_deploy.api.facade import cpu_backend, load
+from goc_deploy.api import cpu_backend, load
 from goc_deploy.conditions.captions import conditions_from_labels
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.exporters.router import router_probabilities

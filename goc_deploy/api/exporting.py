@@ -1,0 +1,43 @@
+"""Export with its options in one object: where the exporter meets a backend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from goc_deploy.api.engines import cpu_backend
+from goc_deploy.api.requirements import require
+from goc_deploy.options import ExportOptions, Progress, no_progress
+
+if TYPE_CHECKING:
+    from goc_deploy.engine_dir.directory import EngineDir
+    from goc_deploy.engine_dir.manifest import Manifest
+    from goc_deploy.policies.calibration import CalibrationOptions, Laboratory
+
+
+def export_with(
+    checkpoint: Path, output: Path, options: ExportOptions, progress: Progress = no_progress
+) -> tuple[Manifest, bool]:
+    """Export a checkpoint to an engine directory, as `goc_deploy.export`.
+
+    Returns:
+        The manifest, and whether anything was written (False: an equal engine directory was there).
+
+    Raises:
+        GocError: a subclass says what is wrong and has an ``exit_code``.
+    """
+    from goc_deploy.disk import check_parent
+
+    check_parent(output)  # before torch is imported
+    require("export", "torch", "onnx", "onnxscript", "safetensors")
+    if options.text_encoder is not None:
+        require("text", "tokenizers")
+    from goc_deploy.api.laboratory import EngineLaboratory
+    from goc_deploy.exporters.export import export_checkpoint
+
+    backend = cpu_backend()
+
+    def laboratory(directory: EngineDir, sampler: str, images: CalibrationOptions) -> Laboratory:
+        return EngineLaboratory(directory, lambda: backend, sampler, images, progress)
+
+    return export_checkpoint(checkpoint, output, options, backend, laboratory, progress)

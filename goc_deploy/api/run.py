@@ -1,0 +1,200 @@
+"""Images of an engine directory to files: the work behind goc-run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from goc_deploy import disk
+from goc_deploy.api.facade import load
+from goc_deploy.api.series import Series, joined_report, step_callback
+from goc_deploy.conditions.captions import prompt_embeds_from_arrays
+from goc_deploy.conditions.labels import labels_from_text, spread_labels
+from goc_deploy.conditions.tensor_files import arrays_from_file, latents_from_file
+from goc_deploy.errors import UsageError
+from goc_deploy.options import Progress, RunOptions, no_progress
+from goc_deploy.runtime.picture_files import PictureFiles, finished_pictures
+
+if TYPE_CHECKING:
+    from goc_deploy.runtime.pipeline import Pipeline
+    from goc_deploy.runtime.results import Result
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What `run` did.
+
+    Attributes:
+        images: number of images of the series.
+        report: report of the batches that ran, or None if every image was there before.
+        paths: the outputs, in the order of the fields of `RunOptions`.
+        latents_instead: where the latents of a model without decoder were written in place of
+            images, or None.
+        channels: number of latent channels if the engine directory has no decoder, or None.
+    """
+
+    images: int
+    report: dict[str, Any] | None
+    paths: tuple[Path, ...]
+    latents_instead: Path | None
+    channels: int | None
+
+
+def run(engine_dir: str | Path, options: RunOptions, progress: Progress = no_progress) -> RunResult:
+    """Draw a series of images batch by batch, and write each batch when it is drawn.
+
+    Args:
+        engine_dir: the directory that `goc_deploy.export` wrote.
+        options: what to draw, on which backend, and the files to write.
+        progress: called with (what, done, total).
+
+    Raises:
+        GocError: a subclass says what is wrong and has an ``exit_code``.
+    """
+    _check(options)
+    latents = None if options.latents is None else latents_from_file(options.latents)
+    embeds = None if options.prompt_embeds is None else arrays_from_file(options.prompt_embeds)
+    with _loaded(engine_dir, options) as pipe:
+        series = _series(pipe, options, latents, embeds)
+        series.check(pipe)
+        labels, size = series.labels, pipe.batch_size
+        with _Outputs(pipe, series) as outputs:
+            total = (len(labels) - outputs.start) * pipe.plan.steps
+            for first in range(outputs.start, len(labels), size):
+                done = (first - outputs.start) * pipe.plan.steps
+                result = pipe.generate(
+                    labels[first : first + size],
+                    captions=series.captions,
+                    seed=options.seed,
+                    first_image=first,
+                    cfg_scale=options.cfg_scale,
+                    cfg_channels=options.cfg_channels,
+                    latents=None if latents is None else latents[first : first + size],
+                    trajectory=options.trajectory_output is not None,
+                    callback=step_callback(progress, first, done, total),
+                )
+                outputs.add(first, result)
+        return outputs.finished()
+
+
+def _check(options: RunOptions) -> None:
+    """Refuse options that contradict each other."""
+    folder = options.output is not None and options.output.suffix == ""
+    arrays = options.latents_output or options.trajectory_output
+    if options.resume and (not folder or arrays):
+        raise UsageError(
+            "`resume` goes with a directory as `output`, and with no output of latents"
+        )
+    twice = options.prompts and options.prompt_embeds is not None
+    if twice or (options.negative_prompts and not options.prompts):
+        raise UsageError(
+            "give `prompts` or `prompt_embeds`, not both; `negative_prompts` goes with `prompts`"
+        )
+
+
+def _loaded(engine_dir: str | Path, options: RunOptions) -> Pipeline:
+    return load(
+        engine_dir,
+        backend=options.backend,
+        plan=options.plan,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        threads=options.threads,
+        cuda_graphs=options.cuda_graphs,
+        device=options.device,
+    )
+
+
+def _series(
+    pipe: Pipeline,
+    options: RunOptions,
+    latents: np.ndarray | None,
+    embeds: Mapping[str, np.ndarray] | None,
+) -> Series:
+    """What each image shows, once the model is known."""
+    captions = None
+    if embeds is not None:
+        captions = prompt_embeds_from_arrays(embeds, pipe.spec, str(options.prompt_embeds))
+    elif options.prompts:
+        captions = pipe.encode(options.prompts, options.negative_prompts or ("",))
+    rows = None
+    if options.labels is not None:
+        rows = labels_from_text(options.labels, pipe.manifest.class_names)
+    elif captions is not None:
+        rows = tuple(range(len(captions.prompts)))
+    images = options.num_images or (None if latents is None else len(latents))
+    return Series(options, spread_labels(rows, images, pipe.spec.classes), captions, latents)
+
+
+class _Outputs:
+    """The files of a run, made in a ``with``: pictures as they come, the others at the end.
+
+    Attributes:
+        start: index of the first image to draw; an interrupted run left the images before it.
+    """
+
+    def __init__(self, pipe: Pipeline, series: Series) -> None:
+        self._pipe, self._series, self._options = pipe, series, series.options
+        self._draws = pipe.manifest.image_side is not None
+        self._latents: list[np.ndarray] = []
+        self._trajectories: list[np.ndarray] = []
+        self._reports: list[dict[str, Any]] = []
+        self._stack = ExitStack()
+        self._pictures: PictureFiles | None = None
+        self.start = 0
+        output, records = series.options.output, series.records(pipe)
+        if series.options.resume and output:
+            if not self._draws:
+                raise UsageError(
+                    "`resume` continues images, but the model makes latents; export with `vae`"
+                )
+            self.start = finished_pictures(output, records)
+        if output and self._draws:
+            self._pictures = PictureFiles(output, series.labels, records)
+
+    def __enter__(self) -> _Outputs:
+        if self._pictures is not None:
+            self._stack.enter_context(self._pictures)
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._stack.__exit__(*raised)
+
+    def add(self, first: int, result: Result) -> None:
+        """Take the results of the batch that starts at image ``first``."""
+        self._reports.append(result.report)
+        if self._pictures is not None and result.images is not None:
+            self._pictures.add(first, result.images)
+        if self._options.latents_output is not None or not self._draws:
+            self._latents.append(result.latents)
+        if result.trajectory is not None:
+            self._trajectories.append(result.trajectory)
+
+    def finished(self) -> RunResult:
+        """Write the arrays and the report."""
+        options, paths = self._options, []
+        instead = None
+        if self._draws and options.output:
+            paths.append(options.output)
+        elif options.output and not options.latents_output:
+            instead = options.output.with_suffix(".npy")
+            paths.append(instead)
+        if target := options.latents_output or instead:
+            disk.save_array(np.concatenate(self._latents), target)
+        if options.latents_output:
+            paths.append(options.latents_output)
+        if options.trajectory_output:
+            disk.save_array(np.concatenate(self._trajectories, axis=1), options.trajectory_output)
+            paths.append(options.trajectory_output)
+        report = joined_report(self._reports) if self._reports else None
+        if report and options.report:
+            disk.save_text(json.dumps(report, indent=1) + "\n", options.report)
+            paths.append(options.report)
+        channels = None if self._draws else self._pipe.spec.channels
+        return RunResult(len(self._series.labels), report, tuple(paths), instead, channels)
