@@ -133,7 +133,7 @@ def test_calibrated_plans_say_what_they_were_learned_from(
     shown = command(
         "goc-plan", engine, "--show", "smoothcache:0.3+fit", "--smoothcache", written
     ).stdout
-    assert "fit: entries 2, granularity step, target final" in shown
+    assert "fit: entries 2, granularity step, ridge" in shown
     assert [len(actions) for actions in json.loads(written.read_text()).values()] == [8, 8]
     done = command("goc-plan", engine, "--list", "--calibrate", 3, code=2)
     assert "--calibrate goes with a SPEC" in done.stderr
