@@ -120,7 +120,7 @@ def plans_of_directory(
 
 
 class NamedPath(click.Path):
-    """A path whose name is text: files that tell of it are UTF-8, and are written after the work."""
+    """A path whose name is UTF-8, as are the files that name it and are written after the work."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)

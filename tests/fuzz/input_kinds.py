@@ -38,7 +38,8 @@ from goc_deploy.schedule.schedule import schedule_from_file, schedule_to_json
 from goc_deploy.spec import ModelSpec, TextSpec
 from goc_deploy.strict_json import parse_json
 from tests import pixart_reference, t5_folder
-from tests.exporters import test_diffusers_folder, test_vae
+from tests.exporters.architectures import test_diffusers_folder
+from tests.exporters.companions import test_vae
 from tests.fuzz.mutations import (
     Mutation,
     mutated_archive,

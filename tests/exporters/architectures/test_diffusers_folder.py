@@ -284,8 +284,8 @@ def test_other_pipelines_are_refused(pipeline_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_heads": 4}, "--num-heads 4: the configuration in .* says 3"),
-        ({"weights": "ema"}, "--weights ema is for training checkpoints"),
+        ({"num_heads": 4}, "`num_heads=4`: the configuration in .* says 3"),
+        ({"weights": "ema"}, "`weights=ema` is for training checkpoints"),
     ],
 )
 def test_options_that_contradict_the_folder_are_refused(

@@ -107,7 +107,7 @@ def test_plans_survive_their_files(engine: Path) -> None:
 
 def test_folders_of_diffusers_hold_no_sit(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}')
-    with pytest.raises(ModelError, match="this version exports sit; check `model` and the folder"):
+    with pytest.raises(ModelError, match="diffusers has no sit; give a checkpoint"):
         goc_deploy.export(tmp_path, tmp_path / "e", model="sit")
 
 

@@ -262,7 +262,7 @@ def test_a_missing_tokenizers_package_is_named(
     def without(name: str, *more: Any) -> Any:
         return None if name == "tokenizers" else found(name, *more)
 
-    monkeypatch.setattr("importlib.util.find_spec", without)
+    monkeypatch.setattr("goc_deploy.api.requirements.find_spec", without)
     monkeypatch.setattr("goc_deploy.runtime.loading.find_spec", without)
     with goc_deploy.load(engine, plan="none") as pipe:
         assert np.isfinite(pipe.generate([0], seed=1).latents).all()
