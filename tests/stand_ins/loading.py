@@ -37,7 +37,7 @@ def copy_with_engines(
     if not segments:
         drop_segments(target)
     options = EngineOptions(library, (CAPABILITY,), weights)
-    StandInTensorrt(StandInDevice(), library, kernels).build(
+    StandInTensorrt(StandInDevice(), library, kernels).build_engines(
         EngineDir.open(target), options, no_progress
     )
     return target
@@ -67,7 +67,7 @@ def stand_in_backend(
     tensorrt = StandInTensorrt(StandInDevice(**device), library)
     opened = EngineDir.open(directory)
     backend = tensorrt_backend(
-        opened, tensorrt.library, CAPABILITY, tensorrt.device, build=tensorrt.build
+        opened, tensorrt.library, CAPABILITY, tensorrt.device, build=tensorrt.build_engines
     )
     return backend, tensorrt
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from hashlib import sha256
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.engines.plugin.stacking import STACK
 from goc_deploy.engines.tensorrt import store
 from goc_deploy.engines.tensorrt.build import BuildReport
-from goc_deploy.engines.tensorrt.jobs import graph_of_job, wanted_engines
+from goc_deploy.engines.tensorrt.jobs import Job, graph_of_job
 from goc_deploy.engines.tensorrt.library import Library, this_platform
 from goc_deploy.options import EngineOptions, Progress
 from tests.stand_ins.device import StandInDevice
@@ -244,22 +245,20 @@ class StandInTensorrt:
     def _magic(self) -> bytes:
         return store.MAGIC.get(self.backend, b"")
 
-    def build(
+    def build_engines(
         self, directory: EngineDir, options: EngineOptions, progress: Progress
     ) -> tuple[EngineDir, int]:
-        """Takes the place of `goc_deploy.engines.tensorrt.store.build_engines`: all of it but the builder."""
-        latest = directory
+        """`goc_deploy.engines.tensorrt.store.build_engines` for this library, which needs no build process."""
         target = Target(options.backend, self.__version__, this_platform(), options.capabilities)
-        (directory.path / "engines").mkdir(exist_ok=True)
-        jobs = wanted_engines(directory, target, options)
-        missing = [job for job in jobs if not store.is_there(directory, job)]
-        for job in missing:
-            engine = self._magic + with_profiles(graph_of_job(directory, job), job.profiles)
-            report = BuildReport(
-                kernels=self.kernels,
-                plugin_layers=int(job.recipe.plugin_sha256 is not None),
-                activation_bytes=4096,
-            )
-            latest = store.add_engine(directory, job, engine, report)
-        progress("done", len(jobs), len(jobs))
-        return latest, len(missing)
+        builder = nullcontext(self)
+        return store.build_missing(directory, target, options, progress, lambda _: builder)
+
+    def build(self, directory: EngineDir, job: Job) -> tuple[Job, bytes, BuildReport]:
+        """See `goc_deploy.engines.tensorrt.store.EngineBuilder`."""
+        engine = self._magic + with_profiles(graph_of_job(directory, job), job.profiles)
+        report = BuildReport(
+            kernels=self.kernels,
+            plugin_layers=int(job.recipe.plugin_sha256 is not None),
+            activation_bytes=4096,
+        )
+        return job, engine, report
