@@ -126,12 +126,13 @@ class OrtCudaBackend(OrtBackend):
         super().__init__(threads, shared_pool=shared_pool, device=device)
         self._weight_bytes: WeakKeyDictionary[OrtCudaEngine, int] = WeakKeyDictionary()
         self._kernels = device.kernels
-        self._load_libraries()
-        if shared_pool:
-            self._register_arena()
+        self.prepare_process(shared_pool=shared_pool)
 
-    def _load_libraries(self) -> None:
-        """Load what NVIDIA's wheels have of the provider's libraries; the provider finds others by the system's means."""
+    def prepare_process(self, *, shared_pool: bool) -> None:
+        """Load the CUDA libraries that NVIDIA's packages hold, and register the arena that sessions share.
+
+        The provider finds other libraries by the system's means.
+        """
         from cuda import pathfinder
 
         for name in LIBRARIES:
@@ -139,9 +140,8 @@ class OrtCudaBackend(OrtBackend):
                 pathfinder.load_nvidia_dynamic_lib(name)
             except pathfinder.DynamicLibNotFoundError:
                 logger.info("no package has the CUDA library %s; the system may", name)
-
-    def _register_arena(self) -> None:
-        _shared_arena(self._cuda.index)
+        if shared_pool:
+            _shared_arena(self._cuda.index)
 
     def _own_stream(self) -> Stream:
         """Not recorded on: what ONNX Runtime 1.31 does in a run must not be captured by others."""
