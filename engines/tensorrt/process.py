@@ -83,7 +83,7 @@ def build_process(backend: str, *, plugin: bool) -> Iterator[BuildProcess]:
                 "plugin" if plugin else "",
             ],
             pass_fds=[theirs.fileno()],
-            env=_environment(backend, Path(folder)),
+            env=build_environment(backend, Path(folder)),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -95,8 +95,11 @@ def build_process(backend: str, *, plugin: bool) -> Iterator[BuildProcess]:
         yield BuildProcess(process, connection, output)
 
 
-def _environment(backend: str, folder: Path) -> dict[str, str]:
-    """Variables of the build process, which finds this goc_deploy, and ``libtensorrt_rtx.so`` in ``folder``."""
+def build_environment(backend: str, folder: Path) -> dict[str, str]:
+    """Environment variables of the build process.
+
+    It finds this goc_deploy, and ``libtensorrt_rtx.so`` in ``folder``.
+    """
     package_folder = Path(str(sys.modules["goc_deploy"].__file__)).parents[1]
     environment = {**os.environ, "PYTHONPATH": _prepended(str(package_folder), "PYTHONPATH")}
     if backend == "tensorrt-rtx":

@@ -90,7 +90,7 @@ def collect(
     machine: dict[str, Any] = {}
     with ExitStack() as stack:
         pipes = _load(stack, engine_dir, list(scores), options)
-        converged = _converged(stack, pipes, options)
+        converged = converged_pipeline(stack, pipes, options)
         side = pipes[0].manifest.image_side or pipes[0].spec.side
         writers = stack.enter_context(
             SampleWriters(options.samples_output, list(scores), (len(labels), side, side))
@@ -125,7 +125,7 @@ def _load(
     return [stack.enter_context(pipe) for pipe in pipes]
 
 
-def _converged(
+def converged_pipeline(
     stack: ExitStack, pipes: Sequence[Pipeline], options: EvalOptions
 ) -> Pipeline | None:
     """A pipeline of so many uncached steps that more would change nothing, with the first plan's sampler and engines."""
