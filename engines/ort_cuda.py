@@ -129,12 +129,13 @@ class OrtCudaBackend(OrtBackend):
         super().__init__(threads, shared_pool=shared_pool, device=device)
         self._weight_bytes: WeakKeyDictionary[OrtCudaEngine, int] = WeakKeyDictionary()
         self._kernels = device.kernels
-        self._load_libraries()
-        if shared_pool:
-            self._register_arena()
+        self.prepare_process(shared_pool=shared_pool)
 
-    def _load_libraries(self) -> None:
-        """Load the provider's libraries from NVIDIA's wheels; the system searches for others."""
+    def prepare_process(self, *, shared_pool: bool) -> None:
+        """Load the CUDA libraries of NVIDIA's wheels, and register the arena that sessions share.
+
+        The system searches for other libraries.
+        """
         from cuda import pathfinder
 
         for name in LIBRARIES:
@@ -142,9 +143,8 @@ class OrtCudaBackend(OrtBackend):
                 pathfinder.load_nvidia_dynamic_lib(name)
             except pathfinder.DynamicLibNotFoundError:
                 logger.info("no package has the CUDA library %s; the system may", name)
-
-    def _register_arena(self) -> None:
-        _shared_arena(self._cuda.index)
+        if shared_pool:
+            _shared_arena(self._cuda.index)
 
     def _own_stream(self) -> Stream:
         """Return a stream without recording: no other capture may contain ONNX Runtime's calls."""

@@ -82,11 +82,11 @@ def contest(
         ]
         workers[name] = Worker(name, command, work / f"{images}-{name.replace(' ', '-')}.log")
     try:
-        found = _rounds(workers, deadline, 1 if dry else ROUNDS)
+        found = run_rounds(workers, deadline, 1 if dry else ROUNDS)
     finally:
         for worker in workers.values():
             worker.close()
-    _compare(found["contenders"], latents)
+    compare_results(found["contenders"], latents)
     return {"images": images, **found}
 
 
@@ -94,7 +94,7 @@ def _sides(subject: Subject) -> tuple[int, int]:
     return (8, 8) if subject.name == "golden" else (32, 32)
 
 
-def _rounds(workers: dict[str, Worker], deadline: Deadline, rounds: int) -> Found:
+def run_rounds(workers: dict[str, Worker], deadline: Deadline, rounds: int) -> Found:
     """Wait for the workers, which start at the same time, then let every contender run once per round, in turn."""
     skipped: dict[str, str] = {}
     failed: dict[str, str] = {}
@@ -151,7 +151,7 @@ def _caught(call: Callable[[Worker], Found]) -> Callable[[Worker], Found | str]:
     return run
 
 
-def _compare(contenders: dict[str, Found], latents: dict[str, Path]) -> None:
+def compare_results(contenders: dict[str, Found], latents: dict[str, Path]) -> None:
     """How far the results without cache are from eager PyTorch's."""
     if not latents.get("pytorch", Path("/nowhere")).exists():
         return

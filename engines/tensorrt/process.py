@@ -84,7 +84,7 @@ def build_process(backend: str, *, plugin: bool) -> Iterator[BuildProcess]:
                 "plugin" if plugin else "",
             ],
             pass_fds=[theirs.fileno()],
-            env=_environment(backend, Path(folder)),
+            env=build_environment(backend, Path(folder)),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -96,7 +96,7 @@ def build_process(backend: str, *, plugin: bool) -> Iterator[BuildProcess]:
         yield BuildProcess(process, connection, output)
 
 
-def _environment(backend: str, folder: Path) -> dict[str, str]:
+def build_environment(backend: str, folder: Path) -> dict[str, str]:
     """Return the variables of the build process, with ``libtensorrt_rtx.so`` in ``folder``."""
     package_folder = Path(str(sys.modules["goc_deploy"].__file__)).parents[1]
     environment = {**os.environ, "PYTHONPATH": _prepended(str(package_folder), "PYTHONPATH")}

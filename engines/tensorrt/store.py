@@ -8,8 +8,10 @@ built again from the ONNX file.
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from typing import Protocol
 
 from goc_deploy.disk import check_free_space, directory_lock, disk_errors
 from goc_deploy.engine_dir.directory import EngineDir
@@ -31,6 +33,20 @@ BUILD_WAIT_SECONDS = 6 * 3600.0  # wait for another process that builds for the 
 MAGIC = {"tensorrt-rtx": b"vtrt"}  # first bytes of an engine, as far as they are known
 
 
+class EngineBuilder(Protocol):
+    """Builds engines; `goc_deploy.engines.tensorrt.builder.Builder` does so in processes of its own."""
+
+    def build(self, directory: EngineDir, job: Job) -> tuple[Job, bytes, BuildReport]:
+        """Build the engine of a job.
+
+        Returns:
+            The job that was built, which may lack the plugin; the engine; and the report of the build.
+        """
+
+
+OpenBuilder = Callable[[EngineDir], AbstractContextManager[EngineBuilder]]
+
+
 def build_engines(
     directory: EngineDir, options: EngineOptions, progress: Progress
 ) -> tuple[EngineDir, int]:
@@ -47,6 +63,38 @@ def build_engines(
     """
     library = library_from_backend(options.backend)
     target = target_from_options(library, options.capabilities, directory.manifest.precision)
+
+    @contextmanager
+    def open_builder(opened: EngineDir) -> Iterator[Builder]:
+        with ExitStack() as stack:
+            yield Builder(library.backend, stack, _timing_cache(opened, library, target))
+
+    return build_missing(directory, target, options, progress, open_builder)
+
+
+def build_missing(
+    directory: EngineDir,
+    target: Target,
+    options: EngineOptions,
+    progress: Progress,
+    open_builder: OpenBuilder,
+) -> tuple[EngineDir, int]:
+    """Build the engines of a target that a directory lacks, by a builder of the caller.
+
+    Args:
+        directory: the engine directory.
+        target: the GPUs, the library and the platform to build for.
+        options: which engines are wanted.
+        progress: called with (what, done, total).
+        open_builder: opens a builder for the directory, closed at the end; not called if no engine is missing.
+
+    Returns:
+        The directory with the engines, and the number of engines that were built.
+
+    Raises:
+        ConflictError, ResourceError: the directory changes meanwhile, or cannot be written.
+        EngineDirError, SafetyError: the directory is corrupt.
+    """
     path = directory.path
     with disk_errors(f"writing {path}"):
         (path / "engines").mkdir(exist_ok=True)
@@ -56,7 +104,7 @@ def build_engines(
         missing = [job for job in jobs if not is_there(directory, job)]
         check_free_space(path / target.folder, _estimated_bytes(directory, missing))
         if missing:
-            builder = Builder(library.backend, stack, _timing_cache(directory, library, target))
+            builder = stack.enter_context(open_builder(directory))
         for index, job in enumerate(missing):
             progress(f"building {job.unit.name}", len(jobs) - len(missing) + index, len(jobs))
             job, engine, report = builder.build(directory, job)

@@ -91,7 +91,7 @@ def collect(
     machine: dict[str, Any] = {}
     with ExitStack() as stack:
         pipes = _load(stack, engine_dir, list(scores), options)
-        converged = _converged(stack, pipes, options)
+        converged = converged_pipeline(stack, pipes, options)
         side = pipes[0].manifest.image_side or pipes[0].spec.side
         writers = stack.enter_context(
             SampleWriters(options.samples_output, list(scores), (len(labels), side, side))
@@ -126,7 +126,7 @@ def _load(
     return [stack.enter_context(pipe) for pipe in pipes]
 
 
-def _converged(
+def converged_pipeline(
     stack: ExitStack, pipes: Sequence[Pipeline], options: EvalOptions
 ) -> Pipeline | None:
     """Load a pipeline of ``options.converged`` uncached steps, or return None if there are none.

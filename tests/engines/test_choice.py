@@ -6,15 +6,14 @@ import pytest
 
 import goc_deploy
 from goc_deploy.engine_dir.directory import EngineDir
-from goc_deploy.engines import choice, cuda, driver
+from goc_deploy.engines import driver
 from goc_deploy.engines.choice import FASTEST_FIRST, BackendOptions, candidates, explanation
-from goc_deploy.engines.tensorrt import library
 from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError, UsageError
-from goc_deploy.protocols import Backend
 from tests.conftest import Command
 from tests.stand_ins.device import StandInDevice
-from tests.stand_ins.loading import copy_with_engines, stand_in_backend
+from tests.stand_ins.loading import copy_with_engines, gpu_of_stand_ins
 from tests.stand_ins.tensorrt import StandInTensorrt
+from tests.stand_ins.tensorrt_context import Severity
 
 
 def no_gpu(_index: int = 0) -> str:
@@ -65,35 +64,26 @@ def test_auto_takes_tensorrt_where_it_works_and_goes_on_where_it_does_not(
     golden_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = copy_with_engines(golden_engine, tmp_path / "engine", "shared")
-    make = choice._make
-    refuses: list[Exception] = []
-
-    def made(name: str, directory: EngineDir, options: BackendOptions) -> Backend:
-        if name == "tensorrt":
-            raise EnvironmentUnsupportedError("tensorrt cannot be imported")
-        if name != "tensorrt-rtx":
-            return make(name, directory, options)
-        backend, _ = stand_in_backend(directory.path)
-        if refuses:
-            monkeypatch.setattr(backend, "load", lambda *_, **__: (_ for _ in ()).throw(refuses[0]))
-        return backend
-
-    monkeypatch.setattr(choice, "_make", made)
-    monkeypatch.setattr(driver, "device_capability", no_gpu)
+    tensorrt = StandInTensorrt(StandInDevice())
+    gpu_of_stand_ins(monkeypatch, tensorrt)
     with goc_deploy.load(engine) as pipe:
         report = pipe.generate([1]).report
     assert (report["backend"], report["passed_over"]) == (
         "tensorrt-rtx",
         {"tensorrt": "tensorrt cannot be imported"},
     )
-    refuses.append(EnvironmentUnsupportedError("the driver is too old"))
+    assert tensorrt.calls
+    refusals = tensorrt.failures["deserialize_cuda_engine"] = [
+        (Severity.ERROR, "the driver is too old")
+    ]
     with goc_deploy.load(engine) as pipe:
         report = pipe.generate([1]).report
     assert report["backend"] == "onnxruntime"
     assert "the driver is too old" in report["passed_over"]["tensorrt-rtx"]
-    refuses[0] = ResourceError("4 GB do not fit")
+    assert "has no CUDAExecutionProvider" in report["passed_over"]["onnxruntime-cuda"]
+    refusals[0] = (Severity.ERROR, "Cuda Runtime (out of memory)")
     with pytest.raises(
-        ResourceError, match="4 GB do not fit"
+        ResourceError, match="not enough GPU memory"
     ):  # a smaller batch may; the CPU is no answer to that
         goc_deploy.load(engine)
 
@@ -105,18 +95,14 @@ def test_auto_goes_on_where_tensorrt_has_no_target_for_the_gpu(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    tensorrt = StandInTensorrt(StandInDevice())
-    monkeypatch.setattr(driver, "device_capability", lambda *_: "9.0")
-    monkeypatch.setattr(cuda, "cuda_device", lambda *_, **__: tensorrt.device)
-    monkeypatch.setattr(library, "library_from_backend", lambda _name: tensorrt.library)
-    monkeypatch.setattr(choice, "onnxruntime_cuda_backend", choice.onnxruntime_backend)
+    gpu_of_stand_ins(monkeypatch, StandInTensorrt(StandInDevice()), capability="9.0")
     if name != "auto":
         with pytest.raises(EnvironmentUnsupportedError, match=r"has no target 9.0"):
             goc_deploy.load(golden_engine, backend=name)
         return
     with goc_deploy.load(golden_engine) as pipe:
         passed_over = pipe.generate([1]).report["passed_over"]
-    assert list(passed_over) == ["tensorrt", "tensorrt-rtx"]
+    assert list(passed_over) == list(FASTEST_FIRST[:3])
     assert "tensorrt-rtx 99.1 has no target 9.0" in passed_over["tensorrt-rtx"]
     assert "built now" not in caplog.text
 

@@ -185,7 +185,7 @@ def test_marks_are_events_that_are_made_once(device: StandInDevice) -> None:
         marks = stream.marked_ms(4)
         assert marks[0] == 0
         assert marks == sorted(marks)
-    assert len(stream._events) == 4
+    assert device.calls.count(("event", 0)) == 4
 
 
 def test_a_step_is_counted_and_its_values_moved(device: StandInDevice) -> None:

@@ -20,7 +20,7 @@ from goc_deploy.engine_dir.manifest import MANIFEST_NAME
 from goc_deploy.engine_dir.manifest_file import manifest_to_json
 from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.errors import EngineDirError, ModelError
-from goc_deploy.evaluation.collect import _converged
+from goc_deploy.evaluation.collect import converged_pipeline
 from goc_deploy.exporters.folders import read_scheduler
 from goc_deploy.exporters.schedulers import prediction_of
 from goc_deploy.options import EvalOptions
@@ -227,7 +227,7 @@ def test_policies_that_learn_follow_the_folders_scheduler(
 def test_a_converged_solution_follows_the_folders_scheduler(dit: tuple[Any, Path]) -> None:
     with ExitStack() as stack:
         pipes = load_plans(dit[1], ["none"], all_units=True)
-        converged = _converged(stack, pipes, EvalOptions(converged=12))
+        converged = converged_pipeline(stack, pipes, EvalOptions(converged=12))
         assert converged is not None
         assert (converged.plan.steps, converged.plan.sampler.sampler) == (12, "diffusers")
         pipes[0].close()

@@ -195,12 +195,14 @@ def test_without_diffusers_what_we_cannot_follow_is_refused(
 @pytest.mark.filterwarnings("ignore")
 def test_a_scheduler_that_is_not_what_it_was_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     real = probed(CONFIGS["ddim"], 5)
-    own = schedulers._own_table
-    monkeypatch.setattr(
-        schedulers,
-        "_own_table",
-        lambda _steps, process: own(5, Process("eps", {**process.scheduler, **BETAS})),
-    )
+    diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the judges extra")
+    set_timesteps = diffusers.DDIMScheduler.set_timesteps
+
+    def one_later(scheduler: Any, *args: Any, **more: Any) -> None:
+        set_timesteps(scheduler, *args, **more)
+        scheduler.timesteps = scheduler.timesteps + 1
+
+    monkeypatch.setattr(diffusers.DDIMScheduler, "set_timesteps", one_later)
     with pytest.raises(VerificationError, match="takes other steps than sampler 'ddim@leading'"):
         table_from_sampler("diffusers", real.steps, process_of(CONFIGS["ddim"]))
 

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +19,9 @@ from goc_deploy.engine_dir.manifest import MANIFEST_NAME, Manifest
 from goc_deploy.engine_dir.manifest_file import manifest_to_json
 from goc_deploy.engine_dir.reading import file_entry
 from goc_deploy.engine_dir.weights import mapped_parts
+from goc_deploy.engines.choice import BackendOptions, onnxruntime_backend
 from goc_deploy.errors import EngineDirError
+from goc_deploy.runtime.loading import load_engines
 from goc_deploy.runtime.pipeline import Pipeline
 from tests.fuzz.mutations import Mutation, mutated_bytes, mutated_json, mutated_onnx
 
@@ -50,6 +51,9 @@ class EngineMutants:
         pipes = load_plans(engine, names, backend="onnxruntime", batch_size=2, threads=1)
         self._pipes = dict(zip(names, pipes, strict=True))
         self._drawn = draw(self._pipes[names[-1]])
+        self._backend = onnxruntime_backend(BackendOptions(threads=1))
+        plans = [pipe.plan for pipe in pipes]
+        self._engines = load_engines(EngineDir.open(engine), plans, self._backend)
         others = {
             path for entry in self._manifest.plans[:-1] for path in (entry.plan, entry.schedule)
         }
@@ -116,8 +120,7 @@ class EngineMutants:
 
     def _graph_trial(self, generator: random.Random) -> None:
         """Draw with one graph in place of a sound one, if it is accepted."""
-        pipe = self._pipes[self._manifest.plans[-1].name]
-        engines: Any = pipe._engines
+        plan, engines = self._pipes[self._manifest.plans[-1].name].plan, self._engines
         unit = generator.choice(tuple(self._manifest.graphs()))
         content = mutated_onnx((self._engine / unit.onnx).read_bytes(), generator)
         parts = self._manifest.parts(unit)
@@ -125,14 +128,14 @@ class EngineMutants:
         directory = EngineDir(self._engine, self._manifest)
         paths = [part.weights for part in parts.values() if part.weights]
         weights = {path: directory.read(path) for path in paths}
-        loaded = pipe._backend.load(memoryview(content), *mapped_parts(parts, weights))
+        loaded = self._backend.load(memoryview(content), *mapped_parts(parts, weights))
         if unit.name in engines.units:
             changed = replace(engines, units={**engines.units, unit.name: loaded})
         else:
             signatures = {p: s for s, p in self._manifest.predict.items()}
             found = {signatures[unit.onnx]: loaded} if unit.onnx in signatures else {}
             changed = replace(engines, predict={**engines.predict, **found})
-        draw(Pipeline(self._manifest, pipe.plan, changed, pipe._backend, 2, 1))
+        draw(Pipeline(self._manifest, plan, changed, self._backend, 2, 1))
 
     def _engine_trial(self, generator: random.Random) -> None:
         """Load and draw with any file of a plan changed; unless it is listed so, the output may not change."""

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 import goc_deploy
-from goc_deploy.compiler import Plan
 from goc_deploy.engine_dir.directory import EngineDir
+from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.engines.ort_cuda import OrtCudaBackend
 from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError
 from goc_deploy.runtime import buffers
-from goc_deploy.runtime.loading import load_pipelines
+from goc_deploy.runtime.loading import UnlistedPlans, load_pipelines
 from goc_deploy.trace import Span
 from tests.conftest import GOLDEN_PLANS
 from tests.reference import worst_step
@@ -123,7 +123,7 @@ def test_two_sessions_take_turns_on_the_stream(golden_engine: Path) -> None:
     for thread in threads:
         thread.join(timeout=60)
     assert not failures
-    assert len({session._handle for session in runtime.sessions}) == 1
+    assert len({session.handle for session in runtime.sessions}) == 1
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +142,11 @@ def test_steps_that_share_launches_compute_what_steps_of_their_own_do(
 ) -> None:
     if budget is not None:
         monkeypatch.setattr(buffers, "TABLE_BUDGET_BYTES", budget)
-    pipe, _ = cuda_pipeline(sampled_engine, plan)
-    assert (pipe._new_session()._buffers.chunk < pipe.plan.steps) == (budget is not None)
+    pipe, runtime = cuda_pipeline(sampled_engine, plan)
+    allocated = buffers.allocate_buffers(
+        StandInOrtCudaBackend(runtime), pipe.spec, "fp32", pipe.plan, pipe.batch_size
+    )
+    assert (allocated.chunk < pipe.plan.steps) == (budget is not None)
     with goc_deploy.load(sampled_engine, plan=plan, backend="onnxruntime") as cpu:
         for labels, seed in (([3, 1, 4], 1), ([5], 2), ([3, 1, 4], 3)):
             found, expected = (
@@ -152,9 +155,12 @@ def test_steps_that_share_launches_compute_what_steps_of_their_own_do(
             assert worst_step(found, expected) < 1e-5
 
 
-def test_a_sampler_may_reach_back_to_other_steps_each_time(
-    golden_engine: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def no_graph(signature: str) -> bytes:
+    """The graphs of a plan that predicts nothing."""
+    raise AssertionError(signature)
+
+
+def test_a_sampler_may_reach_back_to_other_steps_each_time(golden_engine: Path) -> None:
     """As that of PNDM does: a step reads at most three estimates, and which these are changes."""
     rng = np.random.default_rng(0)
     history = np.zeros((20, 5))
@@ -162,22 +168,21 @@ def test_a_sampler_may_reach_back_to_other_steps_each_time(
         history[step, rng.choice(5, 3, replace=False)] = rng.uniform(-0.1, 0.1, 3)
         history[step, step:] = 0.0  # there is nothing before the first step
 
-    read_plan = EngineDir.plan
-
-    def loaded(directory: EngineDir, name: str | None) -> Plan:
-        plan = read_plan(directory, name)
-        rows, estimate = tuple(map(tuple, history.tolist())), ((0.5, -0.25),) * 20
-        return replace(plan, sampler=replace(plan.sampler, history=rows, estimate=estimate))
-
-    monkeypatch.setattr(EngineDir, "plan", loaded)
-    pipe, _ = cuda_pipeline(golden_engine, "none")
-    with goc_deploy.load(golden_engine, plan="none", backend="onnxruntime") as cpu:
-        assert pipe.plan.sampler.reach > pipe.plan.sampler.lags
-        for seed in (1, 2):
-            found, expected = (
-                one.generate([3, 1], seed=seed, trajectory=True).trajectory for one in (pipe, cpu)
-            )
-            assert worst_step(found, expected) < 1e-5
+    opened = EngineDir.open(golden_engine)
+    plan = opened.plan("none")
+    rows, estimate = tuple(map(tuple, history.tolist())), ((0.5, -0.25),) * 20
+    sampler = replace(plan.sampler, history=rows, estimate=estimate)
+    unlisted = UnlistedPlans({"far": replace(plan, sampler=sampler)}, no_graph)
+    pipe, cpu = (
+        load_pipelines(opened, backend, ["far"], None, 1, unlisted=unlisted)[0]
+        for backend in (StandInOrtCudaBackend(StandInRuntime(StandInDevice())), OrtBackend())
+    )
+    assert pipe.plan.sampler.reach > pipe.plan.sampler.lags
+    for seed in (1, 2):
+        found, expected = (
+            one.generate([3, 1], seed=seed, trajectory=True).trajectory for one in (pipe, cpu)
+        )
+        assert worst_step(found, expected) < 1e-5
 
 
 def test_nothing_is_allocated_and_only_the_result_is_read_back(golden_engine: Path) -> None:

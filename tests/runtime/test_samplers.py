@@ -14,9 +14,11 @@ import torch
 import goc_deploy
 from goc_deploy.api import add_plan, cpu_backend
 from goc_deploy.compiler import compile_schedule
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.errors import VerificationError
 from goc_deploy.exporters.architectures.dit_model import DiT
 from goc_deploy.runtime import buffers
+from goc_deploy.runtime.loading import load_engines, needed_graphs
 from goc_deploy.runtime.noise import image_noise
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.schedule import COMPUTE, Schedule
@@ -84,7 +86,9 @@ def test_models_that_predict_something_else_run_too(
         manifest = replace(loaded.manifest, model=replace(loaded.spec, prediction=prediction))
         schedule = Schedule(4, ("attn", "mlp"), ((COMPUTE,) * 8,) * 6)
         plan = compile_schedule(schedule, manifest.model, sampler)
-        pipe = Pipeline(manifest, plan, loaded._engines, loaded._backend, 2, 1)
+        backend = cpu_backend()
+        engines = load_engines(EngineDir.open(engine), [plan], backend)
+        pipe = Pipeline(manifest, plan, engines, backend, 2, 1)
         found = pipe.generate(LABELS, seed=5, trajectory=True).trajectory
         assert worst_step(found, eager(pipe, model, STEPS[sampler], prediction)) < 1e-4
 
@@ -138,7 +142,8 @@ def test_one_step_samplers_pay_nothing_for_the_others(engine: Path, golden_engin
         goc_deploy.load(engine, plan="dpmpp") as several,
         goc_deploy.load(golden_engine, plan=SPEC) as one,
     ):
-        assert {name for name in one._engines.units if name.startswith("sampler")} == {"sampler"}
+        needed = needed_graphs(EngineDir.open(golden_engine), [one.plan], cpu_backend())
+        assert [name for name in needed.units if name.startswith("sampler")] == ["sampler"]
         assert allocated(one).estimates == ()
         held = allocated(several)
         extra = [*held.estimates, held.no_estimate]

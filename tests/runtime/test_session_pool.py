@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import gc
 import itertools
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -140,7 +142,14 @@ def test_closing_wakes_all_who_wait_and_drops_every_session() -> None:
         except EnvironmentUnsupportedError as error:
             errors.append(str(error))
 
-    first = threading.Thread(target=lambda: pool.run(Nothing, lambda _: go_on.wait(20)))
+    sessions: list[weakref.ref[object]] = []
+
+    def make() -> Any:
+        session = Nothing()
+        sessions.append(weakref.ref(session))
+        return session
+
+    first = threading.Thread(target=lambda: pool.run(make, lambda _: go_on.wait(20)))
     first.start()
     while pool.free:
         time.sleep(0.001)
@@ -154,4 +163,6 @@ def test_closing_wakes_all_who_wait_and_drops_every_session() -> None:
     assert len(errors) == 5
     go_on.set()
     first.join(20)
-    assert pool._slots[0].session is None
+    gc.collect()
+    assert len(sessions) == 1
+    assert sessions[0]() is None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from goc_deploy.engine_dir import editing
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.manifest import MANIFEST_NAME
 from goc_deploy.engines.tensorrt import selection
@@ -97,11 +97,11 @@ def test_gpus_of_one_compute_capability_and_drivers_keep_their_kernels_apart(
 def test_a_directory_that_cannot_be_written_is_run_all_the_same(
     engine: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read_only(path: Path) -> None:
-        raise OSError(errno.EROFS, "Read-only file system", str(path))
+    def read_only(_source: Path, target: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(target))
 
     caplog.set_level("INFO")
-    monkeypatch.setattr(editing, "replacing", read_only)
+    monkeypatch.setattr(os, "replace", read_only)
     assert compiled(engine, 1) == compiled(engine, 1) > 0
     assert f"compiled kernels are not kept: keeping {KERNELS} in" in caplog.text
     assert "Read-only file system" in caplog.text

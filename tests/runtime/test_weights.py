@@ -19,9 +19,11 @@ import torch
 
 import goc_deploy
 from goc_deploy.api import load_plans
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.manifest import MANIFEST_NAME, Manifest
 from goc_deploy.engine_dir.manifest_file import manifest_to_json
 from goc_deploy.engine_dir.reading import read_manifest
+from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.errors import (
     EngineDirError,
     EnvironmentUnsupportedError,
@@ -29,13 +31,15 @@ from goc_deploy.errors import (
     ResourceError,
     UsageError,
 )
+from goc_deploy.protocols import Engine
 from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.exchange import load_weights
+from goc_deploy.runtime.loading import load_pipelines
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.runtime.step_events import StepEvent
 from tests.conftest import GOLDEN
 from tests.reference import relative_l2
-from tests.stand_ins.loading import copy_with_engines, stand_in_pipeline
+from tests.stand_ins.loading import copy_with_engines, stand_in_backend, stand_in_pipeline
 from tests.stand_ins.onnxruntime import cuda_pipeline
 
 PLAN = "fora:2+gc:1.2"
@@ -118,7 +122,7 @@ def test_tensorrt_gets_other_values_at_the_same_addresses(
     def counted() -> tuple[int, int, int]:
         gc.collect()
         captures = Counter(call[0] for call in tensorrt.device.calls)["capture"]
-        return captures, tensorrt.device.free_bytes(), tensorrt._engines
+        return captures, tensorrt.device.free_bytes(), tensorrt.loaded
 
     before = counted()
     for name in ("tuned", "golden", "tuned"):
@@ -227,6 +231,31 @@ def test_a_damaged_directory_is_refused_before_anything_is_exchanged(
     np.testing.assert_array_equal(drawn(pipe), expected[golden_engine])
 
 
+class WatchedOrt(OrtBackend):
+    """ONNX Runtime that lists its engines, and calls ``before_load`` before it loads one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before_load: Callable[[], object] = lambda: None
+        self.engines: list[weakref.ref[Engine]] = []
+
+    def load(self, *args: Any, **more: Any) -> Engine:
+        self.before_load()
+        engine = super().load(*args, **more)
+        self.engines.append(weakref.ref(engine))
+        return engine
+
+    def alive(self) -> list[weakref.ref[Engine]]:
+        gc.collect()
+        return [engine for engine in self.engines if engine() is not None]
+
+
+@pytest.fixture
+def watched(golden_engine: Path) -> tuple[Pipeline, WatchedOrt]:
+    backend = WatchedOrt()
+    return load_pipelines(EngineDir.open(golden_engine), backend, [PLAN], 2, 1)[0], backend
+
+
 def failing(call: Callable[..., Any], at: set[int]) -> Callable[..., Any]:
     """A function that is out of memory the n-th time, for n in ``at``."""
     count = 0
@@ -242,13 +271,13 @@ def failing(call: Callable[..., Any], at: set[int]) -> Callable[..., Any]:
 
 
 def test_an_exchange_that_fails_half_way_restores_the_weights(
-    pipe: Pipeline,
+    watched: tuple[Pipeline, WatchedOrt],
     golden_engine: Path,
     tuned: Path,
     expected: dict[Path, np.ndarray],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pipe._backend, "load", failing(pipe._backend.load, {6}))
+    pipe, backend = watched
+    backend.before_load = failing(lambda: None, {6})
     with pytest.raises(ResourceError, match="no memory is left"):
         pipe.load_weights(tuned)
     np.testing.assert_array_equal(drawn(pipe), expected[golden_engine])
@@ -260,10 +289,10 @@ def test_an_exchange_that_fails_half_way_restores_the_weights(
 def test_an_upload_that_fails_half_way_is_done_again_with_the_weights_from_before(
     golden_engine: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe, _ = stand_in_pipeline(
-        copy_with_engines(golden_engine, tmp_path / "engine", "shared"), PLAN
-    )
-    before, stream = drawn(pipe), pipe._backend.own_stream  # type: ignore[attr-defined]
+    engine = copy_with_engines(golden_engine, tmp_path / "engine", "shared")
+    backend, _ = stand_in_backend(engine)
+    (pipe,) = load_pipelines(EngineDir.open(engine), backend, [PLAN], None, 1)
+    before, stream = drawn(pipe), backend.own_stream
     monkeypatch.setattr(stream, "upload", failing(stream.upload, {9}))
     with pytest.raises(ResourceError, match="no memory is left"):
         pipe.load_weights(tuned)
@@ -271,9 +300,10 @@ def test_an_upload_that_fails_half_way_is_done_again_with_the_weights_from_befor
 
 
 def test_weights_that_cannot_be_restored_stop_the_pipeline_with_the_reason(
-    pipe: Pipeline, tuned: Path, monkeypatch: pytest.MonkeyPatch
+    watched: tuple[Pipeline, WatchedOrt], tuned: Path
 ) -> None:
-    monkeypatch.setattr(pipe._backend, "load", failing(pipe._backend.load, {6, 9}))
+    pipe, backend = watched
+    backend.before_load = failing(lambda: None, {6, 9})
     with pytest.raises(ResourceError):
         pipe.load_weights(tuned)
     for use in (lambda: drawn(pipe), lambda: pipe.warmup()):
@@ -285,21 +315,20 @@ def test_weights_that_cannot_be_restored_stop_the_pipeline_with_the_reason(
 
 
 def test_memory_holds_the_old_or_the_new_weights_of_a_graph(
-    pipe: Pipeline, tuned: Path, monkeypatch: pytest.MonkeyPatch
+    watched: tuple[Pipeline, WatchedOrt], tuned: Path
 ) -> None:
+    pipe, backend = watched
     drawn(pipe)
-    load, old = pipe._backend.load, [weakref.ref(engine) for engine in pipe._engines.units.values()]
+    old = backend.alive()
     alive: list[int] = []
 
-    def counted(*args: Any, **more: Any) -> Any:
+    def count() -> None:
         gc.collect()
         alive.append(sum(engine() is not None for engine in old))
-        return load(*args, **more)
 
-    monkeypatch.setattr(pipe._backend, "load", counted)
+    backend.before_load = count
     pipe.load_weights(tuned)
-    gc.collect()
-    alive.append(sum(engine() is not None for engine in old))
+    count()
     exchanged = 3 + 8  # conditioning, embed, final, and the units of four blocks
     assert alive[:-1] == [len(old) - 1 - i for i in range(exchanged)]
     assert alive[-1] == len(old) - exchanged
@@ -376,7 +405,7 @@ def test_a_closed_pipeline_and_engines_from_nowhere_have_no_weights_to_exchange(
     pipe: Pipeline, tuned: Path
 ) -> None:
     with pytest.raises(UsageError, match="come from no engine directory"):
-        load_weights(tuned, Engines({}, {}), pipe._backend)
+        load_weights(tuned, Engines({}, {}), OrtBackend())
     pipe.close()
     with pytest.raises(EnvironmentUnsupportedError, match="closed"):
         pipe.load_weights(tuned)

@@ -283,6 +283,7 @@ class StandInDriver:
 
     def cuEventCreate(self, _flags: int) -> tuple[Any, list[float]]:
         self.forbid_in_capture("make an event")
+        self.calls.append(("event", 0))
         return SUCCESS, [0.0]
 
     def cuEventDestroy(self, _event: list[float]) -> tuple[Any]:

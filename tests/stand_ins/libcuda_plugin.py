@@ -32,7 +32,7 @@ class HostMemory:
         return np.ctypeslib.as_array((ctypes.c_uint8 * span.nbytes).from_address(span.start))
 
 
-def _nothing(_backend: Any) -> None:
+def _nothing(_backend: Any, *, shared_pool: bool) -> None:
     """There are no CUDA libraries to load, and no arena on a GPU."""
 
 
@@ -40,4 +40,4 @@ for name in ("torch", "onnx"):
     assert name not in sys.modules
     sys.modules[name] = None  # type: ignore[assignment]  # to import it is an error from here on
 OrtCudaBackend.runtime = StandInRuntime(HostMemory())
-OrtCudaBackend._load_libraries = OrtCudaBackend._register_arena = _nothing
+OrtCudaBackend.prepare_process = _nothing

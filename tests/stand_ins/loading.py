@@ -5,15 +5,23 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from goc_deploy.compiler.plan_file import plan_to_json
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.manifest import MANIFEST_NAME
 from goc_deploy.engine_dir.manifest_file import manifest_to_json
 from goc_deploy.engine_dir.reading import file_entry
+from goc_deploy.engines import cuda, driver
+from goc_deploy.engines.ort_cuda import OrtCudaBackend
+from goc_deploy.engines.tensorrt import library as tensorrt_library
 from goc_deploy.engines.tensorrt.backend import TensorrtBackend
+from goc_deploy.engines.tensorrt.library import Library
 from goc_deploy.engines.tensorrt.selection import tensorrt_backend
+from goc_deploy.errors import EnvironmentUnsupportedError
 from goc_deploy.options import EngineOptions, no_progress
 from goc_deploy.runtime.loading import load_pipelines
 from goc_deploy.runtime.pipeline import Pipeline
@@ -37,7 +45,7 @@ def copy_with_engines(
     if not segments:
         drop_segments(target)
     options = EngineOptions(library, (CAPABILITY,), weights)
-    StandInTensorrt(StandInDevice(), library, kernels).build(
+    StandInTensorrt(StandInDevice(), library, kernels).build_engines(
         EngineDir.open(target), options, no_progress
     )
     return target
@@ -67,7 +75,7 @@ def stand_in_backend(
     tensorrt = StandInTensorrt(StandInDevice(**device), library)
     opened = EngineDir.open(directory)
     backend = tensorrt_backend(
-        opened, tensorrt.library, CAPABILITY, tensorrt.device, build=tensorrt.build
+        opened, tensorrt.library, CAPABILITY, tensorrt.device, build=tensorrt.build_engines
     )
     return backend, tensorrt
 
@@ -79,3 +87,23 @@ def stand_in_pipeline(
     backend, tensorrt = stand_in_backend(directory, library, **device)
     opened = EngineDir.open(directory)
     return load_pipelines(opened, backend, [plan], None, sessions)[0], tensorrt
+
+
+def gpu_of_stand_ins(
+    monkeypatch: pytest.MonkeyPatch, tensorrt: StandInTensorrt, capability: str = CAPABILITY
+) -> None:
+    """Put stand-ins where the product asks the driver for a GPU, and imports what runs on it.
+
+    There is one TensorRT, and ONNX Runtime has the CPU provider only.
+    """
+
+    def library_from_backend(name: str) -> Library:
+        if name != tensorrt.backend:
+            raise EnvironmentUnsupportedError(f"{name} cannot be imported")
+        return tensorrt.library
+
+    runtime = SimpleNamespace(get_available_providers=lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(driver, "device_capability", lambda *_: capability)
+    monkeypatch.setattr(cuda, "cuda_device", lambda *_, **__: tensorrt.device)
+    monkeypatch.setattr(tensorrt_library, "library_from_backend", library_from_backend)
+    monkeypatch.setattr(OrtCudaBackend, "runtime", runtime)

@@ -78,12 +78,13 @@ def test_memory_ends_where_the_driver_has_no_more(libcuda: Any) -> None:
 def test_arguments_that_do_not_fit_are_refused_by_name() -> None:
     device = cuda_device()
     stream, buffer = device.stream(), device.allocate((4,), "float32")
+    host = np.zeros(4, np.uint8)
     with pytest.raises(
         EnvironmentUnsupportedError, match=r"cuMemcpyDtoDAsync: invalid argument \(1\)"
     ):
         stream.copy(buffer, device.allocate((5,), "float32"))
     with pytest.raises(EnvironmentUnsupportedError, match="cuMemcpyHtoDAsync: invalid argument"):
-        device.driver.cuMemcpyHtoDAsync(stream._staging_at, buffer.pointer, 4, stream._stream)
+        device.driver.cuMemcpyHtoDAsync(host.ctypes.data, buffer.pointer, 4, stream.handle)
     with pytest.raises(
         EnvironmentUnsupportedError, match="cuStreamSynchronize: invalid resource handle"
     ):

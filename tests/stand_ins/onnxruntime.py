@@ -63,7 +63,7 @@ class StandInSession:
         assert name == "CUDAExecutionProvider"
         assert (chosen["device_id"], chosen["use_tf32"]) == (str(runtime.device.index), "0")
         self._runtime, self._device = runtime, runtime.device
-        self._handle = int(chosen["user_compute_stream"])
+        self.handle = int(chosen["user_compute_stream"])
         self._graphs = chosen["enable_cuda_graph"] == "1"
         if self._graphs and runtime.refuses_graphs == "at load":
             raise RuntimeError(
@@ -89,7 +89,7 @@ class StandInSession:
     def run_with_iobinding(self, binding: Binding, options: Any) -> None:
         if self._runtime.out_of_memory == "in a run":
             raise RuntimeError("CUDA failure 2: out of memory ; GPU=0")
-        stream = self._device.stream_of(self._handle)
+        stream = self._device.stream_of(self.handle)
         reads = {name: span for name, (span, *_) in binding.inputs.items()}
         writes = {name: span for name, (span, *_) in binding.outputs.items()}
         if self._graphs:
@@ -160,11 +160,8 @@ class StandInOrtCudaBackend(OrtCudaBackend):
         self.runtime = runtime
         super().__init__(runtime.device)
 
-    def _load_libraries(self) -> None:
-        """There are none."""
-
-    def _register_arena(self) -> None:
-        """The CPU provider has its own."""
+    def prepare_process(self, *, shared_pool: bool) -> None:
+        """There are no CUDA libraries, and the CPU provider has an arena of its own."""
 
 
 def cuda_pipeline(

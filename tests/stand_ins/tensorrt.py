@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from hashlib import sha256
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import onnx
+import onnxruntime
 
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.keys import Target
-from goc_deploy.engines.ort import OrtBackend
+from goc_deploy.engines.ort import shared_pool_of_process
 from goc_deploy.engines.plugin.stacking import STACK
 from goc_deploy.engines.tensorrt import store
 from goc_deploy.engines.tensorrt.build import BuildReport
-from goc_deploy.engines.tensorrt.jobs import graph_of_job, wanted_engines
+from goc_deploy.engines.tensorrt.jobs import Job, graph_of_job
 from goc_deploy.engines.tensorrt.library import Library, this_platform
 from goc_deploy.options import EngineOptions, Progress
 from tests.stand_ins.device import StandInDevice
@@ -44,6 +47,15 @@ _NUMPY = {"FLOAT": np.float32, "INT64": np.int64, "HALF": np.float16}
 _ELEMENTWISE = {"Add", "Mul", "Cast", "CastLike", "Split", "Reshape", "Identity"}
 
 
+def session_of(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    """A session on the thread pool of the process, as those of the product."""
+    shared_pool_of_process(0)
+    options = onnxruntime.SessionOptions()
+    options.use_per_session_threads, options.log_severity_level = False, 3
+    content = model.SerializeToString()
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
 class Empty:
     """A base class of plugins, or a value of one."""
 
@@ -62,7 +74,7 @@ class Engine:
             logger,
             tensorrt.is_rtx,
         )
-        self.refuses = tensorrt.refuses
+        self.refuses, self.contexts = tensorrt.refuses, tensorrt.contexts
         self.compiled, self.digest = (
             tensorrt.compiled,
             sha256(model.SerializeToString(deterministic=True)).hexdigest(),
@@ -80,11 +92,7 @@ class Engine:
         ops = {node.op_type for node in graph.node}
         self.elementwise = all(op in _ELEMENTWISE or op.startswith("GocCache") for op in ops)
         self.stack = graph.node[0] if ops == {STACK} else None
-        self._session = (
-            None
-            if self.stack
-            else OrtBackend().load(memoryview(model.SerializeToString()), {})._session
-        )
+        self._session = None if self.stack else session_of(model)
         told = {entry.key: entry.value for entry in model.metadata_props}
         self._profiles = json.loads(told.get(PROFILES, "[{}]"))
         self.num_optimization_profiles, self.profiles_used = (
@@ -126,12 +134,16 @@ class Engine:
             return None
         if not isinstance(how, RuntimeConfig):
             assert not self.is_rtx
-            return Context(self, how)
+            return self._known(Context(self, how))
         assert (
             how.dynamic_shapes_kernel_specialization_strategy
             is DynamicShapesKernelSpecializationStrategy.EAGER
         )
-        return Context(self, how.strategy, how.cache)
+        return self._known(Context(self, how.strategy, how.cache))
+
+    def _known(self, context: Context) -> Context:
+        self.contexts.add(context)
+        return context
 
     def output_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Found by running on zeros, once for each set of input shapes."""
@@ -176,7 +188,11 @@ def with_profiles(graph: bytes, profiles: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 class StandInTensorrt:
-    """The module. ``calls`` lists every run in order, with the addresses of its tensors; ``compiled`` what RTX compiled."""
+    """The module.
+
+    ``calls`` lists every run in order, with the addresses of its tensors, ``compiled`` what RTX
+    compiled; ``loaded`` counts engines, and ``contexts`` are those that are alive.
+    """
 
     ILogger, TensorIOMode = ILogger, TensorIOMode
     ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
@@ -201,7 +217,8 @@ class StandInTensorrt:
         self.profiles_used: list[int | None] = []
         self.registered: list[str] = []
         self.failures: dict[str, list[tuple[Severity, str]]] = {}
-        self._engines = 0
+        self.loaded = 0
+        self.contexts: WeakSet[Context] = WeakSet()
         if self.is_rtx:
             self.ComputeCapability = ComputeCapability
             self.DynamicShapesKernelSpecializationStrategy = (
@@ -235,8 +252,8 @@ class StandInTensorrt:
             ):
                 logger.log(Severity.ERROR, f"plugin {STACK} is not registered")
                 return None
-            self._engines += 1
-            return Engine(self, logger, model, self._engines)
+            self.loaded += 1
+            return Engine(self, logger, model, self.loaded)
 
         return SimpleNamespace(deserialize_cuda_engine=deserialize_cuda_engine)
 
@@ -244,22 +261,20 @@ class StandInTensorrt:
     def _magic(self) -> bytes:
         return store.MAGIC.get(self.backend, b"")
 
-    def build(
+    def build_engines(
         self, directory: EngineDir, options: EngineOptions, progress: Progress
     ) -> tuple[EngineDir, int]:
-        """Takes the place of `goc_deploy.engines.tensorrt.store.build_engines`: all of it but the builder."""
-        latest = directory
+        """`goc_deploy.engines.tensorrt.store.build_engines` for this library, which needs no build process."""
         target = Target(options.backend, self.__version__, this_platform(), options.capabilities)
-        (directory.path / "engines").mkdir(exist_ok=True)
-        jobs = wanted_engines(directory, target, options)
-        missing = [job for job in jobs if not store.is_there(directory, job)]
-        for job in missing:
-            engine = self._magic + with_profiles(graph_of_job(directory, job), job.profiles)
-            report = BuildReport(
-                kernels=self.kernels,
-                plugin_layers=int(job.recipe.plugin_sha256 is not None),
-                activation_bytes=4096,
-            )
-            latest = store.add_engine(directory, job, engine, report)
-        progress("done", len(jobs), len(jobs))
-        return latest, len(missing)
+        builder = nullcontext(self)
+        return store.build_missing(directory, target, options, progress, lambda _: builder)
+
+    def build(self, directory: EngineDir, job: Job) -> tuple[Job, bytes, BuildReport]:
+        """See `goc_deploy.engines.tensorrt.store.EngineBuilder`."""
+        engine = self._magic + with_profiles(graph_of_job(directory, job), job.profiles)
+        report = BuildReport(
+            kernels=self.kernels,
+            plugin_layers=int(job.recipe.plugin_sha256 is not None),
+            activation_bytes=4096,
+        )
+        return job, engine, report

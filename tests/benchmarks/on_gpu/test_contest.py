@@ -36,7 +36,7 @@ def test_rounds_interleave_and_one_that_dies_keeps_its_rounds(tmp_path: Path) ->
         tmp_path, good=ANSWERS.format(dies=False), dies=ANSWERS.format(dies=True), absent=SKIPS
     )
     try:
-        found = contest._rounds(entered, Deadline(60), 3)
+        found = contest.run_rounds(entered, Deadline(60), 3)
     finally:
         for worker in entered.values():
             worker.close()
@@ -64,6 +64,6 @@ def test_results_are_compared_with_eager_pytorch(tmp_path: Path) -> None:
     for scale, name in enumerate(("onnxruntime-cuda", "pytorch"), start=10):
         np.save(latents[name], np.full((1, 4, 2, 2), float(scale)))
     contenders: dict = {f"{name} none": {} for name in latents}
-    contest._compare(contenders, latents)
+    contest.compare_results(contenders, latents)
     assert contenders["onnxruntime-cuda none"]["relative_l2"] == pytest.approx(1 / 11)
     assert contenders["pytorch none"] == contenders["torch.compile none"] == {}

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 
 from goc_deploy.engines.tensorrt.backend import TensorrtBackend
 from goc_deploy.engines.tensorrt.engine import StoredEngine, TensorrtEngine
+from goc_deploy.engines.tensorrt.library import message_log
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, ResourceError
 from goc_deploy.protocols import ALIGNMENT, bfloat16_from_float32, mapped_buffer, stored_values
 from tests.stand_ins.device import StandInDevice
@@ -36,6 +37,7 @@ def product() -> bytes:
 
 
 ONNX = memoryview(product())
+PROFILES = [{"a": ((1, 4), (usual, 4), (32, 4))} for usual in (2, 32)]
 WEIGHTS = np.arange(16, dtype=np.float32).reshape(4, 4)
 
 
@@ -102,13 +104,11 @@ def test_addresses_shapes_and_names_that_do_not_fit_are_refused(backend: Tensorr
 
 
 def test_a_graph_without_an_engine_and_bytes_that_do_not_load_are_refused(
-    backend: TensorrtBackend, monkeypatch: pytest.MonkeyPatch
+    tensorrt: StandInTensorrt, backend: TensorrtBackend
 ) -> None:
     with pytest.raises(EngineDirError, match="tensorrt-rtx has no engine for this graph"):
         backend.load(memoryview(b"another graph"), {})
-    monkeypatch.setattr(
-        backend, "_runtime", type("Refusing", (), {"deserialize_cuda_engine": lambda *_: None})()
-    )
+    tensorrt.failures = {"deserialize_cuda_engine": []}
     with pytest.raises(
         EnvironmentUnsupportedError,
         match=r"tensorrt-rtx 99.1 does not load here.engine: .* no reason",
@@ -214,9 +214,8 @@ def test_too_little_memory_is_named_as_such_and_other_failures_are_not(
 @pytest.fixture
 def two_profiles() -> TensorrtBackend:
     tensorrt = StandInTensorrt(StandInDevice(), "tensorrt")
-    profiles = [{"a": ((1, 4), (usual, 4), (32, 4))} for usual in (2, 32)]
     stored = StoredEngine(
-        "here.engine", memoryview(with_profiles(bytes(ONNX), profiles)), False, reads_first=False
+        "here.engine", memoryview(with_profiles(bytes(ONNX), PROFILES)), False, reads_first=False
     )
     return TensorrtBackend(tensorrt.library, tensorrt.device, {sha256(ONNX).hexdigest(): stored})
 
@@ -239,12 +238,12 @@ def test_a_context_takes_the_profile_of_the_nearest_size(two_profiles: TensorrtB
 def test_a_profile_is_chosen_before_shapes_and_on_the_stream_of_the_runs(
     two_profiles: TensorrtBackend,
 ) -> None:
-    engine, stream, other = (
-        load(two_profiles),
-        two_profiles.device.stream(),
-        two_profiles.device.stream(),
-    )
-    context = two_profiles.library.new_context(engine._engine)
+    load(two_profiles)  # and with it the scratch memory
+    stream, other = two_profiles.device.stream(), two_profiles.device.stream()
+    trt = two_profiles.library.trt
+    content = with_profiles(bytes(ONNX), PROFILES)
+    deserialized = trt.Runtime(message_log(trt)).deserialize_cuda_engine(content)
+    context = two_profiles.library.new_context(deserialized)
     with pytest.raises(Fault, match="several profiles, and none was chosen before the shape of a"):
         context.set_input_shape("a", (2, 4))
     assert context.set_optimization_profile_async(1, other.handle)

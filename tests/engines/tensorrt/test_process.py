@@ -70,7 +70,7 @@ def test_the_build_process_compiles_the_kernels_of_the_plugin_without_torch(tmp_
         capture_output=True,
         text=True,
         timeout=120,
-        env=process._environment("tensorrt-rtx", tmp_path),
+        env=process.build_environment("tensorrt-rtx", tmp_path),
     )
     assert done.returncode == 0, done.stderr
     plugin_layers, here, there = json.loads(done.stdout.splitlines()[-1])

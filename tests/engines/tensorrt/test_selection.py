@@ -39,7 +39,7 @@ class Builder:
         self.tensorrt, self.asked = tensorrt, []
 
     def __call__(self, directory: EngineDir, options: EngineOptions, progress: Progress):
-        directory, built = self.tensorrt.build(directory, options, progress)
+        directory, built = self.tensorrt.build_engines(directory, options, progress)
         self.asked.append((options.weights, options.capabilities, built))
         return directory, built
 
@@ -98,7 +98,7 @@ def test_a_gpu_without_a_target_is_refused_before_anything_is_built(
 def test_an_engine_for_several_gpus_runs_on_each(golden_engine: Path, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(golden_engine, tmp_path / "engine"))
     options = EngineOptions(capabilities=("8.6", "8.9", "12.0"), weights="shared")
-    StandInTensorrt(StandInDevice()).build(EngineDir.open(directory), options, no_progress)
+    StandInTensorrt(StandInDevice()).build_engines(EngineDir.open(directory), options, no_progress)
     assert [asked(directory, capability) for capability in options.capabilities] == [[], [], []]
 
 
@@ -133,7 +133,7 @@ def test_engines_built_with_other_limits_are_as_good(
     golden_engine: Path, tmp_path: Path, options: EngineOptions
 ) -> None:
     directory = Path(shutil.copytree(golden_engine, tmp_path / "engine"))
-    StandInTensorrt(StandInDevice()).build(EngineDir.open(directory), options, no_progress)
+    StandInTensorrt(StandInDevice()).build_engines(EngineDir.open(directory), options, no_progress)
     assert asked(directory) == []
 
 
@@ -142,7 +142,7 @@ def test_of_two_weight_modes_the_complete_one_is_taken_and_then_the_one_with_few
 ) -> None:
     tensorrt = StandInTensorrt(StandInDevice())
     options = replace(SHARED, weights="embedded")
-    manifest = tensorrt.build(EngineDir.open(engine), options, no_progress)[0].manifest
+    manifest = tensorrt.build_engines(EngineDir.open(engine), options, no_progress)[0].manifest
 
     def chosen(manifest) -> str:
         directory = EngineDir(engine, manifest)

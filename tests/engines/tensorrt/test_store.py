@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -19,7 +20,6 @@ from goc_deploy.compiler import in_form
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.manifest import MANIFEST_NAME, Manifest
 from goc_deploy.engine_dir.reading import file_entry, read_manifest
-from goc_deploy.engines.tensorrt import process as build_processes
 from goc_deploy.engines.tensorrt.build import BuildReport
 from goc_deploy.engines.tensorrt.jobs import wanted_engines
 from goc_deploy.engines.tensorrt.library import library_from_backend, target_from_options
@@ -381,16 +381,14 @@ def test_a_stack_that_tensorrt_does_not_fuse_is_one_launch_of_the_plugin(
 def test_where_the_parser_cannot_use_the_plugin_the_bodies_are_built_and_the_log_says_so(
     stacking_engine: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    environment = build_processes._environment
+    start = subprocess.Popen
 
-    def without_the_library_name(backend: str, folder: Path) -> dict[str, str]:
-        return {
-            name: value
-            for name, value in environment(backend, folder).items()
-            if name != "LD_LIBRARY_PATH"
-        }
+    def without_the_library_path(*args: Any, env: dict[str, str] | None = None, **how: Any) -> Any:
+        if env is not None:
+            env = {name: value for name, value in env.items() if name != "LD_LIBRARY_PATH"}
+        return start(*args, env=env, **how)
 
-    monkeypatch.setattr(build_processes, "_environment", without_the_library_name)
+    monkeypatch.setattr(subprocess, "Popen", without_the_library_path)
     manifest, built = build_engines(stacking_engine, SHARED, no_progress)
     assert built == 1
     entry = next(e for e in manifest.engines if e.graphs == ("onnx/predict_stack.onnx",))

@@ -37,9 +37,10 @@ def test_an_engine_that_computes_something_else_is_named(
 ) -> None:
     engine = copy_with_engines(golden_engine, tmp_path / "engine", "embedded")
     backend, _ = stand_in_backend(engine)
-    download = backend.download
+    stream = backend.own_stream
+    download = stream.download
     monkeypatch.setattr(
-        backend,
+        stream,
         "download",
         lambda buffer: download(buffer) * (1 + 0.01 * (buffer.shape[1:] == (4, 8, 8))),
     )
@@ -47,7 +48,7 @@ def test_an_engine_that_computes_something_else_is_named(
         VerificationError, match=r"unit sampler: tensorrt-rtx differs from ONNX Runtime by 1.00e-02"
     ):
         verify_engines(EngineDir.open(engine), backend, OrtBackend(), no_progress)
-    monkeypatch.setattr(backend, "download", lambda buffer: np.full(buffer.shape, np.nan))
+    monkeypatch.setattr(stream, "download", lambda buffer: np.full(buffer.shape, np.nan))
     with pytest.raises(VerificationError, match="differs from ONNX Runtime by inf"):
         verify_engines(EngineDir.open(engine), backend, OrtBackend(), no_progress)
 

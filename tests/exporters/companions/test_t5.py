@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import goc_deploy
+from goc_deploy.conditions.text import TextEncoder
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.errors import GocError, ModelError, SafetyError, UsageError
 from goc_deploy.exporters.companions.t5 import (
     T5Encoder,
@@ -22,10 +24,12 @@ from goc_deploy.exporters.companions.t5 import (
     t5_config,
 )
 from goc_deploy.exporters.companions.tokenizer_files import json_from_sentencepiece
+from goc_deploy.runtime.loading import load_engines, load_pipelines
 from goc_deploy.spec import ModelSpec
 from tests.conftest import Command
 from tests.pixart_reference import SPEC, random_state
 from tests.reference import relative_l2
+from tests.stand_ins.counted import CountingOrt
 from tests.t5_folder import CONFIG, save_encoder, sentencepiece_model
 
 PROMPTS = ("a red three", "the blue seven", "a three")
@@ -127,13 +131,21 @@ def test_far_positions_share_buckets() -> None:
     assert buckets[299, :172].unique().tolist() == [15]
 
 
+def tokens_of(opened: EngineDir, text: str) -> list[int]:
+    """Tokens by the library alone, and the one that ends a text."""
+    from tokenizers import Tokenizer
+
+    spec = opened.manifest.text
+    assert spec is not None
+    tokenizer = Tokenizer.from_str(bytes(opened.read(spec.tokenizer)).decode())
+    tokenizer.no_padding()
+    return [*(token for token in tokenizer.encode(text).ids if token != spec.eos), spec.eos]
+
+
 def test_prompts_are_encoded_once_and_stand_for_labels(engine: Path, encoder: Path) -> None:
-    with goc_deploy.load(engine, plan="none") as pipe:
-        text = pipe._attached.text
-        assert text is not None
-        runs: list[int] = []
-        run = text._run_encoder
-        text._run_encoder = lambda prompts: runs.append(len(prompts)) or run(prompts)  # type: ignore[method-assign,func-returns-value]
+    opened, backend = EngineDir.open(engine), CountingOrt("tokens")
+    with load_pipelines(opened, backend, ["none"], None, 1)[0] as pipe:
+        runs = backend.runs
         given = pipe.encode(PROMPTS)
         assert runs == [4]  # three prompts and the empty one, in one launch
         again = pipe.generate(prompts=["A red three ", PROMPTS[1]], seed=3).latents
@@ -157,10 +169,9 @@ def test_prompts_are_encoded_once_and_stand_for_labels(engine: Path, encoder: Pa
             pipe.generate(prompts=["a \ud83d three"])
         with pytest.raises(UsageError, match="0 prompts"):
             pipe.generate(prompts=[])
-        tokens = [2 + 3, 2 + 1, 1]
-        assert text._tokens_of("three a") == tokens or text._tokens_of("three a")[-1] == 1
+        tokens = tokens_of(opened, "a red three")
         state = {n: t.double().numpy() for n, t in load_file(encoder / "model.safetensors").items()}
-        expected = encoded_by_hand(state, text._tokens_of("a red three"), t5_config(CONFIG, ""))
+        expected = encoded_by_hand(state, tokens, t5_config(CONFIG, ""))
         assert relative_l2(given.prompts.embeds[0, : len(expected)], expected) < 1e-5
         assert given.prompts.mask[0].sum() == len(expected)
 
@@ -168,18 +179,18 @@ def test_prompts_are_encoded_once_and_stand_for_labels(engine: Path, encoder: Pa
 def test_prompts_that_share_a_launch_are_encoded_as_alone(engine: Path) -> None:
     words = ["a", "the", "three", "seven", "red", "blue"]
     prompts = [f"{first} {second}" for first in words for second in words for _ in range(2)]
-    with (
-        goc_deploy.load(engine, plan="none") as pipe,
-        goc_deploy.load(engine, plan="none") as single,
-    ):
-        text, other = pipe._attached.text, single._attached.text
-        assert text is not None
-        assert other is not None
-        assert text._most == 4  # of two images with guidance
-        other._most = 1
-        found, alone = pipe.encode(prompts), single.encode(prompts)
-        assert sorted(text._bound) == [1, 4]  # 36 different prompts and the empty one
-        assert sorted(other._bound) == [1]
+    opened, backend, single = EngineDir.open(engine), CountingOrt("tokens"), CountingOrt("tokens")
+    with load_pipelines(opened, backend, ["none"], None, 1)[0] as pipe:
+        found = pipe.encode(prompts)
+    assert backend.runs == [4] * 9 + [1]  # 36 different prompts and the empty one, 4 at once
+    manifest, units = opened.manifest, load_engines(opened, [], single, ["text_encoder"]).units
+    assert manifest.text is not None
+    tokenizer = bytes(opened.read(manifest.text.tokenizer))
+    one_by_one = TextEncoder(
+        units["text_encoder"], single, tokenizer, manifest.model, manifest.text, most=1
+    )
+    alone = one_by_one.prompt_embeds(prompts)
+    assert single.runs == [1] * 37
     np.testing.assert_allclose(found.prompts.embeds, alone.prompts.embeds, atol=1e-6)
     np.testing.assert_array_equal(found.prompts.mask, alone.prompts.mask)
 
@@ -188,10 +199,13 @@ def test_more_prompts_than_are_remembered_are_encoded(
     engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("goc_deploy.conditions.text.KEPT_PROMPTS", 2)
-    with goc_deploy.load(engine, plan="none") as pipe:
-        assert pipe._attached.text is not None
+    backend = CountingOrt("tokens")
+    with load_pipelines(EngineDir.open(engine), backend, ["none"], None, 1)[0] as pipe:
         assert len(pipe.encode(PROMPTS).prompts.embeds) == len(PROMPTS)
-        assert list(pipe._attached.text._known) == [PROMPTS[-1].lower().strip(), ""]
+        pipe.encode(PROMPTS[-1:])  # which is remembered, and so is the empty one
+        assert backend.runs == [4]
+        pipe.encode(PROMPTS[:1])
+        assert backend.runs == [4, 1]
 
 
 def test_a_long_prompt_is_cut_and_the_log_says_what_is_left_out(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,17 @@ from safetensors.torch import load_file, save_file
 
 import goc_deploy
 from benchmarks.make_checkpoint import random_state
+from goc_deploy.engine_dir.directory import EngineDir
+from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.errors import EngineDirError, GocError, ModelError, SafetyError
 from goc_deploy.exporters.companions.vae import VaeDecoder, decoder_spec, read_vae_folder
+from goc_deploy.protocols import Buffer, Engine, Launch, Stream
+from goc_deploy.runtime.decoder import LatentDecoder
+from goc_deploy.runtime.loading import load_engines
 from goc_deploy.spec import ModelSpec
 from tests.conftest import Command
 from tests.reference import relative_l2
+from tests.stand_ins.counted import CountingOrt
 
 SPEC = ModelSpec(1, 48, 3, 96, 2, 4, 4, 10, False)
 CONFIG = {
@@ -132,15 +140,59 @@ def test_pixels_are_those_of_diffusers(tmp_path: Path) -> None:
     assert relative_l2(found, expected) < 1e-5
 
 
+class OneByOne:
+    """A loaded graph that runs once for each sample of its batch."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self.dtypes = engine, engine.dtypes
+
+    def bind(
+        self,
+        inputs: Mapping[str, Buffer],
+        outputs: Mapping[str, Buffer],
+        stream: Stream | None = None,
+    ) -> Launch:
+        def of_sample(tensors: Mapping[str, Buffer], i: int) -> dict[str, Buffer]:
+            return {
+                name: b.view(1, *b.shape[1:], start=i * math.prod(b.shape[1:]))
+                for name, b in tensors.items()
+            }
+
+        runs = [
+            self._engine.bind(of_sample(inputs, i), of_sample(outputs, i), stream)
+            for i in range(next(iter(inputs.values())).shape[0])
+        ]
+
+        def run_each() -> None:
+            for run in runs:
+                run()
+
+        return run_each
+
+
+def latent_decoder(
+    directory: Path,
+    *,
+    backend: OrtBackend | None = None,
+    wrap: Callable[[Engine], Engine] = lambda engine: engine,
+    **changes: int,
+) -> LatentDecoder:
+    """The decoder of an engine directory, for latents of another size if ``changes`` tell."""
+    opened, backend = EngineDir.open(directory), backend or OrtBackend()
+    manifest, units = opened.manifest, load_engines(opened, [], backend, ["decoder"]).units
+    assert manifest.decoder is not None
+    spec = replace(manifest.model, **changes)
+    return LatentDecoder(wrap(units["decoder"]), backend, manifest.decoder, spec)
+
+
 def test_tiles_are_close_to_the_whole(tiled: Path, vae: Path) -> None:
     """Group norms, attention and padding see a tile only, which shows most in tiles as small as these."""
     with goc_deploy.load(tiled) as pipe:
-        result = pipe.generate([1], seed=1)
-        decoder = pipe._attached.decoder
-        assert decoder is not None
-        smooth = np.cumsum(result.latents[0], axis=2) / 8
-        (found,) = decoder.pixels(smooth[None])
-        (corner,) = decoder._decoded([smooth[:, :6, :6]])
+        result, spec = pipe.generate([1], seed=1), pipe.spec
+    smooth = np.cumsum(result.latents[0], axis=2) / 8
+    (found,) = latent_decoder(tiled).pixels(smooth[None])
+    one_tile = latent_decoder(tiled, grid=6 // spec.patch)
+    (corner,) = one_tile.pixels(smooth[None, :, :6, :6])
     with torch.inference_mode():
         whole = whole_decoder(vae)(torch.from_numpy(smooth)[None])[0].numpy()
     assert relative_l2(found, whole) < 0.3
@@ -153,13 +205,10 @@ def test_tiles_are_close_to_the_whole(tiled: Path, vae: Path) -> None:
 
 def test_tiles_of_several_images_share_a_launch_and_give_the_same_pixels(tiled: Path) -> None:
     latents = np.random.default_rng(0).standard_normal((3, 4, 8, 8)).astype(np.float32)
-    with goc_deploy.load(tiled) as pipe:
-        decoder = pipe._attached.decoder
-        assert decoder is not None
-        together = list(decoder.pixels(latents))
-        assert sorted(decoder._bound) == [1, 4, 8]  # 3 images of 4 tiles, 8 tiles at most
-        decoder._most = 1
-        alone = list(decoder.pixels(latents))
+    backend = CountingOrt("latents")
+    together = list(latent_decoder(tiled, backend=backend).pixels(latents))
+    assert backend.runs == [8, 4]  # 3 images of 4 tiles, 8 tiles at most
+    alone = list(latent_decoder(tiled, wrap=OneByOne).pixels(latents))
     np.testing.assert_allclose(together, alone, atol=1e-6)
 
 

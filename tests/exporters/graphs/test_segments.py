@@ -16,7 +16,7 @@ from goc_deploy.engine_dir.manifest import MANIFEST_NAME
 from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.errors import ConflictError, EngineDirError
-from goc_deploy.runtime.loading import load_pipelines
+from goc_deploy.runtime.loading import load_pipelines, needed_graphs
 from tests.conftest import GOLDEN_PLANS, Command
 from tests.reference import worst_step
 from tests.stand_ins.loading import drop_segments
@@ -37,8 +37,10 @@ def engine(golden_engine: Path, tmp_path: Path) -> Path:
 def test_a_segment_computes_what_its_units_compute(
     golden_engine: Path, golden: dict[str, np.ndarray], spec: str
 ) -> None:
-    with load_pipelines(EngineDir.open(golden_engine), MergingOrt(), [spec], None, 1)[0] as pipe:
-        assert not set(pipe.spec.unit_names) & pipe._engines.units.keys()
+    opened, backend = EngineDir.open(golden_engine), MergingOrt()
+    with load_pipelines(opened, backend, [spec], None, 1)[0] as pipe:
+        needed = needed_graphs(opened, [pipe.plan], backend)
+        assert not set(pipe.spec.unit_names) & needed.units.keys()
         found = pipe.generate(
             golden["labels"], cfg_scale=2.0, latents=golden["noise"], trajectory=True
         )

@@ -34,7 +34,7 @@ def test_steps_are_whole_numbers_and_cached_ones_can_be_seen(
         figures.append(Figure(**options))
         return figures[-1]
 
-    monkeypatch.setattr(plots, "make_figure", kept)
+    monkeypatch.setattr("matplotlib.figure.Figure", kept)
     plots.plot_step_times(
         [("none", [50.0] * 8), ("fora-2", [50.0, 0.3] * 4)], "engine", tmp_path / "times.png"
     )
