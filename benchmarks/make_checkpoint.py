@@ -48,8 +48,8 @@ def spec_of(name: str, image_size: int) -> ModelSpec:
 def random_state(spec: ModelSpec, seed: int) -> dict[str, torch.Tensor]:
     """Weights that keep activations of order one through the depth."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = shapes_of(lambda: PublicLayout(spec) if spec.draws_captions else DiT(spec))
-    if spec.draws_captions:
+    shapes = shapes_of(lambda: PublicLayout(spec) if spec.text_conditional else DiT(spec))
+    if spec.text_conditional:
         shapes[NULL_CAPTION] = (spec.caption_tokens, spec.caption_channels)
     state = {}
     for name, shape in shapes.items():

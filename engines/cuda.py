@@ -27,8 +27,8 @@ from goc_deploy.protocols import (
     ALIGNMENT,
     NUMPY_DTYPES,
     Buffer,
-    Launch,
     Move,
+    Run,
     Stream,
     float32_from_bfloat16,
     stored_values,
@@ -149,7 +149,7 @@ class CudaDevice:
     def _cubin(self) -> bytes:
         return cubin_for(capability_of(self.driver, self._handle))
 
-    def step_start(self, moves: Sequence[Move], step: Buffer, stream: Stream) -> Launch:
+    def step_start(self, moves: Sequence[Move], step: Buffer, stream: Stream) -> Run:
         """See `goc_deploy.protocols.Device.step_start`: two kernels, or more for many moves."""
         kernels, handle = self.kernels, stream.handle
         counter = kernel_moves.CounterParameters(step.pointer)
@@ -294,7 +294,7 @@ class CudaStream:
             self._driver.cuStreamSynchronize(self._stream)
             self._staged = 0
 
-    def recorded(self, launches: Sequence[Launch]) -> Sequence[Launch]:
+    def recorded(self, launches: Sequence[Run]) -> Sequence[Run]:
         """Capture the launches into a CUDA graph.
 
         If that fails, the log states why, and this stream launches one by one from then on.
@@ -320,7 +320,7 @@ class CudaStream:
         launch, stream = self._driver.cuGraphLaunch, self._stream
         return (lambda: launch(graph.handle, stream),)
 
-    def _captured(self, launches: Sequence[Launch]) -> tuple[_Graph, int]:
+    def _captured(self, launches: Sequence[Run]) -> tuple[_Graph, int]:
         """Record the launches as a graph; also return its number of nodes."""
         driver = self._driver
         # In this mode other threads may allocate.

@@ -16,8 +16,8 @@ from goc_deploy.precision import DTYPE_BYTES
 from goc_deploy.protocols import (
     ALIGNMENT,
     Buffer,
-    Launch,
     Move,
+    Run,
     Stream,
     float32_from_bfloat16,
     stored_values,
@@ -55,7 +55,7 @@ class HostStream:
     def wait(self) -> None:
         """Return at once; there is nothing to wait for."""
 
-    def recorded(self, launches: Sequence[Launch]) -> Sequence[Launch]:
+    def recorded(self, launches: Sequence[Run]) -> Sequence[Run]:
         """Return the launches themselves."""
         return launches
 
@@ -75,7 +75,7 @@ class HostDevice:
     kind = "cpu"
     shares_launches = False
 
-    def step_start(self, moves: Sequence[Move], step: Buffer, stream: Stream) -> Launch:
+    def step_start(self, moves: Sequence[Move], step: Buffer, stream: Stream) -> Run:
         """Fail: steps do not share launches on the host."""
         raise AssertionError((moves, step, stream))
 

@@ -22,7 +22,7 @@ from goc_deploy.engines.ort_errors import LOADING, RUNNING, error_from_ort
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, UsageError
 from goc_deploy.host_memory import available_bytes, host_array
 from goc_deploy.precision import ELEMENT_TYPES
-from goc_deploy.protocols import NOTHING, Buffer, Device, Engine, Footprint, Launch, Stream
+from goc_deploy.protocols import NOTHING, Buffer, Device, Engine, Footprint, Run, Stream
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class OrtEngine:
         inputs: Mapping[str, Buffer],
         outputs: Mapping[str, Buffer],
         stream: Stream | None = None,  # noqa: ARG002
-    ) -> Launch:
+    ) -> Run:
         """See `goc_deploy.protocols.Engine.bind`; a run on the CPU is done when it returns."""
         inputs = {**self._inputs, **inputs}
         run, keep_alive = self._bound(inputs, outputs), (inputs, dict(outputs))
@@ -140,7 +140,7 @@ class OrtEngine:
 
         return launch
 
-    def _bound(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Launch:
+    def _bound(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Run:
         """Make a run on these tensors."""
         return partial(self._session.run_with_iobinding, self._binding(inputs, outputs))
 

@@ -25,7 +25,7 @@ from goc_deploy.engines.ort_errors import RUNNING, error_from_ort
 from goc_deploy.engines.plugin.predict import PredictKernel
 from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError
 from goc_deploy.host_memory import host_array
-from goc_deploy.protocols import NOTHING, Buffer, Engine, Footprint, Launch, Stream
+from goc_deploy.protocols import NOTHING, Buffer, Engine, Footprint, Run, Stream
 
 logger = logging.getLogger(__name__)
 
@@ -60,14 +60,14 @@ class OrtCudaEngine(OrtEngine):
         super().__init__(session, inputs, ("cuda", device), "CUDA")
         self.without_graphs = without_graphs
 
-    def _bound(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Launch:
+    def _bound(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Run:
         return (
             self.run_of(inputs, outputs)
             if self.without_graphs is None
             else _RecordedRun(self, inputs, outputs)
         )
 
-    def run_of(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Launch:
+    def run_of(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Run:
         """Make a run of the current session that does not wait; it records its own graph."""
         options = onnxruntime.RunOptions()
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")

@@ -14,7 +14,7 @@ import onnx
 from goc_deploy.compiler import Plan, compile_schedule
 from goc_deploy.disk import check_free_space, directory_lock, staged
 from goc_deploy.engine_dir.directory import EngineDir
-from goc_deploy.engine_dir.manifest import MANIFEST_NAME, Manifest, Unit
+from goc_deploy.engine_dir.manifest import MANIFEST_NAME, GraphEntry, Manifest
 from goc_deploy.engine_dir.manifest_file import manifest_to_json
 from goc_deploy.engine_dir.reading import check_target, files_below
 from goc_deploy.errors import CalibrationNeededError, GocError, ModelError, UsageError
@@ -37,7 +37,7 @@ from goc_deploy.policies.calibration import (
     check_options,
     default_images,
 )
-from goc_deploy.policies.grammar import PolicySpec, check_plan_name, parse_policy
+from goc_deploy.policies.grammar import Policy, check_plan_name, parse_policy
 from goc_deploy.policies.resolve import schedule_from_policy
 from goc_deploy.precision import ITEM_BYTES, Precision
 from goc_deploy.protocols import Backend
@@ -88,7 +88,7 @@ def export_checkpoint(
     architecture = ARCHITECTURES[spec.architecture]
     architecture.check_tensors(checkpoint.tensors, spec)
     companions = read_companions(options, spec)
-    if spec.draws_captions:
+    if spec.text_conditional:
         spec = replace(spec, classes=companions.labels)
     calibrates = options.precision != "bf16" and spec.classes > 0
     options = replace(options, plans=options.plans or default_plans(calibrates=calibrates))
@@ -104,7 +104,7 @@ def export_checkpoint(
         _check_checkpoints(output, (checkpoint, *companions.checkpoints), options.precision)
         with staged(output) as stage:
             writer = UnitWriter(stage, backend, progress)
-            kinds = architecture.unit_kinds(spec, options.precision)
+            kinds = architecture.graph_kinds(spec, options.precision)
             units = writer.write(kinds, checkpoint.tensors, options.precision)
             units += _write_step_graphs(stage, spec, options.precision)
             bare = _bare_manifest(model, spec, units, provenance, options)
@@ -154,11 +154,11 @@ def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> ModelSpec:
 
 def _compile_plans(
     spec: ModelSpec, process: Process, options: ExportOptions
-) -> dict[str, tuple[PolicySpec, Plan | None]]:
+) -> dict[str, tuple[Policy, Plan | None]]:
     """Every policy by plan name, with its plan, or None if the policy must be calibrated first."""
     # Raises early for a sampler with which no plan could run.
     table_from_sampler(_sampler(process, options), options.steps, process)
-    plans: dict[str, tuple[PolicySpec, Plan | None]] = {}
+    plans: dict[str, tuple[Policy, Plan | None]] = {}
     for policy in map(parse_policy, options.plans):
         name = check_plan_name(policy.default_name)
         try:
@@ -174,7 +174,7 @@ def _compile_plans(
 
 
 def _compile(
-    policy: PolicySpec,
+    policy: Policy,
     name: str,
     spec: ModelSpec,
     process: Process,
@@ -238,7 +238,7 @@ def _same_engine(output: Path, provenance: Mapping[str, Any]) -> Manifest | None
     return manifest if whole and manifest.provenance == provenance else None
 
 
-def _write_step_graphs(stage: Path, spec: ModelSpec, precision: Precision) -> list[Unit]:
+def _write_step_graphs(stage: Path, spec: ModelSpec, precision: Precision) -> list[GraphEntry]:
     """Write the graphs of a step that hold no weights of the model."""
     step_graphs = {
         "modulation": modulation_graph(spec, precision),
@@ -248,7 +248,8 @@ def _write_step_graphs(stage: Path, spec: ModelSpec, precision: Precision) -> li
     for name, graph in step_graphs.items():
         onnx.save_model(graph, stage / "onnx" / f"{name}.onnx")
     return [
-        Unit(name, f"onnx/{name}.onnx", None, (), False, None, precision) for name in step_graphs
+        GraphEntry(name, f"onnx/{name}.onnx", None, (), False, None, precision)
+        for name in step_graphs
     ]
 
 
@@ -265,7 +266,7 @@ def _check_checkpoints(
 def _bare_manifest(
     model: FolderModel,
     spec: ModelSpec,
-    units: Sequence[Unit],
+    units: Sequence[GraphEntry],
     provenance: dict[str, Any],
     options: ExportOptions,
 ) -> Manifest:
@@ -287,7 +288,7 @@ def _bare_manifest(
 def _write_plans(
     stage: Path,
     manifest: Manifest,
-    plans: Mapping[str, tuple[PolicySpec, Plan | None]],
+    plans: Mapping[str, tuple[Policy, Plan | None]],
     options: ExportOptions,
     make_laboratory: LaboratoryMaker,
 ) -> Manifest:

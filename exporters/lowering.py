@@ -22,7 +22,7 @@ from torch import Tensor
 
 from goc_deploy.engine_dir.manifest import Parameter
 from goc_deploy.errors import VerificationError
-from goc_deploy.exporters.units import DTYPES, Binding, UnitKind
+from goc_deploy.exporters.units import DTYPES, Binding, GraphKind
 from goc_deploy.precision import DTYPE_OF_PRECISION, ELEMENT_TYPES
 
 OPSET = 20
@@ -43,12 +43,12 @@ class Template:
         dtype: dtype of the parameters.
     """
 
-    kind: UnitKind
+    kind: GraphKind
     model: ir.Model
     dtype: torch.dtype
 
 
-def template_from_kind(kind: UnitKind, dtype: torch.dtype) -> Template:
+def template_from_kind(kind: GraphKind, dtype: torch.dtype) -> Template:
     """Trace a kind of graph.
 
     Raises:

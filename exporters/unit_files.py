@@ -10,10 +10,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from goc_deploy.engine_dir.manifest import Unit
+from goc_deploy.engine_dir.manifest import GraphEntry
 from goc_deploy.engine_dir.weights import mapped_weights
 from goc_deploy.exporters.lowering import template_from_kind, write_copy
-from goc_deploy.exporters.units import DTYPES, UnitKind
+from goc_deploy.exporters.units import DTYPES, GraphKind
 from goc_deploy.exporters.verification import verify_copy
 from goc_deploy.options import Progress
 from goc_deploy.precision import Precision
@@ -36,11 +36,11 @@ class UnitWriter:
 
     def write(
         self,
-        kinds: Sequence[UnitKind],
+        kinds: Sequence[GraphKind],
         tensors: Mapping[str, Tensor],
         precision: Precision,
         folder: str = "onnx",
-    ) -> list[Unit]:
+    ) -> list[GraphEntry]:
         """Write and verify every copy of some kinds of graphs.
 
         Raises:
@@ -49,7 +49,7 @@ class UnitWriter:
         where = self.stage / folder
         where.mkdir(exist_ok=True)
         total = sum(len(kind.copies) for kind in kinds)
-        units: list[Unit] = []
+        units: list[GraphEntry] = []
         for kind in kinds:
             self.progress(f"tracing {kind.kind}", len(units), total)
             template = template_from_kind(kind, DTYPES[precision])
@@ -59,14 +59,14 @@ class UnitWriter:
                 error = verify_copy(template, name, parameters, tensors, where, self.backend)
                 paths = (f"{folder}/{name}.onnx", f"{folder}/{name}.weights")
                 units.append(
-                    Unit(name, *paths, parameters, kind.weights_are_inputs, error, precision)
+                    GraphEntry(name, *paths, parameters, kind.weights_are_inputs, error, precision)
                 )
             del template
             gc.collect()
         self.progress("done", total, total)
         return units
 
-    def loaded(self, unit: Unit) -> Engine:
+    def loaded(self, unit: GraphEntry) -> Engine:
         """Load a graph that was written, with its weights."""
         assert unit.weights is not None
         with open(self.stage / unit.weights, "rb") as file:

@@ -53,7 +53,7 @@ class Input:
 
 
 @dataclass(frozen=True, slots=True)
-class UnitKind:
+class GraphKind:
     """Isomorphic graphs: traced once, then written once per copy with the weights of that copy.
 
     Attributes:

@@ -17,7 +17,7 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 NUMPY_DTYPES = {dtype: np.dtype(kind.numpy) for dtype, kind in ELEMENT_TYPES.items()}
 ALIGNMENT = 256  # of every address that an engine is bound to, as TensorRT requires
 
-Launch = Callable[[], None]
+Run = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ class Stream(Protocol):
         """Return after everything that was put on the stream is done."""
         ...
 
-    def recorded(self, launches: Sequence[Launch]) -> Sequence[Launch]:
+    def recorded(self, launches: Sequence[Run]) -> Sequence[Run]:
         """Return what to call in place of launches that ran before.
 
         That is one replay if the device has graphs, and the launches themselves otherwise.
@@ -171,7 +171,7 @@ class Device(Protocol):
         """
         ...
 
-    def step_start(self, moves: Sequence[Move], step: Buffer, stream: Stream) -> Launch:
+    def step_start(self, moves: Sequence[Move], step: Buffer, stream: Stream) -> Run:
         """Return the launch that begins each step of a device that shares launches.
 
         The launch adds one to ``step``, then copies.
@@ -221,7 +221,7 @@ class Engine(Protocol):
         inputs: Mapping[str, Buffer],
         outputs: Mapping[str, Buffer],
         stream: Stream | None = None,
-    ) -> Launch:
+    ) -> Run:
         """Bind tensors by address; the returned function puts a run of the graph on the stream.
 
         Outputs without a buffer are discarded. An output may share the memory of an input that the

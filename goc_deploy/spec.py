@@ -94,7 +94,7 @@ class ModelSpec:
         return self.channels * (2 if self.learn_sigma else 1)
 
     @property
-    def draws_captions(self) -> bool:
+    def text_conditional(self) -> bool:
         """Whether the model is text-conditional."""
         return self.caption_channels > 0
 

@@ -67,7 +67,7 @@ def conditions(
         check_labels(labels)
     if captions is None:
         return conditions_from_labels(() if labels is None else labels, spec, stored)
-    if not spec.draws_captions:
+    if not spec.text_conditional:
         raise UsageError("this model draws class labels, not captions; give labels")
     return conditions_from_captions(labels, captions, guided=guided)
 

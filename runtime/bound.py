@@ -21,7 +21,7 @@ class BoundLaunch:
     """
 
     name: str
-    run: protocols.Launch
+    run: protocols.Run
     inputs: Mapping[str, Buffer] = field(default_factory=dict)
     outputs: Mapping[str, Buffer] = field(default_factory=dict)
 

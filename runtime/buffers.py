@@ -122,7 +122,7 @@ def table_labels(spec: ModelSpec, capacity: int) -> int:
 
     These are the distinct labels and the null label. Captions have no rows in the table.
     """
-    return 1 if spec.draws_captions else capacity + 1
+    return 1 if spec.text_conditional else capacity + 1
 
 
 def keys_values_shape(spec: ModelSpec, captions: int) -> tuple[int, int, int, int, int]:
@@ -265,7 +265,7 @@ def allocate_buffers(
         rows=new(rows, dtype="int64"),
         cond_rows=new(capacity, dtype="int64"),
         uncond_rows=new(capacity, dtype="int64"),
-        captions=_caption_buffers(backend, spec, rows, dtype) if spec.draws_captions else None,
+        captions=_caption_buffers(backend, spec, rows, dtype) if spec.text_conditional else None,
     )
 
 

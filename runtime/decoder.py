@@ -13,7 +13,7 @@ from itertools import islice, product
 
 import numpy as np
 
-from goc_deploy.protocols import Backend, Buffer, Engine, Launch
+from goc_deploy.protocols import Backend, Buffer, Engine, Run
 from goc_deploy.runtime.images import pixels_to_uint8
 from goc_deploy.spec import DecoderSpec, ModelSpec, tiles_at_once
 
@@ -66,7 +66,7 @@ class LatentDecoder:
             ramp(tile * scale, decoder.overlap * scale, first=i == 0, last=i == last)
             for i in range(last + 1)
         ]
-        self._bound: dict[int, tuple[Buffer, Buffer, Launch]] = {}  # by the number of tiles
+        self._bound: dict[int, tuple[Buffer, Buffer, Run]] = {}  # by the number of tiles
         self._bind(1)
 
     def images(self, latents: np.ndarray) -> np.ndarray:
@@ -126,7 +126,7 @@ class LatentDecoder:
                 decoded = self._stream.download(pixels)
             yield from decoded
 
-    def _bind(self, tiles: int) -> tuple[Buffer, Buffer, Launch]:
+    def _bind(self, tiles: int) -> tuple[Buffer, Buffer, Run]:
         if tiles not in self._bound:
             latents, pixels = (b.view(tiles, *b.shape[1:]) for b in (self._input, self._output))
             run = self._engine.bind({"latents": latents}, {"pixels": pixels}, self._stream)

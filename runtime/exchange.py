@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from goc_deploy.engine_dir.directory import EngineDir
-from goc_deploy.engine_dir.manifest import Manifest, Unit
+from goc_deploy.engine_dir.manifest import GraphEntry, Manifest
 from goc_deploy.engine_dir.weights import mapped_parts
 from goc_deploy.errors import UsageError
 from goc_deploy.host_memory import return_free_pages
@@ -44,7 +44,7 @@ class _Graph:
     engines: MutableMapping[str, Engine]
     key: str
     onnx: str
-    parts: Mapping[str, Unit]
+    parts: Mapping[str, GraphEntry]
 
 
 def load_weights(path: Path, engines: Engines, backend: Backend) -> None:
@@ -150,13 +150,15 @@ def _graphs(manifest: Manifest, engines: Engines) -> Iterator[_Graph]:
                 yield _Graph(kind, key, unit.onnx, parts)
 
 
-def _differences(own: EngineDir, other: EngineDir, parts: Mapping[str, Unit]) -> Iterator[str]:
+def _differences(
+    own: EngineDir, other: EngineDir, parts: Mapping[str, GraphEntry]
+) -> Iterator[str]:
     """Differences of another engine directory: in the model, or in graphs and parameters."""
     manifest, precision = own.manifest, other.manifest.precision
     if precision != manifest.precision:
         yield f"precision {precision} instead of {manifest.precision}"
     mine, theirs = asdict(manifest.model), asdict(other.manifest.model)
-    if manifest.model.draws_captions:
+    if manifest.model.text_conditional:
         del mine["classes"], theirs["classes"]  # the number of stored captions
     yield from (
         f"{name} {theirs[name]} instead of {value}"
@@ -174,11 +176,11 @@ def _differences(own: EngineDir, other: EngineDir, parts: Mapping[str, Unit]) ->
             yield f"unit {name} has other parameters"
 
 
-def _verified(other: EngineDir, parts: Mapping[str, Unit]) -> dict[str, memoryview]:
+def _verified(other: EngineDir, parts: Mapping[str, GraphEntry]) -> dict[str, memoryview]:
     """Read and verify other weights, by the path of those that they replace."""
     units = {unit.name: unit for unit in other.manifest.units}
 
-    def verified(unit: Unit) -> memoryview:
+    def verified(unit: GraphEntry) -> memoryview:
         path = units[unit.name].weights
         assert path is not None  # it has parameters
         content = other.read(path)

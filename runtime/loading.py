@@ -17,7 +17,7 @@ from goc_deploy.conditions.captions import captions_from_bytes
 from goc_deploy.conditions.text import TextEncoder
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.graph_check import check_graph, external_tensors
-from goc_deploy.engine_dir.manifest import Manifest, Unit
+from goc_deploy.engine_dir.manifest import GraphEntry, Manifest
 from goc_deploy.engine_dir.weights import mapped_parts
 from goc_deploy.errors import (
     EngineDirError,
@@ -175,13 +175,13 @@ class NeededGraphs:
         predictors: engines of the predict signatures that need no graph.
     """
 
-    units: Mapping[str, Unit]
-    predict: Mapping[str, Unit]
-    segments: Mapping[str, Unit]
+    units: Mapping[str, GraphEntry]
+    predict: Mapping[str, GraphEntry]
+    segments: Mapping[str, GraphEntry]
     predictors: Mapping[str, Engine]
 
     @property
-    def all(self) -> tuple[Unit, ...]:
+    def all(self) -> tuple[GraphEntry, ...]:
         """All graphs."""
         return (*self.units.values(), *self.predict.values(), *self.segments.values())
 
@@ -231,7 +231,7 @@ def needed_graphs(
         *more,
         *_launched_units(manifest, plans),
     }
-    needed |= {"captions"} if manifest.model.draws_captions else set()
+    needed |= {"captions"} if manifest.model.text_conditional else set()
     needed |= {plan.sampler.graph for plan in plans}
     lacking = sorted({*needed, *manifest.model.unit_names} - {unit.name for unit in manifest.units})
     if lacking:
@@ -279,7 +279,7 @@ def load_engines(
     captions = {manifest.captions} if manifest.captions else set()
     paths = sorted({unit.onnx for unit in graphs.all} | weights | captions)
 
-    def loaded(unit: Unit) -> Engine:
+    def loaded(unit: GraphEntry) -> Engine:
         parts, where = manifest.parts(unit), str(directory.path / unit.onnx)
         check_graph(content[unit.onnx], external_tensors(parts), where)
         try:

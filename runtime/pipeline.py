@@ -278,7 +278,7 @@ class Pipeline:
         return 1 if self._backend.device.kind == "cpu" else 2
 
     def _request_to_warm_up(self, images: int, *, guided: bool) -> Request:
-        captions = blank_captions(self.spec) if self.spec.draws_captions else None
+        captions = blank_captions(self.spec) if self.spec.text_conditional else None
         labels = [0] * images if captions else [i % self.spec.classes for i in range(images)]
         conditions = self._conditions(labels, captions, guided=guided)
         noise = np.zeros((images, self._draws, *self._latent_shape), np.float32)
@@ -372,7 +372,7 @@ class Pipeline:
             self.plan,
             self.batch_size,
         )
-        captions = self.spec.draws_captions
+        captions = self.spec.text_conditional
         session.bind(Batch(1, True, labels=1 if captions else 2, captions=2 if captions else 0))
         self._engines.weights.sessions.add(session)
         return session

@@ -126,12 +126,12 @@ def prepared(request: Request, channels: int, *, pads_labels: bool = False) -> I
     index = np.searchsorted(distinct, wanted)
     if pads_labels:
         distinct += distinct[-1:] * (images + guided - len(distinct))
-    draws_captions = conditions.captions is not None
+    text_conditional = conditions.captions is not None
     batch = Batch(
         images,
         guided,
-        labels=1 if draws_captions else len(distinct),
-        captions=len(distinct) if draws_captions else 0,
+        labels=1 if text_conditional else len(distinct),
+        captions=len(distinct) if text_conditional else 0,
     )
     own, scales = np.arange(images), request.cfg_scale
     weights = np.where(np.arange(channels) < request.cfg_channels, scales[:, None], 1.0)

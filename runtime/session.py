@@ -18,7 +18,7 @@ import numpy as np
 
 from goc_deploy.compiler import Plan
 from goc_deploy.precision import Precision
-from goc_deploy.protocols import Backend, Launch, Stream
+from goc_deploy.protocols import Backend, Run, Stream
 from goc_deploy.runtime.binding import Binder, Engines
 from goc_deploy.runtime.bound import BoundLaunch, BoundPlan, BoundStep
 from goc_deploy.runtime.buffers import allocate_buffers
@@ -46,12 +46,12 @@ class _Runnable:
     """A bound plan, and the calls of each step: its launches, or their replay if recorded."""
 
     plan: BoundPlan
-    steps: tuple[Sequence[Launch], ...]
+    steps: tuple[Sequence[Run], ...]
     ran: bool = False
     recorded: bool = False
 
 
-def _runs(launches: Sequence[BoundLaunch]) -> list[Launch]:
+def _runs(launches: Sequence[BoundLaunch]) -> list[Run]:
     return [launch.run for launch in launches]
 
 
@@ -189,9 +189,9 @@ class Session:
                 upload(request.noise[:, step + 1], target)
         self._stream.wait()
 
-    def _recorded(self, plan: BoundPlan) -> tuple[Sequence[Launch], ...]:
+    def _recorded(self, plan: BoundPlan) -> tuple[Sequence[Run], ...]:
         """The calls of each step; steps with the same launches are recorded once."""
-        recordings: dict[tuple[int, ...], Sequence[Launch]] = {}
+        recordings: dict[tuple[int, ...], Sequence[Run]] = {}
         calls = []
         for step in plan.steps:
             key = tuple(map(id, step.launches))

@@ -14,7 +14,7 @@ from goc_deploy.engines.plugin.kernel import (
     stack_from_signature,
 )
 from goc_deploy.errors import EngineDirError
-from goc_deploy.protocols import Buffer, Launch, Stream
+from goc_deploy.protocols import Buffer, Run, Stream
 
 
 class PredictKernel:
@@ -58,7 +58,7 @@ class PredictKernel:
         inputs: Mapping[str, Buffer],
         outputs: Mapping[str, Buffer],
         stream: Stream | None = None,
-    ) -> Launch:
+    ) -> Run:
         """See `goc_deploy.protocols.Engine.bind`; the stream and every output are required.
 
         Raises:

@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 from goc_deploy.engines.tensorrt.scratch import use_scratch
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError
 from goc_deploy.precision import ELEMENT_TYPES
-from goc_deploy.protocols import ALIGNMENT, Buffer, Launch, Stream
+from goc_deploy.protocols import ALIGNMENT, Buffer, Run, Stream
 
 if TYPE_CHECKING:
     from goc_deploy.engines.tensorrt.backend import TensorrtBackend
@@ -119,7 +119,7 @@ class TensorrtEngine:
         inputs: Mapping[str, Buffer],
         outputs: Mapping[str, Buffer],
         stream: Stream | None = None,
-    ) -> Launch:
+    ) -> Run:
         """See `goc_deploy.protocols.Engine.bind`.
 
         Raises:
@@ -142,7 +142,7 @@ class TensorrtEngine:
 
     def _bound(
         self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], stream: Stream
-    ) -> Launch:
+    ) -> Run:
         backend = self._backend
         # The first CUDA call of a thread: it sets the context that the plugin asks for.
         stream.wait()

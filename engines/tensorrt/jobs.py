@@ -10,7 +10,7 @@ from goc_deploy.compiler import in_form
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.graph_check import check_graph, external_tensors
 from goc_deploy.engine_dir.keys import EngineWeights, Recipe, Target, dimension_profiles
-from goc_deploy.engine_dir.manifest import EngineEntry, FileEntry, Manifest, Unit
+from goc_deploy.engine_dir.manifest import EngineEntry, FileEntry, GraphEntry, Manifest
 from goc_deploy.engines.plugin.stacking import KERNEL_SHA256, stack_updates
 from goc_deploy.engines.tensorrt import graphs
 from goc_deploy.options import EngineOptions
@@ -30,11 +30,11 @@ class Job:
     """
 
     recipe: Recipe
-    unit: Unit
+    unit: GraphEntry
     served: tuple[str, ...]
     profiles: tuple[graphs.Shapes, ...]
     weights: EngineWeights
-    parts: Mapping[str, Unit]
+    parts: Mapping[str, GraphEntry]
 
     @property
     def name(self) -> str:
@@ -132,7 +132,7 @@ def _digest_of_all(files: list[FileEntry]) -> str:
     )
 
 
-def _units(manifest: Manifest, without: Set[str]) -> Iterator[Unit]:
+def _units(manifest: Manifest, without: Set[str]) -> Iterator[GraphEntry]:
     """Yield every graph except some predict graphs."""
     skipped = {manifest.predict[signature] for signature in without}
     yield from (unit for unit in manifest.graphs() if unit.onnx not in skipped)

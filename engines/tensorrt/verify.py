@@ -10,7 +10,7 @@ import numpy as np
 
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.keys import dimension_ranges
-from goc_deploy.engine_dir.manifest import Unit
+from goc_deploy.engine_dir.manifest import GraphEntry
 from goc_deploy.engine_dir.weights import mapped_parts
 from goc_deploy.engines.tensorrt.backend import TensorrtBackend
 from goc_deploy.engines.tensorrt.graphs import model_from_bytes
@@ -77,13 +77,13 @@ def verify_engines(
     return differences
 
 
-def _graphs(directory: EngineDir, backend: TensorrtBackend) -> Iterator[Unit]:
+def _graphs(directory: EngineDir, backend: TensorrtBackend) -> Iterator[GraphEntry]:
     for unit in directory.manifest.graphs():
         if directory.sha256(unit.onnx) in backend.graphs:
             yield unit
 
 
-def _outputs(directory: EngineDir, unit: Unit, backend: Backend) -> dict[str, np.ndarray]:
+def _outputs(directory: EngineDir, unit: GraphEntry, backend: Backend) -> dict[str, np.ndarray]:
     """Return all outputs of a graph on inputs that depend on its name alone."""
     manifest, onnx = directory.manifest, directory.read(unit.onnx)
     parts = manifest.parts(unit)

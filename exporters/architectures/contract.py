@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from goc_deploy.exporters.units import UnitKind
+from goc_deploy.exporters.units import GraphKind
 from goc_deploy.precision import Precision
 from goc_deploy.spec import ModelSpec
 
@@ -44,10 +44,10 @@ class CheckTensors(Protocol):
         """
 
 
-class UnitKinds(Protocol):
-    """The type of `Architecture.unit_kinds`."""
+class GraphKinds(Protocol):
+    """The type of `Architecture.graph_kinds`."""
 
-    def __call__(self, spec: ModelSpec, precision: Precision) -> tuple[UnitKind, ...]:
+    def __call__(self, spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
         """The graphs of a model, in the order in which they are written."""
 
 
@@ -108,7 +108,7 @@ class Architecture:
             look like those of another family; then ``--model`` must select it.
         spec_from_tensors: infers the sizes from a checkpoint.
         check_tensors: checks that names and shapes fit the sizes.
-        unit_kinds: returns the graphs.
+        graph_kinds: returns the graphs.
         folder: how diffusers saves the family, or None if diffusers does not have it.
     """
 
@@ -116,7 +116,7 @@ class Architecture:
     telling_tensors: frozenset[str]
     spec_from_tensors: SpecFromTensors
     check_tensors: CheckTensors
-    unit_kinds: UnitKinds
+    graph_kinds: GraphKinds
     folder: DiffusersFolder | None = None
 
     def matches(self, names: Sequence[str]) -> bool:

@@ -38,7 +38,7 @@ from goc_deploy.exporters.tracing import (
     same_names,
     shapes_of,
 )
-from goc_deploy.exporters.units import DTYPES, Input, Slab, UnitKind
+from goc_deploy.exporters.units import DTYPES, GraphKind, Input, Slab
 from goc_deploy.precision import Precision
 from goc_deploy.schedule import MAX_BLOCKS
 from goc_deploy.spec import ModelSpec
@@ -287,7 +287,7 @@ class FinalUnit(nn.Module):
         return unpatchify(patches, self.spec).float()
 
 
-def unit_kinds(spec: ModelSpec, precision: Precision) -> tuple[UnitKind, ...]:
+def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
     """The graphs of a DiT, in the order in which they are written."""
     dtype = DTYPES[precision]
     examples = Examples(spec, dtype)
@@ -303,7 +303,7 @@ def unit_kinds(spec: ModelSpec, precision: Precision) -> tuple[UnitKind, ...]:
     labels = Input("labels", torch.tensor([0, spec.classes]), {0: "labels"})
     branch = (examples.tokens(), *examples.modulation("shift", "scale", "gate"))
     return (
-        UnitKind(
+        GraphKind(
             "conditioning",
             conditioning,
             (STEPS, labels),
@@ -311,12 +311,12 @@ def unit_kinds(spec: ModelSpec, precision: Precision) -> tuple[UnitKind, ...]:
             {"conditioning": _conditioning(conditioning, spec)},
             weights_are_inputs=True,
         ),
-        UnitKind("embed", embed, (examples.latents(), ROWS), ("x",), {"embed": same_names(embed)}),
-        UnitKind(
+        GraphKind("embed", embed, (examples.latents(), ROWS), ("x",), {"embed": same_names(embed)}),
+        GraphKind(
             "attn", attn, branch, ("x_out", "feature"), block_copies(attn, spec.depth, "attn")
         ),
-        UnitKind("mlp", mlp, branch, ("x_out", "feature"), block_copies(mlp, spec.depth, "mlp")),
-        UnitKind(
+        GraphKind("mlp", mlp, branch, ("x_out", "feature"), block_copies(mlp, spec.depth, "mlp")),
+        GraphKind(
             "final",
             final,
             (examples.tokens(), *examples.modulation("shift", "scale")),
@@ -371,7 +371,7 @@ DIT = Architecture(
     ),
     spec_from_tensors,
     check_tensors,
-    unit_kinds,
+    graph_kinds,
     DiffusersFolder(
         ("DiTPipeline",),
         "DiTTransformer2DModel",

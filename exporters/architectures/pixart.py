@@ -61,7 +61,7 @@ from goc_deploy.exporters.tracing import (
     same_names,
     shapes_of,
 )
-from goc_deploy.exporters.units import DTYPES, Input, Slab, UnitKind
+from goc_deploy.exporters.units import DTYPES, GraphKind, Input, Slab
 from goc_deploy.precision import Precision
 from goc_deploy.schedule import MAX_BLOCKS
 from goc_deploy.spec import ModelSpec
@@ -301,7 +301,7 @@ def check_tensors(tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
     check_shapes(used, shapes_of(lambda: PublicLayout(spec)), what)
 
 
-def unit_kinds(spec: ModelSpec, precision: Precision) -> tuple[UnitKind, ...]:
+def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
     """The graphs of a PixArt, in the order in which they are written."""
     dtype = DTYPES[precision]
     examples = Examples(spec, dtype)
@@ -329,7 +329,7 @@ def unit_kinds(spec: ModelSpec, precision: Precision) -> tuple[UnitKind, ...]:
     branch = (examples.tokens(), *examples.modulation("shift", "scale", "gate"))
     outputs = ("x_out", "feature")
     return (
-        UnitKind(
+        GraphKind(
             "conditioning",
             conditioning,
             (STEPS,),
@@ -337,7 +337,7 @@ def unit_kinds(spec: ModelSpec, precision: Precision) -> tuple[UnitKind, ...]:
             {"conditioning": _conditioning(conditioning, spec)},
             weights_are_inputs=True,
         ),
-        UnitKind(
+        GraphKind(
             "captions",
             captions,
             (Input("captions", example, by_caption),),
@@ -345,17 +345,17 @@ def unit_kinds(spec: ModelSpec, precision: Precision) -> tuple[UnitKind, ...]:
             {"captions": _captions(captions, spec)},
             weights_are_inputs=True,
         ),
-        UnitKind("embed", embed, (examples.latents(), ROWS), ("x",), {"embed": same_names(embed)}),
-        UnitKind("attn", attn, branch, outputs, block_copies(attn, spec.depth, "attn")),
-        UnitKind(
+        GraphKind("embed", embed, (examples.latents(), ROWS), ("x",), {"embed": same_names(embed)}),
+        GraphKind("attn", attn, branch, outputs, block_copies(attn, spec.depth, "attn")),
+        GraphKind(
             "cross",
             cross,
             (examples.tokens(), *of_caption),
             outputs,
             block_copies(cross, spec.depth, "cross"),
         ),
-        UnitKind("mlp", mlp, branch, outputs, block_copies(mlp, spec.depth, "mlp")),
-        UnitKind(
+        GraphKind("mlp", mlp, branch, outputs, block_copies(mlp, spec.depth, "mlp")),
+        GraphKind(
             "final",
             final,
             (examples.tokens(), *examples.modulation("shift", "scale")),
@@ -392,7 +392,7 @@ PIXART = Architecture(
     frozenset({"x_embedder.proj.weight", "t_block.1.weight", "y_embedder.y_proj.fc1.weight"}),
     spec_from_tensors,
     check_tensors,
-    unit_kinds,
+    graph_kinds,
     DiffusersFolder(
         ("PixArtAlphaPipeline",),
         "PixArtTransformer2DModel",

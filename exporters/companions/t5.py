@@ -32,7 +32,7 @@ from goc_deploy.exporters.folders import (
     read_weights,
 )
 from goc_deploy.exporters.tracing import Examples, check_shapes, empty_module, same_names, shapes_of
-from goc_deploy.exporters.units import Input, UnitKind
+from goc_deploy.exporters.units import GraphKind, Input
 from goc_deploy.precision import Precision
 from goc_deploy.spec import Count, ModelSpec
 
@@ -123,7 +123,7 @@ def read_text_encoder(path: Path, spec: ModelSpec) -> TextEncoderFiles:
             not fit the model.
         SafetyError: an index names files outside the folder, or a file asks to run code.
     """
-    if not spec.draws_captions:
+    if not spec.text_conditional:
         raise ModelError(
             f"{path} is a text encoder, but the model draws class labels; leave it out"
         )
@@ -189,7 +189,7 @@ def t5_config(config: Mapping[str, Any], where: str) -> T5Config:
     return settings
 
 
-def text_encoder_kind(config: T5Config, spec: ModelSpec) -> UnitKind:
+def text_encoder_kind(config: T5Config, spec: ModelSpec) -> GraphKind:
     """The graph of the encoder.
 
     Inputs: tokens (K, L) int64, mask (K, L) float32. Outputs: embeds (K, L, C) float32.
@@ -200,7 +200,7 @@ def text_encoder_kind(config: T5Config, spec: ModelSpec) -> UnitKind:
     mask = (torch.arange(length) < torch.tensor([[max(1, length // 3)], [length]])).float()
     inputs = (Input("tokens", tokens, {0: "captions"}), Input("mask", mask, {0: "captions"}))
     copies = {TEXT_ENCODER: same_names(module)}
-    return UnitKind(TEXT_ENCODER, module, inputs, ("embeds",), copies, weights_are_inputs=True)
+    return GraphKind(TEXT_ENCODER, module, inputs, ("embeds",), copies, weights_are_inputs=True)
 
 
 def position_buckets(length: int, buckets: int, furthest: int) -> Tensor:

@@ -34,7 +34,7 @@ from goc_deploy.exporters.folders import (
     read_weights,
 )
 from goc_deploy.exporters.tracing import Examples, check_shapes, empty_module, same_names, shapes_of
-from goc_deploy.exporters.units import Input, UnitKind
+from goc_deploy.exporters.units import GraphKind, Input
 from goc_deploy.precision import Precision
 from goc_deploy.spec import DecoderSpec, ModelSpec
 
@@ -198,7 +198,7 @@ def decoder_spec(config: VaeConfig, spec: ModelSpec, largest_tile: int) -> Decod
     )
 
 
-def decoder_kind(config: VaeConfig, spec: ModelSpec, decoder: DecoderSpec) -> UnitKind:
+def decoder_kind(config: VaeConfig, spec: ModelSpec, decoder: DecoderSpec) -> GraphKind:
     """The graph of the decoder for tiles.
 
     Inputs: latents (n, C, t, t) float32. Outputs: pixels (n, channels, t*upscale, t*upscale)
@@ -207,7 +207,7 @@ def decoder_kind(config: VaeConfig, spec: ModelSpec, decoder: DecoderSpec) -> Un
     examples = Examples(spec, torch.float32)
     tiles = examples.normal(2, spec.channels, decoder.tile, decoder.tile)
     module = empty_module(lambda: VaeDecoder(config), torch.float32, examples.generator)
-    return UnitKind(
+    return GraphKind(
         DECODER,
         module,
         (Input("latents", tiles, {0: "tiles"}),),

@@ -95,7 +95,7 @@ def conditions_from_labels(
     """
     if len(labels) == 0:
         raise UsageError("labels are empty; give one label per image")
-    if spec.draws_captions and stored is None:
+    if spec.text_conditional and stored is None:
         raise UsageError(f"{NO_CAPTIONS}, or give prompts")
     check_rows(labels, spec.classes)
     table = None if stored is None else stored.table
@@ -135,7 +135,7 @@ def prompt_embeds_from_arrays(
     Raises:
         UsageError: a name is unknown, or a shape, dtype or value does not fit.
     """
-    if not spec.draws_captions:
+    if not spec.text_conditional:
         raise UsageError(
             f"{where}: this is a class-conditional model, which takes no captions; use `labels`"
         )

@@ -13,7 +13,7 @@ import numpy as np
 
 from goc_deploy.conditions.captions import Captions, PromptEmbeds
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, UsageError
-from goc_deploy.protocols import Backend, Engine, Launch
+from goc_deploy.protocols import Backend, Engine, Run
 from goc_deploy.spec import ModelSpec, TextSpec
 from goc_deploy.strict_json import bytes_from_file
 
@@ -98,7 +98,7 @@ class TextEncoder:
         self._tokens = backend.allocate((self._most, length), "int64")
         self._mask = backend.allocate((self._most, length), "float32")
         self._embeds = backend.allocate((self._most, length, spec.caption_channels), "float32")
-        self._bound: dict[int, Launch] = {}  # number of prompts -> launch
+        self._bound: dict[int, Run] = {}  # number of prompts -> launch
         self._known: OrderedDict[str, _Encoded] = OrderedDict()
         self._bind(1)
 
@@ -183,7 +183,7 @@ class TextEncoder:
         # Copies, because kept results are dropped one by one.
         return [(embeds[i].copy(), mask[i].copy()) for i in range(count)]
 
-    def _bind(self, count: int) -> Launch:
+    def _bind(self, count: int) -> Run:
         if count not in self._bound:
             tokens, mask, embeds = (
                 b.view(count, *b.shape[1:]) for b in (self._tokens, self._mask, self._embeds)

@@ -15,7 +15,7 @@ from goc_deploy.engine_dir.keys import EngineWeights
 from goc_deploy.engine_dir.manifest import EngineEntry, Manifest
 
 
-def unit_rows(directory: EngineDir) -> Table:
+def graph_rows(directory: EngineDir) -> Table:
     """Make a row per graph: its sizes, its error compared with PyTorch, and its engines."""
     manifest = directory.manifest
     served = Counter(graph for engine in manifest.engines for graph in engine.graphs)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from goc_deploy.engine_dir.manifest import Unit
+from goc_deploy.engine_dir.manifest import GraphEntry
 from goc_deploy.engine_dir.onnx_messages import model_from_bytes
 from goc_deploy.errors import EngineDirError, SafetyError
 
@@ -57,7 +57,7 @@ class ExternalTensor:
     shape: tuple[int, ...]
 
 
-def external_tensors(parts: Mapping[str, Unit]) -> dict[str, ExternalTensor]:
+def external_tensors(parts: Mapping[str, GraphEntry]) -> dict[str, ExternalTensor]:
     """Return by name the initializers that a graph may have outside its file.
 
     Args:

@@ -49,7 +49,7 @@ class Parameter:
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class GraphEntry:
     """An exported graph: an ONNX file, and a weights file if the graph has weights.
 
     Attributes:
@@ -144,7 +144,7 @@ class Manifest:
     model: ModelSpec
     precision: Precision
     max_batch: Size
-    units: tuple[Unit, ...]
+    units: tuple[GraphEntry, ...]
     predict: dict[str, str]
     plans: tuple[PlanEntry, ...]
     files: tuple[FileEntry, ...]
@@ -162,24 +162,24 @@ class Manifest:
         """The diffusion process that the model was trained on."""
         return Process(self.model.prediction, self.scheduler)
 
-    def predict_unit(self, signature: str) -> Unit:
+    def predict_unit(self, signature: str) -> GraphEntry:
         """Return a predict graph as a unit without weights, named after its file."""
         return self._unit_of_plans(self.predict[signature])
 
-    def segment_unit(self, signature: str) -> Unit:
+    def segment_unit(self, signature: str) -> GraphEntry:
         """Return a segment as a unit without weights of its own; `parts` names their units."""
         return self._unit_of_plans(self.segments[signature])
 
-    def _unit_of_plans(self, path: str) -> Unit:
-        return Unit(PurePosixPath(path).stem, path, None, (), False, None, self.precision)
+    def _unit_of_plans(self, path: str) -> GraphEntry:
+        return GraphEntry(PurePosixPath(path).stem, path, None, (), False, None, self.precision)
 
-    def graphs(self) -> Iterator[Unit]:
+    def graphs(self) -> Iterator[GraphEntry]:
         """Yield every graph: those that do not depend on a plan, predict graphs, segments."""
         yield from self.units
         yield from map(self.predict_unit, self.predict)
         yield from map(self.segment_unit, self.segments)
 
-    def parts(self, unit: Unit) -> Mapping[str, Unit]:
+    def parts(self, unit: GraphEntry) -> Mapping[str, GraphEntry]:
         """Return the units whose weights a graph has, by the prefix of their names in the graph.
 
         A segment has those of all its units, and any other graph only its own.

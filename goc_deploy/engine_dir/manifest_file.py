@@ -80,10 +80,10 @@ def _model_problems(manifest: Manifest) -> Iterator[str]:
     model = manifest.model
     if model.prediction not in PREDICTIONS:
         yield f"$.model.prediction: {expected(PREDICTIONS, model.prediction)}"
-    needed = "caption_tokens" if model.draws_captions else "classes"
+    needed = "caption_tokens" if model.text_conditional else "classes"
     if not getattr(model, needed):
         yield f"$.model.{needed}: expected int >= 1, got 0"
-    if ("cross" in model.branches) != model.draws_captions:
+    if ("cross" in model.branches) != model.text_conditional:
         yield (
             "$.model.branches: expected 'cross' if caption_channels is not 0 and only then, "
             f"got {', '.join(model.branches):.60}"
@@ -134,7 +134,7 @@ def _unit_problems(manifest: Manifest) -> Iterator[str]:
 
 def _label_table_problems(manifest: Manifest, parameter: Parameter, path: str) -> Iterator[str]:
     classes, rows = manifest.model.classes, parameter.shape[:1]
-    if not parameter.name.endswith(_LABEL_TABLE) or manifest.model.draws_captions:
+    if not parameter.name.endswith(_LABEL_TABLE) or manifest.model.text_conditional:
         return
     if rows != (classes + 1,):  # the last row is the null label
         yield (

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from goc_deploy.engine_dir.manifest import Unit
+from goc_deploy.engine_dir.manifest import GraphEntry
 from goc_deploy.precision import DTYPE_OF_PRECISION
 from goc_deploy.protocols import Buffer, mapped_buffer
 
 
-def mapped_weights(unit: Unit, weights: memoryview) -> tuple[dict[str, Buffer], dict[str, Buffer]]:
+def mapped_weights(
+    unit: GraphEntry, weights: memoryview
+) -> tuple[dict[str, Buffer], dict[str, Buffer]]:
     """View a unit's weights in the content of its file, as arguments of `Backend.load`.
 
     Returns:
@@ -21,7 +23,7 @@ def mapped_weights(unit: Unit, weights: memoryview) -> tuple[dict[str, Buffer], 
 
 
 def mapped_parts(
-    parts: Mapping[str, Unit], content: Mapping[str, memoryview]
+    parts: Mapping[str, GraphEntry], content: Mapping[str, memoryview]
 ) -> tuple[dict[str, Buffer], dict[str, Buffer]]:
     """View the weights of all parts of a graph, see `mapped_weights`.
 

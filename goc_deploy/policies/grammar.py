@@ -16,7 +16,7 @@ _PLAN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,@-]{0,99}")
 
 
 @dataclass(frozen=True, slots=True)
-class PolicySpec:
+class Policy:
     """A parsed SPEC.
 
     Attributes:
@@ -61,7 +61,7 @@ class PolicySpec:
         )
 
 
-def parse_policy(text: str) -> PolicySpec:
+def parse_policy(text: str) -> Policy:
     """Parse a SPEC. Which names and options there are is checked when a schedule is made of it.
 
     Raises:
@@ -81,7 +81,7 @@ def parse_policy(text: str) -> PolicySpec:
     if len({name for name, _ in options}) != len(options):
         raise UsageError(f"SPEC {text!r}: an option is given twice")
     correction = _named_argument(parts[1]) if len(parts) == 2 else None
-    return PolicySpec(text.strip(), _named_argument(parts[0]), correction, tuple(options))
+    return Policy(text.strip(), _named_argument(parts[0]), correction, tuple(options))
 
 
 def _named_argument(part: str) -> tuple[str, str]:

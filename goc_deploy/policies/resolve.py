@@ -15,7 +15,7 @@ from goc_deploy.errors import GocError, UsageError
 from goc_deploy.policies.calibration import Laboratory
 from goc_deploy.policies.context import PolicyContext, ReadRouter
 from goc_deploy.policies.gradient import only_where_all_branches_are_reused
-from goc_deploy.policies.grammar import PolicySpec, parse_policy
+from goc_deploy.policies.grammar import Policy, parse_policy
 from goc_deploy.policies.options import NoOptions, filled, option, option_names
 from goc_deploy.policies.registration import base_named, correction_named, registered_names
 from goc_deploy.policies.suggestions import hint_for_correction, hint_for_policy
@@ -46,7 +46,7 @@ class RestrictionOptions:
 
 
 def schedule_from_policy(
-    policy: PolicySpec,
+    policy: Policy,
     spec: ModelSpec,
     steps: int,
     laboratory: Laboratory | None = None,
@@ -133,7 +133,7 @@ class _Parts:
         return corrected
 
 
-def _parts(policy: PolicySpec) -> _Parts:
+def _parts(policy: Policy) -> _Parts:
     """Look up the names of a SPEC, and fill their options dataclasses."""
     base_name, base_argument = policy.base
     base, pairs = base_named(base_name), dict(policy.options)

@@ -22,18 +22,18 @@ FEW_STEPS = 15  # with fewer, a third-order solver uses second order in its last
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """``x[k+1] = latent * x[k] + sum_i denoised[i] * d[k-i] + noise * exp(spread * v) * z``.
+    """``x[k+1] = latent * x[k] + sum_i estimates[i] * d[k-i] + noise * exp(spread * v) * z``.
 
     Attributes:
         latent: weight of the current latents.
-        denoised: weights of the estimates of the clean sample, newest first.
+        estimates: weights of the estimates of the clean sample, newest first.
         noise: weight of fresh standard normal noise.
         spread: how strongly the variance channels v of the model (-1 is the least variance, 1 the
             most) scale the noise.
     """
 
     latent: float
-    denoised: tuple[float, ...]
+    estimates: tuple[float, ...]
     noise: float = 0.0
     spread: float = 0.0
 

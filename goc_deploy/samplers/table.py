@@ -175,19 +175,19 @@ def sampler_table(sampler: str, steps: int, process: Process) -> SamplerTable:
     signal = process.signal_along(timesteps)
     updates = solve(signal)
     estimate = tuple(estimate_weights(process.prediction, s) for s in signal[:-1])
-    lags = max(len(update.denoised) for update in updates) - 1
+    lags = max(len(update.estimates) for update in updates) - 1
     return SamplerTable(
         sampler=sampler,
         prediction=process.prediction,
         timesteps=timesteps,
         latent=tuple(
-            u.latent + u.denoised[0] * of_x for u, (of_x, _) in zip(updates, estimate, strict=True)
+            u.latent + u.estimates[0] * of_x for u, (of_x, _) in zip(updates, estimate, strict=True)
         ),
-        model=tuple(u.denoised[0] * of_m for u, (_, of_m) in zip(updates, estimate, strict=True)),
+        model=tuple(u.estimates[0] * of_m for u, (_, of_m) in zip(updates, estimate, strict=True)),
         noise=tuple(u.noise for u in updates),
         spread=tuple(u.spread for u in updates),
         estimate=estimate,
-        history=tuple((*u.denoised[1:], *[0.0] * (lags + 1 - len(u.denoised))) for u in updates),
+        history=tuple((*u.estimates[1:], *[0.0] * (lags + 1 - len(u.estimates))) for u in updates),
     )
 
 

@@ -13,7 +13,7 @@ from goc_deploy.engines import cuda, driver
 from goc_deploy.engines.cuda import STAGING_BYTES, cuda_device
 from goc_deploy.engines.driver import Driver
 from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError
-from goc_deploy.protocols import Buffer, Launch, Move
+from goc_deploy.protocols import Buffer, Move, Run
 from tests.stand_ins.device import StandInDevice
 from tests.stand_ins.driver import OUT_OF_MEMORY, SUCCESS
 from tests.stand_ins.kernels import Fault
@@ -24,7 +24,7 @@ def device() -> StandInDevice:
     return StandInDevice()
 
 
-def copying(device: StandInDevice) -> tuple[cuda.CudaStream, Buffer, Buffer, Launch]:
+def copying(device: StandInDevice) -> tuple[cuda.CudaStream, Buffer, Buffer, Run]:
     """A stream, two buffers with values, and a copy from one to the other."""
     stream, source, target = (
         device.stream(),

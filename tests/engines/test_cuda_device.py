@@ -13,7 +13,7 @@ from goc_deploy.engines.driver import load_driver
 from goc_deploy.engines.plugin.kernel import stack_from_signature
 from goc_deploy.engines.plugin.predict import PredictKernel
 from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError
-from goc_deploy.protocols import Buffer, Launch, Move
+from goc_deploy.protocols import Buffer, Move, Run
 from tests.engines.plugin.arrays import assert_close, random_case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
@@ -65,7 +65,7 @@ def test_a_graph_repeats_the_start_of_a_step_a_copy_and_a_prediction(device: Cud
     )
     step = placed(device, stream, np.array([-1]), "int32")
     moved, kept = (device.allocate((2, 3, 4), "float32") for _ in range(2))
-    launches: list[Launch] = [
+    launches: list[Run] = [
         device.step_start([Move(source.view(2, 2, 4), moved, 3, 16, rows)], step, stream),
         lambda: stream.copy(moved, kept),
         kernel.bind(inputs, outputs, stream),
@@ -122,7 +122,7 @@ def test_a_stream_goes_on_after_a_capture_that_fails(
     def failing() -> None:
         raise EnvironmentUnsupportedError("a launch fails")
 
-    launches: list[Launch] = [lambda: stream.copy(source, target), failing]
+    launches: list[Run] = [lambda: stream.copy(source, target), failing]
     assert stream.recorded(launches) is launches
     assert "a launch fails" in caplog.text
     launches[0]()

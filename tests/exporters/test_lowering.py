@@ -9,10 +9,10 @@ import torch
 
 from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.errors import VerificationError
-from goc_deploy.exporters.architectures.dit import spec_from_tensors, unit_kinds
+from goc_deploy.exporters.architectures.dit import graph_kinds, spec_from_tensors
 from goc_deploy.exporters.lowering import OPSET, Template, template_from_kind, write_copy
 from goc_deploy.exporters.tracing import empty_module, same_names
-from goc_deploy.exporters.units import DTYPES, Input, UnitKind
+from goc_deploy.exporters.units import DTYPES, GraphKind, Input
 from goc_deploy.exporters.verification import TOLERANCE, verify_copy
 from tests.conftest import GOLDEN
 
@@ -23,7 +23,7 @@ SPEC = spec_from_tensors(STATE, 4)
 @pytest.fixture(scope="module", params=["fp32", "fp16", "bf16"])
 def templates(request: pytest.FixtureRequest) -> dict[str, Template]:
     dtype = DTYPES[request.param]
-    return {kind.kind: template_from_kind(kind, dtype) for kind in unit_kinds(SPEC, request.param)}
+    return {kind.kind: template_from_kind(kind, dtype) for kind in graph_kinds(SPEC, request.param)}
 
 
 def test_every_unit_equals_pytorch_and_passes_the_checker(
@@ -56,7 +56,7 @@ def test_graphs_are_strongly_typed_with_float32_softmax_and_norm(
 
 
 def test_weights_are_stored_as_the_checkpoint_has_them(tmp_path: Path) -> None:
-    template = template_from_kind(unit_kinds(SPEC, "fp32")[2], torch.float32)
+    template = template_from_kind(graph_kinds(SPEC, "fp32")[2], torch.float32)
     write_copy(template, "block_02_attn", STATE, tmp_path)
     model = onnx.load(tmp_path / "block_02_attn.onnx")
     stored = {i.name: onnx.numpy_helper.to_array(i) for i in model.graph.initializer}
@@ -66,7 +66,7 @@ def test_weights_are_stored_as_the_checkpoint_has_them(tmp_path: Path) -> None:
 
 
 def test_a_unit_with_the_weights_of_another_block_is_refused(tmp_path: Path) -> None:
-    template = template_from_kind(unit_kinds(SPEC, "fp32")[3], torch.float32)
+    template = template_from_kind(graph_kinds(SPEC, "fp32")[3], torch.float32)
     parameters = write_copy(template, "block_00_mlp", STATE, tmp_path)
     write_copy(template, "block_01_mlp", STATE, tmp_path)
     (tmp_path / "block_00_mlp.weights").write_bytes(
@@ -80,7 +80,7 @@ def test_a_unit_with_the_weights_of_another_block_is_refused(tmp_path: Path) -> 
 
 
 def test_a_graph_that_computes_something_else_fails_the_comparison(tmp_path: Path) -> None:
-    template = template_from_kind(unit_kinds(SPEC, "fp32")[3], torch.float32)
+    template = template_from_kind(graph_kinds(SPEC, "fp32")[3], torch.float32)
     parameters = write_copy(template, "block_00_mlp", STATE, tmp_path)
     model = onnx.load(tmp_path / "block_00_mlp.onnx", load_external_data=False)
     (gelu,) = (node for node in model.graph.node if node.op_type == "Gelu")
@@ -100,7 +100,7 @@ def test_small_weights_are_kept_whatever_memory_they_were_given() -> None:
         )
     finally:
         torch.use_deterministic_algorithms(False)
-    kind = UnitKind(
+    kind = GraphKind(
         "two",
         module,
         (Input("x", torch.ones(2, 16), {0: "rows"}),),

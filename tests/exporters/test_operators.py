@@ -77,7 +77,7 @@ def test_no_graph_of_the_model_has_a_convolution(engine: Path) -> None:
     for path in graphs:
         ops = {node.op_type for node in onnx.load(path, load_external_data=False).graph.node}
         assert "Conv" not in ops, path.name
-    assert sit.SIT.unit_kinds is dit.DIT.unit_kinds
+    assert sit.SIT.graph_kinds is dit.DIT.graph_kinds
 
 
 def test_the_patch_embedding_reads_the_kernel_as_it_is_stored(engine: Path) -> None:

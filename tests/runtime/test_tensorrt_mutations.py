@@ -15,7 +15,7 @@ from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.manifest import Manifest
 from goc_deploy.engines.tensorrt.backend import TensorrtBackend
 from goc_deploy.engines.tensorrt.selection import tensorrt_backend
-from goc_deploy.protocols import Buffer, Launch, Move, Stream
+from goc_deploy.protocols import Buffer, Move, Run, Stream
 from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.loading import load_engines
 from goc_deploy.runtime.pipeline import Pipeline
@@ -62,7 +62,7 @@ class BrokenDevice(StandInDevice):
     def stream(self, *, graphs: bool = True) -> BrokenStream:
         return BrokenStream(self, graphs=graphs and self.graphs)
 
-    def step_start(self, moves: Sequence[Move], step: Buffer, stream: Stream) -> Launch:
+    def step_start(self, moves: Sequence[Move], step: Buffer, stream: Stream) -> Run:
         return super().step_start(self.change_moves(list(moves)), step, stream)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from goc_deploy.engines.ort import OrtBackend
-from goc_deploy.protocols import Buffer, Engine, Launch, Stream
+from goc_deploy.protocols import Buffer, Engine, Run, Stream
 
 
 class CountedEngine:
@@ -20,7 +20,7 @@ class CountedEngine:
         inputs: Mapping[str, Buffer],
         outputs: Mapping[str, Buffer],
         stream: Stream | None = None,
-    ) -> Launch:
+    ) -> Run:
         size = next(iter(inputs.values())).shape[0]
         launch = self._engine.bind(inputs, outputs, stream)
 

@@ -7,14 +7,14 @@ import pytest
 
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.keys import dimension_ranges
-from goc_deploy.engine_dir.manifest import Manifest, Unit
+from goc_deploy.engine_dir.manifest import GraphEntry, Manifest
 from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.engines.tensorrt import graphs
 from goc_deploy.errors import EngineDirError, ResourceError
 from goc_deploy.protocols import mapped_buffer
 
 
-def unit_of(engine: Path, name: str) -> tuple[Manifest, Unit, memoryview, memoryview]:
+def unit_of(engine: Path, name: str) -> tuple[Manifest, GraphEntry, memoryview, memoryview]:
     """Manifest, unit, and the bytes of its graph and weights."""
     directory = EngineDir.open(engine)
     unit = next(u for u in directory.manifest.units if u.name == name)

@@ -21,7 +21,7 @@ from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.errors import EngineDirError, GocError, ModelError, SafetyError
 from goc_deploy.exporters.companions.vae import VaeDecoder, decoder_spec, read_vae_folder
-from goc_deploy.protocols import Buffer, Engine, Launch, Stream
+from goc_deploy.protocols import Buffer, Engine, Run, Stream
 from goc_deploy.runtime.decoder import LatentDecoder
 from goc_deploy.runtime.loading import load_engines
 from goc_deploy.spec import ModelSpec
@@ -151,7 +151,7 @@ class OneByOne:
         inputs: Mapping[str, Buffer],
         outputs: Mapping[str, Buffer],
         stream: Stream | None = None,
-    ) -> Launch:
+    ) -> Run:
         def of_sample(tensors: Mapping[str, Buffer], i: int) -> dict[str, Buffer]:
             return {
                 name: b.view(1, *b.shape[1:], start=i * math.prod(b.shape[1:]))

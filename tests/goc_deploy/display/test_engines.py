@@ -8,10 +8,10 @@ import pytest
 import goc_deploy
 from goc_deploy.display.engines import (
     engine_rows,
+    graph_rows,
     launch_rows,
     launched_graphs,
     target_folders,
-    unit_rows,
 )
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.keys import Target
@@ -99,7 +99,7 @@ def test_engines_are_shown_with_their_size_and_whether_their_file_is_there(
         "1.5",
         "missing",
     ]
-    _, units = unit_rows(directory)
+    _, units = graph_rows(directory)
     assert {row[-1] for row in units} == {"1"}
     assert any(row[0].startswith("predict 1*") for row in units)
     assert {"segment -*8", "segment w*8"} <= {row[0] for row in units}

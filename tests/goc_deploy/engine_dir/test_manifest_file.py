@@ -15,10 +15,10 @@ from goc_deploy.engine_dir.keys import Target
 from goc_deploy.engine_dir.manifest import (
     EngineEntry,
     FileEntry,
+    GraphEntry,
     Manifest,
     Parameter,
     PlanEntry,
-    Unit,
 )
 from goc_deploy.engine_dir.manifest_file import (
     MANIFEST_VERSION,
@@ -43,9 +43,9 @@ ENGINE = EngineEntry(
 )
 
 
-def unit(name: str, *parameters: Parameter) -> Unit:
+def unit(name: str, *parameters: Parameter) -> GraphEntry:
     weights = f"onnx/{name}.weights" if parameters else None
-    return Unit(name, f"onnx/{name}.onnx", weights, parameters, False, 1e-6, "fp16")
+    return GraphEntry(name, f"onnx/{name}.onnx", weights, parameters, False, 1e-6, "fp16")
 
 
 UNITS = (

@@ -61,7 +61,7 @@ def engine_of(tmp_path_factory: pytest.TempPathFactory) -> MakeEngine:
             folder, spec = tmp_path_factory.mktemp(architecture), SPECS[architecture]
             torch.save(random_state(spec, 0), folder / "model.pt")
             more = {}
-            if spec.draws_captions:
+            if spec.text_conditional:
                 shape, rng = (
                     (2, spec.caption_tokens, spec.caption_channels),
                     np.random.default_rng(0),
