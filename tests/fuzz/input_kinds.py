@@ -20,7 +20,7 @@ from goc_deploy.conditions.captions import blank_captions, captions_from_bytes, 
 from goc_deploy.conditions.tensor_files import array_from_npy, arrays_from_file
 from goc_deploy.conditions.text import TextEncoder, prompts_from_file
 from goc_deploy.errors import ModelError
-from goc_deploy.exporters.architectures import dit as dit_units
+from goc_deploy.exporters.architectures.dit import DIT
 from goc_deploy.exporters.checkpoint import check_values, load_checkpoint
 from goc_deploy.exporters.companions.t5 import position_buckets, t5_config
 from goc_deploy.exporters.companions.tokenizer_files import json_from_sentencepiece, read_tokenizer
@@ -168,8 +168,8 @@ def _model_trials(folder: Path) -> dict[str, Trial]:
         table_from_sampler("diffusers", STEPS, process)
 
     def read_folder(_: Path) -> None:
-        found = read_model_folder(model, {"dit": dit_units})
-        dit_units.check_tensors(found.checkpoint.tensors, found.spec)
+        found = read_model_folder(model, {"dit": DIT})
+        DIT.check_tensors(found.checkpoint.tensors, found.spec)
 
     def text_encoder(generator: random.Random) -> None:
         found = parse_json(mutated_json(_json(t5_folder.CONFIG), generator), "t5", ModelError)
