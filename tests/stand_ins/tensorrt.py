@@ -1,8 +1,11 @@
-"""A TensorRT whose engines are ONNX graphs, which ONNX Runtime executes at the addresses that a context was given.
+"""A TensorRT whose engines are ONNX graphs.
 
-It runs what the real parser would take: graphs with embedded weights or with weights as inputs, and the plugin's stack. An
-engine file is the graph behind the first bytes of a real one. It keeps the rules of the real library, and raises
-`tests.stand_ins.kernels.Fault` where the real one would compute something wrong.
+ONNX Runtime executes them at the addresses that a context was given.
+
+It runs what the real parser would take: graphs with embedded weights or with weights as inputs, and
+the plugin's stack. An engine file is the graph behind the first bytes of a real one. It keeps the
+rules of the real library, and raises `tests.stand_ins.kernels.Fault` if the real one would
+compute something wrong.
 """
 
 from __future__ import annotations
@@ -176,7 +179,11 @@ def with_profiles(graph: bytes, profiles: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 class StandInTensorrt:
-    """The module. ``calls`` lists every run in order, with the addresses of its tensors; ``compiled`` what RTX compiled."""
+    """The module.
+
+    ``calls`` lists every run in order, with the addresses of its tensors; ``compiled`` lists what
+    RTX compiled.
+    """
 
     ILogger, TensorIOMode = ILogger, TensorIOMode
     ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
@@ -247,7 +254,7 @@ class StandInTensorrt:
     def build(
         self, directory: EngineDir, options: EngineOptions, progress: Progress
     ) -> tuple[EngineDir, int]:
-        """Takes the place of `goc_deploy.engines.tensorrt.store.build_engines`: all of it but the builder."""
+        """`goc_deploy.engines.tensorrt.store.build_engines` without the real builder."""
         latest = directory
         target = Target(options.backend, self.__version__, this_platform(), options.capabilities)
         (directory.path / "engines").mkdir(exist_ok=True)

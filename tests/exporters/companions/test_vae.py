@@ -133,7 +133,10 @@ def test_pixels_are_those_of_diffusers(tmp_path: Path) -> None:
 
 
 def test_tiles_are_close_to_the_whole(tiled: Path, vae: Path) -> None:
-    """Group norms, attention and padding see a tile only, which shows most in tiles as small as these."""
+    """Group norms, attention and padding see a tile only.
+
+    The effect is largest in tiles as small as these.
+    """
     with goc_deploy.load(tiled) as pipe:
         result = pipe.generate([1], seed=1)
         decoder = pipe._attached.decoder
