@@ -21,7 +21,8 @@ from goc_deploy.schedule.schedule import schedule_to_json
 from goc_deploy.spec import ModelSpec
 
 ETA = 1.2
-# Units that Learning-to-Cache's public router for DiT-XL/2 and 20 steps caches at steps 1, 3, ..., 19 (threshold 0.1), of 56.
+# The units, of 56, that Learning-to-Cache's public router for DiT-XL/2 and 20 steps caches at steps
+# 1, 3, ..., 19 (threshold 0.1).
 L2C_CACHED = (56, 56, 52, 48, 30, 3, 1, 1, 1, 0)
 PLANS = {
     "none": "no cache",
@@ -34,7 +35,7 @@ PLANS = {
 
 
 def l2c_like_schedule(spec: ModelSpec, steps: int) -> Schedule:
-    """Plain reuse at odd steps of as large a share of the units as the public router caches there; which is drawn."""
+    """Plain reuse at odd steps of random units, as many as the public router caches."""
     generator, rows = random.Random(0), []
     for step in range(steps):
         share = L2C_CACHED[min(step // 2 * 20 // steps, 9)] / 56 if step % 2 else 0.0
@@ -111,7 +112,7 @@ def add_warm_plan(engine: Path) -> str:
 def ours(
     engine: Path, steps: int, batch: int, threads: int
 ) -> tuple[list[Contender], dict[str, Pipeline]]:
-    """(e) goc_deploy's plans, which are added to the engine, and one of two steps for warming up."""
+    """(e) goc_deploy's plans, added to the engine, and a two-step plan for warming up."""
     spec = EngineDir.open(engine).manifest.model
     file = engine.with_name("l2c-like.json")
     file.write_text(schedule_to_json(l2c_like_schedule(spec, steps)), encoding="utf-8")

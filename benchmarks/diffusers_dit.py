@@ -42,7 +42,10 @@ def transformer_from_dit(model: DiT) -> DiTTransformer2DModel:
 
 
 class TableScheduler(DDIMScheduler):
-    """DDIM with the timesteps of a sampler table, whose spacing diffusers' own DDIM steps over inexactly."""
+    """DDIM with the timesteps of a sampler table.
+
+    diffusers' own DDIM steps over the spacing of such a table inexactly.
+    """
 
     table: SamplerTable
 

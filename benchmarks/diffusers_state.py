@@ -11,7 +11,10 @@ from goc_deploy.spec import ModelSpec
 
 
 def diffusers_state(state: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
-    """What ``DiTTransformer2DModel.load_state_dict`` takes. Nothing is copied; every block gets the one embedder."""
+    """The state dict for ``DiTTransformer2DModel.load_state_dict``.
+
+    Nothing is copied. All blocks share one embedder.
+    """
     kinds, found = ("weight", "bias"), {}
     for ours, theirs in layer_names(spec).items():
         for kind in kinds:

@@ -1,9 +1,10 @@
 """The reference algorithm written plainly in PyTorch, the way research code has it.
 
-Every block makes its own adaLN modulation at every step, reused or not; Python decides per block and step; each block
-keeps a queue of the two newest pairs of branch outputs (before the gate), pushed after every call; and with the
-gradient the difference of the two is taken at every step, used or not. Source: "Accelerating Diffusion Transformer via
-Gradient-Optimized Cache", ICCV 2025, section 3, and what its code is known to do.
+Every block makes its own adaLN modulation at every step, reused or not; Python decides per block
+and step; each block keeps a queue of the two newest pairs of branch outputs (before the gate),
+pushed after every call; and with the gradient the difference of the two is taken at every step,
+used or not. Source: "Accelerating Diffusion Transformer via Gradient-Optimized Cache", ICCV 2025,
+section 3, and what its code is known to do.
 """
 
 from __future__ import annotations

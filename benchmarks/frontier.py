@@ -1,7 +1,10 @@
-"""Draw the rows of benchmarks/frontier.toml: distance to the converged solution against compute and against time.
+"""Draw the rows of benchmarks/frontier.toml: distance against compute and against time.
 
-    python benchmarks/results.py engine --reference digits.npz --rows benchmarks/frontier.toml --images 256 \\
-        --work out/frontier --numbers docs/results/frontier --document docs/results.md
+The distance is the one to the converged solution.
+
+    python benchmarks/results.py engine --reference digits.npz \\
+        --rows benchmarks/frontier.toml --images 256 --work out/frontier \\
+        --numbers docs/results/frontier --document docs/results.md
     python benchmarks/frontier.py docs/results/frontier
 """
 
@@ -67,14 +70,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def label_round_numbers(axis: Axis) -> None:
-    """Labels at 1, 2 and 5 times powers of ten of a logarithmic axis; those of every tick overlap on less than two decades."""
+    """Labels at 1, 2 and 5 times powers of ten of a logarithmic axis.
+
+    The labels of every tick overlap if the axis has less than two decades.
+    """
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 
 
 def series_of(rows: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
-    """Line -> names of its rows by rising compute: uncached and searched per sampler, every other SPEC alone."""
+    """Line -> names of its rows by rising compute.
+
+    The uncached and the searched rows make one line per sampler; every other SPEC has its own.
+    """
     series: dict[str, list[str]] = {}
     for name, row in sorted(rows.items(), key=lambda item: item[1]["full_step_equivalents"]):
         base = row["spec"].partition(":")[0]

@@ -1,9 +1,12 @@
-"""What a GPU does with goc_deploy, in minutes: ceilings, the update kernel, goldens, and DiT-XL/2 beside PyTorch.
+"""Measure goc_deploy on a GPU, in minutes.
 
-    python benchmarks/gpu.py                # on a GPU; one table, and a JSON file in docs/gpu/
-    python benchmarks/gpu.py --dry          # the same on the CPU, with a tiny model, to test this program
+The parts are ceilings, the update kernel, golden trajectories, and DiT-XL/2 beside PyTorch.
 
-Parts run in processes of their own, in order of importance; what the time does not suffice for is left out and named.
+    python benchmarks/gpu.py          # on a GPU; one table, and a JSON file in docs/gpu/
+    python benchmarks/gpu.py --dry    # on the CPU with a tiny model, to test this program
+
+Parts run in processes of their own, in order of importance. A part that the time does not suffice
+for is left out and named.
 """
 
 from __future__ import annotations
@@ -143,7 +146,10 @@ class Bench:
         return Job(name, command, self.work / f"{safe_name(name)}.log")
 
     def _part(self, name: str, limit_s: float, *words: str) -> Any:
-        """Run a part; what it found, which is what it found before it failed where it did, or None."""
+        """Run a part and return its findings.
+
+        If the part failed, these are the findings before the failure, or None.
+        """
         module, found = name.split()[0], self.work / f"{safe_name(name)}.json"
         found.unlink(missing_ok=True)
         command = [sys.executable, "-m", f"benchmarks.on_gpu.{module}", str(found), *words]
@@ -162,7 +168,8 @@ class Bench:
     def _note(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
         print(
-            f"+ {outcome.part}: {outcome.state} in {outcome.seconds:.0f} s {outcome.reason}".rstrip(),
+            f"+ {outcome.part}: {outcome.state} in {outcome.seconds:.0f} s "
+            f"{outcome.reason}".rstrip(),
             flush=True,
         )
 

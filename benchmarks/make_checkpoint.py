@@ -36,7 +36,10 @@ PIXART_SPEC = {
 
 
 def spec_of(name: str, image_size: int) -> ModelSpec:
-    """The sizes of ``XL/2`` or ``PixArt-XL/2`` and their relatives for images of ``image_size`` pixels behind an 8x VAE."""
+    """The sizes of ``XL/2``, ``PixArt-XL/2`` and so on for images of ``image_size`` pixels.
+
+    The latents are those of a VAE that reduces height and width by 8.
+    """
     size, patch = name.removeprefix(PIXART).split("/")
     depth, hidden, heads = SIZES[size]
     spec = ModelSpec(

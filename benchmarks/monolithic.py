@@ -39,7 +39,10 @@ def write_graph(model: DiT, path: Path) -> None:
 
 
 class MonolithicGraph:
-    """The graph with ONNX Runtime's defaults, in the thread pool that goc_deploy uses; guidance and sampler in NumPy."""
+    """The graph with ONNX Runtime's defaults; guidance and sampler are in NumPy.
+
+    It uses the thread pool that goc_deploy uses.
+    """
 
     def __init__(self, path: Path, threads: int) -> None:
         shared_pool_of_process(threads)

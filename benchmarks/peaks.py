@@ -22,8 +22,9 @@ def measured_peaks(spec: ModelSpec, rows: int, threads: int, repeats: int = 10) 
     """The fastest matrix product over libraries and shapes, and memory traffic.
 
     Returns:
-        ``sgemm_gflops`` of the best, ``sgemm`` by library and shape (m, k, n), ``copy_gb_s`` (bytes read plus bytes
-        written), ``read_gb_s``. Every figure is the best of ``repeats`` runs.
+        ``sgemm_gflops`` of the best, ``sgemm`` by library and shape (m, k, n), ``copy_gb_s``
+        (bytes read plus bytes written), ``read_gb_s``. Every figure is the best of
+        ``repeats`` runs.
     """
     m, d, h = rows * spec.tokens, spec.hidden, spec.mlp_hidden
     shapes = [(m, d, 3 * d), (m, d, d), (m, d, h), (m, h, d), *((s, s, s) for s in SQUARES)]

@@ -1,8 +1,11 @@
-"""Rewrite the generated parts of docs/performance.md from the JSON files beside it, and draw its plots.
+"""Rewrite the generated parts of docs/performance.md, and draw its plots.
+
+The source is the JSON files beside it.
 
     python benchmarks/report.py docs/performance.md
 
-Generated parts stand between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; the rest is written by hand.
+Generated parts are between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; the rest is written
+by hand.
 """
 
 from __future__ import annotations
@@ -85,19 +88,28 @@ def result_table(run: Found) -> str:
         [f"`{name}`", "skipped: " + reason, *[""] * 5] for name, reason in run["skipped"].items()
     ]
     columns = [
-        "contender", "total s", "min-max", "total / ours without cache", "full step ms", "collapsed step ms",
+        "contender",
+        "total s",
+        "min-max",
+        "total / ours without cache",
+        "full step ms",
+        "collapsed step ms",
         "relative L2 to PyTorch",
-    ]  # fmt: skip
+    ]
     versions = ", ".join(
         f"{k} {v}"
         for k, v in run["versions"].items()
         if k not in ("python", "numpy", "onnxruntime")
     )
     peaks = run["peaks"]
-    heading = f"### {run['model']}, {run['batch']} image{'s' if run['batch'] > 1 else ''}, {run['steps']} steps\n"
+    heading = (
+        f"### {run['model']}, {run['batch']} image{'s' if run['batch'] > 1 else ''}, "
+        f"{run['steps']} steps\n"
+    )
     return (
         f"{heading}\n{markdown(columns, rows)}\n"
-        f"`{run['command']}`, {run['threads']} threads, {run['machine']['processor']}, {versions}, {run['date']}. "
+        f"`{run['command']}`, {run['threads']} threads, {run['machine']['processor']}, {versions}, "
+        f"{run['date']}. "
         f"Best matrix product {peaks['sgemm_gflops']:.0f} GFLOP/s ({peaks['sgemm_best']}), "
         f"copy {peaks['copy_gb_s']:.1f} GB/s, read {peaks['read_gb_s']:.1f} GB/s.\n"
     )
@@ -119,31 +131,71 @@ def targets_table(run: Found) -> str:
         return f"{total[a] / total[b]:.3f}" if a in total and b in total else "not measured"
 
     rows = [
-        ["collapsed step / full step, plain", "<= 0.010", f"{plain['step_ms_by_kind']['collapsed'] / full:.4f}"],
-        ["collapsed step / full step, gradient", "<= 0.015", f"{gc['step_ms_by_kind']['collapsed'] / full:.4f}"],
+        [
+            "collapsed step / full step, plain",
+            "<= 0.010",
+            f"{plain['step_ms_by_kind']['collapsed'] / full:.4f}",
+        ],
+        [
+            "collapsed step / full step, gradient",
+            "<= 0.015",
+            f"{gc['step_ms_by_kind']['collapsed'] / full:.4f}",
+        ],
         ["no cache / `fora:2`", ">= 1.94", ratio("ours none", "ours fora:2")],
         ["`fora:2+gc` / `fora:2`", "<= 1.005", ratio("ours fora:2+gc:1.2", "ours fora:2")],
         ["no cache / `fora:2@0.5`", ">= 1.31", ratio("ours none", "ours fora:2@0.5")],
-        ["per-block engines / one graph, no cache", "<= 1.01", ratio("ours none", "one graph none")],
+        [
+            "per-block engines / one graph, no cache",
+            "<= 1.01",
+            ratio("ours none", "one graph none"),
+        ],
         ["PyTorch no cache / ours no cache", ">= 1.6", ratio("pytorch none", "ours none")],
         ["PyTorch GOC / ours GOC, 50 %", ">= 1.75", ratio(best, "ours fora:2+gc:1.2")],
-        ["PyTorch no cache / ours GOC, 50 %", ">= 3.1", ratio("pytorch none", "ours fora:2+gc:1.2")],
-        ["torch.compile no cache / ours GOC, 50 %", "", ratio("torch.compile none", "ours fora:2+gc:1.2")],
+        [
+            "PyTorch no cache / ours GOC, 50 %",
+            ">= 3.1",
+            ratio("pytorch none", "ours fora:2+gc:1.2"),
+        ],
+        [
+            "torch.compile no cache / ours GOC, 50 %",
+            "",
+            ratio("torch.compile none", "ours fora:2+gc:1.2"),
+        ],
         ["diffusers no cache / ours GOC, 50 %", "", ratio("diffusers none", "ours fora:2+gc:1.2")],
         [
-            "GFLOP/s of a full step / best matrix product", ">= 0.85",
-            f"{gflops:.0f} / {run['peaks']['sgemm_gflops']:.0f} = {gflops / run['peaks']['sgemm_gflops']:.2f}",
+            "GFLOP/s of a full step / best matrix product",
+            ">= 0.85",
+            (
+                f"{gflops:.0f} / {run['peaks']['sgemm_gflops']:.0f} = "
+                f"{gflops / run['peaks']['sgemm_gflops']:.2f}"
+            ),
         ],
-        ["cache bytes / two tensors per unit, gradient", "<= 0.55", f"{cache['cache_bytes'] / cache['naive_cache_bytes']:.3f}"],
-        ["export wall time", "< 240 s", f"{export['wall_s']:.0f} s"],
-        ["export peak RSS / checkpoint", "<= 2.0", f"{export['peak_rss_bytes'] / export['checkpoint_bytes']:.2f}"],
         [
-            "load to first step", "< 6 s",
-            f"{load['load_s']:.1f} s load and {load['first_step_s']:.1f} s first step, which computes",
+            "cache bytes / two tensors per unit, gradient",
+            "<= 0.55",
+            f"{cache['cache_bytes'] / cache['naive_cache_bytes']:.3f}",
+        ],
+        ["export wall time", "< 240 s", f"{export['wall_s']:.0f} s"],
+        [
+            "export peak RSS / checkpoint",
+            "<= 2.0",
+            f"{export['peak_rss_bytes'] / export['checkpoint_bytes']:.2f}",
+        ],
+        [
+            "load to first step",
+            "< 6 s",
+            (
+                f"{load['load_s']:.1f} s load and {load['first_step_s']:.1f} s first step, which "
+                "computes"
+            ),
         ],
         ["resident after load", "", f"{load['resident_bytes'] / 1e9:.2f} GB"],
-        ["outside blocks and predictions / total no cache", "<= 0.015", f"{outside / total['ours none']:.4f}"],
-    ]  # fmt: skip
+        [
+            "outside blocks and predictions / total no cache",
+            "<= 0.015",
+            f"{outside / total['ours none']:.4f}",
+        ],
+    ]
     return markdown(["what", "target", "measured"], rows)
 
 

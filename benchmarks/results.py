@@ -1,13 +1,15 @@
 """Quality of plans over many samples: the tables of docs/results.md.
 
-    python benchmarks/results.py engine --reference digits.npz --images 10000 --document docs/results.md
-    python benchmarks/results.py engine --reference digits.npz --images 10000 --document docs/results.md --do clock
+    python benchmarks/results.py engine --reference digits.npz --images 10000 \\
+        --document docs/results.md [--do clock]
 
-Rows stand in benchmarks/results.toml. Samples of a row stay in the work folder and its numbers in another: an
-interrupted run goes on where it stopped, and rows that are done are not made again. ``--do clock`` measures how long every
-plan takes, side by side; do nothing else meanwhile. ``--do plans`` writes what the plans of measured rows compute once more;
-``--do show`` measures nothing. Generated parts of the document stand between ``<!-- begin NAME -->`` and
-``<!-- end NAME -->``, one per table; a table shows the rows that have numbers.
+Rows stand in benchmarks/results.toml. Samples of a row stay in the work folder and its numbers in
+another: an interrupted run continues, and rows that are done are not made again. ``--do clock``
+measures how long every plan takes, side by side; leave the machine idle meanwhile. ``--do plans``
+writes once more what the plans of measured rows compute. ``--do show`` measures nothing.
+
+Generated parts of the document stand between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, one
+per table; a table shows the rows that have numbers.
 """
 
 from __future__ import annotations
@@ -77,8 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         required=True,
         help="ADM .npz, from examples/mnist/make_reference.py",
     )
-    # Measured on two cores, one of them half busy, images per second of 20 uncached steps of the demo model: two
-    # processes of one thread 20.3, 19.0 and 14.5 at batch 8, 16 and 40; one process of two threads 4.4, 5.4 and 5.8.
+    # Measured on two cores, one of them half busy, images per second of 20 uncached steps of the
+    # demo model: two processes of one thread 20.3, 19.0 and 14.5 at batch 8, 16 and 40; one process
+    # of two threads 4.4, 5.4 and 5.8.
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -108,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_tables(args: argparse.Namespace) -> dict[str, str]:
-    """Sample and measure every row that is not done yet, or clock all; returns block name -> Markdown."""
+    """Sample and measure all missing rows, or clock all; returns block name -> Markdown."""
     wanted = tomllib.loads(args.rows.read_text(encoding="utf-8"))
     tables = {
         table["name"]: (table["title"], [Row(**row) for row in table["rows"]])
@@ -212,7 +215,10 @@ def measure(study: Study, row: Row) -> None:
 
 
 def paired_metrics(study: Study, row: Row, samples: Samples) -> dict[str, Estimate]:
-    """Distances to the baseline, where the row has its steps and sampler, and to the converged solution."""
+    """Distances to the baseline and to the converged solution.
+
+    The first exists if the row has the steps and the sampler of the baseline.
+    """
     scores = PairedScores()
     baseline = study.baseline
     if (row.steps, row.sampler) == (baseline.steps, baseline.sampler) and row.spec != baseline.spec:
@@ -308,17 +314,19 @@ def conditions(study: Study, times: dict[str, Any]) -> str:
     """What the numbers of a table were made with."""
     request = study.request
     speed = (
-        f" Speed-up is relative to no cache, for {times['images']} images at once, with {times['threads']} threads, "
+        f" Speed-up is relative to no cache, for {times['images']} images at once, with "
+        f"{times['threads']} threads, "
         f"as the median of {times['rounds']} interleaved rounds."
         if times
         else ""
     )
     return (
-        f"{request.images} samples per row, guidance {request.cfg_scale:g}, seed {request.seed}, features of "
-        f"`{study.extractor.name}`. Plans that need calibration used {study.calibration_images} images of another "
-        f"seed. ± is half of a 95 % interval, with {RESAMPLES} resamples for FID and IS. L2 to converged is the "
-        f"distance from {study.converged.steps} uncached steps over {study.converged_images} images. FLOPs are those "
-        f"of the matrix products, per image.{speed}\n"
+        f"{request.images} samples per row, guidance {request.cfg_scale:g}, seed {request.seed}, "
+        f"features of `{study.extractor.name}`. Plans that need calibration used "
+        f"{study.calibration_images} images of another seed. ± is half of a 95 % interval, with "
+        f"{RESAMPLES} resamples for FID and IS. L2 to converged is the distance from "
+        f"{study.converged.steps} uncached steps over {study.converged_images} images. FLOPs are "
+        f"those of the matrix products, per image.{speed}\n"
     )
 
 

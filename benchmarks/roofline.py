@@ -1,11 +1,14 @@
-"""What a plan must compute and move on a GPU at least, counted from its launches, and how long that takes at datasheet peaks.
+"""What a plan must compute and move on a GPU at least, and the time at datasheet peaks.
+
+The work is counted from the plan's launches.
 
     python benchmarks/roofline.py --model XL/2 --precision fp16 --images 1 --images 8
-    python benchmarks/roofline.py --measured docs/gpu/CARD-DATE.json    # beside what benchmarks/gpu.py measured
+    python benchmarks/roofline.py --measured docs/gpu/CARD-DATE.json    # from benchmarks/gpu.py
 
-Predictions, not measurements: a launch takes as long as its operations or its bytes take at the peak, whichever is longer.
-Every tensor between two matrix products passes the memory once in each direction, except within attention. Launches
-themselves, caches, and what a kernel reaches of a peak are not in it.
+Predictions, not measurements: a launch takes as long as its operations or its bytes take at the
+peak, whichever is longer. Every tensor between two matrix products passes the memory once in each
+direction, except within attention. Launches themselves, caches, and what a kernel reaches of a peak
+are not in it.
 """
 
 from __future__ import annotations
@@ -31,14 +34,18 @@ PLANS = ("none", "fora:2", "fora:2+gc:1.2")
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """Peaks of a datasheet: dense tensor-core operations on 16-bit inputs with float32 sums, and memory."""
+    """Peaks of a datasheet: dense tensor-core operations and memory.
+
+    The operations have 16-bit inputs and float32 sums.
+    """
 
     name: str
     teraflops: float
     gigabytes_per_second: float
 
 
-# NVIDIA's datasheets of A40, L40S and H100 (SXM), and its whitepapers on the Ada and Blackwell GeForce GPUs.
+# NVIDIA's datasheets of A40, L40S and H100 (SXM), and its whitepapers on the Ada and Blackwell
+# GeForce GPUs.
 GPUS = (
     Gpu("A40", 149.7, 696),
     Gpu("L40S", 362.05, 864),
@@ -82,7 +89,10 @@ class Counter:
         return self.rows * self.spec.tokens * self.spec.hidden * self.item
 
     def compute(self, op: Compute) -> list[Work]:
-        """A unit: each matrix product, then the gated sum. In features, what each reads and writes."""
+        """A unit: each matrix product, then the gated sum.
+
+        Reads and writes are counted in features.
+        """
         spec, d = self.spec, self.spec.hidden
         branch, wide = spec.branches[op.unit % len(spec.branches)], spec.mlp_hidden / spec.hidden
         captions = 2 * spec.caption_tokens / spec.tokens  # keys and values
@@ -156,7 +166,10 @@ def total(works: Sequence[Work]) -> Work:
 def predicted(
     name: str, counter: Counter, steps: int, images: int, gpu: Gpu
 ) -> tuple[Work, float, float]:
-    """The work of a plan's full (``none``) or collapsed step on a GPU, its seconds, and those of the plan."""
+    """The work of a plan's full (``none``) or collapsed step on a GPU, and seconds.
+
+    The seconds are those of the step and those of the plan.
+    """
     plan = compile_for_device(
         schedule_from_policy(parse_policy(name), counter.spec, steps), counter.spec, "ddim"
     )
@@ -168,11 +181,14 @@ def predicted(
 
 
 def tables(model: str, precision: str, images: int, steps: int) -> str:
-    """Markdown: what a step of each kind computes and moves, and what that predicts for each GPU."""
+    """Markdown: the work and the bytes of a step of each kind, and the predictions per GPU."""
     spec = spec_of(model, 256)
     counter = Counter(spec, 2 * images, ITEM_BYTES[precision])
     lines = [
-        f"DiT-{model} 256, {precision}, {images} image{'s' if images > 1 else ''} with guidance, {steps} steps:",
+        (
+            f"DiT-{model} 256, {precision}, {images} image{'s' if images > 1 else ''} with "
+            f"guidance, {steps} steps:"
+        ),
         "",
         "| step | GFLOP | MB |" + "".join(f" {gpu.name} |" for gpu in GPUS),
         "|---" * (3 + len(GPUS)) + "|",

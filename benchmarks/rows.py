@@ -20,7 +20,8 @@ from goc_deploy.policies.grammar import parse_policy, plan_name_from_spec
 from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec
 
-ALWAYS = 1.0  # B is within 0..1, so a threshold above it lets every step use the gradient, and one of 0 none
+# B is within 0..1: with a threshold above it every step uses the gradient, with 0 none does.
+ALWAYS = 1.0
 
 COST = ("caching level %", "FLOPs (T)", "full steps")
 
@@ -104,8 +105,9 @@ def contents_of(schedule: Schedule) -> dict[str, Any]:
     """What the tables tell of a schedule, as plain JSON.
 
     Returns:
-        ``steps``; ``computed``, evaluations by branch; of a schedule that GOD decided, ``god``: the eta and threshold that it took,
-        the steps with the gradient, and the steps where nothing but reuse was possible otherwise.
+        ``steps``; ``computed``, evaluations by branch; of a schedule that GOD decided, ``god``:
+        its eta and threshold, the steps with the gradient, and the steps at which only reuse was
+        possible otherwise.
     """
     branches = schedule.branches
     computed = Tally(
@@ -128,7 +130,10 @@ def contents_of(schedule: Schedule) -> dict[str, Any]:
 
 
 def update_contents(path: Path, schedule: Schedule) -> None:
-    """Write what a schedule computes into a row's numbers, which were measured with it, if there are any."""
+    """Write the work of a schedule into the numbers of a row, if there are any.
+
+    They were measured with that schedule.
+    """
     if path.exists():
         found = {**json.loads(path.read_text(encoding="utf-8")), **contents_of(schedule)}
         save_text(json.dumps(found, indent=1) + "\n", path)
@@ -140,7 +145,9 @@ def caching_level(numbers: Mapping[str, Any]) -> float:
 
 
 def teraflops_per_image(numbers: Mapping[str, Any], spec: ModelSpec) -> float:
-    """Floating point operations of the matrix products that one image with guidance takes, in 10^12.
+    """Floating point operations of the matrix products, in 10^12, for one image.
+
+    The image is made with guidance.
 
     A multiplication and an addition are two. Predictions are no matrix products and are left out.
     """
@@ -164,7 +171,10 @@ def god_text(god: Mapping[str, Any] | None) -> str:
     if god["threshold"] > ALWAYS:
         where = "everywhere"
     elif god["gradient_steps"]:
-        where = f"{len(god['gradient_steps'])} of {len(god['reused_steps'])} cached steps: {_ranges(god)}"
+        where = (
+            f"{len(god['gradient_steps'])} of {len(god['reused_steps'])} cached steps: "
+            f"{_ranges(god)}"
+        )
     else:
         where = "nowhere"
     return f"eta {god['eta']:g}, {where}"

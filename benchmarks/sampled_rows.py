@@ -63,7 +63,7 @@ class Workers:
 
 
 def engine_digest(engine: EngineDir, plan: str) -> str:
-    """Digest of what decides the numbers of a plan: the model's graphs and weights, and the plan."""
+    """Digest of the inputs that decide a plan's numbers: graphs, weights and the plan."""
     entry, units = engine.plan_entry(plan), engine.manifest.units
     weights = {unit.weights for unit in units if unit.weights}
     decides = {entry.plan, entry.schedule, *(unit.onnx for unit in units), *weights}
@@ -92,7 +92,8 @@ def sample(
             for done, future in enumerate(as_completed(pending), 1):
                 future.result()
                 report(
-                    f"{request.plan}: {len(request.chunks) - len(missing) + done} of {len(request.chunks)} chunks"
+                    f"{request.plan}: {len(request.chunks) - len(missing) + done} of "
+                    f"{len(request.chunks)} chunks"
                 )
         except BaseException:
             pool.shutdown(
@@ -121,7 +122,8 @@ def _claim(folder: Path, request: Request) -> None:
     different = sorted(key for key in wanted if found.get(key) != wanted[key])
     if different:
         raise ConflictError(
-            f"{folder} holds samples that differ in {', '.join(different)}; delete it or choose another --work"
+            f"{folder} holds samples that differ in {', '.join(different)}; delete it or choose "
+            "another --work"
         )
 
 

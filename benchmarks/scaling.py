@@ -1,8 +1,11 @@
-"""How a full step, a step without computed units, and the total grow with depth, tokens, batch and steps.
+"""How a full step, a step without computed units and the total grow.
+
+They grow with depth, tokens, batch and steps.
 
     python benchmarks/scaling.py --output out/bench
 
-Random weights of one width (that of DiT-S by default); each point is the median of a few interleaved rounds.
+Random weights of one width (by default that of DiT-S); each point is the median of a few
+interleaved rounds.
 """
 
 from __future__ import annotations
@@ -140,7 +143,10 @@ def _step_ms(reports: list[dict[str, Any]], kind: str) -> float:
 
 
 def fits(points: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """For every measured quantity: the exponent of ``a * value ** exponent``, and ``intercept + slope * value``."""
+    """Fits per measured quantity.
+
+    They are the exponent of ``a * value ** exponent``, and ``intercept + slope * value``.
+    """
     found = {}
     values = np.array([point["value"] for point in points], float)
     for key in points[0].keys() - {"value"}:

@@ -1,9 +1,12 @@
-"""goc_deploy beside what a user would pick instead: the same weights, noise, guidance and threads, in one process.
+"""goc_deploy beside what a user would pick instead, in one process.
+
+All have the same weights, noise, guidance and threads.
 
     python benchmarks/suite.py --model demo --batch 1 --batch 4
     python benchmarks/suite.py --model XL/2 --batch 1 --rounds 2
 
-Every round runs every contender once; times are medians over rounds. A JSON file per (model, batch) goes to --output.
+Every round runs every contender once; times are medians over rounds. A JSON file per (model, batch)
+goes to --output.
 """
 
 from __future__ import annotations
@@ -51,14 +54,16 @@ LOAD_PROBE = """
 import json, sys, time
 started = time.perf_counter()
 import goc_deploy
-pipe = goc_deploy.load(sys.argv[1], plan="warm", batch_size=int(sys.argv[2]), threads=int(sys.argv[3]))
+batch_size, threads = int(sys.argv[2]), int(sys.argv[3])
+pipe = goc_deploy.load(sys.argv[1], plan="warm", batch_size=batch_size, threads=threads)
 loaded = time.perf_counter()
 pages = int(open("/proc/self/statm").read().split()[1])
 steps = []
 pipe.generate([0], callback=lambda event: steps.append(time.perf_counter()))
-(peak,) = (1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-found = {"load_s": loaded - started, "first_step_s": steps[0] - loaded, "resident_bytes": 4096 * pages}
-print(json.dumps({**found, "run_peak_bytes": peak}))
+status = open("/proc/self/status")
+(peak,) = (1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+times = {"load_s": loaded - started, "first_step_s": steps[0] - loaded}
+print(json.dumps({**times, "resident_bytes": 4096 * pages, "run_peak_bytes": peak}))
 """
 
 
@@ -149,7 +154,8 @@ def measure(name: str, batch: int, args: argparse.Namespace, work_folder: Path) 
         turn = round_number % len(entered)
         for contender in entered[turn:] + entered[:turn]:
             _say(
-                f"{name}, {batch} images, round {round_number + 1} of {args.rounds}: {contender.name}"
+                f"{name}, {batch} images, round {round_number + 1} of {args.rounds}: "
+                f"{contender.name}"
             )
             outcomes[contender.name].append(contender.run(work))
     profiled: list[Span] = []
@@ -164,7 +170,8 @@ def measure(name: str, batch: int, args: argparse.Namespace, work_folder: Path) 
         "steps": args.steps,
         "rounds": args.rounds,
         "threads": args.threads,
-        "command": f"python benchmarks/suite.py --model {name} --batch {batch} --steps {args.steps} --rounds {args.rounds}"
+        "command": f"python benchmarks/suite.py --model {name} --batch {batch} "
+        f"--steps {args.steps} --rounds {args.rounds}"
         + (f" --only '{args.only}'" if args.only else ""),
         **machine_report(),
         "depth": spec.depth,
@@ -215,7 +222,10 @@ def _summary(
 
 
 def _warm_up(contender: Contender, work: Work) -> None:
-    """The first step, which compiles, faults pages in and fills caches; our plans are warm (`contenders.ours`)."""
+    """The first step, which compiles, faults pages in and fills caches.
+
+    Our plans are warm (`contenders.ours`).
+    """
     if contender.name.startswith("ours"):
         return
     columns = ("timesteps", "latent", "model", "noise", "spread", "estimate", "history")
@@ -315,7 +325,8 @@ def show(found: dict[str, Any]) -> None:
     """Print the totals, the slowest first."""
     entries = found["contenders"]
     table = Table(
-        title=f"{found['model']}, {found['batch']} images, {found['steps']} steps, {found['threads']} threads"
+        title=f"{found['model']}, {found['batch']} images, {found['steps']} steps, "
+        f"{found['threads']} threads"
     )
     for column in (
         "contender",

@@ -34,7 +34,10 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Final latents (N, C, H, W) float32 and the milliseconds of each step; the rest of the total is preparation."""
+    """Final latents (N, C, H, W) float32 and the milliseconds of each step.
+
+    The rest of the total is preparation.
+    """
 
     latents: np.ndarray
     step_ms: tuple[float, ...]
@@ -66,7 +69,8 @@ def sampled(predict: Predict, work: Work) -> Outcome:
     """Classifier-free guidance and the sampler in plain PyTorch.
 
     Args:
-        predict: (x (2N, C, H, W), timesteps (2N,), labels (2N,), step) to the model's prediction (2N, C_out, H, W).
+        predict: (x (2N, C, H, W), timesteps (2N,), labels (2N,), step) to the model
+            output (2N, C_out, H, W).
         work: the request.
     """
     n, channels = len(work.labels), work.noise.shape[1]

@@ -1,4 +1,6 @@
-"""Print a picture in the terminal: two pixels a character cell where colours work, else one character a pixel.
+"""Print a picture in the terminal.
+
+A character cell shows two pixels if colours work, else one.
 
 python examples/show.py digits.png
 """

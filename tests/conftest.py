@@ -27,7 +27,9 @@ GOLDEN_PLANS = {
     "fora:2+steps:3,5,7,9,11,13,15,19:1.2": "fora_50_goc",
     "fora:2@0.5+gc:1.9": "fora_25_goc",
     f"l2c:{GOLDEN / 'router.pt'}@0.1": "l2c",
-    f"l2c:{GOLDEN / 'router.pt'}@0.1+steps:3,5,7,9,11,13,15,19:0.8,both_branches": "l2c_goc_authors",
+    f"l2c:{GOLDEN / 'router.pt'}@0.1+steps:3,5,7,9,11,13,15,19:0.8,both_branches": (
+        "l2c_goc_authors"
+    ),
 }
 
 settings.register_profile("default", deadline=None)
@@ -37,7 +39,7 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def command_words(name: str) -> list[str]:
-    """How to run a command: the script beside this Python, or its module where the tree is not installed."""
+    """How to run a command: the script beside this Python, or its module if none is installed."""
     script = BIN / name
     if script.exists():
         return [str(script)]
@@ -105,7 +107,10 @@ def golden() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="session")
 def golden_engine(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
-    """The golden model, exported with every golden plan; processes that name a folder in ``GOC_TEST_ENGINES`` share it."""
+    """The golden model, exported with every golden plan.
+
+    Processes that name a folder in ``GOC_TEST_ENGINES`` share it.
+    """
     directory = (
         Path(os.environ.get("GOC_TEST_ENGINES") or tmp_path_factory.mktemp("golden")) / "engine"
     )
@@ -118,7 +123,7 @@ def golden_engine(tmp_path_factory: pytest.TempPathFactory, command: Command) ->
 
 @pytest.fixture(scope="session")
 def demo_engine(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
-    """The shipped demo checkpoint, exported without cache, with plain reuse and with the gradient."""
+    """The shipped demo checkpoint, exported without cache, with reuse and with the gradient."""
     directory = tmp_path_factory.mktemp("demo") / "engine"
     plans = ("--plan", "none", "--plan", "fora:2", "--plan", "fora:2+gc:1.0")
     command(

@@ -10,7 +10,10 @@ from goc_deploy.errors import EnvironmentUnsupportedError
 
 
 def library_here(backend: str, precision: str) -> Library:
-    """A TensorRT that builds for this GPU; the test is skipped, with the reason, where there is none."""
+    """A TensorRT that builds for this GPU.
+
+    If there is none, the test is skipped with the reason.
+    """
     try:
         library = library_from_backend(backend)
         check_target(library, driver.device_capability(), precision)

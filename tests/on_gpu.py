@@ -1,4 +1,6 @@
-"""The tests that need a GPU, in parts that run one after the other in processes of their own, within minutes.
+"""The tests that need a GPU, in parts, within minutes.
+
+The parts run one after the other in processes of their own.
 
     python -m tests.on_gpu          # one table, and a JSON file in docs/gpu/
     python -m tests.on_gpu --dry    # on any machine: the tests are collected and skip
@@ -29,7 +31,8 @@ SECONDS = 225.0
 PART_SECONDS = 120.0
 DRY_SECONDS = 1800.0  # of both: machines that test this program may be slow
 LEAST_SECONDS = 10.0  # no part begins with less
-# Parts in order of importance, and which tests belong to them; each test belongs to the first that fits.
+# Parts in order of importance, and which tests belong to them; each test belongs to the first that
+# fits.
 PARTS = {
     "tensorrt-rtx": r"tensorrt-rtx",
     "tensorrt": r"\[[^\]]*tensorrt",
@@ -162,7 +165,10 @@ def table(parts: Sequence[Part]) -> str:
 
 
 def exit_code(parts: Sequence[Part], *, dry: bool) -> int:
-    """0 if every test passed or had a reason to skip, and not all skipped unless the run was dry."""
+    """0 if every test passed or had a reason to skip.
+
+    Not all may have skipped, unless the run was dry.
+    """
     if any(part.failed or part.crashed or part.left_out for part in parts):
         return 1
     return 0 if dry or any(part.passed for part in parts) else EnvironmentUnsupportedError.exit_code

@@ -1,4 +1,7 @@
-"""PixArt in plain PyTorch on tensors of the public layout, a feature at a time, so that a test can cache."""
+"""PixArt in plain PyTorch on tensors of the public layout.
+
+It runs a feature at a time, so that a test can cache.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,8 @@ from goc_deploy.spec import ModelSpec
 from tests.reference import table_step
 
 SPEC = ModelSpec(
-    2, 48, 3, 192, 2, 4, 4, 0, True, "pixart", ("attn", "cross", "mlp"), guided_channels=4, caption_channels=20,
-    caption_tokens=11, told_size=64,
+    2, 48, 3, 192, 2, 4, 4, 0, True, "pixart", ("attn", "cross", "mlp"), guided_channels=4,
+    caption_channels=20, caption_tokens=11, told_size=64,
 )  # fmt: skip
 Feature = Callable[
     [int, Callable[[], Tensor]], Tensor
@@ -48,7 +51,10 @@ def forward(
     mask: Tensor,
     feature: Feature,
 ) -> Tensor:
-    """(B, C, H, W) latents, (B,) timesteps, (B, L, C) captions and (B, L) masks to the prediction."""
+    """From (B, C, H, W) latents, (B,) timesteps, (B, L, C) captions and (B, L) masks.
+
+    The result is the model output.
+    """
 
     def linear(name: str, value: Tensor) -> Tensor:
         return F.linear(value, state[f"{name}.weight"], state[f"{name}.bias"])
@@ -140,7 +146,10 @@ def eager_latents(
     cfg_scale: float,
     channels: int = 4,
 ) -> np.ndarray:
-    """Final latents of a guided run; ``model`` takes (2N latents, 2N timesteps, feature), conditional rows first."""
+    """Final latents of a guided run.
+
+    ``model`` takes (2N latents, 2N timesteps, feature), conditional rows first.
+    """
     x, step_of, cache = torch.from_numpy(noise), table_step(table), Cache(schedule)
     for step, t in enumerate(table.timesteps):
         cache.step = step

@@ -21,7 +21,10 @@ SIGNAL = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))  # alphas_cumprod
 
 
 def run_schedule(schedule: Schedule, x: np.ndarray, feature: Feature) -> list[np.ndarray]:
-    """Interpret a schedule over toy units: x += gate(step, unit) * g, history as lists. Returns x after every step."""
+    """Interpret a schedule over toy units: x += gate(step, unit) * g, history as lists.
+
+    Returns x after every step.
+    """
     histories: list[list[np.ndarray]] = [[] for _ in range(schedule.units)]
     outputs = []
     for step, rows in enumerate(schedule.coefficients):
@@ -39,7 +42,10 @@ def run_schedule(schedule: Schedule, x: np.ndarray, feature: Feature) -> list[np
 
 
 def run_plan(plan: Plan, x: np.ndarray, feature: Feature) -> list[np.ndarray]:
-    """Interpret a plan over toy units. Slots start as NaN; a launch reads all its slots before it writes any."""
+    """Interpret a plan over toy units.
+
+    Slots start as NaN; a launch reads all its slots before it writes any.
+    """
     slots = np.full((plan.slots, *x.shape), np.nan)
     accumulators = np.full((plan.accumulators + 1, *x.shape), np.nan)
     outputs = []
@@ -115,7 +121,10 @@ def _clean(
 
 
 def dpm_solver_step(timesteps: Sequence[int], prediction: str) -> SamplerStep:
-    """DPM-Solver++ 2M as in algorithm 2 of its paper, the last step at first order and to the clean sample."""
+    """DPM-Solver++ 2M as in algorithm 2 of its paper.
+
+    The last step is of first order and goes to the clean sample.
+    """
     alpha, sigma = np.sqrt(SIGNAL[list(timesteps)]), np.sqrt(1 - SIGNAL[list(timesteps)])
     half_log_snr = np.log(alpha / sigma)
     kept: list[torch.Tensor] = []
@@ -136,7 +145,10 @@ def dpm_solver_step(timesteps: Sequence[int], prediction: str) -> SamplerStep:
 
 
 def ancestral_step(timesteps: Sequence[int], prediction: str) -> SamplerStep:
-    """DDPM on the respaced process, with the variance between beta tilde and beta that the model learned."""
+    """DDPM on the respaced process.
+
+    The model learned the variance, which is between beta tilde and beta.
+    """
     signal = SIGNAL[list(timesteps)]
     before = np.append(
         signal[1:], 1.0
@@ -172,7 +184,8 @@ def eager_trajectory(
 ) -> np.ndarray:
     """The whole sampler in eager PyTorch with a list per unit for the history.
 
-    ``noise`` is (N, draws, C, H, W); ``step_of`` takes the place of the table's rows, of which the timesteps remain.
+    ``noise`` is (N, draws, C, H, W); ``step_of`` takes the place of the table's rows, of which the
+    timesteps remain.
     """
     step_of = step_of or table_step(table)
     spec, n = model.spec, len(labels)

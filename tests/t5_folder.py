@@ -1,4 +1,7 @@
-"""A tiny random T5 encoder and its tokenizer, as transformers and SentencePiece lay them out, made without either."""
+"""A tiny random T5 encoder and its tokenizer, made without transformers and SentencePiece.
+
+They have the layout of both.
+"""
 
 from __future__ import annotations
 

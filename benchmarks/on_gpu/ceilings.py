@@ -1,4 +1,6 @@
-"""What the card can do at best: copies by our device layer and by PyTorch, and matrix products by PyTorch.
+"""Measure the ceilings of the card: copies and matrix products.
+
+The copies are made by our device layer and by PyTorch, the matrix products by PyTorch.
 
 python -m benchmarks.on_gpu.ceilings ceilings.json
 """

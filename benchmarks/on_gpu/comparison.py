@@ -13,7 +13,9 @@ from goc_deploy.precision import ITEM_BYTES
 
 
 def compared(found: Found) -> str:
-    """Markdown: a table per number of images; predictions at datasheet peaks and at the ceilings that were measured.
+    """Markdown: a table per number of images.
+
+    The predictions are at datasheet peaks and at the measured ceilings.
 
     Raises:
         ValueError: a dry run, or neither the card's datasheet nor its ceilings are known.
@@ -64,12 +66,15 @@ def _table(found: Found, run: Found, gpus: list[Gpu]) -> str:
         f"measured, {b} (x prediction)" for b in backends
     ]
     plural = "s" if images > 1 else ""
-    text = f"DiT-{dit['model']} 256, {dit['precision']}, {images} image{plural} with guidance, {dit['steps']} steps:"
+    text = (
+        f"DiT-{dit['model']} 256, {dit['precision']}, {images} image{plural} with guidance, "
+        f"{dit['steps']} steps:"
+    )
     return f"{text}\n\n{markdown(['', *heads], rows)}"
 
 
 def _cells(seconds: tuple[float, ...], measured: list[float | None]) -> Iterator[str]:
-    """Predictions in milliseconds, then measurements and how often the last prediction goes into them."""
+    """Predictions in milliseconds, then measurements and their ratio to the last prediction."""
     yield from (f"{1e3 * value:.2f} ms" for value in seconds)
     for ms in measured:
         yield "" if ms is None else f"{ms:.2f} ms ({ms / (1e3 * seconds[-1]):.2f})"

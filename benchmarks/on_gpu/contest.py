@@ -36,7 +36,8 @@ def contest(
 ) -> Found:
     """One number of images: who took how long.
 
-    Contenders that cannot run here are ``skipped``, and those that ended or did not answer ``failed``, with the reason.
+    Contenders that cannot run here are ``skipped``. Those that ended or did not answer are
+    ``failed``. Both have a reason.
 
     Args:
         subject: the model.
@@ -95,7 +96,10 @@ def _sides(subject: Subject) -> tuple[int, int]:
 
 
 def run_rounds(workers: dict[str, Worker], deadline: Deadline, rounds: int) -> Found:
-    """Wait for the workers, which start at the same time, then let every contender run once per round, in turn."""
+    """Wait for the workers, then let every contender run once per round, in turn.
+
+    All workers start at the same time.
+    """
     skipped: dict[str, str] = {}
     failed: dict[str, str] = {}
     about: dict[str, Found] = {}

@@ -1,4 +1,7 @@
-"""The runtime's device layer and the update kernel as the benchmarks use them, on the card or, in a dry run, on the host."""
+"""The runtime's device layer and the update kernel, as the benchmarks use them.
+
+They run on the card or, in a dry run, on the host.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ from goc_deploy.engines.plugin.kernel import (
     geometry,
     parameters_from_addresses,
 )
-from goc_deploy.protocols import Buffer, Device, Launch, Stream
+from goc_deploy.protocols import Buffer, Device, Stream
 
 HOST_SOURCE = ROOT / "tests" / "engines" / "plugin" / "host.cpp"
 
@@ -89,7 +92,10 @@ def stack_launch(
     shape: tuple[int, int, int],
     dtype: str,
 ) -> Launch:
-    """A launch of the update kernel on fresh memory with random values; predictions lie on the entries that die."""
+    """A launch of the update kernel on fresh memory with random values.
+
+    Predictions are written over the entries that die.
+    """
     rows, _, hidden = shape
     rng = np.random.default_rng(0)
     values = rng.standard_normal(shape).astype(np.float32)
@@ -126,7 +132,7 @@ def stack_launch(
 
 
 def microseconds(stream: Stream, launches: Sequence[Launch], count: int, repeats: int) -> float:
-    """Median time of one of ``count`` launches that are made between two marks by calling all of ``launches``."""
+    """Median time of one of ``count`` launches between two marks, calling all of ``launches``."""
     times = []
     for repeat in range(repeats + 2):
         stream.mark(0)
@@ -141,7 +147,10 @@ def microseconds(stream: Stream, launches: Sequence[Launch], count: int, repeats
 
 
 def saver(path: Path) -> Callable[[Any], None]:
-    """Write findings whole or not at all, as often as there are new ones: what a crash leaves is what was found before."""
+    """Write findings, whole or not at all.
+
+    It is called for every new finding, so a crash loses none that was made before.
+    """
 
     def save(found: Any) -> None:
         temporary = path.with_name(f".{path.name}.tmp")

@@ -1,4 +1,6 @@
-"""The engine directories that the benchmarks run, made once and kept: golden models by precision, and a DiT.
+"""The engine directories that the benchmarks run, made once and kept.
+
+They are golden models by precision, and a DiT.
 
 python -m benchmarks.on_gpu.exports WORK/engines-... dit
 """
@@ -26,7 +28,8 @@ class Subject:
     """The DiT that is measured.
 
     Attributes:
-        name: ``XL/2`` (or another public size) with random weights, or ``golden``, the model of the golden trajectories.
+        name: ``XL/2`` (or another public size) with random weights, or ``golden``, the model of the
+            golden trajectories.
         precision: of the engine.
         steps: of plans and of PyTorch.
         many: (plan, steps) of one that predicts most of many steps.
@@ -64,7 +67,10 @@ DRY = Subject("golden", "fp32", 20, MANY, (1,))
 
 
 def engines_folder(work: Path) -> Path:
-    """Where engines of this version of the exporter are kept: a change of its sources exports again."""
+    """The folder for engines of this version of the exporter.
+
+    If the exporter's sources change, the engines are exported again.
+    """
     digest = hashlib.sha256()
     for path in sorted(
         [*(ROOT / "exporters").glob("**/*.py"), *(ROOT / "goc_deploy").glob("*.py")]
@@ -79,7 +85,10 @@ def export_golden(engines: Path, precision: str) -> None:
 
 
 def export_subject(engines: Path, subject: Subject) -> None:
-    """The DiT with its plans; it appears whole or not at all, so a second call finds it or makes it."""
+    """The DiT with its plans.
+
+    It appears whole or not at all, so a second call finds it or makes it.
+    """
     target = engines / subject.folder
     if target.exists():
         return

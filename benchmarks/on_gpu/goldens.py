@@ -1,6 +1,9 @@
-"""Golden trajectories on a backend, launched and replayed: the worst step against the reference, by precision and plan.
+"""Golden trajectories on a backend, launched and replayed.
 
-python -m benchmarks.on_gpu.goldens goldens.json --backend onnxruntime-cuda --engine fp32=ENGINE --engine fp16=ENGINE
+The result is the worst step against the reference, by precision and plan.
+
+python -m benchmarks.on_gpu.goldens goldens.json --backend onnxruntime-cuda \\
+    --engine fp32=ENGINE --engine fp16=ENGINE
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ CHECKPOINT = ROOT / "tests" / "golden" / "model.pt"
 TRAJECTORIES = ROOT / "tests" / "golden" / "golden.npz"
 HEADS = 4
 PLANS = {"none": "no_cache", "fora:2": "fora_50", "fora:2+gc:1.2": "fora_50_gc"}
-# fp32: docs and CONTRIBUTING promise it. The others: the reference is fp32, and these bound what their rounding may add.
+# fp32: docs and CONTRIBUTING promise it. The others: the reference is fp32, and these bound what
+# their rounding may add.
 MOST = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 RUNS = 3  # launched one by one, then recorded, then replayed
 

@@ -1,4 +1,7 @@
-"""Parts of a run as processes of their own, under one deadline: a part that crashes or hangs does not lose the others."""
+"""Parts of a run as processes of their own, under one deadline.
+
+If a part crashes or hangs, the others are not lost.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ class Deadline:
         return max(0.0, self._end - self._clock())
 
     def limit(self, most: float, reserve: float = 0.0) -> float:
-        """Seconds that a part may take: at most ``most``, and so that ``reserve`` remains for later ones."""
+        """Seconds that a part may take: at most ``most``, keeping ``reserve`` for later parts."""
         return max(0.0, min(most, self.left - reserve))
 
 
@@ -60,7 +63,8 @@ class Job:
         name: of the part.
         command: what to run, in the project's root.
         log: file that its output goes to.
-        pipes: keep its standard input and output open for `benchmarks.on_gpu.workers`; then only errors go to the log.
+        pipes: keep its standard input and output open for `benchmarks.on_gpu.workers`; then only
+            errors go to the log.
     """
 
     def __init__(

@@ -1,8 +1,11 @@
-"""The update kernel on all units of DiT-XL/2: its time, and the bytes that it must move over that time.
+"""The update kernel on all units of DiT-XL/2: its time, and bytes moved over time.
+
+The bytes are those that the kernel must move.
 
     python -m benchmarks.on_gpu.kernel kernel.json
 
-Launches rotate over copies of their tensors that are larger than the card's cache, as a step before them would leave it.
+Launches rotate over copies of their tensors that are larger than the card's cache, as a step before
+them would leave it.
 """
 
 from __future__ import annotations
@@ -30,8 +33,8 @@ def measured(
     """One form at one number of rows.
 
     Returns:
-        ``launched_us``, ``replayed_us`` (in one CUDA graph; None where it could not be recorded), ``nbytes``, and ``gb_s``
-        of the faster of the two.
+        ``launched_us``, ``replayed_us`` (in one CUDA graph; None if it could not be recorded),
+        ``nbytes``, and ``gb_s`` of the faster of the two.
     """
     stream, nbytes = device.stream(), stack.bytes_needed(shape, "float16")
     copies = 1 if dry else -(-BEYOND_THE_CACHE // nbytes)

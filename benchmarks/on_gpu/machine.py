@@ -1,4 +1,7 @@
-"""Which card, driver and packages there are, and how much memory a process has on the card: what nvidia-smi says."""
+"""The card, the driver, the packages, and the memory of a process on the card.
+
+The source is nvidia-smi.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,17 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 PACKAGES = (
-    "goc_deploy", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch", "triton", "cuda-bindings",
-    "nvidia-cuda-nvrtc", "numpy",
-)  # fmt: skip
+    "goc_deploy",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt-rtx",
+    "torch",
+    "triton",
+    "cuda-bindings",
+    "nvidia-cuda-nvrtc",
+    "numpy",
+)
 CPU = "CPU"
 
 
@@ -60,7 +71,7 @@ def smi(*query: str) -> str:
 
 
 def gpu_bytes_of(pid: int) -> int | None:
-    """Memory that a process has on the card, with its CUDA context; None where nvidia-smi does not list it."""
+    """Memory of a process on the card, with its CUDA context; None if it is not listed."""
     try:
         lines = smi("--query-compute-apps=pid,used_memory").splitlines()
     except RuntimeError:

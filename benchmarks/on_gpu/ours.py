@@ -36,7 +36,10 @@ KEPT = (
 def pipelines(
     engine: Path, plans: Sequence[str], backend: str, images: int, *, graphs: bool
 ) -> list[Pipeline]:
-    """Plans that share the weights; without CUDA graphs, which only single plans can be loaded without, each has its own."""
+    """Plans that share the weights.
+
+    Without CUDA graphs each plan has its own, because only single plans can be loaded without.
+    """
     if graphs:
         return goc_deploy.api.load_plans(engine, plans, backend=backend, batch_size=images)
     return [
@@ -46,7 +49,10 @@ def pipelines(
 
 
 def one_run(pipe: Pipeline, noise: np.ndarray, **more: Any) -> tuple[Found, np.ndarray]:
-    """What a run took, and its latents. ``wall_ms`` is from noise on the host to latents on the host."""
+    """The times of a run, and its latents.
+
+    ``wall_ms`` is from noise on the host to latents on the host.
+    """
     started = time.perf_counter()
     labels = [i % pipe.spec.classes for i in range(len(noise))]
     done = pipe.generate(

@@ -1,4 +1,7 @@
-"""A worker (`benchmarks.on_gpu.workers`): the same model in PyTorch, eager with and without a cache, or compiled without."""
+"""A worker (`benchmarks.on_gpu.workers`): the same model in PyTorch.
+
+It runs eager with and without a cache, or compiled without a cache.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,8 @@ class Sampler:
     """DDIM with guidance on all channels, as `benchmarks.work.sampled`, on a device.
 
     Attributes:
-        predict: (x (2N, C, H, W), timesteps (2N,), labels (2N,), step) to the model's prediction (2N, C_out, H, W).
+        predict: (x (2N, C, H, W), timesteps (2N,), labels (2N,), step) to the model
+            output (2N, C_out, H, W).
         reused: steps that compute no unit.
         dtype: of the model.
         device: ``cuda`` or ``cpu``.
@@ -52,7 +56,10 @@ class Sampler:
 
     @torch.inference_mode()
     def run(self, noise: np.ndarray) -> tuple[Found, np.ndarray]:
-        """What a run took, as `benchmarks.on_gpu.ours.one_run`, and its latents (N, C, H, W) float32."""
+        """The times of a run, as `benchmarks.on_gpu.ours.one_run`, and its latents.
+
+        The latents are (N, C, H, W) float32.
+        """
         n, channels = noise.shape[:2]
         table = sampler_table("ddim", self.steps, Process("eps"))
         started = time.perf_counter()

@@ -1,4 +1,6 @@
-"""Whether this Python has what a make target needs; in a sentence, what it lacks. Imports nothing else.
+"""Whether this Python has what a make target needs, and a sentence on what it lacks.
+
+This module imports nothing else.
 
 python benchmarks/on_gpu/ready.py test-gpu
 """
@@ -40,7 +42,8 @@ def main(argv: list[str]) -> int:
     lacking = missing(target)
     if lacking:
         print(
-            f"{sys.executable} cannot import {', '.join(lacking)}, which make {target} needs ({next(iter(lacking.values()))}); "
+            f"{sys.executable} cannot import {', '.join(lacking)}, which make {target} needs "
+            f"({next(iter(lacking.values()))}); "
             f"install it there, or name another Python: make {target} PYTHON=... or VENV=...",
             file=sys.stderr,
         )

@@ -32,7 +32,10 @@ def title(found: Found) -> str:
     if found["dry"]:
         return f"dry run on the CPU: no GPU numbers ({found['date']})"
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    return f"{machine['card']}, driver {machine['driver']}, CUDA {machine['cuda']}, {versions}, {found['date']}"
+    return (
+        f"{machine['card']}, driver {machine['driver']}, CUDA {machine['cuda']}, {versions}, "
+        f"{found['date']}"
+    )
 
 
 def _ceilings(found: Found) -> Iterator[list[str]]:

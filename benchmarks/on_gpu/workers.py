@@ -1,6 +1,9 @@
-"""Contenders in processes of their own that wait for their turn, so that rounds interleave and a crash loses one of them.
+"""Contenders in processes of their own that wait for their turn.
 
-A worker answers with one line of JSON: first what it is, then, for each name of a contender that it reads, a run.
+So rounds interleave, and a crash loses one contender only.
+
+A worker answers with one line of JSON: first a description of itself, then a run for each name of a
+contender that it reads.
 """
 
 from __future__ import annotations
@@ -86,7 +89,10 @@ class Worker:
 
 
 def channel() -> Callable[[Found], None]:
-    """What the answering side sends with. Everything else that prints to standard output goes to standard error."""
+    """The stream for the answers.
+
+    Everything else that prints to standard output goes to standard error.
+    """
     own = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -100,7 +106,10 @@ def channel() -> Callable[[Found], None]:
 def serve(
     send: Callable[[Found], None], about: Found, contenders: Mapping[str, Callable[[], Found]]
 ) -> None:
-    """Answer until the other side is gone. Each answer is of a second run: the first gets the card from another process."""
+    """Answer until the other side is gone.
+
+    Each answer is about a second run, because the first gets the card from another process.
+    """
     send({**about, "contenders": list(contenders)})
     for line in sys.stdin:
         run = contenders[line.strip()]

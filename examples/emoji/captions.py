@@ -17,13 +17,15 @@ SPECIAL = ("<pad>", END, "<unk>")
 PAD, UNKNOWN = SPECIAL.index("<pad>"), SPECIAL.index("<unk>")
 TOKENS = 16
 TEMPLATES = (
-    "{}", "a {}", "the {}", "{} emoji", "an emoji of a {}", "a picture of a {}", "draw a {}", "draw me the {} please",
-    "show me a {}", "a drawing of the {}", "{} icon", "my {}", "this is a {}", "a picture that is from a {}", "some {}",
-    "a photo of a {} on white", "an icon with a {}", "a {} to look at", "a simple {} for me",
+    "{}", "a {}", "the {}", "{} emoji", "an emoji of a {}", "a picture of a {}", "draw a {}",
+    "draw me the {} please", "show me a {}", "a drawing of the {}", "{} icon", "my {}",
+    "this is a {}", "a picture that is from a {}", "some {}", "a photo of a {} on white",
+    "an icon with a {}", "a {} to look at", "a simple {} for me",
 )  # fmt: skip
 ADJECTIVES = (
-    "cute", "little", "small", "big", "nice", "wild", "shiny", "beautiful", "colourful", "funny", "tiny", "lovely",
-    "bright", "simple", "pretty", "friendly", "large", "jumping", "swimming", "reading", UNKNOWN_LETTER,
+    "cute", "little", "small", "big", "nice", "wild", "shiny", "beautiful", "colourful", "funny",
+    "tiny", "lovely", "bright", "simple", "pretty", "friendly", "large", "jumping", "swimming",
+    "reading", UNKNOWN_LETTER,
 )  # fmt: skip
 ADJECTIVE_CHANCE = 0.3
 # Plural and singular are one word; so are words with a hyphen and two words.
@@ -36,7 +38,10 @@ NORMALISATION = (
 
 @dataclass(frozen=True, slots=True)
 class Captions:
-    """Captions of one emoji: its name and everyday synonyms to train with, and one that only the evaluation uses."""
+    """Captions of one emoji: its name and everyday synonyms, and a held-out one.
+
+    Training uses the first ones, the evaluation the last one only.
+    """
 
     train: tuple[str, ...]
     held_out: str
@@ -100,7 +105,7 @@ def token_rows(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
 
 
 def random_prompt(captions: Captions, draw: random.Random) -> str:
-    """A training caption in a random sentence; now and then with an adjective that changes nothing."""
+    """A training caption in a random sentence, sometimes with an adjective without meaning."""
     text = draw.choice(captions.train)
     if draw.random() < ADJECTIVE_CHANCE:
         text = f"{draw.choice(ADJECTIVES)} {text}"

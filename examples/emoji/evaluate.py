@@ -1,10 +1,13 @@
-"""Check that held-out prompts draw the emoji that they name: the nearest training picture is one of that name.
+"""Check that held-out prompts draw the emoji that they name.
 
-    python examples/emoji/evaluate.py                                # the weights that train.py keeps
+A prompt succeeds if the nearest training picture is one of that name.
+
+    python examples/emoji/evaluate.py                              # the weights that train.py keeps
     python examples/emoji/evaluate.py --pipeline FOLDER --pairs 100
 
-Exports the pipeline with and without cache, draws the prompts, prints one line per plan with the prompts that missed, and
-writes a sheet of 100 pictures per plan, with their prompts in a text file beside it. Exits with 1 below a minimum.
+Exports the pipeline with and without cache, draws the prompts, prints one line per plan with the
+prompts that missed, and writes a sheet of 100 pictures per plan, with their prompts in a text file
+beside it. Exits with 1 below a minimum.
 """
 
 from __future__ import annotations
@@ -57,7 +60,10 @@ def nearest(
 
 
 def held_out_pairs(count: int) -> list[tuple[int, str]]:
-    """(row of the emoji, held-out prompt) in a fixed random order; picture i of a request has noise of its own."""
+    """(row of the emoji, held-out prompt) in a fixed random order.
+
+    Picture i of a request has noise of its own.
+    """
     entries = list(read_captions().values())
     rows = list(range(len(entries)))
     random.Random(PAIRS_SEED).shuffle(rows)
@@ -130,7 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         enough = enough and share >= minimum
         missed = [f"{prompts[i]} -> {names[found[i]]}" for i in np.flatnonzero(found != wanted)]
         print(
-            f"{plan}: {share:.1%} of {len(pairs)} pairs are nearest to what they name, minimum {minimum:.0%}"
+            f"{plan}: {share:.1%} of {len(pairs)} pairs are nearest to what they name, minimum "
+            f"{minimum:.0%}"
         )
         if missed:
             print(f"  missed: {'; '.join(missed)}")

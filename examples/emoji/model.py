@@ -22,10 +22,21 @@ from training import save
 TEXT_WIDTH = 128
 CHECKPOINT, TEXT_ENCODER = "pixart_emoji.pt", "text_encoder"
 SPEC = ModelSpec(
-    depth=8, hidden=192, heads=6, mlp_hidden=768, patch=6, grid=8, channels=3, classes=0, learn_sigma=False,
-    architecture="pixart", branches=("attn", "cross", "mlp"), guided_channels=3, caption_channels=TEXT_WIDTH,
+    depth=8,
+    hidden=192,
+    heads=6,
+    mlp_hidden=768,
+    patch=6,
+    grid=8,
+    channels=3,
+    classes=0,
+    learn_sigma=False,
+    architecture="pixart",
+    branches=("attn", "cross", "mlp"),
+    guided_channels=3,
+    caption_channels=TEXT_WIDTH,
     caption_tokens=TOKENS,
-)  # fmt: skip
+)
 
 
 def text_settings(words: int) -> dict[str, Any]:
@@ -55,7 +66,10 @@ def as_tensor(tokenizer: Tokenizer, prompts: Sequence[str]) -> Tensor:
 
 
 def save_pipeline(model: PromptedPixArt, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write float16 weights as PixArt and T5 lay them out: what ``goc-export`` and its ``--text-encoder`` read."""
+    """Write float16 weights as PixArt and T5 lay them out.
+
+    ``goc-export`` and its ``--text-encoder`` read them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     empty = as_tensor(tokenizer, [""]).to(model.pos_embed.device)
     with torch.inference_mode():

@@ -1,4 +1,6 @@
-"""Render the emoji of captions.json from the npm package of Fluent Emoji's flat style into pictures.npz.
+"""Render the emoji of captions.json into pictures.npz.
+
+The source is the npm package of Fluent Emoji's flat style.
 
 npm pack @iconify-json/fluent-emoji-flat@1.2.6
 pip install resvg-py

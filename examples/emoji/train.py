@@ -1,10 +1,12 @@
-"""Train the PixArt of this example and its text encoder on pictures.npz, over as many sessions as it takes.
+"""Train the PixArt of this example and its text encoder on pictures.npz.
 
-    python examples/emoji/train.py --resume                         # until it is stopped; starts if there is nothing
-    python examples/emoji/train.py --resume --decay-steps 20000     # the last steps: the rates fall to zero, then it ends
+The training may take as many sessions as it needs.
 
-Everything is in one folder outside the repository: ``checkpoint.pt`` with the whole state, written every few minutes and when
-the process is asked to stop, and ``pipeline/``, which goc-export reads.
+    python examples/emoji/train.py --resume  # until it is stopped
+    python examples/emoji/train.py --resume --decay-steps 20000  # the last steps, rates fall
+
+Everything is in one folder outside the repository: ``checkpoint.pt`` with the whole state, written
+every few minutes and when the process is asked to stop, and ``pipeline/``, which goc-export reads.
 """
 
 from __future__ import annotations
@@ -66,7 +68,11 @@ def load_pictures(path: Path, names: Sequence[str]) -> Tensor:
 
 
 class Training:
-    """A model, the average of its weights, its optimizer and random numbers: everything that a checkpoint keeps."""
+    """The whole state of a training.
+
+    It is a model, the average of its weights, its optimizer and random numbers: what a checkpoint
+    keeps.
+    """
 
     def __init__(
         self, args: argparse.Namespace, captions: Sequence[Captions], pictures: Tensor
@@ -88,7 +94,10 @@ class Training:
         self.trained = hashlib.sha256(trained.encode()).hexdigest()
 
     def take_step(self, factor: float) -> tuple[float, float]:
-        """One update at this factor of the learning rates; the weighted loss and the plain squared error."""
+        """One update at this factor of the learning rates.
+
+        Returns the weighted loss and the plain squared error.
+        """
         chosen = [self.draw.randrange(len(self.captions)) for _ in range(self.args.batch)]
         prompts = [
             ""
@@ -119,7 +128,10 @@ class Training:
         return loss.item(), errors.mean().item()
 
     def save(self) -> None:
-        """Write the whole state and the averaged weights for goc-export; readers see the old files or the new ones."""
+        """Write the whole state, and the averaged weights for goc-export.
+
+        Readers see the old files or the new ones.
+        """
         path = self.args.folder / CHECKPOINT
         temporary = path.with_name(path.name + ".tmp")
         version, numbers, gauss = self.draw.getstate()
@@ -170,7 +182,10 @@ class Training:
 
 
 def run(training: Training) -> None:
-    """Take steps until the last one or until the process is asked to stop, log the losses and keep checkpoints."""
+    """Take steps until the last one or until the process is asked to stop.
+
+    Losses are logged and checkpoints kept.
+    """
     args = training.args
     asked: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -190,7 +205,8 @@ def run(training: Training) -> None:
             speed = args.batch * len(losses) / (now - logged)
             stamp = time.strftime("%Y-%m-%d %H:%M:%S")
             print(
-                f"{stamp} step {training.step} loss {weighted:.5f} mse {mse:.5f} rate {factor:.3f} {speed:.1f} images/s",
+                f"{stamp} step {training.step} loss {weighted:.5f} mse {mse:.5f} rate "
+                f"{factor:.3f} {speed:.1f} images/s",
                 flush=True,
             )
             losses.clear()
@@ -250,7 +266,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.folder / CHECKPOINT).exists() and not args.resume:
         parser.error(
-            f"{args.folder} has a checkpoint; go on from it with --resume, or choose another --folder"
+            f"{args.folder} has a checkpoint; go on from it with --resume, or choose another "
+            "--folder"
         )
     return args
 

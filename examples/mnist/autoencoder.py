@@ -1,4 +1,7 @@
-"""A small AutoencoderKL in diffusers' layout: the encoder, which only training needs, before the exporter's decoder."""
+"""A small AutoencoderKL in diffusers' layout.
+
+The encoder, which only training needs, is in front of the exporter's decoder.
+"""
 
 from __future__ import annotations
 

@@ -46,7 +46,10 @@ class PromptedPixArt(PublicLayout):
                 )
 
     def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        """Noise in samples (B, C, H, W) at timesteps (B,), of the tokens of prompts (B, L) int64."""
+        """The model output in samples (B, C, H, W), which is the noise in them.
+
+        The timesteps are (B,), the tokens of the prompts (B, L) int64.
+        """
         kept = tokens != self.pad
         captions = self.y_embedder["y_proj"](self.text_encoder(tokens, kept.float()))  # (B, L, D)
         condition = self.t_embedder(t)  # (B, D)
@@ -65,7 +68,10 @@ class PromptedPixArt(PublicLayout):
     def _attended(
         self, layers: CrossAttention, x: Tensor, captions: Tensor, kept: Tensor
     ) -> Tensor:
-        """Cross-attention of tokens (B, T, D) to those of the captions (B, L, D) that ``kept`` (B, L) marks."""
+        """Cross-attention of tokens (B, T, D) to the captions (B, L, D).
+
+        ``kept`` (B, L) marks the caption tokens that take part.
+        """
 
         def heads(rows: Tensor) -> Tensor:
             return rows.unflatten(-1, (self.spec.heads, -1)).transpose(1, 2)
@@ -86,7 +92,9 @@ def without_text_encoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def save_text_encoder(
     state: Mapping[str, Tensor], text: Mapping[str, Any], tokenizer: Tokenizer, folder: Path
 ) -> None:
-    """Write the folder that ``T5EncoderModel.from_pretrained`` and ``goc-export --text-encoder`` read.
+    """Write the folder of a text encoder.
+
+    ``T5EncoderModel.from_pretrained`` and ``goc-export --text-encoder`` read it.
 
     Args:
         state: of a `PromptedPixArt`.

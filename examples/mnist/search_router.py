@@ -1,10 +1,13 @@
-"""Search a Learning-to-Cache router for this example: which units the odd steps can reuse with the least harm.
+"""Search a Learning-to-Cache router for this example.
+
+It decides which units the odd steps can reuse with the least harm.
 
     python examples/mnist/search_router.py engine examples/mnist/router20.pt
 
-Every unit of every odd step is reused alone; what that does to the final latents, relative to no cache, is what it
-matters. The file has the layout of the published routers: logits above that of the threshold 0.1 are computed. They
-grow with the error, so another threshold in the SPEC reuses more or less.
+Every unit of every odd step is reused alone; what that does to the final latents, relative to no
+cache, is what it matters. The file has the layout of the published routers: logits above that of
+the threshold 0.1 are computed. They grow with the error, so another threshold in the SPEC reuses
+more or less.
 """
 
 from __future__ import annotations
@@ -63,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def errors_of_reuse(
     mask: np.ndarray, cells: Iterable[tuple[int, int]], measure: Callable[[np.ndarray], float]
 ) -> dict[tuple[int, int], float]:
-    """Each cell (step, unit) of ``mask``, which computes units, -> the error if that unit alone is reused."""
+    """Cell (step, unit) of ``mask``, which computes units -> error if it alone is reused."""
     errors = {}
     for cell in cells:
         other = mask.copy()
@@ -75,7 +78,9 @@ def errors_of_reuse(
 def router_logits(
     losses: dict[tuple[int, int], float], steps: int, units: int, reused: int
 ) -> torch.Tensor:
-    """(steps, units) float32, the last step first: the ``reused`` cells with the least loss are at or below THRESHOLD.
+    """(steps, units) float32, the last step first.
+
+    The ``reused`` cells with the least loss are at or below THRESHOLD.
 
     Cells without a loss, those of even steps, are far above it.
     """

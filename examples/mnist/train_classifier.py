@@ -55,7 +55,10 @@ def load_digits(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def distort(images: Tensor) -> Tensor:
-    """Turn, stretch and shift every image at random by a little; what comes into view is background (-1)."""
+    """Turn, stretch and shift every image at random by a little.
+
+    The pixels that come into view are background (-1).
+    """
     count = len(images)
     limits = torch.tensor([MAX_TURN, MAX_STRETCH, MAX_STRETCH])
     turn, stretch_x, stretch_y = (torch.rand(3, count) * 2 - 1) * limits[:, None]
@@ -101,7 +104,10 @@ def fit(model: Classifier, images: Tensor, labels: Tensor, args: argparse.Namesp
 
 
 def with_spatial_output(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Add ``spatial`` (N, 7, 7, 7): the first channels of the last convolution, for sFID, as ADM takes of Inception."""
+    """Add ``spatial`` (N, 7, 7, 7) for sFID.
+
+    It is the first channels of the last convolution, as ADM takes them from Inception.
+    """
     graph = proto.graph
     flattened = next(node for node in graph.node if node.op_type == "Reshape").input[0]
     bounds = {"spatial_start": [0], "spatial_stop": [SPATIAL_CHANNELS], "spatial_axis": [1]}
@@ -118,7 +124,10 @@ def with_spatial_output(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def export(model: Classifier, path: Path) -> None:
-    """Write the model as one ONNX file with a dynamic batch; readers see the old file or the whole new one."""
+    """Write the model as one ONNX file with a dynamic batch.
+
+    Readers see the old file or the whole new one.
+    """
     model.eval()
     program = torch.onnx.export(
         model,

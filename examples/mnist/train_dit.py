@@ -1,4 +1,7 @@
-"""Train the small class-conditional DiT of this example on MNIST digits, on a CPU: on pixels, or on the latents of a VAE."""
+"""Train the small class-conditional DiT of this example on MNIST digits, on a CPU.
+
+It learns pixels, or the latents of a VAE.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ LATENTS = replace(PIXELS, depth=6, hidden=96, mlp_hidden=384, patch=1, channels=
 
 
 class TrainedDiT(DiT):
-    """A DiT with the weights a run starts from; with adaLN-Zero every block starts as the identity."""
+    """A DiT with initial weights; with adaLN-Zero every block starts as the identity."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)

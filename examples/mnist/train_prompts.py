@@ -1,6 +1,9 @@
-"""Train a small PixArt that draws the digit named in a prompt, with a small T5 encoder, on the latents of a VAE.
+"""Train a small PixArt that draws the digit named in a prompt.
 
-Writes ``pixart_mnist.pt`` in PixArt's public layout, and beside it ``text_encoder/`` as transformers lays a T5 out.
+It has a small T5 encoder and works on the latents of a VAE.
+
+Writes ``pixart_mnist.pt`` in PixArt's public layout, and beside it ``text_encoder/`` as
+transformers lays a T5 out.
 """
 
 from __future__ import annotations
@@ -51,9 +54,21 @@ TEXT = {
     "tie_word_embeddings": False,
 }
 SPEC = ModelSpec(
-    depth=6, hidden=96, heads=4, mlp_hidden=384, patch=1, grid=7, channels=4, classes=0, learn_sigma=False,
-    architecture="pixart", branches=("attn", "cross", "mlp"), guided_channels=4, caption_channels=48, caption_tokens=TOKENS,
-)  # fmt: skip
+    depth=6,
+    hidden=96,
+    heads=4,
+    mlp_hidden=384,
+    patch=1,
+    grid=7,
+    channels=4,
+    classes=0,
+    learn_sigma=False,
+    architecture="pixart",
+    branches=("attn", "cross", "mlp"),
+    guided_channels=4,
+    caption_channels=48,
+    caption_tokens=TOKENS,
+)
 
 
 def tokenizer() -> Tokenizer:

@@ -1,4 +1,7 @@
-"""Train the small autoencoder of this example on MNIST digits, on a CPU: 28x28 pixels to 4x7x7 latents and back."""
+"""Train the small autoencoder of this example on MNIST digits, on a CPU.
+
+It maps 28x28 pixels to 4x7x7 latents and back.
+"""
 
 from __future__ import annotations
 

@@ -70,7 +70,10 @@ def signal_levels() -> Tensor:
 
 
 def spread_timesteps(batch: int) -> Tensor:
-    """One random timestep from each of ``batch`` equal parts of the range, which makes the loss less noisy."""
+    """One random timestep from each of ``batch`` equal parts of the range.
+
+    This makes the loss less noisy.
+    """
     places = (torch.arange(batch) + torch.rand(batch)) / batch
     return (places * TRAIN_TIMESTEPS).long().clamp(max=TRAIN_TIMESTEPS - 1)
 
@@ -80,7 +83,8 @@ def noise_losses(
 ) -> tuple[Tensor, Tensor]:
     """Weighted loss to minimise and plain mean squared error of the predicted noise, for one batch.
 
-    The weight min(SNR, 5) / SNR holds back the nearly clean timesteps, whose noise no small model can predict.
+    The weight min(SNR, 5) / SNR holds back the nearly clean timesteps, whose noise no small model
+    can predict.
     """
     t = spread_timesteps(len(images))
     alpha = alphas[t]
@@ -96,7 +100,10 @@ def noise_losses(
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Roughly the orthogonal factor of a matrix: its singular values are driven towards 1 by a quintic iteration."""
+    """Roughly the orthogonal factor of a matrix.
+
+    A quintic iteration drives its singular values towards 1.
+    """
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x / (x.norm() + 1e-7)
@@ -110,8 +117,8 @@ def orthogonal(matrix: Tensor) -> Tensor:
 class Optimizer:
     """Muon for the matrices of the blocks' branches, AdamW for everything else.
 
-    Muon (Jordan et al., 2024) steps along the orthogonal factor of the momentum; in short trials the loss of these
-    models fell faster with it than with AdamW alone.
+    Muon (Jordan et al., 2024) steps along the orthogonal factor of the momentum; in short trials
+    the loss of these models fell faster with it than with AdamW alone.
     """
 
     def __init__(self, model: nn.Module, adam_rate: float, muon_rate: float) -> None:
@@ -145,7 +152,10 @@ class Optimizer:
 
 
 def rate_factor(step: int, progress: float) -> float:
-    """Linear warm-up over the first steps, times half a cosine over the run; ``progress`` is 0..1."""
+    """Linear warm-up over the first steps, times half a cosine over the run.
+
+    ``progress`` is 0..1.
+    """
     return min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
@@ -201,11 +211,12 @@ def batches(count: int, size: int) -> Iterable[Tensor]:
 def run_steps(
     args: argparse.Namespace, step_losses: Callable[[int, float], Mapping[str, float]]
 ) -> int:
-    """Take steps until the time or the number that the arguments give is used up, and log the losses.
+    """Take steps until the time or the number in the arguments is used up, and log the losses.
 
     Args:
         args: of `training_parser`; the log goes beside ``out`` with suffix ``.csv``.
-        step_losses: takes (step, factor of the learning rate), updates the model and returns its losses by name.
+        step_losses: takes (step, factor of the learning rate), updates the model and returns its
+            losses by name.
 
     Returns:
         How many steps were taken.
@@ -252,7 +263,8 @@ def train_denoiser(
     """Train a model to predict noise.
 
     Args:
-        model: takes noisy images, timesteps and conditions; its ``null_condition`` stands for no condition.
+        model: takes noisy images, timesteps and conditions; its ``null_condition`` stands for no
+            condition.
         images: (N, C, H, W) float32 of variance about one.
         labels: (N,) int64.
         args: of `training_parser` with `add_denoiser_options`.
@@ -262,7 +274,8 @@ def train_denoiser(
         The model with averaged weights.
     """
     print(
-        f"{type(model).__name__} {model.spec}, {sum(p.numel() for p in model.parameters())} parameters",
+        f"{type(model).__name__} {model.spec}, {sum(p.numel() for p in model.parameters())} "
+        "parameters",
         flush=True,
     )
     alphas, average = signal_levels(), copy.deepcopy(model)

@@ -1,4 +1,7 @@
-"""The program that measures on a GPU, as far as none is needed; `make bench-gpu DRY=1` runs all of it."""
+"""The program that measures on a GPU, as far as it needs none.
+
+`make bench-gpu DRY=1` runs all of it.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,10 @@ def test_the_command_is_recorded_without_folders() -> None:
         dry=False,
         work="/x",
     )
-    expected = "python benchmarks/gpu.py --model XL/2 --seconds 345 --backend onnxruntime-cuda --no-cuda-graphs"
+    expected = (
+        "python benchmarks/gpu.py --model XL/2 --seconds 345 --backend onnxruntime-cuda "
+        "--no-cuda-graphs"
+    )
     assert gpu.command(args) == expected
 
 

@@ -1,4 +1,7 @@
-"""What the commands of the documents find in their folder: small random models under the names of public ones."""
+"""The files that the commands of the documents need: small random models.
+
+They have the names of public models.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,10 @@ def dit_pipeline(folder: Path) -> None:
 
 
 def pixart_pipeline(folder: Path) -> None:
-    """A PixArtAlphaPipeline with its text encoder and tokenizer, and captions that were encoded elsewhere."""
+    """A PixArtAlphaPipeline with its text encoder and tokenizer, and encoded captions.
+
+    The captions were encoded elsewhere.
+    """
     top = folder / "PixArt-XL-2-512x512"
     pixart.save_folder(top / "transformer", random_state(), PIXART)
     (top / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}')

@@ -1,6 +1,7 @@
 """What the documents tell people to type is typed here, document by document, in a fresh folder.
 
-Every fenced or indented block is run, unless the comment before it names the reason why not (`tests.documents.blocks`).
+Every fenced or indented block is run, unless the comment before it names the reason why not
+(`tests.documents.blocks`).
 Results, such as generated tables, must be what the document already has.
 """
 
@@ -88,7 +89,10 @@ def test_what_a_document_shows_works_in_its_order(
         done = subprocess.run(
             words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
         )
-        told = f"{name}:{block.line}: exit {done.returncode}\n{block.adapted}\n{done.stdout}\n{done.stderr}"
+        told = (
+            f"{name}:{block.line}: exit {done.returncode}\n"
+            f"{block.adapted}\n{done.stdout}\n{done.stderr}"
+        )
         assert done.returncode == 0, told
     found = contents(tmp_path / "docs")
     assert [str(path) for path in found if found[path] != shown.get(path)] == [], (

@@ -167,7 +167,10 @@ def test_a_full_disk_leaves_nothing_and_keeps_the_old_engine(
 ) -> None:
     shutil.copytree(golden_engine, tmp_path / "engine")
     before = tree(tmp_path)
-    arguments = f"{BIN / 'goc-export'} {GOLDEN / 'model.pt'} -o {tmp_path / 'engine'} --num-heads 4 --plan none --force"
+    arguments = (
+        f"{BIN / 'goc-export'} {GOLDEN / 'model.pt'} -o {tmp_path / 'engine'} --num-heads 4 "
+        "--plan none --force"
+    )
     done = subprocess.run(
         ["bash", "-c", f"trap '' XFSZ; ulimit -f 200; exec {arguments}"],
         capture_output=True,

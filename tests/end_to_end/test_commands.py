@@ -27,7 +27,10 @@ def engine(golden_engine: Path, tmp_path: Path) -> Path:
 def test_help_shows_an_example_and_needs_no_heavy_import(name: str, command: Command) -> None:
     assert "Example" in command(name, "--help").stdout
     module = f"goc_deploy.cli.{name.removeprefix('goc-')}"
-    heavy = "[m for m in ('torch', 'onnx', 'onnxruntime', 'numpy', 'PIL', 'rich', 'matplotlib') if m in sys.modules]"
+    heavy = (
+        "[m for m in ('torch', 'onnx', 'onnxruntime', 'numpy', 'PIL', 'rich', 'matplotlib') "
+        "if m in sys.modules]"
+    )
     code = f"import sys; from {module} import main; main(['--help']); print('heavy', {heavy})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.rstrip().endswith("heavy []"), done.stdout + done.stderr

@@ -1,4 +1,7 @@
-"""goc-eval and the script behind docs/results.md, on the shipped demo model and on one that makes latents."""
+"""goc-eval and the script behind docs/results.md.
+
+They run on the shipped demo model and on one that makes latents.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +47,9 @@ def test_plans_are_compared_on_the_same_noise_and_the_samples_can_be_read_back(
     samples, found_at, html = tmp_path / "samples", tmp_path / "eval.json", tmp_path / "eval.html"
     scored = ("--features", CLASSIFIER, "--reference", reference)
     done = command(
-        "goc-eval", demo_engine, "--num-images", IMAGES, "--batch-size", 6, "--trajectory-images", 5, *scored,
-        "--converged", 25, "--converged-images", 2, "--samples-output", samples, "--json", found_at, "--html", html,
-        "--resamples", 7,
+        "goc-eval", demo_engine, "--num-images", IMAGES, "--batch-size", 6,
+        "--trajectory-images", 5, *scored, "--converged", 25, "--converged-images", 2,
+        "--samples-output", samples, "--json", found_at, "--html", html, "--resamples", 7,
     )  # fmt: skip
     assert "L2 to converged" in done.stdout
     assert "8 samples for 64 features: FID needs more images than features" in done.stderr
@@ -60,9 +63,18 @@ def test_plans_are_compared_on_the_same_noise_and_the_samples_can_be_read_back(
     assert gc["metrics"]["relative_l2"]["value"] < 0.8 * plain["metrics"]["relative_l2"]["value"]
     assert gc["metrics"]["psnr_db"]["value"] > plain["metrics"]["psnr_db"]["value"]
     assert plain["metrics"].keys() == {
-        "relative_l2", "converged_relative_l2", "psnr_db", "ssim", "fid", "sfid", "kid", "inception_score",
-        "precision", "recall", "agreement",
-    }  # fmt: skip
+        "relative_l2",
+        "converged_relative_l2",
+        "psnr_db",
+        "ssim",
+        "fid",
+        "sfid",
+        "kid",
+        "inception_score",
+        "precision",
+        "recall",
+        "agreement",
+    }
     assert len(plain["step_errors"]) == 20
     assert plain["step_errors"][0] == 0
     assert all(plan["ms_per_image"] > 0 for plan in found["plans"].values())
@@ -140,9 +152,17 @@ def test_the_paper_s_table_is_one_command(
     plans = found["plans"]
     methods = {plan["method"]: name for name, plan in plans.items()}
     assert list(methods) == [
-        "no cache", "FORA-50", "FORA-50 + GC", "FORA-50 + GOC", "FORA-25", "FORA-25 + GC", "FORA-25 + GOC",
-        "L2C", "L2C + GC", "L2C + GOC",
-    ]  # fmt: skip
+        "no cache",
+        "FORA-50",
+        "FORA-50 + GC",
+        "FORA-50 + GOC",
+        "FORA-25",
+        "FORA-25 + GC",
+        "FORA-25 + GOC",
+        "L2C",
+        "L2C + GC",
+        "L2C + GOC",
+    ]
     assert (methods["no cache"], methods["FORA-50"]) == ("none", "fora-2")
     assert (
         {"fora-2+goc", "fora-2@0.5+goc", "l2c-router+goc"} <= set(found["added_plans"]) < set(plans)
@@ -276,7 +296,10 @@ calibration_images = 2
 [[table]]
 name = "main"
 title = "A table"
-rows = [{ title = "no cache", spec = "none", steps = 4 }, { title = "FORA", spec = "fora:2", steps = 4 }]
+rows = [
+    { title = "no cache", spec = "none", steps = 4 },
+    { title = "FORA", spec = "fora:2", steps = 4 },
+]
 [[table]]
 name = "more"
 title = "Another"

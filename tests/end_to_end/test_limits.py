@@ -1,4 +1,7 @@
-"""Where memory or open files run out, the engine is not called corrupt: somebody would delete a good one."""
+"""If memory or open files run out, the engine is not called corrupt.
+
+Otherwise a user would delete a good one.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ import pytest
 from tests.conftest import command_words
 
 EVERYTHING = (
-    "import goc_deploy.cli.run, goc_deploy.runtime.loading, goc_deploy.runtime.picture_files, goc_deploy.engines.ort, goc_deploy.api.series\n"
+    "import goc_deploy.cli.run, goc_deploy.runtime.loading, goc_deploy.runtime.picture_files\n"
+    "import goc_deploy.engines.ort, goc_deploy.api.series\n"
     "print(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmPeak')))"
 )
 STEP_KB = 16 * 1024

@@ -65,8 +65,8 @@ def test_a_spec_and_a_step_count_are_compiled_for_one_run(
         code=2,
     )
     assert (
-        f"must be added to the engine directory first, with: goc plan {demo_engine} fora:2+goc --steps 10"
-        in done.stderr
+        f"must be added to the engine directory first, with: goc plan {demo_engine} fora:2+goc "
+        "--steps 10" in done.stderr
     )
     assert not (tmp_path / "x.npy").exists()
 

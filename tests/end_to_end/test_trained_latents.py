@@ -1,4 +1,7 @@
-"""The shipped models of VAE latents draw digits that a classifier reads: by class, and by prompt."""
+"""The shipped models of VAE latents draw digits that a classifier reads.
+
+One draws by class, one by prompt.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The calls that we make of the real cuda-bindings, on a CUDA driver of host memory (`tests/stand_ins/libcuda`).
+"""The calls that we make of the real cuda-bindings, on a CUDA driver of host memory.
+
+The driver is `tests/stand_ins/libcuda`.
 
 They load it in place of NVIDIA's, so each test here is a process of its own, which has no torch.
 """
@@ -94,6 +96,7 @@ def test_a_driver_that_is_older_than_the_bindings_is_refused(run: Run) -> None:
         STUB_CUDA_VERSION="12080",
     )
     assert re.search(
-        r"EnvironmentUnsupportedError: .*driver is for CUDA 12\.8, .* for CUDA 13.*; update the driver",
+        r"EnvironmentUnsupportedError: .*driver is for CUDA 12\.8, .* for CUDA 13.*; update the "
+        r"driver",
         refused,
     )

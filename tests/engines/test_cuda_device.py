@@ -1,4 +1,7 @@
-"""The CUDA device by the real cuda-bindings: on a GPU, or on the driver of host memory (`tests.engines.test_cuda_bindings`)."""
+"""The CUDA device by the real cuda-bindings.
+
+It is on a GPU, or on the driver of host memory (`tests.engines.test_cuda_bindings`).
+"""
 
 from __future__ import annotations
 

@@ -159,8 +159,10 @@ from onnx import helper, numpy_helper
 import numpy as np
 w = numpy_helper.from_array(np.zeros(2**24, np.float32), "w")
 tensors = [helper.make_tensor_value_info(n, 1, [2**24]) for n in ("a", "b")]
-graph = helper.make_graph([helper.make_node("Add", ["a", "w"], ["b"])], "g", tensors[:1], tensors[1:], [w])
-content = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString()
+nodes = [helper.make_node("Add", ["a", "w"], ["b"])]
+graph = helper.make_graph(nodes, "g", tensors[:1], tensors[1:], [w])
+opset = helper.make_opsetid("", 20)
+content = helper.make_model(graph, opset_imports=[opset], ir_version=10).SerializeToString()
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**25, used + 2**25))
 try:
@@ -183,11 +185,13 @@ from onnx import helper
 from goc_deploy.engines import ort
 from goc_deploy.errors import ResourceError
 ort.available_bytes = lambda: 2**26
-tensors = [helper.make_tensor_value_info("a", 1, ["n", 1]), helper.make_tensor_value_info("b", 1, [1, 1])]
-nodes = [helper.make_node("Transpose", ["a"], ["t"], perm=[1, 0]), helper.make_node("Mul", ["a", "t"], ["m"]),
-         helper.make_node("ReduceMean", ["m"], ["b"])]
+shapes = {"a": ["n", 1], "b": [1, 1]}
+tensors = [helper.make_tensor_value_info(name, 1, shape) for name, shape in shapes.items()]
+nodes = [helper.make_node("Transpose", ["a"], ["t"], perm=[1, 0]),
+         helper.make_node("Mul", ["a", "t"], ["m"]), helper.make_node("ReduceMean", ["m"], ["b"])]
 graph = helper.make_graph(nodes, "g", tensors[:1], tensors[1:])
-content = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString()
+opset = helper.make_opsetid("", 20)
+content = helper.make_model(graph, opset_imports=[opset], ir_version=10).SerializeToString()
 backend = ort.OrtBackend(1)
 engine, b = backend.load(memoryview(content), {}), backend.allocate((1, 1), "float32")
 for side in (1000, 9000):

@@ -1,4 +1,7 @@
-"""The emoji example: its captions and pictures fit each other, training goes on where it stopped, and the score works."""
+"""The emoji example: its captions, its training and its score.
+
+Captions and pictures fit each other, training goes on where it stopped, and the score works.
+"""
 
 from __future__ import annotations
 
@@ -150,7 +153,8 @@ def test_training_in_two_sessions_gives_the_weights_of_one(script: Any, tmp_path
         training.save()
         return training
 
-    # Blocks get no gradient before the last layer, which starts at zero, has moved: two steps fill no momentum.
+    # Blocks get no gradient before the last layer, which starts at zero, has moved: two steps fill
+    # no momentum.
     whole, _, second = session("one", 6), session("two", 4), session("two", 2)
     assert second.step == 6
     assert all(momentum.any() for momentum in whole.optimizer.momenta)

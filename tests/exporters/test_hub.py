@@ -1,4 +1,7 @@
-"""Models by their id on the Hugging Face Hub, from a cache that the test makes: no connection is used."""
+"""Models by their id on the Hugging Face Hub.
+
+The cache is made by the test: no connection is used.
+"""
 
 from __future__ import annotations
 
@@ -121,7 +124,8 @@ def test_without_the_package_the_command_that_fetches_the_model_is_named(
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(
         ModelError,
-        match=r"pip install huggingface_hub, or .*: hf download someone/DiT-tiny --local-dir DiT-tiny",
+        match=r"pip install huggingface_hub, or .*: hf download someone/DiT-tiny --local-dir "
+        r"DiT-tiny",
     ):
         folder_from_hub(NAME)
 

@@ -74,7 +74,8 @@ def test_a_unit_with_the_weights_of_another_block_is_refused(tmp_path: Path) -> 
     )
     with pytest.raises(
         VerificationError,
-        match=r"unit block_00_mlp: blocks.0.mlp.fc1.weight differs between the weights file and the checkpoint",
+        match=r"unit block_00_mlp: blocks.0.mlp.fc1.weight differs between the weights file and "
+        r"the checkpoint",
     ):
         verify_copy(template, "block_00_mlp", parameters, STATE, tmp_path, OrtBackend())
 

@@ -1,4 +1,7 @@
-"""Which operators the exported graphs have: what ONNX Runtime's CUDA provider runs in every precision."""
+"""Which operators the exported graphs have.
+
+They are those that ONNX Runtime's CUDA provider runs in every precision.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ from goc_deploy.spec import ModelSpec
 from tests import pixart_reference
 
 DIT = ModelSpec(2, 48, 3, 192, 2, 4, 4, 10, True)
-# Those of our operators that have a bfloat16 kernel at opset 20, by docs/OperatorKernels.md of ONNX Runtime
-# (CUDAExecutionProvider). Conv has one from opset 22 on only.
+# Those of our operators that have a bfloat16 kernel at opset 20, by docs/OperatorKernels.md of ONNX
+# Runtime (CUDAExecutionProvider). Conv has one from opset 22 on only.
 BFLOAT16_ON_CUDA = frozenset(
     [
         "Add",

@@ -1,4 +1,7 @@
-"""Pipelines of diffusers with their own schedulers: exported folders draw what the pipelines draw, from the same noise."""
+"""Pipelines of diffusers with their own schedulers.
+
+Exported folders draw what the pipelines draw, from the same noise.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,8 @@ diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the ju
 
 STEPS, LABELS = 8, [3, 207]
 BETAS = {"beta_start": 1e-4, "beta_end": 0.02}
-# A DiTPipeline does not scale its noise, so schedulers that ask for that (Euler) are in the other list.
+# A DiTPipeline does not scale its noise, so schedulers that ask for that (Euler) are in the other
+# list.
 OF_DIT: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False, **BETAS}),
     "ddim-trailing-v": (
@@ -180,8 +184,12 @@ def test_a_pixart_draws_what_its_pipeline_draws(
     scheduler = scheduler_of(*OF_PIXART[name])
     if name != "dpm":
         engine = with_scheduler(engine, tmp_path / "engine", scheduler, "none")
-    vae = diffusers.AutoencoderKL(block_out_channels=[8] * 4, down_block_types=["DownEncoderBlock2D"] * 4,
-                                  up_block_types=["UpDecoderBlock2D"] * 4, norm_num_groups=4)  # fmt: skip
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=[8] * 4,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        norm_num_groups=4,
+    )
     judge = diffusers.PixArtAlphaPipeline(
         tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler
     )
@@ -212,7 +220,10 @@ def test_a_pixart_draws_what_its_pipeline_draws(
 def test_policies_that_learn_follow_the_folders_scheduler(
     dit: tuple[Any, Path], tmp_path: Path
 ) -> None:
-    """Calibration, and trials of other step counts, run on probed tables that reach back four steps."""
+    """Calibration, and trials of other step counts, run on probed tables.
+
+    The tables reach back four steps.
+    """
     specs = ("fora:2+goc", "fora:2+fit", "search:3,steps=6,reference=12")
     engine = with_scheduler(
         dit[1], tmp_path / "engine", scheduler_of(*OF_DIT["pndm"]), *specs, calibrate=2

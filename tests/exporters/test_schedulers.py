@@ -1,4 +1,7 @@
-"""Schedulers of diffusers as tables: the same steps, our own solvers in their place, and refusals by name."""
+"""Schedulers of diffusers as tables.
+
+They make the same steps, our own solvers can take their place, and refusals name the reason.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The shipped models of VAE latents draw what whole pipelines of diffusers draw with the same tensors, to the pixel."""
+"""The shipped models of VAE latents draw what whole pipelines of diffusers draw.
+
+The pipelines have the same tensors, and the pictures agree to the pixel.
+"""
 
 from __future__ import annotations
 
@@ -173,7 +176,10 @@ def test_prompts_are_drawn_as_by_the_pixart_pipeline(vae: Any, tmp_path: Path) -
 
 
 def pixart_state(state: Mapping[str, torch.Tensor], spec: ModelSpec) -> dict[str, torch.Tensor]:
-    """Tensors of the public layout under diffusers' names: the exporter's mapping in the other direction."""
+    """Tensors of the public layout under diffusers' names.
+
+    This is the exporter's mapping in the other direction.
+    """
     found = {"scale_shift_table": state["final_layer.scale_shift_table"]}
     for kind in ("weight", "bias"):
         found |= {

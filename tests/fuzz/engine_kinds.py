@@ -138,7 +138,10 @@ class EngineMutants:
         draw(Pipeline(self._manifest, plan, changed, self._backend, 2, 1))
 
     def _engine_trial(self, generator: random.Random) -> None:
-        """Load and draw with any file of a plan changed; unless it is listed so, the output may not change."""
+        """Load and draw with any file of a plan changed.
+
+        Unless the file is listed so, the output may not change.
+        """
         path = generator.choice(self._used)
         listed = generator.random() < 0.7
         try:

@@ -1,4 +1,7 @@
-"""Kinds of mutants among what commands are given: checkpoints, model folders, tokenizers, arrays, schedules, texts."""
+"""Kinds of mutants among what commands read from users.
+
+They are checkpoints, model folders, tokenizers, arrays, schedules and texts.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +96,7 @@ def _json(value: Any) -> bytes:
 
 
 def input_trials(folder: Path) -> dict[str, Trial]:
-    """Kind of file -> a function that makes a mutant of it in a folder and reads it as commands do."""
+    """Kind of file -> a function that makes a mutant in a folder and reads it as commands do."""
     return {**_tensor_trials(folder), **_model_trials(folder), **_policy_trials(folder)}
 
 

@@ -1,4 +1,7 @@
-"""Mutants of files: of their bytes, and of what they say in their format, so that mutants get past the parser."""
+"""Mutants of files: of their bytes, and of the content in their format.
+
+The latter get past the parser.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +110,10 @@ def mutated_safetensors(content: bytes, generator: random.Random) -> bytes:
 
 
 def mutated_archive(content: bytes, generator: random.Random) -> bytes:
-    """A mutant of a zip archive, as ``.npz`` and torch's files are: of a member, with sums that fit."""
+    """A mutant of a zip archive, such as ``.npz`` and torch's files.
+
+    One member is mutated, and the checksums fit.
+    """
     if generator.random() < RAW_SHARE:
         return mutated_bytes(content, generator)
     with zipfile.ZipFile(io.BytesIO(content)) as archive:

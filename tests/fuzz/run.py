@@ -1,6 +1,7 @@
 """Feed mutants of every kind of file to what reads it. Nothing but an error of ours may come out.
 
-python -m tests.fuzz.run ENGINE_DIR --seconds 300 [--mutants 100000] [--processes 2] [--seed 0] [--kind manifest]...
+python -m tests.fuzz.run ENGINE_DIR --seconds 300 [--mutants 100000] [--processes 2] \\
+    [--seed 0] [--kind manifest]...
 
 A failure names the kind and the seed that make it again: --kind KIND --seed SEED --mutants 1.
 """

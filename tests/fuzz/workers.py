@@ -1,4 +1,7 @@
-"""Processes that try mutants. One that crashes or hangs is a failure like any other, and another takes its place."""
+"""Processes that try mutants.
+
+One that crashes or hangs is a failure like any other, and another takes its place.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,10 @@ class Tally:
 
 @dataclass
 class _Worker:
-    """A process, its end of the pipe, the mutant that it is at, since when, and the processor time that it had used then."""
+    """A process, its end of the pipe, and its mutant.
+
+    Also when it began with that mutant, and the processor time that it had used then.
+    """
 
     process: multiprocessing.process.BaseProcess
     results: Connection
@@ -180,9 +186,12 @@ def _due(rarity: Mapping[str, int], seed: int) -> Iterable[str]:
 
 
 def outcome(trial: Trial, generator: random.Random) -> str:
-    """``accepted``, ``refused``, or what went wrong: an error that is not ours, or memory that was full.
+    """``accepted``, ``refused``, or the failure.
 
-    An error of ours about memory is fine before anything is allocated; afterwards it comes from another.
+    A failure is an error that is not ours, or memory that was full.
+
+    An error of ours about memory is fine before anything is allocated; afterwards it comes from
+    another.
     """
     try:
         trial(generator)

@@ -1,10 +1,13 @@
-"""Resolve each extra, and all of them together, under constraints.txt from the metadata on PyPI; install nothing.
+"""Resolve each extra, and all of them together, under constraints.txt.
+
+The source is the metadata on PyPI; nothing is installed.
 
     python tests/packaging/resolve.py [--python 3.13] [--extra export]
 
-A conflict is printed and ends with exit code 1. Nothing on this machine can hide one: installed packages, wheels and
-indexes on disk, and the configuration of pip and uv take no part (see ``environment``). uv resolves, in seconds where
-pip takes minutes; ``make demo`` then installs by pip.
+A conflict is printed and ends with exit code 1. Nothing on this machine can hide one: installed
+packages, wheels and indexes on disk, and the configuration of pip and uv take no part (see
+``environment``). uv resolves, in seconds where pip takes minutes; ``make demo`` then installs by
+pip.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ NONE, ALL = "(none)", "(all)"
 UV = find_uv_bin()
 WORKERS = 8  # they wait for the network
 
-# From the caller's environment: how to reach the index, under uv's names. Everything else is left out.
+# From the caller's environment: how to reach the index, under uv's names. Everything else is left
+# out.
 KEPT = {
     "HOME": "HOME",
     "PATH": "PATH",
@@ -40,8 +44,9 @@ KEPT = {
     "PIP_DEFAULT_TIMEOUT": "UV_HTTP_TIMEOUT",
 }
 
-# NVIDIA publishes these on PyPI as source only. They resolve from the metadata in the source. Those named "libs"
-# download their libraries from NVIDIA's own index while pip builds them, so neither size nor requirements are on PyPI.
+# NVIDIA publishes these on PyPI as source only. They resolve from the metadata in the source. Those
+# named "libs" download their libraries from NVIDIA's own index while pip builds them, so neither
+# size nor requirements are on PyPI.
 SOURCE_ONLY = {
     "tensorrt",
     "tensorrt-cu13",
@@ -164,7 +169,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{python:<8}{extra:<10}  fails\n{error}")
                 continue
             source_only |= {name: found.versions[name] for name in found.source_only}
-            sizes = f"{len(found.versions):>8}{found.nbytes / 1e6:>8.0f}{found.cuda_nbytes / 1e6:>24.0f}"
+            sizes = (
+                f"{len(found.versions):>8}{found.nbytes / 1e6:>8.0f}"
+                f"{found.cuda_nbytes / 1e6:>24.0f}"
+            )
             print(
                 f"{python:<8}{extra:<10}{sizes}{' + source only' if found.source_only else ''}",
                 flush=True,
@@ -176,7 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if "tensorrt-cu13-libs" in source_only:
         print(
-            "tensorrt-cu13-libs downloads TensorRT from NVIDIA's index when pip builds it: not counted above"
+            "tensorrt-cu13-libs downloads TensorRT from NVIDIA's index when pip builds it: not "
+            "counted above"
         )
     return 1 if failed else 0
 

@@ -88,7 +88,10 @@ def test_every_command_starts(empty_environment: Path, tmp_path: Path, name: str
 
 
 def test_what_exports_is_absent(empty_environment: Path, tmp_path: Path) -> None:
-    code = f"import goc_deploy, importlib.util; print([n for n in {FOR_EXPORTING_ONLY} if importlib.util.find_spec(n)])"
+    code = (
+        "import goc_deploy, importlib.util; "
+        f"print([n for n in {FOR_EXPORTING_ONLY} if importlib.util.find_spec(n)])"
+    )
     assert checked(empty_environment / "python", "-c", code, cwd=tmp_path) == "[]\n"
 
 

@@ -1,4 +1,7 @@
-"""Tiles: they cover everything, their weights add up, and a decoder that is local gives the same as in one piece."""
+"""Tiles: they cover everything, and their weights add up.
+
+A local decoder makes the same picture from tiles as in one piece.
+"""
 
 from __future__ import annotations
 

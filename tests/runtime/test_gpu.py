@@ -1,4 +1,7 @@
-"""Sessions on a GPU: what `tests/runtime/test_tensorrt.py` shows on stand-ins, shown where it runs."""
+"""Sessions on a GPU.
+
+`tests/runtime/test_tensorrt.py` shows the same on stand-ins.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Sessions on ONNX Runtime's CUDA provider, on stand-ins for the GPU and the provider (`tests.stand_ins`)."""
+"""Sessions on ONNX Runtime's CUDA provider.
+
+The GPU and the provider are stand-ins (`tests.stand_ins`).
+"""
 
 from __future__ import annotations
 

@@ -29,7 +29,10 @@ def works_for_another_thread(pool: SessionPool) -> bool:
 
 
 def interrupt_at(event: int) -> None:
-    """Raise KeyboardInterrupt where Python looks for signals: when a function begins, and when a call of C has returned."""
+    """Raise KeyboardInterrupt at the places at which Python looks for signals.
+
+    They are the beginning of a function and the return of a call of C.
+    """
     seen = itertools.count()
 
     def profile(_frame: FrameType, kind: str, _argument: Any) -> None:

@@ -321,7 +321,8 @@ def test_memory_is_reported_and_refused_before_anything_is_allocated(
     device = StandInDevice(capacity=3_000_000)
     with pytest.raises(
         ResourceError,
-        match=r"of weights, and for each of 2 sessions of 16 images .* of scratch memory, but 0.00 GB are",
+        match=r"of weights, and for each of 2 sessions of 16 images .* of scratch memory, but "
+        r"0.00 GB are",
     ):
         stand_in_pipeline(engines["embedded"], GRADIENT, sessions=2, capacity=device.capacity)
     pipe, tensorrt = stand_in_pipeline(engines["embedded"], GRADIENT)

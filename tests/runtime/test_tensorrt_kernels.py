@@ -1,4 +1,7 @@
-"""Kernels that TensorRT for RTX compiles while it runs are kept for the next process, on the stand-ins."""
+"""Kernels that TensorRT for RTX compiles while it runs are kept for the next process.
+
+The tests run on the stand-ins.
+"""
 
 from __future__ import annotations
 

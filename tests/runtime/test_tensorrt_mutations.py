@@ -130,7 +130,7 @@ class Rebound:
 
 
 def notices(pipe: Pipeline, golden: dict[str, np.ndarray]) -> str:
-    """What complains about a pipeline: a rule of the device, or the golden trajectory; or nothing."""
+    """The complaint about a pipeline: a rule of the device, the golden trajectory, or none."""
     try:
         for _ in range(2):  # launched, then replayed
             found = pipe.generate(

@@ -1,4 +1,7 @@
-"""Two callers at a time, on every backend that has a stand-in for its GPU: each follows the reference's trajectory."""
+"""Two callers at a time, on every backend that has a stand-in for its GPU.
+
+Each follows the reference's trajectory.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Weights that are exchanged at run time: those of the other directory to the last bit, or the old ones."""
+"""Weights that are exchanged at run time.
+
+They are those of the other directory to the last bit, or the old ones.
+"""
 
 from __future__ import annotations
 

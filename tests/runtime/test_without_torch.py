@@ -1,4 +1,7 @@
-"""Sessions where neither torch nor onnx can be imported; `tests.engines.test_cuda_bindings` has those on a GPU."""
+"""Sessions in processes that can import neither torch nor onnx.
+
+`tests.engines.test_cuda_bindings` has those on a GPU.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,12 @@
-"""A CUDA driver on host memory that holds programs to the rules of CUDA; it takes the place of ``cuda.bindings.driver``.
+"""A CUDA driver on host memory that holds programs to the rules of CUDA.
 
-Work is queued and done only when somebody waits, so a forgotten wait reads old bytes. Every byte knows whether it was
-written; fresh and freed memory is 0xFF, which is NaN in every float type. Addresses outside of live allocations, reads of
-bytes that nobody wrote, streams that race, threads that share a stream without waiting, threads without a context, and
-calls that a capture forbids raise `Fault`.
+It takes the place of ``cuda.bindings.driver``.
+
+Work is queued and done only when somebody waits, so a forgotten wait reads old bytes. Every byte
+knows whether it was written; fresh and freed memory is 0xFF, which is NaN in every float type.
+Addresses outside of live allocations, reads of bytes that nobody wrote, streams that race, threads
+that share a stream without waiting, threads without a context, and calls that a capture forbids
+raise `Fault`.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Work:
-    """Something on a stream: what it is, the bytes it reads and writes by name, and what it does."""
+    """An operation on a stream: its kind, the bytes that it reads and writes, its function."""
 
     name: str
     reads: dict[str, Span]

@@ -1,4 +1,7 @@
-"""Our kernels on host memory: compiled for the host from the source that GPUs get, with the memory that a launch uses."""
+"""Our kernels on host memory.
+
+They are compiled for the host from the source that GPUs get, with the memory that a launch uses.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,10 @@ class Span:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A launch: the bytes that it may read, those that it does read once the step is known, and those that it writes."""
+    """A launch, with the bytes that it may read, does read and writes.
+
+    Those that it does read are known once the step is known.
+    """
 
     may_read: dict[str, Span]
     reads: Callable[[], dict[str, Span]]
@@ -60,7 +66,10 @@ class Kernel:
 
 
 def build_library(target: Path, *more: Path) -> Path:
-    """Compile the kernels for the host, with further sources; skips the test where there is no compiler."""
+    """Compile the kernels for the host, with further sources.
+
+    If there is no compiler, the test is skipped.
+    """
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
         pytest.skip("there is no C++ compiler to build the kernel for the host")

@@ -1,4 +1,6 @@
-"""A pytest plugin for processes on the CUDA driver of host memory: without torch and onnx, with a stand-in for ONNX Runtime's provider.
+"""A pytest plugin for processes on the CUDA driver of host memory.
+
+They have no torch and no onnx, and a stand-in for ONNX Runtime's provider.
 
 The driver does its work at once, so what sessions read lies there already.
 """

@@ -1,4 +1,6 @@
-"""What only the CUDA driver of host memory shows: nothing is left over, and what happens when it refuses.
+"""Tests that only the CUDA driver of host memory can make.
+
+They show that nothing is left over, and what happens if the driver refuses.
 
 `tests.engines.test_cuda_bindings` runs these tests in a process of their own.
 """

@@ -1,7 +1,9 @@
-"""ONNX Runtime's CUDA provider on a stand-in GPU: sessions of the CPU provider that run late, on the stream they were given.
+"""ONNX Runtime's CUDA provider on a stand-in GPU.
 
-It holds the backend to what the provider documents: fp32 without TF32, one stream, no wait at the end of a run, graphs by
-number, each on the addresses that it was recorded with.
+Its sessions are those of the CPU provider; they run late, on the stream that they were given.
+
+It holds the backend to what the provider documents: fp32 without TF32, one stream, no wait at the
+end of a run, graphs by number, each on the addresses that it was recorded with.
 """
 
 from __future__ import annotations
@@ -71,7 +73,8 @@ class StandInSession:
             )
         if runtime.out_of_memory == "at load":
             raise RuntimeError(
-                "BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of size 7"
+                "BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of "
+                "size 7"
             )
         self._real = onnxruntime.InferenceSession(
             content, options, providers=["CPUExecutionProvider"]

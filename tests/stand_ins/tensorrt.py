@@ -1,8 +1,11 @@
-"""A TensorRT whose engines are ONNX graphs, which ONNX Runtime executes at the addresses that a context was given.
+"""A TensorRT whose engines are ONNX graphs.
 
-It runs what the real parser would take: graphs with embedded weights or with weights as inputs, and the plugin's stack. An
-engine file is the graph behind the first bytes of a real one. It keeps the rules of the real library, and raises
-`tests.stand_ins.kernels.Fault` where the real one would compute something wrong.
+ONNX Runtime executes them at the addresses that a context was given.
+
+It runs what the real parser would take: graphs with embedded weights or with weights as inputs, and
+the plugin's stack. An engine file is the graph behind the first bytes of a real one. It keeps the
+rules of the real library, and raises `tests.stand_ins.kernels.Fault` if the real one would
+compute something wrong.
 """
 
 from __future__ import annotations
@@ -264,7 +267,7 @@ class StandInTensorrt:
     def build_engines(
         self, directory: EngineDir, options: EngineOptions, progress: Progress
     ) -> tuple[EngineDir, int]:
-        """`goc_deploy.engines.tensorrt.store.build_engines` for this library, which needs no build process."""
+        """`goc_deploy.engines.tensorrt.store.build_engines` without the real builder."""
         target = Target(options.backend, self.__version__, this_platform(), options.capabilities)
         builder = nullcontext(self)
         return store.build_missing(directory, target, options, progress, lambda _: builder)

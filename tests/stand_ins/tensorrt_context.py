@@ -1,4 +1,7 @@
-"""Execution contexts of the stand-in for TensorRT, and what they are made with: the rules that a run must keep."""
+"""Execution contexts of the stand-in for TensorRT, and what they are made with.
+
+They hold a run to the rules.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +108,8 @@ class Context:
         self._device.forbid_in_capture("choose an optimisation profile")
         if self._captured:
             raise Fault(
-                f"{self._engine.name}: a graph was captured with the profile of this context, which now changes"
+                f"{self._engine.name}: a graph was captured with the profile of this context, "
+                "which now changes"
             )
         self._profile_stream = self._device.stream_of(handle).handle
         self._profile, self._shapes, self._warm = index, {}, False
@@ -114,7 +118,8 @@ class Context:
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         if self._captured:
             raise Fault(
-                f"{self._engine.name}: a graph was captured with the shapes of this context, which now change"
+                f"{self._engine.name}: a graph was captured with the shapes of this context, which "
+                "now change"
             )
         if self._engine.refuses("set_input_shape", self._engine.logger):
             return False
@@ -126,7 +131,8 @@ class Context:
             return False
         if self._profile is None:
             raise Fault(
-                f"{self._engine.name} has several profiles, and none was chosen before the shape of {name}"
+                f"{self._engine.name} has several profiles, and none was chosen before the shape "
+                f"of {name}"
             )
         low, _, high = self._engine.get_tensor_profile_shape(name, self._profile)
         if not all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True)):

@@ -69,7 +69,10 @@ def test_a_part_that_fails_names_the_reason(tmp_path: Path, code: str, reason: s
 
 
 def test_a_part_that_hangs_is_ended_with_what_it_started(tmp_path: Path) -> None:
-    child = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
+    child = (
+        "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); "
+        "print(p.pid, flush=True); p.wait()"
+    )
     started = time.monotonic()
     outcome = run_part("stuck", python(child), tmp_path / "log", Deadline(60), 3)
     assert outcome.state == "timed out"

@@ -90,13 +90,25 @@ def test_the_table_has_a_row_for_everything() -> None:
     assert lines[0] == "NVIDIA H100 80GB HBM3, driver 580.1, CUDA 13.0, numpy 2.5, 2026-01-02"
     for row in (
         "| ceilings | copy | 3000 GB/s |  |  |",
-        "| kernel | reuse, 2 rows | 50.0 us launched, 46.0 us replayed; 1500 GB/s | 69 MB | 50 % of copy |",
+        (
+            "| kernel | reuse, 2 rows | 50.0 us launched, 46.0 us replayed; 1500 GB/s | 69 MB "
+            "| 50 % of copy |"
+        ),
         "| kernel | gradient, 2 rows | 99.0 us launched; 2020 GB/s | 200 MB | 67 % of copy |",
-        "| goldens | onnxruntime-cuda, fp32, `none` | 1.0e-05, the same every run | < 1e-04 | met |",
+        (
+            "| goldens | onnxruntime-cuda, fp32, `none` | 1.0e-05, the same every run "
+            "| < 1e-04 | met |"
+        ),
         "| goldens | onnxruntime-cuda, fp16, `none` | 5.0e-03, runs differ | < 1e-04 | missed |",
-        "| goldens | onnxruntime-cuda, bf16, `none` | EngineDirError: no kernel | < 1e-04 | missed |",
+        (
+            "| goldens | onnxruntime-cuda, bf16, `none` | EngineDirError: no kernel "
+            "| < 1e-04 | missed |"
+        ),
         "| goldens | tensorrt, fp32, `none` | no TensorRT | < 1e-04 | not here |",
-        "| DiT | XL/2 fp16, 1 images, pytorch none | 60.00 ms; steps full 3.000 ms | 2.00 GB | 0.40 x torch.compile |",
+        (
+            "| DiT | XL/2 fp16, 1 images, pytorch none | 60.00 ms; steps full 3.000 ms | 2.00 GB "
+            "| 0.40 x torch.compile |"
+        ),
         "| DiT | 8 images, tensorrt | TensorRT is not installed |  | not measured |",
         "| DiT | 8 images, pytorch | ended by SIGKILL |  | failed |",
         "| targets | onnxruntime-cuda, 8 images: `none` / `fora:2` | 2.000 | >= 1.95 | met |",

@@ -1,4 +1,7 @@
-"""Engines with the plugin on a GPU. What the other tests show on the host, these show where it runs."""
+"""Engines with the plugin on a GPU.
+
+The other tests show the same on the host.
+"""
 
 from __future__ import annotations
 

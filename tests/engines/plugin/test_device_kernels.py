@@ -1,4 +1,7 @@
-"""Every kernel on a GPU, launched and recorded, in a process that needs neither torch nor TensorRT."""
+"""Every kernel on a GPU, launched and recorded.
+
+The process needs neither torch nor TensorRT.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +107,7 @@ def test_the_most_units_fit_into_a_launch(memory: CudaMemory, kernels: DeviceKer
 
 
 def gathered(memory: CudaMemory, row_bytes: int) -> tuple[ByteMove, Callable[[int], Moved]]:
-    """Modulation rows of DiT-XL/2: some rows of a table of 4 steps and 3 labels, for 2 rows of a batch."""
+    """Modulation rows of DiT-XL/2: some of a table of 4 steps and 3 labels, for a batch of 2."""
     rng = np.random.default_rng(row_bytes)
     table, rows = rng.integers(0, 256, (4, 172, 3, row_bytes), np.uint8), np.array([2, 0])
     target = np.zeros((170, 2, row_bytes), np.uint8)

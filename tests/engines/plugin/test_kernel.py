@@ -147,7 +147,10 @@ def test_every_tensor_moves_once_and_a_gate_once_per_thread(
 def test_a_prediction_may_lie_on_an_entry_of_an_earlier_unit(
     host_kernels: HostKernels, dtype: str
 ) -> None:
-    """The next unit is fetched before this one is stored, and nothing of the units before is read any more."""
+    """The next unit is fetched before this one is stored.
+
+    Nothing of the units before is read any more.
+    """
     stack = Stack((4, 2, 3, 1), (False, False, True, True))
     case = random_case(stack, (2, 4, 16), dtype, 0)
     moved = replace(case, last_entry=[4, 3])  # on g1_0 and g0_3
@@ -234,9 +237,15 @@ def test_nvrtc_compiles_for_every_target_without_a_gpu() -> None:
 
 
 def test_a_process_without_torch_compiles_too() -> None:
-    """NVRTC 13.0 does not find the library that it compiles with; torch, where it is imported, has loaded it."""
+    """NVRTC 13.0 does not find the library that it compiles with.
+
+    If torch is imported, it has loaded that library.
+    """
     _require_nvrtc()
-    program = "from goc_deploy.engines.plugin.kernel import cubin_for; import sys; assert 'torch' not in sys.modules; cubin_for('9.0')"
+    program = (
+        "from goc_deploy.engines.plugin.kernel import cubin_for; "
+        "import sys; assert 'torch' not in sys.modules; cubin_for('9.0')"
+    )
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

@@ -27,7 +27,10 @@ from tests.engines.plugin.conftest import HostKernels
 
 @pytest.fixture(params=[False, True], ids=["forwards", "backwards"])
 def kernels(request: pytest.FixtureRequest, host_kernels: HostKernels) -> Iterator[HostKernels]:
-    """Kernels whose threads run in either order: what depends on the order of threads is a race on a GPU."""
+    """Kernels whose threads run in either order.
+
+    What depends on the order of threads is a race on a GPU.
+    """
     host_kernels.library.run_backwards(request.param)
     yield host_kernels
     host_kernels.library.run_backwards(False)

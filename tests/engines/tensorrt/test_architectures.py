@@ -1,4 +1,7 @@
-"""Every graph of models that draw captions, with a text encoder and a VAE, really built by TensorRT-RTX."""
+"""Every graph of models that draw captions, really built by TensorRT-RTX.
+
+They have a text encoder and a VAE.
+"""
 
 from __future__ import annotations
 

@@ -165,7 +165,8 @@ def test_engines_on_the_stream_of_the_backend_are_for_one_thread_at_a_time(
 
 
 ALLOCATION = "[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)"
-OUT_OF_MEMORY = [  # as TensorRT 8.6 to 10 log it: NVIDIA/TensorRT issues 3017 and 4258, open-mmlab/Live2Diff issue 9
+# As TensorRT 8.6 to 10 log it: NVIDIA/TensorRT issues 3017 and 4258, open-mmlab/Live2Diff issue 9.
+OUT_OF_MEMORY = [
     (Severity.ERROR, ALLOCATION),
     (
         Severity.WARNING,
@@ -173,7 +174,10 @@ OUT_OF_MEMORY = [  # as TensorRT 8.6 to 10 log it: NVIDIA/TensorRT issues 3017 a
     ),
     (
         Severity.ERROR,
-        "[executionContext.cpp::ExecutionContext::470] Error Code 2: OutOfMemory (no further information)",
+        (
+            "[executionContext.cpp::ExecutionContext::470] Error Code 2: OutOfMemory "
+            "(no further information)"
+        ),
     ),
 ]
 FAULT = [(Severity.ERROR, "Error Code 1: Cuda Runtime (an illegal memory access was encountered)")]

@@ -83,7 +83,8 @@ builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
 library, network = library_from_backend("tensorrt-rtx"), builder.create_network(0)
 c = config_from_request(library, builder, network, BuildRequest([{}], ["8.6", "12.0"], 2**26))
 targets = [c.get_compute_capability(i).name for i in range(c.num_compute_capabilities)]
-print(c.max_aux_streams, c.get_flag(trt.BuilderFlag.TF32), c.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE), *targets)
+workspace = c.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE)
+print(c.max_aux_streams, c.get_flag(trt.BuilderFlag.TF32), workspace, *targets)
 """
 
 

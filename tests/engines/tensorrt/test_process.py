@@ -1,4 +1,7 @@
-"""The build process imports no torch, so that only the bindings can find NVRTC for the plugin there."""
+"""The build process imports no torch.
+
+So only the bindings can find NVRTC for the plugin there.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Which engines of a directory are loaded, and what is built because it lacks, with the stand-in as the builder."""
+"""Which engines of a directory are loaded, and what is built because it lacks.
+
+The stand-in is the builder.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +79,8 @@ def test_engines_of_another_gpu_or_version_are_not_loaded(
         (
             "9.0",
             "fp32",
-            r"tensorrt-rtx 99.1 has no target 9.0, only 7.5, .*; use `backend=tensorrt`, or onnxruntime-cuda",
+            r"tensorrt-rtx 99.1 has no target 9.0, only 7.5, .*; use `backend=tensorrt`, or "
+            r"onnxruntime-cuda",
         ),
         (
             "7.5",

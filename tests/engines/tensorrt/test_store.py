@@ -229,7 +229,8 @@ def replace_or_die(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     replace(*args)
 os.replace = replace_or_die
-build_engines(Path(sys.argv[1]), EngineOptions(capabilities=("8.6", "8.9", "12.0"), weights="shared"), lambda *_: None)
+options = EngineOptions(capabilities=("8.6", "8.9", "12.0"), weights="shared")
+build_engines(Path(sys.argv[1]), options, lambda *_: None)
 """
 
 

@@ -1,4 +1,7 @@
-"""Timings that TensorRT measures while it builds are kept for later builds, with a builder that counts what it times."""
+"""Timings that TensorRT measures while it builds are kept for later builds.
+
+The builder here counts what it times.
+"""
 
 from __future__ import annotations
 

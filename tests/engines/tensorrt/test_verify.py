@@ -1,4 +1,7 @@
-"""Comparing engines with ONNX Runtime: on the stand-in, whose engines are right until a test breaks one."""
+"""Comparing engines with ONNX Runtime.
+
+The engines of the stand-in are right until a test breaks one.
+"""
 
 from __future__ import annotations
 

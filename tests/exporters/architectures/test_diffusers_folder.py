@@ -310,7 +310,10 @@ def test_class_names_are_labels_of_the_command_line(
 
 @pytest.mark.filterwarnings("ignore")  # of diffusers about itself
 def test_an_exported_folder_draws_what_the_pipeline_of_diffusers_draws(tmp_path: Path) -> None:
-    """A random model, saved by diffusers: units against its blocks, then the whole loop with its own DDIM."""
+    """A random model, saved by diffusers: units against its blocks, then the whole loop.
+
+    The loop has diffusers' own DDIM.
+    """
     diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the judges extra")
     from benchmarks.diffusers_dit import KeepLatents
 

@@ -1,4 +1,7 @@
-"""PixArt: the same latents as plain PyTorch and as diffusers, with and without a cache, and refusals by name."""
+"""PixArt: the same latents as plain PyTorch and as diffusers, and refusals by name.
+
+Each is tested with and without a cache.
+"""
 
 from __future__ import annotations
 
@@ -401,7 +404,10 @@ def test_damaged_captions_are_refused(engine: Path, checkpoint: Path, tmp_path: 
 
 @pytest.mark.filterwarnings("ignore")  # of diffusers about itself
 def test_a_folder_draws_what_diffusers_draws(tmp_path: Path) -> None:
-    """A random model, saved by diffusers: its own blocks, hooked to cache, with its own DPM-Solver++."""
+    """A random model, saved by diffusers, with its own DPM-Solver++.
+
+    Its blocks are hooked to cache.
+    """
     diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the judges extra")
     torch.manual_seed(0)
     config = {k: v for k, v in CONFIG.items() if not k.startswith("_")}

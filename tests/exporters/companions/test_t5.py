@@ -1,4 +1,7 @@
-"""Text encoders: the same embeddings as the formulas and as transformers, the same tokens as SentencePiece, refusals."""
+"""Text encoders: the same embeddings and the same tokens as others, and refusals.
+
+The embeddings are those of the formulas and of transformers, the tokens those of SentencePiece.
+"""
 
 from __future__ import annotations
 
@@ -94,9 +97,15 @@ def engine(encoder: Path) -> Path:
     (encoder.parent / "prompts.txt").write_text("a red three\n\nthe blue seven\n")
     torch.save(random_state(), encoder.parent / "model.pth")
     manifest = goc_deploy.export(
-        encoder.parent / "model.pth", encoder.parent / "engine", num_heads=3, plans=["none", "fora:2"], steps=2,
-        max_batch=2, text_encoder=encoder, captions=encoder.parent / "prompts.txt",
-    )  # fmt: skip
+        encoder.parent / "model.pth",
+        encoder.parent / "engine",
+        num_heads=3,
+        plans=["none", "fora:2"],
+        steps=2,
+        max_batch=2,
+        text_encoder=encoder,
+        captions=encoder.parent / "prompts.txt",
+    )
     assert manifest.model.classes == 2
     assert (
         next(unit.relative_l2 or 0 for unit in manifest.units if unit.name == "text_encoder") < 1e-4
@@ -444,9 +453,15 @@ def test_tokens_are_those_of_sentencepiece(tmp_path: Path) -> None:
     text = (Path(__file__).parents[3] / "README.md").read_text()
     (tmp_path / "text.txt").write_text(text)
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "m"), vocab_size=300, pad_id=0, eos_id=1, unk_id=2,
-        bos_id=-1, minloglevel=2,
-    )  # fmt: skip
+        input=str(tmp_path / "text.txt"),
+        model_prefix=str(tmp_path / "m"),
+        vocab_size=300,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
     content = (tmp_path / "m.model").read_bytes()
     judge = sentencepiece.SentencePieceProcessor(model_proto=content)
     ours = tokenizers.Tokenizer.from_str(json_from_sentencepiece(content, "m").decode())

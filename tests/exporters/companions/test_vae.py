@@ -186,7 +186,10 @@ def latent_decoder(
 
 
 def test_tiles_are_close_to_the_whole(tiled: Path, vae: Path) -> None:
-    """Group norms, attention and padding see a tile only, which shows most in tiles as small as these."""
+    """Group norms, attention and padding see a tile only.
+
+    The effect is largest in tiles as small as these.
+    """
     with goc_deploy.load(tiled) as pipe:
         result, spec = pipe.generate([1], seed=1), pipe.spec
     smooth = np.cumsum(result.latents[0], axis=2) / 8

@@ -26,7 +26,10 @@ def run(
     coefficients: list[float],
     history: list[list[np.ndarray]],
 ) -> list[np.ndarray]:
-    """x_out, then the stored predictions, with every stored prediction written over the last entry it reads."""
+    """x_out, then the stored predictions.
+
+    Every stored prediction is written over the last entry that it reads.
+    """
     backend = OrtBackend()
     engine = backend.load(
         memoryview(predict_graph(signature, SPEC, precision).SerializeToString()), {}

@@ -1,4 +1,4 @@
-"""Segments: what their units compute one after the other, and how plans and directories keep them."""
+"""Segments: what their units compute in turn, and how plans and directories keep them."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ from goc_deploy.cli.progress import progress_bar
 
 class Thing: ...
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
+# A shell makes its background jobs ignore the signal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @click.command()
 def command():

@@ -1,4 +1,7 @@
-"""Options that are the same in every command: names from elsewhere, outputs, completion by the shell."""
+"""Options that are the same in every command.
+
+They are names from elsewhere, outputs, and completion by the shell.
+"""
 
 from __future__ import annotations
 

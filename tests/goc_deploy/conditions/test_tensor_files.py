@@ -154,11 +154,12 @@ def test_devices_and_pipes_are_refused_and_do_not_hang(tmp_path: Path, suffix: s
     [
         b"",
         b"PK\x03\x04 no archive",
-        b"\x93NUMPY\x01\x00\x46\x00" + b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000, 1000, 1000, 1000)}\n"[:70],
+        b"\x93NUMPY\x01\x00\x46\x00"
+        + b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000, 1000, 1000, 1000)}\n"[:70],
         b"\x93NUMPY\x01\x00\x10\x00{'descr': ((((  \n",
         b"\x93NUMPY\x01\x00\x10\x00" + b"\xff" * 16,
     ],
-)  # fmt: skip
+)
 def test_damaged_latents_are_a_usage_error(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.npy").write_bytes(content)
     with pytest.raises(UsageError, match="cannot be read"):

@@ -54,10 +54,17 @@ def plan(computed: int, **values: float) -> dict[str, Any]:
         for key, value in values.items()
     }
     return {
-        "policy": "fora:2", "sampler": "ddim", "steps": 3, "baseline": "none", "computed_units": computed,
-        "all_units": 6, "full_step_equivalents": computed / 2, "ms_per_image": 1.5 * computed,
-        "step_errors": [0.0, 0.1, 0.2] if computed < 6 else None, "metrics": metrics,
-    }  # fmt: skip
+        "policy": "fora:2",
+        "sampler": "ddim",
+        "steps": 3,
+        "baseline": "none",
+        "computed_units": computed,
+        "all_units": 6,
+        "full_step_equivalents": computed / 2,
+        "ms_per_image": 1.5 * computed,
+        "step_errors": [0.0, 0.1, 0.2] if computed < 6 else None,
+        "metrics": metrics,
+    }
 
 
 @pytest.fixture
@@ -67,12 +74,25 @@ def evaluation() -> Evaluation:
         "<b>": plan(4, relative_l2=0.05, fid=4.0),
         "c": plan(4, relative_l2=0.5, fid=3.5),
     }
-    options = {"cfg_scale": 4.0, "cfg_channels": 3, "seed": 0, "labels": "balanced", "reference": "r.npz",
-               "trajectory_images": 5}  # fmt: skip
+    options = {
+        "cfg_scale": 4.0,
+        "cfg_channels": 3,
+        "seed": 0,
+        "labels": "balanced",
+        "reference": "r.npz",
+        "trajectory_images": 5,
+    }
     found = {
-        "images": 7, "precision": "fp32", "machine": {"backend": "onnxruntime"}, "features": "f.onnx", "resamples": 5,
-        "options": options, "warnings": ["mind the <gap>"], "goc_deploy": "0", "plans": plans,
-    }  # fmt: skip
+        "images": 7,
+        "precision": "fp32",
+        "machine": {"backend": "onnxruntime"},
+        "features": "f.onnx",
+        "resamples": 5,
+        "options": options,
+        "warnings": ["mind the <gap>"],
+        "goc_deploy": "0",
+        "plans": plans,
+    }
     rows = (((), ()), ((1.0,), ()), ((1.0,), ()))
     schedule = Schedule(1, ("attn", "mlp"), rows)
     pictures = {name: np.zeros((2, 12, 12, 1), np.uint8) for name in plans}

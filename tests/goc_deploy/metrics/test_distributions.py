@@ -113,9 +113,7 @@ def test_the_inception_score_is_that_of_torchmetrics() -> None:
     assert found == pytest.approx(float(reference.compute()[0]), rel=1e-5)
 
 
-def test_the_inception_score_of_certain_balanced_classes_is_their_number_unless_they_are_sorted() -> (
-    None
-):
+def test_the_inception_score_of_balanced_classes_is_their_number_unless_sorted() -> None:
     labels = np.repeat(np.arange(10), 100)
     shuffled = np.random.default_rng(0).permutation(labels)
     certain = np.eye(10, dtype=np.float32)

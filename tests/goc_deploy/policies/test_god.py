@@ -25,7 +25,11 @@ def l1(d: np.ndarray, e: np.ndarray, eta: float) -> float:
 
 @given(st.data())
 def test_exists_agrees_with_a_search_over_eta(data: st.DataObject) -> None:
-    """The L1 error is piecewise linear in eta with kinks at d / e: if any eta helps, one before the first kink does."""
+    """The best eta is a kink of the L1 error.
+
+    The error is piecewise linear in eta with kinks at d / e: if any eta helps, one before the first
+    kink does.
+    """
     d = np.array(data.draw(VALUES))
     e = np.array(
         data.draw(st.lists(st.integers(-3, 3).map(float), min_size=len(d), max_size=len(d)))

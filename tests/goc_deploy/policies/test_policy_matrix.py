@@ -1,4 +1,4 @@
-"""Every base and every correction runs on every architecture, with every sampler that goes with it."""
+"""Every base and every correction runs on every architecture and sampler that fit."""
 
 from __future__ import annotations
 
@@ -53,7 +53,10 @@ MakeEngine = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def engine_of(tmp_path_factory: pytest.TempPathFactory) -> MakeEngine:
-    """A tiny engine of an architecture, with captions where it draws them, and beside it a router and a schedule file."""
+    """A tiny engine of an architecture, and beside it a router and a schedule file.
+
+    It has stored captions if the architecture draws captions.
+    """
     made: dict[str, Path] = {}
 
     def make(architecture: str) -> Path:

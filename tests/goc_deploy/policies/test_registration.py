@@ -271,7 +271,8 @@ def test_a_broken_package_is_named_and_breaks_no_other(installed: Packages) -> N
     installed("bad-package", "bad_module", "raise RuntimeError('no licence')", "broken")
     with pytest.raises(
         EnvironmentUnsupportedError,
-        match=r"'broken' of the package bad-package \(bad_module\) cannot be imported: RuntimeError: no",
+        match=r"'broken' of the package bad-package \(bad_module\) cannot be imported: "
+        r"RuntimeError: no",
     ):
         made("broken")
     assert made("fora:2+fading").computed == 12

@@ -176,7 +176,8 @@ def test_the_default_name_is_the_spec_made_file_safe(text: str, name: str) -> No
         ("", "unknown policy ''"),
         (
             "goc",
-            "unknown policy 'goc'; it predicts what a policy reuses, so it comes after one, such as fora:2.goc",
+            "unknown policy 'goc'; it predicts what a policy reuses, so it comes after one, such "
+            "as fora:2.goc",
         ),
         ("+goc", "unknown policy ''; begin with what is computed, such as fora:2"),
         ("fora-2", r"unknown policy 'fora-2'; did you mean fora:2\?"),

@@ -86,7 +86,10 @@ def test_a_fit_learns_on_the_schedule_that_was_found(
 
 
 class Clock:
-    """Trials whose full steps take 10 ms and whose predicted steps 1 ms, and whose latents say what ran."""
+    """Trials with full steps of 10 ms and predicted steps of 1 ms.
+
+    Their latents tell what ran.
+    """
 
     sampler, options, progress = "ddim", OPTIONS, staticmethod(no_progress)
 

@@ -49,8 +49,9 @@ def test_every_spacing_falls_without_repeats_and_leaves_zero_out_if_asked(
     assert visits_zero or spacing == "trailing" or found[-1] > 0
 
 
-# What diffusers 0.42 computes for five steps, found by feeding its schedulers unit vectors: weights of x, of the clean
-# sample that the model predicts, then of earlier ones (dpm++) or of the noise and its spread (ddpm).
+# What diffusers 0.42 computes for five steps, found by feeding its schedulers unit vectors: weights
+# of x, of the clean sample that the model predicts, then of earlier ones (dpm++) or of the noise
+# and its spread (ddpm).
 GOLDEN_ROWS = {
     "dpm++": [
         (0.9992538, 0.03279384, 0.0),
@@ -104,7 +105,10 @@ SAMPLERS = [
 def test_a_perfect_model_keeps_a_sample_on_the_diffusion_path(
     sampler: str, steps: int, prediction: str
 ) -> None:
-    """Whatever the model predicts: x = alpha * clean + sigma * eps goes to alpha' * clean + what the noise leaves of sigma'."""
+    """Every prediction type makes the same step.
+
+    x = alpha * clean + sigma * eps goes to alpha' * clean + what the noise leaves of sigma'.
+    """
     table, clean, eps = sampler_table(sampler, steps, Process(prediction)), 0.3, -1.7
     signal = [*(SIGNAL[t] for t in table.timesteps), 1.0]
     for k in range(steps):

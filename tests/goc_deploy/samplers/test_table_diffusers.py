@@ -1,4 +1,7 @@
-"""Sampler tables against the schedulers of diffusers, step by step, on models that predict arbitrary numbers."""
+"""Sampler tables against the schedulers of diffusers, step by step.
+
+The models predict arbitrary numbers.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ pytestmark = pytest.mark.filterwarnings(
 )  # diffusers with NumPy 2
 
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
-# What PixArt-alpha ships in scheduler/scheduler_config.json; DiT-XL/2 ships the same betas with DDIM.
+# What PixArt-alpha ships in scheduler/scheduler_config.json; DiT-XL/2 ships the same betas with
+# DDIM.
 PIXART = {
     "algorithm_type": "dpmsolver++",
     "beta_start": 0.0001,
@@ -45,7 +49,9 @@ def follow(
     skip: int = 0,
     **more: Any,
 ) -> float:
-    """The largest difference of a step: both sides start from diffusers' latents, so errors do not add up.
+    """The largest difference of a step.
+
+    Both sides start from diffusers' latents, so errors do not add up.
 
     The scheduler gets its process in float64: at 250 steps its float32 betas are off by 3e-5.
     """
@@ -92,7 +98,10 @@ def test_dpm_solver_steps_are_spaced_as_by_diffusers(steps: int, spacing: str) -
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("eta", [0.0, 0.6])
 def test_ddim_tables_are_those_of_diffusers(eta: float, spacing: str, prediction: str) -> None:
-    """Where the stride is whole: diffusers steps to ``t - stride``, which is no timestep of a ``linspace``."""
+    """If the stride is whole, diffusers steps to ``t - stride``.
+
+    That is no timestep of a ``linspace``.
+    """
     scheduler = diffusers.DDIMScheduler(
         clip_sample=False,
         timestep_spacing=spacing,

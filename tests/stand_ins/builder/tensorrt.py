@@ -1,8 +1,11 @@
-"""A module of the name ``tensorrt`` whose builder times tactics as the real one does, for the process that builds engines.
+"""A module of the name ``tensorrt`` whose builder times tactics as the real one does.
 
-Its folder is put on the search path, so Polygraphy and the build process import it by its name. It times a layer once for
-each optimum, unless the timing cache has it; an engine is a JSON text that says how many layers were timed, and for which
-shapes. The environment says on which GPU it runs, and whether that has any memory left.
+The process that builds engines imports it.
+
+Its folder is put on the search path, so Polygraphy and the build process import it by its name. It
+times a layer once for each optimum, unless the timing cache has it; an engine is a JSON text with
+the number of layers that were timed, and their shapes. The environment names the GPU on which it
+runs, and whether that has any memory left.
 """
 
 from __future__ import annotations
