@@ -30,7 +30,7 @@ from goc_deploy.engines.plugin.kernel import (
     geometry,
     parameters_from_addresses,
 )
-from goc_deploy.protocols import Buffer, Device, Stream
+from goc_deploy.protocols import Buffer, Device, Run, Stream
 
 HOST_SOURCE = ROOT / "tests" / "engines" / "plugin" / "host.cpp"
 
@@ -91,7 +91,7 @@ def stack_launch(
     stack: Stack,
     shape: tuple[int, int, int],
     dtype: str,
-) -> Launch:
+) -> Run:
     """A launch of the update kernel on fresh memory with random values.
 
     Predictions are written over the entries that die.
@@ -131,7 +131,7 @@ def stack_launch(
     return launch
 
 
-def microseconds(stream: Stream, launches: Sequence[Launch], count: int, repeats: int) -> float:
+def microseconds(stream: Stream, launches: Sequence[Run], count: int, repeats: int) -> float:
     """Median time of one of ``count`` launches between two marks, calling all of ``launches``."""
     times = []
     for repeat in range(repeats + 2):

@@ -52,6 +52,10 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
         raise EngineDirError(
             f"plan {plan.name}: what was accumulated for step {min(accumulated)} is never added"
         )
+    if plan.slots > len(written):
+        raise EngineDirError(
+            f"plan {plan.name}: it asks for {plan.slots} slots but stores into {len(written)}"
+        )
 
 
 def _entries(op: Compute | Segment | Predict) -> tuple[int, tuple[Prediction, ...]]:

@@ -95,7 +95,7 @@ def session(
         (
             "[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : Floor(13)",
             EnvironmentUnsupportedError,
-            "--precision fp32",
+            "`precision=fp32`",
         ),
         (
             "[ONNXRuntimeError] : 10 : INVALID_GRAPH : CUDAExecutionProvider",

@@ -364,3 +364,12 @@ def test_a_plan_that_would_run_into_foreign_memory_is_refused(
     bad = Plan("bad", good.sampler, launches, slots, good.schedule)
     with pytest.raises(EngineDirError, match=message):
         check_plan(bad, spec_of(1))
+
+
+@pytest.mark.parametrize("slots", [7, 10**12])
+def test_a_plan_that_asks_for_slots_that_it_does_not_use_is_refused(slots: int) -> None:
+    spec = ModelSpec(3, 8, 2, 16, 2, 2, 4, 10, False)
+    schedule = schedule_from_policy(parse_policy("fora:2"), spec, 6)
+    plan = replace(compile_for_host(schedule, spec), slots=slots)
+    with pytest.raises(EngineDirError, match=f"asks for {slots} slots but stores into 3"):
+        check_plan(plan, spec)
