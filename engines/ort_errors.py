@@ -65,7 +65,8 @@ def error_from_ort(cause: Exception, doing: str, provider: str = "CPU") -> GocEr
         )
     if _KERNEL.search(text):
         return EnvironmentUnsupportedError(
-            f"{version} has no {provider} kernel for this graph ({reason}); export with `precision=fp32`"
+            f"{version} has no {provider} kernel for this graph ({reason}); "
+            "export with `precision=fp32`"
         )
     return EngineDirError(f"{version} {doing}: {reason}; export again")
 

@@ -136,7 +136,8 @@ def _read(path: Path, options: ExportOptions) -> FolderModel:
         )
     if options.weights != "auto":
         raise UsageError(
-            f"`weights={options.weights}` is for training checkpoints; {path} holds one set of weights"
+            f"`weights={options.weights}` is for training checkpoints; {path} holds one "
+            "set of weights"
         )
     return model
 

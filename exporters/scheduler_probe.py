@@ -61,7 +61,8 @@ def probed_table(settings: Mapping[str, Any], steps: int, prediction: str) -> Sa
     except REFUSALS as cause:
         reason = " ".join(str(cause).split())[:200]
         raise ModelError(
-            f"diffusers refuses the folder's {name} for {steps} steps: {reason}; name another `sampler`"
+            f"diffusers refuses the folder's {name} for {steps} steps: {reason}; "
+            "name another `sampler`"
         ) from cause
     return _table(probe, name, prediction)
 
@@ -182,7 +183,8 @@ def _table(probe: _Probe, name: str, prediction: str) -> SamplerTable:
         weights = _weights(target, probe.latents[k], earlier)
         if weights is None or np.count_nonzero(weights[1:]) > MAX_LAGS:
             raise ModelError(
-                f"the folder's {name} reads more than {MAX_LAGS} earlier estimates at step {k}; name another `sampler`"
+                f"the folder's {name} reads more than {MAX_LAGS} earlier estimates at "
+                f"step {k}; name another `sampler`"
             )
         latent.append(float(weights[0]))
         history.append(weights[1:].tolist())

@@ -94,7 +94,8 @@ def prediction_of(scheduler: Mapping[str, Any], where: str) -> str:
         return "flow_to_noise"
     if not isinstance(told, str) or told not in PREDICTION_TYPES:
         raise ModelError(
-            f"{where}: prediction_type is {told!r}, only {', '.join(PREDICTION_TYPES)} are supported; if it is one of them, give `prediction`"
+            f"{where}: prediction_type is {told!r}, only {', '.join(PREDICTION_TYPES)} are "
+            "supported; if it is one of them, give `prediction`"
         )
     return PREDICTION_TYPES[told]
 

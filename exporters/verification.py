@@ -78,8 +78,8 @@ def verify_copy(
     if not error <= TOLERANCE[template.dtype]:
         raise VerificationError(
             f"unit {name}: the exported graph differs from PyTorch by {error:.2e} relative L2, "
-            "allowed are "
-            f"{TOLERANCE[template.dtype]:.0e}; the weights may overflow this precision, try `precision=fp32`"
+            f"allowed are {TOLERANCE[template.dtype]:.0e}; the weights may overflow this "
+            "precision, try `precision=fp32`"
         )
     return error
 

@@ -95,7 +95,8 @@ def load_pipelines(
     images = manifest.max_batch if batch_size is None else batch_size
     if not 1 <= images <= manifest.max_batch:
         raise UsageError(
-            f"batch size {images} must be within 1..{manifest.max_batch}, what the engine was exported for (`max_batch`)"
+            f"batch size {images} must be within 1..{manifest.max_batch}, the limit that "
+            "the engine directory was exported for (`max_batch`)"
         )
     form: PlanForm = "device" if backend.stacks else "host"
     plans = [in_form(plan, manifest.model, form) for plan in plans]

@@ -188,7 +188,8 @@ class Pipeline:
         """
         if self.manifest.text is None:
             raise UsageError(
-                "the engine has no text encoder; export with `text_encoder`, or give prompt embeddings"
+                "the engine directory has no text encoder; export with `text_encoder`, or give "
+                "prompt embeddings"
             )
         if self._attached.text is None:
             raise EnvironmentUnsupportedError(NO_TOKENIZERS)

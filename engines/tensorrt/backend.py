@@ -137,7 +137,8 @@ class TensorrtBackend:
         assert isinstance(engine, TensorrtEngine)
         if weights - engine.inputs:
             raise EnvironmentUnsupportedError(
-                f"these engines of {self.name} hold their weights, which cannot be exchanged; build engines with "
+                f"these engines of {self.name} hold their weights, which cannot be "
+                "exchanged; build engines with "
                 "`EngineOptions.weights=shared` and load again"
             )
 

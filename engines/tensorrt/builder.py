@@ -71,7 +71,8 @@ class Builder:
         report = built.report
         if is_out_of_memory(report.refusal):
             raise ResourceError(
-                f"{where} cannot be built: there is not enough GPU memory ({report.refusal}); set `EngineOptions.workspace_bytes`, export with "
+                f"{where} cannot be built: there is not enough GPU memory ({report.refusal}); set "
+                "`EngineOptions.workspace_bytes`, export with "
                 "a smaller `max_batch`, or end what else uses the GPU"
             )
         if report.refusal:

@@ -218,8 +218,9 @@ class TensorrtEngine:
                 raise self._misfit(name, "", buffer)
             if buffer.pointer % ALIGNMENT:
                 raise EnvironmentUnsupportedError(
-                    f"{self._name}: {name} {list(buffer.shape)} lies at an address that is no multiple of {ALIGNMENT}, which TensorRT "
-                    "does not take; for this width of the model use guidance (an even number of rows), or `backend=onnxruntime`"
+                    f"{self._name}: {name} {list(buffer.shape)} lies at an address that is "
+                    f"no multiple of {ALIGNMENT}, which TensorRT does not take; for this width of "
+                    "the model use guidance (an even number of rows), or `backend=onnxruntime`"
                 )
         missing = sorted(self.inputs - inputs.keys())
         if missing:

@@ -78,7 +78,8 @@ def embed_weights(
 
     if len(weights) > MAX_GRAPH_BYTES:
         raise ResourceError(
-            f"{where}: {len(weights) / 1e9:.1f} GB of weights do not fit into one graph; use `EngineOptions.weights=shared`"
+            f"{where}: {len(weights) / 1e9:.1f} GB of weights do not fit into one graph; "
+            "use `EngineOptions.weights=shared`"
         )
     by_name = {prefix + p.name: p for p in parameters}
     for initializer in _external(model):

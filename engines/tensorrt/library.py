@@ -174,11 +174,13 @@ def target_from_options(
                 else "builds for the GPU of this machine only,"
             )
             raise UsageError(
-                f"`EngineOptions.capabilities={capability}`: {library.backend} {library.version} {where} {', '.join(known)}"
+                f"`EngineOptions.capabilities={capability}`: {library.backend} {library.version} "
+                f"{where} {', '.join(known)}"
             )
         if precision == "bf16" and _number(capability) < _FIRST_WITH_BF16:
             raise UsageError(
-                f"`EngineOptions.capabilities={capability}`: that GPU has no bf16; leave it out, or export with `precision=fp16`"
+                f"`EngineOptions.capabilities={capability}`: that GPU has no bf16; leave it "
+                "out, or export with `precision=fp16`"
             )
     return Target(library.backend, library.version, this_platform(), chosen)
 
@@ -198,8 +200,8 @@ def check_target(library: Library, capability: str, precision: Precision) -> Non
     known = _known_capabilities(library) if library.cross_compiles else (capability,)
     if capability not in known:
         raise EnvironmentUnsupportedError(
-            f"{library.backend} {library.version} has no target {capability}, only {', '.join(known)}; "
-            "use `backend=tensorrt`, or onnxruntime-cuda"
+            f"{library.backend} {library.version} has no target {capability}, "
+            f"only {', '.join(known)}; use `backend=tensorrt`, or onnxruntime-cuda"
         )
     if precision == "bf16" and _number(capability) < _FIRST_WITH_BF16:
         raise EnvironmentUnsupportedError(

@@ -77,7 +77,8 @@ def tensorrt_backend(
     content, damaged = _contents(directory, usable)
     if usable.missing or damaged:
         logger.warning(
-            "%s: %d of %d graphs have no %s engine for this GPU, so they are built now, once (goc-plan --backend %s builds them ahead)",
+            "%s: %d of %d graphs have no %s engine for this GPU, so they are built now, "
+            "once (goc-plan --backend %s builds them ahead)",
             *(
                 directory.path,
                 len(usable.missing) + damaged,

@@ -77,7 +77,8 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
     heads = heads or HEADS_OF_KNOWN_SIZES.get(hidden)
     if heads is None:
         raise ModelError(
-            f"the number of attention heads cannot be read off a width of {hidden}; give `num_heads`"
+            f"the number of attention heads cannot be read off a width of {hidden}; "
+            "give `num_heads`"
         )
     if heads < 1 or hidden % heads:
         raise ModelError(

@@ -243,8 +243,13 @@ def load_plans(
     Args:
         engine_dir: the directory that `export` wrote.
         plans: names or SPECs.
-        backend, batch_size, threads, shared_pool, cuda_graphs, device: as `load` takes them.
+        backend: as in `load`.
+        batch_size: as in `load`.
         max_sessions: callers of each pipeline that run at the same time.
+        threads: as in `load`.
+        shared_pool: as in `load`.
+        cuda_graphs: as in `load`.
+        device: as in `load`.
         all_units: also load units that none of these plans launches, for
             `goc_deploy.runtime.pipeline.Pipeline.with_plan`.
 

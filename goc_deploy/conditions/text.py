@@ -23,7 +23,10 @@ KEPT_PROMPTS = 64
 PROMPTS_AT_ONCE = 8  # limits the memory of a launch
 SHOWN_CHARACTERS = 60
 MAX_CHARACTERS = 100_000
-NO_TOKENIZERS = "prompts need the package tokenizers, which is not installed; run: pip install 'goc_deploy[text]', or give prompt embeddings"
+NO_TOKENIZERS = (
+    "prompts need the package tokenizers, which is not installed; run: "
+    "pip install 'goc_deploy[text]', or give prompt embeddings"
+)
 
 _Encoded = tuple[np.ndarray, np.ndarray]  # embeddings (L, C) and mask (L,), float32
 

@@ -49,13 +49,15 @@ def check_target(directory: Path, *, force: bool) -> None:
         )
     if not force:
         raise ConflictError(
-            f"{directory} already holds another engine; use `force=True` to replace it, or choose another output"
+            f"{directory} already holds another engine; use `force=True` to replace it, "
+            "or choose another output"
         )
     foreign = foreign_files(directory)
     if foreign:
+        others = f" and {len(foreign) - 1} more files" if foreign[1:] else ""
         raise ConflictError(
-            f"{directory} holds {foreign[0]!r}{f' and {len(foreign) - 1} more files' if foreign[1:] else ''}, which no export wrote; move "
-            "them away before you use `force=True`, or choose another output"
+            f"{directory} holds {foreign[0]!r}{others}, which no export wrote; move them "
+            "away before you use `force=True`, or choose another output"
         )
 
 

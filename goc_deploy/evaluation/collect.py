@@ -138,7 +138,8 @@ def converged_pipeline(
     for pipe in pipes:
         if pipe.plan.sampler.stochastic:
             raise UsageError(
-                f"`converged` needs deterministic samplers, but plan {pipe.plan.name} has {pipe.plan.sampler.sampler}"
+                f"`converged` needs deterministic samplers, but plan {pipe.plan.name} "
+                f"has {pipe.plan.sampler.sampler}"
             )
     spec = pipes[0].spec
     schedule = Schedule(spec.depth, spec.branches, ((COMPUTE,) * spec.units,) * options.converged)

@@ -141,9 +141,10 @@ class InceptionExtractor:
             EnvironmentUnsupportedError: torch-fidelity cannot be imported.
         """
         if weights is None or not weights.is_file():
+            missing = "" if weights is None else f"; {weights} is not a file"
             raise UsageError(
-                f"features 'inception' needs `inception_weights` with torch-fidelity's file "
-                f"weights-inception-2015-12-05-6726825d.pth{'' if weights is None else f'; {weights} is not a file'}"
+                "features 'inception' needs `inception_weights` with torch-fidelity's file "
+                f"weights-inception-2015-12-05-6726825d.pth{missing}"
             )
         try:
             import torch

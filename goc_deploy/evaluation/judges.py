@@ -105,7 +105,8 @@ def _judges_of_latents(options: EvalOptions, spec: ModelSpec) -> Judges:
     ):
         if value is not None:
             raise UsageError(
-                f"{name} needs images, but {latents}; leave it out, or decode elsewhere and use `samples`"
+                f"{name} needs images, but {latents}; leave it out, or decode elsewhere and "
+                "use `samples`"
             )
     return Judges(None, None, 0, (f"{latents}: only latents are compared",))
 

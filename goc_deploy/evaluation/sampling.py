@@ -111,14 +111,16 @@ def samples_of_plans(folder: Path, names: Sequence[str]) -> dict[str, AdmFile]:
         path = folder / f"{name}.npz"
         if not path.is_file():
             raise UsageError(
-                f"there is no {path} for plan {name}; write samples with `samples_output`, or leave it out"
+                f"there is no {path} for plan {name}; write samples with "
+                "`samples_output`, or leave it out"
             )
         files[name] = open_adm(path)
     first = files[names[0]]
     for name, file in files.items():
         if file.shape is None or file.labels is None:
             raise UsageError(
-                f"{file.path} lacks arr_0 or arr_1, its images or labels; write it with `samples_output`"
+                f"{file.path} lacks arr_0 or arr_1, its images or labels; write it "
+                "with `samples_output`"
             )
         same_labels = np.array_equal(file.labels, first.labels)  # type: ignore[arg-type]
         if file.shape != first.shape or not same_labels:

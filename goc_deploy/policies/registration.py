@@ -1,4 +1,4 @@
-"""Policies and corrections of other packages: how they register, and how an installed one is found.
+"""Policies and corrections of other packages: how they are registered and imported.
 
 An installed package names its own under the entry point group ``goc_deploy.policies``. Their names
 are read from the package's metadata; its code is imported if a SPEC uses such a name, and at no

@@ -65,7 +65,8 @@ def _betas(scheduler: Mapping[str, Any]) -> list[float]:
             else ("rescale_betas_zero_snr", rescaled)
         )
         raise UsageError(
-            f"the folder's scheduler has {name} {value!r}, which the samplers of this project do not know; use the folder's own: `sampler=diffusers`"
+            f"the folder's scheduler has {name} {value!r}, which the samplers of this "
+            "project do not know; use the folder's own: `sampler=diffusers`"
         )
     if trained is not None:
         return _given(trained)
@@ -79,7 +80,8 @@ def _betas(scheduler: Mapping[str, Any]) -> list[float]:
     numbers = isinstance(first, int | float) and isinstance(last, int | float)
     if kind not in ("linear", "scaled_linear") or not numbers or not 0 < first <= last < 1:
         raise UsageError(
-            f"the folder's scheduler has beta_schedule {kind!r} from {first!r} to {last!r}, which the samplers of this project do not know; "
+            f"the folder's scheduler has beta_schedule {kind!r} from {first!r} to "
+            f"{last!r}, which the samplers of this project do not know; "
             "use the folder's own: `sampler=diffusers`"
         )
     if kind == "scaled_linear":

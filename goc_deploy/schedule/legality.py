@@ -55,7 +55,8 @@ def check_schedule_fits(schedule: Schedule, spec: ModelSpec, steps: int) -> None
     """
     if schedule.steps != steps:
         raise ScheduleError(
-            f"the schedule has {schedule.steps} steps but {steps} are asked for; use `steps={schedule.steps}` or a schedule with that many steps"
+            f"the schedule has {schedule.steps} steps but {steps} are asked for; "
+            f"use `steps={schedule.steps}` or a schedule with that many steps"
         )
     if (schedule.depth, schedule.branches) != (spec.depth, spec.branches):
         raise ScheduleError(
