@@ -34,13 +34,14 @@ MAGIC = {"tensorrt-rtx": b"vtrt"}  # first bytes of an engine, as far as they ar
 
 
 class EngineBuilder(Protocol):
-    """Builds engines; `goc_deploy.engines.tensorrt.builder.Builder` does so in processes of its own."""
+    """Builds engines; `goc_deploy.engines.tensorrt.builder.Builder` does so in processes."""
 
     def build(self, directory: EngineDir, job: Job) -> tuple[Job, bytes, BuildReport]:
         """Build the engine of a job.
 
         Returns:
-            The job that was built, which may lack the plugin; the engine; and the report of the build.
+            The job that was built, which may lack the plugin; the engine; and the report of
+            the build.
         """
 
 
@@ -86,7 +87,8 @@ def build_missing(
         target: the GPUs, the library and the platform to build for.
         options: which engines are wanted.
         progress: called with (what, done, total).
-        open_builder: opens a builder for the directory, closed at the end; not called if no engine is missing.
+        open_builder: opens a builder for the directory, which is closed at the end. It is not
+            called if no engine is missing.
 
     Returns:
         The directory with the engines, and the number of engines that were built.
