@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -120,7 +121,7 @@ def _read(path: Path, options: ExportOptions) -> FolderModel:
         raise ModelError(
             f"`model={options.model}` is unknown; this version has {', '.join(ARCHITECTURES)}"
         )
-    if not path.is_dir():
+    if not os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
         checkpoint = load_checkpoint(path, options.weights)
         spec = _recognise(checkpoint, options)
         return FolderModel(

@@ -30,7 +30,7 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 def hub_id(checkpoint: Path) -> str | None:
     """The id of a model, ``org/name``, if the path has this form and does not exist; else None."""
     text, is_file = checkpoint.as_posix(), checkpoint.suffix in FILE_SUFFIXES
-    return None if is_file or checkpoint.parent.exists() or not _ID.fullmatch(text) else text
+    return None if is_file or not _ID.fullmatch(text) or checkpoint.parent.exists() else text
 
 
 def folder_from_hub(name: str) -> Path:

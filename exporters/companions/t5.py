@@ -10,6 +10,7 @@ Transformer", JMLR 2020, section 2.1; gated GELU: Shazeer, "GLU Variants Improve
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,9 +128,9 @@ def read_text_encoder(path: Path, spec: ModelSpec) -> TextEncoderFiles:
         raise ModelError(
             f"{path} is a text encoder, but the model draws class labels; leave it out"
         )
-    pipeline = (path / PIPELINE_CONFIG).exists()
+    pipeline = os.path.exists(path / PIPELINE_CONFIG)
     folder = path / "text_encoder" if pipeline else path
-    if not (folder / CONFIG).is_file():
+    if not os.path.isfile(folder / CONFIG):
         raise ModelError(
             f"{folder} has no {CONFIG}; give the folder that transformers saved a T5 encoder to"
         )

@@ -9,7 +9,7 @@ section 3.1 and appendix E.
 
 from __future__ import annotations
 
-import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -139,8 +139,8 @@ def read_vae_folder(path: Path, spec: ModelSpec) -> Vae:
             not fit the model.
         SafetyError: an index names files outside the folder.
     """
-    folder = path / "vae" if (path / PIPELINE_CONFIG).exists() else path
-    if not (folder / CONFIG).is_file():
+    folder = path / "vae" if os.path.exists(path / PIPELINE_CONFIG) else path
+    if not os.path.isfile(folder / CONFIG):
         raise ModelError(
             f"{folder} has no {CONFIG}; give the folder that diffusers saved an AutoencoderKL to"
         )
@@ -367,7 +367,3 @@ def _current_name(name: str) -> str:
     """The current diffusers name of a tensor; attention layers of old files have other names."""
     match = _ATTENTION.fullmatch(name)
     return f"{match[1]}.{_OLD_ATTENTION.get(match[2], match[2])}.{match[3]}" if match else name
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -126,7 +126,13 @@ class NamedPath(click.Path):
         super().__init__(path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The path."""
+        """The path.
+
+        Raises:
+            click.BadParameter: the name has a null byte or is not UTF-8.
+        """
+        if "\0" in str(value):
+            self.fail(f"{str(value)!a} has a null byte, as no file name can", param, ctx)
         path = super().convert(value, param, ctx)
         if any("\ud800" <= character <= "\udfff" for character in str(path)):
             self.fail(f"{str(path)!a} is not UTF-8; choose or rename to another name", param, ctx)

@@ -20,6 +20,7 @@ from goc_deploy.engine_dir.manifest_file import MANIFEST_VERSION
 from tests.conftest import BIN, GOLDEN, Command
 from tests.exporters.test_checkpoint import Malicious
 
+LONG = "x" * 300
 STATE = torch.load(GOLDEN / "model.pt", weights_only=True)
 
 
@@ -93,6 +94,15 @@ def test_bad_checkpoints(name: str, command: Command, tmp_path: Path) -> None:
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", [LONG, f"{LONG}.pt", f"{LONG}/model.pt", f"{LONG}/model"])
+def test_a_checkpoint_with_a_name_that_is_too_long(
+    name: str, command: Command, tmp_path: Path
+) -> None:
+    done = command("goc-export", name, "-o", tmp_path / "a", code=3)
+    assert_one_sentence(done, "File name too long")
+    assert tree(tmp_path) == {}
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
@@ -105,6 +115,11 @@ def test_bad_checkpoints(name: str, command: Command, tmp_path: Path) -> None:
         (("--num-heads", 4, "--precision", "fp8"), 2, "fp8"),
         (("--num-heads", 4, "--max-batch", 0), 2, "max-batch"),
         (("--num-heads", 4, "--weights", "ema"), 3, "no 'ema' weights"),
+        (("--num-heads", 4, "--vae", LONG), 3, LONG),
+        (("--num-heads", 4, "--text-encoder", LONG), 3, LONG),
+        (("--num-heads", 4, "--captions", LONG), 2, LONG),
+        (("--num-heads", 4, "--captions", f"{LONG}.npz"), 2, "File name too long"),
+        (("--num-heads", 4, "--plan", f"file:{LONG}"), 2, "File name too long"),
         (("--unknown",), 2, "--unknown"),
     ],
 )
@@ -467,6 +482,9 @@ def test_files_that_are_not_listed_are_ignored(
         ),
         (("--labels", "1", "--output", "{tmp}/x.jpg"), 2, "--output ends in .png or .npz"),
         (("--labels", "1", "--output", "{tmp}/" + "x" * 300 + ".png"), 8, "File name too long"),
+        (("--labels", "1", "--latents", LONG), 2, "File name too long"),
+        (("--labels", "1", "--prompt-embeds", LONG), 2, "must end in .npz"),
+        (("--labels", "1", "--threads", "100000"), 2, "threads must be"),
         (("--labels", "1", "--report", "{tmp}/flat.npy/missing/x.json"), 8, "is not a directory"),
         (("--labels", "1", "--plan", "fora-2+gc-1.3"), 2, "engine fora:2+gc:1.3"),
         (("--labels", "1", "--plan", "fora-2+gc-12"), 2, "add it with: goc plan"),

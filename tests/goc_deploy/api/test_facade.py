@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import goc_deploy
+from goc_deploy.errors import UsageError
 from goc_deploy.options import ExportOptions, PlanOptions
 
 
@@ -31,6 +33,11 @@ def test_a_signature_has_the_fields_and_the_defaults_of_its_options(
     assert named == {field.name: default(field) for field in fields(options)}
     documented = inspect.getdoc(function) or ""
     assert all(f"\n    {name}: " in documented for name in named)
+
+
+def test_a_thread_pool_that_is_too_large_is_refused(golden_engine: Path) -> None:
+    with pytest.raises(UsageError, match="threads must be a whole number and at most 1024"):
+        goc_deploy.load(golden_engine, threads=10**9)
 
 
 def test_an_argument_that_does_not_exist_is_refused_by_name() -> None:

@@ -118,3 +118,14 @@ def test_a_name_that_is_not_utf8_is_refused_before_the_work(
     for command in COMMANDS:
         assert goc([command, "a\udcff"]) == 2
         assert "is not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--output", "--latents-output", "--report", "--latents"])
+def test_a_name_with_a_null_byte_is_refused(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert goc_run(["engine", option, "a\0.png"]) == 2
+    assert r"'a\x00.png' has a null byte" in capsys.readouterr().err
+    for command in COMMANDS:
+        assert goc([command, "a\0b"]) == 2
+        assert "has a null byte" in capsys.readouterr().err
