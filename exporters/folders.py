@@ -8,6 +8,7 @@ arithmetic, are refused by name.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,24 @@ class Settings(Generic[ConfigT]):
     def known(self) -> set[str]:
         """Names of the settings that change the model."""
         return {*self.kind.__struct_encode_fields__, *self.required}
+
+
+def part_of_pipeline(path: Path, part: str, wanted: str) -> Path:
+    """Find the folder of a model that a pipeline's folder has, or that was given itself.
+
+    Args:
+        path: the folder of a pipeline, or of the model.
+        part: name of the model's folder in a pipeline's.
+        wanted: ends the advice "give the folder that ...".
+
+    Raises:
+        ModelError: the folder has no ``config.json``.
+    """
+    # os.path, unlike Path, returns False for names that are too long.
+    folder = path / part if os.path.exists(path / PIPELINE_CONFIG) else path
+    if not os.path.isfile(folder / CONFIG):
+        raise ModelError(f"{folder} has no {CONFIG}; give the folder that {wanted}")
+    return folder
 
 
 def is_transformer(config: Mapping[str, Any], own_class: str, norm_type: str) -> bool:

@@ -10,7 +10,6 @@ Transformer", JMLR 2020, section 2.1; gated GELU: Shazeer, "GLU Variants Improve
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,9 @@ from goc_deploy.exporters.checkpoint import Checkpoint
 from goc_deploy.exporters.companions.tokenizer_files import read_tokenizer
 from goc_deploy.exporters.folders import (
     CONFIG,
-    PIPELINE_CONFIG,
     Setting,
     Settings,
+    part_of_pipeline,
     read_json,
     read_weights,
 )
@@ -128,12 +127,7 @@ def read_text_encoder(path: Path, spec: ModelSpec) -> TextEncoderFiles:
         raise ModelError(
             f"{path} is a text encoder, but the model draws class labels; leave it out"
         )
-    pipeline = os.path.exists(path / PIPELINE_CONFIG)
-    folder = path / "text_encoder" if pipeline else path
-    if not os.path.isfile(folder / CONFIG):
-        raise ModelError(
-            f"{folder} has no {CONFIG}; give the folder that transformers saved a T5 encoder to"
-        )
+    folder = part_of_pipeline(path, "text_encoder", "transformers saved a T5 encoder to")
     where = f"{folder / CONFIG}"
     config = t5_config(read_json(folder / CONFIG), where)
     if config.width != spec.caption_channels:

@@ -9,7 +9,6 @@ section 3.1 and appendix E.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,9 +26,9 @@ from goc_deploy.errors import ModelError
 from goc_deploy.exporters.checkpoint import Checkpoint
 from goc_deploy.exporters.folders import (
     CONFIG,
-    PIPELINE_CONFIG,
     Setting,
     Settings,
+    part_of_pipeline,
     read_json,
     read_weights,
 )
@@ -139,11 +138,7 @@ def read_vae_folder(path: Path, spec: ModelSpec) -> Vae:
             not fit the model.
         SafetyError: an index names files outside the folder.
     """
-    folder = path / "vae" if os.path.exists(path / PIPELINE_CONFIG) else path
-    if not os.path.isfile(folder / CONFIG):
-        raise ModelError(
-            f"{folder} has no {CONFIG}; give the folder that diffusers saved an AutoencoderKL to"
-        )
+    folder = part_of_pipeline(path, "vae", "diffusers saved an AutoencoderKL to")
     where = f"{folder / CONFIG}"
     config = vae_config(read_json(folder / CONFIG), where)
     if config.latent_channels != spec.channels:
