@@ -1,4 +1,4 @@
-"""How a command ends, whatever it was doing when the signal came."""
+"""How a command ends: after signals, on closed streams, and if memory ran out."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 
+import click
 import pytest
 
+from goc_deploy.cli.app import run_command
 from tests.conftest import BIN
 
 INTERRUPTED_IN_A_WEAK_REFERENCE = """
@@ -80,3 +82,25 @@ def test_streams_that_are_full_or_closed_end_a_command_quietly(redirection: str,
     assert "Traceback" not in done.stderr
     failing = f"{BIN / 'goc-plan'} /nowhere --list {redirection}"
     assert subprocess.run(["bash", "-c", failing], capture_output=True, timeout=60).returncode == 4
+
+
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [
+        ("x.so: failed to map segment from shared object", 7),
+        ("x.so: cannot map zero-fill pages", 7),
+        ("x.so: cannot open shared object file: Too many open files", 7),
+        ("x.so: failed to map segment from shared object: Cannot allocate memory", 7),
+        ("x.so: failed to map segment from shared object: Operation not permitted", 1),
+        ("cannot import name 'load' from 'goc_deploy'", 1),
+    ],
+)
+def test_a_module_that_memory_has_no_room_for_is_no_bug(
+    message: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @click.command()
+    def command() -> None:
+        raise ImportError(message)
+
+    assert run_command(command, []) == code
+    assert ("a bug" in capsys.readouterr().err) == (code == 1)
