@@ -83,6 +83,7 @@ def plan_to_json(plan: Plan) -> str:
 
 def _sampler_to_fields(table: SamplerTable) -> dict[str, Any]:
     fields = asdict(table)
+    del fields["head"]
     if table.start == 1:  # files that older versions wrote have no start
         del fields["start"]
     return fields

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from goc_deploy.errors import UsageError
+from goc_deploy.samplers.head import Head
 from goc_deploy.samplers.process import TRAIN_STEPS, Process
 from goc_deploy.samplers.solvers import (
     SPACINGS,
@@ -56,6 +57,7 @@ class SamplerTable:
             for one-step samplers.
         start: weight of the standard normal noise that becomes x[0]. It is not 1 if a scheduler
             scales the model's input, because x is always the model's input.
+        head: the correction that is added to x[k+1], or None.
     """
 
     sampler: str
@@ -68,6 +70,7 @@ class SamplerTable:
     estimate: tuple[tuple[float, float], ...]
     history: tuple[tuple[float, ...], ...]
     start: float = 1.0
+    head: Head | None = None
 
     @property
     def steps(self) -> int:
