@@ -77,8 +77,8 @@ def diffusers_pipeline(model: DiT) -> Contender:
     Raises:
         ValueError: it cannot run this model.
     """
-    if model.spec.classes != 1000:
-        raise ValueError(f"DiTPipeline's null label is 1000, this model's is {model.spec.classes}")
+    if model.spec.choices != 1000:
+        raise ValueError(f"DiTPipeline's null label is 1000, this model's is {model.spec.choices}")
     from benchmarks.diffusers_dit import run_pipeline, transformer_from_dit
 
     transformer = transformer_from_dit(model)

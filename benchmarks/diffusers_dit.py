@@ -29,7 +29,7 @@ def transformer_from_dit(model: DiT) -> DiTTransformer2DModel:
             num_layers=spec.depth,
             sample_size=spec.side,
             patch_size=spec.patch,
-            num_embeds_ada_norm=spec.classes,
+            num_embeds_ada_norm=spec.choices,
             norm_eps=1e-6,
         )
     transformer.load_state_dict(diffusers_state(model.state_dict(), spec), assign=True)

@@ -26,7 +26,7 @@ SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 
 MODULATION_SCALE = 0.3
 PIXART = "PixArt-"
 PIXART_SPEC = {
-    "classes": 0,
+    "choices": 0,
     "architecture": "pixart",
     "branches": ("attn", "cross", "mlp"),
     "guided_channels": 4,

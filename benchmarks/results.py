@@ -128,7 +128,7 @@ def make_tables(args: argparse.Namespace) -> dict[str, str]:
             args.images,
             args.seed,
             args.cfg_scale,
-            manifest.model.classes,
+            manifest.model.choices,
             args.chunk_images,
             "",
         ),

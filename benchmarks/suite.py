@@ -130,8 +130,8 @@ def measure(name: str, batch: int, args: argparse.Namespace, work_folder: Path) 
         .standard_normal((batch, spec.channels, spec.side, spec.side))
         .astype(np.float32)
     )
-    labels = tuple(i % spec.classes for i in range(batch))
-    work = Work(noise, labels, spec.classes, 4.0, sampler_table("ddim", args.steps, Process("eps")))
+    labels = tuple(i % spec.choices for i in range(batch))
+    work = Work(noise, labels, spec.choices, 4.0, sampler_table("ddim", args.steps, Process("eps")))
     skipped: dict[str, str] = {}
     entered: list[Contender] = []
     wanted = args.only.split(",")
@@ -228,7 +228,7 @@ def _warm_up(contender: Contender, work: Work) -> None:
     """
     if contender.name.startswith("ours"):
         return
-    columns = ("timesteps", "latent", "model", "noise", "spread", "estimate", "history")
+    columns = ("timesteps", "latent", "model", "noise", "spread", "estimate", "lag_coefficients")
     first = replace(work.table, **{column: getattr(work.table, column)[:1] for column in columns})
     _say(f"warming up {contender.name}")
     contender.run(replace(work, table=first))

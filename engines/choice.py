@@ -29,15 +29,15 @@ class BackendOptions:
         shared_pool: use one ONNX Runtime thread pool for the process.
         graphs: record CUDA graphs.
         device: ``cpu``, ``cuda``, ``cuda:1`` (of those that the process may see), or ``auto``.
-        weights: use TensorRT engines with ``embedded`` or ``shared`` weights; None takes those that
-            exist.
+        weight_mode: use TensorRT engines with ``embedded`` or ``shared`` weights; None takes those
+            that exist.
     """
 
     threads: int = 0
     shared_pool: bool = True
     graphs: bool = True
     device: str = "auto"
-    weights: WeightMode | None = None
+    weight_mode: WeightMode | None = None
 
     @property
     def gpu(self) -> int:
@@ -124,7 +124,7 @@ def tensorrt_backend_here(
     from goc_deploy.engines.tensorrt.selection import tensorrt_backend
 
     library, device = library_from_backend(name), cuda_device(options.gpu, graphs=options.graphs)
-    return tensorrt_backend(directory, library, capability, device, weights=options.weights)
+    return tensorrt_backend(directory, library, capability, device, weight_mode=options.weight_mode)
 
 
 def onnxruntime_backend(options: BackendOptions) -> Backend:

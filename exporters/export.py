@@ -90,10 +90,10 @@ def export_checkpoint(
     architecture.check_tensors(checkpoint.tensors, spec)
     companions = read_companions(options, spec)
     if spec.text_conditional:
-        spec = replace(spec, classes=companions.labels)
-    calibrates = options.precision != "bf16" and spec.classes > 0
+        spec = replace(spec, choices=companions.labels)
+    calibrates = options.precision != "bf16" and spec.choices > 0
     options = replace(options, plans=options.plans or default_plans(calibrates=calibrates))
-    process = Process(spec.prediction, model.scheduler)
+    process = Process(spec.prediction_type, model.scheduler)
     plans = _compile_plans(spec, process, options)
     check_options(_calibration(spec, options))
     provenance = _provenance(model, name, companions, options)
@@ -125,7 +125,10 @@ def _read(path: Path, options: ExportOptions) -> FolderModel:
         checkpoint = load_checkpoint(path, options.weights)
         spec = _recognise(checkpoint, options)
         return FolderModel(
-            checkpoint, replace(spec, prediction=options.prediction or spec.prediction), (), None
+            checkpoint,
+            replace(spec, prediction_type=options.prediction or spec.prediction_type),
+            (),
+            None,
         )
     wanted = (
         ARCHITECTURES if options.model == "auto" else {options.model: ARCHITECTURES[options.model]}
@@ -166,7 +169,7 @@ def _compile_plans(
         try:
             plan = _compile(policy, name, spec, process, options, None)
         except CalibrationNeededError as cause:
-            if not spec.classes:
+            if not spec.choices:
                 raise UsageError(
                     f"plan {name} is made by calibration, but there are no captions; add `captions`"
                 ) from cause
@@ -277,7 +280,7 @@ def _bare_manifest(
         model=spec,
         precision=options.precision,
         max_batch=options.max_batch,
-        units=tuple(units),
+        graphs=tuple(units),
         predict={},
         plans=(),
         files=(),

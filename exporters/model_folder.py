@@ -88,7 +88,7 @@ def read_model_folder(
         scheduler = read_scheduler(settings)
         described.append(settings)
         prediction = prediction or prediction_of(scheduler, str(settings))
-    spec = replace(spec, prediction=prediction or spec.prediction)
+    spec = replace(spec, prediction_type=prediction or spec.prediction_type)
     spec, state = family.state_from_diffusers(tensors, spec, folder)
     checkpoint = Checkpoint(path, state, "plain", (*described, *files))
     return FolderModel(
@@ -116,7 +116,7 @@ def _class_names(index: Mapping[str, Any], spec: ModelSpec, where: Path) -> tupl
     names = index.get("id2label")
     if names is None:
         return ()
-    ids = {str(i) for i in range(spec.classes)}
+    ids = {str(i) for i in range(spec.choices)}
     if (
         not isinstance(names, dict)
         or not all(isinstance(name, str) for name in names.values())
@@ -124,7 +124,7 @@ def _class_names(index: Mapping[str, Any], spec: ModelSpec, where: Path) -> tupl
     ):
         count = len(names) if isinstance(names, dict) else 0
         raise ModelError(
-            f"{where}: id2label must name each of the model's {spec.classes} classes by its "
+            f"{where}: id2label must name each of the model's {spec.choices} classes by its "
             f"number, it has {count} entries"
         )
-    return tuple(names[str(i)] for i in range(spec.classes))
+    return tuple(names[str(i)] for i in range(spec.choices))

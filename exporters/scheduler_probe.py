@@ -191,14 +191,14 @@ def _table(probe: _Probe, name: str, prediction: str) -> SamplerTable:
     reach = max(len(row) for row in history)
     return SamplerTable(
         sampler=FOLDER_SAMPLER,
-        prediction=prediction,
+        prediction_type=prediction,
         timesteps=probe.timesteps,
         latent=tuple(latent),
         model=tuple(model),
         noise=tuple(probe.noise.tolist()),
         spread=(0.0,) * steps,
         estimate=tuple((of_x, of_m) for of_x, of_m in probe.kept.tolist()),
-        history=tuple((*row, *[0.0] * (reach - len(row))) for row in history),
+        lag_coefficients=tuple((*row, *[0.0] * (reach - len(row))) for row in history),
         start=_start(float(probe.latents[0, 0])),
     )
 

@@ -84,7 +84,7 @@ _Value = bool | int | float | str | _List | None  # the value of any setting
 
 
 def prediction_of(scheduler: Mapping[str, Any], where: str) -> str:
-    """The prediction type of a model by its scheduler, one of `goc_deploy.spec.PREDICTIONS`.
+    """The prediction type of a model by its scheduler, one of `goc_deploy.spec.PREDICTION_TYPES`.
 
     Raises:
         ModelError: the prediction type is unknown.
@@ -188,7 +188,7 @@ def scheduler_table(steps: int, process: Process) -> SamplerTable:
         return replace(own, sampler=FOLDER_SAMPLER)
     from goc_deploy.exporters.scheduler_probe import probed_table
 
-    probed = probed_table(scheduler, steps, process.prediction)
+    probed = probed_table(scheduler, steps, process.prediction_type)
     if own is not None and not _same_steps(own, probed):
         raise VerificationError(
             f"the folder's {scheduler['_class_name']} in this version of diffusers takes other "
@@ -302,7 +302,8 @@ def _followed(table: SamplerTable) -> list[float]:
         m, z = generator.uniform(-1, 1), generator.uniform(-1, 1)
         after = table.latent[k] * x + table.model[k] * m + table.noise[k] * z
         after += sum(
-            weight * earlier for weight, earlier in zip(table.history[k], kept, strict=True)
+            weight * earlier
+            for weight, earlier in zip(table.lag_coefficients[k], kept, strict=True)
         )
         kept = [table.estimate[k][0] * x + table.estimate[k][1] * m, *kept][: table.reach]
         x = after

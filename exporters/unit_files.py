@@ -68,8 +68,8 @@ class UnitWriter:
 
     def loaded(self, unit: GraphEntry) -> Engine:
         """Load a graph that was written, with its weights."""
-        assert unit.weights is not None
-        with open(self.stage / unit.weights, "rb") as file:
+        assert unit.weights_file is not None
+        with open(self.stage / unit.weights_file, "rb") as file:
             weights = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         onnx = memoryview((self.stage / unit.onnx).read_bytes())
         return self.backend.load(onnx, *mapped_weights(unit, weights))

@@ -11,8 +11,6 @@ from goc_deploy.precision import Precision
 
 Progress = Callable[[str, int, int], None]  # (name of the job, done, total)
 
-# far from the small seeds that people generate with, so that calibration images stay unseen
-
 # Far from the small seeds that people generate with, so that calibration images stay unseen.
 CALIBRATION_SEED = 2**32
 Segments = Literal["full", "none"]
@@ -39,8 +37,8 @@ class ExportOptions:
         steps: number of sampling steps of the plans.
         sampler: sampler SPEC; None takes ``diffusers``, the scheduler of the model's folder.
             Without such a scheduler it is ``ddim``, or ``euler`` for a model that predicts a flow.
-        prediction: what the model predicts, one of `goc_deploy.spec.PREDICTIONS`; None takes it
-            from the scheduler of the model's folder, or without one from the architecture.
+        prediction: what the model predicts, one of `goc_deploy.spec.PREDICTION_TYPES`; None takes
+            it from the scheduler of the model's folder, or without one from the architecture.
         plans: policy SPECs, in order of preference; empty takes `default_plans`.
         calibrate: number of images that calibrated policies learn from; None takes
             `goc_deploy.policies.calibration.default_images`.
@@ -121,16 +119,16 @@ class EngineOptions:
         capabilities: compute capabilities of the GPUs to build for, such as ``8.6``; empty takes
             all that TensorRT-RTX supports from Ampere on, and for ``tensorrt`` that of this
             machine.
-        weights: ``embedded``, an engine per unit that holds its weights, or ``shared``, an engine
-            per kind of unit that reads them at an address.
-        workspace_bytes: limit of the scratch memory of one engine; 0 is no limit.
+        weight_mode: ``embedded``, an engine per unit that holds its weights, or ``shared``, an
+            engine per kind of unit that reads them at an address.
+        scratch_limit_bytes: limit of the scratch memory of one engine; 0 is no limit.
         plugin: use the plugin if it needs fewer launches.
     """
 
     backend: str = "tensorrt-rtx"
     capabilities: tuple[str, ...] = ()
-    weights: WeightMode = "embedded"
-    workspace_bytes: int = 0
+    weight_mode: WeightMode = "embedded"
+    scratch_limit_bytes: int = 0
     plugin: bool = True
 
 

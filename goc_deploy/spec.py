@@ -9,9 +9,9 @@ from msgspec import Meta
 
 from goc_deploy.modulation import ModulationRows
 
-DIFFUSION_PREDICTIONS = ("eps", "v", "x0")
-FLOW_PREDICTIONS = ("flow", "flow_to_noise")
-PREDICTIONS = (*DIFFUSION_PREDICTIONS, *FLOW_PREDICTIONS)
+DIFFUSION_PREDICTION_TYPES = ("eps", "v", "x0")
+FLOW_PREDICTION_TYPES = ("flow", "flow_to_noise")
+PREDICTION_TYPES = (*DIFFUSION_PREDICTION_TYPES, *FLOW_PREDICTION_TYPES)
 DECODED_PIXELS = 64 * 64  # latent pixels of one decoder launch: one tile of the default size
 MAX_TILES = 8
 # The values that `goc_deploy.strict_json.convert` accepts for such a field of a file:
@@ -33,7 +33,7 @@ class ModelSpec:
         patch: patch side in latent pixels.
         grid: tokens per side, so that a sample is ``grid * patch`` latent pixels high and wide.
         channels: latent (or pixel) channels C.
-        classes: number of choices: a label is below it, and the null label is equal to it. A
+        choices: number of choices: a label is below it, and the null label is equal to it. A
             class-conditional model has this many classes. For a text-conditional model it is the
             number of stored captions: label i is the i-th of them, and the null label is the
             unconditional caption.
@@ -41,7 +41,7 @@ class ModelSpec:
             variance that only ``ddpm`` samplers use.
         architecture: name of the exporter that wrote the units.
         branches: the branches of each block, in execution order.
-        prediction: prediction type, the meaning of the first C channels of the model output:
+        prediction_type: prediction type, the meaning of the first C channels of the model output:
             ``eps`` (the noise), ``v`` (velocity of a diffusion), ``x0`` (the clean sample),
             ``flow`` or ``flow_to_noise``. A flow is the velocity along the straight line from noise
             to the clean sample, with a time that rises from 0 to 1, as in SiT. ``flow_to_noise`` is
@@ -65,11 +65,11 @@ class ModelSpec:
     patch: Size
     grid: Size
     channels: Size
-    classes: SizeOrZero
+    choices: SizeOrZero
     learn_sigma: bool
     architecture: str = "dit"
     branches: Annotated[tuple[str, ...], Meta(min_length=1, max_length=3)] = ("attn", "mlp")
-    prediction: str = "eps"
+    prediction_type: str = "eps"
     frequency_shift: int = 0
     mlp_norm_eps: float = 1e-6
     guided_channels: SizeOrZero = 3

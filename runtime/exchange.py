@@ -124,7 +124,9 @@ class _Exchange:
             # Drop the old engine before loading the new one, so that memory never has both.
             graph.engines.pop(graph.key, None)
             graph.engines[graph.key] = self._backend.load(content[graph.onnx], initializers, inputs)
-        return_free_pages(content[part.weights] for part in graph.parts.values() if part.weights)
+        return_free_pages(
+            content[part.weights_file] for part in graph.parts.values() if part.weights_file
+        )
 
     def _bind(self) -> None:
         """Bind the shapes that were bound before, so that a failure happens here."""
@@ -138,10 +140,10 @@ class _Exchange:
 
 
 def _graphs(manifest: Manifest, engines: Engines) -> Iterator[_Graph]:
-    units = {unit.name: unit for unit in manifest.units}
+    units = {unit.name: unit for unit in manifest.graphs}
     for kind, unit_of in (
         (engines.units, units.__getitem__),
-        (engines.segments, manifest.segment_unit),
+        (engines.segments, manifest.segment_graph),
     ):
         for key in kind:
             unit = unit_of(key)
@@ -159,13 +161,13 @@ def _differences(
         yield f"precision {precision} instead of {manifest.precision}"
     mine, theirs = asdict(manifest.model), asdict(other.manifest.model)
     if manifest.model.text_conditional:
-        del mine["classes"], theirs["classes"]  # the number of stored captions
+        del mine["choices"], theirs["choices"]  # the number of stored captions
     yield from (
         f"{name} {theirs[name]} instead of {value}"
         for name, value in mine.items()
         if theirs[name] != value
     )
-    units = {unit.name: unit for unit in other.manifest.units}
+    units = {unit.name: unit for unit in other.manifest.graphs}
     for name, unit in parts.items():
         twin = units.get(name)
         if twin is None:
@@ -178,10 +180,10 @@ def _differences(
 
 def _verified(other: EngineDir, parts: Mapping[str, GraphEntry]) -> dict[str, memoryview]:
     """Read and verify other weights, by the path of those that they replace."""
-    units = {unit.name: unit for unit in other.manifest.units}
+    units = {unit.name: unit for unit in other.manifest.graphs}
 
     def verified(unit: GraphEntry) -> memoryview:
-        path = units[unit.name].weights
+        path = units[unit.name].weights_file
         assert path is not None  # it has parameters
         content = other.read(path)
         return_free_pages([content])
@@ -190,6 +192,6 @@ def _verified(other: EngineDir, parts: Mapping[str, GraphEntry]) -> dict[str, me
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         contents = pool.map(verified, parts.values())
         return {
-            str(unit.weights): content
+            str(unit.weights_file): content
             for unit, content in zip(parts.values(), contents, strict=True)
         }

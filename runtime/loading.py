@@ -214,11 +214,11 @@ def needed_graphs(
     }
     predictors = {signature: engine for signature, engine in offered.items() if engine is not None}
     predict = {
-        signature: manifest.predict_unit(signature)
+        signature: manifest.predict_graph(signature)
         for signature in _listed(directory, manifest.predict, signatures - predictors.keys())
     }
     segments = {
-        signature: manifest.segment_unit(signature)
+        signature: manifest.segment_graph(signature)
         for signature in _listed(
             directory, manifest.segments, [s for plan in plans for s in plan.segment_signatures]
         )
@@ -234,12 +234,14 @@ def needed_graphs(
     }
     needed |= {"captions"} if manifest.model.text_conditional else set()
     needed |= {plan.sampler.graph for plan in plans}
-    lacking = sorted({*needed, *manifest.model.unit_names} - {unit.name for unit in manifest.units})
+    lacking = sorted(
+        {*needed, *manifest.model.unit_names} - {unit.name for unit in manifest.graphs}
+    )
     if lacking:
         raise EngineDirError(
             f"{directory.path} lists no unit {lacking[0]!r}, which the model needs; export again"
         )
-    units = {unit.name: unit for unit in manifest.units if unit.name in needed}
+    units = {unit.name: unit for unit in manifest.graphs if unit.name in needed}
     return NeededGraphs(units, predict, segments, predictors)
 
 
@@ -248,7 +250,9 @@ def _weights_of(directory: EngineDir, graphs: NeededGraphs) -> dict[str, dict[st
     parts = {unit.onnx: directory.manifest.parts(unit).values() for unit in graphs.all}
     return {
         directory.sha256(onnx): {
-            part.weights: directory.size(part.weights) for part in of_graph if part.weights
+            part.weights_file: directory.size(part.weights_file)
+            for part in of_graph
+            if part.weights_file
         }
         for onnx, of_graph in parts.items()
     }
@@ -272,12 +276,12 @@ def load_engines(
     manifest = directory.manifest
     graphs = needed_graphs(directory, plans, backend, more, predictors)
     weights = {
-        part.weights
+        part.weights_file
         for unit in graphs.all
         for part in manifest.parts(unit).values()
-        if part.weights
+        if part.weights_file
     }
-    captions = {manifest.captions} if manifest.captions else set()
+    captions = {manifest.stored_captions} if manifest.stored_captions else set()
     paths = sorted({unit.onnx for unit in graphs.all} | weights | captions)
 
     def loaded(unit: GraphEntry) -> Engine:
@@ -295,12 +299,16 @@ def load_engines(
             for kind in (graphs.units, graphs.predict, graphs.segments)
         )
     stored = None
-    if manifest.captions:
+    if manifest.stored_captions:
         stored = captions_from_bytes(
-            content[manifest.captions], manifest.model, f"{directory.path / manifest.captions}"
+            content[manifest.stored_captions],
+            manifest.model,
+            f"{directory.path / manifest.stored_captions}",
         )
     return_free_pages(content.values())
-    weights_and_graphs = {path: content[path] for path in content if path != manifest.captions}
+    weights_and_graphs = {
+        path: content[path] for path in content if path != manifest.stored_captions
+    }
     return Engines(
         units,
         {**predict, **graphs.predictors},

@@ -82,7 +82,7 @@ class Pipeline:
         *,
         prompts: Sequence[str] | None = None,
         negative_prompts: Sequence[str] = ("",),
-        captions: PromptEmbeds | None = None,
+        prompt_embeds: PromptEmbeds | None = None,
         seed: int | Sequence[int] = DEFAULTS.seed,
         first_image: int = 0,
         cfg_scale: float | Sequence[float] = DEFAULTS.cfg_scale,
@@ -97,13 +97,13 @@ class Pipeline:
 
         Args:
             labels: class labels, 0 .. classes - 1. For a text-conditional model: indices of
-                ``prompts`` or ``captions``, by default each index once; without these, indices of
-                the stored captions.
+                ``prompts`` or ``prompt_embeds``, by default each index once; without these, indices
+                of the stored captions.
             prompts: texts, if the engine directory has a text encoder. A text with too many tokens
                 is truncated and logged.
             negative_prompts: prompts that the images should differ from: one for all images, or one
                 for each prompt.
-            captions: prompt embeddings from
+            prompt_embeds: prompt embeddings from
                 `goc_deploy.conditions.captions.prompt_embeds_from_arrays`.
             seed: one seed, or one seed per image. With one seed, the noise of image i depends only
                 on (seed, first_image + i), for every batch size. With one seed per image, it
@@ -124,17 +124,17 @@ class Pipeline:
 
         Raises:
             UsageError: a label, number or shape is out of range, the number of seeds or scales is
-                not the number of images, or captions are for a class-conditional model.
+                not the number of images, or prompt embeddings are for a class-conditional model.
             VerificationError: a result is not finite.
             EnvironmentUnsupportedError: the pipeline was closed, or was loaded before a fork.
         """
         self._check_open()
         if prompts is not None:
-            captions = self.encode(prompts, negative_prompts)
+            prompt_embeds = self.encode(prompts, negative_prompts)
         seed, cfg_scale = arguments.checked_seed(seed), arguments.checked_scale(cfg_scale)
         cfg_channels = self.spec.guided_channels if cfg_channels is None else cfg_channels
         drawing = self._drawing(
-            labels, captions, seed, first_image, cfg_scale, cfg_channels, latents
+            labels, prompt_embeds, seed, first_image, cfg_scale, cfg_channels, latents
         )
         drawn = Drawn()
 
@@ -280,7 +280,7 @@ class Pipeline:
 
     def _request_to_warm_up(self, images: int, *, guided: bool) -> Request:
         captions = blank_captions(self.spec) if self.spec.text_conditional else None
-        labels = [0] * images if captions else [i % self.spec.classes for i in range(images)]
+        labels = [0] * images if captions else [i % self.spec.choices for i in range(images)]
         conditions = self._conditions(labels, captions, guided=guided)
         noise = np.zeros((images, self._draws, *self._latent_shape), np.float32)
         scales = np.full(images, DEFAULTS.cfg_scale if guided else 1.0)
@@ -329,7 +329,7 @@ class Pipeline:
     def _drawing(
         self,
         labels: Sequence[int] | None,
-        captions: PromptEmbeds | None,
+        prompt_embeds: PromptEmbeds | None,
         seed: int | list[int],
         first_image: int,
         cfg_scale: float | list[float],
@@ -339,7 +339,7 @@ class Pipeline:
         """Check the arguments of `generate` that concern single images."""
         arguments.check_channels(cfg_channels)
         guided = bool(np.any(np.not_equal(cfg_scale, 1))) and cfg_channels != 0
-        conditions = self._conditions(labels, captions, guided=guided)
+        conditions = self._conditions(labels, prompt_embeds, guided=guided)
         images = len(conditions.labels)
         return Drawing(
             conditions,
@@ -350,10 +350,10 @@ class Pipeline:
         )
 
     def _conditions(
-        self, labels: Sequence[int] | None, captions: PromptEmbeds | None, *, guided: bool
+        self, labels: Sequence[int] | None, prompt_embeds: PromptEmbeds | None, *, guided: bool
     ) -> Conditions:
         stored = self._engines.captions
-        return arguments.conditions(labels, captions, self.spec, stored, guided=guided)
+        return arguments.conditions(labels, prompt_embeds, self.spec, stored, guided=guided)
 
     def _check_open(self) -> None:
         if self._pool.closed:

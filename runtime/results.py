@@ -93,7 +93,7 @@ def plan_report(
         "plan_form": plan.form,
         "policy": plan.schedule.policy,
         "sampler": plan.sampler.sampler,
-        "prediction": plan.sampler.prediction,
+        "prediction_type": plan.sampler.prediction_type,
         "steps": plan.steps,
         "step_kinds": plan.kind_counts,
         "computed_units": plan.schedule.computed,

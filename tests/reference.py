@@ -99,7 +99,7 @@ def table_step(table: SamplerTable) -> SamplerStep:
         k: int, x: torch.Tensor, m: torch.Tensor, v: torch.Tensor, z: torch.Tensor
     ) -> torch.Tensor:
         after = table.latent[k] * x + table.model[k] * m
-        for weight, earlier in zip(table.history[k], reversed(kept), strict=False):
+        for weight, earlier in zip(table.lag_coefficients[k], reversed(kept), strict=False):
             after = after + weight * earlier
         kept.append(table.estimate[k][0] * x + table.estimate[k][1] * m)
         if table.noise[k]:
@@ -190,7 +190,7 @@ def eager_trajectory(
     step_of = step_of or table_step(table)
     spec, n = model.spec, len(labels)
     x = table.start * torch.from_numpy(noise[:, 0])
-    rows = torch.tensor([*labels, *[spec.classes] * n])
+    rows = torch.tensor([*labels, *[spec.choices] * n])
     histories: list[list[torch.Tensor]] = [[] for _ in range(spec.units)]
     outputs = []
     for step, t in enumerate(table.timesteps):

@@ -54,7 +54,7 @@ def one_run(pipe: Pipeline, noise: np.ndarray, **more: Any) -> tuple[Found, np.n
     ``wall_ms`` is from noise on the host to latents on the host.
     """
     started = time.perf_counter()
-    labels = [i % pipe.spec.classes for i in range(len(noise))]
+    labels = [i % pipe.spec.choices for i in range(len(noise))]
     done = pipe.generate(
         labels,
         latents=noise,

@@ -113,7 +113,7 @@ def samplers(
     model.load_state_dict(dict(tensors), assign=True)
     model = model.eval().requires_grad_(False).to(device, DTYPES[precision])
     eager, odd, never = EagerDiT(model), frozenset(range(1, steps, 2)), frozenset[int]()
-    common = (DTYPES[precision], device, steps, spec.classes)
+    common = (DTYPES[precision], device, steps, spec.choices)
     if mode == "eager":
         return {
             "none": Sampler(eager, never, *common),

@@ -139,7 +139,7 @@ class TensorrtBackend:
             raise EnvironmentUnsupportedError(
                 f"these engines of {self.name} hold their weights, which cannot be "
                 "exchanged; build engines with "
-                "`EngineOptions.weights=shared` and load again"
+                "`EngineOptions.weight_mode=shared` and load again"
             )
 
     def replace_weights(

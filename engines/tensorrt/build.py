@@ -27,12 +27,12 @@ class BuildRequest:
             with dynamic dimensions.
         capabilities: compute capabilities of the GPUs to build for; without meaning if the library
             builds for the GPU of the machine.
-        workspace_bytes: limit on scratch memory, 0 for no limit.
+        scratch_limit_bytes: limit on scratch memory, 0 for no limit.
     """
 
     profiles: Sequence[Mapping[str, Sequence[Sequence[int]]]]
     capabilities: Sequence[str]
-    workspace_bytes: int
+    scratch_limit_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +44,15 @@ class BuildReport:
         kernels: number of launches per run, in the profile with most, or None if the library does
             not report it.
         plugin_layers: number of these that are the plugin.
-        activation_bytes: scratch memory at the largest shapes, or None if the library does not
-            report it.
+        scratch_bytes: scratch memory at the largest shapes, or None if the library does not report
+            it.
         takes_timings: whether the timings that the build received fit this library and GPU.
     """
 
     refusal: str = ""
     kernels: int | None = None
     plugin_layers: int = 0
-    activation_bytes: int | None = None
+    scratch_bytes: int | None = None
     takes_timings: bool = True
 
 
@@ -117,7 +117,7 @@ def config_from_request(library: Library, builder: Any, network: Any, request: B
     options: dict[str, Any] = {
         "profiles": profiles,
         "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
-        **limit_options(trt, request.workspace_bytes),
+        **limit_options(trt, request.scratch_limit_bytes),
     }
     if library.cross_compiles:
         from polygraphy.backend.tensorrt_rtx import create_config_rtx
@@ -142,13 +142,13 @@ def _report(messages: Sequence[str]) -> BuildReport:
     listed = [text for text in messages if text.startswith("Layers:")]
     scratch = logged_bytes(messages)
     if not listed:
-        return BuildReport(activation_bytes=scratch)
+        return BuildReport(scratch_bytes=scratch)
     runs = [
         [kind for kind in kinds if kind not in _NO_LAUNCH] for kinds in _layer_kinds(listed[-1])
     ]
     longest = max(runs, key=len, default=[])
     plugin_layers = sum(kind in _PLUGIN_LAYERS for kind in longest)
-    return BuildReport(kernels=len(longest), plugin_layers=plugin_layers, activation_bytes=scratch)
+    return BuildReport(kernels=len(longest), plugin_layers=plugin_layers, scratch_bytes=scratch)
 
 
 def _layer_kinds(listed: str) -> list[list[str]]:

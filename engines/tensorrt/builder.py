@@ -61,7 +61,9 @@ class Builder:
         where = f"unit {job.name}: {target.backend} {target.version} for {gpus}"
         where += " with the plugin" if uses_plugin else ""
         try:
-            request = BuildRequest(job.profiles, target.capabilities, job.recipe.workspace_bytes)
+            request = BuildRequest(
+                job.profiles, target.capabilities, job.recipe.scratch_limit_bytes
+            )
             built = self._processes[uses_plugin].build(
                 graph, request, self._timings.content if self._timings else b""
             )
@@ -72,7 +74,7 @@ class Builder:
         if is_out_of_memory(report.refusal):
             raise ResourceError(
                 f"{where} cannot be built: there is not enough GPU memory ({report.refusal}); set "
-                "`EngineOptions.workspace_bytes`, export with "
+                "`EngineOptions.scratch_limit_bytes`, export with "
                 "a smaller `max_batch`, or end what else uses the GPU"
             )
         if report.refusal:

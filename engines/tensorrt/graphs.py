@@ -79,7 +79,7 @@ def embed_weights(
     if len(weights) > MAX_GRAPH_BYTES:
         raise ResourceError(
             f"{where}: {len(weights) / 1e9:.1f} GB of weights do not fit into one graph; "
-            "use `EngineOptions.weights=shared`"
+            "use `EngineOptions.weight_mode=shared`"
         )
     by_name = {prefix + p.name: p for p in parameters}
     for initializer in _external(model):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from goc_deploy.compiler import in_form
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.graph_check import check_graph, external_tensors
-from goc_deploy.engine_dir.keys import EngineWeights, Recipe, Target, dimension_profiles
+from goc_deploy.engine_dir.keys import EngineWeightMode, Recipe, Target, dimension_profiles
 from goc_deploy.engine_dir.manifest import EngineEntry, FileEntry, GraphEntry, Manifest
 from goc_deploy.engines.plugin.stacking import KERNEL_SHA256, stack_updates
 from goc_deploy.engines.tensorrt import graphs
@@ -25,7 +25,7 @@ class Job:
         unit: the first unit that it serves.
         served: ONNX files that it serves.
         profiles: per optimisation profile, the shapes of its dynamic inputs.
-        weights: ``embedded``, ``shared``, or ``none``.
+        weight_mode: ``embedded``, ``shared``, or ``none``.
         parts: units whose weights the graph of ``unit`` has, by prefix.
     """
 
@@ -33,7 +33,7 @@ class Job:
     unit: GraphEntry
     served: tuple[str, ...]
     profiles: tuple[graphs.Shapes, ...]
-    weights: EngineWeights
+    weight_mode: EngineWeightMode
     parts: Mapping[str, GraphEntry]
 
     @property
@@ -60,7 +60,7 @@ class Job:
         """
         recipes = [self.recipe]
         if not as_asked:
-            recipe = replace(self.recipe, workspace_bytes=entry.workspace_bytes)
+            recipe = replace(self.recipe, scratch_limit_bytes=entry.scratch_limit_bytes)
             recipes = [recipe, replace(recipe, plugin_sha256=None)]
         return (
             entry.key in [recipe.key for recipe in recipes]
@@ -92,15 +92,15 @@ def wanted_engines(directory: EngineDir, target: Target, options: EngineOptions)
         check_graph(content, external_tensors(parts), where)
         model = graphs.model_from_bytes(content, where)
         weight_files = [
-            directory.file(part.weights)
+            directory.file(part.weights_file)
             for part in parts.values()
-            if part.weights and not part.weights_are_inputs
+            if part.weights_file and not part.weights_are_inputs
         ]
         fits = (
             len(weight_files) == 1
             or sum(file.size for file in weight_files) <= graphs.MAX_GRAPH_BYTES
         )
-        embeds = options.weights == "embedded" and bool(weight_files) and fits
+        embeds = options.weight_mode == "embedded" and bool(weight_files) and fits
         (graphs.drop_weight_places if embeds else graphs.share_weights)(model)
         stacked = stack_updates(model) if options.plugin else 0
         profiles = {
@@ -112,15 +112,15 @@ def wanted_engines(directory: EngineDir, target: Target, options: EngineOptions)
             weights_sha256=_digest_of_all(weight_files) if embeds else None,
             target=target,
             profiles=tuple(profiles),
-            workspace_bytes=options.workspace_bytes,
+            scratch_limit_bytes=options.scratch_limit_bytes,
             plugin_sha256=KERNEL_SHA256 if stacked else None,
         )
         earlier = jobs.get(recipe.key)
         served = (*(earlier.served if earlier else ()), unit.onnx)
-        weights: EngineWeights = "embedded" if embeds else "shared" if parts else "none"
+        weight_mode: EngineWeightMode = "embedded" if embeds else "shared" if parts else "none"
         if earlier:
             unit, parts = earlier.unit, earlier.parts
-        jobs[recipe.key] = Job(recipe, unit, served, tuple(profiles.values()), weights, parts)
+        jobs[recipe.key] = Job(recipe, unit, served, tuple(profiles.values()), weight_mode, parts)
     return list(jobs.values())
 
 
@@ -135,7 +135,7 @@ def _digest_of_all(files: list[FileEntry]) -> str:
 def _units(manifest: Manifest, without: Set[str]) -> Iterator[GraphEntry]:
     """Yield every graph except some predict graphs."""
     skipped = {manifest.predict[signature] for signature in without}
-    yield from (unit for unit in manifest.graphs() if unit.onnx not in skipped)
+    yield from (unit for unit in manifest.all_graphs() if unit.onnx not in skipped)
 
 
 def graph_of_job(directory: EngineDir, job: Job) -> bytes:
@@ -156,4 +156,4 @@ def embedded_weights(job: Job) -> dict[str, str]:
     """Return prefix -> weights file that an engine embeds."""
     if job.recipe.weights_sha256 is None:
         return {}
-    return {prefix: part.weights for prefix, part in job.parts.items() if part.weights}
+    return {prefix: part.weights_file for prefix, part in job.parts.items() if part.weights_file}

@@ -51,7 +51,7 @@ def tensorrt_backend(
     capability: str,
     device: Device,
     *,
-    weights: WeightMode | None = None,
+    weight_mode: WeightMode | None = None,
     build: Build = build_engines,
     progress: Progress = no_progress,
 ) -> TensorrtBackend:
@@ -62,7 +62,7 @@ def tensorrt_backend(
         library: the TensorRT library.
         capability: compute capability of the GPU, such as ``8.9``.
         device: the GPU.
-        weights: ``embedded`` or ``shared`` engines; None takes the mode with fewest missing ones.
+        weight_mode: ``embedded`` or ``shared``; None takes the mode with fewest missing engines.
         build: function that builds missing engines.
         progress: progress of that function.
 
@@ -73,7 +73,7 @@ def tensorrt_backend(
         EngineDirError, SafetyError: the directory is corrupt.
     """
     check_target(library, capability, directory.manifest.precision)
-    usable = best_selection(directory, library, capability, weights)
+    usable = best_selection(directory, library, capability, weight_mode)
     content, damaged = _contents(directory, usable)
     if usable.missing or damaged:
         logger.warning(
@@ -88,7 +88,7 @@ def tensorrt_backend(
             library.backend,
         )
         directory, _ = build(directory, usable.options, progress)
-        usable = best_selection(directory, library, capability, weights)
+        usable = best_selection(directory, library, capability, weight_mode)
         content, damaged = _contents(directory, usable)
         if usable.missing or damaged:
             raise EnvironmentUnsupportedError(
@@ -101,7 +101,7 @@ def tensorrt_backend(
         directory.sha256(graph): content[entry.path] for graph, entry in usable.engines.items()
     }
     target = next(iter(usable.engines.values())).target
-    report = {"engine_target": target.folder, "engine_weights": usable.options.weights}
+    report = {"engine_target": target.folder, "engine_weights": usable.options.weight_mode}
     kernels = None
     if library.compiles_at_load:
         kernels = KernelCache(
@@ -114,11 +114,11 @@ def best_selection(
     directory: EngineDir,
     library: Library,
     capability: str,
-    weights: WeightMode | None = None,
+    weight_mode: WeightMode | None = None,
 ) -> Selection:
     """Select the target and weight mode with the fewest missing engines for this machine."""
     selections = []
-    for target, options in _ways(directory.manifest, library, capability, weights):
+    for target, options in _ways(directory.manifest, library, capability, weight_mode):
         selections.append(selection(directory, target, options))
         if not selections[-1].missing:  # the next selection would read every graph again
             break
@@ -126,14 +126,14 @@ def best_selection(
 
 
 def _ways(
-    manifest: Manifest, library: Library, capability: str, weights: WeightMode | None
+    manifest: Manifest, library: Library, capability: str, weight_mode: WeightMode | None
 ) -> Iterator[tuple[Target, EngineOptions]]:
     """Yield the targets in the directory that fit this machine, then the default target."""
     here = (library.backend, library.version, this_platform(), capability)
     listed = dict.fromkeys(
-        (engine.target, engine.weights)
+        (engine.target, engine.weight_mode)
         for engine in manifest.engines
-        if engine.weights in (WEIGHT_MODES if weights is None else (weights,))
+        if engine.weight_mode in (WEIGHT_MODES if weight_mode is None else (weight_mode,))
         and engine.target.refusal(*here) is None
     )
     # Embedded weights come before shared ones, because they need fewer kernels.
@@ -141,7 +141,10 @@ def _ways(
         for plugin in (True, False):
             yield target, EngineOptions(library.backend, target.capabilities, mode, plugin=plugin)
     usual = EngineOptions(library.backend, (capability,))
-    yield Target(*here[:3], (capability,)), replace(usual, weights=weights or usual.weights)
+    yield (
+        Target(*here[:3], (capability,)),
+        replace(usual, weight_mode=weight_mode or usual.weight_mode),
+    )
 
 
 def selection(directory: EngineDir, target: Target, options: EngineOptions) -> Selection:
@@ -171,8 +174,8 @@ def _contents(directory: EngineDir, usable: Selection) -> tuple[dict[str, Stored
                 read,
                 uses_plugin,
                 reads_first=uses_plugin or entry.kernels == 1,
-                reads_weights=entry.weights == "shared",
-                scratch_bytes=entry.activation_bytes or 0,
+                reads_weights=entry.weight_mode == "shared",
+                scratch_bytes=entry.scratch_bytes or 0,
             )
         except GocError as reason:
             logger.warning("an engine is not loaded: %s", reason)

@@ -177,12 +177,12 @@ def add_engine(built_from: EngineDir, job: Job, engine: bytes, report: BuildRepo
         path=job.path,
         key=job.recipe.key,
         target=job.recipe.target,
-        weights=job.weights,
+        weight_mode=job.weight_mode,
         graphs=job.served,
         kernels=report.kernels,
         plugin_layers=report.plugin_layers,
-        activation_bytes=report.activation_bytes,
-        workspace_bytes=job.recipe.workspace_bytes,
+        scratch_bytes=report.scratch_bytes,
+        scratch_limit_bytes=job.recipe.scratch_limit_bytes,
         optima=job.recipe.optima,
     )
 
@@ -201,7 +201,7 @@ def add_engine(built_from: EngineDir, job: Job, engine: bytes, report: BuildRepo
 
 def _supersedes(new: EngineEntry, old: EngineEntry) -> bool:
     """Whether an older engine serves the same graphs in the same way."""
-    same_way = (new.target, new.weights) == (old.target, old.weights)
+    same_way = (new.target, new.weight_mode) == (old.target, old.weight_mode)
     return same_way and not set(new.graphs).isdisjoint(old.graphs)
 
 

@@ -78,7 +78,7 @@ def verify_engines(
 
 
 def _graphs(directory: EngineDir, backend: TensorrtBackend) -> Iterator[GraphEntry]:
-    for unit in directory.manifest.graphs():
+    for unit in directory.manifest.all_graphs():
         if directory.sha256(unit.onnx) in backend.graphs:
             yield unit
 
@@ -88,7 +88,9 @@ def _outputs(directory: EngineDir, unit: GraphEntry, backend: Backend) -> dict[s
     manifest, onnx = directory.manifest, directory.read(unit.onnx)
     parts = manifest.parts(unit)
     weights = {
-        part.weights: directory.read(part.weights) for part in parts.values() if part.weights
+        part.weights_file: directory.read(part.weights_file)
+        for part in parts.values()
+        if part.weights_file
     }
     initializers, fixed = mapped_parts(parts, weights)
     engine = backend.load(onnx, initializers, fixed, runs_once=True)

@@ -32,7 +32,7 @@ PIXELS = ModelSpec(
     patch=4,
     grid=7,
     channels=1,
-    classes=10,
+    choices=10,
     learn_sigma=False,
 )
 LATENTS = replace(PIXELS, depth=6, hidden=96, mlp_hidden=384, patch=1, channels=4)
@@ -43,7 +43,7 @@ class TrainedDiT(DiT):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)
-        self.null_condition = spec.classes
+        self.null_condition = spec.choices
         initialise(self, lambda name: "adaLN_modulation" in name or name == "final_layer.linear")
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
 

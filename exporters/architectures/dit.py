@@ -92,7 +92,7 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
         patch=patch,
         grid=sizes.grid,
         channels=sizes.channels,
-        classes=sizes.own[0] - 1,
+        choices=sizes.own[0] - 1,
         learn_sigma=sizes.ratio == 2,
     )
 
@@ -301,7 +301,7 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
     )
     embed, final = traceable(EmbedUnit), traceable(FinalUnit)
     attn, mlp = traceable(AttnUnit), traceable(MlpUnit)
-    labels = Input("labels", torch.tensor([0, spec.classes]), {0: "labels"})
+    labels = Input("labels", torch.tensor([0, spec.choices]), {0: "labels"})
     branch = (examples.tokens(), *examples.modulation("shift", "scale", "gate"))
     return (
         GraphKind(

@@ -66,7 +66,7 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
         patch=settings.patch_size,
         grid=settings.sample_size // settings.patch_size,
         channels=settings.in_channels,
-        classes=settings.num_embeds_ada_norm,
+        choices=settings.num_embeds_ada_norm,
         learn_sigma=predicts_sigma(settings, where),
         frequency_shift=FREQUENCY_SHIFT,
         mlp_norm_eps=settings.norm_eps,

@@ -156,7 +156,7 @@ class LabelEmbed(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(spec.classes + 1, spec.hidden)
+        self.embedding_table = nn.Embedding(spec.choices + 1, spec.hidden)
 
     def forward(self, labels: Tensor) -> Tensor:
         """Labels (R,) int64 to conditions (R, D)."""

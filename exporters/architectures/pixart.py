@@ -98,7 +98,7 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
         patch=patch,
         grid=sizes.grid,
         channels=channels,
-        classes=0,
+        choices=0,
         learn_sigma=sizes.ratio == 2,
         architecture="pixart",
         branches=BRANCHES,

@@ -80,7 +80,7 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
         patch=settings.patch_size,
         grid=side // settings.patch_size,
         channels=channels,
-        classes=0,
+        choices=0,
         learn_sigma=predicts_sigma(settings, where),
         architecture="pixart",
         branches=BRANCHES,

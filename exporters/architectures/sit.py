@@ -25,7 +25,9 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
     Raises:
         ModelError: the sizes are not consistent, or the number of heads cannot be inferred.
     """
-    return replace(DIT.spec_from_tensors(tensors, heads), architecture="sit", prediction="flow")
+    return replace(
+        DIT.spec_from_tensors(tensors, heads), architecture="sit", prediction_type="flow"
+    )
 
 
 SIT = replace(

@@ -123,7 +123,7 @@ def write_companions(
         decoder = decoder_spec(companions.vae.config, manifest.model, options.vae_tile)
         kind = decoder_kind(companions.vae.config, manifest.model, decoder)
         units = writer.write((kind,), companions.vae.checkpoint.tensors, PRECISION, "vae")
-        manifest = replace(manifest, units=(*manifest.units, *units), decoder=decoder)
+        manifest = replace(manifest, graphs=(*manifest.graphs, *units), decoder=decoder)
     captions = companions.captions
     if companions.text is not None:
         manifest, encoder = _write_text_encoder(companions.text, manifest, writer)
@@ -133,7 +133,7 @@ def write_companions(
         path = writer.stage / CAPTIONS_FILE
         path.parent.mkdir()
         path.write_bytes(captions_to_bytes(captions))
-        manifest = replace(manifest, captions=CAPTIONS_FILE)
+        manifest = replace(manifest, stored_captions=CAPTIONS_FILE)
     return manifest
 
 
@@ -147,7 +147,7 @@ def _write_text_encoder(
     tokenizer = f"{TEXT_ENCODER}/tokenizer.json"
     (writer.stage / tokenizer).write_bytes(files.tokenizer)
     text = TextSpec(tokenizer, config.vocabulary, config.eos, config.pad)
-    manifest = replace(manifest, units=(*manifest.units, unit), text=text)
+    manifest = replace(manifest, graphs=(*manifest.graphs, unit), text=text)
     most = 2 * manifest.max_batch
     return manifest, TextEncoder(
         writer.loaded(unit), writer.backend, files.tokenizer, spec, text, most

@@ -50,7 +50,7 @@ def write_plan(
         op.signature: op for step in on_device.launches for op in step if isinstance(op, Segment)
     }
     for signature in sorted(new.keys() - segments.keys()):
-        paths = {unit.name: unit.onnx for unit in manifest.units}
+        paths = {unit.name: unit.onnx for unit in manifest.graphs}
         units = {
             name: onnx.load_model_from_string(read(paths[name]))
             for name in manifest.model.unit_names

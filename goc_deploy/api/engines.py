@@ -155,7 +155,7 @@ def verify_engines(
     from goc_deploy.engines.tensorrt.verify import verify_engines as verify
 
     directory = EngineDir.open(Path(engine_dir))
-    backend_options = BackendOptions(weights=options.weights)
+    backend_options = BackendOptions(weight_mode=options.weight_mode)
     backend = tensorrt_backend_here(options.backend, directory, backend_options)
     return verify(directory, backend, cpu_backend(), progress)
 

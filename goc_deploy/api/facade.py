@@ -62,8 +62,8 @@ def export(
         steps: number of sampling steps of the plans.
         sampler: sampler SPEC; None takes ``diffusers``, the scheduler of the model's folder.
             Without such a scheduler it is ``ddim``, or ``euler`` for a model that predicts a flow.
-        prediction: what the model predicts, one of `goc_deploy.spec.PREDICTIONS`; None takes it
-            from the scheduler of the model's folder, or without one from the architecture.
+        prediction: what the model predicts, one of `goc_deploy.spec.PREDICTION_TYPES`; None takes
+            it from the scheduler of the model's folder, or without one from the architecture.
         plans: policy SPECs, in order of preference; empty takes `goc_deploy.options.default_plans`.
         calibrate: number of images that calibrated policies learn from; None takes
             `goc_deploy.policies.calibration.default_images`.

@@ -100,7 +100,7 @@ class EngineTrials:
         check_options(options)
         self.sampler, self.options, self.progress = sampler, options, progress
         self._backend, self._manifest = backend, directory.manifest
-        graphs = [unit.name for unit in self._manifest.units if unit.name.startswith("sampler")]
+        graphs = [unit.name for unit in self._manifest.graphs if unit.name.startswith("sampler")]
         self._engines = load_engines(directory, (), backend, graphs)
         self._predict: dict[str, Engine] = {}
         self._tables: dict[int, SamplerTable] = {}
@@ -124,7 +124,7 @@ class EngineTrials:
                 self._predict[signature] = self._backend.load(
                     memoryview(graph.SerializeToString()), {}
                 )
-        labels = balanced_labels(model.classes, images.images, images.seed)
+        labels = balanced_labels(model.choices, images.images, images.seed)
         size = min(len(labels), manifest.max_batch)
         engines = replace(self._engines, predict=self._predict)
         with Pipeline(manifest, plan, engines, self._backend, size, 1) as pipe:

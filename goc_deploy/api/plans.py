@@ -110,7 +110,7 @@ def publish_plan(before: EngineDir, plan: Plan) -> PlanEntry:
 
     def change(current: EngineDir) -> Amendment | None:
         manifest = current.manifest
-        if (manifest.model, manifest.units) != (compiled_for.model, compiled_for.units):
+        if (manifest.model, manifest.graphs) != (compiled_for.model, compiled_for.graphs):
             raise ConflictError(f"{path} was replaced while the plan was made; add the plan again")
         present = _named(current, plan.name)
         if present is None:
@@ -177,12 +177,12 @@ def plan_on_the_fly(
         present = directory.plan(entry.name)
         if steps is None or steps == present.steps:
             return name, None
-        if parse_policy(entry.spec).path:
+        if parse_policy(entry.policy).path:
             raise UsageError(
                 f"plan {entry.name} was made from a file for {present.steps} steps; "
                 "give its SPEC with the file's path instead"
             )
-        name, spec = entry.name, entry.spec
+        name, spec = entry.name, entry.policy
         options = PlanOptions(name, steps, present.sampler.sampler, segments="none")
     plan = _uncalibrated(directory, spec, options)
     return name, UnlistedPlans({name: plan}, partial(_predict_graph, directory.manifest))

@@ -70,7 +70,7 @@ def run(engine_dir: str | Path, options: RunOptions, progress: Progress = no_pro
                 done = (first - outputs.start) * pipe.plan.steps
                 result = pipe.generate(
                     labels[first : first + size],
-                    captions=series.captions,
+                    prompt_embeds=series.captions,
                     seed=options.seed,
                     first_image=first,
                     cfg_scale=options.cfg_scale,
@@ -129,7 +129,7 @@ def _series(
     elif captions is not None:
         rows = tuple(range(len(captions.prompts)))
     images = options.num_images or (None if latents is None else len(latents))
-    return Series(options, spread_labels(rows, images, pipe.spec.classes), captions, latents)
+    return Series(options, spread_labels(rows, images, pipe.spec.choices), captions, latents)
 
 
 class _Outputs:

@@ -41,8 +41,8 @@ class Series:
             UsageError: a label that does not exist, or another number of latents than of images.
         """
         spec, images = pipe.spec, len(self.labels)
-        if self.captions is None and spec.classes:
-            check_rows(self.labels, spec.classes)
+        if self.captions is None and spec.choices:
+            check_rows(self.labels, spec.choices)
         elif self.captions is not None:
             check_rows(self.labels, len(self.captions.prompts))
         if self.latents is not None and len(self.latents) != images:

@@ -39,14 +39,14 @@ engine_options = composed(  # a command gets them as backends, engine_* and veri
     click.option(
         "--engine-weights",
         type=click.Choice(WEIGHT_MODES),
-        default=DEFAULTS.weights,
+        default=DEFAULTS.weight_mode,
         help="How engines hold their weights: embedded is an engine per unit that holds them, "
         "shared is an engine per kind of unit that reads them at an address.",
     ),
     click.option(
         "--engine-workspace",
         type=click.IntRange(0),
-        default=DEFAULTS.workspace_bytes >> 20,
+        default=DEFAULTS.scratch_limit_bytes >> 20,
         metavar="MIB",
         help="Limit of the scratch memory of an engine in MiB; 0 is no limit.",
     ),
@@ -133,8 +133,8 @@ def engines_from_flags(flags: dict[str, Any]) -> EngineRequest:
     backends = [name for name in dict.fromkeys(flags.pop("backends")) if name in ENGINE_BACKENDS]
     options = EngineOptions(
         capabilities=flags.pop("engine_capabilities"),
-        weights=flags.pop("engine_weights"),
-        workspace_bytes=flags.pop("engine_workspace") * 2**20,
+        weight_mode=flags.pop("engine_weights"),
+        scratch_limit_bytes=flags.pop("engine_workspace") * 2**20,
         plugin=flags.pop("engine_plugin"),
     )
     if not backends and (options != DEFAULTS or verify):

@@ -23,7 +23,7 @@ from goc_deploy.options import SEGMENTS, ExportOptions
 from goc_deploy.policies.help import calibrated, grammar
 from goc_deploy.policies.registration import installed_policies
 from goc_deploy.samplers import SAMPLER_GRAMMAR
-from goc_deploy.spec import PREDICTIONS
+from goc_deploy.spec import PREDICTION_TYPES
 
 if TYPE_CHECKING:
     from goc_deploy.engine_dir.manifest import Manifest
@@ -73,7 +73,7 @@ DEFAULTS = ExportOptions()
 )
 @click.option(
     "--prediction",
-    type=click.Choice(PREDICTIONS),
+    type=click.Choice(PREDICTION_TYPES),
     help="What the model predicts: the noise, a velocity, the clean sample, or the velocity of a "
     "flow.  [default: that of the model's folder, otherwise eps, or flow for sit]",
 )
@@ -156,7 +156,7 @@ def command(checkpoint: Path, output: Path, **options: Any) -> None:
 
 def _summary(output: Path, manifest: Manifest) -> str:
     spec, size = manifest.model, sum(file.size for file in manifest.files)
-    errors = [unit.relative_l2 for unit in manifest.units if unit.relative_l2 is not None]
+    errors = [unit.relative_l2 for unit in manifest.graphs if unit.relative_l2 is not None]
     return (
         f"{output}: {spec.depth} blocks of width {spec.hidden} with {spec.heads} heads, "
         f"{manifest.precision}, {size / 1e6:.1f} MB; "

@@ -25,7 +25,8 @@ OTHERS = {  # flags that are not spelled as their argument
     "plans": "plan",
     "prompts": "prompt",
     "EngineOptions.capabilities": "compute-capability",
-    "EngineOptions.workspace_bytes": "engine-workspace",
+    "EngineOptions.scratch_limit_bytes": "engine-workspace",
+    "EngineOptions.weight_mode": "engine-weights",
 }
 ARGUMENT = re.compile(r"`(?P<name>(EngineOptions\.)?[a-z_]+)(=(?P<value>[^`]*))?`")
 

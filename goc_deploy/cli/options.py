@@ -113,7 +113,7 @@ def plans_of_directory(
     )  # not yet assigned before "--plan" has a value
     try:
         text = (Path(directory) / "manifest.json").read_text(encoding="utf-8")
-        plans = [(str(plan["name"]), str(plan["spec"])) for plan in json.loads(text)["plans"]]
+        plans = [(str(plan["name"]), str(plan["policy"])) for plan in json.loads(text)["plans"]]
     except (KeyError, TypeError, ValueError, OSError):
         return []  # a shell has no place for a message; the command itself reports what is wrong
     return [CompletionItem(name, help=spec) for name, spec in plans if name.startswith(incomplete)]

@@ -68,15 +68,22 @@ def _entries(op: Compute | Segment | Predict) -> tuple[int, tuple[Prediction, ..
 
 def _check_table(plan: Plan, spec: ModelSpec) -> None:
     table = plan.sampler
-    columns = (table.latent, table.model, table.noise, table.spread, table.estimate, table.history)
+    columns = (
+        table.latent,
+        table.model,
+        table.noise,
+        table.spread,
+        table.estimate,
+        table.lag_coefficients,
+    )
     if any(len(column) != table.steps for column in columns):
         raise EngineDirError(f"plan {plan.name}: the columns of its sampler table differ in length")
-    if table.reach > MAX_REACH or any(len(row) != table.reach for row in table.history):
+    if table.reach > MAX_REACH or any(len(row) != table.reach for row in table.lag_coefficients):
         raise EngineDirError(
             f"plan {plan.name}: its sampler must reach back the same 0 to {MAX_REACH} steps "
             "at every step"
         )
-    if any(sum(map(bool, row)) > MAX_LAGS for row in table.history):
+    if any(sum(map(bool, row)) > MAX_LAGS for row in table.lag_coefficients):
         raise EngineDirError(
             f"plan {plan.name}: its sampler reads more than {MAX_LAGS} earlier estimates in a step"
         )

@@ -182,7 +182,7 @@ def _checked(
     table = (
         sampler
         if isinstance(sampler, SamplerTable)
-        else sampler_table(sampler, schedule.steps, Process(spec.prediction))
+        else sampler_table(sampler, schedule.steps, Process(spec.prediction_type))
     )
     misfit = sampler_misfit(table, spec)
     if misfit:

@@ -23,7 +23,7 @@ from goc_deploy.schedule import Schedule
 from goc_deploy.spec import Count
 from goc_deploy.strict_json import check_format, convert, dump_json, expected, parse_json
 
-PLAN_FORMAT, PLAN_VERSION = "goc_deploy.plan", 3
+PLAN_FORMAT, PLAN_VERSION = "goc_deploy.plan", 4
 
 
 class _Row(Struct, array_like=True, forbid_unknown_fields=True):

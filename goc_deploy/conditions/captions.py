@@ -97,9 +97,9 @@ def conditions_from_labels(
         raise UsageError("labels are empty; give one label per image")
     if spec.text_conditional and stored is None:
         raise UsageError(f"{NO_CAPTIONS}, or give prompts")
-    check_rows(labels, spec.classes)
+    check_rows(labels, spec.choices)
     table = None if stored is None else stored.table
-    return Conditions(tuple(int(label) for label in labels), (spec.classes,) * len(labels), table)
+    return Conditions(tuple(int(label) for label in labels), (spec.choices,) * len(labels), table)
 
 
 def conditions_from_captions(
@@ -230,12 +230,12 @@ def captions_from_bytes(content: memoryview, spec: ModelSpec, where: str) -> Pro
             f"{where} holds no captions for this model ({cause}); export again"
         ) from cause
     if (
-        len(embeds.prompts) != spec.classes
+        len(embeds.prompts) != spec.choices
         or embeds.negatives is None
         or len(embeds.negatives) != 1
     ):
         raise EngineDirError(
-            f"{where} holds {len(embeds.prompts)} captions, not {spec.classes}; export again"
+            f"{where} holds {len(embeds.prompts)} captions, not {spec.choices}; export again"
         )
     return embeds
 

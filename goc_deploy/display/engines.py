@@ -11,7 +11,7 @@ from goc_deploy.compiler import Collect, Compute, Plan, Predict, Segment, in_for
 from goc_deploy.compiler.plan import StepKind
 from goc_deploy.display.plans import Table
 from goc_deploy.engine_dir.directory import EngineDir
-from goc_deploy.engine_dir.keys import EngineWeights
+from goc_deploy.engine_dir.keys import EngineWeightMode
 from goc_deploy.engine_dir.manifest import EngineEntry, Manifest
 
 
@@ -20,8 +20,8 @@ def graph_rows(directory: EngineDir) -> Table:
     manifest = directory.manifest
     served = Counter(graph for engine in manifest.engines for graph in engine.graphs)
     rows = []
-    for unit in manifest.units:
-        weights = f"{directory.size(unit.weights) / 1e6:.2f}" if unit.weights else ""
+    for unit in manifest.graphs:
+        weights = f"{directory.size(unit.weights_file) / 1e6:.2f}" if unit.weights_file else ""
         error = f"{unit.relative_l2:.1e}" if unit.relative_l2 is not None else ""
         graph = f"{directory.size(unit.onnx) / 1e3:.1f}"
         rows.append([unit.name, graph, weights, error, str(served[unit.onnx])])
@@ -37,13 +37,13 @@ def engine_rows(directory: EngineDir, folder: str) -> Table:
     rows = [
         [
             engine.path.removeprefix(f"{folder}/"),
-            engine.weights,
+            engine.weight_mode,
             str(len(engine.graphs)),
             f"{directory.size(engine.path) / 1e6:.2f}",
             "?" if engine.kernels is None else str(engine.kernels),
             str(engine.plugin_layers),
             " | ".join(engine.optima),
-            "?" if engine.activation_bytes is None else f"{engine.activation_bytes / 1e6:.1f}",
+            "?" if engine.scratch_bytes is None else f"{engine.scratch_bytes / 1e6:.1f}",
             _state(directory.path / engine.path, directory.size(engine.path)),
         ]
         for engine in directory.manifest.engines
@@ -79,7 +79,9 @@ def launch_rows(plans: Sequence[Plan], manifest: Manifest) -> Table:
 
     TensorRT runs the device form of a plan (`goc_deploy.compiler.passes.in_form`).
     """
-    ways = sorted({(e.target.folder, e.weights) for e in manifest.engines if e.weights != "none"})
+    ways = sorted(
+        {(e.target.folder, e.weight_mode) for e in manifest.engines if e.weight_mode != "none"}
+    )
     rows = []
     for plan in plans:
         on_device = in_form(plan, manifest.model, "device")
@@ -108,7 +110,7 @@ def launched_graphs(plan: Plan, manifest: Manifest, step: int) -> list[str]:
 
     The conditioning, which the first step of a chunk also launches, is not included.
     """
-    onnx = {unit.name: unit.onnx for unit in manifest.units}
+    onnx = {unit.name: unit.onnx for unit in manifest.graphs}
     ops = plan.launches[step]
     ahead = {op.ahead for op in ops if isinstance(op, Predict) and op.ahead}
     names = [onnx["modulation"]] * (1 + len(ahead)) + [onnx["embed"]]
@@ -124,11 +126,13 @@ def launched_graphs(plan: Plan, manifest: Manifest, step: int) -> list[str]:
     return [*names, onnx["final"], onnx[plan.sampler.graph]]
 
 
-def _kernels(graphs: Sequence[str], manifest: Manifest, folder: str, weights: EngineWeights) -> str:
+def _kernels(
+    graphs: Sequence[str], manifest: Manifest, folder: str, weights: EngineWeightMode
+) -> str:
     """Count the kernels of all graphs on one target, or explain why they cannot be counted."""
     of_graph: dict[str, EngineEntry] = {}
     for engine in manifest.engines:
-        if engine.target.folder == folder and engine.weights in (weights, "none"):
+        if engine.target.folder == folder and engine.weight_mode in (weights, "none"):
             of_graph.update(dict.fromkeys(engine.graphs, engine))
     # Weights that are inputs of the exported graph are inputs in both weight modes.
     for engine in manifest.engines:

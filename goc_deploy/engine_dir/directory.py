@@ -90,9 +90,9 @@ class EngineDir:
                 f"goc plan {shlex.quote(str(self.path))} none"
             )
         if name is None:
-            return next((entry for entry in plans if entry.spec != "none"), plans[0])
+            return next((entry for entry in plans if entry.policy != "none"), plans[0])
         for entry in plans:
-            if name in (entry.name, entry.spec):
+            if name in (entry.name, entry.policy):
                 return entry
         default_name = parse_policy(name).default_name
         for entry in plans:
@@ -106,7 +106,7 @@ class EngineDir:
         if spec is not None:
             return f"add it with: goc plan {shlex.quote(str(self.path))} {shlex.quote(spec)}"
         plans = self.manifest.plans
-        similar = closest(name, [word for entry in plans for word in (entry.name, entry.spec)])
+        similar = closest(name, [word for entry in plans for word in (entry.name, entry.policy)])
         there = f"this engine has {', '.join(entry.name for entry in plans)}"
         return f"did you mean {similar}? Otherwise {there}" if similar else there
 

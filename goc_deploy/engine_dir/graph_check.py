@@ -64,7 +64,7 @@ def external_tensors(parts: Mapping[str, GraphEntry]) -> dict[str, ExternalTenso
         parts: parts of the graph, see `goc_deploy.engine_dir.manifest.Manifest.parts`.
     """
     return {
-        prefix + p.name: ExternalTensor(PurePosixPath(unit.weights or "").name, p.shape)
+        prefix + p.name: ExternalTensor(PurePosixPath(unit.weights_file or "").name, p.shape)
         for prefix, unit in parts.items()
         if not unit.weights_are_inputs
         for p in unit.parameters

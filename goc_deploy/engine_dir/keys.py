@@ -13,7 +13,7 @@ from goc_deploy.spec import ModelSpec, tiles_at_once
 
 ENGINE_BACKENDS = ("tensorrt-rtx", "tensorrt")
 WEIGHT_MODES: tuple[WeightMode, ...] = get_args(WeightMode)
-EngineWeights = Literal["embedded", "shared", "none"]  # "none": the graph has no weights
+EngineWeightMode = Literal["embedded", "shared", "none"]  # "none": the graph has no weights
 RECIPE_VERSION = 3  # increased whenever the same recipe leads to another engine
 
 Range = tuple[int, int, int]  # (smallest, usual, largest) size of a dynamic dimension
@@ -74,7 +74,7 @@ class Recipe:
         weights_sha256: digest of the weights file that is embedded, or None.
         target: the target of the engine.
         profiles: per optimisation profile, symbol of each dynamic dimension of the graph -> sizes.
-        workspace_bytes: limit on scratch memory, 0 for no limit.
+        scratch_limit_bytes: limit on scratch memory, 0 for no limit.
         plugin_sha256: digest of the plugin's kernel source if the graph calls it, else None.
     """
 
@@ -82,7 +82,7 @@ class Recipe:
     weights_sha256: str | None
     target: Target
     profiles: tuple[tuple[tuple[str, Range], ...], ...]
-    workspace_bytes: int
+    scratch_limit_bytes: int
     plugin_sha256: str | None
 
     @property

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from goc_deploy.engine_dir.keys import EngineWeights, Target
+from goc_deploy.engine_dir.keys import EngineWeightMode, Target
 from goc_deploy.precision import Precision
 from goc_deploy.samplers.process import Process
 from goc_deploy.spec import Count, DecoderSpec, ModelSpec, Size, TextSpec
@@ -57,7 +57,7 @@ class GraphEntry:
             ``final``, ``sampler``, ``sampler_lag1``, ..., ``captions``, ``decoder``,
             ``text_encoder``.
         onnx: path of the graph.
-        weights: path of the external data, or None.
+        weights_file: path of the external data, or None.
         parameters: position of each tensor in the weights file.
         weights_are_inputs: the parameters are inputs of the graph, which reads them in the mapped
             file, instead of initializers that are copied during the load.
@@ -68,7 +68,7 @@ class GraphEntry:
 
     name: str
     onnx: str
-    weights: str | None
+    weights_file: str | None
     parameters: tuple[Parameter, ...]
     weights_are_inputs: bool
     relative_l2: float | None
@@ -77,10 +77,10 @@ class GraphEntry:
 
 @dataclass(frozen=True, slots=True)
 class PlanEntry:
-    """A plan of the directory: its name, its SPEC, and its files."""
+    """A plan of the directory: its name, the SPEC of its policy, and its files."""
 
     name: str
-    spec: str
+    policy: str
     plan: str
     schedule: str
 
@@ -93,13 +93,13 @@ class EngineEntry:
         path: path of the file.
         key: key of the `goc_deploy.engine_dir.keys.Recipe` that it was built by.
         target: the target that it was built for.
-        weights: ``embedded``, ``shared``, or ``none``.
+        weight_mode: ``embedded``, ``shared``, or ``none``.
         graphs: ONNX files that it serves: one file, or all of one kind if the weights are shared.
         kernels: number of kernel launches per run, or None if the library does not report it.
         plugin_layers: number of these that are the plugin.
-        activation_bytes: scratch memory at the largest shapes, or None if the library does not
-            report it.
-        workspace_bytes: limit on scratch memory during the build, 0 for none.
+        scratch_bytes: scratch memory at the largest shapes, or None if the library does not report
+            it.
+        scratch_limit_bytes: limit on scratch memory during the build, 0 for none.
         optima: per optimisation profile, the sizes that its kernels were chosen for, such as
             ``batch=2``.
     """
@@ -107,12 +107,12 @@ class EngineEntry:
     path: str
     key: str
     target: Target
-    weights: EngineWeights
+    weight_mode: EngineWeightMode
     graphs: tuple[str, ...]
     kernels: Count | None
     plugin_layers: Count
-    activation_bytes: Count | None
-    workspace_bytes: Count = 0
+    scratch_bytes: Count | None
+    scratch_limit_bytes: Count = 0
     optima: tuple[str, ...] = ()
 
 
@@ -124,7 +124,7 @@ class Manifest:
         model: sizes of the model.
         precision: ``fp32``, ``fp16`` or ``bf16``: number format of weights, tokens and history.
         max_batch: largest number of images per run.
-        units: exported graphs that do not depend on a plan.
+        graphs: exported graphs that do not depend on a plan.
         predict: predict signature -> path of its graph.
         plans: plans in order of preference.
         files: every file with size and digest.
@@ -134,7 +134,7 @@ class Manifest:
             decide whether an export is up to date.
         engines: TensorRT engines, a cache: the ONNX files and plans are the source of truth.
         decoder: sizes of unit ``decoder``, or None without a decoder.
-        captions: path of the stored captions, or None without any.
+        stored_captions: path of the stored captions, or None without any.
         text: inputs of unit ``text_encoder``, or None without a text encoder.
         segments: segment signature -> path of its graph, which contains all units of the blocks.
         scheduler: settings of the diffusers scheduler that came with the model, or None without
@@ -144,7 +144,7 @@ class Manifest:
     model: ModelSpec
     precision: Precision
     max_batch: Size
-    units: tuple[GraphEntry, ...]
+    graphs: tuple[GraphEntry, ...]
     predict: dict[str, str]
     plans: tuple[PlanEntry, ...]
     files: tuple[FileEntry, ...]
@@ -152,7 +152,7 @@ class Manifest:
     engines: tuple[EngineEntry, ...] = ()
     class_names: tuple[str, ...] = ()
     decoder: DecoderSpec | None = None
-    captions: str | None = None
+    stored_captions: str | None = None
     text: TextSpec | None = None
     segments: dict[str, str] = field(default_factory=dict)
     scheduler: dict[str, Any] | None = None
@@ -160,24 +160,24 @@ class Manifest:
     @property
     def process(self) -> Process:
         """The diffusion process that the model was trained on."""
-        return Process(self.model.prediction, self.scheduler)
+        return Process(self.model.prediction_type, self.scheduler)
 
-    def predict_unit(self, signature: str) -> GraphEntry:
-        """Return a predict graph as a unit without weights, named after its file."""
-        return self._unit_of_plans(self.predict[signature])
+    def predict_graph(self, signature: str) -> GraphEntry:
+        """Return the entry of a predict graph, which has no weights, named after its file."""
+        return self._graph_of_plans(self.predict[signature])
 
-    def segment_unit(self, signature: str) -> GraphEntry:
-        """Return a segment as a unit without weights of its own; `parts` names their units."""
-        return self._unit_of_plans(self.segments[signature])
+    def segment_graph(self, signature: str) -> GraphEntry:
+        """Return the entry of a segment, which has no weights of its own; see `parts`."""
+        return self._graph_of_plans(self.segments[signature])
 
-    def _unit_of_plans(self, path: str) -> GraphEntry:
+    def _graph_of_plans(self, path: str) -> GraphEntry:
         return GraphEntry(PurePosixPath(path).stem, path, None, (), False, None, self.precision)
 
-    def graphs(self) -> Iterator[GraphEntry]:
+    def all_graphs(self) -> Iterator[GraphEntry]:
         """Yield every graph: those that do not depend on a plan, predict graphs, segments."""
-        yield from self.units
-        yield from map(self.predict_unit, self.predict)
-        yield from map(self.segment_unit, self.segments)
+        yield from self.graphs
+        yield from map(self.predict_graph, self.predict)
+        yield from map(self.segment_graph, self.segments)
 
     def parts(self, unit: GraphEntry) -> Mapping[str, GraphEntry]:
         """Return the units whose weights a graph has, by the prefix of their names in the graph.
@@ -185,8 +185,8 @@ class Manifest:
         A segment has those of all its units, and any other graph only its own.
         """
         if unit.onnx not in self.segments.values():
-            return {"": unit} if unit.weights else {}
-        by_name = {part.name: part for part in self.units}
+            return {"": unit} if unit.weights_file else {}
+        by_name = {part.name: part for part in self.graphs}
         return {f"{name}.": by_name[name] for name in self.model.unit_names}
 
     @property

@@ -12,7 +12,7 @@ from goc_deploy.engine_dir.keys import ENGINE_BACKENDS
 from goc_deploy.engine_dir.manifest import IMAGE_CHANNELS, Manifest, Parameter
 from goc_deploy.errors import EngineDirError, SafetyError
 from goc_deploy.precision import ITEM_BYTES
-from goc_deploy.spec import PREDICTIONS
+from goc_deploy.spec import PREDICTION_TYPES
 from goc_deploy.strict_json import (
     check_format,
     convert,
@@ -22,7 +22,7 @@ from goc_deploy.strict_json import (
     unknown_field,
 )
 
-MANIFEST_FORMAT, MANIFEST_VERSION = "goc_deploy.engine_dir", 5
+MANIFEST_FORMAT, MANIFEST_VERSION = "goc_deploy.engine_dir", 6
 _LABEL_TABLE = "embedding_table.weight"  # how names of tables with a row per class end
 _FIELDS = {field.name for field in fields(Manifest)}
 _SAFE_PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,@-]*(/[A-Za-z0-9][A-Za-z0-9._+=,@-]*){0,3}")
@@ -78,9 +78,9 @@ def _unsafe_paths(manifest: Manifest) -> Iterator[str]:
 
 def _model_problems(manifest: Manifest) -> Iterator[str]:
     model = manifest.model
-    if model.prediction not in PREDICTIONS:
-        yield f"$.model.prediction: {expected(PREDICTIONS, model.prediction)}"
-    needed = "caption_tokens" if model.text_conditional else "classes"
+    if model.prediction_type not in PREDICTION_TYPES:
+        yield f"$.model.prediction_type: {expected(PREDICTION_TYPES, model.prediction_type)}"
+    needed = "caption_tokens" if model.text_conditional else "choices"
     if not getattr(model, needed):
         yield f"$.model.{needed}: expected int >= 1, got 0"
     if ("cross" in model.branches) != model.text_conditional:
@@ -88,9 +88,9 @@ def _model_problems(manifest: Manifest) -> Iterator[str]:
             "$.model.branches: expected 'cross' if caption_channels is not 0 and only then, "
             f"got {', '.join(model.branches):.60}"
         )
-    if len(manifest.class_names) not in (0, model.classes):
+    if len(manifest.class_names) not in (0, model.choices):
         yield (
-            f"$.class_names: expected 0 or {model.classes} names, got {len(manifest.class_names)}"
+            f"$.class_names: expected 0 or {model.choices} names, got {len(manifest.class_names)}"
         )
 
 
@@ -109,36 +109,36 @@ def _decoder_problems(manifest: Manifest) -> Iterator[str]:
 def _unit_problems(manifest: Manifest) -> Iterator[str]:
     """Yield weights files larger or smaller than their parameters, and segments without units."""
     sizes = {file.path: file.size for file in manifest.files}
-    for i, unit in enumerate(manifest.units):
-        size, needed = sizes.get(unit.weights or "", 0), 0
+    for i, unit in enumerate(manifest.graphs):
+        size, needed = sizes.get(unit.weights_file or "", 0), 0
         for j, parameter in enumerate(unit.parameters):
             end = parameter.offset + math.prod(parameter.shape) * ITEM_BYTES[unit.precision]
             needed = max(needed, end)
             if end > size:
                 yield (
-                    f"$.units[{i}].parameters[{j}]: {parameter.name!r:.60} ends at byte {end}, "
+                    f"$.graphs[{i}].parameters[{j}]: {parameter.name!r:.60} ends at byte {end}, "
                     f"but its weights file has {size} bytes"
                 )
-            yield from _label_table_problems(manifest, parameter, f"$.units[{i}].parameters[{j}]")
-        if unit.weights in sizes and size != needed:
+            yield from _label_table_problems(manifest, parameter, f"$.graphs[{i}].parameters[{j}]")
+        if unit.weights_file in sizes and size != needed:
             yield (
-                f"$.units[{i}].weights: {unit.weights!r:.60} is listed with {size} bytes, but its "
-                f"parameters take {needed}"
+                f"$.graphs[{i}].weights_file: {unit.weights_file!r:.60} is listed with {size} "
+                f"bytes, but its parameters take {needed}"
             )
     if manifest.segments:
-        with_weights = {unit.name for unit in manifest.units if unit.weights}
+        with_weights = {unit.name for unit in manifest.graphs if unit.weights_file}
         for name in manifest.model.unit_names:
             if name not in with_weights:
-                yield f"$.segments: made of unit {name}, which $.units does not list with weights"
+                yield f"$.segments: made of unit {name}, which $.graphs does not list with weights"
 
 
 def _label_table_problems(manifest: Manifest, parameter: Parameter, path: str) -> Iterator[str]:
-    classes, rows = manifest.model.classes, parameter.shape[:1]
+    choices, rows = manifest.model.choices, parameter.shape[:1]
     if not parameter.name.endswith(_LABEL_TABLE) or manifest.model.text_conditional:
         return
-    if rows != (classes + 1,):  # the last row is the null label
+    if rows != (choices + 1,):  # the last row is the null label
         yield (
-            f"{path}: the model has {classes} classes, but its label table {parameter.name!r:.60} "
+            f"{path}: the model has {choices} classes, but its label table {parameter.name!r:.60} "
             f"has {rows[0] if rows else 'no'} rows"
         )
 
@@ -159,10 +159,10 @@ def _unlisted_files(manifest: Manifest) -> Iterator[str]:
 
 def _used_files(manifest: Manifest) -> Iterator[tuple[str, str]]:
     """Yield the path of every field that names a file, and the file's name."""
-    for i, unit in enumerate(manifest.units):
-        yield f"$.units[{i}].onnx", unit.onnx
-        if unit.weights:
-            yield f"$.units[{i}].weights", unit.weights
+    for i, unit in enumerate(manifest.graphs):
+        yield f"$.graphs[{i}].onnx", unit.onnx
+        if unit.weights_file:
+            yield f"$.graphs[{i}].weights_file", unit.weights_file
     for signature, name in manifest.predict.items():
         yield f"$.predict.{signature}", name
     for signature, name in manifest.segments.items():
@@ -174,7 +174,7 @@ def _used_files(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield f"$.engines[{i}].path", engine.path
         for j, name in enumerate(engine.graphs):
             yield f"$.engines[{i}].graphs[{j}]", name
-    if manifest.captions is not None:
-        yield "$.captions", manifest.captions
+    if manifest.stored_captions is not None:
+        yield "$.stored_captions", manifest.stored_captions
     if manifest.text is not None:
         yield "$.text.tokenizer", manifest.text.tokenizer

@@ -34,8 +34,8 @@ def mapped_parts(
     initializers: dict[str, Buffer] = {}
     inputs: dict[str, Buffer] = {}
     for prefix, unit in parts.items():
-        assert unit.weights is not None
-        of_unit = mapped_weights(unit, content[unit.weights])
+        assert unit.weights_file is not None
+        of_unit = mapped_weights(unit, content[unit.weights_file])
         for whole, mine in zip((initializers, inputs), of_unit, strict=True):
             whole.update({prefix + name: buffer for name, buffer in mine.items()})
     return initializers, inputs

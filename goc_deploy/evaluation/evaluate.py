@@ -93,7 +93,7 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
     for number, (name, of_plan) in enumerate(scores.items()):
         progress(f"metrics of {name}", number, len(scores))
         estimates = of_plan.paired.estimates(options.seed)
-        estimates |= judges.metrics(of_plan.features, labels, spec.classes, options.seed)
+        estimates |= judges.metrics(of_plan.features, labels, spec.choices, options.seed)
         cost = {
             "method": methods.get(name),
             "flops_per_image": schedule_flops(of_plan.plan.schedule, spec, rows),
@@ -127,7 +127,7 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
 def _labels(files: dict[str, AdmFile], options: EvalOptions, spec: ModelSpec) -> np.ndarray:
     """Return the labels that the sample files were made for, or new ones."""
     if not files:
-        return class_labels(options.labels, options.num_images, spec.classes, options.seed)
+        return class_labels(options.labels, options.num_images, spec.choices, options.seed)
     labels = next(iter(files.values())).labels
     assert labels is not None
     return labels

@@ -66,7 +66,7 @@ def _plan_finder(
     def plan_of(spec: str) -> Plan:
         nonlocal directory
         plans, wanted = directory.manifest.plans, {spec, parse_policy(spec).default_name}
-        entry = next((entry for entry in plans if wanted & {entry.name, entry.spec}), None)
+        entry = next((entry for entry in plans if wanted & {entry.name, entry.policy}), None)
         # A plan may be of another router file of the same name; then adding the plan fails.
         if entry is None or spec == f"l2c:{options.router}":
             if options.threads:

@@ -41,8 +41,8 @@ class PolicyContext:
     laboratory: Laboratory | None = None
     read_router: ReadRouter | None = None
 
-    def engine(self) -> Laboratory:
-        """How to reach the engine.
+    def required_laboratory(self) -> Laboratory:
+        """Return the laboratory of a policy that cannot do without one.
 
         Raises:
             CalibrationNeededError: there is none.

@@ -40,4 +40,4 @@ class FitOptions:
 
 def fit(schedule: Schedule, options: FitOptions, context: PolicyContext) -> Schedule:
     """``fit``: coefficients over N history entries, fitted along the cached trajectory."""
-    return context.engine().calibrator(schedule.steps).fit(schedule, options)
+    return context.required_laboratory().calibrator(schedule.steps).fit(schedule, options)

@@ -57,7 +57,7 @@ def goc(schedule: Schedule, options: GocOptions, context: PolicyContext) -> Sche
     """
     from goc_deploy.policies import god  # needs NumPy, which help texts do without
 
-    calibrator = context.engine().calibrator(schedule.steps)
+    calibrator = context.required_laboratory().calibrator(schedule.steps)
     allowed = god.where_reused(schedule, all_branches=options.both_branches)
     eta = _best_eta(schedule, allowed, calibrator) if options.eta is None else options.eta
     inverse = god.inverse_units(calibrator.statistics().means, eta, options.reading)

@@ -90,7 +90,7 @@ def searched(options: SearchOptions, context: PolicyContext) -> Schedule:
     Raises:
         UsageError: a budget that pays for nothing, or a sampler with fresh noise.
     """
-    trials = context.engine().trials()
+    trials = context.required_laboratory().trials()
     if trials.table(options.reference).stochastic:
         raise UsageError(
             f"sampler {trials.sampler!r} draws fresh noise, so there is no converged solution; "

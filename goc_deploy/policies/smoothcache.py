@@ -56,7 +56,7 @@ def smoothcache(options: SmoothCacheOptions, context: PolicyContext) -> Schedule
     alpha, spec = options.alpha, context.spec
     if isinstance(alpha, Path):
         return schedule_from_smoothcache(alpha, context)
-    calibrator = context.engine().calibrator(context.steps)
+    calibrator = context.required_laboratory().calibrator(context.steps)
     changes = calibrator.statistics().changes
     if not options.per_unit:
         changes = changes.reshape(len(changes), spec.depth, -1, MAX_GAP).mean(axis=1)

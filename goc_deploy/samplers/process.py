@@ -21,13 +21,13 @@ class Process:
     """The noise process that a sampler reverses.
 
     Attributes:
-        prediction: prediction type, one of `goc_deploy.spec.PREDICTIONS`.
+        prediction_type: prediction type, one of `goc_deploy.spec.PREDICTION_TYPES`.
         scheduler: content of ``scheduler/scheduler_config.json`` in the model's folder, or None
             without one. Then the betas are linear, from 1e-4 to 0.02 over 1000 steps, as for DiT
             and PixArt.
     """
 
-    prediction: str
+    prediction_type: str
     scheduler: Mapping[str, Any] | None = None
 
     def signal(self) -> list[float]:

@@ -19,7 +19,7 @@ from goc_deploy.samplers.solvers import (
     estimate_weights,
     spaced_timesteps,
 )
-from goc_deploy.spec import FLOW_PREDICTIONS, PREDICTIONS, ModelSpec
+from goc_deploy.spec import FLOW_PREDICTION_TYPES, PREDICTION_TYPES, ModelSpec
 
 SAMPLER_GRAMMAR = (
     "ddim[:ETA] | dpm++[:ORDER] | ddpm, each with [@linspace | @leading | @trailing], euler for "
@@ -36,15 +36,15 @@ class SamplerTable:
     """The coefficients of a sampler at each step.
 
     With the latents x, the guided model output m and fresh noise z, a step is
-    ``x[k+1] = latent[k] * x[k] + model[k] * m[k] + sum_i history[k][i-1] * d[k-i]
+    ``x[k+1] = latent[k] * x[k] + model[k] * m[k] + sum_i lag_coefficients[k][i-1] * d[k-i]
     + noise[k] * exp(spread[k] * v) * z``. The estimate
     ``d[k] = estimate[k][0] * x[k] + estimate[k][1] * m[k]`` is kept for later steps, and v are the
-    variance channels of a model that learns sigma. At most `MAX_LAGS` weights of a row of
-    ``history`` are not zero.
+    variance channels of a model that learns sigma. At most `MAX_LAGS` coefficients of a row of
+    ``lag_coefficients`` are not zero.
 
     Attributes:
         sampler: the sampler's SPEC, such as ``ddim:0.5`` or ``dpm++``.
-        prediction: prediction type, one of `goc_deploy.spec.PREDICTIONS`.
+        prediction_type: prediction type, one of `goc_deploy.spec.PREDICTION_TYPES`.
         timesteps: [T] the model's time input, in sampling order: training timesteps, or for a flow
             the time from 0 (noise) to 1 (clean).
         latent: [T] weights of the current latents.
@@ -53,22 +53,22 @@ class SamplerTable:
         spread: [T] how strongly the learned variance scales the noise; all zero if it is fixed.
         estimate: [T] weights (of x, of m) of the kept estimate. It estimates the clean sample,
             unless a scheduler of diffusers keeps another quantity.
-        history: [T][reach] weights of the estimates kept by earlier steps, newest first; reach is 0
-            for one-step samplers.
+        lag_coefficients: [T][reach] weights of the estimates kept by earlier steps, newest first;
+            reach is 0 for one-step samplers.
         start: weight of the standard normal noise that becomes x[0]. It is not 1 if a scheduler
             scales the model's input, because x is always the model's input.
         head: the correction that is added to x[k+1], or None.
     """
 
     sampler: str
-    prediction: str
+    prediction_type: str
     timesteps: tuple[int | float, ...]
     latent: tuple[float, ...]
     model: tuple[float, ...]
     noise: tuple[float, ...]
     spread: tuple[float, ...]
     estimate: tuple[tuple[float, float], ...]
-    history: tuple[tuple[float, ...], ...]
+    lag_coefficients: tuple[tuple[float, ...], ...]
     start: float = 1.0
     head: Head | None = None
 
@@ -90,7 +90,7 @@ class SamplerTable:
     @property
     def reach(self) -> int:
         """Number of steps between a step and the oldest estimate that it may read."""
-        return len(self.history[0]) if self.history else 0
+        return len(self.lag_coefficients[0]) if self.lag_coefficients else 0
 
     @property
     def lags(self) -> int:
@@ -103,7 +103,7 @@ class SamplerTable:
         The order is newest first. Estimates with a weight come before those without. If the reach
         is not longer than the number of lags, all of them are read.
         """
-        weights = self.history[step]
+        weights = self.lag_coefficients[step]
         by_use = sorted(range(1, self.reach + 1), key=lambda lag: (not weights[lag - 1], lag))
         return tuple(sorted(by_use[: self.lags]))
 
@@ -130,7 +130,8 @@ class SamplerTable:
         if not self.lags:
             return tuple(plain)
         weights = (
-            tuple(row[lag - 1] for lag in self.reads(step)) for step, row in enumerate(self.history)
+            tuple(row[lag - 1] for lag in self.reads(step))
+            for step, row in enumerate(self.lag_coefficients)
         )
         return tuple(
             (*row, *e, *w) for row, e, w in zip(plain, self.estimate, weights, strict=True)
@@ -154,20 +155,23 @@ def sampler_table(sampler: str, steps: int, process: Process) -> SamplerTable:
     Raises:
         UsageError: the sampler is unknown, or a number is out of range.
     """
-    if process.prediction not in PREDICTIONS:
-        raise UsageError(f"unknown prediction {process.prediction!r}; use {', '.join(PREDICTIONS)}")
+    if process.prediction_type not in PREDICTION_TYPES:
+        raise UsageError(
+            f"unknown prediction type {process.prediction_type!r}; "
+            f"use {', '.join(PREDICTION_TYPES)}"
+        )
     if sampler == FOLDER_SAMPLER:
         raise UsageError(
             f"sampler {sampler!r} is the scheduler of a pipeline's folder; goc-plan and goc-export "
             "know it, here give a table or another sampler"
         )
-    if (sampler == FLOW_SAMPLER) != (process.prediction in FLOW_PREDICTIONS):
+    if (sampler == FLOW_SAMPLER) != (process.prediction_type in FLOW_PREDICTION_TYPES):
         raise UsageError(
-            f"sampler {sampler!r} does not go with a model that predicts {process.prediction!r}; "
-            f"use {FLOW_SAMPLER} for flow, and for no other"
+            f"sampler {sampler!r} does not go with a model that predicts "
+            f"{process.prediction_type!r}; use {FLOW_SAMPLER} for flow, and for no other"
         )
     if sampler == FLOW_SAMPLER:
-        return _even_flow_table(steps, process.prediction)
+        return _even_flow_table(steps, process.prediction_type)
     family, at, spacing = sampler.partition("@")
     if at and spacing not in SPACINGS:
         raise UsageError(
@@ -177,11 +181,11 @@ def sampler_table(sampler: str, steps: int, process: Process) -> SamplerTable:
     timesteps = spaced_timesteps(steps, spacing or SPACINGS[0], visits_zero=visits_zero)
     signal = process.signal_along(timesteps)
     updates = solve(signal)
-    estimate = tuple(estimate_weights(process.prediction, s) for s in signal[:-1])
+    estimate = tuple(estimate_weights(process.prediction_type, s) for s in signal[:-1])
     lags = max(len(update.estimates) for update in updates) - 1
     return SamplerTable(
         sampler=sampler,
-        prediction=process.prediction,
+        prediction_type=process.prediction_type,
         timesteps=timesteps,
         latent=tuple(
             u.latent + u.estimates[0] * of_x for u, (of_x, _) in zip(updates, estimate, strict=True)
@@ -190,7 +194,9 @@ def sampler_table(sampler: str, steps: int, process: Process) -> SamplerTable:
         noise=tuple(u.noise for u in updates),
         spread=tuple(u.spread for u in updates),
         estimate=estimate,
-        history=tuple((*u.estimates[1:], *[0.0] * (lags + 1 - len(u.estimates))) for u in updates),
+        lag_coefficients=tuple(
+            (*u.estimates[1:], *[0.0] * (lags + 1 - len(u.estimates))) for u in updates
+        ),
     )
 
 
@@ -227,14 +233,14 @@ def _line_table(
     zeros = (0.0,) * len(told)
     return SamplerTable(
         sampler=FLOW_SAMPLER,
-        prediction=prediction,
+        prediction_type=prediction,
         timesteps=told,
         latent=(1.0,) * len(told),
         model=moves,
         noise=zeros,
         spread=zeros,
         estimate=tuple((1.0, weight) for weight in to_clean),
-        history=((),) * len(told),
+        lag_coefficients=((),) * len(told),
     )
 
 
@@ -242,7 +248,7 @@ def default_sampler(process: Process) -> str:
     """Return the SPEC of the default sampler: the one that came with the model, if any."""
     if process.scheduler is not None:
         return FOLDER_SAMPLER
-    return FLOW_SAMPLER if process.prediction in FLOW_PREDICTIONS else "ddim"
+    return FLOW_SAMPLER if process.prediction_type in FLOW_PREDICTION_TYPES else "ddim"
 
 
 def sampler_misfit(table: SamplerTable, spec: ModelSpec) -> str | None:
@@ -252,10 +258,10 @@ def sampler_misfit(table: SamplerTable, spec: ModelSpec) -> str | None:
             f"sampler {table.sampler!r} needs the variance that this model does not predict; "
             "use ddim:1, which fixes it"
         )
-    if table.prediction != spec.prediction:
+    if table.prediction_type != spec.prediction_type:
         return (
-            f"sampler {table.sampler!r} is made for a model that predicts {table.prediction}, "
-            f"this one predicts {spec.prediction}"
+            f"sampler {table.sampler!r} is made for a model that predicts {table.prediction_type}, "
+            f"this one predicts {spec.prediction_type}"
         )
     return None
 

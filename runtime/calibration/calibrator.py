@@ -67,7 +67,7 @@ class EngineCalibrator:
         check_options(options)
         self._stepper, self._table, self._options = stepper, stepper.table, options
         self._provenance, self._progress, self._budget_bytes = provenance, progress, budget_bytes
-        self._labels = balanced_labels(stepper.spec.classes, options.images, options.seed)
+        self._labels = balanced_labels(stepper.spec.choices, options.images, options.seed)
         self._final: list[np.ndarray] = []
         self._statistics: Statistics | None = None
         self._errors: dict[Schedule, float] = {}

@@ -36,7 +36,7 @@ def model() -> DiT:
 @pytest.fixture(scope="module")
 def work() -> Work:
     noise = np.random.default_rng(0).standard_normal((2, 4, 8, 8)).astype(np.float32)
-    return Work(noise, (1, 207), SPEC.classes, 4.0, sampler_table("ddim", STEPS, Process("eps")))
+    return Work(noise, (1, 207), SPEC.choices, 4.0, sampler_table("ddim", STEPS, Process("eps")))
 
 
 @pytest.mark.parametrize(

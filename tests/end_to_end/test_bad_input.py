@@ -361,9 +361,9 @@ ENGINES: dict[str, tuple[Callable[[Path], object], int, str]] = {
         4,
         "manifest implies",
     ),
-    "missing unit": (lambda e: edit_manifest(e, lambda m: m["units"].pop(0)), 4, "lists no unit"),
+    "missing unit": (lambda e: edit_manifest(e, lambda m: m["graphs"].pop(0)), 4, "lists no unit"),
     "missing unit of a block": (
-        lambda e: edit_manifest(e, lambda m: m["units"].pop(3)),
+        lambda e: edit_manifest(e, lambda m: m["graphs"].pop(3)),
         4,
         "$.segments: made of unit block_",
     ),

@@ -283,7 +283,7 @@ def test_an_export_takes_the_prediction_that_it_is_told(command: Command, tmp_pa
     model = (GOLDEN / "model.pt", "-o", tmp_path / "engine", "--num-heads", 4)
     command("goc-export", *model, "--prediction", "v", "--plan", "none", "--steps", 2)
     manifest = json.loads((tmp_path / "engine" / "manifest.json").read_text())
-    assert manifest["model"]["prediction"] == "v"
+    assert manifest["model"]["prediction_type"] == "v"
 
 
 def test_a_closed_pipe_is_no_error(engine: Path) -> None:

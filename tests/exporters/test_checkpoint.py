@@ -215,7 +215,7 @@ def test_the_spec_is_read_off_the_tensors() -> None:
         2,
         4,
     )
-    assert (spec.channels, spec.classes, spec.learn_sigma) == (4, 10, True)
+    assert (spec.channels, spec.choices, spec.learn_sigma) == (4, 10, True)
 
 
 @pytest.mark.parametrize(("hidden", "heads"), [(384, 6), (768, 12), (1024, 16), (1152, 16)])

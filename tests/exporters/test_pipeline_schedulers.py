@@ -100,7 +100,7 @@ def with_scheduler(engine: Path, copy: Path, scheduler: Any, *specs: str, **more
     """A copy of an engine directory as if its folder had come with another scheduler."""
     shutil.copytree(engine, copy)
     manifest, settings = read_manifest(engine), _settings(scheduler, copy / "scheduler.json")
-    model = replace(manifest.model, prediction=prediction_of(settings, "here"))
+    model = replace(manifest.model, prediction_type=prediction_of(settings, "here"))
     manifest = replace(manifest, model=model, scheduler=settings, plans=())
     (copy / MANIFEST_NAME).write_text(manifest_to_json(manifest))
     extra = 1 if "PNDM" in type(scheduler).__name__ else 0
@@ -213,7 +213,7 @@ def test_a_pixart_draws_what_its_pipeline_draws(
     ).images.numpy()
     with goc_deploy.load(engine, plan="none" if engine.name == "came" else "none.theirs") as pipe:
         captions = prompt_embeds_from_arrays(given, pipe.spec, "")
-        found = pipe.generate(captions=captions, latents=noise, cfg_scale=4.5).latents
+        found = pipe.generate(prompt_embeds=captions, latents=noise, cfg_scale=4.5).latents
     assert relative_l2(found, expected) < 1e-5
 
 
@@ -314,6 +314,6 @@ def test_another_sampler_takes_the_place_of_the_folders(
         "dpm++",
     )
     manifest = read_manifest(tmp_path / "e")
-    assert (manifest.model.prediction, manifest.scheduler is None) == ("v", False)
+    assert (manifest.model.prediction_type, manifest.scheduler is None) == ("v", False)
     done = command("goc-plan", tmp_path / "e", "fora:2", "--sampler", "diffusers", code=3)
     assert "clip_sample" in done.stderr

@@ -149,7 +149,7 @@ def test_a_probed_table_takes_the_steps_of_the_scheduler(name: str, steps: int) 
         theirs = scheduler.step(toy_model(shown, t.item()).double(), t, theirs).prev_sample.double()
         ours = step_of(k, ours, toy_model(ours, t.item()), ours, ours)
     assert relative_l2(ours.numpy(), theirs.numpy()) < 1e-5
-    assert all(sum(map(bool, row)) <= MAX_LAGS for row in table.history)
+    assert all(sum(map(bool, row)) <= MAX_LAGS for row in table.lag_coefficients)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -61,7 +61,7 @@ def test_classes_are_drawn_as_by_the_dit_pipeline(vae: Any, tmp_path: Path) -> N
     state = torch.load(shipped, weights_only=True)
     table = state["y_embedder.embedding_table.weight"]
     padded = torch.cat(
-        [table[:-1], torch.zeros(NULL_OF_THE_PIPELINE - spec.classes, spec.hidden), table[-1:]]
+        [table[:-1], torch.zeros(NULL_OF_THE_PIPELINE - spec.choices, spec.hidden), table[-1:]]
     )
     transformer = diffusers.DiTTransformer2DModel(
         num_attention_heads=spec.heads,
@@ -171,7 +171,7 @@ def test_prompts_are_drawn_as_by_the_pixart_pipeline(vae: Any, tmp_path: Path) -
     images = judge(**call, output_type="np").images
     with goc_deploy.load(tmp_path / "engine") as pipe:
         captions = pipe.encode(PROMPTS, ("",))
-        found = pipe.generate(captions=captions, latents=noise(len(PROMPTS)), cfg_scale=4.5)
+        found = pipe.generate(prompt_embeds=captions, latents=noise(len(PROMPTS)), cfg_scale=4.5)
     assert_same_pictures(found, latents, images)
 
 

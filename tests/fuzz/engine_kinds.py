@@ -31,7 +31,7 @@ LABELS = (0, -1)  # the first class and the last
 
 def draw(pipe: Pipeline) -> np.ndarray:
     """Latents of two images."""
-    classes = pipe.spec.classes
+    classes = pipe.spec.choices
     return pipe.generate([label % classes for label in LABELS], decode=False).latents
 
 
@@ -121,12 +121,12 @@ class EngineMutants:
     def _graph_trial(self, generator: random.Random) -> None:
         """Draw with one graph in place of a sound one, if it is accepted."""
         plan, engines = self._pipes[self._manifest.plans[-1].name].plan, self._engines
-        unit = generator.choice(tuple(self._manifest.graphs()))
+        unit = generator.choice(tuple(self._manifest.all_graphs()))
         content = mutated_onnx((self._engine / unit.onnx).read_bytes(), generator)
         parts = self._manifest.parts(unit)
         check_graph(content, external_tensors(parts), unit.onnx)
         directory = EngineDir(self._engine, self._manifest)
-        paths = [part.weights for part in parts.values() if part.weights]
+        paths = [part.weights_file for part in parts.values() if part.weights_file]
         weights = {path: directory.read(path) for path in paths}
         loaded = self._backend.load(memoryview(content), *mapped_parts(parts, weights))
         if unit.name in engines.units:

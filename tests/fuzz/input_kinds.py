@@ -113,7 +113,7 @@ def _tensor_trials(folder: Path) -> dict[str, Trial]:
     def checkpoint(path: Path) -> None:
         check_values(load_checkpoint(path))
 
-    spec = replace(pixart_reference.SPEC, classes=1)
+    spec = replace(pixart_reference.SPEC, choices=1)
     captions = captions_to_bytes(blank_captions(spec))
     packed = _written(lambda f: np.savez_compressed(f, **ARRAYS))
     routers = {f"{i}.prob": torch.zeros(4) for i in range(STEPS)}

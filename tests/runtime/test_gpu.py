@@ -70,7 +70,7 @@ def test_golden_trajectories_launched_one_by_one_and_replayed(
 
 @pytest.mark.parametrize(("backend", "weights"), WAYS)
 def test_every_graph_computes_what_onnx_runtime_computes(built, backend: str, weights: str) -> None:
-    found = verify_engines(built(backend, weights), EngineOptions(backend, weights=weights))
+    found = verify_engines(built(backend, weights), EngineOptions(backend, weight_mode=weights))
     assert max(difference.relative_l2 for difference in found) < 1e-3
 
 

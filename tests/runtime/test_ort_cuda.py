@@ -174,7 +174,7 @@ def test_a_sampler_may_reach_back_to_other_steps_each_time(golden_engine: Path) 
     opened = EngineDir.open(golden_engine)
     plan = opened.plan("none")
     rows, estimate = tuple(map(tuple, history.tolist())), ((0.5, -0.25),) * 20
-    sampler = replace(plan.sampler, history=rows, estimate=estimate)
+    sampler = replace(plan.sampler, lag_coefficients=rows, estimate=estimate)
     unlisted = UnlistedPlans({"far": replace(plan, sampler=sampler)}, no_graph)
     pipe, cpu = (
         load_pipelines(opened, backend, ["far"], None, 1, unlisted=unlisted)[0]

@@ -480,7 +480,7 @@ def test_a_pipeline_inherited_over_a_fork_refuses_instead_of_hanging(pipe: Pipel
 
 def test_a_plan_is_found_by_its_name_before_the_name_is_read_as_a_spec(golden_engine: Path) -> None:
     manifest = read_manifest(golden_engine)
-    named = replace(manifest.plans[1], name="nine.dpm++", spec="fora:9")
+    named = replace(manifest.plans[1], name="nine.dpm++", policy="fora:9")
     directory = EngineDir(golden_engine, replace(manifest, plans=(*manifest.plans, named)))
     assert directory.plan_entry("nine.dpm++") == directory.plan_entry("fora:9") == named
     assert directory.plan_entry("fora:2").name == "fora-2"

@@ -73,7 +73,7 @@ def test_a_cached_run_is_what_the_papers_formulas_give(
 ) -> None:
     with goc_deploy.load(engine, plan=sampler.replace("+", "p")) as pipe:
         found = pipe.generate(LABELS, seed=5, trajectory=True)
-        assert (found.report["sampler"], found.report["prediction"]) == (sampler, "eps")
+        assert (found.report["sampler"], found.report["prediction_type"]) == (sampler, "eps")
         assert worst_step(found.trajectory, eager(pipe, model, STEPS[sampler])) < 1e-4
 
 
@@ -83,7 +83,7 @@ def test_models_that_predict_something_else_run_too(
     engine: Path, model: DiT, sampler: str, prediction: str
 ) -> None:
     with goc_deploy.load(engine, plan=sampler.replace("+", "p")) as loaded:
-        manifest = replace(loaded.manifest, model=replace(loaded.spec, prediction=prediction))
+        manifest = replace(loaded.manifest, model=replace(loaded.spec, prediction_type=prediction))
         schedule = Schedule(4, ("attn", "mlp"), ((COMPUTE,) * 8,) * 6)
         plan = compile_schedule(schedule, manifest.model, sampler)
         backend = cpu_backend()
@@ -149,7 +149,9 @@ def test_one_step_samplers_pay_nothing_for_the_others(engine: Path, golden_engin
         extra = [*held.estimates, held.no_estimate]
         assert [b.nbytes for b in extra] == 3 * [several.batch_size * 4 * 8 * 8 * 4]
         planned = buffers.planned_bytes(several.spec, "fp32", several.plan, several.batch_size)
-        without = replace(several.plan, sampler=replace(several.plan.sampler, history=((),) * 12))
+        without = replace(
+            several.plan, sampler=replace(several.plan.sampler, lag_coefficients=((),) * 12)
+        )
         assert planned - buffers.planned_bytes(
             several.spec, "fp32", without, several.batch_size
         ) == sum(b.nbytes for b in extra)

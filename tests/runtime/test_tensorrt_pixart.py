@@ -71,7 +71,7 @@ def test_captions_are_drawn_as_on_onnx_runtime(
     )
     with goc_deploy.load(engine, backend="onnxruntime") as judge:
         for labels in ([0, 1], [1], [0, 1], [1]):  # launched, then replayed
-            request = {"captions": captions, "seed": 2, "cfg_scale": 4.5}
+            request = {"prompt_embeds": captions, "seed": 2, "cfg_scale": 4.5}
             found, expected = (one.generate(labels, **request).latents for one in (pipe, judge))
             assert relative_l2(found, expected) < 1e-5
     assert pipe.plan.segment_signatures == (("w*6",) if segments else ())
@@ -108,7 +108,7 @@ def test_weights_of_a_fine_tune_are_loaded_beside_the_text_encoder_and_the_decod
     torch.save({"state_dict": random_state(SPEC, 7)}, tmp_path / "tuned.pth")
     more = {"num_heads": 4, "sampler": "dpm++", "steps": 6, "max_batch": 2}
     goc_deploy.export(tmp_path / "tuned.pth", tmp_path / "tuned", plans=[PLAN], **more)
-    request = {"captions": given_captions(), "seed": 2}
+    request = {"prompt_embeds": given_captions(), "seed": 2}
     with goc_deploy.load(tmp_path / "tuned", backend="onnxruntime", plan=PLAN) as judge:
         expected = judge.generate([0, 1], **request).latents
     on_cpu = goc_deploy.load(engine, backend="onnxruntime", plan=PLAN)

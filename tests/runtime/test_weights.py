@@ -143,7 +143,7 @@ def test_engines_that_hold_their_weights_say_what_to_build(
     before = drawn(pipe)
     with pytest.raises(
         EnvironmentUnsupportedError,
-        match=r"hold their weights.*`EngineOptions.weights=shared` and load again",
+        match=r"hold their weights.*`EngineOptions.weight_mode=shared` and load again",
     ):
         pipe.load_weights(tuned)
     np.testing.assert_array_equal(drawn(pipe), before)
@@ -159,9 +159,9 @@ def changed(manifest: Manifest, path: str, **fields: Any) -> Manifest:
 def other_parameters(manifest: Manifest) -> Manifest:
     return replace(
         manifest,
-        units=tuple(
+        graphs=tuple(
             replace(u, parameters=u.parameters[::-1]) if u.name == "embed" else u
-            for u in manifest.units
+            for u in manifest.graphs
         ),
     )
 

@@ -278,6 +278,6 @@ class StandInTensorrt:
         report = BuildReport(
             kernels=self.kernels,
             plugin_layers=int(job.recipe.plugin_sha256 is not None),
-            activation_bytes=4096,
+            scratch_bytes=4096,
         )
         return job, engine, report

@@ -44,10 +44,10 @@ def test_every_graph_builds(parts: Path, tmp_path: Path, precision: str, weights
     goc_deploy.export(
         parts / "model.pth", tmp_path / "engine", plans=["none", "fora:2+gc:1.0"], **more
     )
-    options = EngineOptions(capabilities=("8.6", "8.9", "12.0"), weights=weights)
+    options = EngineOptions(capabilities=("8.6", "8.9", "12.0"), weight_mode=weights)
     manifest, built = build_engines(tmp_path / "engine", options, no_progress)
     served = {graph: engine for engine in manifest.engines for graph in engine.graphs}
     assert built == len(manifest.engines)
     assert set(manifest.segments) == {"-*6", "w*6"}
-    for unit in (*manifest.units, *map(manifest.segment_unit, manifest.segments)):
+    for unit in (*manifest.graphs, *map(manifest.segment_graph, manifest.segments)):
         assert served[unit.onnx].kernels

@@ -25,7 +25,7 @@ def test_one_process_builds_one_graph_after_the_other_and_says_why_not() -> None
         graph = collect_graph(SPEC, "bf16").SerializeToString()
         built = process.build(graph, BuildRequest([SHAPES], ["8.6"], 0))
         assert built.engine[:4] == b"vtrt"
-        assert built.report == BuildReport(kernels=1, plugin_layers=0, activation_bytes=0)
+        assert built.report == BuildReport(kernels=1, plugin_layers=0, scratch_bytes=0)
         assert built.timings == b""  # it times nothing
         built = process.build(graph, BuildRequest([SHAPES], ["7.5"], 0))
         assert built.engine == b""

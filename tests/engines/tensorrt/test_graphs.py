@@ -17,9 +17,9 @@ from goc_deploy.protocols import mapped_buffer
 def unit_of(engine: Path, name: str) -> tuple[Manifest, GraphEntry, memoryview, memoryview]:
     """Manifest, unit, and the bytes of its graph and weights."""
     directory = EngineDir.open(engine)
-    unit = next(u for u in directory.manifest.units if u.name == name)
-    assert unit.weights is not None
-    return directory.manifest, unit, directory.read(unit.onnx), directory.read(unit.weights)
+    unit = next(u for u in directory.manifest.graphs if u.name == name)
+    assert unit.weights_file is not None
+    return directory.manifest, unit, directory.read(unit.onnx), directory.read(unit.weights_file)
 
 
 def run(graph: bytes, inputs: dict[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
@@ -117,7 +117,8 @@ def test_what_does_not_fit_is_refused(golden_engine: Path) -> None:
     huge = np.lib.stride_tricks.as_strided(np.zeros(1, np.uint8), (2**31,), (0,))
     with pytest.raises(
         ResourceError,
-        match=r"2.1 GB of weights do not fit into one graph; use `EngineOptions.weights=shared`",
+        match=r"2.1 GB of weights do not fit into one graph; "
+        r"use `EngineOptions.weight_mode=shared`",
     ):
         graphs.embed_weights(model, unit.parameters, huge, "fp32", "here")  # type: ignore[arg-type]
     with pytest.raises(EngineDirError, match="input x has the dynamic dimension 'batch'"):

@@ -22,7 +22,7 @@ from tests.stand_ins.device import StandInDevice
 from tests.stand_ins.loading import CAPABILITY, copy_with_engines
 from tests.stand_ins.tensorrt import StandInTensorrt
 
-SHARED = EngineOptions(capabilities=(CAPABILITY,), weights="shared")
+SHARED = EngineOptions(capabilities=(CAPABILITY,), weight_mode="shared")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ class Builder:
 
     def __call__(self, directory: EngineDir, options: EngineOptions, progress: Progress):
         directory, built = self.tensorrt.build_engines(directory, options, progress)
-        self.asked.append((options.weights, options.capabilities, built))
+        self.asked.append((options.weight_mode, options.capabilities, built))
         return directory, built
 
 
@@ -101,7 +101,7 @@ def test_a_gpu_without_a_target_is_refused_before_anything_is_built(
 
 def test_an_engine_for_several_gpus_runs_on_each(golden_engine: Path, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(golden_engine, tmp_path / "engine"))
-    options = EngineOptions(capabilities=("8.6", "8.9", "12.0"), weights="shared")
+    options = EngineOptions(capabilities=("8.6", "8.9", "12.0"), weight_mode="shared")
     StandInTensorrt(StandInDevice()).build_engines(EngineDir.open(directory), options, no_progress)
     assert [asked(directory, capability) for capability in options.capabilities] == [[], [], []]
 
@@ -130,7 +130,7 @@ def test_a_key_of_another_recipe_is_not_trusted(engine: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [replace(SHARED, workspace_bytes=2**20), replace(SHARED, plugin=False)],
+    [replace(SHARED, scratch_limit_bytes=2**20), replace(SHARED, plugin=False)],
     ids=["workspace", "no plugin"],
 )
 def test_engines_built_with_other_limits_are_as_good(
@@ -145,15 +145,15 @@ def test_of_two_weight_modes_the_complete_one_is_taken_and_then_the_one_with_few
     engine: Path,
 ) -> None:
     tensorrt = StandInTensorrt(StandInDevice())
-    options = replace(SHARED, weights="embedded")
+    options = replace(SHARED, weight_mode="embedded")
     manifest = tensorrt.build_engines(EngineDir.open(engine), options, no_progress)[0].manifest
 
     def chosen(manifest) -> str:
         directory = EngineDir(engine, manifest)
-        return best_selection(directory, tensorrt.library, CAPABILITY).options.weights
+        return best_selection(directory, tensorrt.library, CAPABILITY).options.weight_mode
 
     assert chosen(manifest) == "embedded"
-    embedded = next(entry for entry in manifest.engines if entry.weights == "embedded")
+    embedded = next(entry for entry in manifest.engines if entry.weight_mode == "embedded")
     assert (
         chosen(replace(manifest, engines=tuple(e for e in manifest.engines if e != embedded)))
         == "shared"

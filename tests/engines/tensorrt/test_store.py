@@ -35,7 +35,7 @@ trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed 
 pytest.importorskip("polygraphy", reason="polygraphy is not installed (extra rtx)")
 
 CAPABILITIES = ("8.6", "8.9", "12.0")
-SHARED = EngineOptions(capabilities=CAPABILITIES, weights="shared")
+SHARED = EngineOptions(capabilities=CAPABILITIES, weight_mode="shared")
 FLAGS = (
     "--backend",
     "tensorrt-rtx",
@@ -85,7 +85,7 @@ def test_with_shared_weights_one_engine_serves_every_unit_of_a_kind(built_engine
     }
     assert launched == {"1*8"}  # and not the graphs that only the CPU launches
     assert sorted(graphs) == sorted(
-        [*(u.onnx for u in manifest.units), *(manifest.predict[s] for s in launched)]
+        [*(u.onnx for u in manifest.graphs), *(manifest.predict[s] for s in launched)]
     )
     served = {e.graphs[0]: len(e.graphs) for e in manifest.engines if len(e.graphs) > 1}
     assert served == {"onnx/block_00_attn.onnx": 4, "onnx/block_00_mlp.onnx": 4}
@@ -93,13 +93,13 @@ def test_with_shared_weights_one_engine_serves_every_unit_of_a_kind(built_engine
         assert entry.target.capabilities == CAPABILITIES
         assert bytes(read_engine(directory, entry)[:4]) == b"vtrt"
         assert entry.kernels
-        assert entry.activation_bytes is not None
+        assert entry.scratch_bytes is not None
         assert len(entry.optima) == 1
     assert not [*built_engine.glob("engines/*/timings*")]
     predicted = [e for e in manifest.engines if e.graphs[0] in manifest.predict.values()]
     assert predicted
     assert all(
-        (e.kernels, e.plugin_layers, e.activation_bytes) == (1, 0, 0) for e in predicted
+        (e.kernels, e.plugin_layers, e.scratch_bytes) == (1, 0, 0) for e in predicted
     )  # TensorRT fuses these
 
 
@@ -118,11 +118,11 @@ def test_the_library_tells_an_engine_without_its_gpu_from_what_is_no_engine(
 
 def test_embedded_weights_make_an_engine_per_unit_beside_the_shared_ones(engine: Path) -> None:
     before = listed(engine)
-    manifest, built = build_engines(engine, replace(SHARED, weights="embedded"), no_progress)
+    manifest, built = build_engines(engine, replace(SHARED, weight_mode="embedded"), no_progress)
     assert built == 10  # 8 units of blocks, embed, final; the rest holds no weights and is there
-    embedded = [e for e in manifest.engines if e.weights == "embedded"]
+    embedded = [e for e in manifest.engines if e.weight_mode == "embedded"]
     assert sorted(e.graphs[0] for e in embedded) == sorted(
-        u.onnx for u in manifest.units if u.weights and not u.weights_are_inputs
+        u.onnx for u in manifest.graphs if u.weights_file and not u.weights_are_inputs
     )
     assert before.items() <= listed(engine).items()
     assert build_engines(engine, SHARED, no_progress)[1] == 0
@@ -201,7 +201,7 @@ def test_another_graph_weights_or_option_is_another_engine(engine: Path) -> None
 
     everything = len(manifest.engines)
     assert missing(manifest) == 0
-    assert missing(manifest, workspace_bytes=2**30) == everything
+    assert missing(manifest, scratch_limit_bytes=2**30) == everything
     assert missing(replace(manifest, max_batch=3)) == everything
     directory = EngineDir(engine, manifest)
     jobs = wanted_engines(directory, replace(target, version="9"), SHARED)
@@ -367,7 +367,7 @@ def test_a_stack_that_tensorrt_does_not_fuse_is_one_launch_of_the_plugin(
         for e in read_manifest(stacking_engine).engines
         if e.graphs == ("onnx/predict_stack.onnx",)
     )
-    assert (entry.kernels, entry.plugin_layers, entry.activation_bytes) == (1, 1, 0)
+    assert (entry.kernels, entry.plugin_layers, entry.scratch_bytes) == (1, 1, 0)
     command("goc-plan", stacking_engine, *FLAGS, "--engine-weights", "shared", "--no-plugin")
     (entry,) = [
         e

@@ -57,7 +57,7 @@ def build(directory: Path, weights: str = "embedded") -> tuple[Manifest, list[in
     manifest = replace(EngineDir.open(directory).manifest, engines=())
     (directory / MANIFEST_NAME).write_text(manifest_to_json(manifest))
     opened, built = store.build_engines(
-        EngineDir.open(directory), EngineOptions("tensorrt", weights=weights), no_progress
+        EngineDir.open(directory), EngineOptions("tensorrt", weight_mode=weights), no_progress
     )
     manifest = opened.manifest
     assert built == len(manifest.engines) > 0
@@ -131,6 +131,7 @@ def test_a_build_that_runs_out_of_memory_says_so(
     monkeypatch.setenv("STAND_IN_OUT_OF_MEMORY", "1")
     with pytest.raises(
         ResourceError,
-        match=r"unit conditioning: .*not enough GPU memory .*set `EngineOptions.workspace_bytes`",
+        match=r"unit conditioning: .*not enough GPU memory .*set "
+        r"`EngineOptions.scratch_limit_bytes`",
     ):
         build(engine)

@@ -30,7 +30,7 @@ def test_every_graph_that_has_an_engine_is_compared(
     directory = EngineDir.open(engine)
     found = verify_engines(directory, backend, OrtBackend(), no_progress)
     manifest = directory.manifest
-    assert {unit.name for unit in manifest.units} <= {difference.unit for difference in found}
+    assert {unit.name for unit in manifest.graphs} <= {difference.unit for difference in found}
     assert len(found) == sum(len(entry.graphs) for entry in manifest.engines)
     assert max(difference.relative_l2 for difference in found) < 1e-5
 

@@ -331,7 +331,7 @@ def test_an_exported_folder_draws_what_the_pipeline_of_diffusers_draws(tmp_path:
         steps=5,
         max_batch=2,
     )
-    assert max(unit.relative_l2 or 0 for unit in manifest.units) < 1e-4
+    assert max(unit.relative_l2 or 0 for unit in manifest.graphs) < 1e-4
 
     model = DiT(SPEC).eval()
     model.load_state_dict(read_folder(tmp_path / "model").checkpoint.tensors)

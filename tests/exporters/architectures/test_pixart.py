@@ -98,8 +98,8 @@ def engine(checkpoint: Path) -> Path:
         "cfg_scale": 4.5,
     }
     manifest = goc_deploy.export(checkpoint, output, plans=PLANS, captions=captions, **more)
-    assert max(unit.relative_l2 or 0 for unit in manifest.units) < 1e-4
-    assert manifest.model.classes == 3
+    assert max(unit.relative_l2 or 0 for unit in manifest.graphs) < 1e-4
+    assert manifest.model.choices == 3
     return output
 
 
@@ -128,7 +128,7 @@ def test_a_checkpoint_draws_what_pytorch_draws(engine: Path, plan: str) -> None:
     with goc_deploy.load(engine, plan=plan) as pipe:
         spec, compiled = pipe.spec, pipe.plan
         captions = prompt_embeds_from_arrays(given, spec, "given")
-        found = pipe.generate(captions=captions, latents=noise, cfg_scale=4.5)
+        found = pipe.generate(prompt_embeds=captions, latents=noise, cfg_scale=4.5)
     expected = eager_latents(
         model_of(random_state(), given), compiled.schedule, compiled.sampler, noise, 4.5
     )
@@ -149,16 +149,16 @@ def test_stored_captions_stand_for_labels(engine: Path) -> None:
         stored = pipe.generate([2, 0], seed=4).latents
         captions = prompt_embeds_from_arrays(given, pipe.spec, "given")
         np.testing.assert_array_equal(
-            pipe.generate([2, 0], captions=captions, seed=4).latents, stored
+            pipe.generate([2, 0], prompt_embeds=captions, seed=4).latents, stored
         )
         unguided = pipe.generate([2, 0], seed=4, cfg_scale=1).latents
         del given["negative_prompt_embeds"], given["negative_prompt_attention_mask"]
         alone = prompt_embeds_from_arrays(given, pipe.spec, "given")
         np.testing.assert_allclose(
-            pipe.generate([2, 0], captions=alone, seed=4, cfg_scale=1).latents, unguided
+            pipe.generate([2, 0], prompt_embeds=alone, seed=4, cfg_scale=1).latents, unguided
         )
         with pytest.raises(UsageError, match="guidance needs negative_prompt_embeds too"):
-            pipe.generate(captions=alone)
+            pipe.generate(prompt_embeds=alone)
         with pytest.raises(
             UsageError, match=r"label 3 \(image 1\) must be a whole number within 0..2"
         ):
@@ -177,11 +177,11 @@ def test_an_image_does_not_depend_on_its_neighbours_or_on_padding(engine: Path) 
     given = arrays(SPEC, 3)
     with goc_deploy.load(engine, plan="fora:2") as pipe:
         together = pipe.generate(
-            captions=prompt_embeds_from_arrays(given, pipe.spec, ""), seed=1
+            prompt_embeds=prompt_embeds_from_arrays(given, pipe.spec, ""), seed=1
         ).latents
         cut = {name: value[:, :7] for name, value in given.items()}
         short = pipe.generate(
-            [2], captions=prompt_embeds_from_arrays(cut, pipe.spec, ""), seed=1, first_image=2
+            [2], prompt_embeds=prompt_embeds_from_arrays(cut, pipe.spec, ""), seed=1, first_image=2
         ).latents
     np.testing.assert_allclose(short[0], together[2], rtol=1e-4, atol=1e-4)
 
@@ -336,7 +336,7 @@ def test_the_command_line_draws_captions(
     )
     with goc_deploy.load(engine, plan="none") as pipe:
         captions = prompt_embeds_from_arrays(given, pipe.spec, "")
-        expected = pipe.generate([0, 1, 0], captions=captions, seed=2, cfg_scale=4.5).latents
+        expected = pipe.generate([0, 1, 0], prompt_embeds=captions, seed=2, cfg_scale=4.5).latents
     more = ("--plan", "none", "--seed", 2, "--cfg-scale", 4.5, "--latents-output", out)
     for name in ("e.npz", "e.safetensors"):
         command("goc-run", engine, "--prompt-embeds", tmp_path / name, "--num-images", 3, *more)
@@ -369,8 +369,10 @@ def test_an_engine_without_captions_says_so(engine: Path, tmp_path: Path) -> Non
     bare = tmp_path / "engine"
     shutil.copytree(engine, bare)
     found = json.loads((bare / "manifest.json").read_text())
-    model = {**found["model"], "classes": 0}
-    (bare / "manifest.json").write_text(json.dumps({**found, "captions": None, "model": model}))
+    model = {**found["model"], "choices": 0}
+    (bare / "manifest.json").write_text(
+        json.dumps({**found, "stored_captions": None, "model": model})
+    )
     with goc_deploy.load(bare, plan="none") as pipe:
         pipe.warmup()
         with pytest.raises(
@@ -461,7 +463,7 @@ def test_a_folder_draws_what_diffusers_draws(tmp_path: Path) -> None:
         compiled = EngineDir(tmp_path / "engine", manifest).plan(plan)
         with goc_deploy.load(tmp_path / "engine", plan=plan) as pipe:
             captions = prompt_embeds_from_arrays(given, spec, "")
-            found = pipe.generate(captions=captions, latents=noise, cfg_scale=4.5).latents
+            found = pipe.generate(prompt_embeds=captions, latents=noise, cfg_scale=4.5).latents
         expected = eager_latents(
             run, compiled.schedule, sampler_table("dpm++", STEPS, Process("eps")), noise, 4.5
         )
@@ -478,7 +480,7 @@ def test_a_folder_draws_what_diffusers_draws(tmp_path: Path) -> None:
             ].chunk(2)
             x = scheduler.step(uncond + 4.5 * (cond - uncond), t, x).prev_sample
     with goc_deploy.load(tmp_path / "engine", plan="none") as pipe:
-        found = pipe.generate(captions=captions, latents=noise, cfg_scale=4.5).latents
+        found = pipe.generate(prompt_embeds=captions, latents=noise, cfg_scale=4.5).latents
     assert relative_l2(found, x.numpy()) < 1e-3
 
 
@@ -541,7 +543,7 @@ def test_images_are_those_of_the_pipeline_of_diffusers(tmp_path: Path) -> None:
     images = judge(**call, output_type="np").images
     with goc_deploy.load(tmp_path / "engine") as pipe:
         captions = prompt_embeds_from_arrays(given, pipe.spec, "")
-        found = pipe.generate(captions=captions, latents=noise, cfg_scale=4.5)
+        found = pipe.generate(prompt_embeds=captions, latents=noise, cfg_scale=4.5)
     assert relative_l2(found.latents, latents) < 1e-3
     assert found.images is not None
     assert np.abs(found.images - 255 * images).max() < 1

@@ -55,7 +55,7 @@ def test_a_flow_is_followed_as_pytorch_follows_it(engine: Path, plan: str) -> No
         return x + m / STEPS
 
     with goc_deploy.load(engine, plan=plan) as pipe:
-        assert (pipe.spec.architecture, pipe.spec.prediction, pipe.plan.sampler.sampler) == (
+        assert (pipe.spec.architecture, pipe.spec.prediction_type, pipe.plan.sampler.sampler) == (
             "sit",
             "flow",
             "euler",

@@ -106,9 +106,10 @@ def engine(encoder: Path) -> Path:
         text_encoder=encoder,
         captions=encoder.parent / "prompts.txt",
     )
-    assert manifest.model.classes == 2
+    assert manifest.model.choices == 2
     assert (
-        next(unit.relative_l2 or 0 for unit in manifest.units if unit.name == "text_encoder") < 1e-4
+        next(unit.relative_l2 or 0 for unit in manifest.graphs if unit.name == "text_encoder")
+        < 1e-4
     )
     return encoder.parent / "engine"
 
@@ -160,7 +161,9 @@ def test_prompts_are_encoded_once_and_stand_for_labels(engine: Path, encoder: Pa
         again = pipe.generate(prompts=["A red three ", PROMPTS[1]], seed=3).latents
         assert runs == [4]
         np.testing.assert_array_equal(pipe.generate([0, 1], seed=3).latents, again)
-        np.testing.assert_array_equal(pipe.generate([0, 1], captions=given, seed=3).latents, again)
+        np.testing.assert_array_equal(
+            pipe.generate([0, 1], prompt_embeds=given, seed=3).latents, again
+        )
         other = pipe.generate(
             [0, 1], prompts=PROMPTS, negative_prompts=["the blue three"], seed=3
         ).latents
@@ -259,7 +262,7 @@ def test_the_command_line_draws_prompts(engine: Path, tmp_path: Path, command: C
 
 def test_an_engine_without_a_text_encoder_says_so(golden_engine: Path) -> None:
     with goc_deploy.load(golden_engine) as pipe:
-        for use in ({"prompts": ["a three"]}, {"captions": pipe_captions()}):
+        for use in ({"prompts": ["a three"]}, {"prompt_embeds": pipe_captions()}):
             with pytest.raises(
                 UsageError,
                 match=r"no text encoder; export with `text_encoder`|not captions; give labels",

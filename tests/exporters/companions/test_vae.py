@@ -110,7 +110,7 @@ def tiled(model: Path, vae: Path) -> Path:
     manifest = export(model, model.parent / "tiled", vae, vae_tile=6)
     assert manifest.decoder is not None
     assert (manifest.decoder.tile, manifest.decoder.overlap, manifest.image_side) == (6, 1, 16)
-    assert max(unit.relative_l2 or 0 for unit in manifest.units) < 1e-4
+    assert max(unit.relative_l2 or 0 for unit in manifest.graphs) < 1e-4
     return model.parent / "tiled"
 
 

@@ -67,9 +67,9 @@ def test_tensors_have_the_names_of_their_units_and_weights_stay_where_they_lie(
         if tensor.data_location == onnx.TensorProto.EXTERNAL
     }
     found = {name: (place["location"], int(place["offset"])) for name, place in places.items()}
-    parts = manifest.parts(manifest.segment_unit("w*8"))
+    parts = manifest.parts(manifest.segment_graph("w*8"))
     assert found == {
-        prefix + p.name: (Path(str(part.weights)).name, p.offset)
+        prefix + p.name: (Path(str(part.weights_file)).name, p.offset)
         for prefix, part in parts.items()
         for p in part.parameters
     }
@@ -106,10 +106,11 @@ def test_a_directory_without_segments_gets_those_of_a_new_plan(
 
 def test_segments_without_their_units_are_refused(engine: Path) -> None:
     found = json.loads((engine / MANIFEST_NAME).read_text())
-    found["units"] = [unit for unit in found["units"] if unit["name"] != "block_02_mlp"]
+    found["graphs"] = [unit for unit in found["graphs"] if unit["name"] != "block_02_mlp"]
     (engine / MANIFEST_NAME).write_text(json.dumps(found))
     with pytest.raises(
-        EngineDirError, match=r"\$\.segments: made of unit block_\w+, which \$\.units does not list"
+        EngineDirError,
+        match=r"\$\.segments: made of unit block_\w+, which \$\.graphs does not list",
     ):
         read_manifest(engine)
 

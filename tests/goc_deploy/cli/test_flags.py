@@ -27,7 +27,7 @@ WHOLE_COMMANDS = ("goc-plan --backend", " --steps ", " --local-dir ")  # in a co
         ("`force=True` replaces it", "--force replaces it"),
         ("`EngineOptions.plugin=False`", "--no-plugin"),
         ("`EngineOptions.capabilities=9.0`: no", "--compute-capability 9.0: no"),
-        ("`weights` or `EngineOptions.weights=shared`", "--weights or --engine-weights shared"),
+        ("`weights` or `EngineOptions.weight_mode=shared`", "--weights or --engine-weights shared"),
         ("the file `notes` and a ` b", "the file `notes` and a ` b"),
     ],
 )

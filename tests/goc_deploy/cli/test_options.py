@@ -77,7 +77,7 @@ def completed(
 def test_a_shell_completes_commands_options_and_plans(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    plans = [{"name": name, "spec": name} for name in ("none", "fora-2", "fora-3")]
+    plans = [{"name": name, "policy": name} for name in ("none", "fora-2", "fora-3")]
     (tmp_path / "manifest.json").write_text(json.dumps({"plans": plans}))
     assert completed(monkeypatch, capsys, "goc", "e") == ["export", "eval"]
     assert "--guidance-scale" in completed(monkeypatch, capsys, "goc-run", str(tmp_path), "--g")

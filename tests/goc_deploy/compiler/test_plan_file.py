@@ -17,7 +17,7 @@ from goc_deploy.compiler.plan_file import PLAN_VERSION, plan_from_json, plan_to_
 from goc_deploy.errors import EngineDirError, GocError
 from goc_deploy.options import SEGMENTS
 from goc_deploy.schedule import Schedule, gradient
-from goc_deploy.spec import DIFFUSION_PREDICTIONS, ModelSpec
+from goc_deploy.spec import DIFFUSION_PREDICTION_TYPES, ModelSpec
 from tests.fuzz.mutations import mutated_value
 from tests.goc_deploy.strategies import schedules
 
@@ -26,7 +26,7 @@ SCHEDULE = Schedule(2, ("attn", "mlp"), ((C,) * 4, (C,) * 4, (G, R, C, C), (R,) 
 
 
 def spec_of(schedule: Schedule, prediction: str = "eps") -> ModelSpec:
-    return ModelSpec(schedule.depth, 8, 2, 16, 2, 2, 4, 10, True, prediction=prediction)
+    return ModelSpec(schedule.depth, 8, 2, 16, 2, 2, 4, 10, True, prediction_type=prediction)
 
 
 def plan_of(
@@ -49,7 +49,7 @@ def read(found: Any) -> Plan:
 @given(
     schedules(),
     st.sampled_from(["ddim:0.3", "dpm++", "dpm++:3@leading", "ddpm"]),
-    st.sampled_from(DIFFUSION_PREDICTIONS),
+    st.sampled_from(DIFFUSION_PREDICTION_TYPES),
     st.sampled_from(SEGMENTS),
 )
 def test_saving_and_loading_a_plan_is_the_identity(

@@ -25,7 +25,7 @@ TARGET = Target("tensorrt-rtx", "1.7", "linux-x86_64", ("8.6",))
 
 def with_engines(manifest: Manifest, weights: str, kernels: int | None) -> Manifest:
     """Pretend that every graph has an engine of so many kernels."""
-    paths = [unit.onnx for unit in manifest.graphs()]
+    paths = [unit.onnx for unit in manifest.all_graphs()]
     engines = tuple(
         EngineEntry(
             f"{TARGET.folder}/{weights}{i}.engine",

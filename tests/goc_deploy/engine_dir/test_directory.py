@@ -28,7 +28,7 @@ def test_what_is_no_engine_directory_is_refused(tmp_path: Path) -> None:
 
 def test_files_are_read_as_the_manifest_lists_them(engine: Path) -> None:
     directory = EngineDir.open(engine)
-    path = directory.manifest.units[0].onnx
+    path = directory.manifest.graphs[0].onnx
     content = (engine / path).read_bytes()
     assert path in directory
     assert "onnx/nothing.onnx" not in directory
@@ -42,7 +42,7 @@ def test_a_file_that_changes_after_the_directory_was_opened_is_refused(
     engine: Path, damage: str
 ) -> None:
     directory = EngineDir.open(engine)
-    path = directory.manifest.units[0].onnx
+    path = directory.manifest.graphs[0].onnx
     content = (engine / path).read_bytes()
     if damage == "link":
         (engine / path).rename(engine / "elsewhere")
@@ -119,7 +119,7 @@ def test_a_plan_that_computes_what_its_schedule_does_not_is_refused(golden_engin
 
 def test_a_plan_with_other_coefficients_than_its_schedule_is_refused(golden_engine: Path) -> None:
     manifest = EngineDir.open(golden_engine).manifest
-    gradients = [entry for entry in manifest.plans if "+gc" in entry.spec]
+    gradients = [entry for entry in manifest.plans if "+gc" in entry.policy]
     assert len(gradients) == 2
     mixed = replace(gradients[0], schedule=gradients[1].schedule)
     with pytest.raises(EngineDirError, match="does not do what its schedule asks for"):

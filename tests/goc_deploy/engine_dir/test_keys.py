@@ -14,7 +14,7 @@ CHANGED = {
     "weights_sha256": None,
     "target": replace(TARGET, capabilities=("8.6",)),
     "profiles": ((("batch", (1, 2, 4)),), (("batch", (1, 4, 4)),)),
-    "workspace_bytes": 1,
+    "scratch_limit_bytes": 1,
     "plugin_sha256": "d" * 64,
 }
 

@@ -71,7 +71,7 @@ MANIFEST = Manifest(
     model=SPEC,
     precision="fp16",
     max_batch=4,
-    units=UNITS,
+    graphs=UNITS,
     predict={"2w*2": "onnx/predict_0.onnx"},
     plans=(PlanEntry("a", "none", "plans/a.json", "schedules/a.json"),),
     files=tuple(FileEntry(path, size, "0f" * 32) for path, size in SIZES.items()),
@@ -79,7 +79,7 @@ MANIFEST = Manifest(
     engines=(ENGINE,),
     class_names=tuple(f"class {i}" for i in range(10)),
     decoder=DecoderSpec(3, 8, 4, 1),
-    captions="captions/a.npz",
+    stored_captions="captions/a.npz",
     text=TextSpec("text_encoder/tokenizer.json", 32128, 1, 0),
     segments={"w*2": "onnx/segment_0.onnx"},
     scheduler={"_class_name": "DDIMScheduler", "trained_betas": [0.1, 0.2]},
@@ -99,16 +99,18 @@ def read(found: Any) -> Manifest:
     "manifest",
     [
         MANIFEST,
-        replace(MANIFEST, decoder=None, captions=None, text=None, segments={}, scheduler=None),
+        replace(
+            MANIFEST, decoder=None, stored_captions=None, text=None, segments={}, scheduler=None
+        ),
         replace(
             MANIFEST,
             model=replace(
                 SPEC,
-                classes=0,
+                choices=0,
                 branches=("attn", "cross", "mlp"),
                 caption_channels=8,
                 caption_tokens=4,
-                prediction="flow",
+                prediction_type="flow",
                 mlp_norm_eps=1e-5,
             ),
             class_names=(),
@@ -148,9 +150,9 @@ WRONG_TYPES: Changes = {
         lambda m: m["model"].update(hidden=10**7),
         "$.model.hidden: expected int <= 1000000, got 10000000",
     ),
-    "classes": (
-        lambda m: m["model"].update(classes=-1),
-        "$.model.classes: expected int >= 0, got -1",
+    "choices": (
+        lambda m: m["model"].update(choices=-1),
+        "$.model.choices: expected int >= 0, got -1",
     ),
     "branches": (
         lambda m: m["model"].update(branches=[]),
@@ -166,15 +168,18 @@ WRONG_TYPES: Changes = {
         r"$.files[0].sha256: expected str matching regex '^[0-9a-f]{64}\\Z', got '0'",
     ),
     "offset": (
-        lambda m: m["units"][2]["parameters"][1].update(offset=-8),
-        "$.units[2].parameters[1].offset: expected int >= 0, got -8",
+        lambda m: m["graphs"][2]["parameters"][1].update(offset=-8),
+        "$.graphs[2].parameters[1].offset: expected int >= 0, got -8",
     ),
     "shape": (
-        lambda m: m["units"][2]["parameters"][1].update(shape=[1.5]),
-        "$.units[2].parameters[1].shape[0]: expected int, got 1.5",
+        lambda m: m["graphs"][2]["parameters"][1].update(shape=[1.5]),
+        "$.graphs[2].parameters[1].shape[0]: expected int, got 1.5",
     ),
     "predict": (lambda m: m.update(predict={"1": 2}), "$.predict[...]: expected str, got int"),
-    "plan": (lambda m: m["plans"][0].update(spec=None), "$.plans[0].spec: expected str, got None"),
+    "plan": (
+        lambda m: m["plans"][0].update(policy=None),
+        "$.plans[0].policy: expected str, got None",
+    ),
     "capability": (
         lambda m: m["engines"][0]["target"].update(capabilities=[8.6]),
         "$.engines[0].target.capabilities[0]: expected str, got 8.6",
@@ -188,16 +193,16 @@ WRONG_TYPES: Changes = {
 BROKEN_RULES: Changes = {
     "unknown": (lambda m: m["model"].update(width=3), "$.model.width: unknown field"),
     "unknown in a list": (
-        lambda m: m["units"][3]["parameters"][0].update(scale=3),
-        "$.units[3].parameters[0].scale: unknown field",
+        lambda m: m["graphs"][3]["parameters"][0].update(scale=3),
+        "$.graphs[3].parameters[0].scale: unknown field",
     ),
-    "prediction": (
-        lambda m: m["model"].update(prediction="score"),
-        "$.model.prediction: expected eps or v or x0 or flow or flow_to_noise, got 'score'",
+    "prediction type": (
+        lambda m: m["model"].update(prediction_type="score"),
+        "$.model.prediction_type: expected eps or v or x0 or flow or flow_to_noise, got 'score'",
     ),
     "no classes": (
-        lambda m: (m["model"].update(classes=0), m.update(class_names=[])),
-        "$.model.classes: expected int >= 1, got 0",
+        lambda m: (m["model"].update(choices=0), m.update(class_names=[])),
+        "$.model.choices: expected int >= 1, got 0",
     ),
     "no tokens": (
         lambda m: m["model"].update(caption_channels=8),
@@ -221,38 +226,38 @@ BROKEN_RULES: Changes = {
         "$.decoder.overlap: expected int < 4, got 4",
     ),
     "parameter outside": (
-        lambda m: m["units"][3]["parameters"][0].update(offset=2),
-        "$.units[3].parameters[0]: 'fc1' ends at byte 514, but its weights file has 512 bytes",
+        lambda m: m["graphs"][3]["parameters"][0].update(offset=2),
+        "$.graphs[3].parameters[0]: 'fc1' ends at byte 514, but its weights file has 512 bytes",
     ),
     "no weights file": (
-        lambda m: m["units"][3].update(weights=None),
-        "$.units[3].parameters[0]: 'fc1' ends at byte 512, but its weights file has 0 bytes",
+        lambda m: m["graphs"][3].update(weights_file=None),
+        "$.graphs[3].parameters[0]: 'fc1' ends at byte 512, but its weights file has 0 bytes",
     ),
     "larger weights": (
         lambda m: m["files"][2].update(size=2**62),
-        "$.units[3].weights: 'onnx/block_00_mlp.weights' is listed with 4611686018427387904 bytes, "
-        "but its parameters take 512",
+        "$.graphs[3].weights_file: 'onnx/block_00_mlp.weights' is listed with "
+        "4611686018427387904 bytes, but its parameters take 512",
     ),
     "label table": (
-        lambda m: (m["model"].update(classes=9), m["class_names"].pop()),
-        "$.units[0].parameters[0]: the model has 9 classes, but its label table "
+        lambda m: (m["model"].update(choices=9), m["class_names"].pop()),
+        "$.graphs[0].parameters[0]: the model has 9 classes, but its label table "
         "'y_embedder.embedding_table.weight' has 11 rows",
     ),
     "segments": (
-        lambda m: m["units"].pop(3),
-        "$.segments: made of unit block_00_mlp, which $.units does not list with weights",
+        lambda m: m["graphs"].pop(3),
+        "$.segments: made of unit block_00_mlp, which $.graphs does not list with weights",
     ),
     **{
         path: (alter, f"{path}: 'x' is not in $.files")
         for path, alter in {
-            "$.units[1].onnx": lambda m: m["units"][1].update(onnx="x"),
+            "$.graphs[1].onnx": lambda m: m["graphs"][1].update(onnx="x"),
             "$.predict.2w*2": lambda m: m["predict"].update({"2w*2": "x"}),
             "$.segments.w*2": lambda m: m["segments"].update({"w*2": "x"}),
             "$.plans[0].plan": lambda m: m["plans"][0].update(plan="x"),
             "$.plans[0].schedule": lambda m: m["plans"][0].update(schedule="x"),
             "$.engines[0].path": lambda m: m["engines"][0].update(path="x"),
             "$.engines[0].graphs[0]": lambda m: m["engines"][0].update(graphs=["x"]),
-            "$.captions": lambda m: m.update(captions="x"),
+            "$.stored_captions": lambda m: m.update(stored_captions="x"),
             "$.text.tokenizer": lambda m: m["text"].update(tokenizer="x"),
         }.items()
     },
@@ -270,12 +275,12 @@ UNKNOWN_CHOICES = {
         "$.precision: invalid enum value 'fp8'",
     ),
     "unit precision": (
-        lambda m: m["units"][1].update(precision="fp8"),
-        "$.units[1].precision: invalid enum value 'fp8'",
+        lambda m: m["graphs"][1].update(precision="fp8"),
+        "$.graphs[1].precision: invalid enum value 'fp8'",
     ),
     "weight mode": (
-        lambda m: m["engines"][0].update(weights="x"),
-        "$.engines[0].weights: invalid enum value 'x'",
+        lambda m: m["engines"][0].update(weight_mode="x"),
+        "$.engines[0].weight_mode: invalid enum value 'x'",
     ),
 }
 

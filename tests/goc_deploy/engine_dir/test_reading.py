@@ -152,7 +152,7 @@ def test_the_manifest_says_where_the_engine_comes_from_and_no_path_of_this_machi
     assert manifest.provenance["checkpoint"] == "model.pt"
     assert len(manifest.provenance["checkpoint_sha256"]) == 64
     assert manifest.provenance["options"]["num_heads"] == 4
-    errors = [unit.relative_l2 for unit in manifest.units if unit.weights]
+    errors = [unit.relative_l2 for unit in manifest.graphs if unit.weights_file]
     assert 0 < max(errors) < 1e-5
     text = "".join(path.read_text() for path in golden_engine.rglob("*.json"))
     assert str(Path.home()) not in text

@@ -14,7 +14,7 @@ from goc_deploy.samplers import sampler_table
 from goc_deploy.samplers.process import Process
 from goc_deploy.samplers.solvers import SPACINGS, spaced_timesteps
 from goc_deploy.schedule import Schedule
-from goc_deploy.spec import DIFFUSION_PREDICTIONS, ModelSpec
+from goc_deploy.spec import DIFFUSION_PREDICTION_TYPES, ModelSpec
 from tests.reference import SIGNAL
 
 
@@ -83,7 +83,7 @@ def test_tables_are_what_the_schedulers_of_diffusers_compute(sampler: str) -> No
     """`test_samplers_diffusers` compares many more where diffusers is installed."""
     table = sampler_table(sampler, 5, Process("x0"))
     assert table.timesteps == GOLDEN_TIMESTEPS[sampler.partition(":")[0]]
-    more = table.history if table.lags else zip(table.noise, table.spread, strict=True)
+    more = table.lag_coefficients if table.lags else zip(table.noise, table.spread, strict=True)
     rows = [(x, m, *rest) for x, m, rest in zip(table.latent, table.model, more, strict=True)]
     np.testing.assert_allclose(rows, GOLDEN_ROWS[sampler], rtol=1e-6)
     assert set(table.estimate) == {(0.0, 1.0)}
@@ -101,7 +101,7 @@ SAMPLERS = [
 ]
 
 
-@given(st.sampled_from(SAMPLERS), st.integers(1, 60), st.sampled_from(DIFFUSION_PREDICTIONS))
+@given(st.sampled_from(SAMPLERS), st.integers(1, 60), st.sampled_from(DIFFUSION_PREDICTION_TYPES))
 def test_a_perfect_model_keeps_a_sample_on_the_diffusion_path(
     sampler: str, steps: int, prediction: str
 ) -> None:
@@ -117,7 +117,9 @@ def test_a_perfect_model_keeps_a_sample_on_the_diffusion_path(
         output = {"eps": eps, "v": alpha * eps - sigma * clean, "x0": clean}[prediction]
         of_x, of_m = table.estimate[k]
         assert of_x * x + of_m * output == pytest.approx(clean, abs=1e-9)
-        after = table.latent[k] * x + table.model[k] * output + sum(table.history[k]) * clean
+        after = (
+            table.latent[k] * x + table.model[k] * output + sum(table.lag_coefficients[k]) * clean
+        )
         least_noise = table.noise[k] * np.exp(-table.spread[k])
         left = np.sqrt(max(0.0, 1 - signal[k + 1] - least_noise**2))
         assert after == pytest.approx(np.sqrt(signal[k + 1]) * clean + left * eps, abs=1e-8)
@@ -150,7 +152,7 @@ def test_first_order_dpm_solver_is_ddim() -> None:
 def test_second_order_uses_one_earlier_estimate_in_all_but_the_first_and_last_step() -> None:
     table = sampler_table("dpm++", 20, Process("eps"))
     assert table.graph == "sampler_lag1"
-    assert [bool(row[0]) for row in table.history] == [False, *[True] * 18, False]
+    assert [bool(row[0]) for row in table.lag_coefficients] == [False, *[True] * 18, False]
     assert sampler_table("dpm++", 1, Process("eps")).graph == "sampler"
 
 
@@ -177,7 +179,7 @@ def test_wrong_samplers_and_step_counts_are_refused(sampler: str, steps: int, me
 
 
 def test_predictions_that_are_unknown_or_not_the_models_are_refused() -> None:
-    with pytest.raises(UsageError, match="unknown prediction 'score'; use eps, v, x0"):
+    with pytest.raises(UsageError, match="unknown prediction type 'score'; use eps, v, x0"):
         sampler_table("ddim", 5, Process("score"))
     schedule = Schedule(1, ("attn", "mlp"), (((), ()),) * 5)
     learns = ModelSpec(1, 8, 2, 16, 2, 2, 4, 10, True)
@@ -194,11 +196,19 @@ def test_predictions_that_are_unknown_or_not_the_models_are_refused() -> None:
     ("column", "value", "message"),
     [
         ("latent", (1.0,), "columns of its sampler table differ in length"),
-        ("history", ((0.0,) * 13,) * 5, "reach back the same 0 to 12 steps at every step"),
-        ("history", ((0.0,), (), (), (), ()), "reach back the same 0 to 12 steps at every step"),
-        ("history", ((1.0, 0.0, 1.0, 1.0, 1.0),) * 5, "more than 3 earlier estimates in a step"),
+        ("lag_coefficients", ((0.0,) * 13,) * 5, "reach back the same 0 to 12 steps at every step"),
+        (
+            "lag_coefficients",
+            ((0.0,), (), (), (), ()),
+            "reach back the same 0 to 12 steps at every step",
+        ),
+        (
+            "lag_coefficients",
+            ((1.0, 0.0, 1.0, 1.0, 1.0),) * 5,
+            "more than 3 earlier estimates in a step",
+        ),
         ("spread", (1.0,) * 5, "both earlier estimates and a learned variance"),
-        ("prediction", "v", "predicts v, this one predicts eps"),
+        ("prediction_type", "v", "predicts v, this one predicts eps"),
     ],
 )
 def test_plans_with_a_malformed_table_are_not_executed(
