@@ -200,70 +200,76 @@ def scheduler_table(steps: int, process: Process) -> SamplerTable:
 
 def _own_table(steps: int, process: Process) -> SamplerTable | None:
     """The table of our sampler that takes the same steps, or None if there is no such sampler."""
+    make = {
+        FLOW_CLASS: _own_flow,
+        "DPMSolverMultistepScheduler": _own_dpm_solver,
+        "DDIMScheduler": _own_ddim,
+        "DDPMScheduler": _own_ddim,
+    }.get((process.scheduler or {})["_class_name"])
+    return make(steps, process) if make else None
+
+
+def _has_plainly(process: Process, *unset: str, **values: Any) -> bool:
+    """Whether a scheduler sets none of some settings, and no other value of some more."""
     scheduler = process.scheduler or {}
-    spacings = {
-        "DDIMScheduler": "leading",
-        "DDPMScheduler": "leading",
-        "DPMSolverMultistepScheduler": "linspace",
-    }
-    name = scheduler["_class_name"]
-
-    def plain(*settings: str, **values: Any) -> bool:
-        return not any(scheduler.get(setting) for setting in settings) and all(
-            scheduler.get(setting, value) == value for setting, value in values.items()
-        )
-
-    if name == FLOW_CLASS:
-        sigmas = (
-            "use_karras_sigmas",
-            "use_exponential_sigmas",
-            "use_beta_sigmas",
-            "invert_sigmas",
-            "shift_terminal",
-        )
-        shift = scheduler.get("shift", 1.0)
-        supported = (
-            isinstance(shift, int | float)
-            and shift > 0
-            and plain(*sigmas, num_train_timesteps=TRAIN_STEPS)
-        )
-        return _shifted_flow(steps, shift) if supported else None
-    spacing = scheduler.get("timestep_spacing", spacings.get(name))
-    common = plain("steps_offset", "rescale_betas_zero_snr", num_train_timesteps=TRAIN_STEPS)
-    common = common and scheduler.get("beta_schedule", "linear") in (
-        "linear",
-        "scaled_linear",
-        "squaredcos_cap_v2",
+    return not any(scheduler.get(setting) for setting in unset) and all(
+        scheduler.get(setting, value) == value for setting, value in values.items()
     )
-    if not common or name not in spacings:
+
+
+def _own_flow(steps: int, process: Process) -> SamplerTable | None:
+    shift = (process.scheduler or {}).get("shift", 1.0)
+    sigmas = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas")
+    if not isinstance(shift, int | float) or shift <= 0:
         return None
-    if name == "DPMSolverMultistepScheduler":
-        sigmas = (
-            "use_karras_sigmas",
-            "use_exponential_sigmas",
-            "use_beta_sigmas",
-            "use_lu_lambdas",
-            "use_flow_sigmas",
-        )
-        values = {
-            "algorithm_type": "dpmsolver++",
-            "solver_type": "midpoint",
-            "lower_order_final": True,
-        }
-        if not plain(
-            *sigmas, "euler_at_final", "lambda_min_clipped", final_sigmas_type="zero", **values
-        ):
-            return None
-        if spacing != "trailing" and steps == TRAIN_STEPS:
-            return None
-        return sampler_table(f"dpm++:{scheduler.get('solver_order', 2)}@{spacing}", steps, process)
+    plain = _has_plainly(process, *sigmas, "shift_terminal", num_train_timesteps=TRAIN_STEPS)
+    return _shifted_flow(steps, shift) if plain else None
+
+
+def _trained_alike(process: Process) -> bool:
+    """Whether a scheduler reverses a process that `Process.signal` has, without offsets."""
+    betas = (process.scheduler or {}).get("beta_schedule", "linear")
+    return betas in ("linear", "scaled_linear", "squaredcos_cap_v2") and _has_plainly(
+        process, "steps_offset", "rescale_betas_zero_snr", num_train_timesteps=TRAIN_STEPS
+    )
+
+
+def _own_dpm_solver(steps: int, process: Process) -> SamplerTable | None:
+    scheduler = process.scheduler or {}
+    spacing = scheduler.get("timestep_spacing", "linspace")
+    sigmas = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+    plain = _has_plainly(
+        process,
+        *sigmas,
+        "use_flow_sigmas",
+        "euler_at_final",
+        "lambda_min_clipped",
+        final_sigmas_type="zero",
+        algorithm_type="dpmsolver++",
+        solver_type="midpoint",
+        lower_order_final=True,
+    )
+    if not plain or not _trained_alike(process):
+        return None
+    if spacing != "trailing" and steps == TRAIN_STEPS:
+        return None
+    return sampler_table(f"dpm++:{scheduler.get('solver_order', 2)}@{spacing}", steps, process)
+
+
+def _own_ddim(steps: int, process: Process) -> SamplerTable | None:
+    scheduler = process.scheduler or {}
+    spacing, stochastic = (
+        scheduler.get("timestep_spacing", "leading"),
+        scheduler["_class_name"] == "DDPMScheduler",
+    )
     # diffusers steps to t - 1000 // T, which is the next timestep of these spacings.
     even = spacing == "leading" or (
-        spacing == "trailing" and TRAIN_STEPS % steps == 0 and name == "DDIMScheduler"
+        spacing == "trailing" and TRAIN_STEPS % steps == 0 and not stochastic
     )
-    if not even or not plain(set_alpha_to_one=True, variance_type="fixed_small"):
+    plain = _has_plainly(process, set_alpha_to_one=True, variance_type="fixed_small")
+    if not even or not plain or not _trained_alike(process):
         return None
-    return sampler_table(f"ddim{':1' if name == 'DDPMScheduler' else ''}@{spacing}", steps, process)
+    return sampler_table(f"ddim{':1' if stochastic else ''}@{spacing}", steps, process)
 
 
 def _shifted_flow(steps: int, shift: float) -> SamplerTable:

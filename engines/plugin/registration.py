@@ -8,7 +8,7 @@ version, namespace, fields) and does not hold it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,11 +70,7 @@ def plugin_creators(trt: Any, kernels: Callable[[], Kernels]) -> list[Any]:
                 PLUGIN_VERSION,
             )
             self.fixed = fixed
-            empty = np.array([], np.int32)
-            names = () if fixed else ("entries", "stores")
-            self.field_names = trt.PluginFieldCollection(
-                [trt.PluginField(field, empty, trt.PluginFieldType.INT32) for field in names]
-            )
+            self.field_names = _int_fields(trt, {} if fixed else {"entries": (), "stores": ()})
 
         def create_plugin(self, _name: str, fields: Any, _phase: Any) -> Any:
             if self.fixed:
@@ -91,6 +87,34 @@ def plugin_creators(trt: Any, kernels: Callable[[], Kernels]) -> list[Any]:
     return [*creators, Creator(STACK, None)]
 
 
+def _int_fields(trt: Any, values: Mapping[str, Sequence[int]]) -> Any:
+    return trt.PluginFieldCollection(
+        [
+            trt.PluginField(name, np.array(value, np.int32), trt.PluginFieldType.INT32)
+            for name, value in values.items()
+        ]
+    )
+
+
+class _OneTactic:
+    """What TensorRT asks of a plugin that has one way to run and needs no scratch memory."""
+
+    def get_capability_interface(self, _kind: Any) -> Any:
+        return self
+
+    def configure_plugin(self, _inputs: Any, _outputs: Any) -> None:
+        pass
+
+    def get_valid_tactics(self) -> list[int]:
+        return []
+
+    def set_tactic(self, _tactic: int) -> None:
+        pass
+
+    def get_workspace_size(self, _inputs: Any, _outputs: Any) -> int:
+        return 0
+
+
 def _plugin_class(trt: Any, kernels: Callable[[], Kernels]) -> Any:
     dtypes = {
         getattr(trt.DataType, ELEMENT_TYPES[dtype].tensorrt): dtype
@@ -104,7 +128,7 @@ def _plugin_class(trt: Any, kernels: Callable[[], Kernels]) -> Any:
         trt.IPluginV3OneRuntime,
     )
 
-    class StackPlugin(*interfaces):  # type: ignore[misc]
+    class StackPlugin(_OneTactic, *interfaces):  # type: ignore[misc]
         """Inputs: x (B, T, D), gates, coefficients, histories. Outputs: x_out, what is stored."""
 
         def __init__(self, name: str, stack: Stack, loaded: Kernels | None = None) -> None:
@@ -117,9 +141,6 @@ def _plugin_class(trt: Any, kernels: Callable[[], Kernels]) -> Any:
             )
             self.num_outputs = 1 + sum(stack.stores)
             self.stack, self.loaded = stack, loaded
-
-        def get_capability_interface(self, _kind: Any) -> Any:
-            return self
 
         def clone(self) -> Any:
             return StackPlugin(self.plugin_name, self.stack, self.loaded)
@@ -144,32 +165,13 @@ def _plugin_class(trt: Any, kernels: Callable[[], Kernels]) -> Any:
             )
             return bool(fits and tensor.type in dtypes and tensor.format == trt.TensorFormat.LINEAR)
 
-        def configure_plugin(self, _inputs: Any, _outputs: Any) -> None:
-            pass
-
         def on_shape_change(self, _inputs: Any, _outputs: Any) -> None:
             """Accept; a builder that times the plugin also calls this, without a context."""
             self.loaded = self.loaded or kernels()
 
-        def get_valid_tactics(self) -> list[int]:
-            return []
-
-        def set_tactic(self, _tactic: int) -> None:
-            pass
-
-        def get_workspace_size(self, _inputs: Any, _outputs: Any) -> int:
-            return 0
-
         def get_fields_to_serialize(self) -> Any:
-            if self.plugin_name != STACK:
-                return trt.PluginFieldCollection([])
             values = {"entries": self.stack.entries, "stores": self.stack.stores}
-            return trt.PluginFieldCollection(
-                [
-                    trt.PluginField(n, np.array(v, np.int32), trt.PluginFieldType.INT32)
-                    for n, v in values.items()
-                ]
-            )
+            return _int_fields(trt, values if self.plugin_name == STACK else {})
 
         def attach_to_context(self, _context: Any) -> Any:
             """Copy for an execution context; the copy loads the kernels that `enqueue` needs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from goc_deploy.engine_dir.manifest import Manifest
 from goc_deploy.errors import UsageError
 from goc_deploy.evaluation.collect import PlanScores, collect
 from goc_deploy.evaluation.distribution import FeatureSet
-from goc_deploy.evaluation.judges import make_judges
+from goc_deploy.evaluation.judges import Judges, make_judges
 from goc_deploy.evaluation.pairing import baselines
 from goc_deploy.evaluation.preset import plans_of_preset
 from goc_deploy.evaluation.sampling import class_labels, samples_of_plans
@@ -88,21 +89,7 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
         for plan in plans
     }
     machine = collect(engine_dir, files, labels, options, scores, judges.extractor, progress)
-    rows = 1 if options.cfg_scale == 1 else 2
-    entries = {}
-    for number, (name, of_plan) in enumerate(scores.items()):
-        progress(f"metrics of {name}", number, len(scores))
-        estimates = of_plan.paired.estimates(options.seed)
-        estimates |= judges.metrics(of_plan.features, labels, spec.choices, options.seed)
-        cost = {
-            "method": methods.get(name),
-            "flops_per_image": schedule_flops(of_plan.plan.schedule, spec, rows),
-        }
-        entries[name] = {
-            **of_plan.entry(),
-            **cost,
-            "metrics": {key: asdict(value) for key, value in estimates.items()},
-        }
+    entries = _entries(scores, methods, judges, labels, options, spec, progress)
     report = {
         "format": FORMAT,
         "version": VERSION,
@@ -122,6 +109,30 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
     schedules = {plan.name: plan.schedule for plan in plans}
     pictures = {name: np.concatenate(s.pictures) for name, s in scores.items() if s.pictures}
     return Evaluation(report, schedules, pictures)
+
+
+def _entries(
+    scores: Mapping[str, PlanScores],
+    methods: Mapping[str, str],
+    judges: Judges,
+    labels: np.ndarray,
+    options: EvalOptions,
+    spec: ModelSpec,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The part of the report about each plan: its cost and its metrics, in plain JSON types."""
+    rows, entries = 1 if options.cfg_scale == 1 else 2, {}
+    for number, (name, of_plan) in enumerate(scores.items()):
+        progress(f"metrics of {name}", number, len(scores))
+        estimates = of_plan.paired.estimates(options.seed)
+        estimates |= judges.metrics(of_plan.features, labels, spec.choices, options.seed)
+        entries[name] = {
+            **of_plan.entry(),
+            "method": methods.get(name),
+            "flops_per_image": schedule_flops(of_plan.plan.schedule, spec, rows),
+            "metrics": {key: asdict(value) for key, value in estimates.items()},
+        }
+    return entries
 
 
 def _labels(files: dict[str, AdmFile], options: EvalOptions, spec: ModelSpec) -> np.ndarray:
