@@ -286,7 +286,7 @@ def _shifted_flow(steps: int, shift: float) -> SamplerTable:
 
     least, stride = shifted(1 / TRAIN_STEPS), (1 - shifted(1 / TRAIN_STEPS)) / max(steps - 1, 1)
     even = [1 - k * stride if k < steps - 1 or steps == 1 else least for k in range(steps)]
-    return flow_table([*map(shifted, even), 0.0])
+    return flow_table([TRAIN_STEPS * shifted(sigma) for sigma in even], "flow_to_noise")
 
 
 def _same_steps(one: SamplerTable, other: SamplerTable) -> bool:

@@ -29,6 +29,7 @@ FLOW_SAMPLER = "euler"
 FOLDER_SAMPLER = "diffusers"
 MAX_LAGS = 3
 MAX_REACH = 12
+Solver = Callable[[Sequence[float]], list[Update]]  # from the signal along the timesteps
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +156,26 @@ def sampler_table(sampler: str, steps: int, process: Process) -> SamplerTable:
     Raises:
         UsageError: the sampler is unknown, or a number is out of range.
     """
+    check_goes_with(sampler, process)
+    if sampler == FLOW_SAMPLER:
+        return _even_flow_table(steps, process.prediction_type)
+    family, at, spacing = sampler.partition("@")
+    if at and spacing not in SPACINGS:
+        raise UsageError(
+            f"sampler {sampler!r}: unknown spacing {spacing!r}; use {', '.join(SPACINGS)}"
+        )
+    solve, visits_zero = solver_of(sampler, family)
+    timesteps = spaced_timesteps(steps, spacing or SPACINGS[0], visits_zero=visits_zero)
+    return solved_table(sampler, solve, timesteps, process)
+
+
+def check_goes_with(sampler: str, process: Process) -> None:
+    """Check that a sampler of this project can reverse the process.
+
+    Raises:
+        UsageError: the prediction type is unknown, the sampler is a folder's scheduler, or one of
+            both is a flow and the other is not.
+    """
     if process.prediction_type not in PREDICTION_TYPES:
         raise UsageError(
             f"unknown prediction type {process.prediction_type!r}; "
@@ -170,15 +191,12 @@ def sampler_table(sampler: str, steps: int, process: Process) -> SamplerTable:
             f"sampler {sampler!r} does not go with a model that predicts "
             f"{process.prediction_type!r}; use {FLOW_SAMPLER} for flow, and for no other"
         )
-    if sampler == FLOW_SAMPLER:
-        return _even_flow_table(steps, process.prediction_type)
-    family, at, spacing = sampler.partition("@")
-    if at and spacing not in SPACINGS:
-        raise UsageError(
-            f"sampler {sampler!r}: unknown spacing {spacing!r}; use {', '.join(SPACINGS)}"
-        )
-    solve, visits_zero = _solver(sampler, family)
-    timesteps = spaced_timesteps(steps, spacing or SPACINGS[0], visits_zero=visits_zero)
+
+
+def solved_table(
+    sampler: str, solve: Solver, timesteps: tuple[int, ...], process: Process
+) -> SamplerTable:
+    """Make the table of a solver along training timesteps, in falling order."""
     signal = process.signal_along(timesteps)
     updates = solve(signal)
     estimate = tuple(estimate_weights(process.prediction_type, s) for s in signal[:-1])
@@ -207,40 +225,33 @@ def _even_flow_table(steps: int, prediction: str) -> SamplerTable:
     section 2.
     """
     check_steps(steps, TRAIN_STEPS)
-    if prediction == "flow_to_noise":
-        return flow_table([1 - step / steps for step in range(steps + 1)])
-    times = tuple(step / steps for step in range(steps))
-    return _line_table("flow", times, (1 / steps,) * steps, tuple(1 - t for t in times))
+    if prediction == "flow":
+        return flow_table([step / steps for step in range(steps)], prediction)
+    return flow_table([TRAIN_STEPS * (1 - step / steps) for step in range(steps)], prediction)
 
 
-def flow_table(sigmas: Sequence[float]) -> SamplerTable:
-    """Make a table of steps along the line ``x = (1 - sigma) * clean + sigma * noise``.
-
-    The model predicts ``noise - clean``.
+def flow_table(timesteps: Sequence[float], prediction: str) -> SamplerTable:
+    """Make a table of Euler steps along the line between noise and the clean sample.
 
     Args:
-        sigmas: T + 1 shares of noise, falling to 0.
+        timesteps: [T] the model's time input, in sampling order. For ``flow`` it rises from 0
+            (noise) to 1 (clean), and the model predicts ``clean - noise``. For ``flow_to_noise`` it
+            falls from 1000 (noise) to 0 (clean), and the model predicts ``noise - clean``.
+        prediction: ``flow`` or ``flow_to_noise``.
     """
-    told = tuple(TRAIN_STEPS * sigma for sigma in sigmas[:-1])
-    moves = tuple(after - now for now, after in pairwise(sigmas))
-    return _line_table("flow_to_noise", told, moves, tuple(-sigma for sigma in sigmas[:-1]))
-
-
-def _line_table(
-    prediction: str, told: tuple[float, ...], moves: tuple[float, ...], to_clean: tuple[float, ...]
-) -> SamplerTable:
-    """``x + move * velocity`` at each step; ``x + to_clean * velocity`` is the clean sample."""
-    zeros = (0.0,) * len(told)
+    whole, clean = (1, 1.0) if prediction == "flow" else (TRAIN_STEPS, 0.0)
+    times = [t / whole for t in timesteps]
+    zeros = (0.0,) * len(times)
     return SamplerTable(
         sampler=FLOW_SAMPLER,
         prediction_type=prediction,
-        timesteps=told,
-        latent=(1.0,) * len(told),
-        model=moves,
+        timesteps=tuple(timesteps),
+        latent=(1.0,) * len(times),
+        model=tuple(after - now for now, after in pairwise((*times, clean))),
         noise=zeros,
         spread=zeros,
-        estimate=tuple((1.0, weight) for weight in to_clean),
-        lag_coefficients=((),) * len(told),
+        estimate=tuple((1.0, clean - time) for time in times),
+        lag_coefficients=((),) * len(times),
     )
 
 
@@ -266,8 +277,12 @@ def sampler_misfit(table: SamplerTable, spec: ModelSpec) -> str | None:
     return None
 
 
-def _solver(sampler: str, family: str) -> tuple[Callable[[Sequence[float]], list[Update]], bool]:
-    """Return the function that makes the updates, and whether timestep 0 counts as a step."""
+def solver_of(sampler: str, family: str) -> tuple[Solver, bool]:
+    """Return the solver of a sampler without its spacing, and whether timestep 0 is a step.
+
+    Raises:
+        UsageError: the family is unknown, or its number is out of range.
+    """
     name, colon, number = family.partition(":")
     if name == "ddim":
         eta = _number(sampler, "eta", number) if colon else 0.0
