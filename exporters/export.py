@@ -25,7 +25,12 @@ from goc_deploy.exporters.architectures.sit import SIT
 from goc_deploy.exporters.checkpoint import Checkpoint, check_values, load_checkpoint
 from goc_deploy.exporters.companions.attach import Companions, read_companions, write_companions
 from goc_deploy.exporters.graphs.plan_files import write_plan
-from goc_deploy.exporters.graphs.step import collect_graph, modulation_graph, sampler_graphs
+from goc_deploy.exporters.graphs.step import (
+    collect_graph,
+    modulation_graph,
+    residual_graph,
+    sampler_graphs,
+)
 from goc_deploy.exporters.hub import folder_from_hub, hub_id
 from goc_deploy.exporters.model_folder import FolderModel, read_model_folder
 from goc_deploy.exporters.router import router_probabilities
@@ -248,6 +253,7 @@ def _write_step_graphs(stage: Path, spec: ModelSpec, precision: Precision) -> li
     step_graphs = {
         "modulation": modulation_graph(spec, precision),
         "collect": collect_graph(spec, precision),
+        "residual": residual_graph(spec, precision),
         **sampler_graphs(spec),
     }
     for name, graph in step_graphs.items():

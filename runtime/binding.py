@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 
-from goc_deploy.compiler import Compute, Launch, Plan, Predict, Segment
+from goc_deploy.compiler import Collect, Compute, Plan, Predict, Residual, Segment
 from goc_deploy.conditions.captions import PromptEmbeds
 from goc_deploy.protocols import Buffer, Engine, Stream, taken
 from goc_deploy.runtime.bound import BoundLaunch, BoundPlan, BoundStep
@@ -83,7 +83,8 @@ class Binder:
         buffers, batch, spec = self._buffers, self._batch, self._spec
         before = [self._keys_values()] if step == 0 and buffers.captions else []
         before += [self._conditioning(step)] if step % buffers.chunk == 0 else []
-        x, spare = (tokens.view(*self._feature) for tokens in buffers.tokens)
+        other, spare = (tokens.view(*self._feature) for tokens in buffers.tokens)
+        x = other if buffers.start is None else buffers.start.view(*self._feature)
         inputs = {"latents": self._latents(step), "rows": buffers.rows.view(batch.rows)}
         start = (*self._start(step), self._unit("embed", inputs, {"x": x}))
         updates: list[BoundLaunch] = []
@@ -91,9 +92,11 @@ class Binder:
         for op, coefficients in ops:
             if isinstance(op, Predict) and op.ahead:
                 updates.append(self._accumulate(op, coefficients))
+            elif isinstance(op, Residual):
+                updates.append(self._residual(op, x))
             else:
                 updates.append(self._update(op, x, spare, coefficients))
-                x, spare = spare, x
+                x, spare, other = spare, other, spare
         prediction = buffers.prediction.view(batch.rows, spec.output_channels, spec.side, spec.side)
         shift = self._modulation_row(spec.modulation.final_shift)
         scale = self._modulation_row(spec.modulation.final_scale)
@@ -205,8 +208,9 @@ class Binder:
     def _used_modulation(self, step: int) -> range:
         """The rows of the modulation table that a step uses."""
         kinds = {type(op) for op in self._plan.launches[step]}
+        by_unit = self._plan.schedule.level == "unit"  # residuals have no gates
         return self._spec.modulation.read(
-            computes=bool(kinds & {Compute, Segment}), predicts=Predict in kinds
+            computes=bool(kinds & {Compute, Segment}), predicts=by_unit and Predict in kinds
         )
 
     def _pick_gates(self, step: int, ahead: int) -> BoundLaunch:
@@ -230,6 +234,14 @@ class Binder:
         shape = (rows, hidden) if count is None else (count, rows, hidden)
         return self._buffers.modulation.view(*shape, start=row * rows * hidden)
 
+    def _gates(self, op: Predict) -> Buffer:
+        """The gates (count, B, D) of a launch that predicts in place; ones for a residual."""
+        rows, hidden = self._batch.rows, self._spec.hidden
+        if self._plan.schedule.level == "residual":
+            assert self._buffers.ones is not None
+            return self._buffers.ones.view(1, rows, hidden)
+        return self._modulation_row(self._spec.modulation.gate(op.unit), len(op.predictions))
+
     def _gates_ahead(self, op: Predict) -> Buffer:
         """The gates (count, B, D) of the step for which a launch predicts."""
         rows, hidden, modulation = self._batch.rows, self._spec.hidden, self._spec.modulation
@@ -239,7 +251,11 @@ class Binder:
         )
 
     def _update(
-        self, op: Launch, x: Buffer, x_out: Buffer, coefficients: Buffer | None
+        self,
+        op: Compute | Segment | Predict | Collect,
+        x: Buffer,
+        x_out: Buffer,
+        coefficients: Buffer | None,
     ) -> BoundLaunch:
         """A launch that changes x of the step itself."""
         if isinstance(op, Compute):
@@ -247,8 +263,7 @@ class Binder:
         if isinstance(op, Segment):
             return self._segment(op, x, x_out)
         if isinstance(op, Predict):
-            gates = self._modulation_row(self._spec.modulation.gate(op.unit), len(op.predictions))
-            return self._predict(op, x, x_out, gates, coefficients)
+            return self._predict(op, x, x_out, self._gates(op), coefficients)
         accumulated = self._buffers.accumulators[op.ahead - 1].view(*self._feature)
         return self._unit("collect", {"x": x, "accumulated": accumulated}, {"x_out": x_out})
 
@@ -261,6 +276,13 @@ class Binder:
         assert buffers.zeros is not None
         x = accumulator if op.unit else buffers.zeros.view(*self._feature)
         return self._predict(op, x, accumulator, self._gates_ahead(op), coefficients)
+
+    def _residual(self, op: Residual, x: Buffer) -> BoundLaunch:
+        """Keep what all units added to the tokens of the step."""
+        assert self._buffers.start is not None
+        inputs = {"x": x, "start": self._buffers.start.view(*self._feature)}
+        target = self._buffers.slots[op.store].view(*self._feature)
+        return self._unit("residual", inputs, {"residual": target})
 
     def _compute(self, op: Compute, x: Buffer, x_out: Buffer) -> BoundLaunch:
         name, outputs = self._spec.unit_names[op.unit], {"x_out": x_out}
@@ -310,6 +332,7 @@ class Binder:
                 outputs[f"g{u}"] = self._buffers.slots[prediction.store].view(*self._feature)
         last = op.unit + len(op.predictions) - 1
         name = f"predict {op.unit}-{last}" + (f", {op.ahead} ahead" if op.ahead else "")
+        name = "predict residual" if self._plan.schedule.level == "residual" else name
         return self._bound(name, self._engines.predict[op.signature], inputs, outputs)
 
     def _unit(

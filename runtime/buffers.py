@@ -32,6 +32,9 @@ class Buffers:
         modulation: rows of the current step, (M, B, D).
         gates_ahead: gates of the steps that are predicted ahead, (U, B, D) each.
         tokens: two token buffers (B, T, D), used alternately by the launches.
+        start: the tokens (B, T, D) before all units, which the residual of a step is measured from,
+            or None if the plan keeps no residuals.
+        ones: gates (B, D) of a predicted residual, or None likewise.
         slots: the history, one feature (B, T, D) per slot.
         accumulators: sums of gated predictions for steps ahead, (B, T, D) each.
         zeros: initial value of an accumulator, (B, T, D), or None if nothing is predicted ahead.
@@ -63,6 +66,8 @@ class Buffers:
     modulation: Buffer
     gates_ahead: tuple[Buffer, ...]
     tokens: tuple[Buffer, Buffer]
+    start: Buffer | None
+    ones: Buffer | None
     slots: tuple[Buffer, ...]
     accumulators: tuple[Buffer, ...]
     zeros: Buffer | None
@@ -165,13 +170,14 @@ def planned_bytes(spec: ModelSpec, precision: Precision, plan: Plan, capacity: i
     chunk = _chunk_steps(step_bytes, plan)
     table = min(plan.steps, chunk + plan.accumulators) * step_bytes
     features = (2 + plan.cache_features) * rows * spec.tokens * spec.hidden * item
+    ones = 1 if plan.keeps_residuals else 0
     pixels = spec.side**2 * capacity * 4
     noise = plan.steps + 1 if plan.sampler.stochastic else 1
     estimates = plan.sampler.reach + 2 if plan.sampler.reach else 0
     return (
         captions
         + table
-        + (spec.modulation.count + plan.accumulators * len(spec.modulation.gates))
+        + (spec.modulation.count + plan.accumulators * len(spec.modulation.gates) + ones)
         * rows
         * spec.hidden
         * item
@@ -244,6 +250,8 @@ def allocate_buffers(
             for _ in range(plan.accumulators)
         ),
         tokens=(new(feature, dtype=dtype), new(feature, dtype=dtype)),
+        start=new(feature, dtype=dtype) if plan.keeps_residuals else None,
+        ones=constant(np.ones(rows * spec.hidden), dtype) if plan.keeps_residuals else None,
         slots=tuple(new(feature, dtype=dtype) for _ in range(plan.slots)),
         accumulators=tuple(new(feature, dtype=dtype) for _ in range(plan.accumulators)),
         zeros=constant(np.zeros(feature), dtype) if plan.accumulators else None,

@@ -234,6 +234,7 @@ def needed_graphs(
     }
     needed |= {"captions"} if manifest.model.text_conditional else set()
     needed |= {plan.sampler.graph for plan in plans}
+    needed |= {"residual"} if any(plan.keeps_residuals for plan in plans) else set()
     lacking = sorted(
         {*needed, *manifest.model.unit_names} - {unit.name for unit in manifest.graphs}
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from goc_deploy.compiler import Collect, Compute, Plan, Segment
+from goc_deploy.compiler import Collect, Compute, Plan, Residual, Segment
 from goc_deploy.exporters.architectures.dit_model import DiT, modulate, unpatchify
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
@@ -25,6 +25,8 @@ def run_schedule(schedule: Schedule, x: np.ndarray, feature: Feature) -> list[np
 
     Returns x after every step.
     """
+    if schedule.level == "residual":
+        return _run_residual_schedule(schedule, x, feature)
     histories: list[list[np.ndarray]] = [[] for _ in range(schedule.units)]
     outputs = []
     for step, rows in enumerate(schedule.coefficients):
@@ -41,6 +43,23 @@ def run_schedule(schedule: Schedule, x: np.ndarray, feature: Feature) -> list[np
     return outputs
 
 
+def _run_residual_schedule(schedule: Schedule, x: np.ndarray, feature: Feature) -> list[np.ndarray]:
+    """The same for what all units of a step add to x, as one number in one history."""
+    history: list[np.ndarray] = []
+    outputs = []
+    for step, (row, *_) in enumerate(schedule.coefficients):
+        before = x
+        if row:
+            x = before + sum(c * h for c, h in zip(row, history, strict=False))
+        else:
+            for unit in range(schedule.units):
+                x = x + gate(step, unit) * feature(step, unit, x)
+        if not row or schedule.history == "used":
+            history.insert(0, x - before)
+        outputs.append(x)
+    return outputs
+
+
 def run_plan(plan: Plan, x: np.ndarray, feature: Feature) -> list[np.ndarray]:
     """Interpret a plan over toy units.
 
@@ -49,8 +68,13 @@ def run_plan(plan: Plan, x: np.ndarray, feature: Feature) -> list[np.ndarray]:
     slots = np.full((plan.slots, *x.shape), np.nan)
     accumulators = np.full((plan.accumulators + 1, *x.shape), np.nan)
     outputs = []
+    by_unit = plan.schedule.level == "unit"
     for step, launches in enumerate(plan.launches):
+        start = x
         for op in launches:
+            if isinstance(op, Residual):
+                slots[op.store] = x - start
+                continue
             if isinstance(op, Collect):
                 x = x + accumulators[op.ahead]
                 accumulators[op.ahead] = np.nan
@@ -78,7 +102,7 @@ def run_plan(plan: Plan, x: np.ndarray, feature: Feature) -> list[np.ndarray]:
                     before = accumulators[op.ahead] if unit else 0
                     accumulators[op.ahead] = before + gate(step + op.ahead, unit) * g
                 else:
-                    x = x + gate(step, unit) * g
+                    x = x + (gate(step, unit) if by_unit else 1) * g
         outputs.append(x)
     return outputs
 

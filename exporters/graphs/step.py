@@ -1,4 +1,4 @@
-"""Graphs of a step outside the blocks: modulation, accumulators, guidance and the sampler."""
+"""Graphs of a step outside the blocks: modulation, sums and differences of tokens, the sampler."""
 
 from __future__ import annotations
 
@@ -36,6 +36,19 @@ def collect_graph(spec: ModelSpec, precision: Precision) -> ModelProto:
     return _parse(
         f"""collect ({feature} x, {feature} accumulated) => ({feature} x_out)
         {{ x_out = Add(x, accumulated) }}"""
+    )
+
+
+def residual_graph(spec: ModelSpec, precision: Precision) -> ModelProto:
+    """What all units of a step added to the tokens, for plans that predict the residual.
+
+    Inputs: x (B, T, D), the tokens after all units, and start (B, T, D), those before them.
+    Outputs: residual (B, T, D).
+    """
+    feature = f"{_onnx_name(precision)}[B, {spec.tokens}, {spec.hidden}]"
+    return _parse(
+        f"""residual ({feature} x, {feature} start) => ({feature} residual)
+        {{ residual = Sub(x, start) }}"""
     )
 
 

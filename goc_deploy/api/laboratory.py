@@ -101,7 +101,7 @@ class EngineTrials:
         self.sampler, self.options, self.progress = sampler, options, progress
         self._backend, self._manifest = backend, directory.manifest
         graphs = [unit.name for unit in self._manifest.graphs if unit.name.startswith("sampler")]
-        self._engines = load_engines(directory, (), backend, graphs)
+        self._engines = load_engines(directory, (), backend, [*graphs, "residual"])
         self._predict: dict[str, Engine] = {}
         self._tables: dict[int, SamplerTable] = {}
 

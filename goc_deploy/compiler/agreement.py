@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from goc_deploy.compiler.plan import Compute, Plan, Predict, Prediction
+from goc_deploy.compiler.plan import Compute, Plan, Predict, Prediction, Residual
 from goc_deploy.errors import EngineDirError
 from goc_deploy.schedule import MAX_HISTORY, Schedule, fill_short_history
 
 TOLERANCE = 1e-6
 
-_Features = Sequence[Sequence[float]]  # by step and unit, a number in place of a computed feature
+# By step and unit, a number in place of a computed feature; or by step, in place of the residual.
+_Features = Sequence[Sequence[float]]
 
 
 def check_agreement(plan: Plan) -> None:
@@ -26,9 +27,7 @@ def check_agreement(plan: Plan) -> None:
     """
     schedule = fill_short_history(plan.schedule)
     generator = random.SystemRandom()
-    features = [
-        [generator.uniform(0.5, 1) for _ in range(schedule.units)] for _ in range(schedule.steps)
-    ]
+    features = [[generator.uniform(0.5, 1) for _ in rows] for rows in schedule.feature_rows]
     asked, planned = _asked(schedule, features), _planned(plan, features)
     for step, (rows, used) in enumerate(zip(asked, planned, strict=True)):
         for unit, (wanted, value) in enumerate(zip(rows, used, strict=True)):
@@ -43,7 +42,7 @@ def _asked(schedule: Schedule, features: _Features) -> list[list[float]]:
     """Compute what each unit adds at each step according to the schedule."""
     histories: list[list[float]] = [[] for _ in range(schedule.units)]
     asked = []
-    for step, rows in enumerate(schedule.coefficients):
+    for step, rows in enumerate(schedule.feature_rows):
         used = []
         for unit, row in enumerate(rows):
             history = histories[unit]
@@ -58,13 +57,17 @@ def _asked(schedule: Schedule, features: _Features) -> list[list[float]]:
 def _planned(plan: Plan, features: _Features) -> list[list[float]]:
     """Compute the same from the plan and its slots."""
     slots = [0.0] * plan.slots
-    planned = [[0.0] * plan.schedule.units for _ in range(plan.steps)]
+    planned = [[0.0] * len(row) for row in features]
+    whole = plan.schedule.level == "residual"
     for step, launches in enumerate(plan.launches):
         for op in launches:
             if isinstance(op, Compute):
-                value = planned[step][op.unit] = features[step][op.unit]
+                unit = 0 if whole else op.unit
+                value = planned[step][unit] = features[step][unit]
                 if op.store is not None:
                     slots[op.store] = value
+            elif isinstance(op, Residual):
+                slots[op.store] = features[step][0]
             elif isinstance(op, Predict):
                 sums = [_sum(prediction, slots) for prediction in op.predictions]
                 for unit, (prediction, value) in enumerate(

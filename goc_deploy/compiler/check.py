@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from goc_deploy.compiler.plan import Collect, Compute, Plan, Predict, Prediction, Segment
+from goc_deploy.compiler.plan import (
+    Collect,
+    Compute,
+    Launch,
+    Plan,
+    Predict,
+    Prediction,
+    Residual,
+    Segment,
+)
 from goc_deploy.errors import EngineDirError
 from goc_deploy.samplers import MAX_LAGS, sampler_misfit
 from goc_deploy.samplers.table import MAX_REACH
@@ -14,7 +23,8 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
     """Check that a plan is safe to execute for this model.
 
     Every unit acts once in every step and in order, or through an accumulator that is filled in an
-    earlier step and added once. Slots are in range, and nothing is read before it is written.
+    earlier step and added once, or all units act as one through their residual. Slots are in range,
+    and nothing is read before it is written.
 
     Raises:
         EngineDirError: naming the step and what is wrong.
@@ -33,6 +43,10 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
             if isinstance(op, Collect):
                 order += _collected(plan, step, op, accumulated, every_unit)
                 continue
+            _check_level(plan, step, op, whole=order == every_unit)
+            if isinstance(op, Residual):
+                _check_launch(plan, step, (Prediction((), (), op.store),), written)
+                continue
             first, entries = _entries(op)
             target = step + (op.ahead if isinstance(op, Predict) else 0)
             if not step <= target < plan.steps:
@@ -41,7 +55,8 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
                     "which does not exist"
                 )
             units = order if target == step else accumulated.setdefault(target, [])
-            units += range(first, first + len(entries))
+            whole = plan.schedule.level == "residual" and isinstance(op, Predict)
+            units += every_unit if whole else range(first, first + len(entries))
             _check_launch(plan, step, entries, written)
         if order != every_unit:
             raise EngineDirError(
@@ -56,6 +71,33 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
         raise EngineDirError(
             f"plan {plan.name}: it asks for {plan.slots} slots but stores into {len(written)}"
         )
+
+
+def _check_level(plan: Plan, step: int, op: Launch, *, whole: bool) -> None:
+    """Check that a launch predicts or stores what the level of the schedule says.
+
+    Args:
+        plan: the plan.
+        step: index of the step.
+        op: the launch.
+        whole: whether the launches before it in the step run every unit.
+
+    Raises:
+        EngineDirError: it does not.
+    """
+    where = f"plan {plan.name}: step {step}"
+    if isinstance(op, Residual) and not whole:
+        raise EngineDirError(f"{where} keeps the residual before it has run every unit")
+    if plan.schedule.level == "unit":
+        if isinstance(op, Residual):
+            raise EngineDirError(f"{where} keeps the residual, but its schedule predicts by unit")
+        return
+    if isinstance(op, Predict) and (op.unit, len(op.predictions), op.ahead) != (0, 1, 0):
+        raise EngineDirError(f"{where} must predict the residual, once and in the step itself")
+    stores = op.stores if isinstance(op, Segment) else ()
+    stores = (op.store,) if isinstance(op, Compute) else stores
+    if any(store is not None for store in stores):
+        raise EngineDirError(f"{where} stores features, but its schedule predicts the residual")
 
 
 def _entries(op: Compute | Segment | Predict) -> tuple[int, tuple[Prediction, ...]]:

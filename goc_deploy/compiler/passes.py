@@ -9,6 +9,8 @@ their history was just computed. `compile_for_device` instead makes few launches
     device, with segments:
              name_values -> drop_dead_stores -> store_alike -> group_launches -> merge_full_steps
              -> assign_slots
+    level residual:
+             name_values -> drop_dead_stores -> group_launches -> assign_slots -> compute_all_units
 
 Both forms compute the same numbers. An engine directory stores the host form together with the
 requested segments; `in_form` converts it to the device form.
@@ -31,6 +33,7 @@ from goc_deploy.compiler.plan import (
     Prediction,
     Segment,
 )
+from goc_deploy.compiler.residual import compute_all_units
 from goc_deploy.errors import UsageError
 from goc_deploy.options import SEGMENTS, Segments
 from goc_deploy.samplers import SamplerTable, sampler_misfit, sampler_table
@@ -102,9 +105,12 @@ def compile_for_host(
     schedule, table = _checked(schedule, spec, sampler, steps, segments)
     evaluations = name_values(schedule)
     evaluations = drop_dead_stores(evaluations)
-    evaluations = accumulate_ahead(evaluations)
+    if schedule.level == "unit":  # a residual takes one slot, as an accumulator would
+        evaluations = accumulate_ahead(evaluations)
     groups = group_launches(evaluations)
     launches, slots = assign_slots(groups)
+    if schedule.level == "residual":
+        launches = compute_all_units(launches, spec.units, merged=False)
     plan = Plan(name, table, launches, slots, schedule, segments, form="host")
     check_plan(plan, spec)
     return plan
@@ -139,13 +145,15 @@ def compile_for_device(
     schedule, table = _checked(schedule, spec, sampler, steps, segments)
     evaluations = name_values(schedule)
     evaluations = drop_dead_stores(evaluations)
-    if segments == "full":
+    if segments == "full" and schedule.level == "unit":
         evaluations = store_alike(evaluations)
         groups = group_launches(evaluations)
         groups = merge_full_steps(groups)
     else:
         groups = group_launches(evaluations)
     launches, slots = assign_slots(groups)
+    if schedule.level == "residual":
+        launches = compute_all_units(launches, spec.units, merged=segments == "full")
     plan = Plan(name, table, launches, slots, schedule, segments, form="device")
     check_plan(plan, spec)
     return plan
@@ -198,12 +206,14 @@ def name_values(schedule: Schedule) -> list[Evaluation]:
     which becomes the factor. A value that is in the history twice is read once, with the sum of
     its coefficients.
 
+    If the schedule's level is ``residual``, the residual of a step stands for its units, as unit 0.
+
     Before: ``gradient`` with history (a, a). After: the prediction *is* a.
     Before: ``2.2 a - 1.2 b``. After: the value ``a - 0.545 b``, times 2.2.
     """
     evaluations: list[Evaluation] = []
     histories: list[tuple[tuple[int, float], ...]] = [()] * schedule.units
-    for step, rows in enumerate(schedule.coefficients):
+    for step, rows in enumerate(schedule.feature_rows):
         for unit, row in enumerate(rows):
             weights: dict[int, float] = {}
             for (value, factor), coefficient in zip(histories[unit], row, strict=False):

@@ -105,7 +105,21 @@ class Collect:
     ahead: int
 
 
-Launch = Compute | Segment | Predict | Collect
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """Keep the residual of a full step: the tokens after all units minus those before the first.
+
+    Plans whose schedule has the level ``residual`` predict it in place of the features of units.
+    There, ``Predict(0, ...)`` of one prediction stands for all units, and its gate is one.
+
+    Attributes:
+        store: slot that keeps the residual.
+    """
+
+    store: int
+
+
+Launch = Compute | Segment | Predict | Collect | Residual
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +170,11 @@ class Plan:
         )
 
     @property
+    def keeps_residuals(self) -> bool:
+        """Whether a step keeps its residual, for which the tokens before all units are kept too."""
+        return any(isinstance(op, Residual) for step in self.launches for op in step)
+
+    @property
     def accumulators(self) -> int:
         """Number of accumulators: the largest number of steps that a prediction is made ahead."""
         return max(
@@ -178,8 +197,13 @@ class Plan:
 
     @property
     def cache_features(self) -> int:
-        """Number of feature-sized buffers: slots, accumulators, and the zeros they start from."""
-        return self.slots + (self.accumulators + 1 if self.accumulators else 0)
+        """Number of feature-sized buffers.
+
+        These are the slots, the accumulators and the zeros from which they start, and the tokens
+        before all units if residuals are kept.
+        """
+        accumulators = self.accumulators + 1 if self.accumulators else 0
+        return self.slots + accumulators + (1 if self.keeps_residuals else 0)
 
     def cache_bytes(self, spec: ModelSpec, batch: int, item_bytes: int) -> int:
         """Size of the cache for ``batch`` rows (two per image with guidance)."""

@@ -14,6 +14,7 @@ from goc_deploy.compiler.plan import (
     Plan,
     Predict,
     Prediction,
+    Residual,
     Segment,
 )
 from goc_deploy.errors import EngineDirError
@@ -39,6 +40,10 @@ class _Collect(_Row, tag="a"):
     ahead: Count
 
 
+class _Residual(_Row, tag="r"):
+    store: Count
+
+
 class _Prediction(_Row):
     slots: tuple[Count, ...]
     coefficients: tuple[float, ...]
@@ -51,13 +56,16 @@ class _Predict(_Row, tag="p"):
     ahead: Count
 
 
+_LaunchRow = _Compute | _Collect | _Residual | _Predict
+
+
 class _PlanFile(Struct):
     """The fields of a plan file after ``format`` and ``version``."""
 
     name: str
     slots: Count
     sampler: SamplerTable
-    launches: tuple[tuple[_Compute | _Collect | _Predict, ...], ...]
+    launches: tuple[tuple[_LaunchRow, ...], ...]
     segments: str = "none"
 
 
@@ -65,7 +73,8 @@ def plan_to_json(plan: Plan) -> str:
     """Write a plan as JSON.
 
     Launches are lists: ``["c", unit, slot]`` computes, ``["p", unit, [[slots, coefficients, slot],
-    ...], ahead]`` predicts, and ``["a", ahead]`` adds an accumulator.
+    ...], ahead]`` predicts, ``["a", ahead]`` adds an accumulator, and ``["r", slot]`` keeps the
+    residual.
     """
     return dump_json(
         {
@@ -94,6 +103,8 @@ def _launch_to_list(op: Launch) -> list[Any]:
         return ["c", op.unit, op.store]
     if isinstance(op, Collect):
         return ["a", op.ahead]
+    if isinstance(op, Residual):
+        return ["r", op.store]
     assert not isinstance(op, Segment), "a plan is written in the host's form"
     return [
         "p",
@@ -119,10 +130,12 @@ def plan_from_json(text: bytes, schedule: Schedule, where: str) -> Plan:
     return Plan(file.name, file.sampler, launches, file.slots, schedule, file.segments)
 
 
-def _launch_from_row(row: _Compute | _Collect | _Predict) -> Launch:
+def _launch_from_row(row: _LaunchRow) -> Launch:
     if isinstance(row, _Compute):
         return Compute(row.unit, row.store)
     if isinstance(row, _Collect):
         return Collect(row.ahead)
+    if isinstance(row, _Residual):
+        return Residual(row.store)
     predictions = (Prediction(p.slots, p.coefficients, p.store) for p in row.predictions)
     return Predict(row.unit, tuple(predictions), row.ahead)

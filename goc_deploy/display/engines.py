@@ -119,10 +119,10 @@ def launched_graphs(plan: Plan, manifest: Manifest, step: int) -> list[str]:
             names.append(onnx[manifest.model.unit_names[op.unit]])
         elif isinstance(op, Segment):
             names.append(manifest.segments[op.signature])
+        elif isinstance(op, Predict):
+            names.append(manifest.predict[op.signature])
         else:
-            names.append(
-                onnx["collect"] if isinstance(op, Collect) else manifest.predict[op.signature]
-            )
+            names.append(onnx["collect" if isinstance(op, Collect) else "residual"])
     return [*names, onnx["final"], onnx[plan.sampler.graph]]
 
 

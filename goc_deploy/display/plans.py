@@ -75,6 +75,8 @@ def action_rows(plan: Plan) -> Table:
             action_name(schedule, step, unit, prediction) for unit in range(schedule.units)
         )
         actions = ", ".join(f"{count} {action}" for action, count in sorted(counts.items()))
+        if schedule.level == "residual" and units[0]:
+            actions = f"{action_name(schedule, step, 0, prediction)} of the residual"
         used = sorted({row for row in units if row})
         shown = "; ".join(" ".join(f"{c:+g}" for c in row) for row in used[:3]) + (
             f"; {len(used) - 3} more" if len(used) > 3 else ""

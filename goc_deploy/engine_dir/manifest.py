@@ -54,7 +54,7 @@ class GraphEntry:
 
     Attributes:
         name: ``conditioning``, ``modulation``, ``embed``, ``block_00_attn``, ..., ``collect``,
-            ``final``, ``sampler``, ``sampler_lag1``, ..., ``captions``, ``decoder``,
+            ``residual``, ``final``, ``sampler``, ``sampler_lag1``, ..., ``captions``, ``decoder``,
             ``text_encoder``.
         onnx: path of the graph.
         weights_file: path of the external data, or None.

@@ -20,8 +20,14 @@ from goc_deploy.policies.options import NoOptions, filled, option, option_names
 from goc_deploy.policies.registration import base_named, correction_named, registered_names
 from goc_deploy.policies.suggestions import hint_for_correction, hint_for_policy
 from goc_deploy.policies.tables import Base, Correction
-from goc_deploy.schedule import Schedule, check_schedule, check_schedule_fits, fill_short_history
-from goc_deploy.schedule.schedule import HistoryKind
+from goc_deploy.schedule import (
+    Schedule,
+    check_schedule,
+    check_schedule_fits,
+    check_whole_steps,
+    fill_short_history,
+)
+from goc_deploy.schedule.schedule import HistoryKind, Level
 from goc_deploy.spec import ModelSpec
 
 
@@ -32,6 +38,11 @@ class CommonOptions:
     history: HistoryKind | None = option(
         "Whether predictions read all features that were used, or only computed ones. Without it, "
         "polynomials read computed ones, and all other policies used ones.",
+        default=None,
+    )
+    level: Level | None = option(
+        "What is predicted: the feature of every unit, or one residual for all units of a step, "
+        "which the policy must then treat alike. Without it, units.",
         default=None,
     )
 
@@ -74,7 +85,7 @@ def schedule_from_policy(
         context = PolicyContext(
             spec,
             steps,
-            correct=lambda schedule, text: _tried(schedule, text, spec),
+            correct=lambda schedule, text: _tried(parts.as_asked(schedule), text, spec),
             options=dict(policy.options),
             correction=_written(policy.correction),
             correction_calibrates=parts.correction is not None and parts.correction.calibrates,
@@ -85,7 +96,7 @@ def schedule_from_policy(
         wanted = schedule.steps if parts.base.chooses_steps else steps
         check_schedule_fits(schedule, spec, wanted)
         schedule = parts.corrected(
-            replace(schedule, history=parts.history or schedule.history), context
+            replace(parts.as_asked(schedule), history=parts.history or schedule.history), context
         )
         schedule = replace(fill_short_history(schedule), policy=policy.recorded)
         check_schedule(schedule)
@@ -102,6 +113,7 @@ class _Parts:
         base: the base.
         base_options: an instance of its options dataclass.
         history: the kind of history that the SPEC asks for, or None.
+        level: what the SPEC asks to predict, or None.
         correction: the correction, or None.
         correction_options: an instance of its options dataclass.
         both_branches: whether to undo the correction in blocks that compute a branch.
@@ -110,9 +122,20 @@ class _Parts:
     base: Base[Any]
     base_options: Any
     history: HistoryKind | None
+    level: Level | None
     correction: Correction[Any] | None = None
     correction_options: Any = None
     both_branches: bool = False
+
+    def as_asked(self, schedule: Schedule) -> Schedule:
+        """The schedule with the level that the SPEC asks for, if any.
+
+        Raises:
+            ScheduleError: its residual is to be predicted, but units of a step differ.
+        """
+        schedule = replace(schedule, level=self.level or schedule.level)
+        check_whole_steps(schedule)
+        return schedule
 
     def corrected(self, schedule: Schedule, context: PolicyContext) -> Schedule:
         """The schedule of the base after the correction.
@@ -139,10 +162,11 @@ def _parts(policy: Policy) -> _Parts:
     base, pairs = base_named(base_name), dict(policy.options)
     if base is None:
         raise UsageError(f"unknown policy {base_name!r}; {hint_for_policy(base_name)}{_more()}")
+    asked = filled(CommonOptions, base_name, "", pairs)
+    common = asked.history, asked.level
     if policy.correction is None:
         _check_names(pairs, CommonOptions, base.options)
-        history = filled(CommonOptions, base_name, "", pairs).history
-        return _Parts(base, filled(base.options, base_name, base_argument, pairs), history)
+        return _Parts(base, filled(base.options, base_name, base_argument, pairs), *common)
     name, argument = policy.correction
     correction = correction_named(name)
     if correction is None:
@@ -152,7 +176,7 @@ def _parts(policy: Policy) -> _Parts:
     return _Parts(
         base,
         filled(base.options, base_name, base_argument, pairs),
-        filled(CommonOptions, base_name, "", pairs).history,
+        *common,
         correction,
         filled(correction.options, name, argument, pairs),
         correction.restrictable and filled(RestrictionOptions, name, "", pairs).both_branches,

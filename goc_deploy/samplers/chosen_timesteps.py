@@ -95,8 +95,8 @@ def refined_table(
         )
     if table.prediction_type != process.prediction_type:
         raise UsageError(
-            f"{where} is made for a model that predicts {table.prediction_type}, the process is that of "
-            f"{process.prediction_type}"
+            f"{where} is made for a model that predicts {table.prediction_type}, the process is "
+            f"that of {process.prediction_type}"
         )
     _check_timesteps(where, table.timesteps, table.prediction_type)
     flows = table.prediction_type in FLOW_PREDICTION_TYPES

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from goc_deploy.errors import ScheduleError
-from goc_deploy.schedule.schedule import HISTORY_KINDS, MAX_HISTORY, MAX_STEPS, REUSE, Schedule
+from goc_deploy.schedule.schedule import (
+    HISTORY_KINDS,
+    LEVELS,
+    MAX_HISTORY,
+    MAX_STEPS,
+    REUSE,
+    Schedule,
+)
 from goc_deploy.spec import ModelSpec
 
 MAX_AMPLIFICATION = 1e3
@@ -21,8 +28,11 @@ def check_schedule(schedule: Schedule) -> None:
         raise ScheduleError(
             f"history {schedule.history!r} is not one of {', '.join(HISTORY_KINDS)}"
         )
+    if schedule.level not in LEVELS:
+        raise ScheduleError(f"level {schedule.level!r} is not one of {', '.join(LEVELS)}")
     if not 1 <= schedule.steps <= MAX_STEPS:
         raise ScheduleError(f"a schedule has 1 to {MAX_STEPS} steps, this one has {schedule.steps}")
+    check_whole_steps(schedule)
     for step, unit, stored in schedule.available_history():
         row = schedule.coefficients[step][unit]
         where = schedule.place(step, unit)
@@ -45,6 +55,28 @@ def check_schedule(schedule: Schedule) -> None:
                 f"{stored} {'is' if stored == 1 else 'are'} stored; compute this unit at an "
                 "earlier step, or use plain reuse"
             )
+
+
+def check_whole_steps(schedule: Schedule) -> None:
+    """Check that all units of a step have the same coefficients if its residual is predicted.
+
+    Raises:
+        ScheduleError: naming step, block and branch of the first unit that has others.
+    """
+    if schedule.level == "unit":
+        return
+    for step, (first, *others) in enumerate(schedule.coefficients):
+        for unit, row in enumerate(others, 1):
+            if row != first:
+                raise ScheduleError(
+                    f"{schedule.place(step, unit)}: {_written(row)}, but the first unit of the "
+                    f"step has {_written(first)}; level=residual predicts all units of a step as "
+                    "one, so use a policy that treats them alike, or leave out level=residual"
+                )
+
+
+def _written(row: tuple[float, ...]) -> str:
+    return f"coefficients {' '.join(f'{c:g}' for c in row)}" if row else "compute"
 
 
 def check_schedule_fits(schedule: Schedule, spec: ModelSpec, steps: int) -> None:

@@ -42,7 +42,7 @@ def schedule_flops(schedule: Schedule, spec: ModelSpec, rows: int) -> int:
     computed = [sum(product_flops(spec, branch)) for branch in spec.branches]
     of_entry = 2 * spec.tokens * spec.hidden
     total = schedule.steps * patch_flops(spec)
-    for step in schedule.coefficients:
-        for unit, row in enumerate(step):
-            total += of_entry * len(row) if row else computed[unit % len(computed)]
+    for step, features in zip(schedule.coefficients, schedule.feature_rows, strict=True):
+        total += of_entry * sum(map(len, features))
+        total += sum(computed[unit % len(computed)] for unit, row in enumerate(step) if not row)
     return rows * total

@@ -23,8 +23,10 @@ COMPUTE: tuple[float, ...] = ()
 REUSE: tuple[float, ...] = (1.0,)
 HistoryKind = Literal["used", "computed"]
 ShortHistory = Literal["reuse", "error"]
+Level = Literal["unit", "residual"]
 HISTORY_KINDS: tuple[HistoryKind, ...] = get_args(HistoryKind)
 SHORT_HISTORY_KINDS: tuple[ShortHistory, ...] = get_args(ShortHistory)
+LEVELS: tuple[Level, ...] = get_args(Level)
 MAX_HISTORY = 4
 MAX_STEPS = 10_000
 MAX_BLOCKS = 1_000
@@ -49,6 +51,9 @@ class Schedule:
             computed features.
         short_history: ``reuse`` replaces an action that reads more entries than are stored by plain
             reuse; ``error`` refuses the schedule.
+        level: ``unit`` predicts the feature of every unit; ``residual`` predicts one feature per
+            step, the tokens after the last unit minus the tokens before the first. All units of a
+            step then have the same coefficients.
         policy: the SPEC or file that made it, for people.
         provenance: how a policy that learns from data made it: parameters, statistics, images, in
             plain JSON types. It is for people, and schedules that differ only in it are equal.
@@ -61,6 +66,7 @@ class Schedule:
     short_history: ShortHistory = "error"
     policy: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    level: Level = "unit"
 
     @property
     def steps(self) -> int:
@@ -76,6 +82,13 @@ class Schedule:
     def computed(self) -> int:
         """Number of the T * U evaluations that are computed."""
         return sum(not row for step in self.coefficients for row in step)
+
+    @property
+    def feature_rows(self) -> tuple[tuple[tuple[float, ...], ...], ...]:
+        """[T][F] coefficients of the features with a history: one per unit, or one residual."""
+        if self.level == "unit":
+            return self.coefficients
+        return tuple(rows[:1] for rows in self.coefficients)
 
     def action(self, step: int, unit: int) -> str:
         """Return ``compute``, ``reuse``, ``gradient`` or ``blend`` (any other coefficients)."""
@@ -139,6 +152,7 @@ def schedule_to_json(schedule: Schedule) -> str:
             "branches": list(schedule.branches),
             "history": schedule.history,
             "short_history": schedule.short_history,
+            **({"level": schedule.level} if schedule.level != "unit" else {}),
             "predictors": {word: list(row) for row, word in words.items() if row},
             "actions": [" ".join(words[row] for row in step) for step in schedule.coefficients],
             **({"provenance": dict(schedule.provenance)} if schedule.provenance else {}),
@@ -170,7 +184,14 @@ def schedule_from_json(text: bytes, where: str) -> Schedule:
     history = cast(HistoryKind, file.history)
     short_history = cast(ShortHistory, file.short_history)
     return Schedule(
-        file.depth, file.branches, rows, history, short_history, file.policy, file.provenance
+        file.depth,
+        file.branches,
+        rows,
+        history,
+        short_history,
+        file.policy,
+        file.provenance,
+        cast(Level, file.level),
     )
 
 
@@ -196,6 +217,7 @@ class _ScheduleFile(Struct):
     predictors: dict[str, Any]
     actions: Annotated[tuple[str, ...], Meta(min_length=1, max_length=MAX_STEPS)]
     provenance: dict[str, Any] = {}
+    level: str = "unit"
 
 
 _Coefficients = Annotated[tuple[float, ...], Meta(min_length=1)]
@@ -207,6 +229,8 @@ def _problems(file: _ScheduleFile) -> Iterator[str]:
         yield f"$.history: {expected(HISTORY_KINDS, file.history)}"
     if file.short_history not in SHORT_HISTORY_KINDS:
         yield f"$.short_history: {expected(SHORT_HISTORY_KINDS, file.short_history)}"
+    if file.level not in LEVELS:
+        yield f"$.level: {expected(LEVELS, file.level)}"
     if "C" in file.predictors:
         yield "$.predictors.C: a predictor cannot be named C, which computes; use another name"
 

@@ -31,7 +31,6 @@ from goc_deploy.runtime.noise import image_noise
 from goc_deploy.runtime.request import Request
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import COMPUTE, Schedule, check_schedule
-from goc_deploy.schedule.schedule import HistoryKind
 
 TINY = np.finfo(np.float64).tiny
 # Memory for the features of a batch, and the same for mean features; larger means are in a file.
@@ -115,7 +114,9 @@ class EngineCalibrator:
             squares = np.zeros(2)
             with np.errstate(over="ignore", invalid="ignore"):
                 for request, expected in zip(self._batches(), self._final, strict=True):
-                    trajectory = Trajectory(self._stepper, request, schedule.history, depth)
+                    trajectory = Trajectory(
+                        self._stepper, request, schedule.history, depth, schedule.level
+                    )
                     for step, rows in enumerate(schedule.coefficients):
                         trajectory.advance(step, rows)
                         self._progress(f"measuring {schedule.policy}", step, schedule.steps)
@@ -128,7 +129,7 @@ class EngineCalibrator:
         """See `goc_deploy.policies.calibration.Calibrator.fit`."""
         fitted = fit_to_final(
             schedule,
-            lambda: self._pairs(schedule.history, options.entries),
+            lambda: self._pairs(schedule, options.entries),
             lambda tried: measured_error(self, tried),
             options,
             self._progress,
@@ -136,10 +137,11 @@ class EngineCalibrator:
         record = {**asdict(options), "calibration": self.describe(), "error": self.error(fitted)}
         return replace(fitted, provenance={**schedule.provenance, "fit": record})
 
-    def _pairs(self, history: HistoryKind, depth: int) -> Iterator[Pair]:
+    def _pairs(self, schedule: Schedule, depth: int) -> Iterator[Pair]:
         self.statistics()
+        kinds = schedule.history, depth, schedule.level
         for request, expected in zip(self._batches(), self._final, strict=True):
-            yield Trajectory(self._stepper, request, history, depth), expected
+            yield Trajectory(self._stepper, request, *kinds), expected
 
     def _without_cache(self) -> Statistics:
         spec, steps = self._stepper.spec, self._table.steps

@@ -30,9 +30,10 @@ from goc_deploy.spec import ModelSpec
 class Stepper:
     """Runs one sampling step of a request.
 
-    A step is `begin`, then `compute` or `add` for every unit in order, then `finish`. A stepper has
-    no state of a trajectory: latents, estimates and features belong to the caller, so any number of
-    trajectories may advance in turn. NumPy computes in float32 for every precision of the engines.
+    A step is `begin`, then `compute` or `add` for every unit in order, or `skip` in place of all
+    units, then `finish`. A stepper has no state of a trajectory: latents, estimates and features
+    belong to the caller, so any number of trajectories may advance in turn. NumPy computes in
+    float32 for every precision of the engines.
 
     Args:
         engines: the loaded engines; predict graphs are not needed.
@@ -122,6 +123,20 @@ class Stepper:
         np.multiply(gate, feature, out=self._update)
         tokens, target = host_array(launch.inputs["x"]), host_array(launch.outputs["x_out"])
         np.add(tokens, self._update, out=target, casting="same_kind")
+
+    @property
+    def start_tokens(self) -> np.ndarray:
+        """The tokens (B, T, D) before the first unit, a view that is valid until units run."""
+        return host_array(self._step.start[-1].outputs["x"])
+
+    @property
+    def end_tokens(self) -> np.ndarray:
+        """The tokens (B, T, D) after the last unit, a view that is valid once it ran."""
+        return host_array(self._step.updates[-1].outputs["x_out"])
+
+    def skip(self, residual: np.ndarray) -> None:
+        """Add a residual (B, T, D) to the tokens in place of all units."""
+        np.add(self.start_tokens, residual, out=self.end_tokens, casting="same_kind")
 
     def finish(self) -> tuple[np.ndarray, np.ndarray | None]:
         """End the step: run the final layer, the guidance and the sampler.

@@ -9,7 +9,7 @@ import numpy as np
 
 from goc_deploy.runtime.calibration.stepper import Stepper
 from goc_deploy.runtime.request import Request
-from goc_deploy.schedule.schedule import HistoryKind
+from goc_deploy.schedule.schedule import HistoryKind, Level
 
 Row = tuple[float, ...]
 FeatureHook = Callable[[int, np.ndarray], None]
@@ -22,18 +22,24 @@ class Trajectory:
         stepper: runs the units; trajectories may share it.
         request: the images.
         history: ``used`` or ``computed``, as in a schedule.
-        depth: number of history entries per unit.
+        depth: number of history entries per feature.
+        level: ``unit`` or ``residual``, as in a schedule: what is a feature.
     """
 
     def __init__(
-        self, stepper: Stepper, request: Request, history: HistoryKind, depth: int
+        self,
+        stepper: Stepper,
+        request: Request,
+        history: HistoryKind,
+        depth: int,
+        level: Level = "unit",
     ) -> None:
         self._stepper, self._request = stepper, request
         self._pushes_predictions, self._depth = history == "used", depth
         self.latents = np.float32(stepper.table.start) * request.noise[:, 0]
-        self._entries: list[list[np.ndarray]] = [
-            [] for _ in range(stepper.spec.units)
-        ]  # newest first
+        self._level = level
+        # By unit, or at index 0 those of the residual; newest first.
+        self._entries: list[list[np.ndarray]] = [[] for _ in range(stepper.spec.units)]
         self._estimates: list[np.ndarray] = []  # newest first
         self._scratch: np.ndarray = np.empty(0, np.float32)
 
@@ -49,14 +55,14 @@ class Trajectory:
         """
         stepper = self._stepper
         stepper.begin(step, self._request, self.latents, self._estimates)
-        for unit, row in enumerate(rows):
-            if row:
-                self._predict(unit, row)
-                continue
-            feature = stepper.compute(unit)
-            self._push(unit, feature)
-            if on_feature:
-                on_feature(unit, feature)
+        if self._level == "residual":
+            self._advance_as_one(rows, on_feature)
+        else:
+            for unit, row in enumerate(rows):
+                if row:
+                    stepper.add(unit, self._predicted(unit, row))
+                else:
+                    self._push(unit, self._computed(unit, on_feature))
         self.latents, estimate = stepper.finish()
         if estimate is not None:
             self._estimates = [estimate, *self._estimates][: stepper.table.reach]
@@ -67,8 +73,25 @@ class Trajectory:
         other._entries = [[entry.copy() for entry in entries] for entries in self._entries]
         return other
 
-    def _predict(self, unit: int, row: Row) -> None:
-        """Add the gated prediction, ``gate * sum(c * h)``."""
+    def _advance_as_one(self, rows: Sequence[Row], on_feature: FeatureHook | None) -> None:
+        """Compute all units and keep the residual, or add the predicted residual."""
+        stepper = self._stepper
+        if rows[0]:
+            stepper.skip(self._predicted(0, rows[0]))
+            return
+        start = stepper.start_tokens.astype(np.float32)
+        for unit in range(len(rows)):
+            self._computed(unit, on_feature)
+        self._push(0, np.subtract(stepper.end_tokens, start, out=start))
+
+    def _computed(self, unit: int, on_feature: FeatureHook | None) -> np.ndarray:
+        feature = self._stepper.compute(unit)
+        if on_feature:
+            on_feature(unit, feature)
+        return feature
+
+    def _predicted(self, unit: int, row: Row) -> np.ndarray:
+        """The prediction ``sum(c * h)``, a view; it joins the history of used features."""
         shape = self._stepper.feature_shape
         if self._scratch.shape != (2, *shape):
             self._scratch = np.empty((2, *shape), np.float32)
@@ -79,9 +102,9 @@ class Trajectory:
         for coefficient, entry in others:
             np.multiply(entry, coefficient, out=term)
             predicted += term
-        self._stepper.add(unit, predicted)
         if self._pushes_predictions:
             self._push(unit, predicted)
+        return predicted
 
     def _push(self, unit: int, feature: np.ndarray) -> None:
         """Copy a feature into the history; the memory of the oldest entry is reused."""

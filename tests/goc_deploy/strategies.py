@@ -17,6 +17,20 @@ PREDICTORS = [
 
 
 @st.composite
+def residual_schedules(draw: st.DrawFn, depth: int | None = None) -> Schedule:
+    """Legal schedules that predict the residual of whole steps."""
+    depth = depth or draw(st.integers(1, 4))
+    history = draw(st.sampled_from(["used", "computed"]))
+    stored, rows = 0, []
+    for step in range(draw(st.integers(1, 9))):
+        wanted = draw(st.sampled_from([COMPUTE, *PREDICTORS]))
+        row = wanted if step and len(wanted) <= stored else COMPUTE
+        stored += not row or history == "used"
+        rows.append((row,) * (2 * depth))
+    return Schedule(depth, ("attn", "mlp"), tuple(rows), history, level="residual")
+
+
+@st.composite
 def schedules(draw: st.DrawFn, depth: int | None = None, max_steps: int = 9) -> Schedule:
     """Legal schedules; whole steps are often of one action, as real policies make them."""
     depth = depth or draw(st.integers(1, 4))

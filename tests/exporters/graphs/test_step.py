@@ -7,7 +7,12 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from goc_deploy.exporters.graphs.step import modulation_graph, sampler_graph, sampler_graphs
+from goc_deploy.exporters.graphs.step import (
+    modulation_graph,
+    residual_graph,
+    sampler_graph,
+    sampler_graphs,
+)
 from goc_deploy.spec import ModelSpec
 
 LAGS = ("sampler_lag1", "sampler_lag2", "sampler_lag3")
@@ -91,3 +96,11 @@ def test_modulation_rows_are_expanded_to_the_batch() -> None:
     )
     found = run(modulation_graph(spec, "fp32"), {"table": table, "rows": np.array([1, 1, 0])})
     np.testing.assert_array_equal(found, table[:, [1, 1, 0]])
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", np.float32), ("fp16", np.float16)])
+def test_the_residual_is_what_all_units_added(precision: str, dtype: type) -> None:
+    spec = ModelSpec(1, 8, 2, 16, 2, 2, 4, 10, False)
+    x, start = np.random.default_rng(2).standard_normal((2, 3, spec.tokens, 8)).astype(dtype)
+    found = run(residual_graph(spec, precision), {"x": x, "start": start})
+    np.testing.assert_array_equal(found, x - start)

@@ -47,6 +47,11 @@ BASE_ARGUMENTS |= {
 CORRECTION_ARGUMENTS = {name: name for name in ("taylor", "lagrange", "hermite", "goc", "fit")}
 CORRECTION_ARGUMENTS |= {"gc": "gc:0.5", "steps": "steps:3:0.5"}
 POLICIES = (*BASE_ARGUMENTS.values(), *(f"fora:2+{text}" for text in CORRECTION_ARGUMENTS.values()))
+POLICIES += tuple(  # the policies above that treat all units alike
+    f"{text},level=residual"
+    for text in POLICIES
+    if text.partition(":")[0] not in ("smoothcache", "l2c")
+)
 
 MakeEngine = Callable[[str], Path]
 

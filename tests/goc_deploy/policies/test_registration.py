@@ -101,7 +101,7 @@ def test_a_registered_policy_and_correction_are_parts_of_specs() -> None:
     assert schedule.policy == "once+weak_2:0.25,times=2"
     assert parse_policy("l2c:a+b.pt+weak_2:0.25").correction == ("weak_2", "0.25")
     with pytest.raises(
-        UsageError, match="option 'other' is not one of history, both_branches, times"
+        UsageError, match="option 'other' is not one of history, level, both_branches, times"
     ):
         made("once+weak_2,other=1")
 

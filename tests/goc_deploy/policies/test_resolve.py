@@ -200,9 +200,9 @@ def test_the_default_name_is_the_spec_made_file_safe(text: str, name: str) -> No
         ("none:1", "'none' takes no argument, got '1'"),
         ("fora:2,history=old", "option history must be used or computed, got 'old'"),
         ("fora:2,phase=middle", "option phase must be first or last, got 'middle'"),
-        ("fora:2,eta=1", "option 'eta' is not one of history, phase"),
-        ("fora:2,both_branches", "option 'both_branches' is not one of history, phase"),
-        ("none+gc,phase=last", "option 'phase' is not one of history, both_branches"),
+        ("fora:2,eta=1", "option 'eta' is not one of history, level, phase"),
+        ("fora:2,both_branches", "option 'both_branches' is not one of history, level, phase"),
+        ("none+gc,phase=last", "option 'phase' is not one of history, level, both_branches"),
         ("fora:2,history=used,history=used", "an option is given twice"),
         ("fora:2+taylor:4", "order must be a whole number within 0..3, got '4'"),
         ("fora:2+lagrange:x", "order must be .*, got 'x'"),
@@ -211,10 +211,13 @@ def test_the_default_name_is_the_spec_made_file_safe(text: str, name: str) -> No
         ("l2c:", "router must be the path of a file, got ''"),
         ("l2c:router.pt@1.5", "threshold must be a number within 0..1, got '1.5'"),
         ("file:", "schedule must be the path of a file, got ''"),
-        ("fora:2,flag", "option 'flag' is not one of history, phase"),
+        ("fora:2,flag", "option 'flag' is not one of history, level, phase"),
         ("fora:2+gc,both_branches=1", "option both_branches must be written without a value"),
         ("fora:2,phase", "option phase must be first or last, got ''"),
-        ("fora:2+fit,both_branches", "option 'both_branches' is not one of history, phase, fit"),
+        (
+            "fora:2+fit,both_branches",
+            "option 'both_branches' is not one of history, level, phase, fit",
+        ),
     ],
 )
 def test_bad_specs_are_refused_with_the_part_that_is_wrong(text: str, message: str) -> None:

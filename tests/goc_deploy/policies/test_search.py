@@ -135,8 +135,8 @@ def test_a_budget_in_milliseconds_is_spent_on_as_many_computed_steps_as_fit(
         ("search:5ms,steps=4", "pays for no computed step"),
         ("search:2,steps=0", "option steps must be a whole number within 1..400, got '0'"),
         ("search:2,reference=1", "option reference must be .* within 2..1000, got '1'"),
-        ("search:2,units", "option 'units' is not one of history, steps, reference"),
-        ("search:2,phase=last", "option 'phase' is not one of history, steps, reference"),
+        ("search:2,units", "option 'units' is not one of history, level, steps, reference"),
+        ("search:2,phase=last", "option 'phase' is not one of history, level, steps, reference"),
     ],
 )
 def test_bad_searches_are_refused(text: str, message: str) -> None:

@@ -187,7 +187,10 @@ def test_smoothcache_computes_less_the_more_it_accepts(made: Callable[[str], Sch
         ("fora:2+goc,threshold=low", "option threshold must be a number .* or auto, got 'low'"),
         ("fora:2+fit:5", "entries must be a whole number within 1..4, got '5'"),
         ("fora:2+fit,fit=block", "option fit must be step or global, got 'block'"),
-        ("fora:2+fit,target=final", "option 'target' is not one of history, phase, fit, ridge"),
+        (
+            "fora:2+fit,target=final",
+            "option 'target' is not one of history, level, phase, fit, ridge",
+        ),
         ("fora:2+fit,ridge=0", "option ridge must be a number above 0, got '0'"),
         ("smoothcache:-1", "alpha must be a number at least 0 or .*, got '-1'"),
         ("smoothcache:much", "alpha must be .*, got 'much'"),
