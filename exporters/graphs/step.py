@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import onnx
 from onnx import ModelProto, parser
 
+from goc_deploy.exporters.graphs.head import head_inputs, head_lines, head_outputs
 from goc_deploy.precision import DTYPE_OF_PRECISION, ELEMENT_TYPES, Precision
-from goc_deploy.samplers import MAX_LAGS
+from goc_deploy.samplers import MAX_LAGS, SamplerTable
+from goc_deploy.samplers.head import HeadForm
 from goc_deploy.spec import ModelSpec
 
 _HEADER = '<ir_version: 10, opset_import: ["" : 20], producer_name: "goc_deploy">\n'
@@ -69,7 +71,26 @@ def sampler_graphs(spec: ModelSpec) -> dict[str, ModelProto]:
     )
 
 
-def sampler_graph(spec: ModelSpec, *, lags: int = 0, learned: bool = False) -> ModelProto:
+def head_graph(spec: ModelSpec, precision: Precision, table: SamplerTable) -> ModelProto:
+    """The sampler graph of a table that has a head."""
+    assert table.head is not None
+    return sampler_graph(
+        spec,
+        lags=table.lags,
+        learned=table.learned_variance,
+        head=table.head.form,
+        precision=precision,
+    )
+
+
+def sampler_graph(
+    spec: ModelSpec,
+    *,
+    lags: int = 0,
+    learned: bool = False,
+    head: HeadForm | None = None,
+    precision: Precision = "fp32",
+) -> ModelProto:
     """Classifier-free guidance per image and channel, then a row of the sampler table, in float32.
 
     ``guided = uncond + guidance * (cond - uncond)`` and
@@ -87,6 +108,9 @@ def sampler_graph(spec: ModelSpec, *, lags: int = 0, learned: bool = False) -> M
             ``latents_out``.
         learned: whether the noise is scaled by ``exp(c3 * variance)``. The variance is in the sigma
             channels of the conditional rows, which are ignored otherwise.
+        head: form of the head whose correction is added to ``latents_out``, or None. Its inputs and
+            outputs are those of `head_inputs` and `head_outputs`.
+        precision: precision of the tokens that a head reads.
     """
     latents = f"float[N, {spec.channels}, {spec.side}, {spec.side}]"
     earlier = [f"estimate_{lag}" for lag in range(1, lags + 1)]
@@ -98,8 +122,13 @@ def sampler_graph(spec: ModelSpec, *, lags: int = 0, learned: bool = False) -> M
         *(["e0", "e1"] if lags else []),
         *(f"w_{e}" for e in earlier),
     ]
-    more_inputs = "".join(f", {latents} {name}" for name in earlier)
-    more_outputs = f", {latents} estimate" if lags else ""
+    inputs = [f"{latents} {name}" for name in earlier]
+    outputs = [f"{latents} {name}" for name in ("latents_out", *(["estimate"] if lags else []))]
+    if head is not None:
+        inputs += head_inputs(spec, precision, head)
+        outputs += head_outputs(spec, precision, head)
+    result = "latents_out" if head is None else "sampled"
+    correction = [] if head is None else head_lines(spec, precision, head)
     scaled_noise = (
         f"""last = Constant<value = int64[1] {{{2 * spec.channels}}}>()
             variances = Slice(prediction, channels, last, channel_axis)
@@ -116,7 +145,7 @@ def sampler_graph(spec: ModelSpec, *, lags: int = 0, learned: bool = False) -> M
             float[B, {spec.output_channels}, {spec.side}, {spec.side}] prediction,
             int64[N] cond_rows, int64[N] uncond_rows,
             float[N, {spec.channels}] guidance, float[{len(names)}] coefficients,
-            {latents} noise{more_inputs}) => ({latents} latents_out{more_outputs})
+            {", ".join([f"{latents} noise", *inputs])}) => ({", ".join(outputs)})
         {{
             first = Constant<value = int64[1] {{0}}>()
             channels = Constant<value = int64[1] {{{spec.channels}}}>()
@@ -134,15 +163,16 @@ def sampler_graph(spec: ModelSpec, *, lags: int = 0, learned: bool = False) -> M
             from_model = Mul(c1, guided)
             {scaled_noise}
             deterministic = Add(from_latents, from_model)
-            {_with_history(earlier)}
+            {_with_history(earlier, result)}
+            {" ".join(correction)}
         }}"""
     )
 
 
-def _with_history(earlier: Sequence[str]) -> str:
+def _with_history(earlier: Sequence[str], result: str) -> str:
     """The last lines of the sampler: the new estimate, and the sum over the earlier estimates."""
     if not earlier:
-        return "latents_out = Add(deterministic, from_noise)"
+        return f"{result} = Add(deterministic, from_noise)"
     lines = [
         "e_latents = Mul(e0, latents)",
         "e_model = Mul(e1, guided)",
@@ -155,7 +185,7 @@ def _with_history(earlier: Sequence[str]) -> str:
             f"with_{name} = Add({total}, from_{name})",
         ]
         total = f"with_{name}"
-    return "\n".join([*lines, f"latents_out = Add({total}, from_noise)"])
+    return "\n".join([*lines, f"{result} = Add({total}, from_noise)"])
 
 
 def _parse(text: str) -> ModelProto:

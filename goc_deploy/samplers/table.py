@@ -112,15 +112,17 @@ class SamplerTable:
     def graph(self) -> str:
         """Name of the unit that executes a row.
 
-        It is ``sampler``, ``sampler_learned``, or ``sampler_lag1`` to ``sampler_lag3``.
+        It is ``sampler``, ``sampler_learned``, or ``sampler_lag1`` to ``sampler_lag3``. With a
+        head, the signature of its form follows, such as ``sampler_lag2+hidden3-2``.
         """
-        return (
+        base = (
             "sampler_learned"
             if self.learned_variance
             else f"sampler_lag{self.lags}"
             if self.lags
             else "sampler"
         )
+        return base if self.head is None else f"{base}+{self.head.form.signature}"
 
     @property
     def rows(self) -> tuple[tuple[float, ...], ...]:
