@@ -10,17 +10,21 @@ from pathlib import Path
 import onnx
 
 from goc_deploy.compiler import Plan, Segment, in_form
+from goc_deploy.compiler.head_file import head_to_safetensors
 from goc_deploy.compiler.plan_file import plan_to_json
 from goc_deploy.engine_dir.manifest import Manifest, PlanEntry
 from goc_deploy.exporters.graphs.cache_update import predict_graph
 from goc_deploy.exporters.graphs.segments import segment_graph
+from goc_deploy.exporters.graphs.step import head_graph
 from goc_deploy.schedule.schedule import schedule_to_json
 
 
 def write_plan(
     folder: Path, plan: Plan, manifest: Manifest, read: Callable[[str], bytes]
 ) -> Manifest:
-    """Write a plan, and those predict graphs and segments of both its forms that are missing.
+    """Write a plan, and those graphs of both its forms that are missing.
+
+    These are predict graphs, segments, and the sampler graph of a head.
 
     Args:
         folder: folder to write to.
@@ -33,9 +37,16 @@ def write_plan(
     """
     for name in ("plans", "schedules", "onnx"):
         (folder / name).mkdir(exist_ok=True)
+    table = plan.sampler
     entry = PlanEntry(
-        plan.name, plan.schedule.policy, f"plans/{plan.name}.json", f"schedules/{plan.name}.json"
+        plan.name,
+        plan.schedule.policy,
+        f"plans/{plan.name}.json",
+        f"schedules/{plan.name}.json",
+        None if table.head is None else f"plans/{plan.name}.head.safetensors",
     )
+    if entry.head is not None and table.head is not None:
+        (folder / entry.head).write_bytes(head_to_safetensors(table.head))
     (folder / entry.plan).write_text(plan_to_json(plan), encoding="utf-8")
     (folder / entry.schedule).write_text(schedule_to_json(plan.schedule), encoding="utf-8")
     on_device = in_form(plan, manifest.model, "device")
@@ -58,7 +69,19 @@ def write_plan(
         segments[signature] = _path("segment", signature)
         stores = [store is not None for store in new[signature].stores]
         onnx.save_model(segment_graph(units, stores), folder / segments[signature])
-    return replace(manifest, plans=(*manifest.plans, entry), predict=predict, segments=segments)
+    heads = dict(manifest.heads)
+    if table.head is not None and table.graph not in heads:
+        heads[table.graph] = f"onnx/{table.graph}.onnx"
+        onnx.save_model(
+            head_graph(manifest.model, manifest.precision, table), folder / heads[table.graph]
+        )
+    return replace(
+        manifest,
+        plans=(*manifest.plans, entry),
+        predict=predict,
+        segments=segments,
+        heads=heads,
+    )
 
 
 def _path(kind: str, signature: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from goc_deploy.compiler.plan import (
     Collect,
     Compute,
@@ -34,6 +36,7 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
             f"plan {plan.name}: {plan.steps} steps but a sampler table of {plan.sampler.steps}"
         )
     _check_table(plan, spec)
+    _check_head(plan, spec)
     every_unit = list(range(spec.units))
     written: set[int] = set()
     accumulated: dict[int, list[int]] = {}  # target step -> units
@@ -136,6 +139,18 @@ def _check_table(plan: Plan, spec: ModelSpec) -> None:
     misfit = sampler_misfit(table, spec)
     if misfit:
         raise EngineDirError(f"plan {plan.name}: {misfit}")
+
+
+def _check_head(plan: Plan, spec: ModelSpec) -> None:
+    head = plan.sampler.head
+    if head is None:
+        return
+    needed = (plan.steps, head.form.width(spec), head.form.cell_values(spec))
+    if head.shape != needed or len(head.weights) != 4 * math.prod(needed):
+        raise EngineDirError(
+            f"plan {plan.name}: the weights of its head have shape {list(head.shape)}, but its "
+            f"form {head.form.signature} needs {list(needed)}"
+        )
 
 
 def _collected(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Annotated, Any
 
-from msgspec import Struct
+import numpy as np
+from msgspec import Meta, Struct
 
 from goc_deploy.compiler.plan import (
     Collect,
@@ -20,6 +21,7 @@ from goc_deploy.compiler.plan import (
 from goc_deploy.errors import EngineDirError
 from goc_deploy.options import SEGMENTS
 from goc_deploy.samplers import SamplerTable
+from goc_deploy.samplers.head import MAX_KEPT, Head, HeadFeatures, HeadForm
 from goc_deploy.schedule import Schedule
 from goc_deploy.spec import Count
 from goc_deploy.strict_json import check_format, convert, dump_json, expected, parse_json
@@ -69,8 +71,26 @@ class _PlanFile(Struct):
     segments: str = "none"
 
 
+class _Head(Struct, forbid_unknown_fields=True):
+    """The form of a head; its weights are in a file of their own."""
+
+    features: HeadFeatures
+    outputs: Annotated[int, Meta(ge=0, le=MAX_KEPT)]
+    tokens: Annotated[int, Meta(ge=0, le=MAX_KEPT)]
+    scaled: bool
+    cfg_scales: tuple[float, float]
+
+
+class _Sampler(Struct):
+    head: _Head | None = None
+
+
+class _FileWithHead(Struct):
+    sampler: _Sampler
+
+
 def plan_to_json(plan: Plan) -> str:
-    """Write a plan as JSON.
+    """Write a plan as JSON, without the weights of its head.
 
     Launches are lists: ``["c", unit, slot]`` computes, ``["p", unit, [[slots, coefficients, slot],
     ...], ahead]`` predicts, ``["a", ahead]`` adds an accumulator, and ``["r", slot]`` keeps the
@@ -91,8 +111,9 @@ def plan_to_json(plan: Plan) -> str:
 
 
 def _sampler_to_fields(table: SamplerTable) -> dict[str, Any]:
-    fields = asdict(table)
-    del fields["head"]
+    fields = asdict(replace(table, head=None))
+    head = table.head
+    fields["head"] = head and {**asdict(head.form), "cfg_scales": head.cfg_scales}
     if table.start == 1:  # files that older versions wrote have no start
         del fields["start"]
     return fields
@@ -114,8 +135,16 @@ def _launch_to_list(op: Launch) -> list[Any]:
     ]
 
 
-def plan_from_json(text: bytes, schedule: Schedule, where: str) -> Plan:
-    """Read a plan; ``schedule`` is the one that it was compiled from.
+def plan_from_json(
+    text: bytes, schedule: Schedule, where: str, weights: np.ndarray | None = None
+) -> Plan:
+    """Read a plan.
+
+    Args:
+        text: the file.
+        schedule: the schedule that the plan was compiled from.
+        where: name of the file for messages.
+        weights: weights of its head, (T, F, P) float32, or None if the manifest lists none.
 
     Raises:
         EngineDirError: the text is not JSON or has another format, or a field is missing or wrong;
@@ -123,11 +152,36 @@ def plan_from_json(text: bytes, schedule: Schedule, where: str) -> Plan:
     """
     fields = parse_json(text, where, EngineDirError)
     check_format(fields, PLAN_FORMAT, PLAN_VERSION, where, EngineDirError)
+    head = _head_from_fields(fields, weights, where)
     file: _PlanFile = convert(fields, _PlanFile, where, EngineDirError)
     if file.segments not in SEGMENTS:
         raise EngineDirError(f"{where}: $.segments: {expected(SEGMENTS, file.segments)}")
     launches = tuple(tuple(map(_launch_from_row, step)) for step in file.launches)
-    return Plan(file.name, file.sampler, launches, file.slots, schedule, file.segments)
+    table = replace(file.sampler, head=head)
+    return Plan(file.name, table, launches, file.slots, schedule, file.segments)
+
+
+def _head_from_fields(
+    fields: dict[str, Any], weights: np.ndarray | None, where: str
+) -> Head | None:
+    """Take the head out of the fields of the sampler, and give it its weights."""
+    file: _FileWithHead = convert(fields, _FileWithHead, where, EngineDirError)
+    fields["sampler"].pop("head", None)
+    found, path = file.sampler.head, f"{where}: $.sampler.head"
+    if found is None and weights is not None:
+        raise EngineDirError(f"{path}: the manifest lists weights of a head, but there is none")
+    if found is None:
+        return None
+    if weights is None:
+        raise EngineDirError(f"{path}: the manifest lists no weights of this head")
+    if found.tokens and found.features != "hidden":
+        raise EngineDirError(f"{path}.tokens: expected 0 for {found.features}, got {found.tokens}")
+    if not 0 <= found.cfg_scales[0] <= found.cfg_scales[1]:
+        raise EngineDirError(f"{path}.cfg_scales: expected a range, got {list(found.cfg_scales)}")
+    form = HeadForm(found.features, found.outputs, found.tokens, found.scaled)
+    _, *size = weights.shape
+    shape = (len(weights), size[0], size[1])
+    return Head(form, found.cfg_scales, shape, weights.astype("<f4").tobytes())
 
 
 def _launch_from_row(row: _LaunchRow) -> Launch:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from goc_deploy.compiler import Plan, check_plan
 from goc_deploy.compiler.agreement import check_agreement
+from goc_deploy.compiler.head_file import weights_from_safetensors
 from goc_deploy.compiler.plan_file import plan_from_json
 from goc_deploy.engine_dir.manifest import FileEntry, Manifest, PlanEntry
 from goc_deploy.engine_dir.reading import read_manifest, read_verified
@@ -126,7 +127,10 @@ class EngineDir:
             schedule = schedule_from_json(schedule_text, str(self.path / entry.schedule))
         except UsageError as cause:
             raise EngineDirError(str(cause)) from cause
-        plan = plan_from_json(plan_text, schedule, str(self.path / entry.plan))
+        weights = None
+        if entry.head is not None:
+            weights = weights_from_safetensors(self.read(entry.head), str(self.path / entry.head))
+        plan = plan_from_json(plan_text, schedule, str(self.path / entry.plan), weights)
         if schedule.steps != plan.steps or schedule.units != self.manifest.model.units:
             raise EngineDirError(
                 f"plan {entry.name} and its schedule do not fit together; add the plan again"

@@ -77,12 +77,21 @@ class GraphEntry:
 
 @dataclass(frozen=True, slots=True)
 class PlanEntry:
-    """A plan of the directory: its name, the SPEC of its policy, and its files."""
+    """A plan of the directory.
+
+    Attributes:
+        name: name of the plan.
+        policy: the SPEC of its policy.
+        plan: path of the plan.
+        schedule: path of the schedule that it was compiled from.
+        head: path of the weights of its head, or None without a head.
+    """
 
     name: str
     policy: str
     plan: str
     schedule: str
+    head: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +148,7 @@ class Manifest:
         segments: segment signature -> path of its graph, which contains all units of the blocks.
         scheduler: settings of the diffusers scheduler that came with the model, or None without
             one.
+        heads: name of a sampler graph that applies a head -> path of the graph.
     """
 
     model: ModelSpec
@@ -156,6 +166,7 @@ class Manifest:
     text: TextSpec | None = None
     segments: dict[str, str] = field(default_factory=dict)
     scheduler: dict[str, Any] | None = None
+    heads: dict[str, str] = field(default_factory=dict)
 
     @property
     def process(self) -> Process:
@@ -170,14 +181,19 @@ class Manifest:
         """Return the entry of a segment, which has no weights of its own; see `parts`."""
         return self._graph_of_plans(self.segments[signature])
 
+    def head_graph(self, name: str) -> GraphEntry:
+        """Return the entry of a sampler graph that applies a head, which has no weights."""
+        return self._graph_of_plans(self.heads[name])
+
     def _graph_of_plans(self, path: str) -> GraphEntry:
         return GraphEntry(PurePosixPath(path).stem, path, None, (), False, None, self.precision)
 
     def all_graphs(self) -> Iterator[GraphEntry]:
-        """Yield every graph: those that do not depend on a plan, predict graphs, segments."""
+        """Yield every graph: those that no plan decides, predict graphs, segments, heads."""
         yield from self.graphs
         yield from map(self.predict_graph, self.predict)
         yield from map(self.segment_graph, self.segments)
+        yield from map(self.head_graph, self.heads)
 
     def parts(self, unit: GraphEntry) -> Mapping[str, GraphEntry]:
         """Return the units whose weights a graph has, by the prefix of their names in the graph.

@@ -167,9 +167,13 @@ def _used_files(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield f"$.predict.{signature}", name
     for signature, name in manifest.segments.items():
         yield f"$.segments.{signature}", name
+    for graph, name in manifest.heads.items():
+        yield f"$.heads.{graph}", name
     for i, plan in enumerate(manifest.plans):
         yield f"$.plans[{i}].plan", plan.plan
         yield f"$.plans[{i}].schedule", plan.schedule
+        if plan.head is not None:
+            yield f"$.plans[{i}].head", plan.head
     for i, engine in enumerate(manifest.engines):
         yield f"$.engines[{i}].path", engine.path
         for j, name in enumerate(engine.graphs):

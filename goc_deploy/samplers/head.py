@@ -13,6 +13,7 @@ from goc_deploy.spec import ModelSpec
 
 HeadFeatures = Literal["scalar", "patch", "hidden"]
 HEAD_FEATURES: tuple[HeadFeatures, ...] = get_args(HeadFeatures)
+MAX_KEPT = 8  # computed steps that a plan's head may look back
 
 
 @dataclass(frozen=True, slots=True)
