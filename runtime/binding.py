@@ -16,6 +16,7 @@ from goc_deploy.runtime.buffers import (
     keys_values_shape,
 )
 from goc_deploy.runtime.constants import aligned_size
+from goc_deploy.runtime.head_binding import HeadBinding
 from goc_deploy.runtime.request import Batch
 from goc_deploy.runtime.weights import Weights
 from goc_deploy.spec import ModelSpec
@@ -67,6 +68,12 @@ class Binder:
         self._feature = (batch.rows, spec.tokens, spec.hidden)
         self._latents_shape = (batch.images, spec.channels, spec.side, spec.side)
         self._launches: dict[tuple[object, ...], BoundLaunch] = {}
+        head, of_head, shared = plan.sampler.head, buffers.head, buffers.shared is not None
+        self._head = (
+            HeadBinding(head, of_head, plan, spec, batch, shared=shared)
+            if head is not None and of_head is not None
+            else None
+        )
 
     def bind(self) -> BoundPlan:
         """Bind every step."""
@@ -97,13 +104,20 @@ class Binder:
             else:
                 updates.append(self._update(op, x, spare, coefficients))
                 x, spare, other = spare, other, spare
-        prediction = buffers.prediction.view(batch.rows, spec.output_channels, spec.side, spec.side)
+        prediction = self._prediction(step)
         shift = self._modulation_row(spec.modulation.final_shift)
         scale = self._modulation_row(spec.modulation.final_scale)
         inputs = {"x": x, "shift": shift, "scale": scale}
         final = self._unit("final", inputs, {"prediction": prediction})
-        end = (final, self._sampler(step, prediction))
+        end = (final, self._sampler(step, prediction, x))
         return BoundStep(tuple(before), start, tuple(updates), end)
+
+    def _prediction(self, step: int) -> Buffer:
+        """The buffer of the model output of a step, (B, C_out, H, W)."""
+        if self._head is not None and self._head.computes(step):
+            return self._head.prediction(step)
+        side, channels = self._spec.side, self._spec.output_channels
+        return self._buffers.prediction.view(self._batch.rows, channels, side, side)
 
     def _start(self, step: int) -> list[BoundLaunch]:
         """The launches that expand the modulation of a step, and the gates for predicting ahead."""
@@ -151,8 +165,8 @@ class Binder:
         """Copies that must be made before the first step."""
         return ()
 
-    def _sampler(self, step: int, prediction: Buffer) -> BoundLaunch:
-        """Guidance and a row of the sampler table; a multistep sampler also stores its estimate."""
+    def _sampler(self, step: int, prediction: Buffer, x: Buffer) -> BoundLaunch:
+        """Guidance, a row of the sampler table, and the head; some samplers store an estimate."""
         buffers, images, table = self._buffers, self._batch.images, self._plan.sampler
         inputs = {
             "latents": self._latents(step),
@@ -168,6 +182,9 @@ class Binder:
             for place, lag in enumerate(table.reads(step), 1):
                 inputs[f"estimate_{place}"] = self._estimate(step, lag)
             outputs["estimate"] = self._estimate(step, 0)
+        if self._head is not None:
+            inputs |= self._head.inputs(step, x)
+            outputs |= self._head.outputs(step)
         return self._unit(table.graph, inputs, outputs)
 
     def _conditioning(self, step: int) -> BoundLaunch:

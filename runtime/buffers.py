@@ -16,6 +16,7 @@ from goc_deploy.runtime.constants import (
     constants_from_plan,
     views_of_step,
 )
+from goc_deploy.runtime.head_buffers import HeadBuffers, allocate_head_buffers, head_bytes
 from goc_deploy.spec import ModelSpec
 
 TABLE_BUDGET_BYTES = 512 * 2**20
@@ -39,7 +40,7 @@ class Buffers:
         accumulators: sums of gated predictions for steps ahead, (B, T, D) each.
         zeros: initial value of an accumulator, (B, T, D), or None if nothing is predicted ahead.
         latents: two latents buffers (N, C, H, W) float32, used alternately by the steps.
-        prediction: model output (B, C_out, H, W) float32.
+        prediction: model output (B, C_out, H, W) float32 of a step that keeps none.
         estimates: estimates of a multistep sampler, (N, C, H, W) float32 each: one for each step
             that it reaches back, and one for the current step.
         no_estimate: zeros, in place of estimates before the first step.
@@ -59,6 +60,7 @@ class Buffers:
         cond_rows: (N,) conditional row of each image.
         uncond_rows: (N,) unconditional row of each image.
         captions: buffers of a text-conditional model, else None.
+        head: what the head of the plan reads and keeps, or None without a head.
     """
 
     chunk: int
@@ -88,6 +90,7 @@ class Buffers:
     cond_rows: Buffer
     uncond_rows: Buffer
     captions: CaptionBuffers | None
+    head: HeadBuffers | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +186,7 @@ def planned_bytes(spec: ModelSpec, precision: Precision, plan: Plan, capacity: i
         * item
         + features
         + pixels * ((2 + noise + estimates) * spec.channels + 2 * spec.output_channels)
+        + head_bytes(spec, precision, plan, capacity)
     )
 
 
@@ -237,7 +241,7 @@ def allocate_buffers(
     )
     constants = constant(constants_from_plan(plan))
     shared = _shared_buffers(backend, constants, capacity * image, noise, plan)
-    sampler_rows, coefficients = _numbers(plan, constants, shared)
+    sampler_rows, weights, coefficients = _numbers(plan, constants, shared)
     return Buffers(
         chunk=chunk,
         table=new(
@@ -274,6 +278,9 @@ def allocate_buffers(
         cond_rows=new(capacity, dtype="int64"),
         uncond_rows=new(capacity, dtype="int64"),
         captions=_caption_buffers(backend, spec, rows, dtype) if spec.text_conditional else None,
+        head=None
+        if table.head is None
+        else allocate_head_buffers(backend, spec, dtype, table.head.form, capacity, weights),
     )
 
 
@@ -292,15 +299,19 @@ def _shared_buffers(
 
 def _numbers(
     plan: Plan, constants: Buffer, shared: SharedBuffers | None
-) -> tuple[tuple[Buffer, ...], tuple[tuple[Buffer | None, ...], ...]]:
-    """The sampler row of each step, and the coefficients of each of its launches."""
+) -> tuple[tuple[Buffer, ...], tuple[Buffer, ...], tuple[tuple[Buffer | None, ...], ...]]:
+    """The sampler row of each step, the weights of its head, and the launches' coefficients."""
     _, size = constants.shape
     own = [constants.view(size, start=step * size) for step in range(plan.steps)]
     views = [
         views_of_step(plan, step, shared.constants if shared else row)
         for step, row in enumerate(own)
     ]
-    return tuple(sampler for sampler, _ in views), tuple(launches for _, launches in views)
+    return (
+        tuple(sampler for sampler, _, _ in views),
+        tuple(head for _, head, _ in views if head is not None),
+        tuple(launches for _, _, launches in views),
+    )
 
 
 def _caption_buffers(backend: Backend, spec: ModelSpec, rows: int, dtype: str) -> CaptionBuffers:

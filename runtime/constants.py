@@ -1,7 +1,7 @@
 """The numbers that differ from step to step: a row of the sampler table, and coefficients.
 
-Each step has a row of float32 values: its row of the sampler table, then the coefficients of each
-launch that predicts, in order. Each part starts at an aligned address.
+Each step has a row of float32 values: its row of the sampler table, the weights of its head, then
+the coefficients of each launch that predicts, in order. Each part starts at an aligned address.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import numpy as np
 from goc_deploy.compiler import Launch, Plan, Predict
 from goc_deploy.precision import DTYPE_BYTES
 from goc_deploy.protocols import ALIGNMENT, Buffer
+from goc_deploy.samplers.head_features import head_weights
+
+Numbers = Sequence[float] | np.ndarray
 
 
 def aligned_size(count: int) -> int:
@@ -22,7 +25,7 @@ def aligned_size(count: int) -> int:
     return -(-count // per_line) * per_line
 
 
-def aligned_rows(rows: Sequence[Sequence[float]], size: int = 1) -> np.ndarray:
+def aligned_rows(rows: Sequence[Numbers], size: int = 1) -> np.ndarray:
     """Join rows as float32, each at an aligned address, padded with zeros to ``size`` values."""
     starts = np.cumsum([0, *(aligned_size(len(row)) for row in rows)])
     values = np.zeros(max(size, starts[-1]), np.float32)
@@ -31,9 +34,14 @@ def aligned_rows(rows: Sequence[Sequence[float]], size: int = 1) -> np.ndarray:
     return values
 
 
-def step_rows(plan: Plan, step: int) -> list[Sequence[float]]:
-    """A step's row of the sampler table, then a row per launch, empty if it predicts nothing."""
-    return [plan.sampler.rows[step], *map(coefficient_row, plan.launches[step])]
+def step_rows(plan: Plan, step: int) -> list[Numbers]:
+    """A step's row of the sampler table, the weights of its head, then a row per launch.
+
+    The row of the head is empty without a head, and that of a launch if it predicts nothing.
+    """
+    head = plan.sampler.head
+    weights: Numbers = () if head is None else head_weights(head)[step].ravel()
+    return [plan.sampler.rows[step], weights, *map(coefficient_row, plan.launches[step])]
 
 
 def coefficient_row(op: Launch) -> list[float]:
@@ -52,7 +60,7 @@ def constants_from_plan(plan: Plan) -> np.ndarray:
 
 def views_of_step(
     plan: Plan, step: int, constants: Buffer
-) -> tuple[Buffer, tuple[Buffer | None, ...]]:
+) -> tuple[Buffer, Buffer | None, tuple[Buffer | None, ...]]:
     """Views of the numbers of a step in its row of the constants.
 
     Args:
@@ -61,14 +69,14 @@ def views_of_step(
         constants: (S,) float32, the row.
 
     Returns:
-        The row of the sampler table, and for each launch its coefficients, or None if the launch
-        predicts nothing.
+        The row of the sampler table; the weights of the head (F * P,), or None without a head; and
+        for each launch its coefficients, or None if the launch predicts nothing.
     """
     rows = step_rows(plan, step)
     starts = accumulate((aligned_size(len(row)) for row in rows), initial=0)
-    sampler, *launches = (
-        constants.view(len(row), start=start) if row else None
+    sampler, head, *launches = (
+        constants.view(len(row), start=start) if len(row) else None
         for row, start in zip(rows, starts, strict=False)
     )
     assert sampler is not None
-    return sampler, tuple(launches)
+    return sampler, head, tuple(launches)

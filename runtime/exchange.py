@@ -141,6 +141,7 @@ class _Exchange:
 
 def _graphs(manifest: Manifest, engines: Engines) -> Iterator[_Graph]:
     units = {unit.name: unit for unit in manifest.graphs}
+    units |= {name: manifest.head_graph(name) for name in manifest.heads}
     for kind, unit_of in (
         (engines.units, units.__getitem__),
         (engines.segments, manifest.segment_graph),

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from numbers import Integral
 from types import MappingProxyType
@@ -102,7 +102,9 @@ def load_pipelines(
     plans = [in_form(plan, manifest.model, form) for plan in plans]
     parts = {"decoder": manifest.decoder, "text_encoder": manifest.text}
     more = [name for name, part in parts.items() if part]
-    more += manifest.model.unit_names if all_units else ()
+    if all_units:
+        more += manifest.model.unit_names
+        more += [replace(plan.sampler, head=None).graph for plan in plans]
     new = _new_predictors(manifest, plans, unlisted.predict_graph, backend) if unlisted else {}
     footprint = backend.footprint(
         _weights_of(directory, needed_graphs(directory, plans, backend, more, new))
@@ -233,7 +235,8 @@ def needed_graphs(
         *_launched_units(manifest, plans),
     }
     needed |= {"captions"} if manifest.model.text_conditional else set()
-    needed |= {plan.sampler.graph for plan in plans}
+    heads = {plan.sampler.graph for plan in plans if plan.sampler.head is not None}
+    needed |= {plan.sampler.graph for plan in plans} - heads
     needed |= {"residual"} if any(plan.keeps_residuals for plan in plans) else set()
     lacking = sorted(
         {*needed, *manifest.model.unit_names} - {unit.name for unit in manifest.graphs}
@@ -243,6 +246,7 @@ def needed_graphs(
             f"{directory.path} lists no unit {lacking[0]!r}, which the model needs; export again"
         )
     units = {unit.name: unit for unit in manifest.graphs if unit.name in needed}
+    units |= {name: manifest.head_graph(name) for name in _listed(directory, manifest.heads, heads)}
     return NeededGraphs(units, predict, segments, predictors)
 
 

@@ -3,7 +3,7 @@
 A CUDA graph contains addresses. If each step read its values at their own addresses, each step
 would need its own CUDA graph. Therefore a step begins by moving the values that differ from step to
 step to common addresses: its rows of the modulation table, its coefficients, its noise, and the
-results of the preceding step. A counter on the device selects the step. All other launches are the
+results of earlier steps. A counter on the device selects the step. All other launches are the
 same for all steps that launch the same engines on the same history, and are recorded once.
 """
 
@@ -35,9 +35,11 @@ class SharedBinder(Binder):
     def _start(self, step: int) -> list[BoundLaunch]:
         """One launch that moves all values of the step."""
         used = self._used_modulation(step)
-        key = ("start", used)
+        ages = self._head is not None and self._head.computes(step)
+        key = ("start", used, ages)
         if key not in self._launches:
-            moves = (self._modulation_of(used), *self._numbers(), *self._left())
+            moves = [self._modulation_of(used), *self._numbers(), *self._left()]
+            moves += self._head.moves() if self._head is not None and ages else []
             run = self._device.step_start(moves, self._places.step, self._stream)
             self._launches[key] = BoundLaunch("start", run)
         return [self._launches[key]]
@@ -103,10 +105,11 @@ class SharedBinder(Binder):
         return self._buffers.estimates[lag].view(*self._latents_shape)
 
     def _resets(self) -> tuple[tuple[Buffer, Buffer], ...]:
-        """Copies of zeros to all estimates, because the first step has none before it."""
+        """Copies of zeros to all that the first steps read of steps before the first."""
         nothing, reach = self._buffers.no_estimate, self._plan.sampler.reach
+        resets = () if self._head is None else self._head.resets()
         if nothing is None:
-            return ()
-        return tuple(
+            return resets
+        return resets + tuple(
             (nothing.view(*self._latents_shape), self._estimate(0, lag)) for lag in range(reach + 1)
         )

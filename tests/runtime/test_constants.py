@@ -27,13 +27,16 @@ def test_every_launch_finds_its_own_numbers_whichever_is_bound_first(
     assert values.dtype == np.float32
     width = values.shape[1]
     for step in reversed(range(plan.steps)):
-        sampler, coefficients = views_of_step(plan, step, Buffer(0, (width,), "float32", None))
+        sampler, head, coefficients = views_of_step(
+            plan, step, Buffer(0, (width,), "float32", None)
+        )
 
         def numbers(buffer: Buffer, step: int = step) -> list[float]:
             assert buffer.pointer % ALIGNMENT == 0
             start = buffer.pointer // 4
             return values[step, start : start + buffer.shape[0]].tolist()
 
+        assert head is None
         assert numbers(sampler) == np.float32(plan.sampler.rows[step]).tolist()
         assert len(coefficients) == len(plan.launches[step])
         for op, buffer in reversed(list(zip(plan.launches[step], coefficients, strict=True))):
