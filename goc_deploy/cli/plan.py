@@ -168,7 +168,7 @@ def _show(engine_dir: Path, name: str, plot: Path | None, smoothcache: Path | No
     """Print the actions of a plan, and write them to files."""
     from goc_deploy.cli.paths import check_suffix, check_writable
     from goc_deploy.disk import written
-    from goc_deploy.display.plans import action_rows, calibration_lines
+    from goc_deploy.display.plans import action_rows, calibration_lines, head_rows
     from goc_deploy.engine_dir.directory import EngineDir
     from goc_deploy.policies.smoothcache import smoothcache_from_schedule
 
@@ -182,6 +182,8 @@ def _show(engine_dir: Path, name: str, plot: Path | None, smoothcache: Path | No
         f"{plan.slots} cache slots",
         *action_rows(plan),
     )
+    if plan.sampler.head is not None:
+        print_table("head", *head_rows([plan]))
     for line in calibration_lines(plan.schedule):
         click.echo(line)
     if smoothcache:
@@ -198,6 +200,7 @@ def _show(engine_dir: Path, name: str, plot: Path | None, smoothcache: Path | No
 def _inspect(engine_dir: Path) -> None:
     """Print the units, the engines of each target, and what a step launches."""
     from goc_deploy.display.engines import engine_rows, graph_rows, launch_rows, target_folders
+    from goc_deploy.display.plans import head_rows
     from goc_deploy.engine_dir.directory import EngineDir
 
     directory = EngineDir.open(engine_dir)
@@ -205,6 +208,8 @@ def _inspect(engine_dir: Path) -> None:
     print_table("units", *graph_rows(directory))
     for folder in target_folders(manifest):
         print_table(folder, *engine_rows(directory, folder))
+    if any(plan.sampler.head is not None for plan in plans):
+        print_table("heads", *head_rows(plans))
     print_table("launches", *launch_rows(plans, manifest))
 
 

@@ -29,6 +29,8 @@ def graph_rows(directory: EngineDir) -> Table:
         for signature, path in graphs.items():
             graph = f"{directory.size(path) / 1e3:.1f}"
             rows.append([f"{kind} {signature}", graph, "", "", str(served[path])])
+    for name, path in manifest.heads.items():
+        rows.append([name, f"{directory.size(path) / 1e3:.1f}", "", "", str(served[path])])
     return ["unit", "graph kB", "weights MB", "error to PyTorch", "engines"], rows
 
 
@@ -123,7 +125,7 @@ def launched_graphs(plan: Plan, manifest: Manifest, step: int) -> list[str]:
             names.append(manifest.predict[op.signature])
         else:
             names.append(onnx["collect" if isinstance(op, Collect) else "residual"])
-    return [*names, onnx["final"], onnx[plan.sampler.graph]]
+    return [*names, onnx["final"], (onnx | manifest.heads)[plan.sampler.graph]]
 
 
 def _kernels(

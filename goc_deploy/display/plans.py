@@ -10,6 +10,7 @@ from goc_deploy.engine_dir.manifest import Manifest
 from goc_deploy.errors import UsageError
 from goc_deploy.policies.grammar import parse_policy
 from goc_deploy.precision import ITEM_BYTES
+from goc_deploy.samplers.head_features import head_weights
 from goc_deploy.schedule import Schedule
 
 Table = tuple[list[str], list[list[str]]]
@@ -61,6 +62,39 @@ def plan_rows(plans: Sequence[Plan], manifest: Manifest) -> Table:
                 *megabytes,
             ]
         )
+    return columns, rows
+
+
+def head_rows(plans: Sequence[Plan]) -> Table:
+    """Make a row per plan with a head: what it reads, its size, and where it was fitted."""
+    rows = []
+    for plan in plans:
+        head = plan.sampler.head
+        if head is None:
+            continue
+        steps, width, values = head.shape
+        weights = head_weights(head)
+        low, high = head.cfg_scales
+        rows.append(
+            [
+                plan.name,
+                head.form.signature,
+                f"{width} x {values}",
+                f"{weights.any(axis=(1, 2)).sum()} of {steps}",
+                str(int((weights != 0).sum())),
+                f"{len(head.weights) / 1e3:.1f}",
+                f"{low:g}" if low == high else f"{low:g} to {high:g}",
+            ]
+        )
+    columns = [
+        "plan",
+        "head",
+        "weights of a step",
+        "steps with a head",
+        "numbers learned",
+        "kB",
+        "fitted for guidance",
+    ]
     return columns, rows
 
 
