@@ -18,7 +18,9 @@ import torch
 from safetensors.torch import save
 
 from goc_deploy.api import cpu_backend
-from goc_deploy.compiler import compile_schedule
+from goc_deploy.compiler import check_plan, compile_schedule
+from goc_deploy.compiler.head_file import head_to_safetensors, weights_from_safetensors
+from goc_deploy.compiler.plan_file import plan_from_json, plan_to_json
 from goc_deploy.conditions.captions import blank_captions, captions_from_bytes, captions_to_bytes
 from goc_deploy.conditions.tensor_files import array_from_npy, arrays_from_file
 from goc_deploy.conditions.text import TextEncoder, prompts_from_file
@@ -51,6 +53,7 @@ from tests.fuzz.mutations import (
     mutated_safetensors,
     mutated_text,
 )
+from tests.heads import FORMS, plan_with_head
 
 Trial = Callable[[random.Random], object]
 STEPS = 6
@@ -219,7 +222,23 @@ def _policy_trials(folder: Path) -> dict[str, Trial]:
         text = mutated_text(generator.choice(SAMPLERS).encode(), generator).decode()
         sampler_table(text, STEPS, Process("eps"))
 
+    uncached = of_spec("none")
+    with_head = plan_with_head(compile_schedule(uncached, SPEC), FORMS["hidden3-2"], SPEC)
+    assert with_head.sampler.head is not None
+    weights = head_to_safetensors(with_head.sampler.head)
+    text = plan_to_json(with_head).encode()
+
+    def head(path: Path) -> None:
+        found = weights_from_safetensors(path.read_bytes(), str(path))
+        check_plan(plan_from_json(text, uncached, "plan", found), SPEC)
+
+    def plan_of_head(path: Path) -> None:
+        found = weights_from_safetensors(weights, "weights")
+        check_plan(plan_from_json(path.read_bytes(), uncached, str(path), found), SPEC)
+
     return {
+        "head": _file(folder / "head.safetensors", weights, mutated_safetensors, head),
+        "plan with a head": _file(folder / "plan.json", text, mutated_json, plan_of_head),
         "schedule file": _file(
             folder / "schedule.json",
             schedule_to_json(of_spec("fora:2+gc:1.2")).encode(),
