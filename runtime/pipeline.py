@@ -26,6 +26,7 @@ from goc_deploy.protocols import Backend
 from goc_deploy.runtime import arguments
 from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.decoder import LatentDecoder
+from goc_deploy.runtime.head_use import HeadUse
 from goc_deploy.runtime.images import images_from_latents
 from goc_deploy.runtime.interpreter_exit import native_calls
 from goc_deploy.runtime.request import Batch, Drawing, Request
@@ -72,6 +73,7 @@ class Pipeline:
         self._backend, self._engines = backend, engines
         self.manifest, self.plan, self.batch_size = manifest, plan, batch_size
         self.spec: ModelSpec = manifest.model
+        self._head_use = HeadUse(plan, engines.weights)
         self._pool = SessionPool(max_sessions)
         with engines.weights.running():
             self._pool.run(self._new_session, lambda _: None)
@@ -157,6 +159,8 @@ class Pipeline:
         weights = self._engines.weights
         with weights.running():
             checkpoint = weights.checkpoint_sha256
+            guided = drawing.cfg_scale if drawing.cfg_channels else np.ones(1)
+            about_head = self._head_use.checked(guided.tolist())
             self._pool.run(self._new_session, run_batches, spans)
         final_latents = drawn.latents()
         started = time.perf_counter()
@@ -165,6 +169,7 @@ class Pipeline:
             "goc_deploy": __version__,
             **self._backend.describe(),
             **plan_report(self.plan, self.spec, self.manifest.precision, self.batch_size),
+            **about_head,
             "images": len(drawing),
             "seed": seed,
             "cfg_scale": cfg_scale,

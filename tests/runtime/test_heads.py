@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,18 @@ import torch
 
 import goc_deploy
 from benchmarks.make_checkpoint import random_state
-from goc_deploy.api import add_plan
+from goc_deploy.api import add_plan, cpu_backend
 from goc_deploy.conditions.captions import PromptEmbeds, prompt_embeds_from_arrays
 from goc_deploy.engine_dir.directory import EngineDir
+from goc_deploy.engine_dir.manifest import MANIFEST_NAME
+from goc_deploy.engine_dir.manifest_file import manifest_to_json
+from goc_deploy.engine_dir.reading import file_entry
+from goc_deploy.runtime import buffers
+from goc_deploy.runtime.constants import constants_from_plan
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.spec import ModelSpec
 from tests import pixart_reference
+from tests.conftest import GOLDEN
 from tests.heads import FORMS, HeadTrajectory, add_head
 from tests.reference import relative_l2, worst_step
 from tests.stand_ins.loading import copy_with_engines, stand_in_pipeline
@@ -171,3 +178,99 @@ def test_a_model_that_draws_captions_has_heads(tmp_path: Path) -> None:
         found = trajectory(pipe, [0, 1], **request)
     reference = expected(engine, "fora-2+gc-1.0", name, 2, labels=[0, 1], **request)
     assert worst_step(found, reference) < 1e-5
+
+
+def test_planned_bytes_include_what_a_head_keeps_and_its_weights(engine: Path) -> None:
+    for name in ("fora+patch3", "fora+hidden3-2"):
+        with goc_deploy.load(engine, plan=name, backend="onnxruntime") as pipe:
+            spec, images, plan = pipe.spec, pipe.batch_size, pipe.plan
+            held = buffers.allocate_buffers(cpu_backend(), spec, "fp32", plan, images)
+            assert pipe.generate([1]).report["buffer_bytes"] == buffers.planned_bytes(
+                spec, "fp32", plan, images
+            )
+        of_head = held.head
+        assert of_head is not None
+        kept = [*of_head.outputs, of_head.no_output, *of_head.tokens]
+        kept += [] if of_head.no_tokens is None else [of_head.no_tokens]
+        without = replace(plan, sampler=replace(plan.sampler, head=None))
+        rows, fewer = (constants_from_plan(one).nbytes for one in (plan, without))
+        assert sum(buffer.nbytes for buffer in kept) + rows - fewer == buffers.planned_bytes(
+            spec, "fp32", plan, images
+        ) - buffers.planned_bytes(spec, "fp32", without, images)
+
+
+def test_engines_in_half_precision_run_heads_within_their_precision(
+    tmp_path: Path, engine: Path
+) -> None:
+    target, options = tmp_path / "engine", {"num_heads": 4, "steps": 8, "max_batch": 3}
+    goc_deploy.export(GOLDEN / "model.pt", target, precision="fp16", plans=["fora:2"], **options)
+    name = add_head(target, "fora-2", FORMS["hidden3-2"])
+    built = copy_with_engines(target, tmp_path / "built", "shared")
+    reference = expected(engine, "fora", "fora+hidden3-2")
+    pipe, _ = stand_in_pipeline(built, name)
+    for _ in range(2):
+        assert worst_step(trajectory(pipe), reference) < 1e-2
+
+
+def with_other_weights(engine: Path, target: Path) -> Path:
+    """A copy of an engine directory, as if another checkpoint had been exported."""
+    shutil.copytree(engine, target)
+    manifest = EngineDir.open(target).manifest
+    for path in {unit.weights_file for unit in manifest.graphs if unit.weights_file}:
+        values = np.fromfile(target / path, np.float32)
+        (0.9 * values).tofile(target / path)
+    files = tuple(file_entry(target, file.path) for file in manifest.files)
+    provenance = {**manifest.provenance, "checkpoint_sha256": "0" * 64}
+    changed = replace(manifest, files=files, provenance=provenance)
+    (target / MANIFEST_NAME).write_text(manifest_to_json(changed))
+    return target
+
+
+def test_other_weights_are_exchanged_below_a_head(
+    engine: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = with_other_weights(engine, tmp_path / "other")
+    with (
+        goc_deploy.load(other, plan="fora+patch3", backend="onnxruntime") as pipe,
+        goc_deploy.load(engine, plan="fora+patch3", backend="onnxruntime") as exchanged,
+    ):
+        about = exchanged.generate([1]).report["head"]
+        assert not about["other_weights"]
+        exchanged.load_weights(other)
+        for _ in range(2):
+            found = exchanged.generate(LABELS, seed=5)
+        assert found.report["head"]["other_weights"]
+        np.testing.assert_array_equal(found.latents, pipe.generate(LABELS, seed=5).latents)
+    messages = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(messages) == 1
+    assert "plan fora+patch3 was fitted with other weights" in messages[0]
+
+
+def test_a_scale_outside_of_those_that_were_fitted_is_logged_once_and_reported(
+    engine: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with goc_deploy.load(engine, plan="fora+hidden3-2", backend="onnxruntime") as pipe:
+        for scales, outside in (
+            ([1.0, 8.0, 4.0], False),
+            ([4.0, 8.0005, 4.0], False),
+            ([4.0, 8.5, 4.0], True),
+            ([0.5, 0.5, 0.5], True),
+        ):
+            about = pipe.generate(LABELS, cfg_scale=scales).report["head"]
+            assert about == {
+                "features": "hidden",
+                "form": "hidden3-2",
+                "fitted_cfg_scales": [1.0, 8.0],
+                "outside_fitted_cfg_scales": outside,
+                "other_weights": False,
+            }
+        report = pipe.generate([1], cfg_scale=50.0, cfg_channels=0).report  # guides no channel
+        assert not report["head"]["outside_fitted_cfg_scales"]
+    messages = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(messages) == 1
+    assert "was fitted for guidance scales 1 to 8, and is used at 8.5" in messages[0]
+
+
+def test_a_plan_without_a_head_reports_none(engine: Path) -> None:
+    with goc_deploy.load(engine, plan="fora", backend="onnxruntime") as pipe:
+        assert "head" not in pipe.generate([1], cfg_scale=50.0).report
