@@ -1,4 +1,4 @@
-"""The SPEC of a policy as text: ``BASE[+CORRECTION][,OPTION]...``."""
+"""The SPEC of a policy as text: ``BASE[+CORRECTION][+head[:FEATURES]][,OPTION]...``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from goc_deploy.policies.options import argument_texts, arguments_of
 from goc_deploy.policies.tables import BASES
 
 _OPTION = re.compile(r",(?=[a-z_]+(?:=|,|$))")
+FORM = "BASE[+CORRECTION][+head[:FEATURES]][,OPTION]..."
+_HEAD = re.compile(r"\+head(?::([^/\\+]*))?$")
 _CORRECTION = re.compile(r"\+(?=[a-z][a-z0-9_]*(?::[^/\\]*)?$)")
 _PLAN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,@-]{0,99}")
 
@@ -24,12 +26,14 @@ class Policy:
         base: (name, argument) of the part that says what is computed.
         correction: (name, argument) of the part that says how reused units are predicted, or None.
         options: (name, value) pairs; a flag has an empty value.
+        head: what the SPEC has after ``+head:``, "" for the default, or None without a head.
     """
 
     text: str
     base: tuple[str, str]
     correction: tuple[str, str] | None
     options: tuple[tuple[str, str], ...]
+    head: str | None = None
 
     @property
     def path(self) -> str:
@@ -65,23 +69,24 @@ def parse_policy(text: str) -> Policy:
     """Parse a SPEC. Which names and options there are is checked when a schedule is made of it.
 
     Raises:
-        UsageError: more than one correction, or an option given twice.
+        UsageError: more than one correction or head, or an option given twice.
     """
-    head, *option_texts = _OPTION.split(text.strip())
-    base = BASES.get(head.partition(":")[0])
+    policies, *option_texts = _OPTION.split(text.strip())
+    head = _HEAD.search(policies)
+    policies = policies[: head.start()] if head else policies
+    base = BASES.get(policies.partition(":")[0])
     takes_path = base is not None and any(one.takes_path for one in arguments_of(base.options))
-    parts = _CORRECTION.split(head) if takes_path else head.split("+")
+    parts = _CORRECTION.split(policies) if takes_path else policies.split("+")
     if len(parts) > 2:
-        raise UsageError(
-            f"SPEC {text!r}: more than one '+'; the form is BASE[+CORRECTION][,OPTION]..."
-        )
+        raise UsageError(f"SPEC {text!r}: too many parts with '+'; the form is {FORM}")
     options = [
         (name, value) for name, _, value in (option.partition("=") for option in option_texts)
     ]
     if len({name for name, _ in options}) != len(options):
         raise UsageError(f"SPEC {text!r}: an option is given twice")
     correction = _named_argument(parts[1]) if len(parts) == 2 else None
-    return Policy(text.strip(), _named_argument(parts[0]), correction, tuple(options))
+    features = (head[1] or "") if head else None
+    return Policy(text.strip(), _named_argument(parts[0]), correction, tuple(options), features)
 
 
 def _named_argument(part: str) -> tuple[str, str]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import MISSING
 from typing import Any, Literal, get_args, get_origin
 
+from goc_deploy.policies.grammar import FORM
+from goc_deploy.policies.head import HEAD_HELP, HeadOptions
 from goc_deploy.policies.options import OptionField, arguments_of, fields_of
 from goc_deploy.policies.registration import installed_names
 from goc_deploy.policies.resolve import CommonOptions, RestrictionOptions
@@ -38,19 +40,23 @@ def grammar() -> str:
     corrections = [f"+{form_of(name, CORRECTIONS[name].options)}" for name in CORRECTION_NAMES]
     return (
         f"{', '.join(bases[:-1])} or {bases[-1]}, then {', '.join(corrections[:-1])} or "
-        f"{corrections[-1]}, then options such as ,history=computed"
+        f"{corrections[-1]}, then +{form_of('head', HeadOptions)}, then options such as "
+        ",history=computed"
     )
 
 
 def calibrated() -> str:
-    """Names of the corrections and bases that learn from images, as a list in a sentence."""
+    """Names of the parts of a SPEC that learn from images, as a list in a sentence."""
     names = [name for name in CORRECTION_NAMES if CORRECTIONS[name].calibrates]
-    return ", ".join([*names, *(name for name in BASE_NAMES if BASES[name].calibrates)])
+    names += [name for name in BASE_NAMES if BASES[name].calibrates]
+    return ", ".join([*names, "head"])
 
 
 def policy_help() -> str:
     r"""Every policy and option with its sentence and default, for click (``\b`` keeps lines)."""
     bases, corrections, common = ["\b", "BASE, what is computed:"], ["\b"], ["\b"]
+    heads = ["\b", "HEAD, what is added to the latents:"]
+    heads += _part("+", "head", HeadOptions, f"{HEAD_HELP} Learns from images.")
     for name in BASE_NAMES:
         bases += _policy("", name, BASES[name])
     corrections.append("CORRECTION, how the rest is predicted:")
@@ -61,15 +67,20 @@ def policy_help() -> str:
         common += _option(one)
     names = ", ".join(installed_names())
     installed = [f"More policies are from installed packages: {names}."] if names else []
-    blocks = ("\n".join(lines) for lines in (bases, corrections, common))
-    return "\n\n".join(("SPEC is BASE[+CORRECTION][,OPTION]...", *blocks, *installed))
+    blocks = ("\n".join(lines) for lines in (bases, corrections, heads, common))
+    return "\n\n".join((f"SPEC is {FORM}", *blocks, *installed))
 
 
 def _policy(plus: str, name: str, row: Base[Any] | Correction[Any]) -> Iterator[str]:
     """The lines of a base or correction: its form and sentence, then its arguments and options."""
     learns = " Learns from images." if row.calibrates else ""
-    yield from _entry(plus + form_of(name, row.options), f"{row.help}{learns}", 0)
-    for one in fields_of(row.options):
+    yield from _part(plus, name, row.options, f"{row.help}{learns}")
+
+
+def _part(plus: str, name: str, options: type[Any], text: str) -> Iterator[str]:
+    """The lines of a part of a SPEC: its form and sentences, then its arguments and options."""
+    yield from _entry(plus + form_of(name, options), text, 0)
+    for one in fields_of(options):
         yield from _option(one)
 
 

@@ -10,8 +10,8 @@ The SPEC ``fora:2@0.5,phase=last`` fills, once, an instance of
 
 The grammar, the error messages and the help texts derive from the same fields. Types of a field are
 ``int``, ``float``, ``Fraction`` (exact), `Milliseconds`, ``bool`` (a flag, options only), ``str``,
-``Path``, ``tuple[int, ...]``, ``Literal`` of strings, and unions of these; ``None`` is a default
-only.
+``Path``, ``tuple[int, ...]``, ``tuple[float, float]`` (a range), ``Literal`` of strings, and unions
+of these; ``None`` is a default only.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Milliseconds(float):
     __slots__ = ()
 
 
-_TYPES = (bool, int, float, Fraction, Milliseconds, str, Path, tuple[int, ...])
+_TYPES = (bool, int, float, Fraction, Milliseconds, str, Path, tuple[int, ...], tuple[float, float])
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +239,10 @@ def _converted(kind: Any, text: str, one: OptionField) -> Any:
         number = text.removesuffix("ms")
         fits = number != text and _NUMBER.fullmatch(number) and 0 < float(number) < MAGNITUDE
         return Milliseconds(number) if fits else None
+    if kind == tuple[float, float]:
+        ends = [_converted(float, end, one) for end in text.split("..", 1)]
+        fits = len(ends) == 2 and None not in ends and ends[0] < ends[1]
+        return tuple(ends) if fits else None
     if not (_WHOLE if kind is int else _NUMBER).fullmatch(text):
         return None
     value = kind(text)
@@ -254,6 +258,8 @@ def _converted(kind: Any, text: str, one: OptionField) -> Any:
 def _expectation(kind: Any, one: OptionField) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(get_args(kind))
+    if kind == tuple[float, float]:
+        return f"LO..HI, each {_expectation(float, one)}, LO below HI"
     if kind in (int, float, Fraction):
         number = "a whole number" if kind is int else "a number"
         if one.low is not None and one.high is not None:

@@ -1,6 +1,7 @@
 """Policies: what makes a schedule. A SPEC such as ``fora:2+gc:1.2,history=computed`` names one.
 
-A base decides what is computed, a correction how the rest is predicted.
+A base decides what is computed, a correction how the rest is predicted, and a head corrects the
+latents.
 `goc_deploy.policies.tables` has goc_deploy's own; `goc_deploy.policies.registration` has those of
 other packages.
 """
@@ -16,6 +17,7 @@ from goc_deploy.policies.calibration import Laboratory
 from goc_deploy.policies.context import PolicyContext, ReadRouter
 from goc_deploy.policies.gradient import only_where_all_branches_are_reused
 from goc_deploy.policies.grammar import Policy, parse_policy
+from goc_deploy.policies.head import HeadOptions, check_head
 from goc_deploy.policies.options import NoOptions, filled, option, option_names
 from goc_deploy.policies.registration import base_named, correction_named, registered_names
 from goc_deploy.policies.suggestions import hint_for_correction, hint_for_policy
@@ -105,6 +107,20 @@ def schedule_from_policy(
     return schedule
 
 
+def head_from_policy(policy: Policy) -> HeadOptions | None:
+    """The options of the head that a SPEC asks for, or None if it has no head.
+
+    Raises:
+        UsageError: FEATURES or an option is out of range.
+    """
+    if policy.head is None:
+        return None
+    try:
+        return check_head(filled(HeadOptions, "head", policy.head, dict(policy.options)))
+    except UsageError as error:
+        raise UsageError(f"SPEC {policy.text!r}: {error}") from error
+
+
 @dataclass(frozen=True, slots=True)
 class _Parts:
     """A SPEC as functions with their options.
@@ -160,19 +176,20 @@ def _parts(policy: Policy) -> _Parts:
     """Look up the names of a SPEC, and fill their options dataclasses."""
     base_name, base_argument = policy.base
     base, pairs = base_named(base_name), dict(policy.options)
+    head = NoOptions if policy.head is None else HeadOptions
     if base is None:
         raise UsageError(f"unknown policy {base_name!r}; {hint_for_policy(base_name)}{_more()}")
     asked = filled(CommonOptions, base_name, "", pairs)
     common = asked.history, asked.level
     if policy.correction is None:
-        _check_names(pairs, CommonOptions, base.options)
+        _check_names(pairs, CommonOptions, base.options, head)
         return _Parts(base, filled(base.options, base_name, base_argument, pairs), *common)
     name, argument = policy.correction
     correction = correction_named(name)
     if correction is None:
         raise UsageError(f"unknown correction {name!r}; {hint_for_correction(name)}{_more()}")
     restriction = RestrictionOptions if correction.restrictable else NoOptions
-    _check_names(pairs, CommonOptions, base.options, restriction, correction.options)
+    _check_names(pairs, CommonOptions, base.options, restriction, correction.options, head)
     return _Parts(
         base,
         filled(base.options, base_name, base_argument, pairs),

@@ -10,7 +10,8 @@ from goc_deploy.errors import UsageError
 from goc_deploy.policies.grammar import parse_policy
 from goc_deploy.policies.tables import BASE_NAMES, CORRECTION_NAMES
 
-_DASHED = re.compile(rf"(?<![a-z])({'|'.join((*BASE_NAMES, *CORRECTION_NAMES))})-")
+HEAD = "head"
+_DASHED = re.compile(rf"(?<![a-z])({'|'.join((*BASE_NAMES, *CORRECTION_NAMES, HEAD))})-")
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:
@@ -28,7 +29,7 @@ def meant_spec(text: str) -> str | None:
         try:
             policy = parse_policy(candidate)
         except UsageError:
-            return None
+            continue
         if policy.base[0] in BASE_NAMES and (
             policy.correction is None or policy.correction[0] in CORRECTION_NAMES
         ):
@@ -40,6 +41,8 @@ def hint_for_policy(name: str) -> str:
     """How to write a base policy instead of ``name``, which is none."""
     if not name:
         return "begin with what is computed, such as fora:2+goc"
+    if name == HEAD:
+        return "it corrects the latents, so it comes last, such as fora:2+lagrange:2+head"
     if name in CORRECTION_NAMES:
         return f"it predicts what a policy reuses, so it comes after one, such as fora:2+{name}"
     meant = meant_spec(name) or closest(name, BASE_NAMES)
@@ -49,7 +52,7 @@ def hint_for_policy(name: str) -> str:
 def hint_for_correction(name: str) -> str:
     """How to write a correction instead of ``name``, which is none."""
     spec = meant_spec(f"none+{name}")
-    meant = spec.removeprefix("none+") if spec else closest(name, CORRECTION_NAMES)
+    meant = spec.removeprefix("none+") if spec else closest(name, (*CORRECTION_NAMES, HEAD))
     return (
         f"did you mean +{meant}?" if meant else f"the corrections are {', '.join(CORRECTION_NAMES)}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from goc_deploy.policies.bases import ForaOptions
+from goc_deploy.policies.head import HEAD_HELP, HeadOptions
 from goc_deploy.policies.help import WIDTH, calibrated, form_of, grammar, policy_help
 from goc_deploy.policies.options import fields_of
 from goc_deploy.policies.polynomials import HermiteOptions
@@ -17,16 +18,17 @@ def test_a_form_has_optional_arguments_in_brackets() -> None:
 def test_the_grammar_has_every_form() -> None:
     forms = [form_of(name, base.options) for name, base in BASES.items()]
     forms += [f"+{form_of(name, row.options)}" for name, row in CORRECTIONS.items()]
-    for form in forms:
+    for form in (*forms, "+head[:scalar|patch|hidden]"):
         assert form in grammar()
 
 
 def test_the_help_has_every_policy_option_range_and_default_on_lines_that_fit() -> None:
     text = policy_help()
     words = " ".join(text.split())
-    for row in (*BASES.values(), *CORRECTIONS.values()):
-        assert row.help in words
-        for one in fields_of(row.options):
+    rows = [(row.help, row.options) for row in (*BASES.values(), *CORRECTIONS.values())]
+    for sentence, options in (*rows, (HEAD_HELP, HeadOptions)):
+        assert sentence in words
+        for one in fields_of(options):
             assert one.help in words
     assert ",gamma=GAMMA" in words
     assert "A number within 0..1. [default: 0.5]" in words
@@ -35,4 +37,4 @@ def test_the_help_has_every_policy_option_range_and_default_on_lines_that_fit() 
 
 
 def test_policies_that_learn_from_images_are_named() -> None:
-    assert calibrated() == "goc, fit, search, smoothcache"
+    assert calibrated() == "goc, fit, search, smoothcache, head"

@@ -195,7 +195,7 @@ def test_the_default_name_is_the_spec_made_file_safe(text: str, name: str) -> No
         ("fora:2+gc:inf", "eta must be .*, got 'inf'"),
         ("fora:2+steps:3,x:1", "steps must be whole numbers separated by commas, got '3,x'"),
         ("fora:2+steps:20:1", "step 20 is beyond the last step 19"),
-        ("fora:2+gc+gc", "more than one"),
+        ("fora:2+gc+gc", "too many parts"),
         ("fora:2+other", "unknown correction 'other'"),
         ("none:1", "'none' takes no argument, got '1'"),
         ("fora:2,history=old", "option history must be used or computed, got 'old'"),

@@ -16,6 +16,7 @@ from goc_deploy.policies.suggestions import closest, meant_spec
         ("other", None),
         ("fora:2+other", None),
         ("fora:2+gc+gc", None),
+        ("fora-2+lagrange-2+head-patch", "fora:2+lagrange:2+head:patch"),
     ],
 )
 def test_a_plan_name_is_understood_as_the_spec_that_it_comes_from(
