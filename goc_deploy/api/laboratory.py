@@ -19,6 +19,7 @@ from goc_deploy.policies.calibration import (
     Trial,
     check_options,
 )
+from goc_deploy.policies.head import HeadOptions
 from goc_deploy.protocols import Backend, Engine
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
@@ -71,6 +72,16 @@ class EngineLaboratory:
                 self._directory, self._backend, self._sampler, self._options, self._progress
             )
         return self._trials
+
+    def with_head(
+        self, schedule: Schedule, table: SamplerTable, options: HeadOptions
+    ) -> tuple[Schedule, SamplerTable]:
+        """See `goc_deploy.api.heads.with_head`."""
+        from goc_deploy.api.heads import HeadRequest, with_head
+
+        images = replace(self._options, images=options.images or self._options.images)
+        request = HeadRequest(schedule, table, options, images)
+        return with_head(request, self._directory, self._backend, self._progress)
 
     @cached_property
     def _backend(self) -> Backend:

@@ -19,8 +19,9 @@ from goc_deploy.exporters.schedulers import table_from_sampler
 from goc_deploy.options import ExportOptions, PlanOptions, Progress, no_progress
 from goc_deploy.policies.calibration import CalibrationOptions, default_images
 from goc_deploy.policies.grammar import check_plan_name, parse_policy
+from goc_deploy.policies.head import with_images
 from goc_deploy.policies.registration import base_named
-from goc_deploy.policies.resolve import schedule_from_policy
+from goc_deploy.policies.resolve import head_from_policy, schedule_from_policy
 from goc_deploy.policies.suggestions import meant_spec
 from goc_deploy.protocols import Backend
 from goc_deploy.samplers import default_sampler
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from goc_deploy.runtime.loading import UnlistedPlans
 
 DEFAULTS = ExportOptions()
+HEAD_CALIBRATES = "a head calibrates, which needs an engine directory; use goc-export or goc-plan"
 
 
 def compiled_plan(
@@ -54,6 +56,7 @@ def compiled_plan(
         EngineDirError: the directory is corrupt.
     """
     policy = parse_policy(spec)
+    head = head_from_policy(policy)
     base = base_named(policy.base[0])
     if options.steps is not None and base is not None and base.chooses_steps:
         raise UsageError(
@@ -70,11 +73,17 @@ def compiled_plan(
         sampler = first.sampler.sampler if first else default_sampler(manifest.process)
     table_from_sampler(sampler, steps, manifest.process)  # refuses a wrong one before measuring
     laboratory = None
+    if head is not None:
+        head = with_images(head, options.calibrate, manifest.model, steps)
+        if make_backend is None:
+            raise CalibrationNeededError(f"SPEC {spec!r}: {HEAD_CALIBRATES}")
     if make_backend is not None:
         images = _calibration(manifest.model, steps, options)
         laboratory = EngineLaboratory(directory, make_backend, sampler, images, progress)
     schedule = schedule_from_policy(policy, manifest.model, steps, laboratory, _read_router)
     table = table_from_sampler(sampler, schedule.steps, manifest.process)
+    if head is not None and laboratory is not None:
+        schedule, table = laboratory.with_head(schedule, table, head)
     return compile_schedule(schedule, manifest.model, table, name=name, segments=options.segments)
 
 

@@ -150,6 +150,25 @@ class Stepper:
         estimate = host_array(outputs["estimate"]).copy() if self.table.lags else None
         return host_array(outputs["latents_out"]).copy(), estimate
 
+    def model_output(self) -> tuple[np.ndarray, np.ndarray]:
+        """The model output of the step that `finish` ended, without variance channels.
+
+        Returns:
+            Copies of the conditional and of the unconditional output, (N, C, H, W) float32.
+        """
+        prediction = host_array(self._step.end[-1].inputs["prediction"])
+        return self._halves(prediction[:, : self.spec.channels])
+
+    def final_tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens that the final layer read, (N, T, D) float32, as `model_output`."""
+        return self._halves(host_array(self._step.end[0].inputs["x"]))
+
+    def _halves(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The conditional and the unconditional row of each image."""
+        inputs = self._step.end[-1].inputs
+        cond, uncond = (host_array(inputs[name]) for name in ("cond_rows", "uncond_rows"))
+        return rows[cond].astype(np.float32), rows[uncond].astype(np.float32)
+
 
 def _run(launches: Sequence[BoundLaunch]) -> None:
     for launch in launches:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 
 import numpy as np
@@ -73,6 +73,20 @@ class Trajectory:
         other._entries = [[entry.copy() for entry in entries] for entries in self._entries]
         return other
 
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything that later steps read, by name; the arrays are not copied."""
+        state = {"latents": self.latents}
+        state |= {f"estimate {i}": estimate for i, estimate in enumerate(self._estimates)}
+        for unit, entries in enumerate(self._entries):
+            state |= {f"entry {unit} {i}": entry for i, entry in enumerate(entries)}
+        return state
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Continue from a `state` of a trajectory of the same images."""
+        self.latents = state["latents"]
+        self._estimates = numbered(state, "estimate")
+        self._entries = [numbered(state, f"entry {unit}") for unit in range(len(self._entries))]
+
     def _advance_as_one(self, rows: Sequence[Row], on_feature: FeatureHook | None) -> None:
         """Compute all units and keep the residual, or add the predicted residual."""
         stepper = self._stepper
@@ -116,3 +130,11 @@ class Trajectory:
         )
         memory[...] = feature
         entries.insert(0, memory)
+
+
+def numbered(state: Mapping[str, np.ndarray], name: str) -> list[np.ndarray]:
+    """The arrays ``NAME 0``, ``NAME 1``, ... of a state, as long as there are any."""
+    arrays: list[np.ndarray] = []
+    while f"{name} {len(arrays)}" in state:
+        arrays.append(state[f"{name} {len(arrays)}"])
+    return arrays

@@ -1,0 +1,97 @@
+"""What a fit of a head is told: the plan, the calibration images, and whose latents to aim at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from goc_deploy.conditions.captions import Conditions, PromptEmbeds, conditions_from_labels
+from goc_deploy.conditions.labels import balanced_labels
+from goc_deploy.policies.head import HELD_OUT_EVERY
+from goc_deploy.runtime.request import Drawing
+from goc_deploy.samplers import SamplerTable
+from goc_deploy.samplers.head import HeadForm
+from goc_deploy.schedule import Schedule
+from goc_deploy.spec import ModelSpec
+
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """Whose latents a head aims at: a sampler that computes everything.
+
+    Attributes:
+        table: its sampler.
+        places: [T] for each step of the plan, how many of the teacher's steps lead to the latents
+            that the step aims at.
+    """
+
+    table: SamplerTable
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadTask:
+    """What to fit.
+
+    Attributes:
+        schedule: what the plan computes.
+        table: the sampler of the plan.
+        teacher: whose latents the head aims at.
+        form: what the head reads.
+        images: number of calibration images; every eighth is held out.
+        seed: seed of labels and noise.
+        cfg_scales: smallest and largest guidance scale.
+        cfg_channels: guidance acts on the first channels only.
+    """
+
+    schedule: Schedule
+    table: SamplerTable
+    teacher: Teacher
+    form: HeadForm
+    images: int
+    seed: int
+    cfg_scales: tuple[float, float]
+    cfg_channels: int
+
+    @property
+    def decides(self) -> tuple[object, ...]:
+        """Everything that decides the result, without names and records for people."""
+        schedule = self.schedule
+        told = (schedule.depth, schedule.branches, schedule.history, schedule.coefficients)
+        more = (self.form, self.images, self.seed, self.cfg_scales, self.cfg_channels)
+        return (told, self.table, self.teacher, *more)
+
+    @property
+    def held_out(self) -> np.ndarray:
+        """(N,) bool: the images that only judge."""
+        return np.asarray(np.arange(self.images) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
+
+    def drawing(self, spec: ModelSpec, stored: PromptEmbeds | None) -> Drawing:
+        """The calibration images of a model, with the stored captions of its engine directory."""
+        labels = balanced_labels(spec.choices, self.images, self.seed)
+        return Drawing(
+            conditions_from_labels(labels, spec, stored),
+            [(self.seed, image) for image in range(self.images)],
+            spread_scales(*self.cfg_scales, self.images),
+            self.cfg_channels,
+        )
+
+
+def chosen(drawing: Drawing, images: np.ndarray) -> Drawing:
+    """The images (N,) bool of a drawing."""
+    kept, told = np.flatnonzero(images).tolist(), drawing.conditions
+    labels, nulls = (tuple(row[i] for i in kept) for row in (told.labels, told.nulls))
+    return Drawing(
+        Conditions(labels, nulls, told.captions),
+        [drawing.noise_keys[i] for i in kept],
+        drawing.cfg_scale[kept],
+        drawing.cfg_channels,
+    )
+
+
+def spread_scales(lowest: float, highest: float, images: int) -> np.ndarray:
+    """Guidance scales of images, (N,) float64, so that any run of images covers the range."""
+    return lowest + (highest - lowest) * (np.arange(images) * GOLDEN_RATIO % 1.0)
