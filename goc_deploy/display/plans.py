@@ -199,4 +199,17 @@ def calibration_lines(schedule: Schedule) -> list[str]:
             for m in statistics.get("measured", [])
             if isinstance(m, dict) and {"threshold", "error"} <= m.keys()
         ]
+        lines += [
+            f"  step {m['step']}: penalty {m['penalty']}, error of training images "
+            f"{_change(m['train'])}, of held-out images {_change(m['held_out'])}"
+            for m in statistics.get("by_step", [])
+            if isinstance(m, dict) and {"step", "penalty", "train", "held_out"} <= m.keys()
+        ]
     return lines
+
+
+def _change(errors: object) -> str:
+    """Two errors, before and after a fit."""
+    if not isinstance(errors, list) or not all(isinstance(e, (int, float)) for e in errors):
+        return str(errors)
+    return " to ".join(f"{error:.4f}" for error in errors)

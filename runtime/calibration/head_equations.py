@@ -9,7 +9,7 @@ import numpy as np
 
 # As a share of the mean square of a feature. Neighbouring steps are nearly equal, so that what they
 # differ in is far below their own size.
-PENALTIES = tuple(10.0**exponent for exponent in range(-8, 2))
+PENALTIES = tuple(10.0**exponent for exponent in range(-10, 1))
 
 
 @dataclass(slots=True)

@@ -78,16 +78,14 @@ def _equations(
     features: np.ndarray, targets: np.ndarray, norms: np.ndarray, held_out: np.ndarray
 ) -> tuple[RidgeEquations, RidgeEquations]:
     """The equations of the training and of the held-out images, weighted by 1 / norm."""
-    cells, width = features.shape[1:]
-    sums = tuple(RidgeEquations.zeros(width, targets.shape[2]) for _ in range(2))
+    (cells, width), values = features.shape[1:], targets.shape[2]
+    sums = tuple(RidgeEquations.zeros(width, values) for _ in range(2))
     of_image = 1 / np.maximum(norms, LEAST_SHARE * norms.mean())
     for block in _blocks(features):
         z, r = features[block], targets[block]
         for equations, chosen in zip(sums, (~held_out[block], held_out[block]), strict=True):
             weights = np.repeat(of_image[block][chosen], cells)
-            equations.see(
-                z[chosen].reshape(-1, width), r[chosen].reshape(len(weights), -1), weights
-            )
+            equations.see(z[chosen].reshape(-1, width), r[chosen].reshape(-1, values), weights)
     return sums[0], sums[1]
 
 

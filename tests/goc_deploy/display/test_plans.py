@@ -1,0 +1,32 @@
+"""Plans as text for people."""
+
+from __future__ import annotations
+
+from goc_deploy.display.plans import calibration_lines
+from goc_deploy.schedule import COMPUTE, Schedule
+
+GAIN = {"step": 1, "penalty": 1e-6, "train": [0.02, 0.01], "held_out": [0.03, 0.015]}
+
+
+def lines(head: object) -> list[str]:
+    return calibration_lines(
+        Schedule(1, ("attn",), ((COMPUTE,),) * 2, provenance={"head": head}),
+    )
+
+
+def test_a_head_is_shown_with_its_errors_and_the_gain_of_every_step() -> None:
+    head = {"features": "patch", "held_out_error": 0.0142, "calibration": {"images": 64}}
+    assert lines({**head, "by_step": [GAIN]}) == [
+        "head: features patch, held_out_error 0.0142, images 64",
+        "  step 1: penalty 1e-06, error of training images 0.0200 to 0.0100, of held-out images "
+        "0.0300 to 0.0150",
+    ]
+
+
+def test_a_record_that_somebody_edited_is_shown_as_it_is() -> None:
+    edited = [{**GAIN, "train": "less"}, "step 2", {"step": 3}]
+    assert lines({"by_step": edited}) == [
+        "head: ",
+        "  step 1: penalty 1e-06, error of training images less, of held-out images "
+        "0.0300 to 0.0150",
+    ]
