@@ -67,12 +67,6 @@ class Trajectory:
         if estimate is not None:
             self._estimates = [estimate, *self._estimates][: stepper.table.reach]
 
-    def fork(self) -> Trajectory:
-        """Another trajectory of the same images that continues from the current step."""
-        other = copy(self)
-        other._entries = [[entry.copy() for entry in entries] for entries in self._entries]
-        return other
-
     def state(self) -> dict[str, np.ndarray]:
         """Everything that later steps read, by name; the arrays are not copied."""
         state = {"latents": self.latents}
@@ -86,6 +80,12 @@ class Trajectory:
         self.latents = state["latents"]
         self._estimates = numbered(state, "estimate")
         self._entries = [numbered(state, f"entry {unit}") for unit in range(len(self._entries))]
+
+    def fork(self) -> Trajectory:
+        """Another trajectory of the same images that continues from the current step."""
+        other = copy(self)
+        other._entries = [[entry.copy() for entry in entries] for entries in self._entries]
+        return other
 
     def _advance_as_one(self, rows: Sequence[Row], on_feature: FeatureHook | None) -> None:
         """Compute all units and keep the residual, or add the predicted residual."""
