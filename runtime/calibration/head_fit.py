@@ -116,8 +116,9 @@ class HeadFit:
         cells = latents[0].size // values
         features = work.scratch("features", (images, cells, form.width(spec)))
         targets = work.scratch("targets", (images, cells, values))
+        job = f"head, step {step + 1} of {task.table.steps}"
         for number, chunk in enumerate(chunks):
-            self._progress(f"head, step {step + 1} of {task.table.steps}", number, len(chunks))
+            self._progress(job, number, len(chunks))
             part, batch = slice(chunk.start, chunk.stop), self._images(step, chunk)
             aims = self._aims(chunk)[:, step]
             features[part] = batch.advance(step)
@@ -127,6 +128,7 @@ class HeadFit:
             if step + 1 < task.table.steps:
                 work.save_state(step + 1, chunk, batch.state())
         _finite(latents, f"the plan diverges: step {step}")
+        self._progress(job, len(chunks), len(chunks))
         fit = fit_step(features, targets, sizes, task.held_out)
         for chunk in chunks if fit.penalty else []:
             part = slice(chunk.start, chunk.stop)
