@@ -60,9 +60,9 @@ class HeadTask:
     def decides(self) -> tuple[object, ...]:
         """Everything that decides the result, without names and records for people."""
         schedule = self.schedule
-        told = (schedule.depth, schedule.branches, schedule.history, schedule.coefficients)
+        kinds = (schedule.depth, schedule.branches, schedule.history, schedule.level)
         more = (self.form, self.images, self.seed, self.cfg_scales, self.cfg_channels)
-        return (told, self.table, self.teacher, *more)
+        return (*kinds, schedule.coefficients, self.table, self.teacher, *more)
 
     @property
     def held_out(self) -> np.ndarray:

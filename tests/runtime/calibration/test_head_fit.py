@@ -66,7 +66,7 @@ def with_batches_of(directory: EngineDir, images: int) -> EngineDir:
     return replace(directory, manifest=manifest)
 
 
-@pytest.mark.parametrize("features", ["scalar", "patch", "hidden"])
+@pytest.mark.parametrize("features", ["scalar", "patch", "hidden", "patch,level=residual"])
 def test_a_head_lowers_the_held_out_error(directory: EngineDir, features: str, cache: Path) -> None:
     schedule, table = fit(directory, f"fora:2+lagrange:1+head:{features}")
     assert table.head is not None
@@ -147,7 +147,11 @@ def told_in(jobs: list[str]) -> Progress:
 
 @pytest.mark.parametrize(
     ("spec", "sampler"),
-    [(SPEC, "dpm++"), ("fora:2+head:hidden,skip_predicted", "ddim"), ("none+head:scalar", "ddim")],
+    [
+        (f"{SPEC},level=residual", "dpm++"),
+        ("fora:2+head:hidden,skip_predicted", "ddim"),
+        ("none+head:scalar", "ddim"),
+    ],
 )
 def test_a_killed_fit_goes_on_and_results_in_the_same_bytes(
     directory: EngineDir, spec: str, sampler: str, cache: Path
