@@ -90,7 +90,7 @@ DEFAULTS = ExportOptions()
     type=click.IntRange(1),
     metavar="K",
     help=f"Number of images that calibrated policies ({calibrated()}) learn from.  "
-    "[default: 16, fewer for large models]",
+    "[default: 16, of a head 512, fewer for large models]",
 )
 @click.option(
     "--seed",

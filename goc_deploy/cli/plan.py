@@ -56,7 +56,7 @@ EPILOG = (
     type=click.IntRange(1),
     metavar="K",
     help=f"Number of images that a calibrated policy ({calibrated()}) learns from.  "
-    "[default: 16, fewer for large models]",
+    "[default: 16, of a head 512, fewer for large models]",
 )
 @click.option(
     "--seed",
