@@ -341,6 +341,12 @@ class CudaStream:
             finally:
                 driver.cuGraphDestroy(captured)
 
+    def interrupt(self) -> None:
+        """Do nothing: what is on the stream of a GPU cannot be taken back."""
+
+    def resume(self) -> None:
+        """Do nothing."""
+
     def mark(self, index: int) -> None:
         """Record an event, which is created on first use."""
         if index == len(self._events):

@@ -59,6 +59,12 @@ class HostStream:
         """Return the launches themselves."""
         return launches
 
+    def interrupt(self) -> None:
+        """Do nothing: without a library, nothing that runs can be stopped."""
+
+    def resume(self) -> None:
+        """Do nothing."""
+
     def mark(self, index: int) -> None:
         """Record the time."""
         del self._marks[index:]

@@ -19,6 +19,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from goc_deploy.engines.host import HostDevice
 from goc_deploy.engines.ort_errors import LOADING, RUNNING, error_from_ort
+from goc_deploy.engines.ort_stream import OrtStream
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, UsageError
 from goc_deploy.host_memory import available_bytes, host_array
 from goc_deploy.precision import ELEMENT_TYPES
@@ -126,11 +127,11 @@ class OrtEngine:
         self,
         inputs: Mapping[str, Buffer],
         outputs: Mapping[str, Buffer],
-        stream: Stream | None = None,  # noqa: ARG002
+        stream: Stream | None = None,
     ) -> Run:
         """See `goc_deploy.protocols.Engine.bind`; a run on the CPU is done when it returns."""
         inputs = {**self._inputs, **inputs}
-        run, keep_alive = self._bound(inputs, outputs), (inputs, dict(outputs))
+        run, keep_alive = self._bound(inputs, outputs, stream), (inputs, dict(outputs))
 
         def launch(_: Any = keep_alive) -> None:
             try:
@@ -140,9 +141,14 @@ class OrtEngine:
 
         return launch
 
-    def _bound(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Run:
+    def _bound(
+        self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], stream: Stream | None
+    ) -> Run:
         """Make a run on these tensors."""
-        return partial(self._session.run_with_iobinding, self._binding(inputs, outputs))
+        run, binding = self._session.run_with_iobinding, self._binding(inputs, outputs)
+        if isinstance(stream, OrtStream):
+            return partial(run, binding, stream.options)
+        return partial(run, binding)
 
     def _binding(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Any:
         for name, buffer in [*inputs.items(), *outputs.items()]:
@@ -224,7 +230,7 @@ class OrtBackend:
 
     def stream(self) -> Stream:
         """See `goc_deploy.protocols.Backend.stream`."""
-        return self.device.stream()
+        return OrtStream()
 
     def predictor(self, signature: str, dtype: str) -> Engine | None:  # noqa: ARG002
         """Return None: on the CPU, predictions are graphs."""

@@ -60,7 +60,12 @@ class OrtCudaEngine(OrtEngine):
         super().__init__(session, inputs, ("cuda", device), "CUDA")
         self.without_graphs = without_graphs
 
-    def _bound(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Run:
+    def _bound(
+        self,
+        inputs: Mapping[str, Buffer],
+        outputs: Mapping[str, Buffer],
+        stream: Stream | None,  # noqa: ARG002
+    ) -> Run:
         return (
             self.run_of(inputs, outputs)
             if self.without_graphs is None

@@ -8,6 +8,7 @@
 
 from goc_deploy import errors
 from goc_deploy.api.facade import add_plan, export, load, load_plans
+from goc_deploy.cancellation import CancelToken
 from goc_deploy.compiler import Plan
 from goc_deploy.compiler import compile_schedule as compile
 from goc_deploy.errors import GocError
@@ -17,6 +18,7 @@ from goc_deploy.spec import ModelSpec
 from goc_deploy.version import __version__
 
 __all__ = [
+    "CancelToken",
     "GocError",
     "ModelSpec",
     "Plan",

@@ -10,7 +10,9 @@
     ├── VerificationError           6   numbers beyond tolerance, non-finite results
     ├── ResourceError               7   disk, memory, file descriptors
     ├── ConflictError               8   output exists, lock held
-    └── SafetyError                 9   pickle globals, path escape
+    ├── SafetyError                 9   pickle globals, path escape
+    ├── CancelledError              10  a call whose token was cancelled
+    └── DeadlineError               11  a call that took longer than its deadline
 
 A message is one sentence that states what is wrong, where, and what to do.
 """
@@ -78,3 +80,15 @@ class SafetyError(GocError):
     """Input that would run code or leave its directory."""
 
     exit_code = 9
+
+
+class CancelledError(GocError):
+    """The caller cancelled the call through its token."""
+
+    exit_code = 10
+
+
+class DeadlineError(GocError):
+    """The call did not end within its deadline."""
+
+    exit_code = 11

@@ -145,6 +145,17 @@ class Stream(Protocol):
         """
         ...
 
+    def interrupt(self) -> None:
+        """Make running and later launches fail soon, if the library can; any thread may call this.
+
+        Otherwise nothing happens, and launches end normally.
+        """
+        ...
+
+    def resume(self) -> None:
+        """Let launches run again after `interrupt`."""
+        ...
+
     def mark(self, index: int) -> None:
         """Record the time when everything that was put on the stream so far is done."""
         ...

@@ -13,6 +13,7 @@ from itertools import islice, product
 
 import numpy as np
 
+from goc_deploy.cancellation import CallLimits
 from goc_deploy.protocols import Backend, Buffer, Engine, Run
 from goc_deploy.runtime.images import pixels_to_uint8
 from goc_deploy.spec import DecoderSpec, ModelSpec, tiles_at_once
@@ -69,28 +70,31 @@ class LatentDecoder:
         self._bound: dict[int, tuple[Buffer, Buffer, Run]] = {}  # by the number of tiles
         self._bind(1)
 
-    def images(self, latents: np.ndarray) -> np.ndarray:
+    def images(self, latents: np.ndarray, limits: CallLimits | None = None) -> np.ndarray:
         """Decode images.
 
         Args:
             latents: (N, C, H, W) float32.
+            limits: checked before every launch.
 
         Returns:
             (N, H*upscale, W*upscale, channels) uint8.
-        """
-        return np.stack([pixels_to_uint8(pixels) for pixels in self.pixels(latents)])
 
-    def pixels(self, latents: np.ndarray) -> Iterator[np.ndarray]:
-        """Decode latents (N, C, H, W) float32 image by image.
+        Raises:
+            CancelledError, DeadlineError: because of ``limits``.
+        """
+        return np.stack([pixels_to_uint8(pixels) for pixels in self.pixels(latents, limits)])
+
+    def pixels(self, latents: np.ndarray, limits: CallLimits | None = None) -> Iterator[np.ndarray]:
+        """Decode latents (N, C, H, W) float32 image by image; see `images`.
 
         Yields:
             (channels, H*upscale, W*upscale) float32, about -1..1.
         """
         tile = self._decoder.tile
         places = list(product(self._starts, repeat=2))
-        decoded = self._decoded(
-            image[:, y : y + tile, x : x + tile] for image in latents for y, x in places
-        )
+        tiles = (image[:, y : y + tile, x : x + tile] for image in latents for y, x in places)
+        decoded = self._decoded(tiles, limits)
         for _ in latents:
             yield self._blended(islice(decoded, len(places)))
 
@@ -114,10 +118,14 @@ class LatentDecoder:
             weight[there] += share
         return (total / weight).astype(np.float32)
 
-    def _decoded(self, tiles: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    def _decoded(
+        self, tiles: Iterable[np.ndarray], limits: CallLimits | None
+    ) -> Iterator[np.ndarray]:
         """The pixels of tiles, in order."""
         waiting = iter(tiles)
         while together := list(islice(waiting, self._most)):
+            if limits is not None:
+                limits.check()
             with self._stream.held():  # which also protects the buffers
                 latents, pixels, run = self._bind(len(together))
                 self._stream.upload(np.stack(together), latents)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from goc_deploy.cancellation import CancelToken, call_limits
 from goc_deploy.compiler import Plan
 from goc_deploy.conditions.captions import (
     Conditions,
@@ -22,23 +22,23 @@ from goc_deploy.conditions.text import NO_TOKENIZERS, TextEncoder
 from goc_deploy.engine_dir.manifest import Manifest
 from goc_deploy.errors import EnvironmentUnsupportedError, UsageError
 from goc_deploy.options import GenerateOptions
-from goc_deploy.protocols import Backend
+from goc_deploy.protocols import NOTHING, Backend
 from goc_deploy.runtime import arguments
 from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.decoder import LatentDecoder
+from goc_deploy.runtime.generation import Extras, Generation
 from goc_deploy.runtime.head_use import HeadUse
-from goc_deploy.runtime.images import images_from_latents
 from goc_deploy.runtime.interpreter_exit import native_calls
 from goc_deploy.runtime.request import Batch, Drawing, Request
-from goc_deploy.runtime.results import Drawn, Result, plan_report, timing_report
+from goc_deploy.runtime.results import Result, plan_report
 from goc_deploy.runtime.session import Session
 from goc_deploy.runtime.session_pool import CLOSED, SessionPool
-from goc_deploy.runtime.step_events import StepHook, step_callback
+from goc_deploy.runtime.step_events import StepHook
 from goc_deploy.spec import ModelSpec
-from goc_deploy.trace import Span, recorded
+from goc_deploy.trace import Span
 from goc_deploy.version import __version__
 
-DEFAULTS = GenerateOptions()
+DEFAULTS, NO_EXTRAS = GenerateOptions(), Extras()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +94,8 @@ class Pipeline:
         decode: bool = True,
         callback: StepHook | None = None,
         spans: list[Span] | None = None,
+        deadline: float | None = None,
+        cancel: CancelToken | None = None,
     ) -> Result:
         """Generate one image per label, or per caption.
 
@@ -123,14 +125,22 @@ class Pipeline:
             callback: called after every step with a `StepEvent`; an exception in it is logged, and
                 the run continues.
             spans: list to which the times of all parts are appended, for `goc_deploy.trace`.
+            deadline: seconds that the call may take, with the wait for a session; None is no limit.
+            cancel: token with which another thread may end the call. It and the deadline are
+                checked before every launch on the CPU, and before every step on a GPU, which then
+                waits for each step. A token also interrupts a running launch of ONNX Runtime on the
+                CPU. Other calls continue, and the session is usable at once.
 
         Raises:
+            CancelledError: ``cancel`` was cancelled.
+            DeadlineError: the call did not end in time.
             UsageError: a label, number or shape is out of range, the number of seeds or scales is
                 not the number of images, or prompt embeddings are for a class-conditional model.
             VerificationError: a result is not finite.
             EnvironmentUnsupportedError: the pipeline was closed, or was loaded before a fork.
         """
         self._check_open()
+        limits = call_limits(deadline, cancel)
         if prompts is not None:
             prompt_embeds = self.encode(prompts, negative_prompts)
         seed, cfg_scale = arguments.checked_seed(seed), arguments.checked_scale(cfg_scale)
@@ -138,48 +148,52 @@ class Pipeline:
         drawing = self._drawing(
             labels, prompt_embeds, seed, first_image, cfg_scale, cfg_channels, latents
         )
-        drawn = Drawn()
+        about = {"seed": seed, "cfg_scale": cfg_scale}
+        return self.draw(drawing, Extras(trajectory, decode, callback, spans, limits), about)
 
-        def run_batches(session: Session) -> None:
-            for first in range(0, len(drawing), self.batch_size):
-                part = range(first, min(first + self.batch_size, len(drawing)))
-                batch_trajectory: list[np.ndarray] = []
-                on_step = None
-                if callback is not None or trajectory or self._backend.device.kind == "cpu":
-                    # Otherwise nothing is called between steps, because a run on a GPU is short.
-                    on_step = step_callback(
-                        self.plan, callback, batch_trajectory if trajectory else None, part
-                    )
-                request = drawing.request(part, self._draws, self._latent_shape)
-                final, timing = session.run(request, on_step, spans)
-                drawn.batches.append(final)
-                drawn.timings.append(timing)
-                drawn.trajectories.append(batch_trajectory)
+    def draw(
+        self,
+        drawing: Drawing,
+        extras: Extras = NO_EXTRAS,
+        about: Mapping[str, Any] = NOTHING,
+    ) -> Result:
+        """Generate the images of arguments that were checked before; see `generate`.
+
+        Args:
+            drawing: the images.
+            extras: what is wanted besides the images.
+            about: more entries of the report.
+
+        Raises:
+            GocError: as `generate`, except for errors in arguments.
+        """
+        self._check_open()
+        limits = extras.limits
+        if limits is not None:
+            limits.check()
+        generation = Generation(self.plan, drawing, self.batch_size, self._attached.decoder, extras)
+
+        def run(session: Session) -> None:
+            generation.run(session, self._draws, self._latent_shape)
 
         weights = self._engines.weights
-        with weights.running():
+        with weights.running(limits):
             checkpoint = weights.checkpoint_sha256
             guided = drawing.cfg_scale if drawing.cfg_channels else np.ones(1)
             about_head = self._head_use.checked(guided.tolist())
-            self._pool.run(self._new_session, run_batches, spans)
-        final_latents = drawn.latents()
-        started = time.perf_counter()
-        pictures = self._images(final_latents, spans) if decode else None
-        report = {
-            "goc_deploy": __version__,
-            **self._backend.describe(),
-            **plan_report(self.plan, self.spec, self.manifest.precision, self.batch_size),
-            **about_head,
-            "images": len(drawing),
-            "seed": seed,
-            "cfg_scale": cfg_scale,
-            "cfg_channels": drawing.cfg_channels,
-            **timing_report(self.plan, drawn.timings),
-            "checkpoint_sha256": checkpoint,
-            "decode_ms": 1e3 * (time.perf_counter() - started),
-        }
-        whole = drawn.trajectory() if trajectory else None
-        return Result(pictures, final_latents, whole, report)
+            self._pool.run(self._new_session, run, extras.spans, limits)
+        return generation.result(
+            {
+                "goc_deploy": __version__,
+                **self._backend.describe(),
+                **plan_report(self.plan, self.spec, self.manifest.precision, self.batch_size),
+                **about_head,
+                "images": len(drawing),
+                **about,
+                "cfg_channels": drawing.cfg_channels,
+                "checkpoint_sha256": checkpoint,
+            }
+        )
 
     def encode(
         self, prompts: Sequence[str], negative_prompts: Sequence[str] = ("",)
@@ -324,12 +338,6 @@ class Pipeline:
     @property
     def _latent_shape(self) -> tuple[int, int, int]:
         return (self.spec.channels, self.spec.side, self.spec.side)
-
-    def _images(self, latents: np.ndarray, spans: list[Span] | None) -> np.ndarray | None:
-        if self._attached.decoder is None:
-            return images_from_latents(latents)
-        with recorded(spans, "decode", f"decode {len(latents)} images"), native_calls():
-            return self._attached.decoder.images(latents)
 
     def _drawing(
         self,

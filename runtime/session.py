@@ -11,12 +11,15 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
+from goc_deploy.cancellation import CallLimits
 from goc_deploy.compiler import Plan
+from goc_deploy.errors import GocError
 from goc_deploy.precision import Precision
 from goc_deploy.protocols import Backend, Run, Stream
 from goc_deploy.runtime.binding import Binder, Engines
@@ -55,10 +58,14 @@ def _runs(launches: Sequence[BoundLaunch]) -> list[Run]:
     return [launch.run for launch in launches]
 
 
-def _run_profiled(step: BoundStep, name: str, stream: Stream, spans: list[Span]) -> None:
+def _run_profiled(
+    step: BoundStep, name: str, stream: Stream, spans: list[Span], limits: CallLimits | None
+) -> None:
     """Run a step launch by launch, and wait for each launch."""
     with recorded(spans, "step", name):
         for launch in (*step.before, *step.launches):
+            if limits is not None:
+                limits.check()
             with recorded(spans, "launch", launch.name):
                 launch.run()
                 stream.wait()
@@ -93,8 +100,17 @@ class Session:
         self._buffers = allocate_buffers(backend, spec, precision, plan, capacity, chunk)
         self._bound: OrderedDict[Batch, _Runnable] = OrderedDict()
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the launches run on the CPU, so that a launch is done when its call returns."""
+        return self._backend.device.kind == "cpu"
+
     def run(
-        self, request: Request, on_step: StepCallback | None = None, spans: list[Span] | None = None
+        self,
+        request: Request,
+        on_step: StepCallback | None = None,
+        spans: list[Span] | None = None,
+        limits: CallLimits | None = None,
     ) -> tuple[np.ndarray, Timing]:
         """Run the step loop.
 
@@ -104,28 +120,46 @@ class Session:
                 that waits for its latents and returns a copy.
             spans: list to which the times of all launches are appended; each launch is then waited
                 for.
+            limits: checked before every launch on the CPU. On a GPU they are checked before every
+                step, and then the loop waits for each step.
 
         Returns:
             Final latents (N, C, H, W) float32, and the timing.
+
+        Raises:
+            CancelledError, DeadlineError: because of ``limits``; the session remains usable.
         """
         with self._stream.held():
-            return self._run(request, on_step, spans)
+            if limits is None:
+                return self._run(request, on_step, spans, None)
+            try:
+                with (
+                    limits.token.calling(self._stream.interrupt) if limits.token else nullcontext()
+                ):
+                    return self._run(request, on_step, spans, limits)
+            except GocError:
+                limits.check()  # An interrupted launch fails because of the token.
+                raise
 
     def _run(
-        self, request: Request, on_step: StepCallback | None, spans: list[Span] | None
+        self,
+        request: Request,
+        on_step: StepCallback | None,
+        spans: list[Span] | None,
+        limits: CallLimits | None,
     ) -> tuple[np.ndarray, Timing]:
         stream, started = self._stream, time.perf_counter()
         with recorded(spans, "prepare", "prepare"):
             runnable = self._prepare(request)
         bound, prepare_ms = runnable.plan, 1e3 * (time.perf_counter() - started)
-        for step, launches in enumerate(runnable.steps):
+        for step, launches in enumerate(self._checked(runnable.steps, limits)):
             stream.mark(2 * step)
             if spans is None:
                 for launch in launches:
                     launch()
             else:
                 name = f"step {step} ({self._plan.step_kind(step)})"
-                _run_profiled(bound.steps[step], name, stream, spans)
+                _run_profiled(bound.steps[step], name, stream, spans, limits)
             stream.mark(2 * step + 1)
             if on_step:
                 on_step(step, partial(stream.download, bound.latents[step]))
@@ -138,6 +172,18 @@ class Session:
             after - before for before, after in zip(marks[::2], marks[1::2], strict=True)
         )
         return latents, Timing(prepare_ms, step_ms)
+
+    def _checked(
+        self, steps: Sequence[Sequence[Run]], limits: CallLimits | None
+    ) -> Sequence[Sequence[Run]]:
+        """The calls of each step, with a check between them if there are limits."""
+        if limits is None:
+            return steps
+        check = limits.check
+        if self.on_cpu:
+            return [[call for launch in launches for call in (check, launch)] for launches in steps]
+        # The host would be many steps ahead of the device, and its checks would be too early.
+        return [[self._stream.wait, check, *launches] for launches in steps]
 
     def prepare(self, request: Request) -> BoundPlan:
         """Bind the plan and upload a request, for a caller that runs the launches itself."""
@@ -163,6 +209,7 @@ class Session:
 
     def _upload(self, request: Request, inputs: Inputs, plan: BoundPlan) -> None:
         """Upload the arrays of a request to the buffers that the launches read."""
+        self._stream.resume()  # A run that was cancelled may have interrupted the stream.
         buffers, batch, upload = self._buffers, inputs.batch, self._stream.upload
         captions = request.conditions.captions
         if captions is None:

@@ -9,12 +9,14 @@ operation that can be interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from goc_deploy.cancellation import POLL_SECONDS, CallLimits
 from goc_deploy.errors import EnvironmentUnsupportedError, UsageError
 from goc_deploy.runtime.interpreter_exit import native_calls
 from goc_deploy.runtime.session import Session
@@ -70,6 +72,7 @@ class SessionPool:
         make: Callable[[], Session],
         work: Callable[[Session], Returned],
         spans: list[Span] | None = None,
+        limits: CallLimits | None = None,
     ) -> Returned:
         """Wait for a session, and call ``work`` with exclusive use of it.
 
@@ -77,12 +80,14 @@ class SessionPool:
             make: makes a session.
             work: the function to call with the session.
             spans: list to which the waiting time is appended.
+            limits: what may end the wait early.
 
         Raises:
             EnvironmentUnsupportedError: the pool is closed.
+            CancelledError, DeadlineError: because of ``limits``.
             UsageError: all sessions are in use, and this thread would wait for itself.
         """
-        return self._run(self._slots, make, work, spans)
+        return self._run(self._slots, make, work, spans, limits)
 
     def run_on_each(self, make: Callable[[], Session], work: Callable[[Session], Returned]) -> None:
         """Call ``work`` with every session, one after the other; see `run`."""
@@ -95,11 +100,12 @@ class SessionPool:
         make: Callable[[], Session],
         work: Callable[[Session], Returned],
         spans: list[Span] | None,
+        limits: CallLimits | None = None,
     ) -> Returned:
         claim = _Claim(threading.get_ident())
         try:
             with recorded(spans, "wait", "wait for a session"):
-                slot = self._take(claim, slots)
+                slot = self._take(claim, slots, limits)
             if slot.session is None:
                 slot.session = make()
             if self.closed:
@@ -122,7 +128,7 @@ class SessionPool:
                 slot.session = None
         self._bell.put(None)
 
-    def _take(self, claim: _Claim, slots: Sequence[_Slot]) -> _Slot:
+    def _take(self, claim: _Claim, slots: Sequence[_Slot], limits: CallLimits | None) -> _Slot:
         while True:
             if self.closed:
                 raise EnvironmentUnsupportedError(CLOSED)
@@ -142,7 +148,12 @@ class SessionPool:
                     "this thread, which would wait for itself; "
                     "do not generate from a callback, or load with a larger max_sessions"
                 )
-            self._bell.get()
+            if limits is None:
+                self._bell.get()
+            else:
+                limits.check()
+                with contextlib.suppress(queue.Empty):
+                    self._bell.get(timeout=POLL_SECONDS)
 
     def _forget_rings(self) -> None:
         try:

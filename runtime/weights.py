@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
+from goc_deploy.cancellation import POLL_SECONDS, CallLimits
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.errors import EnvironmentUnsupportedError, UsageError
 from goc_deploy.protocols import NOTHING
@@ -47,15 +48,23 @@ class Weights:
         self._exchanging = False
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, limits: CallLimits | None = None) -> Iterator[None]:
         """Use the engines in the body, after a running exchange; the next exchange waits for it.
+
+        Args:
+            limits: what may end the wait early.
 
         Raises:
             EnvironmentUnsupportedError: an exchange lost the weights.
+            CancelledError, DeadlineError: because of ``limits``.
         """
-        me = threading.get_ident()
+        me, interval = threading.get_ident(), None if limits is None else POLL_SECONDS
         with self._changed:
-            self._changed.wait_for(lambda: me in self._running or not self._exchanging)
+            while not self._changed.wait_for(
+                lambda: me in self._running or not self._exchanging, interval
+            ):
+                if limits is not None:
+                    limits.check()
             if self.lost is not None:
                 raise EnvironmentUnsupportedError(self.lost)
             self._running[me] += 1

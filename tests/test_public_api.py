@@ -21,7 +21,7 @@ assert not after, after
 
 
 def test_the_public_names_are_these() -> None:
-    types = ["GocError", "ModelSpec", "Plan", "Schedule", "__version__"]
+    types = ["CancelToken", "GocError", "ModelSpec", "Plan", "Schedule", "__version__"]
     functions = [
         "add_plan",
         "compile",
@@ -36,8 +36,8 @@ def test_the_public_names_are_these() -> None:
 
 
 def test_every_error_is_reached_from_the_top_and_has_the_exit_code_of_the_tree() -> None:
-    tree = re.findall(r"(\w+Error) +([1-9]) ", goc_deploy.errors.__doc__ or "")
-    assert len(tree) == 10
+    tree = re.findall(r"(\w+Error) +([1-9]\d?) ", goc_deploy.errors.__doc__ or "")
+    assert len(tree) == 12
     for name, code in tree:
         error = getattr(goc_deploy.errors, name)
         assert issubclass(error, goc_deploy.GocError)

@@ -33,6 +33,7 @@ FILES: dict[str, tuple[Callable[[Path], None], ...]] = {
     "README.md": (files.checkpoint, files.dit_pipeline, files.pixart_pipeline),
     "docs/policies.md": (files.golden_engine,),
     "docs/gpu.md": (files.golden_engine,),
+    "docs/serving.md": (files.golden_engine,),
 }
 TIMEOUT_S = 3600  # of a block: machines that test this program may be slow
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from goc_deploy import CancelToken
+from goc_deploy.errors import CancelledError
 from goc_deploy.runtime.pipeline import Pipeline
 from tests.conftest import GOLDEN_PLANS
 from tests.reference import worst_step
@@ -50,3 +52,38 @@ def test_two_callers_of_onnx_runtime_on_a_gpu_follow_the_golden_trajectory(
 ) -> None:
     pipe, _ = cuda_pipeline(golden_engine, spec, sessions=2)
     check(pipe, golden, spec)
+
+
+class _CancelledAtCheck(CancelToken):
+    """A token that is cancelled when it is looked at for the n-th time."""
+
+    def __init__(self, check: int) -> None:
+        super().__init__()
+        self.checks, self._last = 0, check
+
+    @property
+    def cancelled(self) -> bool:
+        self.checks += 1
+        return self.checks >= self._last
+
+
+@pytest.mark.parametrize("stand_in", ["tensorrt", "onnxruntime-cuda"])
+def test_a_call_on_a_gpu_ends_before_a_step_recorded_or_not(
+    golden_engine: Path, shared: Path, stand_in: str
+) -> None:
+    pipe, _ = (
+        stand_in_pipeline(shared, "fora:2", sessions=1)
+        if stand_in == "tensorrt"
+        else cuda_pipeline(golden_engine, "fora:2", sessions=1)
+    )
+    expected = pipe.generate([1, 7], seed=3).latents
+    for _ in range(3):  # launched, recorded, replayed
+        counting = _CancelledAtCheck(10**9)
+        np.testing.assert_array_equal(
+            pipe.generate([1, 7], seed=3, cancel=counting).latents, expected
+        )
+        assert pipe.plan.steps <= counting.checks <= pipe.plan.steps + 5
+        for check in (3, counting.checks // 2, counting.checks):
+            with pytest.raises(CancelledError):
+                pipe.generate([1, 7], seed=3, cancel=_CancelledAtCheck(check))
+    np.testing.assert_array_equal(pipe.generate([1, 7], seed=3).latents, expected)
