@@ -118,6 +118,16 @@ def check_channels(cfg_channels: Any) -> None:
         )
 
 
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Check that an argument is one of a few words.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if value not in choices:
+        raise UsageError(f"{name} must be one of {', '.join(choices)}, got {value!r:.60}")
+
+
 def noise_keys(seed: int | list[int], first_image: Any, images: int) -> list[tuple[int, int]]:
     """The seed and the index of each image, which determine its noise.
 

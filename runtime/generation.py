@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,10 +15,12 @@ from goc_deploy.runtime.decoder import LatentDecoder
 from goc_deploy.runtime.images import images_from_latents
 from goc_deploy.runtime.interpreter_exit import native_calls
 from goc_deploy.runtime.request import Drawing
-from goc_deploy.runtime.results import Drawn, Result, timing_report
+from goc_deploy.runtime.results import Drawn, Result, errors_of, timing_report
 from goc_deploy.runtime.session import Session
 from goc_deploy.runtime.step_events import StepHook, step_callback
 from goc_deploy.trace import Span, recorded
+
+OnNonfinite = Literal["raise", "mark"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,8 @@ class Extras:
         callback: called after every step, or None.
         spans: list to which the times of all parts are appended, or None.
         limits: what may end the call early, or None.
+        on_nonfinite: what happens if the latents of an image are not finite: ``raise`` an error, or
+            ``mark`` the image in the result.
     """
 
     trajectory: bool = False
@@ -38,6 +42,7 @@ class Extras:
     callback: StepHook | None = None
     spans: list[Span] | None = None
     limits: CallLimits | None = None
+    on_nonfinite: OnNonfinite = "raise"
 
 
 @dataclass(slots=True)
@@ -90,19 +95,32 @@ class Generation:
             report: entries of the report in addition to those about times.
 
         Raises:
-            VerificationError: the latents of an image are not finite.
+            VerificationError: the latents of an image are not finite, and such images are not
+                marked.
             CancelledError, DeadlineError: because of the limits of the call.
         """
         latents, timings = self._drawn.latents(), timing_report(self.plan, self._drawn.timings)
+        errors = errors_of(latents)
+        if errors and self.extras.on_nonfinite == "raise":
+            raise next(iter(errors.values()))
         started = time.perf_counter()
-        pictures = self._images(latents) if self.extras.decode else None
+        pictures = self._images(latents, errors) if self.extras.decode else None
         times = {**timings, "decode_ms": 1e3 * (time.perf_counter() - started)}
         whole = self._drawn.trajectory() if self.extras.trajectory else None
-        return Result(pictures, latents, whole, {**report, **times})
+        return Result(pictures, latents, whole, {**report, **times}, errors)
 
-    def _images(self, latents: np.ndarray) -> np.ndarray | None:
+    def _images(self, latents: np.ndarray, errors: Collection[int]) -> np.ndarray | None:
+        """Convert or decode latents; images with errors are black."""
+        bad = list(errors)
+        if bad:
+            latents = latents.copy()
+            latents[bad] = 0
         if self.decoder is None:
-            return images_from_latents(latents)
-        name = f"decode {len(latents)} images"
-        with recorded(self.extras.spans, "decode", name), native_calls():
-            return self.decoder.images(latents, self.extras.limits)
+            pictures = images_from_latents(latents)
+        else:
+            name = f"decode {len(latents)} images"
+            with recorded(self.extras.spans, "decode", name), native_calls():
+                pictures = self.decoder.images(latents, self.extras.limits)
+        if bad and pictures is not None:
+            pictures[bad] = 0
+        return pictures

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from goc_deploy.protocols import NOTHING, Backend
 from goc_deploy.runtime import arguments
 from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.decoder import LatentDecoder
-from goc_deploy.runtime.generation import Extras, Generation
+from goc_deploy.runtime.generation import Extras, Generation, OnNonfinite
 from goc_deploy.runtime.head_use import HeadUse
 from goc_deploy.runtime.interpreter_exit import native_calls
 from goc_deploy.runtime.request import Batch, Drawing, Request
@@ -96,6 +96,7 @@ class Pipeline:
         spans: list[Span] | None = None,
         deadline: float | None = None,
         cancel: CancelToken | None = None,
+        on_nonfinite: OnNonfinite = "raise",
     ) -> Result:
         """Generate one image per label, or per caption.
 
@@ -130,17 +131,20 @@ class Pipeline:
                 checked before every launch on the CPU, and before every step on a GPU, which then
                 waits for each step. A token also interrupts a running launch of ONNX Runtime on the
                 CPU. Other calls continue, and the session is usable at once.
+            on_nonfinite: ``raise`` an error if the latents of any image are not finite, or ``mark``
+                these images in ``errors`` of the result, so that the others are not lost.
 
         Raises:
             CancelledError: ``cancel`` was cancelled.
             DeadlineError: the call did not end in time.
             UsageError: a label, number or shape is out of range, the number of seeds or scales is
                 not the number of images, or prompt embeddings are for a class-conditional model.
-            VerificationError: a result is not finite.
+            VerificationError: a result is not finite, and ``on_nonfinite`` is ``raise``.
             EnvironmentUnsupportedError: the pipeline was closed, or was loaded before a fork.
         """
         self._check_open()
         limits = call_limits(deadline, cancel)
+        arguments.check_choice("on_nonfinite", on_nonfinite, get_args(OnNonfinite))
         if prompts is not None:
             prompt_embeds = self.encode(prompts, negative_prompts)
         seed, cfg_scale = arguments.checked_seed(seed), arguments.checked_scale(cfg_scale)
@@ -149,7 +153,8 @@ class Pipeline:
             labels, prompt_embeds, seed, first_image, cfg_scale, cfg_channels, latents
         )
         about = {"seed": seed, "cfg_scale": cfg_scale}
-        return self.draw(drawing, Extras(trajectory, decode, callback, spans, limits), about)
+        extras = Extras(trajectory, decode, callback, spans, limits, on_nonfinite)
+        return self.draw(drawing, extras, about)
 
     def draw(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,16 +24,19 @@ class Result:
 
     Attributes:
         images: (N, H, W, channels) uint8, or None if the latents need a decoder that the engine
-            directory does not have.
+            directory does not have. An image with an error is black.
         latents: (N, C, H, W) float32.
         trajectory: (T, N, C, H, W) float32, latents after each step, or None if not requested.
         report: timings, plan, memory and versions, in JSON types.
+        errors: the error of each image that has one, by its index; empty unless `Pipeline.generate`
+            was called with ``on_nonfinite="mark"``.
     """
 
     images: np.ndarray | None
     latents: np.ndarray
     trajectory: np.ndarray | None
     report: dict[str, Any]
+    errors: Mapping[int, VerificationError] = field(default_factory=dict)
 
     def pil(self) -> list[Image.Image]:
         """Convert the images to Pillow images, of mode ``L`` if they are gray, else ``RGB``.
@@ -64,23 +67,23 @@ class Drawn:
     trajectories: list[list[np.ndarray]] = field(default_factory=list)
 
     def latents(self) -> np.ndarray:
-        """Final latents of all images, (N, C, H, W) float32.
-
-        Raises:
-            VerificationError: the latents of an image are not finite.
-        """
-        latents = np.concatenate(self.batches)
-        finite = np.isfinite(latents).all(axis=(1, 2, 3))
-        if not finite.all():
-            raise VerificationError(
-                f"the latents of image {finite.argmin()} are not finite; use a milder plan or "
-                "`precision=fp32`"
-            )
-        return latents
+        """Final latents of all images, (N, C, H, W) float32."""
+        return np.concatenate(self.batches)
 
     def trajectory(self) -> np.ndarray:
         """(T, N, C, H, W), latents of all images after each step."""
         return np.concatenate([np.stack(steps) for steps in self.trajectories], axis=1)
+
+
+def errors_of(latents: np.ndarray) -> dict[int, VerificationError]:
+    """The error of each image whose latents (N, C, H, W) are not finite, by its index."""
+    finite = np.isfinite(latents).all(axis=(1, 2, 3))
+    return {
+        int(image): VerificationError(
+            f"the latents of image {image} are not finite; use a milder plan or `precision=fp32`"
+        )
+        for image in np.flatnonzero(~finite)
+    }
 
 
 def plan_report(

@@ -138,3 +138,14 @@ def demo_engine(tmp_path_factory: pytest.TempPathFactory, command: Command) -> P
         *plans,
     )
     return directory
+
+
+@pytest.fixture(scope="session")
+def prompt_engine_small(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
+    """The shipped PixArt with its text encoder and its VAE, with plans of five steps."""
+    directory = tmp_path_factory.mktemp("prompted") / "engine"
+    companions = ("--vae", MNIST / "vae", "--text-encoder", MNIST / "text_encoder")
+    plans = ("--plan", "none", "--plan", "fora:2", "--steps", 5, "--max-batch", 4)
+    heads = ("--num-heads", 4)
+    command("goc-export", MNIST / "pixart_mnist.pt", "-o", directory, *companions, *plans, *heads)
+    return directory

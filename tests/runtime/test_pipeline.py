@@ -382,6 +382,23 @@ def test_results_that_are_not_finite_are_an_error(pipe: Pipeline) -> None:
         pipe.generate([0, 1], latents=np.stack([np.zeros((4, 8, 8)), np.full((4, 8, 8), 3e38)]))
 
 
+def test_an_image_that_is_not_finite_may_be_marked_and_leaves_its_neighbors_alone(
+    pipe: Pipeline,
+) -> None:
+    start = np.random.default_rng(0).standard_normal((3, 4, 8, 8)).astype(np.float32)
+    good = pipe.generate(LABELS, latents=start)
+    assert good.errors == {}
+    start[1] = 3e38
+    with np.errstate(all="ignore"):
+        found = pipe.generate(LABELS, latents=start, on_nonfinite="mark")
+    assert [(i, type(error)) for i, error in found.errors.items()] == [(1, VerificationError)]
+    assert "the latents of image 1 are not finite" in str(found.errors[1])
+    np.testing.assert_array_equal(found.latents[[0, 2]], good.latents[[0, 2]])
+    assert not np.isfinite(found.latents[1]).all()
+    with pytest.raises(UsageError, match="on_nonfinite must be one of raise, mark, got 'drop'"):
+        pipe.generate(LABELS, on_nonfinite="drop")
+
+
 def test_closing_twice_is_fine_and_a_closed_pipeline_says_so(golden_engine: Path) -> None:
     loaded = goc_deploy.load(golden_engine)
     loaded.warmup()
