@@ -79,9 +79,8 @@ class Generation:
             on_step = None
             if extras.callback is not None or extras.trajectory or session.on_cpu:
                 # Otherwise nothing is called between steps, because a run on a GPU is short.
-                on_step = step_callback(
-                    self.plan, extras.callback, trajectory if extras.trajectory else None, part
-                )
+                kept = trajectory if extras.trajectory else None
+                on_step = step_callback(self.plan, extras.callback, kept, part, self._decoded)
             request = self.drawing.request(part, draws, shape)
             final, timing = session.run(request, on_step, extras.spans, extras.limits)
             drawn.batches.append(final)
@@ -115,12 +114,14 @@ class Generation:
         if bad:
             latents = latents.copy()
             latents[bad] = 0
-        if self.decoder is None:
-            pictures = images_from_latents(latents)
-        else:
-            name = f"decode {len(latents)} images"
-            with recorded(self.extras.spans, "decode", name), native_calls():
-                pictures = self.decoder.images(latents, self.extras.limits)
+        with recorded(self.extras.spans, "decode", f"decode {len(latents)} images"):
+            pictures = self._decoded(latents)
         if bad and pictures is not None:
             pictures[bad] = 0
         return pictures
+
+    def _decoded(self, latents: np.ndarray) -> np.ndarray | None:
+        if self.decoder is None:
+            return images_from_latents(latents)
+        with native_calls():
+            return self.decoder.images(latents, self.extras.limits)

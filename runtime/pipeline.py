@@ -24,6 +24,7 @@ from goc_deploy.errors import EnvironmentUnsupportedError, UsageError
 from goc_deploy.options import GenerateOptions
 from goc_deploy.protocols import NOTHING, Backend
 from goc_deploy.runtime import arguments
+from goc_deploy.runtime.asynchronous import in_a_thread
 from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.decoder import LatentDecoder
 from goc_deploy.runtime.generation import Extras, Generation, OnNonfinite
@@ -123,8 +124,8 @@ class Pipeline:
             latents: x_T in place of seeded noise, (N, C, H, W), converted to float32.
             trajectory: whether the latents after every step are returned too.
             decode: whether latents are decoded to images, if the engine directory has a decoder.
-            callback: called after every step with a `StepEvent`; an exception in it is logged, and
-                the run continues.
+            callback: called after every step with a `StepEvent`, which makes previews on request;
+                an exception in it is logged, and the run continues.
             spans: list to which the times of all parts are appended, for `goc_deploy.trace`.
             deadline: seconds that the call may take, with the wait for a session; None is no limit.
             cancel: token with which another thread may end the call. It and the deadline are
@@ -155,6 +156,33 @@ class Pipeline:
         about = {"seed": seed, "cfg_scale": cfg_scale}
         extras = Extras(trajectory, decode, callback, spans, limits, on_nonfinite)
         return self.draw(drawing, extras, about)
+
+    async def agenerate(
+        self,
+        labels: Sequence[int] | None = None,
+        *,
+        deadline: float | None = None,
+        cancel: CancelToken | None = None,
+        **arguments: Any,
+    ) -> Result:
+        """Generate as `generate` does, in a thread, for asyncio.
+
+        If the task is cancelled, the run ends before its next launch. Callbacks run in the thread.
+
+        Args:
+            labels: as in `generate`.
+            deadline: as in `generate`; the time counts from this call.
+            cancel: as in `generate`.
+            **arguments: the other arguments of `generate`.
+
+        Raises:
+            GocError: as `generate`.
+        """
+
+        def run(seconds: float | None, token: CancelToken) -> Result:
+            return self.generate(labels, deadline=seconds, cancel=token, **arguments)
+
+        return await in_a_thread(run, deadline, cancel)
 
     def draw(
         self,
