@@ -7,8 +7,10 @@
     ├── ModelError                  3   checkpoint unreadable or unsupported
     ├── EngineDirError              4   engine directory corrupt or not ours
     ├── EnvironmentUnsupportedError 5   provider, GPU, versions, driver
+    │   └── NotReadyError           5   a service that loads, drains or is closed
     ├── VerificationError           6   numbers beyond tolerance, non-finite results
     ├── ResourceError               7   disk, memory, file descriptors
+    │   └── OverloadedError         7   a service whose queue is full
     ├── ConflictError               8   output exists, lock held
     ├── SafetyError                 9   pickle globals, path escape
     ├── CancelledError              10  a call whose token was cancelled
@@ -58,6 +60,10 @@ class EnvironmentUnsupportedError(GocError):
     exit_code = 5
 
 
+class NotReadyError(EnvironmentUnsupportedError):
+    """A service that has not started, drains or is closed."""
+
+
 class VerificationError(GocError):
     """Numbers beyond tolerance, or results that are not finite."""
 
@@ -68,6 +74,21 @@ class ResourceError(GocError):
     """Not enough disk, memory or file descriptors."""
 
     exit_code = 7
+
+
+class OverloadedError(ResourceError):
+    """The queue of a service is full.
+
+    Attributes:
+        retry_after: estimated seconds until there is room.
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[type[OverloadedError], tuple[str, float]]:
+        return type(self), (str(self), self.retry_after)
 
 
 class ConflictError(GocError):

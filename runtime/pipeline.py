@@ -148,14 +148,51 @@ class Pipeline:
         arguments.check_choice("on_nonfinite", on_nonfinite, get_args(OnNonfinite))
         if prompts is not None:
             prompt_embeds = self.encode(prompts, negative_prompts)
-        seed, cfg_scale = arguments.checked_seed(seed), arguments.checked_scale(cfg_scale)
-        cfg_channels = self.spec.guided_channels if cfg_channels is None else cfg_channels
-        drawing = self._drawing(
-            labels, prompt_embeds, seed, first_image, cfg_scale, cfg_channels, latents
+        drawing = self.drawing(
+            labels,
+            prompt_embeds,
+            seed=seed,
+            first_image=first_image,
+            cfg_scale=cfg_scale,
+            cfg_channels=cfg_channels,
+            latents=latents,
         )
-        about = {"seed": seed, "cfg_scale": cfg_scale}
+        about = {
+            "seed": arguments.checked_seed(seed),
+            "cfg_scale": arguments.checked_scale(cfg_scale),
+        }
         extras = Extras(trajectory, decode, callback, spans, limits, on_nonfinite)
         return self.draw(drawing, extras, about)
+
+    def drawing(
+        self,
+        labels: Sequence[int] | None = None,
+        prompt_embeds: PromptEmbeds | None = None,
+        *,
+        seed: int | Sequence[int] = DEFAULTS.seed,
+        first_image: int = 0,
+        cfg_scale: float | Sequence[float] = DEFAULTS.cfg_scale,
+        cfg_channels: int | None = DEFAULTS.cfg_channels,
+        latents: np.ndarray | None = None,
+    ) -> Drawing:
+        """Check the arguments of `generate` that concern single images, for `draw`.
+
+        Raises:
+            UsageError: as `generate`.
+        """
+        seeds, scales = arguments.checked_seed(seed), arguments.checked_scale(cfg_scale)
+        channels = self.spec.guided_channels if cfg_channels is None else cfg_channels
+        arguments.check_channels(channels)
+        guided = bool(np.any(np.not_equal(scales, 1))) and channels != 0
+        conditions = self._conditions(labels, prompt_embeds, guided=guided)
+        images = len(conditions.labels)
+        return Drawing(
+            conditions,
+            arguments.noise_keys(seeds, first_image, images),
+            arguments.scale_of_each(scales, images),
+            int(channels),
+            None if latents is None else arguments.checked_latents(latents, images, self.spec),
+        )
 
     async def agenerate(
         self,
@@ -218,8 +255,8 @@ class Pipeline:
         return generation.result(
             {
                 "goc_deploy": __version__,
-                **self._backend.describe(),
-                **plan_report(self.plan, self.spec, self.manifest.precision, self.batch_size),
+                **self.backend_description,
+                **self.plan_description,
                 **about_head,
                 "images": len(drawing),
                 **about,
@@ -229,9 +266,18 @@ class Pipeline:
         )
 
     def encode(
-        self, prompts: Sequence[str], negative_prompts: Sequence[str] = ("",)
+        self,
+        prompts: Sequence[str],
+        negative_prompts: Sequence[str] = ("",),
+        *,
+        log_prompts: bool = True,
     ) -> PromptEmbeds:
         """Encode prompts; the embeddings of the last prompts are kept.
+
+        Args:
+            prompts: the texts.
+            negative_prompts: one, or one for each prompt.
+            log_prompts: whether the log shows what is left out of a prompt that is too long.
 
         Raises:
             UsageError: the engine directory has no text encoder, there are no prompts, or the
@@ -246,7 +292,9 @@ class Pipeline:
         if self._attached.text is None:
             raise EnvironmentUnsupportedError(NO_TOKENIZERS)
         with native_calls():
-            return self._attached.text.prompt_embeds(prompts, negative_prompts)
+            return self._attached.text.prompt_embeds(
+                prompts, negative_prompts, log_prompts=log_prompts
+            )
 
     def with_plan(self, plan: Plan) -> Pipeline:
         """A pipeline of another plan on the same engines.
@@ -328,7 +376,12 @@ class Pipeline:
     @property
     def runs_to_warm(self) -> int:
         """Requests of a shape that warm a session up: a GPU records a step after its first run."""
-        return 1 if self._backend.device.kind == "cpu" else 2
+        return 1 if self.on_cpu else 2
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the engines run on the CPU, where checks of limits cost nothing."""
+        return self._backend.device.kind == "cpu"
 
     def _request_to_warm_up(self, images: int, *, guided: bool) -> Request:
         captions = blank_captions(self.spec) if self.spec.text_conditional else None
@@ -337,6 +390,16 @@ class Pipeline:
         noise = np.zeros((images, self._draws, *self._latent_shape), np.float32)
         scales = np.full(images, DEFAULTS.cfg_scale if guided else 1.0)
         return Request(conditions, noise, scales, self.spec.guided_channels)
+
+    @property
+    def backend_description(self) -> dict[str, Any]:
+        """Name, version and device of the backend, in JSON types, as reports of results have it."""
+        return self._backend.describe()
+
+    @property
+    def plan_description(self) -> dict[str, Any]:
+        """Sizes of the plan for full batches, in JSON types, as reports of results have them."""
+        return plan_report(self.plan, self.spec, self.manifest.precision, self.batch_size)
 
     @property
     def closed(self) -> bool:
@@ -371,29 +434,6 @@ class Pipeline:
     @property
     def _latent_shape(self) -> tuple[int, int, int]:
         return (self.spec.channels, self.spec.side, self.spec.side)
-
-    def _drawing(
-        self,
-        labels: Sequence[int] | None,
-        prompt_embeds: PromptEmbeds | None,
-        seed: int | list[int],
-        first_image: int,
-        cfg_scale: float | list[float],
-        cfg_channels: int,
-        latents: np.ndarray | None,
-    ) -> Drawing:
-        """Check the arguments of `generate` that concern single images."""
-        arguments.check_channels(cfg_channels)
-        guided = bool(np.any(np.not_equal(cfg_scale, 1))) and cfg_channels != 0
-        conditions = self._conditions(labels, prompt_embeds, guided=guided)
-        images = len(conditions.labels)
-        return Drawing(
-            conditions,
-            arguments.noise_keys(seed, first_image, images),
-            arguments.scale_of_each(cfg_scale, images),
-            int(cfg_channels),
-            None if latents is None else arguments.checked_latents(latents, images, self.spec),
-        )
 
     def _conditions(
         self, labels: Sequence[int] | None, prompt_embeds: PromptEmbeds | None, *, guided: bool

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from goc_deploy.conditions.captions import Conditions
+from goc_deploy.conditions.captions import Conditions, joined_conditions
 from goc_deploy.runtime.noise import image_noise
 
 
@@ -64,6 +64,22 @@ class Drawing:
             noise[:, 0] = self.start[cut]
         conditions = self.conditions.part(part)
         return Request(conditions, noise, self.cfg_scale[cut], self.cfg_channels)
+
+
+def joined(drawings: Sequence[Drawing]) -> Drawing:
+    """Join calls of one pipeline to one call, with their images in order.
+
+    Args:
+        drawings: calls with the same ``cfg_channels``, and without ``start``.
+    """
+    assert all(drawing.start is None for drawing in drawings)
+    assert len({drawing.cfg_channels for drawing in drawings}) == 1
+    return Drawing(
+        joined_conditions([drawing.conditions for drawing in drawings]),
+        [key for drawing in drawings for key in drawing.noise_keys],
+        np.concatenate([drawing.cfg_scale for drawing in drawings]),
+        drawings[0].cfg_channels,
+    )
 
 
 @dataclass(frozen=True, slots=True)

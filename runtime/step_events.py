@@ -100,13 +100,14 @@ class StepEvent:
         with native_calls():
             return self._images(self.latents())
 
-    def part(self, images: range) -> StepEvent:
+    def part(self, images: range, first_image: int = 0) -> StepEvent:
         """The event of some images of the batch.
 
         Args:
             images: indices in the batch.
+            first_image: index of the first of them in their own request.
         """
-        return replace(self, first_image=0, images=len(images), _rows=images)
+        return replace(self, first_image=first_image, images=len(images), _rows=images)
 
 
 def step_callback(

@@ -37,7 +37,7 @@ def test_the_public_names_are_these() -> None:
 
 def test_every_error_is_reached_from_the_top_and_has_the_exit_code_of_the_tree() -> None:
     tree = re.findall(r"(\w+Error) +([1-9]\d?) ", goc_deploy.errors.__doc__ or "")
-    assert len(tree) == 12
+    assert len(tree) == 14
     for name, code in tree:
         error = getattr(goc_deploy.errors, name)
         assert issubclass(error, goc_deploy.GocError)

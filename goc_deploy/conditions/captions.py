@@ -121,6 +121,26 @@ def conditions_from_captions(
     return Conditions(rows, tuple(count + row % negatives for row in rows), embeds.table)
 
 
+def joined_conditions(parts: Sequence[Conditions]) -> Conditions:
+    """Join the conditions of several calls; captions that no image reads are left out."""
+    labels = tuple(label for part in parts for label in part.labels)
+    nulls = tuple(null for part in parts for null in part.nulls)
+    tables = [part.captions for part in parts if part.captions is not None]
+    if not tables:
+        return Conditions(labels, nulls)
+    assert len(tables) == len(parts)
+    first, rows, embeds, masks = 0, list[np.ndarray](), [], []
+    for part, table in zip(parts, tables, strict=True):
+        read, index = np.unique([part.labels, part.nulls], return_inverse=True)
+        rows.append(first + index.reshape(2, -1))
+        embeds.append(table.embeds[read])
+        masks.append(table.mask[read])
+        first += len(read)
+    own, unconditional = np.concatenate(rows, axis=1).tolist()
+    captions = Captions(np.concatenate(embeds), np.concatenate(masks))
+    return Conditions(tuple(own), tuple(unconditional), captions)
+
+
 def prompt_embeds_from_arrays(
     arrays: Mapping[str, np.ndarray], spec: ModelSpec, where: str
 ) -> PromptEmbeds:

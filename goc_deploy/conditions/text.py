@@ -106,11 +106,16 @@ class TextEncoder:
         self._bind(1)
 
     def prompt_embeds(
-        self, prompts: Sequence[str], negatives: Sequence[str] = ("",)
+        self,
+        prompts: Sequence[str],
+        negatives: Sequence[str] = ("",),
+        *,
+        log_prompts: bool = True,
     ) -> PromptEmbeds:
         """Encode prompts and negative prompts; by default the negative prompt is empty.
 
-        A prompt with more tokens than the model takes is cut, and the log shows the rest.
+        A prompt with more tokens than the model takes is cut. The log has the number of tokens, and
+        the rest of the prompt if ``log_prompts`` is true.
 
         Raises:
             UsageError: there are no prompts, one is not a string, or the number of negatives is
@@ -127,20 +132,15 @@ class TextEncoder:
             )
         texts = [_normalised(prompt) for prompt in (*prompts, *negatives)]
         with self._stream.held():  # this also protects the buffers and the kept results
-            encoded = self._encoded(texts)
+            encoded = self._encoded(texts, log_prompts=log_prompts)
         return PromptEmbeds(_captions(encoded[: len(prompts)]), _captions(encoded[len(prompts) :]))
 
-    def _encoded(self, texts: Sequence[str]) -> list[_Encoded]:
+    def _encoded(self, texts: Sequence[str], *, log_prompts: bool) -> list[_Encoded]:
         encoded = {text: self._known[text] for text in texts if text in self._known}
         unknown = iter(dict.fromkeys(text for text in texts if text not in encoded))
         while together := list(islice(unknown, self._most)):
-            encoded.update(
-                zip(
-                    together,
-                    self._run_encoder([self._tokens_of(text) for text in together]),
-                    strict=True,
-                )
-            )
+            tokens = [self._tokens_of(text, log_prompts=log_prompts) for text in together]
+            encoded.update(zip(together, self._run_encoder(tokens), strict=True))
         for text in texts:
             self._known[text] = encoded[text]
             self._known.move_to_end(text)
@@ -148,7 +148,7 @@ class TextEncoder:
             self._known.popitem(last=False)
         return [encoded[text] for text in texts]
 
-    def _tokens_of(self, text: str) -> list[int]:
+    def _tokens_of(self, text: str, *, log_prompts: bool) -> list[int]:
         most, eos = self._spec.caption_tokens, self._text.eos
         encoding = _of_tokenizer(lambda: self._tokenizer.encode(text))
         tokens = list(encoding.ids)
@@ -157,8 +157,9 @@ class TextEncoder:
         if len(tokens) > most:
             rest = text[encoding.offsets[most - 1][0] :]
             shown = rest if len(rest) <= SHOWN_CHARACTERS else f"{rest[:SHOWN_CHARACTERS]}..."
+            left_out = f"left out: {shown!r}" if log_prompts else "the rest is left out"
             logger.warning(
-                "a prompt has %d tokens, the model takes %d; left out: %r", len(tokens), most, shown
+                "a prompt has %d tokens, the model takes %d; %s", len(tokens), most, left_out
             )
             tokens = [*tokens[: most - 1], eos]
         if max(tokens) >= self._text.vocabulary:

@@ -1,0 +1,122 @@
+"""The engine directories of a service: loaded once, with all their plans on one set of weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from goc_deploy.api.facade import load_plans
+from goc_deploy.engine_dir.directory import EngineDir
+from goc_deploy.engine_dir.manifest import Manifest
+from goc_deploy.errors import UsageError
+from goc_deploy.runtime.pipeline import Pipeline
+from goc_deploy.serving.requests import HostedModel, ServiceLimits
+
+
+def fingerprint(manifest: Manifest) -> str:
+    """SHA-256 of the paths and digests of all files of an engine directory, in hexadecimal."""
+    digest = hashlib.sha256()
+    for file in sorted(manifest.files, key=lambda file: file.path):
+        digest.update(f"{file.path}\0{file.sha256}\n".encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HostedPlan:
+    """A loaded plan.
+
+    Attributes:
+        model: name of the model in the service.
+        name: name of the plan.
+        pipeline: the plan on its engines.
+        batch_images: images of the requests that run together.
+    """
+
+    model: str
+    name: str
+    pipeline: Pipeline
+    batch_images: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedModel:
+    """A loaded engine directory.
+
+    Attributes:
+        directory: the engine directory.
+        plans: its loaded plans by name.
+        fingerprint: see `fingerprint`.
+        load_seconds: the time that loading took.
+    """
+
+    directory: EngineDir
+    plans: Mapping[str, HostedPlan]
+    fingerprint: str
+    load_seconds: float
+
+    def plan(self, name: str | None) -> HostedPlan:
+        """Return the plan of a name or SPEC; None is the first plan that caches.
+
+        Raises:
+            UsageError: the service has no such plan.
+        """
+        if name is not None and name in self.plans:
+            return self.plans[name]
+        try:
+            entry = self.directory.plan_entry(name)
+        except UsageError:
+            entry = None
+        if entry is not None and entry.name in self.plans:
+            return self.plans[entry.name]
+        if name is None:
+            return next(iter(self.plans.values()))
+        raise UsageError(f"there is no plan {name!r:.60}; this model has {', '.join(self.plans)}")
+
+    def describe(self) -> dict[str, Any]:
+        """Describe fingerprint, backend and plans, in JSON types."""
+        any_plan = next(iter(self.plans.values())).pipeline
+        return {
+            "fingerprint": self.fingerprint,
+            "plans": list(self.plans),
+            "batch_size": any_plan.batch_size,
+            **any_plan.backend_description,
+        }
+
+
+def loaded_model(name: str, model: HostedModel, limits: ServiceLimits) -> LoadedModel:
+    """Load an engine directory.
+
+    Raises:
+        GocError: as `goc_deploy.load_plans`.
+    """
+    started = perf_counter()
+    directory = EngineDir.open(Path(model.engine_dir))
+    names = list(model.plans) or [entry.name for entry in directory.manifest.plans]
+    if not names:
+        names = [directory.plan_entry(None).name]  # It raises an error: there are no plans.
+    pipelines = load_plans(
+        model.engine_dir,
+        names,
+        backend=model.backend,
+        batch_size=model.batch_size,
+        max_sessions=limits.workers,
+        threads=model.threads,
+        cuda_graphs=model.cuda_graphs,
+        device=model.device,
+    )
+    most = limits.batch_images
+    plans = {
+        pipeline.plan.name: HostedPlan(
+            name,
+            pipeline.plan.name,
+            pipeline,
+            pipeline.batch_size if most is None else min(most, pipeline.batch_size),
+        )
+        for pipeline in pipelines
+    }
+    digest = fingerprint(pipelines[0].manifest)
+    return LoadedModel(directory, plans, digest, perf_counter() - started)

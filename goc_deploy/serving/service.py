@@ -1,0 +1,342 @@
+"""The object that a host embeds: several engine directories, one queue, dynamic batching."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import CancelledError as FutureCancelledError
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from goc_deploy.errors import (
+    CancelledError,
+    DeadlineError,
+    EnvironmentUnsupportedError,
+    GocError,
+    NotReadyError,
+    OverloadedError,
+    UsageError,
+)
+from goc_deploy.runtime.results import Result
+from goc_deploy.serving.admission import admitted
+from goc_deploy.serving.alarms import Alarms
+from goc_deploy.serving.batches import BatchRunner
+from goc_deploy.serving.hosted import LoadedModel, loaded_model
+from goc_deploy.serving.metrics import Metrics, NoMetrics
+from goc_deploy.serving.queue import CLOSED, BatchQueue, Ticket
+from goc_deploy.serving.reports import Reports
+from goc_deploy.serving.requests import HostedModel, ImageRequest, ServiceLimits
+
+logger = logging.getLogger(__name__)
+
+NO_METRICS = NoMetrics()
+State = Literal["new", "loading", "ready", "draining", "closed", "failed"]
+EXPECTED = (CancelledError, DeadlineError, NotReadyError, OverloadedError, UsageError)
+FORKED = "the service was started before a fork, which its threads do not survive; start it after"
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """The state of a service.
+
+    Attributes:
+        state: ``new``, ``loading``, ``ready``, ``draining``, ``closed``, or ``failed`` to start.
+        in_flight: requests that run.
+        queued: requests that wait.
+        last_error: the last error of a run or of the start, or None.
+        models: fingerprint, backend and plans of each model, in JSON types.
+    """
+
+    state: State
+    in_flight: int
+    queued: int
+    last_error: str | None
+    models: Mapping[str, Mapping[str, Any]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Convert to JSON types."""
+        return asdict(self)
+
+
+class Service:
+    """Loads engine directories once, and draws the requests of any number of threads.
+
+    Compatible requests (same model and plan, with or without guidance) that wait at the same time
+    run together. The images of a request do not depend on the requests that it runs with.
+
+    Args:
+        models: engine directories by the name that requests use.
+        limits: bounds of the queue, of batches and of requests.
+        metrics: adapter of a metrics library.
+        log_prompts: whether the log has the prompts of requests.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, HostedModel | str | Path],
+        *,
+        limits: ServiceLimits | None = None,
+        metrics: Metrics = NO_METRICS,
+        log_prompts: bool = False,
+    ) -> None:
+        if not models:
+            raise UsageError("a service needs at least one model")
+        self.limits = ServiceLimits() if limits is None else limits
+        self._wanted = {
+            name: model if isinstance(model, HostedModel) else HostedModel(model)
+            for name, model in models.items()
+        }
+        self._reports = Reports(metrics, log_prompts=log_prompts)
+        self._state: State = "new"
+        self._pid = os.getpid()
+        self._changed = threading.Condition()
+        self._tickets: set[Ticket] = set()
+        self._seconds_per_image = 0.0
+        self._last_error: str | None = None
+        self._models: dict[str, LoadedModel] = {}
+        self._queue = BatchQueue(self.limits.queued_images, self.limits.max_delay_seconds)
+        self._runner = BatchRunner(self._reports, log_prompts=log_prompts)
+        self._workers: list[threading.Thread] = []
+        self._alarms: Alarms | None = None
+
+    def start(self) -> None:
+        """Load all models, warm them up, and accept requests from then on.
+
+        Raises:
+            GocError: a model cannot be loaded; nothing remains loaded.
+            NotReadyError: the service was started before.
+        """
+        with self._changed:
+            if self._state != "new":
+                raise NotReadyError(f"a service starts once, and this one is {self._state}")
+            self._state, self._pid = "loading", os.getpid()
+        try:
+            for name, model in self._wanted.items():
+                self._load(name, model)
+        except BaseException as error:
+            self._last_error = str(error)
+            self._close_models()
+            self._state = "failed"
+            raise
+        self._alarms = Alarms()
+        self._workers = [
+            threading.Thread(target=self._work, name=f"goc-worker-{i}", daemon=True)
+            for i in range(self.limits.workers)
+        ]
+        if not self._begin():
+            self._workers = []
+            self.close()
+            raise NotReadyError(CLOSED)
+        logger.info("the service is ready with %s", ", ".join(self._models))
+
+    def _begin(self) -> bool:
+        """Begin to work, unless the service was closed while it loaded."""
+        with self._changed:
+            if self._state != "loading":
+                return False
+            self._state = "ready"
+            for worker in self._workers:
+                worker.start()
+            return True
+
+    def _load(self, name: str, model: HostedModel) -> None:
+        loaded = self._models[name] = loaded_model(name, model, self.limits)
+        for plan in loaded.plans.values():
+            plan.pipeline.warmup(model.warmup_images)
+        self._reports.loaded(name, loaded)
+
+    def ready(self) -> bool:
+        """Whether requests are accepted: from the end of the warm-up to the start of draining."""
+        return self._state == "ready" and os.getpid() == self._pid
+
+    def health(self) -> Health:
+        """Describe the state; cheap, and possible in every state."""
+        tickets = list(self._tickets)
+        running = sum(ticket.started is not None for ticket in tickets)
+        models = {name: model.describe() for name, model in list(self._models.items())}
+        return Health(self._state, running, len(tickets) - running, self._last_error, models)
+
+    @property
+    def plans(self) -> Mapping[str, tuple[str, ...]]:
+        """Names of the loaded plans of each model."""
+        return {name: tuple(model.plans) for name, model in self._models.items()}
+
+    def submit(self, request: ImageRequest) -> Future[Result]:
+        """Put a request into the queue.
+
+        Returns:
+            The future result. An image that is not finite is in its ``errors`` and not an error of
+            the request. Cancelling the future cancels the request.
+
+        Raises:
+            UsageError: the request does not fit the model or the limits.
+            OverloadedError: the queue is full; ``retry_after`` estimates when it has room.
+            NotReadyError: the service has not started, drains or is closed.
+        """
+        if os.getpid() != self._pid:
+            raise EnvironmentUnsupportedError(FORKED)
+        self._check_ready()
+        try:
+            ticket = admitted(request, self._models, self.limits)
+        except UsageError:
+            self._reports.refused()
+            raise
+        with self._changed:
+            self._check_ready()
+            self._tickets.add(ticket)
+        self._watch(ticket)
+        ticket.future.add_done_callback(lambda _: self._ended(ticket))
+        try:
+            self._queue.put(ticket, self._retry_after())
+        except GocError as error:
+            ticket.fail(error)
+            raise
+        self._reports.waiting(self._queue.images)
+        return ticket.future
+
+    def generate(self, request: ImageRequest) -> Result:
+        """Put a request into the queue, and wait for its result.
+
+        Raises:
+            CancelledError: the token of the request was cancelled.
+            DeadlineError: the request did not end in time.
+            GocError: as `submit`, or the run failed.
+        """
+        future = self.submit(request)
+        try:
+            return future.result()
+        except FutureCancelledError as cause:
+            raise CancelledError("the request was cancelled") from cause
+        finally:
+            future.cancel()  # An interrupted wait ends the request too.
+
+    async def agenerate(self, request: ImageRequest) -> Result:
+        """Wait for a result in asyncio; cancelling the task cancels the request.
+
+        Raises:
+            GocError: as `generate`.
+        """
+        return await asyncio.wrap_future(self.submit(request))
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Accept no more requests, and wait until those that were accepted have ended.
+
+        Args:
+            timeout: seconds to wait; None waits as long as it takes.
+
+        Returns:
+            Whether all requests have ended.
+        """
+        with self._changed:
+            if self._state == "ready":
+                self._state = "draining"
+        self._queue.hurry()
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._tickets, timeout)
+
+    def close(self) -> None:
+        """Free everything. Requests that run end normally, and those that wait fail.
+
+        Closing twice is allowed. `drain` comes before it if no request may be lost.
+        """
+        with self._changed:
+            if self._state != "failed":
+                self._state = "closed"
+        for ticket in self._queue.close():
+            ticket.fail(NotReadyError(CLOSED))
+        if os.getpid() != self._pid:
+            return  # The threads and engines belong to the parent process.
+        for worker in self._workers:
+            worker.join()
+        if self._alarms is not None:
+            self._alarms.close()
+            self._alarms = None
+        self._workers = []
+        self._close_models()
+
+    def __enter__(self) -> Service:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _close_models(self) -> None:
+        for model in self._models.values():
+            for plan in model.plans.values():
+                plan.pipeline.close()
+
+    def _watch(self, ticket: Ticket) -> None:
+        """End the ticket early if its token is cancelled or its deadline is over."""
+        limits = ticket.limits
+        if limits is None:
+            return
+        if limits.token is not None:
+            error = CancelledError("the request was cancelled through its token")
+            ticket.watch.enter_context(limits.token.calling(lambda: ticket.fail(error)))
+        if limits.seconds is not None and self._alarms is not None:
+            late = DeadlineError(
+                f"the request did not end within its deadline of {limits.seconds:g} s"
+            )
+            forget = self._alarms.at(limits.ends_at, lambda: ticket.fail(late))
+            ticket.watch.callback(forget)
+
+    def _check_ready(self) -> None:
+        if self._state != "ready":
+            raise NotReadyError(f"the service accepts no requests, it is {self._state}")
+
+    def _work(self) -> None:
+        while batch := self._queue.take():
+            started = time.monotonic()
+            for ticket in batch:
+                ticket.started = started
+            self._reports.waiting(self._queue.images)
+            self._report_in_flight()
+            try:
+                self._runner.run(batch)
+            except BaseException as error:  # such as SystemExit in a callback
+                for ticket in batch:
+                    ticket.fail(error)
+            images = sum(ticket.images for ticket in batch)
+            seconds = (time.monotonic() - started) / images
+            self._seconds_per_image = 0.8 * (self._seconds_per_image or seconds) + 0.2 * seconds
+
+    def _retry_after(self) -> float:
+        """Estimated seconds until half of the queue is done, at least a tenth of a second."""
+        ahead = self._queue.images * self._seconds_per_image / self.limits.workers
+        return max(0.1, ahead / 2)
+
+    def _ended(self, ticket: Ticket) -> None:
+        """Report a request that has ended, in the thread that ended it."""
+        ticket.watch.close()
+        self._queue.discard(ticket)
+        error = _error_of(ticket.future)
+        self._reports.ended(ticket, error)
+        if error is not None and not isinstance(error, EXPECTED):
+            self._last_error = f"{type(error).__name__}: {error}"
+        with self._changed:
+            self._tickets.discard(ticket)
+            self._changed.notify_all()
+        self._report_in_flight()
+
+    def _report_in_flight(self) -> None:
+        running = sum(ticket.started is not None for ticket in list(self._tickets))
+        self._reports.running(running)
+
+
+def _error_of(future: Future[Result]) -> BaseException | None:
+    if future.cancelled():
+        return CancelledError("the request was cancelled")
+    return future.exception()
