@@ -14,15 +14,17 @@ from goc_deploy.metrics.paired import WINDOW, psnr_db, relative_l2, ssim
 
 
 def computes_everything(plan: Plan) -> bool:
-    """Whether a plan caches nothing."""
-    return plan.schedule.computed == plan.steps * plan.schedule.units
+    """Whether a plan caches nothing and corrects nothing."""
+    whole = plan.schedule.computed == plan.steps * plan.schedule.units
+    return whole and plan.sampler.head is None
 
 
 def baselines(plans: Sequence[Plan]) -> dict[str, str]:
     """Map each plan to its baseline, the plan that it is compared with.
 
-    The baseline is the first plan that computes everything with the same sampler and step count. If
-    there is none, it is the first plan that computes everything. A baseline is its own baseline.
+    The baseline is the first plan that computes everything with the same sampler at the same
+    timesteps. If there is none, it is the first plan that computes everything. A baseline is its
+    own baseline.
 
     Raises:
         UsageError: no plan computes everything.
@@ -35,7 +37,8 @@ def baselines(plans: Sequence[Plan]) -> dict[str, str]:
         )
 
     def alike(plan: Plan, other: Plan) -> bool:
-        return (plan.steps, plan.sampler.sampler) == (other.steps, other.sampler.sampler)
+        tables = plan.sampler, other.sampler
+        return tables[0].sampler == tables[1].sampler and tables[0].timesteps == tables[1].timesteps
 
     return {
         plan.name: next((other for other in whole if alike(plan, other)), whole[0]).name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,9 @@ from goc_deploy.evaluation.features import Extracted
 from goc_deploy.evaluation.pairing import PairedScores, baselines
 from goc_deploy.evaluation.sampling import Sampled, class_labels
 from goc_deploy.metrics.frechet import gaussian_of
+from goc_deploy.samplers import table_at
+from goc_deploy.samplers.head import Head, HeadForm
+from goc_deploy.samplers.process import Process
 from goc_deploy.schedule import COMPUTE, REUSE, Schedule
 from goc_deploy.spec import ModelSpec
 
@@ -51,6 +55,21 @@ def test_a_plan_is_compared_with_no_cache_at_its_steps_and_sampler_or_else_with_
         "cached 9": "whole 6",
         "cached 8 dpm++": "whole 6",
     }
+
+
+def test_a_head_or_other_timesteps_make_another_plan_than_no_cache() -> None:
+    first, whole = plan("whole 20", 20, 1), plan("whole 4", 4, 1)
+    process = Process(SPEC.prediction_type)
+    chosen = replace(whole, name="chosen", sampler=table_at("ddim", [999, 500, 100, 20], process))
+    width, values = HeadForm("patch").width(SPEC), HeadForm("patch").cell_values(SPEC)
+    head = Head(HeadForm("patch"), (4.0, 4.0), (4, width, values), bytes(16 * width * values))
+    corrected = replace(whole, name="corrected", sampler=replace(whole.sampler, head=head))
+    assert baselines([first, corrected, chosen]) == {
+        "whole 20": "whole 20",
+        "corrected": "whole 20",
+        "chosen": "chosen",
+    }
+    assert baselines([first, whole, corrected])["corrected"] == "whole 4"
 
 
 def test_plans_that_all_cache_cannot_be_compared() -> None:
