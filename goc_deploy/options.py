@@ -204,6 +204,41 @@ class RunOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """Options of an HTTP server.
+
+    Attributes:
+        engine_dirs: the engine directories.
+        plans: names or SPECs of the plans to load from each; empty takes all.
+        host: address to listen on.
+        port: port to listen on.
+        batch_images: largest number of images that run together; None takes that of the engines.
+        max_delay_ms: how long a request waits for others to run with.
+        queued_images: images that may wait.
+        images_per_request: largest number of images of a request.
+        workers: batches that run at the same time.
+        drain_seconds: how long accepted requests may take after the signal to stop.
+        backend: as `goc_deploy.load` takes it.
+        device: as `goc_deploy.load` takes it.
+        threads: size of the thread pool; 0 is one thread per core.
+    """
+
+    engine_dirs: tuple[Path, ...] = ()
+    plans: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+    port: int = 8000
+    batch_images: int | None = None
+    max_delay_ms: float = 10.0
+    queued_images: int = 256
+    images_per_request: int = 16
+    workers: int = 1
+    drain_seconds: float = 30.0
+    backend: str = "auto"
+    device: str = "auto"
+    threads: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class BenchOptions:
     """Options of a comparison of plans by speed.
 

@@ -17,6 +17,7 @@ from goc_deploy.options import (
     ExportOptions,
     PlanOptions,
     RunOptions,
+    ServeOptions,
 )
 
 OTHERS = {  # flags that are not spelled as their argument
@@ -33,8 +34,8 @@ ARGUMENT = re.compile(r"`(?P<name>(EngineOptions\.)?[a-z_]+)(=(?P<value>[^`]*))?
 
 def _flags() -> dict[str, str]:
     """Argument -> flag without its dashes."""
-    shared = (ExportOptions, PlanOptions, RunOptions, BenchOptions, EvalOptions)
-    names = {field.name for options in shared for field in fields(options)}
+    shared = (ExportOptions, PlanOptions, RunOptions, ServeOptions, BenchOptions, EvalOptions)
+    names = {field.name for options in shared for field in fields(options)} - {"engine_dirs"}
     own = {f"EngineOptions.{field.name}": f"engine-{field.name}" for field in fields(EngineOptions)}
     own |= {f"EngineOptions.{name}": name for name in ("backend", "plugin")}
     return {name: name.replace("_", "-") for name in names} | own | OTHERS

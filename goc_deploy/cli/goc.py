@@ -14,6 +14,7 @@ COMMANDS = {
     "export": "Compile a checkpoint into an engine directory.",
     "plan": "Add, list and show plans, and build TensorRT engines.",
     "run": "Generate images from an engine directory.",
+    "serve": "Serve engine directories with the OpenAI Images API.",
     "bench": "Measure the speed of plans side by side.",
     "eval": "Measure the quality of plans beside no cache.",
 }

@@ -11,9 +11,10 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 from goc_deploy.cancellation import CallLimits
-from goc_deploy.errors import NotReadyError, OverloadedError
+from goc_deploy.errors import CancelledError, DeadlineError, NotReadyError, OverloadedError
 from goc_deploy.runtime.request import Drawing
 from goc_deploy.runtime.results import Result
+from goc_deploy.serving.alarms import Alarms
 from goc_deploy.serving.hosted import HostedPlan
 from goc_deploy.serving.requests import ImageRequest
 
@@ -64,6 +65,20 @@ class Ticket:
         """End with an error, unless the request ended before."""
         with suppress(InvalidStateError):
             self.future.set_exception(error)
+
+    def end_early(self, alarms: Alarms | None) -> None:
+        """Fail when the token is cancelled or the deadline is over, until `watch` is closed."""
+        limits = self.limits
+        if limits is None:
+            return
+        if limits.token is not None:
+            error = CancelledError("the request was cancelled through its token")
+            self.watch.enter_context(limits.token.calling(lambda: self.fail(error)))
+        if limits.seconds is not None and alarms is not None:
+            late = DeadlineError(
+                f"the request did not end within its deadline of {limits.seconds:g} s"
+            )
+            self.watch.callback(alarms.at(limits.ends_at, lambda: self.fail(late)))
 
 
 class BatchQueue:

@@ -10,10 +10,8 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import CancelledError as FutureCancelledError
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
 
 from goc_deploy.errors import (
     CancelledError,
@@ -28,6 +26,7 @@ from goc_deploy.runtime.results import Result
 from goc_deploy.serving.admission import admitted
 from goc_deploy.serving.alarms import Alarms
 from goc_deploy.serving.batches import BatchRunner
+from goc_deploy.serving.health import Health, State
 from goc_deploy.serving.hosted import LoadedModel, loaded_model
 from goc_deploy.serving.metrics import Metrics, NoMetrics
 from goc_deploy.serving.queue import CLOSED, BatchQueue, Ticket
@@ -37,32 +36,8 @@ from goc_deploy.serving.requests import HostedModel, ImageRequest, ServiceLimits
 logger = logging.getLogger(__name__)
 
 NO_METRICS = NoMetrics()
-State = Literal["new", "loading", "ready", "draining", "closed", "failed"]
 EXPECTED = (CancelledError, DeadlineError, NotReadyError, OverloadedError, UsageError)
 FORKED = "the service was started before a fork, which its threads do not survive; start it after"
-
-
-@dataclass(frozen=True, slots=True)
-class Health:
-    """The state of a service.
-
-    Attributes:
-        state: ``new``, ``loading``, ``ready``, ``draining``, ``closed``, or ``failed`` to start.
-        in_flight: requests that run.
-        queued: requests that wait.
-        last_error: the last error of a run or of the start, or None.
-        models: fingerprint, backend and plans of each model, in JSON types.
-    """
-
-    state: State
-    in_flight: int
-    queued: int
-    last_error: str | None
-    models: Mapping[str, Mapping[str, Any]]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Convert to JSON types."""
-        return asdict(self)
 
 
 class Service:
@@ -164,9 +139,9 @@ class Service:
         return Health(self._state, running, len(tickets) - running, self._last_error, models)
 
     @property
-    def plans(self) -> Mapping[str, tuple[str, ...]]:
-        """Names of the loaded plans of each model."""
-        return {name: tuple(model.plans) for name, model in self._models.items()}
+    def models(self) -> Mapping[str, LoadedModel]:
+        """The models that are loaded so far, by name."""
+        return dict(self._models)
 
     def submit(self, request: ImageRequest) -> Future[Result]:
         """Put a request into the queue.
@@ -191,7 +166,7 @@ class Service:
         with self._changed:
             self._check_ready()
             self._tickets.add(ticket)
-        self._watch(ticket)
+        ticket.end_early(self._alarms)
         ticket.future.add_done_callback(lambda _: self._ended(ticket))
         try:
             self._queue.put(ticket, self._retry_after())
@@ -277,21 +252,6 @@ class Service:
         for model in self._models.values():
             for plan in model.plans.values():
                 plan.pipeline.close()
-
-    def _watch(self, ticket: Ticket) -> None:
-        """End the ticket early if its token is cancelled or its deadline is over."""
-        limits = ticket.limits
-        if limits is None:
-            return
-        if limits.token is not None:
-            error = CancelledError("the request was cancelled through its token")
-            ticket.watch.enter_context(limits.token.calling(lambda: ticket.fail(error)))
-        if limits.seconds is not None and self._alarms is not None:
-            late = DeadlineError(
-                f"the request did not end within its deadline of {limits.seconds:g} s"
-            )
-            forget = self._alarms.at(limits.ends_at, lambda: ticket.fail(late))
-            ticket.watch.callback(forget)
 
     def _check_ready(self) -> None:
         if self._state != "ready":

@@ -24,7 +24,7 @@ from tests.documents import files
 from tests.documents.blocks import NOT_RUN, RUN_WITH, Block, blocks
 from tests.documents.files import ROOT
 
-COMMANDS = ("goc-export", "goc-plan", "goc-run", "goc-bench", "goc-eval")
+COMMANDS = ("goc-export", "goc-plan", "goc-run", "goc-serve", "goc-bench", "goc-eval")
 DOCUMENTS = sorted(
     [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md")]
 )

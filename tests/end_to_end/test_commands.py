@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.conftest import BIN, GOLDEN, Command
 
-COMMANDS = ("goc-export", "goc-plan", "goc-run", "goc-bench", "goc-eval")
+COMMANDS = ("goc-export", "goc-plan", "goc-run", "goc-serve", "goc-bench", "goc-eval")
 
 
 @pytest.fixture

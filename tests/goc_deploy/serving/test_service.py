@@ -120,7 +120,7 @@ def test_random_load_with_cancels_changes_no_other_result(
 
 
 def test_the_default_plan_is_the_first_that_caches(service: Service) -> None:
-    assert service.plans == {"golden": ("none", "fora-2")}
+    assert list(service.models["golden"].plans) == ["none", "fora-2"]
     assert service.generate(ImageRequest("golden", labels=[1])).report["plan"] == "fora-2"
 
 

@@ -1,0 +1,95 @@
+"""Bodies of the OpenAI Images API, as far as this server has it, and its errors."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, Field
+
+from goc_deploy.errors import (
+    CancelledError,
+    DeadlineError,
+    GocError,
+    NotReadyError,
+    OverloadedError,
+    UsageError,
+)
+from goc_deploy.runtime.images import picture
+
+CLIENT_CLOSED = 499  # as nginx has it: the client is gone, and nobody reads the answer
+
+
+class GenerationBody(BaseModel):
+    """The body of ``POST /v1/images/generations``; unknown fields are ignored as OpenAI does.
+
+    Attributes:
+        prompt: text, or the name or the number of a class.
+        model: name of an engine directory; may be left out if there is one.
+        n: number of images.
+        size: ``WIDTHxHEIGHT`` of the model, or ``auto``.
+        response_format: images are always base64.
+        output_format: images are always PNG.
+        stream: whether to answer with server-sent events.
+        partial_images: number of previews in a stream.
+        plan: name or SPEC of a plan; our own field.
+        seed: seed of the noise; None takes a random one. Our own field.
+        guidance_scale: classifier-free guidance scale; our own field.
+        negative_prompt: what the images should differ from; our own field.
+        deadline: seconds that the request may take; our own field.
+    """
+
+    prompt: str
+    model: str | None = None
+    n: int = Field(default=1, ge=1)
+    size: str | None = None
+    response_format: Literal["b64_json"] | None = None
+    output_format: Literal["png"] | None = None
+    stream: bool = False
+    partial_images: int = Field(default=0, ge=0, le=3)
+    plan: str | None = None
+    seed: int | None = None
+    guidance_scale: float = 4.0
+    negative_prompt: str = ""
+    deadline: float | None = None
+
+
+class ModelNotFoundError(UsageError):
+    """The server has no model of that name."""
+
+
+def base64_png(image: np.ndarray) -> str:
+    """Encode an image (H, W, channels) uint8."""
+    file = io.BytesIO()
+    picture(image).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def error_body(message: str, kind: str, code: str, param: str | None = None) -> dict[str, Any]:
+    """The JSON object of an error, in OpenAI's form."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def response_of_error(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, body and headers for an error of a request."""
+    message = str(error)
+    if isinstance(error, ModelNotFoundError):
+        return 404, error_body(message, "invalid_request_error", "model_not_found", "model"), {}
+    if isinstance(error, UsageError):
+        return 400, error_body(message, "invalid_request_error", "invalid_value"), {}
+    if isinstance(error, OverloadedError):
+        headers = {"Retry-After": str(math.ceil(error.retry_after))}
+        return 429, error_body(message, "rate_limit_error", "overloaded"), headers
+    if isinstance(error, NotReadyError):
+        return 503, error_body(message, "server_error", "not_ready"), {"Retry-After": "1"}
+    if isinstance(error, DeadlineError):
+        return 504, error_body(message, "server_error", "deadline"), {}
+    if isinstance(error, CancelledError):
+        return CLIENT_CLOSED, error_body(message, "server_error", "cancelled"), {}
+    if isinstance(error, GocError):
+        return 500, error_body(message, "server_error", type(error).__name__), {}
+    text = "the server has a bug; its log has the traceback"
+    return 500, error_body(text, "server_error", "bug"), {}

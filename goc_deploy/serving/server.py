@@ -1,0 +1,119 @@
+"""The HTTP server: a service behind uvicorn, which drains when it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+
+from goc_deploy.errors import EnvironmentUnsupportedError, UsageError
+from goc_deploy.options import ServeOptions
+from goc_deploy.serving.images_api import application
+from goc_deploy.serving.prometheus import PrometheusMetrics
+from goc_deploy.serving.requests import HostedModel, ServiceLimits
+from goc_deploy.serving.service import Service
+
+logger = logging.getLogger(__name__)
+
+TOKEN_VARIABLE = "GOC_SERVE_TOKEN"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+class Server(uvicorn.Server):
+    """A server whose signals are handled by `serve`."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals alone."""
+        yield
+
+
+def serve(options: ServeOptions) -> None:
+    """Serve engine directories until SIGTERM or Ctrl-C, and end the accepted requests first.
+
+    Raises:
+        GocError: an engine directory cannot be loaded.
+        EnvironmentUnsupportedError: the address cannot be used.
+    """
+    token = os.environ.get(TOKEN_VARIABLE) or None
+    if token is None and options.host not in LOOPBACK:
+        logger.warning(
+            "anyone who reaches %s can use this server; set %s to require a bearer token",
+            options.host,
+            TOKEN_VARIABLE,
+        )
+    metrics = PrometheusMetrics()
+    service = Service(_models(options), limits=_limits(options), metrics=metrics)
+    app = application(service, metrics, token)
+    config = uvicorn.Config(
+        app, options.host, options.port, log_config=None, access_log=False, server_header=False
+    )
+    try:
+        asyncio.run(_serve(Server(config), service, options.drain_seconds))
+    finally:
+        service.close()
+
+
+async def _serve(server: Server, service: Service, drain_seconds: float) -> None:
+    """Answer at once, load meanwhile, and drain when a signal arrives."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in STOPPING:
+        loop.add_signal_handler(number, stop.set)
+    answering = asyncio.create_task(server.serve())
+    loading = asyncio.create_task(asyncio.to_thread(service.start))
+    stopping = asyncio.create_task(stop.wait())
+    waiting: set[asyncio.Task[object]] = {answering, loading, stopping}
+    while not stopping.done() and not answering.done():
+        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if loading in done and loading.exception() is not None:
+            break
+    if loading.done() and loading.exception() is None:
+        await asyncio.to_thread(service.drain, drain_seconds)
+    server.should_exit = True
+    stopping.cancel()
+    with contextlib.suppress(SystemExit):
+        await answering
+    if not server.started:
+        raise EnvironmentUnsupportedError(
+            f"{server.config.host}:{server.config.port} cannot be used; choose another `port`"
+        )
+    if loading.done():
+        loading.result()
+
+
+def _models(options: ServeOptions) -> dict[str, HostedModel]:
+    """The models by the names of their directories.
+
+    Raises:
+        UsageError: two directories have the same name.
+    """
+    models: dict[str, HostedModel] = {}
+    for path in map(Path, options.engine_dirs):
+        name = path.absolute().name
+        if name in models:
+            raise UsageError(f"two engine directories are named {name}; rename one")
+        models[name] = HostedModel(
+            path,
+            options.plans,
+            backend=options.backend,
+            device=options.device,
+            threads=options.threads,
+        )
+    return models
+
+
+def _limits(options: ServeOptions) -> ServiceLimits:
+    return ServiceLimits(
+        queued_images=options.queued_images,
+        images_per_request=options.images_per_request,
+        batch_images=options.batch_images,
+        max_delay_seconds=options.max_delay_ms / 1e3,
+        workers=options.workers,
+    )
