@@ -24,13 +24,13 @@ class OpenTelemetryMetrics:
 
     def __init__(self, meter_provider: Any = None) -> None:
         try:
-            from opentelemetry import metrics as library
+            from opentelemetry.metrics import get_meter
         except ImportError as cause:
             raise EnvironmentUnsupportedError(
                 "metrics for OpenTelemetry need opentelemetry-api; run: pip install "
                 "'goc_deploy[serve]'"
             ) from cause
-        meter = library.get_meter("goc_deploy", __version__, meter_provider)
+        meter = get_meter("goc_deploy", __version__, meter_provider)
         self._instruments = {one.name: _created(meter, one) for one in INSTRUMENTS}
 
     def add(self, instrument: Instrument, amount: float, **labels: str) -> None:
