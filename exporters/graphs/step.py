@@ -45,11 +45,20 @@ def residual_graph(spec: ModelSpec, precision: Precision) -> ModelProto:
     """What all units of a step added to the tokens, for plans that predict the residual.
 
     Inputs: x (B, T, D), the tokens after all units, and start (B, T, D), those before them.
-    Outputs: residual (B, T, D).
+    Outputs: residual (B, T, D). The difference is computed in float32, for which every backend has
+    a kernel.
     """
     feature = f"{_onnx_name(precision)}[B, {spec.tokens}, {spec.hidden}]"
     return _parse(
         f"""residual ({feature} x, {feature} start) => ({feature} residual)
+        {{
+            wide_x = Cast<to=1>(x)
+            wide_start = Cast<to=1>(start)
+            difference = Sub(wide_x, wide_start)
+            residual = CastLike(difference, x)
+        }}"""
+        if precision != "fp32"
+        else f"""residual ({feature} x, {feature} start) => ({feature} residual)
         {{ residual = Sub(x, start) }}"""
     )
 

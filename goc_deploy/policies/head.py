@@ -47,8 +47,8 @@ class HeadOptions:
         default="uncached",
     )
     images: int | None = option(
-        "Calibration images of the head; an eighth of them only judges. Without it, those of "
-        f"--calibrate, or {DEFAULT_HEAD_IMAGES}, fewer for large models.",
+        "Calibration images of the head; an eighth of them only judges. Without it, the number of "
+        f"calibration images that is asked for, or {DEFAULT_HEAD_IMAGES}, fewer for large models.",
         default=None,
         low=HELD_OUT_EVERY,
         high=MAX_IMAGES,

@@ -72,9 +72,7 @@ def expected(
     labels = request.pop("labels", LABELS)
     with goc_deploy.load(engine, plan=plan, backend="onnxruntime") as pipe:
         scales = request.get("cfg_scale", SCALES)
-        drawing = pipe._drawing(
-            labels, request.get("captions"), 5, 0, scales, pipe.spec.guided_channels, None
-        )
+        drawing = pipe.drawing(labels, request.get("prompt_embeds"), seed=5, cfg_scale=scales)
         made = drawing.request(range(images), pipe._draws, pipe._latent_shape)
         return HeadTrajectory(pipe, head, made).run()
 
@@ -174,7 +172,7 @@ def test_a_model_that_draws_captions_has_heads(tmp_path: Path) -> None:
     goc_deploy.export(tmp_path / "model.pth", engine, plans=["fora:2+gc:1.0"], **more)
     name = add_head(engine, "fora-2+gc-1.0", FORMS["hidden3-2"])
     with goc_deploy.load(engine, plan=name, backend="onnxruntime") as pipe:
-        request = {"captions": captions(pipe.spec), "cfg_scale": [4.5, 2.0]}
+        request = {"prompt_embeds": captions(pipe.spec), "cfg_scale": [4.5, 2.0]}
         found = trajectory(pipe, [0, 1], **request)
     reference = expected(engine, "fora-2+gc-1.0", name, 2, labels=[0, 1], **request)
     assert worst_step(found, reference) < 1e-5

@@ -229,7 +229,7 @@ def replace_or_die(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     replace(*args)
 os.replace = replace_or_die
-options = EngineOptions(capabilities=("8.6", "8.9", "12.0"), weights="shared")
+options = EngineOptions(capabilities=("8.6", "8.9", "12.0"), weight_mode="shared")
 build_engines(Path(sys.argv[1]), options, lambda *_: None)
 """
 
