@@ -100,7 +100,7 @@ def test_an_adapter_that_fails_is_logged_once_and_changes_nothing(
 
 @pytest.mark.parametrize(
     ("adapter", "package"),
-    [(PrometheusMetrics, "prometheus_client"), (OpenTelemetryMetrics, "opentelemetry")],
+    [(PrometheusMetrics, "prometheus_client"), (OpenTelemetryMetrics, "opentelemetry.metrics")],
 )
 def test_a_missing_package_is_named(
     adapter: Any, package: str, monkeypatch: pytest.MonkeyPatch
