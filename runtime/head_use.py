@@ -48,11 +48,12 @@ class HeadUse:
         ]
         exchanged = self._exchanged()
         if outside:
+            fitted = f"scale {low:g}" if low == high else f"scales {low:g} to {high:g}"
             self._warn(
                 "scale",
-                f"the head of plan {self._plan.name} was fitted for guidance scales {low:g} to "
-                f"{high:g}, and is used at {outside[0]:g}, where its images may be worse than "
-                "those of the plan without a head; fit a plan for this scale",
+                f"the head of plan {self._plan.name} was fitted for guidance {fitted}, and is used "
+                f"at {outside[0]:g}; its images may be worse than those of the plan without a "
+                "head, so fit a plan for this scale",
             )
         if exchanged:
             self._warn(
