@@ -27,8 +27,7 @@ from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.metrics.paired import whole_relative_l2
 from goc_deploy.options import no_progress
 from goc_deploy.policies.calibration import CalibrationOptions
-from goc_deploy.policies.candidates import plain
-from goc_deploy.policies.search import uncached
+from goc_deploy.policies.candidates import plain, uncached
 
 THRESHOLD = 0.1
 

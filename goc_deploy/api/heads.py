@@ -78,7 +78,7 @@ def with_head(
         images.cfg_channels,
     )
     folder = work_folder(
-        task.decides, manifest.model, manifest.precision, manifest.max_batch, _weights(directory)
+        task.decides, manifest.model, manifest.precision, manifest.max_batch, weights_of(directory)
     )
 
     def make_stepper(sampler: SamplerTable) -> Stepper:
@@ -99,26 +99,51 @@ def _aimed(request: HeadRequest, process: Process) -> tuple[Schedule, SamplerTab
     Raises:
         UsageError: as for `with_head`.
     """
-    schedule, table, options = request.schedule, request.table, request.options
-    if table.stochastic:
-        raise UsageError(
-            f"+head: sampler {table.sampler!r} draws fresh noise, so there are no latents to aim "
-            "at; use ddim, dpm++ or euler"
-        )
-    teacher = Teacher(table, tuple(range(1, table.steps + 1)))
-    if options.skip_predicted:
-        kept = computed_steps(schedule)
-        schedule = without_predicted_steps(schedule)
-        teacher = Teacher(table, (*kept[1:], table.steps))
-        family = table.sampler.partition("@")[0]
-        table = table_at(family, [table.timesteps[step] for step in kept], process)
+    options = request.options
+    schedule, table, places = executed(request.schedule, request.table, options, process)
+    teacher = Teacher(request.table, places)
     if options.target == "converged":
         refined, places = refined_table(table, process)
         teacher = Teacher(refined, places[1:])
     return schedule, table, teacher
 
 
-def _weights(directory: EngineDir) -> list[tuple[str, str]]:
+def executed(
+    schedule: Schedule, table: SamplerTable, options: HeadOptions, process: Process
+) -> tuple[Schedule, SamplerTable, tuple[int, ...]]:
+    """What is left of a schedule and its sampler if the options leave the predicted steps out.
+
+    Returns:
+        The schedule, its sampler, and for each of its steps how many steps of ``table`` lead to the
+        latents that it results in.
+
+    Raises:
+        UsageError: a sampler with fresh noise, or one that has no table at the computed steps;
+            steps that compute a part.
+    """
+    check_without_noise(table)
+    if not options.skip_predicted:
+        return schedule, table, tuple(range(1, table.steps + 1))
+    kept, family = computed_steps(schedule), table.sampler.partition("@")[0]
+    schedule = without_predicted_steps(schedule)
+    shorter = table_at(family, [table.timesteps[step] for step in kept], process)
+    return schedule, shorter, (*kept[1:], table.steps)
+
+
+def check_without_noise(table: SamplerTable) -> None:
+    """Check that a sampler can have a head.
+
+    Raises:
+        UsageError: it draws fresh noise.
+    """
+    if table.stochastic:
+        raise UsageError(
+            f"+head: sampler {table.sampler!r} draws fresh noise, so there are no latents to aim "
+            "at; use ddim, dpm++ or euler"
+        )
+
+
+def weights_of(directory: EngineDir) -> list[tuple[str, str]]:
     """Path and digest of the files that decide what the model computes."""
     manifest = directory.manifest
     return sorted(

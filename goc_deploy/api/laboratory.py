@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from goc_deploy.compiler import compile_schedule
 from goc_deploy.conditions.labels import balanced_labels
+from goc_deploy.disk import directory_lock
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.exporters.schedulers import table_from_sampler
 from goc_deploy.options import Progress
@@ -23,6 +25,9 @@ from goc_deploy.policies.head import HeadOptions
 from goc_deploy.protocols import Backend, Engine
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
+
+if TYPE_CHECKING:
+    from goc_deploy.api.head_trials import EngineHeadTrials
 
 
 class EngineLaboratory:
@@ -52,6 +57,7 @@ class EngineLaboratory:
         self._sampler, self._options, self._progress = sampler, options, progress
         self._calibrators: dict[int, Calibrator] = {}
         self._trials: EngineTrials | None = None
+        self._head_trials: EngineHeadTrials | None = None
 
     def calibrator(self, steps: int) -> Calibrator:
         """See `goc_deploy.policies.calibration.Laboratory.calibrator`."""
@@ -81,7 +87,27 @@ class EngineLaboratory:
 
         images = replace(self._options, images=options.images or self._options.images)
         request = HeadRequest(schedule, table, options, images)
-        return with_head(request, self._directory, self._backend, self._progress)
+        fitted = with_head(request, self._directory, self._backend, self._progress)
+        if self._head_trials is not None:
+            self._head_trials.remove()  # not before: a killed fit would begin with the search
+        return fitted
+
+    @contextmanager
+    def head_trials(self, options: HeadOptions, images: int) -> Iterator[EngineHeadTrials]:
+        """See `goc_deploy.policies.calibration.Laboratory.head_trials`."""
+        from goc_deploy.api.head_trials import EngineHeadTrials
+
+        trials = EngineHeadTrials(
+            self._directory,
+            self._backend,
+            self._sampler,
+            options,
+            replace(self._options, images=images),
+            self._progress,
+        )
+        with directory_lock(trials.folder):
+            yield trials
+        self._head_trials = trials
 
     @cached_property
     def _backend(self) -> Backend:

@@ -80,7 +80,7 @@ def compiled_plan(
     if make_backend is not None:
         images = _calibration(manifest.model, steps, options)
         laboratory = EngineLaboratory(directory, make_backend, sampler, images, progress)
-    schedule = schedule_from_policy(policy, manifest.model, steps, laboratory, _read_router)
+    schedule = schedule_from_policy(policy, manifest.model, steps, laboratory, _read_router, head)
     table = table_from_sampler(sampler, schedule.steps, manifest.process)
     if head is not None and laboratory is not None:
         schedule, table = laboratory.with_head(schedule, table, head)

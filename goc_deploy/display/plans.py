@@ -205,6 +205,12 @@ def calibration_lines(schedule: Schedule) -> list[str]:
             for m in statistics.get("by_step", [])
             if isinstance(m, dict) and {"step", "penalty", "train", "held_out"} <= m.keys()
         ]
+        lines += [
+            f"  {m['steps']} steps, computed {', '.join(map(str, m['computed']))}, "
+            f"{m['features']}: error {m['error']:.4f}"
+            for m in statistics.get("tried", [])
+            if isinstance(m, dict) and {"steps", "computed", "features", "error"} <= m.keys()
+        ]
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from goc_deploy.policies.fit import FitOptions
+    from goc_deploy.policies.head import HeadOptions
+    from goc_deploy.samplers.head import HeadFeatures
 
 MAX_GAP = 3  # steps that SmoothCache looks back, its calibration_lookahead
 DEFAULT_IMAGES = 16
@@ -130,6 +133,26 @@ class Trials(Protocol):
         ...
 
 
+class HeadTrials(Protocol):
+    """Measures what schedules of any step count reach with heads that are fitted for them."""
+
+    def error(self, schedule: Schedule, features: HeadFeatures) -> float:
+        """Fit a head of these features, and measure it on images that the fit does not see.
+
+        Returns:
+            The mean relative L2 error of the final latents to those that the head aims at; infinite
+            if the schedule diverges.
+
+        Raises:
+            UsageError: the sampler cannot have a head, or not with so many steps.
+        """
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Images, seed, guidance, sampler and checkpoint, as plain data for the schedule file."""
+        ...
+
+
 class Laboratory(Protocol):
     """How policies that learn reach an engine directory, which is loaded when they first ask."""
 
@@ -139,6 +162,14 @@ class Laboratory(Protocol):
 
     def trials(self) -> Trials:
         """Runs whole schedules."""
+        ...
+
+    def head_trials(self, options: HeadOptions, images: int) -> AbstractContextManager[HeadTrials]:
+        """Fits heads of schedules on some images.
+
+        Raises:
+            ConflictError, ResourceError: its files are in use or cannot be written.
+        """
         ...
 
 

@@ -53,6 +53,11 @@ def plain(mask: Iterable[Iterable[bool]], spec: ModelSpec) -> Schedule:
     return Schedule(spec.depth, spec.branches, rows)
 
 
+def uncached(spec: ModelSpec, steps: int) -> Schedule:
+    """Every unit computed at every step."""
+    return Schedule(spec.depth, spec.branches, ((COMPUTE,) * spec.units,) * steps)
+
+
 def warped(steps: int, count: int, warp: float, tail: int) -> tuple[int, ...]:
     """``count`` computed steps of ``steps``, the last ``tail`` predicted.
 
@@ -96,6 +101,47 @@ def search(
     return [(tried[candidate], candidate) for candidate in best]
 
 
+def search_by_exchange(
+    sizes: Sequence[tuple[int, int]], correction: str, measure: Measure, limit: int
+) -> list[tuple[float, Candidate]]:
+    """Try even spacing, then denser early or late, then move single computed steps by one.
+
+    The last computed steps move first, and a move stays if it lowers the error. The search ends if
+    no move does, or after ``limit`` trials.
+
+    Args:
+        sizes: (steps T, computed steps) to try.
+        correction: the correction to try.
+        measure: the error of a candidate; called once for each.
+        limit: largest number of trials.
+
+    Returns:
+        (error, candidate) of everything tried, best first.
+    """
+    tried: dict[Candidate, float] = {}
+
+    def attempt(candidates: Iterable[Candidate]) -> Candidate:
+        for candidate in candidates:
+            if candidate not in tried and len(tried) < limit:
+                tried[candidate] = measure(candidate)
+        return min(tried, key=_place)
+
+    def _place(candidate: Candidate) -> tuple[float, int, tuple[int, ...]]:
+        return tried[candidate], candidate.steps, candidate.computed
+
+    best = attempt(_evenly_spaced(sizes, (correction,)))
+    tail = best.steps - 1 - best.computed[-1]
+    best = attempt(
+        replace(best, computed=warped(best.steps, len(best.computed), warp, tail)) for warp in WARPS
+    )
+    before = None
+    while best != before:
+        before = best
+        for i in reversed(range(1, len(best.computed))):
+            best = attempt(_moved(best, i, 1))
+    return [(tried[candidate], candidate) for candidate in sorted(tried, key=_place)]
+
+
 def _evenly_spaced(
     sizes: Sequence[tuple[int, int]], corrections: Sequence[str]
 ) -> Iterator[Candidate]:
@@ -124,12 +170,15 @@ def _moved(candidate: Candidate, index: int, stride: int) -> Iterator[Candidate]
             yield replace(candidate, computed=(*computed[:index], place, *computed[index + 1 :]))
 
 
-def sizes_for(count_at: Callable[[int], int], fixed: int | None) -> list[tuple[int, int]]:
+def sizes_for(
+    count_at: Callable[[int], int], fixed: int | None, intervals: Sequence[int] = INTERVALS
+) -> list[tuple[int, int]]:
     """(steps, computed steps) to try.
 
     Args:
         count_at: how many of so many steps the budget allows to compute.
         fixed: the only step count to try; without it, multiples of what is computed.
+        intervals: these multiples.
 
     Raises:
         UsageError: the budget pays for no computed step.
@@ -138,7 +187,7 @@ def sizes_for(count_at: Callable[[int], int], fixed: int | None) -> list[tuple[i
         step_counts = [fixed]
     else:
         most = min(max(count_at(1), 1), MAX_SEARCHED_STEPS)
-        step_counts = [most * n for n in INTERVALS if most * n <= MAX_SEARCHED_STEPS]
+        step_counts = [most * n for n in intervals if most * n <= MAX_SEARCHED_STEPS]
     sizes = [(steps, min(count_at(steps), steps)) for steps in step_counts]
     sizes = [(steps, count) for steps, count in sizes if count >= 1]
     if not sizes:

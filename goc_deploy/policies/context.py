@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from goc_deploy.errors import CalibrationNeededError, EnvironmentUnsupportedError
 from goc_deploy.policies.calibration import Laboratory
+from goc_deploy.policies.head import HeadOptions
 from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec
 
@@ -27,6 +28,7 @@ class PolicyContext:
             dataclass have theirs there.
         correction: the correction of the SPEC as written, such as ``gc:1.2``, or None.
         correction_calibrates: whether that correction learns from images.
+        head: the head that will be fitted for the schedule, or None.
         laboratory: how policies that learn reach an engine, or None if there is none.
         read_router: path of a Learning-to-Cache router file to its probabilities per step and unit.
             None if this process reads no checkpoints.
@@ -38,6 +40,7 @@ class PolicyContext:
     options: Mapping[str, str] = field(default_factory=dict)
     correction: str | None = None
     correction_calibrates: bool = False
+    head: HeadOptions | None = None
     laboratory: Laboratory | None = None
     read_router: ReadRouter | None = None
 

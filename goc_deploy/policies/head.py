@@ -72,8 +72,12 @@ class HeadOptions:
     @property
     def form(self) -> HeadForm:
         """The form of the head."""
-        tokens = LATER_TOKENS if self.features == "hidden" else 0
-        return HeadForm(self.features, LATER_OUTPUTS, tokens, self.scaled)
+        return self.form_of(self.features)
+
+    def form_of(self, features: HeadFeatures) -> HeadForm:
+        """The form of the head with other features."""
+        tokens = LATER_TOKENS if features == "hidden" else 0
+        return HeadForm(features, LATER_OUTPUTS, tokens, self.scaled)
 
 
 def check_head(options: HeadOptions) -> HeadOptions:

@@ -64,6 +64,7 @@ def schedule_from_policy(
     steps: int,
     laboratory: Laboratory | None = None,
     read_router: ReadRouter | None = None,
+    head: HeadOptions | None = None,
 ) -> Schedule:
     """Make the schedule that a SPEC names, for a model and a step count.
 
@@ -73,6 +74,7 @@ def schedule_from_policy(
         steps: sampling steps; ``search`` chooses its own.
         laboratory: asked by policies that learn, and by no other.
         read_router: asked by ``l2c``; see `goc_deploy.policies.context.PolicyContext`.
+        head: the options of the SPEC's head, if the caller completed them.
 
     Raises:
         UsageError: an unknown name, an argument or option of the SPEC that is out of range, or a
@@ -91,6 +93,7 @@ def schedule_from_policy(
             options=dict(policy.options),
             correction=_written(policy.correction),
             correction_calibrates=parts.correction is not None and parts.correction.calibrates,
+            head=head or head_from_policy(policy),
             laboratory=laboratory,
             read_router=read_router,
         )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic
 
-from goc_deploy.policies import bases, fit, goc, gradient, polynomials, search, smoothcache
+from goc_deploy.policies import bases, budget, fit, goc, gradient, polynomials, search, smoothcache
 from goc_deploy.policies.context import PolicyContext
 from goc_deploy.policies.options import NoOptions, OptionsT
 from goc_deploy.schedule import Schedule
@@ -65,7 +65,7 @@ BASES: dict[str, Base[Any]] = {
     "file": Base(bases.from_file, bases.FileOptions, "Do what a schedule file holds."),
     "search": Base(
         search.searched,
-        search.SearchOptions,
+        budget.SearchOptions,
         "Compute whole steps that trials choose.",
         chooses_steps=True,
         calibrates=True,

@@ -55,6 +55,30 @@ class HeadFit:
         self._stepper = make_stepper(task.teacher.table)
         self._drawing = task.drawing(self._stepper.spec, self._stepper.captions)
 
+    def aim(self) -> None:
+        """Run the teacher for the images that it has not made.
+
+        Raises:
+            VerificationError: latents are not finite.
+            ConflictError, ResourceError: the work folder cannot be written.
+        """
+        chunks = self._chunks(self._drawing)
+        for number, chunk in enumerate(chunks):
+            self._progress("head, latents of the teacher", number, len(chunks))
+            self._aims(chunk)
+
+    def fit(self) -> None:
+        """Fit the steps that are not finished, after `aim`.
+
+        Raises:
+            VerificationError, ConflictError, ResourceError: as for `aim`.
+        """
+        if self._task.table != self._stepper.table:
+            del self._stepper  # its weights need not be in memory twice
+            self._stepper = self._make_stepper(self._task.table)
+        for step in range(self._work.finished, self._task.table.steps):
+            self._fit(step)
+
     def fitted(self) -> tuple[Head, dict[str, Any]]:
         """Fit the steps that are not finished, and judge the head.
 
@@ -62,19 +86,11 @@ class HeadFit:
             The head, and its gains per step and held-out errors in plain JSON types.
 
         Raises:
-            VerificationError: latents are not finite.
-            ConflictError, ResourceError: the work folder cannot be written.
+            VerificationError, ConflictError, ResourceError: as for `aim`.
         """
         task, steps = self._task, range(self._task.table.steps)
-        chunks = self._chunks(self._drawing)
-        for number, chunk in enumerate(chunks):
-            self._progress("head, latents of the teacher", number, len(chunks))
-            self._aims(chunk)
-        if task.table != task.teacher.table:
-            del self._stepper  # its weights need not be in memory twice
-            self._stepper = self._make_stepper(task.table)
-        for step in steps[self._work.finished :]:
-            self._fit(step)
+        self.aim()
+        self.fit()
         fits = self._work.fits()
         weights = np.stack([weights for weights, _ in fits]).astype("<f4")
         features, values = weights.shape[1:]
@@ -82,6 +98,11 @@ class HeadFit:
         head = Head(task.form, task.cfg_scales, shape, weights.tobytes())
         gains = [{"step": step, **record} for step, (_, record) in enumerate(fits)]
         return head, {**self._judged(), "by_step": gains}
+
+    def errors(self) -> np.ndarray:
+        """The relative errors of the latents that `fit` ended with, (N,), of all images."""
+        aims = np.concatenate([self._aims(chunk)[:, -1] for chunk in self._chunks(self._drawing)])
+        return relative_l2(self._work.latents(self._task.table.steps), aims)
 
     def _chunks(self, drawing: Drawing) -> list[range]:
         """The images in the largest batches that the engines allow."""
@@ -129,7 +150,8 @@ class HeadFit:
                 work.save_state(step + 1, chunk, batch.state())
         _finite(latents, f"the plan diverges: step {step}")
         self._progress(job, len(chunks), len(chunks))
-        fit = fit_step(features, targets, sizes, task.held_out)
+        seen = slice(images - task.judges)
+        fit = fit_step(features[seen], targets[seen], sizes[seen], task.held_out[seen])
         for chunk in chunks if fit.penalty else []:
             part = slice(chunk.start, chunk.stop)
             latents[part] += head_correction(fit.weights, features[part], form, spec)

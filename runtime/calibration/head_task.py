@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
 
@@ -45,6 +46,8 @@ class HeadTask:
         seed: seed of labels and noise.
         cfg_scales: smallest and largest guidance scale.
         cfg_channels: guidance acts on the first channels only.
+        judges: how many images, the last ones, the fit does not see at all. They are corrected like
+            the others, for the errors of a trial.
     """
 
     schedule: Schedule
@@ -55,14 +58,40 @@ class HeadTask:
     seed: int
     cfg_scales: tuple[float, float]
     cfg_channels: int
+    judges: int = 0
 
     @property
     def decides(self) -> tuple[object, ...]:
         """Everything that decides the result, without names and records for people."""
         schedule = self.schedule
         kinds = (schedule.depth, schedule.branches, schedule.history, schedule.level)
-        more = (self.form, self.images, self.seed, self.cfg_scales, self.cfg_channels)
-        return (*kinds, schedule.coefficients, self.table, self.teacher, *more)
+        return (*kinds, schedule.coefficients, self.table, self.teacher, *self._kinds_of_images)
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """T + 1 digests: of everything that decides the latents and the state before each step.
+
+        Tasks with an equal digest reach the same state, whatever follows.
+        """
+        schedule, table = self.schedule, self.table
+        depth = max(len(row) for step in schedule.coefficients for row in step)
+        kinds = (schedule.depth, schedule.branches, schedule.history, schedule.level, depth)
+        digest = sha256(
+            repr((kinds, self.teacher.table, table.start, self._kinds_of_images)).encode()
+        )
+        names = [digest.hexdigest()[:32]]
+        for step in range(table.steps):
+            update = (table.timesteps, table.latent, table.model, table.estimate)
+            decides = (schedule.coefficients[step], *(row[step] for row in update))
+            lags = table.lag_coefficients[step] if table.lag_coefficients else ()
+            digest.update(repr((*decides, lags, self.teacher.places[step])).encode())
+            names.append(digest.hexdigest()[:32])
+        return tuple(names)
+
+    @property
+    def _kinds_of_images(self) -> tuple[object, ...]:
+        more = (self.seed, self.cfg_scales, self.cfg_channels, self.judges)
+        return (self.form, self.images, *more)
 
     @property
     def held_out(self) -> np.ndarray:

@@ -75,27 +75,26 @@ class HeadWork:
 
     def save_state(self, step: int, chunk: range, state: Mapping[str, np.ndarray]) -> None:
         """Keep the state of a chunk before a step."""
-        folder = self._folder / f"state-{step}"
+        folder = self._state(step)
         with written(folder / f"{chunk.start}.npz") as temporary, open(temporary, "wb") as file:
             np.savez(file, **state)  # type: ignore[arg-type]  # names are no arguments of NumPy's
 
     def state(self, step: int, chunk: range) -> dict[str, np.ndarray]:
         """The state of a chunk before a step."""
-        with np.load(self._folder / f"state-{step}" / f"{chunk.start}.npz") as arrays:
+        with np.load(self._state(step) / f"{chunk.start}.npz") as arrays:
             return dict(arrays)
 
     def latents(self, step: int) -> np.ndarray:
         """The latents of all images before a step, (N, C, H, W), a file in memory."""
-        return np.asarray(np.load(self._folder / f"latents-{step}.npy", mmap_mode="r"))
+        return np.asarray(np.load(self._latents(step), mmap_mode="r"))
 
     def finish(self, step: int, latents: np.ndarray, fit: StepFit) -> None:
         """Keep what a step results in, and remove what only this step needed."""
         record = {k: v for k, v in asdict(fit).items() if k != "weights"}
         save_array(fit.weights, self._folder / f"weights-{step}.npy")
         save_text(json.dumps(record), self._folder / f"fit-{step}.json")
-        save_array(latents, self._folder / f"latents-{step + 1}.npy")
-        shutil.rmtree(self._folder / f"state-{step}", ignore_errors=True)
-        (self._folder / f"latents-{step}.npy").unlink(missing_ok=True)
+        save_array(latents, self._latents(step + 1))
+        self._drop(step)
 
     def fits(self) -> list[tuple[np.ndarray, dict[str, Any]]]:
         """The weights and the record of every finished step."""
@@ -111,3 +110,14 @@ class HeadWork:
     def remove(self) -> None:
         """Remove the folder."""
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _drop(self, step: int) -> None:
+        """Remove what a step starts from: first the latents, without which nothing starts there."""
+        self._latents(step).unlink(missing_ok=True)
+        shutil.rmtree(self._state(step), ignore_errors=True)
+
+    def _latents(self, step: int) -> Path:
+        return self._folder / f"latents-{step}.npy"
+
+    def _state(self, step: int) -> Path:
+        return self._folder / f"state-{step}"

@@ -8,7 +8,7 @@ the launches as NumPy arrays in host memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -191,7 +191,29 @@ def load_stepper(
         EngineDirError, SafetyError: the engine directory is corrupt or not from this package.
         EnvironmentUnsupportedError: the backend has no kernels for its precision.
     """
+    return stepper_maker(directory, backend, (table.graph,), images)(table)
+
+
+def stepper_maker(
+    directory: EngineDir, backend: Backend, graphs: Sequence[str], images: int
+) -> Callable[[SamplerTable], Stepper]:
+    """Load an engine directory once to drive it with several samplers.
+
+    Args:
+        directory: the engine directory.
+        backend: loads the graphs into host memory.
+        graphs: names of the sampler graphs.
+        images: the largest number of images of a request, as for `load_stepper`.
+
+    Returns:
+        What makes a stepper of a table whose graph is one of ``graphs``.
+
+    Raises:
+        EngineDirError, SafetyError, EnvironmentUnsupportedError: as for `load_stepper`.
+    """
     manifest = directory.manifest
-    engines = load_engines(directory, (), backend, (table.graph,))
+    engines = load_engines(directory, (), backend, graphs)
     capacity = min(images, manifest.max_batch)
-    return Stepper(engines, backend, manifest.model, manifest.precision, table, capacity)
+    return lambda table: Stepper(
+        engines, backend, manifest.model, manifest.precision, table, capacity
+    )

@@ -15,9 +15,9 @@ from goc_deploy.errors import CalibrationNeededError, UsageError
 from goc_deploy.metrics.paired import whole_relative_l2
 from goc_deploy.options import no_progress
 from goc_deploy.policies.calibration import CalibrationOptions, Laboratory, Trial
+from goc_deploy.policies.candidates import uncached
 from goc_deploy.policies.grammar import parse_policy
 from goc_deploy.policies.resolve import schedule_from_policy
-from goc_deploy.policies.search import uncached
 from goc_deploy.samplers import SamplerTable, sampler_table
 from goc_deploy.samplers.process import Process
 from goc_deploy.schedule import COMPUTE, REUSE, Schedule
