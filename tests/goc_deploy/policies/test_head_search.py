@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -248,3 +249,16 @@ def test_exchange_finds_steps_next_to_even_ones_within_its_trials() -> None:
     assert len(set(asked)) == len(asked) == len(found) <= 100
     asked.clear()
     assert len(search_by_exchange([(20, 5)], "lagrange:2", measure, 9)) == len(asked) == 9
+
+
+def test_runs_move_before_single_steps_so_that_wide_gaps_are_passed_over() -> None:
+    target = (0, 3, 6, 8, 10, 11, 12, 14, 16, 18)
+
+    def measure(candidate: Candidate) -> float:  # a gap of 3 costs much unless it is an early one
+        gaps = [b - a for a, b in pairwise(candidate.computed)]
+        wide = sum(gap > 2 for gap in gaps[2:])
+        away = sum(abs(a - b) for a, b in zip(candidate.computed, target, strict=True))
+        return away + 100 * wide
+
+    found = search_by_exchange([(20, 10)], "lagrange:2", measure, 64)
+    assert found[0][1].computed == target
