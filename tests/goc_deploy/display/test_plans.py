@@ -30,3 +30,9 @@ def test_a_record_that_somebody_edited_is_shown_as_it_is() -> None:
         "  step 1: penalty 1e-06, error of training images less, of held-out images "
         "0.0300 to 0.0150",
     ]
+
+
+def test_the_trials_of_a_search_with_a_head_are_shown() -> None:
+    tried = {"steps": 20, "computed": [0, 3, 6], "features": "patch", "error": 0.01234}
+    assert lines({"tried": [tried]})[1:] == ["  20 steps, computed 0, 3, 6, patch: error 0.0123"]
+    assert lines({"tried": [{"steps": 20}, 3]})[1:] == []
