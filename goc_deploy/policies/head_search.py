@@ -121,11 +121,13 @@ def _sizes(
         UsageError: the budget pays for no step, or for all.
     """
     trials = context.required_laboratory().trials()
-    count_at = computed_steps_within(options.budget, context, trials)
-    if head.skip_predicted:  # steps that are left out take no time
-        paid = [n for n in range(1, MAX_SEARCHED_STEPS + 1) if count_at(n) >= n]
-        most = max(paid, default=0)
-        count_at = lambda _: most  # noqa: E731
+    within = computed_steps_within(options.budget, context, trials)
+    # Steps that are left out take no time.
+    all_paid = max((n for n in range(1, MAX_SEARCHED_STEPS + 1) if within(n) >= n), default=0)
+
+    def count_at(steps: int) -> int:
+        return all_paid if head.skip_predicted else within(steps)
+
     fixed = options.steps
     if fixed is None and head.target == "uncached":
         fixed = context.steps
