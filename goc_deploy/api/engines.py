@@ -123,7 +123,7 @@ def build_engines(
         The manifest, and how many engines were built.
 
     Raises:
-        GocError: a subclass says what is wrong and has an ``exit_code``.
+        GocError: a subclass names what is wrong and has an ``exit_code``.
     """
     _require_tensorrt(options)
     from goc_deploy.engine_dir.directory import EngineDir

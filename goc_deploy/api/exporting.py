@@ -24,7 +24,7 @@ def export_with(
         The manifest, and whether anything was written (False: an equal engine directory was there).
 
     Raises:
-        GocError: a subclass says what is wrong and has an ``exit_code``.
+        GocError: a subclass names what is wrong and has an ``exit_code``.
     """
     from goc_deploy.disk import check_parent
 

@@ -85,7 +85,7 @@ def export(
         The manifest of the directory.
 
     Raises:
-        GocError: a subclass says what is wrong and has an ``exit_code``.
+        GocError: a subclass names what is wrong and has an ``exit_code``.
     """
     from goc_deploy.api.exporting import export_with
 
@@ -204,7 +204,7 @@ def load(
             to the backend.
 
     Raises:
-        GocError: a subclass says what is wrong and has an ``exit_code``.
+        GocError: a subclass names what is wrong and has an ``exit_code``.
     """
     from goc_deploy.api.engines import loaded_on
     from goc_deploy.engine_dir.directory import EngineDir
@@ -257,7 +257,7 @@ def load_plans(
         A pipeline for each plan, in their order. Each is closed by itself.
 
     Raises:
-        GocError: a subclass says what is wrong and has an ``exit_code``.
+        GocError: a subclass names what is wrong and has an ``exit_code``.
     """
     from goc_deploy.api.engines import loaded_on
     from goc_deploy.engine_dir.directory import EngineDir

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class EngineLaboratory:
-    """The laboratory of an engine directory, which is loaded when a policy first asks.
+    """The laboratory of an engine directory, which is loaded when a policy first uses it.
 
     Implements `goc_deploy.policies.calibration.Laboratory`.
     """
@@ -48,7 +48,7 @@ class EngineLaboratory:
 
         Args:
             directory: the engine directory; plans are not needed.
-            make_backend: makes the backend that runs it, if a policy asks.
+            make_backend: makes the backend that runs it, if a policy uses it.
             sampler: sampler SPEC.
             options: the calibration images.
             progress: called with (what, done, total).

@@ -55,7 +55,7 @@ def run(engine_dir: str | Path, options: RunOptions, progress: Progress = no_pro
         progress: called with (what, done, total).
 
     Raises:
-        GocError: a subclass says what is wrong and has an ``exit_code``.
+        GocError: a subclass names what is wrong and has an ``exit_code``.
     """
     _check(options)
     latents = None if options.latents is None else latents_from_file(options.latents)

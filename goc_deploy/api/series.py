@@ -23,7 +23,7 @@ class Series:
     """The images of one call of `goc_deploy.api.run.run`.
 
     Attributes:
-        options: what the caller asked for.
+        options: the options of the caller.
         labels: one label per image.
         captions: the captions that the labels select, or None.
         latents: (N, C, H, W) x_T, or None for seeded noise.

@@ -47,7 +47,7 @@ def check_suffix(path: Path | None, *suffixes: str, what: str) -> None:
     """Check the suffix of a path; the empty suffix stands for a name without one.
 
     Raises:
-        UsageError: another suffix; ``what`` says which are possible.
+        UsageError: another suffix; ``what`` names those that are possible.
     """
     if path is not None and path.suffix.lower() not in suffixes:
         raise UsageError(f"{path.name}: {what}")

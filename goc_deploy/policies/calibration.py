@@ -1,4 +1,4 @@
-"""Calibration: what policies that learn from data may ask, and the images they learn from."""
+"""Calibration: what policies that learn from data may use, and the images they learn from."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Statistics:
 
 
 class Calibrator(Protocol):
-    """What a policy may ask about an engine, a sampler and a step count."""
+    """What a policy may learn about an engine, a sampler and a step count."""
 
     def statistics(self) -> Statistics:
         """Features without cache."""
@@ -154,7 +154,7 @@ class HeadTrials(Protocol):
 
 
 class Laboratory(Protocol):
-    """How policies that learn reach an engine directory, which is loaded when they first ask."""
+    """How policies that learn reach an engine directory, which is loaded at its first use."""
 
     def calibrator(self, steps: int) -> Calibrator:
         """Measures features and errors for a step count."""
@@ -193,7 +193,7 @@ def check_options(options: CalibrationOptions) -> None:
 
 
 def measured_error(calibrator: Calibrator, schedule: Schedule) -> float:
-    """`Calibrator.error`; infinite where the compiler would refuse the schedule."""
+    """`Calibrator.error`; infinite if the compiler would refuse the schedule."""
     try:
         check_amplification(schedule)
     except ScheduleError:

@@ -1,4 +1,4 @@
-"""What a policy may ask while it makes a schedule."""
+"""What a policy may use while it makes a schedule."""
 
 from __future__ import annotations
 

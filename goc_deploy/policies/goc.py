@@ -48,7 +48,7 @@ class GocOptions:
 
 
 def goc(schedule: Schedule, options: GocOptions, context: PolicyContext) -> Schedule:
-    """``goc``: the gradient where GOD says so.
+    """``goc``: the gradient where GOD allows it.
 
     Without ETA the step size is the best of ``ETAS`` for the gradient everywhere.
     ``threshold=auto`` takes the threshold whose schedule has the least measured error; the gradient

@@ -23,8 +23,8 @@ class Policy:
 
     Attributes:
         text: the SPEC as written.
-        base: (name, argument) of the part that says what is computed.
-        correction: (name, argument) of the part that says how reused units are predicted, or None.
+        base: (name, argument) of the part that decides what is computed.
+        correction: (name, argument) of the part that decides how the rest is predicted, or None.
         options: (name, value) pairs; a flag has an empty value.
         head: what the SPEC has after ``+head:``, "" for the default, or None without a head.
     """

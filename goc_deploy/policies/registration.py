@@ -133,7 +133,7 @@ def installed_names() -> tuple[str, ...]:
 
 
 def installed_policies() -> str:
-    """`installed_names` as the end of a sentence for help texts, "" where there are none."""
+    """`installed_names` as the end of a sentence for help texts, "" if there are none."""
     names = installed_names()
     return f"; from installed packages {', '.join(names)}" if names else ""
 
@@ -202,7 +202,7 @@ def _guarded(function: Callable[..., Any], options: Options) -> Callable[..., Sc
 
 
 def _with_plain_rows(schedule: Schedule, place: str) -> Schedule:
-    """The schedule with tuples of floats, where it may have lists and NumPy's numbers."""
+    """The schedule with tuples of floats, in which it may have lists and NumPy's numbers."""
     try:
         rows = tuple(
             tuple(tuple(float(c) for c in row) for row in step) for step in schedule.coefficients

@@ -72,8 +72,8 @@ def schedule_from_policy(
         policy: the SPEC.
         spec: the model.
         steps: sampling steps; ``search`` chooses its own.
-        laboratory: asked by policies that learn, and by no other.
-        read_router: asked by ``l2c``; see `goc_deploy.policies.context.PolicyContext`.
+        laboratory: used by policies that learn, and by no other.
+        read_router: used by ``l2c``; see `goc_deploy.policies.context.PolicyContext`.
         head: the options of the SPEC's head, if the caller completed them.
 
     Raises:
@@ -131,7 +131,7 @@ class _Parts:
     Attributes:
         base: the base.
         base_options: an instance of its options dataclass.
-        history: the kind of history that the SPEC asks for, or None.
+        history: the kind of history that the SPEC names, or None.
         level: what the SPEC asks to predict, or None.
         correction: the correction, or None.
         correction_options: an instance of its options dataclass.
@@ -160,7 +160,7 @@ class _Parts:
         """The schedule of the base after the correction.
 
         Raises:
-            UsageError: the correction reads another kind of history than the SPEC asks for.
+            UsageError: the correction reads another kind of history than the SPEC names.
         """
         if self.correction is None:
             return schedule

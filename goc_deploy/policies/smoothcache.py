@@ -139,7 +139,8 @@ def smoothcache_from_schedule(schedule: Schedule) -> str:
     """A schedule as SmoothCache's JSON, which keeps what is computed and nothing else.
 
     Raises:
-        ScheduleError: the units of a branch differ in what they compute, which the form cannot say.
+        ScheduleError: the units of a branch differ in what they compute, for which the form has no
+            words.
     """
     lists: dict[str, list[int]] = {}
     for index, branch in enumerate(schedule.branches):
