@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from goc_deploy.errors import UsageError
 from goc_deploy.schedule import COMPUTE, REUSE, Schedule
@@ -22,6 +23,7 @@ from goc_deploy.spec import ModelSpec
 
 INTERVALS = (1, 2, 3, 4, 5, 6, 8, 10)
 WARPS = (0.7, 0.8, 0.9, 1.1, 1.25, 1.4)
+PARTS, DENSER = 3, (2.0, 2.0**0.5)
 FINALISTS = 3
 MAX_SEARCHED_STEPS = 400
 
@@ -64,7 +66,29 @@ def warped(steps: int, count: int, warp: float, tail: int) -> tuple[int, ...]:
     ``warp`` above 1 is denser early, below 1 late. Steps that round to one place move apart.
     """
     last = steps - 1 - tail
-    places = [round(last * (i / max(count - 1, 1)) ** warp) for i in range(count)]
+    return _apart([round(last * (i / max(count - 1, 1)) ** warp) for i in range(count)], steps)
+
+
+def spread(steps: int, count: int, densities: Sequence[float], tail: int) -> tuple[int, ...]:
+    """``count`` computed steps of ``steps``, the last ``tail`` predicted.
+
+    Parts of equal length have computed steps in proportion to their densities. Steps that round to
+    one place move apart.
+    """
+    part, whole = (steps - 1 - tail) / len(densities), sum(densities)
+    places = []
+    for i in range(count):
+        left, start = i / max(count - 1, 1) * whole, 0.0
+        for density in densities:
+            share = min(left, density)
+            start, left = start + part * share / density, left - share
+        places.append(round(start))
+    return _apart(places, steps)
+
+
+def _apart(places: list[int], steps: int) -> tuple[int, ...]:
+    """Move rising places apart that are equal, within ``steps``."""
+    count = len(places)
     for i in range(1, count):
         places[i] = max(places[i], places[i - 1] + 1)
     for i in reversed(range(count)):
@@ -104,11 +128,14 @@ def search(
 def search_by_exchange(
     sizes: Sequence[tuple[int, int]], correction: str, measure: Measure, limit: int
 ) -> list[tuple[float, Candidate]]:
-    """Try even spacing, then move runs of neighbouring computed steps by one.
+    """Try even spacing, then other densities, then move runs of neighbouring computed steps by one.
 
-    Long runs move before short ones and single steps, because moving one step of an even spacing
-    leaves a wide gap beside it. Of each length the last run moves first. A move stays if it lowers
-    the error. The search ends if no move does, or after ``limit`` trials.
+    The steps are divided into thirds, some of which become denser: first twice as dense, then by
+    half of that. Moves alone would stop near the even spacing, because one step that moves leaves a
+    gap beside it.
+
+    Long runs move before short ones and single steps. Of each length the last run moves first. A
+    move stays if it lowers the error. The search ends if no move does, or after ``limit`` trials.
 
     Args:
         sizes: (steps T, computed steps) to try.
@@ -131,6 +158,11 @@ def search_by_exchange(
         return tried[candidate], candidate.steps, candidate.computed
 
     best = attempt(_evenly_spaced(sizes, (correction,)))
+    densities: tuple[float, ...] = (1.0,) * PARTS
+    for factor in DENSER:
+        denser = dict(_denser(best, densities, factor))
+        best = attempt(denser)
+        densities = denser.get(best, densities)
     before, count = None, len(best.computed)
     while best != before:
         before, length = best, max(1, (count - 1) // 2)
@@ -158,6 +190,21 @@ def _warped_variants(finalist: Candidate) -> Iterator[Candidate]:
     for shorter in sorted({0, tail // 2, tail}):
         for warp in (1.0, *WARPS):
             yield replace(finalist, computed=warped(steps, count, warp, shorter))
+
+
+def _denser(
+    candidate: Candidate, densities: tuple[float, ...], factor: float
+) -> Iterator[tuple[Candidate, tuple[float, ...]]]:
+    """Candidates with some of the parts denser by a factor, and their densities."""
+    count, tail = len(candidate.computed), candidate.steps - 1 - candidate.computed[-1]
+    for chosen in product((False, True), repeat=PARTS):
+        if any(chosen) and not all(chosen):
+            changed = tuple(
+                density * factor if is_chosen else density
+                for density, is_chosen in zip(densities, chosen, strict=True)
+            )
+            computed = spread(candidate.steps, count, changed, tail)
+            yield replace(candidate, computed=computed), changed
 
 
 def _moved(candidate: Candidate, index: int, stride: int, length: int = 1) -> Iterator[Candidate]:

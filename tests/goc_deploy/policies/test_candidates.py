@@ -7,11 +7,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from goc_deploy.errors import UsageError
-from goc_deploy.policies.candidates import Candidate, search, sizes_for, warped
+from goc_deploy.policies.candidates import Candidate, search, sizes_for, spread, warped
 from goc_deploy.schedule import COMPUTE, check_schedule
 from goc_deploy.spec import ModelSpec
 
 SPEC = ModelSpec(2, 8, 2, 16, 2, 2, 4, 10, False)
+
+
+@given(
+    st.integers(1, 60).flatmap(
+        lambda steps: st.tuples(
+            st.just(steps), st.integers(1, steps), st.integers(0, (steps - 1) // 3)
+        )
+    ),
+    st.tuples(*[st.floats(0.25, 4.0)] * 3),
+)
+def test_spread_steps_rise_from_zero(
+    sizes: tuple[int, int, int], densities: tuple[float, float, float]
+) -> None:
+    steps, count, tail = sizes
+    places = spread(steps, count, densities, tail)
+    assert len(set(places)) == count
+    assert list(places) == sorted(places)
+    assert places[0] == 0
+    assert places[-1] < steps
+
+
+def test_equal_densities_are_an_even_spacing_and_a_denser_third_has_more_steps() -> None:
+    assert spread(20, 10, (1, 1, 1), 1) == warped(20, 10, 1.0, 1)
+    assert spread(20, 10, (2, 4, 3), 1) == (0, 3, 6, 8, 9, 10, 12, 14, 16, 18)
+    assert spread(5, 1, (1, 2, 1), 0) == (0,)
 
 
 @given(st.integers(1, 60), st.floats(0.2, 5), st.data())
