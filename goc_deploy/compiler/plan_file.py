@@ -167,21 +167,23 @@ def _head_from_fields(
     """Take the head out of the fields of the sampler, and give it its weights."""
     file: _FileWithHead = convert(fields, _FileWithHead, where, EngineDirError)
     fields["sampler"].pop("head", None)
-    found, path = file.sampler.head, f"{where}: $.sampler.head"
-    if found is None and weights is not None:
+    of_head, path = file.sampler.head, f"{where}: $.sampler.head"
+    if of_head is None and weights is not None:
         raise EngineDirError(f"{path}: the manifest lists weights of a head, but there is none")
-    if found is None:
+    if of_head is None:
         return None
     if weights is None:
         raise EngineDirError(f"{path}: the manifest lists no weights of this head")
-    if found.tokens and found.features != "hidden":
-        raise EngineDirError(f"{path}.tokens: expected 0 for {found.features}, got {found.tokens}")
-    if not 0 <= found.cfg_scales[0] <= found.cfg_scales[1]:
-        raise EngineDirError(f"{path}.cfg_scales: expected a range, got {list(found.cfg_scales)}")
-    form = HeadForm(found.features, found.outputs, found.tokens, found.scaled)
+    if of_head.tokens and of_head.features != "hidden":
+        raise EngineDirError(
+            f"{path}.tokens: expected 0 for {of_head.features}, got {of_head.tokens}"
+        )
+    if not 0 <= of_head.cfg_scales[0] <= of_head.cfg_scales[1]:
+        raise EngineDirError(f"{path}.cfg_scales: expected a range, got {list(of_head.cfg_scales)}")
+    form = HeadForm(of_head.features, of_head.outputs, of_head.tokens, of_head.scaled)
     _, *size = weights.shape
     shape = (len(weights), size[0], size[1])
-    return Head(form, found.cfg_scales, shape, weights.astype("<f4").tobytes())
+    return Head(form, of_head.cfg_scales, shape, weights.astype("<f4").tobytes())
 
 
 def _launch_from_row(row: _LaunchRow) -> Launch:

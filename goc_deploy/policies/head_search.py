@@ -76,10 +76,10 @@ def searched_with_head(
     ranking_features: HeadFeatures = "patch" if head.features == "hidden" else head.features
     with laboratory.head_trials(head, images) as trials:
         measure = _measure(context, head, trials)
-        found = search_by_exchange(
+        tried = search_by_exchange(
             sizes, correction, lambda one: measure(one, ranking_features), options.trials
         )
-        ranking = [_Ranked(error, one, ranking_features) for error, one in found]
+        ranking = [_Ranked(error, one, ranking_features) for error, one in tried]
         if not math.isfinite(ranking[0].error):
             raise UsageError("every candidate diverges; raise the budget")
         if ranking_features != head.features:
