@@ -7,12 +7,15 @@ import hashlib
 import json
 import re
 import shutil
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import goc_deploy
 from tests.goc_deploy.serving.test_server import GENERATE, HEADERS, TOKEN, Running, pixels
 
 httpx = pytest.importorskip("httpx")
@@ -28,7 +31,8 @@ def server(
     demo_engine: Path, prompt_engine_small: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("page")
-    (folder / "digits").symlink_to(demo_engine)
+    shutil.copytree(demo_engine, folder / "digits")
+    goc_deploy.add_plan(folder / "digits", "fora:3+lagrange:2,level=residual")
     (folder / "prompts").symlink_to(prompt_engine_small)
     running = Running(folder / "digits", folder / "prompts", "--backend", "onnxruntime")
     running.wait()
@@ -131,17 +135,26 @@ def test_an_error_of_the_server_is_shown_in_words(person: Person) -> None:
 
 
 def test_cancel_ends_the_request_on_the_server(person: Person, server: Running) -> None:
+    def cancelled() -> int:
+        return server.client.get("/metrics").text.count('outcome="cancelled"')
+
+    assert not cancelled()
     page = person.page
-    person.choose(model="digits", left="none", right="none", guidance="4", **{"class": "1"})
-    page.evaluate("document.querySelector('#draw').click(); 0")
-    page.get_by_role("button", name="Cancel").click()
-    page.get_by_text("Cancelled.").wait_for()
+    person.choose(model="digits", left="none", **{"class": "1"})
+    with ThreadPoolExecutor(1) as pool:
+        body = {"model": "digits", "prompt": "1", "plan": "none", "n": 16}
+        busy = pool.submit(server.client.post, GENERATE, json=body)  # the page waits for it
+        page.get_by_role("button", name="Draw both").click()
+        page.get_by_role("button", name="Cancel").click()
+        page.get_by_text("Cancelled.").wait_for()
+        assert busy.result().status_code == 200
     assert page.get_by_role("button", name="Draw both").is_enabled()
     assert not page.locator("#comparison").is_visible()
     assert not page.get_by_role("alert").is_visible()
-    server.wait()
-    while server.client.get("/health/ready").json()["in_flight"]:
-        page.wait_for_timeout(50)
+    deadline = time.monotonic() + 60
+    while not cancelled() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert cancelled()
 
 
 def test_the_page_allows_only_its_own_script_and_style(server: Running) -> None:
@@ -166,13 +179,16 @@ def test_plans_are_described_for_a_choice(server: Running) -> None:
     )
     assert (prompts["takes"], prompts["classes"]) == ("prompt", 0)
     assert digits["default_plan"] == "fora-2"
-    none, reuse, gradient = digits["plans"]
+    none, reuse, gradient, residual = digits["plans"]
     units = len(digits["units"])
     assert none["actions"] == ["C" * units] * 20
     assert reuse["actions"] == ["C" * units, "R" * units] * 10
     assert set("".join(gradient["actions"])) == {"C", "R", "P"}
     assert (reuse["computed_units"], reuse["all_units"]) == (10 * units, 20 * units)
     assert (reuse["level"], gradient["prediction"]) == ("unit", "gradient")
+    assert (residual["level"], residual["prediction"]) == ("residual", "Lagrange")
+    letters = ["C", "R", "R", "C", "P", "P", "C"]
+    assert residual["actions"][:7] == [letter * units for letter in letters]
 
 
 def test_a_stream_has_an_event_after_every_step(server: Running) -> None:
