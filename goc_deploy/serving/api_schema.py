@@ -21,6 +21,7 @@ from goc_deploy.errors import (
 from goc_deploy.runtime.images import picture
 
 CLIENT_CLOSED = 499  # as nginx has it: the client is gone, and nobody reads the answer
+MAX_STEP_PREVIEWS = 50
 
 
 class GenerationBody(BaseModel):
@@ -35,6 +36,8 @@ class GenerationBody(BaseModel):
         output_format: images are always PNG.
         stream: whether to answer with server-sent events.
         partial_images: number of previews in a stream.
+        step_events: whether a stream has an event after every step; our own field.
+        step_previews: number of these events that have a preview, spread evenly; our own field.
         plan: name or SPEC of a plan; our own field.
         seed: seed of the noise; None takes a random one. Our own field.
         guidance_scale: classifier-free guidance scale; our own field.
@@ -50,6 +53,8 @@ class GenerationBody(BaseModel):
     output_format: Literal["png"] | None = None
     stream: bool = False
     partial_images: int = Field(default=0, ge=0, le=3)
+    step_events: bool = False
+    step_previews: int = Field(default=0, ge=0, le=MAX_STEP_PREVIEWS)
     plan: str | None = None
     seed: int | None = None
     guidance_scale: float = 4.0

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine
-from concurrent.futures import Future
+from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from goc_deploy.conditions.labels import labels_from_text
-from goc_deploy.errors import CancelledError, UsageError, VerificationError
+from goc_deploy.errors import CancelledError, NotReadyError, UsageError, VerificationError
 from goc_deploy.runtime.results import Result
-from goc_deploy.runtime.step_events import StepEvent
 from goc_deploy.serving.api_schema import (
     GenerationBody,
     ModelNotFoundError,
@@ -29,15 +26,18 @@ from goc_deploy.serving.api_schema import (
     error_body,
     response_of_error,
 )
+from goc_deploy.serving.page import page
+from goc_deploy.serving.plan_cards import model_cards
 from goc_deploy.serving.prometheus import PrometheusMetrics
 from goc_deploy.serving.requests import ImageRequest
 from goc_deploy.serving.service import Service
+from goc_deploy.serving.streams import streamed
 
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 2**16
 DISCONNECT_SECONDS = 0.1  # between two looks at the connection
-OPEN = ("/health/live", "/health/ready")  # paths that need no token
+OPEN = ("/", "/health/live", "/health/ready")  # paths that need no token
 
 Returned = TypeVar("Returned")
 
@@ -76,6 +76,7 @@ def application(
     app = FastAPI(title="goc_deploy", docs_url=None, redoc_url=None)
 
     app.add_middleware(Admission, token=token)
+    html, page_headers = page()
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
@@ -91,7 +92,7 @@ def application(
         try:
             wanted = request_of_body(service, body)
             if body.stream:
-                return _stream(service, wanted, body)
+                return streamed(service, wanted, body, _answer)
             result = await _while_connected(request, service.agenerate(wanted))
             return JSONResponse(await asyncio.to_thread(_answer, result, wanted))
         except Exception as error:
@@ -100,6 +101,17 @@ def application(
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(service, name) for name in service.models]}
+
+    @app.get("/v1/plans", response_model=None)
+    async def plans() -> Response:
+        if not service.ready():
+            state = service.health().state
+            return _failure(NotReadyError(f"the service accepts no requests, it is {state}"))
+        return JSONResponse({"object": "list", "data": model_cards(service)})
+
+    @app.get("/", include_in_schema=False)
+    async def start_page() -> Response:
+        return HTMLResponse(html, headers=page_headers)
 
     @app.get("/health/live")
     async def live() -> dict[str, str]:
@@ -209,6 +221,8 @@ def _answer(result: Result, request: ImageRequest) -> dict[str, Any]:
         "model": request.model,
         "plan": result.report["plan"],
         "seed": request.seed,
+        "seconds": result.report["total_ms"] / 1e3,
+        "batch_images": result.report["batch_images"],
     }
 
 
@@ -232,58 +246,3 @@ def _model(service: Service, name: str) -> dict[str, Any]:
         "size": f"{manifest.image_side}x{manifest.image_side}",
         "takes": "prompt" if manifest.text is not None else "class",
     }
-
-
-def _stream(service: Service, request: ImageRequest, body: GenerationBody) -> Response:
-    """Submit a request, and answer with its previews and its image as server-sent events.
-
-    Raises:
-        GocError: the request is refused.
-    """
-    if body.n != 1:
-        raise UsageError("a stream has one image; use n=1")
-    loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[str, dict[str, Any]] | None]()
-
-    def preview(event: StepEvent) -> None:
-        due = {round((i + 1) * event.steps / (body.partial_images + 1)) - 1 for i in range(3)}
-        if event.step not in due or event.step == event.steps - 1:
-            return
-        images = event.preview()
-        if images is not None:
-            place = sorted(due).index(event.step)
-            fields = {"b64_json": base64_png(images[0]), "partial_image_index": place}
-            loop.call_soon_threadsafe(queue.put_nowait, ("partial_image", fields))
-
-    callback = preview if body.partial_images else None
-    future = service.submit(replace(request, callback=callback))
-
-    def ended(_: object) -> None:
-        loop.call_soon_threadsafe(queue.put_nowait, None)
-
-    future.add_done_callback(ended)
-    return StreamingResponse(_events(queue, future, request), media_type="text/event-stream")
-
-
-async def _events(
-    queue: asyncio.Queue[tuple[str, dict[str, Any]] | None],
-    future: Future[Result],
-    request: ImageRequest,
-) -> AsyncIterator[str]:
-    """The events of a stream; if the client is gone, the request is cancelled."""
-    try:
-        while (item := await queue.get()) is not None:
-            yield _event(f"image_generation.{item[0]}", item[1])
-        try:
-            answer = await asyncio.to_thread(_answer, future.result(), request)
-        except Exception as error:
-            yield _event("error", response_of_error(error)[1])
-            return
-        picture = answer.pop("data")[0]
-        yield _event("image_generation.completed", {**picture, **answer})
-    finally:
-        future.cancel()
-
-
-def _event(kind: str, fields: dict[str, Any]) -> str:
-    body = {"type": kind, "created_at": int(time.time()), **fields}
-    return f"event: {kind}\ndata: {json.dumps(body)}\n\n"

@@ -79,7 +79,8 @@ def test_the_wheel_holds_what_is_not_python(wheel: Path) -> None:
         for path in (ROOT / "engines" / "plugin").glob("*.cu")
     }
     assert kernels
-    assert {*kernels, "goc_deploy/py.typed", "goc_deploy/evaluation/page.css"} <= names
+    pages = {"goc_deploy/evaluation/page.css", "goc_deploy/serving/page.html"}
+    assert {*kernels, *pages, "goc_deploy/py.typed"} <= names
 
 
 @pytest.mark.parametrize("name", PROJECT["project"]["scripts"])
