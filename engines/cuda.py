@@ -344,7 +344,7 @@ class CudaStream:
     def interrupt(self) -> None:
         """Do nothing: what is on the stream of a GPU cannot be taken back."""
 
-    def resume(self) -> None:
+    def resume(self, *, interruptible: bool) -> None:
         """Do nothing."""
 
     def mark(self, index: int) -> None:

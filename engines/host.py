@@ -62,7 +62,7 @@ class HostStream:
     def interrupt(self) -> None:
         """Do nothing: without a library, nothing that runs can be stopped."""
 
-    def resume(self) -> None:
+    def resume(self, *, interruptible: bool) -> None:
         """Do nothing."""
 
     def mark(self, index: int) -> None:

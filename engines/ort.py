@@ -147,7 +147,7 @@ class OrtEngine:
         """Make a run on these tensors."""
         run, binding = self._session.run_with_iobinding, self._binding(inputs, outputs)
         if isinstance(stream, OrtStream):
-            return partial(run, binding, stream.options)
+            return lambda: run(binding, stream.options)
         return partial(run, binding)
 
     def _binding(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Any:

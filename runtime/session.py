@@ -149,6 +149,7 @@ class Session:
         limits: CallLimits | None,
     ) -> tuple[np.ndarray, Timing]:
         stream, started = self._stream, time.perf_counter()
+        stream.resume(interruptible=limits is not None and limits.token is not None)
         with recorded(spans, "prepare", "prepare"):
             runnable = self._prepare(request)
         bound, prepare_ms = runnable.plan, 1e3 * (time.perf_counter() - started)
@@ -209,7 +210,6 @@ class Session:
 
     def _upload(self, request: Request, inputs: Inputs, plan: BoundPlan) -> None:
         """Upload the arrays of a request to the buffers that the launches read."""
-        self._stream.resume()  # A run that was cancelled may have interrupted the stream.
         buffers, batch, upload = self._buffers, inputs.batch, self._stream.upload
         captions = request.conditions.captions
         if captions is None:
