@@ -63,10 +63,11 @@ class Workers:
 
 
 def engine_digest(engine: EngineDir, plan: str) -> str:
-    """Digest of the inputs that decide a plan's numbers: graphs, weights and the plan."""
+    """Digest of the inputs that decide a plan's numbers: graphs, weights, the plan, its head."""
     entry, units = engine.plan_entry(plan), engine.manifest.graphs
     weights = {unit.weights_file for unit in units if unit.weights_file}
     decides = {entry.plan, entry.schedule, *(unit.onnx for unit in units), *weights}
+    decides |= {entry.head} if entry.head else set()
     digests = [f"{path} {engine.sha256(path)}" for path in sorted(decides)]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
