@@ -118,6 +118,28 @@ def check_channels(cfg_channels: Any) -> None:
         )
 
 
+def guidance(
+    cfg_scale: Any, cfg_channels: Any, spec: ModelSpec
+) -> tuple[float | list[float], int, bool]:
+    """Check the guidance of a call.
+
+    Args:
+        cfg_scale: one scale, or one per image.
+        cfg_channels: number of guided channels; None is that of the model's reference.
+        spec: the model.
+
+    Returns:
+        The scale or scales, the number of channels, and whether any image is guided.
+
+    Raises:
+        UsageError: one of them is out of range.
+    """
+    scales = checked_scale(cfg_scale)
+    channels = spec.guided_channels if cfg_channels is None else cfg_channels
+    check_channels(channels)
+    return scales, int(channels), bool(np.any(np.not_equal(scales, 1))) and channels != 0
+
+
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Check that an argument is one of a few words.
 

@@ -180,17 +180,15 @@ class Pipeline:
         Raises:
             UsageError: as `generate`.
         """
-        seeds, scales = arguments.checked_seed(seed), arguments.checked_scale(cfg_scale)
-        channels = self.spec.guided_channels if cfg_channels is None else cfg_channels
-        arguments.check_channels(channels)
-        guided = bool(np.any(np.not_equal(scales, 1))) and channels != 0
+        seeds = arguments.checked_seed(seed)
+        scales, channels, guided = arguments.guidance(cfg_scale, cfg_channels, self.spec)
         conditions = self._conditions(labels, prompt_embeds, guided=guided)
         images = len(conditions.labels)
         return Drawing(
             conditions,
             arguments.noise_keys(seeds, first_image, images),
             arguments.scale_of_each(scales, images),
-            int(channels),
+            channels,
             None if latents is None else arguments.checked_latents(latents, images, self.spec),
         )
 

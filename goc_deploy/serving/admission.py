@@ -5,8 +5,6 @@ from __future__ import annotations
 import uuid
 from collections.abc import Hashable, Mapping
 
-import numpy as np
-
 from goc_deploy.cancellation import call_limits
 from goc_deploy.errors import UsageError
 from goc_deploy.runtime import arguments
@@ -58,10 +56,7 @@ def admitted(
 
 def _compatible(request: ImageRequest, plan: HostedPlan) -> Hashable:
     """Equal for requests that can run together."""
-    scales = arguments.checked_scale(request.cfg_scale)
-    channels = request.cfg_channels
-    if channels is None:
-        channels = plan.pipeline.spec.guided_channels
-    arguments.check_channels(channels)
-    guided = bool(np.any(np.not_equal(scales, 1))) and channels != 0
-    return plan.model, plan.name, int(channels), guided
+    _, channels, guided = arguments.guidance(
+        request.cfg_scale, request.cfg_channels, plan.pipeline.spec
+    )
+    return plan.model, plan.name, channels, guided

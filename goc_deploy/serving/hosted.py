@@ -58,6 +58,11 @@ class LoadedModel:
     fingerprint: str
     load_seconds: float
 
+    @property
+    def takes(self) -> str:
+        """What its images are drawn from: ``prompt`` or ``class``."""
+        return "class" if self.directory.manifest.text is None else "prompt"
+
     def plan(self, name: str | None) -> HostedPlan:
         """Return the plan of a name or SPEC; None is the first plan that caches.
 

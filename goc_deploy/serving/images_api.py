@@ -104,9 +104,10 @@ def application(
 
     @app.get("/v1/plans", response_model=None)
     async def plans() -> Response:
-        if not service.ready():
-            state = service.health().state
-            return _failure(NotReadyError(f"the service accepts no requests, it is {state}"))
+        try:
+            service.check_ready()
+        except NotReadyError as error:
+            return _failure(error)
         return JSONResponse({"object": "list", "data": model_cards(service)})
 
     @app.get("/", include_in_schema=False)
@@ -244,5 +245,5 @@ def _model(service: Service, name: str) -> dict[str, Any]:
         "owned_by": "goc_deploy",
         "plans": list(loaded.plans),
         "size": f"{manifest.image_side}x{manifest.image_side}",
-        "takes": "prompt" if manifest.text is not None else "class",
+        "takes": loaded.takes,
     }

@@ -21,7 +21,7 @@ def _model_card(name: str, model: LoadedModel) -> dict[str, Any]:
     manifest = model.directory.manifest
     return {
         "id": name,
-        "takes": "prompt" if manifest.text is not None else "class",
+        "takes": model.takes,
         "classes": 0 if manifest.text is not None else manifest.model.choices,
         "class_names": list(manifest.class_names),
         "side": manifest.image_side,

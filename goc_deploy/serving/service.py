@@ -131,6 +131,15 @@ class Service:
         """Whether requests are accepted: from the end of the warm-up to the start of draining."""
         return self._state == "ready" and os.getpid() == self._pid
 
+    def check_ready(self) -> None:
+        """Check that requests are accepted.
+
+        Raises:
+            NotReadyError: the service has not started, drains or is closed.
+        """
+        if self._state != "ready":
+            raise NotReadyError(f"the service accepts no requests, it is {self._state}")
+
     def health(self) -> Health:
         """Describe the state; cheap, and possible in every state."""
         tickets = list(self._tickets)
@@ -157,14 +166,14 @@ class Service:
         """
         if os.getpid() != self._pid:
             raise EnvironmentUnsupportedError(FORKED)
-        self._check_ready()
+        self.check_ready()
         try:
             ticket = admitted(request, self._models, self.limits)
         except UsageError:
             self._reports.refused()
             raise
         with self._changed:
-            self._check_ready()
+            self.check_ready()
             self._tickets.add(ticket)
         ticket.end_early(self._alarms)
         ticket.future.add_done_callback(lambda _: self._ended(ticket))
@@ -252,10 +261,6 @@ class Service:
         for model in self._models.values():
             for plan in model.plans.values():
                 plan.pipeline.close()
-
-    def _check_ready(self) -> None:
-        if self._state != "ready":
-            raise NotReadyError(f"the service accepts no requests, it is {self._state}")
 
     def _work(self) -> None:
         while batch := self._queue.take():
