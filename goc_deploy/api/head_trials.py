@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from goc_deploy.api.heads import check_without_noise, executed, weights_of
+from goc_deploy.api.heads import check_without_noise, converged_teacher, executed, weights_of
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.errors import ScheduleError, VerificationError
 from goc_deploy.exporters.schedulers import table_from_sampler
@@ -27,7 +27,7 @@ from goc_deploy.runtime.calibration.head_trial_work import (
 )
 from goc_deploy.runtime.calibration.head_work import HeadWork, work_folder
 from goc_deploy.runtime.calibration.stepper import Stepper, stepper_maker
-from goc_deploy.samplers import SamplerTable, refined_table
+from goc_deploy.samplers import SamplerTable
 from goc_deploy.samplers.head import HeadFeatures
 from goc_deploy.schedule import Schedule, check_amplification
 from goc_deploy.spec import ModelSpec
@@ -61,7 +61,7 @@ class EngineHeadTrials:
 
     Args:
         directory: the engine directory.
-        make_backend: makes the backend that runs it, in host memory.
+        backend: runs it, in host memory.
         sampler: sampler SPEC.
         options: the head.
         images: the calibration images of a trial.
@@ -134,8 +134,7 @@ class EngineHeadTrials:
             check_without_noise(table)
             teacher = Teacher(table, tuple(range(1, steps + 1)))
             if self._options.target == "converged":
-                refined, places = refined_table(table, manifest.process)
-                teacher = Teacher(refined, places[1:])
+                teacher = converged_teacher(table, manifest.process)
             work = HeadWork(self.folder / f"teacher-{steps}")
             task = self._task(uncached(manifest.model, steps), table, teacher, "scalar")
             HeadFit(self._stepper, task, work, self.progress).aim()
@@ -174,7 +173,7 @@ class EngineHeadTrials:
 
     def describe(self) -> dict[str, Any]:
         """See `goc_deploy.policies.calibration.HeadTrials.describe`."""
-        images, provenance = self._images, self._directory.manifest.provenance
+        images = self._images
         return {
             "images": images.images,
             "judging_images": images.images // 2,
@@ -182,7 +181,7 @@ class EngineHeadTrials:
             "cfg_scale": images.cfg_scale,
             "cfg_channels": images.cfg_channels,
             "sampler": self._sampler,
-            **{key: provenance[key] for key in ("checkpoint_sha256",) if key in provenance},
+            **self._directory.manifest.checkpoint_record,
         }
 
     def remove(self) -> None:
@@ -193,7 +192,7 @@ class EngineHeadTrials:
 def _stride(task: HeadTask, spec: ModelSpec) -> int:
     """Keep the state before every so many steps, so that all fit into ``STATE_BYTES``."""
     schedule = task.schedule
-    depth = max(len(row) for step in schedule.coefficients for row in step)
+    depth = schedule.history_depth
     entries = depth * (1 if schedule.level == "residual" else spec.units) + task.form.tokens
     state = 4 * task.images * 2 * spec.tokens * spec.hidden * entries
     return max(1, math.ceil(task.table.steps * state / STATE_BYTES))

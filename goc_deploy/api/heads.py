@@ -103,9 +103,18 @@ def _aimed(request: HeadRequest, process: Process) -> tuple[Schedule, SamplerTab
     schedule, table, places = executed(request.schedule, request.table, options, process)
     teacher = Teacher(request.table, places)
     if options.target == "converged":
-        refined, places = refined_table(table, process)
-        teacher = Teacher(refined, places[1:])
+        teacher = converged_teacher(table, process)
     return schedule, table, teacher
+
+
+def converged_teacher(table: SamplerTable, process: Process) -> Teacher:
+    """The converged solution at the times of a sampler, which has no fresh noise.
+
+    Raises:
+        UsageError: the sampler has no converged solution.
+    """
+    refined, places = refined_table(table, process)
+    return Teacher(refined, places[1:])
 
 
 def executed(
@@ -155,7 +164,7 @@ def weights_of(directory: EngineDir) -> list[tuple[str, str]]:
 
 def _record(request: HeadRequest, directory: EngineDir, task: HeadTask) -> dict[str, Any]:
     """Options and images, as plain data for the schedule file."""
-    options, images, provenance = request.options, request.images, directory.manifest.provenance
+    options, images = request.options, request.images
     lowest, highest = task.cfg_scales
     return {
         "features": options.features,
@@ -168,6 +177,6 @@ def _record(request: HeadRequest, directory: EngineDir, task: HeadTask) -> dict[
             "cfg_channels": images.cfg_channels,
             "sampler": task.table.sampler,
             "steps": task.table.steps,
-            **{key: provenance[key] for key in ("checkpoint_sha256",) if key in provenance},
+            **directory.manifest.checkpoint_record,
         },
     }

@@ -184,16 +184,12 @@ class EngineTrials:
 
     def describe(self) -> dict[str, Any]:
         """See `goc_deploy.policies.calibration.Trials.describe`."""
-        options, provenance = self.options, self._manifest.provenance
+        options = self.options
         return {
             "images": options.images,
             "seed": options.seed,
             "cfg_scale": options.cfg_scale,
             "cfg_channels": options.cfg_channels,
             "sampler": self.sampler,
-            **(
-                {"checkpoint_sha256": provenance["checkpoint_sha256"]}
-                if "checkpoint_sha256" in provenance
-                else {}
-            ),
+            **self._manifest.checkpoint_record,
         }

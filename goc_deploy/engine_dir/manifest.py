@@ -206,6 +206,12 @@ class Manifest:
         return {f"{name}.": by_name[name] for name in self.model.unit_names}
 
     @property
+    def checkpoint_record(self) -> dict[str, Any]:
+        """The digest of the checkpoint, for records of calibrations; empty if it is unknown."""
+        known = self.provenance
+        return {key: known[key] for key in ("checkpoint_sha256",) if key in known}
+
+    @property
     def image_side(self) -> int | None:
         """Height and width of the images, or None without a decoder of latents."""
         if self.decoder is not None:

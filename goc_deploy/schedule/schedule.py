@@ -79,6 +79,11 @@ class Schedule:
         return self.depth * len(self.branches)
 
     @property
+    def history_depth(self) -> int:
+        """The largest number of history entries that an action reads."""
+        return max(len(row) for step in self.coefficients for row in step)
+
+    @property
     def computed(self) -> int:
         """Number of the T * U evaluations that are computed."""
         return sum(not row for step in self.coefficients for row in step)

@@ -110,7 +110,7 @@ class EngineCalibrator:
             )
         self.statistics()
         if schedule not in self._errors:
-            depth = max(len(row) for step in schedule.coefficients for row in step)
+            depth = schedule.history_depth
             squares = np.zeros(2)
             with np.errstate(over="ignore", invalid="ignore"):
                 for request, expected in zip(self._batches(), self._final, strict=True):
@@ -202,8 +202,7 @@ def load_calibrator(
         UsageError: an option is out of range.
         EngineDirError, SafetyError, EnvironmentUnsupportedError: as in `load_stepper`.
     """
-    recorded = directory.manifest.provenance
-    provenance = {key: recorded[key] for key in ("checkpoint_sha256",) if key in recorded}
+    provenance = directory.manifest.checkpoint_record
     stepper = load_stepper(directory, backend, table, options.images)
     return EngineCalibrator(stepper, options, provenance, progress)
 

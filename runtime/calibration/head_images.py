@@ -32,7 +32,7 @@ class HeadImages:
     ) -> None:
         self._stepper, self._request, self._schedule, self._form = stepper, request, schedule, form
         self._computed = frozenset(computed_steps(schedule))
-        depth = max(len(row) for step in schedule.coefficients for row in step)
+        depth = schedule.history_depth
         self.trajectory = Trajectory(stepper, request, schedule.history, depth, schedule.level)
         self._outputs: list[Pair] = []  # of computed steps, newest first, as the next
         self._tokens: list[Pair] = []

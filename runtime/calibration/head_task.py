@@ -74,7 +74,7 @@ class HeadTask:
         Tasks with an equal digest reach the same state, whatever follows.
         """
         schedule, table = self.schedule, self.table
-        depth = max(len(row) for step in schedule.coefficients for row in step)
+        depth = schedule.history_depth
         kinds = (schedule.depth, schedule.branches, schedule.history, schedule.level, depth)
         digest = sha256(
             repr((kinds, self.teacher.table, table.start, self._kinds_of_images)).encode()
