@@ -54,6 +54,28 @@ def fora(options: ForaOptions, context: PolicyContext) -> Schedule:
 
 
 @dataclass(frozen=True, slots=True)
+class ComputedStepsOptions:
+    """Options of `compute_steps`."""
+
+    steps: tuple[int, ...] = argument("The steps that are computed.", form="K,K,..")
+
+
+def compute_steps(options: ComputedStepsOptions, context: PolicyContext) -> Schedule:
+    """``compute``: the named steps are computed.
+
+    Raises:
+        UsageError: step 0, which has nothing to reuse, is not among them; or one is beyond the last
+            step.
+    """
+    last = context.steps - 1
+    if 0 not in options.steps:
+        raise UsageError("compute: step 0 has nothing to reuse; name it among the computed steps")
+    if max(options.steps) > last:
+        raise UsageError(f"compute: step {max(options.steps)} is beyond the last step {last}")
+    return _same_for_all_units(context, [k not in options.steps for k in range(context.steps)])
+
+
+@dataclass(frozen=True, slots=True)
 class RouterOptions:
     """Options of `l2c`."""
 

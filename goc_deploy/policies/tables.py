@@ -61,6 +61,7 @@ class Correction(Generic[OptionsT]):
 BASES: dict[str, Base[Any]] = {
     "none": Base(bases.compute_all, NoOptions, "Compute everything."),
     "fora": Base(bases.fora, bases.ForaOptions, "Compute whole steps at an even spacing (FORA)."),
+    "compute": Base(bases.compute_steps, bases.ComputedStepsOptions, "Compute these steps."),
     "l2c": Base(bases.l2c, bases.RouterOptions, "Compute what a Learning-to-Cache router keeps."),
     "file": Base(bases.from_file, bases.FileOptions, "Do what a schedule file holds."),
     "search": Base(

@@ -40,6 +40,7 @@ SAMPLERS = {
 }
 BASE_ARGUMENTS = {"none": "none", "fora": "fora:2", "smoothcache": "smoothcache:0.5"}
 BASE_ARGUMENTS |= {
+    "compute": "compute:0,2",
     "search": "search:2,steps=4,reference=8",
     "l2c": "l2c:{router}",
     "file": "file:{schedule}",

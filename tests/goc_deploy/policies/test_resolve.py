@@ -44,6 +44,12 @@ def test_fora_can_count_back_from_the_last_step() -> None:
     assert steps_with(made("fora:3,phase=last"), COMPUTE) == [0, 1, 4, 7, 10, 13, 16, 19]
 
 
+def test_named_steps_are_computed_and_take_corrections() -> None:
+    assert steps_with(made("compute:0,3,6", steps=8), COMPUTE) == [0, 3, 6]
+    assert steps_with(made("compute:6,3,0,3", steps=8), COMPUTE) == [0, 3, 6]
+    assert steps_with(made("compute:0,3+lagrange:0", steps=5), REUSE) == [1, 2, 4]
+
+
 def test_gc_uses_the_gradient_wherever_history_allows() -> None:
     schedule = made("fora:2+gc:1.2")
     assert steps_with(schedule, REUSE) == [1]
@@ -195,6 +201,10 @@ def test_the_default_name_is_the_spec_made_file_safe(text: str, name: str) -> No
         ("fora:2+gc:inf", "eta must be .*, got 'inf'"),
         ("fora:2+steps:3,x:1", "steps must be whole numbers separated by commas, got '3,x'"),
         ("fora:2+steps:20:1", "step 20 is beyond the last step 19"),
+        ("compute", "steps must be whole numbers separated by commas, got ''"),
+        ("compute:0,-3", "steps must be whole numbers separated by commas, got '0,-3'"),
+        ("compute:1,3", "step 0 has nothing to reuse; name it among the computed steps"),
+        ("compute:0,20", "step 20 is beyond the last step 19"),
         ("fora:2+gc+gc", "too many parts"),
         ("fora:2+other", "unknown correction 'other'"),
         ("none:1", "'none' takes no argument, got '1'"),
