@@ -1,4 +1,4 @@
-"""What must not stop a service, or keep memory: odd deadlines, broken handlers, callbacks, locks."""
+"""What must not stop a service or keep memory: odd deadlines, handlers, callbacks, locks."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_service_may_wait_for_full_batches_without_end(golden_engine: Path) ->
 
 def test_a_handler_of_the_log_that_raises_keeps_no_request(golden_engine: Path) -> None:
     class Broken(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
+        def emit(self, _record: logging.LogRecord) -> None:
             raise OSError("the disk is full")
 
     log, broken = logging.getLogger("goc_deploy.serving.reports"), Broken()
