@@ -156,6 +156,22 @@ def test_sigterm_waits_for_no_client_longer_than_it_says(demo_engine: Path, what
     assert "Traceback" not in printed
 
 
+def test_sigterm_does_not_wait_for_answers_that_nobody_reads(demo_engine: Path) -> None:
+    running = Running(demo_engine, "--backend", "onnxruntime", "--plan", "none")
+    running.wait()
+    asked = f"GET /metrics HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n\r\n"
+    port = int(running.url.rpartition(":")[2])
+    with contextlib.closing(socket.create_connection(("127.0.0.1", port), 2)) as deaf:
+        with contextlib.suppress(TimeoutError):
+            deaf.sendall(asked.encode() * 3000)
+        time.sleep(1)  # until the buffers of the connection are full
+        started = time.monotonic()
+        code, printed = running.stop()
+        assert time.monotonic() - started < 20
+    assert code == 0
+    assert "Traceback" not in printed
+
+
 def test_a_directory_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
     running = Running(tmp_path / "missing", "--backend", "onnxruntime")
     out, err = running.process.communicate(timeout=120)
