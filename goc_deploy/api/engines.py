@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,6 +83,30 @@ def loaded_on(
     if name == "auto":
         logger.info(explanation(last, passed_over))
     return pipelines
+
+
+def loaded_plans(
+    directory: EngineDir,
+    plans: Sequence[str],
+    backend: str,
+    options: BackendOptions,
+    *,
+    batch_size: int | None = None,
+    max_sessions: int = 1,
+    all_units: bool = False,
+) -> list[Pipeline]:
+    """Load plans of an open engine directory; see `goc_deploy.load_plans`.
+
+    Raises:
+        GocError: as `goc_deploy.load_plans`.
+    """
+
+    def load_all(on: Backend) -> list[Pipeline]:
+        from goc_deploy.runtime.loading import load_pipelines
+
+        return load_pipelines(directory, on, plans, batch_size, max_sessions, all_units=all_units)
+
+    return loaded_on(backend, directory, options, load_all)
 
 
 def check_engine_options(

@@ -259,16 +259,16 @@ def load_plans(
     Raises:
         GocError: a subclass names what is wrong and has an ``exit_code``.
     """
-    from goc_deploy.api.engines import loaded_on
+    from goc_deploy.api.engines import loaded_plans
     from goc_deploy.engine_dir.directory import EngineDir
     from goc_deploy.engines.choice import BackendOptions
 
-    directory = EngineDir.open(Path(engine_dir))
-
-    def load_all(on: Backend) -> list[Pipeline]:
-        from goc_deploy.runtime.loading import load_pipelines
-
-        return load_pipelines(directory, on, plans, batch_size, max_sessions, all_units=all_units)
-
-    options = BackendOptions(threads, shared_pool, cuda_graphs, device)
-    return loaded_on(backend, directory, options, load_all)
+    return loaded_plans(
+        EngineDir.open(Path(engine_dir)),
+        plans,
+        backend,
+        BackendOptions(threads, shared_pool, cuda_graphs, device),
+        batch_size=batch_size,
+        max_sessions=max_sessions,
+        all_units=all_units,
+    )

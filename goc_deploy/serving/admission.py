@@ -10,7 +10,7 @@ from goc_deploy.errors import UsageError
 from goc_deploy.runtime import arguments
 from goc_deploy.serving.hosted import HostedPlan, LoadedModel
 from goc_deploy.serving.queue import Ticket
-from goc_deploy.serving.requests import ImageRequest, ServiceLimits, check_texts
+from goc_deploy.serving.requests import ImageRequest, ServiceLimits, check_images, check_texts
 
 
 def admitted(
@@ -39,10 +39,7 @@ def admitted(
         images = len(drawing)
     else:
         images = len(request.prompts if request.labels is None else request.labels)
-    if not 1 <= images <= limits.images_per_request:
-        raise UsageError(
-            f"a request of this service has 1..{limits.images_per_request} images, got {images}"
-        )
+    check_images(images, limits)
     return Ticket(
         request,
         request.request_id or uuid.uuid4().hex,

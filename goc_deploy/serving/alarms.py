@@ -7,6 +7,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable
+from threading import TIMEOUT_MAX
 
 
 class Alarms:
@@ -49,7 +50,7 @@ class Alarms:
                     return
                 left = self._heap[0][0] - time.monotonic() if self._heap else None
                 if left is None or left > 0:
-                    self._changed.wait(left)
+                    self._changed.wait(None if left is None else min(left, TIMEOUT_MAX))
                     continue
                 call = heapq.heappop(self._heap)[2]
             call()

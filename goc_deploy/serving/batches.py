@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from goc_deploy.cancellation import CallLimits, CancelToken
@@ -114,13 +115,15 @@ def _limits_of(tickets: Sequence[Ticket]) -> CallLimits | None:
     if not tickets[0].plan.pipeline.on_cpu and not any(ticket.limits for ticket in tickets):
         return None
     token = CancelToken()
+    left = {ticket.future for ticket in tickets}
 
-    def cancel_if_all_ended(_: object) -> None:
-        if all(ticket.ended for ticket in tickets):
+    def ended(future: Future[Result]) -> None:
+        left.discard(future)
+        if not left:
             token.cancel()
 
     for ticket in tickets:
-        ticket.future.add_done_callback(cancel_if_all_ended)
+        ticket.future.add_done_callback(ended)
     return CallLimits(token)
 
 
@@ -153,5 +156,7 @@ def _pass_on(event: StepEvent, wanted: Sequence[tuple[Ticket, range]]) -> None:
             callback(part)
         except Exception as error:
             errors.append(error)
+        except BaseException as error:  # such as SystemExit, which must not end the other requests
+            ticket.fail(error)
     if errors:
         raise errors[0]  # It is logged, and the run continues.

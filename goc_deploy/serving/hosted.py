@@ -9,9 +9,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from goc_deploy.api.facade import load_plans
+from goc_deploy.api.engines import loaded_plans
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.manifest import Manifest
+from goc_deploy.engines.choice import BackendOptions
 from goc_deploy.errors import UsageError
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.serving.requests import HostedModel, ServiceLimits
@@ -103,15 +104,14 @@ def loaded_model(name: str, model: HostedModel, limits: ServiceLimits) -> Loaded
     names = list(model.plans) or [entry.name for entry in directory.manifest.plans]
     if not names:
         names = [directory.plan_entry(None).name]  # It raises an error: there are no plans.
-    pipelines = load_plans(
-        model.engine_dir,
+    options = BackendOptions(threads=model.threads, graphs=model.cuda_graphs, device=model.device)
+    pipelines = loaded_plans(
+        directory,
         names,
-        backend=model.backend,
+        model.backend,
+        options,
         batch_size=model.batch_size,
         max_sessions=limits.workers,
-        threads=model.threads,
-        cuda_graphs=model.cuda_graphs,
-        device=model.device,
     )
     most = limits.batch_images
     plans = {
@@ -123,5 +123,5 @@ def loaded_model(name: str, model: HostedModel, limits: ServiceLimits) -> Loaded
         )
         for pipeline in pipelines
     }
-    digest = fingerprint(pipelines[0].manifest)
+    digest = fingerprint(directory.manifest)
     return LoadedModel(directory, plans, digest, perf_counter() - started)

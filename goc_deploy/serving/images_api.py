@@ -29,7 +29,7 @@ from goc_deploy.serving.api_schema import (
 from goc_deploy.serving.page import page
 from goc_deploy.serving.plan_cards import model_cards
 from goc_deploy.serving.prometheus import PrometheusMetrics
-from goc_deploy.serving.requests import ImageRequest
+from goc_deploy.serving.requests import ImageRequest, check_images
 from goc_deploy.serving.service import Service
 from goc_deploy.serving.streams import streamed
 
@@ -156,6 +156,7 @@ def request_of_body(service: Service, body: GenerationBody) -> ImageRequest:
         raise UsageError(f"model {name} has no decoder, so it makes no images")
     if body.size not in (None, "auto", f"{side}x{side}"):
         raise UsageError(f"size {body.size!r:.20} does not exist; model {name} has {side}x{side}")
+    check_images(body.n, service.limits)  # before there are lists of that length
     if manifest.text is not None:
         negatives = [body.negative_prompt]
         return replace(request, prompts=[body.prompt] * body.n, negative_prompts=negatives)

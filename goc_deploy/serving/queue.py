@@ -9,6 +9,7 @@ from collections.abc import Hashable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from threading import TIMEOUT_MAX
 
 from goc_deploy.cancellation import CallLimits
 from goc_deploy.errors import CancelledError, DeadlineError, NotReadyError, OverloadedError
@@ -55,6 +56,13 @@ class Ticket:
     def ended(self) -> bool:
         """Whether the request has a result or an error."""
         return self.future.done()
+
+    @property
+    def error(self) -> BaseException | None:
+        """The error of a request that has ended, or None."""
+        if self.future.cancelled():
+            return CancelledError("the request was cancelled")
+        return self.future.exception()
 
     def succeed(self, result: Result) -> None:
         """End with a result, unless the request ended before."""
@@ -146,7 +154,7 @@ class BatchQueue:
                             self._changed.notify()  # Another worker may take the next batch.
                         return batch
                     soonest = left if soonest is None else min(soonest, left)
-                self._changed.wait(soonest)
+                self._changed.wait(None if soonest is None else min(soonest, TIMEOUT_MAX))
             return []
 
     def hurry(self) -> None:

@@ -112,6 +112,18 @@ class ServiceLimits:
             )
 
 
+def check_images(images: int, limits: ServiceLimits) -> None:
+    """Check the number of images of a request.
+
+    Raises:
+        UsageError: the service takes fewer, or there are none.
+    """
+    if not 1 <= images <= limits.images_per_request:
+        raise UsageError(
+            f"a request of this service has 1..{limits.images_per_request} images, got {images}"
+        )
+
+
 def check_texts(request: ImageRequest, limits: ServiceLimits) -> None:
     """Check the type and the length of prompts.
 

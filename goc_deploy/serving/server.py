@@ -11,9 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from goc_deploy.errors import EnvironmentUnsupportedError, UsageError
+from goc_deploy.errors import EnvironmentUnsupportedError, NotReadyError, UsageError
 from goc_deploy.options import ServeOptions
+from goc_deploy.serving.api_schema import response_of_error
 from goc_deploy.serving.images_api import application
 from goc_deploy.serving.prometheus import PrometheusMetrics
 from goc_deploy.serving.requests import HostedModel, ServiceLimits
@@ -24,6 +27,7 @@ logger = logging.getLogger(__name__)
 TOKEN_VARIABLE = "GOC_SERVE_TOKEN"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+ANSWER_SECONDS = 5  # that clients have after the drain to finish sending or reading
 
 
 class Server(uvicorn.Server):
@@ -33,6 +37,35 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Leave signals alone."""
         yield
+
+
+class Answered:
+    """Answers the requests that are cut off when the server stops, which uvicorn cancels.
+
+    Args:
+        app: the application.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        began = False
+
+        async def sending(message: Message) -> None:
+            nonlocal began
+            began = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, sending)
+        except asyncio.CancelledError:
+            if scope["type"] != "http":
+                raise
+            if not began:
+                status, body, headers = response_of_error(NotReadyError("the server has stopped"))
+                await JSONResponse(body, status, headers)(scope, receive, send)
 
 
 def serve(options: ServeOptions) -> None:
@@ -53,7 +86,13 @@ def serve(options: ServeOptions) -> None:
     service = Service(_models(options), limits=_limits(options), metrics=metrics)
     app = application(service, metrics, token)
     config = uvicorn.Config(
-        app, options.host, options.port, log_config=None, access_log=False, server_header=False
+        Answered(app),
+        options.host,
+        options.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=ANSWER_SECONDS,
     )
     try:
         asyncio.run(_serve(Server(config), service, options.drain_seconds))

@@ -7,11 +7,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError as FutureCancelledError
 from concurrent.futures import Future
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 from goc_deploy.errors import (
     CancelledError,
@@ -72,7 +72,7 @@ class Service:
         self._state: State = "new"
         self._pid = os.getpid()
         self._changed = threading.Condition()
-        self._tickets: set[Ticket] = set()
+        self._tickets: dict[Future[Result], Ticket] = {}
         self._seconds_per_image = 0.0
         self._last_error: str | None = None
         self._models: dict[str, LoadedModel] = {}
@@ -142,10 +142,10 @@ class Service:
 
     def health(self) -> Health:
         """Describe the state; cheap, and possible in every state."""
-        tickets = list(self._tickets)
-        running = sum(ticket.started is not None for ticket in tickets)
+        running = self._running()
+        waiting = max(0, len(self._tickets) - running)
         models = {name: model.describe() for name, model in list(self._models.items())}
-        return Health(self._state, running, len(tickets) - running, self._last_error, models)
+        return Health(self._state, running, waiting, self._last_error, models)
 
     @property
     def models(self) -> Mapping[str, LoadedModel]:
@@ -174,9 +174,9 @@ class Service:
             raise
         with self._changed:
             self.check_ready()
-            self._tickets.add(ticket)
+            self._tickets[ticket.future] = ticket
         ticket.end_early(self._alarms)
-        ticket.future.add_done_callback(lambda _: self._ended(ticket))
+        ticket.future.add_done_callback(self._ended)
         try:
             self._queue.put(ticket, self._retry_after())
         except GocError as error:
@@ -249,13 +249,11 @@ class Service:
         self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a service cannot be pickled; start one in the other process")
 
     def _close_models(self) -> None:
         for model in self._models.values():
@@ -264,44 +262,46 @@ class Service:
 
     def _work(self) -> None:
         while batch := self._queue.take():
-            started = time.monotonic()
+            self._run(batch)
+            batch.clear()  # It holds the results, and the next batch may be late.
+
+    def _run(self, batch: Sequence[Ticket]) -> None:
+        started = time.monotonic()
+        for ticket in batch:
+            ticket.started = started
+        self._reports.waiting(self._queue.images)
+        self._reports.running(self._running())
+        try:
+            self._runner.run(batch)
+        except BaseException as error:  # such as SystemExit in a callback
             for ticket in batch:
-                ticket.started = started
-            self._reports.waiting(self._queue.images)
-            self._report_in_flight()
-            try:
-                self._runner.run(batch)
-            except BaseException as error:  # such as SystemExit in a callback
-                for ticket in batch:
-                    ticket.fail(error)
-            images = sum(ticket.images for ticket in batch)
-            seconds = (time.monotonic() - started) / images
-            self._seconds_per_image = 0.8 * (self._seconds_per_image or seconds) + 0.2 * seconds
+                ticket.fail(error)
+        seconds = (time.monotonic() - started) / sum(ticket.images for ticket in batch)
+        self._seconds_per_image = 0.8 * (self._seconds_per_image or seconds) + 0.2 * seconds
 
     def _retry_after(self) -> float:
         """Estimated seconds until half of the queue is done, at least a tenth of a second."""
         ahead = self._queue.images * self._seconds_per_image / self.limits.workers
         return max(0.1, ahead / 2)
 
-    def _ended(self, ticket: Ticket) -> None:
-        """Report a request that has ended, in the thread that ended it."""
+    def _ended(self, future: Future[Result]) -> None:
+        """Report a request that has ended, in the thread that ended it.
+
+        The future is not told its ticket, because a cycle of both would keep the result in memory.
+        """
+        ticket = self._tickets[future]
+        error = ticket.error
         ticket.watch.close()
         self._queue.discard(ticket)
-        error = _error_of(ticket.future)
-        self._reports.ended(ticket, error)
         if error is not None and not isinstance(error, EXPECTED):
             self._last_error = f"{type(error).__name__}: {error}"
-        with self._changed:
-            self._tickets.discard(ticket)
-            self._changed.notify_all()
-        self._report_in_flight()
+        try:
+            self._reports.ended(ticket, error)
+        finally:  # A handler of the log may raise.
+            with self._changed:
+                del self._tickets[future]
+                self._changed.notify_all()
+            self._reports.running(self._running())
 
-    def _report_in_flight(self) -> None:
-        running = sum(ticket.started is not None for ticket in list(self._tickets))
-        self._reports.running(running)
-
-
-def _error_of(future: Future[Result]) -> BaseException | None:
-    if future.cancelled():
-        return CancelledError("the request was cancelled")
-    return future.exception()
+    def _running(self) -> int:
+        return sum(ticket.started is not None for ticket in list(self._tickets.values()))

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import goc_deploy
-from tests.goc_deploy.serving.test_server import GENERATE, HEADERS, TOKEN, Running, pixels
+from tests.goc_deploy.serving.running import GENERATE, HEADERS, TOKEN, Running, pixels
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")

@@ -2,89 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import os
-import signal
+import contextlib
+import json
 import socket
-import subprocess
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import goc_deploy
-from tests.conftest import command_words
+from tests.goc_deploy.serving.running import GENERATE, HEADERS, TOKEN, Running, pixels
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
-
-TOKEN = "a-secret"
-HEADERS = {"Authorization": f"Bearer {TOKEN}"}
-GENERATE = "/v1/images/generations"
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
-class Running:
-    """A server in a process of its own."""
-
-    def __init__(self, *arguments: object) -> None:
-        self.url = f"http://127.0.0.1:{(port := free_port())}"
-        words = [*command_words("goc-serve"), *map(str, arguments), "--port", str(port)]
-        environment = {**os.environ, "GOC_SERVE_TOKEN": TOKEN}
-        self.process = subprocess.Popen(
-            words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        self.client = httpx.Client(base_url=self.url, headers=HEADERS, timeout=120)
-
-    def wait(self, seconds: float = 120) -> None:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, self.process.stderr
-            try:
-                if self.client.get("/health/ready").status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.1)
-        raise AssertionError("the server is not ready")
-
-    def stop(self) -> tuple[int, str]:
-        """Send SIGTERM; the exit code, and what was printed on both streams."""
-        self.client.close()
-        self.process.send_signal(signal.SIGTERM)
-        out, err = self.process.communicate(timeout=120)
-        return self.process.returncode, out + err
-
-
-@pytest.fixture(scope="module")
-def server(
-    demo_engine: Path, prompt_engine_small: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("models")
-    (folder / "digits").symlink_to(demo_engine)
-    (folder / "prompts").symlink_to(prompt_engine_small)
-    backend = ("--backend", "onnxruntime", "--plan", "none", "--plan", "fora:2")
-    running = Running(folder / "digits", folder / "prompts", *backend, "--images-per-request", 4)
-    running.wait()
-    yield running
-    code, printed = running.stop()
-    assert (code, printed) == (0, "")
-
-
-def pixels(text: str) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
 
 
 def ask(server: Running, **fields: Any) -> Any:
@@ -107,29 +41,6 @@ def test_labels_and_prompts_are_drawn_with_the_pixels_of_the_library(
     np.testing.assert_array_equal(pixels(answer["data"][0]["b64_json"]), found.images[0][..., 0])
 
 
-def test_the_client_of_openai_gets_images_and_a_stream(server: Running) -> None:
-    openai = pytest.importorskip("openai")
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=TOKEN, max_retries=0) as client:
-        assert sorted(model.id for model in client.models.list()) == ["digits", "prompts"]
-        answer = client.images.generate(model="digits", prompt="7", n=2, extra_body={"seed": 1})
-        assert [pixels(item.b64_json).shape for item in answer.data] == [(28, 28)] * 2
-        events = list(
-            client.images.generate(
-                model="digits", prompt="7", stream=True, partial_images=3, extra_body={"seed": 1}
-            )
-        )
-        assert [event.type for event in events] == [
-            *["image_generation.partial_image"] * 3,
-            "image_generation.completed",
-        ]
-        assert [event.partial_image_index for event in events[:3]] == [0, 1, 2]
-        assert events[3].b64_json == answer.data[0].b64_json
-        with pytest.raises(openai.NotFoundError, match="there is no model 'dall-e-3'"):
-            client.images.generate(model="dall-e-3", prompt="7")
-        with pytest.raises(openai.BadRequestError, match="size '1024x1024' does not exist"):
-            client.images.generate(model="digits", prompt="7", size="1024x1024")
-
-
 @pytest.mark.parametrize(
     ("fields", "status", "message"),
     [
@@ -137,6 +48,7 @@ def test_the_client_of_openai_gets_images_and_a_stream(server: Running) -> None:
         ({"prompt": "1,2"}, 400, "is one class"),
         ({"prompt": "10"}, 400, "label 10"),
         ({"n": 5}, 400, r"1..4 images, got 5"),
+        ({"n": 10**18}, 400, "1..4 images, got 1000000000000000000"),
         ({"n": 0}, 400, "n: Input should be greater than or equal to 1"),
         ({"n": 2, "stream": True}, 400, "n=1"),
         ({"response_format": "url"}, 400, "response_format: Input should be 'b64_json'"),
@@ -218,6 +130,46 @@ def test_sigterm_ends_accepted_requests_and_refuses_new_ones(demo_engine: Path) 
         code, printed = running.stop()
         assert [future.result().status_code for future in busy] == [200] * 3
     assert (code, printed) == (0, "")
+
+
+@pytest.mark.parametrize("what", ["half a body", "a run that is too long"])
+def test_sigterm_waits_for_no_client_longer_than_it_says(demo_engine: Path, what: str) -> None:
+    running = Running(
+        demo_engine, "--backend", "onnxruntime", "--plan", "none", "--drain-seconds", 0.5
+    )
+    running.wait()
+    body = json.dumps({"prompt": "1", "n": 16})
+    head = f"POST {GENERATE} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    sent = head + (body[:5] if what == "half a body" else body)
+    count = 1 if what == "half a body" else 16
+    with contextlib.ExitStack() as stack:
+        for _ in range(count):
+            one = socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2])))
+            stack.enter_context(contextlib.closing(one)).sendall(sent.encode())
+        time.sleep(0.5)
+        started = time.monotonic()
+        code, printed = running.stop()
+        assert time.monotonic() - started < 20
+        assert one.recv(100).startswith(b"HTTP/1.1 503 ")
+    assert code == 0
+    assert "Traceback" not in printed
+
+
+def test_sigterm_does_not_wait_for_answers_that_nobody_reads(demo_engine: Path) -> None:
+    running = Running(demo_engine, "--backend", "onnxruntime", "--plan", "none")
+    running.wait()
+    asked = f"GET /metrics HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n\r\n"
+    port = int(running.url.rpartition(":")[2])
+    with contextlib.closing(socket.create_connection(("127.0.0.1", port), 2)) as deaf:
+        with contextlib.suppress(TimeoutError):
+            deaf.sendall(asked.encode() * 3000)
+        time.sleep(1)  # until the buffers of the connection are full
+        started = time.monotonic()
+        code, printed = running.stop()
+        assert time.monotonic() - started < 20
+    assert code == 0
+    assert "Traceback" not in printed
 
 
 def test_a_directory_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
