@@ -48,7 +48,7 @@ def image_request(
         cancel: token of the request.
 
     Raises:
-        UsageError: a text is not UTF-8, or a class does not exist.
+        UsageError: an input is missing or not UTF-8, or a class does not exist.
     """
 
     def rows(input_name: str) -> list[Any] | None:
@@ -64,7 +64,7 @@ def image_request(
         prompts = _texts(rows(PROMPT), PROMPT)
         if (given := rows(NEGATIVE_PROMPT)) is not None:
             negatives = _texts(given, NEGATIVE_PROMPT)
-    images = len(labels if prompts is None else prompts)  # type: ignore[arg-type]
+    images = len(labels or prompts or ())
     seeds, scales = rows(SEED), rows(GUIDANCE_SCALE)
     timeout = request.timeout()  # microseconds; 0 is none
     return ImageRequest(
@@ -114,8 +114,10 @@ def error_response(pb_utils: Any, error: BaseException) -> Any:
 
 
 def _texts(rows: Sequence[Any] | None, name: str) -> list[str]:
+    if rows is None:
+        raise UsageError(f"the request has no input {name}")
     texts: list[str] = []
-    for row, text in enumerate(rows or ()):
+    for row, text in enumerate(rows):
         try:
             texts.append(text.decode("utf-8") if isinstance(text, bytes) else str(text))
         except UnicodeDecodeError as cause:

@@ -113,6 +113,7 @@ WRONG = {
     "no number": ({"LABEL": [b"1.0"]}, "must be a whole number"),
     "empty": ({"LABEL": [b""]}, "must be a whole number"),
     "not UTF-8": ({"LABEL": [b"1", b"\xff"]}, "row 1 of LABEL is not UTF-8"),
+    "no input": ({"SEED": [1]}, "the request has no input LABEL"),
     "no rows": ({"LABEL": []}, "labels are empty"),
     "too many rows": ({"LABEL": [b"1"] * 5}, "has 1..4 images, got 5"),
     "guidance": ({"LABEL": [b"1"], "GUIDANCE_SCALE": [np.nan]}, "cfg_scale"),
