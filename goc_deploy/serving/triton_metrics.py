@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from goc_deploy.errors import EnvironmentUnsupportedError
 from goc_deploy.serving.metrics import INSTRUMENTS, Instrument
 
 
@@ -16,9 +17,16 @@ class TritonMetrics:
     Args:
         pb_utils: the module ``triton_python_backend_utils``.
         instance: name of the instance of the model.
+
+    Raises:
+        EnvironmentUnsupportedError: the server has no custom histograms.
     """
 
     def __init__(self, pb_utils: Any, instance: str) -> None:
+        if not hasattr(pb_utils.MetricFamily, "HISTOGRAM"):
+            raise EnvironmentUnsupportedError(
+                "this Triton Inference Server has no custom histograms; use 24.10 or later"
+            )
         self._instance = instance
         self._families = {
             one.name: pb_utils.MetricFamily(

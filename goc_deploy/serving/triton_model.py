@@ -131,7 +131,6 @@ def _hosted(parameters: Mapping[str, Mapping[str, str]], args: Mapping[str, str]
             f"the parameters of {args['model_name']} in config.pbtxt are not those that goc-serve "
             f"writes: {type(cause).__name__} {cause}"
         ) from cause
-    device = "cpu"
-    if args["model_instance_kind"] == "GPU":
-        device = f"cuda:{args['model_instance_device_id']}"
+    gpu = f"cuda:{args['model_instance_device_id']}"
+    device = {"CPU": "cpu", "GPU": gpu}.get(args["model_instance_kind"], "auto")
     return HostedModel(engine_dir, plans, backend=backend, device=device, threads=threads)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import goc_deploy
-from goc_deploy.errors import EngineDirError, UsageError
+from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, UsageError
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.runtime.request import Drawing
 from goc_deploy.serving.triton_model import TritonPythonModel
@@ -244,6 +244,22 @@ def test_an_instance_on_a_gpu_loads_on_that_gpu(golden_engine: Path) -> None:
     gpu = {"model_instance_kind": "GPU", "model_instance_device_id": "1"}
     with pytest.raises(UsageError, match="backend onnxruntime does not run on device cuda:1"):
         TritonPythonModel().initialize({**arguments(golden_engine), **gpu})
+
+
+def test_an_instance_of_no_kind_loads_where_the_backend_runs(golden_engine: Path) -> None:
+    model = TritonPythonModel()
+    model.initialize({**arguments(golden_engine), "model_instance_kind": "MODEL"})
+    (response,) = model.execute([InferenceRequest(LABEL=[b"1"])])
+    model.finalize()
+    assert response.error is None
+
+
+def test_a_server_without_histograms_is_refused(
+    golden_engine: Path, utils: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(utils, "MetricFamily", object)
+    with pytest.raises(EnvironmentUnsupportedError, match="has no custom histograms"):
+        TritonPythonModel().initialize(arguments(golden_engine))
 
 
 def test_prompts_are_rows_too(prompt_engine_small: Path) -> None:
