@@ -38,7 +38,7 @@ def backends(folder: Path) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """Variables with which server and stub find their libraries, this Python and goc_deploy."""
+    """Variables with which server and stub find their libraries and this Python."""
     package = Path(str(find_spec("pytriton").origin)).parent
     # The stub must load the libpython of this Python: its standard library fits no other.
     libraries = [sysconfig.get_config_var("LIBDIR"), str(package.parent / "nvidia_pytriton.libs")]
@@ -46,7 +46,6 @@ def environment() -> dict[str, str]:
         **os.environ,
         "LD_LIBRARY_PATH": os.pathsep.join(libraries),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "PYTHONPATH": str(ROOT),
     }
 
 
@@ -54,7 +53,7 @@ class TritonServer:
     """A server on a repository; ``with`` waits until it is ready and stops it at the end.
 
     Args:
-        repository: the model repository.
+        repository: the model repository, an absolute path.
         work: folder for its files.
     """
 
@@ -88,7 +87,11 @@ class TritonServer:
     def __enter__(self) -> TritonServer:
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                self._words, env=environment(), stdout=log, stderr=subprocess.STDOUT
+                self._words,
+                cwd=ROOT,  # The stub finds goc_deploy there; it ignores PYTHONPATH.
+                env=environment(),
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
         deadline = time.monotonic() + 180
         while time.monotonic() < deadline:
