@@ -74,10 +74,10 @@ def serving(engine: Path, *words: object, ready: str) -> Iterator[str]:
         "NO_COLOR": "1",
         "BENTOML_DO_NOT_TRACK": "True",
     }
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile("w+") as log, tempfile.TemporaryDirectory() as home:
         process = subprocess.Popen(
             [str(word).replace("{port}", port) for word in words],
-            env=environment,
+            env={**environment, "BENTOML_HOME": home},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
