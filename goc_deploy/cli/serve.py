@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from goc_deploy.cli.app import run_command
 from goc_deploy.cli.options import (
@@ -20,6 +22,7 @@ from goc_deploy.cli.options import (
 from goc_deploy.options import ServeOptions
 
 DEFAULTS = ServeOptions()
+HTTP_ONLY = ("host", "port", "images_per_request", "drain_seconds")
 
 
 @click.command(
@@ -71,22 +74,50 @@ DEFAULTS = ServeOptions()
     default=DEFAULTS.drain_seconds,
     help="Seconds that accepted requests have to end after SIGTERM.",
 )
+@click.option(
+    "--triton-repository",
+    type=PATH,
+    metavar="DIR",
+    help="Serve nothing; write a model for Triton Inference Server per engine directory into this "
+    "folder.",
+)
 @backend_option
 @device_option
 @threads_option
 @common_options
-def command(engine_dirs: tuple[Path, ...], **options: Any) -> None:
+def command(engine_dirs: tuple[Path, ...], triton_repository: Path | None, **options: Any) -> None:
     """Serve engine directories with the OpenAI Images API.
 
     The name of a directory is the name of its model. If the environment has GOC_SERVE_TOKEN,
     requests need it as a bearer token.
     """
+    if triton_repository is not None:
+        _write_repository(triton_repository, ServeOptions(engine_dirs, **options))
+        return
     from goc_deploy.api.requirements import require
 
     require("serve", "fastapi", "uvicorn", "prometheus_client")
     from goc_deploy.serving.server import serve
 
     serve(ServeOptions(engine_dirs, **options))
+
+
+def _write_repository(repository: Path, options: ServeOptions) -> None:
+    """Write the model repository.
+
+    Raises:
+        click.UsageError: an option is for the HTTP server only.
+    """
+    from goc_deploy.serving.triton_repository import write_repository
+
+    context = click.get_current_context()
+    for name in HTTP_ONLY:
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            flag = f"--{name.replace('_', '-')}"
+            raise click.UsageError(f"{flag} is for the HTTP server, not for --triton-repository")
+    for folder in write_repository(repository, options):
+        click.echo(f"wrote {folder}")
+    click.echo(f"next: tritonserver --model-repository {shlex.quote(str(repository.absolute()))}")
 
 
 main = partial(run_command, command)  # entry point of goc-serve

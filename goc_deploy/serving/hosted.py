@@ -14,6 +14,7 @@ from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.manifest import Manifest
 from goc_deploy.engines.choice import BackendOptions
 from goc_deploy.errors import UsageError
+from goc_deploy.options import ServeOptions
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.serving.requests import HostedModel, ServiceLimits
 
@@ -91,6 +92,27 @@ class LoadedModel:
             "batch_size": any_plan.batch_size,
             **any_plan.backend_description,
         }
+
+
+def hosted_models(options: ServeOptions) -> dict[str, HostedModel]:
+    """Return the models by the names of their directories.
+
+    Raises:
+        UsageError: two directories have the same name.
+    """
+    models: dict[str, HostedModel] = {}
+    for path in map(Path, options.engine_dirs):
+        name = path.absolute().name
+        if name in models:
+            raise UsageError(f"two engine directories are named {name}; rename one")
+        models[name] = HostedModel(
+            path,
+            options.plans,
+            backend=options.backend,
+            device=options.device,
+            threads=options.threads,
+        )
+    return models
 
 
 def loaded_model(name: str, model: HostedModel, limits: ServiceLimits) -> LoadedModel:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from threading import TIMEOUT_MAX
 
 from goc_deploy.cancellation import CallLimits
-from goc_deploy.errors import CancelledError, DeadlineError, NotReadyError, OverloadedError
+from goc_deploy.errors import (
+    CancelledError,
+    DeadlineError,
+    GocError,
+    NotReadyError,
+    OverloadedError,
+)
 from goc_deploy.runtime.request import Drawing
 from goc_deploy.runtime.results import Result
 from goc_deploy.serving.alarms import Alarms
@@ -128,6 +134,23 @@ class BatchQueue:
             self._waiting.setdefault(ticket.compatible, []).append(ticket)
             self._images += ticket.images
             self._changed.notify()
+
+    def put_all(
+        self, tickets: Iterable[Ticket], retry_after: float
+    ) -> list[tuple[Ticket, GocError]]:
+        """Append tickets at once, so that a worker finds all of them.
+
+        Returns:
+            Tickets that were refused, each with the error of `put`.
+        """
+        refused: list[tuple[Ticket, GocError]] = []
+        with self._changed:
+            for ticket in tickets:
+                try:
+                    self.put(ticket, retry_after)
+                except (NotReadyError, OverloadedError) as error:
+                    refused.append((ticket, error))
+        return refused
 
     def discard(self, ticket: Ticket) -> None:
         """Remove a ticket if it waits."""

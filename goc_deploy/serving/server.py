@@ -8,18 +8,18 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import uvicorn
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from goc_deploy.errors import EnvironmentUnsupportedError, NotReadyError, UsageError
+from goc_deploy.errors import EnvironmentUnsupportedError, NotReadyError
 from goc_deploy.options import ServeOptions
 from goc_deploy.serving.api_schema import response_of_error
+from goc_deploy.serving.hosted import hosted_models
 from goc_deploy.serving.images_api import application
 from goc_deploy.serving.prometheus import PrometheusMetrics
-from goc_deploy.serving.requests import HostedModel, ServiceLimits
+from goc_deploy.serving.requests import ServiceLimits
 from goc_deploy.serving.service import Service
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def serve(options: ServeOptions) -> None:
             TOKEN_VARIABLE,
         )
     metrics = PrometheusMetrics()
-    service = Service(_models(options), limits=_limits(options), metrics=metrics)
+    service = Service(hosted_models(options), limits=_limits(options), metrics=metrics)
     app = application(service, metrics, token)
     config = uvicorn.Config(
         Answered(app),
@@ -125,27 +125,6 @@ async def _serve(server: Server, service: Service, drain_seconds: float) -> None
         )
     if loading.done():
         loading.result()
-
-
-def _models(options: ServeOptions) -> dict[str, HostedModel]:
-    """The models by the names of their directories.
-
-    Raises:
-        UsageError: two directories have the same name.
-    """
-    models: dict[str, HostedModel] = {}
-    for path in map(Path, options.engine_dirs):
-        name = path.absolute().name
-        if name in models:
-            raise UsageError(f"two engine directories are named {name}; rename one")
-        models[name] = HostedModel(
-            path,
-            options.plans,
-            backend=options.backend,
-            device=options.device,
-            threads=options.threads,
-        )
-    return models
 
 
 def _limits(options: ServeOptions) -> ServiceLimits:

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError as FutureCancelledError
 from concurrent.futures import Future
 from pathlib import Path
@@ -164,6 +164,35 @@ class Service:
             OverloadedError: the queue is full; ``retry_after`` estimates when it has room.
             NotReadyError: the service has not started, drains or is closed.
         """
+        ticket = self._admit(request)
+        for error in self._enqueue([ticket]):
+            raise error
+        return ticket.future
+
+    def submit_many(self, requests: Iterable[ImageRequest]) -> list[Future[Result]]:
+        """Put requests into the queue at once, for a host that has made a batch of them already.
+
+        Those that fit together run together, also if the service has no delay for batching.
+
+        Returns:
+            A future per request. That of a request that `submit` would refuse has the error.
+        """
+        futures: list[Future[Result]] = []
+        tickets: list[Ticket] = []
+        for request in requests:
+            try:
+                tickets.append(self._admit(request))
+            except GocError as error:
+                refused: Future[Result] = Future()
+                refused.set_exception(error)
+                futures.append(refused)
+            else:
+                futures.append(tickets[-1].future)
+        self._enqueue(tickets)
+        return futures
+
+    def _admit(self, request: ImageRequest) -> Ticket:
+        """Make the ticket of a request, and watch its deadline and token."""
         if os.getpid() != self._pid:
             raise EnvironmentUnsupportedError(FORKED)
         self.check_ready()
@@ -177,13 +206,15 @@ class Service:
             self._tickets[ticket.future] = ticket
         ticket.end_early(self._alarms)
         ticket.future.add_done_callback(self._ended)
-        try:
-            self._queue.put(ticket, self._retry_after())
-        except GocError as error:
+        return ticket
+
+    def _enqueue(self, tickets: Sequence[Ticket]) -> list[GocError]:
+        """Let tickets wait; those without room fail, with the errors that are returned."""
+        refused = self._queue.put_all(tickets, self._retry_after())
+        for ticket, error in refused:
             ticket.fail(error)
-            raise
         self._reports.waiting(self._queue.images)
-        return ticket.future
+        return [error for _, error in refused]
 
     def generate(self, request: ImageRequest) -> Result:
         """Put a request into the queue, and wait for its result.

@@ -94,6 +94,29 @@ def test_only_compatible_requests_run_together(service: Service) -> None:
     assert [future.result(60).report["batch_images"] for future in futures] == [2] * 8
 
 
+def test_requests_that_arrive_at_once_run_together_without_a_delay(
+    golden_engine: Path, alone: dict[str, Pipeline]
+) -> None:
+    limits = ServiceLimits(queued_images=6, images_per_request=4, max_delay_seconds=0)
+    requests = [ImageRequest("m", "fora:2", labels=[i, i], seed=i) for i in range(3)]
+    requests.insert(1, ImageRequest("m", labels=[10]))
+    requests.append(ImageRequest("m", labels=[4]))
+    with Service({"m": hosted(golden_engine)}, limits=limits) as service:
+        first, wrong, second, third, late = service.submit_many(requests)
+        with pytest.raises(UsageError, match="label 10"):
+            wrong.result(60)
+        with pytest.raises(OverloadedError, match="6 images wait already"):
+            late.result(60)
+        for i, future in enumerate((first, second, third)):
+            found = future.result(60)
+            assert found.report["batch_images"] == 6
+            expected = alone["fora:2"].generate([i, i], seed=i)
+            np.testing.assert_array_equal(found.latents, expected.latents)
+        assert service.submit_many([]) == []
+        assert service.drain(60)
+        assert service.health().queued == 0
+
+
 def test_random_load_with_cancels_changes_no_other_result(
     service: Service, alone: dict[str, Pipeline]
 ) -> None:
