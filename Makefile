@@ -11,15 +11,13 @@ WORK ?= $(OUT)/gpu
 HERE = $(if $(VENV),$(or $(wildcard $(BIN)/python),$(if $(filter file,$(origin VENV)),$(PYTHON),$(error VENV=$(VENV) has no bin/python))),$(PYTHON))
 ON_GPU = PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(HERE)
 GPU_OPTIONS = $(if $(DRY),--dry) $(if $(REPORTS),--output $(REPORTS)) $(ARGS)
-DEMO_RUN := $(BIN)/goc-run $(ENGINE) --num-images 40 --seed 1
 
 .PHONY: demo test fuzz test-gpu bench-gpu check format bench bench-full clean
 
-demo: $(VENV)/installed  ## export the shipped checkpoint, run it without cache and with GOC, show the pictures
-	$(BIN)/goc-export examples/mnist/dit_mnist.pt -o $(ENGINE) --num-heads 4 --plan none --plan fora:2 --plan fora:2+gc:1.0 --max-batch 40 --force
-	$(DEMO_RUN) --plan none --output $(OUT)/demo/no-cache.png
-	$(DEMO_RUN) --plan fora:2+gc:1.0 --output $(OUT)/demo/goc.png --report $(OUT)/demo/goc.json
-	$(BIN)/python examples/show.py $(OUT)/demo/goc.png
+demo: $(VENV)/installed  ## export the shipped checkpoint, draw with it, compare no cache, plain reuse and GOC
+	$(BIN)/goc-export examples/mnist/dit_mnist.pt -o $(ENGINE) --num-heads 4 --plan none --plan fora:2 --plan fora:2+goc --cfg-scale 4 --max-batch 40 --force
+	$(BIN)/goc-run $(ENGINE) --plan fora:2+goc --num-images 40 --seed 7 --output $(OUT)/demo/goc.png --report $(OUT)/demo/goc.json
+	$(BIN)/python examples/compare.py $(ENGINE) --labels 0,1,2,3,4,5,6,7 --seed 7 --output $(OUT)/demo/comparison.png
 
 test: $(VENV)/installed  ## run every test
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile

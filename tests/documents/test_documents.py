@@ -2,7 +2,8 @@
 
 Every fenced or indented block is run, unless the comment before it names the reason why not
 (`tests.documents.blocks`).
-Results, such as generated tables, must be what the document already has.
+Results, such as generated tables, must be what the document already has, and so must outputs that
+the document shows (`tests.documents.outputs`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tests.conftest import command_words
 from tests.documents import files
 from tests.documents.blocks import NOT_RUN, RUN_WITH, Block, blocks
 from tests.documents.files import ROOT
+from tests.documents.outputs import VARY, same_output
 
 COMMANDS = ("goc-export", "goc-plan", "goc-run", "goc-serve", "goc-bench", "goc-eval")
 DOCUMENTS = sorted(
@@ -30,7 +32,9 @@ DOCUMENTS = sorted(
 )
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 FILES: dict[str, tuple[Callable[[Path], None], ...]] = {
-    "README.md": (files.checkpoint, files.dit_pipeline, files.pixart_pipeline),
+    "README.md": (files.dit_pipeline,),
+    "docs/usage.md": (files.checkpoint, files.dit_pipeline, files.pixart_pipeline),
+    "docs/python.md": (files.checkpoint, files.golden_engine),
     "docs/policies.md": (files.golden_engine,),
     "docs/gpu.md": (files.golden_engine,),
     "docs/serving.md": (files.golden_engine,),
@@ -82,18 +86,29 @@ def test_what_a_document_shows_works_in_its_order(
         for make in FILES.get(name, ()):
             make(tmp_path)
     shown = contents(tmp_path / "docs")
+    printed = ""
     for block in todo:
+        if block.language == "text":
+            vary = VARY.fullmatch(block.comment) is not None
+            assert same_output(block.text, printed, vary), (
+                f"{name}:{block.line}: the commands print\n{printed}"
+            )
+            continue
         words = words_of(block)
         if words is None:
             check_schedule(schedule_from_json(block.text.encode(), name))
             continue
         done = subprocess.run(
-            words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
+            words,
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=TIMEOUT_S,
         )
-        told = (
-            f"{name}:{block.line}: exit {done.returncode}\n"
-            f"{block.adapted}\n{done.stdout}\n{done.stderr}"
-        )
+        printed = done.stdout
+        told = f"{name}:{block.line}: exit {done.returncode}\n{block.adapted}\n{printed}"
         assert done.returncode == 0, told
     found = contents(tmp_path / "docs")
     assert [str(path) for path in found if found[path] != shown.get(path)] == [], (
