@@ -204,6 +204,20 @@ class RunOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class ShardOptions:
+    """How a large series of images is split into shards, and who draws them.
+
+    Attributes:
+        folder: folder of the shards; with Ray on a file system that all nodes share.
+        shard_images: images of a shard, a multiple of the batch size; None takes the smallest
+            multiple that is at least 64.
+    """
+
+    folder: Path
+    shard_images: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ServeOptions:
     """Options of an HTTP server.
 

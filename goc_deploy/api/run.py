@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,29 +58,32 @@ def run(engine_dir: str | Path, options: RunOptions, progress: Progress = no_pro
         GocError: a subclass names what is wrong and has an ``exit_code``.
     """
     _check(options)
+    with opened(engine_dir, options) as (pipe, series), _Outputs(pipe, series) as outputs:
+        labels = series.labels
+        total = (len(labels) - outputs.start) * pipe.plan.steps
+        for first in range(outputs.start, len(labels), pipe.batch_size):
+            done = (first - outputs.start) * pipe.plan.steps
+            callback = step_callback(progress, first, done, total)
+            outputs.add(first, series.batch(pipe, first, callback))
+        return outputs.finished()
+
+
+@contextmanager
+def opened(engine_dir: str | Path, options: RunOptions) -> Iterator[tuple[Pipeline, Series]]:
+    """Load what options ask for, and check the series of images.
+
+    Yields:
+        The pipeline, which is closed at the end, and the series.
+
+    Raises:
+        GocError: a subclass names what is wrong and has an ``exit_code``.
+    """
     latents = None if options.latents is None else latents_from_file(options.latents)
     embeds = None if options.prompt_embeds is None else arrays_from_file(options.prompt_embeds)
     with _loaded(engine_dir, options) as pipe:
         series = _series(pipe, options, latents, embeds)
         series.check(pipe)
-        labels, size = series.labels, pipe.batch_size
-        with _Outputs(pipe, series) as outputs:
-            total = (len(labels) - outputs.start) * pipe.plan.steps
-            for first in range(outputs.start, len(labels), size):
-                done = (first - outputs.start) * pipe.plan.steps
-                result = pipe.generate(
-                    labels[first : first + size],
-                    prompt_embeds=series.captions,
-                    seed=options.seed,
-                    first_image=first,
-                    cfg_scale=options.cfg_scale,
-                    cfg_channels=options.cfg_channels,
-                    latents=None if latents is None else latents[first : first + size],
-                    trajectory=options.trajectory_output is not None,
-                    callback=step_callback(progress, first, done, total),
-                )
-                outputs.add(first, result)
-        return outputs.finished()
+        yield pipe, series
 
 
 def _check(options: RunOptions) -> None:

@@ -15,6 +15,7 @@ from goc_deploy.options import Progress, RunOptions
 
 if TYPE_CHECKING:
     from goc_deploy.runtime.pipeline import Pipeline
+    from goc_deploy.runtime.results import Result
     from goc_deploy.runtime.step_events import StepEvent
 
 
@@ -51,6 +52,32 @@ class Series:
                 f"latents have shape {list(self.latents.shape)}, "
                 f"expected {shape} for {images} labels"
             )
+
+    def batch(
+        self, pipe: Pipeline, first: int, callback: Callable[[StepEvent], None] | None = None
+    ) -> Result:
+        """Draw the batch of images that starts with one of the series.
+
+        Args:
+            pipe: the pipeline, whose batch size decides how many images follow.
+            first: index of the first image.
+            callback: as `goc_deploy.runtime.pipeline.Pipeline.generate` takes it.
+
+        Raises:
+            GocError: as `goc_deploy.runtime.pipeline.Pipeline.generate`.
+        """
+        options, rows = self.options, slice(first, first + pipe.batch_size)
+        return pipe.generate(
+            self.labels[rows],
+            prompt_embeds=self.captions,
+            seed=options.seed,
+            first_image=first,
+            cfg_scale=options.cfg_scale,
+            cfg_channels=options.cfg_channels,
+            latents=None if self.latents is None else self.latents[rows],
+            trajectory=options.trajectory_output is not None,
+            callback=callback,
+        )
 
     def records(self, pipe: Pipeline) -> list[dict[str, Any]]:
         """What each image is made from, in JSON types."""

@@ -18,10 +18,12 @@ from goc_deploy.options import (
     PlanOptions,
     RunOptions,
     ServeOptions,
+    ShardOptions,
 )
 
 OTHERS = {  # flags that are not spelled as their argument
     "calibration_seed": "seed",
+    "folder": "shards",
     "negative_prompts": "negative-prompt",
     "plans": "plan",
     "prompts": "prompt",
@@ -35,7 +37,9 @@ ARGUMENT = re.compile(r"`(?P<name>(EngineOptions\.)?[a-z_]+)(=(?P<value>[^`]*))?
 def _flags() -> dict[str, str]:
     """Argument -> flag without its dashes."""
     shared = (ExportOptions, PlanOptions, RunOptions, ServeOptions, BenchOptions, EvalOptions)
-    names = {field.name for options in shared for field in fields(options)} - {"engine_dirs"}
+    names = {field.name for options in (*shared, ShardOptions) for field in fields(options)} - {
+        "engine_dirs"
+    }
     own = {f"EngineOptions.{field.name}": f"engine-{field.name}" for field in fields(EngineOptions)}
     own |= {f"EngineOptions.{name}": name for name in ("backend", "plugin")}
     return {name: name.replace("_", "-") for name in names} | own | OTHERS

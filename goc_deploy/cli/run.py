@@ -23,7 +23,8 @@ from goc_deploy.cli.options import (
     threads_option,
 )
 from goc_deploy.cli.progress import progress_bar
-from goc_deploy.options import RunOptions
+from goc_deploy.cli.shards import shard_options, summary, take_shard_options
+from goc_deploy.options import RunOptions, ShardOptions
 
 if TYPE_CHECKING:
     from goc_deploy.api.run import RunResult
@@ -104,6 +105,7 @@ DEFAULTS = RunOptions()
     help="Keep the images that an interrupted run left in the --output directory, and draw the "
     "others.",
 )
+@shard_options
 @click.option(
     "--latents-output", type=PATH, help="File to write the final latents to, .npy [N,C,H,W]."
 )
@@ -140,13 +142,28 @@ def command(engine_dir: Path, **options: Any) -> None:
     from goc_deploy.api.run import run
     from goc_deploy.cli.paths import check_outputs
 
+    shards = take_shard_options(options)
     chosen = check_outputs(RunOptions(**options))
+    if shards is not None:
+        _run_sharded(engine_dir, chosen, shards)
+        return
     with progress_bar() as progress:
         result = run(engine_dir, chosen, progress)
     for line in _summary(result):
         click.echo(line, err=True)
     for path in result.paths:
         click.echo(path)
+
+
+def _run_sharded(engine_dir: Path, options: RunOptions, shards: ShardOptions) -> None:
+    from goc_deploy.sharded.run import check_sharded, run_sharded
+
+    check_sharded(options)
+    with progress_bar() as progress:
+        result = run_sharded(engine_dir, options, shards, progress)
+    for line in summary(result):
+        click.echo(line, err=True)
+    click.echo(result.output)
 
 
 def _summary(result: RunResult) -> Iterator[str]:

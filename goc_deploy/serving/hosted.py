@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,20 +10,12 @@ from typing import Any
 
 from goc_deploy.api.engines import loaded_plans
 from goc_deploy.engine_dir.directory import EngineDir
-from goc_deploy.engine_dir.manifest import Manifest
+from goc_deploy.engine_dir.fingerprint import fingerprint
 from goc_deploy.engines.choice import BackendOptions
 from goc_deploy.errors import UsageError
 from goc_deploy.options import ServeOptions
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.serving.requests import HostedModel, ServiceLimits
-
-
-def fingerprint(manifest: Manifest) -> str:
-    """SHA-256 of the paths and digests of all files of an engine directory, in hexadecimal."""
-    digest = hashlib.sha256()
-    for file in sorted(manifest.files, key=lambda file: file.path):
-        digest.update(f"{file.path}\0{file.sha256}\n".encode())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,7 +42,7 @@ class LoadedModel:
     Attributes:
         directory: the engine directory.
         plans: its loaded plans by name.
-        fingerprint: see `fingerprint`.
+        fingerprint: that of all files, see `goc_deploy.engine_dir.fingerprint`.
         load_seconds: the time that loading took.
     """
 
@@ -145,5 +136,5 @@ def loaded_model(name: str, model: HostedModel, limits: ServiceLimits) -> Loaded
         )
         for pipeline in pipelines
     }
-    digest = fingerprint(directory.manifest)
+    digest = fingerprint(directory.manifest.files)
     return LoadedModel(directory, plans, digest, perf_counter() - started)

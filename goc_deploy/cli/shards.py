@@ -1,0 +1,75 @@
+"""Options of goc-run that split a large series of images into shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from goc_deploy.cli.options import PATH, composed
+from goc_deploy.cli.paths import check_folder
+from goc_deploy.errors import UsageError
+from goc_deploy.options import ShardOptions
+
+if TYPE_CHECKING:
+    from goc_deploy.sharded.run import ShardedResult
+
+BESIDE = "beside the output"  # the value of --shards without a folder
+
+shard_options = composed(
+    click.option(
+        "--shards",
+        type=PATH,
+        is_flag=False,
+        flag_value=BESIDE,
+        metavar="[DIR]",
+        help="Draw the images in shards, which are kept in a folder, so that an interrupted run "
+        "continues. The output ends in .npz. The folder is OUTPUT.shards if none is given.",
+    ),
+    click.option(
+        "--shard-images",
+        type=click.IntRange(1),
+        help="Number of images per shard, a multiple of the batch size.  "
+        "[default: the smallest multiple that is at least 64]",
+    ),
+)
+
+
+def take_shard_options(options: dict[str, Any]) -> ShardOptions | None:
+    """Remove the options of shards from those of goc-run.
+
+    Returns:
+        The options of shards, or None for a run without shards.
+
+    Raises:
+        UsageError: an option that goes with shards only, or no output.
+        ConflictError: the folder cannot be made.
+    """
+    folder, shard_images = options.pop("shards"), options.pop("shard_images")
+    if folder is None:
+        if shard_images is not None:
+            raise UsageError("`shard_images` goes with `folder`, which draws the images in shards")
+        return None
+    output = options["output"]
+    if output is None:
+        raise UsageError("a series in shards needs an `output`, whose name ends in .npz")
+    if folder == Path(BESIDE):
+        folder = output.with_name(f"{output.name}.shards")
+    check_folder(folder)
+    return ShardOptions(folder, shard_images)
+
+
+def summary(result: ShardedResult) -> Iterator[str]:
+    """What came of a series in shards, as lines for stderr."""
+    if result.drawn < result.images:
+        yield f"{result.images - result.drawn} of {result.images} images were there before"
+    if result.drawn:
+        rate = result.drawn / result.seconds
+        yield (
+            f"{result.drawn} images drawn by {result.workers} "
+            f"worker{'s' if result.workers > 1 else ''} on {result.backend} in "
+            f"{result.seconds:.2f} s, {rate:.3g} images per second"
+        )
+    yield f"the shards remain in {result.folder}; remove it when they are no longer needed"

@@ -1,0 +1,1 @@
+"""Large series of images in shards, which processes draw and publish independently."""
