@@ -9,7 +9,9 @@ import math
 import re
 
 VARY = re.compile(r"<!-- numbers vary: (?P<reason>\S.*) -->")
-PROGRESS = re.compile(r"/s, .* left$")  # of a bar where there is no terminal; it depends on time
+PROGRESS = re.compile(
+    r": \d+ of \d+(, .* left)?$"
+)  # of a bar where there is no terminal; it depends on time
 BORDERS = re.compile(r"[\u2500-\u257f]+")
 NUMBER = re.compile(r"(?<![\w.])[+-]*\d[\d,]*(?:\.\d+)*(?:e[+-]\d+)?")
 RELATIVE, ABSOLUTE = 0.05, 0.015  # of rounding errors that calibration amplifies

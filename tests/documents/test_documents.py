@@ -8,12 +8,14 @@ the document shows (`tests.documents.outputs`).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -73,19 +75,28 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """Where a document is run; a server whose process it writes to ``server.pid`` ends with it."""
+    yield tmp_path
+    if (tmp_path / "server.pid").exists():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int((tmp_path / "server.pid").read_text()), signal.SIGKILL)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_document_shows_works_in_its_order(
-    name: str, environment: dict[str, str], tmp_path: Path
+    name: str, environment: dict[str, str], folder: Path
 ) -> None:
     todo = [
         block for block in blocks((ROOT / name).read_text(encoding="utf-8")) if not block.reason
     ]
     if todo:
-        files.repository(tmp_path)
+        files.repository(folder)
         for make in FILES.get(name, ()):
-            make(tmp_path)
-    shown = contents(tmp_path / "docs")
+            make(folder)
+    shown = contents(folder / "docs")
     printed = ""
     for block in todo:
         if block.language == "text":
@@ -100,7 +111,7 @@ def test_what_a_document_shows_works_in_its_order(
             continue
         done = subprocess.run(
             words,
-            cwd=tmp_path,
+            cwd=folder,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -110,7 +121,7 @@ def test_what_a_document_shows_works_in_its_order(
         printed = done.stdout
         told = f"{name}:{block.line}: exit {done.returncode}\n{block.adapted}\n{printed}"
         assert done.returncode == 0, told
-    found = contents(tmp_path / "docs")
+    found = contents(folder / "docs")
     assert [str(path) for path in found if found[path] != shown.get(path)] == [], (
         "what the commands wrote is not what the repository has"
     )
@@ -121,8 +132,8 @@ def test_comments_about_running_stand_before_a_block(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     used = [block.comment for block in blocks(text)]
     for line in text.splitlines():
-        if re.match(r"<!-- *(not run|run)\b", line):
-            assert NOT_RUN.fullmatch(line) or RUN_WITH.fullmatch(line), line
+        if re.match(r"<!-- *(not run|run|numbers)\b", line):
+            assert any(form.fullmatch(line) for form in (NOT_RUN, RUN_WITH, VARY)), line
             assert line in used, f"no block follows {line}"
 
 
