@@ -25,7 +25,7 @@ POINTS = {
     "plain reuse (FORA)": ("fora-2@0.5", "fora-2", "fora-3", "fora-4"),
     "GOC": ("fora-2@0.5+goc", "fora-2+goc", "fora-3+goc", "fora-4+goc"),
 }
-COMPUTED = ("15 of 20 steps computed", "10", "7", "5")
+COMPUTED = ("15 of 20\nsteps computed", "10", "7", "5")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("output", type=Path, help="picture to write")
     args = parser.parse_args(argv)
     times = json.loads((args.numbers / TIMES).read_text(encoding="utf-8"))["total_ms"]
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.53, 4), layout="constrained")
     axes = figure.subplots()
     for title, names in POINTS.items():
         shares = [100 * times[f"{name}.T20"] / times[UNCACHED] for name in names]
