@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.results import TIMES
+from goc_deploy.policies.grammar import parse_policy
 
 METRIC = "converged_relative_l2"
 
@@ -82,13 +83,19 @@ def label_round_numbers(axis: Axis) -> None:
 def series_of(rows: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
     """Line -> names of its rows by rising compute.
 
-    The uncached and the searched rows make one line per sampler; every other SPEC has its own.
+    The uncached, the searched and the head's rows make one line per sampler; every other SPEC has
+    its own.
     """
     series: dict[str, list[str]] = {}
     for name, row in sorted(rows.items(), key=lambda item: item[1]["full_step_equivalents"]):
-        base = row["spec"].partition(":")[0]
+        policy = parse_policy(row["spec"])
+        base, head = policy.base[0], policy.head is not None
         sampler = {"ddim": "DDIM", "dpm++": "DPM-Solver++"}.get(row["sampler"], row["sampler"])
-        shown = {"none": f"{sampler}, no cache", "search": f"{sampler}, searched"}
+        shown = {
+            "none": f"{sampler}, no cache" + ", head" * head,
+            "search": f"{sampler}, searched",
+            "compute": f"{sampler}, computed steps only" + ", head" * head,
+        }
         title = shown.get(base, f"{row['spec']}, {row['steps']} steps of {sampler}")
         series.setdefault(title, []).append(name)
     return series
