@@ -38,8 +38,9 @@ futures = [service.submit(ImageRequest("m", labels=[1] * 8)) for _ in range(4)]
 
 LIGHT = """
 import sys
-import goc_deploy, goc_deploy.serving, goc_deploy.cli.run
-heavy = {"prometheus_client", "opentelemetry", "fastapi", "uvicorn", "starlette", "torch", "onnx"}
+import goc_deploy, goc_deploy.serving, goc_deploy.cli.run, goc_deploy.sharded.run
+heavy = {"prometheus_client", "opentelemetry", "fastapi", "uvicorn", "starlette", "ray"}
+heavy |= {"torch", "onnx"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
 
