@@ -211,10 +211,15 @@ class ShardOptions:
         folder: folder of the shards; with Ray on a file system that all nodes share.
         shard_images: images of a shard, a multiple of the batch size; None takes the smallest
             multiple that is at least 64.
+        ray: address of a Ray cluster whose workers draw the shards, ``auto``, or ``local`` for one
+            that is started on this machine; None draws them in this process.
+        workers: number of workers with Ray; None takes as many as there is room for.
     """
 
     folder: Path
     shard_images: int | None = None
+    ray: str | None = None
+    workers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

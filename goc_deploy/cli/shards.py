@@ -34,6 +34,20 @@ shard_options = composed(
         help="Number of images per shard, a multiple of the batch size.  "
         "[default: the smallest multiple that is at least 64]",
     ),
+    click.option(
+        "--ray",
+        is_flag=False,
+        flag_value="local",
+        metavar="[ADDRESS]",
+        help="Let workers of a Ray cluster draw the shards: HOST:PORT or auto names a cluster, and "
+        "without an address one is started on this machine. It implies --shards.",
+    ),
+    click.option(
+        "--workers",
+        type=click.IntRange(1),
+        help="Number of workers with --ray, each with one GPU, or with --threads CPUs.  "
+        "[default: as many as the cluster has room for]",
+    ),
 )
 
 
@@ -48,17 +62,20 @@ def take_shard_options(options: dict[str, Any]) -> ShardOptions | None:
         ConflictError: the folder cannot be made.
     """
     folder, shard_images = options.pop("shards"), options.pop("shard_images")
-    if folder is None:
+    address, workers = options.pop("ray"), options.pop("workers")
+    if workers is not None and address is None:
+        raise UsageError("`workers` goes with `ray`, whose workers draw the images")
+    if folder is None and address is None:
         if shard_images is not None:
             raise UsageError("`shard_images` goes with `folder`, which draws the images in shards")
         return None
     output = options["output"]
     if output is None:
         raise UsageError("a series in shards needs an `output`, whose name ends in .npz")
-    if folder == Path(BESIDE):
+    if folder in (None, Path(BESIDE)):
         folder = output.with_name(f"{output.name}.shards")
     check_folder(folder)
-    return ShardOptions(folder, shard_images)
+    return ShardOptions(folder, shard_images, address, workers)
 
 
 def summary(result: ShardedResult) -> Iterator[str]:

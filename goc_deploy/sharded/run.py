@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from goc_deploy.errors import UsageError
 from goc_deploy.options import Progress, RunOptions, ShardOptions, no_progress
 from goc_deploy.runtime.picture_files import PictureFiles
 from goc_deploy.sharded.folder import ShardFolder
+from goc_deploy.sharded.ray_pool import RayPool, ray_pool
 from goc_deploy.sharded.worker import ShardWorker
 
 
@@ -65,7 +67,7 @@ def run_sharded(
     with (
         directory_lock(output, seconds=0),
         directory_lock(shards.folder, seconds=0),
-        ShardWorker(Path(engine_dir).absolute(), options, shards) as crew,
+        _crew(Path(engine_dir).absolute(), options, shards, progress) as crew,
     ):
         folder = ShardFolder(shards.folder, crew.job)
         folder.begin()
@@ -105,6 +107,14 @@ def _with_absolute_paths(options: RunOptions) -> RunOptions:
         latents=options.latents and options.latents.absolute(),
         prompt_embeds=options.prompt_embeds and options.prompt_embeds.absolute(),
     )
+
+
+def _crew(
+    engine_dir: Path, options: RunOptions, shards: ShardOptions, progress: Progress
+) -> AbstractContextManager[ShardWorker | RayPool]:
+    if shards.ray is None:
+        return ShardWorker(engine_dir, options, shards)
+    return ray_pool(engine_dir, options, shards, progress)
 
 
 def _assemble(folder: ShardFolder, labels: Sequence[int], output: Path, progress: Progress) -> None:

@@ -41,7 +41,7 @@ import contextlib, io, sys
 heavy = {"prometheus_client", "opentelemetry", "fastapi", "uvicorn", "starlette", "pydantic"}
 heavy |= {"httpx", "openai", "ray", "tritonclient", "torch", "onnx"}
 sys.modules.update(dict.fromkeys(heavy))  # as if they were not installed
-import goc_deploy, goc_deploy.serving
+import goc_deploy, goc_deploy.serving, goc_deploy.sharded.run
 from goc_deploy.cli.run import main
 engine, output = sys.argv[1:]
 words = "--labels 1 --plan fora:2 --backend onnxruntime --latents-output".split()
