@@ -115,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         captions=HERE / "prompts.txt",
         plans=list(MINIMA),
         sampler="dpm++",
+        prediction="v",
         num_heads=6,
         steps=args.steps,
         cfg_scale=args.cfg_scale,
