@@ -83,7 +83,7 @@ def serve(options: ServeOptions) -> None:
             TOKEN_VARIABLE,
         )
     metrics = PrometheusMetrics()
-    service = Service(hosted_models(options), limits=_limits(options), metrics=metrics)
+    service = Service(hosted_models(options), limits=service_limits(options), metrics=metrics)
     app = application(service, metrics, token)
     config = uvicorn.Config(
         Answered(app),
@@ -127,7 +127,8 @@ async def _serve(server: Server, service: Service, drain_seconds: float) -> None
         loading.result()
 
 
-def _limits(options: ServeOptions) -> ServiceLimits:
+def service_limits(options: ServeOptions) -> ServiceLimits:
+    """The bounds of the service of a server."""
     return ServiceLimits(
         queued_images=options.queued_images,
         images_per_request=options.images_per_request,
