@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from goc_deploy.cli.options import PATH, composed
-from goc_deploy.cli.paths import check_folder
 from goc_deploy.errors import UsageError
 from goc_deploy.options import ShardOptions
 
@@ -61,6 +60,8 @@ def take_shard_options(options: dict[str, Any]) -> ShardOptions | None:
         UsageError: an option that goes with shards only, or no output.
         ConflictError: the folder cannot be made.
     """
+    from goc_deploy.cli.paths import check_folder
+
     folder, shard_images = options.pop("shards"), options.pop("shard_images")
     address, workers = options.pop("ray"), options.pop("workers")
     if workers is not None and address is None:
