@@ -6,6 +6,7 @@ import hashlib
 import io
 import logging
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,27 +116,29 @@ class ShardFolder:
         with written(self.path / name) as temporary:
             temporary.write_bytes(content)
 
-    def read(self, shard: range) -> np.ndarray:
-        """Read and verify the images of a shard, uint8 (n, H, W, 1 or 3).
+    def read(self, shards: Iterable[range]) -> Iterator[np.ndarray]:
+        """Read and verify shards; yields the images of each, uint8 (n, H, W, 1 or 3).
 
         Raises:
-            ConflictError: the shard is missing or damaged.
+            ConflictError: a shard is missing or damaged.
         """
-        path = self._files().get(shard)
-        if path is None:
-            raise ConflictError(
-                f"{self.path} lacks images {shard.start} to {shard.stop - 1}, although a worker "
-                "has published them; it must be on a file system that all machines share"
-            )
-        with disk_errors(f"reading {path}"):
-            content = path.read_bytes()
-        if not _is_whole(path, content):
-            raise ConflictError(
-                f"{path} was damaged after it was checked; run again, and its images are drawn "
-                "again"
-            )
-        images: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
-        return images
+        there = self._files()
+        for shard in shards:
+            path = there.get(shard)
+            if path is None:
+                raise ConflictError(
+                    f"{self.path} lacks images {shard.start} to {shard.stop - 1}, although a "
+                    "worker has published them; it must be on a file system that all machines "
+                    "share"
+                )
+            with disk_errors(f"reading {path}"):
+                content = path.read_bytes()
+            if not _is_whole(path, content):
+                raise ConflictError(
+                    f"{path} was damaged after it was checked; run again, and its images are drawn "
+                    "again"
+                )
+            yield np.load(io.BytesIO(content), allow_pickle=False)
 
     def _files(self) -> dict[range, Path]:
         """The files of the shards of this job by their images.

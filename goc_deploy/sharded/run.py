@@ -121,6 +121,6 @@ def _assemble(folder: ShardFolder, labels: Sequence[int], output: Path, progress
     """Write the output from all shards, verifying each; it appears whole or not at all."""
     shards = folder.job.shards
     with PictureFiles(output, labels, ()) as pictures:
-        for done, shard in enumerate(shards):
+        for done, (shard, images) in enumerate(zip(shards, folder.read(shards), strict=True)):
             progress("assembling shards", done, len(shards))
-            pictures.add(shard.start, folder.read(shard))
+            pictures.add(shard.start, images)
