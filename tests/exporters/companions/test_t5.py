@@ -453,7 +453,7 @@ def test_tokens_are_those_of_sentencepiece(tmp_path: Path) -> None:
     sentencepiece = pytest.importorskip(
         "sentencepiece", reason="sentencepiece comes with the judges extra"
     )
-    text = (Path(__file__).parents[3] / "README.md").read_text()
+    text = (Path(__file__).parents[3] / "LICENSE").read_text()
     (tmp_path / "text.txt").write_text(text)
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "text.txt"),
