@@ -34,6 +34,7 @@ from goc_deploy.exporters.graphs.step import (
 from goc_deploy.exporters.hub import folder_from_hub, hub_id
 from goc_deploy.exporters.model_folder import FolderModel, read_model_folder
 from goc_deploy.exporters.router import router_probabilities
+from goc_deploy.exporters.sample_sizes import spec_for_sizes
 from goc_deploy.exporters.schedulers import table_from_sampler
 from goc_deploy.exporters.unit_files import UnitWriter
 from goc_deploy.options import ExportOptions, Progress, default_plans
@@ -94,6 +95,8 @@ def export_checkpoint(
     architecture = ARCHITECTURES[spec.architecture]
     architecture.check_tensors(checkpoint.tensors, spec)
     companions = read_companions(options, spec)
+    pixels = spec.vae_scale if companions.vae is None else companions.vae.config.upscale
+    spec = spec_for_sizes(spec, checkpoint.tensors, architecture, options, pixels)
     if spec.text_conditional:
         spec = replace(spec, choices=companions.labels)
     calibrates = options.precision != "bf16" and spec.choices > 0

@@ -13,6 +13,7 @@ from goc_deploy.exporters.units import Input, Slab
 from goc_deploy.spec import ModelSpec
 
 SEED = 0  # seed of the example inputs
+SOME_TOKENS = 24  # of example inputs, if their number is dynamic
 SMALL = 4096  # elements; the ONNX optimizer merges equal initializers of up to 1024
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -40,7 +41,10 @@ class Examples:
 
     def tokens(self) -> Input:
         """``x``: tokens (B, T, D)."""
-        return Input("x", self.normal(2, self._spec.tokens, self._spec.hidden), {0: "batch"})
+        tokens, dynamic = self._spec.tokens, {0: "batch"}
+        if self._spec.any_size:
+            tokens, dynamic = SOME_TOKENS, {0: "batch", 1: "tokens"}
+        return Input("x", self.normal(2, tokens, self._spec.hidden), dynamic)
 
     def modulation(self, *names: str) -> tuple[Input, ...]:
         """Vectors (B, D), such as shift, scale and gate."""
@@ -55,9 +59,8 @@ class Examples:
 
     def latents(self) -> Input:
         """``latents`` (N, C, H, W) float32."""
-        spec = self._spec
-        shape = (2, spec.channels, spec.side, spec.side)
-        return Input("latents", self.normal(*shape, dtype=torch.float32), {0: "images"})
+        latents = self.normal(2, *self._spec.latents, dtype=torch.float32)
+        return Input("latents", latents, {0: "images"})
 
 
 STEPS = Input("timesteps", torch.tensor([999.0, 421.0, 0.0]), {0: "steps"})

@@ -54,6 +54,13 @@ class ExportOptions:
         vae: folder of the AutoencoderKL whose decoder turns latents into images, or None.
         vae_tile: latents with more pixels per side than this are decoded in tiles of this size.
         segments: what TensorRT runs as one engine, as in `PlanOptions`.
+        size: usual width and height of a sample in pixels (of the latents, if there is no VAE);
+            None is the size that the model was trained for. With any of the four sizes, the engines
+            accept all sizes up to the largest.
+        max_size: largest width and height; a sample may be wider or higher if it has no more
+            pixels. None is ``size``.
+        frames: usual number of frames of a video; None is that of the model.
+        max_frames: largest number of frames; None is ``frames``.
     """
 
     model: str = "auto"
@@ -74,6 +81,10 @@ class ExportOptions:
     vae: Path | None = None
     vae_tile: int = 64
     segments: Segments = "full"
+    size: tuple[int, int] | None = None
+    max_size: tuple[int, int] | None = None
+    frames: int | None = None
+    max_frames: int | None = None
 
 
 def default_plans(*, calibrates: bool) -> tuple[str, ...]:
@@ -178,6 +189,9 @@ class RunOptions:
         cuda_graphs: as `goc_deploy.load` takes it.
         batch_size: images per batch; None takes the largest that the engine directory supports.
         threads: size of the thread pool; 0 is one thread per core.
+        size: width and height of the images in pixels, if the engine directory accepts any size;
+            None takes its usual size.
+        frames: number of frames of a video; None takes the usual number.
     """
 
     plan: str | None = None
@@ -201,6 +215,8 @@ class RunOptions:
     cuda_graphs: bool = True
     batch_size: int | None = None
     threads: int = 0
+    size: tuple[int, int] | None = None
+    frames: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+import math
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
@@ -14,11 +15,35 @@ FLOW_PREDICTION_TYPES = ("flow", "flow_to_noise")
 PREDICTION_TYPES = (*DIFFUSION_PREDICTION_TYPES, *FLOW_PREDICTION_TYPES)
 DECODED_PIXELS = 64 * 64  # latent pixels of one decoder launch: one tile of the default size
 MAX_TILES = 8
+LONGEST_SIDE = 2  # times a side of the largest sample, for samples of no more tokens
 # The values that `goc_deploy.strict_json.convert` accepts for such a field of a file:
 MAX_SIZE = 10**6
 Size = Annotated[int, Meta(ge=1, le=MAX_SIZE)]
+Axes = Annotated[tuple[Size, ...], Meta(min_length=2, max_length=3)]
 Count = Annotated[int, Meta(ge=0)]
 SizeOrZero = Annotated[int, Meta(ge=0, le=MAX_SIZE)]
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """The tensors that tell a model where its tokens are.
+
+    Attributes:
+        kind: ``sine``: a table that the ``embed`` graph adds to the tokens. ``rotary``: angles by
+            which units turn queries and keys.
+        base: ``sine``: tokens per side of a square sample. The tokens of any other size are spread
+            over the same range.
+        stretch: ``sine``: number of tokens within a distance of 1, for a sample of ``base``.
+        widths: ``rotary``: values of a head that each axis turns; even, and their sum is the width
+            of a head.
+        theta: ``rotary``: base of the frequencies.
+    """
+
+    kind: Literal["sine", "rotary"]
+    base: Annotated[int, Meta(ge=0)] = 0
+    stretch: float = 1.0
+    widths: tuple[int, ...] = ()
+    theta: float = 10_000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +56,8 @@ class ModelSpec:
         heads: attention heads; divides ``hidden``.
         mlp_hidden: inner width of the MLP branch.
         patch: patch side in latent pixels.
-        grid: tokens per side, so that a sample is ``grid * patch`` latent pixels high and wide.
+        grid: tokens along each axis of a sample: (rows, columns) of an image, or (frames, rows,
+            columns) of a video; one number for a square image.
         channels: latent (or pixel) channels C.
         choices: number of choices: a label is below it, and the null label is equal to it. A
             class-conditional model has this many classes. For a text-conditional model it is the
@@ -56,6 +82,12 @@ class ModelSpec:
         told_size: height and width of the image in pixels if they are inputs of the model, or 0.
         block_embedders: every block embeds timesteps and labels with weights of its own, as in a
             DiT that was trained in diffusers; the final layer uses the embedding of block 0.
+        positions: the position tensors that graphs have as inputs, or None if the table of the only
+            size is a weight of the ``embed`` graph.
+        max_grid: the largest sample that the engines accept, in tokens along each axis; None if
+            they accept samples of size ``grid`` only.
+        vae_scale: pixels per latent pixel and side of the VAE of the training, or 1.
+        vae_frames: frames of a video per frame of latents after the first, or 1.
     """
 
     depth: Size
@@ -63,7 +95,7 @@ class ModelSpec:
     heads: Size
     mlp_hidden: Size
     patch: Size
-    grid: Size
+    grid: Size | Axes
     channels: Size
     choices: SizeOrZero
     learn_sigma: bool
@@ -77,16 +109,71 @@ class ModelSpec:
     caption_tokens: SizeOrZero = 0
     told_size: SizeOrZero = 0
     block_embedders: bool = False
+    positions: Positions | None = None
+    max_grid: Axes | None = None
+    vae_scale: Size = 1
+    vae_frames: Size = 1
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Tokens along each axis of a sample: (rows, columns), after the frames of a video."""
+        return (self.grid, self.grid) if isinstance(self.grid, int) else self.grid
 
     @property
     def tokens(self) -> int:
         """Tokens per sample T."""
-        return self.grid**2
+        return math.prod(self.axes)
+
+    @property
+    def sample(self) -> tuple[int, ...]:
+        """Frames of a video, height and width of a sample in latent pixels."""
+        *frames, rows, columns = self.axes
+        return (*frames, rows * self.patch, columns * self.patch)
+
+    @property
+    def latents(self) -> tuple[int, ...]:
+        """Shape of the latents of a sample: (C, H, W), or (C, F, H, W) of a video."""
+        return (self.channels, *self.sample)
+
+    @property
+    def prediction(self) -> tuple[int, ...]:
+        """Shape of the model output of a sample: (C_out, H, W), or (C_out, F, H, W)."""
+        return (self.output_channels, *self.sample)
 
     @property
     def side(self) -> int:
-        """Height and width of a sample in latent pixels."""
-        return self.grid * self.patch
+        """The shorter side of a sample in latent pixels."""
+        return min(self.sample[-2:])
+
+    @property
+    def video(self) -> bool:
+        """Whether a sample has frames."""
+        return len(self.axes) == 3
+
+    @property
+    def any_size(self) -> bool:
+        """Whether the size of a sample is chosen at run time."""
+        return self.max_grid is not None
+
+    def at(self, grid: tuple[int, ...]) -> ModelSpec:
+        """The same model for samples of another size; itself if the size is the same."""
+        return self if grid == self.axes else replace(self, grid=grid)
+
+    @property
+    def largest(self) -> ModelSpec:
+        """The same model for the largest samples."""
+        return self if self.max_grid is None else self.at(self.max_grid)
+
+    def axes_of(self, latents: tuple[int, ...]) -> tuple[int, ...]:
+        """Tokens along each axis of latents (C, H, W), or (C, F, H, W) of a video."""
+        _, *frames, height, width = latents
+        return (*frames, height // self.patch, width // self.patch)
+
+    def in_patches(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A view of images by patches: (n, C, ..., h, p, w, p) for a shape (n, C, ..., H, W)."""
+        *rest, height, width = shape
+        patch = self.patch
+        return (*rest, height // patch, patch, width // patch, patch)
 
     @property
     def output_channels(self) -> int:
@@ -140,7 +227,7 @@ def tiles_at_once(spec: ModelSpec) -> int:
     ``DECODED_PIXELS`` limits their latent pixels, and so the memory. One large tile keeps the
     processor busy by itself.
     """
-    return max(1, min(MAX_TILES, DECODED_PIXELS // spec.side**2))
+    return max(1, min(MAX_TILES, DECODED_PIXELS // math.prod(spec.sample)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,14 +191,17 @@ def scale_of_each(cfg_scale: float | list[float], images: int) -> np.ndarray:
     return np.full(images, cfg_scale)
 
 
-def checked_latents(latents: Any, images: int, spec: ModelSpec) -> np.ndarray:
-    """Convert x_T of a request to (N, C, H, W) float32.
+def checked_latents(latents: Any, expected: tuple[int, ...]) -> np.ndarray:
+    """Convert x_T of a request to float32.
+
+    Args:
+        latents: the argument.
+        expected: shape, (N, C, H, W), or (N, C, F, H, W) of videos.
 
     Raises:
         UsageError: latents are not an array, have another shape, are whole numbers, or do not fit
             into float32.
     """
-    expected = (images, spec.channels, spec.side, spec.side)
     try:
         values = np.asarray(latents)
     except Exception as cause:  # an object may raise anything when it is converted to an array
@@ -208,8 +211,8 @@ def checked_latents(latents: Any, images: int, spec: ModelSpec) -> np.ndarray:
         ) from cause
     if values.shape != expected:
         raise UsageError(
-            f"latents have shape {list(values.shape)}, expected {list(expected)} for {images} "
-            "labels"
+            f"latents have shape {list(values.shape)}, expected {list(expected)} for "
+            f"{expected[0]} labels"
         )
     if values.dtype.kind != "f":
         raise UsageError(f"latents have dtype {values.dtype}, expected float32")

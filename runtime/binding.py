@@ -19,6 +19,7 @@ from goc_deploy.runtime.constants import aligned_size
 from goc_deploy.runtime.head_binding import HeadBinding
 from goc_deploy.runtime.request import Batch
 from goc_deploy.runtime.weights import Weights
+from goc_deploy.size_inputs import size_shapes
 from goc_deploy.spec import ModelSpec
 
 
@@ -66,7 +67,10 @@ class Binder:
         )
         self._stream = stream
         self._feature = (batch.rows, spec.tokens, spec.hidden)
-        self._latents_shape = (batch.images, spec.channels, spec.side, spec.side)
+        self._latents_shape = (batch.images, *spec.latents)
+        self._of_size = {
+            name: buffers.of_size[name].view(*shape) for name, shape in size_shapes(spec).items()
+        }
         self._launches: dict[tuple[object, ...], BoundLaunch] = {}
         head, of_head, shared = plan.sampler.head, buffers.head, buffers.shared is not None
         self._head = (
@@ -87,13 +91,12 @@ class Binder:
         )
 
     def _step(self, step: int) -> BoundStep:
-        buffers, batch, spec = self._buffers, self._batch, self._spec
+        buffers, spec = self._buffers, self._spec
         before = [self._keys_values()] if step == 0 and buffers.captions else []
         before += [self._conditioning(step)] if step % buffers.chunk == 0 else []
         other, spare = (tokens.view(*self._feature) for tokens in buffers.tokens)
         x = other if buffers.start is None else buffers.start.view(*self._feature)
-        inputs = {"latents": self._latents(step), "rows": buffers.rows.view(batch.rows)}
-        start = (*self._start(step), self._unit("embed", inputs, {"x": x}))
+        start = (*self._start(step), self._embed(step, x))
         updates: list[BoundLaunch] = []
         ops = zip(self._plan.launches[step], buffers.coefficients[step], strict=True)
         for op, coefficients in ops:
@@ -107,17 +110,36 @@ class Binder:
         prediction = self._prediction(step)
         shift = self._modulation_row(spec.modulation.final_shift)
         scale = self._modulation_row(spec.modulation.final_scale)
-        inputs = {"x": x, "shift": shift, "scale": scale}
-        final = self._unit("final", inputs, {"prediction": prediction})
+        inputs = {"x": self._along_axes(x), "shift": shift, "scale": scale}
+        final = self._unit("final", inputs, {"prediction": self._in_patches(prediction)})
         end = (final, self._sampler(step, prediction, x))
         return BoundStep(tuple(before), start, tuple(updates), end)
+
+    def _embed(self, step: int, x: Buffer) -> BoundLaunch:
+        """Turn the latents into the tokens x (B, T, D)."""
+        offered = {
+            "latents": self._in_patches(self._latents(step)),
+            "rows": self._buffers.rows.view(self._batch.rows),
+            **self._of_size,
+        }
+        inputs = taken(self._engines.units["embed"], offered)
+        return self._unit("embed", inputs, {"x": self._along_axes(x)})
+
+    def _in_patches(self, images: Buffer) -> Buffer:
+        """Latents or model outputs as the graphs see them: by patches if they accept any size."""
+        spec = self._spec
+        return images.view(*spec.in_patches(images.shape)) if spec.any_size else images
+
+    def _along_axes(self, x: Buffer) -> Buffer:
+        """Tokens as the graphs around the blocks see them: along their axes, likewise."""
+        spec = self._spec
+        return x.view(x.shape[0], *spec.axes, spec.hidden) if spec.any_size else x
 
     def _prediction(self, step: int) -> Buffer:
         """The buffer of the model output of a step, (B, C_out, H, W)."""
         if self._head is not None and self._head.computes(step):
             return self._head.prediction(step)
-        side, channels = self._spec.side, self._spec.output_channels
-        return self._buffers.prediction.view(self._batch.rows, channels, side, side)
+        return self._buffers.prediction.view(self._batch.rows, *self._spec.prediction)
 
     def _start(self, step: int) -> list[BoundLaunch]:
         """The launches that expand the modulation of a step, and the gates for predicting ahead."""
@@ -198,6 +220,7 @@ class Binder:
         offered = {
             "timesteps": buffers.timesteps.view(steps, start=start),
             "labels": buffers.labels.view(labels),
+            **self._of_size,
         }
         table = {"table": buffers.table.view(steps, spec.modulation.count, labels, spec.hidden)}
         return self._unit(
@@ -327,6 +350,7 @@ class Binder:
             "shift": self._modulation_row(modulation.shift(unit)),
             "scale": self._modulation_row(modulation.scale(unit)),
             "gate": self._modulation_row(modulation.gate(unit)),
+            **self._of_size,
             **self._of_captions(unit // len(self._spec.branches)),
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from goc_deploy.runtime.constants import (
     views_of_step,
 )
 from goc_deploy.runtime.head_buffers import HeadBuffers, allocate_head_buffers, head_bytes
+from goc_deploy.size_inputs import size_shapes
 from goc_deploy.spec import ModelSpec
 
 TABLE_BUDGET_BYTES = 512 * 2**20
@@ -61,6 +63,7 @@ class Buffers:
         uncond_rows: (N,) unconditional row of each image.
         captions: buffers of a text-conditional model, else None.
         head: what the head of the plan reads and keeps, or None without a head.
+        of_size: what tells graphs the current size of a sample, by the name of the input.
     """
 
     chunk: int
@@ -91,6 +94,7 @@ class Buffers:
     uncond_rows: Buffer
     captions: CaptionBuffers | None
     head: HeadBuffers | None
+    of_size: Mapping[str, Buffer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,11 +178,13 @@ def planned_bytes(spec: ModelSpec, precision: Precision, plan: Plan, capacity: i
     table = min(plan.steps, chunk + plan.accumulators) * step_bytes
     features = (2 + plan.cache_features) * rows * spec.tokens * spec.hidden * item
     ones = 1 if plan.keeps_residuals else 0
-    pixels = spec.side**2 * capacity * 4
+    of_size = sum(4 * math.prod(shape) for shape in size_shapes(spec).values())
+    pixels = math.prod(spec.sample) * capacity * 4
     noise = plan.steps + 1 if plan.sampler.stochastic else 1
     estimates = plan.sampler.reach + 2 if plan.sampler.reach else 0
     return (
         captions
+        + of_size
         + table
         + (spec.modulation.count + plan.accumulators * len(spec.modulation.gates) + ones)
         * rows
@@ -220,7 +226,7 @@ def allocate_buffers(
     table_row = table_labels(spec, capacity) * spec.hidden
     if chunk is None:
         chunk = _chunk_steps(spec.modulation.count * table_row * ITEM_BYTES[precision], plan)
-    feature, image = rows * spec.tokens * spec.hidden, spec.channels * spec.side**2
+    feature, image = rows * spec.tokens * spec.hidden, math.prod(spec.latents)
 
     def new(*shape: int, dtype: str = "float32") -> Buffer:
         return backend.allocate(shape, dtype)
@@ -260,7 +266,7 @@ def allocate_buffers(
         accumulators=tuple(new(feature, dtype=dtype) for _ in range(plan.accumulators)),
         zeros=constant(np.zeros(feature), dtype) if plan.accumulators else None,
         latents=(new(capacity * image), new(capacity * image)),
-        prediction=new(rows * spec.output_channels * spec.side**2),
+        prediction=new(rows * math.prod(spec.prediction)),
         estimates=tuple(
             new(capacity * image) for _ in range(table.reach + 1 if table.reach else 0)
         ),
@@ -281,6 +287,7 @@ def allocate_buffers(
         head=None
         if table.head is None
         else allocate_head_buffers(backend, spec, dtype, table.head.form, capacity, weights),
+        of_size={name: new(*shape) for name, shape in size_shapes(spec).items()},
     )
 
 

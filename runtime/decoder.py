@@ -8,7 +8,7 @@ not grow with the number of tiles or images.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, product
 
 import numpy as np
@@ -55,18 +55,12 @@ class LatentDecoder:
         self, engine: Engine, backend: Backend, decoder: DecoderSpec, spec: ModelSpec
     ) -> None:
         tile, scale = decoder.tile, decoder.upscale
-        self._engine, self._decoder, self._side = engine, decoder, spec.side
+        self._engine, self._decoder = engine, decoder
         self._most, self._stream = tiles_at_once(spec), backend.stream()
         self._input = backend.allocate((self._most, spec.channels, tile, tile), "float32")
         self._output = backend.allocate(
             (self._most, decoder.channels, tile * scale, tile * scale), "float32"
         )
-        self._starts = tile_starts(spec.side, tile, decoder.overlap)
-        last = len(self._starts) - 1
-        self._ramps = [
-            ramp(tile * scale, decoder.overlap * scale, first=i == 0, last=i == last)
-            for i in range(last + 1)
-        ]
         self._bound: dict[int, tuple[Buffer, Buffer, Run]] = {}  # by the number of tiles
         self._bind(1)
 
@@ -91,32 +85,44 @@ class LatentDecoder:
         Yields:
             (channels, H*upscale, W*upscale) float32, about -1..1.
         """
-        tile = self._decoder.tile
-        places = list(product(self._starts, repeat=2))
+        tile, overlap = self._decoder.tile, self._decoder.overlap
+        height, width = latents.shape[-2:]
+        rows, columns = (tile_starts(side, tile, overlap) for side in (height, width))
+        places = list(product(rows, columns))
         tiles = (image[:, y : y + tile, x : x + tile] for image in latents for y, x in places)
         decoded = self._decoded(tiles, limits)
         for _ in latents:
-            yield self._blended(islice(decoded, len(places)))
+            yield self._blended(rows, columns, (height, width), islice(decoded, len(places)))
 
-    def _blended(self, tiles: Iterator[np.ndarray]) -> np.ndarray:
-        """Blend the tiles of an image."""
-        if len(self._starts) == 1:
+    def _blended(
+        self,
+        rows: Sequence[int],
+        columns: Sequence[int],
+        size: tuple[int, int],
+        tiles: Iterator[np.ndarray],
+    ) -> np.ndarray:
+        """Blend the tiles of an image; ``rows`` and ``columns`` are where they start."""
+        if len(rows) * len(columns) == 1:
             return next(tiles)
-        tile, scale, side = (
-            self._decoder.tile,
-            self._decoder.upscale,
-            self._side * self._decoder.upscale,
-        )
-        total = np.zeros((self._decoder.channels, side, side))
-        weight = np.zeros((side, side))
-        for ((i, y), (j, x)), pixels in zip(
-            product(enumerate(self._starts), repeat=2), tiles, strict=True
+        tile, scale = self._decoder.tile, self._decoder.upscale
+        height, width = size
+        total = np.zeros((self._decoder.channels, height * scale, width * scale))
+        weight = np.zeros((height * scale, width * scale))
+        shares = product(self._ramps(rows), self._ramps(columns))
+        for (y, x), (down, across), pixels in zip(
+            product(rows, columns), shares, tiles, strict=True
         ):
             there = np.s_[y * scale : (y + tile) * scale, x * scale : (x + tile) * scale]
-            share = np.outer(self._ramps[i], self._ramps[j])
+            share = np.outer(down, across)
             total[:, *there] += share * pixels
             weight[there] += share
         return (total / weight).astype(np.float32)
+
+    def _ramps(self, starts: Sequence[int]) -> list[np.ndarray]:
+        """The weights of the tiles along a side."""
+        scale, last = self._decoder.upscale, len(starts) - 1
+        tile, overlap = self._decoder.tile * scale, self._decoder.overlap * scale
+        return [ramp(tile, overlap, first=i == 0, last=i == last) for i in range(last + 1)]
 
     def _decoded(
         self, tiles: Iterable[np.ndarray], limits: CallLimits | None

@@ -64,13 +64,12 @@ class Generation:
     extras: Extras
     _drawn: Drawn = field(default_factory=Drawn)
 
-    def run(self, session: Session, draws: int, shape: tuple[int, int, int]) -> None:
+    def run(self, session: Session, draws: int) -> None:
         """Run every batch.
 
         Args:
             session: the session to run on.
             draws: noise tensors of an image.
-            shape: shape of the latents of an image, (C, H, W).
         """
         extras, drawn = self.extras, self._drawn
         for first in range(0, len(self.drawing), self.batch_size):
@@ -81,7 +80,7 @@ class Generation:
                 # Otherwise nothing is called between steps, because a run on a GPU is short.
                 kept = trajectory if extras.trajectory else None
                 on_step = step_callback(self.plan, extras.callback, kept, part, self._decoded)
-            request = self.drawing.request(part, draws, shape)
+            request = self.drawing.request(part, draws)
             final, timing = session.run(request, on_step, extras.spans, extras.limits)
             drawn.batches.append(final)
             drawn.timings.append(timing)

@@ -44,7 +44,7 @@ class HeadBinding:
     ) -> None:
         self._head, self._buffers, self._shared = head, buffers, shared
         self._computed = [plan.step_kind(step) != "collapsed" for step in range(plan.steps)]
-        self._output: Shape = (batch.rows, spec.output_channels, spec.side, spec.side)
+        self._output: Shape = (batch.rows, *spec.prediction)
         self._tokens: Shape = (batch.rows, spec.tokens, spec.hidden)
 
     def computes(self, step: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,7 +82,7 @@ def head_bytes(spec: ModelSpec, precision: Precision, plan: Plan, capacity: int)
 
 
 def _output_size(spec: ModelSpec, capacity: int) -> int:
-    return 2 * capacity * spec.output_channels * spec.side**2
+    return 2 * capacity * math.prod(spec.prediction)
 
 
 def _tokens_size(spec: ModelSpec, capacity: int) -> int:

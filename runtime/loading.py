@@ -357,7 +357,7 @@ def _check_memory(
     Raises:
         ResourceError: the device does not have that much free memory.
     """
-    buffers = planned_bytes(manifest.model, manifest.precision, plan, images)
+    buffers = planned_bytes(manifest.model.largest, manifest.precision, plan, images)
     needed = footprint.weights + sessions * (footprint.scratch + buffers)
     parts = (
         f"{needed / 1e9:.2f} GB: {footprint.weights / 1e9:.2f} GB of weights, and for each of "

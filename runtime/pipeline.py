@@ -35,6 +35,7 @@ from goc_deploy.runtime.results import Result, plan_report
 from goc_deploy.runtime.session import Session
 from goc_deploy.runtime.session_pool import CLOSED, SessionPool
 from goc_deploy.runtime.step_events import StepHook
+from goc_deploy.sizes import latent_shape
 from goc_deploy.spec import ModelSpec
 from goc_deploy.trace import Span
 from goc_deploy.version import __version__
@@ -91,6 +92,8 @@ class Pipeline:
         cfg_scale: float | Sequence[float] = DEFAULTS.cfg_scale,
         cfg_channels: int | None = DEFAULTS.cfg_channels,
         latents: np.ndarray | None = None,
+        size: tuple[int, int] | None = None,
+        frames: int | None = None,
         trajectory: bool = False,
         decode: bool = True,
         callback: StepHook | None = None,
@@ -121,7 +124,11 @@ class Pipeline:
                 batch is the same as without the others, but not faster.
             cfg_channels: number of channels that are guided, from the first; None is the number of
                 the model's reference.
-            latents: x_T in place of seeded noise, (N, C, H, W), converted to float32.
+            latents: x_T in place of seeded noise, (N, C, H, W), or (N, C, F, H, W) for videos,
+                converted to float32.
+            size: width and height in pixels, if the engine directory accepts any size; None is its
+                usual size.
+            frames: number of frames of a video; None is the usual number.
             trajectory: whether the latents after every step are returned too.
             decode: whether latents are decoded to images, if the engine directory has a decoder.
             callback: called after every step with a `StepEvent`, which makes previews on request;
@@ -156,6 +163,8 @@ class Pipeline:
             cfg_scale=cfg_scale,
             cfg_channels=cfg_channels,
             latents=latents,
+            size=size,
+            frames=frames,
         )
         about = {
             "seed": arguments.checked_seed(seed),
@@ -174,6 +183,8 @@ class Pipeline:
         cfg_scale: float | Sequence[float] = DEFAULTS.cfg_scale,
         cfg_channels: int | None = DEFAULTS.cfg_channels,
         latents: np.ndarray | None = None,
+        size: tuple[int, int] | None = None,
+        frames: int | None = None,
     ) -> Drawing:
         """Check the arguments of `generate` that concern single images, for `draw`.
 
@@ -183,13 +194,14 @@ class Pipeline:
         seeds = arguments.checked_seed(seed)
         scales, channels, guided = arguments.guidance(cfg_scale, cfg_channels, self.spec)
         conditions = self._conditions(labels, prompt_embeds, guided=guided)
-        images = len(conditions.labels)
+        images, shape = len(conditions.labels), self._latent_shape(size, frames)
         return Drawing(
             conditions,
             arguments.noise_keys(seeds, first_image, images),
             arguments.scale_of_each(scales, images),
             channels,
-            None if latents is None else arguments.checked_latents(latents, images, self.spec),
+            shape,
+            None if latents is None else arguments.checked_latents(latents, (images, *shape)),
         )
 
     async def agenerate(
@@ -242,7 +254,7 @@ class Pipeline:
         generation = Generation(self.plan, drawing, self.batch_size, self._attached.decoder, extras)
 
         def run(session: Session) -> None:
-            generation.run(session, self._draws, self._latent_shape)
+            generation.run(session, self._draws)
 
         weights = self._engines.weights
         with weights.running(limits):
@@ -369,7 +381,7 @@ class Pipeline:
             self._pool.run_on_each(self._new_session, run_each)
         if self._attached.decoder is not None:
             for size in images:
-                self._attached.decoder.images(np.zeros((size, *self._latent_shape), np.float32))
+                self._attached.decoder.images(np.zeros((size, *self.spec.latents), np.float32))
 
     @property
     def runs_to_warm(self) -> int:
@@ -385,7 +397,7 @@ class Pipeline:
         captions = blank_captions(self.spec) if self.spec.text_conditional else None
         labels = [0] * images if captions else [i % self.spec.choices for i in range(images)]
         conditions = self._conditions(labels, captions, guided=guided)
-        noise = np.zeros((images, self._draws, *self._latent_shape), np.float32)
+        noise = np.zeros((images, self._draws, *self.spec.latents), np.float32)
         scales = np.full(images, DEFAULTS.cfg_scale if guided else 1.0)
         return Request(conditions, noise, scales, self.spec.guided_channels)
 
@@ -429,9 +441,17 @@ class Pipeline:
         """Number of noise tensors of an image: x_T, and one per step of a stochastic sampler."""
         return 1 + (self.plan.steps if self.plan.sampler.stochastic else 0)
 
-    @property
-    def _latent_shape(self) -> tuple[int, int, int]:
-        return (self.spec.channels, self.spec.side, self.spec.side)
+    def _latent_shape(self, size: tuple[int, int] | None, frames: int | None) -> tuple[int, ...]:
+        """The shape of the latents of an image of a size."""
+        if size is None and frames is None:
+            return self.spec.latents
+        shape = latent_shape(size, frames, self.spec, self.manifest.pixels_per_latent)
+        if shape != self.spec.latents and self.plan.sampler.head is not None:
+            raise UsageError(
+                f"plan {self.plan.name} has a head, which corrects samples of the usual size only; "
+                "use a plan without a head, or leave out `size` and `frames`"
+            )
+        return shape
 
     def _conditions(
         self, labels: Sequence[int] | None, prompt_embeds: PromptEmbeds | None, *, guided: bool

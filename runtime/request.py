@@ -9,6 +9,7 @@ import numpy as np
 
 from goc_deploy.conditions.captions import Conditions, joined_conditions
 from goc_deploy.runtime.noise import image_noise
+from goc_deploy.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,6 +39,7 @@ class Drawing:
         noise_keys: for each image, the two numbers that determine its noise.
         cfg_scale: (N,) guidance scale of each image.
         cfg_channels: guidance acts on channels 0 .. cfg_channels - 1.
+        shape: shape of the latents of an image, (C, H, W), or (C, F, H, W) of a video.
         start: (N, C, H, W) float32 in place of the x_T made from the keys, or None.
     """
 
@@ -45,21 +47,21 @@ class Drawing:
     noise_keys: Sequence[tuple[int, int]]
     cfg_scale: np.ndarray
     cfg_channels: int
+    shape: tuple[int, ...]
     start: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.conditions.labels)
 
-    def request(self, part: range, draws: int, shape: tuple[int, int, int]) -> Request:
+    def request(self, part: range, draws: int) -> Request:
         """The request of some images.
 
         Args:
             part: indices of the images.
             draws: noise tensors of an image: x_T, and one per step of a stochastic sampler.
-            shape: shape of one tensor, (C, H, W).
         """
         cut = slice(part.start, part.stop)
-        noise = np.stack([image_noise(*key, draws, shape) for key in self.noise_keys[cut]])
+        noise = np.stack([image_noise(*key, draws, self.shape) for key in self.noise_keys[cut]])
         if self.start is not None:
             noise[:, 0] = self.start[cut]
         conditions = self.conditions.part(part)
@@ -70,15 +72,16 @@ def joined(drawings: Sequence[Drawing]) -> Drawing:
     """Join calls of one pipeline to one call, with their images in order.
 
     Args:
-        drawings: calls with the same ``cfg_channels``, and without ``start``.
+        drawings: calls with the same ``cfg_channels`` and ``shape``, and without ``start``.
     """
     assert all(drawing.start is None for drawing in drawings)
-    assert len({drawing.cfg_channels for drawing in drawings}) == 1
+    assert len({(drawing.cfg_channels, drawing.shape) for drawing in drawings}) == 1
     return Drawing(
         joined_conditions([drawing.conditions for drawing in drawings]),
         [key for drawing in drawings for key in drawing.noise_keys],
         np.concatenate([drawing.cfg_scale for drawing in drawings]),
         drawings[0].cfg_channels,
+        drawings[0].shape,
     )
 
 
@@ -91,12 +94,14 @@ class Batch:
         guided: whether conditional and unconditional rows run together, B = 2N.
         labels: R, number of distinct labels with the null label; 1 for a text-conditional model.
         captions: K, number of distinct captions.
+        axes: tokens along each axis of a sample; empty for the size of the model.
     """
 
     images: int
     guided: bool
     labels: int
     captions: int = 0
+    axes: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -127,12 +132,12 @@ class Inputs:
     guidance: np.ndarray
 
 
-def prepared(request: Request, channels: int, *, pads_labels: bool = False) -> Inputs:
+def prepared(request: Request, spec: ModelSpec, *, pads_labels: bool = False) -> Inputs:
     """The input arrays of a request.
 
     Args:
         request: the request.
-        channels: C of the latents.
+        spec: sizes of the model.
         pads_labels: whether the last label is repeated, so that fewer different shapes are bound.
     """
     conditions, images = request.conditions, len(request.conditions.labels)
@@ -148,9 +153,10 @@ def prepared(request: Request, channels: int, *, pads_labels: bool = False) -> I
         guided,
         labels=1 if text_conditional else len(distinct),
         captions=len(distinct) if text_conditional else 0,
+        axes=spec.axes_of(request.noise.shape[2:]) if spec.any_size else (),
     )
     own, scales = np.arange(images), request.cfg_scale
-    weights = np.where(np.arange(channels) < request.cfg_channels, scales[:, None], 1.0)
+    weights = np.where(np.arange(spec.channels) < request.cfg_channels, scales[:, None], 1.0)
     return Inputs(
         batch=batch,
         distinct=np.asarray(distinct),

@@ -27,6 +27,7 @@ from goc_deploy.runtime.bound import BoundLaunch, BoundPlan, BoundStep
 from goc_deploy.runtime.buffers import allocate_buffers
 from goc_deploy.runtime.request import Batch, Inputs, Request, prepared
 from goc_deploy.runtime.shared_binding import SharedBinder
+from goc_deploy.size_inputs import size_tensors
 from goc_deploy.spec import ModelSpec
 from goc_deploy.trace import Span, recorded
 
@@ -97,8 +98,9 @@ class Session:
     ) -> None:
         self._engines, self._backend, self._spec, self._plan = engines, backend, spec, plan
         self._stream = backend.stream()
-        self._buffers = allocate_buffers(backend, spec, precision, plan, capacity, chunk)
+        self._buffers = allocate_buffers(backend, spec.largest, precision, plan, capacity, chunk)
         self._bound: OrderedDict[Batch, _Runnable] = OrderedDict()
+        self._axes: tuple[int, ...] = ()  # of the size that the buffers were filled for
 
     @property
     def on_cpu(self) -> bool:
@@ -206,7 +208,7 @@ class Session:
     def _inputs(self, request: Request) -> Inputs:
         # Binding and recording a shape costs more than padding.
         pads_labels = self._backend.device.shares_launches
-        return prepared(request, self._spec.channels, pads_labels=pads_labels)
+        return prepared(request, self._spec, pads_labels=pads_labels)
 
     def _upload(self, request: Request, inputs: Inputs, plan: BoundPlan) -> None:
         """Upload the arrays of a request to the buffers that the launches read."""
@@ -226,6 +228,7 @@ class Session:
         upload(inputs.cond_rows, buffers.cond_rows.view(batch.images))
         upload(inputs.uncond_rows, buffers.uncond_rows.view(batch.images))
         upload(inputs.guidance, buffers.guidance.view(*inputs.guidance.shape))
+        self._upload_size(self._spec_of(batch))
         upload(np.float32(self._plan.sampler.start) * request.noise[:, 0], plan.initial)
         if buffers.shared is not None:
             upload(BEFORE_THE_FIRST_STEP, buffers.shared.step)
@@ -235,6 +238,18 @@ class Session:
             for step, target in enumerate(plan.noise):
                 upload(request.noise[:, step + 1], target)
         self._stream.wait()
+
+    def _upload_size(self, spec: ModelSpec) -> None:
+        """Upload what depends on the size of a sample, unless it is in the buffers already."""
+        if spec.axes == self._axes:
+            return
+        for name, values in size_tensors(spec).items():
+            self._stream.upload(values, self._buffers.of_size[name].view(*values.shape))
+        self._axes = spec.axes
+
+    def _spec_of(self, batch: Batch) -> ModelSpec:
+        """Sizes of the model for the samples of a batch."""
+        return self._spec.at(batch.axes) if batch.axes else self._spec
 
     def _recorded(self, plan: BoundPlan) -> tuple[Sequence[Run], ...]:
         """The calls of each step; steps with the same launches are recorded once."""
@@ -275,6 +290,7 @@ class Session:
         return self._bound[batch]
 
     def _binder(self, batch: Batch) -> Binder:
-        args = (self._engines, self._spec, self._plan, self._buffers, batch, self._stream)
+        spec = self._spec_of(batch)
+        args = (self._engines, spec, self._plan, self._buffers, batch, self._stream)
         device = self._backend.device
         return SharedBinder(device, *args) if device.shares_launches else Binder(*args)

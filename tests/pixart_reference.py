@@ -35,7 +35,7 @@ def random_state(spec: ModelSpec = SPEC, seed: int = 0) -> dict[str, Tensor]:
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in PublicLayout(spec).state_dict().items()}
     state = {name: 0.15 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    state["pos_embed"] = position_table(spec.hidden, spec.grid)
+    state["pos_embed"] = position_table(spec)
     state["y_embedder.y_embedding"] = torch.randn(
         spec.caption_tokens, spec.caption_channels, generator=generator
     )

@@ -52,7 +52,7 @@ def initialise(model: nn.Module, zero: Callable[[str], bool]) -> None:
             nn.init.normal_(linear.weight, std=0.02)
         elif zero(name):
             nn.init.zeros_(linear.weight)
-    model.pos_embed.data.copy_(position_table(model.spec.hidden, model.spec.grid))
+    model.pos_embed.data.copy_(position_table(model.spec))
 
 
 def load_digits(path: Path) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from goc_deploy.exporters.units import GraphKind
 from goc_deploy.precision import Precision
-from goc_deploy.spec import ModelSpec
+from goc_deploy.spec import ModelSpec, Positions
 
 
 class SpecFromTensors(Protocol):
@@ -109,6 +109,8 @@ class Architecture:
         spec_from_tensors: infers the sizes from a checkpoint.
         check_tensors: checks that names and shapes fit the sizes.
         graph_kinds: returns the graphs.
+        positions: returns the positions from which the model's table was made, for samples of other
+            sizes. A family whose spec has positions needs none.
         folder: how diffusers saves the family, or None if diffusers does not have it.
     """
 
@@ -117,6 +119,7 @@ class Architecture:
     spec_from_tensors: SpecFromTensors
     check_tensors: CheckTensors
     graph_kinds: GraphKinds
+    positions: Callable[[ModelSpec], Positions]
     folder: DiffusersFolder | None = None
 
     def matches(self, names: Sequence[str]) -> bool:

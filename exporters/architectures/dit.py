@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from goc_deploy.errors import ModelError
+from goc_deploy.exporters.architectures import any_size
 from goc_deploy.exporters.architectures.contract import Architecture, DiffusersFolder
 from goc_deploy.exporters.architectures.dit_diffusers import spec_from_config, state_from_diffusers
 from goc_deploy.exporters.architectures.dit_model import (
@@ -41,7 +42,7 @@ from goc_deploy.exporters.tracing import (
 from goc_deploy.exporters.units import DTYPES, GraphKind, Input, Slab
 from goc_deploy.precision import Precision
 from goc_deploy.schedule import MAX_BLOCKS
-from goc_deploy.spec import ModelSpec
+from goc_deploy.spec import ModelSpec, Positions
 
 HEADS_OF_KNOWN_SIZES = {384: 6, 768: 12, 1024: 16, 1152: 16}  # S, B, L, XL
 SHIFT_ATTN, SCALE_ATTN, GATE_ATTN, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
@@ -129,11 +130,11 @@ class PatchRows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Latents (N, C, H, W) to tokens (N, T, D)."""
-        side, p, channels = self.spec.grid, self.spec.patch, self.spec.channels
+        (rows, columns), p, channels = self.spec.axes, self.spec.patch, self.spec.channels
         # (N, h, w, C, p, p)
-        patches = x.reshape(-1, channels, side, p, side, p).permute(0, 2, 4, 1, 3, 5)
+        patches = x.reshape(-1, channels, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
         tokens = self.proj(patches.reshape(-1, channels * p * p))  # (N*T, D)
-        return tokens.reshape(-1, side * side, self.spec.hidden)
+        return tokens.reshape(-1, self.spec.tokens, self.spec.hidden)
 
 
 class OwnConditioning(nn.Module):
@@ -182,7 +183,7 @@ class BlockConditioningUnit(nn.Module):
 
 
 class EmbedUnit(nn.Module):
-    """Latents to tokens, computed once per image and then copied to the rows of the batch."""
+    """Latents of one size to tokens, computed once per image and copied to the batch's rows."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -299,7 +300,6 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
     conditioning: nn.Module = traceable(
         BlockConditioningUnit if spec.block_embedders else ConditioningUnit
     )
-    embed, final = traceable(EmbedUnit), traceable(FinalUnit)
     attn, mlp = traceable(AttnUnit), traceable(MlpUnit)
     labels = Input("labels", torch.tensor([0, spec.choices]), {0: "labels"})
     branch = (examples.tokens(), *examples.modulation("shift", "scale", "gate"))
@@ -312,18 +312,37 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
             {"conditioning": _conditioning(conditioning, spec)},
             weights_are_inputs=True,
         ),
-        GraphKind("embed", embed, (examples.latents(), ROWS), ("x",), {"embed": same_names(embed)}),
+        embed_kind(spec, examples, dtype),
         GraphKind(
             "attn", attn, branch, ("x_out", "feature"), block_copies(attn, spec.depth, "attn")
         ),
         GraphKind("mlp", mlp, branch, ("x_out", "feature"), block_copies(mlp, spec.depth, "mlp")),
-        GraphKind(
-            "final",
-            final,
-            (examples.tokens(), *examples.modulation("shift", "scale")),
-            ("prediction",),
-            {"final": same_names(final, "final_layer.")},
-        ),
+        final_kind(spec, examples, dtype),
+    )
+
+
+def embed_kind(spec: ModelSpec, examples: Examples, dtype: torch.dtype) -> GraphKind:
+    """The graph of latents to tokens, for one size of samples or for any."""
+    make = any_size.EmbedUnit if spec.any_size else EmbedUnit
+    embed: nn.Module = empty_module(lambda: make(spec), dtype, examples.generator)
+    inputs = [any_size.latents_example(spec, examples) if spec.any_size else examples.latents()]
+    inputs.append(ROWS)
+    if spec.positions is not None and spec.positions.kind == "sine":
+        inputs.append(any_size.table_example(spec, examples))
+    return GraphKind("embed", embed, tuple(inputs), ("x",), {"embed": same_names(embed)})
+
+
+def final_kind(spec: ModelSpec, examples: Examples, dtype: torch.dtype) -> GraphKind:
+    """The graph of tokens to the model output, for one size of samples or for any."""
+    make = any_size.FinalUnit if spec.any_size else FinalUnit
+    final: nn.Module = empty_module(lambda: make(spec), dtype, examples.generator)
+    x = any_size.grid_example(spec, examples) if spec.any_size else examples.tokens()
+    return GraphKind(
+        "final",
+        final,
+        (x, *examples.modulation("shift", "scale")),
+        ("prediction",),
+        {"final": same_names(final, "final_layer.")},
     )
 
 
@@ -339,6 +358,11 @@ def check_tensors(tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
         shapes_of(lambda: DiT(spec)),
         f"a DiT of depth {spec.depth} and width {spec.hidden}",
     )
+
+
+def positions(spec: ModelSpec) -> Positions:
+    """The positions of the public checkpoints, and of models that diffusers made."""
+    return Positions("sine", base=spec.axes[0])
 
 
 def _conditioning(module: nn.Module, spec: ModelSpec) -> dict[str, tuple[Slab, ...]]:
@@ -373,6 +397,7 @@ DIT = Architecture(
     spec_from_tensors,
     check_tensors,
     graph_kinds,
+    positions,
     DiffusersFolder(
         ("DiTPipeline",),
         "DiTTransformer2DModel",

@@ -22,6 +22,7 @@ from goc_deploy.exporters.folders import (
     predicts_sigma,
     transformer_width,
 )
+from goc_deploy.size_inputs import sine_table
 from goc_deploy.spec import ModelSpec
 
 # diffusers spreads its 128 frequencies over 127 intervals, the public DiT code over 128.
@@ -97,7 +98,7 @@ def state_from_diffusers(
     }
     names = Renaming(kept, where)
     table = names.rest.pop("pos_embed.pos_embed", None)
-    state = {"pos_embed": position_table(spec.hidden, spec.grid) if table is None else table}
+    state = {"pos_embed": position_table(spec) if table is None else table}
     state |= names.take_layers(layer_names(spec))
     table_name = "embedding_table.weight"
     state |= names.take_tensors(
@@ -139,25 +140,11 @@ def layer_names(spec: ModelSpec) -> dict[str, str]:
     return names
 
 
-def position_table(hidden: int, grid: int, stretch: float = 1) -> Tensor:
-    """Sines and cosines of the column of each token, then of its row.
-
-    Args:
-        hidden: D.
-        grid: tokens per side.
-        stretch: number of tokens within a distance of 1.
-
-    Returns:
-        (1, grid * grid, hidden) float32.
-
-    Source: Vaswani et al., "Attention Is All You Need", NeurIPS 2017, section 3.5, in two
-    dimensions.
-    """
-    frequencies = 10_000.0 ** (-torch.arange(hidden // 4, dtype=torch.float64) / (hidden // 4))
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] / stretch * frequencies
-    axis = torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)  # (grid, hidden / 2)
-    columns, rows = axis.repeat(grid, 1), axis.repeat_interleave(grid, 0)
-    return torch.cat([columns, rows], dim=1).float().unsqueeze(0)
+def position_table(spec: ModelSpec, stretch: float = 1) -> Tensor:
+    """The position table of a model, (1, T, D) float32; see `goc_deploy.size_inputs.sine_table`."""
+    rows, columns = spec.axes
+    table = sine_table(spec.hidden, rows, columns, rows, stretch)
+    return torch.from_numpy(table).reshape(1, spec.tokens, spec.hidden)
 
 
 def _is_repeated_embedder(name: str) -> bool:

@@ -174,9 +174,9 @@ class FinalLayer(nn.Module):
 
 def unpatchify(patches: Tensor, spec: ModelSpec) -> Tensor:
     """Token outputs (B, T, p*p*C) to images (B, C, H, W)."""
-    side, p = spec.grid, spec.patch
-    x = patches.reshape(-1, side, side, p, p, spec.output_channels)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, spec.output_channels, side * p, side * p)
+    (rows, columns), p = spec.axes, spec.patch
+    x = patches.reshape(-1, rows, columns, p, p, spec.output_channels)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, *spec.prediction)
 
 
 class DiT(nn.Module):

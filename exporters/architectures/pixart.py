@@ -33,6 +33,8 @@ from goc_deploy.exporters.architectures.dit import (
     EmbedUnit,
     FinalUnit,
     MlpUnit,
+    embed_kind,
+    final_kind,
 )
 from goc_deploy.exporters.architectures.dit_model import (
     TIMESTEP_FREQUENCIES,
@@ -48,10 +50,10 @@ from goc_deploy.exporters.architectures.pixart_diffusers import (
     TOKENS,
     spec_from_config,
     state_from_diffusers,
+    stretch,
 )
 from goc_deploy.exporters.architectures.sizes import sizes_from_tensors
 from goc_deploy.exporters.tracing import (
-    ROWS,
     STEPS,
     Examples,
     Module,
@@ -64,8 +66,9 @@ from goc_deploy.exporters.tracing import (
 from goc_deploy.exporters.units import DTYPES, GraphKind, Input, Slab
 from goc_deploy.precision import Precision
 from goc_deploy.schedule import MAX_BLOCKS
-from goc_deploy.spec import ModelSpec
+from goc_deploy.spec import ModelSpec, Positions
 
+TOLD_SIZE = Input("told_size", torch.tensor([512.0, 768.0]), {})
 NULL_CAPTION = "y_embedder.y_embedding"  # not used by the reference pipeline of diffusers
 
 
@@ -165,15 +168,26 @@ class ConditioningUnit(nn.Module):
                 SizeEmbed(spec.hidden // 3),
             )
 
-    def forward(self, t: Tensor) -> Tensor:
-        """Timesteps (S,) to the table (S, M, 1, D)."""
+    def forward(self, t: Tensor, told_size: Tensor | None = None) -> Tensor:
+        """Timesteps to the modulation table.
+
+        Args:
+            t: (S,) timesteps.
+            told_size: (2,) float32, height and width of the image in pixels; None if the model is
+                not told, or only draws one size.
+
+        Returns:
+            The table (S, M, 1, D).
+        """
         condition = self.t_embedder(t)  # (S, D)
         if self.told_size:
-            # A zero that depends on the input, so that the ONNX optimizer folds nothing here.
-            nothing = (t[:1] < 0).float()
-            side = self.told_size + nothing
-            size = self.csize_embedder(torch.cat([side, side]))  # (1, 2 * D / 3)
-            condition = condition + torch.cat([size, self.ar_embedder(1.0 + nothing)], dim=1)
+            if told_size is None:
+                # A zero that depends on the input, so that the ONNX optimizer folds nothing here.
+                side = self.told_size + (t[:1] < 0).float()
+                told_size = torch.cat([side, side])
+            size = self.csize_embedder(told_size)  # (1, 2 * D / 3)
+            ratio = self.ar_embedder(told_size[:1] / told_size[1:])
+            condition = condition + torch.cat([size, ratio], dim=1)
         steps, hidden = condition.shape
         shared = self.t_block(F.silu(condition)).reshape(steps, 1, 6, hidden)
         own = shared + self.block_tables  # (S, L, 6, D)
@@ -309,12 +323,7 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
     def traceable(make: Callable[[ModelSpec], Module]) -> Module:
         return empty_module(lambda: make(spec), dtype, examples.generator)
 
-    conditioning, captions, embed, final = (
-        traceable(ConditioningUnit),
-        traceable(CaptionsUnit),
-        traceable(EmbedUnit),
-        traceable(FinalUnit),
-    )
+    conditioning, captions = traceable(ConditioningUnit), traceable(CaptionsUnit)
     attn, cross, mlp = traceable(AttnUnit), traceable(CrossUnit), traceable(MlpUnit)
     length, head = spec.caption_tokens, spec.hidden // spec.heads
     by_caption = {0: "captions"}
@@ -326,13 +335,14 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
         Input("bias", bias, by_caption),
         Input("caption_rows", torch.tensor([1, 0]), {0: "batch"}),
     )
+    told = (TOLD_SIZE,) if spec.told_size and spec.any_size else ()
     branch = (examples.tokens(), *examples.modulation("shift", "scale", "gate"))
     outputs = ("x_out", "feature")
     return (
         GraphKind(
             "conditioning",
             conditioning,
-            (STEPS,),
+            (STEPS, *told),
             ("table",),
             {"conditioning": _conditioning(conditioning, spec)},
             weights_are_inputs=True,
@@ -345,7 +355,7 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
             {"captions": _captions(captions, spec)},
             weights_are_inputs=True,
         ),
-        GraphKind("embed", embed, (examples.latents(), ROWS), ("x",), {"embed": same_names(embed)}),
+        embed_kind(spec, examples, dtype),
         GraphKind("attn", attn, branch, outputs, block_copies(attn, spec.depth, "attn")),
         GraphKind(
             "cross",
@@ -355,14 +365,13 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
             block_copies(cross, spec.depth, "cross"),
         ),
         GraphKind("mlp", mlp, branch, outputs, block_copies(mlp, spec.depth, "mlp")),
-        GraphKind(
-            "final",
-            final,
-            (examples.tokens(), *examples.modulation("shift", "scale")),
-            ("prediction",),
-            {"final": same_names(final, "final_layer.")},
-        ),
+        final_kind(spec, examples, dtype),
     )
+
+
+def positions(spec: ModelSpec) -> Positions:
+    """The positions of the reference, which stretches the table for large samples."""
+    return Positions("sine", base=spec.axes[0], stretch=stretch(spec.side))
 
 
 def _conditioning(module: nn.Module, spec: ModelSpec) -> dict[str, tuple[Slab, ...]]:
@@ -393,6 +402,7 @@ PIXART = Architecture(
     spec_from_tensors,
     check_tensors,
     graph_kinds,
+    positions,
     DiffusersFolder(
         ("PixArtAlphaPipeline",),
         "PixArtTransformer2DModel",

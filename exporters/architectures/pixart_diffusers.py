@@ -112,7 +112,7 @@ def state_from_diffusers(
     """
     names = Renaming(tensors, where)
     names.rest.pop("pos_embed.pos_embed", None)
-    state = {"pos_embed": position_table(spec.hidden, spec.grid, stretch(spec.side))}
+    state = {"pos_embed": position_table(spec, stretch(spec.side))}
     state |= names.take_layers(layer_names(spec))
     tables = {
         f"blocks.{b}.scale_shift_table": f"transformer_blocks.{b}.scale_shift_table"

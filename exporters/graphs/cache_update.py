@@ -18,6 +18,7 @@ from goc_deploy.compiler.cache_ops import (
     update_name,
     updates_from_signature,
 )
+from goc_deploy.exporters.graphs.step import token_dimension
 from goc_deploy.precision import DTYPE_OF_PRECISION, ELEMENT_TYPES, Precision
 from goc_deploy.spec import ModelSpec
 
@@ -87,7 +88,7 @@ def predict_graph(signature: str, spec: ModelSpec, precision: Precision) -> Mode
     """
     entries = updates_from_signature(signature)
     dtype, n = ELEMENT_TYPES[DTYPE_OF_PRECISION[precision]].onnx, len(entries)
-    feature: list[str | int | None] = ["batch", spec.tokens, spec.hidden]
+    feature: list[str | int | None] = ["batch", token_dimension(spec), spec.hidden]
     inputs = [
         helper.make_tensor_value_info("x", dtype, feature),
         helper.make_tensor_value_info("gates", dtype, [n, "batch", spec.hidden]),

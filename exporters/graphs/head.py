@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from goc_deploy.precision import DTYPE_OF_PRECISION, ELEMENT_TYPES, Precision
@@ -18,7 +19,7 @@ def head_inputs(spec: ModelSpec, precision: Precision, form: HeadForm) -> list[s
     steps, newest first. With ``hidden`` also x (B, T, D), the tokens before the final layer, and
     tokens_1 ... (B, T, D), the normalised tokens of earlier computed steps.
     """
-    output = f"float[B, {spec.output_channels}, {spec.side}, {spec.side}]"
+    output = f"float[B, {', '.join(map(str, spec.prediction))}]"
     inputs = [f"float[{form.width(spec)}, {form.cell_values(spec)}] head"]
     inputs += [f"{output} output_{age}" for age in range(1, form.outputs + 1)]
     if form.features == "hidden":
@@ -54,11 +55,11 @@ def _tokens(spec: ModelSpec, precision: Precision) -> str:
 def _image_features(spec: ModelSpec, form: HeadForm) -> list[str]:
     """The cells of the latents and of the conditional and unconditional model outputs."""
     outputs = ["prediction", *(f"output_{age}" for age in range(1, form.outputs + 1))]
-    count, image = len(outputs), [spec.channels, spec.side, spec.side]
+    count, image = len(outputs), spec.latents
     images = 1 + 2 * count
     lines = [
         f"joined_outputs = Concat<axis=1>({', '.join(outputs)})",
-        _shape("split_shape", [0, count, spec.output_channels, spec.side, spec.side]),
+        _shape("split_shape", [0, count, *spec.prediction]),
         "split_outputs = Reshape(joined_outputs, split_shape)",
         "output_axis = Constant<value = int64[1] {2}>()",
         "epsilons = Slice(split_outputs, first, channels, output_axis)",
@@ -70,14 +71,14 @@ def _image_features(spec: ModelSpec, form: HeadForm) -> list[str]:
     if form.features == "scalar":
         return [
             *lines,
-            _shape("values_shape", [0, images, spec.channels * spec.side**2]),
+            _shape("values_shape", [0, images, math.prod(spec.latents)]),
             "values = Reshape(images, values_shape)",
             "image_features = Transpose<perm=[0, 2, 1]>(values)",
         ]
-    grid, patch = spec.grid, spec.patch
+    rows, columns = spec.axes
     return [
         *lines,
-        _shape("patches_shape", [0, images, spec.channels, grid, patch, grid, patch]),
+        _shape("patches_shape", [0, images, spec.channels, rows, spec.patch, columns, spec.patch]),
         "patches = Reshape(images, patches_shape)",
         "by_token = Transpose<perm=[0, 3, 5, 1, 4, 6, 2]>(patches)",
         _shape("by_token_shape", [0, spec.tokens, images * form.cell_values(spec)]),
@@ -171,18 +172,18 @@ def _product(spec: ModelSpec, form: HeadForm) -> list[str]:
 
 def _latents_of_cells(spec: ModelSpec, form: HeadForm) -> list[str]:
     """Cells as latents, added to those of the sampler."""
-    grid, patch, lines = spec.grid, spec.patch, []
+    (rows, columns), patch, lines = spec.axes, spec.patch, []
     source = "cells"
     if form.features != "scalar":
         lines = [
-            _shape("tokens_shape", [0, grid, grid, patch, patch, spec.channels]),
+            _shape("tokens_shape", [0, rows, columns, patch, patch, spec.channels]),
             "token_patches = Reshape(cells, tokens_shape)",
             "pixels = Transpose<perm=[0, 5, 1, 3, 2, 4]>(token_patches)",
         ]
         source = "pixels"
     return [
         *lines,
-        _shape("latents_shape", [0, spec.channels, spec.side, spec.side]),
+        _shape("latents_shape", [0, *spec.latents]),
         f"head_correction = Reshape({source}, latents_shape)",
         "latents_out = Add(sampled, head_correction)",
     ]

@@ -34,7 +34,7 @@ def collect_graph(spec: ModelSpec, precision: Precision) -> ModelProto:
 
     Inputs: x (B, T, D), accumulated (B, T, D). Outputs: x_out (B, T, D).
     """
-    feature = f"{_onnx_name(precision)}[B, {spec.tokens}, {spec.hidden}]"
+    feature = f"{_onnx_name(precision)}[B, {token_dimension(spec)}, {spec.hidden}]"
     return _parse(
         f"""collect ({feature} x, {feature} accumulated) => ({feature} x_out)
         {{ x_out = Add(x, accumulated) }}"""
@@ -48,7 +48,7 @@ def residual_graph(spec: ModelSpec, precision: Precision) -> ModelProto:
     Outputs: residual (B, T, D). The difference is computed in float32, for which every backend has
     a kernel.
     """
-    feature = f"{_onnx_name(precision)}[B, {spec.tokens}, {spec.hidden}]"
+    feature = f"{_onnx_name(precision)}[B, {token_dimension(spec)}, {spec.hidden}]"
     return _parse(
         f"""residual ({feature} x, {feature} start) => ({feature} residual)
         {{
@@ -61,6 +61,11 @@ def residual_graph(spec: ModelSpec, precision: Precision) -> ModelProto:
         else f"""residual ({feature} x, {feature} start) => ({feature} residual)
         {{ residual = Sub(x, start) }}"""
     )
+
+
+def token_dimension(spec: ModelSpec) -> int | str:
+    """The number of tokens in a graph, or the name of that dimension if it is dynamic."""
+    return "T" if spec.any_size else spec.tokens
 
 
 def _onnx_name(precision: Precision) -> str:
@@ -121,7 +126,12 @@ def sampler_graph(
             outputs are those of `head_inputs` and `head_outputs`.
         precision: precision of the tokens that a head reads.
     """
-    latents = f"float[N, {spec.channels}, {spec.side}, {spec.side}]"
+    sample = ("F", "H", "W")[-len(spec.sample) :] if spec.any_size else spec.sample
+    latents, prediction = (
+        f"float[{rows}, {channels}, {', '.join(map(str, sample))}]"
+        for rows, channels in (("N", spec.channels), ("B", spec.output_channels))
+    )
+    axes = range(2, 2 + len(sample))
     earlier = [f"estimate_{lag}" for lag in range(1, lags + 1)]
     names = [
         "c0",
@@ -151,7 +161,7 @@ def sampler_graph(
     )
     return _parse(
         f"""sampler ({latents} latents,
-            float[B, {spec.output_channels}, {spec.side}, {spec.side}] prediction,
+            {prediction} prediction,
             int64[N] cond_rows, int64[N] uncond_rows,
             float[N, {spec.channels}] guidance, float[{len(names)}] coefficients,
             {", ".join([f"{latents} noise", *inputs])}) => ({", ".join(outputs)})
@@ -159,7 +169,7 @@ def sampler_graph(
             first = Constant<value = int64[1] {{0}}>()
             channels = Constant<value = int64[1] {{{spec.channels}}}>()
             channel_axis = Constant<value = int64[1] {{1}}>()
-            pixel_axes = Constant<value = int64[2] {{2, 3}}>()
+            pixel_axes = Constant<value = int64[{len(axes)}] {{{", ".join(map(str, axes))}}}>()
             epsilon = Slice(prediction, first, channels, channel_axis)
             cond = Gather<axis=0>(epsilon, cond_rows)
             uncond = Gather<axis=0>(epsilon, uncond_rows)

@@ -46,6 +46,10 @@ def export(
     vae: str | Path | None = EXPORT.vae,
     vae_tile: int = EXPORT.vae_tile,
     segments: Segments = EXPORT.segments,
+    size: tuple[int, int] | None = EXPORT.size,
+    max_size: tuple[int, int] | None = EXPORT.max_size,
+    frames: int | None = EXPORT.frames,
+    max_frames: int | None = EXPORT.max_frames,
     progress: Progress = no_progress,
 ) -> Manifest:
     """Export a checkpoint to an engine directory.
@@ -79,6 +83,13 @@ def export(
         vae: folder of the AutoencoderKL whose decoder turns latents into images.
         vae_tile: latents with more pixels per side than this are decoded in tiles of this size.
         segments: what TensorRT runs as one engine: ``full``, a full step, or ``none``.
+        size: usual width and height of a sample in pixels (of the latents, if there is no VAE);
+            None is the size that the model was trained for. With any of the four sizes, the engines
+            accept all sizes up to the largest.
+        max_size: largest width and height; a sample may be wider or higher if it has no more
+            pixels. None is ``size``.
+        frames: usual number of frames of a video; None is that of the model.
+        max_frames: largest number of frames; None is ``frames``.
         progress: called with (what, done, total).
 
     Returns:
@@ -108,6 +119,10 @@ def export(
         vae=_path(vae),
         vae_tile=vae_tile,
         segments=segments,
+        size=size,
+        max_size=max_size,
+        frames=frames,
+        max_frames=max_frames,
     )
     return export_with(Path(checkpoint), Path(output), options, progress)[0]
 

@@ -144,7 +144,7 @@ class _Outputs:
 
     def __init__(self, pipe: Pipeline, series: Series) -> None:
         self._pipe, self._series, self._options = pipe, series, series.options
-        self._draws = pipe.manifest.image_side is not None
+        self._draws = pipe.manifest.image_size is not None
         self._latents: list[np.ndarray] = []
         self._trajectories: list[np.ndarray] = []
         self._reports: list[dict[str, Any]] = []

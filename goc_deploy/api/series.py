@@ -47,7 +47,7 @@ class Series:
         elif self.captions is not None:
             check_rows(self.labels, len(self.captions.prompts))
         if self.latents is not None and len(self.latents) != images:
-            shape = [images, spec.channels, spec.side, spec.side]
+            shape = [images, *spec.latents]
             raise UsageError(
                 f"latents have shape {list(self.latents.shape)}, "
                 f"expected {shape} for {images} labels"
@@ -75,6 +75,8 @@ class Series:
             cfg_scale=options.cfg_scale,
             cfg_channels=options.cfg_channels,
             latents=None if self.latents is None else self.latents[rows],
+            size=options.size,
+            frames=options.frames,
             trajectory=options.trajectory_output is not None,
             callback=callback,
         )
@@ -94,6 +96,10 @@ class Series:
             "cfg_channels": pipe.spec.guided_channels if channels is None else channels,
             "seed": options.seed,
         }
+        if options.size is not None:
+            common["size"] = list(options.size)
+        if options.frames is not None:
+            common["frames"] = options.frames
         if self.latents is not None:
             del common["seed"]
             values = np.ascontiguousarray(self.latents).tobytes()

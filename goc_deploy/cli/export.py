@@ -14,6 +14,7 @@ from goc_deploy.cli.options import (
     PATH,
     SETTINGS,
     Precision,
+    Size,
     cfg_scale_option,
     common_options,
     steps_option,
@@ -135,6 +136,25 @@ DEFAULTS = ExportOptions()
     type=click.IntRange(4, 512),
     default=DEFAULTS.vae_tile,
     help="Tile size of the decoder. Latents with more pixels per side are decoded in such tiles.",
+)
+@click.option(
+    "--size",
+    type=Size(),
+    help="Usual width and height in pixels (of the latents, if there is no --vae). With this or "
+    "--max-size, images of any size up to the largest can be drawn.  [default: the size that the "
+    "model was trained for]",
+)
+@click.option(
+    "--max-size",
+    type=Size(),
+    help="Largest width and height. An image may be wider or higher if it has no more pixels.  "
+    "[default: --size]",
+)
+@click.option(
+    "--frames", type=click.IntRange(1), help="Usual number of frames of a video.  [default: 81]"
+)
+@click.option(
+    "--max-frames", type=click.IntRange(1), help="Largest number of frames.  [default: --frames]"
 )
 @click.option("--force", is_flag=True, help="Replace an existing engine directory.")
 @engine_options

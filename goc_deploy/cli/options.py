@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,23 @@ class Precision(click.Choice):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The short name."""
         return super().convert(LONG_NAMES.get(value, value), param, ctx)
+
+
+class Size(click.ParamType):
+    """A width and a height in pixels, such as ``1024x768``."""
+
+    name = "WxH"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        """The two numbers."""
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", value)
+        if match is None:
+            self.fail(f"{value!r:.60} must be a width and a height, such as 1024x768", param, ctx)
+        return int(match[1]), int(match[2])
 
 
 def whole_numbers(

@@ -13,6 +13,7 @@ from goc_deploy.cli.app import run_command
 from goc_deploy.cli.options import (
     PATH,
     SETTINGS,
+    Size,
     backend_option,
     cfg_channels_option,
     cfg_scale_option,
@@ -90,6 +91,17 @@ DEFAULTS = RunOptions()
     "--latents",
     type=PATH,
     help="File of x_T in place of seeded noise, float32 [N,C,H,W] .npy.",
+)
+@click.option(
+    "--size",
+    type=Size(),
+    help="Width and height in pixels, if the export has --size or --max-size.  "
+    "[default: the usual size of the export]",
+)
+@click.option(
+    "--frames",
+    type=click.IntRange(1),
+    help="Number of frames of a video.  [default: the usual number of the export]",
 )
 @click.option(
     "-o",

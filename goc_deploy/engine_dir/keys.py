@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 from goc_deploy.options import WeightMode
-from goc_deploy.spec import ModelSpec, tiles_at_once
+from goc_deploy.spec import LONGEST_SIDE, ModelSpec, tiles_at_once
 
 ENGINE_BACKENDS = ("tensorrt-rtx", "tensorrt")
 WEIGHT_MODES: tuple[WeightMode, ...] = get_args(WeightMode)
@@ -133,7 +133,14 @@ def dimension_ranges(spec: ModelSpec, max_batch: int, steps: int) -> Mapping[str
     """
     images, rows, labels = max_batch, 2 * max_batch, max_batch + 1
     modulation = spec.modulation.count
+    usual, most = spec.tokens, spec.largest.tokens
+    sides = dict(zip(("F", "H", "W"), _sides(spec.sample, spec.largest.sample), strict=True))
+    axes = _sides(spec.axes, spec.largest.axes)
     return {
+        "tokens": (1, usual, most),
+        "T": (1, usual, most),
+        **sides,
+        **dict(zip(("token_frames", "token_rows", "token_columns"), axes, strict=True)),
         "batch": (1, rows, rows),
         "B": (1, rows, rows),
         "images": (1, images, images),
@@ -145,3 +152,18 @@ def dimension_ranges(spec: ModelSpec, max_batch: int, steps: int) -> Mapping[str
         "captions": (1, 2, rows),
         "tiles": (1, tiles_at_once(spec), tiles_at_once(spec)),
     }
+
+
+def _sides(usual: tuple[int, ...], most: tuple[int, ...]) -> tuple[Range, Range, Range]:
+    """Return the sizes along (frames, height, width): a side may be longer if the other is shorter.
+
+    Args:
+        usual: sizes of the usual sample, without frames for an image.
+        most: sizes of the largest sample.
+    """
+    frames = (1, usual[0], most[0]) if len(usual) == 3 else (1, 1, 1)
+    height, width = (
+        (1, side, LONGEST_SIDE * largest)
+        for side, largest in zip(usual[-2:], most[-2:], strict=True)
+    )
+    return frames, height, width

@@ -212,8 +212,15 @@ class Manifest:
         return {key: known[key] for key in ("checkpoint_sha256",) if key in known}
 
     @property
-    def image_side(self) -> int | None:
+    def pixels_per_latent(self) -> int:
+        """Pixels of an image per latent pixel and side."""
+        return self.model.vae_scale if self.decoder is None else self.decoder.upscale
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
         """Height and width of the images, or None without a decoder of latents."""
-        if self.decoder is not None:
-            return self.model.side * self.decoder.upscale
-        return self.model.side if self.model.channels in IMAGE_CHANNELS else None
+        scale = self.decoder.upscale if self.decoder is not None else 1
+        if self.decoder is None and self.model.channels not in IMAGE_CHANNELS:
+            return None
+        height, width = self.model.sample[-2:]
+        return height * scale, width * scale

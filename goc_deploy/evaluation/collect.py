@@ -92,9 +92,9 @@ def collect(
     with ExitStack() as stack:
         pipes = _load(stack, engine_dir, list(scores), options)
         converged = converged_pipeline(stack, pipes, options)
-        side = pipes[0].manifest.image_side or pipes[0].spec.side
+        height, width = pipes[0].manifest.image_size or pipes[0].spec.sample[-2:]
         writers = stack.enter_context(
-            SampleWriters(options.samples_output, list(scores), (len(labels), side, side))
+            SampleWriters(options.samples_output, list(scores), (len(labels), height, width))
         )
         for first, sampled in generated(pipes, labels, options, progress):
             part = labels[first : first + pipes[0].batch_size]

@@ -149,7 +149,8 @@ def _image_side(files: dict[str, AdmFile], manifest: Manifest) -> int | None:
 
     Images from sample files may have been decoded elsewhere.
     """
-    side = manifest.image_side
+    size = manifest.image_size
+    side = None if size is None else min(size)
     if not files:
         return side
     path, shape = next((file.path, file.shape) for file in files.values())

@@ -34,18 +34,18 @@ def cells_from_latents(latents: np.ndarray, form: HeadForm, spec: ModelSpec) -> 
     images = len(latents)
     if form.features == "scalar":
         return latents.reshape(images, -1, 1)
-    grid, patch = spec.grid, spec.patch
-    split = latents.reshape(images, spec.channels, grid, patch, grid, patch)
-    return split.transpose(0, 2, 4, 3, 5, 1).reshape(images, grid * grid, -1)
+    rows, columns = spec.axes
+    split = latents.reshape(images, spec.channels, rows, spec.patch, columns, spec.patch)
+    return split.transpose(0, 2, 4, 3, 5, 1).reshape(images, spec.tokens, -1)
 
 
 def latents_from_cells(cells: np.ndarray, form: HeadForm, spec: ModelSpec) -> np.ndarray:
     """The inverse of `cells_from_latents`."""
-    shape = (len(cells), spec.channels, spec.side, spec.side)
+    shape = (len(cells), *spec.latents)
     if form.features == "scalar":
         return cells.reshape(shape)
-    grid, patch = spec.grid, spec.patch
-    split = cells.reshape(-1, grid, grid, patch, patch, spec.channels)
+    rows, columns = spec.axes
+    split = cells.reshape(-1, rows, columns, spec.patch, spec.patch, spec.channels)
     return split.transpose(0, 5, 1, 3, 2, 4).reshape(shape)
 
 

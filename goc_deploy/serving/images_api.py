@@ -17,6 +17,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from goc_deploy.conditions.labels import labels_from_text
+from goc_deploy.engine_dir.manifest import Manifest
 from goc_deploy.errors import CancelledError, NotReadyError, UsageError, VerificationError
 from goc_deploy.runtime.results import Result
 from goc_deploy.serving.api_schema import (
@@ -151,11 +152,11 @@ def request_of_body(service: Service, body: GenerationBody) -> ImageRequest:
     if name not in service.models:
         return request  # The service is not ready, and refuses it.
     manifest = service.models[name].directory.manifest
-    side = manifest.image_side
-    if side is None:
+    size = _size(manifest)
+    if size is None:
         raise UsageError(f"model {name} has no decoder, so it makes no images")
-    if body.size not in (None, "auto", f"{side}x{side}"):
-        raise UsageError(f"size {body.size!r:.20} does not exist; model {name} has {side}x{side}")
+    if body.size not in (None, "auto", size):
+        raise UsageError(f"size {body.size!r:.20} does not exist; model {name} has {size}")
     check_images(body.n, service.limits)  # before there are lists of that length
     if manifest.text is not None:
         negatives = [body.negative_prompt]
@@ -236,6 +237,14 @@ def _pictures(result: Result) -> list[str]:
     return [base64_png(image) for image in result.images]
 
 
+def _size(manifest: Manifest) -> str | None:
+    """Width and height of the images, as in ``1024x768``, or None without images."""
+    if manifest.image_size is None:
+        return None
+    height, width = manifest.image_size
+    return f"{width}x{height}"
+
+
 def _model(service: Service, name: str) -> dict[str, Any]:
     loaded = service.models[name]
     manifest = loaded.directory.manifest
@@ -245,6 +254,6 @@ def _model(service: Service, name: str) -> dict[str, Any]:
         "created": 0,
         "owned_by": "goc_deploy",
         "plans": list(loaded.plans),
-        "size": f"{manifest.image_side}x{manifest.image_side}",
+        "size": _size(manifest),
         "takes": loaded.takes,
     }

@@ -24,7 +24,7 @@ def _model_card(name: str, model: LoadedModel) -> dict[str, Any]:
         "takes": model.takes,
         "classes": 0 if manifest.text is not None else manifest.model.choices,
         "class_names": list(manifest.class_names),
-        "side": manifest.image_side,
+        "side": manifest.image_size and min(manifest.image_size),
         "units": list(manifest.model.unit_names),
         "default_plan": model.plan(None).name,
         "plans": [plan_card(plan.pipeline.plan) for plan in model.plans.values()],

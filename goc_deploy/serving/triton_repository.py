@@ -145,12 +145,12 @@ def _inputs(manifest: Manifest) -> dict[str, str]:
 
 def _outputs(manifest: Manifest) -> dict[str, str]:
     """Type and shape of each output, of one row."""
-    spec, side = manifest.model, manifest.image_side
+    spec, size = manifest.model, manifest.image_size
     channels = (manifest.decoder or spec).channels
-    images = {IMAGES: f"TYPE_UINT8 dims: [ {side}, {side}, {channels} ]"} if side else {}
+    images = {IMAGES: f"TYPE_UINT8 dims: [ {size[0]}, {size[1]}, {channels} ]"} if size else {}
     return {
         **images,
-        LATENTS: f"TYPE_FP32 dims: [ {spec.channels}, {spec.side}, {spec.side} ]",
+        LATENTS: f"TYPE_FP32 dims: [ {', '.join(map(str, spec.latents))} ]",
         USED_SEED: "TYPE_UINT64 dims: [ 1 ]",
     }
 

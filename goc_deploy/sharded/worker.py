@@ -43,7 +43,7 @@ class ShardWorker:
         self._stack = ExitStack()
         try:
             self._pipe, self._series = self._stack.enter_context(opened(engine_dir, options))
-            if self._pipe.manifest.image_side is None:
+            if self._pipe.manifest.image_size is None:
                 raise UsageError("shards hold images, but the model makes latents; export with vae")
             self.job = job_of(self._pipe, self._series, shards.shard_images)
         except BaseException:

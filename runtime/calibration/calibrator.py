@@ -182,8 +182,9 @@ class EngineCalibrator:
         for first in range(0, len(self._labels), size):
             labels = self._labels[first : first + size]
             images = range(first, first + len(labels))
-            shape = (spec.channels, spec.side, spec.side)
-            noise = np.stack([image_noise(options.seed, image, draws, shape) for image in images])
+            noise = np.stack(
+                [image_noise(options.seed, image, draws, spec.latents) for image in images]
+            )
             conditions = conditions_from_labels(labels, spec, self._stepper.captions)
             scales = np.full(len(labels), options.cfg_scale)
             yield Request(conditions, noise, scales, options.cfg_channels)

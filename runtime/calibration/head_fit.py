@@ -110,8 +110,7 @@ class HeadFit:
         return [range(first, min(first + size, images)) for first in range(0, images, size)]
 
     def _request(self, drawing: Drawing, chunk: range) -> Request:
-        spec = self._stepper.spec
-        return drawing.request(chunk, 1, (spec.channels, spec.side, spec.side))
+        return drawing.request(chunk, 1)
 
     def _aims(self, chunk: range) -> np.ndarray:
         """The latents that each step of a chunk aims at, (N, T, C, H, W)."""
@@ -132,7 +131,7 @@ class HeadFit:
         """Run a step for all images, fit its weights, and add the correction."""
         task, spec, work = self._task, self._stepper.spec, self._work
         images, form, chunks = task.images, task.form, self._chunks(self._drawing)
-        latents = np.empty((images, spec.channels, spec.side, spec.side), np.float32)
+        latents = np.empty((images, *spec.latents), np.float32)
         sizes, values = np.empty(images), form.cell_values(spec)
         cells = latents[0].size // values
         features = work.scratch("features", (images, cells, form.width(spec)))

@@ -106,6 +106,7 @@ class HeadTask:
             [(self.seed, image) for image in range(self.images)],
             spread_scales(*self.cfg_scales, self.images),
             self.cfg_channels,
+            spec.latents,
         )
 
 
@@ -118,6 +119,7 @@ def chosen(drawing: Drawing, images: np.ndarray) -> Drawing:
         [drawing.noise_keys[i] for i in kept],
         drawing.cfg_scale[kept],
         drawing.cfg_channels,
+        drawing.shape,
     )
 
 

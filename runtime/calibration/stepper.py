@@ -97,7 +97,7 @@ class Stepper:
     @property
     def feature_shape(self) -> tuple[int, ...]:
         """Shape (B, T, D) of the current step: first the conditional, then unconditional rows."""
-        return self._step.start[-1].outputs["x"].shape
+        return self._step.updates[0].inputs["x"].shape
 
     def compute(self, unit: int) -> np.ndarray:
         """Run the engine of a unit, which adds its gated feature to the tokens.
@@ -127,7 +127,7 @@ class Stepper:
     @property
     def start_tokens(self) -> np.ndarray:
         """The tokens (B, T, D) before the first unit, a view that is valid until units run."""
-        return host_array(self._step.start[-1].outputs["x"])
+        return host_array(self._step.updates[0].inputs["x"])
 
     @property
     def end_tokens(self) -> np.ndarray:
@@ -161,7 +161,7 @@ class Stepper:
 
     def final_tokens(self) -> tuple[np.ndarray, np.ndarray]:
         """The tokens that the final layer read, (N, T, D) float32, as `model_output`."""
-        return self._halves(host_array(self._step.end[0].inputs["x"]))
+        return self._halves(self.end_tokens)
 
     def _halves(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The conditional and the unconditional row of each image."""

@@ -484,6 +484,57 @@ def test_a_folder_draws_what_diffusers_draws(tmp_path: Path) -> None:
     assert relative_l2(found, x.numpy()) < 1e-3
 
 
+@pytest.mark.filterwarnings("ignore")  # of diffusers about itself
+@pytest.mark.parametrize(("height", "width"), [(12, 6), (8, 8), (4, 18)])
+def test_other_sizes_are_those_of_diffusers(
+    any_size: tuple[Any, Path], height: int, width: int
+) -> None:
+    """A rectangular image, whose positions are interpolated and whose size the model is told."""
+    judge, engine = any_size
+    shape = (1, 4, height, width)
+    noise = np.random.default_rng(5).standard_normal(shape).astype(np.float32)
+    with goc_deploy.load(engine, plan="none") as pipe:
+        given = arrays(pipe.spec, prompts=1)
+        captions = prompt_embeds_from_arrays(given, pipe.spec, "")
+        found = pipe.generate(
+            prompt_embeds=captions, latents=noise, size=(width, height), cfg_scale=1.0
+        ).latents
+        schedule, table = pipe.plan.schedule, pipe.plan.sampler
+    size = {
+        "resolution": torch.tensor([[8.0 * height, 8.0 * width]]),
+        "aspect_ratio": torch.tensor([[height / width]]),
+    }
+
+    def run(x: torch.Tensor, t: torch.Tensor, _feature: Feature) -> torch.Tensor:
+        row = judge(
+            x[:1],
+            encoder_hidden_states=torch.from_numpy(given["prompt_embeds"]),
+            timestep=t[:1],
+            encoder_attention_mask=torch.from_numpy(given["prompt_attention_mask"]),
+            added_cond_kwargs=size,
+        ).sample
+        return torch.cat([row, row])
+
+    assert relative_l2(found, eager_latents(run, schedule, table, noise, 1.0)) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def any_size(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A random model of diffusers that is told sizes, and its engine directory for any size."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the judges extra")
+    folder = tmp_path_factory.mktemp("any_size")
+    torch.manual_seed(0)
+    judge = diffusers.PixArtTransformer2DModel(
+        **{k: v for k, v in CONFIG.items() if not k.startswith("_")}
+    ).eval()
+    for parameter in judge.parameters():
+        parameter.data.normal_(0, 0.15)
+    judge.save_pretrained(folder / "transformer")
+    more = {"sampler": "dpm++", "steps": STEPS, "max_batch": 1, "max_size": (12, 8)}
+    goc_deploy.export(folder / "transformer", folder / "engine", plans=["none"], **more)
+    return judge, folder / "engine"
+
+
 @pytest.mark.filterwarnings("ignore")  # of diffusers and transformers about themselves
 def test_images_are_those_of_the_pipeline_of_diffusers(tmp_path: Path) -> None:
     """PixArtAlphaPipeline with supplied embeddings and a random VAE, from its folder to pixels."""

@@ -109,7 +109,11 @@ def tiled(model: Path, vae: Path) -> Path:
     """An engine that decodes 8x8 latents in tiles of 6x6."""
     manifest = export(model, model.parent / "tiled", vae, vae_tile=6)
     assert manifest.decoder is not None
-    assert (manifest.decoder.tile, manifest.decoder.overlap, manifest.image_side) == (6, 1, 16)
+    assert (manifest.decoder.tile, manifest.decoder.overlap, manifest.image_size) == (
+        6,
+        1,
+        (16, 16),
+    )
     assert max(unit.relative_l2 or 0 for unit in manifest.graphs) < 1e-4
     return model.parent / "tiled"
 

@@ -96,7 +96,7 @@ def test_the_recorded_error_is_that_of_the_weights(directory: EngineDir) -> None
     images = [i for i in range(IMAGES) if i % 8 == 7]
     corrected, uncached = [], []
     for image in images:
-        request = told.request(range(image, image + 1), 1, (spec.channels, spec.side, spec.side))
+        request = told.request(range(image, image + 1), 1)
         batch = HeadImages(stepper, request, schedule, head.form)
         for step in range(STEPS):
             features = batch.advance(step)
@@ -122,7 +122,7 @@ def _task_drawing(captions: PromptEmbeds | None, directory: EngineDir) -> Drawin
     labels = balanced_labels(spec.choices, IMAGES, OPTIONS.seed)
     keys = [(OPTIONS.seed, image) for image in range(IMAGES)]
     scales = np.full(IMAGES, OPTIONS.cfg_scale)
-    return Drawing(conditions_from_labels(labels, spec, captions), keys, scales, 3)
+    return Drawing(conditions_from_labels(labels, spec, captions), keys, scales, 3, spec.latents)
 
 
 class Killed(Exception):

@@ -1,0 +1,61 @@
+"""Positions: the tables that diffusers computes, and the laws of turned queries and keys."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from goc_deploy.size_inputs import rotary_angles, sine_table, size_shapes, size_tensors
+from goc_deploy.spec import ModelSpec, Positions
+
+COUNTS = st.integers(1, 6)
+
+
+@pytest.mark.filterwarnings("ignore")  # of diffusers about itself
+@pytest.mark.parametrize(("rows", "columns", "stretch"), [(4, 4, 1.0), (3, 7, 2.0), (9, 2, 0.5)])
+def test_a_table_is_that_of_diffusers(rows: int, columns: int, stretch: float) -> None:
+    embeddings = pytest.importorskip(
+        "diffusers.models.embeddings", reason="diffusers comes with the judges extra"
+    )
+    theirs = embeddings.get_2d_sincos_pos_embed(
+        48, (rows, columns), base_size=4, interpolation_scale=stretch, output_type="pt"
+    )
+    ours = sine_table(48, rows, columns, 4, stretch).reshape(-1, 48)
+    np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-6)
+
+
+@given(st.tuples(COUNTS, COUNTS, COUNTS), st.data())
+def test_products_depend_on_distances_alone(
+    axes: tuple[int, int, int], data: st.DataObject
+) -> None:
+    """Turning a query and a key by their positions leaves a function of the difference."""
+    angles = rotary_angles(axes, (4, 2, 2), 10_000.0).reshape(*axes, 4)
+    places = [tuple(data.draw(st.integers(0, n - 1)) for n in axes) for _ in range(2)]
+    a, b = places
+    distance = np.array(a) - np.array(b)
+    whole = distance @ np.stack([angles_of_axis(i) for i in range(3)])
+    np.testing.assert_allclose(angles[a] - angles[b], whole, atol=1e-9)
+
+
+def angles_of_axis(axis: int) -> np.ndarray:
+    """The angle of each pair for one step along an axis."""
+    count = [2 if i == axis else 1 for i in range(3)]
+    return rotary_angles(count, (4, 2, 2), 10_000.0)[1]
+
+
+def test_tensors_have_the_announced_shapes() -> None:
+    image = ModelSpec(
+        1, 48, 3, 96, 2, (3, 5), 4, 10, False, told_size=64,
+        positions=Positions("sine", base=4), max_grid=(6, 6),
+    )  # fmt: skip
+    video = ModelSpec(
+        1, 48, 3, 96, 2, (2, 3, 5), 4, 10, False,
+        positions=Positions("rotary", widths=(8, 4, 4)), max_grid=(2, 6, 6),
+    )  # fmt: skip
+    for spec in (image, video):
+        shapes = {name: values.shape for name, values in size_tensors(spec).items()}
+        assert shapes == size_shapes(spec)
+    # A side of 4 tokens, 8 latent pixels, has 64 pixels; 3 and 5 tokens have 48 and 80.
+    assert size_tensors(image)["told_size"].tolist() == [48, 80]
