@@ -1,9 +1,10 @@
-"""Write a DiT or PixArt checkpoint of a public size with random weights, in the public layout.
+"""Write a DiT, PixArt or Wan checkpoint of a public size with random weights, in the public layout.
 
     python benchmarks/make_checkpoint.py XL/2 dit-xl-2.pt
     python benchmarks/make_checkpoint.py PixArt-XL/2 pixart-xl-2.pth
+    python benchmarks/make_checkpoint.py Wan-1.3B wan-1.3b.safetensors
 
-Random weights cost what trained ones cost. adaLN layers are not zero, so every unit has an effect.
+Weights of a Wan are bfloat16, as the public ones. Random weights cost what trained ones cost. adaLN layers are not zero, so every unit has an effect.
 """
 
 from __future__ import annotations
@@ -16,15 +17,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from goc_deploy.exporters.architectures.dit_model import DiT
 from goc_deploy.exporters.architectures.pixart import NULL_CAPTION, PublicLayout
+from goc_deploy.exporters.architectures.wan_diffusers import shapes_from_spec
+from goc_deploy.exporters.architectures.wan_diffusers import spec_of as wan_spec
 from goc_deploy.exporters.tracing import shapes_of
 from goc_deploy.spec import ModelSpec
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 MODULATION_SCALE = 0.3
 PIXART = "PixArt-"
+WAN_SIZES = {  # blocks, heads of 128, width of the MLP, channels of the latents
+    "Wan-1.3B": (30, 12, 8960, 16),
+    "Wan-5B": (30, 24, 14336, 48),
+    "Wan-14B": (40, 40, 13824, 16),
+}
 PIXART_SPEC = {
     "choices": 0,
     "architecture": "pixart",
@@ -40,6 +49,9 @@ def spec_of(name: str, image_size: int) -> ModelSpec:
 
     The latents are those of a VAE that reduces height and width by 8.
     """
+    if name in WAN_SIZES:
+        depth, heads, ffn, channels = WAN_SIZES[name]
+        return wan_spec(depth, heads, 128, ffn=ffn, channels=channels, text=4096)
     size, patch = name.removeprefix(PIXART).split("/")
     depth, hidden, heads = SIZES[size]
     spec = ModelSpec(
@@ -51,27 +63,39 @@ def spec_of(name: str, image_size: int) -> ModelSpec:
 def random_state(spec: ModelSpec, seed: int) -> dict[str, torch.Tensor]:
     """Weights that keep activations of order one through the depth."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = shapes_of(lambda: PublicLayout(spec) if spec.text_conditional else DiT(spec))
-    if spec.text_conditional:
+    if spec.architecture == "wan":
+        shapes = shapes_from_spec(spec)
+    else:
+        shapes = shapes_of(lambda: PublicLayout(spec) if spec.text_conditional else DiT(spec))
+    if spec.architecture == "pixart":
         shapes[NULL_CAPTION] = (spec.caption_tokens, spec.caption_channels)
     state = {}
     for name, shape in shapes.items():
         fan_in = math.prod(shape[1:]) if len(shape) > 1 else 2500
-        scale = MODULATION_SCALE if "adaLN" in name or "t_block" in name else 1.0
+        modulates = any(part in name for part in ("adaLN", "t_block", "time_proj"))
+        scale = MODULATION_SCALE if modulates else 1.0
         state[name] = torch.randn(shape, generator=generator).mul_(scale * fan_in**-0.5)
+        if spec.architecture == "wan":
+            norm = "norm" in name and name.endswith("weight")
+            state[name] = (state[name] + (1.0 if norm else 0.0)).bfloat16()
     return state
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="S/2, B/2, L/2, XL/2, or another patch size; PixArt-XL/2")
+    parser.add_argument(
+        "model", help="S/2, B/2, L/2, XL/2, or another patch size; PixArt-XL/2; Wan-1.3B, -5B, -14B"
+    )
     parser.add_argument("output", type=Path)
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     state = random_state(spec_of(args.model, args.image_size), args.seed)
     temporary = args.output.with_name(f".{args.output.name}.tmp")
-    torch.save(state, temporary)
+    if args.output.suffix == ".safetensors":
+        save_file(state, temporary)
+    else:
+        torch.save(state, temporary)
     os.replace(temporary, args.output)
     print(f"{args.output}: {sum(t.numel() for t in state.values()) / 1e6:.1f} M parameters")
     return 0

@@ -22,6 +22,7 @@ from goc_deploy.errors import CalibrationNeededError, GocError, ModelError, Usag
 from goc_deploy.exporters.architectures.dit import DIT
 from goc_deploy.exporters.architectures.pixart import PIXART
 from goc_deploy.exporters.architectures.sit import SIT
+from goc_deploy.exporters.architectures.wan import WAN
 from goc_deploy.exporters.checkpoint import Checkpoint, check_values, load_checkpoint
 from goc_deploy.exporters.companions.attach import Companions, read_companions, write_companions
 from goc_deploy.exporters.graphs.plan_files import write_plan
@@ -53,7 +54,7 @@ from goc_deploy.samplers.process import Process
 from goc_deploy.spec import ModelSpec
 from goc_deploy.version import __version__
 
-ARCHITECTURES = {family.name: family for family in (DIT, PIXART, SIT)}
+ARCHITECTURES = {family.name: family for family in (DIT, PIXART, SIT, WAN)}
 # Makes the laboratory of an engine directory for a sampler.
 LaboratoryMaker = Callable[[EngineDir, str, CalibrationOptions], Laboratory]
 

@@ -22,6 +22,8 @@ from goc_deploy.exporters.folders import (
 from goc_deploy.exporters.schedulers import prediction_of
 from goc_deploy.spec import ModelSpec
 
+SECOND = "transformer_2"  # of Wan 2.2 A14B
+
 
 @dataclass(frozen=True)
 class FolderModel:
@@ -70,6 +72,11 @@ def read_model_folder(
         raise ModelError(
             f"{path} holds a {index.get('_class_name')}; this version exports "
             f"{' or '.join(pipelines)}"
+        )
+    if any(index.get(SECOND) or ()):
+        raise ModelError(
+            f"{path} holds two transformers, one for each part of the steps; this version exports "
+            "models with one"
         )
     folder = path / "transformer" if index else path
     if not (folder / CONFIG).is_file():

@@ -41,9 +41,9 @@ DEFAULTS = ExportOptions()
 @click.option("-o", "--output", type=PATH, required=True, help="Engine directory to write.")
 @click.option(
     "--model",
-    type=click.Choice(["auto", "dit", "pixart", "sit"]),
+    type=click.Choice(["auto", "dit", "pixart", "sit", "wan"]),
     default=DEFAULTS.model,
-    help="Architecture of the model; auto recognises dit and pixart.",
+    help="Architecture of the model; auto recognises all but sit.",
 )
 @click.option(
     "--num-heads",

@@ -97,8 +97,10 @@ def with_images(
     """The options with a number of images: their own, else ``calibrate``, else the default.
 
     Raises:
-        UsageError: ``calibrate`` is too small for a held-out image.
+        UsageError: ``calibrate`` is too small for a held-out image, or the model draws videos.
     """
+    if spec.video:
+        raise UsageError("+head: heads correct images; leave +head out for a model of videos")
     if options.images is not None:
         return options
     if calibrate is None:

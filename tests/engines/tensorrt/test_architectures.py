@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import goc_deploy
 from goc_deploy.api import build_engines
+from goc_deploy.exporters.architectures.wan_diffusers import shapes_from_spec, spec_of
 from goc_deploy.exporters.companions.vae import VaeDecoder, vae_config
 from goc_deploy.options import EngineOptions, no_progress
 from tests.exporters.companions.test_vae import CONFIG as VAE
@@ -35,6 +36,22 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "vae" / "config.json").write_text(json.dumps(VAE))
     save_file(VaeDecoder(vae_config(VAE, "")).state_dict(), folder / "vae" / VAE_WEIGHTS)
     return folder
+
+
+def test_every_graph_of_videos_of_any_size_builds(tmp_path: Path) -> None:
+    spec = spec_of(2, 2, 24, ffn=64, channels=16, text=12)
+    state = {name: 0.1 * torch.randn(shape) for name, shape in shapes_from_spec(spec).items()}
+    save_file(state, tmp_path / "wan.safetensors")
+    goc_deploy.export(
+        tmp_path / "wan.safetensors", tmp_path / "engine", num_heads=2, precision="bf16", steps=4,
+        plans=["none", "fora:2+gc:1.0"], max_batch=1, size=(64, 48), frames=5, max_size=(96, 96),
+        max_frames=9,
+    )  # fmt: skip
+    options = EngineOptions(capabilities=("8.6", "8.9", "12.0"), weight_mode="shared")
+    manifest, built = build_engines(tmp_path / "engine", options, no_progress)
+    assert built == len(manifest.engines)
+    served = {graph for engine in manifest.engines for graph in engine.graphs}
+    assert {graph.onnx for graph in manifest.graphs} <= served
 
 
 @pytest.mark.parametrize(("precision", "weights"), [("fp16", "embedded"), ("bf16", "shared")])
