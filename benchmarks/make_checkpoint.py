@@ -4,7 +4,8 @@
     python benchmarks/make_checkpoint.py PixArt-XL/2 pixart-xl-2.pth
     python benchmarks/make_checkpoint.py Wan-1.3B wan-1.3b.safetensors
 
-Weights of a Wan are bfloat16, as the public ones. Random weights cost what trained ones cost. adaLN layers are not zero, so every unit has an effect.
+Weights of a Wan are bfloat16, as the public ones. Random weights cost what trained ones cost.
+adaLN layers are not zero, so every unit has an effect.
 """
 
 from __future__ import annotations
