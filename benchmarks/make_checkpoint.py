@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from goc_deploy.exporters.architectures.dit_model import DiT
 from goc_deploy.exporters.architectures.pixart import NULL_CAPTION, PublicLayout
+from goc_deploy.exporters.architectures.pixart_diffusers import ROWS_OF_BRANCHES
 from goc_deploy.exporters.architectures.wan_diffusers import shapes_from_spec
 from goc_deploy.exporters.architectures.wan_diffusers import spec_of as wan_spec
 from goc_deploy.exporters.tracing import shapes_of
@@ -42,6 +43,7 @@ PIXART_SPEC = {
     "guided_channels": 4,
     "caption_channels": 4096,
     "caption_tokens": 120,
+    "rows": ROWS_OF_BRANCHES,
 }
 
 

@@ -11,30 +11,31 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
+SHIFT_AND_SCALE = ("shift", "scale")
 
 
 @dataclass(frozen=True, slots=True)
 class ModulationRows:
     """The rows of a model's modulation table. Nothing else knows their order.
 
-    A unit reads one gate, one shift and one scale. If a unit has no layer for one of them, the
-    architecture fills its row with zeros or ones.
+    Every unit has a gate, because predictions are gated. If a unit has no layer for it, the
+    architecture fills the row with ones.
 
     Attributes:
-        units: number of units U.
+        units: for each unit, the names of the rows that it reads in addition to its gate.
     """
 
-    units: int
+    units: tuple[tuple[str, ...], ...]
 
     @property
     def count(self) -> int:
         """Number of rows M."""
-        return 3 * self.units + 2
+        return self.final_scale + 1 + sum(map(len, self.units))
 
     @property
     def gates(self) -> range:
         """The gates of all units, in order: what predictions read."""
-        return range(self.units)
+        return range(len(self.units))
 
     @property
     def final_shift(self) -> int:
@@ -50,19 +51,17 @@ class ModulationRows:
         """Gate of a unit."""
         return self.gates[unit]
 
-    def shift(self, unit: int) -> int:
-        """Shift of a unit."""
-        return self.final_scale + 1 + 2 * unit
-
-    def scale(self, unit: int) -> int:
-        """Scale of a unit."""
-        return self.shift(unit) + 1
+    def of_unit(self, unit: int) -> dict[str, int]:
+        """The rows that a unit reads, by the names of its inputs."""
+        first = self.final_scale + 1 + sum(map(len, self.units[:unit]))
+        names = self.units[unit]
+        return {"gate": self.gate(unit), **dict(zip(names, range(first, self.count), strict=False))}
 
     def read(self, *, computes: bool, predicts: bool) -> range:
         """Return the rows that a step reads; the final layer always reads its own.
 
         Args:
-            computes: the step computes a unit, which reads its gate, shift and scale.
+            computes: the step computes a unit, which reads its gate and its other rows.
             predicts: the step predicts a unit in place, which reads its gate.
         """
         first = self.gates.start if computes or predicts else self.final_shift
@@ -74,6 +73,6 @@ class ModulationRows:
         Args:
             gates: the gates of every unit.
             final: shift and scale of the final layer.
-            units: shift and scale of every unit, unit by unit.
+            units: the other rows of every unit, unit by unit.
         """
         return gates, final, units

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from goc_deploy.modulation import ModulationRows
+from goc_deploy.modulation import SHIFT_AND_SCALE, ModulationRows
 
 DIFFUSION_PREDICTION_TYPES = ("eps", "v", "x0")
 FLOW_PREDICTION_TYPES = ("flow", "flow_to_noise")
@@ -88,6 +88,8 @@ class ModelSpec:
             they accept samples of size ``grid`` only.
         vae_scale: pixels per latent pixel and side of the VAE of the training, or 1.
         vae_frames: frames of a video per frame of latents after the first, or 1.
+        rows: for each branch, the rows of the modulation table that its units read in addition to
+            their gates; empty if each reads a shift and a scale.
     """
 
     depth: Size
@@ -113,6 +115,7 @@ class ModelSpec:
     max_grid: Axes | None = None
     vae_scale: Size = 1
     vae_frames: Size = 1
+    rows: Annotated[tuple[tuple[str, ...], ...], Meta(max_length=3)] = ()
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -193,7 +196,8 @@ class ModelSpec:
     @property
     def modulation(self) -> ModulationRows:
         """The rows of the modulation table."""
-        return ModulationRows(self.units)
+        of_block = self.rows or (SHIFT_AND_SCALE,) * len(self.branches)
+        return ModulationRows(of_block * self.depth)
 
     @property
     def unit_names(self) -> tuple[str, ...]:

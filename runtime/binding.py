@@ -345,11 +345,9 @@ class Binder:
 
     def _of_unit(self, unit: int) -> dict[str, Buffer]:
         """The tensors that a unit may read in addition to x."""
-        modulation = self._spec.modulation
+        rows = self._spec.modulation.of_unit(unit)
         return {
-            "shift": self._modulation_row(modulation.shift(unit)),
-            "scale": self._modulation_row(modulation.scale(unit)),
-            "gate": self._modulation_row(modulation.gate(unit)),
+            **{name: self._modulation_row(row) for name, row in rows.items()},
             **self._of_size,
             **self._of_captions(unit // len(self._spec.branches)),
         }

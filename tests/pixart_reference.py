@@ -15,6 +15,7 @@ from torch import Tensor
 from goc_deploy.exporters.architectures.dit_diffusers import position_table
 from goc_deploy.exporters.architectures.dit_model import timestep_features, unpatchify
 from goc_deploy.exporters.architectures.pixart import PublicLayout
+from goc_deploy.exporters.architectures.pixart_diffusers import ROWS_OF_BRANCHES
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec
@@ -22,7 +23,7 @@ from tests.reference import table_step
 
 SPEC = ModelSpec(
     2, 48, 3, 192, 2, 4, 4, 0, True, "pixart", ("attn", "cross", "mlp"), guided_channels=4,
-    caption_channels=20, caption_tokens=11, told_size=64,
+    caption_channels=20, caption_tokens=11, told_size=64, rows=ROWS_OF_BRANCHES,
 )  # fmt: skip
 Feature = Callable[
     [int, Callable[[], Tensor]], Tensor

@@ -47,6 +47,7 @@ from goc_deploy.exporters.architectures.dit_model import (
 from goc_deploy.exporters.architectures.pixart_diffusers import (
     BRANCHES,
     PIXELS_PER_LATENT,
+    ROWS_OF_BRANCHES,
     TOKENS,
     spec_from_config,
     state_from_diffusers,
@@ -105,6 +106,7 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
         learn_sigma=sizes.ratio == 2,
         architecture="pixart",
         branches=BRANCHES,
+        rows=ROWS_OF_BRANCHES,
         guided_channels=channels,
         caption_channels=sizes.own[1],
         caption_tokens=TOKENS if null is None else null.shape[0],
@@ -191,13 +193,10 @@ class ConditioningUnit(nn.Module):
         steps, hidden = condition.shape
         shared = self.t_block(F.silu(condition)).reshape(steps, 1, 6, hidden)
         own = shared + self.block_tables  # (S, L, 6, D)
-        # Gate and modulation of the cross-attention branch.
-        one, nothing = torch.ones_like(own[:, :, 0]), torch.zeros_like(own[:, :, 0])
+        one = torch.ones_like(own[:, :, 0])  # gate of the cross-attention branch
         gates = torch.stack([own[:, :, GATE_ATTN], one, own[:, :, GATE_MLP]], dim=2)
-        rest = (SHIFT_ATTN, SCALE_ATTN, None, None, SHIFT_MLP, SCALE_MLP)
-        shifts = torch.stack(
-            [nothing if chunk is None else own[:, :, chunk] for chunk in rest], dim=2
-        )
+        rest = (SHIFT_ATTN, SCALE_ATTN, SHIFT_MLP, SCALE_MLP)
+        shifts = torch.stack([own[:, :, chunk] for chunk in rest], dim=2)
         last = condition.unsqueeze(1) + self.final_table  # (S, 2, D)
         parts = self.modulation_rows.in_order(gates=gates, final=last, units=shifts)
         table = torch.cat([part.reshape(steps, -1, hidden) for part in parts], dim=1)

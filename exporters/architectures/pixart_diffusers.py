@@ -20,6 +20,7 @@ from goc_deploy.exporters.folders import (
     predicts_sigma,
     transformer_width,
 )
+from goc_deploy.modulation import SHIFT_AND_SCALE
 from goc_deploy.spec import ModelSpec
 
 
@@ -46,6 +47,7 @@ SETTINGS = Settings(
 # Models with latents of this side get the size of the image as an input, unless the file differs.
 SIDE_THAT_IS_TOLD = 128
 BRANCHES = ("attn", "cross", "mlp")
+ROWS_OF_BRANCHES = (SHIFT_AND_SCALE, (), SHIFT_AND_SCALE)
 # Pixels per latent pixel of the VAE that PixArt was trained with; the size is given in pixels.
 PIXELS_PER_LATENT = 8
 TOKENS = 120  # tokens of a caption in the pipeline of diffusers
@@ -84,6 +86,7 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
         learn_sigma=predicts_sigma(settings, where),
         architecture="pixart",
         branches=BRANCHES,
+        rows=ROWS_OF_BRANCHES,
         guided_channels=channels,
         caption_channels=settings.caption_channels,
         caption_tokens=TOKENS,

@@ -10,7 +10,7 @@ from msgspec import Struct
 from torch import Tensor
 
 from goc_deploy.errors import ModelError
-from goc_deploy.exporters.architectures.pixart_diffusers import BRANCHES
+from goc_deploy.exporters.architectures.pixart_diffusers import BRANCHES, ROWS_OF_BRANCHES
 from goc_deploy.exporters.folders import MAX_WIDTH, Setting, Settings
 from goc_deploy.exporters.tracing import check_shapes
 from goc_deploy.schedule import MAX_BLOCKS
@@ -105,6 +105,7 @@ def spec_of(depth: int, heads: int, head: int, *, ffn: int, channels: int, text:
         learn_sigma=False,
         architecture="wan",
         branches=BRANCHES,
+        rows=ROWS_OF_BRANCHES,
         prediction_type="flow_to_noise",
         guided_channels=channels,
         caption_channels=text,

@@ -88,6 +88,8 @@ def _model_problems(manifest: Manifest) -> Iterator[str]:
             "$.model.branches: expected 'cross' if caption_channels is not 0 and only then, "
             f"got {', '.join(model.branches):.60}"
         )
+    if len(model.rows) not in (0, len(model.branches)):
+        yield f"$.model.rows: expected a list for each of {len(model.branches)} branches"
     if len(manifest.class_names) not in (0, model.choices):
         yield (
             f"$.class_names: expected 0 or {model.choices} names, got {len(manifest.class_names)}"

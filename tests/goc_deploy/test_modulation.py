@@ -1,31 +1,35 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from goc_deploy.modulation import ModulationRows
+from goc_deploy.modulation import SHIFT_AND_SCALE, ModulationRows
+
+TWO = ModulationRows((SHIFT_AND_SCALE,) * 2)
+NAMES = st.lists(st.sampled_from(["shift", "scale", "shift_text", "scale_text"]), unique=True)
 
 
-@pytest.mark.parametrize("units", [1, 2, 56, 84])
-def test_every_row_has_one_reader(units: int) -> None:
+@given(st.lists(NAMES.map(tuple), min_size=1, max_size=84).map(tuple))
+def test_every_row_has_one_reader(units: tuple[tuple[str, ...], ...]) -> None:
     rows = ModulationRows(units)
     read = [rows.final_shift, rows.final_scale]
-    for unit in range(units):
-        read += [rows.gate(unit), rows.shift(unit), rows.scale(unit)]
+    for unit, names in enumerate(units):
+        assert list(rows.of_unit(unit)) == ["gate", *names]
+        read += rows.of_unit(unit).values()
     assert sorted(read) == list(range(rows.count))
-    assert [rows.gate(unit) for unit in range(units)] == list(rows.gates)
+    assert [rows.gate(unit) for unit in range(len(units))] == list(rows.gates)
 
 
 def test_the_parts_of_a_table_stand_in_the_order_of_its_rows() -> None:
-    rows = ModulationRows(2)
+    rows = ModulationRows((SHIFT_AND_SCALE, (), ("scale",)))
     names = {rows.final_shift: "final shift", rows.final_scale: "final scale"}
-    for unit in range(2):
-        names[rows.gate(unit)] = f"gate {unit}"
-        names[rows.shift(unit)] = f"shift {unit}"
-        names[rows.scale(unit)] = f"scale {unit}"
+    for unit in range(3):
+        names |= {row: f"{name} {unit}" for name, row in rows.of_unit(unit).items()}
     parts = rows.in_order(
-        gates=["gate 0", "gate 1"],
+        gates=["gate 0", "gate 1", "gate 2"],
         final=["final shift", "final scale"],
-        units=["shift 0", "scale 0", "shift 1", "scale 1"],
+        units=["shift 0", "scale 0", "scale 2"],
     )
     assert [name for part in parts for name in part] == [names[row] for row in range(rows.count)]
 
@@ -35,10 +39,8 @@ def test_the_parts_of_a_table_stand_in_the_order_of_its_rows() -> None:
     [(True, True, range(8)), (True, False, range(8)), (False, True, range(4))],
 )
 def test_a_step_reads_one_range_of_rows(computes: bool, predicts: bool, expected: range) -> None:
-    assert ModulationRows(2).read(computes=computes, predicts=predicts) == expected
+    assert TWO.read(computes=computes, predicts=predicts) == expected
 
 
 def test_a_step_that_only_adds_an_accumulator_reads_the_rows_of_the_final_layer() -> None:
-    rows = ModulationRows(2)
-    read = rows.read(computes=False, predicts=False)
-    assert list(read) == [rows.final_shift, rows.final_scale]
+    assert list(TWO.read(computes=False, predicts=False)) == [TWO.final_shift, TWO.final_scale]
