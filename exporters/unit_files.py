@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,23 @@ from goc_deploy.exporters.verification import verify_copy
 from goc_deploy.options import Progress
 from goc_deploy.precision import Precision
 from goc_deploy.protocols import Backend, Engine
+
+
+@contextlib.contextmanager
+def _collecting_new_objects_only() -> Iterator[None]:
+    """Let the garbage collector skip what exists already, above all the modules of torch.
+
+    Tracing makes many objects in cycles. Going through those of torch each time that some of them
+    are collected takes a sixth of the time of an export of a small model.
+    """
+    if gc.get_freeze_count():  # The program froze its objects; thawing them is up to the program.
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +52,7 @@ class UnitWriter:
     backend: Backend
     progress: Progress
 
+    @_collecting_new_objects_only()
     def write(
         self,
         kinds: Sequence[GraphKind],

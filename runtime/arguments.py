@@ -87,8 +87,12 @@ def checked_seed(seed: Any) -> int | list[int]:
     return [int(value) for value in seeds] if isinstance(seeds, list) else int(seeds)
 
 
-def checked_scale(cfg_scale: Any) -> float | list[float]:
+def checked_scale(cfg_scale: Any, name: str = "cfg_scale") -> float | list[float]:
     """Convert a guidance scale, or a sequence or array of scales.
+
+    Args:
+        cfg_scale: one scale, or one per image.
+        name: what errors call it.
 
     Raises:
         UsageError: a scale is not a number within 0..1000.
@@ -100,7 +104,7 @@ def checked_scale(cfg_scale: Any) -> float | list[float]:
         )
         if not number or not 0 <= value <= MAX_SCALE:
             raise UsageError(
-                f"cfg_scale must be a number within 0..{MAX_SCALE:g}, or a list of one per image, "
+                f"{name} must be a number within 0..{MAX_SCALE:g}, or a list of one per image, "
                 f"got {value!r:.60}"
             )
     return [float(value) for value in scales] if isinstance(scales, list) else float(scales)

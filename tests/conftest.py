@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from hypothesis import settings
 
 from goc_deploy.engines import driver
 from goc_deploy.errors import EnvironmentUnsupportedError
+from tests.warm_commands import can_be_warm, run_warm
 
 GOLDEN = Path(__file__).parent / "golden"
 MNIST = Path(__file__).parents[1] / "examples" / "mnist"
@@ -31,6 +33,18 @@ GOLDEN_PLANS = {
         "l2c_goc_authors"
     ),
 }
+# Files that take most seconds: those that start Ray or Triton, and those that export or draw a lot.
+SLOW = (
+    "test_ray.py",
+    "test_bad_input.py",
+    "test_ray_serve.py",
+    "test_triton.py",
+    "test_demo.py",
+    "test_commands.py",
+    "test_trained_latents.py",
+    "test_eval.py",
+    "test_run.py",
+)
 
 settings.register_profile("default", deadline=None)
 settings.load_profile("default")
@@ -51,27 +65,35 @@ def command_words(name: str) -> list[str]:
     ]
 
 
+def run_installed(
+    name: str, arguments: list[str], environment: dict[str, str], **more: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user does."""
+    words = command_words(name)
+    if words[0] == sys.executable:  # The module is in the tree, whatever the working directory.
+        paths = [str(Path(__file__).parents[1]), environment.get("PYTHONPATH")]
+        environment = {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return subprocess.run(
+        [*words, *arguments], capture_output=True, text=True, timeout=300, env=environment, **more
+    )
+
+
 @pytest.fixture(scope="session")
 def command() -> Command:
-    """Run a command; its exit code is checked unless ``code`` is None."""
+    """Run a command; its exit code is checked unless ``code`` is None.
+
+    It runs in a process of its own, forked from one that has imported torch. With arguments of
+    `subprocess.run` other than ``cwd``, it is the installed script.
+    """
 
     def run(
         name: str, *args: Any, code: int | None = 0, **more: Any
     ) -> subprocess.CompletedProcess[str]:
-        words, environment = command_words(name), {**os.environ, "NO_COLOR": "1"}
-        if (
-            words[0] == sys.executable
-        ):  # the module is found in the tree, whatever the working directory
-            paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        done = subprocess.run(
-            [*words, *map(str, args)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env=environment,
-            **more,
-        )
+        words, environment = [*map(str, args)], {**os.environ, "NO_COLOR": "1"}
+        if more.keys() <= {"cwd"} and can_be_warm(environment):
+            done = run_warm(name, words, environment, Path(more.get("cwd") or Path.cwd()), 300)
+        else:
+            done = run_installed(name, words, environment, **more)
         if code is not None:
             assert done.returncode == code, (
                 f"exit {done.returncode}, expected {code}\n{done.stdout}\n{done.stderr}"
@@ -79,6 +101,17 @@ def command() -> Command:
         return done
 
     return run
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with files that take long, so that no process works on one when all others are done."""
+    items.sort(key=lambda item: SLOW.index(name) if (name := item.path.name) in SLOW else len(SLOW))
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector skip all that importing torch made, which takes it 0.3 s a time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -36,6 +36,10 @@ class Alarms:
 
         return forget
 
+    def runs_in(self, thread: threading.Thread) -> bool:
+        """Whether functions are called in a thread."""
+        return thread is self._thread
+
     def close(self) -> None:
         """End the thread; no function is called any more."""
         with self._changed:

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from goc_deploy.conditions.labels import labels_from_text
 from goc_deploy.engine_dir.manifest import Manifest
 from goc_deploy.errors import CancelledError, NotReadyError, UsageError, VerificationError
+from goc_deploy.runtime.arguments import checked_scale
 from goc_deploy.runtime.results import Result
 from goc_deploy.serving.api_schema import (
     GenerationBody,
@@ -136,7 +137,7 @@ def request_of_body(service: Service, body: GenerationBody) -> ImageRequest:
     """Convert the body of a request.
 
     Raises:
-        UsageError: the model, the class or the size does not exist.
+        UsageError: the model, the class or the size does not exist, or the scale is out of range.
     """
     names = list(service.models)
     name = str(names[0] if body.model is None and len(names) == 1 else body.model)
@@ -146,7 +147,7 @@ def request_of_body(service: Service, body: GenerationBody) -> ImageRequest:
         name,
         body.plan,
         seed=secrets.randbits(32) if body.seed is None else body.seed,
-        cfg_scale=body.guidance_scale,
+        cfg_scale=checked_scale(body.guidance_scale, "guidance_scale"),
         deadline=body.deadline,
     )
     if name not in service.models:

@@ -37,6 +37,10 @@ logger = logging.getLogger(__name__)
 
 NO_METRICS = NoMetrics()
 EXPECTED = (CancelledError, DeadlineError, NotReadyError, OverloadedError, UsageError)
+OWN_THREAD = (
+    "{name}() was called in a thread of the service, by a callback or a metrics adapter, and would "
+    "wait for that thread; call it in another thread"
+)
 FORKED = "the service was started before a fork, which its threads do not survive; start it after"
 
 
@@ -248,7 +252,11 @@ class Service:
 
         Returns:
             Whether all requests have ended.
+
+        Raises:
+            UsageError: it is called in a thread of the service, such as by a callback.
         """
+        self._refuse_own_thread("drain")
         with self._changed:
             if self._state == "ready":
                 self._state = "draining"
@@ -260,7 +268,11 @@ class Service:
         """Free everything. Requests that run end normally, and those that wait fail.
 
         Closing twice is allowed. `drain` comes before it if no request may be lost.
+
+        Raises:
+            UsageError: it is called in a thread of the service, such as by a callback.
         """
+        self._refuse_own_thread("close")
         with self._changed:
             if self._state != "failed":
                 self._state = "closed"
@@ -285,6 +297,11 @@ class Service:
 
     def __reduce__(self) -> Any:
         raise TypeError("a service cannot be pickled; start one in the other process")
+
+    def _refuse_own_thread(self, name: str) -> None:
+        here = threading.current_thread()
+        if here in self._workers or (self._alarms is not None and self._alarms.runs_in(here)):
+            raise UsageError(OWN_THREAD.format(name=name))
 
     def _close_models(self) -> None:
         for model in self._models.values():

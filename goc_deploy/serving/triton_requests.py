@@ -19,6 +19,7 @@ from goc_deploy.errors import (
     OverloadedError,
     UsageError,
 )
+from goc_deploy.runtime.arguments import checked_scale
 from goc_deploy.runtime.results import Result
 from goc_deploy.serving.hosted import LoadedModel
 from goc_deploy.serving.requests import DEFAULTS, ImageRequest
@@ -48,7 +49,7 @@ def image_request(
         cancel: token of the request.
 
     Raises:
-        UsageError: an input is missing or not UTF-8, or a class does not exist.
+        UsageError: an input is missing, too short or not UTF-8, or a value is out of range.
     """
 
     def rows(input_name: str) -> list[Any] | None:
@@ -65,7 +66,8 @@ def image_request(
         if (given := rows(NEGATIVE_PROMPT)) is not None:
             negatives = _texts(given, NEGATIVE_PROMPT)
     images = len(labels or prompts or ())
-    seeds, scales = rows(SEED), rows(GUIDANCE_SCALE)
+    seeds = _one_per_image(SEED, rows(SEED), images)
+    scales = _one_per_image(GUIDANCE_SCALE, rows(GUIDANCE_SCALE), images)
     timeout = request.timeout()  # microseconds; 0 is none
     return ImageRequest(
         name,
@@ -74,7 +76,7 @@ def image_request(
         prompts=prompts,
         negative_prompts=negatives,
         seed=[secrets.randbits(32) for _ in range(images)] if seeds is None else seeds,
-        cfg_scale=DEFAULTS.cfg_scale if scales is None else scales,
+        cfg_scale=DEFAULTS.cfg_scale if scales is None else checked_scale(scales, GUIDANCE_SCALE),
         deadline=timeout / 1e6 if timeout else None,
         cancel=cancel,
         request_id=request.request_id() or None,
@@ -111,6 +113,12 @@ def error_response(pb_utils: Any, error: BaseException) -> Any:
     return pb_utils.InferenceResponse(
         error=pb_utils.TritonError(text, getattr(pb_utils.TritonError, code))
     )
+
+
+def _one_per_image(name: str, rows: list[Any] | None, images: int) -> list[Any] | None:
+    if rows is not None and len(rows) != images:
+        raise UsageError(f"the request has {len(rows)} rows of {name} for {images} images")
+    return rows
 
 
 def _texts(rows: Sequence[Any] | None, name: str) -> list[str]:

@@ -225,18 +225,21 @@ def start_export(folder: Path, until: str) -> subprocess.Popen[str]:
     return process
 
 
-MOMENTS = (
-    ".engine.lock",
-    ".engine.tmp-*",
-    ".engine.tmp-*/onnx/block_00_attn.onnx",
-    ".engine.tmp-*/onnx/final.onnx",
+FIRST_GRAPH = ".engine.tmp-*/onnx/block_00_attn.onnx"
+
+
+@pytest.mark.parametrize(
+    ("moment", "number", "code"),
+    [
+        (".engine.lock", signal.SIGINT, 130),
+        (".engine.lock", signal.SIGTERM, 143),
+        (".engine.tmp-*", signal.SIGTERM, 143),
+        (FIRST_GRAPH, signal.SIGINT, 130),
+        (".engine.tmp-*/onnx/final.onnx", signal.SIGTERM, 143),
+    ],
 )
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("moment", MOMENTS)
 def test_an_interrupted_export_leaves_nothing(
-    number: int, code: int, moment: str, tmp_path: Path
+    moment: str, number: int, code: int, tmp_path: Path
 ) -> None:
     process = start_export(tmp_path, moment)
     process.send_signal(number)
@@ -249,7 +252,7 @@ def test_an_interrupted_export_leaves_nothing(
 def test_a_killed_export_leaves_no_engine_and_does_not_block_the_next(
     command: Command, tmp_path: Path
 ) -> None:
-    process = start_export(tmp_path, MOMENTS[2])
+    process = start_export(tmp_path, FIRST_GRAPH)
     process.kill()
     process.communicate(timeout=60)
     assert not (tmp_path / "engine").exists()

@@ -22,7 +22,7 @@ def generated(
     samples, latents, report = (
         folder / f"{plan.replace(':', '-')}{end}" for end in (".npz", ".npy", ".json")
     )
-    options = ("--labels", LABELS, "--num-images", 300, "--seed", 7)
+    options = ("--labels", LABELS, "--num-images", 100, "--seed", 7)
     command(
         "goc-run",
         engine,
@@ -49,7 +49,7 @@ def test_digits_are_read_and_the_gradient_stays_closer_than_plain_reuse(
         errors[plan] = relative_l2(latents, expected)
         assert report["computed_units"] / report["all_units"] == (1.0 if plan == "none" else 0.5)
         with np.load(samples) as found:
-            assert found["arr_0"].shape == (300, 28, 28, 3)
+            assert found["arr_0"].shape == (100, 28, 28, 3)
         score = subprocess.run(
             [sys.executable, MNIST / "score.py", samples, "--labels", LABELS, "--minimum", "0.95"],
             capture_output=True,

@@ -169,7 +169,7 @@ def test_requests_at_once_run_together_and_errors_stay_with_their_requests(
         ({"LABEL": ["-1"]}, {}, "label -1"),
         ({"LABEL": [b"\xff"]}, {}, "row 0 of LABEL is not UTF-8"),
         ({"LABEL": [""]}, {}, "must be a whole number"),
-        ({"LABEL": ["1"], "GUIDANCE_SCALE": [float("nan")]}, {}, "cfg_scale"),
+        ({"LABEL": ["1"], "GUIDANCE_SCALE": [float("nan")]}, {}, "GUIDANCE_SCALE must be"),
         ({"LABEL": ["1"]}, {"plan": "fora:9"}, "there is no plan 'fora:9'"),
         ({"LABEL": ["1"] * 51}, {}, "batch-size must be <= 50"),
         ({"SEED": [1]}, {}, "the request has no input LABEL"),

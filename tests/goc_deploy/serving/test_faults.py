@@ -76,6 +76,43 @@ def test_a_result_that_nobody_needs_is_freed_at_once(service: Service) -> None:
         gc.enable()
 
 
+@pytest.mark.parametrize("name", ["close", "drain"])
+@pytest.mark.parametrize("where", ["step", "result", "deadline"])
+def test_ending_a_service_in_its_own_thread_is_refused(
+    golden_engine: Path, name: str, where: str
+) -> None:
+    found: list[str] = []
+    go = threading.Event()
+
+    def end(_: object) -> None:
+        try:
+            getattr(service, name)()
+        except UsageError as error:
+            found.append(str(error))
+
+    def hold(_event: StepEvent) -> None:
+        go.wait(60)
+
+    with Service({"golden": hosted(golden_engine)}) as service:
+        future = service.submit(
+            ImageRequest(
+                "golden",
+                labels=[1],
+                callback=end if where == "step" else hold,
+                deadline=0.1 if where == "deadline" else None,
+            )
+        )
+        other = service.submit(ImageRequest("golden", labels=[2]))
+        if where != "step":
+            future.add_done_callback(end)
+        if where != "deadline":
+            go.set()
+        assert (future.exception(60) is None) == (where != "deadline")
+        go.set()
+        assert other.result(60).errors == {}
+    assert f"{name}() was called in a thread of the service" in found[0]
+
+
 @pytest.mark.parametrize("deadline", [math.inf, 1e300, 1e10])
 def test_a_deadline_that_no_clock_can_hold_leaves_the_others_working(
     service: Service, deadline: float

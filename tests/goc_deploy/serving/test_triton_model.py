@@ -116,8 +116,8 @@ WRONG = {
     "no input": ({"SEED": [1]}, "the request has no input LABEL"),
     "no rows": ({"LABEL": []}, "labels are empty"),
     "too many rows": ({"LABEL": [b"1"] * 5}, "has 1..4 images, got 5"),
-    "guidance": ({"LABEL": [b"1"], "GUIDANCE_SCALE": [np.nan]}, "cfg_scale"),
-    "fewer seeds": ({"LABEL": [b"1", b"2"], "SEED": [1]}, "seed"),
+    "guidance": ({"LABEL": [b"1"], "GUIDANCE_SCALE": [np.nan]}, "GUIDANCE_SCALE must be"),
+    "fewer seeds": ({"LABEL": [b"1", b"2"], "SEED": [1]}, "1 rows of SEED for 2 images"),
     "no such plan": ({"LABEL": [b"1"], "plan": "fora:3"}, "there is no plan 'fora:3'"),
     "plan is a number": ({"LABEL": [b"1"], "plan": 3}, "the parameter plan is the name"),
 }
