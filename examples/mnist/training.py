@@ -126,8 +126,9 @@ class Optimizer:
         branches = {
             name: parameter
             for name, parameter in model.named_parameters()
-            if name.startswith("blocks.")
+            if "blocks." in name
             and name.endswith(".weight")
+            and parameter.ndim == 2
             and "adaLN_modulation" not in name
         }
         self.matrices = list(branches.values())

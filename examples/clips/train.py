@@ -1,0 +1,233 @@
+"""Train a small Wan that moves a digit as its prompt asks, and its text encoder.
+
+The training may take as many sessions as it needs.
+
+    python examples/clips/train.py --resume  # until it is stopped
+    python examples/clips/train.py --resume --decay-steps 5000  # the last steps, rates fall
+
+It works on latents of the digits' VAE, frame by frame. Everything is in one folder outside the
+repository: ``clips.pt``, ``checkpoint.pt`` and ``pipeline/``, which goc-export reads. It needs
+diffusers, whose WanTransformer3DModel is trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from clips import FRAMES, MNIST, prompt_of, words
+from clips import latents_of_clips as clips_from_digits
+from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
+from torch import Tensor, nn
+
+from goc_deploy.exporters.companions.t5 import T5Encoder, t5_config
+
+# isort: split
+from captions import PAD, TOKENS, token_rows, tokenizer_of_words
+from model import text_settings
+from prompted import save_text_encoder
+from training import (
+    CONDITION_DROPOUT,
+    GRADIENT_NORM,
+    WARMUP_STEPS,
+    Optimizer,
+    load_digits,
+    update_average,
+)
+
+FOLDER = Path("~/.cache/goc_deploy/clips").expanduser()
+CAPTION_TOKENS = 512  # of every Wan; the places behind a prompt are zeros
+TRAIN_TIMESTEPS = 1000
+SHIFT = 3.0
+MODEL = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 30,
+    "in_channels": 4,
+    "out_channels": 4,
+    "ffn_dim": 480,
+    "num_layers": 6,
+}
+
+
+class PromptedWan(nn.Module):
+    """A Wan and its text encoder."""
+
+    def __init__(self, text: dict[str, Any]) -> None:
+        super().__init__()
+        self.wan = WanTransformer3DModel(**MODEL, text_dim=text["d_model"])
+        self.text_encoder = T5Encoder(t5_config(text, "the example"), TOKENS)
+        for name, parameter in self.text_encoder.named_parameters():
+            if parameter.ndim == 1:
+                nn.init.ones_(parameter)
+            else:
+                std = 1.0 if name == "shared.weight" else parameter.shape[1] ** -0.5
+                nn.init.normal_(parameter, std=std)
+
+    def forward(self, noisy: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+        """The velocity of latents (N, C, F, H, W) at timesteps (N,), of prompts (N, L)."""
+        kept = (tokens != PAD).float()
+        captions = self.text_encoder(tokens, kept) * kept[..., None]
+        captions = nn.functional.pad(captions, (0, 0, 0, CAPTION_TOKENS - captions.shape[1]))
+        velocity: Tensor = self.wan(noisy, t, captions).sample
+        return velocity
+
+
+class Training:
+    """The whole state of a training."""
+
+    def __init__(self, args: argparse.Namespace, clips: dict[str, Tensor]) -> None:
+        torch.manual_seed(args.seed)
+        self.args, self.clips = args, clips
+        self.tokenizer, self.draw = tokenizer_of_words(words()), random.Random(args.seed)
+        self.text = text_settings(len(words()))
+        self.model = PromptedWan(self.text)
+        self.average = copy.deepcopy(self.model)
+        self.optimizer = Optimizer(self.model, args.adam_rate, args.muon_rate)
+        self.step = 0
+
+    def take_step(self, factor: float) -> float:
+        """One update at this factor of the learning rates; returns the loss."""
+        chosen = torch.randint(len(self.clips["latents"]), (self.args.batch,))
+        prompts = [
+            ""
+            if self.draw.random() < CONDITION_DROPOUT
+            else prompt_of(int(self.clips["digits"][i]), int(self.clips["motions"][i]), self.draw)
+            for i in chosen.tolist()
+        ]
+        tokens = torch.tensor(token_rows(self.tokenizer, prompts))
+        clean = self.clips["latents"][chosen].float()
+        even = (torch.arange(len(clean)) + torch.rand(len(clean))) / len(clean)
+        sigma = SHIFT * even / (1 + (SHIFT - 1) * even)
+        noise = torch.randn_like(clean)
+        weight = sigma[:, None, None, None, None]
+        predicted = self.model(
+            (1 - weight) * clean + weight * noise, TRAIN_TIMESTEPS * sigma, tokens
+        )
+        loss = (predicted - (noise - clean)).square().mean()
+        self.model.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
+        self.optimizer.step(factor)
+        update_average(self.average, self.model, self.step, self.args.ema)
+        self.step += 1
+        return loss.item()
+
+    def save(self) -> None:
+        """Write the whole state, and the averaged weights for goc-export."""
+        path = self.args.folder / "checkpoint.pt"
+        temporary = path.with_name(path.name + ".tmp")
+        state = {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "adam": self.optimizer.adam.state_dict(),
+            "momenta": self.optimizer.momenta,
+        }
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        save_pipeline(self.average, self.text, self.tokenizer, self.args.folder / "pipeline")
+
+    def restore(self) -> None:
+        """Go on from the checkpoint."""
+        state = torch.load(self.args.folder / "checkpoint.pt", weights_only=True)
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.adam.load_state_dict(state["adam"])
+        for momentum, saved in zip(self.optimizer.momenta, state["momenta"], strict=True):
+            momentum.copy_(saved)
+        self.draw.seed(self.args.seed + self.step)
+        torch.manual_seed(self.args.seed + self.step)
+
+
+def save_pipeline(model: PromptedWan, text: dict[str, Any], tokenizer: Any, folder: Path) -> None:
+    """Write the folder of a WanPipeline in float16, and the text encoder beside it."""
+    copy.deepcopy(model.wan).half().save_pretrained(folder / "transformer")
+    UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT
+    ).save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "WanPipeline",
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
+    halves = {name: tensor.detach().half() for name, tensor in model.state_dict().items()}
+    save_text_encoder(halves, text, tokenizer, folder / "text_encoder")
+
+
+def run(training: Training) -> None:
+    """Take steps until the last one, or until the process is asked to stop."""
+    args, asked = training.args, list[int]()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda signum, _: asked.append(signum))
+    first, losses = training.step, list[float]()
+    last = first + args.decay_steps if args.decay_steps else None
+    saved = logged = time.monotonic()
+    while not asked and (last is None or training.step < last):
+        factor = min(1.0, (training.step + 1) / WARMUP_STEPS)
+        if args.decay_steps:
+            factor = 1 - (training.step - first) / args.decay_steps
+        losses.append(training.take_step(factor))
+        now = time.monotonic()
+        if len(losses) == args.log_every:
+            stamp, speed = time.strftime("%H:%M:%S"), args.batch * len(losses) / (now - logged)
+            mean = sum(losses) / len(losses)
+            print(f"{stamp} step {training.step} loss {mean:.5f} {speed:.1f} clips/s", flush=True)
+            losses.clear()
+            logged = now
+        if now - saved >= 60 * args.save_minutes:
+            training.save()
+            saved = time.monotonic()
+    training.save()
+    print(f"stopped after step {training.step}: {args.folder}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    parser.add_argument("--data", type=Path, default=MNIST / "mnist10k.npz")
+    parser.add_argument("--clips", type=int, default=20_000, help="clips to make and learn from")
+    parser.add_argument("--decay-steps", type=int, help="let the rates fall to zero, and stop")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--adam-rate", type=float, default=2e-3)
+    parser.add_argument("--muon-rate", type=float, default=0.02)
+    parser.add_argument("--ema", type=float, default=0.999)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-minutes", type=float, default=5.0)
+    parser.add_argument("--log-every", type=int, default=100)
+    args = parser.parse_args(argv)
+    checkpoint = args.folder / "checkpoint.pt"
+    if checkpoint.exists() and not args.resume:
+        parser.error(f"{args.folder} has a checkpoint; add --resume, or choose another --folder")
+    torch.set_num_threads(args.threads)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    path = args.folder / "clips.pt"
+    if not path.exists():
+        made = clips_from_digits(*load_digits(args.data), args.clips, args.seed)
+        torch.save(made, path)
+    training = Training(args, torch.load(path, weights_only=True))
+    if checkpoint.exists():
+        training.restore()
+    parameters = sum(p.numel() for p in training.model.parameters())
+    print(f"{FRAMES} frames, {parameters} parameters, step {training.step}", flush=True)
+    run(training)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

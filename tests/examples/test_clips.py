@@ -1,0 +1,61 @@
+"""The clips of the moving digits."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "clips"
+
+
+@pytest.fixture
+def clips(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of the example; nothing of it stays imported."""
+    pytest.importorskip("tokenizers", reason="tokenizers comes with the text extra")
+    monkeypatch.setattr(sys, "path", [str(EXAMPLE), *sys.path])
+    before = set(sys.modules)
+    yield importlib.import_module("clips")
+    for name in set(sys.modules) - before:
+        if str(EXAMPLE.parent) in (getattr(sys.modules[name], "__file__", None) or ""):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("motion", "axis", "sign"),
+    [("drifts left", 3, -1), ("drifts right", 3, 1), ("drifts up", 2, -1), ("drifts down", 2, 1)],
+)
+def test_a_digit_drifts_where_its_prompt_says(
+    clips: Any, motion: str, axis: int, sign: int
+) -> None:
+    places = centres(clips, motion, axis)
+    assert (sign * places.diff() > 0.5).all()
+    other = centres(clips, motion, 5 - axis)
+    assert (other.diff().abs() < 0.1).all()
+
+
+@pytest.mark.parametrize(("motion", "sign"), [("grows", 1), ("shrinks", -1), ("stays still", 0)])
+def test_a_digit_changes_its_size_as_its_prompt_says(clips: Any, motion: str, sign: int) -> None:
+    ink = (moved_square(clips, motion) + 1).sum(dim=(1, 2, 3))
+    assert ((sign * ink.diff() > 0) | (sign == 0)).all()
+    assert sign or torch.allclose(ink[0], ink[-1])
+
+
+def moved_square(clips: Any, motion: str) -> torch.Tensor:
+    """The frames (F, 1, S, S) of a square that moves."""
+    square = torch.full((1, 1, 28, 28), -1.0)
+    square[..., 10:18, 10:18] = 1.0
+    frames: torch.Tensor = clips.moved(square, torch.tensor([clips.MOTIONS.index(motion)]))[0]
+    assert frames.shape == (clips.FRAMES, 1, clips.SIDE, clips.SIDE)
+    return frames
+
+
+def centres(clips: Any, motion: str, axis: int) -> torch.Tensor:
+    """The centre of the ink of each frame along an axis, in pixels."""
+    ink = moved_square(clips, motion) + 1
+    places = torch.arange(clips.SIDE).reshape([-1 if i == axis else 1 for i in range(4)])
+    return (ink * places).sum(dim=(1, 2, 3)) / ink.sum(dim=(1, 2, 3))
