@@ -1,19 +1,21 @@
 """The compiler passes, which turn a schedule into a plan.
 
-Both pipelines name every feature once (static single assignment) and store only the features that
-are read again. `compile_for_host` then moves the predictions of collapsed steps to the place where
-their history was just computed. `compile_for_device` instead makes few launches of many units:
+All pipelines name every feature once (static single assignment). `compile_for_host` stores only the
+features that are read again, and moves the predictions of collapsed steps to the place where their
+history was just computed. `compile_for_device` instead makes few launches of many units.
+`compile_to_sums` keeps no features: it adds each to the sums of the later steps that read it:
 
     host:    name_values -> drop_dead_stores -> accumulate_ahead -> group_launches -> assign_slots
     device:  name_values -> drop_dead_stores -> group_launches -> assign_slots
     device, with segments:
              name_values -> drop_dead_stores -> store_alike -> group_launches -> merge_full_steps
              -> assign_slots
+    sums:    name_values -> expand_history -> push_features -> assign_accumulators
     level residual:
              name_values -> drop_dead_stores -> group_launches -> assign_slots -> compute_all_units
 
-Both forms compute the same numbers. An engine directory stores the host form together with the
-requested segments; `in_form` converts it to the device form.
+All forms compute the same numbers. An engine directory stores the host form together with the
+requested segments; `in_form` converts it to another form.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from goc_deploy.compiler.plan import (
     Segment,
 )
 from goc_deploy.compiler.residual import compute_all_units
+from goc_deploy.compiler.sums import assign_accumulators, expand_history, push_features
 from goc_deploy.compiler.values import Evaluation, drop_dead_stores, name_values
 from goc_deploy.errors import UsageError
 from goc_deploy.options import SEGMENTS, Segments
@@ -137,18 +140,68 @@ def compile_for_device(
     return plan
 
 
+def compile_to_sums(
+    schedule: Schedule,
+    spec: ModelSpec,
+    sampler: str | SamplerTable = "ddim",
+    steps: int | None = None,
+    *,
+    name: str = "plan",
+    segments: Segments = "none",
+) -> Plan:
+    """Compile a schedule for little memory: no feature is kept, whatever the number of units.
+
+    Every unit is a launch, also on a GPU: a segment would output the features of all units at once.
+
+    Args:
+        schedule: as for `compile_for_host`, of the level ``unit``.
+        spec: as for `compile_for_host`.
+        sampler: as for `compile_for_host`.
+        steps: as for `compile_for_host`.
+        name: as for `compile_for_host`.
+        segments: as for `compile_for_host`; the form has no segments either.
+
+    Returns:
+        The plan, checked with `check_plan`.
+
+    Raises:
+        ScheduleError: as for `compile_for_host`.
+        UsageError: as for `compile_for_host`, or the schedule predicts the residual.
+    """
+    schedule, table = _checked(schedule, spec, sampler, steps, segments)
+    if schedule.level == "residual":
+        raise UsageError(
+            f"plan {name} predicts the residual of all units, which it keeps in a few tensors; its "
+            "history cannot be kept as sums"
+        )
+    evaluations = name_values(schedule)
+    evaluations = expand_history(evaluations)
+    events = push_features(evaluations)
+    launches, slots = assign_accumulators(events)
+    plan = Plan(name, table, launches, slots, schedule, segments, form="sums")
+    check_plan(plan, spec)
+    return plan
+
+
 def in_form(plan: Plan, spec: ModelSpec, form: PlanForm) -> Plan:
     """Convert a plan to the form that a backend runs; the results are the same.
 
     Before, ``host``: step 4 computes all units and predicts for step 5, a few units at a time.
     Step 5 adds the accumulated predictions. After, ``device``: step 4 only computes, in one launch
     if the plan has segments. Step 5 is one launch that reads the history of all units. The device
-    form needs more slots for the history.
+    form needs more slots for the history. After, ``sums``: step 4 adds each feature that it
+    computes to what steps 5, 7 and so on will add. There is one slot, and an accumulator for every
+    such step.
+
+    Raises:
+        UsageError: the form is ``sums``, and the plan predicts the residual.
     """
     if form == plan.form:
         return plan
-    compile_form = compile_for_device if form == "device" else compile_for_host
-    return compile_form(plan.schedule, spec, plan.sampler, name=plan.name, segments=plan.segments)
+    compilers = {"host": compile_for_host, "device": compile_for_device, "sums": compile_to_sums}
+    return compilers[form](
+        plan.schedule, spec, plan.sampler, name=plan.name, segments=plan.segments
+    )
 
 
 def _checked(
