@@ -166,7 +166,8 @@ def compile_to_sums(
 
     Raises:
         ScheduleError: as for `compile_for_host`.
-        UsageError: as for `compile_for_host`, or the schedule predicts the residual.
+        UsageError: as for `compile_for_host`, or the schedule predicts the residual, or from too
+            many steps at once.
     """
     schedule, table = _checked(schedule, spec, sampler, steps, segments)
     if schedule.level == "residual":
@@ -194,7 +195,7 @@ def in_form(plan: Plan, spec: ModelSpec, form: PlanForm) -> Plan:
     such step.
 
     Raises:
-        UsageError: the form is ``sums``, and the plan predicts the residual.
+        UsageError: the form is ``sums``, which the plan cannot have; see `compile_to_sums`.
     """
     if form == plan.form:
         return plan

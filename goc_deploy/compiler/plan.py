@@ -189,6 +189,7 @@ class Plan:
             ``none``.
         form: ``host``, the form of `goc_deploy.compiler.passes.compile_for_host` that engine
             directories store, ``device``, or ``sums``, which keeps no feature per unit.
+        form_reason: why a loaded plan has its form, for reports.
     """
 
     name: str
@@ -198,6 +199,7 @@ class Plan:
     schedule: Schedule
     segments: Segments = "none"
     form: PlanForm = "host"
+    form_reason: str = ""
 
     @property
     def steps(self) -> int:

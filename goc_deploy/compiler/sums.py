@@ -14,6 +14,9 @@ from itertools import groupby
 
 from goc_deploy.compiler.plan import MAX_TAPS, Accumulate, AddSum, Compute, Launch, Tap
 from goc_deploy.compiler.values import Evaluation
+from goc_deploy.errors import UsageError
+
+MAX_READS = 64  # features in one prediction; compiling takes seconds beyond it, and saves nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,9 @@ def expand_history(evaluations: list[Evaluation]) -> list[Evaluation]:
 
     Before: step 3 predicts ``2.2 a - 1.2 b``, and b was predicted as ``1.5 c - 0.5 d``. After: step
     3 predicts ``2.2 a - 1.8 c + 0.6 d``.
+
+    Raises:
+        UsageError: a prediction would read more than ``MAX_READS`` features.
     """
     parts: dict[int, dict[int, float]] = {}  # value -> the computed values in it
     expanded: list[Evaluation] = []
@@ -68,6 +74,11 @@ def expand_history(evaluations: list[Evaluation]) -> list[Evaluation]:
         for value, coefficient in zip(e.reads, (1.0, *others), strict=True):
             for computed, weight in parts[value].items():
                 total[computed] += coefficient * weight
+        if len(total) > MAX_READS:
+            raise UsageError(
+                f"with sums, step {e.step} would read the features of {len(total)} earlier steps, "
+                f"more than {MAX_READS}; use history=computed in the SPEC, or keep features"
+            )
         parts[index] = dict(total)
         reads = tuple(sorted(total))
         weights = tuple(whole * total[value] for value in reads)
@@ -131,7 +142,8 @@ def assign_accumulators(
             ops.append(AddSum(accumulator, event.unit, event.units))
             continue
         ops.append(Compute(event.unit, 0 if event.weights else None))
-        added, started = [], []
+        added: list[Tap] = []
+        started: list[Tap] = []
         for target, weight in event.weights:
             starts = target not in holder
             if starts and free:

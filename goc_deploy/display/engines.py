@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from goc_deploy.compiler import Collect, Compute, Plan, Predict, Segment, in_form
+from goc_deploy.compiler import Accumulate, Compute, Plan, Predict, Residual, Segment, in_form
 from goc_deploy.compiler.plan import StepKind
 from goc_deploy.display.plans import Table
 from goc_deploy.engine_dir.directory import EngineDir
@@ -114,17 +114,16 @@ def launched_graphs(plan: Plan, manifest: Manifest, step: int) -> list[str]:
     """
     onnx = {unit.name: unit.onnx for unit in manifest.graphs}
     ops = plan.launches[step]
-    ahead = {op.ahead for op in ops if isinstance(op, Predict) and op.ahead}
-    names = [onnx["modulation"]] * (1 + len(ahead)) + [onnx["embed"]]
+    names = [onnx["modulation"]] * (1 + len(plan.targets(step))) + [onnx["embed"]]
     for op in ops:
         if isinstance(op, Compute):
             names.append(onnx[manifest.model.unit_names[op.unit]])
         elif isinstance(op, Segment):
             names.append(manifest.segments[op.signature])
-        elif isinstance(op, Predict):
+        elif isinstance(op, Predict | Accumulate):
             names.append(manifest.predict[op.signature])
         else:
-            names.append(onnx["collect" if isinstance(op, Collect) else "residual"])
+            names.append(onnx["residual" if isinstance(op, Residual) else "collect"])
     return [*names, onnx["final"], (onnx | manifest.heads)[plan.sampler.graph]]
 
 
