@@ -72,7 +72,7 @@ def test_gates_of_later_steps_are_there_whatever_the_chunks(
         held = buffers.allocate_buffers(cpu_backend(), spec, "fp32", plan, 16)
         assert held.chunk >= chunk
         assert (held.chunk < plan.steps) == (steps < plan.steps)
-        assert relative_l2(chunked.generate([1, 7], seed=1).latents, expected) < 1e-6
+        assert relative_l2(chunked.generate([1, 7], seed=1).latents, expected) < 1e-5
 
 
 @given(schedules(), FORMS, st.integers(1, 9))

@@ -172,7 +172,7 @@ def test_the_modulation_table_may_be_filled_in_chunks(
     monkeypatch.setattr(buffers, "TABLE_BUDGET_BYTES", table * row_bytes)
     with goc_deploy.load(golden_engine, plan="fora:2+gc:1.2") as chunked:
         assert allocated(chunked).chunk == chunk
-        assert relative_l2(chunked.generate(LABELS, seed=1).latents, whole) < 1e-6
+        assert relative_l2(chunked.generate(LABELS, seed=1).latents, whole) < 1e-5
 
 
 def test_scale_one_skips_the_unconditional_rows_and_changes_nothing(pipe: Pipeline) -> None:
