@@ -56,12 +56,15 @@ def plan_to_run(
     if history == "sums":
         return replace(sums, form_reason="asked for")
     taken, reason = _chosen(features, sums, manifest, backend, images)
-    lacking = [s for s in sums.signatures if not _runs(s, manifest, backend)]
-    if taken is sums and lacking and not makes_graphs:
-        taken = features
-        reason += (
-            f", but the engine directory lacks the graph {lacking[0]!r} of sums; add the plan again"
-        )
+    if taken is sums and not makes_graphs:
+        for signature in sums.signatures:
+            if not _runs(signature, manifest, backend):
+                taken = features
+                reason += (
+                    f", but the engine directory lacks the graph {signature!r} of sums; add the "
+                    "plan again"
+                )
+                break
     return replace(taken, form_reason=reason)
 
 

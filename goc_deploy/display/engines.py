@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from goc_deploy.compiler import Accumulate, Compute, Plan, Predict, Residual, Segment, in_form
+from goc_deploy.compiler.cache_ops import taps_from_signature
 from goc_deploy.compiler.plan import StepKind
 from goc_deploy.display.plans import Table
 from goc_deploy.engine_dir.directory import EngineDir
@@ -28,6 +29,7 @@ def graph_rows(directory: EngineDir) -> Table:
     for kind, graphs in (("predict", manifest.predict), ("segment", manifest.segments)):
         for signature, path in graphs.items():
             graph = f"{directory.size(path) / 1e3:.1f}"
+            kind = kind if taps_from_signature(signature) is None else "accumulate"
             rows.append([f"{kind} {signature}", graph, "", "", str(served[path])])
     for name, path in manifest.heads.items():
         rows.append([name, f"{directory.size(path) / 1e3:.1f}", "", "", str(served[path])])

@@ -25,6 +25,7 @@ from goc_deploy.errors import EngineDirError, UsageError
 from goc_deploy.options import HISTORIES
 from goc_deploy.runtime import buffers
 from goc_deploy.runtime.history import WORTH_BYTES, plan_to_run
+from goc_deploy.runtime.loading import load_pipelines
 from goc_deploy.runtime.lookahead import chunk_steps, lookahead_of, table_steps
 from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec
@@ -32,6 +33,9 @@ from goc_deploy.trace import Span
 from tests.conftest import GOLDEN_PLANS
 from tests.goc_deploy.strategies import schedules
 from tests.reference import relative_l2, worst_step
+from tests.stand_ins.device import StandInDevice
+from tests.stand_ins.loading import copy_with_engines, stand_in_backend
+from tests.stand_ins.onnxruntime import StandInOrtCudaBackend, StandInRuntime
 
 GRADIENT = "fora:2+gc:1.2"
 FORMS = st.sampled_from(["host", "device", "sums"])
@@ -205,3 +209,54 @@ def test_a_command_takes_the_history(golden_engine: Path, tmp_path: Path, comman
         command("goc-run", golden_engine, *arguments, "-o", tmp_path / "x.npz")
         form = json.loads(report.read_text())["plan_form"]
         assert form == ("sums" if history == "sums" else "host")
+
+
+@pytest.fixture(scope="module")
+def device_engines(golden_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden model with TensorRT engines of the stand-in."""
+    return copy_with_engines(golden_engine, tmp_path_factory.mktemp("sums") / "engine", "shared")
+
+
+ROUTER = next(spec for spec in GOLDEN_PLANS if spec.startswith("l2c"))
+
+
+@pytest.mark.parametrize("spec", [GRADIENT, ROUTER])
+@pytest.mark.parametrize("graphs", [True, False])
+def test_tensorrt_draws_the_golden_trajectories_with_sums_and_replays_them(
+    device_engines: Path, golden: dict[str, np.ndarray], spec: str, graphs: bool
+) -> None:
+    backend, tensorrt = stand_in_backend(device_engines, graphs=graphs)
+    directory = EngineDir.open(device_engines)
+    assert not any(e.startswith("accumulate") for e in backend.describe().get("engines", ()))
+    (pipe,) = load_pipelines(directory, backend, [spec], None, 1, history="sums")
+    for _ in range(3):
+        found = pipe.generate(
+            golden["labels"], cfg_scale=2.0, latents=golden["noise"], trajectory=True
+        )
+        assert worst_step(found.trajectory, golden[GOLDEN_PLANS[spec]]) < 1e-5
+    assert found.report["plan_form"] == "sums"
+    assert ("replay" in {call[0] for call in tensorrt.device.calls}) == graphs
+
+
+def test_a_gpu_keeps_features_while_they_fit(device_engines: Path) -> None:
+    directory = EngineDir.open(device_engines)
+    manifest, plan = directory.manifest, directory.plan(GRADIENT)
+    planned = buffers.planned_bytes(
+        manifest.model, "fp32", in_form(plan, manifest.model, "device"), 4096
+    )
+    for capacity, form in ((2**40, "device"), (2 * planned - 1, "sums")):
+        backend, _ = stand_in_backend(device_engines, capacity=capacity)
+        assert plan_to_run(plan, manifest, backend, 4096).form == form
+
+
+def test_onnxruntime_on_a_gpu_draws_the_golden_trajectories_with_sums(
+    golden_engine: Path, golden: dict[str, np.ndarray]
+) -> None:
+    directory = EngineDir.open(golden_engine)
+    backend = StandInOrtCudaBackend(StandInRuntime(StandInDevice()))
+    (pipe,) = load_pipelines(directory, backend, [GRADIENT], None, 1, history="sums")
+    for _ in range(2):
+        found = pipe.generate(
+            golden["labels"], cfg_scale=2.0, latents=golden["noise"], trajectory=True
+        )
+        assert worst_step(found.trajectory, golden["fora_50_gc"]) < 1e-5
