@@ -22,7 +22,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 from goc_deploy.engines.cuda import CudaDevice
 from goc_deploy.engines.ort import OrtBackend, OrtEngine, register_arena
 from goc_deploy.engines.ort_errors import RUNNING, error_from_ort
-from goc_deploy.engines.plugin.predict import PredictKernel
+from goc_deploy.engines.plugin.accumulate import kernel_from_signature
 from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError
 from goc_deploy.host_memory import host_array
 from goc_deploy.protocols import NOTHING, Buffer, Engine, Footprint, Run, Stream
@@ -161,7 +161,7 @@ class OrtCudaBackend(OrtBackend):
 
     def predictor(self, signature: str, dtype: str) -> Engine | None:
         """Return our kernel, which the driver launches."""
-        return PredictKernel(signature, dtype, self._kernels)
+        return kernel_from_signature(signature, dtype, self._kernels)
 
     def footprint(self, graphs: Mapping[str, Mapping[str, int]]) -> Footprint:
         """Count the weights, a copy per session; ONNX Runtime does not report activations."""

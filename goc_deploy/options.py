@@ -15,6 +15,8 @@ Progress = Callable[[str, int, int], None]  # (name of the job, done, total)
 CALIBRATION_SEED = 2**32
 Segments = Literal["full", "none"]
 SEGMENTS: tuple[Segments, ...] = get_args(Segments)
+History = Literal["auto", "features", "sums"]  # what a loaded plan keeps for later steps
+HISTORIES: tuple[History, ...] = get_args(History)
 WeightMode = Literal["embedded", "shared"]  # how a TensorRT engine holds its weights
 CheckpointWeights = Literal["auto", "ema", "model"]
 PRESETS = ("paper",)  # tables of the literature that goc-eval reproduces
@@ -187,6 +189,7 @@ class RunOptions:
         backend: as `goc_deploy.load` takes it.
         device: as `goc_deploy.load` takes it.
         cuda_graphs: as `goc_deploy.load` takes it.
+        history: as `goc_deploy.load` takes it.
         batch_size: images per batch; None takes the largest that the engine directory supports.
         threads: size of the thread pool; 0 is one thread per core.
         size: width and height of the images in pixels, if the engine directory accepts any size;
@@ -213,6 +216,7 @@ class RunOptions:
     backend: str = "auto"
     device: str = "auto"
     cuda_graphs: bool = True
+    history: History = "auto"
     batch_size: int | None = None
     threads: int = 0
     size: tuple[int, int] | None = None
@@ -284,6 +288,7 @@ class BenchOptions:
         repeats: number of measured rounds; every round runs every plan once.
         warmup: number of rounds that are not measured; a GPU runs twice as many, because the
             second run of a plan records it.
+        history: as `goc_deploy.load` takes it.
         backend: as `goc_deploy.load` takes it.
         device: as `goc_deploy.load` takes it.
         threads: size of the thread pool; 0 is one thread per core.
@@ -294,6 +299,7 @@ class BenchOptions:
     cfg_scale: float = 4.0
     repeats: int = 5
     warmup: int = 1
+    history: History = "auto"
     backend: str = "auto"
     device: str = "auto"
     threads: int = 0

@@ -6,7 +6,16 @@ import math
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 
-from goc_deploy.compiler import Collect, Compute, Plan, Predict, Residual, Segment
+from goc_deploy.compiler import (
+    Accumulate,
+    AddSum,
+    Collect,
+    Compute,
+    Plan,
+    Predict,
+    Residual,
+    Segment,
+)
 from goc_deploy.conditions.captions import PromptEmbeds
 from goc_deploy.protocols import Buffer, Engine, Stream, taken
 from goc_deploy.runtime.bound import BoundLaunch, BoundPlan, BoundStep
@@ -17,6 +26,7 @@ from goc_deploy.runtime.buffers import (
 )
 from goc_deploy.runtime.constants import aligned_size
 from goc_deploy.runtime.head_binding import HeadBinding
+from goc_deploy.runtime.lookahead import chunk_steps, lookahead_of
 from goc_deploy.runtime.request import Batch
 from goc_deploy.runtime.weights import Weights
 from goc_deploy.size_inputs import size_shapes
@@ -65,7 +75,7 @@ class Binder:
             buffers,
             batch,
         )
-        self._stream = stream
+        self._stream, self._lookahead = stream, lookahead_of(plan)
         self._feature = (batch.rows, spec.tokens, spec.hidden)
         self._latents_shape = (batch.images, *spec.latents)
         self._of_size = {
@@ -94,6 +104,7 @@ class Binder:
         buffers, spec = self._buffers, self._spec
         before = [self._keys_values()] if step == 0 and buffers.captions else []
         before += [self._conditioning(step)] if step % buffers.chunk == 0 else []
+        before += [self._pick_gates(step, later) for later in self._lookahead.fetched[step]]
         other, spare = (tokens.view(*self._feature) for tokens in buffers.tokens)
         x = other if buffers.start is None else buffers.start.view(*self._feature)
         start = (*self._start(step), self._embed(step, x))
@@ -101,7 +112,9 @@ class Binder:
         ops = zip(self._plan.launches[step], buffers.coefficients[step], strict=True)
         for op, coefficients in ops:
             if isinstance(op, Predict) and op.ahead:
-                updates.append(self._accumulate(op, coefficients))
+                updates.append(self._predict_ahead(step, op, coefficients))
+            elif isinstance(op, Accumulate):
+                updates.append(self._accumulate(step, op, coefficients))
             elif isinstance(op, Residual):
                 updates.append(self._residual(op, x))
             else:
@@ -142,14 +155,10 @@ class Binder:
         return self._buffers.prediction.view(self._batch.rows, *self._spec.prediction)
 
     def _start(self, step: int) -> list[BoundLaunch]:
-        """The launches that expand the modulation of a step, and the gates for predicting ahead."""
+        """The launches before the tokens of a step: they expand its modulation."""
         used = self._used_modulation(step)
         target = self._modulation_row(used.start, len(used))
-        steps_ahead = sorted(
-            {op.ahead for op in self._plan.launches[step] if isinstance(op, Predict) and op.ahead}
-        )
-        picked = [self._pick_rows(step % self._buffers.chunk, used, target)]
-        return picked + [self._pick_gates(step, ahead) for ahead in steps_ahead]
+        return [self._pick_rows(step % self._buffers.chunk, used, target)]
 
     def _initial(self) -> Buffer:
         """The buffer of x_T, (N, C, H, W)."""
@@ -210,13 +219,11 @@ class Binder:
         return self._unit(table.graph, inputs, outputs)
 
     def _conditioning(self, step: int) -> BoundLaunch:
-        """Fill the modulation table for the steps of a chunk and those that they predict ahead."""
+        """Fill the modulation table for a chunk and the later steps whose gates it fetches."""
         buffers, spec, labels = self._buffers, self._spec, self._batch.labels
-        whole = buffers.chunk + self._plan.accumulators
-        steps, start = (
-            min(whole, self._plan.steps - step),
-            step // buffers.chunk * aligned_size(whole),
-        )
+        steps = len(self._chunk_steps(step))
+        (whole,), chunks = buffers.timesteps.shape, -(-self._plan.steps // buffers.chunk)
+        start = step // buffers.chunk * (whole // chunks)
         offered = {
             "timesteps": buffers.timesteps.view(steps, start=start),
             "labels": buffers.labels.view(labels),
@@ -253,13 +260,24 @@ class Binder:
             computes=bool(kinds & {Compute, Segment}), predicts=by_unit and Predict in kinds
         )
 
-    def _pick_gates(self, step: int, ahead: int) -> BoundLaunch:
+    def _chunk_steps(self, step: int) -> list[int]:
+        """The steps in the modulation table while a step runs, in the order of the table."""
+        chunk = self._buffers.chunk
+        return chunk_steps(self._plan, self._lookahead, step - step % chunk, chunk)
+
+    def _pick_gates(self, step: int, later: int) -> BoundLaunch:
         """Expand the gates of a later step."""
         gates = self._spec.modulation.gates
-        target = self._buffers.gates_ahead[ahead - 1].view(
-            len(gates), self._batch.rows, self._spec.hidden
+        target = self._gates_of_step(later, 0, len(gates))
+        return self._pick_rows(self._chunk_steps(step).index(later), gates, target)
+
+    def _gates_of_step(self, later: int, unit: int, count: int) -> Buffer:
+        """The gates (count, B, D) of units from ``unit`` on at a later step."""
+        rows, hidden, modulation = self._batch.rows, self._spec.hidden, self._spec.modulation
+        first = modulation.gates.index(modulation.gate(unit))
+        return self._buffers.gates_ahead[self._lookahead.place[later]].view(
+            count, rows, hidden, start=first * rows * hidden
         )
-        return self._pick_rows(step % self._buffers.chunk + ahead, gates, target)
 
     def _pick_rows(self, table_step: int, used: range, target: Buffer) -> BoundLaunch:
         spec, labels = self._spec, self._batch.labels
@@ -282,17 +300,9 @@ class Binder:
             return self._buffers.ones.view(1, rows, hidden)
         return self._modulation_row(self._spec.modulation.gate(op.unit), len(op.predictions))
 
-    def _gates_ahead(self, op: Predict) -> Buffer:
-        """The gates (count, B, D) of the step for which a launch predicts."""
-        rows, hidden, modulation = self._batch.rows, self._spec.hidden, self._spec.modulation
-        first = modulation.gates.index(modulation.gate(op.unit))
-        return self._buffers.gates_ahead[op.ahead - 1].view(
-            len(op.predictions), rows, hidden, start=first * rows * hidden
-        )
-
     def _update(
         self,
-        op: Compute | Segment | Predict | Collect,
+        op: Compute | Segment | Predict | Collect | AddSum,
         x: Buffer,
         x_out: Buffer,
         coefficients: Buffer | None,
@@ -304,10 +314,26 @@ class Binder:
             return self._segment(op, x, x_out)
         if isinstance(op, Predict):
             return self._predict(op, x, x_out, self._gates(op), coefficients)
-        accumulated = self._buffers.accumulators[op.ahead - 1].view(*self._feature)
+        accumulator = op.ahead - 1 if isinstance(op, Collect) else op.accumulator
+        accumulated = self._buffers.accumulators[accumulator].view(*self._feature)
         return self._unit("collect", {"x": x, "accumulated": accumulated}, {"x_out": x_out})
 
-    def _accumulate(self, op: Predict, coefficients: Buffer | None) -> BoundLaunch:
+    def _accumulate(self, step: int, op: Accumulate, coefficients: Buffer | None) -> BoundLaunch:
+        """Add a feature to the accumulators of later steps, in place."""
+        assert coefficients is not None
+        rows, hidden = self._batch.rows, self._spec.hidden
+        inputs = {"g": self._buffers.slots[op.slot].view(*self._feature)}
+        inputs["coefficients"], outputs = coefficients, {}
+        for index, tap in enumerate(op.taps):
+            gate = self._gates_of_step(step + tap.ahead, op.unit, 1)
+            accumulator = self._buffers.accumulators[tap.accumulator].view(*self._feature)
+            inputs[f"gate{index}"] = gate.view(rows, hidden)
+            inputs |= {} if tap.starts else {f"a{index}": accumulator}
+            outputs[f"a{index}_out"] = accumulator
+        name = f"accumulate {op.unit}, {len(op.taps)} taps"
+        return self._bound(name, self._engines.predict[op.signature], inputs, outputs)
+
+    def _predict_ahead(self, step: int, op: Predict, coefficients: Buffer | None) -> BoundLaunch:
         """Predict for a later step, into its accumulator; unit 0 starts it."""
         buffers, accumulator = (
             self._buffers,
@@ -315,7 +341,8 @@ class Binder:
         )
         assert buffers.zeros is not None
         x = accumulator if op.unit else buffers.zeros.view(*self._feature)
-        return self._predict(op, x, accumulator, self._gates_ahead(op), coefficients)
+        gates = self._gates_of_step(step + op.ahead, op.unit, len(op.predictions))
+        return self._predict(op, x, accumulator, gates, coefficients)
 
     def _residual(self, op: Residual, x: Buffer) -> BoundLaunch:
         """Keep what all units added to the tokens of the step."""

@@ -18,6 +18,7 @@ from goc_deploy.runtime.constants import (
     views_of_step,
 )
 from goc_deploy.runtime.head_buffers import HeadBuffers, allocate_head_buffers, head_bytes
+from goc_deploy.runtime.lookahead import Lookahead, chunk_steps, lookahead_of, table_steps
 from goc_deploy.size_inputs import size_shapes
 from goc_deploy.spec import ModelSpec
 
@@ -30,17 +31,17 @@ class Buffers:
 
     Attributes:
         chunk: number of steps after which the modulation table is filled again.
-        table: modulation table of a chunk and of the steps that are predicted ahead, (steps, M, R,
-            D).
+        table: modulation table of a chunk and of the later steps whose gates are fetched in it,
+            (steps, M, R, D).
         modulation: rows of the current step, (M, B, D).
-        gates_ahead: gates of the steps that are predicted ahead, (U, B, D) each.
+        gates_ahead: gates of later steps that are predicted for, (U, B, D) each.
         tokens: two token buffers (B, T, D), used alternately by the launches.
         start: the tokens (B, T, D) before all units, which the residual of a step is measured from,
             or None if the plan keeps no residuals.
         ones: gates (B, D) of a predicted residual, or None likewise.
         slots: the history, one feature (B, T, D) per slot.
         accumulators: sums of gated predictions for steps ahead, (B, T, D) each.
-        zeros: initial value of an accumulator, (B, T, D), or None if nothing is predicted ahead.
+        zeros: initial value of an accumulator, (B, T, D), or None if no prediction is made ahead.
         latents: two latents buffers (N, C, H, W) float32, used alternately by the steps.
         prediction: model output (B, C_out, H, W) float32 of a step that keeps none.
         estimates: estimates of a multistep sampler, (N, C, H, W) float32 each: one for each step
@@ -174,8 +175,9 @@ def planned_bytes(spec: ModelSpec, precision: Precision, plan: Plan, capacity: i
         * rows
         * (4 * (spec.caption_channels + 1) + 2 * spec.depth * spec.hidden * item)
     )
-    chunk = _chunk_steps(step_bytes, plan)
-    table = min(plan.steps, chunk + plan.accumulators) * step_bytes
+    lookahead = lookahead_of(plan)
+    chunk = _chunk_steps(step_bytes, plan, lookahead)
+    table = table_steps(plan, lookahead, chunk) * step_bytes
     features = (2 + plan.cache_features) * rows * spec.tokens * spec.hidden * item
     ones = 1 if plan.keeps_residuals else 0
     of_size = sum(4 * math.prod(shape) for shape in size_shapes(spec).values())
@@ -186,7 +188,7 @@ def planned_bytes(spec: ModelSpec, precision: Precision, plan: Plan, capacity: i
         captions
         + of_size
         + table
-        + (spec.modulation.count + plan.accumulators * len(spec.modulation.gates) + ones)
+        + (spec.modulation.count + lookahead.places * len(spec.modulation.gates) + ones)
         * rows
         * spec.hidden
         * item
@@ -196,8 +198,11 @@ def planned_bytes(spec: ModelSpec, precision: Precision, plan: Plan, capacity: i
     )
 
 
-def _chunk_steps(step_bytes: int, plan: Plan) -> int:
-    return max(1, min(plan.steps, TABLE_BUDGET_BYTES // step_bytes - plan.accumulators))
+def _chunk_steps(step_bytes: int, plan: Plan, lookahead: Lookahead) -> int:
+    """The largest chunk whose table is within its budget; at least one step."""
+    most = min(plan.steps, TABLE_BUDGET_BYTES // step_bytes)
+    fitting = (n for n in range(most, 1, -1) if table_steps(plan, lookahead, n) <= most)
+    return next(fitting, 1)
 
 
 def allocate_buffers(
@@ -224,8 +229,10 @@ def allocate_buffers(
     """
     dtype, rows = DTYPE_OF_PRECISION[precision], 2 * capacity
     table_row = table_labels(spec, capacity) * spec.hidden
+    lookahead = lookahead_of(plan)
     if chunk is None:
-        chunk = _chunk_steps(spec.modulation.count * table_row * ITEM_BYTES[precision], plan)
+        step_bytes = spec.modulation.count * table_row * ITEM_BYTES[precision]
+        chunk = _chunk_steps(step_bytes, plan, lookahead)
     feature, image = rows * spec.tokens * spec.hidden, math.prod(spec.latents)
 
     def new(*shape: int, dtype: str = "float32") -> Buffer:
@@ -237,9 +244,9 @@ def allocate_buffers(
         return buffer
 
     table = plan.sampler
-    whole = chunk + plan.accumulators
-    padded = (*table.timesteps, *[0.0] * whole)
-    first_steps = range(0, plan.steps, chunk)
+    whole = table_steps(plan, lookahead, chunk)
+    chunks = [chunk_steps(plan, lookahead, first, chunk) for first in range(0, plan.steps, chunk)]
+    timesteps = [[table.timesteps[step] for step in steps] for steps in chunks]
     noise = (
         new(plan.steps * aligned_size(capacity * image))
         if table.stochastic
@@ -250,21 +257,18 @@ def allocate_buffers(
     sampler_rows, weights, coefficients = _numbers(plan, constants, shared)
     return Buffers(
         chunk=chunk,
-        table=new(
-            min(plan.steps, chunk + plan.accumulators) * spec.modulation.count * table_row,
-            dtype=dtype,
-        ),
+        table=new(whole * spec.modulation.count * table_row, dtype=dtype),
         modulation=new(spec.modulation.count * rows * spec.hidden, dtype=dtype),
         gates_ahead=tuple(
             new(len(spec.modulation.gates) * rows * spec.hidden, dtype=dtype)
-            for _ in range(plan.accumulators)
+            for _ in range(lookahead.places)
         ),
         tokens=(new(feature, dtype=dtype), new(feature, dtype=dtype)),
         start=new(feature, dtype=dtype) if plan.keeps_residuals else None,
         ones=constant(np.ones(rows * spec.hidden), dtype) if plan.keeps_residuals else None,
         slots=tuple(new(feature, dtype=dtype) for _ in range(plan.slots)),
         accumulators=tuple(new(feature, dtype=dtype) for _ in range(plan.accumulators)),
-        zeros=constant(np.zeros(feature), dtype) if plan.accumulators else None,
+        zeros=constant(np.zeros(feature), dtype) if plan.predicts_ahead else None,
         latents=(new(capacity * image), new(capacity * image)),
         prediction=new(rows * math.prod(spec.prediction)),
         estimates=tuple(
@@ -276,7 +280,7 @@ def allocate_buffers(
         sampler_rows=sampler_rows,
         coefficients=coefficients,
         shared=shared,
-        timesteps=constant(aligned_rows([padded[first : first + whole] for first in first_steps])),
+        timesteps=constant(aligned_rows([row + [0.0] * (whole - len(row)) for row in timesteps])),
         guidance=new(capacity * spec.channels),
         labels=new(capacity + 1, dtype="int64"),
         label_rows=new(rows, dtype="int64"),

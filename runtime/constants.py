@@ -11,7 +11,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from goc_deploy.compiler import Launch, Plan, Predict
+from goc_deploy.compiler import Accumulate, Launch, Plan, Predict
 from goc_deploy.precision import DTYPE_BYTES
 from goc_deploy.protocols import ALIGNMENT, Buffer
 from goc_deploy.samplers.head_features import head_weights
@@ -45,7 +45,9 @@ def step_rows(plan: Plan, step: int) -> list[Numbers]:
 
 
 def coefficient_row(op: Launch) -> list[float]:
-    """The coefficients of a launch: those of its units, joined."""
+    """The coefficients of a launch: those of its units, joined, or those of its taps."""
+    if isinstance(op, Accumulate):
+        return [tap.coefficient for tap in op.taps]
     if not isinstance(op, Predict):
         return []
     return [c for prediction in op.predictions for c in prediction.coefficients]

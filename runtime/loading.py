@@ -11,8 +11,7 @@ from importlib.util import find_spec
 from numbers import Integral
 from types import MappingProxyType
 
-from goc_deploy.compiler import Compute, Plan, in_form
-from goc_deploy.compiler.plan import PlanForm
+from goc_deploy.compiler import Compute, Plan
 from goc_deploy.conditions.captions import captions_from_bytes
 from goc_deploy.conditions.text import TextEncoder
 from goc_deploy.engine_dir.directory import EngineDir
@@ -27,11 +26,13 @@ from goc_deploy.errors import (
     UsageError,
 )
 from goc_deploy.host_memory import return_free_pages
+from goc_deploy.options import History
 from goc_deploy.precision import DTYPE_OF_PRECISION
 from goc_deploy.protocols import Backend, Engine, Footprint
 from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.buffers import planned_bytes
 from goc_deploy.runtime.decoder import LatentDecoder
+from goc_deploy.runtime.history import plan_to_run
 from goc_deploy.runtime.pipeline import Attached, Pipeline
 from goc_deploy.runtime.weights import Weights
 
@@ -62,6 +63,7 @@ def load_pipelines(
     *,
     all_units: bool = False,
     unlisted: UnlistedPlans | None = None,
+    history: History = "auto",
 ) -> list[Pipeline]:
     """Load an engine directory once, for one or more of its plans.
 
@@ -74,10 +76,12 @@ def load_pipelines(
         all_units: whether units that none of these plans launches are loaded too, for
             `Pipeline.with_plan`.
         unlisted: plans that are not in the engine directory.
+        history: see `goc_deploy.runtime.history.plan_to_run`.
 
     Raises:
         EngineDirError, SafetyError: the engine directory is corrupt or not from this package.
-        UsageError: there is no such plan, or a number is out of range.
+        UsageError: there is no such plan, it cannot keep such a history, or a number is out of
+            range.
         ResourceError: the buffers do not fit into memory.
     """
     for option, value in (("max_sessions", max_sessions), ("batch_size", batch_size)):
@@ -98,8 +102,11 @@ def load_pipelines(
             f"batch size {images} must be within 1..{manifest.max_batch}, the limit that "
             "the engine directory was exported for (`max_batch`)"
         )
-    form: PlanForm = "device" if backend.stacks else "host"
-    plans = [in_form(plan, manifest.model, form) for plan in plans]
+    new_graphs = unlisted is not None
+    plans = [
+        plan_to_run(plan, manifest, backend, images, history, makes_graphs=new_graphs)
+        for plan in plans
+    ]
     parts = {"decoder": manifest.decoder, "text_encoder": manifest.text}
     more = [name for name, part in parts.items() if part]
     if all_units:
@@ -364,7 +371,8 @@ def _check_memory(
         f"{sessions} sessions of {images} images {buffers / 1e9:.2f} GB of buffers and "
         f"{footprint.scratch / 1e9:.2f} GB of scratch memory"
     )
-    logger.info("plan %s takes %s", plan.name, parts)
+    logger.info("plan %s in the form %s takes %s", plan.name, plan.form, parts)
+    logger.info("plan %s has this form because: %s", plan.name, plan.form_reason)
     if available is not None and needed > available:
         raise ResourceError(
             f"plan {plan.name} needs {parts}, but {available / 1e9:.2f} GB are available; use a "

@@ -94,6 +94,7 @@ def plan_report(
     return {
         "plan": plan.name,
         "plan_form": plan.form,
+        "plan_form_reason": plan.form_reason,
         "policy": plan.schedule.policy,
         "sampler": plan.sampler.sampler,
         "prediction_type": plan.sampler.prediction_type,

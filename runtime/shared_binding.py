@@ -20,11 +20,10 @@ from goc_deploy.runtime.constants import aligned_size
 
 
 class SharedBinder(Binder):
-    """A `Binder` for a device that shares launches. Plans in this form do not predict ahead."""
+    """A `Binder` for a device that shares launches."""
 
     def __init__(self, device: Device, *args: Any) -> None:
         super().__init__(*args)
-        assert not self._plan.accumulators, "gates of later steps would not be there"
         self._device = device
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from goc_deploy.compiler import Collect, Compute, Plan, Residual, Segment
+from goc_deploy.compiler import Accumulate, AddSum, Collect, Compute, Plan, Residual, Segment
 from goc_deploy.exporters.architectures.dit_model import DiT, modulate, unpatchify
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
@@ -75,9 +75,16 @@ def run_plan(plan: Plan, x: np.ndarray, feature: Feature) -> list[np.ndarray]:
             if isinstance(op, Residual):
                 slots[op.store] = x - start
                 continue
-            if isinstance(op, Collect):
-                x = x + accumulators[op.ahead]
-                accumulators[op.ahead] = np.nan
+            if isinstance(op, (Collect, AddSum)):
+                place = op.ahead if isinstance(op, Collect) else op.accumulator
+                x = x + accumulators[place]
+                accumulators[place] = np.nan
+                continue
+            if isinstance(op, Accumulate):
+                for tap in op.taps:
+                    before = 0 if tap.starts else accumulators[tap.accumulator]
+                    weight = tap.coefficient * gate(step + tap.ahead, op.unit)
+                    accumulators[tap.accumulator] = before + weight * slots[op.slot]
                 continue
             if isinstance(op, (Compute, Segment)):
                 for unit, store in (

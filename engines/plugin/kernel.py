@@ -19,6 +19,7 @@ from goc_deploy.schedule import MAX_HISTORY
 
 SOURCE_PATH = Path(__file__).parent / "update.cu"
 MOVES_SOURCE_PATH = SOURCE_PATH.with_name("moves.cu")
+ACCUMULATE_SOURCE_PATH = SOURCE_PATH.with_name("accumulate.cu")
 MAX_UNITS, MAX_ENTRIES = MAX_LAUNCH_UNITS, MAX_HISTORY
 TOKENS_PER_THREAD = (2, 1)
 # On an H100 with 132 processors: 16 KB of reads in flight on each, for one entry per unit.
@@ -32,6 +33,7 @@ KERNELS = (
         for dtype in DTYPES
         for access in (*TOKENS_PER_THREAD, "single")
     ),
+    *(f"goc_accumulate_{dtype}_{access}" for dtype in DTYPES for access in ("vector", "single")),
     "goc_next_step",
     "goc_step_moves",
 )
@@ -183,7 +185,7 @@ def geometry(
 
 
 class Kernels(Protocol):
-    """Runs kernels of ``update.cu`` and ``moves.cu``."""
+    """Runs kernels of ``update.cu``, ``accumulate.cu`` and ``moves.cu``."""
 
     def launch(self, geometry: Geometry, parameters: ctypes.Structure, stream: int) -> None:
         """Launch a kernel on a stream; neither wait nor allocate.
@@ -212,7 +214,7 @@ def cubin_for(capability: str) -> bytes:
     """Return the machine code of all kernels for a GPU; it is compiled once per process."""
     sources = [
         f'#line 1 "{path.name}"\n{path.read_text(encoding="utf-8")}'
-        for path in (SOURCE_PATH, MOVES_SOURCE_PATH)
+        for path in (SOURCE_PATH, ACCUMULATE_SOURCE_PATH, MOVES_SOURCE_PATH)
     ]
     return nvrtc.cubin_from_source("".join(sources), SOURCE_PATH.name, capability)
 

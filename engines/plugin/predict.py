@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from goc_deploy.engines.plugin.kernel import (
@@ -66,8 +66,8 @@ class PredictKernel:
                 output shares the memory of an input that is read later.
         """
         assert stream is not None, "a kernel has no stream of its own"
-        self._check_names("input", self._inputs, inputs)
-        self._check_names("output", self._outputs, outputs)
+        check_names(self._signature, "input", self._inputs, inputs)
+        check_names(self._signature, "output", self._outputs, outputs)
         shape = inputs["x"].shape
         self._check_tensors({**inputs, **outputs}, shape)
         self._check_order(inputs, outputs)
@@ -84,27 +84,11 @@ class PredictKernel:
 
         return run
 
-    def _check_names(
-        self, kind: str, expected: tuple[str, ...], bound: Mapping[str, Buffer]
-    ) -> None:
-        for name in sorted(bound.keys() ^ set(expected)):
-            state = "does not have" if name in bound else "needs"
-            raise EngineDirError(
-                f"launch {self._signature!r} {state} {kind} {name!r}; compile the plan again"
-            )
-
     def _check_tensors(self, buffers: Mapping[str, Buffer], shape: tuple[int, ...]) -> None:
         shapes: dict[str, tuple[int, ...]] = {"coefficients": (sum(self._stack.entries),)}
         if len(shape) == 3:
             shapes["gates"] = (self._stack.units, shape[0], shape[2])
-        for name, buffer in buffers.items():
-            expected = shapes.get(name, shape)
-            if len(shape) != 3 or buffer.shape != expected or buffer.dtype != self.dtypes[name]:
-                raise EngineDirError(
-                    f"launch {self._signature!r} takes {name} as {self.dtypes[name]} "
-                    f"{list(expected)} where x is (B, T, D), but the plan binds {buffer.dtype} "
-                    f"{list(buffer.shape)}; export again"
-                )
+        check_shapes(self._signature, buffers, shape, shapes, self.dtypes)
 
     def _check_order(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
         """Check that no earlier unit stores on a history entry that the kernel reads later."""
@@ -124,3 +108,53 @@ def _histories(stack: Stack) -> list[tuple[int, str]]:
         for unit, entries in enumerate(stack.entries)
         for entry in range(entries)
     ]
+
+
+def check_names(
+    signature: str, kind: str, expected: Collection[str], bound: Mapping[str, Buffer]
+) -> None:
+    """Check that exactly the expected tensors are bound.
+
+    Args:
+        signature: the launch.
+        kind: ``input`` or ``output``.
+        expected: names of the tensors.
+        bound: what is bound.
+
+    Raises:
+        EngineDirError: a name is missing or unknown.
+    """
+    for name in sorted(bound.keys() ^ set(expected)):
+        state = "does not have" if name in bound else "needs"
+        raise EngineDirError(
+            f"launch {signature!r} {state} {kind} {name!r}; compile the plan again"
+        )
+
+
+def check_shapes(
+    signature: str,
+    buffers: Mapping[str, Buffer],
+    shape: tuple[int, ...],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, str],
+) -> None:
+    """Check shape and dtype of every tensor.
+
+    Args:
+        signature: the launch.
+        buffers: the tensors by name.
+        shape: (B, T, D) of features.
+        shapes: the shapes of those tensors that are no features.
+        dtypes: the dtype of every tensor.
+
+    Raises:
+        EngineDirError: one does not fit.
+    """
+    for name, buffer in buffers.items():
+        expected = shapes.get(name, shape)
+        if len(shape) != 3 or buffer.shape != expected or buffer.dtype != dtypes[name]:
+            raise EngineDirError(
+                f"launch {signature!r} takes {name} as {dtypes[name]} "
+                f"{list(expected)} where x is (B, T, D), but the plan binds {buffer.dtype} "
+                f"{list(buffer.shape)}; export again"
+            )

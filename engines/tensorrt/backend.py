@@ -11,6 +11,9 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy as np
 
+from goc_deploy.compiler.cache_ops import taps_from_signature
+from goc_deploy.engines.cuda import CudaDevice
+from goc_deploy.engines.plugin.accumulate import AccumulateKernel
 from goc_deploy.engines.plugin.registration import register_plugin
 from goc_deploy.engines.tensorrt.engine import Lane, StoredEngine, TensorrtEngine, Weight
 from goc_deploy.engines.tensorrt.kernel_cache import KernelCache
@@ -66,8 +69,15 @@ class TensorrtBackend:
         """Create a stream for one session."""
         return self.device.stream()
 
-    def predictor(self, signature: str, dtype: str) -> None:
-        """Return None: predictions are engines, with the plugin if that needs fewer launches."""
+    def predictor(self, signature: str, dtype: str) -> Engine | None:
+        """Return our kernel for accumulations.
+
+        Predictions are engines, with the plugin if that needs fewer launches.
+        """
+        if taps_from_signature(signature) is None:
+            return None
+        assert isinstance(self.device, CudaDevice), "TensorRT runs on a GPU"
+        return AccumulateKernel(signature, dtype, self.device.kernels)
 
     def footprint(self, graphs: Mapping[str, Mapping[str, int]]) -> Footprint:
         """Count engines, weights at addresses, and the scratch memory of the largest engine."""

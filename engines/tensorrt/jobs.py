@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 
 from goc_deploy.compiler import in_form
+from goc_deploy.compiler.cache_ops import taps_from_signature
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.graph_check import check_graph, external_tensors
 from goc_deploy.engine_dir.keys import EngineWeightMode, Recipe, Target, dimension_profiles
@@ -73,8 +74,8 @@ def wanted_engines(directory: EngineDir, target: Target, options: EngineOptions)
     """List one job per engine: per unit or kind of unit with shared weights, and per segment.
 
     Predict graphs that only the host form of a plan launches (`goc_deploy.compiler.passes`) get no
-    engine. A segment whose weights are too large for one graph reads them at an address in both
-    weight modes.
+    engine, and neither do accumulate graphs, which our kernel serves. A segment whose weights are
+    too large for one graph reads them at an address in both weight modes.
     """
     manifest, plans = directory.manifest, directory.plans()
     steps = max((plan.steps for plan in plans), default=1)
@@ -85,6 +86,7 @@ def wanted_engines(directory: EngineDir, target: Target, options: EngineOptions)
         for signature in in_form(plan, manifest.model, "device").signatures
     }
     not_launched = {signature for plan in plans for signature in plan.signatures} - launched
+    not_launched |= {s for s in manifest.predict if taps_from_signature(s) is not None}
     jobs: dict[str, Job] = {}
     for unit in _units(manifest, not_launched):
         where = f"{directory.path / unit.onnx}"

@@ -100,7 +100,7 @@ def predict_graph(signature: str, spec: ModelSpec, precision: Precision) -> Mode
     gate_shape = helper.make_tensor("gate_shape", TensorProto.INT64, [3], [-1, 1, spec.hidden])
     widths = helper.make_tensor("widths", TensorProto.INT64, [n], [k for k, _ in entries])
     nodes = [
-        _split("gates", [f"gate{u}" for u in range(n)]),
+        split("gates", [f"gate{u}" for u in range(n)]),
         helper.make_node(
             "Split", ["coefficients", "widths"], [f"row{u}" for u in range(n)], axis=0
         ),
@@ -127,18 +127,20 @@ def predict_graph(signature: str, spec: ModelSpec, precision: Precision) -> Mode
         x = x_out
     graph = helper.make_graph(nodes, "predict", inputs, outputs, [gate_shape, widths])
     kinds = sorted(set(entries))
-    return _model(
+    return checked_model(
         graph, [update_function(k, stores=stored, precision=precision) for k, stored in kinds]
     )
 
 
-def _split(source: str, targets: list[str]) -> NodeProto:
+def split(source: str, targets: list[str]) -> NodeProto:
+    """A node that splits a tensor along its first dimension."""
     if len(targets) == 1:
         return helper.make_node("Identity", [source], targets)
     return helper.make_node("Split", [source], targets, axis=0, num_outputs=len(targets))
 
 
-def _model(graph: onnx.GraphProto, functions: list[FunctionProto]) -> ModelProto:
+def checked_model(graph: onnx.GraphProto, functions: list[FunctionProto]) -> ModelProto:
+    """A model of a graph and its functions, after ONNX's own check."""
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CACHE_DOMAIN, 1)]
     model = helper.make_model(
         graph, functions=functions, opset_imports=opsets, ir_version=10, producer_name="goc_deploy"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from goc_deploy.compiler import Plan, Segment, in_form
 from goc_deploy.compiler.head_file import head_to_safetensors
 from goc_deploy.compiler.plan_file import plan_to_json
 from goc_deploy.engine_dir.manifest import Manifest, PlanEntry
-from goc_deploy.exporters.graphs.cache_update import predict_graph
+from goc_deploy.errors import UsageError
+from goc_deploy.exporters.graphs.accumulate import graph_of_launch
 from goc_deploy.exporters.graphs.segments import segment_graph
 from goc_deploy.exporters.graphs.step import head_graph
 from goc_deploy.schedule.schedule import schedule_to_json
@@ -22,9 +24,9 @@ from goc_deploy.schedule.schedule import schedule_to_json
 def write_plan(
     folder: Path, plan: Plan, manifest: Manifest, read: Callable[[str], bytes]
 ) -> Manifest:
-    """Write a plan, and those graphs of both its forms that are missing.
+    """Write a plan, and those graphs of all its forms that are missing.
 
-    These are predict graphs, segments, and the sampler graph of a head.
+    These are predict and accumulate graphs, segments, and the sampler graph of a head.
 
     Args:
         folder: folder to write to.
@@ -51,10 +53,14 @@ def write_plan(
     (folder / entry.schedule).write_text(schedule_to_json(plan.schedule), encoding="utf-8")
     on_device = in_form(plan, manifest.model, "device")
     predict, segments = dict(manifest.predict), dict(manifest.segments)
-    for signature in sorted({*plan.signatures, *on_device.signatures} - predict.keys()):
+    forms = [plan, on_device]
+    with suppress(UsageError):  # some plans have no such form, and loading reports why
+        forms.append(in_form(plan, manifest.model, "sums"))
+    signatures = {signature for form in forms for signature in form.signatures}
+    for signature in sorted(signatures - predict.keys()):
         predict[signature] = _path("predict", signature)
         onnx.save_model(
-            predict_graph(signature, manifest.model, manifest.precision),
+            graph_of_launch(signature, manifest.model, manifest.precision),
             folder / predict[signature],
         )
     new = {

@@ -45,6 +45,7 @@ def compare_plans(
                 device=options.device,
                 batch_size=len(options.labels),
                 threads=options.threads,
+                history=options.history,
             )
         ]
         rounds = options.warmup * max(pipe.runs_to_warm for pipe in pipes) + options.repeats

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from goc_deploy.api.requirements import require
 from goc_deploy.errors import ConflictError, EnvironmentUnsupportedError, UsageError
-from goc_deploy.options import EngineOptions, Progress, no_progress
+from goc_deploy.options import EngineOptions, History, Progress, no_progress
 from goc_deploy.precision import Precision
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def loaded_plans(
     batch_size: int | None = None,
     max_sessions: int = 1,
     all_units: bool = False,
+    history: History = "auto",
 ) -> list[Pipeline]:
     """Load plans of an open engine directory; see `goc_deploy.load_plans`.
 
@@ -104,7 +105,9 @@ def loaded_plans(
     def load_all(on: Backend) -> list[Pipeline]:
         from goc_deploy.runtime.loading import load_pipelines
 
-        return load_pipelines(directory, on, plans, batch_size, max_sessions, all_units=all_units)
+        return load_pipelines(
+            directory, on, plans, batch_size, max_sessions, all_units=all_units, history=history
+        )
 
     return loaded_on(backend, directory, options, load_all)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from goc_deploy.options import (
     CheckpointWeights,
     ExportOptions,
+    History,
     PlanOptions,
     Progress,
     Segments,
@@ -194,6 +195,7 @@ def load(
     shared_pool: bool = True,
     cuda_graphs: bool = True,
     device: str = "auto",
+    history: History = "auto",
 ) -> Pipeline:
     """Load an engine directory.
 
@@ -217,6 +219,10 @@ def load(
             batch shape, on ONNX Runtime of each session. Turn it off for debugging.
         device: ``cpu``, ``cuda``, or ``cuda:1`` for another GPU than the first; ``auto`` leaves it
             to the backend.
+        history: what is kept for later steps: ``features`` of every unit, ``sums`` of what later
+            steps add, whose number does not grow with the depth, or ``auto``, which takes sums
+            where they save much memory (`goc_deploy.runtime.history.plan_to_run`). The report of a
+            result has the choice and its reason.
 
     Raises:
         GocError: a subclass names what is wrong and has an ``exit_code``.
@@ -234,7 +240,9 @@ def load(
     def load_one(on: Backend) -> list[Pipeline]:
         from goc_deploy.runtime.loading import load_pipelines
 
-        return load_pipelines(directory, on, [plan], batch_size, max_sessions, unlisted=unlisted)
+        return load_pipelines(
+            directory, on, [plan], batch_size, max_sessions, unlisted=unlisted, history=history
+        )
 
     options = BackendOptions(threads, shared_pool, cuda_graphs, device)
     return loaded_on(backend, directory, options, load_one)[0]
@@ -251,6 +259,7 @@ def load_plans(
     shared_pool: bool = True,
     cuda_graphs: bool = True,
     device: str = "auto",
+    history: History = "auto",
     all_units: bool = False,
 ) -> list[Pipeline]:
     """Load several plans of one engine directory, such as tiers of quality, on one set of weights.
@@ -265,6 +274,7 @@ def load_plans(
         shared_pool: as in `load`.
         cuda_graphs: as in `load`.
         device: as in `load`.
+        history: as in `load`.
         all_units: also load units that none of these plans launches, for
             `goc_deploy.runtime.pipeline.Pipeline.with_plan`.
 
@@ -286,4 +296,5 @@ def load_plans(
         batch_size=batch_size,
         max_sessions=max_sessions,
         all_units=all_units,
+        history=history,
     )

@@ -213,10 +213,10 @@ def _uncalibrated(directory: EngineDir, spec: str, options: PlanOptions) -> Plan
 
 
 def _predict_graph(manifest: Manifest, signature: str) -> bytes:
-    """The ONNX file of a predict signature that the engine directory may lack."""
+    """The ONNX file of a signature whose graph the engine directory may lack."""
     require("export", "onnx")
-    from goc_deploy.exporters.graphs.cache_update import predict_graph
+    from goc_deploy.exporters.graphs.accumulate import graph_of_launch
 
-    graph = predict_graph(signature, manifest.model, manifest.precision)
+    graph = graph_of_launch(signature, manifest.model, manifest.precision)
     content: bytes = graph.SerializeToString()
     return content

@@ -111,6 +111,7 @@ def _loaded(engine_dir: str | Path, options: RunOptions) -> Pipeline:
         threads=options.threads,
         cuda_graphs=options.cuda_graphs,
         device=options.device,
+        history=options.history,
     )
 
 

@@ -18,6 +18,7 @@ from goc_deploy.cli.options import (
     common_options,
     compared_plans,
     device_option,
+    history_option,
     output_option,
     sort_outputs,
     threads_option,
@@ -57,6 +58,7 @@ DEFAULTS = BenchOptions()
 )
 @backend_option
 @device_option
+@history_option
 @threads_option
 @output_option("File to write, repeatable: .json is --json, .png, .svg or .pdf is --plot.")
 @click.option("--json", "json_path", type=PATH, help="JSON file to write every measurement to.")

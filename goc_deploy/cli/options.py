@@ -11,6 +11,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from goc_deploy.options import HISTORIES
 from goc_deploy.precision import DTYPE_OF_PRECISION, PRECISIONS
 from goc_deploy.version import __version__
 
@@ -52,6 +53,13 @@ device_option = click.option(
     default="auto",
     help="Device that the backend uses: cpu, cuda, cuda:1 for another GPU than the first, or auto, "
     "which leaves it to the backend.",
+)
+history_option = click.option(
+    "--history",
+    type=click.Choice(HISTORIES),
+    default="auto",
+    help="What is kept for later steps: features of every unit, sums of what later steps add, "
+    "which take less memory, or auto, which takes sums where they save much.",
 )
 cfg_channels_option = click.option(
     "--cfg-channels",

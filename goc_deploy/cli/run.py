@@ -19,6 +19,7 @@ from goc_deploy.cli.options import (
     cfg_scale_option,
     common_options,
     device_option,
+    history_option,
     plans_of_directory,
     steps_option,
     threads_option,
@@ -133,6 +134,7 @@ DEFAULTS = RunOptions()
 )
 @backend_option
 @device_option
+@history_option
 @click.option(
     "--cuda-graphs/--no-cuda-graphs",
     default=DEFAULTS.cuda_graphs,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from goc_deploy.compiler.plan import Compute, Plan, Predict, Prediction, Residual
+from goc_deploy.compiler.plan import Accumulate, Compute, Plan, Predict, Prediction, Residual
 from goc_deploy.errors import EngineDirError
 from goc_deploy.schedule import MAX_HISTORY, Schedule, fill_short_history
 
@@ -66,6 +66,9 @@ def _planned(plan: Plan, features: _Features) -> list[list[float]]:
                 value = planned[step][unit] = features[step][unit]
                 if op.store is not None:
                     slots[op.store] = value
+            elif isinstance(op, Accumulate):
+                for tap in op.taps:
+                    planned[step + tap.ahead][op.unit] += tap.coefficient * slots[op.slot]
             elif isinstance(op, Residual):
                 slots[op.store] = features[step][0]
             elif isinstance(op, Predict):

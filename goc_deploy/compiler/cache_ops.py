@@ -1,14 +1,14 @@
-"""Names of cache updates in a graph: op types, and the signatures of predict graphs.
+"""Names of cache updates in a graph: op types, and the signatures of graphs of plans.
 
 A predict graph is a chain of updates, one per unit. ``GocCacheUpdate2`` reads two history entries
 and stores the prediction; ``GocCacheApply2`` does not store it. The exporters write these names,
-and the plugin registers and recognises them.
+and the plugin registers and recognises them. An accumulate graph adds one feature to accumulators.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain, groupby
 
 from goc_deploy.errors import EngineDirError
@@ -17,6 +17,7 @@ from goc_deploy.schedule import MAX_HISTORY
 CACHE_DOMAIN = "goc"  # of the ops in ONNX, and the namespace of the plugin in TensorRT
 PLUGIN_VERSION = "1"
 _OP_TYPE = re.compile(rf"GocCache(Update|Apply)([1-{MAX_HISTORY}])")
+_TAPS = re.compile(r"(?:a\*([1-9]))? ?(?:s\*([1-9]))?")
 _RUN = re.compile(rf"([1-{MAX_HISTORY}])(w?)\*([1-9][0-9]*)")
 
 
@@ -55,3 +56,23 @@ def updates_from_signature(signature: str) -> list[tuple[int, bool]]:
             "entries, as in '2w*8 1*3'"
         )
     return list(chain.from_iterable([(int(m[1]), bool(m[2]))] * int(m[3]) for m in runs if m))
+
+
+def accumulate_signature(starts: Sequence[bool]) -> str:
+    """Write taps as runs: two that are added and one that starts are ``a*2 s*1``.
+
+    Args:
+        starts: per tap, whether it starts its accumulator; those that do come last.
+    """
+    return " ".join(f"{'s' if mark else 'a'}*{len(list(run))}" for mark, run in groupby(starts))
+
+
+def taps_from_signature(signature: str) -> list[bool] | None:
+    """Parse an accumulate signature, the inverse of `accumulate_signature`.
+
+    Returns:
+        Per tap, whether it starts its accumulator; None for another kind of signature.
+    """
+    found = _TAPS.fullmatch(signature)
+    taps = [False] * int(found[1] or 0) + [True] * int(found[2] or 0) if found else []
+    return taps if taps and accumulate_signature(taps) == signature else None

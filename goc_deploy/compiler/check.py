@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 
+from goc_deploy.compiler.check_sums import SumsCheck
 from goc_deploy.compiler.plan import (
+    Accumulate,
+    AddSum,
     Collect,
     Compute,
     Launch,
@@ -24,9 +27,9 @@ from goc_deploy.spec import ModelSpec
 def check_plan(plan: Plan, spec: ModelSpec) -> None:
     """Check that a plan is safe to execute for this model.
 
-    Every unit acts once in every step and in order, or through an accumulator that is filled in an
-    earlier step and added once, or all units act as one through their residual. Slots are in range,
-    and nothing is read before it is written.
+    Every unit acts once in every step and in order, or through an accumulator that is filled in
+    earlier steps and added once, or all units act as one through their residual. Slots are in
+    range, and nothing is read before it is written.
 
     Raises:
         EngineDirError: naming the step and what is wrong.
@@ -40,9 +43,19 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
     every_unit = list(range(spec.units))
     written: set[int] = set()
     accumulated: dict[int, list[int]] = {}  # target step -> units
+    sums = SumsCheck(plan)
     for step, launches in enumerate(plan.launches):
         order: list[int] = []
         for op in launches:
+            sums.check_form(step, op)
+            if isinstance(op, Accumulate):
+                sums.accumulate(step, op)
+                continue
+            if isinstance(op, AddSum):
+                order += sums.added(step, op)
+                continue
+            if isinstance(op, Compute):
+                sums.computed(step, op)
             if isinstance(op, Collect):
                 order += _collected(plan, step, op, accumulated, every_unit)
                 continue
@@ -66,6 +79,7 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
                 f"plan {plan.name}: step {step} does not run each of the {spec.units} units once, "
                 "in order"
             )
+    sums.check_empty()
     if accumulated:
         raise EngineDirError(
             f"plan {plan.name}: what was accumulated for step {min(accumulated)} is never added"

@@ -1,24 +1,26 @@
 """The compiler passes, which turn a schedule into a plan.
 
-Both pipelines name every feature once (static single assignment) and store only the features that
-are read again. `compile_for_host` then moves the predictions of collapsed steps to the place where
-their history was just computed. `compile_for_device` instead makes few launches of many units:
+All pipelines name every feature once (static single assignment). `compile_for_host` stores only the
+features that are read again, and moves the predictions of collapsed steps to the place where their
+history was just computed. `compile_for_device` instead makes few launches of many units.
+`compile_to_sums` keeps no features: it adds each to the sums of the later steps that read it:
 
     host:    name_values -> drop_dead_stores -> accumulate_ahead -> group_launches -> assign_slots
     device:  name_values -> drop_dead_stores -> group_launches -> assign_slots
     device, with segments:
              name_values -> drop_dead_stores -> store_alike -> group_launches -> merge_full_steps
              -> assign_slots
+    sums:    name_values -> expand_history -> push_features -> assign_accumulators
     level residual:
              name_values -> drop_dead_stores -> group_launches -> assign_slots -> compute_all_units
 
-Both forms compute the same numbers. An engine directory stores the host form together with the
-requested segments; `in_form` converts it to the device form.
+All forms compute the same numbers. An engine directory stores the host form together with the
+requested segments; `in_form` converts it to another form.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby, islice, takewhile
 
 from goc_deploy.compiler.check import check_plan
@@ -34,12 +36,13 @@ from goc_deploy.compiler.plan import (
     Segment,
 )
 from goc_deploy.compiler.residual import compute_all_units
+from goc_deploy.compiler.sums import assign_accumulators, expand_history, push_features
+from goc_deploy.compiler.values import Evaluation, drop_dead_stores, name_values
 from goc_deploy.errors import UsageError
 from goc_deploy.options import SEGMENTS, Segments
 from goc_deploy.samplers import SamplerTable, sampler_misfit, sampler_table
 from goc_deploy.samplers.process import Process
 from goc_deploy.schedule import (
-    MAX_HISTORY,
     Schedule,
     check_amplification,
     check_schedule,
@@ -49,28 +52,6 @@ from goc_deploy.schedule import (
 from goc_deploy.spec import ModelSpec
 
 LAUNCHES_BEFORE_AHEAD = 3  # each additional launch is a little faster and needs one more slot
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """One unit at one step, which reads and produces named values instead of buffers.
-
-    Attributes:
-        step: the step whose x it updates.
-        unit: index of the unit.
-        reads: names of the values read, the one with the largest coefficient first; empty if the
-            unit is computed.
-        coefficients: one per value read, as in `goc_deploy.compiler.plan.Prediction`.
-        value: name of the value it produces, or None if no evaluation reads that value.
-        ahead: number of steps between the step in which it runs and ``step``.
-    """
-
-    step: int
-    unit: int
-    reads: tuple[int, ...]
-    coefficients: tuple[float, ...]
-    value: int | None
-    ahead: int = 0
 
 
 def compile_for_host(
@@ -159,18 +140,69 @@ def compile_for_device(
     return plan
 
 
+def compile_to_sums(
+    schedule: Schedule,
+    spec: ModelSpec,
+    sampler: str | SamplerTable = "ddim",
+    steps: int | None = None,
+    *,
+    name: str = "plan",
+    segments: Segments = "none",
+) -> Plan:
+    """Compile a schedule for little memory: no feature is kept, whatever the number of units.
+
+    Every unit is a launch, also on a GPU: a segment would output the features of all units at once.
+
+    Args:
+        schedule: as for `compile_for_host`, of the level ``unit``.
+        spec: as for `compile_for_host`.
+        sampler: as for `compile_for_host`.
+        steps: as for `compile_for_host`.
+        name: as for `compile_for_host`.
+        segments: as for `compile_for_host`; the form has no segments either.
+
+    Returns:
+        The plan, checked with `check_plan`.
+
+    Raises:
+        ScheduleError: as for `compile_for_host`.
+        UsageError: as for `compile_for_host`, or the schedule predicts the residual, or from too
+            many steps at once.
+    """
+    schedule, table = _checked(schedule, spec, sampler, steps, segments)
+    if schedule.level == "residual":
+        raise UsageError(
+            f"plan {name} predicts the residual of all units, which it keeps in a few tensors; its "
+            "history cannot be kept as sums"
+        )
+    evaluations = name_values(schedule)
+    evaluations = expand_history(evaluations)
+    events = push_features(evaluations)
+    launches, slots = assign_accumulators(events)
+    plan = Plan(name, table, launches, slots, schedule, segments, form="sums")
+    check_plan(plan, spec)
+    return plan
+
+
 def in_form(plan: Plan, spec: ModelSpec, form: PlanForm) -> Plan:
     """Convert a plan to the form that a backend runs; the results are the same.
 
     Before, ``host``: step 4 computes all units and predicts for step 5, a few units at a time.
     Step 5 adds the accumulated predictions. After, ``device``: step 4 only computes, in one launch
     if the plan has segments. Step 5 is one launch that reads the history of all units. The device
-    form needs more slots for the history.
+    form needs more slots for the history. After, ``sums``: step 4 adds each feature that it
+    computes to what steps 5, 7 and so on will add. There is one slot, and an accumulator for every
+    such step.
+
+    Raises:
+        UsageError: the form is ``sums``, which the plan cannot have; see `compile_to_sums`.
     """
     if form == plan.form:
         return plan
-    compile_form = compile_for_device if form == "device" else compile_for_host
-    return compile_form(plan.schedule, spec, plan.sampler, name=plan.name, segments=plan.segments)
+    compilers = {"host": compile_for_host, "device": compile_for_device, "sums": compile_to_sums}
+    return compilers[form](
+        plan.schedule, spec, plan.sampler, name=plan.name, segments=plan.segments
+    )
 
 
 def _checked(
@@ -196,55 +228,6 @@ def _checked(
     if misfit:
         raise UsageError(misfit)
     return schedule, table
-
-
-def name_values(schedule: Schedule) -> list[Evaluation]:
-    """Name every feature that a schedule computes or predicts.
-
-    A history entry is a value times a factor. A prediction from one entry only changes the factor.
-    A prediction from several entries is a new value: their sum, divided by the largest coefficient,
-    which becomes the factor. A value that is in the history twice is read once, with the sum of
-    its coefficients.
-
-    If the schedule's level is ``residual``, the residual of a step stands for its units, as unit 0.
-
-    Before: ``gradient`` with history (a, a). After: the prediction *is* a.
-    Before: ``2.2 a - 1.2 b``. After: the value ``a - 0.545 b``, times 2.2.
-    """
-    evaluations: list[Evaluation] = []
-    histories: list[tuple[tuple[int, float], ...]] = [()] * schedule.units
-    for step, rows in enumerate(schedule.feature_rows):
-        for unit, row in enumerate(rows):
-            weights: dict[int, float] = {}
-            for (value, factor), coefficient in zip(histories[unit], row, strict=False):
-                weights[value] = weights.get(value, 0.0) + coefficient * factor
-            reads = tuple(sorted(weights, key=lambda value: -abs(weights[value])))
-            whole = weights[reads[0]] if reads else 1.0
-            coefficients = (
-                (whole, *(weights[value] / whole if whole else 0.0 for value in reads[1:]))
-                if reads
-                else ()
-            )
-            new = len(evaluations) if len(reads) != 1 else None
-            evaluations.append(Evaluation(step, unit, reads, coefficients, new))
-            if not row or schedule.history == "used":
-                pushed = reads[0] if new is None else new
-                histories[unit] = ((pushed, whole), *histories[unit])[:MAX_HISTORY]
-    return evaluations
-
-
-def drop_dead_stores(evaluations: list[Evaluation]) -> list[Evaluation]:
-    """Drop the stores of values that no later evaluation reads.
-
-    Before: step 2 stores a feature that step 4 replaces before any step reads it. After: step 2
-    stores nothing.
-    """
-    alive: set[int] = set()
-    kept: list[Evaluation] = []
-    for e in reversed(evaluations):
-        kept.append(e if e.value in alive else replace(e, value=None))
-        alive.update(e.reads)
-    return kept[::-1]
 
 
 def store_alike(evaluations: list[Evaluation]) -> list[Evaluation]:

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
-from goc_deploy.compiler.cache_ops import predict_signature
+from goc_deploy.compiler.cache_ops import accumulate_signature, predict_signature
 from goc_deploy.options import Segments
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec
 
 MAX_LAUNCH_UNITS = 88  # limit of predictions in the parameters of the plugin's kernel
-PlanForm = Literal["host", "device"]
+MAX_TAPS = 4  # of a launch; more make more kinds of graphs, and save little
+PlanForm = Literal["host", "device", "sums"]
 StepKind = Literal["full", "mixed", "collapsed"]
 
 
@@ -119,7 +120,59 @@ class Residual:
     store: int
 
 
-Launch = Compute | Segment | Predict | Collect | Residual
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """What a computed feature adds to the prediction of its unit in a later step.
+
+    Attributes:
+        accumulator: the accumulator that takes it.
+        ahead: number of steps to the step that adds the accumulator; the gate is of that step.
+        coefficient: the weight of the feature.
+        starts: whether the accumulator begins with this tap; otherwise the tap is added to it.
+    """
+
+    accumulator: int
+    ahead: int
+    coefficient: float
+    starts: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Accumulate:
+    """Add a feature that was just computed to accumulators: ``a += gate * coefficient * g``.
+
+    Attributes:
+        unit: index of the unit that computed the feature.
+        slot: slot that keeps the feature.
+        taps: 1 to ``MAX_TAPS``; those that start an accumulator come last.
+    """
+
+    unit: int
+    slot: int
+    taps: tuple[Tap, ...]
+
+    @property
+    def signature(self) -> str:
+        """How many accumulators it adds to and how many it starts: ``a*2 s*1``."""
+        return accumulate_signature([tap.starts for tap in self.taps])
+
+
+@dataclass(frozen=True, slots=True)
+class AddSum:
+    """Predict adjacent units of a step: x += the accumulator that holds their taps.
+
+    Attributes:
+        accumulator: index of the accumulator, which is free afterwards.
+        unit: index of the first unit.
+        units: number of units.
+    """
+
+    accumulator: int
+    unit: int
+    units: int
+
+
+Launch = Compute | Segment | Predict | Collect | Residual | Accumulate | AddSum
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +188,8 @@ class Plan:
         segments: what a device runs as one engine: ``full``, all units of a full step, or
             ``none``.
         form: ``host``, the form of `goc_deploy.compiler.passes.compile_for_host` that engine
-            directories store, or ``device``.
+            directories store, ``device``, or ``sums``, which keeps no feature per unit.
+        form_reason: why a loaded plan has its form, for reports.
     """
 
     name: str
@@ -145,6 +199,7 @@ class Plan:
     schedule: Schedule
     segments: Segments = "none"
     form: PlanForm = "host"
+    form_reason: str = ""
 
     @property
     def steps(self) -> int:
@@ -153,12 +208,9 @@ class Plan:
 
     @property
     def signatures(self) -> tuple[str, ...]:
-        """Every distinct predict signature, sorted."""
-        return tuple(
-            sorted(
-                {op.signature for step in self.launches for op in step if isinstance(op, Predict)}
-            )
-        )
+        """Every distinct signature of a launch that predicts or accumulates, sorted."""
+        ops = [op for step in self.launches for op in step if isinstance(op, Predict | Accumulate)]
+        return tuple(sorted({op.signature for op in ops}))
 
     @property
     def segment_signatures(self) -> tuple[str, ...]:
@@ -175,12 +227,24 @@ class Plan:
         return any(isinstance(op, Residual) for step in self.launches for op in step)
 
     @property
+    def predicts_ahead(self) -> bool:
+        """Whether predictions are made ahead, into accumulators that start from zeros."""
+        return any(isinstance(op, Predict) and op.ahead for step in self.launches for op in step)
+
+    @property
     def accumulators(self) -> int:
-        """Number of accumulators: the largest number of steps that a prediction is made ahead."""
-        return max(
-            (op.ahead for step in self.launches for op in step if isinstance(op, Predict)),
-            default=0,
-        )
+        """Number of accumulators."""
+        ops = [op for step in self.launches for op in step]
+        taps = [tap for op in ops if isinstance(op, Accumulate) for tap in op.taps]
+        last = max((tap.accumulator for tap in taps), default=-1)
+        return max([last + 1, *(op.ahead for op in ops if isinstance(op, Predict))])
+
+    def targets(self, step: int) -> tuple[int, ...]:
+        """The later steps for which a step predicts, sorted."""
+        ops = self.launches[step]
+        ahead = {op.ahead for op in ops if isinstance(op, Predict) and op.ahead}
+        ahead |= {tap.ahead for op in ops if isinstance(op, Accumulate) for tap in op.taps}
+        return tuple(step + steps for steps in sorted(ahead))
 
     def step_kind(self, step: int) -> StepKind:
         """``full`` if the step computes every unit, ``collapsed`` if none, otherwise ``mixed``."""
@@ -199,11 +263,10 @@ class Plan:
     def cache_features(self) -> int:
         """Number of feature-sized buffers.
 
-        These are the slots, the accumulators and the zeros from which they start, and the tokens
-        before all units if residuals are kept.
+        These are the slots, the accumulators, the zeros from which they start if predictions are
+        made ahead, and the tokens before all units if residuals are kept.
         """
-        accumulators = self.accumulators + 1 if self.accumulators else 0
-        return self.slots + accumulators + (1 if self.keeps_residuals else 0)
+        return self.slots + self.accumulators + self.predicts_ahead + self.keeps_residuals
 
     def cache_bytes(self, spec: ModelSpec, batch: int, item_bytes: int) -> int:
         """Size of the cache for ``batch`` rows (two per image with guidance)."""

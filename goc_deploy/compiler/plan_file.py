@@ -16,7 +16,6 @@ from goc_deploy.compiler.plan import (
     Predict,
     Prediction,
     Residual,
-    Segment,
 )
 from goc_deploy.errors import EngineDirError
 from goc_deploy.options import SEGMENTS
@@ -126,7 +125,7 @@ def _launch_to_list(op: Launch) -> list[Any]:
         return ["a", op.ahead]
     if isinstance(op, Residual):
         return ["r", op.store]
-    assert not isinstance(op, Segment), "a plan is written in the host's form"
+    assert isinstance(op, Predict), "a plan is written in the host's form"
     return [
         "p",
         op.unit,

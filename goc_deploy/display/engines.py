@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from goc_deploy.compiler import Collect, Compute, Plan, Predict, Segment, in_form
+from goc_deploy.compiler import Accumulate, Compute, Plan, Predict, Residual, Segment, in_form
+from goc_deploy.compiler.cache_ops import taps_from_signature
 from goc_deploy.compiler.plan import StepKind
 from goc_deploy.display.plans import Table
 from goc_deploy.engine_dir.directory import EngineDir
@@ -28,6 +29,7 @@ def graph_rows(directory: EngineDir) -> Table:
     for kind, graphs in (("predict", manifest.predict), ("segment", manifest.segments)):
         for signature, path in graphs.items():
             graph = f"{directory.size(path) / 1e3:.1f}"
+            kind = kind if taps_from_signature(signature) is None else "accumulate"
             rows.append([f"{kind} {signature}", graph, "", "", str(served[path])])
     for name, path in manifest.heads.items():
         rows.append([name, f"{directory.size(path) / 1e3:.1f}", "", "", str(served[path])])
@@ -114,17 +116,16 @@ def launched_graphs(plan: Plan, manifest: Manifest, step: int) -> list[str]:
     """
     onnx = {unit.name: unit.onnx for unit in manifest.graphs}
     ops = plan.launches[step]
-    ahead = {op.ahead for op in ops if isinstance(op, Predict) and op.ahead}
-    names = [onnx["modulation"]] * (1 + len(ahead)) + [onnx["embed"]]
+    names = [onnx["modulation"]] * (1 + len(plan.targets(step))) + [onnx["embed"]]
     for op in ops:
         if isinstance(op, Compute):
             names.append(onnx[manifest.model.unit_names[op.unit]])
         elif isinstance(op, Segment):
             names.append(manifest.segments[op.signature])
-        elif isinstance(op, Predict):
+        elif isinstance(op, Predict | Accumulate):
             names.append(manifest.predict[op.signature])
         else:
-            names.append(onnx["collect" if isinstance(op, Collect) else "residual"])
+            names.append(onnx["residual" if isinstance(op, Residual) else "collect"])
     return [*names, onnx["final"], (onnx | manifest.heads)[plan.sampler.graph]]
 
 

@@ -92,6 +92,7 @@ def job_of(pipe: Pipeline, series: Series, shard_images: int | None) -> Job:
         **{name: value for name, value in records[0].items() if name not in CONDITION},
         "conditions_sha256": hashlib.sha256(json.dumps(shown).encode()).hexdigest(),
         "engine_sha256": _engine_digest(pipe.manifest, pipe.plan.name),
+        "plan_form": pipe.plan.form,  # each form adds in another order
         "batch_size": batch,
         **{name: backend[name] for name in BACKEND if name in backend},
         **({} if "device" in backend else _processor(series.options.threads)),

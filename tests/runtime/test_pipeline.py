@@ -163,18 +163,16 @@ def allocated(pipe: Pipeline) -> buffers.Buffers:
     return buffers.allocate_buffers(cpu_backend(), pipe.spec, "fp32", pipe.plan, pipe.batch_size)
 
 
-@pytest.mark.parametrize("chunk", [1, 6, 7])
+@pytest.mark.parametrize(("table", "chunk"), [(1, 1), (2, 2), (7, 6), (8, 8)])
 def test_the_modulation_table_may_be_filled_in_chunks(
-    golden_engine: Path, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, chunk: int
+    golden_engine: Path, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, table: int, chunk: int
 ) -> None:
     whole = pipe.generate(LABELS, seed=1).latents
     row_bytes = 4 * pipe.spec.hidden * pipe.spec.modulation.count * (pipe.batch_size + 1)
-    monkeypatch.setattr(
-        buffers, "TABLE_BUDGET_BYTES", (chunk + 1) * row_bytes
-    )  # one step is predicted ahead
+    monkeypatch.setattr(buffers, "TABLE_BUDGET_BYTES", table * row_bytes)
     with goc_deploy.load(golden_engine, plan="fora:2+gc:1.2") as chunked:
         assert allocated(chunked).chunk == chunk
-        assert relative_l2(chunked.generate(LABELS, seed=1).latents, whole) < 1e-6
+        assert relative_l2(chunked.generate(LABELS, seed=1).latents, whole) < 1e-5
 
 
 def test_scale_one_skips_the_unconditional_rows_and_changes_nothing(pipe: Pipeline) -> None:

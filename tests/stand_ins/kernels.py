@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from goc_deploy.engines.plugin.accumulate import TapsParameters
 from goc_deploy.engines.plugin.kernel import SOURCE_PATH, StackParameters
 from goc_deploy.engines.plugin.moves import CounterParameters, MoveParameters, MovesParameters
 from goc_deploy.precision import DTYPE_BYTES
@@ -84,7 +85,7 @@ def host_library() -> Any:
     """The kernels as a library for the host; skips the test where there is no compiler."""
     with tempfile.TemporaryDirectory() as folder:
         library = ctypes.CDLL(str(build_library(Path(folder, "update.so"))))
-    for name in ("stack_size", "moves_size", "bytes_moved", "threads_per_block"):
+    for name in ("stack_size", "taps_size", "moves_size", "bytes_moved", "threads_per_block"):
         getattr(library, name).restype = ctypes.c_int64
     return library
 
@@ -96,6 +97,8 @@ def kernel_of(name: str, threads: int, address: int) -> Kernel:
         "goc_step_moves": (MovesParameters, _moves),
     }
     structure, spans = kinds.get(name, (StackParameters, functools.partial(_stack, name)))
+    if name.startswith("goc_accumulate_"):
+        structure, spans = TapsParameters, functools.partial(_taps, name)
     parameters = structure.from_buffer_copy(ctypes.string_at(address, ctypes.sizeof(structure)))
     run = getattr(host_library(), name)
     may_read, reads, writes = spans(parameters)
@@ -161,4 +164,16 @@ def _stack(name: str, stack: StackParameters) -> tuple[Any, ...]:
     writes |= {
         f"g{unit}": Span(stack.stored[unit], feature) for unit in units if stack.stored[unit]
     }
+    return reads, lambda: reads, writes
+
+
+def _taps(name: str, launch: TapsParameters) -> tuple[Any, ...]:
+    dtype = next(part for part in name.split("_") if part in DTYPE_BYTES)
+    row = launch.rows * launch.hidden * DTYPE_BYTES[dtype]
+    feature, taps = row * launch.tokens, range(launch.taps)
+    reads = {"g": Span(launch.feature, feature)}
+    reads["coefficients"] = Span(launch.coefficients, 4 * launch.taps)
+    reads |= {f"gate{tap}": Span(launch.gates[tap], row) for tap in taps}
+    reads |= {f"a{tap}": Span(launch.before[tap], feature) for tap in taps if launch.before[tap]}
+    writes = {f"a{tap}_out": Span(launch.after[tap], feature) for tap in taps}
     return reads, lambda: reads, writes

@@ -5,10 +5,12 @@ static bool backwards;
 #define GOC_MOVED(bytes) (moved += (bytes))
 #define GOC_ORDER(thread, threads) (backwards ? (threads) - 1 - (thread) : (thread))
 #include "update.cu"
+#include "accumulate.cu"
 #include "moves.cu"
 
 extern "C" {
 long long stack_size() { return sizeof(GocStack); }
+long long taps_size() { return sizeof(GocTaps); }
 long long moves_size() { return sizeof(GocMoves); }
 long long threads_per_block() { return GOC_THREADS; }
 

@@ -21,14 +21,9 @@ from goc_deploy.compiler import (
     compile_for_host,
     in_form,
 )
-from goc_deploy.compiler.passes import (
-    accumulate_ahead,
-    assign_slots,
-    drop_dead_stores,
-    group_launches,
-    name_values,
-)
+from goc_deploy.compiler.passes import accumulate_ahead, assign_slots, group_launches
 from goc_deploy.compiler.plan import PlanForm
+from goc_deploy.compiler.values import drop_dead_stores, name_values
 from goc_deploy.errors import EngineDirError, UsageError
 from goc_deploy.options import SEGMENTS, Segments
 from goc_deploy.policies.grammar import parse_policy

@@ -210,7 +210,8 @@ CALL(cuModuleGetFunction, 2000, Function** function, Module* module, const char*
     if (!run) return NOT_FOUND;
     const std::map<std::string, size_t> others = {{"goc_next_step", sizeof(void*)}, {"goc_step_moves", moves_size()}};
     const auto found = others.find(name);
-    return made(function, new Function{current, run, found == others.end() ? (size_t)stack_size() : found->second});
+    const size_t size = strncmp(name, "goc_accumulate_", 15) ? stack_size() : taps_size();
+    return made(function, new Function{current, run, found == others.end() ? size : found->second});
 }
 CALL(cuLaunchKernel, 4000, Function* function, unsigned blocks, unsigned blocks_y, unsigned blocks_z, unsigned threads, unsigned threads_y,
                    unsigned threads_z, unsigned shared_bytes, Stream* stream, void** parameters, void** extra) {

@@ -18,6 +18,7 @@
 
 extern "C" long long stack_size();
 extern "C" long long moves_size();
+extern "C" long long taps_size();
 extern "C" long long threads_per_block();
 
 namespace {
