@@ -176,6 +176,18 @@ def test_the_loop_of_diffusers_is_followed(
     assert relative_l2(found, x.numpy()) < 1e-3
 
 
+@pytest.mark.parametrize("plan", ["fora:2+gc:1.0", "fora:3+lagrange:2"])
+def test_sums_of_any_size_take_the_place_of_features(engine: Path, plan: str) -> None:
+    results, sizes = {}, {}
+    for history in ("features", "sums"):
+        with goc_deploy.load(engine, plan=plan, history=history) as pipe:
+            request = {"prompt_embeds": captions_of(pipe.spec), "seed": 1, "size": (48, 32)}
+            results[history] = pipe.generate(**request).latents
+            sizes[history] = pipe.plan.cache_features
+    assert relative_l2(results["sums"], results["features"]) < 1e-5
+    assert sizes["sums"] < sizes["features"]
+
+
 def test_a_collapsed_step_reads_no_captions(engine: Path) -> None:
     """Keys and values that are NaN after the only computed step change nothing."""
     with goc_deploy.load(engine, plan="fora:10", max_sessions=1) as pipe:
