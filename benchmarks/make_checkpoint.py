@@ -2,6 +2,7 @@
 
     python benchmarks/make_checkpoint.py XL/2 dit-xl-2.pt
     python benchmarks/make_checkpoint.py PixArt-XL/2 pixart-xl-2.pth
+    python benchmarks/make_checkpoint.py PixArt-Sigma-XL/2 sigma.pth --image-size 1024
 
 Random weights cost what trained ones cost. adaLN layers are not zero, so every unit has an effect.
 """
@@ -24,7 +25,7 @@ from goc_deploy.spec import ModelSpec
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 MODULATION_SCALE = 0.3
-PIXART = "PixArt-"
+PIXART, SIGMA = "PixArt-", "PixArt-Sigma-"
 PIXART_SPEC = {
     "choices": 0,
     "architecture": "pixart",
@@ -33,6 +34,7 @@ PIXART_SPEC = {
     "caption_channels": 4096,
     "caption_tokens": 120,
 }
+SIGMA_SPEC = {**PIXART_SPEC, "architecture": "pixart-sigma", "caption_tokens": 300}
 
 
 def spec_of(name: str, image_size: int) -> ModelSpec:
@@ -40,12 +42,14 @@ def spec_of(name: str, image_size: int) -> ModelSpec:
 
     The latents are those of a VAE that reduces height and width by 8.
     """
-    size, patch = name.removeprefix(PIXART).split("/")
+    size, patch = name.removeprefix(SIGMA).removeprefix(PIXART).split("/")
     depth, hidden, heads = SIZES[size]
     spec = ModelSpec(
         depth, hidden, heads, 4 * hidden, int(patch), image_size // 8 // int(patch), 4, 1000, True
     )
-    return replace(spec, **PIXART_SPEC) if name.startswith(PIXART) else spec
+    if not name.startswith(PIXART):
+        return spec
+    return replace(spec, **(SIGMA_SPEC if name.startswith(SIGMA) else PIXART_SPEC))
 
 
 def random_state(spec: ModelSpec, seed: int) -> dict[str, torch.Tensor]:
@@ -64,7 +68,9 @@ def random_state(spec: ModelSpec, seed: int) -> dict[str, torch.Tensor]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="S/2, B/2, L/2, XL/2, or another patch size; PixArt-XL/2")
+    parser.add_argument(
+        "model", help="S/2, B/2, L/2, XL/2, or another patch size; PixArt-XL/2, PixArt-Sigma-XL/2"
+    )
     parser.add_argument("output", type=Path)
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)

@@ -21,6 +21,7 @@ from goc_deploy.engine_dir.reading import check_target, files_below
 from goc_deploy.errors import CalibrationNeededError, GocError, ModelError, UsageError
 from goc_deploy.exporters.architectures.dit import DIT
 from goc_deploy.exporters.architectures.pixart import PIXART
+from goc_deploy.exporters.architectures.pixart_sigma import PIXART_SIGMA
 from goc_deploy.exporters.architectures.sit import SIT
 from goc_deploy.exporters.checkpoint import Checkpoint, check_values, load_checkpoint
 from goc_deploy.exporters.companions.attach import Companions, read_companions, write_companions
@@ -52,7 +53,7 @@ from goc_deploy.samplers.process import Process
 from goc_deploy.spec import ModelSpec
 from goc_deploy.version import __version__
 
-ARCHITECTURES = {family.name: family for family in (DIT, PIXART, SIT)}
+ARCHITECTURES = {family.name: family for family in (DIT, PIXART, PIXART_SIGMA, SIT)}
 # Makes the laboratory of an engine directory for a sampler.
 LaboratoryMaker = Callable[[EngineDir, str, CalibrationOptions], Laboratory]
 

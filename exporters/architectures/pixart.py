@@ -45,6 +45,8 @@ from goc_deploy.exporters.architectures.dit_model import (
 from goc_deploy.exporters.architectures.pixart_diffusers import (
     BRANCHES,
     PIXELS_PER_LATENT,
+    SIGMA,
+    SIGMA_TOKENS,
     TOKENS,
     spec_from_config,
     state_from_diffusers,
@@ -90,6 +92,8 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
             f"the width {hidden} does not tell the number of attention heads; give `num_heads`"
         )
     null = tensors.get(NULL_CAPTION)
+    caption_tokens = TOKENS if null is None else null.shape[0]
+    is_told = "csize_embedder.mlp.0.weight" in tensors
     return ModelSpec(
         depth=sizes.depth,
         hidden=hidden,
@@ -100,14 +104,12 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
         channels=channels,
         choices=0,
         learn_sigma=sizes.ratio == 2,
-        architecture="pixart",
+        architecture=SIGMA if caption_tokens == SIGMA_TOKENS and not is_told else "pixart",
         branches=BRANCHES,
         guided_channels=channels,
         caption_channels=sizes.own[1],
-        caption_tokens=TOKENS if null is None else null.shape[0],
-        told_size=sizes.grid * patch * PIXELS_PER_LATENT
-        if "csize_embedder.mlp.0.weight" in tensors
-        else 0,
+        caption_tokens=caption_tokens,
+        told_size=sizes.grid * patch * PIXELS_PER_LATENT if is_told else 0,
     )
 
 

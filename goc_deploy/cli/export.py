@@ -40,9 +40,9 @@ DEFAULTS = ExportOptions()
 @click.option("-o", "--output", type=PATH, required=True, help="Engine directory to write.")
 @click.option(
     "--model",
-    type=click.Choice(["auto", "dit", "pixart", "sit"]),
+    type=click.Choice(["auto", "dit", "pixart", "pixart-sigma", "sit"]),
     default=DEFAULTS.model,
-    help="Architecture of the model; auto recognises dit and pixart.",
+    help="Architecture of the model; auto recognises dit, pixart and pixart-sigma.",
 )
 @click.option(
     "--num-heads",
