@@ -3,6 +3,7 @@
     python benchmarks/make_checkpoint.py XL/2 dit-xl-2.pt
     python benchmarks/make_checkpoint.py PixArt-XL/2 pixart-xl-2.pth
     python benchmarks/make_checkpoint.py Wan-1.3B wan-1.3b.safetensors
+    python benchmarks/make_checkpoint.py PixArt-Sigma-XL/2 sigma.pth --image-size 1024
 
 Weights of a Wan are bfloat16, as the public ones. Random weights cost what trained ones cost.
 adaLN layers are not zero, so every unit has an effect.
@@ -30,7 +31,7 @@ from goc_deploy.spec import ModelSpec
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 MODULATION_SCALE = 0.3
-PIXART = "PixArt-"
+PIXART, SIGMA = "PixArt-", "PixArt-Sigma-"
 WAN_SIZES = {  # blocks, heads of 128, width of the MLP, channels of the latents
     "Wan-1.3B": (30, 12, 8960, 16),
     "Wan-5B": (30, 24, 14336, 48),
@@ -45,6 +46,7 @@ PIXART_SPEC = {
     "caption_tokens": 120,
     "rows": ROWS_OF_BRANCHES,
 }
+SIGMA_SPEC = {**PIXART_SPEC, "architecture": "pixart-sigma", "caption_tokens": 300}
 
 
 def spec_of(name: str, image_size: int) -> ModelSpec:
@@ -55,12 +57,14 @@ def spec_of(name: str, image_size: int) -> ModelSpec:
     if name in WAN_SIZES:
         depth, heads, ffn, channels = WAN_SIZES[name]
         return wan_spec(depth, heads, 128, ffn=ffn, channels=channels, text=4096)
-    size, patch = name.removeprefix(PIXART).split("/")
+    size, patch = name.removeprefix(SIGMA).removeprefix(PIXART).split("/")
     depth, hidden, heads = SIZES[size]
     spec = ModelSpec(
         depth, hidden, heads, 4 * hidden, int(patch), image_size // 8 // int(patch), 4, 1000, True
     )
-    return replace(spec, **PIXART_SPEC) if name.startswith(PIXART) else spec
+    if not name.startswith(PIXART):
+        return spec
+    return replace(spec, **(SIGMA_SPEC if name.startswith(SIGMA) else PIXART_SPEC))
 
 
 def random_state(spec: ModelSpec, seed: int) -> dict[str, torch.Tensor]:
@@ -70,7 +74,7 @@ def random_state(spec: ModelSpec, seed: int) -> dict[str, torch.Tensor]:
         shapes = shapes_from_spec(spec)
     else:
         shapes = shapes_of(lambda: PublicLayout(spec) if spec.text_conditional else DiT(spec))
-    if spec.architecture == "pixart":
+    if spec.architecture in ("pixart", SIGMA_SPEC["architecture"]):
         shapes[NULL_CAPTION] = (spec.caption_tokens, spec.caption_channels)
     state = {}
     for name, shape in shapes.items():
@@ -87,7 +91,9 @@ def random_state(spec: ModelSpec, seed: int) -> dict[str, torch.Tensor]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "model", help="S/2, B/2, L/2, XL/2, or another patch size; PixArt-XL/2; Wan-1.3B, -5B, -14B"
+        "model",
+        help="S/2, B/2, L/2, XL/2, or another patch size; PixArt-XL/2, PixArt-Sigma-XL/2; "
+        "Wan-1.3B, Wan-5B, Wan-14B",
     )
     parser.add_argument("output", type=Path)
     parser.add_argument("--image-size", type=int, default=256)

@@ -21,6 +21,7 @@ from goc_deploy.engine_dir.reading import check_target, files_below
 from goc_deploy.errors import CalibrationNeededError, GocError, ModelError, UsageError
 from goc_deploy.exporters.architectures.dit import DIT
 from goc_deploy.exporters.architectures.pixart import PIXART
+from goc_deploy.exporters.architectures.pixart_sigma import PIXART_SIGMA
 from goc_deploy.exporters.architectures.sit import SIT
 from goc_deploy.exporters.architectures.wan import WAN
 from goc_deploy.exporters.checkpoint import Checkpoint, check_values, load_checkpoint
@@ -54,7 +55,7 @@ from goc_deploy.samplers.process import Process
 from goc_deploy.spec import ModelSpec
 from goc_deploy.version import __version__
 
-ARCHITECTURES = {family.name: family for family in (DIT, PIXART, SIT, WAN)}
+ARCHITECTURES = {family.name: family for family in (DIT, PIXART, PIXART_SIGMA, SIT, WAN)}
 # Makes the laboratory of an engine directory for a sampler.
 LaboratoryMaker = Callable[[EngineDir, str, CalibrationOptions], Laboratory]
 

@@ -86,7 +86,8 @@ def read_model_folder(
             f"pipeline ({', '.join(pipelines)}) or its transformer to"
         )
     config = read_json(folder / CONFIG)
-    family = _family(config, folders, architectures, folder)
+    named = [a for a in folders if not index or index["_class_name"] in a.pipelines]
+    family = _family(config, named, architectures, folder)
     spec = family.spec_from_config(config, f"{folder / CONFIG}")
     files, tensors = read_weights(folder)
     described = [folder / CONFIG, *([path / PIPELINE_CONFIG] if index else [])]

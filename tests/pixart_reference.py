@@ -6,6 +6,7 @@ It runs a feature at a time, so that a test can cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,6 +122,25 @@ def forward(
         )
     last = (condition.unsqueeze(1) + state["final_layer.scale_shift_table"]).unsqueeze(2)
     return unpatchify(linear("final_layer.linear", modulated(h, last[:, 0], last[:, 1])), spec)
+
+
+def hook_units(judge: Any) -> dict[str, Feature]:
+    """Let every branch of a PixArtTransformer2DModel take its result from a `Feature`.
+
+    Returns:
+        The dictionary whose entry ``feature`` is called; the caller sets it.
+    """
+    hooked: dict[str, Feature] = {}
+    for i, block in enumerate(judge.transformer_blocks):
+        for branch, layer in enumerate((block.attn1, block.attn2, block.ff)):
+
+            def cached(
+                *args: Any, _unit: int = 3 * i + branch, _own: Any = layer.forward, **more: Any
+            ) -> Tensor:
+                return hooked["feature"](_unit, lambda: _own(*args, **more))
+
+            layer.forward = cached
+    return hooked
 
 
 class Cache:

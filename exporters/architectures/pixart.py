@@ -48,6 +48,8 @@ from goc_deploy.exporters.architectures.pixart_diffusers import (
     BRANCHES,
     PIXELS_PER_LATENT,
     ROWS_OF_BRANCHES,
+    SIGMA,
+    SIGMA_TOKENS,
     TOKENS,
     spec_from_config,
     state_from_diffusers,
@@ -94,6 +96,8 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
             f"the width {hidden} does not tell the number of attention heads; give `num_heads`"
         )
     null = tensors.get(NULL_CAPTION)
+    caption_tokens = TOKENS if null is None else null.shape[0]
+    is_told = "csize_embedder.mlp.0.weight" in tensors
     return ModelSpec(
         depth=sizes.depth,
         hidden=hidden,
@@ -104,15 +108,13 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
         channels=channels,
         choices=0,
         learn_sigma=sizes.ratio == 2,
-        architecture="pixart",
+        architecture=SIGMA if caption_tokens == SIGMA_TOKENS and not is_told else "pixart",
         branches=BRANCHES,
         rows=ROWS_OF_BRANCHES,
         guided_channels=channels,
         caption_channels=sizes.own[1],
-        caption_tokens=TOKENS if null is None else null.shape[0],
-        told_size=sizes.grid * patch * PIXELS_PER_LATENT
-        if "csize_embedder.mlp.0.weight" in tensors
-        else 0,
+        caption_tokens=caption_tokens,
+        told_size=sizes.grid * patch * PIXELS_PER_LATENT if is_told else 0,
     )
 
 

@@ -51,6 +51,7 @@ ROWS_OF_BRANCHES = (SHIFT_AND_SCALE, (), SHIFT_AND_SCALE)
 # Pixels per latent pixel of the VAE that PixArt was trained with; the size is given in pixels.
 PIXELS_PER_LATENT = 8
 TOKENS = 120  # tokens of a caption in the pipeline of diffusers
+SIGMA, SIGMA_TOKENS = "pixart-sigma", 300  # the relative, and the tokens in its pipeline
 BASE_SIDE = 64  # position tables are stretched for larger latents
 
 
@@ -68,9 +69,10 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
     for name, only in (("cross_attention_dim", hidden), ("interpolation_scale", stretch(side))):
         value = getattr(settings, name)
         if value not in (None, only):
+            relative = f"; choose `model={SIGMA}`" if value == side / BASE_SIDE else ""
             raise ModelError(
                 f"{where}: {name} is {value:g}, only {only} is supported for a width of {hidden} "
-                f"and sample_size {side}"
+                f"and sample_size {side}{relative}"
             )
     told = settings.use_additional_conditions
     told = side == SIDE_THAT_IS_TOLD if told is None else told

@@ -62,6 +62,12 @@ def sizes_from_tensors(tensors: Mapping[str, Tensor], what: str, own: str) -> Si
     Raises:
         ModelError: a tensor is missing or has an unexpected number of dimensions.
     """
+    if "pos_embed" not in tensors:
+        raise ModelError(
+            f"the checkpoint looks like a {what} but has no position table (`pos_embed`), so the "
+            "size of its images is unknown; export the folder of diffusers that it was made from, "
+            "or save the model with its table"
+        )
     try:
         hidden, channels, patch, patch_width = tensors["x_embedder.proj.weight"].shape
         _, tokens, _ = tensors["pos_embed"].shape
