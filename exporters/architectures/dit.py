@@ -218,6 +218,15 @@ def add_gated(x: Tensor, gate: Tensor, feature: Tensor) -> Tensor:
     return (x.float() + gate.float().unsqueeze(1) * feature.float()).to(x.dtype)
 
 
+def scaled_queries(q: Tensor) -> Tensor:
+    """Queries (..., head width) divided by the square root of the head width.
+
+    The factor is applied in float32. For a head width of 72 it would be rounded to bf16 with an
+    error of 0.15 %, by which all scores would be too small or too large.
+    """
+    return (q.float() * q.shape[-1] ** -0.5).to(q.dtype)
+
+
 class AttnUnit(nn.Module):
     """The unit of an attention branch."""
 
@@ -236,7 +245,7 @@ class AttnUnit(nn.Module):
             qkv.reshape(batch, tokens, 3, heads, hidden // heads).permute(2, 0, 3, 1, 4).unbind(0)
         )
         # (B, heads, T, T)
-        scores = torch.matmul(q * (hidden // heads) ** -0.5, k.transpose(-1, -2))
+        scores = torch.matmul(scaled_queries(q), k.transpose(-1, -2))
         weights = torch.softmax(scores.float(), dim=-1).to(x.dtype)
         mixed = torch.matmul(weights, v).transpose(1, 2).reshape(-1, hidden)  # (B*T, D)
         feature = self.attn.proj(mixed)

@@ -35,6 +35,7 @@ from goc_deploy.exporters.architectures.dit import (
     MlpUnit,
     embed_kind,
     final_kind,
+    scaled_queries,
 )
 from goc_deploy.exporters.architectures.dit_model import (
     TIMESTEP_FREQUENCIES,
@@ -248,9 +249,9 @@ class CrossUnit(nn.Module):
         """
         # (B, heads, Lc, head width)
         k, v = keys.index_select(0, caption_rows), values.index_select(0, caption_rows)
-        q = self._queries(x)
+        q = scaled_queries(self._queries(x))
         scores = (
-            torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).float()
+            torch.matmul(q, k.transpose(-1, -2)).float()
             + bias.index_select(0, caption_rows)[:, None, None]
         )
         mixed = torch.matmul(torch.softmax(scores, dim=-1).to(x.dtype), v)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from goc_deploy.errors import ModelError
 from goc_deploy.exporters.architectures import any_size
 from goc_deploy.exporters.architectures.contract import Architecture, DiffusersFolder
-from goc_deploy.exporters.architectures.dit import MlpUnit, add_gated
+from goc_deploy.exporters.architectures.dit import MlpUnit, add_gated, scaled_queries
 from goc_deploy.exporters.architectures.dit_model import modulate
 from goc_deploy.exporters.architectures.pixart import CaptionProjection, ConditioningUnit
 from goc_deploy.exporters.architectures.wan_diffusers import (
@@ -119,7 +119,7 @@ class AttnUnit(nn.Module):
             sin: (T, head width / 2) float32.
         """
         q, k, v = self._heads(x, shift, scale, cos, sin)
-        scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))  # (B, heads, T, T)
+        scores = torch.matmul(scaled_queries(q), k.transpose(-1, -2))  # (B, heads, T, T)
         weights = torch.softmax(scores.float(), dim=-1).to(x.dtype)
         mixed = torch.matmul(weights, v).transpose(1, 2).reshape(-1, x.shape[-1])  # (B*T, D)
         feature = self.proj(mixed)
@@ -171,7 +171,7 @@ class CrossUnit(nn.Module):
         """
         k, v = keys.index_select(0, caption_rows), values.index_select(0, caption_rows)
         q = self._queries(x)
-        scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
+        scores = torch.matmul(scaled_queries(q), k.transpose(-1, -2))
         weights = torch.softmax(scores.float(), dim=-1).to(x.dtype)
         mixed = torch.matmul(weights, v).transpose(1, 2).reshape(-1, x.shape[-1])
         feature = self.proj(mixed)

@@ -17,6 +17,7 @@ from goc_deploy.api import build_engines
 from goc_deploy.exporters.architectures.wan_diffusers import shapes_from_spec, spec_of
 from goc_deploy.exporters.companions.vae import VaeDecoder, vae_config
 from goc_deploy.options import EngineOptions, no_progress
+from tests.exporters.architectures.test_pixart_sigma import sigma_state
 from tests.exporters.companions.test_vae import CONFIG as VAE
 from tests.exporters.companions.test_vae import WEIGHTS as VAE_WEIGHTS
 from tests.pixart_reference import random_state
@@ -30,7 +31,8 @@ pytest.importorskip("polygraphy", reason="polygraphy is not installed (extra rtx
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint, a text encoder and a VAE, all random."""
     folder = tmp_path_factory.mktemp("parts")
-    torch.save({"state_dict": random_state()}, folder / "model.pth")
+    torch.save({"state_dict": random_state()}, folder / "alpha.pth")
+    torch.save({"state_dict": sigma_state()}, folder / "sigma.pth")
     save_encoder(folder / "t5")
     (folder / "vae").mkdir()
     (folder / "vae" / "config.json").write_text(json.dumps(VAE))
@@ -54,17 +56,23 @@ def test_every_graph_of_videos_of_any_size_builds(tmp_path: Path) -> None:
     assert {graph.onnx for graph in manifest.graphs} <= served
 
 
-@pytest.mark.parametrize(("precision", "weights"), [("fp16", "embedded"), ("bf16", "shared")])
-def test_every_graph_builds(parts: Path, tmp_path: Path, precision: str, weights: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "precision", "weights"),
+    [("alpha", "fp16", "embedded"), ("sigma", "bf16", "shared")],
+)
+def test_every_graph_builds(
+    parts: Path, tmp_path: Path, model: str, precision: str, weights: str
+) -> None:
     companions = {"text_encoder": parts / "t5", "vae": parts / "vae"} if precision == "fp16" else {}
     more = {"num_heads": 3, "steps": 6, "max_batch": 2, "precision": precision, **companions}
     goc_deploy.export(
-        parts / "model.pth", tmp_path / "engine", plans=["none", "fora:2+gc:1.0"], **more
+        parts / f"{model}.pth", tmp_path / "engine", plans=["none", "fora:2+gc:1.0"], **more
     )
     options = EngineOptions(capabilities=("8.6", "8.9", "12.0"), weight_mode=weights)
     manifest, built = build_engines(tmp_path / "engine", options, no_progress)
     served = {graph: engine for engine in manifest.engines for graph in engine.graphs}
     assert built == len(manifest.engines)
-    assert set(manifest.segments) == {"-*6", "w*6"}
+    units = manifest.model.units
+    assert set(manifest.segments) == {f"-*{units}", f"w*{units}"}
     for unit in (*manifest.graphs, *map(manifest.segment_graph, manifest.segments)):
         assert served[unit.onnx].kernels

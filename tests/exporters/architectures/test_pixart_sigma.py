@@ -88,6 +88,15 @@ def test_a_checkpoint_draws_what_pytorch_draws(checkpoint: Path, tmp_path: Path)
         assert found.report["cfg_channels"] == 4
 
 
+def test_scores_in_bf16_are_scaled_exactly(tmp_path: Path) -> None:
+    """The square root of a head width of 24 or 72 is no bf16 number, as that of 16 and 64 is."""
+    torch.save({"state_dict": random_state(replace(SPEC, depth=1))}, tmp_path / "model.pth")
+    more = {"num_heads": 3, "plans": ["none"], "steps": 2, "precision": "bf16"}
+    manifest = goc_deploy.export(tmp_path / "model.pth", tmp_path / "engine", **more)
+    errors = {unit.name: unit.relative_l2 or 0 for unit in manifest.graphs}
+    assert max(errors[f"block_00_{branch}"] for branch in SPEC.branches) < 1e-5
+
+
 def test_folders_and_checkpoints_hold_the_same_model(folder: Path) -> None:
     state = sigma_state()
     assert pixart.spec_from_tensors(state, 3) == SPEC
