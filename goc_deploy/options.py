@@ -54,6 +54,8 @@ class ExportOptions:
         vae: folder of the AutoencoderKL whose decoder turns latents into images, or None.
         vae_tile: latents with more pixels per side than this are decoded in tiles of this size.
         segments: what TensorRT runs as one engine, as in `PlanOptions`.
+        loras: LoRAs to merge into the weights, ``FILE`` or ``FILE:SCALE`` each. FILE is a LoRA of
+            diffusers, PEFT or kohya's sd-scripts, or the folder of one; SCALE is 1 without one.
     """
 
     model: str = "auto"
@@ -74,6 +76,7 @@ class ExportOptions:
     vae: Path | None = None
     vae_tile: int = 64
     segments: Segments = "full"
+    loras: tuple[str, ...] = ()
 
 
 def default_plans(*, calibrates: bool) -> tuple[str, ...]:

@@ -78,6 +78,16 @@ class StateFromDiffusers(Protocol):
         """
 
 
+class LayersInDiffusers(Protocol):
+    """The type of `DiffusersFolder.layers`."""
+
+    def __call__(self, spec: ModelSpec) -> Mapping[str, tuple[str, ...]]:
+        """Layers in the public layout -> the layers in diffusers whose rows each one joins.
+
+        A layer that diffusers has several times, but the export only once, is left out.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class DiffusersFolder:
     """How diffusers saves a family.
@@ -89,6 +99,7 @@ class DiffusersFolder:
             same class for all.
         spec_from_config: reads the sizes from ``config.json``.
         state_from_diffusers: renames the tensors to the public layout.
+        layers: names of the layers in both layouts, for LoRAs.
     """
 
     pipelines: tuple[str, ...]
@@ -96,6 +107,7 @@ class DiffusersFolder:
     norm_type: str
     spec_from_config: SpecFromConfig
     state_from_diffusers: StateFromDiffusers
+    layers: LayersInDiffusers
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,7 @@ from goc_deploy.exporters.architectures.pixart_diffusers import (
     BRANCHES,
     PIXELS_PER_LATENT,
     TOKENS,
+    layers_in_diffusers,
     spec_from_config,
     state_from_diffusers,
 )
@@ -399,5 +400,6 @@ PIXART = Architecture(
         "ada_norm_single",
         spec_from_config,
         state_from_diffusers,
+        layers_in_diffusers,
     ),
 )

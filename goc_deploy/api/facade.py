@@ -46,6 +46,7 @@ def export(
     vae: str | Path | None = EXPORT.vae,
     vae_tile: int = EXPORT.vae_tile,
     segments: Segments = EXPORT.segments,
+    loras: Sequence[str | Path] = EXPORT.loras,
     progress: Progress = no_progress,
 ) -> Manifest:
     """Export a checkpoint to an engine directory.
@@ -79,6 +80,8 @@ def export(
         vae: folder of the AutoencoderKL whose decoder turns latents into images.
         vae_tile: latents with more pixels per side than this are decoded in tiles of this size.
         segments: what TensorRT runs as one engine: ``full``, a full step, or ``none``.
+        loras: LoRAs to merge into the weights, ``FILE`` or ``FILE:SCALE`` each. FILE is a LoRA of
+            diffusers, PEFT or kohya's sd-scripts, or the folder of one; SCALE is 1 without one.
         progress: called with (what, done, total).
 
     Returns:
@@ -108,6 +111,7 @@ def export(
         vae=_path(vae),
         vae_tile=vae_tile,
         segments=segments,
+        loras=tuple(map(str, loras)),
     )
     return export_with(Path(checkpoint), Path(output), options, progress)[0]
 

@@ -136,6 +136,14 @@ DEFAULTS = ExportOptions()
     default=DEFAULTS.vae_tile,
     help="Tile size of the decoder. Latents with more pixels per side are decoded in such tiles.",
 )
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="FILE[:SCALE]",
+    help="LoRA to merge into the weights, repeatable: a file or folder of diffusers, PEFT or "
+    "kohya's sd-scripts, and the scale of its change, 1 if there is none.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing engine directory.")
 @engine_options
 @common_options
