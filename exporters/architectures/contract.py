@@ -88,6 +88,11 @@ class LayersInDiffusers(Protocol):
         """
 
 
+def no_other_names(spec: ModelSpec) -> Mapping[str, tuple[str, ...]]:  # noqa: ARG001
+    """The layers of a family whose public layout is that of diffusers."""
+    return {}
+
+
 @dataclass(frozen=True, slots=True)
 class DiffusersFolder:
     """How diffusers saves a family.
@@ -107,7 +112,7 @@ class DiffusersFolder:
     norm_type: str
     spec_from_config: SpecFromConfig
     state_from_diffusers: StateFromDiffusers
-    layers: LayersInDiffusers
+    layers: LayersInDiffusers = no_other_names
 
 
 @dataclass(frozen=True, slots=True)
