@@ -228,7 +228,7 @@ def _provenance(
     recorded = {
         name: value.name if isinstance(value, Path) else value for name, value in recorded.items()
     }
-    for unrecorded in ("force", "loras"):
+    for unrecorded in ("force", "loras", "reuse_engines"):
         del recorded[unrecorded]
     return {
         **companions.provenance,

@@ -56,6 +56,8 @@ class ExportOptions:
         segments: what TensorRT runs as one engine, as in `PlanOptions`.
         loras: LoRAs to merge into the weights, ``FILE`` or ``FILE:SCALE`` each. FILE is a LoRA of
             diffusers, PEFT or kohya's sd-scripts, or the folder of one; SCALE is 1 without one.
+        reuse_engines: engine directory with the same graphs and other weights, whose TensorRT
+            engines with shared weights are copied, so that none has to be built; or None.
     """
 
     model: str = "auto"
@@ -77,6 +79,7 @@ class ExportOptions:
     vae_tile: int = 64
     segments: Segments = "full"
     loras: tuple[str, ...] = ()
+    reuse_engines: Path | None = None
 
 
 def default_plans(*, calibrates: bool) -> tuple[str, ...]:

@@ -47,6 +47,7 @@ def export(
     vae_tile: int = EXPORT.vae_tile,
     segments: Segments = EXPORT.segments,
     loras: Sequence[str | Path] = EXPORT.loras,
+    reuse_engines: str | Path | None = EXPORT.reuse_engines,
     progress: Progress = no_progress,
 ) -> Manifest:
     """Export a checkpoint to an engine directory.
@@ -82,6 +83,8 @@ def export(
         segments: what TensorRT runs as one engine: ``full``, a full step, or ``none``.
         loras: LoRAs to merge into the weights, ``FILE`` or ``FILE:SCALE`` each. FILE is a LoRA of
             diffusers, PEFT or kohya's sd-scripts, or the folder of one; SCALE is 1 without one.
+        reuse_engines: engine directory with the same graphs and other weights, whose TensorRT
+            engines with shared weights are copied, so that none has to be built.
         progress: called with (what, done, total).
 
     Returns:
@@ -112,6 +115,7 @@ def export(
         vae_tile=vae_tile,
         segments=segments,
         loras=tuple(map(str, loras)),
+        reuse_engines=_path(reuse_engines),
     )
     return export_with(Path(checkpoint), Path(output), options, progress)[0]
 
