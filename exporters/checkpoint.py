@@ -29,6 +29,7 @@ from goc_deploy.errors import ModelError, SafetyError
 from goc_deploy.options import CheckpointWeights
 
 PREFIXES = ("module.", "_orig_mod.")
+HEAD_BYTES = 9  # the first bytes of a file, which show its format
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _CALL = "Trying to call"  # in torch's message about a function that it does not allow
 _ALLOCATOR = b"bytearray"  # no name in a state dict contains this word
@@ -131,9 +132,9 @@ def load_file(path: Path) -> Any:
     """
     _check_file(path)
     with open(path, "rb") as file:
-        head = file.read(9)
+        head = file.read(HEAD_BYTES)
     return (
-        _load_safetensors(path) if _looks_like_safetensors(path, head) else _load_torch(path, head)
+        _load_safetensors(path) if looks_like_safetensors(path, head) else _load_torch(path, head)
     )
 
 
@@ -195,9 +196,10 @@ def _check_file(path: Path) -> None:
         raise ModelError(f"checkpoint {path} is not readable; check its permissions")
 
 
-def _looks_like_safetensors(path: Path, head: bytes) -> bool:
+def looks_like_safetensors(path: Path, head: bytes) -> bool:
+    """Whether a file is read as safetensors, by its name or its first `HEAD_BYTES` bytes."""
     return path.suffix == ".safetensors" or (
-        len(head) == 9 and head[8:9] == b"{" and not head.startswith(b"PK")
+        len(head) == HEAD_BYTES and head[8:9] == b"{" and not head.startswith(b"PK")
     )
 
 

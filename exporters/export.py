@@ -34,6 +34,8 @@ from goc_deploy.exporters.graphs.step import (
     sampler_graphs,
 )
 from goc_deploy.exporters.hub import folder_from_hub, hub_id
+from goc_deploy.exporters.lora.merging import MergedTensors
+from goc_deploy.exporters.lora.reading import Lora, digest_of_merge, read_loras
 from goc_deploy.exporters.model_folder import FolderModel, read_model_folder
 from goc_deploy.exporters.router import router_probabilities
 from goc_deploy.exporters.sample_sizes import spec_for_sizes
@@ -96,6 +98,8 @@ def export_checkpoint(
     checkpoint, spec = model.checkpoint, model.spec
     architecture = ARCHITECTURES[spec.architecture]
     architecture.check_tensors(checkpoint.tensors, spec)
+    loras = read_loras(options.loras, checkpoint.tensors, spec, architecture)
+    tensors = MergedTensors(checkpoint.tensors, [a for lora in loras for a in lora.additions])
     companions = read_companions(options, spec)
     pixels = spec.vae_scale if companions.vae is None else companions.vae.config.upscale
     spec = spec_for_sizes(spec, checkpoint.tensors, architecture, options, pixels)
@@ -106,7 +110,7 @@ def export_checkpoint(
     process = Process(spec.prediction_type, model.scheduler)
     plans = _compile_plans(spec, process, options)
     check_options(_calibration(spec, options))
-    provenance = _provenance(model, name, companions, options)
+    provenance = _provenance(model, name, loras, companions, options)
     with directory_lock(output):
         present = _same_engine(output, provenance)
         if present:
@@ -116,11 +120,12 @@ def export_checkpoint(
         with staged(output) as stage:
             writer = UnitWriter(stage, backend, progress)
             kinds = architecture.graph_kinds(spec, options.precision)
-            units = writer.write(kinds, checkpoint.tensors, options.precision)
+            units = writer.write(kinds, tensors, options.precision)
             units += _write_step_graphs(stage, spec, options.precision)
             bare = _bare_manifest(model, spec, units, provenance, options)
             bare = write_companions(companions, bare, options, writer)
-            bare = replace(bare, files=files_below(stage))
+            entries = tuple(lora.entry for lora in loras)
+            bare = replace(bare, files=files_below(stage), loras=entries)
             manifest = _write_plans(stage, bare, plans, options, make_laboratory)
     return manifest, True
 
@@ -215,7 +220,11 @@ def _calibration(spec: ModelSpec, options: ExportOptions) -> CalibrationOptions:
 
 
 def _provenance(
-    model: FolderModel, name: str | None, companions: Companions, options: ExportOptions
+    model: FolderModel,
+    name: str | None,
+    loras: Sequence[Lora],
+    companions: Companions,
+    options: ExportOptions,
 ) -> dict[str, Any]:
     """What the engine directory was made from; ``name`` is the model's id on the Hub."""
     checkpoint = model.checkpoint
@@ -224,11 +233,12 @@ def _provenance(
     recorded = {
         name: value.name if isinstance(value, Path) else value for name, value in recorded.items()
     }
-    del recorded["force"]
+    for unrecorded in ("force", "loras", "reuse_engines"):
+        del recorded[unrecorded]
     return {
         **companions.provenance,
         "checkpoint": f"{name}@{checkpoint.path.name}" if name else checkpoint.path.name,
-        "checkpoint_sha256": checkpoint.sha256,
+        "checkpoint_sha256": digest_of_merge(checkpoint.sha256, loras),
         "weight_set": checkpoint.weight_set,
         "checkpoint_dtypes": checkpoint.dtypes,
         "options": recorded,

@@ -63,6 +63,10 @@ class ExportOptions:
             pixels. None is ``size``.
         frames: usual number of frames of a video; None is that of the model.
         max_frames: largest number of frames; None is ``frames``.
+        loras: LoRAs to merge into the weights, ``FILE`` or ``FILE:SCALE`` each. FILE is a LoRA of
+            diffusers, PEFT or kohya's sd-scripts, or the folder of one; SCALE is 1 without one.
+        reuse_engines: engine directory with the same graphs and other weights, whose TensorRT
+            engines with shared weights are copied, so that none has to be built; or None.
     """
 
     model: str = "auto"
@@ -87,6 +91,8 @@ class ExportOptions:
     max_size: tuple[int, int] | None = None
     frames: int | None = None
     max_frames: int | None = None
+    loras: tuple[str, ...] = ()
+    reuse_engines: Path | None = None
 
 
 def default_plans(*, calibrates: bool) -> tuple[str, ...]:

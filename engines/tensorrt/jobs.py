@@ -59,15 +59,23 @@ class Job:
                 again if an earlier build could not use it. To run, an engine with another limit or
                 without the plugin is enough, because it computes the same.
         """
+        built_so = self.recipe_of(entry, as_asked=as_asked) is not None
+        return built_so and entry.graphs == self.served
+
+    def recipe_of(self, entry: EngineEntry, *, as_asked: bool) -> Recipe | None:
+        """Return the recipe that an engine was built by if it can do this job, else None.
+
+        Args:
+            entry: the engine, of this directory or of another one with other weights.
+            as_asked: as for `accepts`.
+        """
         recipes = [self.recipe]
         if not as_asked:
             recipe = replace(self.recipe, scratch_limit_bytes=entry.scratch_limit_bytes)
             recipes = [recipe, replace(recipe, plugin_sha256=None)]
-        return (
-            entry.key in [recipe.key for recipe in recipes]
-            and entry.target == self.recipe.target
-            and entry.graphs == self.served
-        )
+        if entry.target != self.recipe.target:
+            return None
+        return next((recipe for recipe in recipes if recipe.key == entry.key), None)
 
 
 def wanted_engines(directory: EngineDir, target: Target, options: EngineOptions) -> list[Job]:

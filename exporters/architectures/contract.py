@@ -78,6 +78,21 @@ class StateFromDiffusers(Protocol):
         """
 
 
+class LayersInDiffusers(Protocol):
+    """The type of `DiffusersFolder.layers`."""
+
+    def __call__(self, spec: ModelSpec) -> Mapping[str, tuple[str, ...]]:
+        """Layers in the public layout -> the layers in diffusers whose rows each one joins.
+
+        A layer that diffusers has several times, but the export only once, is left out.
+        """
+
+
+def no_other_names(spec: ModelSpec) -> Mapping[str, tuple[str, ...]]:  # noqa: ARG001
+    """The layers of a family whose public layout is that of diffusers."""
+    return {}
+
+
 @dataclass(frozen=True, slots=True)
 class DiffusersFolder:
     """How diffusers saves a family.
@@ -89,6 +104,7 @@ class DiffusersFolder:
             same class for all.
         spec_from_config: reads the sizes from ``config.json``.
         state_from_diffusers: renames the tensors to the public layout.
+        layers: names of the layers in both layouts, for LoRAs.
     """
 
     pipelines: tuple[str, ...]
@@ -96,6 +112,7 @@ class DiffusersFolder:
     norm_type: str
     spec_from_config: SpecFromConfig
     state_from_diffusers: StateFromDiffusers
+    layers: LayersInDiffusers = no_other_names
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,11 @@ from torch import Tensor, nn
 from goc_deploy.errors import ModelError
 from goc_deploy.exporters.architectures import any_size
 from goc_deploy.exporters.architectures.contract import Architecture, DiffusersFolder
-from goc_deploy.exporters.architectures.dit_diffusers import spec_from_config, state_from_diffusers
+from goc_deploy.exporters.architectures.dit_diffusers import (
+    layers_in_diffusers,
+    spec_from_config,
+    state_from_diffusers,
+)
 from goc_deploy.exporters.architectures.dit_model import (
     Attention,
     DiT,
@@ -413,5 +417,6 @@ DIT = Architecture(
         "ada_norm_zero",
         spec_from_config,
         state_from_diffusers,
+        layers_in_diffusers,
     ),
 )

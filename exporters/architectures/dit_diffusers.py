@@ -107,9 +107,8 @@ def state_from_diffusers(
             for new, old in embedders(spec).items()
         }
     )
-    for block in range(spec.depth):
-        parts = [f"transformer_blocks.{block}.attn1.to_{part}" for part in "qkv"]
-        state |= names.take_joined(f"blocks.{block}.attn.qkv", parts)
+    for layer, parts in joined_layers(spec).items():
+        state |= names.take_joined(layer, parts)
     names.finish()
     return spec, state
 
@@ -138,6 +137,27 @@ def layer_names(spec: ModelSpec) -> dict[str, str]:
         names[f"{block}.mlp.fc1"] = f"{there}.ff.net.0.proj"
         names[f"{block}.mlp.fc2"] = f"{there}.ff.net.2"
     return names
+
+
+def joined_layers(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
+    """Layers that join several of diffusers: name in the public layout -> names in diffusers."""
+    return {
+        f"blocks.{i}.attn.qkv": tuple(f"transformer_blocks.{i}.attn1.to_{part}" for part in "qkv")
+        for i in range(spec.depth)
+    }
+
+
+def layers_in_diffusers(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
+    """Layers in the public layout -> the layers in diffusers that each one joins.
+
+    Embedders are left out if all blocks share them, because diffusers has them in every block.
+    """
+    names = {
+        new: (old,)
+        for new, old in layer_names(spec).items()
+        if spec.block_embedders or not new.startswith("t_embedder.")
+    }
+    return names | joined_layers(spec)
 
 
 def position_table(spec: ModelSpec, stretch: float = 1) -> Tensor:

@@ -52,6 +52,7 @@ from goc_deploy.exporters.architectures.pixart_diffusers import (
     SIGMA,
     SIGMA_TOKENS,
     TOKENS,
+    layers_in_diffusers,
     spec_from_config,
     state_from_diffusers,
     stretch,
@@ -411,5 +412,6 @@ PIXART = Architecture(
         "ada_norm_single",
         spec_from_config,
         state_from_diffusers,
+        layers_in_diffusers,
     ),
 )

@@ -124,16 +124,27 @@ def state_from_diffusers(
         for b in range(spec.depth)
     }
     state |= names.take_tensors({**tables, "final_layer.scale_shift_table": "scale_shift_table"})
-    for block in range(spec.depth):
-        there = f"transformer_blocks.{block}"
-        state |= names.take_joined(
-            f"blocks.{block}.attn.qkv", [f"{there}.attn1.to_{part}" for part in "qkv"]
-        )
-        state |= names.take_joined(
-            f"blocks.{block}.cross_attn.kv_linear", [f"{there}.attn2.to_{p}" for p in "kv"]
-        )
+    for layer, parts in joined_layers(spec).items():
+        state |= names.take_joined(layer, parts)
     names.finish()
     return spec, state
+
+
+def joined_layers(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
+    """Layers that join several of diffusers: name in the public layout -> names in diffusers."""
+    joined = {}
+    for i in range(spec.depth):
+        there = f"transformer_blocks.{i}"
+        joined[f"blocks.{i}.attn.qkv"] = tuple(f"{there}.attn1.to_{part}" for part in "qkv")
+        joined[f"blocks.{i}.cross_attn.kv_linear"] = tuple(
+            f"{there}.attn2.to_{part}" for part in "kv"
+        )
+    return joined
+
+
+def layers_in_diffusers(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
+    """Layers in the public layout -> the layers in diffusers that each one joins."""
+    return {new: (old,) for new, old in layer_names(spec).items()} | joined_layers(spec)
 
 
 def layer_names(spec: ModelSpec) -> dict[str, str]:

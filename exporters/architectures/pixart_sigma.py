@@ -129,5 +129,6 @@ PIXART_SIGMA = replace(
         "ada_norm_single",
         spec_from_config,
         state_from_diffusers,
+        pixart_diffusers.layers_in_diffusers,
     ),
 )

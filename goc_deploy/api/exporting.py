@@ -32,6 +32,7 @@ def export_with(
     require("export", "torch", "onnx", "onnxscript", "safetensors")
     if options.text_encoder is not None:
         require("text", "tokenizers")
+    source = _source_of_engines(output, options)
     from goc_deploy.api.laboratory import EngineLaboratory
     from goc_deploy.exporters.export import export_checkpoint
 
@@ -40,4 +41,22 @@ def export_with(
     def laboratory(directory: EngineDir, sampler: str, images: CalibrationOptions) -> Laboratory:
         return EngineLaboratory(directory, lambda: backend, sampler, images, progress)
 
-    return export_checkpoint(checkpoint, output, options, backend, laboratory, progress)
+    exported = export_checkpoint(checkpoint, output, options, backend, laboratory, progress)
+    if source is None:
+        return exported
+    from goc_deploy.engines.tensorrt.reuse import copy_engines
+
+    directory, copied = copy_engines(output, source, progress)
+    return directory.manifest, exported[1] or copied > 0
+
+
+def _source_of_engines(output: Path, options: ExportOptions) -> EngineDir | None:
+    """Open the directory whose engines are reused, and check what can be checked in advance."""
+    if options.reuse_engines is None:
+        return None
+    from goc_deploy.engine_dir.directory import EngineDir
+    from goc_deploy.engines.tensorrt.reuse import check_source
+
+    source = EngineDir.open(options.reuse_engines)
+    check_source(source, output, options)
+    return source

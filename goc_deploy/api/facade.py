@@ -51,6 +51,8 @@ def export(
     max_size: tuple[int, int] | None = EXPORT.max_size,
     frames: int | None = EXPORT.frames,
     max_frames: int | None = EXPORT.max_frames,
+    loras: Sequence[str | Path] = EXPORT.loras,
+    reuse_engines: str | Path | None = EXPORT.reuse_engines,
     progress: Progress = no_progress,
 ) -> Manifest:
     """Export a checkpoint to an engine directory.
@@ -91,6 +93,10 @@ def export(
             pixels. None is ``size``.
         frames: usual number of frames of a video; None is that of the model.
         max_frames: largest number of frames; None is ``frames``.
+        loras: LoRAs to merge into the weights, ``FILE`` or ``FILE:SCALE`` each. FILE is a LoRA of
+            diffusers, PEFT or kohya's sd-scripts, or the folder of one; SCALE is 1 without one.
+        reuse_engines: engine directory with the same graphs and other weights, whose TensorRT
+            engines with shared weights are copied, so that none has to be built.
         progress: called with (what, done, total).
 
     Returns:
@@ -124,6 +130,8 @@ def export(
         max_size=max_size,
         frames=frames,
         max_frames=max_frames,
+        loras=tuple(map(str, loras)),
+        reuse_engines=_path(reuse_engines),
     )
     return export_with(Path(checkpoint), Path(output), options, progress)[0]
 

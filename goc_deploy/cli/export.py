@@ -156,6 +156,21 @@ DEFAULTS = ExportOptions()
 @click.option(
     "--max-frames", type=click.IntRange(1), help="Largest number of frames.  [default: --frames]"
 )
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="FILE[:SCALE]",
+    help="LoRA to merge into the weights, repeatable: a file or folder of diffusers, PEFT or "
+    "kohya's sd-scripts, and the scale of its change, 1 if there is none.",
+)
+@click.option(
+    "--reuse-engines",
+    type=PATH,
+    metavar="DIR",
+    help="Copy the TensorRT engines with shared weights of an engine directory that has the same "
+    "graphs and other weights, so that none has to be built.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing engine directory.")
 @engine_options
 @common_options
@@ -182,6 +197,8 @@ def _summary(output: Path, manifest: Manifest) -> str:
         f"{manifest.precision}, {size / 1e6:.1f} MB; "
         f"largest difference of a unit to PyTorch {max(errors):.1e} (relative L2); "
         f"plans {', '.join(plan.name for plan in manifest.plans)}"
+        + "".join(f"; LoRA {lora.file} at scale {lora.scale:g}" for lora in manifest.loras)
+        + (f"; {len(manifest.engines)} TensorRT engines" if manifest.engines else "")
     )
 
 

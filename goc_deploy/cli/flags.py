@@ -24,6 +24,7 @@ from goc_deploy.options import (
 OTHERS = {  # flags that are not spelled as their argument
     "calibration_seed": "seed",
     "folder": "shards",
+    "loras": "lora",
     "negative_prompts": "negative-prompt",
     "plans": "plan",
     "prompts": "prompt",

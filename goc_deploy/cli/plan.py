@@ -199,12 +199,20 @@ def _show(engine_dir: Path, name: str, plot: Path | None, smoothcache: Path | No
 
 def _inspect(engine_dir: Path) -> None:
     """Print the units, the engines of each target, and what a step launches."""
-    from goc_deploy.display.engines import engine_rows, graph_rows, launch_rows, target_folders
+    from goc_deploy.display.engines import (
+        engine_rows,
+        graph_rows,
+        launch_rows,
+        lora_rows,
+        target_folders,
+    )
     from goc_deploy.display.plans import head_rows
     from goc_deploy.engine_dir.directory import EngineDir
 
     directory = EngineDir.open(engine_dir)
     plans, manifest = directory.plans(), directory.manifest
+    if manifest.loras:
+        print_table("LoRAs merged into the weights", *lora_rows(manifest))
     print_table("units", *graph_rows(directory))
     for folder in target_folders(manifest):
         print_table(folder, *engine_rows(directory, folder))

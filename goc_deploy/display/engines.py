@@ -66,6 +66,22 @@ def engine_rows(directory: EngineDir, folder: str) -> Table:
     ], rows
 
 
+def lora_rows(manifest: Manifest) -> Table:
+    """Make a row per LoRA that was merged into the weights."""
+    rows = [
+        [
+            lora.file,
+            f"{lora.scale:g}",
+            lora.alpha_source,
+            ", ".join(map(str, lora.ranks)),
+            str(lora.layers),
+            lora.sha256[:12],
+        ]
+        for lora in manifest.loras
+    ]
+    return ["file", "scale", "alpha from", "ranks", "layers", "SHA-256"], rows
+
+
 def target_folders(manifest: Manifest) -> list[str]:
     """Return the folders of the engines, one per target."""
     return sorted({engine.target.folder for engine in manifest.engines})

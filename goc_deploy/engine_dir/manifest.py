@@ -95,6 +95,28 @@ class PlanEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class LoraEntry:
+    """A LoRA that was merged into the weights of the checkpoint.
+
+    Attributes:
+        file: name of its file, or of its folder and file.
+        sha256: hexadecimal digest of the file.
+        scale: factor that the user gave; the change is also multiplied by alpha / rank.
+        alpha_source: where alpha was read: ``tensors``, ``metadata``, ``adapter_config.json``, or
+            ``rank`` if the file has none, so that alpha is the rank.
+        ranks: ranks of its layers, ascending.
+        layers: number of linear layers that it changes.
+    """
+
+    file: str
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+    scale: float
+    alpha_source: str
+    ranks: tuple[Count, ...]
+    layers: Count
+
+
+@dataclass(frozen=True, slots=True)
 class EngineEntry:
     """A TensorRT engine of the directory.
 
@@ -149,6 +171,7 @@ class Manifest:
         scheduler: settings of the diffusers scheduler that came with the model, or None without
             one.
         heads: name of a sampler graph that applies a head -> path of the graph.
+        loras: LoRAs that were merged into the weights, by ascending digest.
     """
 
     model: ModelSpec
@@ -167,6 +190,7 @@ class Manifest:
     segments: dict[str, str] = field(default_factory=dict)
     scheduler: dict[str, Any] | None = None
     heads: dict[str, str] = field(default_factory=dict)
+    loras: tuple[LoraEntry, ...] = ()
 
     @property
     def process(self) -> Process:

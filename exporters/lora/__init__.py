@@ -1,0 +1,1 @@
+"""Merging LoRA weights into a checkpoint while it is read."""
