@@ -33,6 +33,7 @@ from goc_deploy.exporters.graphs.step import (
 )
 from goc_deploy.exporters.hub import folder_from_hub, hub_id
 from goc_deploy.exporters.model_folder import FolderModel, read_model_folder
+from goc_deploy.exporters.quantize.selection import weight_formats
 from goc_deploy.exporters.router import router_probabilities
 from goc_deploy.exporters.schedulers import table_from_sampler
 from goc_deploy.exporters.unit_files import UnitWriter
@@ -99,6 +100,7 @@ def export_checkpoint(
     calibrates = options.precision != "bf16" and spec.choices > 0
     options = replace(options, plans=options.plans or default_plans(calibrates=calibrates))
     process = Process(spec.prediction_type, model.scheduler)
+    formats = weight_formats(spec.unit_names, options.quantize, options.quantize_exclude)
     plans = _compile_plans(spec, process, options)
     check_options(_calibration(spec, options))
     provenance = _provenance(model, name, companions, options)
@@ -109,7 +111,7 @@ def export_checkpoint(
         check_target(output, force=options.force)
         _check_checkpoints(output, (checkpoint, *companions.checkpoints), options.precision)
         with staged(output) as stage:
-            writer = UnitWriter(stage, backend, progress)
+            writer = UnitWriter(stage, backend, progress, formats)
             kinds = architecture.graph_kinds(spec, options.precision)
             units = writer.write(kinds, checkpoint.tensors, options.precision)
             units += _write_step_graphs(stage, spec, options.precision)
@@ -215,9 +217,14 @@ def _provenance(
     """What the engine directory was made from; ``name`` is the model's id on the Hub."""
     checkpoint = model.checkpoint
     probes = ("diffusers",) if model.scheduler is not None and find_spec("diffusers") else ()
-    recorded = {**asdict(options), "plans": list(options.plans)}
+    recorded = asdict(options)
     recorded = {
-        name: value.name if isinstance(value, Path) else value for name, value in recorded.items()
+        name: value.name
+        if isinstance(value, Path)
+        else list(value)
+        if isinstance(value, tuple)
+        else value
+        for name, value in recorded.items()
     }
     del recorded["force"]
     return {
