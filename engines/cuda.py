@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
-import math
 import threading
 import time
 import weakref
@@ -22,7 +21,7 @@ from goc_deploy.engines.driver import Driver, capability_of, device_handle, devi
 from goc_deploy.engines.plugin import moves as kernel_moves
 from goc_deploy.engines.plugin.kernel import DeviceKernels, Geometry, cubin_for, load_kernels
 from goc_deploy.errors import GocError, ResourceError
-from goc_deploy.precision import DTYPE_BYTES
+from goc_deploy.precision import DTYPE_BYTES, tensor_bytes
 from goc_deploy.protocols import (
     ALIGNMENT,
     NUMPY_DTYPES,
@@ -99,7 +98,7 @@ class CudaDevice:
         Raises:
             ResourceError: the device has not enough memory.
         """
-        nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
+        nbytes = tensor_bytes(dtype, shape)
         self.enter()
         try:
             pointer = int(self.driver.cuMemAlloc(max(nbytes, 1)))

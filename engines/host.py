@@ -12,7 +12,7 @@ import numpy as np
 
 from goc_deploy.errors import ResourceError
 from goc_deploy.host_memory import available_bytes, host_array
-from goc_deploy.precision import DTYPE_BYTES
+from goc_deploy.precision import tensor_bytes
 from goc_deploy.protocols import (
     ALIGNMENT,
     Buffer,
@@ -91,7 +91,7 @@ class HostDevice:
         Raises:
             ResourceError: the system has not enough memory.
         """
-        nbytes = int(np.prod(shape, dtype=np.int64)) * DTYPE_BYTES[dtype]
+        nbytes = tensor_bytes(dtype, shape)
         try:
             memory = np.empty(nbytes + ALIGNMENT, np.uint8)
         except MemoryError as cause:

@@ -37,6 +37,7 @@ from goc_deploy.exporters.hub import folder_from_hub, hub_id
 from goc_deploy.exporters.lora.merging import MergedTensors
 from goc_deploy.exporters.lora.reading import Lora, digest_of_merge, read_loras
 from goc_deploy.exporters.model_folder import FolderModel, read_model_folder
+from goc_deploy.exporters.quantize.selection import weight_formats
 from goc_deploy.exporters.router import router_probabilities
 from goc_deploy.exporters.sample_sizes import spec_for_sizes
 from goc_deploy.exporters.schedulers import table_from_sampler
@@ -108,6 +109,7 @@ def export_checkpoint(
     calibrates = options.precision != "bf16" and spec.choices > 0
     options = replace(options, plans=options.plans or default_plans(calibrates=calibrates))
     process = Process(spec.prediction_type, model.scheduler)
+    formats = weight_formats(spec.unit_names, options.quantize, options.quantize_exclude)
     plans = _compile_plans(spec, process, options)
     check_options(_calibration(spec, options))
     provenance = _provenance(model, name, loras, companions, options)
@@ -118,7 +120,7 @@ def export_checkpoint(
         check_target(output, force=options.force)
         _check_checkpoints(output, (checkpoint, *companions.checkpoints), options.precision)
         with staged(output) as stage:
-            writer = UnitWriter(stage, backend, progress)
+            writer = UnitWriter(stage, backend, progress, formats)
             kinds = architecture.graph_kinds(spec, options.precision)
             units = writer.write(kinds, tensors, options.precision)
             units += _write_step_graphs(stage, spec, options.precision)
@@ -229,9 +231,14 @@ def _provenance(
     """What the engine directory was made from; ``name`` is the model's id on the Hub."""
     checkpoint = model.checkpoint
     probes = ("diffusers",) if model.scheduler is not None and find_spec("diffusers") else ()
-    recorded = {**asdict(options), "plans": list(options.plans)}
+    recorded = asdict(options)
     recorded = {
-        name: value.name if isinstance(value, Path) else value for name, value in recorded.items()
+        name: value.name
+        if isinstance(value, Path)
+        else list(value)
+        if isinstance(value, tuple)
+        else value
+        for name, value in recorded.items()
     }
     for unrecorded in ("force", "loras", "reuse_engines"):
         del recorded[unrecorded]

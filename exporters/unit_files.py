@@ -6,18 +6,19 @@ import contextlib
 import gc
 import mmap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from goc_deploy.engine_dir.manifest import GraphEntry
 from goc_deploy.engine_dir.weights import mapped_weights
-from goc_deploy.exporters.lowering import template_from_kind, write_copy
+from goc_deploy.exporters.lowering import Template, template_from_kind, write_copy
+from goc_deploy.exporters.quantize.copies import quantize_copy
 from goc_deploy.exporters.units import DTYPES, GraphKind
-from goc_deploy.exporters.verification import verify_copy
+from goc_deploy.exporters.verification import verify_copy, verify_quantized
 from goc_deploy.options import Progress
-from goc_deploy.precision import Precision
+from goc_deploy.precision import Precision, WeightFormat
 from goc_deploy.protocols import Backend, Engine
 
 
@@ -46,11 +47,13 @@ class UnitWriter:
         stage: the directory.
         backend: runs the graphs that were written.
         progress: called with (what, done, total).
+        weight_formats: name of a unit -> format of its quantised weights.
     """
 
     stage: Path
     backend: Backend
     progress: Progress
+    weight_formats: Mapping[str, WeightFormat] = field(default_factory=dict)
 
     @_collecting_new_objects_only()
     def write(
@@ -77,13 +80,23 @@ class UnitWriter:
                 parameters = write_copy(template, name, tensors, where)
                 error = verify_copy(template, name, parameters, tensors, where, self.backend)
                 paths = (f"{folder}/{name}.onnx", f"{folder}/{name}.weights")
-                units.append(
-                    GraphEntry(name, *paths, parameters, kind.weights_are_inputs, error, precision)
+                unit = GraphEntry(
+                    name, *paths, parameters, kind.weights_are_inputs, error, precision
                 )
+                units.append(self._quantized(unit, template, where))
             del template
             gc.collect()
         self.progress("done", total, total)
         return units
+
+    def _quantized(self, unit: GraphEntry, template: Template, where: Path) -> GraphEntry:
+        """Quantise the weights of a unit that was written and verified, if that is wanted."""
+        wanted = self.weight_formats.get(unit.name)
+        if wanted is None:
+            return unit
+        parameters = quantize_copy(where, unit.name, unit.parameters, unit.precision, wanted)
+        error = verify_quantized(template, unit.name, parameters, where, self.backend, wanted)
+        return replace(unit, parameters=parameters, relative_l2=error, weight_format=wanted)
 
     def loaded(self, unit: GraphEntry) -> Engine:
         """Load a graph that was written, with its weights."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from goc_deploy.precision import ELEMENT_TYPES
 from goc_deploy.protocols import NUMPY_DTYPES, Buffer
 
 
@@ -36,7 +37,7 @@ def return_free_pages(contents: Iterable[memoryview]) -> None:
 
 
 def host_array(buffer: Buffer) -> np.ndarray:
-    """View a buffer in host memory as a NumPy array."""
+    """View a buffer in host memory as a NumPy array; elements of 4 bits as a row of bytes."""
     start = buffer.pointer - buffer.owner.ctypes.data
     flat: np.ndarray = buffer.owner[start : start + buffer.nbytes].view(NUMPY_DTYPES[buffer.dtype])
-    return flat.reshape(buffer.shape)
+    return flat if ELEMENT_TYPES[buffer.dtype].bits < 8 else flat.reshape(buffer.shape)

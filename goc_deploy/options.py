@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from goc_deploy.precision import Precision
+from goc_deploy.precision import Precision, WeightFormat
 
 Progress = Callable[[str, int, int], None]  # (name of the job, done, total)
 
@@ -35,6 +35,10 @@ class ExportOptions:
         num_heads: number of attention heads. Inferred for widths 384, 768, 1024 and 1152; required
             otherwise.
         precision: dtype of weights, tokens and history: ``fp32``, ``fp16`` or ``bf16``.
+        quantize: format of the weights of the blocks: ``w8`` (8 bits), ``w4`` (4 bits), or None,
+            the precision. What is computed with them has the precision.
+        quantize_exclude: patterns of units whose weights keep the precision, such as ``first``,
+            ``last:2``, ``block_03`` or ``*_attn``.
         max_batch: largest number of images per batch.
         steps: number of sampling steps of the plans.
         sampler: sampler SPEC; None takes ``diffusers``, the scheduler of the model's folder.
@@ -72,6 +76,8 @@ class ExportOptions:
     model: str = "auto"
     num_heads: int | None = None
     precision: Precision = "fp32"
+    quantize: WeightFormat | None = None
+    quantize_exclude: tuple[str, ...] = ()
     max_batch: int = 16
     steps: int = 20
     sampler: str | None = None

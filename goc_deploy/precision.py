@@ -6,13 +6,17 @@ A model has a *precision*, the short name that the command line takes (``fp32``)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+WeightFormat = Literal["w8", "w4"]  # quantised weights, computed with in the precision
+WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
+DTYPE_OF_FORMAT: Mapping[WeightFormat, str] = {"w8": "int8", "w4": "int4"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,14 +24,14 @@ class ElementType:
     """The names of a dtype in other libraries.
 
     Attributes:
-        nbytes: bytes of an element.
-        numpy: the NumPy dtype that holds its bits; NumPy itself has no ``bfloat16``.
+        bits: bits of an element. Elements of 4 bits lie two in a byte, the first in the low half.
+        numpy: the NumPy dtype that holds its bits; NumPy has no ``bfloat16`` and no ``int4``.
         onnx: number of the ``TensorProto.DataType``.
         onnx_name: name in ONNX's text format, which ONNX Runtime also writes in ``tensor(...)``.
         tensorrt: name of the ``tensorrt.DataType``.
     """
 
-    nbytes: int
+    bits: int
     numpy: str
     onnx: int
     onnx_name: str
@@ -35,19 +39,28 @@ class ElementType:
 
 
 ELEMENT_TYPES: Mapping[str, ElementType] = {
-    "float32": ElementType(4, "float32", 1, "float", "FLOAT"),
-    "float16": ElementType(2, "float16", 10, "float16", "HALF"),
-    "bfloat16": ElementType(2, "uint16", 16, "bfloat16", "BF16"),
-    "int32": ElementType(4, "int32", 6, "int32", "INT32"),
-    "int64": ElementType(8, "int64", 7, "int64", "INT64"),
-    "uint8": ElementType(1, "uint8", 2, "uint8", "UINT8"),
+    "float32": ElementType(32, "float32", 1, "float", "FLOAT"),
+    "float16": ElementType(16, "float16", 10, "float16", "HALF"),
+    "bfloat16": ElementType(16, "uint16", 16, "bfloat16", "BF16"),
+    "int32": ElementType(32, "int32", 6, "int32", "INT32"),
+    "int64": ElementType(64, "int64", 7, "int64", "INT64"),
+    "uint8": ElementType(8, "uint8", 2, "uint8", "UINT8"),
+    "int8": ElementType(8, "int8", 3, "int8", "INT8"),
+    "int4": ElementType(4, "uint8", 22, "int4", "INT4"),
 }
 DTYPE_OF_PRECISION: Mapping[Precision, str] = {
     "fp32": "float32",
     "fp16": "float16",
     "bf16": "bfloat16",
 }
-DTYPE_BYTES: Mapping[str, int] = {dtype: kind.nbytes for dtype, kind in ELEMENT_TYPES.items()}
+DTYPE_BYTES: Mapping[str, int] = {
+    dtype: kind.bits // 8 for dtype, kind in ELEMENT_TYPES.items() if kind.bits >= 8
+}
 ITEM_BYTES: Mapping[Precision, int] = {
     precision: DTYPE_BYTES[dtype] for precision, dtype in DTYPE_OF_PRECISION.items()
 }
+
+
+def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Return the size of a contiguous tensor in bytes; half a byte at its end is a byte."""
+    return -(-math.prod(shape) * ELEMENT_TYPES[dtype].bits // 8)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from goc_deploy.precision import DTYPE_BYTES, ELEMENT_TYPES
+from goc_deploy.precision import DTYPE_BYTES, ELEMENT_TYPES, tensor_bytes
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 NUMPY_DTYPES = {dtype: np.dtype(kind.numpy) for dtype, kind in ELEMENT_TYPES.items()}
@@ -27,7 +27,7 @@ class Buffer:
     Attributes:
         pointer: address of the first element.
         shape: dimensions.
-        dtype: a key of ``DTYPE_BYTES``.
+        dtype: a key of ``ELEMENT_TYPES``.
         owner: keeps the memory alive.
     """
 
@@ -39,7 +39,7 @@ class Buffer:
     @property
     def nbytes(self) -> int:
         """Size of the view in bytes."""
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+        return tensor_bytes(self.dtype, self.shape)
 
     def overlaps(self, other: Buffer) -> bool:
         """Return whether two buffers share memory."""

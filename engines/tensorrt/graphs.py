@@ -5,14 +5,12 @@ Weights come from verified memory; the file that the ONNX graph names is never o
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from goc_deploy.engine_dir.keys import Range
-from goc_deploy.engine_dir.manifest import Parameter
+from goc_deploy.engine_dir.manifest import GraphEntry
 from goc_deploy.errors import EngineDirError, ResourceError
-from goc_deploy.precision import ITEM_BYTES, Precision
 
 MAX_GRAPH_BYTES = 2**31 - 1  # limit of protobuf, the format of ONNX
 
@@ -54,9 +52,8 @@ def drop_weight_places(model: Any) -> None:
 
 def embed_weights(
     model: Any,
-    parameters: Sequence[Parameter],
+    unit: GraphEntry,
     weights: memoryview,
-    precision: Precision,
     where: str,
     prefix: str = "",
 ) -> None:
@@ -64,9 +61,8 @@ def embed_weights(
 
     Args:
         model: the graph.
-        parameters: position of each tensor in the weights.
-        weights: content of a unit's weights file.
-        precision: precision of the weights.
+        unit: the unit whose weights are put in, with the position of each tensor.
+        weights: content of the unit's weights file.
         where: name of the graph for messages.
         prefix: prefix of the initializers of these weights in a graph of several units.
 
@@ -81,7 +77,7 @@ def embed_weights(
             f"{where}: {len(weights) / 1e9:.1f} GB of weights do not fit into one graph; "
             "use `EngineOptions.weight_mode=shared`"
         )
-    by_name = {prefix + p.name: p for p in parameters}
+    by_name = {prefix + p.name: p for p in unit.parameters}
     for initializer in _external(model):
         if not initializer.name.startswith(prefix):
             continue
@@ -91,8 +87,7 @@ def embed_weights(
                 f"{where}: the manifest does not describe initializer {initializer.name}; export "
                 "again"
             )
-        end = parameter.offset + math.prod(parameter.shape) * ITEM_BYTES[precision]
-        initializer.raw_data = bytes(weights[parameter.offset : end])
+        initializer.raw_data = bytes(weights[parameter.offset : unit.end(parameter)])
         initializer.data_location = TensorProto.DEFAULT
         del initializer.external_data[:]
 

@@ -156,7 +156,7 @@ def graph_of_job(directory: EngineDir, job: Job) -> bytes:
         graphs.share_weights(model)
     for prefix, path in embedded_weights(job).items():
         part, weights = job.parts[prefix], directory.read(path)
-        graphs.embed_weights(model, part.parameters, weights, part.precision, where, prefix)
+        graphs.embed_weights(model, part, weights, where, prefix)
     if job.recipe.plugin_sha256 is not None:
         stack_updates(model)
     return graphs.graph_bytes(model)

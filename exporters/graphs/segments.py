@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from onnx import GraphProto, ModelProto
+from onnx import GraphProto, ModelProto, helper
 from onnx.compose import add_prefix_graph
 
 
@@ -37,8 +37,21 @@ def segment_graph(units: Mapping[str, ModelProto], stores: Sequence[bool]) -> Mo
         segment.graph.output.extend(value for value in unit.output if stored and value.name != x)
         last = next(value for value in unit.output if value.name == x)
     segment.graph.output.append(last)
+    _take_newest_opsets(segment, units.values())
     _rename(segment.graph, x, "x_out")
     return segment
+
+
+def _take_newest_opsets(segment: ModelProto, units: Iterable[ModelProto]) -> None:
+    """Declare the newest opsets of the units: quantised units need a newer one than others."""
+    newest: dict[str, int] = {}
+    for unit in units:
+        for opset in unit.opset_import:
+            newest[opset.domain] = max(opset.version, newest.get(opset.domain, 0))
+    del segment.opset_import[:]
+    segment.opset_import.extend(
+        helper.make_opsetid(domain, version) for domain, version in newest.items()
+    )
 
 
 def _rename(graph: GraphProto, old: str, new: str) -> None:

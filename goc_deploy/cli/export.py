@@ -23,6 +23,7 @@ from goc_deploy.cli.progress import progress_bar
 from goc_deploy.options import SEGMENTS, ExportOptions
 from goc_deploy.policies.help import calibrated, grammar
 from goc_deploy.policies.registration import installed_policies
+from goc_deploy.precision import WEIGHT_FORMATS
 from goc_deploy.samplers import SAMPLER_GRAMMAR
 from goc_deploy.spec import PREDICTION_TYPES
 
@@ -59,6 +60,19 @@ DEFAULTS = ExportOptions()
     default=DEFAULTS.precision,
     help="Precision of weights, tokens and cache. float32, float16 and bfloat16 are accepted as "
     "other names.",
+)
+@click.option(
+    "--quantize",
+    type=click.Choice(WEIGHT_FORMATS),
+    help="Store the weights of the blocks in 8 or 4 bits with a scale per 32 values.  [default: "
+    "the precision]",
+)
+@click.option(
+    "--quantize-exclude",
+    multiple=True,
+    metavar="PATTERN",
+    help="Units whose weights are not quantised, repeatable: first, last, first:N, last:N blocks, "
+    "or a name such as block_03, block_03_mlp or *_attn.",
 )
 @click.option(
     "--max-batch",

@@ -25,15 +25,16 @@ def graph_rows(directory: EngineDir) -> Table:
         weights = f"{directory.size(unit.weights_file) / 1e6:.2f}" if unit.weights_file else ""
         error = f"{unit.relative_l2:.1e}" if unit.relative_l2 is not None else ""
         graph = f"{directory.size(unit.onnx) / 1e3:.1f}"
-        rows.append([unit.name, graph, weights, error, str(served[unit.onnx])])
+        stored = (unit.weight_format or unit.precision) if weights else ""
+        rows.append([unit.name, graph, weights, stored, error, str(served[unit.onnx])])
     for kind, graphs in (("predict", manifest.predict), ("segment", manifest.segments)):
         for signature, path in graphs.items():
             graph = f"{directory.size(path) / 1e3:.1f}"
             kind = kind if taps_from_signature(signature) is None else "accumulate"
-            rows.append([f"{kind} {signature}", graph, "", "", str(served[path])])
+            rows.append([f"{kind} {signature}", graph, "", "", "", str(served[path])])
     for name, path in manifest.heads.items():
-        rows.append([name, f"{directory.size(path) / 1e3:.1f}", "", "", str(served[path])])
-    return ["unit", "graph kB", "weights MB", "error to PyTorch", "engines"], rows
+        rows.append([name, f"{directory.size(path) / 1e3:.1f}", "", "", "", str(served[path])])
+    return ["unit", "graph kB", "weights MB", "format", "error to PyTorch", "engines"], rows
 
 
 def engine_rows(directory: EngineDir, folder: str) -> Table:

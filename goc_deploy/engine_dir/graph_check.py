@@ -19,8 +19,8 @@ from goc_deploy.engine_dir.onnx_messages import model_from_bytes
 from goc_deploy.errors import EngineDirError, SafetyError
 
 ELEMENTWISE = (
-    "Abs Add And Cast CastLike Clip Cos Div Equal Erf Exp Gelu Greater GreaterOrEqual Identity "
-    "Less LessOrEqual Log Max Min "
+    "Abs Add And Cast CastLike Clip Cos DequantizeLinear Div Equal Erf Exp Gelu Greater "
+    "GreaterOrEqual Identity Less LessOrEqual Log Max Min "
     "Mul Neg Not Or Pow Reciprocal Relu Sigmoid Sin Sqrt Sub Tanh Where"
 )
 ALONG_DIMENSIONS = (
@@ -37,7 +37,8 @@ MAX_GRAPH_BYTES = 64 * 2**20
 MAX_ELEMENTS = 2**31  # of one tensor
 MAX_PADDING, MAX_SCALE = 64, 8
 _STANDARD = frozenset(("", "ai.onnx"))
-_DTYPES = frozenset((1, 6, 7, 9, 10, 16))  # float32, int32, int64, bool, float16, bfloat16
+# float32, int8, int32, int64, bool, float16, bfloat16, int4
+_DTYPES = frozenset((1, 3, 6, 7, 9, 10, 16, 22))
 # At byte 4. ONNX Runtime then reads its own format, whatever the other bytes are.
 _ORT_FORMAT = b"ORTM"
 _EXTERNAL = 1

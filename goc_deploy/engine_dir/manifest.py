@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from goc_deploy.engine_dir.keys import EngineWeightMode, Target
-from goc_deploy.precision import Precision
+from goc_deploy.precision import DTYPE_OF_PRECISION, Precision, WeightFormat, tensor_bytes
 from goc_deploy.samplers.process import Process
 from goc_deploy.spec import Count, DecoderSpec, ModelSpec, Size, TextSpec
 
@@ -35,17 +35,19 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A tensor in a weights file, in the engine's precision.
+    """A tensor in a weights file.
 
     Attributes:
         name: name of the graph's initializer.
         offset: number of bytes from the start of the file.
         shape: dimensions.
+        dtype: ``int8`` or ``int4`` of a quantised weight; None is the precision of the graph.
     """
 
     name: str
     offset: Count
     shape: tuple[Count, ...]
+    dtype: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,8 @@ class GraphEntry:
             file, instead of initializers that are copied during the load.
         relative_l2: largest error compared with PyTorch over the outputs, measured at export, or
             None if the graph has no weights.
-        precision: precision of the parameters.
+        precision: precision of the parameters that are not quantised.
+        weight_format: format of the quantised weights, or None if the graph has none.
     """
 
     name: str
@@ -73,6 +76,15 @@ class GraphEntry:
     weights_are_inputs: bool
     relative_l2: float | None
     precision: Precision
+    weight_format: WeightFormat | None = None
+
+    def dtype(self, parameter: Parameter) -> str:
+        """The dtype of a parameter of this graph."""
+        return parameter.dtype or DTYPE_OF_PRECISION[self.precision]
+
+    def end(self, parameter: Parameter) -> int:
+        """The position in the weights file after the last byte of a parameter."""
+        return parameter.offset + tensor_bytes(self.dtype(parameter), parameter.shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, fields
@@ -11,7 +10,7 @@ from itertools import chain
 from goc_deploy.engine_dir.keys import ENGINE_BACKENDS
 from goc_deploy.engine_dir.manifest import IMAGE_CHANNELS, Manifest, Parameter
 from goc_deploy.errors import EngineDirError, SafetyError
-from goc_deploy.precision import ITEM_BYTES
+from goc_deploy.precision import DTYPE_OF_FORMAT
 from goc_deploy.spec import PREDICTION_TYPES
 from goc_deploy.strict_json import (
     check_format,
@@ -22,8 +21,9 @@ from goc_deploy.strict_json import (
     unknown_field,
 )
 
-MANIFEST_FORMAT, MANIFEST_VERSION = "goc_deploy.engine_dir", 6
+MANIFEST_FORMAT, MANIFEST_VERSION = "goc_deploy.engine_dir", 7
 _LABEL_TABLE = "embedding_table.weight"  # how names of tables with a row per class end
+_PARAMETER_DTYPES = (None, *DTYPE_OF_FORMAT.values())
 _FIELDS = {field.name for field in fields(Manifest)}
 _SAFE_PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,@-]*(/[A-Za-z0-9][A-Za-z0-9._+=,@-]*){0,3}")
 
@@ -114,7 +114,13 @@ def _unit_problems(manifest: Manifest) -> Iterator[str]:
     for i, unit in enumerate(manifest.graphs):
         size, needed = sizes.get(unit.weights_file or "", 0), 0
         for j, parameter in enumerate(unit.parameters):
-            end = parameter.offset + math.prod(parameter.shape) * ITEM_BYTES[unit.precision]
+            if parameter.dtype not in _PARAMETER_DTYPES:
+                yield (
+                    f"$.graphs[{i}].parameters[{j}].dtype: "
+                    f"{expected(_PARAMETER_DTYPES, parameter.dtype)}"
+                )
+                return
+            end = unit.end(parameter)
             needed = max(needed, end)
             if end > size:
                 yield (

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from goc_deploy.engine_dir.manifest import GraphEntry
-from goc_deploy.precision import DTYPE_OF_PRECISION
 from goc_deploy.protocols import Buffer, mapped_buffer
 
 
@@ -17,8 +16,9 @@ def mapped_weights(
     Returns:
         (initializers, inputs), each by name.
     """
-    dtype = DTYPE_OF_PRECISION[unit.precision]
-    buffers = {p.name: mapped_buffer(weights, p.offset, p.shape, dtype) for p in unit.parameters}
+    buffers = {
+        p.name: mapped_buffer(weights, p.offset, p.shape, unit.dtype(p)) for p in unit.parameters
+    }
     return ({}, buffers) if unit.weights_are_inputs else (buffers, {})
 
 

@@ -37,6 +37,7 @@ FILES: dict[str, tuple[Callable[[Path], None], ...]] = {
     "README.md": (files.dit_pipeline,),
     "docs/usage.md": (files.checkpoint, files.dit_pipeline, files.pixart_pipeline),
     "docs/python.md": (files.checkpoint, files.golden_engine),
+    "docs/precision.md": (files.checkpoint,),
     "docs/policies.md": (files.golden_engine,),
     "docs/gpu.md": (files.golden_engine,),
     "docs/serving.md": (files.golden_engine,),

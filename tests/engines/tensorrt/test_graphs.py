@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def test_all_three_forms_of_a_unit_compute_the_same(golden_engine: Path) -> None
     expected = backend.download(out)
 
     embedded = graphs.model_from_bytes(content, "here")
-    graphs.embed_weights(embedded, unit.parameters, weights, "fp32", "here")
+    graphs.embed_weights(embedded, unit, weights, "here")
     assert not [i for i in embedded.graph.initializer if i.data_location == 1]
     np.testing.assert_array_equal(run(graphs.graph_bytes(embedded), inputs, out.shape), expected)
 
@@ -113,14 +114,14 @@ def test_what_does_not_fit_is_refused(golden_engine: Path) -> None:
         graphs.model_from_bytes(memoryview(b"no graph"), "here")
     model = graphs.model_from_bytes(content, "here")
     with pytest.raises(EngineDirError, match=r"does not describe initializer attn.qkv.weight"):
-        graphs.embed_weights(model, unit.parameters[1:], weights, "fp32", "here")
+        graphs.embed_weights(model, replace(unit, parameters=unit.parameters[1:]), weights, "here")
     huge = np.lib.stride_tricks.as_strided(np.zeros(1, np.uint8), (2**31,), (0,))
     with pytest.raises(
         ResourceError,
         match=r"2.1 GB of weights do not fit into one graph; "
         r"use `EngineOptions.weight_mode=shared`",
     ):
-        graphs.embed_weights(model, unit.parameters, huge, "fp32", "here")  # type: ignore[arg-type]
+        graphs.embed_weights(model, unit, huge, "here")  # type: ignore[arg-type]
     with pytest.raises(EngineDirError, match="input x has the dynamic dimension 'batch'"):
         graphs.input_shapes(model, {}, "here")
     model.graph.input[0].type.tensor_type.shape.dim[0].Clear()

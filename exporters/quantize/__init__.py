@@ -1,0 +1,1 @@
+"""Quantisation of the weights of the blocks' units."""

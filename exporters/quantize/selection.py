@@ -1,0 +1,85 @@
+"""Which units keep their precision: the grammar of ``--quantize-exclude``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from goc_deploy.errors import UsageError
+from goc_deploy.precision import WEIGHT_FORMATS, WeightFormat
+
+_ENDS = re.compile(r"(first|last)(?::([1-9][0-9]{0,3}))?")
+_BLOCK = re.compile(r"block_[0-9]+")
+
+
+def weight_formats(
+    units: Sequence[str], quantize: WeightFormat | None, patterns: Sequence[str]
+) -> dict[str, WeightFormat]:
+    """Return the format of each unit whose weights are quantised.
+
+    Args:
+        units: as for `quantized_units`.
+        quantize: the format, or None to quantise nothing.
+        patterns: as for `quantized_units`.
+
+    Raises:
+        UsageError: the format is unknown, there are patterns without one, or a pattern matches no
+            unit.
+    """
+    if quantize is None:
+        if patterns:
+            raise UsageError("`quantize_exclude` needs `quantize`, which says what to quantise to")
+        return {}
+    if quantize not in WEIGHT_FORMATS:
+        raise UsageError(
+            f"`quantize={quantize:.60}` is unknown; it is {' or '.join(WEIGHT_FORMATS)}"
+        )
+    return dict.fromkeys(quantized_units(units, patterns), quantize)
+
+
+def quantized_units(units: Sequence[str], patterns: Sequence[str]) -> tuple[str, ...]:
+    """Return the units that no pattern excludes, in order.
+
+    A pattern is one of
+
+    * ``first`` or ``last``, the first or last block, and ``first:N`` or ``last:N``, N blocks;
+    * the name of a unit or of a block, in which ``*``, ``?`` and ``[...]`` match as in a shell:
+      ``block_03_mlp``, ``block_03``, ``*_attn``, ``block_0[0-2]``.
+
+    Args:
+        units: names of the units of all blocks, in the order of a step.
+        patterns: the patterns.
+
+    Raises:
+        UsageError: a pattern matches no unit.
+    """
+    blocks = [_block(unit) for unit in units]
+    order = list(dict.fromkeys(blocks))
+    excluded: set[str] = set()
+    for pattern in patterns:
+        ends = _ENDS.fullmatch(pattern)
+        count = int(ends[2] or 1) if ends else 0
+        matched = (
+            order[:count]
+            if ends and ends[1] == "first"
+            else order[-count:]
+            if ends
+            else [name for name in (*order, *units) if fnmatchcase(name, pattern)]
+        )
+        if not matched:
+            raise UsageError(
+                f"`quantize_exclude={pattern:.60}` matches none of the units {units[0]} to "
+                f"{units[-1]}; give first, last, first:N, last:N, or a pattern such as block_00, "
+                "block_03_mlp or *_attn"
+            )
+        excluded.update(matched)
+    return tuple(
+        unit for unit, block in zip(units, blocks, strict=True) if not {unit, block} & excluded
+    )
+
+
+def _block(unit: str) -> str:
+    """``block_03`` of ``block_03_mlp``."""
+    match = _BLOCK.match(unit)
+    return match[0] if match else unit
