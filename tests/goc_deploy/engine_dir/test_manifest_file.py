@@ -233,10 +233,6 @@ BROKEN_RULES: Changes = {
         lambda m: m["graphs"][3]["parameters"][0].update(dtype="int2"),
         "$.graphs[3].parameters[0].dtype: expected None or int8 or int4, got 'int2'",
     ),
-    "format of weights": (
-        lambda m: m["graphs"][3].update(weight_format="w2"),
-        "$.graphs[3].weight_format: invalid enum value 'w2'",
-    ),
     "quantised weights": (
         lambda m: m["graphs"][3]["parameters"][0].update(dtype="int4"),
         "$.graphs[3].weights_file: 'onnx/block_00_mlp.weights' is listed with 512 bytes, but its "
