@@ -8,17 +8,18 @@ weights are stored without transposition.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import onnx
 import onnx_ir as ir
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from goc_deploy.engine_dir.manifest import Parameter
 from goc_deploy.errors import VerificationError
@@ -54,11 +55,7 @@ def template_from_kind(kind: GraphKind, dtype: torch.dtype) -> Template:
     Raises:
         VerificationError: the graph lacks a parameter, so weights could not be bound.
     """
-    symbols = {
-        symbol: torch.export.Dim(symbol, min=1, max=1 << 20)
-        for i in kind.inputs
-        for symbol in i.dynamic.values()
-    }
+    symbols = _dimensions({symbol for i in kind.inputs for symbol in i.dynamic.values()})
     with _quiet():
         program = torch.onnx.export(
             kind.module,
@@ -66,8 +63,9 @@ def template_from_kind(kind: GraphKind, dtype: torch.dtype) -> Template:
             dynamo=True,
             input_names=[i.name for i in kind.inputs],
             output_names=list(kind.outputs),
-            dynamic_shapes=tuple(
-                {dim: symbols[symbol] for dim, symbol in i.dynamic.items()} for i in kind.inputs
+            dynamic_shapes=_as_arguments(
+                kind.module,
+                [{dim: symbols[symbol] for dim, symbol in i.dynamic.items()} for i in kind.inputs],
             ),
             opset_version=OPSET,
             verbose=False,
@@ -93,6 +91,27 @@ def template_from_kind(kind: GraphKind, dtype: torch.dtype) -> Template:
         for name, _ in kind.module.named_parameters():
             program.model.graph.inputs.append(program.model.graph.initializers.pop(name))
     return Template(kind, program.model, dtype)
+
+
+def _as_arguments(module: nn.Module, values: Sequence[Any]) -> tuple[Any, ...]:
+    """Values of the graph's inputs, nested as torch.export wants them for ``*args``."""
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    if parameters[-1].kind is not inspect.Parameter.VAR_POSITIONAL:
+        return tuple(values)
+    named = len(parameters) - 1
+    return (*values[:named], tuple(values[named:]))
+
+
+def _dimensions(symbols: Collection[str]) -> dict[str, Any]:
+    """The dimensions of torch by symbol, multiples such as ``2*height`` included."""
+    names = {symbol.rpartition("*")[2] for symbol in symbols}
+    plain = {name: torch.export.Dim(name, min=1, max=1 << 20) for name in names}
+    return {
+        symbol: int(symbol.rpartition("*")[0] or 1) * plain[symbol.rpartition("*")[2]]
+        if "*" in symbol
+        else plain[symbol]
+        for symbol in symbols
+    }
 
 
 def write_copy(

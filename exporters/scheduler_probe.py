@@ -20,7 +20,8 @@ from torch import Tensor
 
 from goc_deploy.errors import EnvironmentUnsupportedError, ModelError, UsageError
 from goc_deploy.samplers import MAX_LAGS, SamplerTable
-from goc_deploy.samplers.table import FOLDER_SAMPLER, MAX_REACH
+from goc_deploy.samplers.sampler_spec import FOLDER_SAMPLER
+from goc_deploy.samplers.table import MAX_REACH
 
 EXACT = 1e-9  # allowed relative error of the recurrence; float64 reaches 1e-14
 # Model runs beyond the number of steps: 1 or 9 for PNDM, without and with Runge-Kutta.

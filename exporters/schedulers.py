@@ -16,14 +16,14 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct
 
 from goc_deploy.errors import EnvironmentUnsupportedError, ModelError, UsageError, VerificationError
+from goc_deploy.exporters.own_schedulers import FLOW_CLASS, own_table
 from goc_deploy.samplers import SamplerTable, sampler_table
 from goc_deploy.samplers.process import TRAIN_STEPS, Process
+from goc_deploy.samplers.sampler_spec import FOLDER_SAMPLER
 from goc_deploy.samplers.solvers import check_steps
-from goc_deploy.samplers.table import FOLDER_SAMPLER, flow_table
 from goc_deploy.strict_json import convert
 
 INSTEAD = "name another `sampler`"
-FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
 PREDICTION_TYPES = {
     "epsilon": "eps",
     "v_prediction": "v",
@@ -137,7 +137,7 @@ def table_from_sampler(sampler: str, steps: int, process: Process) -> SamplerTab
     """The table of any sampler, including the scheduler of the model's folder.
 
     Args:
-        sampler: a sampler of `goc_deploy.samplers.table.sampler_table`, or ``diffusers`` for the
+        sampler: a sampler of `goc_deploy.samplers.sampler_table`, or ``diffusers`` for the
             scheduler of the folder.
         steps: T, the number of model runs.
         process: prediction type of the model, its training process, and the scheduler of its
@@ -177,7 +177,7 @@ def scheduler_table(steps: int, process: Process) -> SamplerTable:
         )
     check_scheduler(scheduler)
     check_steps(steps, scheduler.get("num_train_timesteps", TRAIN_STEPS))
-    own = _own_table(steps, process)
+    own = own_table(steps, process)
     if find_spec("diffusers") is None or find_spec("torch") is None:
         if own is None:
             raise EnvironmentUnsupportedError(
@@ -196,97 +196,6 @@ def scheduler_table(steps: int, process: Process) -> SamplerTable:
             f"should equal; {INSTEAD} to decide"
         )
     return probed
-
-
-def _own_table(steps: int, process: Process) -> SamplerTable | None:
-    """The table of our sampler that takes the same steps, or None if there is no such sampler."""
-    make = {
-        FLOW_CLASS: _own_flow,
-        "DPMSolverMultistepScheduler": _own_dpm_solver,
-        "DDIMScheduler": _own_ddim,
-        "DDPMScheduler": _own_ddim,
-    }.get((process.scheduler or {})["_class_name"])
-    return make(steps, process) if make else None
-
-
-def _has_plainly(process: Process, *unset: str, **values: Any) -> bool:
-    """Whether a scheduler sets none of some settings, and no other value of some more."""
-    scheduler = process.scheduler or {}
-    return not any(scheduler.get(setting) for setting in unset) and all(
-        scheduler.get(setting, value) == value for setting, value in values.items()
-    )
-
-
-def _own_flow(steps: int, process: Process) -> SamplerTable | None:
-    shift = (process.scheduler or {}).get("shift", 1.0)
-    sigmas = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas")
-    if not isinstance(shift, int | float) or shift <= 0:
-        return None
-    plain = _has_plainly(process, *sigmas, "shift_terminal", num_train_timesteps=TRAIN_STEPS)
-    return _shifted_flow(steps, shift) if plain else None
-
-
-def _trained_alike(process: Process) -> bool:
-    """Whether a scheduler reverses a process that `Process.signal` has, without offsets."""
-    betas = (process.scheduler or {}).get("beta_schedule", "linear")
-    return betas in ("linear", "scaled_linear", "squaredcos_cap_v2") and _has_plainly(
-        process, "steps_offset", "rescale_betas_zero_snr", num_train_timesteps=TRAIN_STEPS
-    )
-
-
-def _own_dpm_solver(steps: int, process: Process) -> SamplerTable | None:
-    scheduler = process.scheduler or {}
-    spacing = scheduler.get("timestep_spacing", "linspace")
-    sigmas = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
-    plain = _has_plainly(
-        process,
-        *sigmas,
-        "use_flow_sigmas",
-        "euler_at_final",
-        "lambda_min_clipped",
-        final_sigmas_type="zero",
-        algorithm_type="dpmsolver++",
-        solver_type="midpoint",
-        lower_order_final=True,
-    )
-    if not plain or not _trained_alike(process):
-        return None
-    if spacing != "trailing" and steps == TRAIN_STEPS:
-        return None
-    return sampler_table(f"dpm++:{scheduler.get('solver_order', 2)}@{spacing}", steps, process)
-
-
-def _own_ddim(steps: int, process: Process) -> SamplerTable | None:
-    scheduler = process.scheduler or {}
-    spacing, stochastic = (
-        scheduler.get("timestep_spacing", "leading"),
-        scheduler["_class_name"] == "DDPMScheduler",
-    )
-    # diffusers steps to t - 1000 // T, which is the next timestep of these spacings.
-    even = spacing == "leading" or (
-        spacing == "trailing" and TRAIN_STEPS % steps == 0 and not stochastic
-    )
-    plain = _has_plainly(process, set_alpha_to_one=True, variance_type="fixed_small")
-    if not even or not plain or not _trained_alike(process):
-        return None
-    return sampler_table(f"ddim{':1' if stochastic else ''}@{spacing}", steps, process)
-
-
-def _shifted_flow(steps: int, shift: float) -> SamplerTable:
-    """The Euler table of a flow with shifted sigmas.
-
-    diffusers shifts both ends of the sigmas, spaces them evenly, and shifts them again.
-
-    Source: Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis",
-    ICML 2024, eq. 23.
-    """
-
-    def shifted(sigma: float) -> float:
-        return shift * sigma / (1 + (shift - 1) * sigma)
-
-    least, stride = shifted(1 / TRAIN_STEPS), (1 - shifted(1 / TRAIN_STEPS)) / max(steps - 1, 1)
-    even = [1 - k * stride if k < steps - 1 or steps == 1 else least for k in range(steps)]
-    return flow_table([TRAIN_STEPS * shifted(sigma) for sigma in even], "flow_to_noise")
 
 
 def _same_steps(one: SamplerTable, other: SamplerTable) -> bool:

@@ -44,7 +44,8 @@ class Input:
     Attributes:
         name: tensor name.
         example: values for tracing and for the comparison with PyTorch.
-        dynamic: dimension -> symbol; dimensions with the same symbol are equal.
+        dynamic: dimension -> symbol; dimensions with the same symbol are equal. ``2*SYMBOL`` is
+            twice the dimension of another symbol.
     """
 
     name: str

@@ -16,6 +16,7 @@ PREDICTION_TYPES = (*DIFFUSION_PREDICTION_TYPES, *FLOW_PREDICTION_TYPES)
 DECODED_PIXELS = 64 * 64  # latent pixels of one decoder launch: one tile of the default size
 MAX_TILES = 8
 LONGEST_SIDE = 2  # times a side of the largest sample, for samples of no more tokens
+CACHED_FRAMES = 2  # that a causal convolution of kernel size 3 needs from the frames before
 # The values that `goc_deploy.strict_json.convert` accepts for such a field of a file:
 MAX_SIZE = 10**6
 Size = Annotated[int, Meta(ge=1, le=MAX_SIZE)]
@@ -249,3 +250,45 @@ class TextSpec:
     vocabulary: Size
     eos: Count
     pad: Count
+
+
+@dataclass(frozen=True, slots=True)
+class FrameCache:
+    """The input frames that a causal convolution of a video decoder keeps.
+
+    Attributes:
+        channels: channels of its input.
+        upscale: pixels of its input per latent pixel and side.
+    """
+
+    channels: Size
+    upscale: Annotated[int, Meta(ge=1, le=64)]
+
+
+@dataclass(frozen=True, slots=True)
+class VideoDecoderSpec:
+    """The unit ``video_decoder``, which turns latents into the frames of a video, one by one.
+
+    A frame of latents becomes ``frames`` frames of the video, and the first one only one.
+
+    Attributes:
+        latent_channels: channels of the latents.
+        channels: channels of a frame of the video.
+        upscale: pixels of the video per latent pixel and side.
+        frames: frames of the video per frame of latents after the first.
+        caches: what the causal convolutions keep from one frame of latents to the next. The graph
+            has them as inputs ``cache_0``, ``cache_1``, ... and as outputs ``kept_0``, ``kept_1``,
+            ..., each (1, channels, `CACHED_FRAMES`, h*upscale, w*upscale) float32 for latents of
+            h x w pixels.
+    """
+
+    latent_channels: Size
+    channels: Size
+    upscale: Annotated[int, Meta(ge=1, le=64)]
+    frames: Annotated[int, Meta(ge=1, le=64)]
+    caches: Annotated[tuple[FrameCache, ...], Meta(min_length=1, max_length=1000)]
+
+    def cache_shape(self, cache: FrameCache, height: int, width: int) -> tuple[int, ...]:
+        """Shape of a cache for latents of ``height`` x ``width`` pixels."""
+        side = cache.upscale
+        return (1, cache.channels, CACHED_FRAMES, height * side, width * side)

@@ -12,7 +12,7 @@ from msgspec import Meta
 from goc_deploy.engine_dir.keys import EngineWeightMode, Target
 from goc_deploy.precision import DTYPE_OF_PRECISION, Precision, WeightFormat, tensor_bytes
 from goc_deploy.samplers.process import Process
-from goc_deploy.spec import Count, DecoderSpec, ModelSpec, Size, TextSpec
+from goc_deploy.spec import Count, DecoderSpec, ModelSpec, Size, TextSpec, VideoDecoderSpec
 
 MANIFEST_NAME = "manifest.json"
 IMAGE_CHANNELS = (1, 3)
@@ -57,7 +57,7 @@ class GraphEntry:
     Attributes:
         name: ``conditioning``, ``modulation``, ``embed``, ``block_00_attn``, ..., ``collect``,
             ``residual``, ``final``, ``sampler``, ``sampler_lag1``, ..., ``captions``, ``decoder``,
-            ``text_encoder``.
+            ``video_decoder``, ``text_encoder``.
         onnx: path of the graph.
         weights_file: path of the external data, or None.
         parameters: position of each tensor in the weights file.
@@ -184,6 +184,7 @@ class Manifest:
             one.
         heads: name of a sampler graph that applies a head -> path of the graph.
         loras: LoRAs that were merged into the weights, by ascending digest.
+        video_decoder: sizes of unit ``video_decoder``, or None without one.
     """
 
     model: ModelSpec
@@ -203,6 +204,7 @@ class Manifest:
     scheduler: dict[str, Any] | None = None
     heads: dict[str, str] = field(default_factory=dict)
     loras: tuple[LoraEntry, ...] = ()
+    video_decoder: VideoDecoderSpec | None = None
 
     @property
     def process(self) -> Process:

@@ -53,6 +53,7 @@ def manifest_from_json(text: bytes, where: str) -> Manifest:
     for problem in chain(
         _model_problems(manifest),
         _decoder_problems(manifest),
+        _video_decoder_problems(manifest),
         _unit_problems(manifest),
         _unlisted_files(manifest),
     ):
@@ -106,6 +107,16 @@ def _decoder_problems(manifest: Manifest) -> Iterator[str]:
         yield f"$.decoder.tile: expected int <= {manifest.model.side}, got {decoder.tile}"
     if decoder.overlap >= decoder.tile:
         yield f"$.decoder.overlap: expected int < {decoder.tile}, got {decoder.overlap}"
+
+
+def _video_decoder_problems(manifest: Manifest) -> Iterator[str]:
+    decoder, channels = manifest.video_decoder, manifest.model.channels
+    if decoder is None:
+        return
+    if decoder.channels not in IMAGE_CHANNELS:
+        yield f"$.video_decoder.channels: {expected(IMAGE_CHANNELS, decoder.channels)}"
+    if decoder.latent_channels != channels:
+        yield f"$.video_decoder.latent_channels: expected {channels}, got {decoder.latent_channels}"
 
 
 def _unit_problems(manifest: Manifest) -> Iterator[str]:

@@ -1,14 +1,13 @@
-"""Samplers as tables of coefficients: `table` has the entry, `solvers` the formulas."""
+"""Samplers as tables of coefficients: `sampler_spec` has the entry, `solvers` the formulas."""
 
 from goc_deploy.samplers.chosen_timesteps import refined_table, table_at
-from goc_deploy.samplers.table import (
-    MAX_LAGS,
+from goc_deploy.samplers.sampler_spec import (
     SAMPLER_GRAMMAR,
-    SamplerTable,
     default_sampler,
     sampler_misfit,
     sampler_table,
 )
+from goc_deploy.samplers.table import MAX_LAGS, SamplerTable
 
 __all__ = [
     "MAX_LAGS",

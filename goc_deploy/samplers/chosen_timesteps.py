@@ -7,15 +7,10 @@ from itertools import accumulate, pairwise
 from math import ceil
 
 from goc_deploy.errors import UsageError
+from goc_deploy.samplers.flows import FLOW_SAMPLERS
 from goc_deploy.samplers.process import TRAIN_STEPS, Process
-from goc_deploy.samplers.table import (
-    FLOW_SAMPLER,
-    SamplerTable,
-    check_goes_with,
-    flow_table,
-    solved_table,
-    solver_of,
-)
+from goc_deploy.samplers.sampler_spec import FLOW_SAMPLER, check_goes_with, solver_of
+from goc_deploy.samplers.table import SamplerTable, flow_table, solved_table
 from goc_deploy.spec import FLOW_PREDICTION_TYPES
 
 REFINED_STEPS = 250
@@ -26,7 +21,8 @@ def table_at(sampler: str, timesteps: Sequence[float], process: Process) -> Samp
     """Make the table of a sampler that visits these timesteps, and then the clean sample.
 
     Args:
-        sampler: ``ddim``, ``dpm++`` or ``dpm++:ORDER``; ``euler`` for models that predict a flow.
+        sampler: ``ddim``, ``dpm++`` or ``dpm++:ORDER``; ``euler`` or ``unipc`` for models that
+            predict a flow.
         timesteps: [T] the model's time input, in sampling order, without repeats. Training
             timesteps are whole and fall within 999..0. The time of a ``flow`` rises from 0 (noise)
             and stays below 1; that of ``flow_to_noise`` falls from at most 1000 and stays above 0.
@@ -38,13 +34,13 @@ def table_at(sampler: str, timesteps: Sequence[float], process: Process) -> Samp
     """
     check_goes_with(sampler, process)
     _check_timesteps(f"sampler {sampler!r}", timesteps, process.prediction_type)
-    if sampler == FLOW_SAMPLER:
-        return flow_table(timesteps, process.prediction_type)
     if "@" in sampler:
         raise UsageError(
             f"sampler {sampler!r} has a spacing, but its timesteps are chosen; "
             f"use {sampler.partition('@')[0]}"
         )
+    if sampler in FLOW_SAMPLERS:
+        return flow_table(sampler, timesteps, process.prediction_type)
     solve, _ = solver_of(sampler, sampler)
     table = solved_table(sampler, solve, tuple(map(int, timesteps)), process)
     if table.stochastic:

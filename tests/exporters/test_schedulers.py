@@ -80,6 +80,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "timestep_spacing": "leading",
         "prediction_type": "v_prediction",
     },
+    "unipc of Wan": {
+        "_class_name": "UniPCMultistepScheduler",
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": 5.0,
+    },
     "flow": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
     "flow, terminal": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift_terminal": 0.02},
 }
@@ -105,6 +111,7 @@ OWN = {
         "trained_betas": [0.001 + 1e-5 * k for k in range(1000)],
     },
     "flow": CONFIGS["flow"],
+    "unipc of Wan": CONFIGS["unipc of Wan"],
 }
 
 

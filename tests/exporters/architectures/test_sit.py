@@ -84,7 +84,7 @@ def test_a_straight_line_is_followed_exactly() -> None:
 def test_samplers_of_diffusions_and_of_flows_are_not_mixed_up(engine: Path) -> None:
     with pytest.raises(
         UsageError,
-        match="sampler 'ddim' does not go with a model that predicts 'flow'; use euler for flow",
+        match="sampler 'ddim' does not go with a model that predicts 'flow'; use euler or unipc",
     ):
         goc_deploy.add_plan(engine, "fora:3", sampler="ddim")
     with pytest.raises(

@@ -26,7 +26,7 @@ from goc_deploy.engine_dir.manifest_file import (
     manifest_to_json,
 )
 from goc_deploy.errors import EngineDirError, GocError, SafetyError
-from goc_deploy.spec import DecoderSpec, ModelSpec, TextSpec
+from goc_deploy.spec import DecoderSpec, FrameCache, ModelSpec, TextSpec, VideoDecoderSpec
 from tests.fuzz.mutations import mutated_value
 
 SPEC = ModelSpec(1, 8, 2, 32, 2, 4, 4, 10, False)
@@ -79,6 +79,7 @@ MANIFEST = Manifest(
     engines=(ENGINE,),
     class_names=tuple(f"class {i}" for i in range(10)),
     decoder=DecoderSpec(3, 8, 4, 1),
+    video_decoder=VideoDecoderSpec(4, 3, 8, 4, (FrameCache(4, 1), FrameCache(96, 8))),
     stored_captions="captions/a.npz",
     text=TextSpec("text_encoder/tokenizer.json", 32128, 1, 0),
     segments={"w*2": "onnx/segment_0.onnx"},
@@ -100,7 +101,13 @@ def read(found: Any) -> Manifest:
     [
         MANIFEST,
         replace(
-            MANIFEST, decoder=None, stored_captions=None, text=None, segments={}, scheduler=None
+            MANIFEST,
+            decoder=None,
+            video_decoder=None,
+            stored_captions=None,
+            text=None,
+            segments={},
+            scheduler=None,
         ),
         replace(
             MANIFEST,
@@ -219,6 +226,14 @@ BROKEN_RULES: Changes = {
     "image channels": (
         lambda m: m["decoder"].update(channels=2),
         "$.decoder.channels: expected 1 or 3, got 2",
+    ),
+    "video channels": (
+        lambda m: m["video_decoder"].update(channels=2),
+        "$.video_decoder.channels: expected 1 or 3, got 2",
+    ),
+    "video latents": (
+        lambda m: m["video_decoder"].update(latent_channels=16),
+        "$.video_decoder.latent_channels: expected 4, got 16",
     ),
     "tile": (lambda m: m["decoder"].update(tile=9), "$.decoder.tile: expected int <= 8, got 9"),
     "overlap": (

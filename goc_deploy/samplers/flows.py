@@ -1,0 +1,142 @@
+"""Samplers of flows: their SPECs, the noise levels that they visit, and the updates of UniPC.
+
+The noise level sigma is the share of noise in the latents: they are
+``(1 - sigma) * clean + sigma * noise``. It falls from 1 to 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from goc_deploy.errors import UsageError
+from goc_deploy.samplers.process import TRAIN_STEPS
+from goc_deploy.samplers.solvers import Update
+
+EULER, UNIPC = "euler", "unipc"
+FLOW_SAMPLERS = (EULER, UNIPC)
+SHIFT = "shift="
+MAX_SHIFT = 1000.0
+LEAST_SIGNAL = 1e-6  # at the first step of UniPC, whose log-SNR would be infinite without a signal
+
+
+def flow_family(sampler: str) -> str:
+    """Return the SPEC of a sampler without its shift: ``unipc`` for ``unipc@shift=3``."""
+    return sampler.partition("@")[0]
+
+
+def flow_timesteps(sampler: str, steps: int, prediction: str) -> tuple[float, ...]:
+    """Return the model's time input at each step of a sampler of flows, before any rounding.
+
+    Without a shift the steps are even. A shift above 1 takes more of them at high noise levels.
+    ``unipc`` spaces its steps as Wan does, and so ends one training step above the clean sample.
+
+    Args:
+        sampler: ``euler`` or ``unipc``, or one of both with ``@shift=S``.
+        steps: number of steps T.
+        prediction: ``flow`` for times from 0 (noise) to 1, ``flow_to_noise`` for times from 1000
+            (noise) to 0.
+
+    Raises:
+        UsageError: the shift is not a number above 0.
+
+    Source: Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis",
+    ICML 2024, eq. 23.
+    """
+    family, at, option = sampler.partition("@")
+    shift, rises = _shift(sampler, option) if at else 1.0, prediction == "flow"
+    if family == UNIPC:
+        stride = (1 / TRAIN_STEPS - 1) / steps
+        even = [1 - (k * stride + 1) if rises else k * stride + 1 for k in range(steps)]
+    else:
+        even = [k / steps if rises else 1 - k / steps for k in range(steps)]
+    if rises:
+        return tuple(shifted(share, 1 / shift) for share in even)
+    return tuple(TRAIN_STEPS * shifted(share, shift) for share in even)
+
+
+def shifted(share: float, shift: float) -> float:
+    """Return the share of noise that a shift makes of another one; 0 and 1 stay.
+
+    The share of the clean sample changes by the shift ``1 / shift``.
+    """
+    return shift * share / (1 + (shift - 1) * share)
+
+
+def _shift(sampler: str, option: str) -> float:
+    number = option.removeprefix(SHIFT)
+    try:
+        shift = float(number) if number != option else math.nan
+    except ValueError:
+        shift = math.nan
+    if not 0 < shift <= MAX_SHIFT:
+        raise UsageError(
+            f"sampler {sampler!r}: expected @{SHIFT}S with a number S above 0, such as "
+            f"{flow_family(sampler)}@{SHIFT}3"
+        )
+    return shift
+
+
+def unipc_updates(sigmas: Sequence[float]) -> list[Update]:
+    """Return the updates of UniPC of order 2 (B2) with its corrector, for a flow.
+
+    The solver keeps a corrected sample next to the latents. It is a weighted sum of the latents and
+    of earlier estimates, so it is eliminated here. The first and the last step are of order 1.
+
+    Args:
+        sigmas: [T] noise levels at which the steps begin; 0 follows the last one.
+
+    Source: Zhao et al., "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of
+    Diffusion Models", NeurIPS 2023, algorithms 1 to 3.
+    """
+    steps = len(sigmas)
+    sigma = [*(min(s, 1 - LEAST_SIGNAL) for s in sigmas), 0.0]
+    alpha = [1 - s for s in sigma]
+    log_snr = [math.log(a / s) for a, s in zip(alpha[:-1], sigma[:-1], strict=True)]
+    widths = [after - now for now, after in pairwise(log_snr)]  # halved log-SNR, per step
+    updates, before = [], (0.0, 0.0)  # weights of the estimates in the predictor of the last step
+    for k in range(steps):
+        ratio = sigma[k + 1] / sigma[k]
+        predictor = _predictor(alpha[k + 1], widths[max(0, k - 1) : k + 1], last=k == steps - 1)
+        corrector = _corrector(alpha[k], widths[max(0, k - 2) : k]) if k else (0.0, 0.0, 0.0)
+        weights = (
+            ratio * corrector[0] + predictor[0],
+            ratio * (corrector[1] - before[0]) + predictor[1],
+            ratio * (corrector[2] - before[1]),
+        )
+        updates.append(Update(ratio, weights[: min(k, 2) + 1]))
+        before = predictor
+    return updates
+
+
+def _predictor(alpha: float, widths: Sequence[float], *, last: bool) -> tuple[float, float]:
+    """Return the weights of d[k] and d[k-1] in a step.
+
+    ``widths`` are those of the step before, if there is one, and of this one, which is infinite if
+    it is the last.
+    """
+    if last:
+        return (alpha, 0.0)
+    gain = -alpha * math.expm1(-widths[-1])
+    if len(widths) == 1:
+        return (gain, 0.0)
+    slope = widths[1] / widths[0] / 2
+    return (gain * (1 + slope), -gain * slope)
+
+
+def _corrector(alpha: float, widths: Sequence[float]) -> tuple[float, float, float]:
+    """Return the weights of d[k], d[k-1] and d[k-2] in the correction of the latents of step k.
+
+    ``widths`` are those of the two steps before; of one step if there was only one.
+    """
+    h, decay = -widths[-1], math.expm1(-widths[-1])
+    if len(widths) == 1:
+        return (-alpha * decay / 2, -alpha * decay / 2, 0.0)
+    ratio = -widths[0] / widths[1]
+    first = decay / h - 1
+    second = first / h - 1 / 2
+    # The weights of the two differences solve a system of two equations.
+    older = (first - 2 * second) / (1 - ratio)
+    newer = first - older
+    return (-alpha * newer, alpha * (newer + older / ratio - decay), -alpha * older / ratio)
