@@ -198,7 +198,7 @@ def _show(engine_dir: Path, name: str, plot: Path | None, smoothcache: Path | No
 
 
 def _inspect(engine_dir: Path) -> None:
-    """Print the units, the engines of each target, and what a step launches."""
+    """Print the units, the engines of each target, the memory of each plan, and its launches."""
     from goc_deploy.display.engines import (
         engine_rows,
         graph_rows,
@@ -206,7 +206,7 @@ def _inspect(engine_dir: Path) -> None:
         lora_rows,
         target_folders,
     )
-    from goc_deploy.display.plans import head_rows
+    from goc_deploy.display.plans import head_rows, history_rows
     from goc_deploy.engine_dir.directory import EngineDir
 
     directory = EngineDir.open(engine_dir)
@@ -218,6 +218,7 @@ def _inspect(engine_dir: Path) -> None:
         print_table(folder, *engine_rows(directory, folder))
     if any(plan.sampler.head is not None for plan in plans):
         print_table("heads", *head_rows(plans))
+    print_table("history, by the form of the plan", *history_rows(plans, manifest))
     print_table("launches", *launch_rows(plans, manifest))
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import get_args
 
-from goc_deploy.compiler import Plan
+from goc_deploy.compiler import Plan, in_form
+from goc_deploy.compiler.plan import PlanForm
 from goc_deploy.engine_dir.manifest import Manifest
 from goc_deploy.errors import UsageError
 from goc_deploy.policies.grammar import parse_policy
@@ -63,6 +65,23 @@ def plan_rows(plans: Sequence[Plan], manifest: Manifest) -> Table:
             ]
         )
     return columns, rows
+
+
+def history_rows(plans: Sequence[Plan], manifest: Manifest) -> Table:
+    """Make a row per plan: the cache of one guided image in every form of the plan."""
+    spec, item = manifest.model, ITEM_BYTES[manifest.precision]
+    rows = []
+    for plan in plans:
+        cells = [f"{plan.naive_cache_bytes(spec, 2, item) / 1e6:.2f}"]
+        for form in get_args(PlanForm):
+            try:
+                size = in_form(plan, spec, form).cache_bytes(spec, 2, item)
+            except UsageError:
+                cells.append("no such form")
+            else:
+                cells.append(f"{size / 1e6:.2f}")
+        rows.append([plan.name, *cells])
+    return ["plan", "naive MB/image", *(f"{form} MB" for form in get_args(PlanForm))], rows
 
 
 def head_rows(plans: Sequence[Plan]) -> Table:

@@ -240,7 +240,7 @@ def test_tensorrt_draws_the_golden_trajectories_with_sums_and_replays_them(
 
 def test_a_gpu_keeps_features_while_they_fit(device_engines: Path) -> None:
     directory = EngineDir.open(device_engines)
-    manifest, plan = directory.manifest, directory.plan(GRADIENT)
+    manifest, plan = directory.manifest, directory.plan("fora:2")
     planned = buffers.planned_bytes(
         manifest.model, "fp32", in_form(plan, manifest.model, "device"), 4096
     )
