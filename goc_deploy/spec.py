@@ -244,12 +244,15 @@ class TextSpec:
         vocabulary: number of tokens that it knows.
         eos: the token that ends a text.
         pad: the token that fills the places after it.
+        lower_case: whether prompts are converted to lower case. If not, HTML entities are replaced
+            and white space is collapsed, as in Wan's pipeline.
     """
 
     tokenizer: str
     vocabulary: Size
     eos: Count
     pad: Count
+    lower_case: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,7 +146,9 @@ def _write_text_encoder(
     (unit,) = writer.write(kinds, files.checkpoint.tensors, TEXT_PRECISION, TEXT_ENCODER)
     tokenizer = f"{TEXT_ENCODER}/tokenizer.json"
     (writer.stage / tokenizer).write_bytes(files.tokenizer)
-    text = TextSpec(tokenizer, config.vocabulary, config.eos, config.pad)
+    text = TextSpec(
+        tokenizer, config.vocabulary, config.eos, config.pad, not config.biases_per_layer
+    )
     manifest = replace(manifest, graphs=(*manifest.graphs, unit), text=text)
     most = 2 * manifest.max_batch
     return manifest, TextEncoder(

@@ -1,10 +1,11 @@
-"""The encoder of a T5 as a graph: token numbers to embeddings.
+"""The encoder of a T5 or UMT5 as a graph: token numbers to embeddings.
 
 The graph is float32, because the activations of T5 overflow in fp16. Parameter names are those of
 the state dict in transformers.
 
 Source: Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text
-Transformer", JMLR 2020, section 2.1; gated GELU: Shazeer, "GLU Variants Improve Transformer", 2020.
+Transformer", JMLR 2020, section 2.1; gated GELU: Shazeer, "GLU Variants Improve Transformer", 2020;
+UMT5: Chung et al., "UniMax", ICLR 2023.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ class T5Config(
         feed_forward_proj: kind of the feed-forward layers, one of `FEED_FORWARD`.
         eos: number of the token that ends a text.
         pad: number of the padding token.
+        model_type: ``t5`` or ``umt5``.
     """
 
     width: Setting = 512
@@ -87,6 +89,12 @@ class T5Config(
     feed_forward_proj: str = "relu"
     eos: Count = 1
     pad: Count = 0
+    model_type: str = "t5"
+
+    @property
+    def biases_per_layer(self) -> bool:
+        """Whether every layer has position biases of its own, as in UMT5."""
+        return self.model_type == "umt5"
 
     @property
     def gated(self) -> bool:
@@ -96,7 +104,7 @@ class T5Config(
 
 SETTINGS = Settings(
     T5Config,
-    required={"model_type": ("t5",), "is_decoder": (False,), "layer_norm_epsilon": (1e-6,)},
+    required={"model_type": ("t5", "umt5"), "is_decoder": (False,), "layer_norm_epsilon": (1e-6,)},
 )
 
 
@@ -167,7 +175,7 @@ def t5_config(config: Mapping[str, Any], where: str) -> T5Config:
     if "model_type" not in config or kind not in FEED_FORWARD:
         raise ModelError(
             f"{where}: model_type is {config.get('model_type')!r} and feed_forward_proj {kind!r}, "
-            f"only 't5' with {' or '.join(map(repr, FEED_FORWARD))} is supported"
+            f"only 't5' and 'umt5' with {' or '.join(map(repr, FEED_FORWARD))} is supported"
         )
     if max(settings.eos, settings.pad) >= settings.vocabulary:
         raise ModelError(
@@ -238,14 +246,14 @@ class Norm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention without scaling of the scores; the first layer has the position biases of all."""
+    """Attention without scaling of the scores; the first layer of a T5 has the biases of all."""
 
-    def __init__(self, config: T5Config, *, first: bool) -> None:
+    def __init__(self, config: T5Config, *, has_biases: bool) -> None:
         super().__init__()
         self.heads, inner = config.heads, config.heads * config.head
         self.q, self.k, self.v = (Plain(config.width, inner) for _ in range(3))
         self.o = Plain(inner, config.width)
-        if first:
+        if has_biases:
             self.relative_attention_bias = nn.Embedding(config.buckets, config.heads)
 
     def forward(self, x: Tensor, shape: tuple[int, int], bias: Tensor) -> Tensor:
@@ -295,11 +303,14 @@ class Layer(nn.Module):
 class Block(nn.Module):
     """Attention, followed by the feed-forward layers."""
 
-    def __init__(self, config: T5Config, *, first: bool) -> None:
+    def __init__(self, config: T5Config, *, has_biases: bool) -> None:
         super().__init__()
-        attention = Layer("SelfAttention", SelfAttention(config, first=first), config.width)
+        attention = SelfAttention(config, has_biases=has_biases)
         self.layer = nn.ModuleList(
-            [attention, Layer("DenseReluDense", FeedForward(config), config.width)]
+            [
+                Layer("SelfAttention", attention, config.width),
+                Layer("DenseReluDense", FeedForward(config), config.width),
+            ]
         )
 
 
@@ -308,7 +319,10 @@ class Stack(nn.Module):
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.block = nn.ModuleList(Block(config, first=i == 0) for i in range(config.layers))
+        self.block = nn.ModuleList(
+            Block(config, has_biases=i == 0 or config.biases_per_layer)
+            for i in range(config.layers)
+        )
         self.final_layer_norm = Norm(config.width)
 
     @property
@@ -322,6 +336,7 @@ class T5Encoder(nn.Module):
 
     def __init__(self, config: T5Config, length: int) -> None:
         super().__init__()
+        self.zero_padding = config.biases_per_layer
         self.positions = (length, config.buckets, config.furthest)
         self.shared = nn.Embedding(config.vocabulary, config.width)
         self.encoder = Stack(config)
@@ -330,12 +345,16 @@ class T5Encoder(nn.Module):
         """Tokens (K, L) int64 and mask (K, L) float32 to embeddings (K, L, C) float32."""
         count, length = tokens.shape
         x = self.shared(tokens.reshape(-1))  # (K*L, C)
-        table = self.encoder.branches[0][0].branch.relative_attention_bias
         # A zero that depends on the input, so that the ONNX optimizer folds nothing here.
         nothing = (tokens[:1, :1] < 0).long()
-        biases = table(position_buckets(*self.positions) + nothing).permute(2, 0, 1)[None]
-        bias = biases + PADDING_SCORE * (1 - mask)[:, None, None]
+        buckets = position_buckets(*self.positions) + nothing
+        padding = PADDING_SCORE * (1 - mask)[:, None, None]
         for attention, feed_forward in self.encoder.branches:
+            if hasattr(attention.branch, "relative_attention_bias"):
+                table = attention.branch.relative_attention_bias
+                bias = table(buckets).permute(2, 0, 1)[None] + padding
             x = x + attention.branch(attention.layer_norm(x), (count, length), bias)
             x = x + feed_forward.branch(feed_forward.layer_norm(x))
-        return self.encoder.final_layer_norm(x).reshape(count, length, -1)
+        embeds = self.encoder.final_layer_norm(x).reshape(count, length, -1)
+        # Models that were trained with UMT5 see zeros after the text, and no mask.
+        return embeds * mask[..., None] if self.zero_padding else embeds

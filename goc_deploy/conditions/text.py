@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from html import unescape
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,10 @@ class TextEncoder:
                 f"{len(prompts)} prompts and {len(negatives)} negative prompts; give one, or one "
                 "for each"
             )
-        texts = [_normalised(prompt) for prompt in (*prompts, *negatives)]
+        texts = [
+            _normalised(prompt, lower_case=self._text.lower_case)
+            for prompt in (*prompts, *negatives)
+        ]
         with self._stream.held():  # this also protects the buffers and the kept results
             encoded = self._encoded(texts, log_prompts=log_prompts)
         return PromptEmbeds(_captions(encoded[: len(prompts)]), _captions(encoded[len(prompts) :]))
@@ -198,7 +202,7 @@ class TextEncoder:
         return self._bound[count]
 
 
-def _normalised(prompt: str) -> str:
+def _normalised(prompt: str, *, lower_case: bool) -> str:
     """Clean a prompt in the same way as the reference pipeline."""
     if not isinstance(prompt, str) or len(prompt) > MAX_CHARACTERS:
         raise UsageError(
@@ -208,7 +212,9 @@ def _normalised(prompt: str) -> str:
         raise UsageError(
             f"a prompt holds half a surrogate pair, which is no character: {prompt!a:.60}"
         )
-    return prompt.lower().strip()
+    if lower_case:
+        return prompt.lower().strip()
+    return " ".join(unescape(unescape(prompt)).split())
 
 
 def _captions(encoded: Sequence[_Encoded]) -> Captions:

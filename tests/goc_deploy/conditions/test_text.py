@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from goc_deploy.api import cpu_backend
-from goc_deploy.conditions.text import TextEncoder
+from goc_deploy.conditions.text import TextEncoder, _normalised
 from goc_deploy.errors import EngineDirError
 from goc_deploy.exporters.companions.tokenizer_files import json_from_sentencepiece
 from goc_deploy.spec import TextSpec
@@ -44,3 +44,8 @@ def test_a_damaged_tokenizer_is_a_damaged_engine(damage: Callable[[Any], None]) 
     damage(tokenizer)
     with pytest.raises(EngineDirError, match="the tokenizer cannot be used"):
         encode(json.dumps(tokenizer).encode())
+
+
+def test_prompts_of_umt5_keep_their_case_and_lose_extra_space() -> None:
+    assert _normalised("  A&amp;amp;B \n Cat ", lower_case=False) == "A&B Cat"
+    assert _normalised(" A&amp;B Cat ", lower_case=True) == "a&amp;b cat"
