@@ -102,7 +102,7 @@ def export_checkpoint(
     loras = read_loras(options.loras, checkpoint.tensors, spec, architecture)
     tensors = MergedTensors(checkpoint.tensors, [a for lora in loras for a in lora.additions])
     companions = read_companions(options, spec)
-    pixels = spec.vae_scale if companions.vae is None else companions.vae.config.upscale
+    spec, pixels = companions.scaled(spec)
     spec = spec_for_sizes(spec, checkpoint.tensors, architecture, options, pixels)
     if spec.text_conditional:
         spec = replace(spec, choices=companions.labels)

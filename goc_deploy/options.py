@@ -193,7 +193,8 @@ class RunOptions:
         cfg_channels: number of leading channels that guidance acts on; None takes the number of
             the model's reference implementation.
         latents: ``.npy`` file of x_T, (N, C, H, W), in place of seeded noise.
-        output: file (``.png``, ``.npz``) or directory of the images.
+        output: file (``.png``, ``.npz``) or directory of the images, or of the videos (``.mp4``,
+            ``.webp``, or a directory of the frames).
         resume: keep the images that an interrupted run left in the ``output`` directory.
         latents_output: ``.npy`` file of the final latents, (N, C, H, W).
         trajectory_output: ``.npy`` file of the latents after every step, (T, N, C, H, W).
@@ -207,6 +208,7 @@ class RunOptions:
         size: width and height of the images in pixels, if the engine directory accepts any size;
             None takes its usual size.
         frames: number of frames of a video; None takes the usual number.
+        fps: frames per second of the videos that are written.
     """
 
     plan: str | None = None
@@ -233,6 +235,7 @@ class RunOptions:
     threads: int = 0
     size: tuple[int, int] | None = None
     frames: int | None = None
+    fps: float = 16.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,16 +68,20 @@ class LatentDecoder:
         """Decode images.
 
         Args:
-            latents: (N, C, H, W) float32.
+            latents: (N, C, H, W) float32, or (N, C, F, H, W) of videos, whose frames are decoded
+                one by one.
             limits: checked before every launch.
 
         Returns:
-            (N, H*upscale, W*upscale, channels) uint8.
+            (N, H*upscale, W*upscale, channels) uint8, or (N, F, ...) of videos.
 
         Raises:
             CancelledError, DeadlineError: because of ``limits``.
         """
-        return np.stack([pixels_to_uint8(pixels) for pixels in self.pixels(latents, limits)])
+        *rest, height, width = np.moveaxis(latents, 1, -3).shape
+        frames = np.moveaxis(latents, 1, -3).reshape(-1, rest[-1], height, width)
+        images = np.stack([pixels_to_uint8(pixels) for pixels in self.pixels(frames, limits)])
+        return images.reshape(*rest[:-1], *images.shape[1:])
 
     def pixels(self, latents: np.ndarray, limits: CallLimits | None = None) -> Iterator[np.ndarray]:
         """Decode latents (N, C, H, W) float32 image by image; see `images`.

@@ -26,7 +26,7 @@ from goc_deploy.runtime.weights import Weights
 
 logger = logging.getLogger(__name__)
 
-COMPANIONS = ("decoder", "text_encoder")
+COMPANIONS = ("decoder", "video_decoder", "text_encoder")
 SHOWN_DIFFERENCES = 5
 
 

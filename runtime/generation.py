@@ -18,6 +18,7 @@ from goc_deploy.runtime.request import Drawing
 from goc_deploy.runtime.results import Drawn, Result, errors_of, timing_report
 from goc_deploy.runtime.session import Session
 from goc_deploy.runtime.step_events import StepHook, step_callback
+from goc_deploy.runtime.video_decoder import VideoDecoder
 from goc_deploy.trace import Span, recorded
 
 OnNonfinite = Literal["raise", "mark"]
@@ -60,7 +61,7 @@ class Generation:
     plan: Plan
     drawing: Drawing
     batch_size: int
-    decoder: LatentDecoder | None
+    decoder: LatentDecoder | VideoDecoder | None
     extras: Extras
     _drawn: Drawn = field(default_factory=Drawn)
 

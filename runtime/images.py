@@ -14,13 +14,15 @@ def images_from_latents(latents: np.ndarray) -> np.ndarray | None:
     """Convert pixel-space samples to images.
 
     Args:
-        latents: (N, C, H, W) float32, pixels in -1..1.
+        latents: (N, C, H, W) float32, pixels in -1..1, or (N, C, F, H, W) of videos.
 
     Returns:
-        (N, H, W, C) uint8, ``clamp(127.5 * x + 128)`` as in DiT's reference, or None if C is
-        neither 1 nor 3.
+        (N, H, W, C) uint8, or (N, F, H, W, C) of videos, ``clamp(127.5 * x + 128)`` as in DiT's
+        reference, or None if C is neither 1 nor 3.
     """
-    return pixels_to_uint8(latents) if latents.shape[1] in IMAGE_CHANNELS else None
+    if latents.shape[1] not in IMAGE_CHANNELS:
+        return None
+    return pixels_to_uint8(np.moveaxis(latents, 1, -3))
 
 
 def pixels_to_uint8(pixels: np.ndarray) -> np.ndarray:

@@ -34,6 +34,7 @@ from goc_deploy.runtime.buffers import planned_bytes
 from goc_deploy.runtime.decoder import LatentDecoder
 from goc_deploy.runtime.history import plan_to_run
 from goc_deploy.runtime.pipeline import Attached, Pipeline
+from goc_deploy.runtime.video_decoder import VideoDecoder
 from goc_deploy.runtime.weights import Weights
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,11 @@ def load_pipelines(
         plan_to_run(plan, manifest, backend, images, history, makes_graphs=new_graphs)
         for plan in plans
     ]
-    parts = {"decoder": manifest.decoder, "text_encoder": manifest.text}
+    parts = {
+        "decoder": manifest.decoder,
+        "video_decoder": manifest.video_decoder,
+        "text_encoder": manifest.text,
+    }
     more = [name for name, part in parts.items() if part]
     if all_units:
         more += manifest.model.unit_names
@@ -168,7 +173,13 @@ def _text_encoder(directory: EngineDir, engines: Engines, backend: Backend) -> T
     )
 
 
-def _decoder(manifest: Manifest, engines: Engines, backend: Backend) -> LatentDecoder | None:
+def _decoder(
+    manifest: Manifest, engines: Engines, backend: Backend
+) -> LatentDecoder | VideoDecoder | None:
+    if manifest.video_decoder is not None:
+        height, width = manifest.model.largest.sample[-2:]
+        engine = engines.units["video_decoder"]
+        return VideoDecoder(engine, backend, manifest.video_decoder, (height, width))
     if manifest.decoder is None:
         return None
     return LatentDecoder(engines.units["decoder"], backend, manifest.decoder, manifest.model)

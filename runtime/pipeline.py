@@ -35,6 +35,7 @@ from goc_deploy.runtime.results import Result, plan_report
 from goc_deploy.runtime.session import Session
 from goc_deploy.runtime.session_pool import CLOSED, SessionPool
 from goc_deploy.runtime.step_events import StepHook
+from goc_deploy.runtime.video_decoder import VideoDecoder
 from goc_deploy.sizes import latent_shape
 from goc_deploy.spec import ModelSpec
 from goc_deploy.trace import Span
@@ -45,9 +46,9 @@ DEFAULTS, NO_EXTRAS = GenerateOptions(), Extras()
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """The optional parts of an engine directory: VAE decoder and text encoder."""
+    """The optional parts of an engine directory: decoder of a VAE, and text encoder."""
 
-    decoder: LatentDecoder | None = None
+    decoder: LatentDecoder | VideoDecoder | None = None
     text: TextEncoder | None = None
 
 

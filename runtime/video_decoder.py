@@ -69,7 +69,7 @@ class VideoDecoder:
         """The number of frames of a video with ``latent_frames`` frames of latents."""
         return 1 + (latent_frames - 1) * self._decoder.frames
 
-    def videos(self, latents: np.ndarray, limits: CallLimits | None = None) -> np.ndarray:
+    def images(self, latents: np.ndarray, limits: CallLimits | None = None) -> np.ndarray:
         """Decode videos.
 
         Args:
@@ -95,7 +95,7 @@ class VideoDecoder:
         return videos
 
     def pixels(self, latents: np.ndarray, limits: CallLimits | None = None) -> Iterator[np.ndarray]:
-        """Decode the latents (C, F, H, W) float32 of one video; see `videos`.
+        """Decode the latents (C, F, H, W) float32 of one video; see `images`.
 
         Other threads wait until the iterator has ended or was closed.
 

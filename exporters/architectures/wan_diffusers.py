@@ -50,6 +50,7 @@ SETTINGS = Settings(
 # of the latents: 81 frames of 832x480 with the VAE of Wan 2.1, 121 of 1280x704 with that of 2.2.
 SAMPLES = {16: (8, (21, 60, 104)), 48: (16, (31, 44, 80))}
 FRAMES_PER_LATENT = 4
+OTHER_SAMPLE = (8, 32, 32)  # of other numbers of channels, which are of no public VAE
 
 
 def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
@@ -90,7 +91,7 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
 
 def spec_of(depth: int, heads: int, head: int, *, ffn: int, channels: int, text: int) -> ModelSpec:
     """The model of these sizes, for the sample that its VAE suggests."""
-    scale, (frames, height, width) = SAMPLES.get(channels, SAMPLES[16])
+    scale, (frames, height, width) = SAMPLES.get(channels, (1, OTHER_SAMPLE))
     grid = (frames, height // PATCH, width // PATCH)
     side = 2 * (head // 6)  # values of a head for rows, and for columns; the rest is for frames
     return ModelSpec(
@@ -113,7 +114,7 @@ def spec_of(depth: int, heads: int, head: int, *, ffn: int, channels: int, text:
         positions=Positions("rotary", widths=(head - 2 * side, side, side)),
         max_grid=grid,
         vae_scale=scale,
-        vae_frames=FRAMES_PER_LATENT,
+        vae_frames=FRAMES_PER_LATENT if channels in SAMPLES else 1,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from goc_deploy.conditions.captions import (
     PromptEmbeds,
@@ -17,7 +18,7 @@ from goc_deploy.conditions.captions import (
 from goc_deploy.conditions.tensor_files import arrays_from_file
 from goc_deploy.conditions.text import DEFAULT_PROMPTS, TextEncoder, prompts_from_file
 from goc_deploy.engine_dir.manifest import Manifest
-from goc_deploy.errors import UsageError
+from goc_deploy.errors import ModelError, UsageError
 from goc_deploy.exporters.checkpoint import Checkpoint
 from goc_deploy.exporters.companions.t5 import PRECISION as TEXT_PRECISION
 from goc_deploy.exporters.companions.t5 import (
@@ -33,6 +34,14 @@ from goc_deploy.exporters.companions.vae import (
     decoder_spec,
     read_vae_folder,
 )
+from goc_deploy.exporters.companions.wan_vae import (
+    WanVae,
+    read_wan_vae_folder,
+    video_decoder_kind,
+    video_decoder_spec,
+)
+from goc_deploy.exporters.companions.wan_vae_config import WAN_VAE_CLASS
+from goc_deploy.exporters.folders import CONFIG, part_of_pipeline, read_json
 from goc_deploy.exporters.unit_files import UnitWriter
 from goc_deploy.options import ExportOptions
 from goc_deploy.spec import ModelSpec, TextSpec
@@ -51,7 +60,7 @@ class Companions:
         prompts: texts that the text encoder encodes to stored captions; may be empty.
     """
 
-    vae: Vae | None
+    vae: Vae | WanVae | None
     text: TextEncoderFiles | None
     captions: PromptEmbeds | None
     prompts: tuple[str, ...]
@@ -60,6 +69,19 @@ class Companions:
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """The weights of the parts."""
         return tuple(part.checkpoint for part in (self.vae, self.text) if part is not None)
+
+    def scaled(self, spec: ModelSpec) -> tuple[ModelSpec, int]:
+        """A model of videos with the scales of its VAE, and the pixels per latent pixel and side.
+
+        A VAE of images decodes a video frame by frame.
+        """
+        if self.vae is None:
+            return spec, spec.vae_scale
+        pixels = self.vae.config.upscale
+        if spec.video:
+            frames = self.vae.config.frames if isinstance(self.vae, WanVae) else 1
+            spec = replace(spec, vae_scale=pixels, vae_frames=frames)
+        return spec, pixels
 
     @property
     def labels(self) -> int:
@@ -91,7 +113,7 @@ def read_companions(options: ExportOptions, spec: ModelSpec) -> Companions:
         ModelError, SafetyError: a folder cannot be used, or does not fit the model.
         UsageError: the captions do not fit the model.
     """
-    vae = None if options.vae is None else read_vae_folder(options.vae, spec)
+    vae = None if options.vae is None else _read_vae(options.vae, spec)
     text = None if options.text_encoder is None else read_text_encoder(options.text_encoder, spec)
     if options.captions is None:
         return Companions(vae, text, None, DEFAULT_PROMPTS if text else ())
@@ -111,6 +133,16 @@ def read_companions(options: ExportOptions, spec: ModelSpec) -> Companions:
     return Companions(vae, text, captions, ())
 
 
+def _read_vae(path: Path, spec: ModelSpec) -> Vae | WanVae:
+    """Read a VAE: of videos if its class is Wan's, else of images, or of the frames of a video."""
+    config = read_json(part_of_pipeline(path, "vae", "diffusers saved a VAE to") / CONFIG)
+    if config.get("_class_name") != WAN_VAE_CLASS:
+        return read_vae_folder(path, spec)
+    if not spec.video:
+        raise ModelError(f"{path} is a VAE of videos, but the model draws images; give its own VAE")
+    return read_wan_vae_folder(path, spec)
+
+
 def write_companions(
     companions: Companions, manifest: Manifest, options: ExportOptions, writer: UnitWriter
 ) -> Manifest:
@@ -119,7 +151,12 @@ def write_companions(
     Returns:
         The manifest with the graphs of the parts and the stored captions.
     """
-    if companions.vae is not None:
+    if isinstance(companions.vae, WanVae):
+        kind = video_decoder_kind(companions.vae.config, manifest.model)
+        units = writer.write((kind,), companions.vae.checkpoint.tensors, PRECISION, "vae")
+        sizes = video_decoder_spec(companions.vae.config)
+        manifest = replace(manifest, graphs=(*manifest.graphs, *units), video_decoder=sizes)
+    elif companions.vae is not None:
         decoder = decoder_spec(companions.vae.config, manifest.model, options.vae_tile)
         kind = decoder_kind(companions.vae.config, manifest.model, decoder)
         units = writer.write((kind,), companions.vae.checkpoint.tensors, PRECISION, "vae")

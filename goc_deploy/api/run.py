@@ -20,6 +20,7 @@ from goc_deploy.conditions.tensor_files import arrays_from_file, latents_from_fi
 from goc_deploy.errors import UsageError
 from goc_deploy.options import Progress, RunOptions, no_progress
 from goc_deploy.runtime.picture_files import PictureFiles, finished_pictures
+from goc_deploy.runtime.video_files import VIDEO_SUFFIXES, video_path, write_video
 
 if TYPE_CHECKING:
     from goc_deploy.runtime.pipeline import Pipeline
@@ -136,6 +137,21 @@ def _series(
     return Series(options, spread_labels(rows, images, pipe.spec.choices), captions, latents)
 
 
+def _check_kind(options: RunOptions, *, videos: bool) -> None:
+    """Refuse outputs that are not for what the model draws."""
+    suffix = "" if options.output is None else options.output.suffix.lower()
+    if videos and (options.resume or suffix in (".png", ".npz")):
+        raise UsageError(
+            "the model draws videos; choose an `output` that ends in .mp4 or .webp, or a directory "
+            "of frames, and leave out `resume`"
+        )
+    if not videos and suffix in VIDEO_SUFFIXES:
+        raise UsageError(
+            f"{options.output}: the model draws no videos; choose an `output` that ends in .png or "
+            ".npz, or a directory"
+        )
+
+
 class _Outputs:
     """The files of a run, made in a ``with``: pictures as they come, the others at the end.
 
@@ -147,6 +163,7 @@ class _Outputs:
         self._pipe, self._series, self._options = pipe, series, series.options
         self._draws = pipe.manifest.image_size is not None
         self._latents: list[np.ndarray] = []
+        self._written: list[Path] = []
         self._trajectories: list[np.ndarray] = []
         self._reports: list[dict[str, Any]] = []
         self._stack = ExitStack()
@@ -159,7 +176,9 @@ class _Outputs:
                     "`resume` continues images, but the model makes latents; export with `vae`"
                 )
             self.start = finished_pictures(output, records)
-        if output and self._draws:
+        self._videos = pipe.spec.video and self._draws
+        _check_kind(series.options, videos=self._videos)
+        if output and self._draws and not self._videos:
             self._pictures = PictureFiles(output, series.labels, records)
 
     def __enter__(self) -> _Outputs:
@@ -175,6 +194,12 @@ class _Outputs:
         self._reports.append(result.report)
         if self._pictures is not None and result.images is not None:
             self._pictures.add(first, result.images)
+        if self._videos and self._options.output is not None:
+            assert result.images is not None
+            for i, frames in enumerate(result.images, first):
+                path = video_path(self._options.output, i, len(self._series.labels))
+                write_video(path, frames, self._options.fps)
+                self._written.append(path)
         if self._options.latents_output is not None or not self._draws:
             self._latents.append(result.latents)
         if result.trajectory is not None:
@@ -184,7 +209,9 @@ class _Outputs:
         """Write the arrays and the report."""
         options, paths = self._options, []
         instead = None
-        if self._draws and options.output:
+        if self._videos:
+            paths += self._written
+        elif self._draws and options.output:
             paths.append(options.output)
         elif options.output and not options.latents_output:
             instead = options.output.with_suffix(".npy")

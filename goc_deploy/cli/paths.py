@@ -11,6 +11,7 @@ from goc_deploy.disk import check_parent, disk_errors, nearest_parent
 from goc_deploy.errors import ConflictError, UsageError
 from goc_deploy.options import RunOptions
 
+PICTURES, VIDEOS = (".png", ".npz"), (".mp4", ".webp")
 OTHER_OUTPUTS = ("latents_output", "trajectory_output", "report")  # of goc-run, besides --output
 
 
@@ -31,8 +32,11 @@ def check_outputs(options: RunOptions) -> RunOptions:
         UsageError: a suffix that no output has, or two outputs of one name.
         ConflictError: an output that cannot be written.
     """
-    what = "--output ends in .png or .npz, or has no suffix and is a directory"
-    check_suffix(options.output, "", ".png", ".npz", what=what)
+    what = (
+        "--output ends in .png or .npz, in .mp4 or .webp for a video, or has no suffix and is a "
+        "directory"
+    )
+    check_suffix(options.output, "", *PICTURES, *VIDEOS, what=what)
     others = {name: getattr(options, name) for name in OTHER_OUTPUTS}
     if not options.output and not any(others.values()):
         options = replace(options, output=dated_picture())

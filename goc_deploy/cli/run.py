@@ -105,11 +105,18 @@ DEFAULTS = RunOptions()
     help="Number of frames of a video.  [default: the usual number of the export]",
 )
 @click.option(
+    "--fps",
+    type=click.FloatRange(0, 1000, min_open=True),
+    default=DEFAULTS.fps,
+    help="Frames per second of the videos that are written.",
+)
+@click.option(
     "-o",
     "--output",
     type=PATH,
     help="File or directory of the images: .png is a grid, .npz the ADM format with labels. "
-    "Another name is a directory of images, each of which is written when it is drawn.  "
+    "Another name is a directory of images, each of which is written when it is drawn. Videos are "
+    "written to .mp4, .webp, or a directory of their frames.  "
     "[default: goc-DATE-TIME.png, if no other output is given]",
 )
 @click.option(

@@ -252,13 +252,15 @@ class Manifest:
     @property
     def pixels_per_latent(self) -> int:
         """Pixels of an image per latent pixel and side."""
-        return self.model.vae_scale if self.decoder is None else self.decoder.upscale
+        decoder = self.decoder or self.video_decoder
+        return self.model.vae_scale if decoder is None else decoder.upscale
 
     @property
     def image_size(self) -> tuple[int, int] | None:
-        """Height and width of the images, or None without a decoder of latents."""
-        scale = self.decoder.upscale if self.decoder is not None else 1
-        if self.decoder is None and self.model.channels not in IMAGE_CHANNELS:
+        """Height and width of the images or frames, or None without a decoder of latents."""
+        decoder = self.decoder or self.video_decoder
+        if decoder is None and self.model.channels not in IMAGE_CHANNELS:
             return None
+        scale = 1 if decoder is None else decoder.upscale
         height, width = self.model.sample[-2:]
         return height * scale, width * scale

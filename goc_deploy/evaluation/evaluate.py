@@ -82,6 +82,8 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
     files = (
         samples_of_plans(options.samples, [plan.name for plan in plans]) if options.samples else {}
     )
+    if spec.video:
+        raise UsageError("goc-eval judges images, and this model makes videos")
     labels, side = _labels(files, options, spec), _image_side(files, manifest)
     judges = make_judges(options, spec, side, len(labels), progress)
     scores = {

@@ -156,6 +156,8 @@ def request_of_body(service: Service, body: GenerationBody) -> ImageRequest:
     size = _size(manifest)
     if size is None:
         raise UsageError(f"model {name} has no decoder, so it makes no images")
+    if manifest.model.video:
+        raise UsageError(f"model {name} makes videos, and this API only images")
     if body.size not in (None, "auto", size):
         raise UsageError(f"size {body.size!r:.20} does not exist; model {name} has {size}")
     check_images(body.n, service.limits)  # before there are lists of that length

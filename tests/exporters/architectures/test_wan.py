@@ -11,16 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import goc_deploy
+from benchmarks.make_checkpoint import random_state
 from goc_deploy.conditions.captions import PromptEmbeds, prompt_embeds_from_arrays
 from goc_deploy.errors import GocError, ModelError, UsageError
 from goc_deploy.exporters.architectures.wan_diffusers import SAMPLES, spec_of
 from goc_deploy.host_memory import host_array
+from goc_deploy.runtime.images import pixels_to_uint8
 from goc_deploy.runtime.step_events import StepEvent
 from goc_deploy.spec import ModelSpec
 from tests.conftest import Command
+from tests.exporters.companions.test_wan_vae import CONFIG as VAE
+from tests.exporters.companions.test_wan_vae import judge_of, judged
 from tests.pixart_reference import eager_latents
 from tests.reference import relative_l2
 
@@ -34,6 +39,7 @@ CONFIG: dict[str, Any] = {
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PLANS = ("none", "fora:2", "fora:2+gc:1.0", "fora:3+lagrange:2", "fora:10")
 STEPS = 10
+IMAGES = ModelSpec(1, 48, 3, 96, 2, 4, 16, 10, False)
 # Width and height in pixels, frames, and the shape of the latents.
 SIZES = [
     ((96, 80), 9, (3, 10, 12)),
@@ -323,6 +329,51 @@ def test_embeddings_of_another_width_are_refused(engine: Path, tmp_path: Path) -
     np.savez(tmp_path / "c.npz", prompt_embeds=np.zeros((1, 4, 20), np.float32))
     with goc_deploy.load(engine, plan="none") as pipe, pytest.raises(GocError, match="of width 20"):
         prompt_embeds_from_arrays(dict(np.load(tmp_path / "c.npz")), pipe.spec, "c.npz")
+
+
+@pytest.fixture(scope="module")
+def with_vae(judge: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A random VAE of diffusers, and the engine directory of the model with its decoder."""
+    folder = tmp_path_factory.mktemp("with_vae")
+    vae = judge_of(VAE, folder / "vae")
+    judge.save_pretrained(folder / "transformer")
+    goc_deploy.export(
+        folder / "transformer", folder / "engine", plans=["fora:2"], steps=4, max_batch=2,
+        size=(48, 32), frames=5, vae=folder / "vae",
+    )  # fmt: skip
+    return vae, folder / "engine"
+
+
+def test_videos_are_those_that_the_vae_of_diffusers_decodes(with_vae: tuple[Any, Path]) -> None:
+    vae, engine = with_vae
+    with goc_deploy.load(engine) as pipe:
+        result = pipe.generate(prompt_embeds=captions_of(pipe.spec), seed=1)
+        assert (pipe.spec.vae_scale, pipe.spec.vae_frames) == (8, 4)
+    assert result.images is not None
+    assert result.images.shape == (2, 5, 32, 48, 3)
+    expected = pixels_to_uint8(np.moveaxis(judged(vae, result.latents), 2, 1))
+    assert np.abs(result.images.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_videos_become_files(with_vae: tuple[Any, Path], command: Command, tmp_path: Path) -> None:
+    np.savez(tmp_path / "c.npz", **arrays(spec_of(3, 3, 24, ffn=100, channels=16, text=32)))
+    base = [with_vae[1], "--prompt-embeds", tmp_path / "c.npz"]
+    done = command("goc-run", *base, "--output", tmp_path / "clip.webp", "--fps", "8")
+    assert done.stdout.split() == [str(tmp_path / f"clip-000{i}.webp") for i in range(2)]
+    with Image.open(tmp_path / "clip-0001.webp") as clip:
+        assert (clip.n_frames, clip.size) == (5, (48, 32))
+    command("goc-run", *base, "--labels", "0", "--output", tmp_path / "frames")
+    assert len(list((tmp_path / "frames").glob("*.png"))) == 5
+    wrong = command("goc-run", *base, "--output", tmp_path / "clip.png", code=2)
+    assert "the model draws videos; choose an --output that ends in .mp4 or .webp" in wrong.stderr
+    assert not (tmp_path / "clip.png").exists()
+
+
+def test_a_vae_of_videos_is_refused_for_images(tmp_path: Path) -> None:
+    judge_of(VAE, tmp_path / "vae")
+    torch.save(random_state(IMAGES, 3), tmp_path / "dit.pt")
+    with pytest.raises(ModelError, match="is a VAE of videos, but the model draws images"):
+        goc_deploy.export(tmp_path / "dit.pt", tmp_path / "e", num_heads=3, vae=tmp_path / "vae")
 
 
 def test_the_command_line_draws_clips(engine: Path, command: Command, tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_the_graph_decodes_videos_of_any_length_and_size(
             found = np.concatenate(list(decoder.pixels(of_video)))
             for frame, frame_expected in zip(found, np.moveaxis(video, 1, 0), strict=True):
                 assert relative_l2(frame, frame_expected) < 1e-4
-        videos = decoder.videos(latents)
+        videos = decoder.images(latents)
         count, frames, height, width = sizes
         assert videos.shape == (count, decoder.frames_of(frames), 2 * height, 2 * width, 3)
         whole = np.clip(127.5 * np.moveaxis(expected, 1, -1) + 128, 0, 255).astype(np.uint8)
@@ -185,16 +185,16 @@ def test_the_graph_is_compared_with_pytorch(
 
 def test_latents_that_do_not_fit_are_refused(decoder: VideoDecoder) -> None:
     with pytest.raises(UsageError, match=r"\(1, 4, 2, 5, 7\) are not \(N, 16, F, H, W\)"):
-        decoder.videos(latents_of(4, 1, 2, 5, 7))
+        decoder.images(latents_of(4, 1, 2, 5, 7))
     with pytest.raises(UsageError, match=r"\(1, 16, 0, 5, 7\) are not"):
-        decoder.videos(latents_of(16, 1, 0, 5, 7))
+        decoder.images(latents_of(16, 1, 0, 5, 7))
     with pytest.raises(UsageError, match="6 x 6 pixels are larger than the 35 pixels that the"):
-        decoder.videos(latents_of(16, 1, 2, 6, 6))
+        decoder.images(latents_of(16, 1, 2, 6, 6))
 
 
 def test_a_deadline_ends_a_video_between_frames(decoder: VideoDecoder) -> None:
     with pytest.raises(DeadlineError):
-        decoder.videos(latents_of(16, 1, 2, 5, 7), CallLimits(seconds=0.0, ends_at=0.0))
+        decoder.images(latents_of(16, 1, 2, 5, 7), CallLimits(seconds=0.0, ends_at=0.0))
 
 
 @pytest.fixture
