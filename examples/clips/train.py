@@ -48,6 +48,7 @@ FOLDER = Path("~/.cache/goc_deploy/clips").expanduser()
 CAPTION_TOKENS = 512  # of every Wan; the places behind a prompt are zeros
 TRAIN_TIMESTEPS = 1000
 SHIFT = 3.0
+UMT5 = {"model_type": "umt5", "architectures": ["UMT5EncoderModel"]}
 MODEL = {
     "num_attention_heads": 4,
     "attention_head_dim": 30,
@@ -74,8 +75,7 @@ class PromptedWan(nn.Module):
 
     def forward(self, noisy: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
         """The velocity of latents (N, C, F, H, W) at timesteps (N,), of prompts (N, L)."""
-        kept = (tokens != PAD).float()
-        captions = self.text_encoder(tokens, kept) * kept[..., None]
+        captions = self.text_encoder(tokens, (tokens != PAD).float())
         captions = nn.functional.pad(captions, (0, 0, 0, CAPTION_TOKENS - captions.shape[1]))
         velocity: Tensor = self.wan(noisy, t, captions).sample
         return velocity
@@ -88,7 +88,7 @@ class Training:
         torch.manual_seed(args.seed)
         self.args, self.clips = args, clips
         self.tokenizer, self.draw = tokenizer_of_words(words()), random.Random(args.seed)
-        self.text = text_settings(len(words()))
+        self.text = {**text_settings(len(words())), **UMT5}
         self.model = PromptedWan(self.text)
         self.average = copy.deepcopy(self.model)
         self.optimizer = Optimizer(self.model, args.adam_rate, args.muon_rate)
