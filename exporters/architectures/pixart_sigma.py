@@ -48,7 +48,7 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
     spec = pixart.spec_from_tensors(tensors, heads)
     if spec.told_size:
         raise ModelError(
-            "the checkpoint has `csize_embedder`, because the size of the image is an input of the "
+            "the checkpoint has csize_embedder, because the size of the image is an input of the "
             "model; PixArt-Sigma has no such input: choose `model=pixart`"
         )
     tokens = spec.caption_tokens if pixart.NULL_CAPTION in tensors else SIGMA_TOKENS

@@ -64,7 +64,7 @@ def sizes_from_tensors(tensors: Mapping[str, Tensor], what: str, own: str) -> Si
     """
     if "pos_embed" not in tensors:
         raise ModelError(
-            f"the checkpoint looks like a {what} but has no position table (`pos_embed`), so the "
+            f"the checkpoint looks like a {what} but has no position table (pos_embed), so the "
             "size of its images is unknown; export the folder of diffusers that it was made from, "
             "or save the model with its table"
         )

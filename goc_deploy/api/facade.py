@@ -15,7 +15,7 @@ from goc_deploy.options import (
     Segments,
     no_progress,
 )
-from goc_deploy.precision import Precision
+from goc_deploy.precision import Precision, WeightFormat
 
 if TYPE_CHECKING:
     from goc_deploy.engine_dir.manifest import Manifest, PlanEntry
@@ -51,6 +51,8 @@ def export(
     max_size: tuple[int, int] | None = EXPORT.max_size,
     frames: int | None = EXPORT.frames,
     max_frames: int | None = EXPORT.max_frames,
+    quantize: WeightFormat | None = EXPORT.quantize,
+    quantize_exclude: Sequence[str] = EXPORT.quantize_exclude,
     loras: Sequence[str | Path] = EXPORT.loras,
     reuse_engines: str | Path | None = EXPORT.reuse_engines,
     progress: Progress = no_progress,
@@ -93,6 +95,10 @@ def export(
             pixels. None is ``size``.
         frames: usual number of frames of a video; None is that of the model.
         max_frames: largest number of frames; None is ``frames``.
+        quantize: format of the weights of the blocks: ``w8`` (8 bits), ``w4`` (4 bits), or None,
+            that of the precision.
+        quantize_exclude: patterns of units whose weights keep the precision, such as ``first``,
+            ``last:2`` or ``*_attn``.
         loras: LoRAs to merge into the weights, ``FILE`` or ``FILE:SCALE`` each. FILE is a LoRA of
             diffusers, PEFT or kohya's sd-scripts, or the folder of one; SCALE is 1 without one.
         reuse_engines: engine directory with the same graphs and other weights, whose TensorRT
@@ -130,6 +136,8 @@ def export(
         max_size=max_size,
         frames=frames,
         max_frames=max_frames,
+        quantize=quantize,
+        quantize_exclude=tuple(quantize_exclude),
         loras=tuple(map(str, loras)),
         reuse_engines=_path(reuse_engines),
     )

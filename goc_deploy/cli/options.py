@@ -59,7 +59,7 @@ history_option = click.option(
     type=click.Choice(HISTORIES),
     default="auto",
     help="What is kept for later steps: features of every unit, sums of what later steps add, "
-    "which take less memory, or auto, which takes sums where they save much.",
+    "which take less memory, or auto, which takes sums if they save much.",
 )
 cfg_channels_option = click.option(
     "--cfg-channels",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Literal
 
@@ -199,7 +199,7 @@ class Plan:
     schedule: Schedule
     segments: Segments = "none"
     form: PlanForm = "host"
-    form_reason: str = ""
+    form_reason: str = field(default="", compare=False)
 
     @property
     def steps(self) -> int:

@@ -326,7 +326,7 @@ def test_memory_is_reported_and_refused_before_anything_is_allocated(
     ):
         stand_in_pipeline(engines["embedded"], GRADIENT, sessions=2, capacity=device.capacity)
     pipe, tensorrt = stand_in_pipeline(engines["embedded"], GRADIENT)
-    assert "plan fora-2+gc-1.2 takes 0.0" in caplog.text
+    assert "plan fora-2+gc-1.2 in the form device takes 0.0" in caplog.text
     report = pipe.generate([1]).report
     used = tensorrt.device.capacity - tensorrt.device.free_bytes()
     assert report["weight_bytes"] > 1_000_000

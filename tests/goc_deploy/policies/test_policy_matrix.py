@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from goc_deploy.api import cpu_backend
 from goc_deploy.api.laboratory import EngineLaboratory
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.errors import UsageError
+from goc_deploy.exporters.architectures.wan_diffusers import spec_of
 from goc_deploy.exporters.export import ARCHITECTURES
 from goc_deploy.exporters.router import router_probabilities
 from goc_deploy.options import no_progress
@@ -31,12 +33,17 @@ STEPS = 4
 SPECS = {
     "dit": ModelSpec(1, 24, 2, 48, 2, 2, 4, 10, True),
     "pixart": replace(PIXART, depth=1),
+    "pixart-sigma": replace(PIXART, depth=1, architecture="pixart-sigma", told_size=0),
     "sit": ModelSpec(1, 24, 2, 48, 2, 2, 4, 10, True),
+    "wan": spec_of(1, 2, 12, ffn=48, channels=4, text=20),
 }
+SMALL = {"wan": {"size": (8, 8), "frames": 2}}
 SAMPLERS = {
     "dit": ("ddim", "dpm++", "ddpm"),
     "pixart": ("ddim", "dpm++", "ddpm"),
+    "pixart-sigma": ("dpm++",),
     "sit": ("euler",),
+    "wan": ("euler", "unipc@shift=3"),
 }
 BASE_ARGUMENTS = {"none": "none", "fora": "fora:2", "smoothcache": "smoothcache:0.5"}
 BASE_ARGUMENTS |= {
@@ -69,7 +76,7 @@ def engine_of(tmp_path_factory: pytest.TempPathFactory) -> MakeEngine:
         if architecture not in made:
             folder, spec = tmp_path_factory.mktemp(architecture), SPECS[architecture]
             torch.save(random_state(spec, 0), folder / "model.pt")
-            more = {}
+            more: dict[str, Any] = dict(SMALL.get(architecture, {}))
             if spec.text_conditional:
                 shape, rng = (
                     (2, spec.caption_tokens, spec.caption_channels),
@@ -80,7 +87,7 @@ def engine_of(tmp_path_factory: pytest.TempPathFactory) -> MakeEngine:
                     for what in ("", "negative_")
                 }
                 np.savez(folder / "captions.npz", **embeds)
-                more = {"captions": folder / "captions.npz"}
+                more["captions"] = folder / "captions.npz"
             goc_deploy.export(
                 folder / "model.pt",
                 folder / "engine",
