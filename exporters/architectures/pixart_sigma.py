@@ -65,8 +65,8 @@ def check_tensors(tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
     other = next(filter(_OTHER_ATTENTION.match, tensors), None)
     if other is not None:
         raise ModelError(
-            f"the checkpoint has {other}; self-attention that compresses keys and values (`sr`, "
-            "`norm`) or normalizes queries and keys (`q_norm`, `k_norm`) is not supported"
+            f"the checkpoint has {other}; self-attention that compresses keys and values (sr, "
+            "norm) or normalizes queries and keys (q_norm, k_norm) is not supported"
         )
     pixart.check_tensors(tensors, spec)
 

@@ -65,9 +65,7 @@ def test_too_little_memory_is_named_until_it_suffices(golden_engine: Path, tmp_p
         done = run_limited(f"-v {limit}", golden_engine, tmp_path / "x.npy")
         if done.returncode == 0:
             break
-        if (
-            done.returncode > 0 and "thread-local data: ABORT" not in done.stderr
-        ):  # of the C library
+        if done.returncode > 0 and ENDED_BY_C not in done.stderr:
             assert_short_of_resources(done)
             named += 1
         assert not (tmp_path / "x.npy").exists()
