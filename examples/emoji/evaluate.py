@@ -28,6 +28,7 @@ HERE = Path(__file__).resolve().parent
 CHECKPOINT, TEXT_ENCODER = "pixart_emoji.safetensors", "text_encoder"
 MINIMA = {"none": 0.90, "fora:2+goc": 0.88}
 PAIRS_SEED = 7
+CFG_SCALE = 2.0
 CELLS = 12
 EDGE_WEIGHT = 2.0
 SHEET, SHEET_COLUMNS = 100, 10
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument(
-        "--cfg-scale", type=float, default=3.0, help="guidance (default %(default)s)"
+        "--cfg-scale", type=float, default=CFG_SCALE, help="guidance (default %(default)s)"
     )
     parser.add_argument(
         "--steps", type=int, default=20, help="of DPM-Solver++ (default %(default)s)"

@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 import torch
 
+import goc_deploy
+
 EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
 TINY = ("--batch", "3", "--depth", "1", "--threads", "1", "--text-steps", "2")
 
@@ -229,6 +231,26 @@ def test_a_checkpoint_of_other_captions_is_refused(script: Any, tmp_path: Path) 
     train.Training(args, entries, pictures).save()
     with pytest.raises(ValueError, match="trained with other captions"):
         train.Training(args, entries[::-1], pictures).restore()
+
+
+def test_the_shipped_weights_draw_what_prompts_name(script: Any, tmp_path: Path) -> None:
+    evaluate, engine = script("evaluate"), tmp_path / "engine"
+    goc_deploy.export(
+        EMOJI / evaluate.CHECKPOINT,
+        engine,
+        text_encoder=EMOJI / evaluate.TEXT_ENCODER,
+        plans=["none"],
+        sampler="dpm++",
+        prediction="x0",
+        num_heads=6,
+        steps=10,
+    )
+    with np.load(EMOJI / "pictures.npz") as arrays:
+        images, names = arrays["images"], arrays["names"]
+    prompts = {"a cute fox": "fox", "grizzly bear": "bear", "antarctic penguin": "penguin"}
+    with goc_deploy.load(engine) as pipe:
+        drawn = pipe.generate(prompts=list(prompts), seed=0, cfg_scale=evaluate.CFG_SCALE).images
+    assert names[evaluate.nearest(drawn, images)].tolist() == list(prompts.values())
 
 
 @pytest.mark.slow
