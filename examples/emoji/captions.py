@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ ADJECTIVES = (
     "reading", UNKNOWN_LETTER,
 )  # fmt: skip
 ADJECTIVE_CHANCE = 0.3
+MIXED_CHANCE, EXTRA_WORD_CHANCE = 0.25, 0.3
 # Plural and singular are one word; so are words with a hyphen and two words.
 NORMALISATION = (
     (r"[^a-z0-9\u00a4]+", " "),
@@ -110,3 +112,34 @@ def random_prompt(captions: Captions, draw: random.Random) -> str:
     if draw.random() < ADJECTIVE_CHANCE:
         text = f"{draw.choice(ADJECTIVES)} {text}"
     return draw.choice(TEMPLATES).format(text) if draw.random() < 0.75 else text
+
+
+def shared_words(captions: Iterable[Captions]) -> list[str]:
+    """Words that training captions of several emoji have, sorted: they name none of them alone."""
+    counts = Counter(
+        word
+        for entry in captions
+        for word in {word for text in entry.train for word in normalised(text).split()}
+    )
+    return sorted(word for word, count in counts.items() if count > 1)
+
+
+def mixed_prompt(captions: Captions, shared: Sequence[str], draw: random.Random) -> str:
+    """A prompt from which the words of new captions are learned.
+
+    It is the shuffled words of two training captions, a training caption with a shared word put
+    into it, or a `random_prompt`. It is never the held-out caption.
+    """
+    while True:
+        kind = draw.random()
+        if kind >= MIXED_CHANCE + EXTRA_WORD_CHANCE:
+            return random_prompt(captions, draw)
+        words = draw.choice(captions.train).split()
+        if kind < MIXED_CHANCE:
+            words += draw.choice(captions.train).split()
+            draw.shuffle(words)
+        else:
+            words.insert(draw.randint(0, len(words)), draw.choice(shared))
+        prompt = " ".join(words)
+        if normalised(prompt) != normalised(captions.held_out):
+            return prompt

@@ -2,7 +2,7 @@
 
 A prompt succeeds if the nearest training picture is one of that name.
 
-    python examples/emoji/evaluate.py                              # the weights that train.py keeps
+    python examples/emoji/evaluate.py                              # the weights of this folder
     python examples/emoji/evaluate.py --pipeline FOLDER --pairs 100
 
 Exports the pipeline with and without cache, draws the prompts, prints one line per plan with the
@@ -25,10 +25,10 @@ import goc_deploy
 from goc_deploy.runtime.images import grid
 
 HERE = Path(__file__).resolve().parent
-PIPELINE = Path("~/.cache/goc_deploy/emoji/pipeline").expanduser()
-CHECKPOINT, TEXT_ENCODER = "pixart_emoji.pt", "text_encoder"
+CHECKPOINT, TEXT_ENCODER = "pixart_emoji.safetensors", "text_encoder"
 MINIMA = {"none": 0.90, "fora:2+goc": 0.88}
 PAIRS_SEED = 7
+CFG_SCALE = 2.0
 CELLS = 12
 EDGE_WEIGHT = 2.0
 SHEET, SHEET_COLUMNS = 100, 10
@@ -85,7 +85,10 @@ def write_sheet(images: npt.NDArray[np.uint8], prompts: Sequence[str], path: Pat
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--pipeline", type=Path, default=PIPELINE, help="folder of train.py (default %(default)s)"
+        "--pipeline",
+        type=Path,
+        default=HERE,
+        help="folder of the weights, as train.py writes it (default %(default)s)",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("out/emoji"), help="folder to write (default %(default)s)"
@@ -95,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument(
-        "--cfg-scale", type=float, default=3.0, help="guidance (default %(default)s)"
+        "--cfg-scale", type=float, default=CFG_SCALE, help="guidance (default %(default)s)"
     )
     parser.add_argument(
         "--steps", type=int, default=20, help="of DPM-Solver++ (default %(default)s)"
@@ -115,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         captions=HERE / "prompts.txt",
         plans=list(MINIMA),
         sampler="dpm++",
-        prediction="v",
+        prediction="x0",
         num_heads=6,
         steps=args.steps,
         cfg_scale=args.cfg_scale,

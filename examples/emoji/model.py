@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from captions import PAD, SPECIAL, TOKENS, token_rows
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -17,17 +18,16 @@ from goc_deploy.spec import ModelSpec
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "mnist"))  # what both examples train with
 from prompted import PromptedPixArt, save_text_encoder, without_text_encoder
-from training import save
 
 TEXT_WIDTH = 128
-CHECKPOINT, TEXT_ENCODER = "pixart_emoji.pt", "text_encoder"
+CHECKPOINT, TEXT_ENCODER = "pixart_emoji.safetensors", "text_encoder"
 SPEC = ModelSpec(
-    depth=8,
+    depth=6,
     hidden=192,
     heads=6,
     mlp_hidden=768,
-    patch=6,
-    grid=8,
+    patch=8,
+    grid=6,
     channels=3,
     choices=0,
     learn_sigma=False,
@@ -75,5 +75,6 @@ def save_pipeline(model: PromptedPixArt, tokenizer: Tokenizer, folder: Path) -> 
     with torch.inference_mode():
         null = model.text_encoder(empty, (empty != PAD).float())[0]
     halves = {name: tensor.detach().cpu().half() for name, tensor in model.state_dict().items()}
-    save({**without_text_encoder(halves), NULL_CAPTION: null.cpu().half()}, folder / CHECKPOINT)
+    tensors = {**without_text_encoder(halves), NULL_CAPTION: null.cpu().half()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / CHECKPOINT)
     save_text_encoder(halves, model.text_settings, tokenizer, folder / TEXT_ENCODER)

@@ -119,10 +119,19 @@ class Optimizer:
 
     Muon (Jordan et al., 2024) steps along the orthogonal factor of the momentum; in short trials
     the loss of these models fell faster with it than with AdamW alone.
+
+    Args:
+        model: its parameters that need gradients are updated.
+        adam_rate: learning rate of AdamW.
+        muon_rate: learning rate of Muon.
+        bf16: orthogonalise in bfloat16, which such a rough iteration tolerates.
     """
 
-    def __init__(self, model: nn.Module, adam_rate: float, muon_rate: float) -> None:
+    def __init__(
+        self, model: nn.Module, adam_rate: float, muon_rate: float, bf16: bool = False
+    ) -> None:
         self.rates = adam_rate, muon_rate
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
         branches = {
             name: parameter
             for name, parameter in model.named_parameters()
@@ -147,7 +156,7 @@ class Optimizer:
         for matrix, momentum in zip(self.matrices, self.momenta, strict=True):
             assert matrix.grad is not None
             momentum.lerp_(matrix.grad, 1 - MOMENTUM)
-            direction = orthogonal(matrix.grad.lerp(momentum, MOMENTUM))
+            direction = orthogonal(matrix.grad.lerp(momentum, MOMENTUM).to(self.dtype))
             shape_factor = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
             matrix.add_(direction, alpha=-muon_rate * factor * shape_factor)
 

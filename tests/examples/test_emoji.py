@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import subprocess
 import sys
 import tarfile
@@ -19,8 +20,10 @@ import numpy as np
 import pytest
 import torch
 
+import goc_deploy
+
 EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
-TINY = ("--batch", "3", "--depth", "1", "--threads", "1")
+TINY = ("--batch", "3", "--depth", "1", "--threads", "1", "--text-steps", "2")
 
 
 @pytest.fixture
@@ -102,6 +105,33 @@ def test_no_training_prompt_is_cut(script: Any) -> None:
     assert max(len(tokenizer.encode(prompt).ids) for prompt in prompts) <= captions.TOKENS
 
 
+def test_a_mixed_prompt_is_never_the_held_out_caption(script: Any) -> None:
+    captions = script("captions")
+    entries = list(captions.read_captions().values())
+    shared = captions.shared_words(entries)
+    assert "green" in shared
+    assert "fox" not in shared
+    draw = random.Random(0)
+    entry = captions.Captions(("puppy", "dog"), "puppy dog")
+    prompts = {captions.mixed_prompt(entry, shared, draw) for _ in range(2000)}
+    assert "dog puppy" in prompts
+    assert any("green" in prompt for prompt in prompts)
+    assert "puppy dog" not in prompts
+
+
+def test_attention_is_that_of_pytorch(script: Any) -> None:
+    script("model")  # makes what both examples train with importable
+    attention = script("prompted").attention
+    queries, keys, values = torch.randn(3, 2, 4, 5, 8).unbind(0)
+    kept = torch.rand(2, 1, 1, 5) < 0.7
+    kept[..., 0] = True
+    for mask in (None, kept):
+        torch.testing.assert_close(
+            attention(queries, keys, values, mask),
+            torch.nn.functional.scaled_dot_product_attention(queries, keys, values, mask),
+        )
+
+
 def test_pictures_are_those_of_the_captions_and_the_score_tells_them_apart_under_noise(
     script: Any,
 ) -> None:
@@ -166,6 +196,33 @@ def test_training_in_two_sessions_gives_the_weights_of_one(script: Any, tmp_path
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_text_encoder_is_trained_first_and_then_left(script: Any, tmp_path: Path) -> None:
+    train = script("train")
+    entries = list(train.read_captions().values())
+    pictures = torch.rand(len(entries), 3, 48, 48)
+    args = train.parse([*TINY, "--folder", str(tmp_path)])
+    training = train.Training(args, entries, pictures)
+    untrained = training.model.text_encoder.shared.weight.clone()
+    training.train_text()
+    trained = training.model.text_encoder.shared.weight.clone()
+    assert not torch.equal(trained, untrained)
+    for _ in range(3):
+        training.take_step(1.0)
+    assert torch.equal(training.model.text_encoder.shared.weight, trained)
+    assert torch.equal(training.average.text_encoder.shared.weight, trained)
+
+
+def test_principal_components_keep_what_differs(script: Any) -> None:
+    script("model")
+    components = script("text_training").principal_components
+    pictures = torch.randn(5, 3, 4, 4)
+    found = components(pictures, 8)
+    assert found.shape == (5, 8)
+    apart, kept = torch.cdist(pictures.flatten(1), pictures.flatten(1)), torch.cdist(found, found)
+    scale = apart[0, 1] / kept[0, 1]
+    torch.testing.assert_close(kept * scale, apart, rtol=1e-3, atol=1e-3)
+
+
 def test_a_checkpoint_of_other_captions_is_refused(script: Any, tmp_path: Path) -> None:
     train = script("train")
     entries = list(train.read_captions().values())
@@ -174,6 +231,26 @@ def test_a_checkpoint_of_other_captions_is_refused(script: Any, tmp_path: Path) 
     train.Training(args, entries, pictures).save()
     with pytest.raises(ValueError, match="trained with other captions"):
         train.Training(args, entries[::-1], pictures).restore()
+
+
+def test_the_shipped_weights_draw_what_prompts_name(script: Any, tmp_path: Path) -> None:
+    evaluate, engine = script("evaluate"), tmp_path / "engine"
+    goc_deploy.export(
+        EMOJI / evaluate.CHECKPOINT,
+        engine,
+        text_encoder=EMOJI / evaluate.TEXT_ENCODER,
+        plans=["none"],
+        sampler="dpm++",
+        prediction="x0",
+        num_heads=6,
+        steps=10,
+    )
+    with np.load(EMOJI / "pictures.npz") as arrays:
+        images, names = arrays["images"], arrays["names"]
+    prompts = {"a cute fox": "fox", "grizzly bear": "bear", "antarctic penguin": "penguin"}
+    with goc_deploy.load(engine) as pipe:
+        drawn = pipe.generate(prompts=list(prompts), seed=0, cfg_scale=evaluate.CFG_SCALE).images
+    assert names[evaluate.nearest(drawn, images)].tolist() == list(prompts.values())
 
 
 @pytest.mark.slow
