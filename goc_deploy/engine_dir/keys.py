@@ -136,10 +136,16 @@ def dimension_ranges(spec: ModelSpec, max_batch: int, steps: int) -> Mapping[str
     usual, most = spec.tokens, spec.largest.tokens
     sides = dict(zip(("F", "H", "W"), _sides(spec.sample, spec.largest.sample), strict=True))
     axes = _sides(spec.axes, spec.largest.axes)
+    of_decoder = {  # of videos, whose levels are larger by powers of two
+        name if factor == 1 else f"{factor}*{name}": _multiple(factor, sides[side])
+        for name, side in (("height", "H"), ("width", "W"))
+        for factor in (1, 2, 4, 8, 16)
+    }
     return {
         "tokens": (1, usual, most),
         "T": (1, usual, most),
         **sides,
+        **of_decoder,
         **dict(zip(("token_frames", "token_rows", "token_columns"), axes, strict=True)),
         "batch": (1, rows, rows),
         "B": (1, rows, rows),
@@ -152,6 +158,11 @@ def dimension_ranges(spec: ModelSpec, max_batch: int, steps: int) -> Mapping[str
         "captions": (1, 2, rows),
         "tiles": (1, tiles_at_once(spec), tiles_at_once(spec)),
     }
+
+
+def _multiple(factor: int, sizes: Range) -> Range:
+    low, usual, most = sizes
+    return factor * low, factor * usual, factor * most
 
 
 def _sides(usual: tuple[int, ...], most: tuple[int, ...]) -> tuple[Range, Range, Range]:

@@ -20,6 +20,8 @@ from goc_deploy.options import EngineOptions, no_progress
 from tests.exporters.architectures.test_pixart_sigma import sigma_state
 from tests.exporters.companions.test_vae import CONFIG as VAE
 from tests.exporters.companions.test_vae import WEIGHTS as VAE_WEIGHTS
+from tests.exporters.companions.test_wan_vae import SMALL as WAN_VAE
+from tests.exporters.companions.test_wan_vae import judge_of
 from tests.pixart_reference import random_state
 from tests.t5_folder import save_encoder
 
@@ -40,14 +42,16 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.filterwarnings("ignore")  # of diffusers about itself
 def test_every_graph_of_videos_of_any_size_builds(tmp_path: Path) -> None:
+    judge_of(WAN_VAE, tmp_path / "vae")
     spec = spec_of(2, 2, 24, ffn=64, channels=16, text=12)
     state = {name: 0.1 * torch.randn(shape) for name, shape in shapes_from_spec(spec).items()}
     save_file(state, tmp_path / "wan.safetensors")
     goc_deploy.export(
         tmp_path / "wan.safetensors", tmp_path / "engine", num_heads=2, precision="bf16", steps=4,
-        plans=["none", "fora:2+gc:1.0"], max_batch=1, size=(64, 48), frames=5, max_size=(96, 96),
-        max_frames=9,
+        plans=["none", "fora:2+gc:1.0"], max_batch=1, size=(16, 12), frames=3, max_size=(24, 24),
+        max_frames=5, vae=tmp_path / "vae",
     )  # fmt: skip
     options = EngineOptions(capabilities=("8.6", "8.9", "12.0"), weight_mode="shared")
     manifest, built = build_engines(tmp_path / "engine", options, no_progress)
