@@ -78,10 +78,11 @@ class LatentDecoder:
         Raises:
             CancelledError, DeadlineError: because of ``limits``.
         """
-        *rest, height, width = np.moveaxis(latents, 1, -3).shape
-        frames = np.moveaxis(latents, 1, -3).reshape(-1, rest[-1], height, width)
-        images = np.stack([pixels_to_uint8(pixels) for pixels in self.pixels(frames, limits)])
-        return images.reshape(*rest[:-1], *images.shape[1:])
+        frames = np.moveaxis(latents, 1, -3)  # (N, C, H, W), or (N, F, C, H, W)
+        *count, channels, height, width = frames.shape
+        flat = frames.reshape(-1, channels, height, width)
+        images = np.stack([pixels_to_uint8(pixels) for pixels in self.pixels(flat, limits)])
+        return images.reshape(*count, *images.shape[1:])
 
     def pixels(self, latents: np.ndarray, limits: CallLimits | None = None) -> Iterator[np.ndarray]:
         """Decode latents (N, C, H, W) float32 image by image; see `images`.

@@ -23,9 +23,9 @@ class Result:
     """The result of `Pipeline.generate`.
 
     Attributes:
-        images: (N, H, W, channels) uint8, or None if the latents need a decoder that the engine
-            directory does not have. An image with an error is black.
-        latents: (N, C, H, W) float32.
+        images: (N, H, W, channels) uint8, or (N, F, H, W, channels) of videos; None if the latents
+            need a decoder that the engine directory does not have. An image with an error is black.
+        latents: (N, C, H, W) float32, or (N, C, F, H, W) of videos.
         trajectory: (T, N, C, H, W) float32, latents after each step, or None if not requested.
         report: timings, plan, memory and versions, in JSON types.
         errors: the error of each image that has one, by its index; empty unless `Pipeline.generate`
@@ -42,12 +42,17 @@ class Result:
         """Convert the images to Pillow images, of mode ``L`` if they are gray, else ``RGB``.
 
         Raises:
-            UsageError: the result has no images.
+            UsageError: the result has no images, or has videos.
         """
         if self.images is None:
             raise UsageError(
                 "the result has latents but no images; leave out decode=False, or export the "
                 "model with its decoder (`vae`)"
+            )
+        if self.images.ndim == 5:
+            raise UsageError(
+                "the result has videos, which are no Pillow images; take the frames of one, or "
+                "write it with goc_deploy.runtime.video_files.write_video"
             )
         return pil_images(self.images)
 

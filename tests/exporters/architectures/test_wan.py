@@ -351,6 +351,8 @@ def test_videos_are_those_that_the_vae_of_diffusers_decodes(with_vae: tuple[Any,
         assert (pipe.spec.vae_scale, pipe.spec.vae_frames) == (8, 4)
     assert result.images is not None
     assert result.images.shape == (2, 5, 32, 48, 3)
+    with pytest.raises(UsageError, match="the result has videos, which are no Pillow images"):
+        result.pil()
     expected = pixels_to_uint8(np.moveaxis(judged(vae, result.latents), 2, 1))
     assert np.abs(result.images.astype(int) - expected.astype(int)).max() <= 1
 

@@ -210,6 +210,16 @@ def test_tiles_are_close_to_the_whole(tiled: Path, vae: Path) -> None:
     assert result.images.shape == (1, 16, 16, 3)
 
 
+def test_videos_and_rectangles_are_decoded_frame_by_frame(tiled: Path) -> None:
+    decoder = latent_decoder(tiled)
+    videos = np.random.default_rng(0).standard_normal((2, 4, 3, 8, 12)).astype(np.float32)
+    found = decoder.images(videos)
+    assert found.shape == (2, 3, 16, 24, 3)
+    for i, j in np.ndindex(2, 3):
+        (frame,) = decoder.images(videos[i : i + 1, :, j])
+        np.testing.assert_array_equal(found[i, j], frame)
+
+
 def test_tiles_of_several_images_share_a_launch_and_give_the_same_pixels(tiled: Path) -> None:
     latents = np.random.default_rng(0).standard_normal((3, 4, 8, 8)).astype(np.float32)
     backend = CountingOrt("latents")
