@@ -15,10 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import random
-import signal
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,13 +32,11 @@ from goc_deploy.exporters.companions.t5 import T5Encoder, t5_config
 from captions import PAD, TOKENS, token_rows, tokenizer_of_words
 from model import text_settings
 from prompted import save_text_encoder
+from resumable import descend, restore, run, state_of, write_state
 from training import (
     CONDITION_DROPOUT,
-    GRADIENT_NORM,
-    WARMUP_STEPS,
     Optimizer,
     load_digits,
-    update_average,
 )
 
 FOLDER = Path("~/.cache/goc_deploy/clips").expanduser()
@@ -113,41 +108,17 @@ class Training:
             (1 - weight) * clean + weight * noise, TRAIN_TIMESTEPS * sigma, tokens
         )
         loss = (predicted - (noise - clean)).square().mean()
-        self.model.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
-        self.optimizer.step(factor)
-        update_average(self.average, self.model, self.step, self.args.ema)
-        self.step += 1
-        return loss.item()
+        return descend(self, loss, factor)
 
     def save(self) -> None:
         """Write the whole state, and the averaged weights for goc-export."""
-        path = self.args.folder / "checkpoint.pt"
-        temporary = path.with_name(path.name + ".tmp")
-        state = {
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "adam": self.optimizer.adam.state_dict(),
-            "momenta": self.optimizer.momenta,
-        }
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_state(state_of(self), self.args.folder / "checkpoint.pt")
         save_pipeline(self.average, self.text, self.tokenizer, self.args.folder / "pipeline")
 
     def restore(self) -> None:
         """Go on from the checkpoint."""
         state = torch.load(self.args.folder / "checkpoint.pt", weights_only=True)
-        self.step = state["step"]
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.adam.load_state_dict(state["adam"])
-        for momentum, saved in zip(self.optimizer.momenta, state["momenta"], strict=True):
-            momentum.copy_(saved)
+        restore(self, state)
         self.draw.seed(self.args.seed + self.step)
         torch.manual_seed(self.args.seed + self.step)
 
@@ -166,33 +137,6 @@ def save_pipeline(model: PromptedWan, text: dict[str, Any], tokenizer: Any, fold
     (folder / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
     halves = {name: tensor.detach().half() for name, tensor in model.state_dict().items()}
     save_text_encoder(halves, text, tokenizer, folder / "text_encoder")
-
-
-def run(training: Training) -> None:
-    """Take steps until the last one, or until the process is asked to stop."""
-    args, asked = training.args, list[int]()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda signum, _: asked.append(signum))
-    first, losses = training.step, list[float]()
-    last = first + args.decay_steps if args.decay_steps else None
-    saved = logged = time.monotonic()
-    while not asked and (last is None or training.step < last):
-        factor = min(1.0, (training.step + 1) / WARMUP_STEPS)
-        if args.decay_steps:
-            factor = 1 - (training.step - first) / args.decay_steps
-        losses.append(training.take_step(factor))
-        now = time.monotonic()
-        if len(losses) == args.log_every:
-            stamp, speed = time.strftime("%H:%M:%S"), args.batch * len(losses) / (now - logged)
-            mean = sum(losses) / len(losses)
-            print(f"{stamp} step {training.step} loss {mean:.5f} {speed:.1f} clips/s", flush=True)
-            losses.clear()
-            logged = now
-        if now - saved >= 60 * args.save_minutes:
-            training.save()
-            saved = time.monotonic()
-    training.save()
-    print(f"stopped after step {training.step}: {args.folder}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -219,13 +163,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = args.folder / "clips.pt"
     if not path.exists():
         made = clips_from_digits(*load_digits(args.data), args.clips, args.seed)
-        torch.save(made, path)
+        write_state(made, path)
     training = Training(args, torch.load(path, weights_only=True))
     if checkpoint.exists():
         training.restore()
     parameters = sum(p.numel() for p in training.model.parameters())
     print(f"{FRAMES} frames, {parameters} parameters, step {training.step}", flush=True)
-    run(training)
+    run(training, "clips")
     return 0
 
 

@@ -14,10 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
-import os
 import random
-import signal
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,16 +34,14 @@ from captions import (
 )
 from model import SPEC, save_pipeline, text_settings
 from prompted import PromptedPixArt
+from resumable import descend, restore, run, state_of, write_state
 from text_training import train_text_encoder
-from torch import Tensor, nn
+from torch import Tensor
 from training import (
     CONDITION_DROPOUT,
-    GRADIENT_NORM,
-    WARMUP_STEPS,
     Optimizer,
     signal_levels,
     spread_timesteps,
-    update_average,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -132,13 +127,7 @@ class Training:
             predicted = self.predict(noisy, t.float(), tokens)
         weight = (1 / (1 - alpha)).clamp(max=WEIGHT_CAP)
         loss = (weight * (predicted.float() - images).square()).mean()
-        self.model.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
-        self.optimizer.step(factor)
-        update_average(self.average, self.model, self.step, self.args.ema)
-        self.step += 1
-        return loss.item()
+        return descend(self, loss, factor)
 
     def save(self) -> None:
         """Write the whole state, and the averaged weights for goc-export.
@@ -146,25 +135,16 @@ class Training:
         Readers see the old files or the new ones.
         """
         path = self.args.folder / CHECKPOINT
-        temporary = path.with_name(path.name + ".tmp")
         version, numbers, gauss = self.draw.getstate()
         state: dict[str, Any] = {
-            "step": self.step,
+            **state_of(self),
             "trained": self.trained,
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "adam": self.optimizer.adam.state_dict(),
-            "momenta": self.optimizer.momenta,
             "torch_rng": torch.get_rng_state(),
             "noise_rng": self.noise.get_state(),
             "device": self.device.type,
             "python_rng": [version, list(numbers), gauss],
         }
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_state(state, path)
         save_pipeline(self.average, self.tokenizer, self.args.folder / PIPELINE)
 
     def restore(self) -> None:
@@ -181,12 +161,7 @@ class Training:
                 f"{path} was trained with other captions than {CAPTIONS}, or by another version of "
                 "this script; choose another --folder"
             )
-        self.step = state["step"]
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.adam.load_state_dict(state["adam"])
-        for momentum, saved in zip(self.optimizer.momenta, state["momenta"], strict=True):
-            momentum.copy_(saved)
+        restore(self, state)
         torch.set_rng_state(state["torch_rng"].cpu())
         if state["device"] == self.device.type:
             self.noise.set_state(state["noise_rng"].cpu())
@@ -194,42 +169,6 @@ class Training:
             self.noise.manual_seed(self.args.seed + self.step)
         version, numbers, gauss = state["python_rng"]
         self.draw.setstate((version, tuple(numbers), gauss))
-
-
-def run(training: Training) -> None:
-    """Take steps until the last one or until the process is asked to stop.
-
-    Losses are logged and checkpoints kept.
-    """
-    args = training.args
-    asked: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda signum, _: asked.append(signum))
-    first = training.step
-    last = first + args.decay_steps if args.decay_steps else args.steps
-    losses: list[float] = []
-    saved = logged = time.monotonic()
-    while not asked and (last is None or training.step < last):
-        factor = min(1.0, (training.step + 1) / WARMUP_STEPS)
-        if args.decay_steps:
-            factor = 1 - (training.step - first) / args.decay_steps
-        losses.append(training.take_step(factor))
-        now = time.monotonic()
-        if len(losses) == args.log_every:
-            speed = args.batch * len(losses) / (now - logged)
-            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-            print(
-                f"{stamp} step {training.step} loss {np.mean(losses):.5f} rate {factor:.3f} "
-                f"{speed:.1f} images/s",
-                flush=True,
-            )
-            losses.clear()
-            logged = now
-        if now - saved >= 60 * args.save_minutes:
-            training.save()
-            saved = time.monotonic()
-    training.save()
-    print(f"stopped after step {training.step}: {args.folder}", flush=True)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -309,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if not resumed:
         training.train_text()
-    run(training)
+    run(training, "images", args.steps)
     return 0
 
 
