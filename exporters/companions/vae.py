@@ -10,7 +10,7 @@ section 3.1 and appendix E.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -141,17 +141,8 @@ def read_vae_folder(path: Path, spec: ModelSpec) -> Vae:
     folder = part_of_pipeline(path, "vae", "diffusers saved an AutoencoderKL to")
     where = f"{folder / CONFIG}"
     config = vae_config(read_json(folder / CONFIG), where)
-    if config.latent_channels != spec.channels:
-        raise ModelError(
-            f"{where}: the VAE decodes {config.latent_channels} channels but the model makes "
-            f"{spec.channels}; give the VAE that it was trained with"
-        )
-    files, stored = read_weights(folder)
-    tensors = {
-        _current_name(name): tensor
-        for name, tensor in stored.items()
-        if not name.startswith(_ENCODER)
-    }
+    files, stored = read_decoder_weights(folder, config.latent_channels, spec)
+    tensors = {_current_name(name): tensor for name, tensor in stored.items()}
     for name, tensor in tensors.items():
         if _ATTENTION.fullmatch(name) and tensor.ndim == 4:
             tensors[name] = tensor.reshape(tensor.shape[:2])  # the oldest files have convolutions
@@ -161,6 +152,33 @@ def read_vae_folder(path: Path, spec: ModelSpec) -> Vae:
         tensors, shapes_of(lambda: VaeDecoder(config)), f"the VAE decoder that {where} describes"
     )
     return Vae(config, Checkpoint(folder, tensors, "plain", (folder / CONFIG, *files)))
+
+
+def read_decoder_weights(
+    folder: Path, channels: int, spec: ModelSpec
+) -> tuple[Sequence[Path], dict[str, Tensor]]:
+    """Read the weights of a VAE's decoder, and leave out those of its encoder.
+
+    Args:
+        folder: the folder of the VAE.
+        channels: channels of the latents that it decodes.
+        spec: the model.
+
+    Returns:
+        The files, and the tensors by name.
+
+    Raises:
+        ModelError: the number of channels does not fit the model, or the weights are missing or
+            damaged.
+        SafetyError: an index names files outside the folder.
+    """
+    if channels != spec.channels:
+        raise ModelError(
+            f"{folder / CONFIG}: the VAE decodes {channels} channels but the model makes "
+            f"{spec.channels}; give the VAE that it was trained with"
+        )
+    files, stored = read_weights(folder)
+    return files, {name: t for name, t in stored.items() if not name.startswith(_ENCODER)}
 
 
 def vae_config(config: Mapping[str, Any], where: str) -> VaeConfig:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from goc_deploy.errors import ModelError
 from goc_deploy.exporters.checkpoint import Checkpoint
+from goc_deploy.exporters.companions.vae import read_decoder_weights
 from goc_deploy.exporters.companions.wan_vae_config import WanVaeConfig, wan_vae_config
 from goc_deploy.exporters.companions.wan_vae_model import WanVaeDecoder, frame_caches
-from goc_deploy.exporters.folders import CONFIG, part_of_pipeline, read_json, read_weights
+from goc_deploy.exporters.folders import CONFIG, part_of_pipeline, read_json
 from goc_deploy.exporters.tracing import Examples, check_shapes, empty_module, same_names, shapes_of
 from goc_deploy.exporters.units import GraphKind, Input
 from goc_deploy.precision import Precision
@@ -25,7 +25,6 @@ from goc_deploy.spec import ModelSpec, VideoDecoderSpec
 VIDEO_DECODER = "video_decoder"  # name of the graph
 PRECISION: Precision = "fp32"
 TRACED_SIZE = (4, 6)  # latent pixels; both are dynamic dimensions
-_ENCODER = ("encoder.", "quant_conv.")
 
 
 @dataclass(frozen=True)
@@ -48,13 +47,7 @@ def read_wan_vae_folder(path: Path, spec: ModelSpec) -> WanVae:
     folder = part_of_pipeline(path, "vae", "diffusers saved an AutoencoderKLWan to")
     where = f"{folder / CONFIG}"
     config = wan_vae_config(read_json(folder / CONFIG), where)
-    if config.z_dim != spec.channels:
-        raise ModelError(
-            f"{where}: the VAE decodes {config.z_dim} channels but the model makes "
-            f"{spec.channels}; give the VAE that it was trained with"
-        )
-    files, stored = read_weights(folder)
-    tensors = {name: tensor for name, tensor in stored.items() if not name.startswith(_ENCODER)}
+    files, tensors = read_decoder_weights(folder, config.z_dim, spec)
     check_shapes(
         tensors,
         shapes_of(lambda: WanVaeDecoder(config)),
