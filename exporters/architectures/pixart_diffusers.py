@@ -106,18 +106,34 @@ def state_from_diffusers(
 ) -> tuple[ModelSpec, dict[str, Tensor]]:
     """The tensors of a PixArtTransformer2DModel under the names of the public layout.
 
-    q, k and v are joined, and so are k and v of the cross-attention. The position table is
-    computed.
-
     Returns:
         The spec, unchanged, and the tensors by name.
 
     Raises:
         ModelError: tensors are missing or left over; the message lists them.
     """
+    return spec, state_with_positions(tensors, spec, where, stretch(spec.side))
+
+
+def state_with_positions(
+    tensors: Mapping[str, Tensor], spec: ModelSpec, where: Path, tokens_per_distance: float
+) -> dict[str, Tensor]:
+    """The tensors of a PixArtTransformer2DModel, with a position table that is computed.
+
+    q, k and v are joined, and so are k and v of the cross-attention.
+
+    Args:
+        tensors: those that diffusers saved.
+        spec: the model.
+        where: the folder, for messages.
+        tokens_per_distance: number of tokens within a distance of 1 of the position table.
+
+    Raises:
+        ModelError: tensors are missing or left over; the message lists them.
+    """
     names = Renaming(tensors, where)
     names.rest.pop("pos_embed.pos_embed", None)
-    state = {"pos_embed": position_table(spec, stretch(spec.side))}
+    state = {"pos_embed": position_table(spec, tokens_per_distance)}
     state |= names.take_layers(layer_names(spec))
     tables = {
         f"blocks.{b}.scale_shift_table": f"transformer_blocks.{b}.scale_shift_table"
@@ -127,7 +143,7 @@ def state_from_diffusers(
     for layer, parts in joined_layers(spec).items():
         state |= names.take_joined(layer, parts)
     names.finish()
-    return spec, state
+    return state
 
 
 def joined_layers(spec: ModelSpec) -> dict[str, tuple[str, ...]]:

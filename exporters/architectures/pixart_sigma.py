@@ -24,7 +24,6 @@ from torch import Tensor
 from goc_deploy.errors import ModelError
 from goc_deploy.exporters.architectures import pixart, pixart_diffusers
 from goc_deploy.exporters.architectures.contract import DiffusersFolder
-from goc_deploy.exporters.architectures.dit_diffusers import position_table
 from goc_deploy.exporters.architectures.pixart_diffusers import (
     BASE_SIDE,
     SETTINGS,
@@ -106,9 +105,8 @@ def state_from_diffusers(
     Raises:
         ModelError: tensors are missing or left over; the message lists them.
     """
-    spec, state = pixart_diffusers.state_from_diffusers(tensors, spec, where)
-    table = position_table(spec, spec.side / BASE_SIDE)
-    return spec, state | {"pos_embed": table}
+    scale = spec.side / BASE_SIDE
+    return spec, pixart_diffusers.state_with_positions(tensors, spec, where, scale)
 
 
 def positions(spec: ModelSpec) -> Positions:
