@@ -83,14 +83,16 @@ def command() -> Command:
     """Run a command; its exit code is checked unless ``code`` is None.
 
     It runs in a process of its own, forked from one that has imported torch. With arguments of
-    `subprocess.run` other than ``cwd``, it is the installed script.
+    `subprocess.run` other than ``cwd``, it is the installed script, or the module if none is
+    installed.
     """
 
     def run(
         name: str, *args: Any, code: int | None = 0, **more: Any
     ) -> subprocess.CompletedProcess[str]:
         words, environment = [*map(str, args)], {**os.environ, "NO_COLOR": "1"}
-        if more.keys() <= {"cwd"} and can_be_warm(environment):
+        installed = command_words(name)[0] != sys.executable
+        if installed and more.keys() <= {"cwd"} and can_be_warm(environment):
             done = run_warm(name, words, environment, Path(more.get("cwd") or Path.cwd()), 300)
         else:
             done = run_installed(name, words, environment, **more)

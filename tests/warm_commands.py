@@ -17,12 +17,13 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+STARTED_WITH = dict(os.environ)  # before any test changes a variable for itself
 READ_AT_START = ("LD_", "MALLOC_", "MKL_", "OMP_", "OPENBLAS_", "PYTHON")
 
 
 def can_be_warm(environment: Mapping[str, str]) -> bool:
     """Whether an environment has the same variables that are read when a process starts."""
-    return _read_at_start(environment) == _read_at_start(_started_with())
+    return _read_at_start(environment) == _read_at_start(STARTED_WITH)
 
 
 def run_warm(
@@ -33,7 +34,7 @@ def run_warm(
     Raises:
         TimeoutExpired: the command took too long, and was killed.
     """
-    _started_with()
+    _start()
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, stream) for stream in ("stdout", "stderr")]
         process = multiprocessing.get_context("forkserver").Process(
@@ -56,17 +57,17 @@ def run_warm(
 
 
 @functools.cache
-def _started_with() -> Mapping[str, str]:
-    """Start the process that is forked; its environment."""
+def _start() -> None:
+    """Start the process that is forked, with the variables of ``STARTED_WITH``."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.warm_torch"])
-    here = dict(os.environ)
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [here.get("PYTHONPATH")])])
+    here, paths = dict(os.environ), [str(ROOT), STARTED_WITH.get("PYTHONPATH")]
+    os.environ.clear()
+    os.environ.update({**STARTED_WITH, "PYTHONPATH": os.pathsep.join(filter(None, paths))})
     try:
         forkserver.ensure_running()
     finally:
         os.environ.clear()
         os.environ.update(here)
-    return here
 
 
 def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
