@@ -17,6 +17,8 @@ Segments = Literal["full", "none"]
 SEGMENTS: tuple[Segments, ...] = get_args(Segments)
 History = Literal["auto", "features", "sums"]  # what a loaded plan keeps for later steps
 HISTORIES: tuple[History, ...] = get_args(History)
+VIDEO_SUFFIXES = (".mp4", ".webp")
+FRAMES_PER_SECOND, MAX_FRAMES_PER_SECOND = 16.0, 1000.0
 WeightMode = Literal["embedded", "shared"]  # how a TensorRT engine holds its weights
 CheckpointWeights = Literal["auto", "ema", "model"]
 PRESETS = ("paper",)  # tables of the literature that goc-eval reproduces
@@ -235,7 +237,7 @@ class RunOptions:
     threads: int = 0
     size: tuple[int, int] | None = None
     frames: int | None = None
-    fps: float = 16.0
+    fps: float = FRAMES_PER_SECOND
 
 
 @dataclass(frozen=True, slots=True)

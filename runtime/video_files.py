@@ -11,12 +11,10 @@ import numpy as np
 
 from goc_deploy.disk import written
 from goc_deploy.errors import EnvironmentUnsupportedError, UsageError
+from goc_deploy.options import FRAMES_PER_SECOND, MAX_FRAMES_PER_SECOND
 from goc_deploy.runtime.images import picture, pil_images
 from goc_deploy.runtime.picture_files import picture_path
 
-VIDEO_SUFFIXES = (".mp4", ".webp")
-FRAMES_PER_SECOND = 16.0
-MAX_FRAMES_PER_SECOND = 1000.0
 WEBP_QUALITY = 90
 MP4_QUALITY = "18"  # CRF of H.264: visually lossless
 

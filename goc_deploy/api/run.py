@@ -18,9 +18,9 @@ from goc_deploy.conditions.captions import prompt_embeds_from_arrays
 from goc_deploy.conditions.labels import labels_from_text, spread_labels
 from goc_deploy.conditions.tensor_files import arrays_from_file, latents_from_file
 from goc_deploy.errors import UsageError
-from goc_deploy.options import Progress, RunOptions, no_progress
+from goc_deploy.options import VIDEO_SUFFIXES, Progress, RunOptions, no_progress
 from goc_deploy.runtime.picture_files import PictureFiles, finished_pictures
-from goc_deploy.runtime.video_files import VIDEO_SUFFIXES, video_path, write_video
+from goc_deploy.runtime.video_files import video_path, write_video
 
 if TYPE_CHECKING:
     from goc_deploy.runtime.pipeline import Pipeline

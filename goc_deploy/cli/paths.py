@@ -9,9 +9,8 @@ from pathlib import Path
 
 from goc_deploy.disk import check_parent, disk_errors, nearest_parent
 from goc_deploy.errors import ConflictError, UsageError
-from goc_deploy.options import RunOptions
+from goc_deploy.options import VIDEO_SUFFIXES, RunOptions
 
-PICTURES, VIDEOS = (".png", ".npz"), (".mp4", ".webp")
 OTHER_OUTPUTS = ("latents_output", "trajectory_output", "report")  # of goc-run, besides --output
 
 
@@ -36,7 +35,7 @@ def check_outputs(options: RunOptions) -> RunOptions:
         "--output ends in .png or .npz, in .mp4 or .webp for a video, or has no suffix and is a "
         "directory"
     )
-    check_suffix(options.output, "", *PICTURES, *VIDEOS, what=what)
+    check_suffix(options.output, "", ".png", ".npz", *VIDEO_SUFFIXES, what=what)
     others = {name: getattr(options, name) for name in OTHER_OUTPUTS}
     if not options.output and not any(others.values()):
         options = replace(options, output=dated_picture())

@@ -26,7 +26,7 @@ from goc_deploy.cli.options import (
 )
 from goc_deploy.cli.progress import progress_bar
 from goc_deploy.cli.shards import shard_options, summary, take_shard_options
-from goc_deploy.options import RunOptions, ShardOptions
+from goc_deploy.options import MAX_FRAMES_PER_SECOND, RunOptions, ShardOptions
 
 if TYPE_CHECKING:
     from goc_deploy.api.run import RunResult
@@ -106,7 +106,7 @@ DEFAULTS = RunOptions()
 )
 @click.option(
     "--fps",
-    type=click.FloatRange(0, 1000, min_open=True),
+    type=click.FloatRange(0, MAX_FRAMES_PER_SECOND, min_open=True),
     default=DEFAULTS.fps,
     help="Frames per second of the videos that are written.",
 )
