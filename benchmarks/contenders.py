@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ def l2c_like_schedule(spec: ModelSpec, steps: int) -> Schedule:
         share = L2C_CACHED[min(step // 2 * 20 // steps, 9)] / 56 if step % 2 else 0.0
         cached = set(generator.sample(range(spec.units), round(share * spec.units)))
         rows.append(tuple(REUSE if unit in cached else COMPUTE for unit in range(spec.units)))
-    return Schedule(spec.depth, spec.branches, tuple(rows), policy="l2c-like")
+    return replace(Schedule.of(spec, tuple(rows)), policy="l2c-like")
 
 
 def pytorch(model: DiT, steps: int) -> Iterator[Contender]:

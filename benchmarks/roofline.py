@@ -94,19 +94,19 @@ class Counter:
         Reads and writes are counted in features.
         """
         spec, d = self.spec, self.spec.hidden
-        branch, wide = spec.branches[op.unit % len(spec.branches)], spec.mlp_hidden / spec.hidden
+        unit, wide = spec.declared_units[op.unit], spec.mlp_hidden / spec.hidden
         captions = 2 * spec.caption_tokens / spec.tokens  # keys and values
         layers, moved = {
             "attn": ((3 * d * d, 0, d * d), (1 + 3, 3 + 1, 1 + 1)),
             "cross": ((d * d, 0, d * d), (1 + 1, 1 + captions + 1, 1 + 1)),
             "mlp": ((d * spec.mlp_hidden, spec.mlp_hidden * d), (1 + wide, wide + 1)),
-        }[branch]
+        }[unit.branch]
         modulated = Work(0, 2 * self.feature)
         added = Work(0, 3 * self.feature)
         products = [
             Work(self.rows * flops, weights * self.item + features * self.feature)
             for flops, weights, features in zip(
-                product_flops(spec, branch), layers, moved, strict=True
+                product_flops(spec, unit), layers, moved, strict=True
             )
         ]
         return [modulated, *products, added]

@@ -109,17 +109,16 @@ def contents_of(schedule: Schedule) -> dict[str, Any]:
         its eta and threshold, the steps with the gradient, and the steps at which only reuse was
         possible otherwise.
     """
-    branches = schedule.branches
     computed = Tally(
-        branches[u % len(branches)]
+        place.branch
         for step in schedule.coefficients
-        for u, row in enumerate(step)
+        for place, row in zip(schedule.places, step, strict=True)
         if not row
     )
     found = {
         "steps": schedule.steps,
         "full_step_equivalents": schedule.computed / schedule.units,
-        "computed": {branch: computed[branch] for branch in branches},
+        "computed": {branch: computed[branch] for branch in schedule.branches},
     }
     god = schedule.provenance.get("god")
     if god is None:

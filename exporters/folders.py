@@ -18,9 +18,9 @@ import torch
 from msgspec import Meta, Struct
 from torch import Tensor
 
+from goc_deploy.blocks import MAX_BLOCKS
 from goc_deploy.errors import ModelError, SafetyError
 from goc_deploy.exporters.checkpoint import load_checkpoint
-from goc_deploy.schedule import MAX_BLOCKS
 from goc_deploy.strict_json import bytes_from_file, convert, parse_json
 
 CONFIG, PIPELINE_CONFIG, SCHEDULER_CONFIG = (

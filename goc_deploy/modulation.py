@@ -18,13 +18,15 @@ SHIFT_AND_SCALE = ("shift", "scale")
 class ModulationRows:
     """The rows of a model's modulation table. Nothing else knows their order.
 
-    Every unit has a gate, because predictions are gated. If a unit has no layer for it, the
+    Every feature has a gate, because predictions are gated. If a feature has no layer for it, the
     architecture fills the row with ones.
 
     Attributes:
-        units: for each unit, the names of the rows that it reads in addition to its gate.
+        gates_of: for each feature, its unit and the name of its gate.
+        units: for each unit, the names of the rows that it reads in addition to its gates.
     """
 
+    gates_of: tuple[tuple[int, str], ...]
     units: tuple[tuple[str, ...], ...]
 
     @property
@@ -34,8 +36,8 @@ class ModulationRows:
 
     @property
     def gates(self) -> range:
-        """The gates of all units, in order: what predictions read."""
-        return range(len(self.units))
+        """The gates of all features, in order: what predictions read."""
+        return range(len(self.gates_of))
 
     @property
     def final_shift(self) -> int:
@@ -47,22 +49,26 @@ class ModulationRows:
         """Scale of the final layer."""
         return self.final_shift + 1
 
-    def gate(self, unit: int) -> int:
-        """Gate of a unit."""
-        return self.gates[unit]
+    def gate(self, feature: int) -> int:
+        """Gate of a feature."""
+        return self.gates[feature]
 
     def of_unit(self, unit: int) -> dict[str, int]:
         """The rows that a unit reads, by the names of its inputs."""
         first = self.final_scale + 1 + sum(map(len, self.units[:unit]))
-        names = self.units[unit]
-        return {"gate": self.gate(unit), **dict(zip(names, range(first, self.count), strict=False))}
+        gates = {
+            name: self.gate(feature)
+            for feature, (of_unit, name) in enumerate(self.gates_of)
+            if of_unit == unit
+        }
+        return {**gates, **{name: first + i for i, name in enumerate(self.units[unit])}}
 
     def read(self, *, computes: bool, predicts: bool) -> range:
         """Return the rows that a step reads; the final layer always reads its own.
 
         Args:
-            computes: the step computes a unit, which reads its gate and its other rows.
-            predicts: the step predicts a unit in place, which reads its gate.
+            computes: the step computes a unit, which reads its gates and its other rows.
+            predicts: the step predicts a feature in place, which reads its gate.
         """
         first = self.gates.start if computes or predicts else self.final_shift
         return range(first, self.count if computes else self.final_scale + 1)
@@ -71,7 +77,7 @@ class ModulationRows:
         """Put the three parts of a table into the order of its rows.
 
         Args:
-            gates: the gates of every unit.
+            gates: the gates of every feature.
             final: shift and scale of the final layer.
             units: the other rows of every unit, unit by unit.
         """

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import chain
 from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from goc_deploy.blocks import (
+    MAX_BLOCKS,
+    Blocks,
+    FeaturePlace,
+    Stream,
+    Unit,
+    UnitPlace,
+    place_features,
+    unit_places,
+)
 from goc_deploy.modulation import SHIFT_AND_SCALE, ModulationRows
 
 DIFFUSION_PREDICTION_TYPES = ("eps", "v", "x0")
@@ -91,6 +103,12 @@ class ModelSpec:
         vae_frames: frames of a video per frame of latents after the first, or 1.
         rows: for each branch, the rows of the modulation table that its units read in addition to
             their gates; empty if each reads a shift and a scale.
+        blocks: the units of the blocks if they differ or change the stream of the text; ``depth``
+            is then the number of all blocks and ``branches`` are the names of their branches. Empty
+            if every block has ``branches``, each with one feature of the image.
+        pooled_channels: width of the pooled embedding of a caption that the conditioning reads, or
+            0.
+        embedded_guidance: whether the conditioning reads a guidance scale.
     """
 
     depth: Size
@@ -103,7 +121,7 @@ class ModelSpec:
     choices: SizeOrZero
     learn_sigma: bool
     architecture: str = "dit"
-    branches: Annotated[tuple[str, ...], Meta(min_length=1, max_length=3)] = ("attn", "mlp")
+    branches: Annotated[tuple[str, ...], Meta(min_length=1, max_length=6)] = ("attn", "mlp")
     prediction_type: str = "eps"
     frequency_shift: int = 0
     mlp_norm_eps: float = 1e-6
@@ -117,6 +135,9 @@ class ModelSpec:
     vae_scale: Size = 1
     vae_frames: Size = 1
     rows: Annotated[tuple[tuple[str, ...], ...], Meta(max_length=3)] = ()
+    blocks: Annotated[tuple[Blocks, ...], Meta(max_length=MAX_BLOCKS)] = ()
+    pooled_channels: SizeOrZero = 0
+    embedded_guidance: bool = False
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -190,22 +211,70 @@ class ModelSpec:
         return self.caption_channels > 0
 
     @property
+    def block_units(self) -> tuple[tuple[Unit, ...], ...]:
+        """The units of each block."""
+        return _block_units(self)
+
+    @property
+    def branches_of_blocks(self) -> tuple[tuple[str, ...], ...]:
+        """The branches of each block."""
+        return tuple(tuple(unit.branch for unit in units) for units in self.block_units)
+
+    @property
+    def declared_units(self) -> tuple[Unit, ...]:
+        """The declaration of each unit, in execution order."""
+        return tuple(chain.from_iterable(self.block_units))
+
+    @property
     def units(self) -> int:
-        """Number of units, blocks times branches; unit u is block ``u // len(branches)``."""
-        return self.depth * len(self.branches)
+        """Number of units."""
+        return sum(map(len, self.block_units))
+
+    @property
+    def unit_places(self) -> tuple[UnitPlace, ...]:
+        """The block and branch of each unit."""
+        return unit_places(self.branches_of_blocks)
+
+    @property
+    def features(self) -> tuple[FeaturePlace, ...]:
+        """The features of all units: those of the image first, and then those of the text."""
+        return _features(self)
+
+    @property
+    def has_text_stream(self) -> bool:
+        """Whether the tokens of the caption are a stream that units read and change."""
+        return any("text" in unit.reads for unit in self.declared_units)
+
+    def tokens_of(self, stream: Stream) -> int:
+        """Tokens per sample of a stream."""
+        return self.tokens if stream == "image" else self.caption_tokens
 
     @property
     def modulation(self) -> ModulationRows:
         """The rows of the modulation table."""
-        of_block = self.rows or (SHIFT_AND_SCALE,) * len(self.branches)
-        return ModulationRows(of_block * self.depth)
+        gates = tuple((place.unit, place.feature.gate) for place in self.features)
+        return ModulationRows(gates, tuple(unit.rows for unit in self.declared_units))
 
     @property
     def unit_names(self) -> tuple[str, ...]:
         """``block_00_attn``, ``block_00_mlp``, ...: the units in execution order."""
-        return tuple(
-            f"block_{block:02d}_{branch}" for block in range(self.depth) for branch in self.branches
-        )
+        return tuple(f"block_{place.block:02d}_{place.branch}" for place in self.unit_places)
+
+
+@lru_cache(maxsize=64)
+def _block_units(spec: ModelSpec) -> tuple[tuple[Unit, ...], ...]:
+    """See `ModelSpec.block_units`."""
+    if not spec.blocks:
+        rows = spec.rows or (SHIFT_AND_SCALE,) * len(spec.branches)
+        units = tuple(map(Unit, spec.branches, rows))
+        return (units,) * spec.depth
+    return tuple(chain.from_iterable((run.units,) * run.count for run in spec.blocks))
+
+
+@lru_cache(maxsize=64)
+def _features(spec: ModelSpec) -> tuple[FeaturePlace, ...]:
+    """See `ModelSpec.features`."""
+    return place_features(spec.declared_units)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from goc_deploy.blocks import MAX_BLOCKS
 from goc_deploy.errors import ModelError
 from goc_deploy.exporters.architectures import any_size
 from goc_deploy.exporters.architectures.contract import Architecture, DiffusersFolder
@@ -45,7 +46,6 @@ from goc_deploy.exporters.tracing import (
 )
 from goc_deploy.exporters.units import DTYPES, GraphKind, Input, Slab
 from goc_deploy.precision import Precision
-from goc_deploy.schedule import MAX_BLOCKS
 from goc_deploy.spec import ModelSpec, Positions
 
 HEADS_OF_KNOWN_SIZES = {384: 6, 768: 12, 1024: 16, 1152: 16}  # S, B, L, XL

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from goc_deploy.blocks import MAX_BLOCKS
 from goc_deploy.conditions.captions import MASKED
 from goc_deploy.errors import ModelError
 from goc_deploy.exporters.architectures.contract import Architecture, DiffusersFolder
@@ -70,7 +71,6 @@ from goc_deploy.exporters.tracing import (
 )
 from goc_deploy.exporters.units import DTYPES, GraphKind, Input, Slab
 from goc_deploy.precision import Precision
-from goc_deploy.schedule import MAX_BLOCKS
 from goc_deploy.spec import ModelSpec, Positions
 
 TOLD_SIZE = Input("told_size", torch.tensor([512.0, 768.0]), {})

@@ -9,11 +9,11 @@ from typing import Any
 from msgspec import Struct
 from torch import Tensor
 
+from goc_deploy.blocks import MAX_BLOCKS
 from goc_deploy.errors import ModelError
 from goc_deploy.exporters.architectures.pixart_diffusers import BRANCHES, ROWS_OF_BRANCHES
 from goc_deploy.exporters.folders import MAX_WIDTH, Setting, Settings
 from goc_deploy.exporters.tracing import check_shapes
-from goc_deploy.schedule import MAX_BLOCKS
 from goc_deploy.spec import ModelSpec, Positions
 
 PATCH, TOKENS, FREQUENCIES = 2, 512, 256

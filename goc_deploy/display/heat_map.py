@@ -109,11 +109,7 @@ def heat_map(schedule: Schedule, title: str = "") -> Drawing:
         top += CURVES_HEIGHT + 8
     marks += _cells(schedule, cell, top)
     width, height = cell * schedule.steps, float(CELL_HEIGHT * schedule.units)
-    branches = len(schedule.branches)
-    for block in range(0, schedule.depth, max(1, math.ceil(FONT_SIZE / (CELL_HEIGHT * branches)))):
-        marks.append(
-            Label(str(block), LEFT - 8, top + CELL_HEIGHT * branches * (block + 0.5) + 4, "end")
-        )
+    marks += _block_numbers(schedule, top)
     for step in range(0, schedule.steps, math.ceil(LABEL_WIDTH / cell)):
         marks.append(Label(str(step), middles[step], top + height + 15))
     axis = f"step (0 is the noisiest); rows of a block: {', '.join(schedule.branches)}"
@@ -123,6 +119,19 @@ def heat_map(schedule: Schedule, title: str = "") -> Drawing:
         LEFT + width + RIGHT, legend_width, LEFT + LETTER * max(len(title), len(axis)) + RIGHT
     )
     return Drawing(whole, top + height + BOTTOM, tuple(marks))
+
+
+def _block_numbers(schedule: Schedule, top: float) -> list[Label]:
+    """The number of each block beside the middle of its rows, as far as there is space."""
+    labels: list[Label] = []
+    first, free = 0, top
+    for block, branches in enumerate(schedule.branches_of_blocks):
+        middle = top + CELL_HEIGHT * (first + len(branches) / 2) + 4
+        if middle - 4 >= free or not labels:
+            labels.append(Label(str(block), LEFT - 8, middle, "end"))
+            free = middle - 4 + FONT_SIZE
+        first += len(branches)
+    return labels
 
 
 def svg(drawing: Drawing) -> str:

@@ -11,7 +11,7 @@ from goc_deploy.engine_dir.keys import ENGINE_BACKENDS
 from goc_deploy.engine_dir.manifest import IMAGE_CHANNELS, Manifest, Parameter
 from goc_deploy.errors import EngineDirError, SafetyError
 from goc_deploy.precision import DTYPE_OF_FORMAT
-from goc_deploy.spec import PREDICTION_TYPES
+from goc_deploy.spec import PREDICTION_TYPES, ModelSpec
 from goc_deploy.strict_json import (
     check_format,
     convert,
@@ -84,17 +84,45 @@ def _model_problems(manifest: Manifest) -> Iterator[str]:
     needed = "caption_tokens" if model.text_conditional else "choices"
     if not getattr(model, needed):
         yield f"$.model.{needed}: expected int >= 1, got 0"
-    if ("cross" in model.branches) != model.text_conditional:
+    reads_text = "cross" in model.branches or model.has_text_stream
+    if reads_text != model.text_conditional:
         yield (
-            "$.model.branches: expected 'cross' if caption_channels is not 0 and only then, "
-            f"got {', '.join(model.branches):.60}"
+            "$.model.branches: expected units that read the text if caption_channels is not 0 and "
+            f"only then, got {', '.join(model.branches):.60}"
         )
+    yield from _block_problems(model)
     if len(model.rows) not in (0, len(model.branches)):
         yield f"$.model.rows: expected a list for each of {len(model.branches)} branches"
     if len(manifest.class_names) not in (0, model.choices):
         yield (
             f"$.class_names: expected 0 or {model.choices} names, got {len(manifest.class_names)}"
         )
+
+
+def _block_problems(model: ModelSpec) -> Iterator[str]:
+    """Yield blocks that are not those of ``depth`` and ``branches``, and units of one name."""
+    if not model.blocks:
+        return
+    blocks = sum(run.count for run in model.blocks)
+    if blocks != model.depth:
+        yield f"$.model.blocks: expected {model.depth} blocks, got {blocks}"
+    names = tuple(dict.fromkeys(unit.branch for run in model.blocks for unit in run.units))
+    if names != model.branches:
+        yield f"$.model.blocks: expected the branches {', '.join(model.branches):.60}"
+    if model.rows:
+        yield "$.model.rows: expected none beside $.model.blocks"
+    for i, run in enumerate(model.blocks):
+        branches = [unit.branch for unit in run.units]
+        if len(set(branches)) < len(branches):
+            yield f"$.model.blocks[{i}].units: a branch is listed twice"
+        for j, unit in enumerate(run.units):
+            outputs = [feature.suffix for feature in unit.features]
+            changed = {feature.stream for feature in unit.features}
+            if len(set(outputs)) < len(outputs) or not changed <= set(unit.reads):
+                yield (
+                    f"$.model.blocks[{i}].units[{j}].features: expected different suffixes, and "
+                    "streams that the unit reads"
+                )
 
 
 def _decoder_problems(manifest: Manifest) -> Iterator[str]:

@@ -142,7 +142,7 @@ def converged_pipeline(
                 f"has {pipe.plan.sampler.sampler}"
             )
     spec = pipes[0].spec
-    schedule = Schedule(spec.depth, spec.branches, ((COMPUTE,) * spec.units,) * options.converged)
+    schedule = Schedule.of(spec, ((COMPUTE,) * spec.units,) * options.converged)
     table = table_from_sampler(
         pipes[0].plan.sampler.sampler, options.converged, pipes[0].manifest.process
     )

@@ -118,7 +118,7 @@ def l2c(options: RouterOptions, context: PolicyContext) -> Schedule:
         tuple(COMPUTE if step % 2 == 0 or p > options.threshold else REUSE for p in row)
         for step, row in enumerate(reversed(probabilities))
     )
-    return Schedule(spec.depth, spec.branches, rows)
+    return Schedule.of(spec, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +135,4 @@ def from_file(options: FileOptions, _context: PolicyContext) -> Schedule:
 
 def _same_for_all_units(context: PolicyContext, reused: list[bool]) -> Schedule:
     spec = context.spec
-    return Schedule(
-        spec.depth, spec.branches, tuple(((REUSE if r else COMPUTE),) * spec.units for r in reused)
-    )
+    return Schedule.of(spec, tuple(((REUSE if r else COMPUTE),) * spec.units for r in reused))

@@ -52,12 +52,12 @@ class Candidate:
 def plain(mask: Iterable[Iterable[bool]], spec: ModelSpec) -> Schedule:
     """The schedule that computes the units of ``mask`` [T][U] and plainly reuses the others."""
     rows = tuple(tuple(COMPUTE if computed else REUSE for computed in step) for step in mask)
-    return Schedule(spec.depth, spec.branches, rows)
+    return Schedule.of(spec, rows)
 
 
 def uncached(spec: ModelSpec, steps: int) -> Schedule:
     """Every unit computed at every step."""
-    return Schedule(spec.depth, spec.branches, ((COMPUTE,) * spec.units,) * steps)
+    return Schedule.of(spec, ((COMPUTE,) * spec.units,) * steps)
 
 
 def warped(steps: int, count: int, warp: float, tail: int) -> tuple[int, ...]:

@@ -74,8 +74,9 @@ def where_reused(schedule: Schedule, *, all_branches: bool) -> np.ndarray:
     reused = np.array([[row == REUSE for row in step] for step in schedule.coefficients])
     if not all_branches:
         return reused
-    blocks = reused.reshape(schedule.steps, schedule.depth, -1).all(axis=2)
-    return np.repeat(blocks, len(schedule.branches), axis=1)
+    blocks = np.array([place.block for place in schedule.places])
+    wholly = [reused[:, blocks == block].all(axis=1) for block in range(schedule.depth)]
+    return np.stack(wholly, axis=1)[:, blocks]
 
 
 def with_gradient_at(schedule: Schedule, chosen: np.ndarray, eta: float) -> Schedule:

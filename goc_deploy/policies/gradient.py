@@ -56,14 +56,13 @@ def _with_gradient(schedule: Schedule, steps: Collection[int], eta: float) -> Sc
 
 def only_where_all_branches_are_reused(base: Schedule, corrected: Schedule) -> Schedule:
     """Undo a correction in blocks that compute a branch, as the authors' L2C variant does."""
-    branches = len(base.branches)
     rows = []
     for before, after in zip(base.coefficients, corrected.coefficients, strict=True):
-        blocks = [before[first : first + branches] for first in range(0, len(before), branches)]
+        computing = {place.block for place, row in zip(base.places, before, strict=True) if not row}
         rows.append(
             tuple(
-                row if all(blocks[unit // branches]) else before[unit]
-                for unit, row in enumerate(after)
+                before[unit] if place.block in computing else after[unit]
+                for unit, place in enumerate(base.places)
             )
         )
     return replace(corrected, coefficients=tuple(rows))

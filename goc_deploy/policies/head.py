@@ -143,4 +143,5 @@ def without_predicted_steps(schedule: Schedule) -> Schedule:
         rows,
         policy=schedule.policy,
         provenance=schedule.provenance,
+        blocks=schedule.blocks,
     )

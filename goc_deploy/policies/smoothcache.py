@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from goc_deploy.errors import ScheduleError
 from goc_deploy.policies.calibration import MAX_GAP
 from goc_deploy.policies.context import PolicyContext
@@ -58,10 +60,15 @@ def smoothcache(options: SmoothCacheOptions, context: PolicyContext) -> Schedule
         return schedule_from_smoothcache(alpha, context)
     calibrator = context.required_laboratory().calibrator(context.steps)
     changes = calibrator.statistics().changes
-    if not options.per_unit:
-        changes = changes.reshape(len(changes), spec.depth, -1, MAX_GAP).mean(axis=1)
-    decided = [greedy_steps(changes[:, place], alpha) for place in range(changes.shape[1])]
-    computed = [decided[unit % len(decided)] for unit in range(spec.units)]
+    if options.per_unit:
+        computed = [greedy_steps(changes[:, unit], alpha) for unit in range(spec.units)]
+    else:
+        of_units = np.array([place.branch for place in spec.unit_places])
+        decided = {
+            branch: greedy_steps(changes[:, of_units == branch].mean(axis=1), alpha)
+            for branch in spec.branches
+        }
+        computed = [decided[branch] for branch in of_units]
     provenance = {
         "alpha": alpha,
         "per_unit": options.per_unit,
@@ -112,8 +119,9 @@ def schedule_from_smoothcache(path: Path, context: PolicyContext) -> Schedule:
                 f"schedule {path} names {component!r} but the model has {', '.join(spec.branches)}"
             )
         checked = _actions(actions, steps, path, component)
-        for unit in range(spec.branches.index(branch), spec.units, len(spec.branches)):
-            computed[unit] = checked
+        for unit, place in enumerate(spec.unit_places):
+            if place.branch == branch:
+                computed[unit] = checked
     return _schedule(computed, context)
 
 
@@ -143,9 +151,13 @@ def smoothcache_from_schedule(schedule: Schedule) -> str:
             words.
     """
     lists: dict[str, list[int]] = {}
-    for index, branch in enumerate(schedule.branches):
+    for branch in schedule.branches:
         rows = [
-            {int(not row) for row in step[index :: len(schedule.branches)]}
+            {
+                int(not row)
+                for place, row in zip(schedule.places, step, strict=True)
+                if place.branch == branch
+            }
             for step in schedule.coefficients
         ]
         mixed = next((step for step, actions in enumerate(rows) if len(actions) > 1), None)
@@ -164,4 +176,4 @@ def _schedule(computed: Sequence[Sequence[bool]], context: PolicyContext) -> Sch
         tuple(COMPUTE if computes else REUSE for computes in step)
         for step in zip(*computed, strict=True)
     )
-    return Schedule(context.spec.depth, context.spec.branches, rows)
+    return Schedule.of(context.spec, rows)

@@ -90,7 +90,7 @@ def check_schedule_fits(schedule: Schedule, spec: ModelSpec, steps: int) -> None
             f"the schedule has {schedule.steps} steps but {steps} are asked for; "
             f"use `steps={schedule.steps}` or a schedule with that many steps"
         )
-    if (schedule.depth, schedule.branches) != (spec.depth, spec.branches):
+    if schedule.branches_of_blocks != spec.branches_of_blocks:
         raise ScheduleError(
             f"the schedule is for {schedule.depth} blocks of {'+'.join(schedule.branches)} but the "
             f"model has {spec.depth} blocks of {'+'.join(spec.branches)}"

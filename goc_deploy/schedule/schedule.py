@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal, cast, get_args
 
 from msgspec import Meta, Struct
 
+from goc_deploy.blocks import MAX_BLOCKS, UnitPlace, unit_places
 from goc_deploy.errors import ScheduleError
+from goc_deploy.spec import ModelSpec
 from goc_deploy.strict_json import (
     bytes_from_file,
     check_format,
@@ -29,8 +31,7 @@ SHORT_HISTORY_KINDS: tuple[ShortHistory, ...] = get_args(ShortHistory)
 LEVELS: tuple[Level, ...] = get_args(Level)
 MAX_HISTORY = 4
 MAX_STEPS = 10_000
-MAX_BLOCKS = 1_000
-MAX_BRANCHES = 3
+MAX_BRANCHES = 6
 
 
 def gradient(eta: float) -> tuple[float, ...]:
@@ -44,7 +45,7 @@ class Schedule:
 
     Attributes:
         depth: number of blocks.
-        branches: branches of a block, in execution order.
+        branches: branches of a block, in execution order; if blocks differ, of any block.
         coefficients: [T][U] coefficients over the history, newest first; an empty tuple computes
             the unit.
         history: ``used`` stores the feature that was used at every step, ``computed`` stores only
@@ -54,6 +55,7 @@ class Schedule:
         level: ``unit`` predicts the feature of every unit; ``residual`` predicts one feature per
             step, the tokens after the last unit minus the tokens before the first. All units of a
             step then have the same coefficients.
+        blocks: the branches of each block if blocks differ, else empty.
         policy: the SPEC or file that made it, for people.
         provenance: how a policy that learns from data made it: parameters, statistics, images, in
             plain JSON types. It is for people, and schedules that differ only in it are equal.
@@ -67,6 +69,7 @@ class Schedule:
     policy: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
     level: Level = "unit"
+    blocks: tuple[tuple[str, ...], ...] = ()
 
     @property
     def steps(self) -> int:
@@ -76,7 +79,17 @@ class Schedule:
     @property
     def units(self) -> int:
         """Number of units U."""
-        return self.depth * len(self.branches)
+        return len(self.places)
+
+    @property
+    def branches_of_blocks(self) -> tuple[tuple[str, ...], ...]:
+        """The branches of each block."""
+        return self.blocks or (self.branches,) * self.depth
+
+    @property
+    def places(self) -> tuple[UnitPlace, ...]:
+        """The block and branch of each unit."""
+        return unit_places(self.branches_of_blocks)
 
     @property
     def history_depth(self) -> int:
@@ -106,8 +119,8 @@ class Schedule:
 
     def place(self, step: int, unit: int) -> str:
         """Name the place of an evaluation for messages."""
-        block, branch = divmod(unit, len(self.branches))
-        return f"step {step}, block {block}, {self.branches[branch]}"
+        place = self.places[unit]
+        return f"step {step}, block {place.block}, {place.branch}"
 
     def available_history(self) -> Iterator[tuple[int, int, int]]:
         """Yield (step, unit, entries stored before that step) in execution order."""
@@ -117,6 +130,14 @@ class Schedule:
                 yield step, unit, stored[unit]
                 if not row or self.history == "used":
                     stored[unit] += 1
+
+    @classmethod
+    def of(
+        cls, spec: ModelSpec, coefficients: tuple[tuple[tuple[float, ...], ...], ...]
+    ) -> Schedule:
+        """The schedule of a model with these coefficients, [T][U]."""
+        blocks = spec.branches_of_blocks if spec.blocks else ()
+        return cls(spec.depth, spec.branches, coefficients, blocks=blocks)
 
     @classmethod
     def load(cls, path: str | Path) -> Schedule:
@@ -158,6 +179,7 @@ def schedule_to_json(schedule: Schedule) -> str:
             "history": schedule.history,
             "short_history": schedule.short_history,
             **({"level": schedule.level} if schedule.level != "unit" else {}),
+            **({"blocks": list(map(list, schedule.blocks))} if schedule.blocks else {}),
             "predictors": {word: list(row) for row, word in words.items() if row},
             "actions": [" ".join(words[row] for row in step) for step in schedule.coefficients],
             **({"provenance": dict(schedule.provenance)} if schedule.provenance else {}),
@@ -197,6 +219,7 @@ def schedule_from_json(text: bytes, where: str) -> Schedule:
         file.policy,
         file.provenance,
         cast(Level, file.level),
+        file.blocks,
     )
 
 
@@ -211,11 +234,14 @@ def schedule_from_file(path: Path) -> Schedule:
     )
 
 
+_Branches = Annotated[tuple[str, ...], Meta(min_length=1, max_length=MAX_BRANCHES)]
+
+
 class _ScheduleFile(Struct):
     """The fields of a schedule file after ``format`` and ``version``."""
 
     depth: Annotated[int, Meta(ge=1, le=MAX_BLOCKS)]
-    branches: Annotated[tuple[str, ...], Meta(min_length=1, max_length=MAX_BRANCHES)]
+    branches: _Branches
     history: str
     short_history: str
     policy: str
@@ -223,6 +249,7 @@ class _ScheduleFile(Struct):
     actions: Annotated[tuple[str, ...], Meta(min_length=1, max_length=MAX_STEPS)]
     provenance: dict[str, Any] = {}
     level: str = "unit"
+    blocks: Annotated[tuple[_Branches, ...], Meta(max_length=MAX_BLOCKS)] = ()
 
 
 _Coefficients = Annotated[tuple[float, ...], Meta(min_length=1)]
@@ -236,6 +263,8 @@ def _problems(file: _ScheduleFile) -> Iterator[str]:
         yield f"$.short_history: {expected(SHORT_HISTORY_KINDS, file.short_history)}"
     if file.level not in LEVELS:
         yield f"$.level: {expected(LEVELS, file.level)}"
+    if len(file.blocks) not in (0, file.depth):
+        yield f"$.blocks: expected the branches of {file.depth} blocks, got {len(file.blocks)}"
     if "C" in file.predictors:
         yield "$.predictors.C: a predictor cannot be named C, which computes; use another name"
 
@@ -248,14 +277,13 @@ def _step_from_text(
     Raises:
         ScheduleError: the number of actions is wrong, or one is unknown.
     """
-    actions, units = text.split(), file.depth * len(file.branches)
-    if len(actions) != units:
-        raise ScheduleError(f"{where} has {len(actions)} actions for {units} units")
-    for unit, word in enumerate(actions):
+    actions, places = text.split(), unit_places(file.blocks or (file.branches,) * file.depth)
+    if len(actions) != len(places):
+        raise ScheduleError(f"{where} has {len(actions)} actions for {len(places)} units")
+    for place, word in zip(places, actions, strict=True):
         if word not in words:
-            block, branch = divmod(unit, len(file.branches))
             raise ScheduleError(
-                f"{where}, block {block}, {file.branches[branch]}: unknown action {word!r:.60}; "
+                f"{where}, block {place.block}, {place.branch}: unknown action {word!r:.60}; "
                 "use C or a name in $.predictors"
             )
     return tuple(words[word] for word in actions)

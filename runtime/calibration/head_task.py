@@ -64,7 +64,7 @@ class HeadTask:
     def decides(self) -> tuple[object, ...]:
         """Everything that decides the result, without names and records for people."""
         schedule = self.schedule
-        kinds = (schedule.depth, schedule.branches, schedule.history, schedule.level)
+        kinds = (schedule.branches_of_blocks, schedule.history, schedule.level)
         return (*kinds, schedule.coefficients, self.table, self.teacher, *self._kinds_of_images)
 
     @property
@@ -75,7 +75,7 @@ class HeadTask:
         """
         schedule, table = self.schedule, self.table
         depth = schedule.history_depth
-        kinds = (schedule.depth, schedule.branches, schedule.history, schedule.level, depth)
+        kinds = (schedule.branches_of_blocks, schedule.history, schedule.level, depth)
         digest = sha256(
             repr((kinds, self.teacher.table, table.start, self._kinds_of_images)).encode()
         )

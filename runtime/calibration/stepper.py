@@ -60,7 +60,7 @@ class Stepper:
             capacity,
             engines.captions,
         )
-        schedule = Schedule(spec.depth, spec.branches, ((COMPUTE,) * spec.units,) * table.steps)
+        schedule = Schedule.of(spec, ((COMPUTE,) * spec.units,) * table.steps)
         every_unit = tuple(Compute(unit, store=0) for unit in range(spec.units))
         plan = Plan("calibration", table, (every_unit,) * table.steps, 1, schedule)
         # Trajectories may be at any step, so each step makes its own row of the modulation table.

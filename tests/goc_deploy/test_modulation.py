@@ -6,23 +6,27 @@ from hypothesis import strategies as st
 
 from goc_deploy.modulation import SHIFT_AND_SCALE, ModulationRows
 
-TWO = ModulationRows((SHIFT_AND_SCALE,) * 2)
+TWO = ModulationRows(((0, "gate"), (1, "gate")), (SHIFT_AND_SCALE,) * 2)
 NAMES = st.lists(st.sampled_from(["shift", "scale", "shift_text", "scale_text"]), unique=True)
 
 
-@given(st.lists(NAMES.map(tuple), min_size=1, max_size=84).map(tuple))
-def test_every_row_has_one_reader(units: tuple[tuple[str, ...], ...]) -> None:
-    rows = ModulationRows(units)
+@given(st.lists(NAMES.map(tuple), min_size=1, max_size=84).map(tuple), st.data())
+def test_every_row_has_one_reader(units: tuple[tuple[str, ...], ...], data: st.DataObject) -> None:
+    gates = [(unit, "gate") for unit in range(len(units))]
+    gates += [(unit, "gate_text") for unit in range(len(units)) if data.draw(st.booleans())]
+    rows = ModulationRows(tuple(gates), units)
     read = [rows.final_shift, rows.final_scale]
     for unit, names in enumerate(units):
-        assert list(rows.of_unit(unit)) == ["gate", *names]
+        of_unit = [gate for reader, gate in gates if reader == unit]
+        assert list(rows.of_unit(unit)) == [*of_unit, *names]
         read += rows.of_unit(unit).values()
     assert sorted(read) == list(range(rows.count))
-    assert [rows.gate(unit) for unit in range(len(units))] == list(rows.gates)
+    assert [rows.gate(feature) for feature in range(len(gates))] == list(rows.gates)
 
 
 def test_the_parts_of_a_table_stand_in_the_order_of_its_rows() -> None:
-    rows = ModulationRows((SHIFT_AND_SCALE, (), ("scale",)))
+    gates = tuple((unit, "gate") for unit in range(3))
+    rows = ModulationRows(gates, (SHIFT_AND_SCALE, (), ("scale",)))
     names = {rows.final_shift: "final shift", rows.final_scale: "final scale"}
     for unit in range(3):
         names |= {row: f"{name} {unit}" for name, row in rows.of_unit(unit).items()}

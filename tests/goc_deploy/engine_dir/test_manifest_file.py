@@ -217,7 +217,8 @@ BROKEN_RULES: Changes = {
     ),
     "branches": (
         lambda m: m["model"].update(branches=["attn", "cross"]),
-        "$.model.branches: expected 'cross' if caption_channels is not 0 and only then, got attn",
+        "$.model.branches: expected units that read the text if caption_channels is "
+        "not 0 and only then, got attn, cross",
     ),
     "class names": (
         lambda m: m["class_names"].pop(),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.make_checkpoint import spec_of
+from goc_deploy.blocks import Unit
 from goc_deploy.policies.grammar import parse_policy
 from goc_deploy.policies.resolve import schedule_from_policy
 from goc_deploy.schedule.operations import full_step_flops, product_flops, schedule_flops
@@ -35,4 +36,4 @@ def test_cross_attention_takes_its_caption_and_no_keys_and_values() -> None:
     spec = ModelSpec(
         1, 8, 2, 16, 2, 2, 4, 0, False, branches=("attn", "cross", "mlp"), caption_tokens=5
     )
-    assert product_flops(spec, "cross") == (2 * 4 * 8 * 8, 2 * 2 * 4 * 5 * 8, 2 * 4 * 8 * 8)
+    assert product_flops(spec, Unit("cross")) == (2 * 4 * 8 * 8, 2 * 2 * 4 * 5 * 8, 2 * 4 * 8 * 8)
