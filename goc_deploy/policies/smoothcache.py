@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from goc_deploy.errors import ScheduleError
 from goc_deploy.policies.calibration import MAX_GAP
 from goc_deploy.policies.context import PolicyContext
@@ -63,11 +61,11 @@ def smoothcache(options: SmoothCacheOptions, context: PolicyContext) -> Schedule
     if options.per_unit:
         computed = [greedy_steps(changes[:, unit], alpha) for unit in range(spec.units)]
     else:
-        of_units = np.array([place.branch for place in spec.unit_places])
-        decided = {
-            branch: greedy_steps(changes[:, of_units == branch].mean(axis=1), alpha)
-            for branch in spec.branches
-        }
+        of_units = [place.branch for place in spec.unit_places]
+        decided = {}
+        for branch in spec.branches:
+            units = [unit for unit, of_unit in enumerate(of_units) if of_unit == branch]
+            decided[branch] = greedy_steps(changes[:, units].mean(axis=1), alpha)
         computed = [decided[branch] for branch in of_units]
     provenance = {
         "alpha": alpha,
