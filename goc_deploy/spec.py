@@ -47,6 +47,10 @@ class Positions:
         base: ``sine``: tokens per side of a square sample. The tokens of any other size are spread
             over the same range.
         stretch: ``sine``: number of tokens within a distance of 1, for a sample of ``base``.
+        table: ``sine``: tokens per side of a square table of which every sample shows the middle,
+            so that its tokens are as far apart at every size; 0 if there is no such table, and
+            samples are spread over the range of ``base``.
+        origin: ``sine``: position of the first token of that table.
         widths: ``rotary``: values of a head that each axis turns; even, and their sum is the width
             of a head.
         theta: ``rotary``: base of the frequencies.
@@ -54,7 +58,9 @@ class Positions:
 
     kind: Literal["sine", "rotary"]
     base: Annotated[int, Meta(ge=0)] = 0
-    stretch: float = 1.0
+    stretch: Annotated[float, Meta(gt=0)] = 1.0
+    table: SizeOrZero = 0
+    origin: float = 0.0
     widths: tuple[int, ...] = ()
     theta: float = 10_000.0
 
@@ -109,6 +115,7 @@ class ModelSpec:
         pooled_channels: width of the pooled embedding of a caption that the conditioning reads, or
             0.
         embedded_guidance: whether the conditioning reads a guidance scale.
+        qk_norm: whether attention normalises queries and keys, in families of which some models do.
     """
 
     depth: Size
@@ -138,6 +145,7 @@ class ModelSpec:
     blocks: Annotated[tuple[Blocks, ...], Meta(max_length=MAX_BLOCKS)] = ()
     pooled_channels: SizeOrZero = 0
     embedded_guidance: bool = False
+    qk_norm: bool = False
 
     @property
     def axes(self) -> tuple[int, ...]:
