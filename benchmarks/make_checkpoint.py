@@ -1,11 +1,13 @@
-"""Write a DiT, PixArt or Wan checkpoint of a public size with random weights, in the public layout.
+"""Write a checkpoint of a public size with random weights, in its public layout.
 
     python benchmarks/make_checkpoint.py XL/2 dit-xl-2.pt
     python benchmarks/make_checkpoint.py PixArt-XL/2 pixart-xl-2.pth
     python benchmarks/make_checkpoint.py Wan-1.3B wan-1.3b.safetensors
+    python benchmarks/make_checkpoint.py SD3.5-Medium sd3.5-medium.safetensors
     python benchmarks/make_checkpoint.py PixArt-Sigma-XL/2 sigma.pth --image-size 1024
 
-Weights of a Wan are bfloat16, as the public ones. Random weights cost what trained ones cost.
+Weights of Wan and Stable Diffusion 3 are bfloat16, as the public ones, and tensors have the names
+of diffusers. Random weights cost what trained ones cost.
 adaLN layers are not zero, so every unit has an effect.
 """
 
@@ -17,6 +19,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -24,18 +27,29 @@ from safetensors.torch import save_file
 from goc_deploy.exporters.architectures.dit_model import DiT
 from goc_deploy.exporters.architectures.pixart import NULL_CAPTION, PublicLayout
 from goc_deploy.exporters.architectures.pixart_diffusers import ROWS_OF_BRANCHES
+from goc_deploy.exporters.architectures.sd3_layout import TABLE
+from goc_deploy.exporters.architectures.sd3_layout import shapes_from_spec as sd3_shapes
+from goc_deploy.exporters.architectures.sd3_spec import spec_of as sd3_spec
 from goc_deploy.exporters.architectures.wan_diffusers import shapes_from_spec
 from goc_deploy.exporters.architectures.wan_diffusers import spec_of as wan_spec
 from goc_deploy.exporters.tracing import shapes_of
+from goc_deploy.size_inputs import size_tensors
 from goc_deploy.spec import ModelSpec
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 MODULATION_SCALE = 0.3
+MODULATING = ("adaLN", "t_block", "time_proj", "norm1", "norm_out")
+HALF = ("wan", "sd3")  # families whose public weights are bfloat16
 PIXART, SIGMA = "PixArt-", "PixArt-Sigma-"
 WAN_SIZES = {  # blocks, heads of 128, width of the MLP, channels of the latents
     "Wan-1.3B": (30, 12, 8960, 16),
     "Wan-5B": (30, 24, 14336, 48),
     "Wan-14B": (40, 40, 13824, 16),
+}
+SD3_SIZES: dict[str, dict[str, Any]] = {  # blocks, heads of 64, blocks with a second attention
+    "SD3-Medium": {"depth": 24, "heads": 24, "dual": (), "qk_norm": False, "table": 192},
+    "SD3.5-Medium": {"depth": 24, "heads": 24, "dual": range(13), "qk_norm": True, "table": 384},
+    "SD3.5-Large": {"depth": 38, "heads": 38, "dual": (), "qk_norm": True, "table": 192},
 }
 PIXART_SPEC = {
     "choices": 0,
@@ -57,6 +71,9 @@ def spec_of(name: str, image_size: int) -> ModelSpec:
     if name in WAN_SIZES:
         depth, heads, ffn, channels = WAN_SIZES[name]
         return wan_spec(depth, heads, 128, ffn=ffn, channels=channels, text=4096)
+    if name in SD3_SIZES:
+        sizes = SD3_SIZES[name]
+        return sd3_spec(hidden=64 * sizes["heads"], **sizes)
     size, patch = name.removeprefix(SIGMA).removeprefix(PIXART).split("/")
     depth, hidden, heads = SIZES[size]
     spec = ModelSpec(
@@ -72,6 +89,8 @@ def random_state(spec: ModelSpec, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     if spec.architecture == "wan":
         shapes = shapes_from_spec(spec)
+    elif spec.architecture == "sd3":
+        shapes = {name: shape for name, shape in sd3_shapes(spec).items() if name != TABLE}
     else:
         shapes = shapes_of(lambda: PublicLayout(spec) if spec.text_conditional else DiT(spec))
     if spec.architecture in ("pixart", SIGMA_SPEC["architecture"]):
@@ -79,13 +98,23 @@ def random_state(spec: ModelSpec, seed: int) -> dict[str, torch.Tensor]:
     state = {}
     for name, shape in shapes.items():
         fan_in = math.prod(shape[1:]) if len(shape) > 1 else 2500
-        modulates = any(part in name for part in ("adaLN", "t_block", "time_proj"))
+        modulates = any(part in name for part in MODULATING)
         scale = MODULATION_SCALE if modulates else 1.0
         state[name] = torch.randn(shape, generator=generator).mul_(scale * fan_in**-0.5)
-        if spec.architecture == "wan":
-            norm = "norm" in name and name.endswith("weight")
+        if spec.architecture in HALF:
+            norm = "norm" in name and len(shape) == 1 and name.endswith("weight")
             state[name] = (state[name] + (1.0 if norm else 0.0)).bfloat16()
+    if spec.architecture == "sd3":
+        state[TABLE] = _whole_table(spec)
     return state
+
+
+def _whole_table(spec: ModelSpec) -> torch.Tensor:
+    """The position table of a Stable Diffusion 3, of which samples show the middle."""
+    assert spec.positions is not None
+    side = spec.positions.table
+    table = size_tensors(spec.at((side, side)))["positions"]
+    return torch.from_numpy(table).reshape(1, side**2, spec.hidden).bfloat16()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "model",
         help="S/2, B/2, L/2, XL/2, or another patch size; PixArt-XL/2, PixArt-Sigma-XL/2; "
-        "Wan-1.3B, Wan-5B, Wan-14B",
+        f"{', '.join((*WAN_SIZES, *SD3_SIZES))}",
     )
     parser.add_argument("output", type=Path)
     parser.add_argument("--image-size", type=int, default=256)
