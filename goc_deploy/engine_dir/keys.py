@@ -143,7 +143,7 @@ def dimension_ranges(spec: ModelSpec, max_batch: int, steps: int) -> Mapping[str
     }
     return {
         "tokens": (1, usual, most),
-        "T": (1, usual, most),
+        "T": (1, usual, max(most, spec.caption_tokens if spec.has_text_stream else 0)),
         **sides,
         **of_decoder,
         **dict(zip(("token_frames", "token_rows", "token_columns"), axes, strict=True)),

@@ -54,7 +54,8 @@ class Statistics:
 
     Attributes:
         means: (T, U, tokens, D) float32 features averaged over images, conditional and
-            unconditional rows alike: A_k.
+            unconditional rows alike: A_k. The features of a unit follow each other along the
+            tokens, and zeros follow those of a unit with fewer tokens.
         changes: (T, U, MAX_GAP) ``|F_k - F_(k-j)|_1 / |F_k|_1`` averaged over images, for j = 1 ..
             MAX_GAP; infinite where there is no step k - j. Source: SmoothCache, eq. 4.
     """
