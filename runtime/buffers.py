@@ -58,7 +58,8 @@ class Buffers:
         timesteps: one row per chunk, each at an aligned address.
         guidance: (N, C) guidance weight of each channel of each image.
         labels: distinct labels.
-        label_rows: (B,) index of the label of each row.
+        label_rows: (B,) index of the row of the table of each row.
+        pooled: (K, P) float32, pooled embeddings of the captions, or None if the model reads none.
         rows: (B,) image of each row.
         cond_rows: (N,) conditional row of each image.
         uncond_rows: (N,) unconditional row of each image.
@@ -90,6 +91,7 @@ class Buffers:
     guidance: Buffer
     labels: Buffer
     label_rows: Buffer
+    pooled: Buffer | None
     rows: Buffer
     cond_rows: Buffer
     uncond_rows: Buffer
@@ -133,8 +135,11 @@ class CaptionBuffers:
 def table_labels(spec: ModelSpec, capacity: int) -> int:
     """The largest number R of rows of a modulation table.
 
-    These are the distinct labels and the null label. Captions have no rows in the table.
+    These are the distinct labels and the null label. Captions have rows in the table only if the
+    conditioning reads their pooled embeddings: two per image.
     """
+    if spec.pooled_channels:
+        return 2 * capacity
     return 1 if spec.text_conditional else capacity + 1
 
 
@@ -175,6 +180,7 @@ def planned_bytes(spec: ModelSpec, precision: Precision, plan: Plan, capacity: i
         * rows
         * (4 * (spec.caption_channels + 1) + 2 * spec.depth * spec.hidden * item)
     )
+    pooled = 4 * rows * spec.pooled_channels
     lookahead = lookahead_of(plan)
     chunk = _chunk_steps(step_bytes, plan, lookahead)
     table = table_steps(plan, lookahead, chunk) * step_bytes
@@ -186,6 +192,7 @@ def planned_bytes(spec: ModelSpec, precision: Precision, plan: Plan, capacity: i
     estimates = plan.sampler.reach + 2 if plan.sampler.reach else 0
     return (
         captions
+        + pooled
         + of_size
         + table
         + (spec.modulation.count + lookahead.places * len(spec.modulation.gates) + ones)
@@ -284,6 +291,7 @@ def allocate_buffers(
         guidance=new(capacity * spec.channels),
         labels=new(capacity + 1, dtype="int64"),
         label_rows=new(rows, dtype="int64"),
+        pooled=new(rows * spec.pooled_channels) if spec.pooled_channels else None,
         rows=new(rows, dtype="int64"),
         cond_rows=new(capacity, dtype="int64"),
         uncond_rows=new(capacity, dtype="int64"),

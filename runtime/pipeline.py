@@ -478,7 +478,8 @@ class Pipeline:
             self.plan,
             self.batch_size,
         )
-        captions = self.spec.text_conditional
-        session.bind(Batch(1, True, labels=1 if captions else 2, captions=2 if captions else 0))
+        captions = 2 if self.spec.text_conditional else 0
+        labels = 1 if captions and not self.spec.pooled_channels else 2
+        session.bind(Batch(1, True, labels, captions))
         self._engines.weights.sessions.add(session)
         return session

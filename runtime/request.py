@@ -92,7 +92,8 @@ class Batch:
     Attributes:
         images: N, number of images.
         guided: whether conditional and unconditional rows run together, B = 2N.
-        labels: R, number of distinct labels with the null label; 1 for a text-conditional model.
+        labels: R, number of rows of the modulation table: distinct labels with the null label;
+            captions if the conditioning reads their pooled embeddings; else 1.
         captions: K, number of distinct captions.
         axes: tokens along each axis of a sample; empty for the size of the model.
     """
@@ -148,10 +149,11 @@ def prepared(request: Request, spec: ModelSpec, *, pads_labels: bool = False) ->
     if pads_labels:
         distinct += distinct[-1:] * (images + guided - len(distinct))
     text_conditional = conditions.captions is not None
+    in_table = not text_conditional or spec.pooled_channels > 0
     batch = Batch(
         images,
         guided,
-        labels=1 if text_conditional else len(distinct),
+        labels=len(distinct) if in_table else 1,
         captions=len(distinct) if text_conditional else 0,
         axes=spec.axes_of(request.noise.shape[2:]) if spec.any_size else (),
     )

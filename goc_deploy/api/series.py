@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from goc_deploy.conditions.captions import PromptEmbeds, captions_to_bytes, check_rows
+from goc_deploy.conditions.captions import PromptEmbeds, check_rows
+from goc_deploy.conditions.stored_captions import captions_to_bytes
 from goc_deploy.errors import UsageError
 from goc_deploy.options import Progress, RunOptions
 

@@ -73,7 +73,8 @@ DEFAULTS = RunOptions()
     "--prompt-embeds",
     type=PATH,
     help="File of prompt embeddings to draw, .npz or .safetensors: prompt_embeds [N,L,C], and if "
-    "there are such prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask.",
+    "there are such prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask, "
+    "pooled_prompt_embeds [N,P], negative_pooled_prompt_embeds.",
 )
 @click.option(
     "--num-images",
