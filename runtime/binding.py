@@ -226,6 +226,7 @@ class Binder:
         start = step // buffers.chunk * (whole // chunks)
         offered = {
             "timesteps": buffers.timesteps.view(steps, start=start),
+            "guidance": buffers.embedded_guidance,
             **self._of_size,
         }
         if buffers.pooled is None:

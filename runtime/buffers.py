@@ -57,6 +57,7 @@ class Buffers:
         shared: common buffers of the steps if the device shares launches, else None.
         timesteps: one row per chunk, each at an aligned address.
         guidance: (N, C) guidance weight of each channel of each image.
+        embedded_guidance: (1,) float32, guidance scale that the conditioning reads.
         labels: distinct labels.
         label_rows: (B,) index of the row of the table of each row.
         pooled: (K, P) float32, pooled embeddings of the captions, or None if the model reads none.
@@ -89,6 +90,7 @@ class Buffers:
     shared: SharedBuffers | None
     timesteps: Buffer
     guidance: Buffer
+    embedded_guidance: Buffer
     labels: Buffer
     label_rows: Buffer
     pooled: Buffer | None
@@ -289,6 +291,7 @@ def allocate_buffers(
         shared=shared,
         timesteps=constant(aligned_rows([row + [0.0] * (whole - len(row)) for row in timesteps])),
         guidance=new(capacity * spec.channels),
+        embedded_guidance=new(1),
         labels=new(capacity + 1, dtype="int64"),
         label_rows=new(rows, dtype="int64"),
         pooled=new(rows * spec.pooled_channels) if spec.pooled_channels else None,

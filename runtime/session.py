@@ -232,6 +232,7 @@ class Session:
         upload(inputs.cond_rows, buffers.cond_rows.view(batch.images))
         upload(inputs.uncond_rows, buffers.uncond_rows.view(batch.images))
         upload(inputs.guidance, buffers.guidance.view(*inputs.guidance.shape))
+        upload(np.array([request.guidance], np.float32), buffers.embedded_guidance)
         self._upload_size(self._spec_of(batch))
         upload(np.float32(self._plan.sampler.start) * request.noise[:, 0], plan.initial)
         if buffers.shared is not None:

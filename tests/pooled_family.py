@@ -1,8 +1,8 @@
-"""A small PixArt whose modulation depends on the pooled embedding of a caption too.
+"""A small PixArt whose modulation depends on a pooled embedding and an embedded guidance scale too.
 
-One linear layer turns the pooled embedding into a vector, which is added to every row of the
-modulation except the gates of cross-attention. Adding it to the tables of the blocks is the same,
-so the plain PyTorch of `tests.pixart_reference` draws with it.
+One linear layer turns the pooled embedding into a vector, which is multiplied by the guidance scale
+and added to every row of the modulation except the gates of cross-attention. Adding it to the
+tables of the blocks is the same, so the plain PyTorch of `tests.pixart_reference` draws with it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from tests.pixart_reference import random_state as pixart_state
 NAME, POOLED = "pixart-pooled", 6
 # A width whose tensors lie at addresses that TensorRT takes:
 PIXART_SPEC = replace(TOLD_SPEC, hidden=64, heads=4, mlp_hidden=256, told_size=0)
-SPEC = replace(PIXART_SPEC, architecture=NAME, pooled_channels=POOLED)
+CHANGES = {"architecture": NAME, "pooled_channels": POOLED, "embedded_guidance": True}
+SPEC = replace(PIXART_SPEC, **CHANGES)
 OWN = ("pooled_embedder.weight", "pooled_embedder.bias")
 
 
 class PooledConditioning(nn.Module):
-    """Timesteps and pooled embeddings to the modulation table (S, M, K, D)."""
+    """Timesteps, pooled embeddings and guidance to the modulation table (S, M, K, D)."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -45,11 +46,12 @@ class PooledConditioning(nn.Module):
         rows, gates = spec.modulation.count, spec.modulation.gates
         self.moves = [not (row in gates and row % 3 == 1) for row in range(rows)]
 
-    def forward(self, t: Tensor, pooled: Tensor) -> Tensor:
+    def forward(self, t: Tensor, pooled: Tensor, guidance: Tensor) -> Tensor:
         table = self.pixart(t)  # (S, M, 1, D)
         moves = torch.tensor(self.moves, dtype=table.dtype).reshape(1, -1, 1, 1)
         dtype = self.pooled_embedder.weight.dtype
-        return table + moves * self.pooled_embedder(pooled.to(dtype))  # (S, M, K, D)
+        vector = self.pooled_embedder(pooled.to(dtype)) * guidance.to(dtype)
+        return table + moves * vector  # (S, M, K, D)
 
 
 def random_state(seed: int = 0) -> dict[str, Tensor]:
@@ -63,9 +65,11 @@ def random_state(seed: int = 0) -> dict[str, Tensor]:
     return {**pixart_state(PIXART_SPEC, seed), **own}
 
 
-def state_of_rows(state: Mapping[str, Tensor], pooled: Tensor) -> dict[str, Tensor]:
+def state_of_rows(
+    state: Mapping[str, Tensor], pooled: Tensor, guidance: float
+) -> dict[str, Tensor]:
     """The state of a PixArt whose row i of the batch has the pooled embedding i (B, P)."""
-    vector = F.linear(pooled, *(state[name] for name in OWN)).unsqueeze(1)  # (B, 1, D)
+    vector = guidance * F.linear(pooled, *(state[name] for name in OWN)).unsqueeze(1)  # (B, 1, D)
     return {
         name: tensor + vector if name.endswith("scale_shift_table") else tensor
         for name, tensor in state.items()
@@ -73,8 +77,7 @@ def state_of_rows(state: Mapping[str, Tensor], pooled: Tensor) -> dict[str, Tens
 
 
 def _spec(tensors: Mapping[str, Tensor], heads: int | None) -> ModelSpec:
-    spec = spec_from_tensors(tensors, heads)
-    return replace(spec, architecture=NAME, pooled_channels=POOLED)
+    return replace(spec_from_tensors(tensors, heads), **CHANGES)
 
 
 def _check(tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
@@ -93,7 +96,11 @@ def _kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
     kind = replace(
         conditioning,
         module=module,
-        inputs=(*conditioning.inputs, Input("pooled", pooled, {0: "captions"})),
+        inputs=(
+            *conditioning.inputs,
+            Input("pooled", pooled, {0: "captions"}),
+            Input("guidance", torch.tensor([2.5]), {}),
+        ),
         copies={"conditioning": own},
     )
     return (kind, *others)

@@ -81,8 +81,14 @@ DEFAULTS = RunOptions()
     type=click.IntRange(1, 1_000_000),
     help="Number of images; labels are repeated in order.  [default: one per label, or 8]",
 )
-@cfg_scale_option(DEFAULTS.cfg_scale)
+@cfg_scale_option()
 @cfg_channels_option
+@click.option(
+    "--guidance",
+    type=float,
+    help="Guidance scale that a distilled model embeds, such as FLUX.1-dev, whose pipeline in "
+    "diffusers names it guidance_scale.  [default: 3.5]",
+)
 @click.option(
     "--seed",
     type=int,
