@@ -256,9 +256,13 @@ class Binder:
         start = step // buffers.chunk * (whole // chunks)
         offered = {
             "timesteps": buffers.timesteps.view(steps, start=start),
-            "labels": buffers.labels.view(labels),
+            "guidance": buffers.embedded_guidance,
             **self._of_size,
         }
+        if buffers.pooled is None:
+            offered["labels"] = buffers.labels.view(labels)
+        else:
+            offered["pooled"] = buffers.pooled.view(labels, spec.pooled_channels)
         table = {"table": buffers.table.view(steps, spec.modulation.count, labels, spec.hidden)}
         return self._unit(
             "conditioning", taken(self._engines.units["conditioning"], offered), table

@@ -58,8 +58,10 @@ class Buffers:
         shared: common buffers of the steps if the device shares launches, else None.
         timesteps: one row per chunk, each at an aligned address.
         guidance: (N, C) guidance weight of each channel of each image.
+        embedded_guidance: (1,) float32, guidance scale that the conditioning reads.
         labels: distinct labels.
-        label_rows: (B,) index of the label of each row.
+        label_rows: (B,) index of the row of the table of each row.
+        pooled: (K, P) float32, pooled embeddings of the captions, or None if the model reads none.
         rows: (B,) image of each row.
         cond_rows: (N,) conditional row of each image.
         uncond_rows: (N,) unconditional row of each image.
@@ -90,8 +92,10 @@ class Buffers:
     shared: SharedBuffers | None
     timesteps: Buffer
     guidance: Buffer
+    embedded_guidance: Buffer
     labels: Buffer
     label_rows: Buffer
+    pooled: Buffer | None
     rows: Buffer
     cond_rows: Buffer
     uncond_rows: Buffer
@@ -137,8 +141,11 @@ class CaptionBuffers:
 def table_labels(spec: ModelSpec, capacity: int) -> int:
     """The largest number R of rows of a modulation table.
 
-    These are the distinct labels and the null label. Captions have no rows in the table.
+    These are the distinct labels and the null label. Captions have rows in the table only if the
+    conditioning reads their pooled embeddings: two per image.
     """
+    if spec.pooled_channels:
+        return 2 * capacity
     return 1 if spec.text_conditional else capacity + 1
 
 
@@ -183,6 +190,7 @@ def planned_bytes(spec: ModelSpec, precision: Precision, plan: Plan, capacity: i
     step_bytes = spec.modulation.count * table_labels(spec, capacity) * spec.hidden * item
     keys_values = 0 if spec.has_text_stream else 2 * spec.depth * spec.hidden * item
     captions = spec.caption_tokens * rows * (4 * (spec.caption_channels + 1) + keys_values)
+    pooled = 4 * rows * spec.pooled_channels
     lookahead = lookahead_of(plan)
     chunk = _chunk_steps(step_bytes, plan, lookahead)
     table = table_steps(plan, lookahead, chunk) * step_bytes
@@ -194,6 +202,7 @@ def planned_bytes(spec: ModelSpec, precision: Precision, plan: Plan, capacity: i
     estimates = plan.sampler.reach + 2 if plan.sampler.reach else 0
     return (
         captions
+        + pooled
         + text_bytes(spec, precision, plan, capacity)
         + of_size
         + table
@@ -291,8 +300,10 @@ def allocate_buffers(
         shared=shared,
         timesteps=constant(aligned_rows([row + [0.0] * (whole - len(row)) for row in timesteps])),
         guidance=new(capacity * spec.channels),
+        embedded_guidance=new(1),
         labels=new(capacity + 1, dtype="int64"),
         label_rows=new(rows, dtype="int64"),
+        pooled=new(rows * spec.pooled_channels) if spec.pooled_channels else None,
         rows=new(rows, dtype="int64"),
         cond_rows=new(capacity, dtype="int64"),
         uncond_rows=new(capacity, dtype="int64"),

@@ -63,9 +63,7 @@ EPILOG = (
     type=int,
     help="Seed of the calibration images.  [default: 2**32, far from the seeds that people use]",
 )
-@cfg_scale_option(
-    None, f"Guidance scale of the calibration images.  [default: {DEFAULTS.cfg_scale}]"
-)
+@cfg_scale_option("Guidance scale of the calibration images.")
 @click.option(
     "--segments",
     type=click.Choice(SEGMENTS),

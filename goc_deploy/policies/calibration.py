@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from goc_deploy.errors import ScheduleError, UsageError
-from goc_deploy.options import CALIBRATION_SEED, GenerateOptions, Progress
+from goc_deploy.guidance import CFG_SCALE
+from goc_deploy.options import CALIBRATION_SEED, Progress
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule, check_amplification
 from goc_deploy.schedule.operations import full_step_flops
@@ -44,7 +45,7 @@ class CalibrationOptions:
 
     images: int = DEFAULT_IMAGES
     seed: int = CALIBRATION_SEED
-    cfg_scale: float = GenerateOptions().cfg_scale
+    cfg_scale: float = CFG_SCALE
     cfg_channels: int = 3
 
 
