@@ -114,6 +114,8 @@ class ModelSpec:
         pooled_channels: width of the pooled embedding of a caption that the conditioning reads, or
             0.
         embedded_guidance: whether the conditioning reads a guidance scale.
+        guidance_norm: what guidance keeps of the conditional output: ``none``, or the norm of each
+            ``token``, its C * patch * patch values.
     """
 
     depth: Size
@@ -143,6 +145,7 @@ class ModelSpec:
     blocks: Annotated[tuple[Blocks, ...], Meta(max_length=MAX_BLOCKS)] = ()
     pooled_channels: SizeOrZero = 0
     embedded_guidance: bool = False
+    guidance_norm: Literal["none", "token"] = "none"
 
     @property
     def axes(self) -> tuple[int, ...]:
