@@ -1,12 +1,13 @@
-"""Write a DiT, PixArt or Wan checkpoint of a public size with random weights, in the public layout.
+"""Write a DiT, PixArt, Wan or Qwen-Image of a public size with random weights, in its layout.
 
     python benchmarks/make_checkpoint.py XL/2 dit-xl-2.pt
     python benchmarks/make_checkpoint.py PixArt-XL/2 pixart-xl-2.pth
     python benchmarks/make_checkpoint.py Wan-1.3B wan-1.3b.safetensors
     python benchmarks/make_checkpoint.py PixArt-Sigma-XL/2 sigma.pth --image-size 1024
+    python benchmarks/make_checkpoint.py Qwen-Image qwen.safetensors --depth 4
 
-Weights of a Wan are bfloat16, as the public ones. Random weights cost what trained ones cost.
-adaLN layers are not zero, so every unit has an effect.
+Weights of a Wan or a Qwen-Image are bfloat16, as the public ones. Random weights cost what trained
+ones cost. adaLN layers are not zero, so every unit has an effect.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from safetensors.torch import save_file
 from goc_deploy.exporters.architectures.dit_model import DiT
 from goc_deploy.exporters.architectures.pixart import NULL_CAPTION, PublicLayout
 from goc_deploy.exporters.architectures.pixart_diffusers import ROWS_OF_BRANCHES
-from goc_deploy.exporters.architectures.wan_diffusers import shapes_from_spec
+from goc_deploy.exporters.architectures.qwen_diffusers import shapes_from_spec as qwen_shapes
+from goc_deploy.exporters.architectures.qwen_diffusers import spec_of as qwen_spec
+from goc_deploy.exporters.architectures.wan_diffusers import shapes_from_spec as wan_shapes
 from goc_deploy.exporters.architectures.wan_diffusers import spec_of as wan_spec
 from goc_deploy.exporters.tracing import shapes_of
 from goc_deploy.spec import ModelSpec
@@ -37,6 +40,8 @@ WAN_SIZES = {  # blocks, heads of 128, width of the MLP, channels of the latents
     "Wan-5B": (30, 24, 14336, 48),
     "Wan-14B": (40, 40, 13824, 16),
 }
+QWEN = "Qwen-Image"
+SHAPES = {"wan": wan_shapes, "qwen-image": qwen_shapes}
 PIXART_SPEC = {
     "choices": 0,
     "architecture": "pixart",
@@ -49,11 +54,14 @@ PIXART_SPEC = {
 SIGMA_SPEC = {**PIXART_SPEC, "architecture": "pixart-sigma", "caption_tokens": 300}
 
 
-def spec_of(name: str, image_size: int) -> ModelSpec:
+def spec_of(name: str, image_size: int, depth: int | None = None) -> ModelSpec:
     """The sizes of ``XL/2``, ``PixArt-XL/2`` and so on for images of ``image_size`` pixels.
 
-    The latents are those of a VAE that reduces height and width by 8.
+    The latents are those of a VAE that reduces height and width by 8. A depth other than that of
+    the public model is for Qwen-Image alone.
     """
+    if name == QWEN:
+        return qwen_spec(depth or 60, 24, (16, 56, 56), channels=16, text=3584)
     if name in WAN_SIZES:
         depth, heads, ffn, channels = WAN_SIZES[name]
         return wan_spec(depth, heads, 128, ffn=ffn, channels=channels, text=4096)
@@ -70,8 +78,8 @@ def spec_of(name: str, image_size: int) -> ModelSpec:
 def random_state(spec: ModelSpec, seed: int) -> dict[str, torch.Tensor]:
     """Weights that keep activations of order one through the depth."""
     generator = torch.Generator().manual_seed(seed)
-    if spec.architecture == "wan":
-        shapes = shapes_from_spec(spec)
+    if spec.architecture in SHAPES:
+        shapes = SHAPES[spec.architecture](spec)
     else:
         shapes = shapes_of(lambda: PublicLayout(spec) if spec.text_conditional else DiT(spec))
     if spec.architecture in ("pixart", SIGMA_SPEC["architecture"]):
@@ -79,11 +87,13 @@ def random_state(spec: ModelSpec, seed: int) -> dict[str, torch.Tensor]:
     state = {}
     for name, shape in shapes.items():
         fan_in = math.prod(shape[1:]) if len(shape) > 1 else 2500
-        modulates = any(part in name for part in ("adaLN", "t_block", "time_proj"))
+        modulates = any(
+            part in name for part in ("adaLN", "t_block", "time_proj", "_mod.", "norm_out.")
+        )
         scale = MODULATION_SCALE if modulates else 1.0
         state[name] = torch.randn(shape, generator=generator).mul_(scale * fan_in**-0.5)
-        if spec.architecture == "wan":
-            norm = "norm" in name and name.endswith("weight")
+        if spec.architecture in SHAPES:
+            norm = "norm" in name and name.endswith("weight") and len(shape) == 1
             state[name] = (state[name] + (1.0 if norm else 0.0)).bfloat16()
     return state
 
@@ -93,13 +103,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "model",
         help="S/2, B/2, L/2, XL/2, or another patch size; PixArt-XL/2, PixArt-Sigma-XL/2; "
-        "Wan-1.3B, Wan-5B, Wan-14B",
+        "Wan-1.3B, Wan-5B, Wan-14B; Qwen-Image",
     )
     parser.add_argument("output", type=Path)
     parser.add_argument("--image-size", type=int, default=256)
+    parser.add_argument("--depth", type=int, help="number of blocks of a Qwen-Image; default: 60")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    state = random_state(spec_of(args.model, args.image_size), args.seed)
+    state = random_state(spec_of(args.model, args.image_size, args.depth), args.seed)
     temporary = args.output.with_name(f".{args.output.name}.tmp")
     if args.output.suffix == ".safetensors":
         save_file(state, temporary)

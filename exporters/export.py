@@ -22,6 +22,7 @@ from goc_deploy.errors import CalibrationNeededError, GocError, ModelError, Usag
 from goc_deploy.exporters.architectures.dit import DIT
 from goc_deploy.exporters.architectures.pixart import PIXART
 from goc_deploy.exporters.architectures.pixart_sigma import PIXART_SIGMA
+from goc_deploy.exporters.architectures.qwen import QWEN_IMAGE
 from goc_deploy.exporters.architectures.sit import SIT
 from goc_deploy.exporters.architectures.wan import WAN
 from goc_deploy.exporters.checkpoint import Checkpoint, check_values, load_checkpoint
@@ -59,7 +60,9 @@ from goc_deploy.samplers.process import Process
 from goc_deploy.spec import ModelSpec
 from goc_deploy.version import __version__
 
-ARCHITECTURES = {family.name: family for family in (DIT, PIXART, PIXART_SIGMA, SIT, WAN)}
+ARCHITECTURES = {
+    family.name: family for family in (DIT, PIXART, PIXART_SIGMA, SIT, WAN, QWEN_IMAGE)
+}
 # Makes the laboratory of an engine directory for a sampler.
 LaboratoryMaker = Callable[[EngineDir, str, CalibrationOptions], Laboratory]
 
