@@ -5,10 +5,11 @@
     python benchmarks/make_checkpoint.py Wan-1.3B wan-1.3b.safetensors
     python benchmarks/make_checkpoint.py SD3.5-Medium sd3.5-medium.safetensors
     python benchmarks/make_checkpoint.py PixArt-Sigma-XL/2 sigma.pth --image-size 1024
+    python benchmarks/make_checkpoint.py Qwen-Image qwen.safetensors --depth 4
 
-Weights of Wan and Stable Diffusion 3 are bfloat16, as the public ones, and tensors have the names
-of diffusers. Random weights cost what trained ones cost.
-adaLN layers are not zero, so every unit has an effect.
+Weights of Wan, Stable Diffusion 3 and Qwen-Image are bfloat16, as the public ones, and tensors have
+the names of diffusers. Random weights cost what trained ones cost. adaLN layers are not zero, so
+every unit has an effect.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ from safetensors.torch import save_file
 from goc_deploy.exporters.architectures.dit_model import DiT
 from goc_deploy.exporters.architectures.pixart import NULL_CAPTION, PublicLayout
 from goc_deploy.exporters.architectures.pixart_diffusers import ROWS_OF_BRANCHES
+from goc_deploy.exporters.architectures.qwen_diffusers import shapes_from_spec as qwen_shapes
+from goc_deploy.exporters.architectures.qwen_diffusers import spec_of as qwen_spec
 from goc_deploy.exporters.architectures.sd3_layout import TABLE
 from goc_deploy.exporters.architectures.sd3_layout import shapes_from_spec as sd3_shapes
 from goc_deploy.exporters.architectures.sd3_spec import spec_of as sd3_spec
-from goc_deploy.exporters.architectures.wan_diffusers import shapes_from_spec
+from goc_deploy.exporters.architectures.wan_diffusers import shapes_from_spec as wan_shapes
 from goc_deploy.exporters.architectures.wan_diffusers import spec_of as wan_spec
 from goc_deploy.exporters.tracing import shapes_of
 from goc_deploy.size_inputs import size_tensors
@@ -38,8 +41,7 @@ from goc_deploy.spec import ModelSpec
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 MODULATION_SCALE = 0.3
-MODULATING = ("adaLN", "t_block", "time_proj", "norm1", "norm_out")
-HALF = ("wan", "sd3")  # families whose public weights are bfloat16
+MODULATING = ("adaLN", "t_block", "time_proj", "norm1", "norm_out.", "_mod.")
 PIXART, SIGMA = "PixArt-", "PixArt-Sigma-"
 WAN_SIZES = {  # blocks, heads of 128, width of the MLP, channels of the latents
     "Wan-1.3B": (30, 12, 8960, 16),
@@ -51,6 +53,9 @@ SD3_SIZES: dict[str, dict[str, Any]] = {  # blocks, heads of 64, blocks with a s
     "SD3.5-Medium": {"depth": 24, "heads": 24, "dual": range(13), "qk_norm": True, "table": 384},
     "SD3.5-Large": {"depth": 38, "heads": 38, "dual": (), "qk_norm": True, "table": 192},
 }
+QWEN = "Qwen-Image"
+# Families with the layout of diffusers, whose public weights are bfloat16.
+SHAPES = {"wan": wan_shapes, "sd3": sd3_shapes, "qwen-image": qwen_shapes}
 PIXART_SPEC = {
     "choices": 0,
     "architecture": "pixart",
@@ -63,11 +68,14 @@ PIXART_SPEC = {
 SIGMA_SPEC = {**PIXART_SPEC, "architecture": "pixart-sigma", "caption_tokens": 300}
 
 
-def spec_of(name: str, image_size: int) -> ModelSpec:
+def spec_of(name: str, image_size: int, depth: int | None = None) -> ModelSpec:
     """The sizes of ``XL/2``, ``PixArt-XL/2`` and so on for images of ``image_size`` pixels.
 
-    The latents are those of a VAE that reduces height and width by 8.
+    The latents are those of a VAE that reduces height and width by 8. A depth other than that of
+    the public model is for Qwen-Image alone.
     """
+    if name == QWEN:
+        return qwen_spec(depth or 60, 24, (16, 56, 56), channels=16, text=3584)
     if name in WAN_SIZES:
         depth, heads, ffn, channels = WAN_SIZES[name]
         return wan_spec(depth, heads, 128, ffn=ffn, channels=channels, text=4096)
@@ -87,10 +95,9 @@ def spec_of(name: str, image_size: int) -> ModelSpec:
 def random_state(spec: ModelSpec, seed: int) -> dict[str, torch.Tensor]:
     """Weights that keep activations of order one through the depth."""
     generator = torch.Generator().manual_seed(seed)
-    if spec.architecture == "wan":
-        shapes = shapes_from_spec(spec)
-    elif spec.architecture == "sd3":
-        shapes = {name: shape for name, shape in sd3_shapes(spec).items() if name != TABLE}
+    if spec.architecture in SHAPES:
+        shapes = dict(SHAPES[spec.architecture](spec))
+        shapes.pop(TABLE, None)  # it is not random
     else:
         shapes = shapes_of(lambda: PublicLayout(spec) if spec.text_conditional else DiT(spec))
     if spec.architecture in ("pixart", SIGMA_SPEC["architecture"]):
@@ -101,8 +108,8 @@ def random_state(spec: ModelSpec, seed: int) -> dict[str, torch.Tensor]:
         modulates = any(part in name for part in MODULATING)
         scale = MODULATION_SCALE if modulates else 1.0
         state[name] = torch.randn(shape, generator=generator).mul_(scale * fan_in**-0.5)
-        if spec.architecture in HALF:
-            norm = "norm" in name and len(shape) == 1 and name.endswith("weight")
+        if spec.architecture in SHAPES:
+            norm = "norm" in name and name.endswith("weight") and len(shape) == 1
             state[name] = (state[name] + (1.0 if norm else 0.0)).bfloat16()
     if spec.architecture == "sd3":
         state[TABLE] = _whole_table(spec)
@@ -122,13 +129,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "model",
         help="S/2, B/2, L/2, XL/2, or another patch size; PixArt-XL/2, PixArt-Sigma-XL/2; "
-        f"{', '.join((*WAN_SIZES, *SD3_SIZES))}",
+        f"{', '.join((*WAN_SIZES, *SD3_SIZES, QWEN))}",
     )
     parser.add_argument("output", type=Path)
     parser.add_argument("--image-size", type=int, default=256)
+    parser.add_argument("--depth", type=int, help="number of blocks of a Qwen-Image; default: 60")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    state = random_state(spec_of(args.model, args.image_size), args.seed)
+    state = random_state(spec_of(args.model, args.image_size, args.depth), args.seed)
     temporary = args.output.with_name(f".{args.output.name}.tmp")
     if args.output.suffix == ".safetensors":
         save_file(state, temporary)

@@ -14,7 +14,7 @@ from goc_deploy.blocks import (
     MAX_BLOCKS,
     Blocks,
     FeaturePlace,
-    Stream,
+    TokenStream,
     Unit,
     UnitPlace,
     place_features,
@@ -52,8 +52,11 @@ class Positions:
             samples are spread over the range of ``base``.
         origin: ``sine``: position of the first token of that table.
         widths: ``rotary``: values of a head that each axis turns; even, and their sum is the width
-            of a head.
+            of a head. Leading axes that a sample does not have turn by nothing.
         theta: ``rotary``: base of the frequencies.
+        centered: ``rotary``: whether rows and columns are counted from the middle of the sample.
+        turns_text: ``rotary``: whether tokens of the text are turned too. They follow the last
+            position of the sample, on all axes alike.
     """
 
     kind: Literal["sine", "rotary"]
@@ -63,6 +66,8 @@ class Positions:
     origin: float = 0.0
     widths: tuple[int, ...] = ()
     theta: float = 10_000.0
+    centered: bool = False
+    turns_text: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +121,8 @@ class ModelSpec:
             0.
         embedded_guidance: whether the conditioning reads a guidance scale.
         qk_norm: whether attention normalises queries and keys, in families of which some models do.
+        guidance_norm: what guidance keeps of the conditional output: ``none``, or the norm of each
+            ``token``, its C * patch * patch values.
     """
 
     depth: Size
@@ -146,6 +153,7 @@ class ModelSpec:
     pooled_channels: SizeOrZero = 0
     embedded_guidance: bool = False
     qk_norm: bool = False
+    guidance_norm: Literal["none", "token"] = "none"
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -253,7 +261,7 @@ class ModelSpec:
         """Whether the tokens of the caption are a stream that units read and change."""
         return any("text" in unit.reads for unit in self.declared_units)
 
-    def tokens_of(self, stream: Stream) -> int:
+    def tokens_of(self, stream: TokenStream) -> int:
         """Tokens per sample of a stream."""
         return self.tokens if stream == "image" else self.caption_tokens
 
