@@ -23,9 +23,15 @@ from goc_deploy.exporters.architectures.dit import DIT
 from goc_deploy.exporters.architectures.pixart import PIXART
 from goc_deploy.exporters.architectures.pixart_sigma import PIXART_SIGMA
 from goc_deploy.exporters.architectures.qwen import QWEN_IMAGE
+from goc_deploy.exporters.architectures.sd3 import SD3
 from goc_deploy.exporters.architectures.sit import SIT
 from goc_deploy.exporters.architectures.wan import WAN
-from goc_deploy.exporters.checkpoint import Checkpoint, check_values, load_checkpoint
+from goc_deploy.exporters.checkpoint import (
+    Checkpoint,
+    check_values,
+    load_checkpoint,
+    of_diffusion_model,
+)
 from goc_deploy.exporters.companions.attach import Companions, read_companions, write_companions
 from goc_deploy.exporters.graphs.plan_files import write_plan
 from goc_deploy.exporters.graphs.step import (
@@ -61,7 +67,7 @@ from goc_deploy.spec import ModelSpec
 from goc_deploy.version import __version__
 
 ARCHITECTURES = {
-    family.name: family for family in (DIT, PIXART, PIXART_SIGMA, SIT, WAN, QWEN_IMAGE)
+    family.name: family for family in (DIT, PIXART, PIXART_SIGMA, SD3, SIT, WAN, QWEN_IMAGE)
 }
 # Makes the laboratory of an engine directory for a sampler.
 LaboratoryMaker = Callable[[EngineDir, str, CalibrationOptions], Laboratory]
@@ -147,8 +153,8 @@ def _read(path: Path, options: ExportOptions) -> FolderModel:
             f"`model={options.model}` is unknown; this version has {', '.join(ARCHITECTURES)}"
         )
     if not os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
-        checkpoint = load_checkpoint(path, options.weights)
-        spec = _recognise(checkpoint, options)
+        whole = load_checkpoint(path, options.weights)
+        checkpoint, spec = _recognise(of_diffusion_model(whole), options)
         return FolderModel(
             checkpoint,
             replace(spec, prediction_type=options.prediction or spec.prediction_type),
@@ -171,11 +177,15 @@ def _read(path: Path, options: ExportOptions) -> FolderModel:
     return model
 
 
-def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> ModelSpec:
+def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> tuple[Checkpoint, ModelSpec]:
+    """The checkpoint in the public layout of its family, and the sizes of the model."""
     names = list(checkpoint.tensors)
     for name, architecture in ARCHITECTURES.items():
-        if options.model == name or (options.model == "auto" and architecture.matches(names)):
-            return architecture.spec_from_tensors(checkpoint.tensors, options.num_heads)
+        tensors = architecture.in_public_layout(checkpoint.tensors)
+        matches = architecture.matches(list(tensors))
+        if options.model == name or (options.model == "auto" and matches):
+            spec = architecture.spec_from_tensors(tensors, options.num_heads)
+            return replace(checkpoint, tensors=tensors), spec
     raise ModelError(
         f"{checkpoint.path} is not a model that this version knows ({', '.join(ARCHITECTURES)}); "
         f"it has tensors such as {', '.join(names[:3])}"
