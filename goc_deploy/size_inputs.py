@@ -81,7 +81,8 @@ def rotary_angles(axes: Sequence[int], widths: Sequence[int], theta: float) -> n
 
     Args:
         axes: tokens along each axis.
-        widths: values of a head that each axis turns.
+        widths: values of a head that each axis turns. If there are more of them than axes, the
+            first ones belong to axes along which every token has position 0.
         theta: base of the frequencies.
 
     Returns:
@@ -90,6 +91,7 @@ def rotary_angles(axes: Sequence[int], widths: Sequence[int], theta: float) -> n
     Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021,
     section 3.2.2, with one group of values per axis.
     """
+    axes = (*[1] * (len(widths) - len(axes)), *axes)
     parts = []
     for i, (count, width) in enumerate(zip(axes, widths, strict=True)):
         frequencies = theta ** (-np.arange(0, width, 2) / width)

@@ -48,7 +48,8 @@ class Positions:
             over the same range.
         stretch: ``sine``: number of tokens within a distance of 1, for a sample of ``base``.
         widths: ``rotary``: values of a head that each axis turns; even, and their sum is the width
-            of a head.
+            of a head. There may be more of them than axes, see
+            `goc_deploy.size_inputs.rotary_angles`.
         theta: ``rotary``: base of the frequencies.
     """
 

@@ -45,6 +45,12 @@ def angles_of_axis(axis: int) -> np.ndarray:
     return rotary_angles(count, (4, 2, 2), 10_000.0)[1]
 
 
+def test_axes_that_samples_do_not_have_turn_nothing() -> None:
+    angles = rotary_angles((3, 5), (6, 4, 2), 10_000.0)
+    np.testing.assert_array_equal(angles[:, :3], 0)
+    np.testing.assert_array_equal(angles[:, 3:], rotary_angles((3, 5), (4, 2), 10_000.0))
+
+
 def test_tensors_have_the_announced_shapes() -> None:
     image = ModelSpec(
         1, 48, 3, 96, 2, (3, 5), 4, 10, False, told_size=64,
