@@ -108,7 +108,7 @@ def export_checkpoint(
         spec = replace(spec, choices=companions.labels)
     calibrates = options.precision != "bf16" and spec.choices > 0
     options = replace(options, plans=options.plans or default_plans(calibrates=calibrates))
-    process = Process(spec.prediction_type, model.scheduler)
+    process = Process(spec.prediction_type, model.scheduler, spec.tokens)
     formats = weight_formats(spec.unit_names, options.quantize, options.quantize_exclude)
     plans = _compile_plans(spec, process, options)
     check_options(_calibration(spec, options))
