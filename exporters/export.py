@@ -20,6 +20,7 @@ from goc_deploy.engine_dir.manifest_file import manifest_to_json
 from goc_deploy.engine_dir.reading import check_target, files_below
 from goc_deploy.errors import CalibrationNeededError, GocError, ModelError, UsageError
 from goc_deploy.exporters.architectures.dit import DIT
+from goc_deploy.exporters.architectures.flux import FLUX
 from goc_deploy.exporters.architectures.pixart import PIXART
 from goc_deploy.exporters.architectures.pixart_sigma import PIXART_SIGMA
 from goc_deploy.exporters.architectures.sit import SIT
@@ -58,7 +59,7 @@ from goc_deploy.samplers.process import Process
 from goc_deploy.spec import ModelSpec
 from goc_deploy.version import __version__
 
-ARCHITECTURES = {family.name: family for family in (DIT, PIXART, PIXART_SIGMA, SIT, WAN)}
+ARCHITECTURES = {family.name: family for family in (DIT, PIXART, PIXART_SIGMA, SIT, WAN, FLUX)}
 # Makes the laboratory of an engine directory for a sampler.
 LaboratoryMaker = Callable[[EngineDir, str, CalibrationOptions], Laboratory]
 
@@ -139,8 +140,7 @@ def _read(path: Path, options: ExportOptions) -> FolderModel:
             f"`model={options.model}` is unknown; this version has {', '.join(ARCHITECTURES)}"
         )
     if not os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
-        checkpoint = load_checkpoint(path, options.weights)
-        spec = _recognise(checkpoint, options)
+        checkpoint, spec = _recognise(load_checkpoint(path, options.weights), options)
         return FolderModel(
             checkpoint,
             replace(spec, prediction_type=options.prediction or spec.prediction_type),
@@ -163,11 +163,15 @@ def _read(path: Path, options: ExportOptions) -> FolderModel:
     return model
 
 
-def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> ModelSpec:
+def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> tuple[Checkpoint, ModelSpec]:
+    """The checkpoint in the public layout of its family, and the sizes of the model."""
     names = list(checkpoint.tensors)
     for name, architecture in ARCHITECTURES.items():
-        if options.model == name or (options.model == "auto" and architecture.matches(names)):
-            return architecture.spec_from_tensors(checkpoint.tensors, options.num_heads)
+        tensors = architecture.in_public_layout(checkpoint.tensors)
+        matches = architecture.matches(list(tensors))
+        if options.model == name or (options.model == "auto" and matches):
+            spec = architecture.spec_from_tensors(tensors, options.num_heads)
+            return replace(checkpoint, tensors=tensors), spec
     raise ModelError(
         f"{checkpoint.path} is not a model that this version knows ({', '.join(ARCHITECTURES)}); "
         f"it has tensors such as {', '.join(names[:3])}"
