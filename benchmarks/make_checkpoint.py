@@ -1,12 +1,16 @@
-"""Write a DiT, PixArt or Wan checkpoint of a public size with random weights, in the public layout.
+"""Write a checkpoint of a public size with random weights, in the public layout.
+
+DiT, PixArt, Wan and FLUX.1:
 
     python benchmarks/make_checkpoint.py XL/2 dit-xl-2.pt
     python benchmarks/make_checkpoint.py PixArt-XL/2 pixart-xl-2.pth
     python benchmarks/make_checkpoint.py Wan-1.3B wan-1.3b.safetensors
     python benchmarks/make_checkpoint.py PixArt-Sigma-XL/2 sigma.pth --image-size 1024
+    python benchmarks/make_checkpoint.py FLUX.1-dev:2+4 flux.safetensors
 
-Weights of a Wan are bfloat16, as the public ones. Random weights cost what trained ones cost.
-adaLN layers are not zero, so every unit has an effect.
+FLUX.1-dev:2+4 has 2 double and 4 single blocks of FLUX.1-dev, which has 19 and 38.
+Weights of a Wan and of a FLUX.1 are bfloat16, as the public ones. Random weights cost what trained
+ones cost. adaLN layers are not zero, so every unit has an effect.
 """
 
 from __future__ import annotations
@@ -22,6 +26,9 @@ import torch
 from safetensors.torch import save_file
 
 from goc_deploy.exporters.architectures.dit_model import DiT
+from goc_deploy.exporters.architectures.flux_diffusers import FluxConfig
+from goc_deploy.exporters.architectures.flux_diffusers import shapes_from_spec as flux_shapes
+from goc_deploy.exporters.architectures.flux_diffusers import spec_of as flux_spec
 from goc_deploy.exporters.architectures.pixart import NULL_CAPTION, PublicLayout
 from goc_deploy.exporters.architectures.pixart_diffusers import ROWS_OF_BRANCHES
 from goc_deploy.exporters.architectures.wan_diffusers import shapes_from_spec
@@ -31,12 +38,15 @@ from goc_deploy.spec import ModelSpec
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 MODULATION_SCALE = 0.3
+# Parts of the names of modulation layers:
+MODULATION = ("adaLN", "t_block", "time_proj", "norm1", "norm.linear", "norm_out")
 PIXART, SIGMA = "PixArt-", "PixArt-Sigma-"
 WAN_SIZES = {  # blocks, heads of 128, width of the MLP, channels of the latents
     "Wan-1.3B": (30, 12, 8960, 16),
     "Wan-5B": (30, 24, 14336, 48),
     "Wan-14B": (40, 40, 13824, 16),
 }
+FLUX_GUIDANCE = {"FLUX.1-dev": True, "FLUX.1-schnell": False}
 PIXART_SPEC = {
     "choices": 0,
     "architecture": "pixart",
@@ -57,6 +67,14 @@ def spec_of(name: str, image_size: int) -> ModelSpec:
     if name in WAN_SIZES:
         depth, heads, ffn, channels = WAN_SIZES[name]
         return wan_spec(depth, heads, 128, ffn=ffn, channels=channels, text=4096)
+    flux, _, blocks = name.partition(":")
+    if flux in FLUX_GUIDANCE:
+        doubles, singles = map(int, (blocks or "19+38").split("+"))
+        return flux_spec(
+            FluxConfig(
+                num_layers=doubles, num_single_layers=singles, guidance_embeds=FLUX_GUIDANCE[flux]
+            )
+        )
     size, patch = name.removeprefix(SIGMA).removeprefix(PIXART).split("/")
     depth, hidden, heads = SIZES[size]
     spec = ModelSpec(
@@ -70,8 +88,9 @@ def spec_of(name: str, image_size: int) -> ModelSpec:
 def random_state(spec: ModelSpec, seed: int) -> dict[str, torch.Tensor]:
     """Weights that keep activations of order one through the depth."""
     generator = torch.Generator().manual_seed(seed)
-    if spec.architecture == "wan":
-        shapes = shapes_from_spec(spec)
+    makes = {"wan": shapes_from_spec, "flux": flux_shapes}
+    if spec.architecture in makes:
+        shapes = makes[spec.architecture](spec)
     else:
         shapes = shapes_of(lambda: PublicLayout(spec) if spec.text_conditional else DiT(spec))
     if spec.architecture in ("pixart", SIGMA_SPEC["architecture"]):
@@ -79,11 +98,11 @@ def random_state(spec: ModelSpec, seed: int) -> dict[str, torch.Tensor]:
     state = {}
     for name, shape in shapes.items():
         fan_in = math.prod(shape[1:]) if len(shape) > 1 else 2500
-        modulates = any(part in name for part in ("adaLN", "t_block", "time_proj"))
+        modulates = any(part in name for part in MODULATION)
         scale = MODULATION_SCALE if modulates else 1.0
         state[name] = torch.randn(shape, generator=generator).mul_(scale * fan_in**-0.5)
-        if spec.architecture == "wan":
-            norm = "norm" in name and name.endswith("weight")
+        if spec.architecture in makes:
+            norm = "norm" in name and name.endswith("weight") and len(shape) == 1
             state[name] = (state[name] + (1.0 if norm else 0.0)).bfloat16()
     return state
 
@@ -93,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "model",
         help="S/2, B/2, L/2, XL/2, or another patch size; PixArt-XL/2, PixArt-Sigma-XL/2; "
-        "Wan-1.3B, Wan-5B, Wan-14B",
+        "Wan-1.3B, Wan-5B, Wan-14B; FLUX.1-dev, FLUX.1-schnell, also with their blocks, as :2+4",
     )
     parser.add_argument("output", type=Path)
     parser.add_argument("--image-size", type=int, default=256)
