@@ -1,16 +1,15 @@
-"""Write a checkpoint of a public size with random weights, in the public layout.
-
-DiT, PixArt, Wan and FLUX.1:
+"""Write a checkpoint of a public size with random weights, in its layout.
 
     python benchmarks/make_checkpoint.py XL/2 dit-xl-2.pt
     python benchmarks/make_checkpoint.py PixArt-XL/2 pixart-xl-2.pth
     python benchmarks/make_checkpoint.py Wan-1.3B wan-1.3b.safetensors
     python benchmarks/make_checkpoint.py PixArt-Sigma-XL/2 sigma.pth --image-size 1024
-    python benchmarks/make_checkpoint.py FLUX.1-dev:2+4 flux.safetensors
+    python benchmarks/make_checkpoint.py Qwen-Image qwen.safetensors --depth 4
+    python benchmarks/make_checkpoint.py FLUX.1-dev flux.safetensors --depth 6
 
-FLUX.1-dev:2+4 has 2 double and 4 single blocks of FLUX.1-dev, which has 19 and 38.
-Weights of a Wan and of a FLUX.1 are bfloat16, as the public ones. Random weights cost what trained
-ones cost. adaLN layers are not zero, so every unit has an effect.
+A third of the blocks of a FLUX.1 are double blocks. Weights of a Wan, a Qwen-Image and a FLUX.1 are
+bfloat16, as the public ones. Random weights cost what trained ones cost. adaLN layers are not zero,
+so every unit has an effect.
 """
 
 from __future__ import annotations
@@ -31,22 +30,26 @@ from goc_deploy.exporters.architectures.flux_diffusers import shapes_from_spec a
 from goc_deploy.exporters.architectures.flux_diffusers import spec_of as flux_spec
 from goc_deploy.exporters.architectures.pixart import NULL_CAPTION, PublicLayout
 from goc_deploy.exporters.architectures.pixart_diffusers import ROWS_OF_BRANCHES
-from goc_deploy.exporters.architectures.wan_diffusers import shapes_from_spec
+from goc_deploy.exporters.architectures.qwen_diffusers import shapes_from_spec as qwen_shapes
+from goc_deploy.exporters.architectures.qwen_diffusers import spec_of as qwen_spec
+from goc_deploy.exporters.architectures.wan_diffusers import shapes_from_spec as wan_shapes
 from goc_deploy.exporters.architectures.wan_diffusers import spec_of as wan_spec
 from goc_deploy.exporters.tracing import shapes_of
 from goc_deploy.spec import ModelSpec
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 MODULATION_SCALE = 0.3
-# Parts of the names of modulation layers:
-MODULATION = ("adaLN", "t_block", "time_proj", "norm1", "norm.linear", "norm_out")
 PIXART, SIGMA = "PixArt-", "PixArt-Sigma-"
 WAN_SIZES = {  # blocks, heads of 128, width of the MLP, channels of the latents
     "Wan-1.3B": (30, 12, 8960, 16),
     "Wan-5B": (30, 24, 14336, 48),
     "Wan-14B": (40, 40, 13824, 16),
 }
-FLUX_GUIDANCE = {"FLUX.1-dev": True, "FLUX.1-schnell": False}
+QWEN = "Qwen-Image"
+FLUX = ("FLUX.1-dev", "FLUX.1-schnell")
+SHAPES = {"wan": wan_shapes, "qwen-image": qwen_shapes, "flux": flux_shapes}
+# Parts of the names of modulation layers:
+MODULATION = ("adaLN", "t_block", "time_proj", "_mod.", "norm1", "norm.linear", "norm_out.")
 PIXART_SPEC = {
     "choices": 0,
     "architecture": "pixart",
@@ -59,22 +62,25 @@ PIXART_SPEC = {
 SIGMA_SPEC = {**PIXART_SPEC, "architecture": "pixart-sigma", "caption_tokens": 300}
 
 
-def spec_of(name: str, image_size: int) -> ModelSpec:
+def spec_of(name: str, image_size: int, depth: int | None = None) -> ModelSpec:
     """The sizes of ``XL/2``, ``PixArt-XL/2`` and so on for images of ``image_size`` pixels.
 
-    The latents are those of a VAE that reduces height and width by 8.
+    The latents are those of a VAE that reduces height and width by 8. A depth other than that of
+    the public model is for Qwen-Image and FLUX.1 alone.
     """
+    if name == QWEN:
+        return qwen_spec(depth or 60, 24, (16, 56, 56), channels=16, text=3584)
+    if name in FLUX:
+        doubles = (depth or 57) // 3
+        singles = (depth or 57) - doubles
+        return flux_spec(
+            FluxConfig(
+                num_layers=doubles, num_single_layers=singles, guidance_embeds=name == FLUX[0]
+            )
+        )
     if name in WAN_SIZES:
         depth, heads, ffn, channels = WAN_SIZES[name]
         return wan_spec(depth, heads, 128, ffn=ffn, channels=channels, text=4096)
-    flux, _, blocks = name.partition(":")
-    if flux in FLUX_GUIDANCE:
-        doubles, singles = map(int, (blocks or "19+38").split("+"))
-        return flux_spec(
-            FluxConfig(
-                num_layers=doubles, num_single_layers=singles, guidance_embeds=FLUX_GUIDANCE[flux]
-            )
-        )
     size, patch = name.removeprefix(SIGMA).removeprefix(PIXART).split("/")
     depth, hidden, heads = SIZES[size]
     spec = ModelSpec(
@@ -88,9 +94,8 @@ def spec_of(name: str, image_size: int) -> ModelSpec:
 def random_state(spec: ModelSpec, seed: int) -> dict[str, torch.Tensor]:
     """Weights that keep activations of order one through the depth."""
     generator = torch.Generator().manual_seed(seed)
-    makes = {"wan": shapes_from_spec, "flux": flux_shapes}
-    if spec.architecture in makes:
-        shapes = makes[spec.architecture](spec)
+    if spec.architecture in SHAPES:
+        shapes = SHAPES[spec.architecture](spec)
     else:
         shapes = shapes_of(lambda: PublicLayout(spec) if spec.text_conditional else DiT(spec))
     if spec.architecture in ("pixart", SIGMA_SPEC["architecture"]):
@@ -101,7 +106,7 @@ def random_state(spec: ModelSpec, seed: int) -> dict[str, torch.Tensor]:
         modulates = any(part in name for part in MODULATION)
         scale = MODULATION_SCALE if modulates else 1.0
         state[name] = torch.randn(shape, generator=generator).mul_(scale * fan_in**-0.5)
-        if spec.architecture in makes:
+        if spec.architecture in SHAPES:
             norm = "norm" in name and name.endswith("weight") and len(shape) == 1
             state[name] = (state[name] + (1.0 if norm else 0.0)).bfloat16()
     return state
@@ -112,13 +117,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "model",
         help="S/2, B/2, L/2, XL/2, or another patch size; PixArt-XL/2, PixArt-Sigma-XL/2; "
-        "Wan-1.3B, Wan-5B, Wan-14B; FLUX.1-dev, FLUX.1-schnell, also with their blocks, as :2+4",
+        "Wan-1.3B, Wan-5B, Wan-14B; Qwen-Image; FLUX.1-dev, FLUX.1-schnell",
     )
     parser.add_argument("output", type=Path)
     parser.add_argument("--image-size", type=int, default=256)
+    parser.add_argument(
+        "--depth",
+        type=int,
+        help="number of blocks of a Qwen-Image or a FLUX.1; default: that of the public model",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    state = random_state(spec_of(args.model, args.image_size), args.seed)
+    state = random_state(spec_of(args.model, args.image_size, args.depth), args.seed)
     temporary = args.output.with_name(f".{args.output.name}.tmp")
     if args.output.suffix == ".safetensors":
         save_file(state, temporary)

@@ -13,7 +13,8 @@ def size_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor, by the name of the input that reads it.
 
     ``positions`` (rows, columns, D) are added to the tokens. ``cos`` and ``sin`` (T, head width /
-    2) turn pairs of values of queries and keys. ``told_size`` (2,) is height and width in pixels.
+    2) turn pairs of values of queries and keys, and ``text_cos`` and ``text_sin`` (Lc, head width /
+    2) those of tokens of the text. ``told_size`` (2,) is height and width in pixels.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     if spec.told_size and spec.any_size:
@@ -22,8 +23,11 @@ def size_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         return shapes
     if spec.positions.kind == "sine":
         return {**shapes, "positions": (*spec.axes, spec.hidden)}
-    angles = (spec.tokens, sum(spec.positions.widths) // 2)
-    return {**shapes, "cos": angles, "sin": angles}
+    pairs = sum(spec.positions.widths) // 2
+    shapes |= dict.fromkeys(("cos", "sin"), (spec.tokens, pairs))
+    if spec.positions.turns_text:
+        shapes |= dict.fromkeys(("text_cos", "text_sin"), (spec.caption_tokens, pairs))
+    return shapes
 
 
 def size_tensors(spec: ModelSpec) -> dict[str, np.ndarray]:
@@ -40,8 +44,14 @@ def size_tensors(spec: ModelSpec) -> dict[str, np.ndarray]:
         base, stretch = positions.base, positions.stretch
         tensors["positions"] = sine_table(spec.hidden, rows, columns, base, stretch)
     else:
-        angles = rotary_angles(spec.axes, positions.widths, positions.theta)
+        places = _places(spec.axes, centered=positions.centered)
+        angles = rotary_angles(places, positions.widths, positions.theta)
         tensors |= {"cos": np.cos(angles), "sin": np.sin(angles)}
+        if positions.turns_text:
+            behind = max(int(axis[-1]) for axis in places) + 1
+            turns = np.arange(behind, behind + spec.caption_tokens)[:, None]
+            along = turns * _frequencies(positions.widths, positions.theta)
+            tensors |= {"text_cos": np.cos(along), "text_sin": np.sin(along)}
     return {name: values.astype(np.float32) for name, values in tensors.items()}
 
 
@@ -74,15 +84,14 @@ def sine_table(hidden: int, rows: int, columns: int, base: int, stretch: float) 
     return np.concatenate(table, axis=2).astype(np.float32)
 
 
-def rotary_angles(axes: Sequence[int], widths: Sequence[int], theta: float) -> np.ndarray:
+def rotary_angles(places: Sequence[np.ndarray], widths: Sequence[int], theta: float) -> np.ndarray:
     """The angle of each pair of values of a head, for every token.
 
     Pair j of an axis of width d turns by ``position * theta ** (-2 j / d)``.
 
     Args:
-        axes: tokens along each axis.
-        widths: values of a head that each axis turns. If there are more of them than axes, the
-            first ones belong to axes along which every token has position 0.
+        places: the positions along each axis. Leading axes may be left out; their position is 0.
+        widths: values of a head that each axis turns.
         theta: base of the frequencies.
 
     Returns:
@@ -91,13 +100,21 @@ def rotary_angles(axes: Sequence[int], widths: Sequence[int], theta: float) -> n
     Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021,
     section 3.2.2, with one group of values per axis.
     """
-    axes = (*[1] * (len(widths) - len(axes)), *axes)
-    parts = []
-    for i, (count, width) in enumerate(zip(axes, widths, strict=True)):
-        frequencies = theta ** (-np.arange(0, width, 2) / width)
-        angles = np.arange(count)[:, None] * frequencies  # (count, width / 2)
-        spread = [1] * len(axes)
-        spread[i] = count
-        whole = np.broadcast_to(angles.reshape(*spread, -1), (*axes, width // 2))
-        parts.append(whole.reshape(-1, width // 2))
-    return np.concatenate(parts, axis=1)
+    absent = [np.zeros(1)] * (len(widths) - len(places))
+    grid = np.meshgrid(*absent, *places, indexing="ij")  # a position of every token, per axis
+    turns = np.stack([axis.ravel() for axis in grid], axis=1).astype(np.float64)  # (T, axes)
+    angles = np.repeat(turns, [width // 2 for width in widths], axis=1)
+    angles *= _frequencies(widths, theta)
+    return angles
+
+
+def _frequencies(widths: Sequence[int], theta: float) -> np.ndarray:
+    """The angle of each pair of values of a head for one position: (sum of widths / 2,)."""
+    return np.concatenate([theta ** (-np.arange(0, width, 2) / width) for width in widths])
+
+
+def _places(axes: Sequence[int], *, centered: bool) -> list[np.ndarray]:
+    """The positions along each axis, from 0, or rows and columns from the middle."""
+    first = [0] * (len(axes) - 2)
+    first += [axis // 2 - axis if centered else 0 for axis in axes[-2:]]
+    return [np.arange(count) + start for count, start in zip(axes, first, strict=True)]

@@ -14,7 +14,7 @@ from goc_deploy.blocks import (
     MAX_BLOCKS,
     Blocks,
     FeaturePlace,
-    Stream,
+    TokenStream,
     Unit,
     UnitPlace,
     place_features,
@@ -48,9 +48,11 @@ class Positions:
             over the same range.
         stretch: ``sine``: number of tokens within a distance of 1, for a sample of ``base``.
         widths: ``rotary``: values of a head that each axis turns; even, and their sum is the width
-            of a head. There may be more of them than axes, see
-            `goc_deploy.size_inputs.rotary_angles`.
+            of a head. Leading axes that a sample does not have turn by nothing.
         theta: ``rotary``: base of the frequencies.
+        centered: ``rotary``: whether rows and columns are counted from the middle of the sample.
+        turns_text: ``rotary``: whether tokens of the text are turned too. They follow the last
+            position of the sample, on all axes alike.
     """
 
     kind: Literal["sine", "rotary"]
@@ -58,6 +60,8 @@ class Positions:
     stretch: float = 1.0
     widths: tuple[int, ...] = ()
     theta: float = 10_000.0
+    centered: bool = False
+    turns_text: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +114,8 @@ class ModelSpec:
         pooled_channels: width of the pooled embedding of a caption that the conditioning reads, or
             0.
         embedded_guidance: whether the conditioning reads a guidance scale.
+        guidance_norm: what guidance keeps of the conditional output: ``none``, or the norm of each
+            ``token``, its C * patch * patch values.
     """
 
     depth: Size
@@ -139,6 +145,7 @@ class ModelSpec:
     blocks: Annotated[tuple[Blocks, ...], Meta(max_length=MAX_BLOCKS)] = ()
     pooled_channels: SizeOrZero = 0
     embedded_guidance: bool = False
+    guidance_norm: Literal["none", "token"] = "none"
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -246,7 +253,7 @@ class ModelSpec:
         """Whether the tokens of the caption are a stream that units read and change."""
         return any("text" in unit.reads for unit in self.declared_units)
 
-    def tokens_of(self, stream: Stream) -> int:
+    def tokens_of(self, stream: TokenStream) -> int:
         """Tokens per sample of a stream."""
         return self.tokens if stream == "image" else self.caption_tokens
 

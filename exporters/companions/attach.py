@@ -10,16 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from goc_deploy.conditions.captions import (
-    PromptEmbeds,
-    captions_to_bytes,
-    prompt_embeds_from_arrays,
-)
+from goc_deploy.conditions.captions import PromptEmbeds, prompt_embeds_from_arrays
+from goc_deploy.conditions.stored_captions import captions_to_bytes
 from goc_deploy.conditions.tensor_files import arrays_from_file
 from goc_deploy.conditions.text import DEFAULT_PROMPTS, TextEncoder, prompts_from_file
 from goc_deploy.engine_dir.manifest import Manifest
 from goc_deploy.errors import ModelError, UsageError
 from goc_deploy.exporters.checkpoint import Checkpoint
+from goc_deploy.exporters.companions.qwen_vae import QwenVae, read_qwen_vae_folder
 from goc_deploy.exporters.companions.t5 import PRECISION as TEXT_PRECISION
 from goc_deploy.exporters.companions.t5 import (
     TEXT_ENCODER,
@@ -40,7 +38,7 @@ from goc_deploy.exporters.companions.wan_vae import (
     video_decoder_kind,
     video_decoder_spec,
 )
-from goc_deploy.exporters.companions.wan_vae_config import WAN_VAE_CLASS
+from goc_deploy.exporters.companions.wan_vae_config import QWEN_VAE_CLASS, WAN_VAE_CLASS
 from goc_deploy.exporters.folders import CONFIG, part_of_pipeline, read_json
 from goc_deploy.exporters.unit_files import UnitWriter
 from goc_deploy.options import ExportOptions
@@ -60,7 +58,7 @@ class Companions:
         prompts: texts that the text encoder encodes to stored captions; may be empty.
     """
 
-    vae: Vae | WanVae | None
+    vae: Vae | QwenVae | WanVae | None
     text: TextEncoderFiles | None
     captions: PromptEmbeds | None
     prompts: tuple[str, ...]
@@ -101,7 +99,7 @@ class Companions:
         if self.captions is not None:
             table = self.captions.table
             digests["captions_sha256"] = hashlib.sha256(
-                table.embeds.tobytes() + table.mask.tobytes()
+                table.embeds.tobytes() + table.mask.tobytes() + table.pooled.tobytes()
             ).hexdigest()
         return digests
 
@@ -133,9 +131,11 @@ def read_companions(options: ExportOptions, spec: ModelSpec) -> Companions:
     return Companions(vae, text, captions, ())
 
 
-def _read_vae(path: Path, spec: ModelSpec) -> Vae | WanVae:
+def _read_vae(path: Path, spec: ModelSpec) -> Vae | QwenVae | WanVae:
     """Read a VAE: of videos if its class is Wan's, else of images, or of the frames of a video."""
     config = read_json(part_of_pipeline(path, "vae", "diffusers saved a VAE to") / CONFIG)
+    if config.get("_class_name") == QWEN_VAE_CLASS:
+        return read_qwen_vae_folder(path, spec)
     if config.get("_class_name") != WAN_VAE_CLASS:
         return read_vae_folder(path, spec)
     if not spec.video:
@@ -158,7 +158,7 @@ def write_companions(
         manifest = replace(manifest, graphs=(*manifest.graphs, *units), video_decoder=sizes)
     elif companions.vae is not None:
         decoder = decoder_spec(companions.vae.config, manifest.model, options.vae_tile)
-        kind = decoder_kind(companions.vae.config, manifest.model, decoder)
+        kind = decoder_kind(companions.vae.decoder, manifest.model, decoder)
         units = writer.write((kind,), companions.vae.checkpoint.tensors, PRECISION, "vae")
         manifest = replace(manifest, graphs=(*manifest.graphs, *units), decoder=decoder)
     captions = companions.captions

@@ -10,11 +10,11 @@ section 3.1 and appendix E.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -128,6 +128,10 @@ class Vae:
     config: VaeConfig
     checkpoint: Checkpoint
 
+    def decoder(self) -> nn.Module:
+        """The module that is traced."""
+        return VaeDecoder(self.config)
+
 
 def read_vae_folder(path: Path, spec: ModelSpec) -> Vae:
     """Read an AutoencoderKL folder, or the ``vae`` folder of a pipeline.
@@ -203,7 +207,19 @@ def vae_config(config: Mapping[str, Any], where: str) -> VaeConfig:
     return settings
 
 
-def decoder_spec(config: VaeConfig, spec: ModelSpec, largest_tile: int) -> DecoderSpec:
+class ImageDecoderConfig(Protocol):
+    """The sizes of a decoder of images that do not depend on the model."""
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the image."""
+
+    @property
+    def upscale(self) -> int:
+        """Image pixels per latent pixel."""
+
+
+def decoder_spec(config: ImageDecoderConfig, spec: ModelSpec, largest_tile: int) -> DecoderSpec:
     """Tiles of the model's latents: a single tile if they fit into ``largest_tile`` per side."""
     tile = min(spec.side, largest_tile)
     return DecoderSpec(
@@ -211,15 +227,15 @@ def decoder_spec(config: VaeConfig, spec: ModelSpec, largest_tile: int) -> Decod
     )
 
 
-def decoder_kind(config: VaeConfig, spec: ModelSpec, decoder: DecoderSpec) -> GraphKind:
-    """The graph of the decoder for tiles.
+def decoder_kind(make: Callable[[], nn.Module], spec: ModelSpec, decoder: DecoderSpec) -> GraphKind:
+    """The graph of the decoder that ``make`` returns, for tiles.
 
     Inputs: latents (n, C, t, t) float32. Outputs: pixels (n, channels, t*upscale, t*upscale)
     float32, in -1..1.
     """
     examples = Examples(spec, torch.float32)
     tiles = examples.normal(2, spec.channels, decoder.tile, decoder.tile)
-    module = empty_module(lambda: VaeDecoder(config), torch.float32, examples.generator)
+    module = empty_module(make, torch.float32, examples.generator)
     return GraphKind(
         DECODER,
         module,

@@ -60,7 +60,9 @@ def video_decoder_spec(config: WanVaeConfig) -> VideoDecoderSpec:
     """The sizes of the decoder and of its caches."""
     with torch.device("meta"):
         caches = frame_caches(WanVaeDecoder(config))
-    return VideoDecoderSpec(config.z_dim, config.channels, config.upscale, config.frames, caches)
+    return VideoDecoderSpec(
+        config.z_dim, config.image_channels, config.upscale, config.frames, caches
+    )
 
 
 def video_decoder_kind(config: WanVaeConfig, spec: ModelSpec) -> GraphKind:

@@ -1,4 +1,4 @@
-"""The ``config.json`` of an AutoencoderKLWan."""
+"""The ``config.json`` of an AutoencoderKLWan, or of a Qwen-Image's VAE, which has its layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from msgspec import Meta, Struct
 from goc_deploy.errors import ModelError
 from goc_deploy.exporters.folders import Setting, Settings
 
-WAN_VAE_CLASS = "AutoencoderKLWan"
+WAN_VAE_CLASS, QWEN_VAE_CLASS = "AutoencoderKLWan", "AutoencoderKLQwenImage"
 MAX_DOUBLINGS = 5
 # Of Wan 2.1 and of the A14B models of Wan 2.2, whose files may leave them out.
 MEAN = (
@@ -74,7 +74,7 @@ class WanVaeConfig(Struct, frozen=True):
         return self.temperal_downsample[::-1]
 
     @property
-    def channels(self) -> int:
+    def image_channels(self) -> int:
         """Channels of the image."""
         return self.out_channels // (self.patch_size or 1) ** 2
 
@@ -89,27 +89,27 @@ class WanVaeConfig(Struct, frozen=True):
         return 2 ** sum(self.doubles_time)
 
 
-SETTINGS = Settings(
-    WanVaeConfig,
-    required={"_class_name": (WAN_VAE_CLASS,), "attn_scales": ([],)},
-    without_effect=(  # on the decoder
-        "_diffusers_version",
-        "_name_or_path",
-        "dropout",
-        "in_channels",
-        "scale_factor_temporal",
-        "scale_factor_spatial",
-    ),
+_WITHOUT_EFFECT = (  # on the decoder
+    "_diffusers_version",
+    "_name_or_path",
+    "dropout",
+    "in_channels",
+    "input_channels",
+    "scale_factor_temporal",
+    "scale_factor_spatial",
 )
 
 
-def wan_vae_config(config: Mapping[str, Any], where: str) -> WanVaeConfig:
-    """The decoder that a ``config.json`` describes.
+def wan_vae_config(
+    config: Mapping[str, Any], where: str, own_class: str = WAN_VAE_CLASS
+) -> WanVaeConfig:
+    """The decoder that a ``config.json`` of a class describes.
 
     Raises:
         ModelError: a setting is unknown, not supported or out of range; the message names it.
     """
-    settings = SETTINGS.read(config, where)
+    required = {"_class_name": (own_class,), "attn_scales": ([],)}
+    settings = Settings(WanVaeConfig, required, _WITHOUT_EFFECT).read(config, where)
     if len(settings.temperal_downsample) != len(settings.dim_mult) - 1:
         raise ModelError(
             f"{where}: temperal_downsample has {len(settings.temperal_downsample)} entries, "
@@ -121,7 +121,7 @@ def wan_vae_config(config: Mapping[str, Any], where: str) -> WanVaeConfig:
             raise ModelError(
                 f"{where}: {name} has {len(values)} values, expected z_dim, {settings.z_dim}"
             )
-    if settings.channels != 3 or settings.out_channels % (settings.patch_size or 1) ** 2:
+    if settings.image_channels != 3 or settings.out_channels % (settings.patch_size or 1) ** 2:
         raise ModelError(
             f"{where}: out_channels is {settings.out_channels} with patch_size "
             f"{settings.patch_size}, expected 3 for each pixel of a patch"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import onnx
 from onnx import ModelProto, parser
 
+from goc_deploy.exporters.graphs.guidance import rescaled_guidance
 from goc_deploy.exporters.graphs.head import head_inputs, head_lines, head_outputs
 from goc_deploy.precision import DTYPE_OF_PRECISION, ELEMENT_TYPES, Precision
 from goc_deploy.samplers import MAX_LAGS, SamplerTable
@@ -65,7 +66,7 @@ def residual_graph(spec: ModelSpec, precision: Precision) -> ModelProto:
 
 def token_dimension(spec: ModelSpec) -> int | str:
     """The number of tokens in a graph, or the name of that dimension if it is dynamic."""
-    return "T" if spec.any_size else spec.tokens
+    return "T" if spec.any_size or spec.has_text_stream else spec.tokens
 
 
 def _onnx_name(precision: Precision) -> str:
@@ -108,7 +109,8 @@ def sampler_graph(
     """Classifier-free guidance per image and channel, then a row of the sampler table, in float32.
 
     ``guided = uncond + guidance * (cond - uncond)`` and
-    ``latents_out = c0 * latents + c1 * guided + c2 * noise``.
+    ``latents_out = c0 * latents + c1 * guided + c2 * noise``. In between, ``guided`` is rescaled as
+    `ModelSpec.guidance_norm` has it.
 
     Inputs: latents (N, C, H, W), prediction (B, C_out, H, W), which is the model output, cond_rows
     and uncond_rows (N,) int64, guidance (N, C), coefficients (3 + ...,), noise (N, C, H, W), and
@@ -159,12 +161,13 @@ def sampler_graph(
         if learned
         else "from_noise = Mul(c2, noise)"
     )
+    sides, combined, rescaling = rescaled_guidance(spec)
     return _parse(
         f"""sampler ({latents} latents,
             {prediction} prediction,
             int64[N] cond_rows, int64[N] uncond_rows,
             float[N, {spec.channels}] guidance, float[{len(names)}] coefficients,
-            {", ".join([f"{latents} noise", *inputs])}) => ({", ".join(outputs)})
+            {", ".join([f"{latents} noise", *inputs])}) => ({", ".join(outputs)}) {sides}
         {{
             first = Constant<value = int64[1] {{0}}>()
             channels = Constant<value = int64[1] {{{spec.channels}}}>()
@@ -176,7 +179,8 @@ def sampler_graph(
             difference = Sub(cond, uncond)
             weight = Unsqueeze(guidance, pixel_axes)
             correction = Mul(weight, difference)
-            guided = Add(uncond, correction)
+            {combined} = Add(uncond, correction)
+            {rescaling}
             {", ".join(names)} = Split<num_outputs={len(names)}>(coefficients)
             from_latents = Mul(c0, latents)
             from_model = Mul(c1, guided)

@@ -42,7 +42,7 @@ DEFAULTS = ExportOptions()
 @click.option("-o", "--output", type=PATH, required=True, help="Engine directory to write.")
 @click.option(
     "--model",
-    type=click.Choice(["auto", "dit", "pixart", "pixart-sigma", "sit", "wan"]),
+    type=click.Choice(["auto", "dit", "pixart", "pixart-sigma", "sit", "wan", "qwen-image"]),
     default=DEFAULTS.model,
     help="Architecture of the model; auto recognises all but sit.",
 )
@@ -115,7 +115,7 @@ DEFAULTS = ExportOptions()
     show_default=False,
     help="Seed of the calibration images.  [default: 2**32, far from the seeds that people use]",
 )
-@cfg_scale_option(DEFAULTS.cfg_scale, "Guidance scale of the calibration images.")
+@cfg_scale_option("Guidance scale of the calibration images.")
 @click.option(
     "--segments",
     type=click.Choice(SEGMENTS),

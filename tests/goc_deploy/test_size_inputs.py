@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -31,7 +33,7 @@ def test_products_depend_on_distances_alone(
     axes: tuple[int, int, int], data: st.DataObject
 ) -> None:
     """Turning a query and a key by their positions leaves a function of the difference."""
-    angles = rotary_angles(axes, (4, 2, 2), 10_000.0).reshape(*axes, 4)
+    angles = rotary_angles(list(map(np.arange, axes)), (4, 2, 2), 10_000.0).reshape(*axes, 4)
     places = [tuple(data.draw(st.integers(0, n - 1)) for n in axes) for _ in range(2)]
     a, b = places
     distance = np.array(a) - np.array(b)
@@ -41,14 +43,8 @@ def test_products_depend_on_distances_alone(
 
 def angles_of_axis(axis: int) -> np.ndarray:
     """The angle of each pair for one step along an axis."""
-    count = [2 if i == axis else 1 for i in range(3)]
-    return rotary_angles(count, (4, 2, 2), 10_000.0)[1]
-
-
-def test_axes_that_samples_do_not_have_turn_nothing() -> None:
-    angles = rotary_angles((3, 5), (6, 4, 2), 10_000.0)
-    np.testing.assert_array_equal(angles[:, :3], 0)
-    np.testing.assert_array_equal(angles[:, 3:], rotary_angles((3, 5), (4, 2), 10_000.0))
+    places = [np.arange(2 if i == axis else 1) for i in range(3)]
+    return rotary_angles(places, (4, 2, 2), 10_000.0)[1]
 
 
 def test_tensors_have_the_announced_shapes() -> None:
@@ -60,8 +56,35 @@ def test_tensors_have_the_announced_shapes() -> None:
         1, 48, 3, 96, 2, (2, 3, 5), 4, 10, False,
         positions=Positions("rotary", widths=(8, 4, 4)), max_grid=(2, 6, 6),
     )  # fmt: skip
-    for spec in (image, video):
+    streams = replace(
+        video, grid=(3, 5), max_grid=(6, 6), caption_tokens=7,
+        positions=Positions("rotary", widths=(8, 4, 4), turns_text=True),
+    )  # fmt: skip
+    for spec in (image, video, streams):
         shapes = {name: values.shape for name, values in size_tensors(spec).items()}
         assert shapes == size_shapes(spec)
     # A side of 4 tokens, 8 latent pixels, has 64 pixels; 3 and 5 tokens have 48 and 80.
     assert size_tensors(image)["told_size"].tolist() == [48, 80]
+
+
+@pytest.mark.filterwarnings("ignore")  # of diffusers about itself
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("grid", [(3, 5), (4, 4), (7, 2)])
+def test_text_follows_the_image_as_in_diffusers(grid: tuple[int, int], *, centered: bool) -> None:
+    """`QwenEmbedRope`, whose image has one frame, with rows and columns from the middle or not."""
+    theirs = pytest.importorskip(
+        "diffusers.models.transformers.transformer_qwenimage",
+        reason="diffusers comes with the judges extra",
+    )
+    widths = (4, 6, 6)
+    of_image, of_text = theirs.QwenEmbedRope(10_000, list(widths), scale_rope=centered)(
+        [(1, *grid)], max_txt_seq_len=7
+    )
+    spec = ModelSpec(
+        1, 48, 3, 96, 2, grid, 4, 0, False, caption_tokens=7, max_grid=grid,
+        positions=Positions("rotary", widths=widths, centered=centered, turns_text=True),
+    )  # fmt: skip
+    found = size_tensors(spec)
+    for prefix, angles in (("", of_image), ("text_", of_text)):
+        for part, name in ((angles.real, "cos"), (angles.imag, "sin")):
+            np.testing.assert_allclose(found[prefix + name], part.numpy(), atol=2e-6)

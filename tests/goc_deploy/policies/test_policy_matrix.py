@@ -17,6 +17,7 @@ from goc_deploy.api import cpu_backend
 from goc_deploy.api.laboratory import EngineLaboratory
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.errors import UsageError
+from goc_deploy.exporters.architectures.qwen_diffusers import spec_of as qwen_spec
 from goc_deploy.exporters.architectures.wan_diffusers import spec_of
 from goc_deploy.exporters.export import ARCHITECTURES
 from goc_deploy.exporters.router import router_probabilities
@@ -36,14 +37,16 @@ SPECS = {
     "pixart-sigma": replace(PIXART, depth=1, architecture="pixart-sigma", told_size=0),
     "sit": ModelSpec(1, 24, 2, 48, 2, 2, 4, 10, True),
     "wan": spec_of(1, 2, 12, ffn=48, channels=4, text=20),
+    "qwen-image": qwen_spec(2, 1, (4, 14, 14), channels=4, text=20),
 }
-SMALL = {"wan": {"size": (8, 8), "frames": 2}}
+SMALL = {"wan": {"size": (8, 8), "frames": 2}, "qwen-image": {"size": (8, 8)}}
 SAMPLERS = {
     "dit": ("ddim", "dpm++", "ddpm"),
     "pixart": ("ddim", "dpm++", "ddpm"),
     "pixart-sigma": ("dpm++",),
     "sit": ("euler",),
     "wan": ("euler", "unipc@shift=3"),
+    "qwen-image": ("euler",),
 }
 BASE_ARGUMENTS = {"none": "none", "fora": "fora:2", "smoothcache": "smoothcache:0.5"}
 BASE_ARGUMENTS |= {

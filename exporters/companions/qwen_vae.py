@@ -1,0 +1,188 @@
+"""The decoder of an AutoencoderKLQwenImage as a graph: latents of an image to pixels, in float32.
+
+It has the layers of Wan's causal VAE. An image is the first frame of a video: its causal
+convolutions see only their last slice over time, and no frames are doubled. So all of them are
+convolutions of images, and the decoder is one for tiles, as that of an AutoencoderKL.
+
+Source: Qwen Team, "Qwen-Image Technical Report", 2025, section 2.3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from goc_deploy.errors import ModelError
+from goc_deploy.exporters.checkpoint import Checkpoint
+from goc_deploy.exporters.companions.vae import read_decoder_weights
+from goc_deploy.exporters.companions.wan_vae_config import (
+    QWEN_VAE_CLASS,
+    WanVaeConfig,
+    wan_vae_config,
+)
+from goc_deploy.exporters.companions.wan_vae_model import Norm, PixelAttention, WanVaeDecoder
+from goc_deploy.exporters.folders import CONFIG, part_of_pipeline, read_json
+from goc_deploy.exporters.tracing import check_shapes, shapes_of
+from goc_deploy.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class QwenVae:
+    """A decoder that was read: its configuration, and its tensors for images."""
+
+    config: WanVaeConfig
+    checkpoint: Checkpoint
+
+    def decoder(self) -> nn.Module:
+        """The module that is traced."""
+        return QwenVaeDecoder(self.config)
+
+
+def read_qwen_vae_folder(path: Path, spec: ModelSpec) -> QwenVae:
+    """Read an AutoencoderKLQwenImage folder, or the ``vae`` folder of a pipeline.
+
+    Raises:
+        ModelError: the folder is not such a folder, a setting is not supported, the weights are
+            missing, damaged, or do not fit the configuration, or the VAE does not fit the model.
+        SafetyError: an index names files outside the folder.
+    """
+    folder = part_of_pipeline(path, "vae", f"diffusers saved an {QWEN_VAE_CLASS} to")
+    where = f"{folder / CONFIG}"
+    if spec.video:
+        raise ModelError(f"{path} is a VAE of images, but the model draws videos; give its own VAE")
+    config = wan_vae_config(read_json(folder / CONFIG), where, QWEN_VAE_CLASS)
+    if config.is_residual or config.patch_size or config.decoder_base_dim:
+        raise ModelError(
+            f"{where}: is_residual, patch_size and decoder_base_dim are settings of Wan 2.2, only "
+            "the layers of Wan 2.1 are supported"
+        )
+    files, tensors = read_decoder_weights(folder, config.z_dim, spec)
+    shapes = shapes_of(lambda: WanVaeDecoder(config))
+    check_shapes(tensors, shapes, f"the VAE decoder that {where} describes")
+    of_images = {
+        name: _of_images(name, tensor)
+        for name, tensor in tensors.items()
+        if ".time_conv." not in name
+    }
+    return QwenVae(config, Checkpoint(folder, of_images, "plain", (folder / CONFIG, *files)))
+
+
+def _of_images(name: str, tensor: Tensor) -> Tensor:
+    """The part of a tensor that acts on the first frame of a video, as a tensor for images."""
+    if name.endswith(".gamma"):
+        return tensor.reshape(-1, 1, 1)
+    return tensor[:, :, -1] if tensor.ndim == 5 else tensor
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions after norms, added to the input."""
+
+    def __init__(self, before: int, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = Norm(before, 4), Norm(width, 4)
+        self.conv1 = nn.Conv2d(before, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        if before != width:
+            self.conv_shortcut = nn.Conv2d(before, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, before, h, w) to (N, width, h, w)."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class MidBlock(nn.Module):
+    """Two residual blocks with attention between them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResidualBlock(width, width) for _ in range(2))
+        self.attentions = nn.ModuleList([PixelAttention(width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, h, w) to the same shape."""
+        before, after = self.resnets
+        x = self.attentions[0](before(x)[:, :, None])[:, :, 0]
+        return after(x)
+
+
+class Upsampler(nn.Module):
+    """Twice the height and width, and half the channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(width, width // 2, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, h, w) to (N, C / 2, 2*h, 2*w)."""
+        return self.resample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class UpBlock(nn.Module):
+    """The residual blocks of one level, then a doubling unless it is the last."""
+
+    def __init__(self, before: int, width: int, blocks: int, *, doubles: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResidualBlock(width if i else before, width) for i in range(blocks)
+        )
+        if doubles:
+            self.upsamplers = nn.ModuleList([Upsampler(width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, before, h, w) to the next level."""
+        for layer in (*self.resnets, *getattr(self, "upsamplers", ())):
+            x = layer(x)
+        return x
+
+
+class Decoder(nn.Module):
+    """A middle block, then one level for every doubling."""
+
+    def __init__(self, config: WanVaeConfig) -> None:
+        super().__init__()
+        widths, last = config.widths, len(config.widths) - 2
+        self.conv_in = nn.Conv2d(config.z_dim, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0])
+        self.up_blocks = nn.ModuleList(
+            UpBlock(
+                widths[i] // (2 if i else 1),
+                widths[i + 1],
+                config.num_res_blocks + 1,
+                doubles=i < last,
+            )
+            for i in range(last + 1)
+        )
+        self.norm_out = Norm(widths[-1], 4)
+        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, h, w) to (N, channels, h*upscale, w*upscale)."""
+        x = self.mid_block(self.conv_in(x))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class QwenVaeDecoder(nn.Module):
+    """Scaling of the latents, and the decoder."""
+
+    def __init__(self, config: WanVaeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.post_quant_conv = nn.Conv2d(config.z_dim, config.z_dim, 1)
+        self.decoder = Decoder(config)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Latents (N, C, h, w) to pixels (N, channels, h*upscale, w*upscale) in -1..1."""
+        mean, std = (
+            torch.tensor(values).reshape(1, -1, 1, 1)
+            for values in (self.config.latents_mean, self.config.latents_std)
+        )
+        pixels = self.decoder(self.post_quant_conv(latents * std + mean))
+        return torch.clamp(pixels, -1, 1)
