@@ -1,4 +1,4 @@
-"""Write a checkpoint of a public size with random weights, in its public layout.
+"""Write a checkpoint of a public size with random weights, in its layout.
 
     python benchmarks/make_checkpoint.py XL/2 dit-xl-2.pt
     python benchmarks/make_checkpoint.py PixArt-XL/2 pixart-xl-2.pth
@@ -6,10 +6,11 @@
     python benchmarks/make_checkpoint.py SD3.5-Medium sd3.5-medium.safetensors
     python benchmarks/make_checkpoint.py PixArt-Sigma-XL/2 sigma.pth --image-size 1024
     python benchmarks/make_checkpoint.py Qwen-Image qwen.safetensors --depth 4
+    python benchmarks/make_checkpoint.py FLUX.1-dev flux.safetensors --depth 6
 
-Weights of Wan, Stable Diffusion 3 and Qwen-Image are bfloat16, as the public ones, and tensors have
-the names of diffusers. Random weights cost what trained ones cost. adaLN layers are not zero, so
-every unit has an effect.
+A third of the blocks of a FLUX.1 are double blocks. Weights of Wan, Stable Diffusion 3, FLUX.1 and
+Qwen-Image are bfloat16, as the public ones. Random weights cost what trained ones cost. adaLN
+layers are not zero, so every unit has an effect.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ import torch
 from safetensors.torch import save_file
 
 from goc_deploy.exporters.architectures.dit_model import DiT
+from goc_deploy.exporters.architectures.flux_diffusers import FluxConfig
+from goc_deploy.exporters.architectures.flux_diffusers import shapes_from_spec as flux_shapes
+from goc_deploy.exporters.architectures.flux_diffusers import spec_of as flux_spec
 from goc_deploy.exporters.architectures.pixart import NULL_CAPTION, PublicLayout
 from goc_deploy.exporters.architectures.pixart_diffusers import ROWS_OF_BRANCHES
 from goc_deploy.exporters.architectures.qwen_diffusers import shapes_from_spec as qwen_shapes
@@ -41,7 +45,7 @@ from goc_deploy.spec import ModelSpec
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 MODULATION_SCALE = 0.3
-MODULATING = ("adaLN", "t_block", "time_proj", "norm1", "norm_out.", "_mod.")
+MODULATING = ("adaLN", "t_block", "time_proj", "norm1", "norm.linear", "norm_out.", "_mod.")
 PIXART, SIGMA = "PixArt-", "PixArt-Sigma-"
 WAN_SIZES = {  # blocks, heads of 128, width of the MLP, channels of the latents
     "Wan-1.3B": (30, 12, 8960, 16),
@@ -54,8 +58,9 @@ SD3_SIZES: dict[str, dict[str, Any]] = {  # blocks, heads of 64, blocks with a s
     "SD3.5-Large": {"depth": 38, "heads": 38, "dual": (), "qk_norm": True, "table": 192},
 }
 QWEN = "Qwen-Image"
+FLUX = ("FLUX.1-dev", "FLUX.1-schnell")
 # Families with the layout of diffusers, whose public weights are bfloat16.
-SHAPES = {"wan": wan_shapes, "sd3": sd3_shapes, "qwen-image": qwen_shapes}
+SHAPES = {"wan": wan_shapes, "sd3": sd3_shapes, "qwen-image": qwen_shapes, "flux": flux_shapes}
 PIXART_SPEC = {
     "choices": 0,
     "architecture": "pixart",
@@ -72,10 +77,18 @@ def spec_of(name: str, image_size: int, depth: int | None = None) -> ModelSpec:
     """The sizes of ``XL/2``, ``PixArt-XL/2`` and so on for images of ``image_size`` pixels.
 
     The latents are those of a VAE that reduces height and width by 8. A depth other than that of
-    the public model is for Qwen-Image alone.
+    the public model is for Qwen-Image and FLUX.1 alone.
     """
     if name == QWEN:
         return qwen_spec(depth or 60, 24, (16, 56, 56), channels=16, text=3584)
+    if name in FLUX:
+        doubles = (depth or 57) // 3
+        singles = (depth or 57) - doubles
+        return flux_spec(
+            FluxConfig(
+                num_layers=doubles, num_single_layers=singles, guidance_embeds=name == FLUX[0]
+            )
+        )
     if name in WAN_SIZES:
         depth, heads, ffn, channels = WAN_SIZES[name]
         return wan_spec(depth, heads, 128, ffn=ffn, channels=channels, text=4096)
@@ -129,11 +142,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "model",
         help="S/2, B/2, L/2, XL/2, or another patch size; PixArt-XL/2, PixArt-Sigma-XL/2; "
-        f"{', '.join((*WAN_SIZES, *SD3_SIZES, QWEN))}",
+        f"{', '.join((*WAN_SIZES, *SD3_SIZES, QWEN, *FLUX))}",
     )
     parser.add_argument("output", type=Path)
     parser.add_argument("--image-size", type=int, default=256)
-    parser.add_argument("--depth", type=int, help="number of blocks of a Qwen-Image; default: 60")
+    parser.add_argument(
+        "--depth",
+        type=int,
+        help="number of blocks of a Qwen-Image or a FLUX.1; default: that of the public model",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     state = random_state(spec_of(args.model, args.image_size, args.depth), args.seed)

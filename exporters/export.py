@@ -20,6 +20,7 @@ from goc_deploy.engine_dir.manifest_file import manifest_to_json
 from goc_deploy.engine_dir.reading import check_target, files_below
 from goc_deploy.errors import CalibrationNeededError, GocError, ModelError, UsageError
 from goc_deploy.exporters.architectures.dit import DIT
+from goc_deploy.exporters.architectures.flux import FLUX
 from goc_deploy.exporters.architectures.pixart import PIXART
 from goc_deploy.exporters.architectures.pixart_sigma import PIXART_SIGMA
 from goc_deploy.exporters.architectures.qwen import QWEN_IMAGE
@@ -67,7 +68,7 @@ from goc_deploy.spec import ModelSpec
 from goc_deploy.version import __version__
 
 ARCHITECTURES = {
-    family.name: family for family in (DIT, PIXART, PIXART_SIGMA, SD3, SIT, WAN, QWEN_IMAGE)
+    family.name: family for family in (DIT, PIXART, PIXART_SIGMA, SD3, SIT, WAN, FLUX, QWEN_IMAGE)
 }
 # Makes the laboratory of an engine directory for a sampler.
 LaboratoryMaker = Callable[[EngineDir, str, CalibrationOptions], Laboratory]
@@ -122,7 +123,7 @@ def export_checkpoint(
         plans=options.plans or default_plans(calibrates=calibrates),
         cfg_scale=cfg_scale_of(options.cfg_scale, spec),
     )
-    process = Process(spec.prediction_type, model.scheduler)
+    process = Process(spec.prediction_type, model.scheduler, spec.tokens)
     formats = weight_formats(spec.unit_names, options.quantize, options.quantize_exclude)
     plans = _compile_plans(spec, process, options)
     check_options(_calibration(spec, options))

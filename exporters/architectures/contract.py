@@ -105,6 +105,7 @@ class DiffusersFolder:
         spec_from_config: reads the sizes from ``config.json``.
         state_from_diffusers: renames the tensors to the public layout.
         layers: names of the layers in both layouts, for LoRAs.
+        even_sigmas: whether the pipelines give their scheduler T even noise levels from 1 to 1 / T.
     """
 
     pipelines: tuple[str, ...]
@@ -113,6 +114,7 @@ class DiffusersFolder:
     spec_from_config: SpecFromConfig
     state_from_diffusers: StateFromDiffusers
     layers: LayersInDiffusers = no_other_names
+    even_sigmas: bool = False
 
 
 @dataclass(frozen=True, slots=True)
