@@ -107,10 +107,11 @@ def _added_positions(spec: ModelSpec, positions: Positions) -> np.ndarray:
 
 
 def _joined(of_columns: np.ndarray, of_rows: np.ndarray) -> np.ndarray:
-    """The values of a token's column, (columns, D / 2), then those of its row, (rows, D / 2)."""
+    """The values of a token's column, (columns, D / 2), then of its row, (rows, D / 2); float32."""
     shape = (len(of_rows), len(of_columns), of_columns.shape[1])
+    of_rows, of_columns = of_rows.astype(np.float32), of_columns.astype(np.float32)
     table = [np.broadcast_to(of_columns[None], shape), np.broadcast_to(of_rows[:, None], shape)]
-    return np.concatenate(table, axis=2).astype(np.float32)
+    return np.concatenate(table, axis=2)
 
 
 def rotary_angles(places: Sequence[np.ndarray], widths: Sequence[int], theta: float) -> np.ndarray:
