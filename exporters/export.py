@@ -24,9 +24,15 @@ from goc_deploy.exporters.architectures.flux import FLUX
 from goc_deploy.exporters.architectures.pixart import PIXART
 from goc_deploy.exporters.architectures.pixart_sigma import PIXART_SIGMA
 from goc_deploy.exporters.architectures.qwen import QWEN_IMAGE
+from goc_deploy.exporters.architectures.sd3 import SD3
 from goc_deploy.exporters.architectures.sit import SIT
 from goc_deploy.exporters.architectures.wan import WAN
-from goc_deploy.exporters.checkpoint import Checkpoint, check_values, load_checkpoint
+from goc_deploy.exporters.checkpoint import (
+    Checkpoint,
+    check_values,
+    load_checkpoint,
+    of_diffusion_model,
+)
 from goc_deploy.exporters.companions.attach import Companions, read_companions, write_companions
 from goc_deploy.exporters.graphs.plan_files import write_plan
 from goc_deploy.exporters.graphs.step import (
@@ -62,7 +68,7 @@ from goc_deploy.spec import ModelSpec
 from goc_deploy.version import __version__
 
 ARCHITECTURES = {
-    family.name: family for family in (DIT, PIXART, PIXART_SIGMA, SIT, WAN, FLUX, QWEN_IMAGE)
+    family.name: family for family in (DIT, PIXART, PIXART_SIGMA, SD3, SIT, WAN, FLUX, QWEN_IMAGE)
 }
 # Makes the laboratory of an engine directory for a sampler.
 LaboratoryMaker = Callable[[EngineDir, str, CalibrationOptions], Laboratory]
@@ -148,7 +154,8 @@ def _read(path: Path, options: ExportOptions) -> FolderModel:
             f"`model={options.model}` is unknown; this version has {', '.join(ARCHITECTURES)}"
         )
     if not os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
-        checkpoint, spec = _recognise(load_checkpoint(path, options.weights), options)
+        whole = load_checkpoint(path, options.weights)
+        checkpoint, spec = _recognise(of_diffusion_model(whole), options)
         return FolderModel(
             checkpoint,
             replace(spec, prediction_type=options.prediction or spec.prediction_type),

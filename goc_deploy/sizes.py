@@ -58,6 +58,12 @@ def grid_from_size(size: Any, frames: Any, spec: ModelSpec, pixels: int) -> tupl
                 f"`size` must be a width and a height that {unit} divides, got {size!r:.60}"
             )
         columns, rows = (side // unit for side in size)
+    most = spec.positions.table if spec.positions is not None else 0
+    if most and max(rows, columns) > most:
+        raise UsageError(
+            f"`size` must be at most {most * unit} per side, got {size!r:.60}; the model has no "
+            "positions beyond"
+        )
     if frames is None:
         return (*own_frames, rows, columns)
     if not own_frames:

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 import goc_deploy
+from benchmarks.make_checkpoint import random_state as checkpoint_state
 from goc_deploy.api import build_engines
+from goc_deploy.exporters.architectures.sd3_spec import spec_of as sd3_spec
 from goc_deploy.exporters.architectures.wan_diffusers import shapes_from_spec, spec_of
 from goc_deploy.exporters.companions.vae import VaeDecoder, vae_config
 from goc_deploy.options import EngineOptions, no_progress
@@ -54,6 +56,21 @@ def test_every_graph_of_videos_of_any_size_builds(tmp_path: Path) -> None:
         max_frames=5, vae=tmp_path / "vae",
     )  # fmt: skip
     options = EngineOptions(capabilities=("8.6", "8.9", "12.0"), weight_mode="shared")
+    manifest, built = build_engines(tmp_path / "engine", options, no_progress)
+    assert built == len(manifest.engines)
+    served = {graph for engine in manifest.engines for graph in engine.graphs}
+    assert {graph.onnx for graph in manifest.graphs} <= served
+
+
+def test_every_graph_of_two_streams_builds(tmp_path: Path) -> None:
+    """A Stable Diffusion 3 with a dual, a plain and a last block."""
+    spec = sd3_spec(3, 2, 32, dual=(0,), qk_norm=True, table=6, grid=4, text=12, pooled=10)
+    save_file(checkpoint_state(spec, 0), tmp_path / "sd3.safetensors")
+    goc_deploy.export(
+        tmp_path / "sd3.safetensors", tmp_path / "engine", precision="bf16", steps=4,
+        plans=["none", "fora:2+gc:1.0"], max_batch=1, size=(48, 32), max_size=(48, 48),
+    )  # fmt: skip
+    options = EngineOptions(capabilities=("8.9", "12.0"), weight_mode="shared")
     manifest, built = build_engines(tmp_path / "engine", options, no_progress)
     assert built == len(manifest.engines)
     served = {graph for engine in manifest.engines for graph in engine.graphs}
