@@ -38,14 +38,19 @@ diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the ju
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers about itself
 
 
-@pytest.fixture(scope="module")
-def judge() -> Any:
+def tiny_judge() -> Any:
+    """A random model of diffusers."""
     torch.manual_seed(0)
     model = diffusers.QwenImageTransformer2DModel(**CONFIG).eval()
     for name, parameter in model.named_parameters():
         norm = "norm" in name and name.endswith("weight") and parameter.ndim == 1
         parameter.data.normal_(1.0 if norm else 0.0, 0.1)
     return model
+
+
+@pytest.fixture(scope="module")
+def judge() -> Any:
+    return tiny_judge()
 
 
 def tiny(grid: tuple[int, int] = GRIDS[0]) -> ModelSpec:
