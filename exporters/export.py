@@ -43,6 +43,7 @@ from goc_deploy.exporters.router import router_probabilities
 from goc_deploy.exporters.sample_sizes import spec_for_sizes
 from goc_deploy.exporters.schedulers import table_from_sampler
 from goc_deploy.exporters.unit_files import UnitWriter
+from goc_deploy.guidance import cfg_scale_of
 from goc_deploy.options import ExportOptions, Progress, default_plans
 from goc_deploy.policies.calibration import (
     CalibrationOptions,
@@ -110,7 +111,11 @@ def export_checkpoint(
     if spec.text_conditional:
         spec = replace(spec, choices=companions.labels)
     calibrates = options.precision != "bf16" and spec.choices > 0
-    options = replace(options, plans=options.plans or default_plans(calibrates=calibrates))
+    options = replace(
+        options,
+        plans=options.plans or default_plans(calibrates=calibrates),
+        cfg_scale=cfg_scale_of(options.cfg_scale, spec),
+    )
     process = Process(spec.prediction_type, model.scheduler)
     formats = weight_formats(spec.unit_names, options.quantize, options.quantize_exclude)
     plans = _compile_plans(spec, process, options)
@@ -219,9 +224,8 @@ def _calibration(spec: ModelSpec, options: ExportOptions) -> CalibrationOptions:
     images = (
         options.calibrate if options.calibrate is not None else default_images(spec, options.steps)
     )
-    return CalibrationOptions(
-        images, options.calibration_seed, options.cfg_scale, spec.guided_channels
-    )
+    scale = cfg_scale_of(options.cfg_scale, spec)
+    return CalibrationOptions(images, options.calibration_seed, scale, spec.guided_channels)
 
 
 def _provenance(

@@ -11,8 +11,8 @@ from msgspec import Meta
 from goc_deploy.modulation import SHIFT_AND_SCALE
 
 MAX_BLOCKS = 1_000
-Stream = Literal["image", "text"]
-STREAMS: tuple[Stream, ...] = get_args(Stream)  # in the order of features
+TokenStream = Literal["image", "text"]
+STREAMS: tuple[TokenStream, ...] = get_args(TokenStream)  # in the order of features
 MAX_FEATURES = 3  # of a unit
 
 
@@ -26,7 +26,7 @@ class Feature:
             gate ``gate``, both followed by the suffix.
     """
 
-    stream: Stream = "image"
+    stream: TokenStream = "image"
     suffix: Annotated[str, Meta(pattern=r"^(_[a-z0-9]+)?$")] = ""
 
     @property
@@ -60,7 +60,7 @@ class Unit:
     features: Annotated[tuple[Feature, ...], Meta(min_length=1, max_length=MAX_FEATURES)] = (
         IMAGE_FEATURE,
     )
-    reads: Annotated[tuple[Stream, ...], Meta(min_length=1, max_length=len(STREAMS))] = ("image",)
+    reads: Annotated[tuple[TokenStream, ...], Meta(min_length=1, max_length=2)] = ("image",)
 
 
 @dataclass(frozen=True, slots=True)

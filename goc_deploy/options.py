@@ -51,7 +51,7 @@ class ExportOptions:
         calibrate: number of images that calibrated policies learn from; None takes
             `goc_deploy.policies.calibration.default_images`.
         calibration_seed: seed of the calibration images.
-        cfg_scale: guidance scale of the calibration images.
+        cfg_scale: guidance scale of the calibration images; None as in `GenerateOptions`.
         weights: weights of a training checkpoint: ``ema``, ``model``, or ``auto`` (``ema`` if there
             are such weights).
         force: replace an existing engine directory.
@@ -87,7 +87,7 @@ class ExportOptions:
     plans: tuple[str, ...] = ()
     calibrate: int | None = None
     calibration_seed: int = CALIBRATION_SEED
-    cfg_scale: float = 4.0
+    cfg_scale: float | None = None
     weights: CheckpointWeights = "auto"
     force: bool = False
     captions: Path | None = None
@@ -123,7 +123,7 @@ class PlanOptions:
         calibrate: number of images that a calibrated policy learns from; None takes
             `goc_deploy.policies.calibration.default_images`.
         seed: seed of the calibration images.
-        cfg_scale: guidance scale of the calibration images.
+        cfg_scale: guidance scale of the calibration images; None as in `GenerateOptions`.
         segments: what TensorRT runs as one engine: ``full``, a step that computes everything, or
             ``none``. ONNX Runtime always runs units.
     """
@@ -133,7 +133,7 @@ class PlanOptions:
     sampler: str | None = None
     calibrate: int | None = None
     seed: int = CALIBRATION_SEED
-    cfg_scale: float = 4.0
+    cfg_scale: float | None = None
     segments: Segments = "full"
 
 
@@ -165,15 +165,19 @@ class GenerateOptions:
 
     Attributes:
         seed: seed of the noise; image i of a request depends on (seed, i) alone.
-        cfg_scale: classifier-free guidance scale; 1 turns guidance off and runs half the rows.
+        cfg_scale: classifier-free guidance scale; 1 turns guidance off and runs half the rows. None
+            takes 4, or 1 for a model with embedded guidance.
         cfg_channels: number of leading channels that guidance acts on; None takes that of the
             model's reference implementation (3 for checkpoints of DiT, all for PixArt and folders
             of diffusers).
+        guidance: guidance scale that a distilled model embeds, such as FLUX.1-dev; None takes 3.5.
+            Other models refuse it.
     """
 
     seed: int = 0
-    cfg_scale: float = 4.0
+    cfg_scale: float | None = None
     cfg_channels: int | None = None
+    guidance: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,9 +195,11 @@ class RunOptions:
         num_images: number of images; labels are repeated in order. None takes one image per label
             or latent, or 8.
         seed: seed of the noise; image i depends on (seed, i) alone.
-        cfg_scale: classifier-free guidance scale; 1 turns guidance off.
+        cfg_scale: classifier-free guidance scale; 1 turns guidance off. None as in
+            `GenerateOptions`.
         cfg_channels: number of leading channels that guidance acts on; None takes the number of
             the model's reference implementation.
+        guidance: as in `GenerateOptions`.
         latents: ``.npy`` file of x_T, (N, C, H, W), in place of seeded noise.
         output: file (``.png``, ``.npz``) or directory of the images, or of the videos (``.mp4``,
             ``.webp``, or a directory of the frames).
@@ -221,8 +227,9 @@ class RunOptions:
     prompt_embeds: Path | None = None
     num_images: int | None = None
     seed: int = 0
-    cfg_scale: float = 4.0
+    cfg_scale: float | None = None
     cfg_channels: int | None = None
+    guidance: float | None = None
     latents: Path | None = None
     output: Path | None = None
     resume: bool = False
@@ -301,7 +308,7 @@ class BenchOptions:
     Attributes:
         plans: names or SPECs; the first is the baseline; empty takes all plans.
         labels: one per image; all images run as one batch.
-        cfg_scale: classifier-free guidance scale.
+        cfg_scale: classifier-free guidance scale; None as in `GenerateOptions`.
         repeats: number of measured rounds; every round runs every plan once.
         warmup: number of rounds that are not measured; a GPU runs twice as many, because the
             second run of a plan records it.
@@ -313,7 +320,7 @@ class BenchOptions:
 
     plans: tuple[str, ...] = ()
     labels: tuple[int, ...] = (0,)
-    cfg_scale: float = 4.0
+    cfg_scale: float | None = None
     repeats: int = 5
     warmup: int = 1
     history: History = "auto"
@@ -332,7 +339,7 @@ class EvalOptions:
         router: Learning-to-Cache router that adds rows to the preset, or None.
         num_images: number of images per plan.
         seed: seed of noise, labels and resampling; image i has the noise that it has in goc-run.
-        cfg_scale: classifier-free guidance scale.
+        cfg_scale: classifier-free guidance scale; None as in `GenerateOptions`.
         cfg_channels: number of leading channels that guidance acts on; None takes that of the
             model's reference implementation.
         labels: ``balanced`` (every class equally often, in random order) or ``iid``.
@@ -356,7 +363,7 @@ class EvalOptions:
     router: Path | None = None
     num_images: int = 1000
     seed: int = 0
-    cfg_scale: float = 4.0
+    cfg_scale: float | None = None
     cfg_channels: int | None = None
     labels: str = "balanced"
     batch_size: int = 0

@@ -14,7 +14,7 @@ from goc_deploy.blocks import (
     MAX_BLOCKS,
     Blocks,
     FeaturePlace,
-    Stream,
+    TokenStream,
     Unit,
     UnitPlace,
     place_features,
@@ -253,7 +253,7 @@ class ModelSpec:
         """Whether the tokens of the caption are a stream that units read and change."""
         return any("text" in unit.reads for unit in self.declared_units)
 
-    def tokens_of(self, stream: Stream) -> int:
+    def tokens_of(self, stream: TokenStream) -> int:
         """Tokens per sample of a stream."""
         return self.tokens if stream == "image" else self.caption_tokens
 

@@ -14,6 +14,7 @@ from goc_deploy.conditions.captions import (
     conditions_from_labels,
 )
 from goc_deploy.errors import UsageError
+from goc_deploy.guidance import EMBEDDED_GUIDANCE, cfg_scale_of
 from goc_deploy.runtime.noise import check_key
 from goc_deploy.spec import ModelSpec
 
@@ -128,7 +129,7 @@ def guidance(
     """Check the guidance of a call.
 
     Args:
-        cfg_scale: one scale, or one per image.
+        cfg_scale: one scale, or one per image; None is the default of the model.
         cfg_channels: number of guided channels; None is that of the model's reference.
         spec: the model.
 
@@ -138,10 +139,33 @@ def guidance(
     Raises:
         UsageError: one of them is out of range.
     """
-    scales = checked_scale(cfg_scale)
+    scales = checked_scale(cfg_scale_of(cfg_scale, spec))
     channels = spec.guided_channels if cfg_channels is None else cfg_channels
     check_channels(channels)
     return scales, int(channels), bool(np.any(np.not_equal(scales, 1))) and channels != 0
+
+
+def embedded_guidance(guidance: Any, spec: ModelSpec) -> float:
+    """The guidance scale that the conditioning of a call reads; other models do not read it.
+
+    Args:
+        guidance: the scale that the caller gave; None is `EMBEDDED_GUIDANCE`.
+        spec: the model.
+
+    Raises:
+        UsageError: the scale is not a number within 0..1000, or the model embeds none.
+    """
+    if guidance is None:
+        return EMBEDDED_GUIDANCE
+    if not spec.embedded_guidance:
+        raise UsageError(
+            "`guidance` is for models that embed a guidance scale, such as FLUX.1-dev, and this "
+            "model does not; use `cfg_scale`"
+        )
+    scale = checked_scale(guidance, "guidance")
+    if isinstance(scale, list):
+        raise UsageError("guidance must be one number for all images; call once for each number")
+    return scale
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

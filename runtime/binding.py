@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 
+from goc_deploy.blocks import STREAMS, TokenStream, Unit
 from goc_deploy.compiler import (
     Accumulate,
     AddSum,
@@ -52,6 +53,22 @@ class Engines:
     weights: Weights = field(default_factory=Weights)
 
 
+TOKENS: Mapping[TokenStream, str] = {"image": "x", "text": "text"}  # names of the tensors in graphs
+
+
+class _Tokens:
+    """The tokens of a stream during a step, which launches write to two buffers in turn."""
+
+    def __init__(self, start: Buffer, first: Buffer, second: Buffer) -> None:
+        self.now, self._next, self._after = start, first, second
+
+    def advance(self) -> tuple[Buffer, Buffer]:
+        """The tokens before and after a launch."""
+        before, self.now = self.now, self._next
+        self._next, self._after = self._after, self._next
+        return before, self.now
+
+
 class Binder:
     """Binds one plan for one batch shape. Launches with equal addresses are bound once.
 
@@ -76,7 +93,10 @@ class Binder:
             batch,
         )
         self._stream, self._lookahead = stream, lookahead_of(plan)
-        self._feature = (batch.rows, spec.tokens, spec.hidden)
+        self._shapes: Mapping[TokenStream, tuple[int, ...]] = {
+            stream: (batch.rows, spec.tokens_of(stream), spec.hidden) for stream in STREAMS
+        }
+        self._feature = self._shapes["image"]
         self._latents_shape = (batch.images, *spec.latents)
         self._of_size = {
             name: buffers.of_size[name].view(*shape) for name, shape in size_shapes(spec).items()
@@ -102,12 +122,11 @@ class Binder:
 
     def _step(self, step: int) -> BoundStep:
         buffers, spec = self._buffers, self._spec
-        before = [self._keys_values()] if step == 0 and buffers.captions else []
+        before = [self._captions()] if step == 0 and buffers.captions else []
         before += [self._conditioning(step)] if step % buffers.chunk == 0 else []
         before += [self._pick_gates(step, later) for later in self._lookahead.fetched[step]]
-        other, spare = (tokens.view(*self._feature) for tokens in buffers.tokens)
-        x = other if buffers.start is None else buffers.start.view(*self._feature)
-        start = (*self._start(step), self._embed(step, x))
+        streams = self._streams()
+        start = (*self._start(step), self._embed(step, streams["image"].now))
         updates: list[BoundLaunch] = []
         ops = zip(self._plan.launches[step], buffers.coefficients[step], strict=True)
         for op, coefficients in ops:
@@ -116,17 +135,28 @@ class Binder:
             elif isinstance(op, Accumulate):
                 updates.append(self._accumulate(step, op, coefficients))
             elif isinstance(op, Residual):
-                updates.append(self._residual(op, x))
+                updates.append(self._residual(op, streams["image"].now))
             else:
-                updates.append(self._update(op, x, spare, coefficients))
-                x, spare, other = spare, other, spare
-        prediction = self._prediction(step)
+                updates.append(self._update(op, streams, coefficients))
+        x, prediction = streams["image"].now, self._prediction(step)
         shift = self._modulation_row(spec.modulation.final_shift)
         scale = self._modulation_row(spec.modulation.final_scale)
         inputs = {"x": self._along_axes(x), "shift": shift, "scale": scale}
         final = self._unit("final", inputs, {"prediction": self._in_patches(prediction)})
         end = (final, self._sampler(step, prediction, x))
         return BoundStep(tuple(before), start, tuple(updates), end)
+
+    def _streams(self) -> dict[TokenStream, _Tokens]:
+        """The tokens of each stream at the start of a step."""
+        buffers, of_text = self._buffers, self._buffers.text
+        even, odd = (tokens.view(*self._feature) for tokens in buffers.tokens)
+        first = even if buffers.start is None else buffers.start.view(*self._feature)
+        streams: dict[TokenStream, _Tokens] = {"image": _Tokens(first, odd, even)}
+        if of_text is not None:
+            shape = self._shapes["text"]
+            turns = (tokens.view(*shape) for tokens in of_text.tokens)
+            streams["text"] = _Tokens(of_text.start.view(*shape), *turns)
+        return streams
 
     def _embed(self, step: int, x: Buffer) -> BoundLaunch:
         """Turn the latents into the tokens x (B, T, D)."""
@@ -226,21 +256,32 @@ class Binder:
         start = step // buffers.chunk * (whole // chunks)
         offered = {
             "timesteps": buffers.timesteps.view(steps, start=start),
-            "labels": buffers.labels.view(labels),
+            "guidance": buffers.embedded_guidance,
             **self._of_size,
         }
+        if buffers.pooled is None:
+            offered["labels"] = buffers.labels.view(labels)
+        else:
+            offered["pooled"] = buffers.pooled.view(labels, spec.pooled_channels)
         table = {"table": buffers.table.view(steps, spec.modulation.count, labels, spec.hidden)}
         return self._unit(
             "conditioning", taken(self._engines.units["conditioning"], offered), table
         )
 
-    def _keys_values(self) -> BoundLaunch:
-        """Turn the captions into keys and values of all blocks, once per request."""
+    def _captions(self) -> BoundLaunch:
+        """Turn the captions into keys and values, or the text of every row, once per request."""
         spec, count, buffers = self._spec, self._batch.captions, self._buffers.captions
         assert buffers is not None
-        embeds = buffers.embeds.view(count, spec.caption_tokens, spec.caption_channels)
-        keys_values = buffers.keys_values.view(*keys_values_shape(spec, count))
-        return self._unit("captions", {"captions": embeds}, {"keys_values": keys_values})
+        offered = {
+            "captions": buffers.embeds.view(count, spec.caption_tokens, spec.caption_channels),
+            "caption_rows": buffers.rows.view(self._batch.rows),
+        }
+        outputs: dict[str, Buffer] = {}
+        if buffers.keys_values is not None:
+            outputs["keys_values"] = buffers.keys_values.view(*keys_values_shape(spec, count))
+        if self._buffers.text is not None:
+            outputs["text"] = self._buffers.text.start.view(*self._shapes["text"])
+        return self._unit("captions", taken(self._engines.units["captions"], offered), outputs)
 
     def _of_captions(self, block: int) -> dict[str, Buffer]:
         """The tensors of the captions that a branch of a block may read."""
@@ -271,10 +312,10 @@ class Binder:
         target = self._gates_of_step(later, 0, len(gates))
         return self._pick_rows(self._chunk_steps(step).index(later), gates, target)
 
-    def _gates_of_step(self, later: int, unit: int, count: int) -> Buffer:
-        """The gates (count, B, D) of units from ``unit`` on at a later step."""
+    def _gates_of_step(self, later: int, feature: int, count: int) -> Buffer:
+        """The gates (count, B, D) of features from ``feature`` on at a later step."""
         rows, hidden, modulation = self._batch.rows, self._spec.hidden, self._spec.modulation
-        first = modulation.gates.index(modulation.gate(unit))
+        first = modulation.gates.index(modulation.gate(feature))
         return self._buffers.gates_ahead[self._lookahead.place[later]].view(
             count, rows, hidden, start=first * rows * hidden
         )
@@ -298,77 +339,102 @@ class Binder:
         if self._plan.schedule.level == "residual":
             assert self._buffers.ones is not None
             return self._buffers.ones.view(1, rows, hidden)
-        return self._modulation_row(self._spec.modulation.gate(op.unit), len(op.predictions))
+        return self._modulation_row(self._spec.modulation.gate(op.feature), len(op.predictions))
 
     def _update(
         self,
         op: Compute | Segment | Predict | Collect | AddSum,
-        x: Buffer,
-        x_out: Buffer,
+        streams: dict[TokenStream, _Tokens],
         coefficients: Buffer | None,
     ) -> BoundLaunch:
-        """A launch that changes x of the step itself."""
+        """A launch that changes the tokens of the step itself."""
         if isinstance(op, Compute):
-            return self._compute(op, x, x_out)
+            return self._compute(op, streams)
         if isinstance(op, Segment):
-            return self._segment(op, x, x_out)
+            return self._segment(op, streams)
         if isinstance(op, Predict):
+            x, x_out = streams[op.stream].advance()
             return self._predict(op, x, x_out, self._gates(op), coefficients)
+        stream: TokenStream = "image" if isinstance(op, Collect) else op.stream
+        x, x_out = streams[stream].advance()
         accumulator = op.ahead - 1 if isinstance(op, Collect) else op.accumulator
-        accumulated = self._buffers.accumulators[accumulator].view(*self._feature)
-        return self._unit("collect", {"x": x, "accumulated": accumulated}, {"x_out": x_out})
+        inputs = {"x": x, "accumulated": self._accumulator(stream, accumulator)}
+        return self._unit("collect", inputs, {"x_out": x_out})
+
+    def _slot(self, stream: TokenStream, slot: int) -> Buffer:
+        """A slot of the history, (B, T, D) or (B, Lc, D)."""
+        text = self._buffers.text
+        slots = text.slots if stream == "text" and text is not None else self._buffers.slots
+        return slots[slot].view(*self._shapes[stream])
+
+    def _accumulator(self, stream: TokenStream, accumulator: int) -> Buffer:
+        """A sum of gated predictions, likewise."""
+        text, of_image = self._buffers.text, self._buffers.accumulators
+        kept = text.accumulators if stream == "text" and text is not None else of_image
+        return kept[accumulator].view(*self._shapes[stream])
 
     def _accumulate(self, step: int, op: Accumulate, coefficients: Buffer | None) -> BoundLaunch:
         """Add a feature to the accumulators of later steps, in place."""
         assert coefficients is not None
         rows, hidden = self._batch.rows, self._spec.hidden
-        inputs = {"g": self._buffers.slots[op.slot].view(*self._feature)}
-        inputs["coefficients"], outputs = coefficients, {}
+        inputs = {"g": self._slot(op.stream, op.slot), "coefficients": coefficients}
+        outputs = {}
         for index, tap in enumerate(op.taps):
-            gate = self._gates_of_step(step + tap.ahead, op.unit, 1)
-            accumulator = self._buffers.accumulators[tap.accumulator].view(*self._feature)
+            gate = self._gates_of_step(step + tap.ahead, op.feature, 1)
+            accumulator = self._accumulator(op.stream, tap.accumulator)
             inputs[f"gate{index}"] = gate.view(rows, hidden)
             inputs |= {} if tap.starts else {f"a{index}": accumulator}
             outputs[f"a{index}_out"] = accumulator
-        name = f"accumulate {op.unit}, {len(op.taps)} taps"
+        name = f"accumulate {op.feature}, {len(op.taps)} taps"
         return self._bound(name, self._engines.predict[op.signature], inputs, outputs)
 
     def _predict_ahead(self, step: int, op: Predict, coefficients: Buffer | None) -> BoundLaunch:
-        """Predict for a later step, into its accumulator; unit 0 starts it."""
-        buffers, accumulator = (
-            self._buffers,
-            self._buffers.accumulators[op.ahead - 1].view(*self._feature),
-        )
-        assert buffers.zeros is not None
-        x = accumulator if op.unit else buffers.zeros.view(*self._feature)
-        gates = self._gates_of_step(step + op.ahead, op.unit, len(op.predictions))
+        """Predict for a later step, into its accumulator; feature 0 starts it."""
+        zeros, accumulator = self._buffers.zeros, self._accumulator("image", op.ahead - 1)
+        assert zeros is not None
+        x = accumulator if op.feature else zeros.view(*self._feature)
+        gates = self._gates_of_step(step + op.ahead, op.feature, len(op.predictions))
         return self._predict(op, x, accumulator, gates, coefficients)
 
     def _residual(self, op: Residual, x: Buffer) -> BoundLaunch:
         """Keep what all units added to the tokens of the step."""
         assert self._buffers.start is not None
         inputs = {"x": x, "start": self._buffers.start.view(*self._feature)}
-        target = self._buffers.slots[op.store].view(*self._feature)
-        return self._unit("residual", inputs, {"residual": target})
+        return self._unit("residual", inputs, {"residual": self._slot("image", op.store)})
 
-    def _compute(self, op: Compute, x: Buffer, x_out: Buffer) -> BoundLaunch:
-        name, outputs = self._spec.unit_names[op.unit], {"x_out": x_out}
-        if op.store is not None:
-            outputs["feature"] = self._computed(op.store)
-        offered = {"x": x, **self._of_unit(op.unit)}
+    def _compute(self, op: Compute, streams: dict[TokenStream, _Tokens]) -> BoundLaunch:
+        name, unit = self._spec.unit_names[op.unit], self._spec.declared_units[op.unit]
+        offered, outputs = self._of_unit(op.unit), self._features(unit, op.stores)
+        changed = {feature.stream for feature in unit.features}
+        for stream, tokens in streams.items():
+            offered[TOKENS[stream]] = tokens.now
+            if stream in changed:
+                _, outputs[f"{TOKENS[stream]}_out"] = tokens.advance()
         return self._unit(name, taken(self._engines.units[name], offered), outputs)
 
-    def _segment(self, op: Segment, x: Buffer, x_out: Buffer) -> BoundLaunch:
+    def _segment(self, op: Segment, streams: dict[TokenStream, _Tokens]) -> BoundLaunch:
         """All units as one engine, whose tensors have the names of their units as prefixes."""
-        offered, outputs = {"x": x}, {"x_out": x_out}
-        for unit, (name, store) in enumerate(zip(self._spec.unit_names, op.stores, strict=True)):
-            offered |= {
-                f"{name}.{of_unit}": buffer for of_unit, buffer in self._of_unit(unit).items()
-            }
-            if store is not None:
-                outputs[f"{name}.feature"] = self._computed(store)
+        offered = {TOKENS[stream]: tokens.now for stream, tokens in streams.items()}
+        outputs: dict[str, Buffer] = {}
+        stores = iter(op.stores)
+        declared = enumerate(zip(self._spec.unit_names, self._spec.declared_units, strict=True))
+        for index, (name, unit) in declared:
+            offered |= {f"{name}.{of_unit}": b for of_unit, b in self._of_unit(index).items()}
+            kept = self._features(unit, tuple(next(stores) for _ in unit.features))
+            outputs |= {f"{name}.{feature}": buffer for feature, buffer in kept.items()}
+        _, outputs["x_out"] = streams["image"].advance()
         engine = self._engines.segments[op.signature]
         return self._bound("segment", engine, taken(engine, offered), outputs)
+
+    def _features(self, unit: Unit, stores: tuple[int | None, ...]) -> dict[str, Buffer]:
+        """The slots that keep features of a unit, as its graph writes them, by output."""
+        kept = {}
+        for feature, store in zip(unit.features, stores, strict=True):
+            if store is not None:
+                slot = self._slot(feature.stream, store)
+                rows, tokens, hidden = slot.shape
+                kept[feature.output] = slot.view(rows * tokens, hidden)
+        return kept
 
     def _of_unit(self, unit: int) -> dict[str, Buffer]:
         """The tensors that a unit may read in addition to x."""
@@ -376,14 +442,8 @@ class Binder:
         return {
             **{name: self._modulation_row(row) for name, row in rows.items()},
             **self._of_size,
-            **self._of_captions(unit // len(self._spec.branches)),
+            **self._of_captions(self._spec.unit_places[unit].block),
         }
-
-    def _computed(self, slot: int) -> Buffer:
-        """A slot of the history in the shape in which a unit writes its feature."""
-        return self._buffers.slots[slot].view(
-            self._batch.rows * self._spec.tokens, self._spec.hidden
-        )
 
     def _predict(
         self, op: Predict, x: Buffer, x_out: Buffer, gates: Buffer, coefficients: Buffer | None
@@ -393,11 +453,11 @@ class Binder:
         outputs = {"x_out": x_out}
         for u, prediction in enumerate(op.predictions):
             for i, slot in enumerate(prediction.slots):
-                inputs[f"g{u}_{i}"] = self._buffers.slots[slot].view(*self._feature)
+                inputs[f"g{u}_{i}"] = self._slot(op.stream, slot)
             if prediction.store is not None:
-                outputs[f"g{u}"] = self._buffers.slots[prediction.store].view(*self._feature)
-        last = op.unit + len(op.predictions) - 1
-        name = f"predict {op.unit}-{last}" + (f", {op.ahead} ahead" if op.ahead else "")
+                outputs[f"g{u}"] = self._slot(op.stream, prediction.store)
+        last = op.feature + len(op.predictions) - 1
+        name = f"predict {op.feature}-{last}" + (f", {op.ahead} ahead" if op.ahead else "")
         name = "predict residual" if self._plan.schedule.level == "residual" else name
         return self._bound(name, self._engines.predict[op.signature], inputs, outputs)
 

@@ -19,6 +19,7 @@ from goc_deploy.runtime.constants import (
 )
 from goc_deploy.runtime.head_buffers import HeadBuffers, allocate_head_buffers, head_bytes
 from goc_deploy.runtime.lookahead import Lookahead, chunk_steps, lookahead_of, table_steps
+from goc_deploy.runtime.text_buffers import TextBuffers, allocate_text_buffers, text_bytes
 from goc_deploy.size_inputs import size_shapes
 from goc_deploy.spec import ModelSpec
 
@@ -57,12 +58,15 @@ class Buffers:
         shared: common buffers of the steps if the device shares launches, else None.
         timesteps: one row per chunk, each at an aligned address.
         guidance: (N, C) guidance weight of each channel of each image.
+        embedded_guidance: (1,) float32, guidance scale that the conditioning reads.
         labels: distinct labels.
-        label_rows: (B,) index of the label of each row.
+        label_rows: (B,) index of the row of the table of each row.
+        pooled: (K, P) float32, pooled embeddings of the captions, or None if the model reads none.
         rows: (B,) image of each row.
         cond_rows: (N,) conditional row of each image.
         uncond_rows: (N,) unconditional row of each image.
         captions: buffers of a text-conditional model, else None.
+        text: the stream of the text, or None if the model has none.
         head: what the head of the plan reads and keeps, or None without a head.
         of_size: what tells graphs the current size of a sample, by the name of the input.
     """
@@ -88,12 +92,15 @@ class Buffers:
     shared: SharedBuffers | None
     timesteps: Buffer
     guidance: Buffer
+    embedded_guidance: Buffer
     labels: Buffer
     label_rows: Buffer
+    pooled: Buffer | None
     rows: Buffer
     cond_rows: Buffer
     uncond_rows: Buffer
     captions: CaptionBuffers | None
+    text: TextBuffers | None
     head: HeadBuffers | None
     of_size: Mapping[str, Buffer]
 
@@ -120,21 +127,25 @@ class CaptionBuffers:
     Attributes:
         embeds: (K, caption tokens, caption channels) float32.
         bias: (K, caption tokens) float32, added to attention scores.
-        keys_values: keys, then values of each block, (2L, K, heads, caption tokens, head width).
+        keys_values: keys, then values of each block, (2L, K, heads, caption tokens, head width), or
+            None if no unit reads them.
         rows: (B,) index of the caption of each row.
     """
 
     embeds: Buffer
     bias: Buffer
-    keys_values: Buffer
+    keys_values: Buffer | None
     rows: Buffer
 
 
 def table_labels(spec: ModelSpec, capacity: int) -> int:
     """The largest number R of rows of a modulation table.
 
-    These are the distinct labels and the null label. Captions have no rows in the table.
+    These are the distinct labels and the null label. Captions have rows in the table only if the
+    conditioning reads their pooled embeddings: two per image.
     """
+    if spec.pooled_channels:
+        return 2 * capacity
     return 1 if spec.text_conditional else capacity + 1
 
 
@@ -144,7 +155,12 @@ def keys_values_shape(spec: ModelSpec, captions: int) -> tuple[int, int, int, in
 
 
 def captions_of_block(
-    spec: ModelSpec, captions: int, block: int, keys_values: Buffer, bias: Buffer, rows: Buffer
+    spec: ModelSpec,
+    captions: int,
+    block: int,
+    keys_values: Buffer | None,
+    bias: Buffer,
+    rows: Buffer,
 ) -> dict[str, Buffer]:
     """The tensors of the captions that a branch of a block may read, by name.
 
@@ -156,13 +172,15 @@ def captions_of_block(
         bias: bias of the scores, see `CaptionBuffers`.
         rows: (B,) index of the caption of each row.
     """
+    offered = {"bias": bias.view(captions, spec.caption_tokens), "caption_rows": rows}
+    if keys_values is None:
+        return offered
     _, *shape = keys_values_shape(spec, captions)
     size = math.prod(shape)
     return {
+        **offered,
         "keys": keys_values.view(*shape, start=2 * block * size),
         "values": keys_values.view(*shape, start=(2 * block + 1) * size),
-        "bias": bias.view(captions, spec.caption_tokens),
-        "caption_rows": rows,
     }
 
 
@@ -170,11 +188,9 @@ def planned_bytes(spec: ModelSpec, precision: Precision, plan: Plan, capacity: i
     """Bytes that `allocate_buffers` allocates, without a few kilobytes of indices."""
     item, rows = ITEM_BYTES[precision], 2 * capacity
     step_bytes = spec.modulation.count * table_labels(spec, capacity) * spec.hidden * item
-    captions = (
-        spec.caption_tokens
-        * rows
-        * (4 * (spec.caption_channels + 1) + 2 * spec.depth * spec.hidden * item)
-    )
+    keys_values = 0 if spec.has_text_stream else 2 * spec.depth * spec.hidden * item
+    captions = spec.caption_tokens * rows * (4 * (spec.caption_channels + 1) + keys_values)
+    pooled = 4 * rows * spec.pooled_channels
     lookahead = lookahead_of(plan)
     chunk = _chunk_steps(step_bytes, plan, lookahead)
     table = table_steps(plan, lookahead, chunk) * step_bytes
@@ -186,6 +202,8 @@ def planned_bytes(spec: ModelSpec, precision: Precision, plan: Plan, capacity: i
     estimates = plan.sampler.reach + 2 if plan.sampler.reach else 0
     return (
         captions
+        + pooled
+        + text_bytes(spec, precision, plan, capacity)
         + of_size
         + table
         + (spec.modulation.count + lookahead.places * len(spec.modulation.gates) + ones)
@@ -282,12 +300,15 @@ def allocate_buffers(
         shared=shared,
         timesteps=constant(aligned_rows([row + [0.0] * (whole - len(row)) for row in timesteps])),
         guidance=new(capacity * spec.channels),
+        embedded_guidance=new(1),
         labels=new(capacity + 1, dtype="int64"),
         label_rows=new(rows, dtype="int64"),
+        pooled=new(rows * spec.pooled_channels) if spec.pooled_channels else None,
         rows=new(rows, dtype="int64"),
         cond_rows=new(capacity, dtype="int64"),
         uncond_rows=new(capacity, dtype="int64"),
         captions=_caption_buffers(backend, spec, rows, dtype) if spec.text_conditional else None,
+        text=allocate_text_buffers(backend, spec, dtype, plan, rows),
         head=None
         if table.head is None
         else allocate_head_buffers(backend, spec, dtype, table.head.form, capacity, weights),
@@ -329,6 +350,8 @@ def _caption_buffers(backend: Backend, spec: ModelSpec, rows: int, dtype: str) -
     return CaptionBuffers(
         embeds=backend.allocate((rows * spec.caption_tokens * spec.caption_channels,), "float32"),
         bias=backend.allocate((rows * spec.caption_tokens,), "float32"),
-        keys_values=backend.allocate(keys_values_shape(spec, rows), dtype),
+        keys_values=None
+        if spec.has_text_stream
+        else backend.allocate(keys_values_shape(spec, rows), dtype),
         rows=backend.allocate((rows,), "int64"),
     )

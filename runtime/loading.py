@@ -12,7 +12,7 @@ from numbers import Integral
 from types import MappingProxyType
 
 from goc_deploy.compiler import Compute, Plan
-from goc_deploy.conditions.captions import captions_from_bytes
+from goc_deploy.conditions.stored_captions import captions_from_bytes
 from goc_deploy.conditions.text import TextEncoder
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.graph_check import check_graph, external_tensors

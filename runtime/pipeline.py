@@ -21,6 +21,7 @@ from goc_deploy.conditions.captions import (
 from goc_deploy.conditions.text import NO_TOKENIZERS, TextEncoder
 from goc_deploy.engine_dir.manifest import Manifest
 from goc_deploy.errors import EnvironmentUnsupportedError, UsageError
+from goc_deploy.guidance import CFG_SCALE
 from goc_deploy.options import GenerateOptions
 from goc_deploy.protocols import NOTHING, Backend
 from goc_deploy.runtime import arguments
@@ -90,8 +91,9 @@ class Pipeline:
         prompt_embeds: PromptEmbeds | None = None,
         seed: int | Sequence[int] = DEFAULTS.seed,
         first_image: int = 0,
-        cfg_scale: float | Sequence[float] = DEFAULTS.cfg_scale,
+        cfg_scale: float | Sequence[float] | None = DEFAULTS.cfg_scale,
         cfg_channels: int | None = DEFAULTS.cfg_channels,
+        guidance: float | None = DEFAULTS.guidance,
         latents: np.ndarray | None = None,
         size: tuple[int, int] | None = None,
         frames: int | None = None,
@@ -122,9 +124,12 @@ class Pipeline:
             first_image: index of the first image, in a longer series of images that share a seed.
             cfg_scale: classifier-free guidance scale, 0..1000, or one scale per image; 1 means no
                 guidance. Images of different scales share a batch. An image of scale 1 in such a
-                batch is the same as without the others, but not faster.
+                batch is the same as without the others, but not faster. None is 4, or 1 for a model
+                with embedded guidance.
             cfg_channels: number of channels that are guided, from the first; None is the number of
                 the model's reference.
+            guidance: guidance scale that a distilled model embeds, 0..1000, one for all images, as
+                ``guidance_scale`` of diffusers' ``FluxPipeline``; None is 3.5.
             latents: x_T in place of seeded noise, (N, C, H, W), or (N, C, F, H, W) for videos,
                 converted to float32.
             size: width and height in pixels, if the engine directory accepts any size; None is its
@@ -163,14 +168,13 @@ class Pipeline:
             first_image=first_image,
             cfg_scale=cfg_scale,
             cfg_channels=cfg_channels,
+            guidance=guidance,
             latents=latents,
             size=size,
             frames=frames,
         )
-        about = {
-            "seed": arguments.checked_seed(seed),
-            "cfg_scale": arguments.checked_scale(cfg_scale),
-        }
+        scales, _, _ = arguments.guidance(cfg_scale, cfg_channels, self.spec)
+        about = {"seed": arguments.checked_seed(seed), "cfg_scale": scales}
         extras = Extras(trajectory, decode, callback, spans, limits, on_nonfinite)
         return self.draw(drawing, extras, about)
 
@@ -181,8 +185,9 @@ class Pipeline:
         *,
         seed: int | Sequence[int] = DEFAULTS.seed,
         first_image: int = 0,
-        cfg_scale: float | Sequence[float] = DEFAULTS.cfg_scale,
+        cfg_scale: float | Sequence[float] | None = DEFAULTS.cfg_scale,
         cfg_channels: int | None = DEFAULTS.cfg_channels,
+        guidance: float | None = DEFAULTS.guidance,
         latents: np.ndarray | None = None,
         size: tuple[int, int] | None = None,
         frames: int | None = None,
@@ -203,6 +208,7 @@ class Pipeline:
             channels,
             shape,
             None if latents is None else arguments.checked_latents(latents, (images, *shape)),
+            arguments.embedded_guidance(guidance, self.spec),
         )
 
     async def agenerate(
@@ -272,6 +278,7 @@ class Pipeline:
                 "images": len(drawing),
                 **about,
                 "cfg_channels": drawing.cfg_channels,
+                **({"guidance": drawing.guidance} if self.spec.embedded_guidance else {}),
                 "checkpoint_sha256": checkpoint,
             }
         )
@@ -349,7 +356,7 @@ class Pipeline:
         self._check_open()
         load_weights(Path(engine_dir), self._engines, self._backend)
 
-    def warmup(self, images: Sequence[int] = (1,), *, guided: Sequence[bool] = (True,)) -> None:
+    def warmup(self, images: Sequence[int] = (1,), *, guided: Sequence[bool] | None = None) -> None:
         """Run every session until later requests of these shapes compile and record nothing.
 
         The method waits for each session, one after the other.
@@ -357,7 +364,8 @@ class Pipeline:
         Args:
             images: numbers of images of the requests, each within the batch size; ``(1,
                 batch_size)`` also prepares full batches.
-            guided: whether the requests are guided.
+            guided: whether the requests are guided; None is as requests of the default
+                ``cfg_scale`` are.
 
         Raises:
             UsageError: a number of images is not within 1..batch_size.
@@ -369,6 +377,8 @@ class Pipeline:
                 raise UsageError(
                     f"images to warm up with must be within 1..{self.batch_size}, got {size!r}"
                 )
+        if guided is None:
+            guided = (not self.spec.embedded_guidance,)
         requests = [
             self._request_to_warm_up(size, guided=is_guided)
             for size, is_guided in product(images, guided)
@@ -399,7 +409,7 @@ class Pipeline:
         labels = [0] * images if captions else [i % self.spec.choices for i in range(images)]
         conditions = self._conditions(labels, captions, guided=guided)
         noise = np.zeros((images, self._draws, *self.spec.latents), np.float32)
-        scales = np.full(images, DEFAULTS.cfg_scale if guided else 1.0)
+        scales = np.full(images, CFG_SCALE if guided else 1.0)
         return Request(conditions, noise, scales, self.spec.guided_channels)
 
     @property
@@ -478,7 +488,8 @@ class Pipeline:
             self.plan,
             self.batch_size,
         )
-        captions = self.spec.text_conditional
-        session.bind(Batch(1, True, labels=1 if captions else 2, captions=2 if captions else 0))
+        captions = 2 if self.spec.text_conditional else 0
+        labels = 1 if captions and not self.spec.pooled_channels else 2
+        session.bind(Batch(1, True, labels, captions))
         self._engines.weights.sessions.add(session)
         return session

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from goc_deploy.conditions.captions import Conditions, joined_conditions
+from goc_deploy.guidance import EMBEDDED_GUIDANCE
 from goc_deploy.runtime.noise import image_noise
 from goc_deploy.spec import ModelSpec
 
@@ -22,12 +23,14 @@ class Request:
             sampler.
         cfg_scale: (N,) guidance scale of each image; if all are 1, there are no unconditional rows.
         cfg_channels: guidance acts on channels 0 .. cfg_channels - 1.
+        guidance: guidance scale that the model embeds; other models do not read it.
     """
 
     conditions: Conditions
     noise: np.ndarray
     cfg_scale: np.ndarray
     cfg_channels: int
+    guidance: float = EMBEDDED_GUIDANCE
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +44,7 @@ class Drawing:
         cfg_channels: guidance acts on channels 0 .. cfg_channels - 1.
         shape: shape of the latents of an image, (C, H, W), or (C, F, H, W) of a video.
         start: (N, C, H, W) float32 in place of the x_T made from the keys, or None.
+        guidance: guidance scale that the model embeds; other models do not read it.
     """
 
     conditions: Conditions
@@ -49,6 +53,7 @@ class Drawing:
     cfg_channels: int
     shape: tuple[int, ...]
     start: np.ndarray | None = None
+    guidance: float = EMBEDDED_GUIDANCE
 
     def __len__(self) -> int:
         return len(self.conditions.labels)
@@ -65,23 +70,28 @@ class Drawing:
         if self.start is not None:
             noise[:, 0] = self.start[cut]
         conditions = self.conditions.part(part)
-        return Request(conditions, noise, self.cfg_scale[cut], self.cfg_channels)
+        return Request(conditions, noise, self.cfg_scale[cut], self.cfg_channels, self.guidance)
 
 
 def joined(drawings: Sequence[Drawing]) -> Drawing:
     """Join calls of one pipeline to one call, with their images in order.
 
     Args:
-        drawings: calls with the same ``cfg_channels`` and ``shape``, and without ``start``.
+        drawings: calls with the same ``cfg_channels``, ``shape`` and ``guidance``, and without
+            ``start``.
     """
-    assert all(drawing.start is None for drawing in drawings)
-    assert len({(drawing.cfg_channels, drawing.shape) for drawing in drawings}) == 1
+    first = drawings[0]
+    for drawing in drawings:
+        assert drawing.start is None
+        assert (drawing.cfg_channels, drawing.shape) == (first.cfg_channels, first.shape)
+        assert drawing.guidance == first.guidance
     return Drawing(
         joined_conditions([drawing.conditions for drawing in drawings]),
         [key for drawing in drawings for key in drawing.noise_keys],
         np.concatenate([drawing.cfg_scale for drawing in drawings]),
-        drawings[0].cfg_channels,
-        drawings[0].shape,
+        first.cfg_channels,
+        first.shape,
+        guidance=first.guidance,
     )
 
 
@@ -92,7 +102,8 @@ class Batch:
     Attributes:
         images: N, number of images.
         guided: whether conditional and unconditional rows run together, B = 2N.
-        labels: R, number of distinct labels with the null label; 1 for a text-conditional model.
+        labels: R, number of rows of the modulation table: distinct labels with the null label;
+            captions if the conditioning reads their pooled embeddings; else 1.
         captions: K, number of distinct captions.
         axes: tokens along each axis of a sample; empty for the size of the model.
     """
@@ -148,10 +159,11 @@ def prepared(request: Request, spec: ModelSpec, *, pads_labels: bool = False) ->
     if pads_labels:
         distinct += distinct[-1:] * (images + guided - len(distinct))
     text_conditional = conditions.captions is not None
+    in_table = not text_conditional or spec.pooled_channels > 0
     batch = Batch(
         images,
         guided,
-        labels=1 if text_conditional else len(distinct),
+        labels=len(distinct) if in_table else 1,
         captions=len(distinct) if text_conditional else 0,
         axes=spec.axes_of(request.noise.shape[2:]) if spec.any_size else (),
     )

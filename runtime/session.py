@@ -223,11 +223,16 @@ class Session:
             upload(embeds, buffers.captions.embeds.view(*embeds.shape))
             upload(bias, buffers.captions.bias.view(*bias.shape))
             upload(inputs.index, buffers.captions.rows.view(batch.rows))
-            upload(np.zeros(batch.rows), buffers.label_rows.view(batch.rows))
+            in_table = inputs.index if buffers.pooled is not None else np.zeros(batch.rows)
+            upload(in_table, buffers.label_rows.view(batch.rows))
+            if buffers.pooled is not None:
+                pooled = captions.pooled[inputs.distinct]
+                upload(pooled, buffers.pooled.view(*pooled.shape))
         upload(inputs.rows, buffers.rows.view(batch.rows))
         upload(inputs.cond_rows, buffers.cond_rows.view(batch.images))
         upload(inputs.uncond_rows, buffers.uncond_rows.view(batch.images))
         upload(inputs.guidance, buffers.guidance.view(*inputs.guidance.shape))
+        upload(np.array([request.guidance], np.float32), buffers.embedded_guidance)
         self._upload_size(self._spec_of(batch))
         upload(np.float32(self._plan.sampler.start) * request.noise[:, 0], plan.initial)
         if buffers.shared is not None:

@@ -2,101 +2,141 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from goc_deploy.compiler import Accumulate, AddSum, Collect, Compute, Plan, Residual, Segment
+from goc_deploy.compiler.values import features_of_units
 from goc_deploy.exporters.architectures.dit_model import DiT, modulate, unpatchify
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
+from goc_deploy.spec import ModelSpec
 from tests.distances import relative_l2 as relative_l2
 from tests.distances import worst_step as worst_step
 
-Feature = Callable[[int, int, np.ndarray], np.ndarray]
+Feature = Callable[[int, int, np.ndarray], np.ndarray]  # (step, feature, tokens) -> its value
 # (step, x, guided model output, variance channels, noise) -> x of the next step
 SamplerStep = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 SIGNAL = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))  # alphas_cumprod
 
 
-def run_schedule(schedule: Schedule, x: np.ndarray, feature: Feature) -> list[np.ndarray]:
-    """Interpret a schedule over toy units: x += gate(step, unit) * g, history as lists.
+def run_schedule(
+    schedule: Schedule, x: np.ndarray, feature: Feature, spec: ModelSpec | None = None
+) -> list[np.ndarray]:
+    """Interpret a schedule over toy units: stream += gate(step, feature) * g, history as lists.
 
-    Returns x after every step.
+    Returns x, the stream of the image, after every step. The text is x of the start at every step.
     """
+    spec = spec or plain_spec(schedule)
     if schedule.level == "residual":
-        return _run_residual_schedule(schedule, x, feature)
-    histories: list[list[np.ndarray]] = [[] for _ in range(schedule.units)]
-    outputs = []
+        return _run_residual_schedule(schedule, x, feature, spec)
+    histories: list[list[np.ndarray]] = [[] for _ in spec.features]
+    outputs, start = [], x
     for step, rows in enumerate(schedule.coefficients):
+        streams = {"image": x, "text": start}
         for unit, row in enumerate(rows):
-            g = (
-                sum(c * h for c, h in zip(row, histories[unit], strict=False))
-                if row
-                else feature(step, unit, x)
-            )
-            if not row or schedule.history == "used":
-                histories[unit].insert(0, g)
-            x = x + gate(step, unit) * g
+            tokens = tokens_read(spec, unit, streams)
+            for index, stream in features_of_units(spec)[unit]:
+                history = histories[index]
+                g = (
+                    sum(c * h for c, h in zip(row, history, strict=False))
+                    if row
+                    else feature(step, index, tokens)
+                )
+                if not row or schedule.history == "used":
+                    history.insert(0, g)
+                streams[stream] = streams[stream] + gate(step, index) * g
+        x = streams["image"]
         outputs.append(x)
     return outputs
 
 
-def _run_residual_schedule(schedule: Schedule, x: np.ndarray, feature: Feature) -> list[np.ndarray]:
+def plain_spec(schedule: Schedule) -> ModelSpec:
+    """A model of a schedule whose units have a feature of the image each."""
+    return ModelSpec(schedule.depth, 8, 2, 16, 2, 2, 4, 10, False, branches=schedule.branches)
+
+
+def tokens_read(spec: ModelSpec, unit: int, streams: Mapping[str, np.ndarray]) -> np.ndarray:
+    """What a toy unit computes its features from."""
+    reads = spec.declared_units[unit].reads
+    return streams["image"] + 0.5 * streams["text"] if "text" in reads else streams["image"]
+
+
+def _run_residual_schedule(
+    schedule: Schedule, x: np.ndarray, feature: Feature, spec: ModelSpec
+) -> list[np.ndarray]:
     """The same for what all units of a step add to x, as one number in one history."""
     history: list[np.ndarray] = []
-    outputs = []
+    outputs, start = [], x
     for step, (row, *_) in enumerate(schedule.coefficients):
         before = x
         if row:
             x = before + sum(c * h for c, h in zip(row, history, strict=False))
         else:
-            for unit in range(schedule.units):
-                x = x + gate(step, unit) * feature(step, unit, x)
+            streams = {"image": x, "text": start}
+            for unit, of_unit in enumerate(features_of_units(spec)):
+                tokens = tokens_read(spec, unit, streams)
+                for index, stream in of_unit:
+                    added = gate(step, index) * feature(step, index, tokens)
+                    streams[stream] = streams[stream] + added
+            x = streams["image"]
         if not row or schedule.history == "used":
             history.insert(0, x - before)
         outputs.append(x)
     return outputs
 
 
-def run_plan(plan: Plan, x: np.ndarray, feature: Feature) -> list[np.ndarray]:
+def run_plan(
+    plan: Plan, x: np.ndarray, feature: Feature, spec: ModelSpec | None = None
+) -> list[np.ndarray]:
     """Interpret a plan over toy units.
 
-    Slots start as NaN; a launch reads all its slots before it writes any.
+    Slots start as NaN; a launch reads all its slots before it writes any. What the text is after a
+    step does not matter, because it starts anew in the next.
     """
-    slots = np.full((plan.slots, *x.shape), np.nan)
-    accumulators = np.full((plan.accumulators + 1, *x.shape), np.nan)
-    outputs = []
+    spec = spec or plain_spec(plan.schedule)
+    counts = {"image": plan.slots, "text": plan.text_slots}
+    sums = {"image": plan.accumulators, "text": plan.text_accumulators}
+    kept = {stream: np.full((count, *x.shape), np.nan) for stream, count in counts.items()}
+    added = {stream: np.full((count + 1, *x.shape), np.nan) for stream, count in sums.items()}
+    outputs, text = [], x
     by_unit = plan.schedule.level == "unit"
     for step, launches in enumerate(plan.launches):
-        start = x
+        streams = {"image": x, "text": text}
         for op in launches:
             if isinstance(op, Residual):
-                slots[op.store] = x - start
+                kept["image"][op.store] = streams["image"] - x
                 continue
+            stream = getattr(op, "stream", "image")
+            accumulators = added[stream]
             if isinstance(op, (Collect, AddSum)):
                 place = op.ahead if isinstance(op, Collect) else op.accumulator
-                x = x + accumulators[place]
+                streams[stream] = streams[stream] + accumulators[place]
                 accumulators[place] = np.nan
                 continue
             if isinstance(op, Accumulate):
                 for tap in op.taps:
                     before = 0 if tap.starts else accumulators[tap.accumulator]
-                    weight = tap.coefficient * gate(step + tap.ahead, op.unit)
-                    accumulators[tap.accumulator] = before + weight * slots[op.slot]
+                    weight = tap.coefficient * gate(step + tap.ahead, op.feature)
+                    accumulators[tap.accumulator] = before + weight * kept[stream][op.slot]
                 continue
             if isinstance(op, (Compute, Segment)):
-                for unit, store in (
-                    enumerate(op.stores) if isinstance(op, Segment) else [(op.unit, op.store)]
-                ):
-                    g = feature(step, unit, x)
-                    if store is not None:
-                        slots[store] = g
-                    x = x + gate(step, unit) * g
+                units = range(spec.units) if isinstance(op, Segment) else [op.unit]
+                stores = iter(op.stores)
+                for unit in units:
+                    tokens = tokens_read(spec, unit, streams)
+                    for index, of_feature in features_of_units(spec)[unit]:
+                        g, store = feature(step, index, tokens), next(stores)
+                        if store is not None:
+                            kept[of_feature][store] = g
+                        streams[of_feature] = streams[of_feature] + gate(step, index) * g
+                assert next(stores, "none left") == "none left"
                 continue
+            slots = kept[stream]
             slots_before = slots.copy()
-            for unit, p in enumerate(op.predictions, op.unit):
+            for index, p in enumerate(op.predictions, op.feature):
                 whole, *others = p.coefficients
                 g = sum(
                     (c * slots_before[s] for c, s in zip(others, p.slots[1:], strict=True)),
@@ -106,10 +146,12 @@ def run_plan(plan: Plan, x: np.ndarray, feature: Feature) -> list[np.ndarray]:
                     slots[p.store] = g
                 g = whole * g
                 if op.ahead:
-                    before = accumulators[op.ahead] if unit else 0
-                    accumulators[op.ahead] = before + gate(step + op.ahead, unit) * g
+                    before = accumulators[op.ahead] if index else 0
+                    accumulators[op.ahead] = before + gate(step + op.ahead, index) * g
                 else:
-                    x = x + (gate(step, unit) if by_unit else 1) * g
+                    weight = gate(step, index) if by_unit else 1
+                    streams[stream] = streams[stream] + weight * g
+        x = streams["image"]
         outputs.append(x)
     return outputs
 

@@ -10,11 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from goc_deploy.conditions.captions import (
-    PromptEmbeds,
-    captions_to_bytes,
-    prompt_embeds_from_arrays,
-)
+from goc_deploy.conditions.captions import PromptEmbeds, prompt_embeds_from_arrays
+from goc_deploy.conditions.stored_captions import captions_to_bytes
 from goc_deploy.conditions.tensor_files import arrays_from_file
 from goc_deploy.conditions.text import DEFAULT_PROMPTS, TextEncoder, prompts_from_file
 from goc_deploy.engine_dir.manifest import Manifest
@@ -102,7 +99,7 @@ class Companions:
         if self.captions is not None:
             table = self.captions.table
             digests["captions_sha256"] = hashlib.sha256(
-                table.embeds.tobytes() + table.mask.tobytes()
+                table.embeds.tobytes() + table.mask.tobytes() + table.pooled.tobytes()
             ).hexdigest()
         return digests
 

@@ -73,8 +73,14 @@ def write_plan(
             for name in manifest.model.unit_names
         }
         segments[signature] = _path("segment", signature)
-        stores = [store is not None for store in new[signature].stores]
-        onnx.save_model(segment_graph(units, stores), folder / segments[signature])
+        outputs = [
+            f"{name}.{feature.output}"
+            for name, unit in zip(units, manifest.model.declared_units, strict=True)
+            for feature in unit.features
+        ]
+        stores = zip(outputs, new[signature].stores, strict=True)
+        kept = {output for output, store in stores if store is not None}
+        onnx.save_model(segment_graph(units, kept), folder / segments[signature])
     heads = dict(manifest.heads)
     if table.head is not None and table.graph not in heads:
         heads[table.graph] = f"onnx/{table.graph}.onnx"

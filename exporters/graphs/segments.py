@@ -2,43 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 
-from onnx import GraphProto, ModelProto, helper
+from onnx import GraphProto, ModelProto, ValueInfoProto, helper
 from onnx.compose import add_prefix_graph
 
 
-def segment_graph(units: Mapping[str, ModelProto], stores: Sequence[bool]) -> ModelProto:
-    """Chain units: each reads the tokens that the preceding unit writes.
+def segment_graph(units: Mapping[str, ModelProto], kept: Collection[str]) -> ModelProto:
+    """Chain units: each reads the tokens that the units before it write.
 
-    Tensor ``name`` of a unit becomes ``UNIT.name``. This concerns its feature, its inputs other
+    Tensor ``name`` of a unit becomes ``UNIT.name``. This concerns its features, its inputs other
     than the tokens, and its initializers, whose data stays in the weights file of the unit.
 
-    Inputs: x (B, T, D) and the other inputs of the units. Outputs: x_out (B, T, D) and features
-    (B * T, D).
+    Inputs: x (B, T, D), text (B, Lc, D) if units read it, and the other inputs of the units.
+    Outputs: x_out (B, T, D) and features (B * T, D) or (B * Lc, D).
 
     Args:
         units: unit name -> graph, in order.
-        stores: for each unit, whether its feature is an output.
+        kept: the features that are outputs, as ``UNIT.feature``.
     """
-    segment, x = ModelProto(), "x"
+    segment = ModelProto()
+    latest = {stream: stream for stream in ("x", "text")}  # the name of its newest tokens
+    read: set[str] = set()
+    tokens: dict[str, ValueInfoProto] = {}
     segment.CopyFrom(next(iter(units.values())))
     segment.graph.Clear()
     segment.graph.name = "segment"
-    for (name, model), stored in zip(units.items(), stores, strict=True):
+    for name, model in units.items():
         unit = add_prefix_graph(model.graph, f"{name}.")
-        tokens, x = x, f"{name}.x_out"
-        _rename(unit, f"{name}.x", tokens)
-        segment.graph.input.extend(
-            value for value in unit.input if value.name == "x" or value.name != tokens
-        )
+        for stream, newest in latest.items():
+            _rename(unit, f"{name}.{stream}", newest)
+        written = {stream: f"{name}.{stream}_out" for stream in latest}
+        inner = read | (set(latest.values()) - latest.keys())
+        segment.graph.input.extend(value for value in unit.input if value.name not in inner)
+        read |= latest.keys() & {value.name for value in unit.input}
         segment.graph.initializer.extend(unit.initializer)
         segment.graph.node.extend(unit.node)
-        segment.graph.output.extend(value for value in unit.output if stored and value.name != x)
-        last = next(value for value in unit.output if value.name == x)
-    segment.graph.output.append(last)
+        segment.graph.output.extend(value for value in unit.output if value.name in kept)
+        tokens |= {value.name: value for value in unit.output if value.name in written.values()}
+        latest |= {stream: out for stream, out in written.items() if out in tokens}
+    segment.graph.output.append(tokens[latest["x"]])
     _take_newest_opsets(segment, units.values())
-    _rename(segment.graph, x, "x_out")
+    _rename(segment.graph, latest["x"], "x_out")
     return segment
 
 

@@ -39,7 +39,7 @@ def export(
     plans: Sequence[str] = EXPORT.plans,
     calibrate: int | None = EXPORT.calibrate,
     calibration_seed: int = EXPORT.calibration_seed,
-    cfg_scale: float = EXPORT.cfg_scale,
+    cfg_scale: float | None = EXPORT.cfg_scale,
     weights: CheckpointWeights = EXPORT.weights,
     force: bool = EXPORT.force,
     captions: str | Path | None = EXPORT.captions,
@@ -77,7 +77,8 @@ def export(
         calibrate: number of images that calibrated policies learn from; None takes
             `goc_deploy.policies.calibration.default_images`.
         calibration_seed: seed of the calibration images.
-        cfg_scale: guidance scale of the calibration images.
+        cfg_scale: guidance scale of the calibration images; None takes 4, or 1 for a model with
+            embedded guidance.
         weights: weights of a training checkpoint: ``ema``, ``model``, or ``auto`` (``ema`` if there
             are such weights).
         force: replace an existing engine directory.
@@ -157,7 +158,7 @@ def add_plan(
     sampler: str | None = PLAN.sampler,
     calibrate: int | None = PLAN.calibrate,
     seed: int = PLAN.seed,
-    cfg_scale: float = PLAN.cfg_scale,
+    cfg_scale: float | None = PLAN.cfg_scale,
     segments: Segments = PLAN.segments,
     progress: Progress = no_progress,
 ) -> PlanEntry:
@@ -172,7 +173,8 @@ def add_plan(
         calibrate: number of images that a calibrated policy learns from; None takes
             `goc_deploy.policies.calibration.default_images`.
         seed: seed of the calibration images.
-        cfg_scale: guidance scale of the calibration images.
+        cfg_scale: guidance scale of the calibration images; None takes 4, or 1 for a model with
+            embedded guidance.
         segments: what TensorRT runs as one engine: ``full``, a full step, or ``none``. ONNX
             Runtime always runs units.
         progress: called with (what, done, total) by policies that calibrate.

@@ -16,6 +16,7 @@ from goc_deploy.engine_dir.editing import Amendment, amended
 from goc_deploy.engine_dir.manifest import Manifest, PlanEntry
 from goc_deploy.errors import CalibrationNeededError, ConflictError, UsageError
 from goc_deploy.exporters.schedulers import table_from_sampler
+from goc_deploy.guidance import cfg_scale_of
 from goc_deploy.options import ExportOptions, PlanOptions, Progress, no_progress
 from goc_deploy.policies.calibration import CalibrationOptions, default_images
 from goc_deploy.policies.grammar import check_plan_name, parse_policy
@@ -91,7 +92,8 @@ def _calibration(spec: ModelSpec, steps: int, options: PlanOptions) -> Calibrati
     images = options.calibrate
     if images is None:
         images = default_images(spec, steps)
-    return CalibrationOptions(images, options.seed, options.cfg_scale, spec.guided_channels)
+    scale = cfg_scale_of(options.cfg_scale, spec)
+    return CalibrationOptions(images, options.seed, scale, spec.guided_channels)
 
 
 def _read_router(path: str) -> tuple[tuple[float, ...], ...]:

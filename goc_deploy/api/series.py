@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from goc_deploy.conditions.captions import PromptEmbeds, captions_to_bytes, check_rows
+from goc_deploy.conditions.captions import PromptEmbeds, check_rows
+from goc_deploy.conditions.stored_captions import captions_to_bytes
 from goc_deploy.errors import UsageError
+from goc_deploy.guidance import cfg_scale_of
 from goc_deploy.options import Progress, RunOptions
+from goc_deploy.runtime import arguments
 
 if TYPE_CHECKING:
     from goc_deploy.runtime.pipeline import Pipeline
@@ -39,13 +42,15 @@ class Series:
         """Refuse in advance what a later batch would fail on.
 
         Raises:
-            UsageError: a label that does not exist, or another number of latents than of images.
+            UsageError: a label that does not exist, another number of latents than of images, or a
+                guidance scale that the model does not embed.
         """
         spec, images = pipe.spec, len(self.labels)
         if self.captions is None and spec.choices:
             check_rows(self.labels, spec.choices)
         elif self.captions is not None:
             check_rows(self.labels, len(self.captions.prompts))
+        arguments.embedded_guidance(self.options.guidance, spec)
         if self.latents is not None and len(self.latents) != images:
             shape = [images, *spec.latents]
             raise UsageError(
@@ -74,6 +79,7 @@ class Series:
             first_image=first,
             cfg_scale=options.cfg_scale,
             cfg_channels=options.cfg_channels,
+            guidance=options.guidance,
             latents=None if self.latents is None else self.latents[rows],
             size=options.size,
             frames=options.frames,
@@ -92,10 +98,12 @@ class Series:
             "sampler": plan.sampler.sampler,
             "precision": manifest.precision,
             "checkpoint": manifest.provenance.get("checkpoint_sha256"),
-            "cfg_scale": options.cfg_scale,
+            "cfg_scale": cfg_scale_of(options.cfg_scale, pipe.spec),
             "cfg_channels": pipe.spec.guided_channels if channels is None else channels,
             "seed": options.seed,
         }
+        if pipe.spec.embedded_guidance:
+            common["guidance"] = arguments.embedded_guidance(options.guidance, pipe.spec)
         if options.size is not None:
             common["size"] = list(options.size)
         if options.frames is not None:

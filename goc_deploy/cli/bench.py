@@ -43,7 +43,7 @@ DEFAULTS = BenchOptions()
     default=",".join(map(str, DEFAULTS.labels)),
     help="Labels separated by commas, one per image; all images run as one batch.",
 )
-@cfg_scale_option(DEFAULTS.cfg_scale)
+@cfg_scale_option()
 @click.option(
     "--repeats",
     type=click.IntRange(1),

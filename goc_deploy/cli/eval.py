@@ -59,7 +59,7 @@ EPILOG = (
     default=DEFAULTS.seed,
     help="Seed of the noise, the labels and the resampling.",
 )
-@cfg_scale_option(DEFAULTS.cfg_scale)
+@cfg_scale_option()
 @cfg_channels_option
 @click.option(
     "--labels",

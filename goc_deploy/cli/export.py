@@ -115,7 +115,7 @@ DEFAULTS = ExportOptions()
     show_default=False,
     help="Seed of the calibration images.  [default: 2**32, far from the seeds that people use]",
 )
-@cfg_scale_option(DEFAULTS.cfg_scale, "Guidance scale of the calibration images.")
+@cfg_scale_option("Guidance scale of the calibration images.")
 @click.option(
     "--segments",
     type=click.Choice(SEGMENTS),

@@ -11,6 +11,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from goc_deploy.guidance import DEFAULT_SCALES
 from goc_deploy.options import HISTORIES
 from goc_deploy.precision import DTYPE_OF_PRECISION, PRECISIONS
 from goc_deploy.version import __version__
@@ -88,11 +89,15 @@ common_options = composed(verbose_option, debug_option, version_option)
 
 
 def cfg_scale_option(
-    default: float | None, text: str = "Classifier-free guidance scale; 1 turns guidance off."
+    text: str = "Classifier-free guidance scale; 1 turns guidance off.",
 ) -> Decorator:
     """The guidance scale, under our name and under that of diffusers."""
     return click.option(
-        "--cfg-scale", "--guidance-scale", "cfg_scale", type=float, default=default, help=text
+        "--cfg-scale",
+        "--guidance-scale",
+        "cfg_scale",
+        type=float,
+        help=f"{text}  [default: {DEFAULT_SCALES}]",
     )
 
 

@@ -63,9 +63,7 @@ EPILOG = (
     type=int,
     help="Seed of the calibration images.  [default: 2**32, far from the seeds that people use]",
 )
-@cfg_scale_option(
-    None, f"Guidance scale of the calibration images.  [default: {DEFAULTS.cfg_scale}]"
-)
+@cfg_scale_option("Guidance scale of the calibration images.")
 @click.option(
     "--segments",
     type=click.Choice(SEGMENTS),
@@ -207,18 +205,22 @@ def _inspect(engine_dir: Path) -> None:
         target_folders,
     )
     from goc_deploy.display.plans import head_rows, history_rows
+    from goc_deploy.display.units import text_rows, unit_rows
     from goc_deploy.engine_dir.directory import EngineDir
 
     directory = EngineDir.open(engine_dir)
     plans, manifest = directory.plans(), directory.manifest
     if manifest.loras:
         print_table("LoRAs merged into the weights", *lora_rows(manifest))
+    print_table("blocks", *unit_rows(manifest))
     print_table("units", *graph_rows(directory))
     for folder in target_folders(manifest):
         print_table(folder, *engine_rows(directory, folder))
     if any(plan.sampler.head is not None for plan in plans):
         print_table("heads", *head_rows(plans))
     print_table("history, by the form of the plan", *history_rows(plans, manifest))
+    if manifest.model.has_text_stream:
+        print_table("text", *text_rows(plans, manifest))
     print_table("launches", *launch_rows(plans, manifest))
 
 

@@ -73,15 +73,22 @@ DEFAULTS = RunOptions()
     "--prompt-embeds",
     type=PATH,
     help="File of prompt embeddings to draw, .npz or .safetensors: prompt_embeds [N,L,C], and if "
-    "there are such prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask.",
+    "there are such prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask, "
+    "pooled_prompt_embeds [N,P], negative_pooled_prompt_embeds.",
 )
 @click.option(
     "--num-images",
     type=click.IntRange(1, 1_000_000),
     help="Number of images; labels are repeated in order.  [default: one per label, or 8]",
 )
-@cfg_scale_option(DEFAULTS.cfg_scale)
+@cfg_scale_option()
 @cfg_channels_option
+@click.option(
+    "--guidance",
+    type=float,
+    help="Guidance scale that a distilled model embeds, such as FLUX.1-dev, whose pipeline in "
+    "diffusers names it guidance_scale.  [default: 3.5]",
+)
 @click.option(
     "--seed",
     type=int,

@@ -6,79 +6,91 @@ import random
 from collections.abc import Sequence
 
 from goc_deploy.compiler.plan import Accumulate, Compute, Plan, Predict, Prediction, Residual
+from goc_deploy.compiler.values import features_of_units
 from goc_deploy.errors import EngineDirError
 from goc_deploy.schedule import MAX_HISTORY, Schedule, fill_short_history
+from goc_deploy.spec import ModelSpec
 
 TOLERANCE = 1e-6
 
-# By step and unit, a number in place of a computed feature; or by step, in place of the residual.
+# By step and feature, a number in place of what is computed; or by step, of the residual.
 _Features = Sequence[Sequence[float]]
 
 
-def check_agreement(plan: Plan) -> None:
+def check_agreement(plan: Plan, spec: ModelSpec) -> None:
     """Check that a plan and its schedule use the same predictions.
 
     Both are followed with random numbers in place of features. Two linear combinations of computed
-    features that differ do so for almost all numbers, and no plan can depend on them.
-    `goc_deploy.compiler.check.check_plan` must have accepted the plan.
+    features that differ do so for almost all numbers, and no plan can depend on them. A feature of
+    the text may be left out. `goc_deploy.compiler.check.check_plan` must have accepted the plan.
 
     Raises:
         EngineDirError: naming the first step and unit at which they differ.
     """
     schedule = fill_short_history(plan.schedule)
+    by_unit = schedule.level == "unit"
+    units = [place.unit for place in spec.features] if by_unit else [0]
     generator = random.SystemRandom()
-    features = [[generator.uniform(0.5, 1) for _ in rows] for rows in schedule.feature_rows]
-    asked, planned = _asked(schedule, features), _planned(plan, features)
+    features = [[generator.uniform(0.5, 1) for _ in units] for _ in range(schedule.steps)]
+    asked, planned = _asked(schedule, units, features), _planned(plan, spec, features)
     for step, (rows, used) in enumerate(zip(asked, planned, strict=True)):
-        for unit, (wanted, value) in enumerate(zip(rows, used, strict=True)):
-            if not abs(wanted - value) <= TOLERANCE * max(1.0, abs(wanted)):
+        for feature, (wanted, value) in enumerate(zip(rows, used, strict=True)):
+            if value is None and spec.features[feature].feature.stream == "text":
+                continue
+            if value is None or not abs(wanted - value) <= TOLERANCE * max(1.0, abs(wanted)):
                 raise EngineDirError(
                     f"plan {plan.name} does not do what its schedule asks for at "
-                    f"{schedule.place(step, unit)}; add the plan again"
+                    f"{schedule.place(step, units[feature])}; add the plan again"
                 )
 
 
-def _asked(schedule: Schedule, features: _Features) -> list[list[float]]:
-    """Compute what each unit adds at each step according to the schedule."""
-    histories: list[list[float]] = [[] for _ in range(schedule.units)]
+def _asked(schedule: Schedule, units: Sequence[int], features: _Features) -> list[list[float]]:
+    """Compute what each feature, of one of these units, is at each step of the schedule."""
+    histories: list[list[float]] = [[] for _ in units]
     asked = []
-    for step, rows in enumerate(schedule.feature_rows):
+    for step, rows in enumerate(schedule.coefficients):
         used = []
-        for unit, row in enumerate(rows):
-            history = histories[unit]
+        for feature, unit in enumerate(units):
+            row, history = rows[unit], histories[feature]
             value = sum(c * h for c, h in zip(row, history, strict=False))
-            used.append(value if row else features[step][unit])
+            used.append(value if row else features[step][feature])
             if not row or schedule.history == "used":
-                histories[unit] = [used[-1], *history][:MAX_HISTORY]
+                histories[feature] = [used[-1], *history][:MAX_HISTORY]
         asked.append(used)
     return asked
 
 
-def _planned(plan: Plan, features: _Features) -> list[list[float]]:
-    """Compute the same from the plan and its slots."""
-    slots = [0.0] * plan.slots
-    planned = [[0.0] * len(row) for row in features]
+def _planned(plan: Plan, spec: ModelSpec, features: _Features) -> list[list[float | None]]:
+    """Compute the same from the plan and its slots; None for a feature that it leaves out."""
+    slots = {"image": [0.0] * plan.slots, "text": [0.0] * plan.text_slots}
+    planned: list[list[float | None]] = [[None] * len(row) for row in features]
     whole = plan.schedule.level == "residual"
     for step, launches in enumerate(plan.launches):
         for op in launches:
-            if isinstance(op, Compute):
-                unit = 0 if whole else op.unit
-                value = planned[step][unit] = features[step][unit]
-                if op.store is not None:
-                    slots[op.store] = value
+            if isinstance(op, Compute) and whole:
+                planned[step][0] = features[step][0]
+            elif isinstance(op, Compute):
+                of_unit = features_of_units(spec)[op.unit]
+                for (feature, stream), store in zip(of_unit, op.stores, strict=True):
+                    value = planned[step][feature] = features[step][feature]
+                    if store is not None:
+                        slots[stream][store] = value
             elif isinstance(op, Accumulate):
                 for tap in op.taps:
-                    planned[step + tap.ahead][op.unit] += tap.coefficient * slots[op.slot]
+                    target = planned[step + tap.ahead]
+                    added = tap.coefficient * slots[op.stream][op.slot]
+                    target[op.feature] = (target[op.feature] or 0.0) + added
             elif isinstance(op, Residual):
-                slots[op.store] = features[step][0]
+                slots["image"][op.store] = features[step][0]
             elif isinstance(op, Predict):
-                sums = [_sum(prediction, slots) for prediction in op.predictions]
-                for unit, (prediction, value) in enumerate(
-                    zip(op.predictions, sums, strict=True), op.unit
+                of_stream = slots[op.stream]
+                sums = [_sum(prediction, of_stream) for prediction in op.predictions]
+                for feature, (prediction, value) in enumerate(
+                    zip(op.predictions, sums, strict=True), op.feature
                 ):
-                    planned[step + op.ahead][unit] = prediction.coefficients[0] * value
+                    planned[step + op.ahead][feature] = prediction.coefficients[0] * value
                     if prediction.store is not None:
-                        slots[prediction.store] = value
+                        of_stream[prediction.store] = value
     return planned
 
 

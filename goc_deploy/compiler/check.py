@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from itertools import chain
 
+from goc_deploy.blocks import STREAMS, TokenStream
 from goc_deploy.compiler.check_sums import SumsCheck
 from goc_deploy.compiler.plan import (
     Accumulate,
@@ -17,6 +20,7 @@ from goc_deploy.compiler.plan import (
     Residual,
     Segment,
 )
+from goc_deploy.compiler.values import features_of_units
 from goc_deploy.errors import EngineDirError
 from goc_deploy.samplers import MAX_LAGS, sampler_misfit
 from goc_deploy.samplers.table import MAX_REACH
@@ -27,9 +31,10 @@ from goc_deploy.spec import ModelSpec
 def check_plan(plan: Plan, spec: ModelSpec) -> None:
     """Check that a plan is safe to execute for this model.
 
-    Every unit acts once in every step and in order, or through an accumulator that is filled in
-    earlier steps and added once, or all units act as one through their residual. Slots are in
-    range, and nothing is read before it is written.
+    Every feature of the image acts once in every step and in order, or through an accumulator that
+    is filled in earlier steps and added once, or all act as one through their residual. Features of
+    the text act before each computed unit that reads them. Slots are in range, and nothing is read
+    before it is written.
 
     Raises:
         EngineDirError: naming the step and what is wrong.
@@ -40,41 +45,50 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
         )
     _check_table(plan, spec)
     _check_head(plan, spec)
-    every_unit = list(range(spec.units))
-    written: set[int] = set()
-    accumulated: dict[int, list[int]] = {}  # target step -> units
-    sums = SumsCheck(plan)
+    every = [
+        [i for i, place in enumerate(spec.features) if place.feature.stream == stream]
+        for stream in STREAMS
+    ]
+    of_image = every[0]
+    written: set[_Slot] = set()
+    accumulated: dict[int, list[int]] = {}  # target step -> features of the image
+    sums = SumsCheck(plan, spec)
     for step, launches in enumerate(plan.launches):
         order: list[int] = []
+        text: list[int] = []
         for op in launches:
             sums.check_form(step, op)
             if isinstance(op, Accumulate):
                 sums.accumulate(step, op)
                 continue
             if isinstance(op, AddSum):
-                order += sums.added(step, op)
+                (text if op.stream == "text" else order).extend(sums.added(step, op))
                 continue
+            if isinstance(op, Collect):
+                order += _collected(plan, step, op, accumulated, of_image)
+                continue
+            _check_level(plan, step, op, whole=order == of_image)
+            if isinstance(op, Residual):
+                _check_launch(plan, step, (_image(Prediction((), (), op.store)),), written)
+                continue
+            entries = _entries(plan, step, op, spec)
             if isinstance(op, Compute):
                 sums.computed(step, op)
-            if isinstance(op, Collect):
-                order += _collected(plan, step, op, accumulated, every_unit)
-                continue
-            _check_level(plan, step, op, whole=order == every_unit)
-            if isinstance(op, Residual):
-                _check_launch(plan, step, (Prediction((), (), op.store),), written)
-                continue
-            first, entries = _entries(op)
+                _check_text(plan, step, op.unit, text, spec)
+            _check_launch(plan, step, entries, written)
             target = step + (op.ahead if isinstance(op, Predict) else 0)
             if not step <= target < plan.steps:
                 raise EngineDirError(
                     f"plan {plan.name}: step {step} predicts for step {target}, "
                     "which does not exist"
                 )
-            units = order if target == step else accumulated.setdefault(target, [])
-            whole = plan.schedule.level == "residual" and isinstance(op, Predict)
-            units += every_unit if whole else range(first, first + len(entries))
-            _check_launch(plan, step, entries, written)
-        if order != every_unit:
+            if plan.schedule.level == "residual" and isinstance(op, Predict):
+                order += of_image
+                continue
+            of_op = order if target == step else accumulated.setdefault(target, [])
+            for entry in entries:
+                (text if entry.stream == "text" else of_op).append(entry.feature)
+        if order != of_image or text != sorted(set(text)):
             raise EngineDirError(
                 f"plan {plan.name}: step {step} does not run each of the {spec.units} units once, "
                 "in order"
@@ -84,9 +98,49 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
         raise EngineDirError(
             f"plan {plan.name}: what was accumulated for step {min(accumulated)} is never added"
         )
-    if plan.slots > len(written):
+    slots = plan.slots + plan.text_slots
+    if slots > len(written):
         raise EngineDirError(
-            f"plan {plan.name}: it asks for {plan.slots} slots but stores into {len(written)}"
+            f"plan {plan.name}: it asks for {slots} slots but stores into {len(written)}"
+        )
+
+
+_Slot = tuple[TokenStream, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What a launch reads and stores of a feature, of which it knows the stream."""
+
+    feature: int
+    stream: TokenStream
+    prediction: Prediction
+
+
+def _image(prediction: Prediction) -> _Entry:
+    return _Entry(0, "image", prediction)
+
+
+def _check_text(plan: Plan, step: int, unit: int, text: list[int], spec: ModelSpec) -> None:
+    """Check that the text which a computed unit reads is complete.
+
+    Args:
+        plan: the plan.
+        step: index of the step.
+        unit: index of the unit.
+        text: the features of the text that were added before it in this step.
+        spec: the model.
+
+    Raises:
+        EngineDirError: a feature is missing.
+    """
+    if "text" not in spec.declared_units[unit].reads:
+        return
+    earlier = chain.from_iterable(features_of_units(spec)[:unit])
+    if text != [feature for feature, stream in earlier if stream == "text"]:
+        raise EngineDirError(
+            f"plan {plan.name}: step {step} computes {spec.unit_names[unit]}, which reads the "
+            "text, without all earlier features of the text"
         )
 
 
@@ -109,20 +163,45 @@ def _check_level(plan: Plan, step: int, op: Launch, *, whole: bool) -> None:
         if isinstance(op, Residual):
             raise EngineDirError(f"{where} keeps the residual, but its schedule predicts by unit")
         return
-    if isinstance(op, Predict) and (op.unit, len(op.predictions), op.ahead) != (0, 1, 0):
+    if isinstance(op, Predict) and (op.feature, len(op.predictions), op.ahead) != (0, 1, 0):
         raise EngineDirError(f"{where} must predict the residual, once and in the step itself")
-    stores = op.stores if isinstance(op, Segment) else ()
-    stores = (op.store,) if isinstance(op, Compute) else stores
+    stores = op.stores if isinstance(op, Segment | Compute) else ()
     if any(store is not None for store in stores):
         raise EngineDirError(f"{where} stores features, but its schedule predicts the residual")
 
 
-def _entries(op: Compute | Segment | Predict) -> tuple[int, tuple[Prediction, ...]]:
-    """Return the first unit of a launch, and what the launch reads and stores per unit."""
+def _entries(
+    plan: Plan, step: int, op: Compute | Segment | Predict, spec: ModelSpec
+) -> tuple[_Entry, ...]:
+    """Return what a launch reads and stores of each feature.
+
+    Raises:
+        EngineDirError: the model has no such unit or feature, or it has another stream or number of
+            features.
+    """
     if isinstance(op, Predict):
-        return op.unit, op.predictions
-    first, stores = (op.unit, (op.store,)) if isinstance(op, Compute) else (0, op.stores)
-    return first, tuple(Prediction((), (), store) for store in stores)
+        features = range(op.feature, op.feature + len(op.predictions))
+        places = spec.features[op.feature : features.stop]
+        if len(places) < len(features) or any(p.feature.stream != op.stream for p in places):
+            raise EngineDirError(
+                f"plan {plan.name}: step {step} predicts features {features.start} to "
+                f"{features.stop - 1} of the {op.stream}, which the model does not have"
+            )
+        pairs = zip(features, op.predictions, strict=True)
+        return tuple(_Entry(feature, op.stream, prediction) for feature, prediction in pairs)
+    units = features_of_units(spec)
+    computed = list(
+        chain.from_iterable(units if isinstance(op, Segment) else units[op.unit : op.unit + 1])
+    )
+    if len(computed) != len(op.stores):
+        raise EngineDirError(
+            f"plan {plan.name}: step {step} has {len(op.stores)} slots for the "
+            f"{len(computed)} features that it computes"
+        )
+    return tuple(
+        _Entry(feature, stream, Prediction((), (), store))
+        for (feature, stream), store in zip(computed, op.stores, strict=True)
+    )
 
 
 def _check_table(plan: Plan, spec: ModelSpec) -> None:
@@ -168,56 +247,56 @@ def _check_head(plan: Plan, spec: ModelSpec) -> None:
 
 
 def _collected(
-    plan: Plan, step: int, op: Collect, accumulated: dict[int, list[int]], every_unit: list[int]
+    plan: Plan, step: int, op: Collect, accumulated: dict[int, list[int]], every: list[int]
 ) -> list[int]:
-    """Return the units whose predictions the accumulator of a collapsed step holds: all units.
+    """Return the features whose predictions the accumulator of a collapsed step holds: all.
 
     Raises:
-        EngineDirError: units are missing, or were predicted in another step than ``ahead`` before.
+        EngineDirError: features are missing, or were predicted in another step than ``ahead``
+            before.
     """
     launches = plan.launches[step - op.ahead] if 0 < op.ahead <= step else ()
     filled = [
-        unit
+        feature
         for filling in launches
         if isinstance(filling, Predict) and filling.ahead == op.ahead
-        for unit in range(filling.unit, filling.unit + len(filling.predictions))
+        for feature in range(filling.feature, filling.feature + len(filling.predictions))
     ]
-    if (
-        filled != every_unit
-        or accumulated.pop(step, None) != every_unit
-        or len(plan.launches[step]) != 1
-    ):
+    if filled != every or accumulated.pop(step, None) != every or len(plan.launches[step]) != 1:
         raise EngineDirError(
             f"plan {plan.name}: step {step} adds an accumulator that does not hold each of the "
-            f"{len(every_unit)} units once"
+            f"{len(every)} units once"
         )
     return filled
 
 
-def _check_launch(
-    plan: Plan, step: int, entries: tuple[Prediction, ...], written: set[int]
-) -> None:
-    stores: list[int] = []
-    for entry in entries:
+def _check_launch(plan: Plan, step: int, entries: tuple[_Entry, ...], written: set[_Slot]) -> None:
+    stores: list[_Slot] = []
+    for stream, entry in ((entry.stream, entry.prediction) for entry in entries):
         used = [*entry.slots, *([] if entry.store is None else [entry.store])]
-        if any(not 0 <= slot < plan.slots for slot in used):
+        slots = plan.slots if stream == "image" else plan.text_slots
+        if any(not 0 <= slot < slots for slot in used):
             raise EngineDirError(
-                f"plan {plan.name}: step {step} uses a slot outside 0..{plan.slots - 1}"
+                f"plan {plan.name}: step {step} uses a slot outside 0..{slots - 1}"
             )
         if len(entry.slots) != len(entry.coefficients) or len(entry.slots) > MAX_HISTORY:
             raise EngineDirError(
                 f"plan {plan.name}: step {step} has {len(entry.coefficients)} coefficients for "
                 f"{len(entry.slots)} slots"
             )
-        if not written.issuperset(entry.slots):
+        if not written.issuperset((stream, slot) for slot in entry.slots):
             raise EngineDirError(
                 f"plan {plan.name}: step {step} reads a slot before anything is stored in it"
             )
         if entry.store is not None:
-            stores.append(entry.store)
-    for index, store in enumerate(stores):
-        readers = sum(store in entry.slots for entry in entries if entry.store != store)
-        if readers or store in stores[:index]:
+            stores.append((stream, entry.store))
+    for index, (stream, store) in enumerate(stores):
+        readers = sum(
+            store in entry.prediction.slots
+            for entry in entries
+            if entry.stream == stream and entry.prediction.store != store
+        )
+        if readers or (stream, store) in stores[:index]:
             raise EngineDirError(
                 f"plan {plan.name}: step {step} overwrites slot {store} while the same launch "
                 "uses it"

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from goc_deploy.blocks import TokenStream
 from goc_deploy.compiler.plan import MAX_TAPS, Accumulate, AddSum, Compute, Launch, Plan, Tap
+from goc_deploy.compiler.values import features_of_units
 from goc_deploy.errors import EngineDirError
+from goc_deploy.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """What an accumulator holds: predictions of these units for a step."""
+    """What an accumulator holds: predictions of these features for a step."""
 
     step: int
-    units: set[int] = field(default_factory=set)
+    features: set[int] = field(default_factory=set)
 
 
 class SumsCheck:
@@ -21,12 +24,14 @@ class SumsCheck:
 
     Args:
         plan: the plan.
+        spec: the model.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._held: dict[int, _Held] = {}
-        self._features: dict[int, tuple[int, int]] = {}  # slot -> step and unit of its feature
+    def __init__(self, plan: Plan, spec: ModelSpec) -> None:
+        self._plan, self._spec = plan, spec
+        self._held: dict[tuple[TokenStream, int], _Held] = {}
+        # stream and slot -> step and index of the feature in it
+        self._features: dict[tuple[TokenStream, int], tuple[int, int]] = {}
 
     def check_form(self, step: int, op: Launch) -> None:
         """Check that a launch belongs to the form of the plan.
@@ -42,9 +47,11 @@ class SumsCheck:
             )
 
     def computed(self, step: int, op: Compute) -> None:
-        """Note which feature a slot keeps."""
-        if op.store is not None:
-            self._features[op.store] = (step, op.unit)
+        """Note which features slots keep."""
+        of_unit = features_of_units(self._spec)[op.unit]
+        for (feature, stream), store in zip(of_unit, op.stores, strict=True):
+            if store is not None:
+                self._features[stream, store] = (step, feature)
 
     def accumulate(self, step: int, op: Accumulate) -> None:
         """Check a launch that adds a feature to accumulators.
@@ -53,8 +60,8 @@ class SumsCheck:
             EngineDirError: the slot keeps another feature, or a tap goes to an accumulator of
                 another step, or to one that it must not start or cannot add to.
         """
-        where = f"plan {self._plan.name}: step {step}, unit {op.unit}"
-        if self._features.get(op.slot) != (step, op.unit):
+        where = f"plan {self._plan.name}: step {step}, feature {op.feature}"
+        if self._features.get((op.stream, op.slot)) != (step, op.feature):
             raise EngineDirError(f"{where} accumulates slot {op.slot}, which has another feature")
         starts = [tap.starts for tap in op.taps]
         if not 1 <= len(starts) <= MAX_TAPS or starts != sorted(starts):
@@ -63,19 +70,20 @@ class SumsCheck:
                 "an accumulator last"
             )
         for tap in op.taps:
-            self._tap(where, step, op.unit, tap)
+            self._tap(where, step, op, tap)
 
-    def _tap(self, where: str, step: int, unit: int, tap: Tap) -> None:
+    def _tap(self, where: str, step: int, op: Accumulate, tap: Tap) -> None:
         target = step + tap.ahead
         if not step < target < self._plan.steps:
             raise EngineDirError(f"{where} predicts for step {target}, which does not exist")
-        held = self._held.get(tap.accumulator)
+        place = op.stream, tap.accumulator
+        held = self._held.get(place)
         if tap.starts and held is not None:
             raise EngineDirError(
                 f"{where} starts accumulator {tap.accumulator} over, which step {held.step} adds"
             )
         if tap.starts:
-            held = self._held[tap.accumulator] = _Held(target)
+            held = self._held[place] = _Held(target)
         if held is None:
             raise EngineDirError(f"{where} adds to accumulator {tap.accumulator}, which is empty")
         if held.step != target:
@@ -83,25 +91,25 @@ class SumsCheck:
                 f"{where} uses the gate of step {target} in accumulator {tap.accumulator}, which "
                 f"step {held.step} adds"
             )
-        held.units.add(unit)
+        held.features.add(op.feature)
 
     def added(self, step: int, op: AddSum) -> range:
         """Check a launch that adds an accumulator to x, and free the accumulator.
 
         Returns:
-            The units that it predicts.
+            The features that it predicts.
 
         Raises:
-            EngineDirError: the accumulator holds other units, or those of another step.
+            EngineDirError: the accumulator holds other features, or those of another step.
         """
-        units = range(op.unit, op.unit + op.units)
-        held = self._held.pop(op.accumulator, None)
-        if held is None or held.step != step or held.units != set(units):
+        features = range(op.feature, op.feature + op.features)
+        held = self._held.pop((op.stream, op.accumulator), None)
+        if held is None or held.step != step or held.features != set(features):
             raise EngineDirError(
                 f"plan {self._plan.name}: step {step} adds accumulator {op.accumulator}, which "
-                f"does not hold units {units.start} to {units.stop - 1} of this step"
+                f"does not hold features {features.start} to {features.stop - 1} of this step"
             )
-        return units
+        return features
 
     def check_empty(self) -> None:
         """Check that every accumulator was added.
@@ -109,7 +117,7 @@ class SumsCheck:
         Raises:
             EngineDirError: one was not.
         """
-        for accumulator, held in sorted(self._held.items()):
+        for (_, accumulator), held in self._held.items():
             raise EngineDirError(
                 f"plan {self._plan.name}: accumulator {accumulator} for step {held.step} is never "
                 "added"

@@ -5,14 +5,14 @@ features that are read again, and moves the predictions of collapsed steps to th
 history was just computed. `compile_for_device` instead makes few launches of many units.
 `compile_to_sums` keeps no features: it adds each to the sums of the later steps that read it:
 
-    host:    name_values -> drop_dead_stores -> accumulate_ahead -> group_launches -> assign_slots
-    device:  name_values -> drop_dead_stores -> group_launches -> assign_slots
+    host:    name_values -> drop_dead -> accumulate_ahead -> group_launches -> assign_slots
+    device:  name_values -> drop_dead -> group_launches -> assign_slots
     device, with segments:
-             name_values -> drop_dead_stores -> store_alike -> group_launches -> merge_full_steps
+             name_values -> drop_dead -> store_alike -> group_launches -> merge_full_steps
              -> assign_slots
-    sums:    name_values -> expand_history -> push_features -> assign_accumulators
+    sums:    name_values -> expand_history -> drop_dead -> push_features -> assign_accumulators
     level residual:
-             name_values -> drop_dead_stores -> group_launches -> assign_slots -> compute_all_units
+             name_values -> drop_dead -> group_launches -> assign_slots -> compute_all_units
 
 All forms compute the same numbers. An engine directory stores the host form together with the
 requested segments; `in_form` converts it to another form.
@@ -20,9 +20,12 @@ requested segments; `in_form` converts it to another form.
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from dataclasses import replace
 from itertools import groupby, islice, takewhile
 
+from goc_deploy.blocks import STREAMS, TokenStream
 from goc_deploy.compiler.check import check_plan
 from goc_deploy.compiler.plan import (
     MAX_LAUNCH_UNITS,
@@ -37,7 +40,7 @@ from goc_deploy.compiler.plan import (
 )
 from goc_deploy.compiler.residual import compute_all_units
 from goc_deploy.compiler.sums import assign_accumulators, expand_history, push_features
-from goc_deploy.compiler.values import Evaluation, drop_dead_stores, name_values
+from goc_deploy.compiler.values import Evaluation, drop_dead, name_values
 from goc_deploy.errors import UsageError
 from goc_deploy.options import SEGMENTS, Segments
 from goc_deploy.samplers import SamplerTable, sampler_misfit, sampler_table
@@ -84,15 +87,24 @@ def compile_for_host(
         UsageError: the sampler is unknown or does not fit the model, or ``segments`` is unknown.
     """
     schedule, table = _checked(schedule, spec, sampler, steps, segments)
-    evaluations = name_values(schedule)
-    evaluations = drop_dead_stores(evaluations)
+    evaluations = name_values(schedule, spec)
+    evaluations = drop_dead(evaluations, spec)
     if schedule.level == "unit":  # a residual takes one slot, as an accumulator would
         evaluations = accumulate_ahead(evaluations)
     groups = group_launches(evaluations)
     launches, slots = assign_slots(groups)
     if schedule.level == "residual":
-        launches = compute_all_units(launches, spec.units, merged=False)
-    plan = Plan(name, table, launches, slots, schedule, segments, form="host")
+        launches = compute_all_units(launches, spec, merged=False)
+    plan = Plan(
+        name,
+        table,
+        launches,
+        slots["image"],
+        schedule,
+        segments,
+        form="host",
+        text_slots=slots["text"],
+    )
     check_plan(plan, spec)
     return plan
 
@@ -124,8 +136,8 @@ def compile_for_device(
         UsageError: as for `compile_for_host`.
     """
     schedule, table = _checked(schedule, spec, sampler, steps, segments)
-    evaluations = name_values(schedule)
-    evaluations = drop_dead_stores(evaluations)
+    evaluations = name_values(schedule, spec)
+    evaluations = drop_dead(evaluations, spec)
     if segments == "full" and schedule.level == "unit":
         evaluations = store_alike(evaluations)
         groups = group_launches(evaluations)
@@ -134,8 +146,17 @@ def compile_for_device(
         groups = group_launches(evaluations)
     launches, slots = assign_slots(groups)
     if schedule.level == "residual":
-        launches = compute_all_units(launches, spec.units, merged=segments == "full")
-    plan = Plan(name, table, launches, slots, schedule, segments, form="device")
+        launches = compute_all_units(launches, spec, merged=segments == "full")
+    plan = Plan(
+        name,
+        table,
+        launches,
+        slots["image"],
+        schedule,
+        segments,
+        form="device",
+        text_slots=slots["text"],
+    )
     check_plan(plan, spec)
     return plan
 
@@ -175,11 +196,21 @@ def compile_to_sums(
             f"plan {name} predicts the residual of all units, which it keeps in a few tensors; its "
             "history cannot be kept as sums"
         )
-    evaluations = name_values(schedule)
+    evaluations = name_values(schedule, spec)
     evaluations = expand_history(evaluations)
+    evaluations = drop_dead(evaluations, spec)
     events = push_features(evaluations)
     launches, slots = assign_accumulators(events)
-    plan = Plan(name, table, launches, slots, schedule, segments, form="sums")
+    plan = Plan(
+        name,
+        table,
+        launches,
+        slots["image"],
+        schedule,
+        segments,
+        form="sums",
+        text_slots=slots["text"],
+    )
     check_plan(plan, spec)
     return plan
 
@@ -231,18 +262,19 @@ def _checked(
 
 
 def store_alike(evaluations: list[Evaluation]) -> list[Evaluation]:
-    """Make all full steps store the features of the same units, so that one engine serves them.
+    """Make all full steps store the same features, so that one engine serves them.
 
-    Before: step 4 stores units 0 and 1, step 8 stores nothing. After: step 8 stores units 0 and 1
-    too, although no step reads them.
+    Before: step 4 stores features 0 and 1, step 8 stores nothing. After: step 8 stores features 0
+    and 1 too, although no step reads them.
     """
     predicting = {e.step for e in evaluations if e.reads}
-    stored = {e.unit for e in evaluations if e.step not in predicting and e.value is not None}
+    stored = {e.feature for e in evaluations if e.step not in predicting and e.value is not None}
+    new = itertools.count(1 + max((e.value for e in evaluations if e.value is not None), default=0))
     return [
-        replace(e, value=index)
-        if e.step not in predicting and e.unit in stored
-        else e  # as `name_values` names it
-        for index, e in enumerate(evaluations)
+        replace(e, value=next(new))
+        if e.step not in predicting and e.value is None and e.feature in stored
+        else e
+        for e in evaluations
     ]
 
 
@@ -255,42 +287,61 @@ def accumulate_ahead(evaluations: list[Evaluation]) -> list[Evaluation]:
     gradient of all units: 38 ms with one unit per launch, 33 ms with four).
 
     Before: step 4 computes units 0 and 1, step 5 predicts 0 and 1. After: step 4 computes 0 and 1
-    and predicts both ahead. The order of the evaluations of each unit does not change.
+    and predicts both ahead. The order of the evaluations of each feature does not change. A step
+    that predicts features of the text, because a later prediction reads them, stays as it is.
     """
     moved: list[Evaluation] = []
     steps = [list(step) for _, step in groupby(evaluations, key=lambda e: e.step)]
     while steps:
         step, *steps = steps
-        collapsed = list(takewhile(lambda later: all(e.reads for e in later), steps))
+        collapsed = [{e.feature: e for e in later} for later in takewhile(_is_collapsed, steps)]
         steps = steps[len(collapsed) :]
         groups = iter(group_launches(step))
         while some := list(islice(groups, LAUNCHES_BEFORE_AHEAD)):
             ran = [e for group in some for e in group]
             moved += ran
             moved += [
-                replace(later[e.unit], ahead=ahead)
+                replace(later[e.feature], ahead=ahead)
                 for ahead, later in enumerate(collapsed, 1)
                 for e in ran
+                if e.feature in later
             ]
     return moved
 
 
+def _is_collapsed(step: list[Evaluation]) -> bool:
+    """Whether a step computes no unit and changes the image only."""
+    return all(e.reads and e.stream == "image" for e in step)
+
+
 def group_launches(evaluations: list[Evaluation]) -> list[list[Evaluation]]:
-    """Group evaluations into launches of at most `MAX_LAUNCH_UNITS` units.
+    """Group evaluations into launches of at most `MAX_LAUNCH_UNITS` predictions.
 
-    Adjacent predictions for one step share a launch. Every computed unit is a launch of its own.
+    Predictions of adjacent features of a stream for one step share a launch. Every computed unit is
+    a launch of its own, with all its features.
 
-    Before: step 4 predicts units 0 and 1 and computes unit 2. After: step 4 launches units 0 and 1
-    together, then unit 2.
+    Before: step 4 predicts units 0 and 1 and computes unit 2. After: step 4 launches the features
+    of the image of units 0 and 1 together, then those of the text, then unit 2.
     """
 
     def launch(e: Evaluation) -> tuple[int, int | None]:
         return e.step, None if e.reads else e.unit
 
-    runs = [list(run) for _, run in groupby(evaluations, key=launch)]
-    return [
-        run[i : i + MAX_LAUNCH_UNITS] for run in runs for i in range(0, len(run), MAX_LAUNCH_UNITS)
-    ]
+    groups: list[list[Evaluation]] = []
+    for _, run in groupby(evaluations, key=launch):
+        by_stream = sorted(run, key=lambda e: STREAMS.index(e.stream))
+        if not by_stream[0].reads:
+            groups.append(by_stream)
+            continue
+        group: list[Evaluation] = []
+        for e in by_stream:
+            before = (e.stream, e.feature - 1)
+            follows = group and (group[-1].stream, group[-1].feature) == before
+            if not follows or len(group) == MAX_LAUNCH_UNITS:
+                group = []
+                groups.append(group)
+            group.append(e)
+    return groups
 
 
 def merge_full_steps(groups: list[list[Evaluation]]) -> list[list[Evaluation]]:
@@ -306,59 +357,66 @@ def merge_full_steps(groups: list[list[Evaluation]]) -> list[list[Evaluation]]:
     return merged
 
 
-def assign_slots(groups: list[list[Evaluation]]) -> tuple[tuple[tuple[Launch, ...], ...], int]:
-    """Assign a slot to every stored value, for as long as the value is needed.
+def assign_slots(
+    groups: list[list[Evaluation]],
+) -> tuple[tuple[tuple[Launch, ...], ...], Counter[TokenStream]]:
+    """Assign a slot of its stream to every stored value, for as long as the value is needed.
 
-    A prediction overwrites the oldest entry of its own unit that is read for the last time in the
-    same launch. Any other value prefers a slot that its unit used before. As a result, steps of
-    one kind use the same slots, and their launches are the same. All other slots whose values are
-    read for the last time in a launch are free from the next launch on, because the order of
+    A prediction overwrites the oldest entry of its own feature that is read for the last time in
+    the same launch. Any other value prefers a slot that its feature used before. As a result, steps
+    of one kind use the same slots, and their launches are the same. All other slots whose values
+    are read for the last time in a launch are free from the next launch on, because the order of
     writes within a launch is not fixed. The same holds for values that are never read.
 
     Returns:
-        (launches by the step in which they run, number of slots).
+        (launches by the step in which they run, number of slots of each stream).
     """
     last_read = {
         value: index for index, group in enumerate(groups) for e in group for value in e.reads
     }
     slot_of: dict[int, int] = {}
-    free: list[int] = []
-    owner: dict[int, int] = {}  # slot -> the unit that used it last
-    slots = 0
+    stream_of = {e.value: e.stream for group in groups for e in group if e.value is not None}
+    free: dict[TokenStream, list[int]] = {stream: [] for stream in STREAMS}
+    owner: dict[tuple[TokenStream, int], int] = {}  # slot -> the feature that used it last
+    slots: Counter[TokenStream] = Counter()
     steps: dict[int, list[Launch]] = {}
     for index, group in enumerate(groups):
         dying = {value for e in group for value in e.reads if last_read[value] == index}
         entries: list[Prediction] = []
         for e in group:
             read_slots = tuple(slot_of[value] for value in e.reads)
-            store = None
+            store, of_stream = None, free[e.stream]
             if e.value is not None:
                 own = [value for value in e.reads if value in dying]
                 if own:
                     oldest = min(own)  # values are numbered in the order of evaluation
                     store = slot_of[oldest]
                     dying.remove(oldest)
-                elif free:
-                    kept = [slot for slot in free if owner[slot] == e.unit]
-                    store = kept[-1] if kept else free[-1]
-                    free.remove(store)
+                elif of_stream:
+                    kept = [slot for slot in of_stream if owner[e.stream, slot] == e.feature]
+                    store = kept[-1] if kept else of_stream[-1]
+                    of_stream.remove(store)
                 else:
-                    store, slots = slots, slots + 1
-                slot_of[e.value], owner[store] = store, e.unit
+                    store = slots[e.stream]
+                    slots[e.stream] += 1
+                slot_of[e.value], owner[e.stream, store] = store, e.feature
                 if e.value not in last_read:
                     dying.add(e.value)
             entries.append(Prediction(read_slots, e.coefficients, store))
-        free += sorted((slot_of[value] for value in dying), reverse=True)
+        for value in sorted(dying, key=slot_of.__getitem__, reverse=True):
+            free[stream_of[value]].append(slot_of[value])
         first = group[0]
-        steps.setdefault(first.step - first.ahead, []).append(_launch(first, entries))
+        steps.setdefault(first.step - first.ahead, []).append(_launch(group, entries))
         if first.ahead:
             steps.setdefault(first.step, [Collect(first.ahead)])
     return tuple(tuple(ops) for _, ops in sorted(steps.items())), slots
 
 
-def _launch(first: Evaluation, entries: list[Prediction]) -> Launch:
-    """Make the launch of a group of evaluations, of which this is the first."""
+def _launch(group: list[Evaluation], entries: list[Prediction]) -> Launch:
+    """Make the launch of a group of evaluations."""
+    first = group[0]
     if first.reads:
-        return Predict(first.unit, tuple(entries), first.ahead)
+        return Predict(first.feature, tuple(entries), first.ahead, first.stream)
     stores = tuple(entry.store for entry in entries)
-    return Segment(stores) if len(stores) > 1 else Compute(first.unit, stores[0])
+    one = all(e.unit == first.unit for e in group)
+    return Compute(first.unit, stores) if one else Segment(stores)

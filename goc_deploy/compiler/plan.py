@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Literal
 
+from goc_deploy.blocks import TokenStream
 from goc_deploy.compiler.cache_ops import accumulate_signature, predict_signature
 from goc_deploy.options import Segments
 from goc_deploy.samplers import SamplerTable
@@ -25,11 +26,11 @@ class Compute:
 
     Attributes:
         unit: index of the unit.
-        store: slot that keeps the feature, or None if no launch reads it.
+        stores: for each feature of the unit, the slot that keeps it, or None if no launch reads it.
     """
 
     unit: int
-    store: int | None
+    stores: tuple[int | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +38,17 @@ class Segment:
     """Run all units of a step, one after the other, as one engine.
 
     Attributes:
-        stores: per unit the slot that keeps its feature, or None if the engine does not output it.
+        stores: for each feature of each unit, unit by unit, the slot that keeps it, or None if the
+            engine does not output it.
     """
 
     stores: tuple[int | None, ...]
 
     @property
     def signature(self) -> str:
-        """Which units' features the engine outputs; it does not depend on the slots.
+        """Which features the engine outputs; it does not depend on the slots.
 
-        ``-*2 w*6`` outputs the features of all units but the first two.
+        ``-*2 w*6`` outputs all features but the first two.
         """
         marks = ("-" if store is None else "w" for store in self.stores)
         return " ".join(f"{mark}*{len(list(run))}" for mark, run in groupby(marks))
@@ -54,7 +56,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One unit's ``g = c0 * (slot0 + c1 * slot1 + ...)``.
+    """One feature's ``g = c0 * (slot0 + c1 * slot1 + ...)``.
 
     The first coefficient is multiplied into the gate, which is small. That saves a pass over the
     feature. The sum in brackets is stored, and the compiler accounts for the factor when the sum
@@ -75,26 +77,28 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Predict:
-    """Predict units ``unit, unit + 1, ...`` in one launch: x += sum of gate * prediction.
+    """Predict features in one launch: stream += sum of gate * prediction.
 
     Attributes:
-        unit: index of the first unit.
-        predictions: one per unit.
+        feature: index of the first feature; the others follow it.
+        predictions: one per feature.
         ahead: 0 adds to x of the step in which the launch runs. The predictions of a collapsed step
             do not depend on x. They can be made ``ahead`` steps early, with the gates of the
             collapsed step, and are then summed up in accumulator number ``ahead``. The launch of
-            unit 0 starts the accumulator.
+            feature 0 starts the accumulator.
+        stream: the stream of the features.
     """
 
-    unit: int
+    feature: int
     predictions: tuple[Prediction, ...]
     ahead: int = 0
+    stream: TokenStream = "image"
 
     @property
     def signature(self) -> str:
-        """What each unit reads and stores; it does not depend on the slots.
+        """What each prediction reads and stores; it does not depend on the slots.
 
-        ``2w*8`` is eight units that each read two entries and store their prediction.
+        ``2w*8`` is eight predictions that each read two entries and are stored.
         """
         return predict_signature((len(p.slots), p.store is not None) for p in self.predictions)
 
@@ -122,7 +126,7 @@ class Residual:
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """What a computed feature adds to the prediction of its unit in a later step.
+    """What a computed feature adds to its prediction in a later step.
 
     Attributes:
         accumulator: the accumulator that takes it.
@@ -142,14 +146,16 @@ class Accumulate:
     """Add a feature that was just computed to accumulators: ``a += gate * coefficient * g``.
 
     Attributes:
-        unit: index of the unit that computed the feature.
+        feature: index of the feature.
         slot: slot that keeps the feature.
         taps: 1 to ``MAX_TAPS``; those that start an accumulator come last.
+        stream: the stream of the feature, to whose accumulators it is added.
     """
 
-    unit: int
+    feature: int
     slot: int
     taps: tuple[Tap, ...]
+    stream: TokenStream = "image"
 
     @property
     def signature(self) -> str:
@@ -159,17 +165,19 @@ class Accumulate:
 
 @dataclass(frozen=True, slots=True)
 class AddSum:
-    """Predict adjacent units of a step: x += the accumulator that holds their taps.
+    """Predict adjacent features of a step: stream += the accumulator that holds their taps.
 
     Attributes:
         accumulator: index of the accumulator, which is free afterwards.
-        unit: index of the first unit.
-        units: number of units.
+        feature: index of the first feature.
+        features: number of features.
+        stream: the stream of the features.
     """
 
     accumulator: int
-    unit: int
-    units: int
+    feature: int
+    features: int
+    stream: TokenStream = "image"
 
 
 Launch = Compute | Segment | Predict | Collect | Residual | Accumulate | AddSum
@@ -183,13 +191,14 @@ class Plan:
         name: the plan's name in its engine directory.
         sampler: the sampler table, T rows.
         launches: [T] the launches of each step, in execution order.
-        slots: number of feature-sized history buffers.
+        slots: number of history buffers for features of the image.
         schedule: the schedule that it was compiled from.
         segments: what a device runs as one engine: ``full``, all units of a full step, or
             ``none``.
         form: ``host``, the form of `goc_deploy.compiler.passes.compile_for_host` that engine
             directories store, ``device``, or ``sums``, which keeps no feature per unit.
         form_reason: why a loaded plan has its form, for reports.
+        text_slots: number of history buffers for features of the text.
     """
 
     name: str
@@ -200,6 +209,7 @@ class Plan:
     segments: Segments = "none"
     form: PlanForm = "host"
     form_reason: str = field(default="", compare=False)
+    text_slots: int = 0
 
     @property
     def steps(self) -> int:
@@ -233,11 +243,20 @@ class Plan:
 
     @property
     def accumulators(self) -> int:
-        """Number of accumulators."""
+        """Number of accumulators of the image."""
         ops = [op for step in self.launches for op in step]
-        taps = [tap for op in ops if isinstance(op, Accumulate) for tap in op.taps]
-        last = max((tap.accumulator for tap in taps), default=-1)
-        return max([last + 1, *(op.ahead for op in ops if isinstance(op, Predict))])
+        ahead = [op.ahead for op in ops if isinstance(op, Predict)]
+        return max([self._accumulators("image"), *ahead])
+
+    @property
+    def text_accumulators(self) -> int:
+        """Number of accumulators of the text."""
+        return self._accumulators("text")
+
+    def _accumulators(self, stream: TokenStream) -> int:
+        ops = [op for step in self.launches for op in step if isinstance(op, Accumulate)]
+        used = [tap.accumulator for op in ops if op.stream == stream for tap in op.taps]
+        return max(used, default=-1) + 1
 
     def targets(self, step: int) -> tuple[int, ...]:
         """The later steps for which a step predicts, sorted."""
@@ -261,17 +280,24 @@ class Plan:
 
     @property
     def cache_features(self) -> int:
-        """Number of feature-sized buffers.
+        """Number of buffers of the size of the tokens of the image.
 
         These are the slots, the accumulators, the zeros from which they start if predictions are
         made ahead, and the tokens before all units if residuals are kept.
         """
         return self.slots + self.accumulators + self.predicts_ahead + self.keeps_residuals
 
+    @property
+    def text_features(self) -> int:
+        """Number of buffers of the size of the tokens of the text."""
+        return self.text_slots + self.text_accumulators
+
     def cache_bytes(self, spec: ModelSpec, batch: int, item_bytes: int) -> int:
         """Size of the cache for ``batch`` rows (two per image with guidance)."""
-        return self.cache_features * batch * spec.tokens * spec.hidden * item_bytes
+        tokens = self.cache_features * spec.tokens + self.text_features * spec.caption_tokens
+        return tokens * batch * spec.hidden * item_bytes
 
     def naive_cache_bytes(self, spec: ModelSpec, batch: int, item_bytes: int) -> int:
-        """Size of the reference implementation's queue: two features per unit."""
-        return 2 * spec.units * batch * spec.tokens * spec.hidden * item_bytes
+        """Size of the reference implementation's queue: two entries of every feature."""
+        tokens = sum(spec.tokens_of(place.feature.stream) for place in spec.features)
+        return 2 * tokens * batch * spec.hidden * item_bytes

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 from msgspec import Meta, Struct
 
+from goc_deploy.blocks import TokenStream
 from goc_deploy.compiler.plan import (
     Collect,
     Compute,
@@ -34,7 +35,7 @@ class _Row(Struct, array_like=True, forbid_unknown_fields=True):
 
 class _Compute(_Row, tag="c"):
     unit: Count
-    store: Count | None
+    store: Count | tuple[Count | None, ...] | None
 
 
 class _Collect(_Row, tag="a"):
@@ -52,9 +53,10 @@ class _Prediction(_Row):
 
 
 class _Predict(_Row, tag="p"):
-    unit: Count
+    feature: Count
     predictions: tuple[_Prediction, ...]
     ahead: Count
+    stream: TokenStream = "image"
 
 
 _LaunchRow = _Compute | _Collect | _Residual | _Predict
@@ -68,6 +70,7 @@ class _PlanFile(Struct):
     sampler: SamplerTable
     launches: tuple[tuple[_LaunchRow, ...], ...]
     segments: str = "none"
+    text_slots: Count = 0
 
 
 class _Head(Struct, forbid_unknown_fields=True):
@@ -91,9 +94,10 @@ class _FileWithHead(Struct):
 def plan_to_json(plan: Plan) -> str:
     """Write a plan as JSON, without the weights of its head.
 
-    Launches are lists: ``["c", unit, slot]`` computes, ``["p", unit, [[slots, coefficients, slot],
-    ...], ahead]`` predicts, ``["a", ahead]`` adds an accumulator, and ``["r", slot]`` keeps the
-    residual.
+    Launches are lists: ``["c", unit, slot]`` computes, with a list of slots if the unit has several
+    features, ``["p", feature, [[slots, coefficients, slot], ...], ahead]`` predicts, ``["a",
+    ahead]`` adds an accumulator, and ``["r", slot]`` keeps the residual. A prediction of the text
+    ends with ``"text"``.
     """
     return dump_json(
         {
@@ -102,6 +106,7 @@ def plan_to_json(plan: Plan) -> str:
             "name": plan.name,
             "segments": plan.segments,
             "slots": plan.slots,
+            **({"text_slots": plan.text_slots} if plan.text_slots else {}),
             "sampler": _sampler_to_fields(plan.sampler),
             "launches": [[_launch_to_list(op) for op in step] for step in plan.launches],
         },
@@ -120,7 +125,7 @@ def _sampler_to_fields(table: SamplerTable) -> dict[str, Any]:
 
 def _launch_to_list(op: Launch) -> list[Any]:
     if isinstance(op, Compute):
-        return ["c", op.unit, op.store]
+        return ["c", op.unit, op.stores[0] if len(op.stores) == 1 else list(op.stores)]
     if isinstance(op, Collect):
         return ["a", op.ahead]
     if isinstance(op, Residual):
@@ -128,9 +133,10 @@ def _launch_to_list(op: Launch) -> list[Any]:
     assert isinstance(op, Predict), "a plan is written in the host's form"
     return [
         "p",
-        op.unit,
+        op.feature,
         [[list(p.slots), list(p.coefficients), p.store] for p in op.predictions],
         op.ahead,
+        *(["text"] if op.stream == "text" else []),
     ]
 
 
@@ -157,7 +163,15 @@ def plan_from_json(
         raise EngineDirError(f"{where}: $.segments: {expected(SEGMENTS, file.segments)}")
     launches = tuple(tuple(map(_launch_from_row, step)) for step in file.launches)
     table = replace(file.sampler, head=head)
-    return Plan(file.name, table, launches, file.slots, schedule, file.segments)
+    return Plan(
+        file.name,
+        table,
+        launches,
+        file.slots,
+        schedule,
+        file.segments,
+        text_slots=file.text_slots,
+    )
 
 
 def _head_from_fields(
@@ -187,10 +201,11 @@ def _head_from_fields(
 
 def _launch_from_row(row: _LaunchRow) -> Launch:
     if isinstance(row, _Compute):
-        return Compute(row.unit, row.store)
+        stores = row.store if isinstance(row.store, tuple) else (row.store,)
+        return Compute(row.unit, stores)
     if isinstance(row, _Collect):
         return Collect(row.ahead)
     if isinstance(row, _Residual):
         return Residual(row.store)
     predictions = (Prediction(p.slots, p.coefficients, p.store) for p in row.predictions)
-    return Predict(row.unit, tuple(predictions), row.ahead)
+    return Predict(row.feature, tuple(predictions), row.ahead, row.stream)

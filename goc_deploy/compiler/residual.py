@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from goc_deploy.compiler.plan import Compute, Launch, Residual, Segment
+from goc_deploy.spec import ModelSpec
 
 
 def compute_all_units(
-    launches: tuple[tuple[Launch, ...], ...], units: int, *, merged: bool
+    launches: tuple[tuple[Launch, ...], ...], spec: ModelSpec, *, merged: bool
 ) -> tuple[tuple[Launch, ...], ...]:
     """Replace the stand-in for all units of a step by the units, and keep what it stores.
 
@@ -15,16 +16,20 @@ def compute_all_units(
 
     Args:
         launches: [T] the launches of a schedule with one feature per step.
-        units: number of units U.
+        spec: the model.
         merged: whether to compute all units as one segment.
     """
-    every_unit: tuple[Launch, ...] = tuple(Compute(unit, None) for unit in range(units))
+    every_unit: tuple[Launch, ...] = tuple(
+        Compute(index, (None,) * len(unit.features))
+        for index, unit in enumerate(spec.declared_units)
+    )
     if merged:
-        every_unit = (Segment((None,) * units),)
+        every_unit = (Segment((None,) * len(spec.features)),)
 
     def expanded(op: Launch) -> tuple[Launch, ...]:
         if not isinstance(op, Compute):
             return (op,)
-        return every_unit if op.store is None else (*every_unit, Residual(op.store))
+        (store,) = op.stores
+        return every_unit if store is None else (*every_unit, Residual(store))
 
     return tuple(tuple(one for op in step for one in expanded(op)) for step in launches)

@@ -7,11 +7,13 @@ unit runs. No feature is kept for each unit; only the sums that later steps stil
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import groupby
 
+from goc_deploy.blocks import STREAMS, TokenStream
 from goc_deploy.compiler.plan import MAX_TAPS, Accumulate, AddSum, Compute, Launch, Tap
 from goc_deploy.compiler.values import Evaluation
 from goc_deploy.errors import UsageError
@@ -21,32 +23,37 @@ MAX_READS = 64  # features in one prediction; compiling takes seconds beyond it,
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """The predictions of a run of adjacent units, which their step adds to x.
+    """The predictions of a run of adjacent features, which their step adds to their stream.
 
     Attributes:
         step: the step.
-        unit: index of the first unit.
-        units: number of units.
+        feature: index of the first feature.
+        features: number of features.
+        stream: their stream.
     """
 
     step: int
-    unit: int
-    units: int
+    feature: int
+    features: int
+    stream: TokenStream
 
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """One computed feature and the sums that it is added to.
+    """One computed unit and the sums that its features are added to.
 
     Attributes:
         step: the step that computes it.
         unit: index of the unit.
-        weights: each sum and the coefficient of the feature in it, in the order of the steps.
+        features: index and stream of each feature.
+        weights: for each feature, each sum and the coefficient of the feature in it, in the order
+            of the steps.
     """
 
     step: int
     unit: int
-    weights: tuple[tuple[Sum, float], ...]
+    features: tuple[tuple[int, TokenStream], ...]
+    weights: tuple[tuple[tuple[Sum, float], ...], ...]
 
 
 def expand_history(evaluations: list[Evaluation]) -> list[Evaluation]:
@@ -82,7 +89,7 @@ def expand_history(evaluations: list[Evaluation]) -> list[Evaluation]:
         parts[index] = dict(total)
         reads = tuple(sorted(total))
         weights = tuple(whole * total[value] for value in reads)
-        expanded.append(Evaluation(e.step, e.unit, reads, weights, None))
+        expanded.append(replace(e, reads=reads, coefficients=weights, value=None))
     return expanded
 
 
@@ -94,68 +101,90 @@ def push_features(evaluations: list[Evaluation]) -> list[Computed | Sum]:
     then computes unit 1 and adds it to the sums of steps 5 and 6. Each step adds its sum where the
     units are predicted.
     """
-    pushed: list[tuple[int, Evaluation] | Sum] = []
-    weights: dict[int, list[tuple[Sum, float]]] = defaultdict(list)
-    runs = groupby(enumerate(evaluations), key=lambda entry: (entry[1].step, bool(entry[1].reads)))
-    for (step, predicted), entries in runs:
+    pushed: list[list[Evaluation] | Sum] = []
+    weights: dict[int | None, list[tuple[Sum, float]]] = defaultdict(list)
+    for (step, unit), entries in groupby(evaluations, key=_launch):
         run = list(entries)
-        if not predicted:
-            pushed += run
+        if unit is not None:
+            pushed.append(run)
             continue
-        target = Sum(step, run[0][1].unit, len(run))
-        pushed.append(target)
-        for _, e in run:
-            for value, weight in zip(e.reads, e.coefficients, strict=True):
-                weights[value].append((target, weight))
-    return [
-        event
-        if isinstance(event, Sum)
-        else Computed(event[1].step, event[1].unit, tuple(weights[event[0]]))
-        for event in pushed
-    ]
+        for stream in STREAMS:
+            predicted = [e for e in run if e.stream == stream]
+            if not predicted:
+                continue
+            target = Sum(step, predicted[0].feature, len(predicted), stream)
+            pushed.append(target)
+            for e in predicted:
+                for value, weight in zip(e.reads, e.coefficients, strict=True):
+                    weights[value].append((target, weight))
+    return [event if isinstance(event, Sum) else _computed(event, weights) for event in pushed]
+
+
+def _launch(e: Evaluation) -> tuple[int, int | None]:
+    return e.step, None if e.reads else e.unit
+
+
+def _computed(
+    run: list[Evaluation], weights: Mapping[int | None, Sequence[tuple[Sum, float]]]
+) -> Computed:
+    """The computed unit whose features these are."""
+    return Computed(
+        run[0].step,
+        run[0].unit,
+        tuple((e.feature, e.stream) for e in run),
+        tuple(tuple(weights.get(e.value, ())) for e in run),
+    )
 
 
 def assign_accumulators(
     events: list[Computed | Sum],
-) -> tuple[tuple[tuple[Launch, ...], ...], int]:
-    """Assign an accumulator to every sum, from its first feature until its step adds it.
+) -> tuple[tuple[tuple[Launch, ...], ...], Counter[TokenStream]]:
+    """Assign an accumulator of its stream to every sum, from its first feature until it is added.
 
-    Every computed feature that is added to a sum goes through the same slot, which is free as soon
-    as the launches after its unit have run.
+    The computed features that are added to sums go through the same slots, one for each feature of
+    a unit, which are free as soon as the launches after the unit have run.
 
     Before: features of step 0 go to the sums of steps 1 and 3, features of step 2 to those of steps
     3 and 5. After: step 0 starts accumulators 0 and 1; step 2 adds to 1, and starts 0, which is
     free since step 1.
 
     Returns:
-        (launches by step, number of slots).
+        (launches by step, number of slots of each stream).
     """
     holder: dict[Sum, int] = {}
-    free: list[int] = []
-    accumulators = 0
+    free: dict[TokenStream, list[int]] = {stream: [] for stream in STREAMS}
+    accumulators: Counter[TokenStream] = Counter()
+    slots: Counter[TokenStream] = Counter()
     steps: dict[int, list[Launch]] = defaultdict(list)
     for event in events:
         ops = steps[event.step]
         if isinstance(event, Sum):
             accumulator = holder.pop(event)
-            heappush(free, accumulator)
-            ops.append(AddSum(accumulator, event.unit, event.units))
+            heappush(free[event.stream], accumulator)
+            ops.append(AddSum(accumulator, event.feature, event.features, event.stream))
             continue
-        ops.append(Compute(event.unit, 0 if event.weights else None))
-        added: list[Tap] = []
-        started: list[Tap] = []
-        for target, weight in event.weights:
-            starts = target not in holder
-            if starts and free:
-                holder[target] = heappop(free)
-            elif starts:
-                holder[target], accumulators = accumulators, accumulators + 1
-            tap = Tap(holder[target], target.step - event.step, weight, starts)
-            (started if starts else added).append(tap)
-        taps = added + started
-        ops += [
-            Accumulate(event.unit, 0, tuple(taps[first : first + MAX_TAPS]))
-            for first in range(0, len(taps), MAX_TAPS)
-        ]
-    slots = int(any(isinstance(event, Computed) and event.weights for event in events))
+        used: Counter[TokenStream] = Counter()
+        stores: list[int | None] = []
+        additions: list[Launch] = []
+        for (feature, stream), weights in zip(event.features, event.weights, strict=True):
+            stores.append(used[stream] if weights else None)
+            added: list[Tap] = []
+            started: list[Tap] = []
+            for target, weight in weights:
+                starts = target not in holder
+                if starts and free[stream]:
+                    holder[target] = heappop(free[stream])
+                elif starts:
+                    holder[target] = accumulators[stream]
+                    accumulators[stream] += 1
+                tap = Tap(holder[target], target.step - event.step, weight, starts)
+                (started if starts else added).append(tap)
+            taps = added + started
+            additions += [
+                Accumulate(feature, used[stream], tuple(taps[first : first + MAX_TAPS]), stream)
+                for first in range(0, len(taps), MAX_TAPS)
+            ]
+            used[stream] += bool(weights)
+        ops += [Compute(event.unit, tuple(stores)), *additions]
+        slots |= used
     return tuple(tuple(ops) for _, ops in sorted(steps.items())), slots

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
+from goc_deploy.blocks import TokenStream
 from goc_deploy.schedule import MAX_HISTORY, Schedule
+from goc_deploy.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One unit at one step, which reads and produces named values instead of buffers.
+    """One feature at one step, which reads and produces named values instead of buffers.
 
     Attributes:
-        step: the step whose x it updates.
+        step: the step whose stream it updates.
         unit: index of the unit.
+        feature: index of the feature.
+        stream: stream of the feature.
         reads: names of the values read, the one with the largest coefficient first; empty if the
-            unit is computed.
+            feature is computed.
         coefficients: one per value read, as in `goc_deploy.compiler.plan.Prediction`.
         value: name of the value it produces, or None if no evaluation reads that value.
         ahead: number of steps between the step in which it runs and ``step``.
@@ -23,31 +28,38 @@ class Evaluation:
 
     step: int
     unit: int
+    feature: int
+    stream: TokenStream
     reads: tuple[int, ...]
     coefficients: tuple[float, ...]
     value: int | None
     ahead: int = 0
 
 
-def name_values(schedule: Schedule) -> list[Evaluation]:
-    """Name every feature that a schedule computes or predicts.
+def name_values(schedule: Schedule, spec: ModelSpec) -> list[Evaluation]:
+    """Name every feature that a schedule computes or predicts, unit by unit.
 
     A history entry is a value times a factor. A prediction from one entry only changes the factor.
     A prediction from several entries is a new value: their sum, divided by the largest coefficient,
     which becomes the factor. A value that is in the history twice is read once, with the sum of
     its coefficients.
 
-    If the schedule's level is ``residual``, the residual of a step stands for its units, as unit 0.
+    If the schedule's level is ``residual``, the residual of a step stands for its units, as the
+    feature of unit 0.
 
     Before: ``gradient`` with history (a, a). After: the prediction *is* a.
     Before: ``2.2 a - 1.2 b``. After: the value ``a - 0.545 b``, times 2.2.
     """
     evaluations: list[Evaluation] = []
-    histories: list[tuple[tuple[int, float], ...]] = [()] * schedule.units
-    for step, rows in enumerate(schedule.feature_rows):
-        for unit, row in enumerate(rows):
+    histories: list[tuple[tuple[int, float], ...]] = [()] * len(spec.features)
+    by_unit = schedule.level == "unit"
+    features = features_of_units(spec) if by_unit else (((0, "image"),),)
+    order = [(unit, *one) for unit, of_unit in enumerate(features) for one in of_unit]
+    for step, rows in enumerate(schedule.coefficients):
+        for unit, feature, stream in order:
+            row = rows[unit]
             weights: dict[int, float] = {}
-            for (value, factor), coefficient in zip(histories[unit], row, strict=False):
+            for (value, factor), coefficient in zip(histories[feature], row, strict=False):
                 weights[value] = weights.get(value, 0.0) + coefficient * factor
             reads = tuple(sorted(weights, key=lambda value: -abs(weights[value])))
             whole = weights[reads[0]] if reads else 1.0
@@ -57,22 +69,41 @@ def name_values(schedule: Schedule) -> list[Evaluation]:
                 else ()
             )
             new = len(evaluations) if len(reads) != 1 else None
-            evaluations.append(Evaluation(step, unit, reads, coefficients, new))
+            evaluations.append(Evaluation(step, unit, feature, stream, reads, coefficients, new))
             if not row or schedule.history == "used":
                 pushed = reads[0] if new is None else new
-                histories[unit] = ((pushed, whole), *histories[unit])[:MAX_HISTORY]
+                histories[feature] = ((pushed, whole), *histories[feature])[:MAX_HISTORY]
     return evaluations
 
 
-def drop_dead_stores(evaluations: list[Evaluation]) -> list[Evaluation]:
-    """Drop the stores of values that no later evaluation reads.
+@lru_cache(maxsize=64)
+def features_of_units(spec: ModelSpec) -> tuple[tuple[tuple[int, TokenStream], ...], ...]:
+    """For each unit, index and stream of its features."""
+    found: list[list[tuple[int, TokenStream]]] = [[] for _ in range(spec.units)]
+    for index, place in enumerate(spec.features):
+        found[place.unit].append((index, place.feature.stream))
+    return tuple(map(tuple, found))
 
-    Before: step 2 stores a feature that step 4 replaces before any step reads it. After: step 2
-    stores nothing.
+
+def drop_dead(evaluations: list[Evaluation], spec: ModelSpec) -> list[Evaluation]:
+    """Drop what nothing reads: the stores of values, and predictions of the text.
+
+    A prediction of the text is read by the units that its step computes afterwards. If there are
+    none, it is only needed if a later prediction reads its value.
+
+    Before: step 2 stores a feature that step 4 replaces before any step reads it; step 3 computes
+    no unit, and predicts features of the image and of the text. After: step 2 stores nothing; step
+    3 predicts features of the image.
     """
+    readers = {unit for unit, kind in enumerate(spec.declared_units) if "text" in kind.reads}
+    reading: set[int] = set()  # steps that compute a unit which reads the text
     alive: set[int] = set()
     kept: list[Evaluation] = []
     for e in reversed(evaluations):
+        if not e.reads and e.unit in readers:
+            reading.add(e.step)
+        if e.reads and e.stream == "text" and e.step not in reading and e.value not in alive:
+            continue
         kept.append(e if e.value in alive else replace(e, value=None))
         alive.update(e.reads)
     return kept[::-1]

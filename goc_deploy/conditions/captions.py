@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from goc_deploy.conditions.tensor_files import arrays_from_npz
-from goc_deploy.errors import EngineDirError, UsageError
+from goc_deploy.errors import UsageError
 from goc_deploy.spec import ModelSpec
 
 MASKED = -10_000.0  # added to the attention scores of padding, as in PixArt's reference
-PROMPT, PROMPT_MASK = "prompt_embeds", "prompt_attention_mask"  # diffusers' argument names
-NEGATIVE, NEGATIVE_MASK = "negative_prompt_embeds", "negative_prompt_attention_mask"
-NAMES = (PROMPT, PROMPT_MASK, NEGATIVE, NEGATIVE_MASK)
+# diffusers' argument names of the embeddings, the mask and the pooled embeddings:
+PROMPT = ("prompt_embeds", "prompt_attention_mask", "pooled_prompt_embeds")
+NEGATIVE = (
+    "negative_prompt_embeds",
+    "negative_prompt_attention_mask",
+    "negative_pooled_prompt_embeds",
+)
 NO_CAPTIONS = (
     "the engine directory keeps no captions to take instead of class labels; export with `captions`"
 )
@@ -28,10 +30,12 @@ class Captions:
     Attributes:
         embeds: (K, L, C) float32.
         mask: (K, L) float32: 1 for a token, 0 for padding.
+        pooled: (K, P) float32, one vector for each whole caption; P is 0 if the model reads none.
     """
 
     embeds: np.ndarray
     mask: np.ndarray
+    pooled: np.ndarray
 
     def __len__(self) -> int:
         return len(self.embeds)
@@ -40,6 +44,19 @@ class Captions:
     def bias(self) -> np.ndarray:
         """(K, L) float32, the number to add to attention scores."""
         return ((1 - self.mask) * MASKED).astype(np.float32)
+
+    def chosen(self, rows: np.ndarray | slice) -> Captions:
+        """Some of the captions."""
+        return Captions(self.embeds[rows], self.mask[rows], self.pooled[rows])
+
+
+def joined_captions(parts: Sequence[Captions]) -> Captions:
+    """Captions of one model, one after the other."""
+    return Captions(
+        np.concatenate([part.embeds for part in parts]),
+        np.concatenate([part.mask for part in parts]),
+        np.concatenate([part.pooled for part in parts]),
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,10 +76,7 @@ class PromptEmbeds:
         """Prompts, followed by negatives."""
         if self.negatives is None:
             return self.prompts
-        return Captions(
-            np.concatenate([self.prompts.embeds, self.negatives.embeds]),
-            np.concatenate([self.prompts.mask, self.negatives.mask]),
-        )
+        return joined_captions((self.prompts, self.negatives))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,7 +129,7 @@ def conditions_from_captions(
     check_rows(rows, count)
     if embeds.negatives is None:
         if guided:
-            raise UsageError(f"guidance needs {NEGATIVE} too; add them, or use `cfg_scale=1`")
+            raise UsageError(f"guidance needs {NEGATIVE[0]} too; add them, or use `cfg_scale=1`")
         return Conditions(rows, rows, embeds.prompts)
     negatives = len(embeds.negatives)
     return Conditions(rows, tuple(count + row % negatives for row in rows), embeds.table)
@@ -129,16 +143,14 @@ def joined_conditions(parts: Sequence[Conditions]) -> Conditions:
     if not tables:
         return Conditions(labels, nulls)
     assert len(tables) == len(parts)
-    first, rows, embeds, masks = 0, list[np.ndarray](), [], []
+    first, rows, chosen = 0, list[np.ndarray](), list[Captions]()
     for part, table in zip(parts, tables, strict=True):
         read, index = np.unique([part.labels, part.nulls], return_inverse=True)
         rows.append(first + index.reshape(2, -1))
-        embeds.append(table.embeds[read])
-        masks.append(table.mask[read])
+        chosen.append(table.chosen(read))
         first += len(read)
     own, unconditional = np.concatenate(rows, axis=1).tolist()
-    captions = Captions(np.concatenate(embeds), np.concatenate(masks))
-    return Conditions(tuple(own), tuple(unconditional), captions)
+    return Conditions(tuple(own), tuple(unconditional), joined_captions(chosen))
 
 
 def prompt_embeds_from_arrays(
@@ -148,7 +160,9 @@ def prompt_embeds_from_arrays(
 
     Args:
         arrays: ``prompt_embeds`` [K, L, C], and optionally ``prompt_attention_mask`` [K, L],
-            ``negative_prompt_embeds`` [K or 1, L, C] and ``negative_prompt_attention_mask``.
+            ``negative_prompt_embeds`` [K or 1, L, C] and ``negative_prompt_attention_mask``. If the
+            model reads pooled embeddings, also ``pooled_prompt_embeds`` [K, P], and
+            ``negative_pooled_prompt_embeds`` [K or 1, P] if there are negatives.
         spec: the model.
         where: source of the arrays for messages.
 
@@ -159,14 +173,9 @@ def prompt_embeds_from_arrays(
         raise UsageError(
             f"{where}: this is a class-conditional model, which takes no captions; use `labels`"
         )
-    unknown = sorted(arrays.keys() - set(NAMES))
-    if unknown or PROMPT not in arrays or (NEGATIVE_MASK in arrays and NEGATIVE not in arrays):
-        has = f"it has {', '.join(sorted(arrays)) or 'nothing'}"
-        raise UsageError(f"{where} must hold {PROMPT}, and may hold {', '.join(NAMES[1:])}; {has}")
-    prompts = _captions(arrays, PROMPT, PROMPT_MASK, spec, where)
-    negatives = (
-        _captions(arrays, NEGATIVE, NEGATIVE_MASK, spec, where) if NEGATIVE in arrays else None
-    )
+    _check_names(arrays, spec, where)
+    prompts = _captions(arrays, PROMPT, spec, where)
+    negatives = _captions(arrays, NEGATIVE, spec, where) if NEGATIVE[0] in arrays else None
     if negatives is not None and len(negatives) not in (1, len(prompts)):
         raise UsageError(
             f"{where} has {len(negatives)} negative captions for {len(prompts)}; give one, or one "
@@ -175,9 +184,28 @@ def prompt_embeds_from_arrays(
     return PromptEmbeds(prompts, negatives)
 
 
+def _check_names(arrays: Mapping[str, np.ndarray], spec: ModelSpec, where: str) -> None:
+    """Refuse arrays that are missing or unknown."""
+    needed = PROMPT[::2] if spec.pooled_channels else PROMPT[:1]
+    known = (*PROMPT, *NEGATIVE) if spec.pooled_channels else (*PROMPT[:2], *NEGATIVE[:2])
+    if not set(needed) <= arrays.keys() <= set(known) or (
+        NEGATIVE[0] not in arrays and arrays.keys() & set(NEGATIVE)
+    ):
+        optional = [name for name in known if name not in needed]
+        raise UsageError(
+            f"{where} must hold {' and '.join(needed)}, and may hold {', '.join(optional)}; "
+            f"it has {', '.join(sorted(arrays)) or 'nothing'}"
+        )
+    if spec.pooled_channels and NEGATIVE[0] in arrays and NEGATIVE[2] not in arrays:
+        raise UsageError(
+            f"{where} has {NEGATIVE[0]} but no {NEGATIVE[2]}, which the model reads too; add it"
+        )
+
+
 def _captions(
-    arrays: Mapping[str, np.ndarray], name: str, mask_name: str, spec: ModelSpec, where: str
+    arrays: Mapping[str, np.ndarray], names: tuple[str, str, str], spec: ModelSpec, where: str
 ) -> Captions:
+    name, mask_name, pooled_name = names
     embeds = np.asarray(arrays[name])
     if embeds.ndim != 3 or 0 in embeds.shape or embeds.dtype.kind != "f":
         raise UsageError(
@@ -211,7 +239,25 @@ def _captions(
     return Captions(
         np.pad(embeds.astype(np.float32), ((0, 0), (0, missing), (0, 0))),
         np.pad(mask.astype(np.float32), ((0, 0), (0, missing))),
+        _pooled(arrays, pooled_name, count, spec, where),
     )
+
+
+def _pooled(
+    arrays: Mapping[str, np.ndarray], name: str, count: int, spec: ModelSpec, where: str
+) -> np.ndarray:
+    """The pooled embeddings of captions, (count, P) float32."""
+    if not spec.pooled_channels:
+        return np.zeros((count, 0), np.float32)
+    pooled, expected = np.asarray(arrays[name]), (count, spec.pooled_channels)
+    if pooled.shape != expected or pooled.dtype.kind != "f":
+        raise UsageError(
+            f"{where}: {name} is {pooled.dtype} {list(pooled.shape)}, expected floating point "
+            f"{list(expected)}: one vector for each caption, from the text encoders of the model"
+        )
+    if not np.isfinite(pooled).all():
+        raise UsageError(f"{where}: {name} holds NaN or infinite values")
+    return pooled.astype(np.float32)
 
 
 def blank_captions(spec: ModelSpec) -> PromptEmbeds:
@@ -219,45 +265,9 @@ def blank_captions(spec: ModelSpec) -> PromptEmbeds:
     blank = Captions(
         np.zeros((1, spec.caption_tokens, spec.caption_channels), np.float32),
         np.ones((1, spec.caption_tokens), np.float32),
+        np.zeros((1, spec.pooled_channels), np.float32),
     )
     return PromptEmbeds(blank, blank)
-
-
-def captions_to_bytes(embeds: PromptEmbeds) -> bytes:
-    """Write the ``.npz`` file of an engine directory; it has one negative caption."""
-    assert embeds.negatives is not None
-    file = io.BytesIO()
-    np.savez(
-        file,
-        prompt_embeds=embeds.prompts.embeds,
-        prompt_attention_mask=embeds.prompts.mask,
-        negative_prompt_embeds=embeds.negatives.embeds[:1],
-        negative_prompt_attention_mask=embeds.negatives.mask[:1],
-    )
-    return file.getvalue()
-
-
-def captions_from_bytes(content: memoryview, spec: ModelSpec, where: str) -> PromptEmbeds:
-    """Read a file that `captions_to_bytes` wrote.
-
-    Raises:
-        EngineDirError: the content is another, or the number of captions is not that of the spec.
-    """
-    try:
-        embeds = prompt_embeds_from_arrays(arrays_from_npz(io.BytesIO(content), where), spec, where)
-    except UsageError as cause:
-        raise EngineDirError(
-            f"{where} holds no captions for this model ({cause}); export again"
-        ) from cause
-    if (
-        len(embeds.prompts) != spec.choices
-        or embeds.negatives is None
-        or len(embeds.negatives) != 1
-    ):
-        raise EngineDirError(
-            f"{where} holds {len(embeds.prompts)} captions, not {spec.choices}; export again"
-        )
-    return embeds
 
 
 def check_rows(labels: Sequence[int], count: int) -> None:

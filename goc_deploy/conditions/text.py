@@ -218,9 +218,8 @@ def _normalised(prompt: str, *, lower_case: bool) -> str:
 
 
 def _captions(encoded: Sequence[_Encoded]) -> Captions:
-    return Captions(
-        np.stack([embeds for embeds, _ in encoded]), np.stack([mask for _, mask in encoded])
-    )
+    embeds, masks = zip(*encoded, strict=True)
+    return Captions(np.stack(embeds), np.stack(masks), np.zeros((len(encoded), 0), np.float32))
 
 
 def _tokenizer_from_json(content: bytes) -> Any:

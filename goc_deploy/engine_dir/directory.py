@@ -136,7 +136,7 @@ class EngineDir:
                 f"plan {entry.name} and its schedule do not fit together; add the plan again"
             )
         check_plan(plan, self.manifest.model)
-        check_agreement(plan)
+        check_agreement(plan, self.manifest.model)
         return plan
 
     def plans(self) -> list[Plan]:

@@ -131,7 +131,8 @@ def dimension_ranges(spec: ModelSpec, max_batch: int, steps: int) -> Mapping[str
         max_batch: largest number of images per run; with guidance an image has two rows.
         steps: number of steps of the longest plan.
     """
-    images, rows, labels = max_batch, 2 * max_batch, max_batch + 1
+    images, rows = max_batch, 2 * max_batch
+    labels = rows if spec.pooled_channels else max_batch + 1
     modulation = spec.modulation.count
     usual, most = spec.tokens, spec.largest.tokens
     sides = dict(zip(("F", "H", "W"), _sides(spec.sample, spec.largest.sample), strict=True))
@@ -143,7 +144,7 @@ def dimension_ranges(spec: ModelSpec, max_batch: int, steps: int) -> Mapping[str
     }
     return {
         "tokens": (1, usual, most),
-        "T": (1, usual, most),
+        "T": (1, usual, max(most, spec.caption_tokens if spec.has_text_stream else 0)),
         **sides,
         **of_decoder,
         **dict(zip(("token_frames", "token_rows", "token_columns"), axes, strict=True)),

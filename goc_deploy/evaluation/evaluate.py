@@ -18,6 +18,7 @@ from goc_deploy.evaluation.judges import Judges, make_judges
 from goc_deploy.evaluation.pairing import baselines
 from goc_deploy.evaluation.preset import plans_of_preset
 from goc_deploy.evaluation.sampling import class_labels, samples_of_plans
+from goc_deploy.guidance import cfg_scale_of
 from goc_deploy.options import EvalOptions, Progress
 from goc_deploy.runtime.adm import AdmFile
 from goc_deploy.schedule import Schedule
@@ -67,6 +68,8 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
         )
     directory, methods = EngineDir.open(engine_dir), dict[str, str]()
     before = {entry.name for entry in directory.manifest.plans}
+    model = directory.manifest.model
+    options = replace(options, cfg_scale=cfg_scale_of(options.cfg_scale, model))
     if options.preset is not None:
         methods = plans_of_preset(directory, options, progress)
         directory = EngineDir.open(engine_dir)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from goc_deploy.errors import ScheduleError, UsageError
-from goc_deploy.options import CALIBRATION_SEED, GenerateOptions, Progress
+from goc_deploy.guidance import CFG_SCALE
+from goc_deploy.options import CALIBRATION_SEED, Progress
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule, check_amplification
 from goc_deploy.schedule.operations import full_step_flops
@@ -44,7 +45,7 @@ class CalibrationOptions:
 
     images: int = DEFAULT_IMAGES
     seed: int = CALIBRATION_SEED
-    cfg_scale: float = GenerateOptions().cfg_scale
+    cfg_scale: float = CFG_SCALE
     cfg_channels: int = 3
 
 
@@ -54,7 +55,8 @@ class Statistics:
 
     Attributes:
         means: (T, U, tokens, D) float32 features averaged over images, conditional and
-            unconditional rows alike: A_k.
+            unconditional rows alike: A_k. The features of a unit follow each other along the
+            tokens, and zeros follow those of a unit with fewer tokens.
         changes: (T, U, MAX_GAP) ``|F_k - F_(k-j)|_1 / |F_k|_1`` averaged over images, for j = 1 ..
             MAX_GAP; infinite where there is no step k - j. Source: SmoothCache, eq. 4.
     """

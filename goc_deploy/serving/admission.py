@@ -35,6 +35,7 @@ def admitted(
             seed=request.seed,
             cfg_scale=request.cfg_scale,
             cfg_channels=request.cfg_channels,
+            guidance=request.guidance,
         )
         images = len(drawing)
     else:
@@ -53,7 +54,12 @@ def admitted(
 
 def _compatible(request: ImageRequest, plan: HostedPlan) -> Hashable:
     """Equal for requests that can run together."""
-    _, channels, guided = arguments.guidance(
-        request.cfg_scale, request.cfg_channels, plan.pipeline.spec
+    spec = plan.pipeline.spec
+    _, channels, guided = arguments.guidance(request.cfg_scale, request.cfg_channels, spec)
+    return (
+        plan.model,
+        plan.name,
+        channels,
+        guided,
+        arguments.embedded_guidance(request.guidance, spec),
     )
-    return plan.model, plan.name, channels, guided

@@ -40,7 +40,8 @@ class GenerationBody(BaseModel):
         step_previews: number of these events that have a preview, spread evenly; our own field.
         plan: name or SPEC of a plan; our own field.
         seed: seed of the noise; None takes a random one. Our own field.
-        guidance_scale: classifier-free guidance scale; our own field.
+        guidance_scale: classifier-free guidance scale; None takes 4, or 1 for a model with embedded
+            guidance. Our own field.
         negative_prompt: what the images should differ from; our own field.
         deadline: seconds that the request may take; our own field.
     """
@@ -57,7 +58,7 @@ class GenerationBody(BaseModel):
     step_previews: int = Field(default=0, ge=0, le=MAX_STEP_PREVIEWS)
     plan: str | None = None
     seed: int | None = None
-    guidance_scale: float = 4.0
+    guidance_scale: float | None = None
     negative_prompt: str = ""
     deadline: float | None = None
 

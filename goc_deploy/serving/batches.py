@@ -63,6 +63,7 @@ class BatchRunner:
                     seed=request.seed,
                     cfg_scale=request.cfg_scale,
                     cfg_channels=request.cfg_channels,
+                    guidance=request.guidance,
                 )
             except Exception as error:
                 ticket.fail(error)

@@ -147,7 +147,9 @@ def request_of_body(service: Service, body: GenerationBody) -> ImageRequest:
         name,
         body.plan,
         seed=secrets.randbits(32) if body.seed is None else body.seed,
-        cfg_scale=checked_scale(body.guidance_scale, "guidance_scale"),
+        cfg_scale=None
+        if body.guidance_scale is None
+        else checked_scale(body.guidance_scale, "guidance_scale"),
         deadline=body.deadline,
     )
     if name not in service.models:

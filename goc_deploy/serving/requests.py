@@ -50,8 +50,9 @@ class ImageRequest:
         prompts: texts, if the model has a text encoder.
         negative_prompts: one for all images, or one for each prompt.
         seed: one seed for the request, or one per image.
-        cfg_scale: one guidance scale, or one per image.
+        cfg_scale: one guidance scale, or one per image; None takes the default of the model.
         cfg_channels: number of channels that are guided; None takes that of the model.
+        guidance: guidance scale that a distilled model embeds; None takes 3.5.
         deadline: seconds from the submission, with the time in the queue; None is no limit.
         cancel: token that cancels the request.
         callback: called after every step with a `StepEvent` of the images of this request, in a
@@ -65,8 +66,9 @@ class ImageRequest:
     prompts: Sequence[str] | None = None
     negative_prompts: Sequence[str] = ("",)
     seed: int | Sequence[int] = DEFAULTS.seed
-    cfg_scale: float | Sequence[float] = DEFAULTS.cfg_scale
+    cfg_scale: float | Sequence[float] | None = DEFAULTS.cfg_scale
     cfg_channels: int | None = DEFAULTS.cfg_channels
+    guidance: float | None = DEFAULTS.guidance
     deadline: float | None = None
     cancel: CancelToken | None = None
     callback: StepHook | None = None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 
+from goc_deploy.blocks import TokenStream
+from goc_deploy.compiler.values import features_of_units
 from goc_deploy.conditions.captions import conditions_from_labels
 from goc_deploy.conditions.labels import balanced_labels
 from goc_deploy.engine_dir.directory import EngineDir
@@ -31,6 +34,7 @@ from goc_deploy.runtime.noise import image_noise
 from goc_deploy.runtime.request import Request
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import COMPUTE, Schedule, check_schedule
+from goc_deploy.spec import ModelSpec
 
 TINY = np.finfo(np.float64).tiny
 # Memory for the features of a batch, and the same for mean features; larger means are in a file.
@@ -145,7 +149,8 @@ class EngineCalibrator:
 
     def _without_cache(self) -> Statistics:
         spec, steps = self._stepper.spec, self._table.steps
-        means = _zeros((steps, spec.units, spec.tokens, spec.hidden), self._budget_bytes)
+        tokens = max(map(_tokens_of, features_of_units(spec), repeat(spec)))
+        means = _zeros((steps, spec.units, tokens, spec.hidden), self._budget_bytes)
         changes = np.zeros((steps, spec.units, MAX_GAP))
         done = rows = 0
         for request in self._batches():
@@ -176,7 +181,8 @@ class EngineCalibrator:
     def _batches(self) -> Iterator[Request]:
         """The calibration images, in the largest batches that the engines and the budget allow."""
         spec, options = self._stepper.spec, self._options
-        image_bytes = 2 * spec.units * (MAX_GAP + 1) * spec.tokens * spec.hidden * 4
+        tokens = sum(map(_tokens_of, features_of_units(spec), repeat(spec)))
+        image_bytes = 2 * tokens * (MAX_GAP + 1) * spec.hidden * 4
         size = max(1, min(self._stepper.capacity, self._budget_bytes // image_bytes))
         draws = 1 + (self._table.steps if self._table.stochastic else 0)
         for first in range(0, len(self._labels), size):
@@ -208,6 +214,11 @@ def load_calibrator(
     return EngineCalibrator(stepper, options, provenance, progress)
 
 
+def _tokens_of(features: Sequence[tuple[int, TokenStream]], spec: ModelSpec) -> int:
+    """Tokens of all features of a unit."""
+    return sum(spec.tokens_of(stream) for _, stream in features)
+
+
 class _Watcher:
     """Sums up the features of a batch that runs without cache, and their changes."""
 
@@ -221,7 +232,7 @@ class _Watcher:
 
     def _see(self, step: int, unit: int, feature: np.ndarray) -> None:
         feature = np.asarray(feature, np.float32)
-        self._means[step, unit] += feature.sum(axis=0)
+        self._means[step, unit, : feature.shape[1]] += feature.sum(axis=0)
         size = self._per_image(np.abs(feature))
         earlier = self._earlier[unit]
         for gap, before in enumerate(earlier):

@@ -8,16 +8,19 @@ the launches as NumPy arrays in host memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from goc_deploy.blocks import STREAMS, TokenStream, Unit
 from goc_deploy.compiler import Compute, Plan
+from goc_deploy.compiler.values import features_of_units
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.host_memory import host_array
 from goc_deploy.precision import Precision
 from goc_deploy.protocols import Backend
-from goc_deploy.runtime.binding import Engines
+from goc_deploy.runtime.binding import TOKENS, Engines
 from goc_deploy.runtime.bound import BoundLaunch, BoundPlan, BoundStep
 from goc_deploy.runtime.loading import load_engines
 from goc_deploy.runtime.request import Request
@@ -60,9 +63,21 @@ class Stepper:
             capacity,
             engines.captions,
         )
+        units = spec.declared_units
         schedule = Schedule.of(spec, ((COMPUTE,) * spec.units,) * table.steps)
-        every_unit = tuple(Compute(unit, store=0) for unit in range(spec.units))
-        plan = Plan("calibration", table, (every_unit,) * table.steps, 1, schedule)
+        every_unit = tuple(_keeping_features(unit, kind) for unit, kind in enumerate(units))
+        slots = [
+            max(sum(feature.stream == stream for feature in kind.features) for kind in units)
+            for stream in STREAMS
+        ]
+        plan = Plan(
+            "calibration",
+            table,
+            (every_unit,) * table.steps,
+            slots[0],
+            schedule,
+            text_slots=slots[1],
+        )
         # Trajectories may be at any step, so each step makes its own row of the modulation table.
         self._session = Session(engines, backend, spec, precision, plan, capacity, chunk=1)
         self._update = np.empty(0, np.float32)
@@ -99,30 +114,41 @@ class Stepper:
         """Shape (B, T, D) of the current step: first the conditional, then unconditional rows."""
         return self._step.updates[0].inputs["x"].shape
 
-    def compute(self, unit: int) -> np.ndarray:
-        """Run the engine of a unit, which adds its gated feature to the tokens.
+    def compute(self, unit: int) -> list[np.ndarray]:
+        """Run the engine of a unit, which adds its gated features to the tokens.
 
         Returns:
-            The feature (B, T, D) in the dtype of the engine, a view that the next call overwrites.
+            The features (B, T, D), or (B, Lc, D) of the text, in the dtype of the engine, which are
+            views that the next call overwrites.
         """
         launch = self._step.updates[unit]
         launch.run()
-        return host_array(launch.outputs["feature"]).reshape(self.feature_shape)
+        rows, _, hidden = self.feature_shape
+        return [
+            host_array(launch.outputs[feature.output]).reshape(rows, -1, hidden)
+            for feature in self.spec.declared_units[unit].features
+        ]
 
-    def add(self, unit: int, feature: np.ndarray) -> None:
+    def add(self, unit: int, features: Iterable[np.ndarray]) -> None:
         """Add ``gate * feature`` to the tokens in place of the engine of a unit.
 
         Args:
             unit: index of the unit.
-            feature: (B, T, D) float32.
+            features: its features, (B, T, D) or (B, Lc, D) float32. Each is used before the next is
+                asked for.
         """
         launch = self._step.updates[unit]
-        gate = host_array(self._step.start[0].outputs["modulation"])[unit, :, None]
-        if self._update.shape != feature.shape:
-            self._update = np.empty(feature.shape, np.float32)
-        np.multiply(gate, feature, out=self._update)
-        tokens, target = host_array(launch.inputs["x"]), host_array(launch.outputs["x_out"])
-        np.add(tokens, self._update, out=target, casting="same_kind")
+        gates = host_array(self._step.start[0].outputs["modulation"])
+        added: set[TokenStream] = set()
+        of_unit = features_of_units(self.spec)[unit]
+        for (index, stream), feature in zip(of_unit, features, strict=True):
+            if self._update.shape != feature.shape:
+                self._update = np.empty(feature.shape, np.float32)
+            np.multiply(gates[index, :, None], feature, out=self._update)
+            target = host_array(launch.outputs[f"{TOKENS[stream]}_out"])
+            tokens = target if stream in added else host_array(launch.inputs[TOKENS[stream]])
+            np.add(tokens, self._update, out=target, casting="same_kind")
+            added.add(stream)
 
     @property
     def start_tokens(self) -> np.ndarray:
@@ -168,6 +194,16 @@ class Stepper:
         inputs = self._step.end[-1].inputs
         cond, uncond = (host_array(inputs[name]) for name in ("cond_rows", "uncond_rows"))
         return rows[cond].astype(np.float32), rows[uncond].astype(np.float32)
+
+
+def _keeping_features(unit: int, kind: Unit) -> Compute:
+    """The launch of a unit that keeps each of its features in a slot of its own."""
+    used: Counter[TokenStream] = Counter()
+    stores = []
+    for feature in kind.features:
+        stores.append(used[feature.stream])
+        used[feature.stream] += 1
+    return Compute(unit, tuple(stores))
 
 
 def _run(launches: Sequence[BoundLaunch]) -> None:

@@ -21,7 +21,8 @@ from goc_deploy.api import cpu_backend
 from goc_deploy.compiler import check_plan, compile_schedule
 from goc_deploy.compiler.head_file import head_to_safetensors, weights_from_safetensors
 from goc_deploy.compiler.plan_file import plan_from_json, plan_to_json
-from goc_deploy.conditions.captions import blank_captions, captions_from_bytes, captions_to_bytes
+from goc_deploy.conditions.captions import blank_captions
+from goc_deploy.conditions.stored_captions import captions_from_bytes, captions_to_bytes
 from goc_deploy.conditions.tensor_files import array_from_npy, arrays_from_file
 from goc_deploy.conditions.text import TextEncoder, prompts_from_file
 from goc_deploy.errors import ModelError

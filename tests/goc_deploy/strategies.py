@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
 from goc_deploy.schedule import COMPUTE, REUSE, Schedule, gradient
+from goc_deploy.spec import ModelSpec
 
 PREDICTORS = [
     REUSE,
@@ -32,10 +35,16 @@ def residual_schedules(draw: st.DrawFn, depth: int | None = None) -> Schedule:
 
 @st.composite
 def schedules(draw: st.DrawFn, depth: int | None = None, max_steps: int = 9) -> Schedule:
-    """Legal schedules; whole steps are often of one action, as real policies make them."""
+    """Legal schedules of models of equal blocks."""
     depth = depth or draw(st.integers(1, 4))
+    return draw(schedules_of(ModelSpec(depth, 8, 2, 16, 2, 2, 4, 10, False), max_steps))
+
+
+@st.composite
+def schedules_of(draw: st.DrawFn, spec: ModelSpec, max_steps: int = 9) -> Schedule:
+    """Legal schedules; whole steps are often of one action, as real policies make them."""
     units, steps, history = (
-        2 * depth,
+        spec.units,
         draw(st.integers(1, max_steps)),
         draw(st.sampled_from(["used", "computed"])),
     )
@@ -53,4 +62,4 @@ def schedules(draw: st.DrawFn, depth: int | None = None, max_steps: int = 9) -> 
             stored[unit] += not action or history == "used"
             row.append(action)
         rows.append(tuple(row))
-    return Schedule(depth, ("attn", "mlp"), tuple(rows), history)
+    return replace(Schedule.of(spec, tuple(rows)), history=history)

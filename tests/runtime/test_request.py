@@ -52,10 +52,16 @@ def test_padded_labels_depend_on_the_number_of_images_alone() -> None:
 
 
 def test_captions_take_the_place_of_labels() -> None:
-    table = Captions(np.zeros((11, 2, 5), np.float32), np.ones((11, 2), np.float32))
+    table = Captions(
+        np.zeros((11, 2, 5), np.float32),
+        np.ones((11, 2), np.float32),
+        np.zeros((11, 4), np.float32),
+    )
     inputs = prepared(request([2.0] * 3, captions=table), SPEC)
     assert inputs.batch == Batch(3, True, labels=1, captions=3)
     assert inputs.distinct.tolist() == [2, 7, 10]
+    pooled = prepared(request([2.0] * 3, captions=table), replace(SPEC, pooled_channels=4))
+    assert pooled.batch == Batch(3, True, labels=3, captions=3)
 
 
 def test_images_get_the_same_noise_however_a_call_is_cut() -> None:

@@ -188,7 +188,7 @@ def test_what_is_not_broken_is_not_complained_about(
 def test_skipping_a_history_write_is_noticed(
     units: Loaded, golden: dict[str, np.ndarray], step: int, unit: int
 ) -> None:
-    plan = with_launch(units.plan, step, unit, lambda op: Compute(op.unit, None))
+    plan = with_launch(units.plan, step, unit, lambda op: Compute(op.unit, (None,)))
     found = notices(units.pipeline(plan), golden)
     assert found == "trajectory" if step else "which nobody wrote" in found
 

@@ -394,7 +394,7 @@ def test_an_engine_without_captions_says_so(engine: Path, tmp_path: Path) -> Non
 
 
 def test_damaged_captions_are_refused(engine: Path, checkpoint: Path, tmp_path: Path) -> None:
-    from goc_deploy.conditions.captions import captions_from_bytes
+    from goc_deploy.conditions.stored_captions import captions_from_bytes
     from goc_deploy.engine_dir.reading import read_manifest
     from goc_deploy.errors import EngineDirError
 

@@ -48,12 +48,13 @@ def predictions(plan: Plan) -> list[Prediction]:
 @given(schedules(), st.sampled_from(get_args(PlanForm)))
 def test_what_the_compiler_makes_agrees(schedule: Schedule, form: PlanForm) -> None:
     spec = spec_of(schedule.depth)
-    check_agreement(in_form(compile_schedule(schedule, spec), spec, form))
+    check_agreement(in_form(compile_schedule(schedule, spec), spec, form), spec)
 
 
 @given(schedules(), st.integers(0, 10**6), st.integers(0, 3))
 def test_any_other_coefficient_is_noticed(schedule: Schedule, which: int, place: int) -> None:
-    plan = compile_schedule(schedule, spec_of(schedule.depth))
+    spec = spec_of(schedule.depth)
+    plan = compile_schedule(schedule, spec)
     count = len(predictions(plan))
     assume(count)
 
@@ -63,7 +64,7 @@ def test_any_other_coefficient_is_noticed(schedule: Schedule, which: int, place:
         return replace(prediction, coefficients=tuple(found))
 
     with pytest.raises(EngineDirError, match=r"does not do what its schedule asks for at step \d"):
-        check_agreement(changed(plan, which % count, larger))
+        check_agreement(changed(plan, which % count, larger), spec)
 
 
 def test_a_prediction_from_nothing_or_from_another_unit_is_noticed() -> None:
@@ -78,10 +79,10 @@ def test_a_prediction_from_nothing_or_from_another_unit_is_noticed() -> None:
         return replace(prediction, slots=(other, *prediction.slots[1:]))
 
     with pytest.raises(EngineDirError, match="does not do what its schedule asks for"):
-        check_agreement(changed(plan, 5, elsewhere))
+        check_agreement(changed(plan, 5, elsewhere), spec)
     nothing = changed(plan, 0, lambda p: replace(p, slots=(), coefficients=()))
     with pytest.raises(EngineDirError, match="predicts from nothing"):
-        check_agreement(nothing)
+        check_agreement(nothing, spec)
 
 
 def test_a_plan_for_another_schedule_is_noticed() -> None:
@@ -90,4 +91,4 @@ def test_a_plan_for_another_schedule_is_noticed() -> None:
         schedule_from_policy(parse_policy(text), spec, 6) for text in ("fora:2", "fora:3")
     )
     with pytest.raises(EngineDirError, match="at step 2, block 0, attn; add the plan again"):
-        check_agreement(replace(compile_schedule(one, spec), schedule=other))
+        check_agreement(replace(compile_schedule(one, spec), schedule=other), spec)

@@ -23,7 +23,7 @@ from goc_deploy.compiler import (
 )
 from goc_deploy.compiler.passes import accumulate_ahead, assign_slots, group_launches
 from goc_deploy.compiler.plan import PlanForm
-from goc_deploy.compiler.values import drop_dead_stores, name_values
+from goc_deploy.compiler.values import drop_dead, name_values
 from goc_deploy.errors import EngineDirError, UsageError
 from goc_deploy.options import SEGMENTS, Segments
 from goc_deploy.policies.grammar import parse_policy
@@ -77,7 +77,7 @@ def with_predictions_apart(plan: Plan) -> Plan:
     def apart(op: Launch) -> list[Launch]:
         if not isinstance(op, Predict):
             return [op]
-        return [Predict(op.unit + i, (p,), op.ahead) for i, p in enumerate(op.predictions)]
+        return [Predict(op.feature + i, (p,), op.ahead) for i, p in enumerate(op.predictions)]
 
     launches = tuple(tuple(one for op in step for one in apart(op)) for step in plan.launches)
     return replace(plan, launches=launches)
@@ -114,7 +114,8 @@ def test_predicting_ahead_changes_no_output(schedule: Schedule) -> None:
 
 @given(schedules(), st.booleans())
 def test_no_two_live_values_share_a_slot(schedule: Schedule, eager: bool) -> None:
-    evaluations = drop_dead_stores(name_values(schedule))
+    spec = spec_of(schedule.depth)
+    evaluations = drop_dead(name_values(schedule, spec), spec)
     groups = group_launches(accumulate_ahead(evaluations) if eager else evaluations)
     launches, slots = assign_slots(groups)
     ops = [op for step in launches for op in step if not isinstance(op, Collect)]
@@ -123,12 +124,12 @@ def test_no_two_live_values_share_a_slot(schedule: Schedule, eager: bool) -> Non
     }
     holder: dict[int, int] = {}
     for index, (group, op) in enumerate(zip(groups, ops, strict=True)):
-        entries = op.predictions if isinstance(op, Predict) else (Prediction((), (), op.store),)
+        entries = op.predictions if isinstance(op, Predict) else (Prediction((), (), op.stores[0]),)
         for e, entry in zip(group, entries, strict=True):
             assert [holder[slot] for slot in entry.slots] == list(e.reads)
         for e, entry in zip(group, entries, strict=True):
             if entry.store is not None:
-                assert 0 <= entry.store < slots
+                assert 0 <= entry.store < slots["image"]
                 old = holder.get(entry.store)
                 readers = [other.unit for other in group if old in other.reads]
                 assert (
@@ -141,7 +142,8 @@ def test_no_two_live_values_share_a_slot(schedule: Schedule, eager: bool) -> Non
 
 @given(schedules())
 def test_nothing_is_stored_that_nobody_reads(schedule: Schedule) -> None:
-    kept = drop_dead_stores(name_values(schedule))
+    spec = spec_of(schedule.depth)
+    kept = drop_dead(name_values(schedule, spec), spec)
     read_later: set[int] = set()
     for e in reversed(kept):
         assert e.value is None or e.value in read_later
@@ -183,7 +185,7 @@ def test_segments_change_no_output_and_are_all_full_steps_by_one_engine(schedule
 def test_full_steps_store_alike_so_that_one_engine_serves_them() -> None:
     merged = in_form(compiled("fora:2@0.5+gc:1.2", segments="full"), spec_of(3), "device")
     apart = in_form(compiled("fora:2@0.5+gc:1.2"), spec_of(3), "device")
-    assert {op.store for op in apart.launches[12]} == {None}
+    assert {op.stores for op in apart.launches[12]} == {(None,)}
     (op,) = merged.launches[12]
     assert isinstance(op, Segment)
     assert op.signature == "w*6"
@@ -251,7 +253,7 @@ def test_units_predicted_together_are_predicted_ahead_together() -> None:
     found = [
         (
             type(op).__name__,
-            getattr(op, "unit", None),
+            getattr(op, "unit", getattr(op, "feature", None)),
             getattr(op, "ahead", None),
             len(getattr(op, "predictions", ())),
         )
@@ -270,7 +272,7 @@ def test_stores_end_where_caching_ends() -> None:
     stored = [
         k
         for k, step in enumerate(plan.launches)
-        if any(isinstance(op, Compute) and op.store is not None for op in step)
+        if any(isinstance(op, Compute) and op.stores != (None,) for op in step)
     ]
     assert stored == [0, 2, 4, 6, 8]
 
@@ -278,7 +280,10 @@ def test_stores_end_where_caching_ends() -> None:
 def test_a_mixed_step_predicts_neighbours_together() -> None:
     reuse = ((1.0,), (1.0,), (), (1.0,))
     plan = compile_for_host(Schedule(2, ("attn", "mlp"), (((),) * 4, reuse)), spec_of(2))
-    assert [(type(op).__name__, op.unit) for op in plan.launches[1]] == [
+    assert [
+        (type(op).__name__, op.unit if isinstance(op, Compute) else op.feature)
+        for op in plan.launches[1]
+    ] == [
         ("Predict", 0),
         ("Compute", 2),
         ("Predict", 3),
@@ -286,67 +291,77 @@ def test_a_mixed_step_predicts_neighbours_together() -> None:
     assert plan.step_kind(1) == "mixed"
 
 
+KEPT_0, NONE_0, NONE_1 = Compute(0, (0,)), Compute(0, (None,)), Compute(1, (None,))
 REUSE_AHEAD = Predict(0, (Prediction((0,), (1.0,), None),), 1)
 
 
 @pytest.mark.parametrize(
     ("launches", "slots", "message"),
     [
-        (((Compute(0, 5), Compute(1, None)),), 1, "slot outside 0..0"),
+        (((Compute(0, (5,)), NONE_1),), 1, "slot outside 0..0"),
         (((Segment((0, 1)),),), 1, "slot outside 0..0"),
         (((Segment((0, 0)),),), 1, "overwrites slot 0"),
-        (((Segment((None,)),),), 0, "in order"),
-        (((Compute(1, None), Compute(0, None)),), 0, "in order"),
+        (((Segment((None,)),),), 0, "1 slots for the 2 features"),
+        (((NONE_1, NONE_0),), 0, "in order"),
         (
-            ((Compute(0, None), Predict(1, (Prediction((0,), (1.0,), None),))),),
+            ((NONE_0, Predict(1, (Prediction((0,), (1.0,), None),))),),
             1,
             "before anything is stored",
         ),
         (
             (
-                (Compute(0, 0), Compute(1, 1)),
+                (KEPT_0, Compute(1, (1,))),
                 (Predict(0, (Prediction((0,), (1.0,), 1), Prediction((1,), (1.0,), None))),),
             ),
             2,
             "overwrites slot 1",
         ),
         (
-            ((Compute(0, None), Compute(1, None)), (Collect(1),)),
+            ((NONE_0, NONE_1), (Collect(1),)),
             0,
             "step 1 adds an accumulator that does not hold",
         ),
         (
-            ((Compute(0, None), Compute(1, None)), (Collect(2),)),
+            ((NONE_0, NONE_1), (Collect(2),)),
             0,
             "step 1 adds an accumulator that does not hold",
         ),
         (
-            ((Compute(0, None), Compute(1, None)), (Collect(0),)),
+            ((NONE_0, NONE_1), (Collect(0),)),
             0,
             "step 1 adds an accumulator that does not hold",
         ),
         (
-            ((Compute(0, 0), REUSE_AHEAD, Compute(1, None)), (Collect(1),)),
+            ((KEPT_0, REUSE_AHEAD, NONE_1), (Collect(1),)),
             1,
             "does not hold each of the 2 units once",
         ),
         (
-            ((Compute(0, 0), REUSE_AHEAD, REUSE_AHEAD, Compute(1, None)), (Collect(1),)),
+            ((KEPT_0, REUSE_AHEAD, REUSE_AHEAD, NONE_1), (Collect(1),)),
             1,
             "does not hold each of the 2 units once",
         ),
         (
-            ((Compute(0, 0), REUSE_AHEAD, Compute(1, None)), (Compute(0, None), Compute(1, None))),
+            (
+                (KEPT_0, REUSE_AHEAD, NONE_1),
+                (NONE_0, NONE_1),
+            ),
             1,
             "accumulated for step 1 is never added",
         ),
         (
-            ((Compute(0, 0), REUSE_AHEAD, Compute(1, None)),),
+            ((KEPT_0, REUSE_AHEAD, NONE_1),),
             1,
             "predicts for step 1, which does not exist",
         ),
         (
-            ((Compute(0, 0), Predict(0, (Prediction((0,), (1.0,), None),), -1), Compute(1, None)),),
+            (
+                (
+                    KEPT_0,
+                    Predict(0, (Prediction((0,), (1.0,), None),), -1),
+                    NONE_1,
+                ),
+            ),
             1,
             "predicts for step -1, which does not exist",
         ),

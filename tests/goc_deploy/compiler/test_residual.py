@@ -52,7 +52,7 @@ def test_a_plan_does_what_its_schedule_says(
 ) -> None:
     x, spec = np.linspace(-1, 1, 5), spec_of(schedule.depth)
     host = compile_for_host(schedule, spec, segments=segments)
-    check_agreement(host)
+    check_agreement(host, spec)
     plan = in_form(host, spec, form)
     check_plan(plan, spec)
     np.testing.assert_allclose(
@@ -77,8 +77,8 @@ def test_a_collapsed_step_is_one_launch_and_only_residuals_that_are_read_are_kep
     assert plan.signatures == ("1*1", "2*1", "3*1")
     kept = [k for k, step in enumerate(plan.launches) if isinstance(step[-1], Residual)]
     assert kept == [0, 2, 4, 6, 8]
-    assert all(isinstance(op, Predict) and op.unit == 0 for (op,) in plan.launches[1:10:2])
-    assert [op.store for op in plan.launches[0] if isinstance(op, Compute)] == [None] * 6
+    assert all(isinstance(op, Predict) and op.feature == 0 for (op,) in plan.launches[1:10:2])
+    assert [op.stores for op in plan.launches[0] if isinstance(op, Compute)] == [(None,)] * 6
     assert not compiled("none,level=residual").keeps_residuals
 
 
@@ -100,7 +100,7 @@ def test_the_cache_does_not_grow_with_the_depth(correction: str, slots: int, dep
     assert in_form(plan, spec_of(depth), "device").cache_features == slots + 1
 
 
-UNITS = (Compute(0, None), Compute(1, None))
+UNITS = (Compute(0, (None,)), Compute(1, (None,)))
 REUSE = Prediction((0,), (1.0,), None)
 
 
@@ -111,7 +111,7 @@ REUSE = Prediction((0,), (1.0,), None)
         (((UNITS[0], Residual(0), UNITS[1]),), "residual", "before it has run every unit"),
         (((*UNITS, Residual(0)),), "unit", "its schedule predicts by unit"),
         (((*UNITS, Residual(1)),), "residual", r"slot outside 0\.\.0"),
-        (((Compute(0, 0), UNITS[1]),), "residual", "stores features, but its schedule predicts"),
+        (((Compute(0, (0,)), UNITS[1]),), "residual", "stores features, but its schedule predicts"),
         (((Segment((None, 0)),),), "residual", "stores features, but its schedule predicts"),
         (((Predict(0, (REUSE,)),),), "residual", "before anything is stored"),
         (
@@ -146,4 +146,4 @@ def test_a_plan_for_another_level_or_other_coefficients_is_noticed() -> None:
     other = replace(prediction, coefficients=(1.4, *prediction.coefficients[1:]))
     launches = (*plan.launches[:3], (Predict(0, (other,)),), *plan.launches[4:])
     with pytest.raises(EngineDirError, match="does not do what its schedule asks for at step 3"):
-        check_agreement(replace(plan, launches=launches))
+        check_agreement(replace(plan, launches=launches), spec_of(3))

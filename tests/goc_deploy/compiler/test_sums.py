@@ -55,7 +55,7 @@ def test_sums_do_what_a_history_per_unit_does(schedule: Schedule) -> None:
     x, spec = np.linspace(-1, 1, 5), spec_of(schedule.depth)
     host = compile_for_host(schedule, spec)
     plan = in_form(host, spec, "sums")
-    check_agreement(plan)
+    check_agreement(plan, spec)
     found = run_plan(plan, x, toy_feature)
     np.testing.assert_allclose(found, run_plan(host, x, toy_feature), rtol=1e-9, atol=1e-10)
     np.testing.assert_allclose(found, run_schedule(schedule, x, toy_feature), rtol=1e-9, atol=1e-10)
@@ -66,7 +66,7 @@ def test_sums_do_what_a_history_per_unit_does(schedule: Schedule) -> None:
 
 @given(schedules())
 def test_expanding_the_history_changes_no_prediction(schedule: Schedule) -> None:
-    expanded = expand_history(name_values(schedule))
+    expanded = expand_history(name_values(schedule, spec_of(schedule.depth)))
     outputs = run_schedule(schedule, np.zeros(3), lambda step, unit, _: np.full(3, step + 7 * unit))
     found, x = [], 0.0
     for e in expanded:
@@ -86,13 +86,14 @@ def test_expanding_the_history_changes_no_prediction(schedule: Schedule) -> None
 
 @given(schedules())
 def test_every_feature_goes_to_sums_of_later_steps(schedule: Schedule) -> None:
-    events = push_features(expand_history(name_values(schedule)))
+    events = push_features(expand_history(name_values(schedule, spec_of(schedule.depth))))
     added = [event for event in events if not hasattr(event, "weights")]
     assert len(added) == len(set(added))
     for event in events:
-        for target, _ in getattr(event, "weights", ()):
-            assert target.step > event.step
-            assert target.unit <= event.unit < target.unit + target.units
+        for weights in getattr(event, "weights", ()):
+            for target, _ in weights:
+                assert target.step > event.step
+                assert target.feature <= event.unit < target.feature + target.features
 
 
 @pytest.mark.parametrize("interval", [2, 3, 4, 5])
@@ -136,8 +137,10 @@ def test_a_mixed_step_has_a_sum_per_run_of_predicted_units() -> None:
     reuse = ((1.0,), (1.0,), (), (1.0,))
     schedule = Schedule(2, ("attn", "mlp"), (((),) * 4, reuse))
     plan = compile_to_sums(schedule, spec_of(2))
-    assert plan.launches[1] == (AddSum(0, 0, 2), Compute(2, None), AddSum(1, 3, 1))
-    assert [op.store for op in plan.launches[0] if isinstance(op, Compute)] == [0, 0, None, 0]
+    assert plan.launches[1] == (AddSum(0, 0, 2), Compute(2, (None,)), AddSum(1, 3, 1))
+    assert [op.stores for op in plan.launches[0] if isinstance(op, Compute)] == [
+        (store,) for store in (0, 0, None, 0)
+    ]
     assert plan.step_kind(1) == "mixed"
 
 
@@ -154,6 +157,7 @@ def test_a_predicted_residual_is_refused(schedule: Schedule) -> None:
 
 
 SCHEDULE = Schedule(1, ("attn", "mlp"), (((), ()), ((), ()), (gradient(0.5),) * 2, ((1.0,),) * 2))
+NOT_KEPT = Compute(1, (None,))
 GOOD = compile_to_sums(replace(SCHEDULE, history="computed"), spec_of(1))
 
 
@@ -161,7 +165,7 @@ def with_taps(change: Callable[[Tap], Tap], step: int, unit: int) -> Plan:
     """The good plan with the taps of one unit changed."""
 
     def changed(op: Launch) -> Launch:
-        if not isinstance(op, Accumulate) or op.unit != unit:
+        if not isinstance(op, Accumulate) or op.feature != unit:
             return op
         return replace(op, taps=tuple(map(change, op.taps)))
 
@@ -178,19 +182,19 @@ def with_step(step: int, *ops: Launch) -> Plan:
 
 def test_the_good_plan_is_what_the_broken_ones_are_made_of() -> None:
     check_plan(GOOD, spec_of(1))
-    check_agreement(GOOD)
+    check_agreement(GOOD, spec_of(1))
     tap = Tap(0, 2, -0.5, starts=True)
     assert GOOD.launches == (
         (
-            Compute(0, 0),
+            Compute(0, (0,)),
             Accumulate(0, 0, (tap,)),
-            Compute(1, 0),
+            Compute(1, (0,)),
             Accumulate(1, 0, (replace(tap, starts=False),)),
         ),
         (
-            Compute(0, 0),
+            Compute(0, (0,)),
             Accumulate(0, 0, (Tap(0, 1, 1.5, False), Tap(1, 2, 1.0, True))),
-            Compute(1, 0),
+            Compute(1, (0,)),
             Accumulate(1, 0, (Tap(0, 1, 1.5, False), Tap(1, 2, 1.0, False))),
         ),
         (AddSum(0, 0, 2),),
@@ -200,20 +204,22 @@ def test_the_good_plan_is_what_the_broken_ones_are_made_of() -> None:
 
 BROKEN: dict[str, tuple[Plan, str]] = {
     "added before all units are in": (
-        with_step(1, Compute(0, 0), *GOOD.launches[1][1:2], AddSum(1, 1, 1)),
-        "step 1 adds accumulator 1, which does not hold units 1 to 1 of this step",
+        with_step(1, Compute(0, (0,)), *GOOD.launches[1][1:2], AddSum(1, 1, 1)),
+        "step 1 adds accumulator 1, which does not hold features 1 to 1 of this step",
     ),
     "a unit is missing": (
-        with_step(1, *GOOD.launches[1][:2], Compute(1, 0), Accumulate(1, 0, (Tap(0, 1, 1.5, 0),))),
-        "step 3 adds accumulator 1, which does not hold units 0 to 1 of this step",
+        with_step(
+            1, *GOOD.launches[1][:2], Compute(1, (0,)), Accumulate(1, 0, (Tap(0, 1, 1.5, 0),))
+        ),
+        "step 3 adds accumulator 1, which does not hold features 0 to 1 of this step",
     ),
     "the gate of another step": (
         with_taps(lambda tap: replace(tap, ahead=3 - tap.ahead), 1, 1),
-        "step 1, unit 1 uses the gate of step 3 in accumulator 0, which step 2 adds",
+        "step 1, feature 1 uses the gate of step 3 in accumulator 0, which step 2 adds",
     ),
     "the gate of a step that does not exist": (
         with_taps(lambda tap: replace(tap, ahead=3), 1, 1),
-        "step 1, unit 1 predicts for step 4, which does not exist",
+        "step 1, feature 1 predicts for step 4, which does not exist",
     ),
     "the gate of the same step": (
         with_taps(lambda tap: replace(tap, ahead=0), 1, 1),
@@ -221,34 +227,34 @@ BROKEN: dict[str, tuple[Plan, str]] = {
     ),
     "started twice": (
         with_taps(lambda tap: replace(tap, starts=True), 1, 1),
-        "step 1, unit 1 starts accumulator 0 over, which step 2 adds",
+        "step 1, feature 1 starts accumulator 0 over, which step 2 adds",
     ),
     "never started": (
         with_taps(lambda tap: replace(tap, starts=False), 0, 0),
-        "step 0, unit 0 adds to accumulator 0, which is empty",
+        "step 0, feature 0 adds to accumulator 0, which is empty",
     ),
     "taps out of order": (
         with_taps(lambda tap: replace(tap, starts=tap.ahead == 1), 1, 0),
         "those that start an accumulator last",
     ),
     "too many taps": (
-        with_step(0, Compute(0, 0), Accumulate(0, 0, (Tap(0, 2, 1.0, True),) * (MAX_TAPS + 1))),
+        with_step(0, Compute(0, (0,)), Accumulate(0, 0, (Tap(0, 2, 1.0, True),) * (MAX_TAPS + 1))),
         f"has {MAX_TAPS + 1} taps; a launch has 1 to {MAX_TAPS}",
     ),
     "another unit's feature": (
-        with_step(0, Compute(0, 0), Compute(1, None), Accumulate(1, 0, (Tap(0, 2, 1.0, True),))),
-        "step 0, unit 1 accumulates slot 0, which has another feature",
+        with_step(0, Compute(0, (0,)), NOT_KEPT, Accumulate(1, 0, (Tap(0, 2, 1.0, True),))),
+        "step 0, feature 1 accumulates slot 0, which has another feature",
     ),
     "an earlier feature": (
-        with_step(1, Compute(0, None), Accumulate(0, 0, (Tap(0, 1, 1.5, False),))),
-        "step 1, unit 0 accumulates slot 0, which has another feature",
+        with_step(1, Compute(0, (None,)), Accumulate(0, 0, (Tap(0, 1, 1.5, False),))),
+        "step 1, feature 0 accumulates slot 0, which has another feature",
     ),
     "added twice": (
         with_step(3, AddSum(0, 0, 2)),
-        "step 3 adds accumulator 0, which does not hold units 0 to 1",
+        "step 3 adds accumulator 0, which does not hold features 0 to 1",
     ),
     "never added": (
-        with_step(3, Compute(0, 0), Compute(1, 0)),
+        with_step(3, Compute(0, (0,)), Compute(1, (0,))),
         "accumulator 1 for step 3 is never added",
     ),
     "a launch of the host's form": (
@@ -290,4 +296,4 @@ def test_any_other_coefficient_is_noticed(schedule: Schedule, which: int) -> Non
     ops[index] = replace(op, taps=tuple(changed))
     launches = (*plan.launches[:step], tuple(ops), *plan.launches[step + 1 :])
     with pytest.raises(EngineDirError, match="does not do what its schedule asks for"):
-        check_agreement(replace(plan, launches=launches))
+        check_agreement(replace(plan, launches=launches), spec_of(schedule.depth))

@@ -71,8 +71,8 @@ def test_provenance_is_kept_and_schedules_of_the_first_version_are_read() -> Non
         ('"depth": 2', '"depth": true', ": $.depth: expected int, got True"),
         (
             '"branches": [',
-            '"branches": ["a", "b", ',
-            ": $.branches: expected array of length <= 3, got 4",
+            '"branches": ["a", "b", "c", "d", "e", ',
+            ": $.branches: expected array of length <= 6, got 7",
         ),
         ('"used"', '"usd"', ": $.history: expected used or computed, got 'usd'"),
         (
