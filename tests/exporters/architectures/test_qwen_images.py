@@ -16,7 +16,9 @@ from torch import Tensor
 
 import goc_deploy
 from goc_deploy.conditions.captions import PromptEmbeds, prompt_embeds_from_arrays
+from goc_deploy.host_memory import host_array
 from goc_deploy.runtime.images import pixels_to_uint8
+from goc_deploy.runtime.step_events import StepEvent
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec
@@ -76,7 +78,7 @@ def folder(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(folder: Path) -> Path:
     manifest = goc_deploy.export(
         folder, folder.parent / "engine", plans=PLANS, steps=STEPS, max_batch=2,
-        size=(80, 48), max_size=(96, 64), vae=folder,
+        size=(80, 48), max_size=(96, 64), sampler="euler",
     )  # fmt: skip
     assert max(graph.relative_l2 or 0 for graph in manifest.graphs) < 1e-4
     return folder.parent / "engine"
@@ -180,7 +182,7 @@ def test_latents_are_those_of_diffusers_with_hooked_blocks(
             prompt_embeds=captions_of(pipe.spec), latents=noise, size=size, cfg_scale=SCALE
         ).latents
         schedule, table = pipe.plan.schedule, pipe.plan.sampler
-    expected = eager_latents(judge, schedule, table.at(SIZES[size][0] * SIZES[size][1]), noise)
+    expected = eager_latents(judge, schedule, table, noise)
     assert relative_l2(found, expected) < 1e-4
 
 
@@ -256,3 +258,22 @@ def test_a_file_holds_the_same_model(folder: Path, tmp_path: Path) -> None:
         with goc_deploy.load(tmp_path / name) as pipe:
             results.append(pipe.generate(prompt_embeds=captions_of(pipe.spec), seed=4).latents)
     np.testing.assert_array_equal(*results)
+
+
+def test_a_collapsed_step_reads_no_text(engine: Path) -> None:
+    """Text, its history and the captions are NaN after the only computed step."""
+    with goc_deploy.load(engine, plan="fora:10", max_sessions=1) as pipe:
+        captions = captions_of(pipe.spec)
+        expected = pipe.generate(prompt_embeds=captions, seed=1).latents
+        (session,) = pipe._engines.weights.sessions
+
+        def poison(event: StepEvent) -> None:
+            if event.step == 0:
+                text = session._buffers.text
+                assert text is not None
+                assert not text.slots
+                for buffer in (text.start, *text.tokens):
+                    host_array(buffer).fill(np.nan)
+
+        found = pipe.generate(prompt_embeds=captions, seed=1, callback=poison).latents
+    np.testing.assert_array_equal(found, expected)
