@@ -25,6 +25,7 @@ from goc_deploy.exporters.architectures.pixart_sigma import PIXART_SIGMA
 from goc_deploy.exporters.architectures.qwen import QWEN_IMAGE
 from goc_deploy.exporters.architectures.sit import SIT
 from goc_deploy.exporters.architectures.wan import WAN
+from goc_deploy.exporters.architectures.z_image import Z_IMAGE
 from goc_deploy.exporters.checkpoint import Checkpoint, check_values, load_checkpoint
 from goc_deploy.exporters.companions.attach import Companions, read_companions, write_companions
 from goc_deploy.exporters.graphs.plan_files import write_plan
@@ -61,7 +62,7 @@ from goc_deploy.spec import ModelSpec
 from goc_deploy.version import __version__
 
 ARCHITECTURES = {
-    family.name: family for family in (DIT, PIXART, PIXART_SIGMA, SIT, WAN, QWEN_IMAGE)
+    family.name: family for family in (DIT, PIXART, PIXART_SIGMA, SIT, WAN, QWEN_IMAGE, Z_IMAGE)
 }
 # Makes the laboratory of an engine directory for a sampler.
 LaboratoryMaker = Callable[[EngineDir, str, CalibrationOptions], Laboratory]

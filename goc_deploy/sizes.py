@@ -58,6 +58,11 @@ def grid_from_size(size: Any, frames: Any, spec: ModelSpec, pixels: int) -> tupl
                 f"`size` must be a width and a height that {unit} divides, got {size!r:.60}"
             )
         columns, rows = (side // unit for side in size)
+        if rows * columns % spec.token_multiple:
+            raise UsageError(
+                f"`size` must be of a multiple of {spec.token_multiple} patches of {unit}x{unit} "
+                f"pixels, got {size!r:.60}, of which there are {rows * columns}"
+            )
     if frames is None:
         return (*own_frames, rows, columns)
     if not own_frames:

@@ -116,6 +116,7 @@ class ModelSpec:
         embedded_guidance: whether the conditioning reads a guidance scale.
         guidance_norm: what guidance keeps of the conditional output: ``none``, or the norm of each
             ``token``, its C * patch * patch values.
+        token_multiple: a sample must have a multiple of this many tokens.
     """
 
     depth: Size
@@ -146,6 +147,7 @@ class ModelSpec:
     pooled_channels: SizeOrZero = 0
     embedded_guidance: bool = False
     guidance_norm: Literal["none", "token"] = "none"
+    token_multiple: Size = 1
 
     @property
     def axes(self) -> tuple[int, ...]:
