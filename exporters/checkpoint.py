@@ -17,7 +17,7 @@ import stat
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from goc_deploy.errors import ModelError, SafetyError
 from goc_deploy.options import CheckpointWeights
 
 PREFIXES = ("module.", "_orig_mod.")
+DIFFUSION_MODEL = "model.diffusion_model."  # prefix in files that may hold other models too
 HEAD_BYTES = 9  # the first bytes of a file, which show its format
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _CALL = "Trying to call"  # in torch's message about a function that it does not allow
@@ -121,6 +122,19 @@ def load_checkpoint(path: Path, weight_set: CheckpointWeights = "auto") -> Check
             f"{_SAVE_HINT}"
         )
     return Checkpoint(path, tensors, weight_set_name, (path,))
+
+
+def of_diffusion_model(checkpoint: Checkpoint) -> Checkpoint:
+    """The tensors of the diffusion model, of a file that may hold its VAE and encoders too.
+
+    Other files are returned as they are.
+    """
+    tensors = {
+        name.removeprefix(DIFFUSION_MODEL): tensor
+        for name, tensor in checkpoint.tensors.items()
+        if name.startswith(DIFFUSION_MODEL)
+    }
+    return replace(checkpoint, tensors=tensors) if tensors else checkpoint
 
 
 def load_file(path: Path) -> Any:

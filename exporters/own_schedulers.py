@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from dataclasses import replace
+from typing import Annotated, Any
 
+from msgspec import Meta, Struct
+
+from goc_deploy.errors import ModelError
 from goc_deploy.samplers import SamplerTable, sampler_table
-from goc_deploy.samplers.flows import EULER, MAX_SHIFT, SHIFT, UNIPC, shifted
-from goc_deploy.samplers.process import TRAIN_STEPS, Process
-from goc_deploy.samplers.table import flow_table
+from goc_deploy.samplers.flows import EULER, MAX_SHIFT, SHIFT, UNIPC, SizeShift, shifted
+from goc_deploy.samplers.process import EVEN_SIGMAS, TRAIN_STEPS, Process
+from goc_deploy.samplers.table import flow_table, size_table
+from goc_deploy.strict_json import convert
 
 FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
 
@@ -32,7 +38,34 @@ def _has_plainly(process: Process, *unset: str, **values: Any) -> bool:
     )
 
 
+class _Shifts(Struct):
+    """How a flow scheduler shifts the noise levels that a pipeline gives it."""
+
+    use_dynamic_shifting: bool = False
+    shift: Annotated[float, Meta(gt=0, le=MAX_SHIFT)] = 1.0
+    shift_terminal: Annotated[float, Meta(ge=0, lt=1)] | None = None
+
+
+def _even_flow(steps: int, process: Process) -> SamplerTable:
+    """The table of a pipeline that gives its scheduler even noise levels.
+
+    Raises:
+        ModelError: a setting is out of range.
+    """
+    settings, where = dict(process.scheduler or {}), f"the folder's {FLOW_CLASS}"
+    shifts = convert(settings, _Shifts, where, ModelError)
+    last = shifts.shift_terminal or 0.0
+    if shifts.use_dynamic_shifting:
+        size_shift = convert({**settings, "shift_terminal": last}, SizeShift, where, ModelError)
+        return size_table(size_shift, steps, process.tokens)
+    exponent = math.log(shifts.shift)
+    same = SizeShift(base_shift=exponent, max_shift=exponent, shift_terminal=last)
+    return replace(size_table(same, steps, process.tokens), size_shift=None)
+
+
 def _own_flow(steps: int, process: Process) -> SamplerTable | None:
+    if (process.scheduler or {}).get(EVEN_SIGMAS):
+        return _even_flow(steps, process)
     shift = (process.scheduler or {}).get("shift", 1.0)
     sigmas = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas")
     if not isinstance(shift, int | float) or shift <= 0:

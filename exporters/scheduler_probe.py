@@ -20,6 +20,7 @@ from torch import Tensor
 
 from goc_deploy.errors import EnvironmentUnsupportedError, ModelError, UsageError
 from goc_deploy.samplers import MAX_LAGS, SamplerTable
+from goc_deploy.samplers.process import EVEN_SIGMAS
 from goc_deploy.samplers.sampler_spec import FOLDER_SAMPLER
 from goc_deploy.samplers.table import MAX_REACH
 
@@ -38,7 +39,9 @@ REFUSALS = (
 )
 
 
-def probed_table(settings: Mapping[str, Any], steps: int, prediction: str) -> SamplerTable:
+def probed_table(
+    settings: Mapping[str, Any], steps: int, prediction: str, exponent: float | None = None
+) -> SamplerTable:
     """Measure the table of a scheduler.
 
     Args:
@@ -46,6 +49,7 @@ def probed_table(settings: Mapping[str, Any], steps: int, prediction: str) -> Sa
             `goc_deploy.exporters.schedulers.check_scheduler`.
         steps: T, the number of model runs.
         prediction: prediction type of the model.
+        exponent: logarithm of the shift, if it depends on the size of an image.
 
     Raises:
         UsageError: the scheduler cannot run the model T times.
@@ -58,7 +62,7 @@ def probed_table(settings: Mapping[str, Any], steps: int, prediction: str) -> Sa
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations inside diffusers
-            probe = _Probe(_scheduler(settings, steps), steps)
+            probe = _Probe(_scheduler(settings, steps, exponent), steps)
     except REFUSALS as cause:
         reason = " ".join(str(cause).split())[:200]
         raise ModelError(
@@ -68,7 +72,7 @@ def probed_table(settings: Mapping[str, Any], steps: int, prediction: str) -> Sa
     return _table(probe, name, prediction)
 
 
-def _scheduler(settings: Mapping[str, Any], steps: int) -> Any:
+def _scheduler(settings: Mapping[str, Any], steps: int, exponent: float | None) -> Any:
     """A scheduler that runs the model ``steps`` times."""
     name = settings["_class_name"]
     try:
@@ -81,6 +85,14 @@ def _scheduler(settings: Mapping[str, Any], steps: int) -> Any:
         ) from cause
     parameters = inspect.signature(scheduler_class.__init__).parameters
     arguments = {setting: value for setting, value in settings.items() if setting in parameters}
+    if (
+        settings.get(EVEN_SIGMAS)
+        and "sigmas" in inspect.signature(scheduler_class.set_timesteps).parameters
+    ):
+        scheduler = scheduler_class(**arguments)
+        even = np.linspace(1.0, 1 / steps, steps)
+        scheduler.set_timesteps(sigmas=even, **({} if exponent is None else {"mu": exponent}))
+        return scheduler
     for extra in EXTRA_RUNS:
         scheduler = scheduler_class(**arguments)
         if steps > extra:

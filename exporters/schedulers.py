@@ -18,7 +18,7 @@ from msgspec import Meta, Struct
 from goc_deploy.errors import EnvironmentUnsupportedError, ModelError, UsageError, VerificationError
 from goc_deploy.exporters.own_schedulers import FLOW_CLASS, own_table
 from goc_deploy.samplers import SamplerTable, sampler_table
-from goc_deploy.samplers.process import TRAIN_STEPS, Process
+from goc_deploy.samplers.process import EVEN_SIGMAS, TRAIN_STEPS, Process
 from goc_deploy.samplers.sampler_spec import FOLDER_SAMPLER
 from goc_deploy.samplers.solvers import check_steps
 from goc_deploy.strict_json import convert
@@ -70,6 +70,18 @@ SCHEDULERS = {
         {"use_dynamic_shifting": (False, None), "stochastic_sampling": (False, None)}
     ),
 }
+# Of pipelines that compute a shift for the size, see `goc_deploy.samplers.process.EVEN_SIGMAS`.
+_OF_SIZE = _Allowed(
+    {
+        "stochastic_sampling": (False, None),
+        "time_shift_type": ("exponential",),
+        "use_karras_sigmas": (False, None),
+        "use_exponential_sigmas": (False, None),
+        "use_beta_sigmas": (False, None),
+        "invert_sigmas": (False, None),
+        "num_train_timesteps": (TRAIN_STEPS,),
+    }
+)
 
 
 class _Numbers(Struct):
@@ -113,7 +125,8 @@ def check_scheduler(scheduler: Mapping[str, Any]) -> None:
             f"the folder's scheduler is {name!r}, which is not one of {', '.join(SCHEDULERS)}; "
             f"{INSTEAD}"
         )
-    allowed = SCHEDULERS[name]
+    sized = name == FLOW_CLASS and scheduler.get(EVEN_SIGMAS)
+    allowed = _OF_SIZE if sized else SCHEDULERS[name]
     for setting, values in allowed.values.items():
         actual = scheduler.get(setting, allowed.missing.get(setting, values[0]))
         if not any(type(actual) is type(value) and actual == value for value in values):
@@ -188,14 +201,16 @@ def scheduler_table(steps: int, process: Process) -> SamplerTable:
         return replace(own, sampler=FOLDER_SAMPLER)
     from goc_deploy.exporters.scheduler_probe import probed_table
 
-    probed = probed_table(scheduler, steps, process.prediction_type)
+    size_shift = None if own is None else own.size_shift
+    exponent = None if size_shift is None else size_shift.exponent(process.tokens)
+    probed = probed_table(scheduler, steps, process.prediction_type, exponent)
     if own is not None and not _same_steps(own, probed):
         raise VerificationError(
             f"the folder's {scheduler['_class_name']} in this version of diffusers takes other "
             f"steps than sampler {own.sampler!r}, which it "
             f"should equal; {INSTEAD} to decide"
         )
-    return probed
+    return replace(probed, size_shift=size_shift)
 
 
 def _same_steps(one: SamplerTable, other: SamplerTable) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from goc_deploy.spec import ModelSpec
+from goc_deploy.spec import ModelSpec, Positions
 
 
 def size_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -40,9 +40,7 @@ def size_tensors(spec: ModelSpec) -> dict[str, np.ndarray]:
         trained = positions.base * spec.patch  # side of the latents of ``told_size`` pixels
         tensors["told_size"] = np.array(spec.sample[-2:]) * (spec.told_size / trained)
     if positions.kind == "sine":
-        rows, columns = spec.axes
-        base, stretch = positions.base, positions.stretch
-        tensors["positions"] = sine_table(spec.hidden, rows, columns, base, stretch)
+        tensors["positions"] = _added_positions(spec, positions)
     else:
         places = _places(spec.axes, centered=positions.centered)
         angles = rotary_angles(places, positions.widths, positions.theta)
@@ -72,15 +70,46 @@ def sine_table(hidden: int, rows: int, columns: int, base: int, stretch: float) 
     Source: Vaswani et al., "Attention Is All You Need", NeurIPS 2017, section 3.5, in two
     dimensions.
     """
-    frequencies = 10_000.0 ** (-np.arange(hidden // 4) / (hidden // 4))
+    rows_at, columns_at = (np.arange(count) * (base / count / stretch) for count in (rows, columns))
+    return _joined(sines(columns_at, hidden // 2), sines(rows_at, hidden // 2))
 
-    def axis(count: int) -> np.ndarray:
-        angles = np.arange(count)[:, None] * (base / count / stretch) * frequencies
-        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (count, hidden / 2)
 
-    shape = (rows, columns, hidden // 2)
-    of_column, of_row = axis(columns)[None], axis(rows)[:, None]
-    table = [np.broadcast_to(of_column, shape), np.broadcast_to(of_row, shape)]
+def sines(places: np.ndarray, width: int) -> np.ndarray:
+    """Sines of places on an axis, then cosines.
+
+    Args:
+        places: (count,) positions.
+        width: number of values for each place; even.
+
+    Returns:
+        (count, width) float64.
+    """
+    frequencies = 10_000.0 ** (-np.arange(width // 2) / (width // 2))
+    angles = places[:, None] * frequencies
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def places_in_table(count: int, positions: Positions) -> np.ndarray:
+    """The positions of the middle tokens along a side of a table, (count,) float64."""
+    first = (positions.table - count) // 2
+    return positions.origin + np.arange(first, first + count) / positions.stretch
+
+
+def _added_positions(spec: ModelSpec, positions: Positions) -> np.ndarray:
+    """The table that is added to the tokens of a sample, (rows, columns, D)."""
+    rows, columns = spec.axes
+    if not positions.table:
+        return sine_table(spec.hidden, rows, columns, positions.base, positions.stretch)
+    of_rows, of_columns = (
+        sines(places_in_table(count, positions), spec.hidden // 2) for count in (rows, columns)
+    )
+    return _joined(of_columns, of_rows)
+
+
+def _joined(of_columns: np.ndarray, of_rows: np.ndarray) -> np.ndarray:
+    """The values of a token's column, (columns, D / 2), then those of its row, (rows, D / 2)."""
+    shape = (len(of_rows), len(of_columns), of_columns.shape[1])
+    table = [np.broadcast_to(of_columns[None], shape), np.broadcast_to(of_rows[:, None], shape)]
     return np.concatenate(table, axis=2).astype(np.float32)
 
 

@@ -63,6 +63,12 @@ def grid_from_size(size: Any, frames: Any, spec: ModelSpec, pixels: int) -> tupl
                 f"`size` must be of a multiple of {spec.token_multiple} patches of {unit}x{unit} "
                 f"pixels, got {size!r:.60}, of which there are {rows * columns}"
             )
+    most = spec.positions.table if spec.positions is not None else 0
+    if most and max(rows, columns) > most:
+        raise UsageError(
+            f"`size` must be at most {most * unit} per side, got {size!r:.60}; the model has no "
+            "positions beyond"
+        )
     if frames is None:
         return (*own_frames, rows, columns)
     if not own_frames:

@@ -47,6 +47,10 @@ class Positions:
         base: ``sine``: tokens per side of a square sample. The tokens of any other size are spread
             over the same range.
         stretch: ``sine``: number of tokens within a distance of 1, for a sample of ``base``.
+        table: ``sine``: tokens per side of a square table of which every sample shows the middle,
+            so that its tokens are as far apart at every size; 0 if there is no such table, and
+            samples are spread over the range of ``base``.
+        origin: ``sine``: position of the first token of that table.
         widths: ``rotary``: values of a head that each axis turns; even, and their sum is the width
             of a head. Leading axes that a sample does not have turn by nothing.
         theta: ``rotary``: base of the frequencies.
@@ -57,7 +61,9 @@ class Positions:
 
     kind: Literal["sine", "rotary"]
     base: Annotated[int, Meta(ge=0)] = 0
-    stretch: float = 1.0
+    stretch: Annotated[float, Meta(gt=0)] = 1.0
+    table: SizeOrZero = 0
+    origin: float = 0.0
     widths: tuple[int, ...] = ()
     theta: float = 10_000.0
     centered: bool = False
@@ -114,6 +120,7 @@ class ModelSpec:
         pooled_channels: width of the pooled embedding of a caption that the conditioning reads, or
             0.
         embedded_guidance: whether the conditioning reads a guidance scale.
+        qk_norm: whether attention normalises queries and keys, in families of which some models do.
         guidance_norm: what guidance keeps of the conditional output: ``none``, or the norm of each
             ``token``, its C * patch * patch values.
         token_multiple: a sample must have a multiple of this many tokens.
@@ -146,6 +153,7 @@ class ModelSpec:
     blocks: Annotated[tuple[Blocks, ...], Meta(max_length=MAX_BLOCKS)] = ()
     pooled_channels: SizeOrZero = 0
     embedded_guidance: bool = False
+    qk_norm: bool = False
     guidance_norm: Literal["none", "token"] = "none"
     token_multiple: Size = 1
 

@@ -105,6 +105,7 @@ class DiffusersFolder:
         spec_from_config: reads the sizes from ``config.json``.
         state_from_diffusers: renames the tensors to the public layout.
         layers: names of the layers in both layouts, for LoRAs.
+        even_sigmas: whether the pipelines give their scheduler T even noise levels from 1 to 1 / T.
     """
 
     pipelines: tuple[str, ...]
@@ -113,6 +114,21 @@ class DiffusersFolder:
     spec_from_config: SpecFromConfig
     state_from_diffusers: StateFromDiffusers
     layers: LayersInDiffusers = no_other_names
+    even_sigmas: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class OtherLayout:
+    """Another layout in which single files of a family exist.
+
+    Attributes:
+        telling_tensors: tensor names that together identify the layout.
+        state: renames the tensors of such a file to the public layout. It raises ModelError if
+            tensors are missing, unexpected or of another shape.
+    """
+
+    telling_tensors: frozenset[str]
+    state: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +145,7 @@ class Architecture:
         positions: returns the positions from which the model's table was made, for samples of other
             sizes. A family whose spec has positions needs none.
         folder: how diffusers saves the family, or None if diffusers does not have it.
+        other_layout: another layout of its single files, or None.
     """
 
     name: str
@@ -138,7 +155,19 @@ class Architecture:
     graph_kinds: GraphKinds
     positions: Callable[[ModelSpec], Positions]
     folder: DiffusersFolder | None = None
+    other_layout: OtherLayout | None = None
 
     def matches(self, names: Sequence[str]) -> bool:
         """Whether these are the tensor names of a checkpoint of the family in its public layout."""
         return bool(self.telling_tensors) and self.telling_tensors <= set(names)
+
+    def in_public_layout(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The tensors of a file of the family, renamed if they have the other layout.
+
+        Raises:
+            ModelError: the layout is the other one, but the tensors do not fit it.
+        """
+        other = self.other_layout
+        if other is None or not other.telling_tensors <= tensors.keys():
+            return tensors
+        return other.state(tensors)

@@ -120,6 +120,8 @@ def _sampler_to_fields(table: SamplerTable) -> dict[str, Any]:
     fields["head"] = head and {**asdict(head.form), "cfg_scales": head.cfg_scales}
     if table.start == 1:  # files that older versions wrote have no start
         del fields["start"]
+    if table.size_shift is None:
+        del fields["size_shift"]
     return fields
 
 

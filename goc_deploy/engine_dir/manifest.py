@@ -209,7 +209,7 @@ class Manifest:
     @property
     def process(self) -> Process:
         """The diffusion process that the model was trained on."""
-        return Process(self.model.prediction_type, self.scheduler)
+        return Process(self.model.prediction_type, self.scheduler, self.model.tokens)
 
     def predict_graph(self, signature: str) -> GraphEntry:
         """Return the entry of a predict graph, which has no weights, named after its file."""

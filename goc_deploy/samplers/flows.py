@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Annotated
+
+from msgspec import Meta
 
 from goc_deploy.errors import UsageError
 from goc_deploy.samplers.process import TRAIN_STEPS
@@ -19,6 +23,52 @@ FLOW_SAMPLERS = (EULER, UNIPC)
 SHIFT = "shift="
 MAX_SHIFT = 1000.0
 LEAST_SIGNAL = 1e-6  # at the first step of UniPC, whose log-SNR would be infinite without a signal
+
+
+@dataclass(frozen=True, slots=True)
+class SizeShift:
+    """A shift of the noise levels that depends on the number of tokens of an image.
+
+    The logarithm of the shift is a linear function of the number of tokens, which is given at two
+    points. The field names are those of diffusers' ``FlowMatchEulerDiscreteScheduler``.
+
+    Attributes:
+        base_shift: logarithm of the shift for ``base_image_seq_len`` tokens.
+        max_shift: logarithm of the shift for ``max_image_seq_len`` tokens.
+        base_image_seq_len: number of tokens of a small image.
+        max_image_seq_len: number of tokens of a large image.
+        shift_terminal: the noise level at the last step, to which all levels are then stretched; 0
+            if they are not.
+    """
+
+    base_shift: Annotated[float, Meta(ge=-10, le=10)] = 0.5
+    max_shift: Annotated[float, Meta(ge=-10, le=10)] = 1.15
+    base_image_seq_len: Annotated[int, Meta(ge=0, le=10**6)] = 256
+    max_image_seq_len: Annotated[int, Meta(ge=1, le=10**6)] = 4096
+    shift_terminal: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+
+    def __post_init__(self) -> None:
+        if self.max_image_seq_len <= self.base_image_seq_len:
+            raise ValueError(
+                f"max_image_seq_len is {self.max_image_seq_len}, expected more than "
+                f"base_image_seq_len, {self.base_image_seq_len}"
+            )
+
+    def exponent(self, tokens: int) -> float:
+        """The logarithm of the shift for images of some tokens."""
+        slope = (self.max_shift - self.base_shift) / (
+            self.max_image_seq_len - self.base_image_seq_len
+        )
+        return self.base_shift + slope * (tokens - self.base_image_seq_len)
+
+    def sigmas(self, steps: int, tokens: int) -> list[float]:
+        """The noise level at each of T steps, from 1, for images of some tokens."""
+        shift = math.exp(self.exponent(tokens))
+        sigmas = [shifted(1 - k / steps, shift) for k in range(steps)]
+        if not self.shift_terminal or steps == 1:
+            return sigmas
+        stretch = (1 - self.shift_terminal) / (1 - sigmas[-1])
+        return [1 - (1 - sigma) * stretch for sigma in sigmas]
 
 
 def flow_family(sampler: str) -> str:

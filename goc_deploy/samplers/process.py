@@ -13,6 +13,9 @@ from goc_deploy.errors import UsageError
 
 TRAIN_STEPS = 1000
 BETA_FIRST, BETA_LAST = 1e-4, 0.02
+# Key of a scheduler's settings. It is true if the pipeline gives the scheduler T even noise levels
+# from 1 to 1 / T, and the shift for the size of the image.
+EVEN_SIGMAS = "even_sigmas"
 BETA_MOST = 0.999  # largest beta of the cosine schedule
 
 
@@ -22,13 +25,15 @@ class Process:
 
     Attributes:
         prediction_type: prediction type, one of `goc_deploy.spec.PREDICTION_TYPES`.
-        scheduler: content of ``scheduler/scheduler_config.json`` in the model's folder, or None
-            without one. Then the betas are linear, from 1e-4 to 0.02 over 1000 steps, as for DiT
-            and PixArt.
+        scheduler: content of ``scheduler/scheduler_config.json`` in the model's folder, and
+            `EVEN_SIGMAS` if that is true; None if there is no such file. Then the betas are linear,
+            from 1e-4 to 0.02 over 1000 steps, as for DiT and PixArt.
+        tokens: tokens of an image of the usual size, for schedulers whose steps depend on it.
     """
 
     prediction_type: str
     scheduler: Mapping[str, Any] | None = None
+    tokens: int = 0
 
     def signal(self) -> list[float]:
         """Share of the clean sample's variance at each training timestep (alphas_cumprod).

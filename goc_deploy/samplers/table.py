@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from goc_deploy.samplers.flows import (
+    EULER,
     LEAST_SIGNAL,
     UNIPC,
+    SizeShift,
     flow_family,
     unipc_updates,
 )
@@ -52,6 +54,8 @@ class SamplerTable:
         start: weight of the standard normal noise that becomes x[0]. It is not 1 if a scheduler
             scales the model's input, because x is always the model's input.
         head: the correction that is added to x[k+1], or None.
+        size_shift: how timesteps and weights depend on the number of tokens of an image, or None if
+            they do not; see `at`.
     """
 
     sampler: str
@@ -65,6 +69,14 @@ class SamplerTable:
     lag_coefficients: tuple[tuple[float, ...], ...]
     start: float = 1.0
     head: Head | None = None
+    size_shift: SizeShift | None = None
+
+    def at(self, tokens: int) -> SamplerTable:
+        """The table for images of some tokens; itself if it is the same for all images."""
+        if self.size_shift is None:
+            return self
+        table = size_table(self.size_shift, self.steps, tokens)
+        return replace(table, sampler=self.sampler, head=self.head)
 
     @property
     def steps(self) -> int:
@@ -176,6 +188,13 @@ def flow_table(sampler: str, timesteps: Sequence[float], prediction: str) -> Sam
         estimate=tuple((1.0, clean - time) for time in times),
         lag_coefficients=((),) * len(times),
     )
+
+
+def size_table(size_shift: SizeShift, steps: int, tokens: int) -> SamplerTable:
+    """Make the table of Euler steps whose noise levels depend on the number of tokens."""
+    sigmas = size_shift.sigmas(steps, tokens)
+    table = flow_table(EULER, [TRAIN_STEPS * sigma for sigma in sigmas], "flow_to_noise")
+    return replace(table, size_shift=size_shift)
 
 
 def _table(

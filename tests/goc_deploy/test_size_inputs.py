@@ -28,6 +28,23 @@ def test_a_table_is_that_of_diffusers(rows: int, columns: int, stretch: float) -
     np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore")  # of diffusers about itself
+@pytest.mark.parametrize(("rows", "columns"), [(4, 7), (9, 9), (1, 2)])
+def test_a_sample_shows_the_middle_of_a_table_as_in_diffusers(rows: int, columns: int) -> None:
+    embeddings = pytest.importorskip(
+        "diffusers.models.embeddings", reason="diffusers comes with the judges extra"
+    )
+    theirs = embeddings.PatchEmbed(12, 12, 2, 4, 24, pos_embed_max_size=9)
+    spec = ModelSpec(
+        1, 24, 3, 96, 2, (rows, columns), 4, 10, False,
+        positions=Positions("sine", stretch=9 / 6, table=9), max_grid=(9, 9),
+    )  # fmt: skip
+    expected = theirs.cropped_pos_embed(2 * rows, 2 * columns)[0].numpy()
+    found = size_tensors(spec)["positions"]
+    assert found.shape == size_shapes(spec)["positions"]
+    np.testing.assert_allclose(found.reshape(-1, 24), expected, atol=1e-6)
+
+
 @given(st.tuples(COUNTS, COUNTS, COUNTS), st.data())
 def test_products_depend_on_distances_alone(
     axes: tuple[int, int, int], data: st.DataObject

@@ -24,33 +24,16 @@ from goc_deploy.exporters.units import GraphKind
 from goc_deploy.size_inputs import size_tensors
 from goc_deploy.spec import ModelSpec
 from tests.distances import relative_l2
+from tests.qwen_folder import LENGTHS, random_qwen
 
-CONFIG: dict[str, Any] = {
-    "num_attention_heads": 3,
-    "attention_head_dim": 32,
-    "axes_dims_rope": (4, 14, 14),
-    "joint_attention_dim": 40,
-    "num_layers": 3,
-}
-LENGTHS = (9, 5)  # tokens of the two captions
 GRIDS = [(3, 5), (4, 2)]
 diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the judges extra")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers about itself
 
 
-def tiny_judge() -> Any:
-    """A random model of diffusers."""
-    torch.manual_seed(0)
-    model = diffusers.QwenImageTransformer2DModel(**CONFIG).eval()
-    for name, parameter in model.named_parameters():
-        norm = "norm" in name and name.endswith("weight") and parameter.ndim == 1
-        parameter.data.normal_(1.0 if norm else 0.0, 0.1)
-    return model
-
-
 @pytest.fixture(scope="module")
 def judge() -> Any:
-    return tiny_judge()
+    return random_qwen()
 
 
 def tiny(grid: tuple[int, int] = GRIDS[0]) -> ModelSpec:

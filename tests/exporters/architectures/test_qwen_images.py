@@ -23,9 +23,10 @@ from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec
 from tests.distances import relative_l2
-from tests.exporters.architectures.test_qwen import packed, tiny_judge, unpacked
+from tests.exporters.architectures.test_qwen import packed, unpacked
 from tests.exporters.companions.test_qwen_vae import CONFIG as VAE
 from tests.pixart_reference import Cache
+from tests.qwen_folder import random_qwen
 from tests.reference import table_step
 
 PLANS = ("none", "fora:2", "fora:2+gc:1.0", "fora:3+lagrange:2", "fora:10")
@@ -42,7 +43,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers about itself
 
 @pytest.fixture(scope="module")
 def judge() -> Any:
-    return tiny_judge()
+    return random_qwen()
 
 
 @pytest.fixture(scope="module")

@@ -118,29 +118,39 @@ def tiled(model: Path, vae: Path) -> Path:
     return model.parent / "tiled"
 
 
-def whole_decoder(folder: Path) -> VaeDecoder:
-    found = read_vae_folder(folder, SPEC)
+def whole_decoder(folder: Path, spec: ModelSpec = SPEC) -> VaeDecoder:
+    found = read_vae_folder(folder, spec)
     module = VaeDecoder(found.config).eval()
     module.load_state_dict(found.checkpoint.tensors)
     return module
 
 
+SIXTEEN = {  # as the VAE of Stable Diffusion 3 and FLUX.1
+    "latent_channels": 16,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "use_post_quant_conv": False,
+    "use_quant_conv": False,
+}
+
+
 @pytest.mark.filterwarnings("ignore")  # of diffusers about itself
-def test_pixels_are_those_of_diffusers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{}, SIXTEEN], ids=["4 channels", "16 channels"])
+def test_pixels_are_those_of_diffusers(tmp_path: Path, changes: dict[str, Any]) -> None:
     diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the judges extra")
     torch.manual_seed(2)
-    judge = diffusers.AutoencoderKL(
-        **{k: v for k, v in CONFIG.items() if not k.startswith("_")}
-    ).eval()
+    settings = {k: v for k, v in CONFIG.items() if not k.startswith("_")} | changes
+    judge = diffusers.AutoencoderKL(**settings).eval()
     for parameter in judge.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape)
     judge.save_pretrained(tmp_path / "vae")
-    latents = torch.randn(3, 4, 8, 8)
+    latents = torch.randn(3, judge.config.latent_channels, 8, 8)
     with torch.inference_mode():
         expected = judge.decode(
             latents / judge.config.scaling_factor + judge.config.shift_factor
         ).sample.numpy()
-        found = whole_decoder(tmp_path / "vae")(latents).numpy()
+        spec = replace(SPEC, channels=judge.config.latent_channels)
+        found = whole_decoder(tmp_path / "vae", spec)(latents).numpy()
     assert relative_l2(found, expected) < 1e-5
 
 

@@ -1,0 +1,201 @@
+"""Names and shapes of the tensors of a Stable Diffusion 3, in the layout of diffusers.
+
+The authors' single files have another layout: joined queries, keys and values, and shift before
+scale in every modulation layer. Their tensors are renamed; what is split stays a view of the file.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from goc_deploy.errors import ModelError
+from goc_deploy.exporters.tracing import check_shapes
+from goc_deploy.size_inputs import places_in_table, sines
+from goc_deploy.spec import ModelSpec, Positions
+
+TABLE = "pos_embed.pos_embed"
+FREQUENCIES = 256
+ROUNDED = 2**-7  # of sines and cosines that were rounded to bfloat16
+TURNS = range(-32, 33)  # that the position of the first token of a table may be away from zero
+_BLOCK = re.compile(r"joint_blocks\.(\d{1,4})\.(x_block|context_block)\.(.+)")
+# Layers of the authors -> the layers of diffusers whose rows each one joins.
+_OUTER = {
+    "x_embedder.proj": ("pos_embed.proj",),
+    "context_embedder": ("context_embedder",),
+    "t_embedder.mlp.0": ("time_text_embed.timestep_embedder.linear_1",),
+    "t_embedder.mlp.2": ("time_text_embed.timestep_embedder.linear_2",),
+    "y_embedder.mlp.0": ("time_text_embed.text_embedder.linear_1",),
+    "y_embedder.mlp.2": ("time_text_embed.text_embedder.linear_2",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+}
+_OF_STREAM = {
+    "x_block": {
+        "adaLN_modulation.1": ("norm1.linear",),
+        "attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+        "attn.proj": ("attn.to_out.0",),
+        "attn.ln_q": ("attn.norm_q",),
+        "attn.ln_k": ("attn.norm_k",),
+        "attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+        "attn2.proj": ("attn2.to_out.0",),
+        "attn2.ln_q": ("attn2.norm_q",),
+        "attn2.ln_k": ("attn2.norm_k",),
+        "mlp.fc1": ("ff.net.0.proj",),
+        "mlp.fc2": ("ff.net.2",),
+    },
+    "context_block": {
+        "adaLN_modulation.1": ("norm1_context.linear",),
+        "attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        "attn.proj": ("attn.to_add_out",),
+        "attn.ln_q": ("attn.norm_added_q",),
+        "attn.ln_k": ("attn.norm_added_k",),
+        "mlp.fc1": ("ff_context.net.0.proj",),
+        "mlp.fc2": ("ff_context.net.2",),
+    },
+}
+
+
+def state_from_authors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an authors' single file under the names of diffusers.
+
+    A tensor that no layer of diffusers has keeps its name, and `check_tensors` refuses it.
+    """
+    state: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        parts = _parts(name)
+        rows = tensor.chunk(len(parts)) if tensor.ndim and len(tensor) % len(parts) == 0 else ()
+        state |= dict(zip(parts, rows, strict=True)) if rows else {name: tensor}
+    last = sum(name.endswith(".norm1.linear.weight") for name in state) - 1
+    for layer in ("norm_out.linear", f"transformer_blocks.{last}.norm1_context.linear"):
+        for name in (f"{layer}.weight", f"{layer}.bias"):
+            if name in state:
+                shift, scale = state[name].chunk(2)
+                state[name] = torch.cat([scale, shift])
+    return state
+
+
+def _parts(name: str) -> list[str]:
+    """The tensors of diffusers that a tensor of the authors joins, or its own name."""
+    if name == "pos_embed":
+        return [TABLE]
+    block = _BLOCK.fullmatch(name)
+    layer, _, kind = (block[3] if block else name).rpartition(".")
+    known = _OF_STREAM[block[2]] if block else _OUTER
+    prefix = f"transformer_blocks.{block[1]}." if block else ""
+    return [f"{prefix}{part}.{kind}" for part in known.get(layer, ())] or [name]
+
+
+def check_tensors(tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
+    """Check names and shapes of tensors.
+
+    Raises:
+        ModelError: tensors are missing, unexpected or of another shape; the message lists up to ten
+            of each.
+    """
+    what = f"a Stable Diffusion 3 of depth {spec.depth} and width {spec.hidden}"
+    check_shapes(tensors, shapes_from_spec(spec), what)
+
+
+def shapes_from_spec(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors of a model, those that no unit reads included."""
+    assert spec.positions is not None
+    width, patches = spec.hidden, spec.channels * spec.patch**2
+    layers = {
+        "time_text_embed.timestep_embedder.linear_1": (width, FREQUENCIES),
+        "time_text_embed.timestep_embedder.linear_2": (width, width),
+        "time_text_embed.text_embedder.linear_1": (width, spec.pooled_channels),
+        "time_text_embed.text_embedder.linear_2": (width, width),
+        "context_embedder": (width, spec.caption_channels),
+        "norm_out.linear": (2 * width, width),
+        "proj_out": (patches, width),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        TABLE: (1, spec.positions.table**2, width),
+        "pos_embed.proj.weight": (width, spec.channels, spec.patch, spec.patch),
+        "pos_embed.proj.bias": (width,),
+    }
+    for number in range(spec.depth):
+        block = f"transformer_blocks.{number}"
+        of_block, norms = _shapes_of_block(spec, number)
+        layers |= {f"{block}.{name}": shape for name, shape in of_block.items()}
+        shapes |= {f"{block}.{name}.weight": (width // spec.heads,) for name in norms}
+    for name, shape in layers.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return shapes
+
+
+def _shapes_of_block(
+    spec: ModelSpec, number: int
+) -> tuple[dict[str, tuple[int, int]], tuple[str, ...]]:
+    """The linear layers of a block, and the norms of its queries and keys."""
+    width, inner = spec.hidden, spec.mlp_hidden
+    last, dual = number == spec.depth - 1, is_dual(spec, number)
+    square = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
+    square += ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"]
+    square += [] if last else ["attn.to_add_out"]
+    square += ["attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"] if dual else []
+    layers = dict.fromkeys(square, (width, width))
+    layers["norm1.linear"] = ((9 if dual else 6) * width, width)
+    layers["norm1_context.linear"] = ((2 if last else 6) * width, width)
+    for ff in ("ff",) if last else ("ff", "ff_context"):
+        layers |= {f"{ff}.net.0.proj": (inner, width), f"{ff}.net.2": (width, inner)}
+    norms = ["attn.norm_q", "attn.norm_k", "attn.norm_added_q", "attn.norm_added_k"]
+    norms += ["attn2.norm_q", "attn2.norm_k"] if dual else []
+    return layers, tuple(norms) if spec.qk_norm else ()
+
+
+def is_dual(spec: ModelSpec, number: int) -> bool:
+    """Whether a block has a second attention, of image tokens alone."""
+    return "gate_2" in [feature.gate for feature in spec.block_units[number][0].features]
+
+
+def positions_from_table(table: Tensor) -> Positions:
+    """The positions from which a table of sines and cosines was made.
+
+    Public models do not document the distance and the origin of theirs, so both are measured: the
+    fastest sines and cosines are the position itself, up to whole turns.
+
+    Args:
+        table: (1, side * side, D) in any float dtype.
+
+    Raises:
+        ModelError: the table is not square, or not made of sines of even distances.
+    """
+    side = math.isqrt(table.shape[1])
+    if table.shape[1] != side**2 or side < 2 or table.shape[2] % 4:
+        raise ModelError(
+            f"{TABLE} is {tuple(table.shape)}, expected (1, side * side, width) with a width that "
+            "4 divides"
+        )
+    width = table.shape[2] // 2
+    grid = table.reshape(side, side, 2 * width)
+    columns = grid[0, :, :width].double().numpy()
+    angles = np.unwrap(np.arctan2(columns[:, 0], columns[:, width // 2]))
+    distance, first = np.polyfit(np.arange(side), angles, 1)
+    origins = first + 2 * np.pi * np.array(TURNS)
+    origin = origins[np.abs(sines(origins, width) - columns[0]).sum(axis=1).argmin()]
+    if distance > 0:
+        stretch, origin = round(1 / distance, 6), round(float(origin), 6)
+        positions = Positions("sine", stretch=stretch, table=side, origin=origin)
+        if _is_made_of(grid, positions):
+            return positions
+    raise ModelError(
+        f"the position table {TABLE} was learned: it has no sines of even distances; such a model "
+        "is not supported"
+    )
+
+
+def _is_made_of(grid: Tensor, positions: Positions) -> bool:
+    """Whether a table (side, side, D) shows these positions; it is compared row by row."""
+    side, _, hidden = grid.shape
+    axis = torch.from_numpy(sines(places_in_table(side, positions), hidden // 2)).float()
+    return all(
+        bool((row.float() - torch.cat([axis, own.expand_as(axis)], dim=1)).abs().max() < ROUNDED)
+        for row, own in zip(grid, axis, strict=True)
+    )
