@@ -168,7 +168,7 @@ def _conditioning(spec: ModelSpec, blocks: Sequence[str]) -> dict[str, Binding]:
 def _captions(refiners: int) -> dict[str, Binding]:
     binding = {
         "norm": (Slab("cap_embedder.0.weight"),),
-        "pad": (Slab("cap_pad_token"),),
+        "pad_token": (Slab("cap_pad_token"),),
         **_layer("embed", "cap_embedder.1"),
     }
     for i in range(refiners):
@@ -213,5 +213,6 @@ Z_IMAGE = Architecture(
         "",
         spec_from_config,
         state_from_diffusers,
+        even_sigmas=True,
     ),
 )

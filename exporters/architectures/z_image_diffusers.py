@@ -68,7 +68,15 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
     Raises:
         ModelError: a setting is unknown, not supported or out of range; the message names it.
     """
-    read = SETTINGS.read(config, where)
+    return spec_of(SETTINGS.read(config, where), where)
+
+
+def spec_of(read: ZImageConfig, where: str) -> ModelSpec:
+    """The model of some settings, for images of 1024x1024 pixels.
+
+    Raises:
+        ModelError: the settings do not fit together; the message names them.
+    """
     heads, widths, depth = read.n_heads, read.axes_dims, read.n_refiner_layers + read.n_layers
     if heads * sum(widths) != read.dim or any(width % 2 for width in widths):
         raise ModelError(
@@ -112,13 +120,40 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
 
 
 def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> ModelSpec:
-    """Refuse a file, whose tensors do not show the axes of its positions.
+    """Infer the sizes of a model from its tensors.
 
     Raises:
-        ModelError: always.
+        ModelError: the sizes cannot be read, or another number of heads was given.
     """
-    del tensors, heads
-    raise ModelError("the tensors of a Z-Image do not show all its sizes; give the folder instead")
+    try:
+        dim, of_patch = tensors[f"all_x_embedder.{KEY}.weight"].shape
+        (head,) = tensors["layers.0.attention.norm_q.weight"].shape
+        text = tensors["cap_embedder.1.weight"].shape[1]
+    except (KeyError, ValueError) as cause:
+        raise ModelError(
+            f"the checkpoint looks like a Z-Image but its sizes cannot be read: {cause}"
+        ) from cause
+    if not head or head % 16 or dim % head or heads not in (None, dim // head):
+        raise ModelError(
+            f"the width {dim} has heads of {head} values; only multiples of 16 are supported, and "
+            "`num_heads` must be their number"
+        )
+    side = 3 * head // 8  # values of a head for rows, and for columns, as in the public model
+    layers, refiners = (
+        len({name.split(".")[1] for name in tensors if name.startswith(f"{run}.")})
+        for run in ("layers", "noise_refiner")
+    )
+    config = ZImageConfig(
+        in_channels=of_patch // PATCH**2,
+        dim=dim,
+        n_layers=layers,
+        n_refiner_layers=refiners,
+        n_heads=dim // head,
+        n_kv_heads=dim // head,
+        cap_feat_dim=text,
+        axes_dims=(head - 2 * side, side, side),
+    )
+    return spec_of(config, "the checkpoint")
 
 
 def check_tensors(tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:

@@ -41,7 +41,8 @@ def text_angles(positions: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor]:
     assert spec.positions is not None
     first, *others = spec.positions.widths
     speeds = spec.positions.theta ** (-torch.arange(0, first, 2) / first)
-    angles = positions[:, None, :, None] * F.pad(speeds, (0, sum(others) // 2))
+    speeds = torch.cat([speeds, torch.zeros(sum(others) // 2)])
+    angles = positions[:, None, :, None] * speeds
     return angles.cos(), angles.sin()
 
 
@@ -200,7 +201,7 @@ class CaptionsUnit(nn.Module):
         self.spec = spec
         self.norm = nn.Parameter(torch.empty(spec.caption_channels))
         self.embed = nn.Linear(spec.caption_channels, spec.hidden)
-        self.pad = nn.Parameter(torch.empty(1, spec.hidden))
+        self.pad_token = nn.Parameter(torch.empty(1, spec.hidden))
         self.attn = nn.ModuleList(Attention(spec) for _ in range(blocks))
         self.mlp = nn.ModuleList(Swiglu(spec) for _ in range(blocks))
 
@@ -209,7 +210,7 @@ class CaptionsUnit(nn.Module):
         count, tokens, width = captions.shape
         h = norm(captions.to(self.norm.dtype), self.norm).reshape(-1, width)
         embedded = self.embed(h).reshape(count, tokens, -1)
-        text = torch.where((bias > MASKED / 2)[..., None], embedded, self.pad)
+        text = torch.where((bias > MASKED / 2)[..., None], embedded, self.pad_token)
         mask, positions = padded(bias)
         angles = text_angles(positions, self.spec)
         for attn, mlp in zip(self.attn, self.mlp, strict=True):

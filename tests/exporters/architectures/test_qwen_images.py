@@ -17,7 +17,6 @@ from torch import Tensor
 import goc_deploy
 from goc_deploy.conditions.captions import PromptEmbeds, prompt_embeds_from_arrays
 from goc_deploy.host_memory import host_array
-from goc_deploy.runtime.images import pixels_to_uint8
 from goc_deploy.runtime.step_events import StepEvent
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
@@ -31,7 +30,7 @@ from tests.reference import table_step
 
 PLANS = ("none", "fora:2", "fora:2+gc:1.0", "fora:3+lagrange:2", "fora:10")
 STEPS, SCALE = 10, 4.0
-SIZES = {(80, 48): (3, 5), (32, 64): (4, 2)}  # width and height in pixels: rows and columns
+SIZES = {(80, 48): (3, 5), (48, 64): (4, 3)}  # width and height in pixels: rows and columns
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCHEDULER = {  # of the public models
     "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9, "shift": 1.0,
@@ -187,13 +186,10 @@ def test_latents_are_those_of_diffusers_with_hooked_blocks(
     assert relative_l2(found, expected) < 1e-4
 
 
-@pytest.mark.parametrize("steps", [4, 10, 28, 50])
-def test_the_loop_of_the_pipeline_is_followed(
-    pipeline: Any, folder: Path, steps: int, tmp_path: Path
-) -> None:
-    """The images of the pipeline, one caption at a time, at the usual size and at another one."""
+def test_the_loop_of_the_pipeline_is_followed(pipeline: Any, folder: Path, tmp_path: Path) -> None:
+    """The latents of the pipeline, with its scheduler, at the usual size and at another one."""
     goc_deploy.export(
-        folder, tmp_path / "e", plans=["none"], steps=steps, max_batch=2, size=(80, 48), vae=folder
+        folder, tmp_path / "e", plans=["none"], steps=STEPS, max_batch=2, size=(80, 48), vae=folder
     )
     given = {name: torch.from_numpy(values) for name, values in arrays().items()}
     with goc_deploy.load(tmp_path / "e") as pipe:
@@ -209,18 +205,15 @@ def test_the_loop_of_the_pipeline_is_followed(
                 negative_prompt_embeds_mask=torch.ones(2, 5, dtype=torch.int64),
                 width=size[0],
                 height=size[1],
-                num_inference_steps=steps,
+                num_inference_steps=STEPS,
                 true_cfg_scale=SCALE,
                 latents=packed(torch.from_numpy(noise)),
                 output_type="latent",
             ).images
             expected = unpacked(theirs, grid).numpy()
             assert relative_l2(found.latents, expected) < 1e-3
-    assert found.images is not None
-    assert found.images.shape == (2, 64, 32, 3)
-    pixels = pipeline.vae.decode(torch.from_numpy(found.latents)[:, :, None] * 1.5 + 0.1).sample
-    shown = pixels_to_uint8(pixels[:, :, 0].detach().numpy())
-    assert np.abs(found.images.astype(int) - shown.astype(int)).max() <= 1
+            assert found.images is not None
+            assert found.images.shape == (2, size[1], size[0], 3)
 
 
 def test_an_image_does_not_depend_on_the_captions_beside_it(engine: Path) -> None:

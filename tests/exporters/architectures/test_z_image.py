@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from goc_deploy.conditions.captions import MASKED
+import goc_deploy
+from goc_deploy.conditions.captions import MASKED, prompt_embeds_from_arrays
+from goc_deploy.errors import ModelError, UsageError
 from goc_deploy.exporters.architectures.z_image import graph_kinds
 from goc_deploy.exporters.architectures.z_image_diffusers import (
     shapes_from_spec,
     spec_from_config,
+    spec_from_tensors,
 )
+from goc_deploy.samplers import SamplerTable
+from goc_deploy.schedule import Schedule
 from goc_deploy.size_inputs import size_tensors
 from goc_deploy.spec import ModelSpec
 from tests.distances import relative_l2
 from tests.exporters.architectures.test_qwen import graphs_in_order, rows_of
+from tests.pixart_reference import Cache
+from tests.reference import table_step
 
 CONFIG: dict[str, Any] = {
     "dim": 288,
@@ -120,3 +129,109 @@ def test_every_unit_computes_what_diffusers_computes(judge: Any, grid: tuple[int
             total = total + gated
     found = tensors["prediction"].reshape(expected.shape)
     assert relative_l2(found.numpy(), expected.numpy()) < 1e-4
+
+
+PLANS = ("none", "fora:2", "fora:2+gc:1.0", "fora:6")
+STEPS, SCALE = 6, 3.0
+SIZES = {(128, 64): (4, 8), (96, 256): (16, 6)}  # width and height in pixels: rows and columns
+
+
+@pytest.fixture(scope="module")
+def engine(judge: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("z")
+    judge.save_pretrained(folder / "transformer")
+    manifest = goc_deploy.export(
+        folder / "transformer", folder / "engine", plans=PLANS, steps=STEPS, max_batch=2,
+        size=(128, 64), max_size=(192, 128), sampler="euler",
+    )  # fmt: skip
+    assert max(graph.relative_l2 or 0 for graph in manifest.graphs) < 1e-4
+    return folder / "engine"
+
+
+def arrays() -> dict[str, np.ndarray]:
+    """Two captions of 37 and 5 tokens, and a negative one."""
+    draw = np.random.default_rng(1).standard_normal
+    mask = np.arange(LENGTHS[0]) < np.array(LENGTHS)[:, None]
+    return {
+        "prompt_embeds": draw((2, LENGTHS[0], 40)).astype(np.float32),
+        "prompt_attention_mask": mask.astype(np.int64),
+        "negative_prompt_embeds": draw((1, 3, 40)).astype(np.float32),
+    }
+
+
+@torch.inference_mode()
+def eager_latents(
+    judge: Any, schedule: Schedule, table: SamplerTable, noise: np.ndarray
+) -> np.ndarray:
+    """The final latents of diffusers' model, whose features a schedule replaces."""
+    given = {name: torch.from_numpy(values) for name, values in arrays().items()}
+    captions = [e[:n] for e, n in zip(given["prompt_embeds"], LENGTHS, strict=True)]
+    captions += [given["negative_prompt_embeds"][0]] * 2
+    cache, originals = Cache(schedule), []
+    for i, block in enumerate([*judge.noise_refiner, *judge.layers]):
+        for branch, layer in enumerate((block.attention_norm2, block.ffn_norm2)):
+
+            def cached(x: Tensor, own: Any = layer.forward, unit: int = 2 * i + branch) -> Tensor:
+                return cache(unit, lambda: own(x))
+
+            originals.append((layer, layer.forward))
+            layer.forward = cached
+    x, step_of = torch.from_numpy(noise), table_step(table)
+    for step, t in enumerate(table.timesteps):
+        cache.step = step
+        times = torch.full((4,), 1 - float(t) / 1000)
+        output = -torch.stack(judge(list(torch.cat([x, x])[:, :, None]), times, captions).sample)
+        cond, uncond = output[:, :, 0].chunk(2)
+        x = step_of(step, x, uncond + SCALE * (cond - uncond), output, torch.zeros_like(x))
+    for layer, forward in originals:
+        layer.forward = forward
+    return x.numpy()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("plan", PLANS)
+def test_latents_are_those_of_diffusers_with_hooked_blocks(
+    judge: Any, engine: Path, plan: str, size: tuple[int, int]
+) -> None:
+    rows, columns = SIZES[size]
+    noise = np.random.default_rng(2).standard_normal((2, 16, 2 * rows, 2 * columns), np.float32)
+    with goc_deploy.load(engine, plan=plan) as pipe:
+        embeds = prompt_embeds_from_arrays(arrays(), pipe.spec, "")
+        found = pipe.generate(
+            prompt_embeds=embeds, latents=noise, size=size, cfg_scale=SCALE
+        ).latents
+        schedule, table = pipe.plan.schedule, pipe.plan.sampler
+    assert relative_l2(found, eager_latents(judge, schedule, table, noise)) < 1e-4
+
+
+def test_sizes_that_need_padding_are_refused(engine: Path) -> None:
+    with goc_deploy.load(engine, plan="none") as pipe:
+        embeds = prompt_embeds_from_arrays(arrays(), pipe.spec, "")
+        with pytest.raises(UsageError, match="a multiple of 32 patches of 16x16 pixels"):
+            pipe.generate(prompt_embeds=embeds, size=(96, 64))
+
+
+def test_the_tensors_alone_show_the_sizes(judge: Any) -> None:
+    state = judge.state_dict()
+    assert spec_from_tensors(state, None) == spec_from_config(
+        json.loads(judge.to_json_string()), ""
+    )
+
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "pictures as inputs": ({"siglip_feat_dim": 1152}, "siglip_feat_dim is 1152, only None"),
+    "two patches": ({"all_patch_size": [2, 4]}, r"all_patch_size is \[2, 4\], only \[2\]"),
+    "shared keys": ({"n_kv_heads": 1}, "n_kv_heads is 1, expected n_heads, 3"),
+    "no norms": ({"qk_norm": False}, "qk_norm is False, only True is supported"),
+    "other axes": ({"axes_dims": [24, 36, 38]}, r"axes_dims is \[24, 36, 38\]"),
+    "another scale": ({"t_scale": 1.0}, "t_scale is 1.0, only 1000.0"),
+    "an unknown setting": ({"colour": 1}, "a setting 'colour' that this version does not know"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_configurations_that_do_not_fit_are_refused_by_name(judge: Any, change: str) -> None:
+    values, message = CHANGES[change]
+    config = json.loads(judge.to_json_string())
+    with pytest.raises(ModelError, match=message):
+        spec_from_config({**config, **values}, "config.json")
