@@ -12,13 +12,13 @@ from goc_deploy.compiler import Plan
 from goc_deploy.precision import DTYPE_OF_PRECISION, ITEM_BYTES, Precision
 from goc_deploy.protocols import Backend, Buffer
 from goc_deploy.runtime.constants import (
-    aligned_rows,
     aligned_size,
     constants_from_plan,
+    timesteps_from_plan,
     views_of_step,
 )
 from goc_deploy.runtime.head_buffers import HeadBuffers, allocate_head_buffers, head_bytes
-from goc_deploy.runtime.lookahead import Lookahead, chunk_steps, lookahead_of, table_steps
+from goc_deploy.runtime.lookahead import Lookahead, lookahead_of, table_steps
 from goc_deploy.runtime.text_buffers import TextBuffers, allocate_text_buffers, text_bytes
 from goc_deploy.size_inputs import size_shapes
 from goc_deploy.spec import ModelSpec
@@ -263,8 +263,6 @@ def allocate_buffers(
 
     table = plan.sampler
     whole = table_steps(plan, lookahead, chunk)
-    chunks = [chunk_steps(plan, lookahead, first, chunk) for first in range(0, plan.steps, chunk)]
-    timesteps = [[table.timesteps[step] for step in steps] for steps in chunks]
     noise = (
         new(plan.steps * aligned_size(capacity * image))
         if table.stochastic
@@ -298,7 +296,7 @@ def allocate_buffers(
         sampler_rows=sampler_rows,
         coefficients=coefficients,
         shared=shared,
-        timesteps=constant(aligned_rows([row + [0.0] * (whole - len(row)) for row in timesteps])),
+        timesteps=constant(timesteps_from_plan(plan, chunk)),
         guidance=new(capacity * spec.channels),
         embedded_guidance=new(1),
         labels=new(capacity + 1, dtype="int64"),

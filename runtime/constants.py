@@ -14,6 +14,7 @@ import numpy as np
 from goc_deploy.compiler import Accumulate, Launch, Plan, Predict
 from goc_deploy.precision import DTYPE_BYTES
 from goc_deploy.protocols import ALIGNMENT, Buffer
+from goc_deploy.runtime.lookahead import chunk_steps, lookahead_of, table_steps
 from goc_deploy.samplers.head_features import head_weights
 
 Numbers = Sequence[float] | np.ndarray
@@ -58,6 +59,20 @@ def constants_from_plan(plan: Plan) -> np.ndarray:
     steps = [step_rows(plan, step) for step in range(plan.steps)]
     size = max(sum(aligned_size(len(row)) for row in rows) for rows in steps)
     return np.stack([aligned_rows(rows, size) for rows in steps])
+
+
+def timesteps_from_plan(plan: Plan, chunk: int) -> np.ndarray:
+    """The timesteps of each chunk of the modulation table, float32, each at an aligned address.
+
+    Args:
+        plan: the plan.
+        chunk: number of steps of a chunk.
+    """
+    lookahead = lookahead_of(plan)
+    whole, told = table_steps(plan, lookahead, chunk), plan.sampler.timesteps
+    chunks = [chunk_steps(plan, lookahead, first, chunk) for first in range(0, plan.steps, chunk)]
+    rows = [[told[step] for step in steps] for steps in chunks]
+    return aligned_rows([row + [0.0] * (whole - len(row)) for row in rows])
 
 
 def views_of_step(

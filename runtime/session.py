@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -25,6 +25,7 @@ from goc_deploy.protocols import Backend, Run, Stream
 from goc_deploy.runtime.binding import Binder, Engines
 from goc_deploy.runtime.bound import BoundLaunch, BoundPlan, BoundStep
 from goc_deploy.runtime.buffers import allocate_buffers
+from goc_deploy.runtime.constants import constants_from_plan, timesteps_from_plan
 from goc_deploy.runtime.request import Batch, Inputs, Request, prepared
 from goc_deploy.runtime.shared_binding import SharedBinder
 from goc_deploy.size_inputs import size_tensors
@@ -250,7 +251,17 @@ class Session:
             return
         for name, values in size_tensors(spec).items():
             self._stream.upload(values, self._buffers.of_size[name].view(*values.shape))
+        if self._plan.sampler.size_shift is not None:
+            self._upload_steps(spec)
         self._axes = spec.axes
+
+    def _upload_steps(self, spec: ModelSpec) -> None:
+        """Upload the numbers of the sampler for a size; the plan has those of the usual one."""
+        plan, buffers = self._plan, self._buffers
+        if spec.axes != self._spec.axes:
+            plan = replace(plan, sampler=plan.sampler.at(spec.tokens))
+        self._stream.upload(constants_from_plan(plan), buffers.constants)
+        self._stream.upload(timesteps_from_plan(plan, buffers.chunk), buffers.timesteps)
 
     def _spec_of(self, batch: Batch) -> ModelSpec:
         """Sizes of the model for the samples of a batch."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import logging
 import sys
@@ -11,12 +10,11 @@ import warnings
 
 import torch
 import tqdm
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import goc_deploy.exporters.export  # noqa: F401 (for processes that are forked)
+from tests.torch_registry import keep_registry
 
-# torch parses the source of 500 operators of ONNX for every graph again, which takes 0.4 s.
-ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+keep_registry()
 
 
 def warm_up() -> None:

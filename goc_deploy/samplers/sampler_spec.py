@@ -103,6 +103,9 @@ def sampler_misfit(table: SamplerTable, spec: ModelSpec) -> str | None:
             f"sampler {table.sampler!r} is made for a model that predicts {table.prediction_type}, "
             f"this one predicts {spec.prediction_type}"
         )
+    other_steps = table.reach or table.stochastic or table.prediction_type != "flow_to_noise"
+    if table.size_shift is not None and other_steps:
+        return f"sampler {table.sampler!r} has steps for every size, but takes no Euler steps"
     return None
 
 

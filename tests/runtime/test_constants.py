@@ -11,7 +11,11 @@ from goc_deploy.compiler import Plan, Predict, compile_for_device, compile_for_h
 from goc_deploy.policies.grammar import parse_policy
 from goc_deploy.policies.resolve import schedule_from_policy
 from goc_deploy.protocols import ALIGNMENT, Buffer
-from goc_deploy.runtime.constants import constants_from_plan, views_of_step
+from goc_deploy.runtime.constants import (
+    constants_from_plan,
+    timesteps_from_plan,
+    views_of_step,
+)
 from goc_deploy.spec import ModelSpec
 
 SPEC = ModelSpec(4, 64, 4, 256, 2, 4, 4, 10, True)
@@ -46,3 +50,12 @@ def test_every_launch_finds_its_own_numbers_whichever_is_bound_first(
             assert buffer is not None
             expected = [c for prediction in op.predictions for c in prediction.coefficients]
             assert numbers(buffer) == np.float32(expected).tolist()
+
+
+def test_every_chunk_has_its_timesteps_at_an_aligned_address() -> None:
+    schedule = schedule_from_policy(parse_policy("none"), SPEC, 5)
+    plan = compile_for_host(schedule, SPEC)
+    rows = timesteps_from_plan(plan, 2).reshape(3, -1)
+    assert rows.shape[1] * 4 % ALIGNMENT == 0
+    told = [*plan.sampler.timesteps, 0]  # the last chunk has one step
+    np.testing.assert_array_equal(rows[:, :2].ravel(), told)
