@@ -3,8 +3,8 @@
     python benchmarks/history.py
     python benchmarks/history.py --policy fora:4+lagrange:2
 
-DiT and PixArt have one feature size. For models that cannot be exported yet, the sizes are those of
-the features of the image tokens; `two per unit` counts all their features.
+The sizes are those of the public models. `two per feature` is two entries of every feature, with
+those of the text. No plan of the table keeps features of the text.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.make_checkpoint import spec_of
 from goc_deploy.compiler import compile_for_device, compile_for_host, compile_to_sums
 from goc_deploy.policies.grammar import parse_policy
 from goc_deploy.policies.resolve import schedule_from_policy
@@ -32,50 +33,32 @@ class Model:
     """What the memory of a history depends on.
 
     Attributes:
-        name: name and size of the images.
-        depth: number of blocks, of the branches below.
-        branches: units of a block.
-        tokens: tokens of the image.
-        hidden: width of a token.
+        title: name and size of the images, for people.
+        name: name of its sizes in `benchmarks.make_checkpoint.spec_of`.
+        grid: tokens along each axis of a sample.
         rows: rows per image, two with guidance.
         steps: a usual number of steps.
-        feature_bytes: bytes of the features of all units in one row, if they differ in size.
     """
 
+    title: str
     name: str
-    depth: int
-    branches: tuple[str, ...]
-    tokens: int
-    hidden: int
+    grid: tuple[int, ...]
     rows: int
     steps: int
-    feature_bytes: float | None = None
 
     @property
-    def units(self) -> int:
-        """Number of units."""
-        return self.depth * len(self.branches)
-
-    @property
-    def one(self) -> int:
-        """Bytes of a feature in 16 bits, for all rows of an image."""
-        return 2 * self.rows * self.tokens * self.hidden
-
-    @property
-    def two_per_unit(self) -> float:
-        """Bytes of two features per unit."""
-        if self.feature_bytes is None:
-            return 2 * self.units * self.one
-        return 2 * self.rows * self.feature_bytes
+    def spec(self) -> ModelSpec:
+        """The model, for samples of this size."""
+        return spec_of(self.name, 256).at(self.grid)
 
 
-TWO, THREE = ("attn", "mlp"), ("attn", "cross", "mlp")
 MODELS = (
-    Model("DiT-XL/2 256^2", 28, TWO, 256, 1152, 2, 20),
-    Model("PixArt-XL/2 512^2", 28, THREE, 1024, 1152, 2, 20),
-    Model("FLUX.1 1024^2", 38, TWO, 4096, 3072, 1, 28, 2.15e9),
-    Model("Qwen-Image 1328^2", 60, TWO, 6889, 3072, 2, 50, 5.1e9),
-    Model("Wan 14B 1280x720, 81 frames", 40, THREE, 75600, 5120, 2, 50),
+    Model("DiT-XL/2 256^2", "XL/2", (16, 16), 2, 20),
+    Model("PixArt-XL/2 512^2", "PixArt-XL/2", (32, 32), 2, 20),
+    Model("SD3.5-Medium 1024^2", "SD3.5-Medium", (64, 64), 2, 28),
+    Model("FLUX.1-dev 1024^2", "FLUX.1-dev", (64, 64), 1, 28),
+    Model("Qwen-Image 1328^2", "Qwen-Image", (83, 83), 2, 50),
+    Model("Wan 14B 1280x720, 81 frames", "Wan-14B", (21, 45, 80), 2, 50),
 )
 
 
@@ -84,13 +67,17 @@ FORMS = (compile_for_host, compile_for_device, compile_to_sums)
 
 def row(model: Model, policy: str) -> list[str]:
     """A row of the table: the number of buffers and their gigabytes in each form."""
-    spec = ModelSpec(model.depth, 8, 2, 16, 2, 2, 4, 10, False, branches=model.branches)
+    spec = model.spec
     schedule = schedule_from_policy(parse_policy(policy), spec, model.steps)
-    forms = [compile_form(schedule, spec) for compile_form in FORMS]
+    sampler = "euler" if "flow" in spec.prediction_type else "ddim"
+    plans = [compile_form(schedule, spec, sampler) for compile_form in FORMS]
+    assert not any(plan.text_features for plan in plans)
     cells = [
-        f"{plan.cache_features}: {plan.cache_features * model.one / 1e9:.3f}" for plan in forms
+        f"{plan.cache_features}: {plan.cache_bytes(spec, model.rows, 2) / 1e9:.3f}"
+        for plan in plans
     ]
-    return [model.name, str(model.steps), policy, f"{model.two_per_unit / 1e9:.3f}", *cells]
+    naive = plans[0].naive_cache_bytes(spec, model.rows, 2)
+    return [model.title, str(model.steps), policy, f"{naive / 1e9:.3f}", *cells]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--policy", action="append", help=f"SPEC, repeatable; default {POLICIES}")
     policies = parser.parse_args(argv).policy or POLICIES
     print("one image, 16 bits; number of feature-sized buffers: their GB")
-    columns = ["model", "steps", "SPEC", "two per unit, GB", "host", "device", "sums"]
+    columns = ["model", "steps", "SPEC", "two per feature, GB", "host", "device", "sums"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for model in MODELS:
         for policy in policies:

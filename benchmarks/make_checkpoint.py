@@ -39,6 +39,7 @@ from goc_deploy.exporters.architectures.sd3_layout import shapes_from_spec as sd
 from goc_deploy.exporters.architectures.sd3_spec import spec_of as sd3_spec
 from goc_deploy.exporters.architectures.wan_diffusers import shapes_from_spec as wan_shapes
 from goc_deploy.exporters.architectures.wan_diffusers import spec_of as wan_spec
+from goc_deploy.exporters.architectures.z_image_diffusers import shapes_from_spec as z_shapes
 from goc_deploy.exporters.tracing import shapes_of
 from goc_deploy.size_inputs import size_tensors
 from goc_deploy.spec import ModelSpec
@@ -60,7 +61,13 @@ SD3_SIZES: dict[str, dict[str, Any]] = {  # blocks, heads of 64, blocks with a s
 QWEN = "Qwen-Image"
 FLUX = ("FLUX.1-dev", "FLUX.1-schnell")
 # Families with the layout of diffusers, whose public weights are bfloat16.
-SHAPES = {"wan": wan_shapes, "sd3": sd3_shapes, "qwen-image": qwen_shapes, "flux": flux_shapes}
+SHAPES = {
+    "wan": wan_shapes,
+    "sd3": sd3_shapes,
+    "qwen-image": qwen_shapes,
+    "flux": flux_shapes,
+    "z-image": z_shapes,
+}
 PIXART_SPEC = {
     "choices": 0,
     "architecture": "pixart",

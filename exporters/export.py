@@ -28,6 +28,7 @@ from goc_deploy.exporters.architectures.qwen import QWEN_IMAGE
 from goc_deploy.exporters.architectures.sd3 import SD3
 from goc_deploy.exporters.architectures.sit import SIT
 from goc_deploy.exporters.architectures.wan import WAN
+from goc_deploy.exporters.architectures.z_image import Z_IMAGE
 from goc_deploy.exporters.checkpoint import (
     Checkpoint,
     check_values,
@@ -70,7 +71,18 @@ from goc_deploy.version import __version__
 
 ARCHITECTURES = {
     family.name: family
-    for family in (DIT, PIXART, PIXART_SIGMA, SD3, SIT, WAN, FLUX, FLUX2, QWEN_IMAGE)
+    for family in (
+        DIT,
+        PIXART,
+        PIXART_SIGMA,
+        SD3,
+        SIT,
+        WAN,
+        FLUX,
+        FLUX2,
+        QWEN_IMAGE,
+        Z_IMAGE,
+    )
 }
 # Makes the laboratory of an engine directory for a sampler.
 LaboratoryMaker = Callable[[EngineDir, str, CalibrationOptions], Laboratory]

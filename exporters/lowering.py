@@ -99,6 +99,8 @@ def _as_arguments(module: nn.Module, values: Sequence[Any]) -> tuple[Any, ...]:
     if parameters[-1].kind is not inspect.Parameter.VAR_POSITIONAL:
         return tuple(values)
     named = len(parameters) - 1
+    if len(values) == named:
+        return tuple(values)
     return (*values[:named], tuple(values[named:]))
 
 

@@ -58,6 +58,11 @@ def grid_from_size(size: Any, frames: Any, spec: ModelSpec, pixels: int) -> tupl
                 f"`size` must be a width and a height that {unit} divides, got {size!r:.60}"
             )
         columns, rows = (side // unit for side in size)
+        if rows * columns % spec.token_multiple:
+            raise UsageError(
+                f"`size` must be of a multiple of {spec.token_multiple} patches of {unit}x{unit} "
+                f"pixels, got {size!r:.60}, of which there are {rows * columns}"
+            )
     most = spec.positions.table if spec.positions is not None else 0
     if most and max(rows, columns) > most:
         raise UsageError(

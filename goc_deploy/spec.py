@@ -127,6 +127,7 @@ class ModelSpec:
         qk_norm: whether attention normalises queries and keys, in families of which some models do.
         guidance_norm: what guidance keeps of the conditional output: ``none``, or the norm of each
             ``token``, its C * patch * patch values.
+        token_multiple: a sample must have a multiple of this many tokens.
     """
 
     depth: Size
@@ -158,6 +159,7 @@ class ModelSpec:
     embedded_guidance: bool = False
     qk_norm: bool = False
     guidance_norm: Literal["none", "token"] = "none"
+    token_multiple: Size = 1
 
     @property
     def axes(self) -> tuple[int, ...]:

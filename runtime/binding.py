@@ -275,6 +275,7 @@ class Binder:
         offered = {
             "captions": buffers.embeds.view(count, spec.caption_tokens, spec.caption_channels),
             "caption_rows": buffers.rows.view(self._batch.rows),
+            "bias": buffers.bias.view(count, spec.caption_tokens),
         }
         outputs: dict[str, Buffer] = {}
         if buffers.keys_values is not None:

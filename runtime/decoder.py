@@ -87,10 +87,19 @@ class LatentDecoder:
     def pixels(self, latents: np.ndarray, limits: CallLimits | None = None) -> Iterator[np.ndarray]:
         """Decode latents (N, C, H, W) float32 image by image; see `images`.
 
+        If a side is shorter than a tile, its last pixels are repeated up to the size of one.
+
         Yields:
             (channels, H*upscale, W*upscale) float32, about -1..1.
         """
         tile, overlap = self._decoder.tile, self._decoder.overlap
+        upscale, missing = self._decoder.upscale, [max(0, tile - s) for s in latents.shape[-2:]]
+        if any(missing):
+            lengths = ((0, 0), (0, 0), *((0, count) for count in missing))
+            for whole in self.pixels(np.pad(latents, lengths, "edge"), limits):
+                height, width = (side * upscale for side in latents.shape[-2:])
+                yield whole[:, :height, :width]
+            return
         height, width = latents.shape[-2:]
         rows, columns = (tile_starts(side, tile, overlap) for side in (height, width))
         places = list(product(rows, columns))

@@ -264,5 +264,6 @@ QWEN_IMAGE = Architecture(
         "",
         spec_from_config,
         state_from_diffusers,
+        even_sigmas=True,
     ),
 )

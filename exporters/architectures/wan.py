@@ -71,13 +71,13 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
     return spec_of(depth, heads, hidden // heads, ffn=ffn, channels=channels, text=text)
 
 
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float = NORM_EPSILON) -> Tensor:
     """RMS norm over the last dimension; the mean is computed in float32.
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019, equation 4.
     """
     wide = x.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPSILON)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
     return (wide * scale).to(x.dtype) * weight  # a widened weight would be folded to a constant
 
 

@@ -42,7 +42,12 @@ DEFAULTS = ExportOptions()
 @click.option("-o", "--output", type=PATH, required=True, help="Engine directory to write.")
 @click.option(
     "--model",
-    type=click.Choice(["auto", "dit", "pixart", "pixart-sigma", "sd3", "sit", "wan", "qwen-image"]),
+    type=click.Choice(
+        [
+            *("auto", "dit", "pixart", "pixart-sigma", "sd3", "sit", "wan"),
+            *("flux", "qwen-image", "z-image"),
+        ]
+    ),
     default=DEFAULTS.model,
     help="Architecture of the model; auto recognises all but sit.",
 )

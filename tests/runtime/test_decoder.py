@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -70,6 +71,15 @@ def test_a_local_decoder_gives_the_same_in_tiles() -> None:
     images = tiled.images(latents)
     assert images.dtype == np.uint8
     assert images.shape == (2, 26, 26, 3)
+
+
+@pytest.mark.parametrize("size", [(3, 13), (7, 4), (2, 3)])
+def test_an_image_may_be_smaller_than_a_tile(size: tuple[int, int]) -> None:
+    backend = OrtBackend()
+    latents = np.random.default_rng(0).standard_normal((3, 4, *size)).astype(np.float32)
+    tiled = LatentDecoder(Doubler(backend), backend, DecoderSpec(3, 2, 5, 2), SPEC)
+    expected = latents[:, :3].repeat(2, 2).repeat(2, 3)
+    np.testing.assert_allclose(np.stack(list(tiled.pixels(latents))), expected, atol=1e-6)
 
 
 @given(side=st.integers(1, 300))

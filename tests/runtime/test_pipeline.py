@@ -340,8 +340,8 @@ def test_the_report_says_what_ran(pipe: Pipeline) -> None:
         ({"labels": np.array(5)}, "labels are a list of whole numbers, got array\\(5\\)"),
         ({"labels": "12"}, "labels are a list of whole numbers, got '12'"),
         (
-            {"labels": [1], "cfg_scale": None},
-            "cfg_scale must be a number within 0..1000, or a list of one per image, got None",
+            {"labels": [1], "cfg_scale": True},
+            "cfg_scale must be a number within 0..1000, or a list of one per image, got True",
         ),
         (
             {"labels": [1], "cfg_scale": "4"},

@@ -17,6 +17,8 @@ from benchmarks.make_checkpoint import random_state as checkpoint_state
 from goc_deploy.api import build_engines
 from goc_deploy.exporters.architectures.flux_diffusers import FluxConfig
 from goc_deploy.exporters.architectures.flux_diffusers import spec_of as flux_spec
+from goc_deploy.exporters.architectures.qwen_diffusers import shapes_from_spec as qwen_shapes
+from goc_deploy.exporters.architectures.qwen_diffusers import spec_of as qwen_spec
 from goc_deploy.exporters.architectures.sd3_spec import spec_of as sd3_spec
 from goc_deploy.exporters.architectures.wan_diffusers import shapes_from_spec, spec_of
 from goc_deploy.exporters.companions.vae import VaeDecoder, vae_config
@@ -71,6 +73,22 @@ def test_every_graph_of_two_streams_builds(tmp_path: Path) -> None:
     goc_deploy.export(
         tmp_path / "sd3.safetensors", tmp_path / "engine", precision="bf16", steps=4,
         plans=["none", "fora:2+gc:1.0"], max_batch=1, size=(48, 32), max_size=(48, 48),
+    )  # fmt: skip
+    options = EngineOptions(capabilities=("8.9", "12.0"), weight_mode="shared")
+    manifest, built = build_engines(tmp_path / "engine", options, no_progress)
+    assert built == len(manifest.engines)
+    served = {graph for engine in manifest.engines for graph in engine.graphs}
+    assert {graph.onnx for graph in manifest.graphs} <= served
+
+
+def test_every_graph_of_turned_text_builds(tmp_path: Path) -> None:
+    """A Qwen-Image of a block with a text stream and a last one."""
+    spec = qwen_spec(2, 2, (4, 14, 14), channels=4, text=12)
+    state = {name: 0.1 * torch.randn(shape) for name, shape in qwen_shapes(spec).items()}
+    save_file(state, tmp_path / "qwen.safetensors")
+    goc_deploy.export(
+        tmp_path / "qwen.safetensors", tmp_path / "engine", precision="bf16", steps=4,
+        plans=["none", "fora:2+gc:1.0"], max_batch=1, size=(8, 12), max_size=(16, 16),
     )  # fmt: skip
     options = EngineOptions(capabilities=("8.9", "12.0"), weight_mode="shared")
     manifest, built = build_engines(tmp_path / "engine", options, no_progress)

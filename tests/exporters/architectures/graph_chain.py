@@ -1,17 +1,16 @@
-"""The graphs of a model with two streams, run one after the other without the runtime."""
+"""Exported graphs of a model with two streams, run one after the other without a runtime."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
+import onnxruntime as ort
 from torch import Tensor
 
-from goc_deploy.api.engines import cpu_backend
 from goc_deploy.engine_dir.manifest import GraphEntry
+from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.exporters.architectures.contract import Architecture
 from goc_deploy.exporters.unit_files import UnitWriter
 from goc_deploy.options import no_progress
@@ -21,107 +20,109 @@ from goc_deploy.spec import ModelSpec
 Arrays = dict[str, np.ndarray]
 
 
-@dataclass
-class Result:
-    """What a chain of graphs computed.
+class GraphChain:
+    """The graphs of a model in float32.
 
-    Attributes:
-        prediction: (B, C_out, H, W).
-        first: the tokens before the blocks, (B, T, D).
-        last: the tokens behind them.
-        features: unit name and output name -> (B*T, D), or (B*L, D) of the text.
-        gates: the same names -> (B, D).
+    Args:
+        architecture: the family.
+        spec: the model.
+        tensors: its checkpoint, in the public layout.
+        folder: folder to write the graphs to.
     """
 
-    prediction: np.ndarray
-    first: np.ndarray
-    last: np.ndarray
-    features: Arrays = field(default_factory=dict)
-    gates: Arrays = field(default_factory=dict)
-
-
-class GraphChain:
-    """The written graphs of a model, as float32 sessions of ONNX Runtime."""
-
     def __init__(
-        self, folder: Path, family: Architecture, tensors: Mapping[str, Tensor], spec: ModelSpec
+        self,
+        architecture: Architecture,
+        spec: ModelSpec,
+        tensors: Mapping[str, Tensor],
+        folder: Path,
     ) -> None:
         self.spec, self._folder = spec, folder
-        writer = UnitWriter(folder, cpu_backend(), no_progress)
-        self.entries = {
-            entry.name: entry
-            for entry in writer.write(family.graph_kinds(spec, "fp32"), tensors, "fp32")
-        }
-        options = onnxruntime.SessionOptions()
-        options.use_per_session_threads = False  # the backend has made a pool for all sessions
-        self._sessions = {
-            name: onnxruntime.InferenceSession(folder / entry.onnx, options)
-            for name, entry in self.entries.items()
-        }
-        self._weights = {
-            name: self._read(entry)
-            for name, entry in self.entries.items()
-            if entry.weights_are_inputs
-        }
+        architecture.check_tensors(tensors, spec)
+        writer = UnitWriter(folder, OrtBackend(), no_progress)
+        self.entries = writer.write(architecture.graph_kinds(spec, "fp32"), tensors, "fp32")
+        self._graphs = {entry.name: self._loaded(entry) for entry in self.entries}
 
-    def run(
+    def _loaded(self, entry: GraphEntry) -> tuple[ort.InferenceSession, Arrays]:
+        options = ort.SessionOptions()
+        options.use_per_session_threads = False  # `OrtBackend` has made the global threads
+        session = ort.InferenceSession(self._folder / entry.onnx, options)
+        weights: Arrays = {}
+        if entry.weights_are_inputs:
+            assert entry.weights_file is not None
+            stored = np.fromfile(self._folder / entry.weights_file, np.uint8)
+            for parameter in entry.parameters:
+                stop = parameter.offset + 4 * int(np.prod(parameter.shape))
+                values = stored[parameter.offset : stop].view(np.float32)
+                weights[parameter.name] = values.reshape(parameter.shape)
+        return session, weights
+
+    def run(self, name: str, offered: Arrays) -> Arrays:
+        """Run a graph on those of the offered arrays that it reads."""
+        session, weights = self._graphs[name]
+        offered = {**offered, **weights}
+        read = {i.name: offered[i.name] for i in session.get_inputs()}
+        names = [output.name for output in session.get_outputs()]
+        return dict(zip(names, session.run(names, read), strict=True))
+
+    def step(
         self,
-        grid: tuple[int, int],
         latents: np.ndarray,
         timestep: float,
-        of_captions: Arrays,
-        caption_rows: np.ndarray,
-        **shared: np.ndarray,
-    ) -> Result:
-        """Run the model once.
+        conditions: Arrays,
+        caption_rows: np.ndarray | None = None,
+    ) -> dict[str, Arrays]:
+        """One computed step, row i of the batch with image i.
 
         Args:
-            grid: tokens per row and column.
             latents: (B, C, H, W) float32.
-            timestep: the same for all rows.
-            of_captions: ``captions`` (K, L, C), and ``pooled`` (K, P) if the model reads it.
-            caption_rows: (B,) int64, the caption of each row.
-            shared: further inputs that any graph may read.
+            timestep: what the model is told.
+            conditions: ``captions`` (K, L, C), ``pooled`` (K, P) and so on.
+            caption_rows: (B,) the caption of each row; None if row i has caption i.
+
+        Returns:
+            The outputs of every graph, and the gates of every unit.
         """
-        spec = self.spec.at(grid)
+        _, height, width = latents.shape[-3:]
+        spec = self.spec.at((height // self.spec.patch, width // self.spec.patch))
         rows = np.arange(len(latents))
-        given = {**shared, **of_captions, **size_tensors(spec), "caption_rows": caption_rows}
-        given["timesteps"] = np.array([timestep], np.float32)
-        table = self._outputs("conditioning", given)["table"][0]  # (M, K or 1, D)
-        table = np.repeat(table, len(latents), 1) if table.shape[1] == 1 else table[:, caption_rows]
-        given["text"] = self._outputs("captions", given)["text"]
+        captions = rows if caption_rows is None else caption_rows
+        offered = {**conditions, **size_tensors(spec), "rows": rows, "caption_rows": captions}
+        offered["timesteps"] = np.array([timestep], np.float32)
         patches = latents.reshape(spec.in_patches(latents.shape))
-        embedded = self._outputs("embed", {**given, "latents": patches, "rows": rows})["x"]
-        given["x"] = embedded.reshape(len(latents), -1, spec.hidden)
-        result = Result(embedded, given["x"], given["x"])
-        for unit, name in enumerate(spec.unit_names):
-            of_unit = {row: table[i] for row, i in spec.modulation.of_unit(unit).items()}
-            outputs = self._outputs(name, {**given, **of_unit})
-            for feature in spec.declared_units[unit].features:
-                result.features[f"{name} {feature.output}"] = outputs[feature.output]
-                result.gates[f"{name} {feature.output}"] = of_unit[feature.gate]
-            given |= {"x": outputs["x_out"], "text": outputs.get("text_out", given["text"])}
-        result.last = given["x"]
-        result.prediction = self.final(result.last, table, spec)
-        return result
-
-    def final(self, x: np.ndarray, table: np.ndarray, spec: ModelSpec) -> np.ndarray:
-        """Tokens (B, T, D) to the prediction (B, C_out, H, W)."""
-        rows = spec.modulation
-        given = {"shift": table[rows.final_shift], "scale": table[rows.final_scale]}
-        given["x"] = x.reshape(len(x), *spec.axes, spec.hidden)
-        return self._outputs("final", given)["prediction"].reshape(len(x), *spec.prediction)
-
-    def _outputs(self, name: str, given: Mapping[str, np.ndarray]) -> Arrays:
-        session, given = self._sessions[name], {**given, **self._weights.get(name, {})}
-        inputs = {i.name: np.ascontiguousarray(given[i.name]) for i in session.get_inputs()}
-        names = [output.name for output in session.get_outputs()]
-        return dict(zip(names, session.run(names, inputs), strict=True))
-
-    def _read(self, entry: GraphEntry) -> Arrays:
-        assert entry.weights_file is not None
-        content = np.fromfile(self._folder / entry.weights_file, np.uint8)
-        return {
-            p.name: content[p.offset :].view(np.float32)[: int(np.prod(p.shape))].reshape(p.shape)
-            for p in entry.parameters
+        found = {
+            "conditioning": self.run("conditioning", offered),
+            "captions": self.run("captions", offered),
+            "embed": self.run("embed", {**offered, "latents": patches}),
         }
+        table = found["conditioning"]["table"][0]  # (M, K or 1, D)
+        assert len(table) == spec.modulation.count
+        if table.shape[1] == 1:
+            table = np.broadcast_to(table, (table.shape[0], len(rows), table.shape[2]))
+        else:
+            table = table[:, captions]
+        x = found["embed"]["x"].reshape(len(rows), spec.tokens, spec.hidden)
+        streams = {"x": x, "text": found["captions"]["text"]}
+        for unit, name in enumerate(spec.unit_names):
+            modulation = {n: table[row] for n, row in spec.modulation.of_unit(unit).items()}
+            outputs = self.run(name, {**offered, **streams, **modulation})
+            streams = {n: outputs.get(f"{n}_out", values) for n, values in streams.items()}
+            found[name] = {**modulation, **outputs}
+        shift, scale = table[spec.modulation.final_shift], table[spec.modulation.final_scale]
+        x = streams["x"].reshape(len(rows), *spec.axes, spec.hidden)
+        given = {"shift": np.ascontiguousarray(shift), "scale": np.ascontiguousarray(scale)}
+        prediction = self.run("final", {"x": x, **given})["prediction"]
+        found["final"] = {**given, "prediction": prediction.reshape(latents.shape)}
+        return found
+
+    def collapsed(self, found: dict[str, Arrays]) -> np.ndarray:
+        """The prediction of `step` from embedding and features of the image, in float64."""
+        x = found["embed"]["x"].astype(np.float64)
+        for place in self.spec.features:
+            if place.feature.stream == "image":
+                unit = found[self.spec.unit_names[place.unit]]
+                gate = unit[place.feature.gate][:, None, None].astype(np.float64)
+                x = x + gate * unit[place.feature.output].reshape(x.shape)
+        given = {**found["final"], "x": x.astype(np.float32)}
+        prediction = self.run("final", given)["prediction"]
+        return prediction.reshape(found["final"]["prediction"].shape)

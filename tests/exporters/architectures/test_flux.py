@@ -24,7 +24,7 @@ from goc_deploy.exporters.architectures.flux_diffusers import (
 from goc_deploy.exporters.architectures.flux_files import DOUBLE, FINAL, OUTER, SINGLE
 from goc_deploy.exporters.model_folder import read_model_folder
 from goc_deploy.spec import ModelSpec
-from tests.exporters.architectures.flux_chain import Arrays, GraphChain
+from tests.exporters.architectures.graph_chain import Arrays, GraphChain
 from tests.reference import relative_l2
 
 CONFIG: dict[str, Any] = {

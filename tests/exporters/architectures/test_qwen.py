@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -84,9 +84,11 @@ def features_of(judge: Any, kept: dict[str, list[Tensor]]) -> list[Any]:
     return hooks
 
 
-def graphs_in_order(spec: ModelSpec, state: dict[str, Tensor]) -> Iterator[tuple[str, GraphKind]]:
+def graphs_in_order(
+    all_kinds: Sequence[GraphKind], spec: ModelSpec, state: dict[str, Tensor]
+) -> Iterator[tuple[str, GraphKind]]:
     """Every graph in the order of execution, whose module has the weights of its copy."""
-    kinds = {name: kind for kind in graph_kinds(spec, "fp32") for name in kind.copies}
+    kinds = {name: kind for kind in all_kinds for name in kind.copies}
     for name in ("conditioning", "captions", "embed", *spec.unit_names, "final"):
         kind = kinds[name]
         weights = {
@@ -115,8 +117,8 @@ def test_every_unit_computes_what_diffusers_computes(judge: Any, grid: tuple[int
     tensors |= {"bias": MASKED * (~mask).float(), "caption_rows": rows, "rows": rows}
     tensors["latents"] = latents.reshape(spec.in_patches((2, *spec.latents)))
     total = torch.zeros(())
-    for name, kind in graphs_in_order(spec, judge.state_dict()):
-        tensors |= _rows(spec, name, tensors)
+    for name, kind in graphs_in_order(graph_kinds(spec, "fp32"), spec, judge.state_dict()):
+        tensors |= rows_of(spec, name, tensors)
         if name == "final":
             assert relative_l2(total.numpy(), tensors["x"].double().numpy()) < 1e-6
             tensors["x"] = tensors["x"].reshape(2, *grid, -1)
@@ -137,7 +139,7 @@ def test_every_unit_computes_what_diffusers_computes(judge: Any, grid: tuple[int
     assert relative_l2(found.numpy(), expected.numpy()) < 1e-4
 
 
-def _rows(spec: ModelSpec, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def rows_of(spec: ModelSpec, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The rows of the table that a graph reads, for the second of two timesteps."""
     places: dict[str, int] = {}
     if name.startswith("block"):

@@ -14,7 +14,7 @@ import torch
 from goc_deploy.exporters.architectures.sd3 import SD3
 from goc_deploy.exporters.model_folder import read_model_folder
 from goc_deploy.spec import ModelSpec
-from tests.exporters.architectures.graph_chain import GraphChain, Result
+from tests.exporters.architectures.graph_chain import Arrays, GraphChain
 from tests.reference import relative_l2
 
 CONFIG: dict[str, Any] = {
@@ -63,9 +63,8 @@ def chain_of(judge: Any, folder: Path) -> GraphChain:
     judge.save_pretrained(folder / "transformer")
     model = read_model_folder(folder / "transformer", {"sd3": SD3})
     SD3.check_tensors(model.checkpoint.tensors, model.spec)
-    return GraphChain(
-        folder, SD3, model.checkpoint.tensors, replace(model.spec, caption_tokens=WORDS)
-    )
+    spec = replace(model.spec, caption_tokens=WORDS)
+    return GraphChain(SD3, spec, model.checkpoint.tensors, folder)
 
 
 def arrays(spec: ModelSpec) -> dict[str, np.ndarray]:
@@ -80,7 +79,7 @@ def arrays(spec: ModelSpec) -> dict[str, np.ndarray]:
 def judged(
     judge: Any, latents: np.ndarray, timestep: float, given: dict[str, np.ndarray], rows: Any
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The prediction of diffusers, and its features under the names of `Result.features`."""
+    """The prediction of diffusers, and its features as ``UNIT FEATURE``."""
     features: dict[str, np.ndarray] = {}
 
     def keep(*names: str) -> Callable[..., None]:
@@ -114,16 +113,20 @@ def judged(
     return output, features
 
 
-def compared(judge: Any, chain: GraphChain, grid: tuple[int, int]) -> Result:
+def compared(judge: Any, chain: GraphChain, grid: tuple[int, int]) -> dict[str, Arrays]:
     """Run graphs and diffusers at a size and compare every feature and the prediction."""
     spec, rows, given = chain.spec.at(grid), np.array([1, 0, 1]), arrays(chain.spec)
     latents = np.random.default_rng(2).standard_normal((3, *spec.latents)).astype(np.float32)
-    found = chain.run(grid, latents, 417.5, given, rows)
+    found = chain.step(latents, 417.5, given, rows)
     expected, features = judged(judge, latents, 417.5, given, rows)
-    assert features.keys() == found.features.keys()
+    declared = zip(spec.unit_names, spec.declared_units, strict=True)
+    assert features.keys() == {
+        f"{name} {feature.output}" for name, unit in declared for feature in unit.features
+    }
     for name, feature in features.items():
-        assert relative_l2(found.features[name], feature) < 1e-4, name
-    assert relative_l2(found.prediction, expected) < 1e-4
+        unit, output = name.split()
+        assert relative_l2(found[unit][output], feature) < 1e-4, name
+    assert relative_l2(found["final"]["prediction"], expected) < 1e-4
     return found
 
 
@@ -132,7 +135,7 @@ def test_every_feature_is_that_of_diffusers(
     judge: Any, chain: GraphChain, grid: tuple[int, int]
 ) -> None:
     compared(judge, chain, grid)
-    assert all((entry.relative_l2 or 0) < 1e-4 for entry in chain.entries.values())
+    assert all((entry.relative_l2 or 0) < 1e-4 for entry in chain.entries)
 
 
 def test_models_without_norms_are_those_of_diffusers(tmp_path: Path) -> None:
@@ -146,9 +149,4 @@ def test_the_output_is_the_final_layer_of_a_sum(judge: Any, chain: GraphChain) -
     Only features of the image are added, so a collapsed step does not need the text.
     """
     found = compared(judge, chain, (4, 6))
-    total = found.first.astype(np.float64)
-    for name, feature in found.features.items():
-        if not name.endswith("_text"):
-            gate = found.gates[name].astype(np.float64)
-            total += gate[:, None] * feature.reshape(total.shape)
-    assert relative_l2(total, found.last) < 1e-6
+    assert relative_l2(chain.collapsed(found), found["final"]["prediction"]) < 1e-6

@@ -18,7 +18,10 @@ from goc_deploy.api.laboratory import EngineLaboratory
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.errors import UsageError
 from goc_deploy.exporters.architectures.qwen_diffusers import spec_of as qwen_spec
+from goc_deploy.exporters.architectures.sd3_spec import spec_of as sd3_spec
 from goc_deploy.exporters.architectures.wan_diffusers import spec_of
+from goc_deploy.exporters.architectures.z_image_diffusers import ZImageConfig
+from goc_deploy.exporters.architectures.z_image_diffusers import spec_of as z_image_spec
 from goc_deploy.exporters.export import ARCHITECTURES
 from goc_deploy.exporters.router import router_probabilities
 from goc_deploy.options import no_progress
@@ -35,18 +38,35 @@ SPECS = {
     "dit": ModelSpec(1, 24, 2, 48, 2, 2, 4, 10, True),
     "pixart": replace(PIXART, depth=1),
     "pixart-sigma": replace(PIXART, depth=1, architecture="pixart-sigma", told_size=0),
+    "sd3": sd3_spec(
+        2, 2, 24, dual=(0,), qk_norm=True, table=4, grid=2, channels=4, text=20, pooled=6
+    ),
     "sit": ModelSpec(1, 24, 2, 48, 2, 2, 4, 10, True),
     "wan": spec_of(1, 2, 12, ffn=48, channels=4, text=20),
     "qwen-image": qwen_spec(2, 1, (4, 14, 14), channels=4, text=20),
+    "z-image": z_image_spec(
+        ZImageConfig(
+            in_channels=4, dim=256, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+            cap_feat_dim=20, axes_dims=(32, 48, 48),
+        ),
+        "",
+    ),
+}  # fmt: skip
+SMALL: dict[str, dict[str, Any]] = {
+    "sd3": {"size": (32, 32)},
+    "wan": {"size": (8, 8), "frames": 2},
+    "qwen-image": {"size": (8, 8)},
+    "z-image": {"size": (16, 8)},
 }
-SMALL = {"wan": {"size": (8, 8), "frames": 2}, "qwen-image": {"size": (8, 8)}}
 SAMPLERS = {
     "dit": ("ddim", "dpm++", "ddpm"),
     "pixart": ("ddim", "dpm++", "ddpm"),
     "pixart-sigma": ("dpm++",),
+    "sd3": ("euler",),
     "sit": ("euler",),
     "wan": ("euler", "unipc@shift=3"),
     "qwen-image": ("euler",),
+    "z-image": ("euler",),
 }
 BASE_ARGUMENTS = {"none": "none", "fora": "fora:2", "smoothcache": "smoothcache:0.5"}
 BASE_ARGUMENTS |= {
@@ -89,6 +109,13 @@ def engine_of(tmp_path_factory: pytest.TempPathFactory) -> MakeEngine:
                     f"{what}prompt_embeds": rng.standard_normal(shape, np.float32)
                     for what in ("", "negative_")
                 }
+                if spec.pooled_channels:
+                    embeds |= {
+                        f"{what}pooled_prompt_embeds": rng.standard_normal(
+                            (2, spec.pooled_channels), np.float32
+                        )
+                        for what in ("", "negative_")
+                    }
                 np.savez(folder / "captions.npz", **embeds)
                 more["captions"] = folder / "captions.npz"
             goc_deploy.export(
