@@ -43,12 +43,12 @@ def size_tensors(spec: ModelSpec) -> dict[str, np.ndarray]:
         tensors["positions"] = _added_positions(spec, positions)
     else:
         places = _places(spec.axes, centered=positions.centered)
+        if positions.text_axis:
+            places.append(np.zeros(1, int))
         angles = rotary_angles(places, positions.widths, positions.theta)
         tensors |= {"cos": np.cos(angles), "sin": np.sin(angles)}
         if positions.turns_text:
-            behind = max(int(axis[-1]) for axis in places) + 1
-            turns = np.arange(behind, behind + spec.caption_tokens)[:, None]
-            along = turns * _frequencies(positions.widths, positions.theta)
+            along = _text_angles(spec, positions, places)
             tensors |= {"text_cos": np.cos(along), "text_sin": np.sin(along)}
     return {name: values.astype(np.float32) for name, values in tensors.items()}
 
@@ -135,6 +135,18 @@ def rotary_angles(places: Sequence[np.ndarray], widths: Sequence[int], theta: fl
     turns = np.stack([axis.ravel() for axis in grid], axis=1).astype(np.float64)  # (T, axes)
     angles = np.repeat(turns, [width // 2 for width in widths], axis=1)
     angles *= _frequencies(widths, theta)
+    return angles
+
+
+def _text_angles(spec: ModelSpec, positions: Positions, places: Sequence[np.ndarray]) -> np.ndarray:
+    """The angles of the tokens of the text, (L, sum of widths / 2) float64."""
+    counted = np.arange(spec.caption_tokens)
+    if positions.text_axis:
+        return rotary_angles([counted], positions.widths, positions.theta)
+    behind = max(int(axis[-1]) for axis in places) + 1
+    angles: np.ndarray = (behind + counted)[:, None] * _frequencies(
+        positions.widths, positions.theta
+    )
     return angles
 
 
