@@ -58,7 +58,8 @@ class ExportOptions:
         captions: captions of a text-conditional model in place of class labels: a file of
             embeddings, or of prompts (``.txt``, one per line, with a text encoder). None takes
             `goc_deploy.conditions.text.DEFAULT_PROMPTS` if there is a text encoder.
-        text_encoder: folder of the T5 encoder that the model was trained with, or None.
+        text_encoder: folder of the T5 encoder that the model was trained with, or of its pipeline
+            if it reads several encoders; or None.
         vae: folder of the AutoencoderKL whose decoder turns latents into images, or None.
         vae_tile: latents with more pixels per side than this are decoded in tiles of this size.
         segments: what TensorRT runs as one engine, as in `PlanOptions`.

@@ -111,9 +111,8 @@ def load_pipelines(
     parts = {
         "decoder": manifest.decoder,
         "video_decoder": manifest.video_decoder,
-        "text_encoder": manifest.text,
     }
-    more = [name for name, part in parts.items() if part]
+    more = [name for name, part in parts.items() if part] + [*manifest.text_encoders]
     if all_units:
         more += manifest.model.unit_names
         more += [replace(plan.sampler, head=None).graph for plan in plans]
@@ -163,14 +162,12 @@ def _text_encoder(directory: EngineDir, engines: Engines, backend: Backend) -> T
 
     In the second case, the pipeline raises an error when it gets a prompt.
     """
-    manifest = directory.manifest
-    if manifest.text is None or find_spec("tokenizers") is None:
+    manifest, encoders = directory.manifest, directory.manifest.text_encoders
+    if not encoders or find_spec("tokenizers") is None:
         return None
-    tokenizer = bytes(directory.read(manifest.text.tokenizer))
+    tokenizers = {name: bytes(directory.read(of.tokenizer)) for name, of in encoders.items()}
     most = 2 * manifest.max_batch  # the largest batch of TensorRT engines
-    return TextEncoder(
-        engines.units["text_encoder"], backend, tokenizer, manifest.model, manifest.text, most
-    )
+    return TextEncoder(engines.units, tokenizers, backend, manifest.model, encoders, most)
 
 
 def _decoder(

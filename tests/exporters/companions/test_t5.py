@@ -197,9 +197,9 @@ def test_prompts_that_share_a_launch_are_encoded_as_alone(engine: Path) -> None:
     assert backend.runs == [4] * 9 + [1]  # 36 different prompts and the empty one, 4 at once
     manifest, units = opened.manifest, load_engines(opened, [], single, ["text_encoder"]).units
     assert manifest.text is not None
-    tokenizer = bytes(opened.read(manifest.text.tokenizer))
+    tokenizers = {"text_encoder": bytes(opened.read(manifest.text.tokenizer))}
     one_by_one = TextEncoder(
-        units["text_encoder"], single, tokenizer, manifest.model, manifest.text, most=1
+        units, tokenizers, single, manifest.model, manifest.text_encoders, most=1
     )
     alone = one_by_one.prompt_embeds(prompts)
     assert single.runs == [1] * 37
