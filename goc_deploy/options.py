@@ -15,6 +15,8 @@ Progress = Callable[[str, int, int], None]  # (name of the job, done, total)
 CALIBRATION_SEED = 2**32
 Segments = Literal["full", "none"]
 SEGMENTS: tuple[Segments, ...] = get_args(Segments)
+Offload = Literal["none", "text"]  # what leaves the memory when it has no work
+OFFLOADS: tuple[Offload, ...] = get_args(Offload)
 History = Literal["auto", "features", "sums"]  # what a loaded plan keeps for later steps
 HISTORIES: tuple[History, ...] = get_args(History)
 VIDEO_SUFFIXES = (".mp4", ".webp")
@@ -212,6 +214,7 @@ class RunOptions:
         device: as `goc_deploy.load` takes it.
         cuda_graphs: as `goc_deploy.load` takes it.
         history: as `goc_deploy.load` takes it.
+        offload: as `goc_deploy.load` takes it.
         batch_size: images per batch; None takes the largest that the engine directory supports.
         threads: size of the thread pool; 0 is one thread per core.
         size: width and height of the images in pixels, if the engine directory accepts any size;
@@ -241,6 +244,7 @@ class RunOptions:
     device: str = "auto"
     cuda_graphs: bool = True
     history: History = "auto"
+    offload: Offload = "none"
     batch_size: int | None = None
     threads: int = 0
     size: tuple[int, int] | None = None

@@ -10,6 +10,7 @@ from goc_deploy.options import (
     CheckpointWeights,
     ExportOptions,
     History,
+    Offload,
     PlanOptions,
     Progress,
     Segments,
@@ -215,6 +216,7 @@ def load(
     cuda_graphs: bool = True,
     device: str = "auto",
     history: History = "auto",
+    offload: Offload = "none",
 ) -> Pipeline:
     """Load an engine directory.
 
@@ -242,6 +244,8 @@ def load(
             steps add, whose number does not grow with the depth, or ``auto``, which takes sums
             where they save much memory (`goc_deploy.runtime.history.plan_to_run`). The report of a
             result has the choice and its reason.
+        offload: ``text`` frees the text encoders when prompts are encoded, and loads them again for
+            prompts that were not encoded recently; ``none`` keeps them.
 
     Raises:
         GocError: a subclass names what is wrong and has an ``exit_code``.
@@ -260,7 +264,14 @@ def load(
         from goc_deploy.runtime.loading import load_pipelines
 
         return load_pipelines(
-            directory, on, [plan], batch_size, max_sessions, unlisted=unlisted, history=history
+            directory,
+            on,
+            [plan],
+            batch_size,
+            max_sessions,
+            unlisted=unlisted,
+            history=history,
+            offload=offload,
         )
 
     options = BackendOptions(threads, shared_pool, cuda_graphs, device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import unescape
 from itertools import islice
 from pathlib import Path
@@ -68,7 +68,8 @@ class TextEncoder:
     Instances are safe to use from several threads.
 
     Args:
-        engines: engines by name, with those of the text encoder units.
+        engines: engines by name, with those of the text encoder units; or a function that loads
+            them whenever prompts must be encoded, after which they are freed.
         tokenizers: content of the ``tokenizer.json`` of each unit.
         backend: owner of the buffers.
         spec: the model.
@@ -82,7 +83,7 @@ class TextEncoder:
 
     def __init__(
         self,
-        engines: Mapping[str, Engine],
+        engines: Mapping[str, Engine] | Callable[[], Mapping[str, Engine]],
         tokenizers: Mapping[str, bytes],
         backend: Backend,
         spec: ModelSpec,
@@ -92,14 +93,29 @@ class TextEncoder:
         self._spec, self._most, self._stream = spec, min(most, PROMPTS_AT_ONCE), backend.stream()
         self._text = next((of for of in encoders.values() if isinstance(of, TextSpec)), None)
         self._clips = [of for of in encoders.values() if isinstance(of, ClipSpec)]
-        self._units: list[EncoderUnit] = []
+        self._backend, self._encoders, self._tokens = backend, encoders, dict[str, PromptTokens]()
         for name, encoder in encoders.items():
-            shape = self._shape(encoder)
             reader = name if isinstance(encoder, ClipSpec) else "the model"
-            tokens = PromptTokens(tokenizers[name], encoder, shape.tokens, reader)
-            args = (tokens, shape, backend, self._stream, self._most)
-            self._units.append(EncoderUnit(engines[name], encoder, *args))
+            length = self._shape(encoder).tokens
+            self._tokens[name] = PromptTokens(tokenizers[name], encoder, length, reader)
+        self._load = engines if callable(engines) else None
+        self._units = () if callable(engines) else self._bound(engines)
         self._known: OrderedDict[str, _Encoded] = OrderedDict()
+
+    def _bound(self, engines: Mapping[str, Engine]) -> tuple[EncoderUnit, ...]:
+        """The units on buffers of their own."""
+        return tuple(
+            EncoderUnit(
+                engines[name],
+                encoder,
+                self._tokens[name],
+                self._shape(encoder),
+                self._backend,
+                self._stream,
+                self._most,
+            )
+            for name, encoder in self._encoders.items()
+        )
 
     def _shape(self, encoder: TextSpec | ClipSpec) -> EncoderShape:
         """The sizes of a unit."""
@@ -145,8 +161,11 @@ class TextEncoder:
     def _encoded(self, texts: Sequence[str], *, log_prompts: bool) -> list[_Encoded]:
         encoded = {text: self._known[text] for text in texts if text in self._known}
         unknown = iter(dict.fromkeys(text for text in texts if text not in encoded))
+        units = self._units
         while together := list(islice(unknown, self._most)):
-            found = self._run_units(together, log_prompts=log_prompts)
+            if not units and self._load is not None:
+                units = self._bound(self._load())
+            found = self._run_units(units, together, log_prompts=log_prompts)
             encoded.update(zip(together, found, strict=True))
         for text in texts:
             self._known[text] = encoded[text]
@@ -155,13 +174,15 @@ class TextEncoder:
             self._known.popitem(last=False)
         return [encoded[text] for text in texts]
 
-    def _run_units(self, texts: Sequence[str], *, log_prompts: bool) -> list[_Encoded]:
+    def _run_units(
+        self, units: Sequence[EncoderUnit], texts: Sequence[str], *, log_prompts: bool
+    ) -> list[_Encoded]:
         """Encode at most ``_most`` prompts."""
         count, spec = len(texts), self._spec
         embeds = np.zeros((count, spec.caption_tokens, spec.caption_channels), np.float32)
         mask, pooled = np.ones((count, spec.caption_tokens), np.float32), [np.zeros((count, 0))]
         first_channel = 0
-        for unit in self._units:
+        for unit in units:
             tokens = [unit.tokens.of(text, log_prompts=log_prompts) for text in texts]
             found, text_mask = unit.run(tokens)
             if "pooled" in found:
