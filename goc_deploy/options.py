@@ -15,6 +15,8 @@ Progress = Callable[[str, int, int], None]  # (name of the job, done, total)
 CALIBRATION_SEED = 2**32
 Segments = Literal["full", "none"]
 SEGMENTS: tuple[Segments, ...] = get_args(Segments)
+Offload = Literal["none", "text"]  # what leaves the memory when it has no work
+OFFLOADS: tuple[Offload, ...] = get_args(Offload)
 History = Literal["auto", "features", "sums"]  # what a loaded plan keeps for later steps
 HISTORIES: tuple[History, ...] = get_args(History)
 VIDEO_SUFFIXES = (".mp4", ".webp")
@@ -58,7 +60,8 @@ class ExportOptions:
         captions: captions of a text-conditional model in place of class labels: a file of
             embeddings, or of prompts (``.txt``, one per line, with a text encoder). None takes
             `goc_deploy.conditions.text.DEFAULT_PROMPTS` if there is a text encoder.
-        text_encoder: folder of the T5 encoder that the model was trained with, or None.
+        text_encoder: folder of the T5 encoder that the model was trained with, or of its pipeline
+            if it reads several encoders; or None.
         vae: folder of the AutoencoderKL whose decoder turns latents into images, or None.
         vae_tile: latents with more pixels per side than this are decoded in tiles of this size.
         segments: what TensorRT runs as one engine, as in `PlanOptions`.
@@ -211,6 +214,7 @@ class RunOptions:
         device: as `goc_deploy.load` takes it.
         cuda_graphs: as `goc_deploy.load` takes it.
         history: as `goc_deploy.load` takes it.
+        offload: as `goc_deploy.load` takes it.
         batch_size: images per batch; None takes the largest that the engine directory supports.
         threads: size of the thread pool; 0 is one thread per core.
         size: width and height of the images in pixels, if the engine directory accepts any size;
@@ -240,6 +244,7 @@ class RunOptions:
     device: str = "auto"
     cuda_graphs: bool = True
     history: History = "auto"
+    offload: Offload = "none"
     batch_size: int | None = None
     threads: int = 0
     size: tuple[int, int] | None = None

@@ -326,9 +326,20 @@ def tiles_at_once(spec: ModelSpec) -> int:
     return max(1, min(MAX_TILES, DECODED_PIXELS // math.prod(spec.sample)))
 
 
+TEXT_ENCODER = "text_encoder"  # name of the unit of a T5
+
+
+def clip_unit(index: int) -> str:
+    """The name of the unit of a CLIP: ``clip_1``, ``clip_2``."""
+    return f"clip_{index + 1}"
+
+
 @dataclass(frozen=True, slots=True)
 class TextSpec:
-    """The inputs of the text encoder unit.
+    """The inputs of the unit ``text_encoder``, a T5.
+
+    Beside units of CLIP, it reads prompts as they are, and padding like text, as in the pipelines
+    of Stable Diffusion 3 and FLUX.
 
     Attributes:
         tokenizer: path of its ``tokenizer.json`` in the engine directory.
@@ -344,6 +355,31 @@ class TextSpec:
     eos: Count
     pad: Count
     lower_case: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ClipSpec:
+    """The inputs and outputs of a unit ``clip_1`` or ``clip_2``, the text half of a CLIP.
+
+    Attributes:
+        tokenizer: path of its ``tokenizer.json`` in the engine directory.
+        vocabulary: number of tokens that it knows.
+        eos: the token that ends a text.
+        pad: the token that fills the places after it.
+        tokens: number of tokens of a prompt with its padding.
+        pooled: width of the pooled embedding of a prompt, part of that of the caption.
+        width: width of the embeddings of the tokens. Those of several CLIPs are joined to tokens
+            of the caption, padded with zeros to its width, which precede those of the T5. 0 if only
+            the pooled embedding is used.
+    """
+
+    tokenizer: str
+    vocabulary: Size
+    eos: Count
+    pad: Count
+    tokens: Size
+    pooled: Size
+    width: SizeOrZero = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from goc_deploy.runtime.weights import Weights
 
 logger = logging.getLogger(__name__)
 
-COMPANIONS = ("decoder", "video_decoder", "text_encoder")
+DECODERS = ("decoder", "video_decoder")
 SHOWN_DIFFERENCES = 5
 
 
@@ -148,7 +148,8 @@ def _graphs(manifest: Manifest, engines: Engines) -> Iterator[_Graph]:
     ):
         for key in kind:
             unit = unit_of(key)
-            parts = {} if key in COMPANIONS else manifest.parts(unit)
+            is_companion = key in DECODERS or key in manifest.text_encoders
+            parts = {} if is_companion else manifest.parts(unit)
             if parts:
                 yield _Graph(kind, key, unit.onnx, parts)
 

@@ -7,26 +7,21 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from numbers import Integral
 from types import MappingProxyType
 
 from goc_deploy.compiler import Compute, Plan
 from goc_deploy.conditions.stored_captions import captions_from_bytes
-from goc_deploy.conditions.text import TextEncoder
 from goc_deploy.engine_dir.directory import EngineDir
-from goc_deploy.engine_dir.graph_check import check_graph, external_tensors
 from goc_deploy.engine_dir.manifest import GraphEntry, Manifest
-from goc_deploy.engine_dir.weights import mapped_parts
 from goc_deploy.errors import (
     EngineDirError,
     EnvironmentUnsupportedError,
-    GocError,
     ResourceError,
     UsageError,
 )
 from goc_deploy.host_memory import return_free_pages
-from goc_deploy.options import History
+from goc_deploy.options import History, Offload
 from goc_deploy.precision import DTYPE_OF_PRECISION
 from goc_deploy.protocols import Backend, Engine, Footprint
 from goc_deploy.runtime.binding import Engines
@@ -34,6 +29,7 @@ from goc_deploy.runtime.buffers import planned_bytes
 from goc_deploy.runtime.decoder import LatentDecoder
 from goc_deploy.runtime.history import plan_to_run
 from goc_deploy.runtime.pipeline import Attached, Pipeline
+from goc_deploy.runtime.text_loading import load_graph, load_text_encoder, text_graphs
 from goc_deploy.runtime.video_decoder import VideoDecoder
 from goc_deploy.runtime.weights import Weights
 
@@ -65,6 +61,7 @@ def load_pipelines(
     all_units: bool = False,
     unlisted: UnlistedPlans | None = None,
     history: History = "auto",
+    offload: Offload = "none",
 ) -> list[Pipeline]:
     """Load an engine directory once, for one or more of its plans.
 
@@ -78,6 +75,7 @@ def load_pipelines(
             `Pipeline.with_plan`.
         unlisted: plans that are not in the engine directory.
         history: see `goc_deploy.runtime.history.plan_to_run`.
+        offload: whether the text encoders are freed when they have no work.
 
     Raises:
         EngineDirError, SafetyError: the engine directory is corrupt or not from this package.
@@ -111,21 +109,26 @@ def load_pipelines(
     parts = {
         "decoder": manifest.decoder,
         "video_decoder": manifest.video_decoder,
-        "text_encoder": manifest.text,
     }
     more = [name for name, part in parts.items() if part]
+    if offload != "text":
+        more += manifest.text_encoders
     if all_units:
         more += manifest.model.unit_names
         more += [replace(plan.sampler, head=None).graph for plan in plans]
     new = _new_predictors(manifest, plans, unlisted.predict_graph, backend) if unlisted else {}
-    footprint = backend.footprint(
-        _weights_of(directory, needed_graphs(directory, plans, backend, more, new))
-    )
+    graphs = needed_graphs(directory, plans, backend, more, new).all
+    models = [graph for graph in graphs if graph.name not in manifest.text_encoders]
+    footprint = backend.footprint(_weights_of(directory, models))
+    encoders = backend.footprint(_weights_of(directory, text_graphs(manifest)))
+    about = "of text encoders" + (" while they encode" if offload == "text" else "")
     for plan in plans:
-        _check_memory(manifest, plan, images, max_sessions, footprint, backend.device.free_bytes())
+        memory = Memory(footprint, encoders, about, backend.device.free_bytes())
+        _check_memory(manifest, plan, images, max_sessions, memory)
     engines = load_engines(directory, plans, backend, more, new)
     attached = Attached(
-        _decoder(manifest, engines, backend), _text_encoder(directory, engines, backend)
+        _decoder(manifest, engines, backend),
+        load_text_encoder(directory, None if offload == "text" else engines.units, backend),
     )
     return [
         Pipeline(manifest, plan, engines, backend, images, max_sessions, attached) for plan in plans
@@ -156,21 +159,6 @@ def _new_predictors(
             "there; add it with goc plan"
         )
     return {s: backend.load(memoryview(predict_graph(s)), {}) for s in missing}
-
-
-def _text_encoder(directory: EngineDir, engines: Engines, backend: Backend) -> TextEncoder | None:
-    """The text encoder, or None if there is none or the package tokenizers is not installed.
-
-    In the second case, the pipeline raises an error when it gets a prompt.
-    """
-    manifest = directory.manifest
-    if manifest.text is None or find_spec("tokenizers") is None:
-        return None
-    tokenizer = bytes(directory.read(manifest.text.tokenizer))
-    most = 2 * manifest.max_batch  # the largest batch of TensorRT engines
-    return TextEncoder(
-        engines.units["text_encoder"], backend, tokenizer, manifest.model, manifest.text, most
-    )
 
 
 def _decoder(
@@ -268,9 +256,9 @@ def needed_graphs(
     return NeededGraphs(units, predict, segments, predictors)
 
 
-def _weights_of(directory: EngineDir, graphs: NeededGraphs) -> dict[str, dict[str, int]]:
+def _weights_of(directory: EngineDir, graphs: Sequence[GraphEntry]) -> dict[str, dict[str, int]]:
     """The argument of `Backend.footprint`: graph digest -> weights file -> size in bytes."""
-    parts = {unit.onnx: directory.manifest.parts(unit).values() for unit in graphs.all}
+    parts = {unit.onnx: directory.manifest.parts(unit).values() for unit in graphs}
     return {
         directory.sha256(onnx): {
             part.weights_file: directory.size(part.weights_file)
@@ -308,12 +296,7 @@ def load_engines(
     paths = sorted({unit.onnx for unit in graphs.all} | weights | captions)
 
     def loaded(unit: GraphEntry) -> Engine:
-        parts, where = manifest.parts(unit), str(directory.path / unit.onnx)
-        check_graph(content[unit.onnx], external_tensors(parts), where)
-        try:
-            return backend.load(content[unit.onnx], *mapped_parts(parts, content))
-        except GocError as cause:
-            raise type(cause)(f"{where}: {cause}") from cause
+        return load_graph(directory, unit, content, backend)
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         content = dict(zip(paths, pool.map(directory.read, paths), strict=True))
@@ -362,13 +345,25 @@ def _launched_units(manifest: Manifest, plans: Sequence[Plan]) -> Iterable[str]:
     return {names[op.unit] for op in ops if isinstance(op, Compute)} if plans else names
 
 
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The memory that engines need, and what the device has.
+
+    Attributes:
+        models: all engines except those of text encoders.
+        encoders: the engines of text encoders.
+        about: what the log and errors call the latter.
+        available: free bytes of the device, or None if they are not known.
+    """
+
+    models: Footprint
+    encoders: Footprint
+    about: str
+    available: int | None
+
+
 def _check_memory(
-    manifest: Manifest,
-    plan: Plan,
-    images: int,
-    sessions: int,
-    footprint: Footprint,
-    available: int | None,
+    manifest: Manifest, plan: Plan, images: int, sessions: int, memory: Memory
 ) -> None:
     """Log the memory that a plan needs, and check it before anything is allocated.
 
@@ -376,11 +371,15 @@ def _check_memory(
         ResourceError: the device does not have that much free memory.
     """
     buffers = planned_bytes(manifest.model.largest, manifest.precision, plan, images)
-    needed = footprint.weights + sessions * (footprint.scratch + buffers)
+    weights, available = memory.models.weights, memory.available
+    of_text, scratch = memory.encoders, memory.models.scratch
+    encoders = of_text.weights + of_text.scratch
+    needed = weights + encoders + sessions * (scratch + buffers)
+    text = f", {encoders / 1e9:.2f} GB {memory.about}" if manifest.text_encoders else ""
     parts = (
-        f"{needed / 1e9:.2f} GB: {footprint.weights / 1e9:.2f} GB of weights, and for each of "
+        f"{needed / 1e9:.2f} GB: {weights / 1e9:.2f} GB of weights{text}, and for each of "
         f"{sessions} sessions of {images} images {buffers / 1e9:.2f} GB of buffers and "
-        f"{footprint.scratch / 1e9:.2f} GB of scratch memory"
+        f"{scratch / 1e9:.2f} GB of scratch memory"
     )
     logger.info("plan %s in the form %s takes %s", plan.name, plan.form, parts)
     logger.info("plan %s has this form because: %s", plan.name, plan.form_reason)

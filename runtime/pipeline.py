@@ -18,7 +18,8 @@ from goc_deploy.conditions.captions import (
     PromptEmbeds,
     blank_captions,
 )
-from goc_deploy.conditions.text import NO_TOKENIZERS, TextEncoder
+from goc_deploy.conditions.text import TextEncoder
+from goc_deploy.conditions.tokens import NO_TOKENIZERS
 from goc_deploy.engine_dir.manifest import Manifest
 from goc_deploy.errors import EnvironmentUnsupportedError, UsageError
 from goc_deploy.guidance import CFG_SCALE
@@ -302,7 +303,7 @@ class Pipeline:
                 number of negative prompts does not fit.
             EnvironmentUnsupportedError: the package tokenizers is missing.
         """
-        if self.manifest.text is None:
+        if not self.manifest.text_encoders:
             raise UsageError(
                 "the engine directory has no text encoder; export with `text_encoder`, or give "
                 "prompt embeddings"

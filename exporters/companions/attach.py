@@ -13,17 +13,15 @@ from pathlib import Path
 from goc_deploy.conditions.captions import PromptEmbeds, prompt_embeds_from_arrays
 from goc_deploy.conditions.stored_captions import captions_to_bytes
 from goc_deploy.conditions.tensor_files import arrays_from_file
-from goc_deploy.conditions.text import DEFAULT_PROMPTS, TextEncoder, prompts_from_file
+from goc_deploy.conditions.text import DEFAULT_PROMPTS, prompts_from_file
 from goc_deploy.engine_dir.manifest import Manifest
 from goc_deploy.errors import ModelError, UsageError
 from goc_deploy.exporters.checkpoint import Checkpoint
 from goc_deploy.exporters.companions.qwen_vae import QwenVae, read_qwen_vae_folder
-from goc_deploy.exporters.companions.t5 import PRECISION as TEXT_PRECISION
-from goc_deploy.exporters.companions.t5 import (
-    TEXT_ENCODER,
-    TextEncoderFiles,
-    read_text_encoder,
-    text_encoder_kind,
+from goc_deploy.exporters.companions.text_encoders import (
+    TextEncoders,
+    read_text_encoders,
+    write_text_encoders,
 )
 from goc_deploy.exporters.companions.vae import (
     PRECISION,
@@ -42,7 +40,7 @@ from goc_deploy.exporters.companions.wan_vae_config import QWEN_VAE_CLASS, WAN_V
 from goc_deploy.exporters.folders import CONFIG, part_of_pipeline, read_json
 from goc_deploy.exporters.unit_files import UnitWriter
 from goc_deploy.options import ExportOptions
-from goc_deploy.spec import ModelSpec, TextSpec
+from goc_deploy.spec import ModelSpec
 
 CAPTIONS_FILE = "captions/captions.npz"
 
@@ -53,20 +51,22 @@ class Companions:
 
     Attributes:
         vae: the VAE whose decoder is exported, or None.
-        text: the text encoder, or None.
+        text: the text encoders, or None.
         captions: prompt embeddings to store, or None.
         prompts: texts that the text encoder encodes to stored captions; may be empty.
     """
 
     vae: Vae | QwenVae | WanVae | None
-    text: TextEncoderFiles | None
+    text: TextEncoders | None
     captions: PromptEmbeds | None
     prompts: tuple[str, ...]
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """The weights of the parts."""
-        return tuple(part.checkpoint for part in (self.vae, self.text) if part is not None)
+        vae = () if self.vae is None else (self.vae.checkpoint,)
+        text = () if self.text is None else tuple(self.text.checkpoints.values())
+        return (*vae, *text)
 
     def scaled(self, spec: ModelSpec) -> tuple[ModelSpec, int]:
         """A model of videos with the scales of its VAE, and the pixels per latent pixel and side.
@@ -93,7 +93,8 @@ class Companions:
         if self.vae is not None:
             digests["vae_sha256"] = self.vae.checkpoint.sha256
         if self.text is not None:
-            digests["text_encoder_sha256"] = self.text.checkpoint.sha256
+            for name, checkpoint in self.text.checkpoints.items():
+                digests[f"{name}_sha256"] = checkpoint.sha256
         if self.prompts:
             digests["prompts_sha256"] = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
         if self.captions is not None:
@@ -112,7 +113,7 @@ def read_companions(options: ExportOptions, spec: ModelSpec) -> Companions:
         UsageError: the captions do not fit the model.
     """
     vae = None if options.vae is None else _read_vae(options.vae, spec)
-    text = None if options.text_encoder is None else read_text_encoder(options.text_encoder, spec)
+    text = None if options.text_encoder is None else read_text_encoders(options.text_encoder, spec)
     if options.captions is None:
         return Companions(vae, text, None, DEFAULT_PROMPTS if text else ())
     if options.captions.suffix == ".txt":
@@ -163,7 +164,7 @@ def write_companions(
         manifest = replace(manifest, graphs=(*manifest.graphs, *units), decoder=decoder)
     captions = companions.captions
     if companions.text is not None:
-        manifest, encoder = _write_text_encoder(companions.text, manifest, writer)
+        manifest, encoder = write_text_encoders(companions.text, manifest, writer)
         if companions.prompts:
             captions = encoder.prompt_embeds(companions.prompts)
     if captions is not None:
@@ -172,22 +173,3 @@ def write_companions(
         path.write_bytes(captions_to_bytes(captions))
         manifest = replace(manifest, stored_captions=CAPTIONS_FILE)
     return manifest
-
-
-def _write_text_encoder(
-    files: TextEncoderFiles, manifest: Manifest, writer: UnitWriter
-) -> tuple[Manifest, TextEncoder]:
-    """Write the graph and the tokenizer of a text encoder, and load them."""
-    config, spec = files.config, manifest.model
-    kinds = (text_encoder_kind(config, spec),)
-    (unit,) = writer.write(kinds, files.checkpoint.tensors, TEXT_PRECISION, TEXT_ENCODER)
-    tokenizer = f"{TEXT_ENCODER}/tokenizer.json"
-    (writer.stage / tokenizer).write_bytes(files.tokenizer)
-    text = TextSpec(
-        tokenizer, config.vocabulary, config.eos, config.pad, not config.biases_per_layer
-    )
-    manifest = replace(manifest, graphs=(*manifest.graphs, unit), text=text)
-    most = 2 * manifest.max_batch
-    return manifest, TextEncoder(
-        writer.loaded(unit), writer.backend, files.tokenizer, spec, text, most
-    )

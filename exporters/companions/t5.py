@@ -35,9 +35,8 @@ from goc_deploy.exporters.folders import (
 from goc_deploy.exporters.tracing import Examples, check_shapes, empty_module, same_names, shapes_of
 from goc_deploy.exporters.units import GraphKind, Input
 from goc_deploy.precision import Precision
-from goc_deploy.spec import Count, ModelSpec
+from goc_deploy.spec import TEXT_ENCODER, Count, ModelSpec
 
-TEXT_ENCODER = "text_encoder"  # name of the graph
 PRECISION: Precision = "fp32"
 PADDING_SCORE = -1e9
 FEED_FORWARD = {"gated-gelu": True, "relu": False}  # whether a second matrix is the gate
@@ -117,13 +116,14 @@ class TextEncoderFiles:
     tokenizer: bytes
 
 
-def read_text_encoder(path: Path, spec: ModelSpec) -> TextEncoderFiles:
+def read_text_encoder(path: Path, spec: ModelSpec, part: str = TEXT_ENCODER) -> TextEncoderFiles:
     """Read a T5 encoder and its tokenizer.
 
     Args:
         path: folder of a pipeline with ``text_encoder`` and ``tokenizer``, or folder of a T5 that
             transformers saved, with the tokenizer in it or in the adjacent folder ``tokenizer``.
         spec: the model that the encoder is for.
+        part: name of the encoder's folder in that of a pipeline.
 
     Raises:
         ModelError: the folder is not such a folder, a setting is not supported, the weights are
@@ -135,7 +135,7 @@ def read_text_encoder(path: Path, spec: ModelSpec) -> TextEncoderFiles:
         raise ModelError(
             f"{path} is a text encoder, but the model draws class labels; leave it out"
         )
-    folder = part_of_pipeline(path, "text_encoder", "transformers saved a T5 encoder to")
+    folder = part_of_pipeline(path, part, "transformers saved a T5 encoder to")
     where = f"{folder / CONFIG}"
     config = t5_config(read_json(folder / CONFIG), where)
     if config.width != spec.caption_channels:
@@ -145,7 +145,7 @@ def read_text_encoder(path: Path, spec: ModelSpec) -> TextEncoderFiles:
             "give the one that it was trained with"
         )
     tokenizer_file, tokenizer = read_tokenizer(
-        [folder, folder.parent / "tokenizer"], config.vocabulary
+        [folder, folder.parent / part.replace(TEXT_ENCODER, "tokenizer")], config.vocabulary
     )
     files, stored = read_weights(folder, "model", "pytorch_model")
     tensors = {
@@ -192,12 +192,12 @@ def t5_config(config: Mapping[str, Any], where: str) -> T5Config:
     return settings
 
 
-def text_encoder_kind(config: T5Config, spec: ModelSpec) -> GraphKind:
-    """The graph of the encoder.
+def text_encoder_kind(config: T5Config, spec: ModelSpec, length: int) -> GraphKind:
+    """The graph of the encoder, for prompts of ``length`` tokens with padding.
 
     Inputs: tokens (K, L) int64, mask (K, L) float32. Outputs: embeds (K, L, C) float32.
     """
-    examples, length = Examples(spec, torch.float32), spec.caption_tokens
+    examples = Examples(spec, torch.float32)
     module = empty_module(lambda: T5Encoder(config, length), torch.float32, examples.generator)
     tokens = torch.randint(config.vocabulary, (2, length), generator=examples.generator)
     mask = (torch.arange(length) < torch.tensor([[max(1, length // 3)], [length]])).float()

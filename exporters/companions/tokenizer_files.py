@@ -48,7 +48,7 @@ def read_tokenizer(folders: Sequence[Path], vocabulary: int) -> tuple[Path, byte
                         "encoder"
                     )
                 content = read(path.read_bytes(), str(path))
-                _check_size(content, vocabulary, path)
+                check_size(content, vocabulary, path)
                 return path, content
     raise ModelError(
         f"there is no {TOKENIZER} or {SENTENCEPIECE} in {' or '.join(map(str, folders))}; download "
@@ -61,7 +61,12 @@ def _checked_json(content: bytes, where: str) -> bytes:
     return content
 
 
-def _check_size(content: bytes, vocabulary: int, path: Path) -> None:
+def check_size(content: bytes, vocabulary: int, path: Path) -> None:
+    """Check that a ``tokenizer.json`` has a vocabulary that an encoder knows.
+
+    Raises:
+        ModelError: it has none, or more tokens than the encoder.
+    """
     tokenizer = parse_json(content, str(path), ModelError)
     model = tokenizer.get("model")
     tokens = model.get("vocab") if isinstance(model, dict) else None

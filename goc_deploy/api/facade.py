@@ -10,6 +10,7 @@ from goc_deploy.options import (
     CheckpointWeights,
     ExportOptions,
     History,
+    Offload,
     PlanOptions,
     Progress,
     Segments,
@@ -85,7 +86,8 @@ def export(
         captions: captions of a text-conditional model in place of class labels: a file of
             embeddings, or of prompts (``.txt``, one per line, with a text encoder). None takes
             `goc_deploy.conditions.text.DEFAULT_PROMPTS` if there is a text encoder.
-        text_encoder: folder of the T5 encoder that the model was trained with.
+        text_encoder: folder of the T5 encoder that the model was trained with, or of its pipeline
+            if it reads several encoders.
         vae: folder of the AutoencoderKL whose decoder turns latents into images.
         vae_tile: latents with more pixels per side than this are decoded in tiles of this size.
         segments: what TensorRT runs as one engine: ``full``, a full step, or ``none``.
@@ -214,6 +216,7 @@ def load(
     cuda_graphs: bool = True,
     device: str = "auto",
     history: History = "auto",
+    offload: Offload = "none",
 ) -> Pipeline:
     """Load an engine directory.
 
@@ -241,6 +244,8 @@ def load(
             steps add, whose number does not grow with the depth, or ``auto``, which takes sums
             where they save much memory (`goc_deploy.runtime.history.plan_to_run`). The report of a
             result has the choice and its reason.
+        offload: ``text`` frees the text encoders when prompts are encoded, and loads them again for
+            prompts that were not encoded recently; ``none`` keeps them.
 
     Raises:
         GocError: a subclass names what is wrong and has an ``exit_code``.
@@ -259,7 +264,14 @@ def load(
         from goc_deploy.runtime.loading import load_pipelines
 
         return load_pipelines(
-            directory, on, [plan], batch_size, max_sessions, unlisted=unlisted, history=history
+            directory,
+            on,
+            [plan],
+            batch_size,
+            max_sessions,
+            unlisted=unlisted,
+            history=history,
+            offload=offload,
         )
 
     options = BackendOptions(threads, shared_pool, cuda_graphs, device)

@@ -113,6 +113,7 @@ def _loaded(engine_dir: str | Path, options: RunOptions) -> Pipeline:
         cuda_graphs=options.cuda_graphs,
         device=options.device,
         history=options.history,
+        offload=options.offload,
     )
 
 

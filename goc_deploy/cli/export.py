@@ -143,7 +143,8 @@ DEFAULTS = ExportOptions()
 @click.option(
     "--text-encoder",
     type=PATH,
-    help="Folder of a T5 encoder and its tokenizer (transformers) that encodes prompts.",
+    help="Folder of a T5 encoder and its tokenizer (transformers) that encodes prompts, or of a "
+    "pipeline with several text encoders (diffusers).",
 )
 @click.option(
     "--vae",

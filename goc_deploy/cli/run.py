@@ -26,7 +26,7 @@ from goc_deploy.cli.options import (
 )
 from goc_deploy.cli.progress import progress_bar
 from goc_deploy.cli.shards import shard_options, summary, take_shard_options
-from goc_deploy.options import MAX_FRAMES_PER_SECOND, RunOptions, ShardOptions
+from goc_deploy.options import MAX_FRAMES_PER_SECOND, OFFLOADS, RunOptions, ShardOptions
 
 if TYPE_CHECKING:
     from goc_deploy.api.run import RunResult
@@ -149,6 +149,13 @@ DEFAULTS = RunOptions()
 @backend_option
 @device_option
 @history_option
+@click.option(
+    "--offload",
+    type=click.Choice(OFFLOADS),
+    default=DEFAULTS.offload,
+    help="What leaves the memory when it has no work: text, the text encoders after prompts are "
+    "encoded, or none.",
+)
 @click.option(
     "--cuda-graphs/--no-cuda-graphs",
     default=DEFAULTS.cuda_graphs,

@@ -1,35 +1,29 @@
-"""Prompts to captions, with the ``tokenizers`` library and the text encoder unit."""
+"""Prompts to captions, with the text encoder units."""
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import unescape
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from goc_deploy.conditions.captions import Captions, PromptEmbeds
-from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, UsageError
-from goc_deploy.protocols import Backend, Engine, Run
-from goc_deploy.spec import ModelSpec, TextSpec
+from goc_deploy.conditions.encoder_unit import EncoderShape, EncoderUnit
+from goc_deploy.conditions.tokens import PromptTokens
+from goc_deploy.errors import UsageError
+from goc_deploy.protocols import Backend, Engine
+from goc_deploy.spec import ClipSpec, ModelSpec, TextSpec
 from goc_deploy.strict_json import bytes_from_file
-
-logger = logging.getLogger(__name__)
 
 KEPT_PROMPTS = 64
 PROMPTS_AT_ONCE = 8  # limits the memory of a launch
-SHOWN_CHARACTERS = 60
 MAX_CHARACTERS = 100_000
-NO_TOKENIZERS = (
-    "prompts need the package tokenizers, which is not installed; run: "
-    "pip install 'goc_deploy[text]', or give prompt embeddings"
-)
 
-_Encoded = tuple[np.ndarray, np.ndarray]  # embeddings (L, C) and mask (L,), float32
+# Embeddings (L, C), mask (L,) and pooled embedding (P,), float32.
+_Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 # Captions for calibration, goc-bench and goc-eval if the user has no others.
 DEFAULT_PROMPTS = (
@@ -74,37 +68,65 @@ class TextEncoder:
     Instances are safe to use from several threads.
 
     Args:
-        engine: engine of unit ``text_encoder``.
+        engines: engines by name, with those of the text encoder units; or a function that loads
+            them whenever prompts must be encoded, after which they are freed.
+        tokenizers: content of the ``tokenizer.json`` of each unit.
         backend: owner of the buffers.
-        tokenizer: content of a ``tokenizer.json``.
         spec: the model.
-        text: special tokens.
-        most: number of captions that the unit takes at once.
+        encoders: the text encoders by the names of their units.
+        most: number of captions that the units take at once.
 
     Raises:
         EnvironmentUnsupportedError: the package tokenizers is not installed.
-        EngineDirError: the tokenizer's content is not a tokenizer.
+        EngineDirError: the content of a tokenizer is not a tokenizer.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        engines: Mapping[str, Engine] | Callable[[], Mapping[str, Engine]],
+        tokenizers: Mapping[str, bytes],
         backend: Backend,
-        tokenizer: bytes,
         spec: ModelSpec,
-        text: TextSpec,
+        encoders: Mapping[str, TextSpec | ClipSpec],
         most: int,
     ) -> None:
-        self._engine, self._spec, self._text = engine, spec, text
-        self._tokenizer = _tokenizer_from_json(tokenizer)
-        self._most, length = min(most, PROMPTS_AT_ONCE), spec.caption_tokens
-        self._stream = backend.stream()
-        self._tokens = backend.allocate((self._most, length), "int64")
-        self._mask = backend.allocate((self._most, length), "float32")
-        self._embeds = backend.allocate((self._most, length, spec.caption_channels), "float32")
-        self._bound: dict[int, Run] = {}  # number of prompts -> launch
+        self._spec, self._most, self._stream = spec, min(most, PROMPTS_AT_ONCE), backend.stream()
+        self._text = next((of for of in encoders.values() if isinstance(of, TextSpec)), None)
+        self._clips = [of for of in encoders.values() if isinstance(of, ClipSpec)]
+        self._backend, self._encoders, self._tokens = backend, encoders, dict[str, PromptTokens]()
+        for name, encoder in encoders.items():
+            reader = name if isinstance(encoder, ClipSpec) else "the model"
+            length = self._shape(encoder).tokens
+            self._tokens[name] = PromptTokens(tokenizers[name], encoder, length, reader)
+        self._load = engines if callable(engines) else None
+        self._units = () if callable(engines) else self._bound(engines)
         self._known: OrderedDict[str, _Encoded] = OrderedDict()
-        self._bind(1)
+
+    def _bound(self, engines: Mapping[str, Engine]) -> tuple[EncoderUnit, ...]:
+        """The units on buffers of their own."""
+        return tuple(
+            EncoderUnit(
+                engines[name],
+                encoder,
+                self._tokens[name],
+                self._shape(encoder),
+                self._backend,
+                self._stream,
+                self._most,
+            )
+            for name, encoder in self._encoders.items()
+        )
+
+    def _shape(self, encoder: TextSpec | ClipSpec) -> EncoderShape:
+        """The sizes of a unit."""
+        if isinstance(encoder, ClipSpec):
+            outputs: dict[str, tuple[int, ...]] = {"pooled": (encoder.pooled,)}
+            if encoder.width:
+                outputs["embeds"] = (encoder.tokens, encoder.width)
+            return EncoderShape(encoder.tokens, outputs)
+        tokens = self._spec.caption_tokens - clip_tokens(self._clips)
+        embeds = (tokens, self._spec.caption_channels)
+        return EncoderShape(tokens, {"embeds": embeds}, reads_padding=bool(self._clips))
 
     def prompt_embeds(
         self,
@@ -131,10 +153,7 @@ class TextEncoder:
                 f"{len(prompts)} prompts and {len(negatives)} negative prompts; give one, or one "
                 "for each"
             )
-        texts = [
-            _normalised(prompt, lower_case=self._text.lower_case)
-            for prompt in (*prompts, *negatives)
-        ]
+        texts = [self._normalised(prompt) for prompt in (*prompts, *negatives)]
         with self._stream.held():  # this also protects the buffers and the kept results
             encoded = self._encoded(texts, log_prompts=log_prompts)
         return PromptEmbeds(_captions(encoded[: len(prompts)]), _captions(encoded[len(prompts) :]))
@@ -142,9 +161,12 @@ class TextEncoder:
     def _encoded(self, texts: Sequence[str], *, log_prompts: bool) -> list[_Encoded]:
         encoded = {text: self._known[text] for text in texts if text in self._known}
         unknown = iter(dict.fromkeys(text for text in texts if text not in encoded))
+        units = self._units
         while together := list(islice(unknown, self._most)):
-            tokens = [self._tokens_of(text, log_prompts=log_prompts) for text in together]
-            encoded.update(zip(together, self._run_encoder(tokens), strict=True))
+            if not units and self._load is not None:
+                units = self._bound(self._load())
+            found = self._run_units(units, together, log_prompts=log_prompts)
+            encoded.update(zip(together, found, strict=True))
         for text in texts:
             self._known[text] = encoded[text]
             self._known.move_to_end(text)
@@ -152,58 +174,45 @@ class TextEncoder:
             self._known.popitem(last=False)
         return [encoded[text] for text in texts]
 
-    def _tokens_of(self, text: str, *, log_prompts: bool) -> list[int]:
-        most, eos = self._spec.caption_tokens, self._text.eos
-        encoding = _of_tokenizer(lambda: self._tokenizer.encode(text))
-        tokens = list(encoding.ids)
-        if not tokens or tokens[-1] != eos:
-            tokens.append(eos)
-        if len(tokens) > most:
-            rest = text[encoding.offsets[most - 1][0] :]
-            shown = rest if len(rest) <= SHOWN_CHARACTERS else f"{rest[:SHOWN_CHARACTERS]}..."
-            left_out = f"left out: {shown!r}" if log_prompts else "the rest is left out"
-            logger.warning(
-                "a prompt has %d tokens, the model takes %d; %s", len(tokens), most, left_out
-            )
-            tokens = [*tokens[: most - 1], eos]
-        if max(tokens) >= self._text.vocabulary:
-            raise EngineDirError(
-                f"the tokenizer gives token {max(tokens)} but the text encoder knows "
-                f"{self._text.vocabulary}; export again"
-            )
-        return tokens
-
-    def _run_encoder(self, prompts: Sequence[Sequence[int]]) -> list[_Encoded]:
-        """Encode the tokens of at most ``_most`` prompts."""
-        count, length = len(prompts), self._spec.caption_tokens
-        padded = np.full((count, length), self._text.pad)
-        for row, tokens in zip(padded, prompts, strict=True):
-            row[: len(tokens)] = tokens
-        mask = (np.arange(length) < np.array([[len(tokens)] for tokens in prompts])).astype(
-            np.float32
-        )
-        run = self._bind(count)
-        self._stream.upload(padded, self._tokens.view(count, length))
-        self._stream.upload(mask, self._mask.view(count, length))
-        self._stream.wait()  # some backends run engines on a stream of their own
-        run()
-        embeds = self._stream.download(self._embeds.view(count, *self._embeds.shape[1:]))
+    def _run_units(
+        self, units: Sequence[EncoderUnit], texts: Sequence[str], *, log_prompts: bool
+    ) -> list[_Encoded]:
+        """Encode at most ``_most`` prompts."""
+        count, spec = len(texts), self._spec
+        embeds = np.zeros((count, spec.caption_tokens, spec.caption_channels), np.float32)
+        mask, pooled = np.ones((count, spec.caption_tokens), np.float32), [np.zeros((count, 0))]
+        first_channel = 0
+        for unit in units:
+            tokens = [unit.tokens.of(text, log_prompts=log_prompts) for text in texts]
+            found, text_mask = unit.run(tokens)
+            if "pooled" in found:
+                pooled.append(found["pooled"])
+                part = found.get("embeds")
+                if part is not None:
+                    stop = first_channel + part.shape[2]
+                    embeds[:, : part.shape[1], first_channel:stop] = part
+                    first_channel = stop
+            else:
+                embeds[:, clip_tokens(self._clips) :] = found["embeds"]
+                mask = mask if self._clips else text_mask
+        joined = np.concatenate(pooled, axis=1).astype(np.float32)
         # Copies, because kept results are dropped one by one.
-        return [(embeds[i].copy(), mask[i].copy()) for i in range(count)]
+        return [(embeds[i].copy(), mask[i].copy(), joined[i].copy()) for i in range(count)]
 
-    def _bind(self, count: int) -> Run:
-        if count not in self._bound:
-            tokens, mask, embeds = (
-                b.view(count, *b.shape[1:]) for b in (self._tokens, self._mask, self._embeds)
-            )
-            self._bound[count] = self._engine.bind(
-                {"tokens": tokens, "mask": mask}, {"embeds": embeds}, self._stream
-            )
-        return self._bound[count]
+    def _normalised(self, prompt: str) -> str:
+        """Clean a prompt in the same way as the reference pipeline."""
+        _check_prompt(prompt)
+        if self._clips or self._text is None:
+            return prompt
+        return _cleaned(prompt, lower_case=self._text.lower_case)
 
 
-def _normalised(prompt: str, *, lower_case: bool) -> str:
-    """Clean a prompt in the same way as the reference pipeline."""
+def clip_tokens(clips: Sequence[ClipSpec]) -> int:
+    """The number of tokens of a caption that are made by CLIP."""
+    return max((clip.tokens for clip in clips if clip.width), default=0)
+
+
+def _check_prompt(prompt: str) -> None:
     if not isinstance(prompt, str) or len(prompt) > MAX_CHARACTERS:
         raise UsageError(
             f"a prompt must be a text of at most {MAX_CHARACTERS} characters, got {prompt!r:.60}"
@@ -212,32 +221,14 @@ def _normalised(prompt: str, *, lower_case: bool) -> str:
         raise UsageError(
             f"a prompt holds half a surrogate pair, which is no character: {prompt!a:.60}"
         )
+
+
+def _cleaned(prompt: str, *, lower_case: bool) -> str:
     if lower_case:
         return prompt.lower().strip()
     return " ".join(unescape(unescape(prompt)).split())
 
 
 def _captions(encoded: Sequence[_Encoded]) -> Captions:
-    embeds, masks = zip(*encoded, strict=True)
-    return Captions(np.stack(embeds), np.stack(masks), np.zeros((len(encoded), 0), np.float32))
-
-
-def _tokenizer_from_json(content: bytes) -> Any:
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as cause:
-        raise EnvironmentUnsupportedError(NO_TOKENIZERS) from cause
-    tokenizer = _of_tokenizer(lambda: Tokenizer.from_str(content.decode()))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def _of_tokenizer(call: Callable[[], Any]) -> Any:
-    """Call the library; a damaged tokenizer raises any exception, and a panic is no Exception."""
-    try:
-        return call()
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as cause:
-        raise EngineDirError(f"the tokenizer cannot be used: {cause}; export again") from cause
+    embeds, masks, pooled = zip(*encoded, strict=True)
+    return Captions(np.stack(embeds), np.stack(masks), np.stack(pooled))

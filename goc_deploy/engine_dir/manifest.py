@@ -12,7 +12,17 @@ from msgspec import Meta
 from goc_deploy.engine_dir.keys import EngineWeightMode, Target
 from goc_deploy.precision import DTYPE_OF_PRECISION, Precision, WeightFormat, tensor_bytes
 from goc_deploy.samplers.process import Process
-from goc_deploy.spec import Count, DecoderSpec, ModelSpec, Size, TextSpec, VideoDecoderSpec
+from goc_deploy.spec import (
+    TEXT_ENCODER,
+    ClipSpec,
+    Count,
+    DecoderSpec,
+    ModelSpec,
+    Size,
+    TextSpec,
+    VideoDecoderSpec,
+    clip_unit,
+)
 
 MANIFEST_NAME = "manifest.json"
 IMAGE_CHANNELS = (1, 3)
@@ -57,7 +67,7 @@ class GraphEntry:
     Attributes:
         name: ``conditioning``, ``modulation``, ``embed``, ``block_00_attn``, ..., ``collect``,
             ``residual``, ``final``, ``sampler``, ``sampler_lag1``, ..., ``captions``, ``decoder``,
-            ``video_decoder``, ``text_encoder``.
+            ``video_decoder``, ``text_encoder``, ``clip_1``, ``clip_2``.
         onnx: path of the graph.
         weights_file: path of the external data, or None.
         parameters: position of each tensor in the weights file.
@@ -178,13 +188,15 @@ class Manifest:
         engines: TensorRT engines, a cache: the ONNX files and plans are the source of truth.
         decoder: sizes of unit ``decoder``, or None without a decoder.
         stored_captions: path of the stored captions, or None without any.
-        text: inputs of unit ``text_encoder``, or None without a text encoder.
+        text: inputs of unit ``text_encoder``, or None without a T5.
         segments: segment signature -> path of its graph, which contains all units of the blocks.
         scheduler: settings of the diffusers scheduler that came with the model, or None without
             one.
         heads: name of a sampler graph that applies a head -> path of the graph.
         loras: LoRAs that were merged into the weights, by ascending digest.
         video_decoder: sizes of unit ``video_decoder``, or None without one.
+        clip: inputs and outputs of the units ``clip_1``, ``clip_2``, in the order in which their
+            pooled embeddings are joined.
     """
 
     model: ModelSpec
@@ -205,6 +217,15 @@ class Manifest:
     heads: dict[str, str] = field(default_factory=dict)
     loras: tuple[LoraEntry, ...] = ()
     video_decoder: VideoDecoderSpec | None = None
+    clip: tuple[ClipSpec, ...] = ()
+
+    @property
+    def text_encoders(self) -> dict[str, TextSpec | ClipSpec]:
+        """The text encoders by the names of their units; empty if prompts cannot be encoded."""
+        encoders: dict[str, TextSpec | ClipSpec] = {
+            clip_unit(i): clip for i, clip in enumerate(self.clip)
+        }
+        return encoders if self.text is None else {**encoders, TEXT_ENCODER: self.text}
 
     @property
     def process(self) -> Process:

@@ -54,6 +54,7 @@ def manifest_from_json(text: bytes, where: str) -> Manifest:
         _model_problems(manifest),
         _decoder_problems(manifest),
         _video_decoder_problems(manifest),
+        _clip_problems(manifest),
         _unit_problems(manifest),
         _unlisted_files(manifest),
     ):
@@ -179,6 +180,22 @@ def _unit_problems(manifest: Manifest) -> Iterator[str]:
                 yield f"$.segments: made of unit {name}, which $.graphs does not list with weights"
 
 
+def _clip_problems(manifest: Manifest) -> Iterator[str]:
+    """Yield sizes of CLIP text encoders that do not fit the captions of the model."""
+    model, clips = manifest.model, manifest.clip
+    if not clips:
+        return
+    pooled, width = sum(clip.pooled for clip in clips), sum(clip.width for clip in clips)
+    if pooled != model.pooled_channels:
+        yield f"$.clip: expected pooled embeddings of width {model.pooled_channels}, got {pooled}"
+    if width > model.caption_channels:
+        yield f"$.clip: expected embeddings of width <= {model.caption_channels}, got {width}"
+    longest = max((clip.tokens for clip in clips if clip.width), default=0)
+    room = model.caption_tokens - (manifest.text is not None)
+    if longest > room:
+        yield f"$.clip: expected at most {room} tokens, got {longest}"
+
+
 def _label_table_problems(manifest: Manifest, parameter: Parameter, path: str) -> Iterator[str]:
     choices, rows = manifest.model.choices, parameter.shape[:1]
     if not parameter.name.endswith(_LABEL_TABLE) or manifest.model.text_conditional:
@@ -227,5 +244,5 @@ def _used_files(manifest: Manifest) -> Iterator[tuple[str, str]]:
             yield f"$.engines[{i}].graphs[{j}]", name
     if manifest.stored_captions is not None:
         yield "$.stored_captions", manifest.stored_captions
-    if manifest.text is not None:
-        yield "$.text.tokenizer", manifest.text.tokenizer
+    for name, encoder in manifest.text_encoders.items():
+        yield f"$.{name}.tokenizer", encoder.tokenizer

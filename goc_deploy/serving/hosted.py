@@ -54,7 +54,7 @@ class LoadedModel:
     @property
     def takes(self) -> str:
         """What its images are drawn from: ``prompt`` or ``class``."""
-        return "class" if self.directory.manifest.text is None else "prompt"
+        return "prompt" if self.directory.manifest.text_encoders else "class"
 
     def plan(self, name: str | None) -> HostedPlan:
         """Return the plan of a name or SPEC; None is the first plan that caches.

@@ -163,7 +163,7 @@ def request_of_body(service: Service, body: GenerationBody) -> ImageRequest:
     if body.size not in (None, "auto", size):
         raise UsageError(f"size {body.size!r:.20} does not exist; model {name} has {size}")
     check_images(body.n, service.limits)  # before there are lists of that length
-    if manifest.text is not None:
+    if manifest.text_encoders:
         negatives = [body.negative_prompt]
         return replace(request, prompts=[body.prompt] * body.n, negative_prompts=negatives)
     labels = labels_from_text(body.prompt, manifest.class_names)

@@ -22,7 +22,7 @@ def _model_card(name: str, model: LoadedModel) -> dict[str, Any]:
     return {
         "id": name,
         "takes": model.takes,
-        "classes": 0 if manifest.text is not None else manifest.model.choices,
+        "classes": 0 if manifest.text_encoders else manifest.model.choices,
         "class_names": list(manifest.class_names),
         "side": manifest.image_size and min(manifest.image_size),
         "units": list(manifest.model.unit_names),

@@ -104,7 +104,7 @@ def _write_model(
     stage: Path, name: str, model: HostedModel, directory: EngineDir, options: ServeOptions
 ) -> None:
     manifest = directory.manifest
-    warmed, text = (LABEL, "0") if manifest.text is None else (PROMPT, "warm up")
+    warmed, text = (LABEL, "0") if not manifest.text_encoders else (PROMPT, "warm up")
     most = min(options.batch_images or manifest.max_batch, manifest.max_batch)
     config = CONFIG.format(
         version=__version__,
@@ -134,7 +134,7 @@ def _inputs(manifest: Manifest) -> dict[str, str]:
         SEED: "TYPE_UINT64 dims: [ 1 ] optional: true",
         GUIDANCE_SCALE: "TYPE_FP32 dims: [ 1 ] optional: true",
     }
-    if manifest.text is None:
+    if not manifest.text_encoders:
         return {LABEL: "TYPE_STRING dims: [ 1 ]", **optional}
     return {
         PROMPT: "TYPE_STRING dims: [ 1 ]",

@@ -163,7 +163,9 @@ def _model_trials(folder: Path) -> dict[str, Trial]:
 
     def encode(content: bytes) -> None:
         text = TextSpec("tokenizer.json", vocabulary, 1, 0)
-        encoder = TextEncoder(_Silent(), backend, content, pixart_reference.SPEC, text, 2)  # type: ignore[arg-type]
+        engines, contents = {"text_encoder": _Silent()}, {"text_encoder": content}
+        encoders = {"text_encoder": text}
+        encoder = TextEncoder(engines, contents, backend, pixart_reference.SPEC, encoders, 2)  # type: ignore[arg-type]
         encoder.prompt_embeds(["a red three", "\u00e9" * 40], ["", ""])
 
     def read_and_encode(path: Path) -> None:

@@ -16,11 +16,13 @@ from goc_deploy.errors import UsageError
 from goc_deploy.exporters.export import ARCHITECTURES
 from goc_deploy.serving.requests import HostedModel, ImageRequest
 from goc_deploy.serving.service import Service
+from tests.clip_folder import clip, save_tokenizer
 from tests.conftest import Command
 from tests.pixart_reference import Feature, eager_latents, forward
 from tests.pooled_family import FAMILY, NAME, POOLED, SPEC, random_state, state_of_rows
 from tests.reference import relative_l2
 from tests.stand_ins.loading import copy_with_engines, stand_in_pipeline
+from tests.t5_folder import save_encoder
 
 PLANS = ("none", "fora:2", "fora:3+gc:1.0")
 SCALE = 3.0
@@ -36,26 +38,21 @@ def arrays(prompts: int, negatives: int = 1, seed: int = 1) -> dict[str, np.ndar
     }
 
 
+def exported(folder: Path, **options: Any) -> Path:
+    torch.save({"state_dict": random_state()}, folder / "model.pth")
+    more = {"num_heads": 4, "sampler": "dpm++", "steps": 6, "max_batch": 2, **options}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ARCHITECTURES, NAME, FAMILY)
+        goc_deploy.export(folder / "model.pth", folder / "engine", model=NAME, **more)
+    return folder / "engine"
+
+
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pooled")
-    torch.save({"state_dict": random_state()}, folder / "model.pth")
     np.savez(folder / "captions.npz", **arrays(3, seed=9))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ARCHITECTURES, NAME, FAMILY)
-        goc_deploy.export(
-            folder / "model.pth",
-            folder / "engine",
-            model=NAME,
-            plans=(*PLANS, "fora:2+goc"),
-            captions=folder / "captions.npz",
-            num_heads=4,
-            sampler="dpm++",
-            steps=6,
-            max_batch=2,
-            calibrate=2,
-        )
-    return folder / "engine"
+    plans = (*PLANS, "fora:2+goc")
+    return exported(folder, plans=plans, captions=folder / "captions.npz", calibrate=2)
 
 
 def expected(
@@ -166,3 +163,30 @@ def test_the_command_line_gives_the_embedded_guidance(
     np.testing.assert_array_equal(np.load(latents), expected)
     refused = command("goc-run", str(golden_engine), "--guidance", "1.5", code=2)
     assert "--guidance is for models that embed a guidance scale" in refused.stderr
+
+
+def test_prompts_are_encoded_by_a_clip_and_a_t5_on_every_backend(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers", reason="tokenizers comes with the text extra")
+    folder = tmp_path / "pipeline"
+    save_encoder(folder / "text_encoder_2")
+    save_tokenizer(folder / "tokenizer")
+    clip("CLIPTextModel", hidden_size=POOLED, num_attention_heads=2).save_pretrained(
+        folder / "text_encoder"
+    )
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    engine = exported(tmp_path, plans=("fora:2",), text_encoder=folder)
+    prompts = ["a red three", "the blue seven", "a red three"]
+    with goc_deploy.load(engine) as pipe:
+        embeds = pipe.encode(prompts, ["a three"])
+        assert embeds.prompts.pooled.shape == (3, POOLED)
+        np.testing.assert_array_equal(embeds.prompts.pooled[0], embeds.prompts.pooled[2])
+        assert relative_l2(embeds.prompts.pooled[1], embeds.prompts.pooled[0]) > 1e-3
+        expected = pipe.generate(prompt_embeds=embeds, seed=3, cfg_scale=2).latents
+        more = {"prompts": prompts, "negative_prompts": ["a three"], "seed": 3, "cfg_scale": 2}
+        np.testing.assert_array_equal(pipe.generate(**more).latents, expected)
+        assert len(pipe.generate([0, 15], seed=3).latents) == 2  # stored captions
+    pipe, _ = stand_in_pipeline(copy_with_engines(engine, tmp_path / "gpu", "embedded"), "fora:2")
+    with pipe:
+        found = pipe.encode(prompts, ["a three"])
+        assert relative_l2(found.table.pooled, embeds.table.pooled) < 1e-5
+        assert relative_l2(pipe.generate(**more).latents, expected) < 1e-5

@@ -5,8 +5,10 @@ The embeddings are those of the formulas and of transformers, the tokens those o
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,14 +199,53 @@ def test_prompts_that_share_a_launch_are_encoded_as_alone(engine: Path) -> None:
     assert backend.runs == [4] * 9 + [1]  # 36 different prompts and the empty one, 4 at once
     manifest, units = opened.manifest, load_engines(opened, [], single, ["text_encoder"]).units
     assert manifest.text is not None
-    tokenizer = bytes(opened.read(manifest.text.tokenizer))
+    tokenizers = {"text_encoder": bytes(opened.read(manifest.text.tokenizer))}
     one_by_one = TextEncoder(
-        units["text_encoder"], single, tokenizer, manifest.model, manifest.text, most=1
+        units, tokenizers, single, manifest.model, manifest.text_encoders, most=1
     )
     alone = one_by_one.prompt_embeds(prompts)
     assert single.runs == [1] * 37
     np.testing.assert_allclose(found.prompts.embeds, alone.prompts.embeds, atol=1e-6)
     np.testing.assert_array_equal(found.prompts.mask, alone.prompts.mask)
+
+
+class WatchedOrt(CountingOrt):
+    """ONNX Runtime with weak references to the text encoders that it loaded."""
+
+    def __init__(self) -> None:
+        super().__init__("tokens")
+        self.loaded: list[weakref.ref[Any]] = []
+
+    def load(self, *args: Any, **more: Any) -> Any:
+        engine = super().load(*args, **more)
+        if "tokens" in engine.dtypes:
+            self.loaded.append(weakref.ref(engine))
+        return engine
+
+
+def test_offloaded_encoders_are_freed_and_loaded_again(
+    engine: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, command: Command
+) -> None:
+    opened, backend = EngineDir.open(engine), WatchedOrt()
+    with caplog.at_level(logging.INFO):
+        pipes = load_pipelines(opened, backend, ["none"], None, 1, offload="text")
+    assert "GB of text encoders while they encode, and for each of 1 sessions" in caplog.text
+    with pipes[0] as pipe:
+        assert not backend.loaded
+        found = pipe.encode(PROMPTS).table
+        gc.collect()
+        assert [loaded() for loaded in backend.loaded] == [None]
+        pipe.encode(PROMPTS[:1])  # which is remembered
+        assert len(backend.loaded) == 1
+        pipe.encode(["a seven"])
+        assert len(backend.loaded) == 2
+    with load_pipelines(opened, backend, ["none"], None, 1)[0] as pipe:
+        np.testing.assert_array_equal(pipe.encode(PROMPTS).table.embeds, found.embeds)
+        expected = pipe.generate(prompts=PROMPTS[:1], seed=3).latents
+    out = tmp_path / "x.npy"
+    words = ("--prompt", PROMPTS[0], "--plan", "none", "--seed", 3, "--offload", "text")
+    command("goc-run", engine, *words, "--latents-output", out)
+    np.testing.assert_array_equal(np.load(out), expected)
 
 
 def test_more_prompts_than_are_remembered_are_encoded(
@@ -289,7 +330,7 @@ def test_a_missing_tokenizers_package_is_named(
         return None if name == "tokenizers" else found(name, *more)
 
     monkeypatch.setattr("goc_deploy.api.requirements.find_spec", without)
-    monkeypatch.setattr("goc_deploy.runtime.loading.find_spec", without)
+    monkeypatch.setattr("goc_deploy.runtime.text_loading.find_spec", without)
     with goc_deploy.load(engine, plan="none") as pipe:
         assert np.isfinite(pipe.generate([0], seed=1).latents).all()
         with pytest.raises(EnvironmentUnsupportedError, match=r"pip install 'goc_deploy\[text\]'"):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from goc_deploy.api import cpu_backend
-from goc_deploy.conditions.text import TextEncoder, _normalised
+from goc_deploy.conditions.text import TextEncoder, _cleaned
 from goc_deploy.errors import EngineDirError
 from goc_deploy.exporters.companions.tokenizer_files import json_from_sentencepiece
 from goc_deploy.spec import TextSpec
@@ -24,7 +24,9 @@ class LeavesOutputs:
 
 def encode(content: bytes) -> None:
     text = TextSpec("tokenizer.json", 48, 1, 0)
-    TextEncoder(LeavesOutputs(), cpu_backend(), content, SPEC, text, 2).prompt_embeds(["a \u00e9"])  # type: ignore[arg-type]
+    engines, contents = {"text_encoder": LeavesOutputs()}, {"text_encoder": content}
+    encoder = TextEncoder(engines, contents, cpu_backend(), SPEC, {"text_encoder": text}, 2)  # type: ignore[arg-type]
+    encoder.prompt_embeds(["a \u00e9"])
 
 
 def misnamed(tokenizer: dict[str, Any]) -> None:
@@ -47,5 +49,5 @@ def test_a_damaged_tokenizer_is_a_damaged_engine(damage: Callable[[Any], None]) 
 
 
 def test_prompts_of_umt5_keep_their_case_and_lose_extra_space() -> None:
-    assert _normalised("  A&amp;amp;B \n Cat ", lower_case=False) == "A&B Cat"
-    assert _normalised(" A&amp;B Cat ", lower_case=True) == "a&amp;b cat"
+    assert _cleaned("  A&amp;amp;B \n Cat ", lower_case=False) == "A&B Cat"
+    assert _cleaned(" A&amp;B Cat ", lower_case=True) == "a&amp;b cat"
