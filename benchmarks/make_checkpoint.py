@@ -84,7 +84,7 @@ def spec_of(name: str, image_size: int, depth: int | None = None) -> ModelSpec:
     """The sizes of ``XL/2``, ``PixArt-XL/2`` and so on for images of ``image_size`` pixels.
 
     The latents are those of a VAE that reduces height and width by 8. A depth other than that of
-    the public model is for Qwen-Image and FLUX.1 alone.
+    the public model is for Qwen-Image, FLUX.1 and Stable Diffusion 3 alone.
     """
     if name == QWEN:
         return qwen_spec(depth or 60, 24, (16, 56, 56), channels=16, text=3584)
@@ -101,7 +101,9 @@ def spec_of(name: str, image_size: int, depth: int | None = None) -> ModelSpec:
         return wan_spec(depth, heads, 128, ffn=ffn, channels=channels, text=4096)
     if name in SD3_SIZES:
         sizes = SD3_SIZES[name]
-        return sd3_spec(hidden=64 * sizes["heads"], **sizes)
+        blocks = depth or sizes["depth"]
+        dual = [number for number in sizes["dual"] if number < blocks]
+        return sd3_spec(hidden=64 * sizes["heads"], **{**sizes, "depth": blocks, "dual": dual})
     size, patch = name.removeprefix(SIGMA).removeprefix(PIXART).split("/")
     depth, hidden, heads = SIZES[size]
     spec = ModelSpec(
@@ -156,7 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--depth",
         type=int,
-        help="number of blocks of a Qwen-Image or a FLUX.1; default: that of the public model",
+        help="number of blocks of a Qwen-Image, a FLUX.1 or a Stable Diffusion 3; default: that of "
+        "the public model",
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

@@ -21,6 +21,7 @@ from goc_deploy.engine_dir.reading import check_target, files_below
 from goc_deploy.errors import CalibrationNeededError, GocError, ModelError, UsageError
 from goc_deploy.exporters.architectures.dit import DIT
 from goc_deploy.exporters.architectures.flux import FLUX
+from goc_deploy.exporters.architectures.flux2 import FLUX2
 from goc_deploy.exporters.architectures.pixart import PIXART
 from goc_deploy.exporters.architectures.pixart_sigma import PIXART_SIGMA
 from goc_deploy.exporters.architectures.qwen import QWEN_IMAGE
@@ -70,7 +71,18 @@ from goc_deploy.version import __version__
 
 ARCHITECTURES = {
     family.name: family
-    for family in (DIT, PIXART, PIXART_SIGMA, SD3, SIT, WAN, FLUX, QWEN_IMAGE, Z_IMAGE)
+    for family in (
+        DIT,
+        PIXART,
+        PIXART_SIGMA,
+        SD3,
+        SIT,
+        WAN,
+        FLUX,
+        FLUX2,
+        QWEN_IMAGE,
+        Z_IMAGE,
+    )
 }
 # Makes the laboratory of an engine directory for a sampler.
 LaboratoryMaker = Callable[[EngineDir, str, CalibrationOptions], Laboratory]

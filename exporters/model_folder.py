@@ -20,7 +20,7 @@ from goc_deploy.exporters.folders import (
     read_weights,
 )
 from goc_deploy.exporters.schedulers import prediction_of
-from goc_deploy.samplers.process import EVEN_SIGMAS
+from goc_deploy.samplers.process import EVEN_SIGMAS, FITTED_SHIFT
 from goc_deploy.spec import ModelSpec
 
 SECOND = "transformer_2"  # of Wan 2.2 A14B
@@ -35,8 +35,8 @@ class FolderModel:
         spec: sizes of the model, from ``config.json``.
         class_names: one name per class, synonyms separated by commas; empty if the folder has no
             names.
-        scheduler: settings of the pipeline's scheduler, with `EVEN_SIGMAS` if that is true; None if
-            the folder has no scheduler.
+        scheduler: settings of the pipeline's scheduler, with `EVEN_SIGMAS` and `FITTED_SHIFT` if
+            they are true; None if the folder has no scheduler.
     """
 
     checkpoint: Checkpoint
@@ -95,8 +95,9 @@ def read_model_folder(
     described = [folder / CONFIG, *([path / PIPELINE_CONFIG] if index else [])]
     scheduler, settings = None, path / SCHEDULER_CONFIG
     if index and settings.exists():
-        even = {EVEN_SIGMAS: True} if family.even_sigmas else {}
-        scheduler = {**read_scheduler(settings), **even}
+        told = {EVEN_SIGMAS: family.even_sigmas, FITTED_SHIFT: family.fitted_shift}
+        added = {name: True for name, value in told.items() if value}
+        scheduler = {**read_scheduler(settings), **added}
         described.append(settings)
         prediction = prediction or prediction_of(scheduler, str(settings))
     spec = replace(spec, prediction_type=prediction or spec.prediction_type)

@@ -202,7 +202,7 @@ def scheduler_table(steps: int, process: Process) -> SamplerTable:
     from goc_deploy.exporters.scheduler_probe import probed_table
 
     size_shift = None if own is None else own.size_shift
-    exponent = None if size_shift is None else size_shift.exponent(process.tokens)
+    exponent = None if size_shift is None else size_shift.exponent(process.tokens, steps)
     probed = probed_table(scheduler, steps, process.prediction_type, exponent)
     if own is not None and not _same_steps(own, probed):
         raise VerificationError(

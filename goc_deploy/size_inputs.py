@@ -43,12 +43,12 @@ def size_tensors(spec: ModelSpec) -> dict[str, np.ndarray]:
         tensors["positions"] = _added_positions(spec, positions)
     else:
         places = _places(spec.axes, centered=positions.centered)
+        if positions.text_axis:
+            places.append(np.zeros(1, int))
         angles = rotary_angles(places, positions.widths, positions.theta)
         tensors |= {"cos": np.cos(angles), "sin": np.sin(angles)}
         if positions.turns_text:
-            behind = max(int(axis[-1]) for axis in places) + 1
-            turns = np.arange(behind, behind + spec.caption_tokens)[:, None]
-            along = turns * _frequencies(positions.widths, positions.theta)
+            along = _text_angles(spec, positions, places)
             tensors |= {"text_cos": np.cos(along), "text_sin": np.sin(along)}
     return {name: values.astype(np.float32) for name, values in tensors.items()}
 
@@ -107,10 +107,11 @@ def _added_positions(spec: ModelSpec, positions: Positions) -> np.ndarray:
 
 
 def _joined(of_columns: np.ndarray, of_rows: np.ndarray) -> np.ndarray:
-    """The values of a token's column, (columns, D / 2), then those of its row, (rows, D / 2)."""
+    """The values of a token's column, (columns, D / 2), then of its row, (rows, D / 2); float32."""
     shape = (len(of_rows), len(of_columns), of_columns.shape[1])
+    of_rows, of_columns = of_rows.astype(np.float32), of_columns.astype(np.float32)
     table = [np.broadcast_to(of_columns[None], shape), np.broadcast_to(of_rows[:, None], shape)]
-    return np.concatenate(table, axis=2).astype(np.float32)
+    return np.concatenate(table, axis=2)
 
 
 def rotary_angles(places: Sequence[np.ndarray], widths: Sequence[int], theta: float) -> np.ndarray:
@@ -134,6 +135,18 @@ def rotary_angles(places: Sequence[np.ndarray], widths: Sequence[int], theta: fl
     turns = np.stack([axis.ravel() for axis in grid], axis=1).astype(np.float64)  # (T, axes)
     angles = np.repeat(turns, [width // 2 for width in widths], axis=1)
     angles *= _frequencies(widths, theta)
+    return angles
+
+
+def _text_angles(spec: ModelSpec, positions: Positions, places: Sequence[np.ndarray]) -> np.ndarray:
+    """The angles of the tokens of the text, (L, sum of widths / 2) float64."""
+    counted = np.arange(spec.caption_tokens)
+    if positions.text_axis:
+        return rotary_angles([counted], positions.widths, positions.theta)
+    behind = max(int(axis[-1]) for axis in places) + 1
+    angles: np.ndarray = (behind + counted)[:, None] * _frequencies(
+        positions.widths, positions.theta
+    )
     return angles
 
 

@@ -57,6 +57,9 @@ class Positions:
         centered: ``rotary``: whether rows and columns are counted from the middle of the sample.
         turns_text: ``rotary``: whether tokens of the text are turned too. They follow the last
             position of the sample, on all axes alike.
+        text_axis: ``rotary``: whether the last width belongs to an axis of its own. Tokens of the
+            text are counted along it, and have position 0 along the others. Those of the sample
+            have position 0 along it.
     """
 
     kind: Literal["sine", "rotary"]
@@ -68,6 +71,7 @@ class Positions:
     theta: float = 10_000.0
     centered: bool = False
     turns_text: bool = False
+    text_axis: bool = False
 
 
 @dataclass(frozen=True, slots=True)

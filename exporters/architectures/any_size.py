@@ -23,9 +23,9 @@ EXAMPLE_GRID = (2, 3, 4)  # tokens along each axis of example inputs
 class Patches(nn.Module):
     """`PatchEmbed` as one matrix product on latents that are seen by patches."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, *, bias: bool = True) -> None:
         super().__init__()
-        self.proj = nn.Linear(spec.channels * spec.patch**2, spec.hidden)
+        self.proj = nn.Linear(spec.channels * spec.patch**2, spec.hidden, bias=bias)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Latents (N, C, ..., h, p, w, p) float32 to tokens (N, ..., h, w, D)."""
@@ -39,9 +39,9 @@ class Patches(nn.Module):
 class EmbedUnit(nn.Module):
     """Latents to tokens, computed once per image and then copied to the rows of the batch."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, *, bias: bool = True) -> None:
         super().__init__()
-        self.x_embedder = Patches(spec)
+        self.x_embedder = Patches(spec, bias=bias)
 
     def forward(self, latents: Tensor, rows: Tensor, positions: Tensor | None = None) -> Tensor:
         """Latents to tokens (B, ..., h, w, D).
@@ -60,10 +60,10 @@ class EmbedUnit(nn.Module):
 class FinalUnit(nn.Module):
     """Tokens to the model output."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, *, bias: bool = True) -> None:
         super().__init__()
         self.patch, self.channels = spec.patch, spec.output_channels
-        self.linear = nn.Linear(spec.hidden, spec.patch**2 * spec.output_channels)
+        self.linear = nn.Linear(spec.hidden, spec.patch**2 * spec.output_channels, bias=bias)
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """Tokens (B, ..., h, w, D) and modulation (B, D) to the output by patches, float32."""

@@ -106,6 +106,7 @@ class DiffusersFolder:
         state_from_diffusers: renames the tensors to the public layout.
         layers: names of the layers in both layouts, for LoRAs.
         even_sigmas: whether the pipelines give their scheduler T even noise levels from 1 to 1 / T.
+        fitted_shift: whether they compute the shift for the size with the fit of FLUX.2.
     """
 
     pipelines: tuple[str, ...]
@@ -115,6 +116,7 @@ class DiffusersFolder:
     state_from_diffusers: StateFromDiffusers
     layers: LayersInDiffusers = no_other_names
     even_sigmas: bool = False
+    fitted_shift: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,39 +15,94 @@ from functools import partial
 from itertools import chain
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from goc_deploy.blocks import Unit
 from goc_deploy.errors import UsageError
 from goc_deploy.exporters.architectures import any_size
 from goc_deploy.exporters.architectures.contract import Architecture, DiffusersFolder
+from goc_deploy.exporters.architectures.dit_model import TIMESTEP_FREQUENCIES, timestep_features
 from goc_deploy.exporters.architectures.flux_diffusers import (
-    VALUES_OF_PATCH,
     block_names,
     check_tensors,
     spec_from_config,
     state_from_diffusers,
 )
 from goc_deploy.exporters.architectures.flux_files import AUTHORS, spec_from_tensors
+from goc_deploy.exporters.architectures.flux_kinds import (
+    CHUNKS,
+    KINDS,
+    block_kinds,
+    caption_examples,
+    final_of,
+    layers_of,
+    norms_of,
+    positions,
+)
 from goc_deploy.exporters.architectures.flux_units import (
+    GUIDANCE_SCALE,
     AttnUnit,
     CaptionsUnit,
-    ConditioningUnit,
+    Embedder,
     MlpUnit,
     SingleUnit,
 )
-from goc_deploy.exporters.tracing import ROWS, SOME_TOKENS, STEPS, Examples, Module, empty_module
+from goc_deploy.exporters.tracing import ROWS, STEPS, Examples, Module, empty_module
 from goc_deploy.exporters.units import DTYPES, Binding, GraphKind, Input, Slab
 from goc_deploy.precision import Precision
-from goc_deploy.spec import ModelSpec, Positions
+from goc_deploy.spec import ModelSpec
 
-KINDS = ("weight", "bias")
-OUTPUTS = ("x_out", "text_out", "feature", "feature_text")
-# Where a row is in the modulation layer of its block and stream:
-CHUNKS = {
-    "attn": {"shift": 0, "scale": 1, "gate": 2},
-    "mlp": {"shift": 3, "scale": 4, "gate": 5},
-    "single": {"shift": 0, "scale": 1, "gate": 2},
+UNITS: Mapping[str, Callable[[ModelSpec], nn.Module]] = {
+    "attn": AttnUnit,
+    "mlp": MlpUnit,
+    "single": partial(SingleUnit, last=False),
+    "last": partial(SingleUnit, last=True),
 }
+
+
+class ConditioningUnit(nn.Module):
+    """Timesteps, pooled captions and the guidance scale to the modulation table.
+
+    The gates of a single block are the same for both of its features. They are computed once and
+    copied to both places.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.rows = spec.modulation
+        branches = [spec.declared_units[place.unit].branch for place in spec.features]
+        self.single_gates = branches.index("single")  # before them are the image's other gates
+        self.shared = sum(
+            branch == "single" and place.feature.stream == "text"
+            for branch, place in zip(branches, spec.features, strict=True)
+        )
+        self.timestep_embedder = Embedder(TIMESTEP_FREQUENCIES, spec.hidden)
+        self.text_embedder = Embedder(spec.pooled_channels, spec.hidden)
+        if spec.embedded_guidance:
+            self.guidance_embedder = Embedder(TIMESTEP_FREQUENCIES, spec.hidden)
+        self.modulation = nn.Linear(spec.hidden, (self.rows.count - self.shared) * spec.hidden)
+
+    def forward(self, t: Tensor, pooled: Tensor, guidance: Tensor | None = None) -> Tensor:
+        """Everything that the modulation depends on to the table (S, M, K, D).
+
+        Args:
+            t: (S,) timesteps, from 1000 to 0.
+            pooled: (K, P) float32, pooled captions.
+            guidance: (1,) float32, the guidance scale; None if the model does not read it.
+        """
+        condition = self.timestep_embedder(timestep_features(t))  # (S, D)
+        if guidance is not None:
+            scale = timestep_features(GUIDANCE_SCALE * guidance)
+            condition = condition + self.guidance_embedder(scale)
+        both = condition.unsqueeze(1) + self.text_embedder(pooled).unsqueeze(0)  # (S, K, D)
+        steps, captions, hidden = both.shape
+        rows = self.modulation(F.silu(both).reshape(-1, hidden))
+        rows = rows.reshape(steps, captions, -1, hidden)
+        gates = self.rows.gates.stop - self.shared  # that were computed
+        again = rows[:, :, self.single_gates : self.single_gates + self.shared]
+        table = torch.cat([rows[:, :, :gates], again, rows[:, :, gates:]], dim=2)
+        return table.transpose(1, 2)
 
 
 def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
@@ -79,9 +134,9 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
         GraphKind(
             "captions",
             traceable(CaptionsUnit),
-            _caption_examples(spec, examples),
+            caption_examples(spec, examples),
             ("text",),
-            {"captions": _layers({"context_embedder": "context_embedder"})},
+            {"captions": layers_of({"context_embedder": "context_embedder"})},
             weights_are_inputs=True,
         ),
         GraphKind(
@@ -89,53 +144,16 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
             traceable(any_size.EmbedUnit),
             (any_size.latents_example(spec, examples), ROWS),
             ("x",),
-            {"embed": _layers({"x_embedder.proj": "x_embedder"})},
+            {"embed": layers_of({"x_embedder.proj": "x_embedder"})},
         ),
-        *_block_kinds(spec, examples, traceable),
+        *block_kinds(spec, examples, traceable, UNITS, _BINDINGS),
         GraphKind(
             "final",
             traceable(any_size.FinalUnit),
             (any_size.grid_example(spec, examples), *examples.modulation("shift", "scale")),
             ("prediction",),
-            {"final": _final(spec)},
+            {"final": final_of(spec)},
         ),
-    )
-
-
-def _block_kinds(
-    spec: ModelSpec,
-    examples: Examples,
-    traceable: Callable[[Callable[[ModelSpec], torch.nn.Module]], torch.nn.Module],
-) -> tuple[GraphKind, ...]:
-    """The units of double blocks, of single blocks, and of the last one, if there are any."""
-    of_text = Input("text", examples.normal(2, spec.caption_tokens, spec.hidden), {0: "batch"})
-    tokens, angles = (examples.tokens(), of_text), _angles(spec)
-    both = ("shift", "scale", "gate", "shift_text", "scale_text", "gate_text")
-    one = ("shift", "scale", "gate", "gate_text")
-    last = spec.depth - 1
-    made: tuple[tuple[str, Callable[[ModelSpec], torch.nn.Module], tuple[str, ...]], ...] = (
-        ("attn", AttnUnit, both),
-        ("mlp", MlpUnit, both),
-        ("single", partial(SingleUnit, last=False), one),
-        ("last", partial(SingleUnit, last=True), one[:-1]),
-    )
-    copies: dict[str, dict[str, Binding]] = {kind: {} for kind, _, _ in made}
-    for i, (block, branches) in enumerate(
-        zip(block_names(spec), spec.branches_of_blocks, strict=True)
-    ):
-        for branch in branches:
-            bound = _BINDINGS[branch](block)
-            copies["last" if i == last else branch][f"block_{i:02d}_{branch}"] = bound
-    return tuple(
-        GraphKind(
-            kind,
-            traceable(make),
-            (*tokens, *examples.modulation(*rows), *(() if kind == "mlp" else angles)),
-            OUTPUTS if kind != "last" else ("x_out", "feature"),
-            copies[kind],
-        )
-        for kind, make, rows in made
-        if copies[kind]
     )
 
 
@@ -149,40 +167,6 @@ def _condition_examples(spec: ModelSpec, examples: Examples) -> tuple[Input, ...
     )
 
 
-def _caption_examples(spec: ModelSpec, examples: Examples) -> tuple[Input, ...]:
-    shape = (2, spec.caption_tokens, spec.caption_channels)
-    return (
-        Input("captions", examples.normal(*shape, dtype=torch.float32), {0: "captions"}),
-        Input("caption_rows", torch.tensor([1, 0, 1]), {0: "batch"}),
-    )
-
-
-def _angles(spec: ModelSpec) -> tuple[Input, ...]:
-    """``cos`` and ``sin`` of the example tokens."""
-    angles = torch.linspace(0, 3, SOME_TOKENS)[:, None] * torch.linspace(
-        1, 0.1, spec.hidden // spec.heads // 2
-    )
-    return (
-        Input("cos", angles.cos(), {0: "tokens"}),
-        Input("sin", angles.sin(), {0: "tokens"}),
-    )
-
-
-def _layers(names: Mapping[str, str | tuple[str, ...]]) -> dict[str, tuple[Slab, ...]]:
-    """Bind linear layers: name in the module -> the layers of the checkpoint that it joins."""
-    return {
-        f"{ours}.{kind}": tuple(
-            Slab(f"{layer}.{kind}") for layer in ((theirs,) if isinstance(theirs, str) else theirs)
-        )
-        for ours, theirs in names.items()
-        for kind in KINDS
-    }
-
-
-def _norms(attn: str, ours: str = "", theirs: str = "") -> dict[str, tuple[Slab, ...]]:
-    return {f"{ours}norm_{part}": (Slab(f"{attn}.norm_{theirs}{part}.weight"),) for part in "qk"}
-
-
 def _attn(block: str) -> Binding:
     attn = f"{block}.attn"
     layers: dict[str, str | tuple[str, ...]] = {
@@ -191,12 +175,12 @@ def _attn(block: str) -> Binding:
         "image.proj": f"{attn}.to_out.0",
         "text.proj": f"{attn}.to_add_out",
     }
-    norms = {**_norms(attn, "image."), **_norms(attn, "text.", "added_")}
-    return {**_layers(layers), **norms}
+    norms = {**norms_of(attn, "image."), **norms_of(attn, "text.", "added_")}
+    return {**layers_of(layers), **norms}
 
 
 def _mlp(block: str) -> Binding:
-    return _layers(
+    return layers_of(
         {
             f"{stream}.fc{i}": f"{block}.{layer}.net.{place}"
             for stream, layer in (("image", "ff"), ("text", "ff_context"))
@@ -212,7 +196,7 @@ def _single(block: str) -> Binding:
         "q_mlp": (f"{attn}.to_q", f"{block}.proj_mlp"),
         "proj": f"{block}.proj_out",
     }
-    return {**_layers(layers), **_norms(attn)}
+    return {**layers_of(layers), **norms_of(attn)}
 
 
 _BINDINGS: Mapping[str, Callable[[str], Binding]] = {"attn": _attn, "mlp": _mlp, "single": _single}
@@ -252,7 +236,7 @@ def _conditioning(spec: ModelSpec) -> Binding:
         )
         for kind in KINDS
     }
-    return {**_layers(layers), **rows}
+    return {**layers_of(layers), **rows}
 
 
 def _row(block: str, unit: Unit, name: str) -> tuple[str, int]:
@@ -260,25 +244,6 @@ def _row(block: str, unit: Unit, name: str) -> tuple[str, int]:
     name, _, text = name.partition("_")
     layer = "norm" if unit.branch == "single" else f"norm1{'_context' if text else ''}"
     return f"{block}.{layer}.linear", CHUNKS[unit.branch][name]
-
-
-def _final(spec: ModelSpec) -> Binding:
-    """Bind the final layer, whose rows are (C, p, p); those of `any_size.FinalUnit` (p, p, C)."""
-    rows = [
-        channel * VALUES_OF_PATCH + pixel
-        for pixel in range(VALUES_OF_PATCH)
-        for channel in range(spec.channels)
-    ]
-    return {
-        f"linear.{kind}": tuple(Slab(f"proj_out.{kind}", row, row + 1) for row in rows)
-        for kind in KINDS
-    }
-
-
-def positions(spec: ModelSpec) -> Positions:
-    """The positions of the spec, which has them for every size."""
-    assert spec.positions is not None
-    return spec.positions
 
 
 FLUX = Architecture(

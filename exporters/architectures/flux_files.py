@@ -94,7 +94,7 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
             f"the model reads {values} values per token and predicts {predicted}; models that "
             "start from a picture are not supported"
         )
-    doubles, singles = _counts(tensors)
+    doubles, singles = block_counts(tensors)
     return spec_of(
         FluxConfig(
             in_channels=values,
@@ -108,7 +108,7 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
     )
 
 
-def _counts(names: Iterable[str]) -> tuple[int, int]:
+def block_counts(names: Iterable[str]) -> tuple[int, int]:
     """The number of double blocks, at least one, and of single blocks."""
     found = re.compile(r"(single_)?transformer_blocks\.(\d{1,4})\.")
     places = {(bool(m[1]), int(m[2])) for m in map(found.match, names) if m}

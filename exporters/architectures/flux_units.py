@@ -1,15 +1,16 @@
-"""The graphs of a FLUX.1: joint attention over the tokens of the text and of the image.
+"""The graphs of FLUX.1, and those of FLUX.2 that are alike: joint attention over two streams.
 
-Every sequence is [text, image]. The positions of the text are all 0, so only queries and keys of
-the image are turned.
+Every sequence is [text, image]. In FLUX.1 the positions of the text are all 0, so only queries and
+keys of the image are turned.
 
-Source: the open models of Black Forest Labs, 2024; names and arithmetic are those of diffusers'
-``FluxTransformer2DModel``.
+Source: the open models of Black Forest Labs, 2024 and 2025; names and arithmetic are those of
+diffusers' ``FluxTransformer2DModel`` and ``Flux2Transformer2DModel``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,8 @@ from torch import Tensor, nn
 
 from goc_deploy.exporters.architectures.dit import add_gated, scaled_queries
 from goc_deploy.exporters.architectures.dit_model import (
-    TIMESTEP_FREQUENCIES,
     Mlp,
     modulate,
-    timestep_features,
 )
 from goc_deploy.exporters.architectures.wan import rms_norm, turned
 from goc_deploy.spec import ModelSpec
@@ -38,66 +37,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Embedder(nn.Module):
     """Two linear layers with SiLU between them."""
 
-    def __init__(self, read: int, width: int) -> None:
+    def __init__(self, read: int, width: int, *, bias: bool = True) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(read, width)
-        self.linear_2 = nn.Linear(width, width)
+        self.linear_1 = nn.Linear(read, width, bias=bias)
+        self.linear_2 = nn.Linear(width, width, bias=bias)
 
     def forward(self, values: Tensor) -> Tensor:
         """(n, values) float32 to (n, D)."""
         return self.linear_2(F.silu(self.linear_1(values.to(self.linear_1.weight.dtype))))
 
 
-class ConditioningUnit(nn.Module):
-    """Timesteps, pooled captions and the guidance scale to the modulation table.
-
-    The gates of a single block are the same for both of its features. They are computed once and
-    copied to both places.
-    """
-
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__()
-        self.rows = spec.modulation
-        branches = [spec.declared_units[place.unit].branch for place in spec.features]
-        self.single_gates = branches.index("single")  # before them are the image's other gates
-        self.shared = sum(
-            branch == "single" and place.feature.stream == "text"
-            for branch, place in zip(branches, spec.features, strict=True)
-        )
-        self.timestep_embedder = Embedder(TIMESTEP_FREQUENCIES, spec.hidden)
-        self.text_embedder = Embedder(spec.pooled_channels, spec.hidden)
-        if spec.embedded_guidance:
-            self.guidance_embedder = Embedder(TIMESTEP_FREQUENCIES, spec.hidden)
-        self.modulation = nn.Linear(spec.hidden, (self.rows.count - self.shared) * spec.hidden)
-
-    def forward(self, t: Tensor, pooled: Tensor, guidance: Tensor | None = None) -> Tensor:
-        """Everything that the modulation depends on to the table (S, M, K, D).
-
-        Args:
-            t: (S,) timesteps, from 1000 to 0.
-            pooled: (K, P) float32, pooled captions.
-            guidance: (1,) float32, the guidance scale; None if the model does not read it.
-        """
-        condition = self.timestep_embedder(timestep_features(t))  # (S, D)
-        if guidance is not None:
-            scale = timestep_features(GUIDANCE_SCALE * guidance)
-            condition = condition + self.guidance_embedder(scale)
-        both = condition.unsqueeze(1) + self.text_embedder(pooled).unsqueeze(0)  # (S, K, D)
-        steps, captions, hidden = both.shape
-        rows = self.modulation(F.silu(both).reshape(-1, hidden))
-        rows = rows.reshape(steps, captions, -1, hidden)
-        gates = self.rows.gates.stop - self.shared  # that were computed
-        again = rows[:, :, self.single_gates : self.single_gates + self.shared]
-        table = torch.cat([rows[:, :, :gates], again, rows[:, :, gates:]], dim=2)
-        return table.transpose(1, 2)
-
-
 class CaptionsUnit(nn.Module):
     """Captions to the tokens of the text at the start of every step."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, *, bias: bool = True) -> None:
         super().__init__()
-        self.context_embedder = nn.Linear(spec.caption_channels, spec.hidden)
+        self.context_embedder = nn.Linear(spec.caption_channels, spec.hidden, bias=bias)
 
     def forward(self, captions: Tensor, caption_rows: Tensor) -> Tensor:
         """Captions (K, L, C) float32 and the caption (B,) of each row to text (B, L, D)."""
@@ -110,13 +65,13 @@ class CaptionsUnit(nn.Module):
 class Stream(nn.Module):
     """The attention layers of a stream in a double block."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, *, bias: bool = True) -> None:
         super().__init__()
         self.heads, head = spec.heads, spec.hidden // spec.heads
-        self.qkv = nn.Linear(spec.hidden, 3 * spec.hidden)
+        self.qkv = nn.Linear(spec.hidden, 3 * spec.hidden, bias=bias)
         self.norm_q = nn.Parameter(torch.empty(head))
         self.norm_k = nn.Parameter(torch.empty(head))
-        self.proj = nn.Linear(spec.hidden, spec.hidden)
+        self.proj = nn.Linear(spec.hidden, spec.hidden, bias=bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Modulated tokens (B, T, D) to q, k and v (B, heads, T, head width)."""
@@ -146,7 +101,8 @@ class JointUnit(nn.Module):
             x: (B, T, D), tokens of the image.
             text: (B, L, D), tokens of the text.
             rest: the modulation, (B, D) each, in the order of the subclass; then cos and sin
-                (T, head width / 2) float32.
+                (T, head width / 2) float32, and text_cos and text_sin (L, head width / 2) of a
+                model that turns the text.
 
         Returns:
             x_out (B, T, D), text_out (B, L, D), feature (B*T, D) and feature_text (B*L, D); without
@@ -169,17 +125,18 @@ class AttnUnit(JointUnit):
     Its modulation is shift, scale and gate of the image, then of the text.
     """
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, *, bias: bool = True) -> None:
         super().__init__()
-        self.image, self.text = Stream(spec), Stream(spec)
+        self.image, self.text = Stream(spec, bias=bias), Stream(spec, bias=bias)
 
     def outputs(self, attend: Attend, x: Tensor, text: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         """See `JointUnit`."""
-        shift, scale, gate, shift_text, scale_text, gate_text, cos, sin = rest
+        shift, scale, gate, shift_text, scale_text, gate_text, cos, sin, *of_text = rest
         q, k, v = self.image(modulate(x, shift, scale))
-        of_text = self.text(modulate(text, shift_text, scale_text))
-        of_image = turned(q, cos, sin), turned(k, cos, sin), v
-        pairs = zip(of_text, of_image, strict=True)
+        q_text, k_text, v_text = self.text(modulate(text, shift_text, scale_text))
+        if of_text:
+            q_text, k_text = turned(q_text, *of_text), turned(k_text, *of_text)
+        pairs = ((q_text, turned(q, cos, sin)), (k_text, turned(k, cos, sin)), (v_text, v))
         mixed = join_heads(attend(*(torch.cat(pair, dim=2) for pair in pairs)))
         tokens, hidden = text.shape[1:]
         feature_text = self.text.proj(mixed[:, :tokens].reshape(-1, hidden))
@@ -190,10 +147,10 @@ class AttnUnit(JointUnit):
 class MlpUnit(nn.Module):
     """The MLPs of a double block, one for each stream."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, make: Callable[[int, int], nn.Module] = Mlp) -> None:
         super().__init__()
-        self.image = Mlp(spec.hidden, spec.mlp_hidden)
-        self.text = Mlp(spec.hidden, spec.mlp_hidden)
+        self.image = make(spec.hidden, spec.mlp_hidden)
+        self.text = make(spec.hidden, spec.mlp_hidden)
 
     def forward(
         self,
@@ -219,48 +176,69 @@ class SingleUnit(JointUnit):
     Its modulation is shift and scale, which both streams share, gate and gate_text. Nothing reads
     the text after the last block, so this one has no gate_text, and reads keys and values of the
     text only.
+
+    Args:
+        spec: sizes of the model.
+        last: whether it is the last block.
+        gated: whether the MLP is a SwiGLU, and all layers are without a bias, as in FLUX.2.
     """
 
-    def __init__(self, spec: ModelSpec, *, last: bool) -> None:
+    def __init__(self, spec: ModelSpec, *, last: bool, gated: bool = False) -> None:
         super().__init__()
         self.last, self.heads, head = last, spec.heads, spec.hidden // spec.heads
-        self.widths = [spec.hidden, spec.mlp_hidden]
-        self.kv = nn.Linear(spec.hidden, 2 * spec.hidden)
-        self.q_mlp = nn.Linear(spec.hidden, sum(self.widths))
+        self.activation = swiglu if gated else partial(F.gelu, approximate="tanh")
+        self.widths = [spec.hidden, (2 if gated else 1) * spec.mlp_hidden]
+        self.kv = nn.Linear(spec.hidden, 2 * spec.hidden, bias=not gated)
+        self.q_mlp = nn.Linear(spec.hidden, sum(self.widths), bias=not gated)
         self.norm_q = nn.Parameter(torch.empty(head))
         self.norm_k = nn.Parameter(torch.empty(head))
-        self.proj = nn.Linear(sum(self.widths), spec.hidden)
+        inner = spec.hidden + spec.mlp_hidden
+        self.proj = nn.Linear(inner, spec.hidden, bias=not gated)
 
     def outputs(self, attend: Attend, x: Tensor, text: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         """See `JointUnit`."""
-        shift, scale, gate, *gates, cos, sin = rest
+        shift, scale, gate, *angles = rest
         tokens, hidden = text.shape[1:]
+        gate_text = gate if self.last else angles.pop(0)
         h = modulate(torch.cat([text, x], dim=1), shift, scale)
-        joint = self._features(attend, h, tokens, cos, sin)  # (B, T or L + T, D)
+        joint = self._features(attend, h, tokens, angles)  # (B, T or L + T, D)
         if self.last:
             return add_gated(x, gate, joint), joint.reshape(-1, hidden)
         feature = joint[:, tokens:].reshape(-1, hidden)
-        return added(x, gate, feature, text, gates[0], joint[:, :tokens].reshape(-1, hidden))
+        return added(x, gate, feature, text, gate_text, joint[:, :tokens].reshape(-1, hidden))
 
-    def _features(self, attend: Attend, h: Tensor, tokens: int, cos: Tensor, sin: Tensor) -> Tensor:
+    def _features(self, attend: Attend, h: Tensor, tokens: int, angles: Sequence[Tensor]) -> Tensor:
         """Modulated tokens (B, L + T, D), those of the text first, to features."""
         batch, _, hidden = h.shape
         k, v = self.kv(h.reshape(-1, hidden)).chunk(2, dim=-1)
         rows = h[:, tokens:] if self.last else h
         q, inner = self.q_mlp(rows.reshape(-1, hidden)).split(self.widths, dim=-1)
         q, k, v = (split_heads(part, batch, self.heads) for part in (q, k, v))
-        q = turned_after(0 if self.last else tokens, rms_norm(q, self.norm_q), cos, sin)
-        k = turned_after(tokens, rms_norm(k, self.norm_k), cos, sin)
+        q, k = rms_norm(q, self.norm_q), rms_norm(k, self.norm_k)
+        q = turned(q, *angles[:2]) if self.last else joint_turned(q, tokens, angles)
+        k = joint_turned(k, tokens, angles)
         mixed = join_heads(attend(q, k, v)).reshape(-1, hidden)
-        both = torch.cat([mixed, F.gelu(inner, approximate="tanh")], dim=-1)
+        both = torch.cat([mixed, self.activation(inner)], dim=-1)
         return self.proj(both).reshape(batch, -1, hidden)
 
 
-def turned_after(tokens: int, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x (B, heads, tokens + T, head width) after the first tokens, which have position 0."""
-    if not tokens:
-        return turned(x, cos, sin)
-    return torch.cat([x[:, :, :tokens], turned(x[:, :, tokens:], cos, sin)], dim=2)
+def joint_turned(x: Tensor, tokens: int, angles: Sequence[Tensor]) -> Tensor:
+    """Turn x (B, heads, L + T, head width), whose first L tokens are those of the text.
+
+    ``angles`` are cos and sin, then text_cos and text_sin unless all positions of the text are 0.
+    """
+    cos, sin, *of_text = angles
+    text = turned(x[:, :, :tokens], *of_text) if of_text else x[:, :, :tokens]
+    return torch.cat([text, turned(x[:, :, tokens:], cos, sin)], dim=2)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """(..., 2 * inner) to (..., inner): the first half, through SiLU, times the second.
+
+    Source: Shazeer, "GLU Variants Improve Transformer", 2020, equation 6.
+    """
+    first, second = x.chunk(2, dim=-1)
+    return F.silu(first) * second
 
 
 def added(

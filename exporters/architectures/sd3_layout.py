@@ -22,6 +22,8 @@ from goc_deploy.spec import ModelSpec, Positions
 TABLE = "pos_embed.pos_embed"
 FREQUENCIES = 256
 ROUNDED = 2**-7  # of sines and cosines that were rounded to bfloat16
+SHOWN = 1e-3  # positions that differ by less look alike in a table in half precision
+FRACTION = 64  # positions of this denominator are preferred to others that look alike
 TURNS = range(-32, 33)  # that the position of the first token of a table may be away from zero
 _BLOCK = re.compile(r"joint_blocks\.(\d{1,4})\.(x_block|context_block)\.(.+)")
 # Layers of the authors -> the layers of diffusers whose rows each one joins.
@@ -181,14 +183,28 @@ def positions_from_table(table: Tensor) -> Positions:
     origins = first + 2 * np.pi * np.array(TURNS)
     origin = origins[np.abs(sines(origins, width) - columns[0]).sum(axis=1).argmin()]
     if distance > 0:
-        stretch, origin = round(1 / distance, 6), round(float(origin), 6)
-        positions = Positions("sine", stretch=stretch, table=side, origin=origin)
-        if _is_made_of(grid, positions):
-            return positions
+        stretch, start = float(1 / distance), float(origin)
+        measured = Positions("sine", stretch=round(stretch, 6), table=side, origin=round(start, 6))
+        simple = Positions("sine", stretch=_fraction(stretch), table=side, origin=_fraction(start))
+        for positions in (simple, measured) if _are_close(simple, measured) else (measured,):
+            if _is_made_of(grid, positions):
+                return positions
     raise ModelError(
         f"the position table {TABLE} was learned: it has no sines of even distances; such a model "
         "is not supported"
     )
+
+
+def _fraction(value: float) -> float:
+    return round(value * FRACTION) / FRACTION
+
+
+def _are_close(one: Positions, other: Positions) -> bool:
+    """Whether positions differ by less than a table in half precision can show."""
+    if not one.stretch:
+        return False
+    places = [places_in_table(positions.table, positions) for positions in (one, other)]
+    return bool(np.abs(places[0] - places[1]).max() < SHOWN)
 
 
 def _is_made_of(grid: Tensor, positions: Positions) -> bool:

@@ -22,6 +22,7 @@ EULER, UNIPC = "euler", "unipc"
 FLOW_SAMPLERS = (EULER, UNIPC)
 SHIFT = "shift="
 MAX_SHIFT = 1000.0
+FITTED_TOKENS = 4300  # of an image, up to which the fit of FLUX.2 depends on the number of steps
 LEAST_SIGNAL = 1e-6  # at the first step of UniPC, whose log-SNR would be infinite without a signal
 
 
@@ -39,6 +40,7 @@ class SizeShift:
         max_image_seq_len: number of tokens of a large image.
         shift_terminal: the noise level at the last step, to which all levels are then stretched; 0
             if they are not.
+        fitted_shift: whether the logarithm is `fitted_exponent` in place of the linear function.
     """
 
     base_shift: Annotated[float, Meta(ge=-10, le=10)] = 0.5
@@ -46,6 +48,7 @@ class SizeShift:
     base_image_seq_len: Annotated[int, Meta(ge=0, le=10**6)] = 256
     max_image_seq_len: Annotated[int, Meta(ge=1, le=10**6)] = 4096
     shift_terminal: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    fitted_shift: bool = False
 
     def __post_init__(self) -> None:
         if self.max_image_seq_len <= self.base_image_seq_len:
@@ -54,8 +57,10 @@ class SizeShift:
                 f"base_image_seq_len, {self.base_image_seq_len}"
             )
 
-    def exponent(self, tokens: int) -> float:
-        """The logarithm of the shift for images of some tokens."""
+    def exponent(self, tokens: int, steps: int) -> float:
+        """The logarithm of the shift for images of some tokens, in T steps."""
+        if self.fitted_shift:
+            return fitted_exponent(tokens, steps)
         slope = (self.max_shift - self.base_shift) / (
             self.max_image_seq_len - self.base_image_seq_len
         )
@@ -63,12 +68,28 @@ class SizeShift:
 
     def sigmas(self, steps: int, tokens: int) -> list[float]:
         """The noise level at each of T steps, from 1, for images of some tokens."""
-        shift = math.exp(self.exponent(tokens))
+        shift = math.exp(self.exponent(tokens, steps))
         sigmas = [shifted(1 - k / steps, shift) for k in range(steps)]
         if not self.shift_terminal or steps == 1:
             return sigmas
         stretch = (1 - self.shift_terminal) / (1 - sigmas[-1])
         return [1 - (1 - sigma) * stretch for sigma in sigmas]
+
+
+def fitted_exponent(tokens: int, steps: int) -> float:
+    """The logarithm of the shift of FLUX.2 for images of some tokens, in T steps.
+
+    The authors fitted a line over the tokens for 10 steps and one for 200, and join them by a line
+    over the steps. Images of many tokens have that of 200 steps.
+
+    Source: ``compute_empirical_mu`` of diffusers' ``Flux2Pipeline``.
+    """
+    many = 1.6927e-4 * tokens + 0.45666666  # for 200 steps
+    if tokens > FITTED_TOKENS:
+        return many
+    few = 8.73809524e-5 * tokens + 1.89833333  # for 10 steps
+    slope = (many - few) / 190
+    return many + slope * (steps - 200)
 
 
 def flow_family(sampler: str) -> str:

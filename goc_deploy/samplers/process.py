@@ -16,6 +16,9 @@ BETA_FIRST, BETA_LAST = 1e-4, 0.02
 # Key of a scheduler's settings. It is true if the pipeline gives the scheduler T even noise levels
 # from 1 to 1 / T, and the shift for the size of the image.
 EVEN_SIGMAS = "even_sigmas"
+FITTED_SHIFT = (
+    "fitted_shift"  # likewise, if that shift is `goc_deploy.samplers.flows.fitted_exponent`
+)
 BETA_MOST = 0.999  # largest beta of the cosine schedule
 
 

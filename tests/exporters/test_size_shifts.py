@@ -97,7 +97,7 @@ def test_other_settings_are_refused_by_name(settings: dict[str, Any], message: s
 
 def test_the_shift_is_linear_in_the_tokens() -> None:
     shift = SizeShift()
-    assert shift.exponent(4096) == pytest.approx(1.15)
-    assert shift.exponent(1024) == pytest.approx(0.63)
+    assert shift.exponent(4096, 4) == pytest.approx(1.15)
+    assert shift.exponent(1024, 4) == pytest.approx(0.63)
     with pytest.raises(ValueError, match="expected more than base_image_seq_len, 9"):
         SizeShift(base_image_seq_len=9, max_image_seq_len=9)
