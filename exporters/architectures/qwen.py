@@ -21,6 +21,7 @@ from goc_deploy.errors import ModelError
 from goc_deploy.exporters.architectures import any_size
 from goc_deploy.exporters.architectures.contract import Architecture, DiffusersFolder
 from goc_deploy.exporters.architectures.dit import MlpUnit
+from goc_deploy.exporters.architectures.joint import captions_example, text_example
 from goc_deploy.exporters.architectures.qwen_diffusers import (
     ROWS,
     check_tensors,
@@ -70,7 +71,7 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
     def traceable(make: Callable[[ModelSpec], Module]) -> Module:
         return empty_module(lambda: make(spec), dtype, examples.generator)
 
-    streams = (examples.tokens(), _text(spec, examples))
+    streams = (examples.tokens(), text_example(spec, examples))
     rows = examples.modulation(*ROWS, "gate")
     attention = (*_caption_examples(spec), *_angles(spec))
     gate_text = examples.modulation("gate_text")
@@ -88,7 +89,7 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
         GraphKind(
             "captions",
             traceable(CaptionsUnit),
-            (_captions_example(spec, examples), _CAPTION_ROWS),
+            (captions_example(spec, examples), _CAPTION_ROWS),
             ("text",),
             {"captions": {**_layers({"txt_in": "txt_in"}), "norm": (Slab("txt_norm.weight"),)}},
             weights_are_inputs=True,
@@ -140,17 +141,6 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
 
 
 _CAPTION_ROWS = Input("caption_rows", torch.tensor([1, 0]), {0: "batch"})
-
-
-def _text(spec: ModelSpec, examples: Examples) -> Input:
-    """``text``: tokens of the captions (B, Lc, D)."""
-    tokens = examples.normal(2, spec.caption_tokens, spec.hidden)
-    return Input("text", tokens, {0: "batch"})
-
-
-def _captions_example(spec: ModelSpec, examples: Examples) -> Input:
-    shape = (2, spec.caption_tokens, spec.caption_channels)
-    return Input("captions", examples.normal(*shape, dtype=torch.float32), {0: "captions"})
 
 
 def _caption_examples(spec: ModelSpec) -> tuple[Input, ...]:

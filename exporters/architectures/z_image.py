@@ -19,6 +19,7 @@ import torch
 from goc_deploy.conditions.captions import MASKED
 from goc_deploy.exporters.architectures import any_size
 from goc_deploy.exporters.architectures.contract import Architecture, DiffusersFolder
+from goc_deploy.exporters.architectures.joint import captions_example, text_example
 from goc_deploy.exporters.architectures.z_image_diffusers import (
     KEY,
     check_tensors,
@@ -116,13 +117,12 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
 def _text_examples(spec: ModelSpec, examples: Examples) -> tuple[Input, ...]:
     """``captions``, their mask, the caption of each row, and ``text``."""
     length = spec.caption_tokens
-    captions = examples.normal(2, length, spec.caption_channels, dtype=torch.float32)
     bias = MASKED * (torch.arange(length) >= torch.tensor([[length // 3], [length]])).float()
     return (
-        Input("captions", captions, {0: "captions"}),
+        captions_example(spec, examples),
         Input("bias", bias, {0: "captions"}),
         Input("caption_rows", torch.tensor([1, 0]), {0: "batch"}),
-        Input("text", examples.normal(2, length, spec.hidden), {0: "batch"}),
+        text_example(spec, examples),
     )
 
 

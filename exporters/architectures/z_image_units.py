@@ -237,7 +237,7 @@ class ConditioningUnit(nn.Module):
         """Timesteps (S,), from 1000 for noise to 0, to the table (S, M, 1, D)."""
         features = timestep_features(TRAIN_STEPS - t).to(self.fc1.weight.dtype)
         condition = self.fc2(F.silu(self.fc1(features)))
-        rows = self.modulation(condition).reshape(len(t), -1, self.hidden)
+        rows = self.modulation(condition).reshape(t.shape[0], -1, self.hidden)
         scale = self.final(F.silu(condition)).unsqueeze(1)
         gates, scales = rows[:, : self.gates].tanh(), rows[:, self.gates :]
         return torch.cat([gates, torch.zeros_like(scale), scale, scales], dim=1).unsqueeze(2)

@@ -21,6 +21,8 @@ from goc_deploy.exporters.architectures.qwen_diffusers import shapes_from_spec a
 from goc_deploy.exporters.architectures.qwen_diffusers import spec_of as qwen_spec
 from goc_deploy.exporters.architectures.sd3_spec import spec_of as sd3_spec
 from goc_deploy.exporters.architectures.wan_diffusers import shapes_from_spec, spec_of
+from goc_deploy.exporters.architectures.z_image_diffusers import ZImageConfig
+from goc_deploy.exporters.architectures.z_image_diffusers import spec_of as z_image_spec
 from goc_deploy.exporters.companions.vae import VaeDecoder, vae_config
 from goc_deploy.options import EngineOptions, no_progress
 from tests.exporters.architectures.test_pixart_sigma import sigma_state
@@ -109,6 +111,24 @@ def test_every_graph_of_single_blocks_builds(tmp_path: Path) -> None:
     goc_deploy.export(
         tmp_path / "flux.safetensors", tmp_path / "engine", precision="bf16", steps=4,
         plans=["none", "fora:2+gc:1.0"], max_batch=1, size=(64, 96), max_size=(128, 128),
+    )  # fmt: skip
+    options = EngineOptions(capabilities=("8.9", "12.0"), weight_mode="shared")
+    manifest, built = build_engines(tmp_path / "engine", options, no_progress)
+    assert built == len(manifest.engines)
+    served = {graph for engine in manifest.engines for graph in engine.graphs}
+    assert {graph.onnx for graph in manifest.graphs} <= served
+
+
+def test_every_graph_of_one_stream_of_both_builds(tmp_path: Path) -> None:
+    """A Z-Image with a block of the image alone, one of both streams, and a last one."""
+    config = ZImageConfig(
+        in_channels=4, dim=256, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+        cap_feat_dim=12, axes_dims=(32, 48, 48),
+    )  # fmt: skip
+    save_file(checkpoint_state(z_image_spec(config, ""), 0), tmp_path / "z.safetensors")
+    goc_deploy.export(
+        tmp_path / "z.safetensors", tmp_path / "engine", precision="bf16", steps=4,
+        plans=["none", "fora:2+gc:1.0"], max_batch=1, size=(16, 8), max_size=(16, 16),
     )  # fmt: skip
     options = EngineOptions(capabilities=("8.9", "12.0"), weight_mode="shared")
     manifest, built = build_engines(tmp_path / "engine", options, no_progress)

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from goc_deploy.exporters.architectures.qwen_diffusers import (
     spec_from_config,
     spec_of,
 )
+from goc_deploy.exporters.model_folder import read_model_folder
 from goc_deploy.exporters.units import GraphKind
 from goc_deploy.size_inputs import size_tensors
 from goc_deploy.spec import ModelSpec
@@ -207,3 +209,10 @@ def test_configurations_that_do_not_fit_are_refused_by_name(judge: Any, change: 
 def test_half_precision_is_refused() -> None:
     with pytest.raises(ModelError, match="the text stream of a Qwen-Image overflows in fp16"):
         graph_kinds(tiny(), "fp16")
+
+
+@pytest.mark.parametrize("pipeline", ["QwenImageEditPipeline", "QwenImageLayeredPipeline"])
+def test_pipelines_that_start_from_a_picture_are_refused(pipeline: str, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    with pytest.raises(ModelError, match=f"holds a {pipeline}; this version exports"):
+        read_model_folder(tmp_path, {"qwen-image": QWEN_IMAGE})

@@ -11,6 +11,7 @@ from onnx.reference import ReferenceEvaluator
 from goc_deploy.engine_dir.graph_check import check_graph
 from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.exporters.graphs.step import sampler_graph, sampler_graphs
+from goc_deploy.samplers.head import HeadForm
 from goc_deploy.spec import ModelSpec
 
 PLAIN = ModelSpec(1, 8, 2, 16, 2, (3, 5), 4, 0, False, max_grid=(5, 5))
@@ -74,5 +75,8 @@ def test_an_image_without_guidance_is_not_changed(*, zero: bool) -> None:
 
 
 def test_graphs_are_those_that_directories_may_hold() -> None:
-    for name, graph in sampler_graphs(SPEC).items():
+    graphs = sampler_graphs(SPEC)
+    for form in (HeadForm("scalar", 3), HeadForm("patch", 2), HeadForm("hidden", 1, 1)):
+        graphs[form.signature] = sampler_graph(replace(SPEC, max_grid=None), lags=2, head=form)
+    for name, graph in graphs.items():
         check_graph(graph.SerializeToString(), {}, name)
