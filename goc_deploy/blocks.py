@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Literal, get_args
 
 from msgspec import Meta
@@ -97,7 +98,8 @@ class UnitPlace:
     branch: str
 
 
-def unit_places(blocks: Sequence[Sequence[str]]) -> tuple[UnitPlace, ...]:
+@lru_cache(maxsize=64)
+def unit_places(blocks: tuple[tuple[str, ...], ...]) -> tuple[UnitPlace, ...]:
     """The place of every unit, in execution order.
 
     Args:

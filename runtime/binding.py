@@ -97,6 +97,13 @@ class Binder:
             stream: (batch.rows, spec.tokens_of(stream), spec.hidden) for stream in STREAMS
         }
         self._feature = self._shapes["image"]
+        self._names, self._units, self._unit_places = (
+            spec.unit_names,
+            spec.declared_units,
+            spec.unit_places,
+        )
+        modulation = spec.modulation
+        self._rows_of_units = [modulation.of_unit(unit) for unit in range(spec.units)]
         self._latents_shape = (batch.images, *spec.latents)
         self._of_size = {
             name: buffers.of_size[name].view(*shape) for name, shape in size_shapes(spec).items()
@@ -404,7 +411,7 @@ class Binder:
         return self._unit("residual", inputs, {"residual": self._slot("image", op.store)})
 
     def _compute(self, op: Compute, streams: dict[TokenStream, _Tokens]) -> BoundLaunch:
-        name, unit = self._spec.unit_names[op.unit], self._spec.declared_units[op.unit]
+        name, unit = self._names[op.unit], self._units[op.unit]
         offered, outputs = self._of_unit(op.unit), self._features(unit, op.stores)
         changed = {feature.stream for feature in unit.features}
         for stream, tokens in streams.items():
@@ -418,7 +425,7 @@ class Binder:
         offered = {TOKENS[stream]: tokens.now for stream, tokens in streams.items()}
         outputs: dict[str, Buffer] = {}
         stores = iter(op.stores)
-        declared = enumerate(zip(self._spec.unit_names, self._spec.declared_units, strict=True))
+        declared = enumerate(zip(self._names, self._units, strict=True))
         for index, (name, unit) in declared:
             offered |= {f"{name}.{of_unit}": b for of_unit, b in self._of_unit(index).items()}
             kept = self._features(unit, tuple(next(stores) for _ in unit.features))
@@ -439,11 +446,10 @@ class Binder:
 
     def _of_unit(self, unit: int) -> dict[str, Buffer]:
         """The tensors that a unit may read in addition to x."""
-        rows = self._spec.modulation.of_unit(unit)
         return {
-            **{name: self._modulation_row(row) for name, row in rows.items()},
+            **{name: self._modulation_row(row) for name, row in self._rows_of_units[unit].items()},
             **self._of_size,
-            **self._of_captions(self._spec.unit_places[unit].block),
+            **self._of_captions(self._unit_places[unit].block),
         }
 
     def _predict(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -52,7 +53,8 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
     of_image = every[0]
     written: set[_Slot] = set()
     accumulated: dict[int, list[int]] = {}  # target step -> features of the image
-    sums = SumsCheck(plan, spec)
+    units, sums = features_of_units(spec), SumsCheck(plan, spec)
+    text_read = _text_read(spec)
     for step, launches in enumerate(plan.launches):
         order: list[int] = []
         text: list[int] = []
@@ -71,10 +73,14 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
             if isinstance(op, Residual):
                 _check_launch(plan, step, (_image(Prediction((), (), op.store)),), written)
                 continue
-            entries = _entries(plan, step, op, spec)
+            entries = _entries(plan, step, op, spec, units)
             if isinstance(op, Compute):
                 sums.computed(step, op)
-                _check_text(plan, step, op.unit, text, spec)
+                if text_read[op.unit] not in (None, text):
+                    raise EngineDirError(
+                        f"plan {plan.name}: step {step} computes {spec.unit_names[op.unit]}, which "
+                        "reads the text, without all earlier features of the text"
+                    )
             _check_launch(plan, step, entries, written)
             target = step + (op.ahead if isinstance(op, Predict) else 0)
             if not step <= target < plan.steps:
@@ -121,27 +127,14 @@ def _image(prediction: Prediction) -> _Entry:
     return _Entry(0, "image", prediction)
 
 
-def _check_text(plan: Plan, step: int, unit: int, text: list[int], spec: ModelSpec) -> None:
-    """Check that the text which a computed unit reads is complete.
-
-    Args:
-        plan: the plan.
-        step: index of the step.
-        unit: index of the unit.
-        text: the features of the text that were added before it in this step.
-        spec: the model.
-
-    Raises:
-        EngineDirError: a feature is missing.
-    """
-    if "text" not in spec.declared_units[unit].reads:
-        return
-    earlier = chain.from_iterable(features_of_units(spec)[:unit])
-    if text != [feature for feature, stream in earlier if stream == "text"]:
-        raise EngineDirError(
-            f"plan {plan.name}: step {step} computes {spec.unit_names[unit]}, which reads the "
-            "text, without all earlier features of the text"
-        )
+def _text_read(spec: ModelSpec) -> list[list[int] | None]:
+    """For each unit, the features of the text that must be added before it, or None."""
+    read: list[list[int] | None] = []
+    earlier: list[int] = []
+    for unit, features in zip(spec.declared_units, features_of_units(spec), strict=True):
+        read.append(list(earlier) if "text" in unit.reads else None)
+        earlier += [feature for feature, stream in features if stream == "text"]
+    return read
 
 
 def _check_level(plan: Plan, step: int, op: Launch, *, whole: bool) -> None:
@@ -171,7 +164,11 @@ def _check_level(plan: Plan, step: int, op: Launch, *, whole: bool) -> None:
 
 
 def _entries(
-    plan: Plan, step: int, op: Compute | Segment | Predict, spec: ModelSpec
+    plan: Plan,
+    step: int,
+    op: Compute | Segment | Predict,
+    spec: ModelSpec,
+    units: Sequence[Sequence[tuple[int, TokenStream]]],
 ) -> tuple[_Entry, ...]:
     """Return what a launch reads and stores of each feature.
 
@@ -189,7 +186,6 @@ def _entries(
             )
         pairs = zip(features, op.predictions, strict=True)
         return tuple(_Entry(feature, op.stream, prediction) for feature, prediction in pairs)
-    units = features_of_units(spec)
     computed = list(
         chain.from_iterable(units if isinstance(op, Segment) else units[op.unit : op.unit + 1])
     )

@@ -28,7 +28,7 @@ class SumsCheck:
     """
 
     def __init__(self, plan: Plan, spec: ModelSpec) -> None:
-        self._plan, self._spec = plan, spec
+        self._plan, self._units = plan, features_of_units(spec)
         self._held: dict[tuple[TokenStream, int], _Held] = {}
         # stream and slot -> step and index of the feature in it
         self._features: dict[tuple[TokenStream, int], tuple[int, int]] = {}
@@ -48,8 +48,7 @@ class SumsCheck:
 
     def computed(self, step: int, op: Compute) -> None:
         """Note which features slots keep."""
-        of_unit = features_of_units(self._spec)[op.unit]
-        for (feature, stream), store in zip(of_unit, op.stores, strict=True):
+        for (feature, stream), store in zip(self._units[op.unit], op.stores, strict=True):
             if store is not None:
                 self._features[stream, store] = (step, feature)
 
