@@ -89,7 +89,8 @@ class ConditioningUnit(nn.Module):
         if guidance is not None:
             scale = timestep_features(GUIDANCE_SCALE * guidance)
             condition = condition + self.guidance_embedder(scale)
-        rows = self.modulation(F.silu(condition)).reshape(len(t), -1, condition.shape[-1])
+        steps, hidden = condition.shape
+        rows = self.modulation(F.silu(condition)).reshape(steps, -1, hidden)
         return rows.index_select(1, torch.tensor(self.places)).unsqueeze(2)
 
 

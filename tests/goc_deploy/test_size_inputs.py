@@ -105,3 +105,16 @@ def test_text_follows_the_image_as_in_diffusers(grid: tuple[int, int], *, center
     for prefix, angles in (("", of_image), ("text_", of_text)):
         for part, name in ((angles.real, "cos"), (angles.imag, "sin")):
             np.testing.assert_allclose(found[prefix + name], part.numpy(), atol=2e-6)
+
+
+def test_text_has_positions_on_an_axis_of_its_own() -> None:
+    positions = Positions("rotary", widths=(4, 6, 6, 8), turns_text=True, text_axis=True)
+    spec = ModelSpec(
+        1, 48, 2, 96, 2, (3, 5), 4, 0, False, caption_tokens=7, positions=positions, max_grid=(3, 5)
+    )
+    tensors = size_tensors(spec)
+    assert {name: values.shape for name, values in tensors.items()} == size_shapes(spec)
+    np.testing.assert_array_equal(tensors["text_sin"][:, :8], 0)
+    np.testing.assert_array_equal(tensors["sin"][:, 8:], 0)
+    along = rotary_angles([np.arange(7)], (8,), positions.theta)
+    np.testing.assert_allclose(tensors["text_sin"][:, 8:], np.sin(along), atol=1e-6)

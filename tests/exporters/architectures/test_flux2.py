@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+import goc_deploy
+from goc_deploy.conditions.captions import prompt_embeds_from_arrays
 from goc_deploy.errors import ModelError, UsageError
 from goc_deploy.exporters.architectures.flux2 import FLUX2
 from goc_deploy.exporters.architectures.flux2_diffusers import (
@@ -39,7 +41,8 @@ CONFIG: dict[str, Any] = {
 }
 SIZES = [(8, 12), (10, 6)]  # of the latents
 TOKENS = 13
-GUIDANCE, TIME = 4.0, 700.0
+GUIDANCE, TIME, STEPS = 4.0, 700.0, 4
+DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0}
 diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the judges extra")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers about itself
 
@@ -140,6 +143,59 @@ def test_every_unit_is_that_of_diffusers(
     assert relative_l2(graphs.collapsed(found), found["final"]["prediction"]) < 1e-6
 
 
+def guided_latents(judge: Any, noise: np.ndarray, given: dict[str, np.ndarray]) -> np.ndarray:
+    """The final latents of Flux2KleinPipeline, in 4 steps with two rows per image."""
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC)
+    mu = compute_empirical_mu(image_seq_len=noise[0, 0].size // 4, num_steps=STEPS)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / STEPS, STEPS), mu=mu)
+    pipeline, patches = diffusers.Flux2KleinPipeline, patchified(noise)
+    x = pipeline._pack_latents(patches)
+    for t in scheduler.timesteps:
+        outputs = []
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            captions = torch.from_numpy(given[name]).expand(len(x), -1, -1)
+            outputs.append(
+                judge(
+                    hidden_states=x,
+                    encoder_hidden_states=captions,
+                    timestep=(t / 1000).expand(len(x)),
+                    img_ids=pipeline._prepare_latent_ids(patches),
+                    txt_ids=pipeline._prepare_text_ids(captions),
+                ).sample
+            )
+        cond, uncond = outputs
+        x = scheduler.step(uncond + GUIDANCE * (cond - uncond), t, x).prev_sample
+    whole = x.transpose(1, 2).reshape(patches.shape)
+    latents: np.ndarray = pipeline._unpatchify_latents(whole).numpy()
+    return latents
+
+
+def test_the_loop_of_the_pipeline_is_followed_at_two_sizes(tmp_path: Path) -> None:
+    judge = judge_of()
+    judge.save_pretrained(tmp_path / "transformer")
+    diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC).save_pretrained(tmp_path / "scheduler")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "Flux2KleinPipeline"}')
+    goc_deploy.export(
+        tmp_path, tmp_path / "engine", plans=["none"], steps=STEPS, max_batch=2, size=(96, 64),
+        max_size=(96, 96),
+    )  # fmt: skip
+    draw = np.random.default_rng(1).standard_normal
+    given = {
+        name: draw((count, 512, 20)).astype(np.float32)
+        for name, count in (("prompt_embeds", 2), ("negative_prompt_embeds", 1))
+    }
+    with goc_deploy.load(tmp_path / "engine") as pipe:
+        embeds = prompt_embeds_from_arrays(given, pipe.spec, "")
+        for size in ((96, 64), (48, 80)):
+            noise = draw((2, 3, size[1] // 8, size[0] // 8)).astype(np.float32)
+            found = pipe.generate(
+                prompt_embeds=embeds, latents=noise, size=size, cfg_scale=GUIDANCE
+            ).latents
+            assert relative_l2(found, guided_latents(judge, noise, given)) < 1e-3
+
+
 def test_blocks_share_their_modulation(chain: tuple[Any, GraphChain]) -> None:
     _, graphs = chain
     (weight,) = [
@@ -169,13 +225,12 @@ def test_public_models_have_the_sizes_of_their_pages() -> None:
 def test_steps_are_those_of_the_pipeline(steps: int, tokens: int) -> None:
     from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
-    settings = {"use_dynamic_shifting": True, "shift": 3.0}
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**settings)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC)
     mu = compute_empirical_mu(image_seq_len=tokens, num_steps=steps)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     told = {EVEN_SIGMAS: True, FITTED_SHIFT: True, "_class_name": type(scheduler).__name__}
     tables = [
-        table_from_sampler("diffusers", steps, Process("flow_to_noise", {**settings, **told}, size))
+        table_from_sampler("diffusers", steps, Process("flow_to_noise", {**DYNAMIC, **told}, size))
         for size in (tokens, 777)
     ]
     for table in (tables[0], tables[1].at(tokens)):
