@@ -52,6 +52,7 @@ from goc_deploy.exporters.router import router_probabilities
 from goc_deploy.exporters.sample_sizes import spec_for_sizes
 from goc_deploy.exporters.schedulers import table_from_sampler
 from goc_deploy.exporters.unit_files import UnitWriter
+from goc_deploy.exporters.weight_sets import split_sets, with_second_set
 from goc_deploy.guidance import cfg_scale_of
 from goc_deploy.options import ExportOptions, Progress, default_plans
 from goc_deploy.policies.calibration import (
@@ -66,7 +67,7 @@ from goc_deploy.precision import ITEM_BYTES, Precision
 from goc_deploy.protocols import Backend
 from goc_deploy.samplers import default_sampler
 from goc_deploy.samplers.process import Process
-from goc_deploy.spec import ModelSpec
+from goc_deploy.spec import SECOND_SET, ModelSpec
 from goc_deploy.version import __version__
 
 ARCHITECTURES = {
@@ -123,7 +124,13 @@ def export_checkpoint(
     model = _read(folder_from_hub(name) if name else checkpoint_path, options)
     checkpoint, spec = model.checkpoint, model.spec
     architecture = ARCHITECTURES[spec.architecture]
-    architecture.check_tensors(checkpoint.tensors, spec)
+    if spec.boundary and options.loras:
+        raise UsageError(
+            "`loras` are not supported for a model with two sets of weights; merge each into its "
+            "transformer before the export"
+        )
+    for of_set in split_sets(checkpoint.tensors) if spec.boundary else [checkpoint.tensors]:
+        architecture.check_tensors(of_set, spec)
     loras = read_loras(options.loras, checkpoint.tensors, spec, architecture)
     tensors = MergedTensors(checkpoint.tensors, [a for lora in loras for a in lora.additions])
     companions = read_companions(options, spec)
@@ -131,7 +138,7 @@ def export_checkpoint(
     spec = spec_for_sizes(spec, checkpoint.tensors, architecture, options, pixels)
     if spec.text_conditional:
         spec = replace(spec, choices=companions.labels)
-    calibrates = options.precision != "bf16" and spec.choices > 0
+    calibrates = options.precision != "bf16" and spec.choices > 0 and not spec.boundary
     options = replace(
         options,
         plans=options.plans or default_plans(calibrates=calibrates),
@@ -139,6 +146,8 @@ def export_checkpoint(
     )
     process = Process(spec.prediction_type, model.scheduler, spec.tokens)
     formats = weight_formats(spec.unit_names, options.quantize, options.quantize_exclude)
+    if spec.boundary:
+        formats |= {f"{SECOND_SET}{name}": of_unit for name, of_unit in formats.items()}
     plans = _compile_plans(spec, process, options)
     check_options(_calibration(spec, options))
     provenance = _provenance(model, name, loras, companions, options)
@@ -151,6 +160,7 @@ def export_checkpoint(
         with staged(output) as stage:
             writer = UnitWriter(stage, backend, progress, formats)
             kinds = architecture.graph_kinds(spec, options.precision)
+            kinds = with_second_set(kinds) if spec.boundary else kinds
             units = writer.write(kinds, tensors, options.precision)
             units += _write_step_graphs(stage, spec, options.precision)
             bare = _bare_manifest(model, spec, units, provenance, options)

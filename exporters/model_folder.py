@@ -14,12 +14,14 @@ from goc_deploy.exporters.folders import (
     CONFIG,
     PIPELINE_CONFIG,
     SCHEDULER_CONFIG,
+    WITHOUT_EFFECT,
     is_transformer,
     read_json,
     read_scheduler,
     read_weights,
 )
 from goc_deploy.exporters.schedulers import prediction_of
+from goc_deploy.exporters.weight_sets import join_sets
 from goc_deploy.samplers.process import EVEN_SIGMAS, FITTED_SHIFT
 from goc_deploy.spec import ModelSpec
 
@@ -50,7 +52,8 @@ def read_model_folder(
 ) -> FolderModel:
     """Read the folder of a pipeline, or its transformer folder alone.
 
-    The folder of a pipeline has ``model_index.json``, ``transformer/`` and ``scheduler/``.
+    The folder of a pipeline has ``model_index.json``, ``transformer/`` and ``scheduler/``, and
+    ``transformer_2/`` if a second set of weights computes the later steps.
 
     Args:
         path: the folder.
@@ -75,11 +78,6 @@ def read_model_folder(
             f"{path} holds a {index.get('_class_name')}; this version exports "
             f"{' or '.join(pipelines)}"
         )
-    if any(index.get(SECOND) or ()):
-        raise ModelError(
-            f"{path} holds two transformers, one for each part of the steps; this version exports "
-            "models with one"
-        )
     folder = path / "transformer" if index else path
     if not (folder / CONFIG).is_file():
         raise ModelError(
@@ -102,10 +100,39 @@ def read_model_folder(
         prediction = prediction or prediction_of(scheduler, str(settings))
     spec = replace(spec, prediction_type=prediction or spec.prediction_type)
     spec, state = family.state_from_diffusers(tensors, spec, folder)
+    if any(index.get(SECOND) or ()):
+        spec = replace(spec, boundary=_boundary(index, path / PIPELINE_CONFIG))
+        second = path / SECOND
+        _check_same(read_json(second / CONFIG), config, second / CONFIG)
+        more, tensors = read_weights(second)
+        state = join_sets(state, family.state_from_diffusers(tensors, spec, second)[1])
+        described.append(second / CONFIG)
+        files += more
     checkpoint = Checkpoint(path, state, "plain", (*described, *files))
     return FolderModel(
         checkpoint, spec, _class_names(index, spec, path / PIPELINE_CONFIG), scheduler
     )
+
+
+def _boundary(index: Mapping[str, Any], where: Path) -> float:
+    """The share of the training timesteps below which the second transformer computes."""
+    boundary = index.get("boundary_ratio")
+    if not isinstance(boundary, float) or not 0 < boundary < 1:
+        raise ModelError(
+            f"{where}: boundary_ratio must be a number between 0 and 1, because there are two "
+            f"transformers, got {boundary!r:.60}"
+        )
+    return boundary
+
+
+def _check_same(second: Mapping[str, Any], first: Mapping[str, Any], where: Path) -> None:
+    """Check that the second transformer has the settings of the first."""
+    for name in sorted((first.keys() | second.keys()) - set(WITHOUT_EFFECT)):
+        if first.get(name) != second.get(name):
+            raise ModelError(
+                f"{where}: {name} is {second.get(name)!r:.60}, but {first.get(name)!r:.60} in the "
+                "first transformer; both must be of one size"
+            )
 
 
 def _family(

@@ -128,7 +128,7 @@ class PlanOptions:
         seed: seed of the calibration images.
         cfg_scale: guidance scale of the calibration images; None as in `GenerateOptions`.
         segments: what TensorRT runs as one engine: ``full``, a step that computes everything, or
-            ``none``. ONNX Runtime always runs units.
+            ``none``. ONNX Runtime always runs units, and so does a model with two sets of weights.
     """
 
     name: str | None = None
@@ -175,12 +175,15 @@ class GenerateOptions:
             of diffusers).
         guidance: guidance scale that a distilled model embeds, such as FLUX.1-dev; None takes 3.5.
             Other models refuse it.
+        cfg_scale_2: guidance scale of the second set of weights of a model that has two, such as
+            Wan 2.2 A14B; None takes ``cfg_scale``. Other models refuse it.
     """
 
     seed: int = 0
     cfg_scale: float | None = None
     cfg_channels: int | None = None
     guidance: float | None = None
+    cfg_scale_2: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +206,7 @@ class RunOptions:
         cfg_channels: number of leading channels that guidance acts on; None takes the number of
             the model's reference implementation.
         guidance: as in `GenerateOptions`.
+        cfg_scale_2: as in `GenerateOptions`.
         latents: ``.npy`` file of x_T, (N, C, H, W), in place of seeded noise.
         output: file (``.png``, ``.npz``) or directory of the images, or of the videos (``.mp4``,
             ``.webp``, or a directory of the frames).
@@ -234,6 +238,7 @@ class RunOptions:
     cfg_scale: float | None = None
     cfg_channels: int | None = None
     guidance: float | None = None
+    cfg_scale_2: float | None = None
     latents: Path | None = None
     output: Path | None = None
     resume: bool = False

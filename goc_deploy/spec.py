@@ -27,6 +27,7 @@ FLOW_PREDICTION_TYPES = ("flow", "flow_to_noise")
 PREDICTION_TYPES = (*DIFFUSION_PREDICTION_TYPES, *FLOW_PREDICTION_TYPES)
 DECODED_PIXELS = 64 * 64  # latent pixels of one decoder launch: one tile of the default size
 MAX_TILES = 8
+SECOND_SET = "second_"  # before the names of the graphs with the second set of weights
 LONGEST_SIDE = 2  # times a side of the largest sample, for samples of no more tokens
 CACHED_FRAMES = 2  # that a causal convolution of kernel size 3 needs from the frames before
 # The values that `goc_deploy.strict_json.convert` accepts for such a field of a file:
@@ -128,6 +129,8 @@ class ModelSpec:
         guidance_norm: what guidance keeps of the conditional output: ``none``, or the norm of each
             ``token``, its C * patch * patch values.
         token_multiple: a sample must have a multiple of this many tokens.
+        boundary: share of the 1000 training timesteps below which a second set of weights computes
+            the steps; 0 if the model has one set. Wan 2.2 A14B has two.
     """
 
     depth: Size
@@ -160,6 +163,7 @@ class ModelSpec:
     qk_norm: bool = False
     guidance_norm: Literal["none", "token"] = "none"
     token_multiple: Size = 1
+    boundary: Annotated[float, Meta(ge=0, lt=1)] = 0.0
 
     @property
     def axes(self) -> tuple[int, ...]:

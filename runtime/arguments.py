@@ -124,7 +124,7 @@ def check_channels(cfg_channels: Any) -> None:
 
 
 def guidance(
-    cfg_scale: Any, cfg_channels: Any, spec: ModelSpec
+    cfg_scale: Any, cfg_channels: Any, spec: ModelSpec, cfg_scale_2: float | None = None
 ) -> tuple[float | list[float], int, bool]:
     """Check the guidance of a call.
 
@@ -132,6 +132,7 @@ def guidance(
         cfg_scale: one scale, or one per image; None is the default of the model.
         cfg_channels: number of guided channels; None is that of the model's reference.
         spec: the model.
+        cfg_scale_2: what `second_scale` returned.
 
     Returns:
         The scale or scales, the number of channels, and whether any image is guided.
@@ -142,7 +143,24 @@ def guidance(
     scales = checked_scale(cfg_scale_of(cfg_scale, spec))
     channels = spec.guided_channels if cfg_channels is None else cfg_channels
     check_channels(channels)
-    return scales, int(channels), bool(np.any(np.not_equal(scales, 1))) and channels != 0
+    of_sets = [*np.atleast_1d(scales), *([] if cfg_scale_2 is None else [cfg_scale_2])]
+    return scales, int(channels), bool(np.any(np.not_equal(of_sets, 1))) and channels != 0
+
+
+def second_scale(cfg_scale_2: Any, spec: ModelSpec) -> float | None:
+    """Check the guidance scale of the second set of weights; None is the scale of the first.
+
+    Raises:
+        UsageError: the scale is not a number within 0..1000, or the model has one set.
+    """
+    if cfg_scale_2 is None:
+        return None
+    if not spec.boundary:
+        raise UsageError(
+            "`cfg_scale_2` is for models with two sets of weights, such as Wan 2.2 A14B, and this "
+            "model has one; use `cfg_scale`"
+        )
+    return _checked_number(cfg_scale_2, "cfg_scale_2")
 
 
 def embedded_guidance(guidance: Any, spec: ModelSpec) -> float:
@@ -162,10 +180,15 @@ def embedded_guidance(guidance: Any, spec: ModelSpec) -> float:
             "`guidance` is for models that embed a guidance scale, such as FLUX.1-dev, and this "
             "model does not; use `cfg_scale`"
         )
-    scale = checked_scale(guidance, "guidance")
-    if isinstance(scale, list):
-        raise UsageError("guidance must be one number for all images; call once for each number")
-    return scale
+    return _checked_number(guidance, "guidance")
+
+
+def _checked_number(scale: Any, name: str) -> float:
+    """Convert a scale that all images share."""
+    number = checked_scale(scale, name)
+    if isinstance(number, list):
+        raise UsageError(f"{name} must be one number for all images; call once for each number")
+    return number
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -31,7 +31,7 @@ from goc_deploy.runtime.lookahead import chunk_steps, lookahead_of
 from goc_deploy.runtime.request import Batch
 from goc_deploy.runtime.weights import Weights
 from goc_deploy.size_inputs import size_shapes
-from goc_deploy.spec import ModelSpec
+from goc_deploy.spec import SECOND_SET, ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +129,9 @@ class Binder:
 
     def _step(self, step: int) -> BoundStep:
         buffers, spec = self._buffers, self._spec
-        before = [self._captions()] if step == 0 and buffers.captions else []
-        before += [self._conditioning(step)] if step % buffers.chunk == 0 else []
+        switches = step == self._plan.schedule.switch
+        before = [self._captions(step)] if (step == 0 or switches) and buffers.captions else []
+        before += [self._conditioning(step)] if step % buffers.chunk == 0 or switches else []
         before += [self._pick_gates(step, later) for later in self._lookahead.fetched[step]]
         streams = self._streams()
         start = (*self._start(step), self._embed(step, streams["image"].now))
@@ -144,14 +145,20 @@ class Binder:
             elif isinstance(op, Residual):
                 updates.append(self._residual(op, streams["image"].now))
             else:
-                updates.append(self._update(op, streams, coefficients))
+                updates.append(self._update(step, op, streams, coefficients))
         x, prediction = streams["image"].now, self._prediction(step)
         shift = self._modulation_row(spec.modulation.final_shift)
         scale = self._modulation_row(spec.modulation.final_scale)
         inputs = {"x": self._along_axes(x), "shift": shift, "scale": scale}
-        final = self._unit("final", inputs, {"prediction": self._in_patches(prediction)})
+        final = self._unit(
+            self._of_set(step, "final"), inputs, {"prediction": self._in_patches(prediction)}
+        )
         end = (final, self._sampler(step, prediction, x))
         return BoundStep(tuple(before), start, tuple(updates), end)
+
+    def _of_set(self, step: int, name: str) -> str:
+        """Name of a graph of the model with the weights that compute a step."""
+        return SECOND_SET + name if self._plan.schedule.in_second_set(step) else name
 
     def _streams(self) -> dict[TokenStream, _Tokens]:
         """The tokens of each stream at the start of a step."""
@@ -172,8 +179,9 @@ class Binder:
             "rows": self._buffers.rows.view(self._batch.rows),
             **self._of_size,
         }
-        inputs = taken(self._engines.units["embed"], offered)
-        return self._unit("embed", inputs, {"x": self._along_axes(x)})
+        name = self._of_set(step, "embed")
+        inputs = taken(self._engines.units[name], offered)
+        return self._unit(name, inputs, {"x": self._along_axes(x)})
 
     def _in_patches(self, images: Buffer) -> Buffer:
         """Latents or model outputs as the graphs see them: by patches if they accept any size."""
@@ -241,7 +249,7 @@ class Binder:
             "prediction": prediction,
             "cond_rows": buffers.cond_rows.view(images),
             "uncond_rows": buffers.uncond_rows.view(images),
-            "guidance": buffers.guidance.view(images, self._spec.channels),
+            "guidance": self._guidance(step),
             "coefficients": buffers.sampler_rows[step],
             "noise": self._noise(step),
         }
@@ -254,6 +262,12 @@ class Binder:
             inputs |= self._head.inputs(step, x)
             outputs |= self._head.outputs(step)
         return self._unit(table.graph, inputs, outputs)
+
+    def _guidance(self, step: int) -> Buffer:
+        """The guidance weights (N, C) of the set of weights that computes a step."""
+        shape = (self._batch.images, self._spec.channels)
+        second = self._plan.schedule.in_second_set(step)
+        return self._buffers.guidance.view(*shape, start=math.prod(shape) if second else 0)
 
     def _conditioning(self, step: int) -> BoundLaunch:
         """Fill the modulation table for a chunk and the later steps whose gates it fetches."""
@@ -271,12 +285,14 @@ class Binder:
         else:
             offered["pooled"] = buffers.pooled.view(labels, spec.pooled_channels)
         table = {"table": buffers.table.view(steps, spec.modulation.count, labels, spec.hidden)}
-        return self._unit(
-            "conditioning", taken(self._engines.units["conditioning"], offered), table
-        )
+        name = self._of_set(step, "conditioning")
+        return self._unit(name, taken(self._engines.units[name], offered), table)
 
-    def _captions(self) -> BoundLaunch:
-        """Turn the captions into keys and values, or the text of every row, once per request."""
+    def _captions(self, step: int) -> BoundLaunch:
+        """Turn the captions into keys and values, or the text of every row.
+
+        This happens once per request and set of weights.
+        """
         spec, count, buffers = self._spec, self._batch.captions, self._buffers.captions
         assert buffers is not None
         offered = {
@@ -289,7 +305,8 @@ class Binder:
             outputs["keys_values"] = buffers.keys_values.view(*keys_values_shape(spec, count))
         if self._buffers.text is not None:
             outputs["text"] = self._buffers.text.start.view(*self._shapes["text"])
-        return self._unit("captions", taken(self._engines.units["captions"], offered), outputs)
+        name = self._of_set(step, "captions")
+        return self._unit(name, taken(self._engines.units[name], offered), outputs)
 
     def _of_captions(self, block: int) -> dict[str, Buffer]:
         """The tensors of the captions that a branch of a block may read."""
@@ -351,13 +368,14 @@ class Binder:
 
     def _update(
         self,
+        step: int,
         op: Compute | Segment | Predict | Collect | AddSum,
         streams: dict[TokenStream, _Tokens],
         coefficients: Buffer | None,
     ) -> BoundLaunch:
         """A launch that changes the tokens of the step itself."""
         if isinstance(op, Compute):
-            return self._compute(op, streams)
+            return self._compute(step, op, streams)
         if isinstance(op, Segment):
             return self._segment(op, streams)
         if isinstance(op, Predict):
@@ -410,8 +428,9 @@ class Binder:
         inputs = {"x": x, "start": self._buffers.start.view(*self._feature)}
         return self._unit("residual", inputs, {"residual": self._slot("image", op.store)})
 
-    def _compute(self, op: Compute, streams: dict[TokenStream, _Tokens]) -> BoundLaunch:
-        name, unit = self._names[op.unit], self._units[op.unit]
+    def _compute(self, step: int, op: Compute, streams: dict[TokenStream, _Tokens]) -> BoundLaunch:
+        name = self._of_set(step, self._names[op.unit])
+        unit = self._units[op.unit]
         offered, outputs = self._of_unit(op.unit), self._features(unit, op.stores)
         changed = {feature.stream for feature in unit.features}
         for stream, tokens in streams.items():

@@ -57,7 +57,8 @@ class Buffers:
             nothing.
         shared: common buffers of the steps if the device shares launches, else None.
         timesteps: one row per chunk, each at an aligned address.
-        guidance: (N, C) guidance weight of each channel of each image.
+        guidance: (N, C) guidance weight of each channel of each image; (2, N, C) if the model has
+            two sets of weights.
         embedded_guidance: (1,) float32, guidance scale that the conditioning reads.
         labels: distinct labels.
         label_rows: (B,) index of the row of the table of each row.
@@ -297,7 +298,7 @@ def allocate_buffers(
         coefficients=coefficients,
         shared=shared,
         timesteps=constant(timesteps_from_plan(plan, chunk)),
-        guidance=new(capacity * spec.channels),
+        guidance=new((2 if spec.boundary else 1) * capacity * spec.channels),
         embedded_guidance=new(1),
         labels=new(capacity + 1, dtype="int64"),
         label_rows=new(rows, dtype="int64"),

@@ -32,6 +32,7 @@ from goc_deploy.runtime.pipeline import Attached, Pipeline
 from goc_deploy.runtime.text_loading import load_graph, load_text_encoder, text_graphs
 from goc_deploy.runtime.video_decoder import VideoDecoder
 from goc_deploy.runtime.weights import Weights
+from goc_deploy.spec import SECOND_SET
 
 logger = logging.getLogger(__name__)
 
@@ -241,6 +242,9 @@ def needed_graphs(
         *_launched_units(manifest, plans),
     }
     needed |= {"captions"} if manifest.model.text_conditional else set()
+    if manifest.model.boundary:
+        around = {"conditioning", "captions", "embed", "final"}
+        needed |= {SECOND_SET + name for name in needed & {*around, *manifest.model.unit_names}}
     heads = {plan.sampler.graph for plan in plans if plan.sampler.head is not None}
     needed |= {plan.sampler.graph for plan in plans} - heads
     needed |= {"residual"} if any(plan.keeps_residuals for plan in plans) else set()

@@ -95,6 +95,7 @@ class Pipeline:
         cfg_scale: float | Sequence[float] | None = DEFAULTS.cfg_scale,
         cfg_channels: int | None = DEFAULTS.cfg_channels,
         guidance: float | None = DEFAULTS.guidance,
+        cfg_scale_2: float | None = DEFAULTS.cfg_scale_2,
         latents: np.ndarray | None = None,
         size: tuple[int, int] | None = None,
         frames: int | None = None,
@@ -131,6 +132,9 @@ class Pipeline:
                 the model's reference.
             guidance: guidance scale that a distilled model embeds, 0..1000, one for all images, as
                 ``guidance_scale`` of diffusers' ``FluxPipeline``; None is 3.5.
+            cfg_scale_2: guidance scale of the second set of weights of a model that has two, one
+                for all images, as ``guidance_scale_2`` of diffusers' ``WanPipeline``; None is
+                ``cfg_scale``.
             latents: x_T in place of seeded noise, (N, C, H, W), or (N, C, F, H, W) for videos,
                 converted to float32.
             size: width and height in pixels, if the engine directory accepts any size; None is its
@@ -170,12 +174,14 @@ class Pipeline:
             cfg_scale=cfg_scale,
             cfg_channels=cfg_channels,
             guidance=guidance,
+            cfg_scale_2=cfg_scale_2,
             latents=latents,
             size=size,
             frames=frames,
         )
         scales, _, _ = arguments.guidance(cfg_scale, cfg_channels, self.spec)
-        about = {"seed": arguments.checked_seed(seed), "cfg_scale": scales}
+        about: dict[str, Any] = {"seed": arguments.checked_seed(seed), "cfg_scale": scales}
+        about |= {} if cfg_scale_2 is None else {"cfg_scale_2": drawing.cfg_scale_2}
         extras = Extras(trajectory, decode, callback, spans, limits, on_nonfinite)
         return self.draw(drawing, extras, about)
 
@@ -189,6 +195,7 @@ class Pipeline:
         cfg_scale: float | Sequence[float] | None = DEFAULTS.cfg_scale,
         cfg_channels: int | None = DEFAULTS.cfg_channels,
         guidance: float | None = DEFAULTS.guidance,
+        cfg_scale_2: float | None = DEFAULTS.cfg_scale_2,
         latents: np.ndarray | None = None,
         size: tuple[int, int] | None = None,
         frames: int | None = None,
@@ -199,7 +206,8 @@ class Pipeline:
             UsageError: as `generate`.
         """
         seeds = arguments.checked_seed(seed)
-        scales, channels, guided = arguments.guidance(cfg_scale, cfg_channels, self.spec)
+        second = arguments.second_scale(cfg_scale_2, self.spec)
+        scales, channels, guided = arguments.guidance(cfg_scale, cfg_channels, self.spec, second)
         conditions = self._conditions(labels, prompt_embeds, guided=guided)
         images, shape = len(conditions.labels), self._latent_shape(size, frames)
         return Drawing(
@@ -210,6 +218,7 @@ class Pipeline:
             shape,
             None if latents is None else arguments.checked_latents(latents, (images, *shape)),
             arguments.embedded_guidance(guidance, self.spec),
+            second,
         )
 
     async def agenerate(

@@ -24,6 +24,7 @@ class Request:
         cfg_scale: (N,) guidance scale of each image; if all are 1, there are no unconditional rows.
         cfg_channels: guidance acts on channels 0 .. cfg_channels - 1.
         guidance: guidance scale that the model embeds; other models do not read it.
+        cfg_scale_2: guidance scale of the second set of weights; None is ``cfg_scale``.
     """
 
     conditions: Conditions
@@ -31,6 +32,7 @@ class Request:
     cfg_scale: np.ndarray
     cfg_channels: int
     guidance: float = EMBEDDED_GUIDANCE
+    cfg_scale_2: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,6 +47,7 @@ class Drawing:
         shape: shape of the latents of an image, (C, H, W), or (C, F, H, W) of a video.
         start: (N, C, H, W) float32 in place of the x_T made from the keys, or None.
         guidance: guidance scale that the model embeds; other models do not read it.
+        cfg_scale_2: guidance scale of the second set of weights; None is ``cfg_scale``.
     """
 
     conditions: Conditions
@@ -54,6 +57,7 @@ class Drawing:
     shape: tuple[int, ...]
     start: np.ndarray | None = None
     guidance: float = EMBEDDED_GUIDANCE
+    cfg_scale_2: float | None = None
 
     def __len__(self) -> int:
         return len(self.conditions.labels)
@@ -70,21 +74,28 @@ class Drawing:
         if self.start is not None:
             noise[:, 0] = self.start[cut]
         conditions = self.conditions.part(part)
-        return Request(conditions, noise, self.cfg_scale[cut], self.cfg_channels, self.guidance)
+        return Request(
+            conditions,
+            noise,
+            self.cfg_scale[cut],
+            self.cfg_channels,
+            self.guidance,
+            self.cfg_scale_2,
+        )
 
 
 def joined(drawings: Sequence[Drawing]) -> Drawing:
     """Join calls of one pipeline to one call, with their images in order.
 
     Args:
-        drawings: calls with the same ``cfg_channels``, ``shape`` and ``guidance``, and without
-            ``start``.
+        drawings: calls with the same ``cfg_channels``, ``shape``, ``guidance`` and
+            ``cfg_scale_2``, and without ``start``.
     """
     first = drawings[0]
     for drawing in drawings:
         assert drawing.start is None
         assert (drawing.cfg_channels, drawing.shape) == (first.cfg_channels, first.shape)
-        assert drawing.guidance == first.guidance
+        assert (drawing.guidance, drawing.cfg_scale_2) == (first.guidance, first.cfg_scale_2)
     return Drawing(
         joined_conditions([drawing.conditions for drawing in drawings]),
         [key for drawing in drawings for key in drawing.noise_keys],
@@ -92,6 +103,7 @@ def joined(drawings: Sequence[Drawing]) -> Drawing:
         first.cfg_channels,
         first.shape,
         guidance=first.guidance,
+        cfg_scale_2=first.cfg_scale_2,
     )
 
 
@@ -131,7 +143,8 @@ class Inputs:
         rows: (B,) image of each row.
         cond_rows: (N,) row with the conditional model output of each image.
         uncond_rows: (N,) row with the unconditional output; for a scale of 1, the same row.
-        guidance: (N, C) float32, weight of the conditional output.
+        guidance: (N, C) float32, weight of the conditional output; (2, N, C) if the model has two
+            sets of weights.
     """
 
     batch: Batch
@@ -152,7 +165,12 @@ def prepared(request: Request, spec: ModelSpec, *, pads_labels: bool = False) ->
         pads_labels: whether the last label is repeated, so that fewer different shapes are bound.
     """
     conditions, images = request.conditions, len(request.conditions.labels)
-    guided = request.cfg_channels > 0 and bool((request.cfg_scale != 1).any())
+    of_sets = [request.cfg_scale]
+    if spec.boundary:
+        second = request.cfg_scale_2
+        of_sets += [request.cfg_scale if second is None else np.full(images, second)]
+    scales = np.stack(of_sets)
+    guided = request.cfg_channels > 0 and bool((scales != 1).any())
     wanted = [*conditions.labels, *(conditions.nulls if guided else ())]
     distinct = sorted(set(wanted))
     index = np.searchsorted(distinct, wanted)
@@ -167,14 +185,14 @@ def prepared(request: Request, spec: ModelSpec, *, pads_labels: bool = False) ->
         captions=len(distinct) if text_conditional else 0,
         axes=spec.axes_of(request.noise.shape[2:]) if spec.any_size else (),
     )
-    own, scales = np.arange(images), request.cfg_scale
-    weights = np.where(np.arange(spec.channels) < request.cfg_channels, scales[:, None], 1.0)
+    own = np.arange(images)
+    weights = np.where(np.arange(spec.channels) < request.cfg_channels, scales[..., None], 1.0)
     return Inputs(
         batch=batch,
         distinct=np.asarray(distinct),
         index=index,
         rows=np.resize(own, batch.rows),
         cond_rows=own,
-        uncond_rows=np.where(scales == 1, own, own + batch.rows - images),
-        guidance=weights.astype(np.float32),
+        uncond_rows=np.where((scales == 1).all(0), own, own + batch.rows - images),
+        guidance=(weights if spec.boundary else weights[0]).astype(np.float32),
     )

@@ -27,6 +27,7 @@ def run_schedule(
 ) -> list[np.ndarray]:
     """Interpret a schedule over toy units: stream += gate(step, feature) * g, history as lists.
 
+    Where a second set of weights begins, all lists are empty.
     Returns x, the stream of the image, after every step. The text is x of the start at every step.
     """
     spec = spec or plain_spec(schedule)
@@ -35,11 +36,14 @@ def run_schedule(
     histories: list[list[np.ndarray]] = [[] for _ in spec.features]
     outputs, start = [], x
     for step, rows in enumerate(schedule.coefficients):
+        if step == schedule.switch:
+            histories = [[] for _ in spec.features]
         streams = {"image": x, "text": start}
         for unit, row in enumerate(rows):
             tokens = tokens_read(spec, unit, streams)
             for index, stream in features_of_units(spec)[unit]:
                 history = histories[index]
+                assert len(row) <= len(history)
                 g = (
                     sum(c * h for c, h in zip(row, history, strict=False))
                     if row
@@ -72,7 +76,10 @@ def _run_residual_schedule(
     outputs, start = [], x
     for step, (row, *_) in enumerate(schedule.coefficients):
         before = x
+        if step == schedule.switch:
+            history = []
         if row:
+            assert len(row) <= len(history)
             x = before + sum(c * h for c, h in zip(row, history, strict=False))
         else:
             streams = {"image": x, "text": start}

@@ -43,7 +43,7 @@ class Series:
 
         Raises:
             UsageError: a label that does not exist, another number of latents than of images, or a
-                guidance scale that the model does not embed.
+                guidance scale that the model does not have.
         """
         spec, images = pipe.spec, len(self.labels)
         if self.captions is None and spec.choices:
@@ -51,6 +51,7 @@ class Series:
         elif self.captions is not None:
             check_rows(self.labels, len(self.captions.prompts))
         arguments.embedded_guidance(self.options.guidance, spec)
+        arguments.second_scale(self.options.cfg_scale_2, spec)
         if self.latents is not None and len(self.latents) != images:
             shape = [images, *spec.latents]
             raise UsageError(
@@ -80,6 +81,7 @@ class Series:
             cfg_scale=options.cfg_scale,
             cfg_channels=options.cfg_channels,
             guidance=options.guidance,
+            cfg_scale_2=options.cfg_scale_2,
             latents=None if self.latents is None else self.latents[rows],
             size=options.size,
             frames=options.frames,
@@ -104,6 +106,8 @@ class Series:
         }
         if pipe.spec.embedded_guidance:
             common["guidance"] = arguments.embedded_guidance(options.guidance, pipe.spec)
+        if options.cfg_scale_2 is not None:
+            common["cfg_scale_2"] = options.cfg_scale_2
         if options.size is not None:
             common["size"] = list(options.size)
         if options.frames is not None:

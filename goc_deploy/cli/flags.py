@@ -32,7 +32,7 @@ OTHERS = {  # flags that are not spelled as their argument
     "EngineOptions.scratch_limit_bytes": "engine-workspace",
     "EngineOptions.weight_mode": "engine-weights",
 }
-ARGUMENT = re.compile(r"`(?P<name>(EngineOptions\.)?[a-z_]+)(=(?P<value>[^`]*))?`")
+ARGUMENT = re.compile(r"`(?P<name>(EngineOptions\.)?[a-z_0-9]+)(=(?P<value>[^`]*))?`")
 
 
 def _flags() -> dict[str, str]:

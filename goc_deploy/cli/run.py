@@ -90,6 +90,14 @@ DEFAULTS = RunOptions()
     "diffusers names it guidance_scale.  [default: 3.5]",
 )
 @click.option(
+    "--cfg-scale-2",
+    "--guidance-scale-2",
+    "cfg_scale_2",
+    type=float,
+    help="Guidance scale of the second set of weights of a model that has two, such as Wan 2.2 "
+    "A14B.  [default: that of --cfg-scale]",
+)
+@click.option(
     "--seed",
     type=int,
     default=DEFAULTS.seed,

@@ -23,7 +23,7 @@ from goc_deploy.compiler.plan import (
 )
 from goc_deploy.compiler.values import features_of_units
 from goc_deploy.errors import EngineDirError
-from goc_deploy.samplers import MAX_LAGS, sampler_misfit
+from goc_deploy.samplers import MAX_LAGS, sampler_misfit, switch_step
 from goc_deploy.samplers.table import MAX_REACH
 from goc_deploy.schedule import MAX_HISTORY
 from goc_deploy.spec import ModelSpec
@@ -35,7 +35,8 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
     Every feature of the image acts once in every step and in order, or through an accumulator that
     is filled in earlier steps and added once, or all act as one through their residual. Features of
     the text act before each computed unit that reads them. Slots are in range, and nothing is read
-    before it is written.
+    before it is written. The second set of weights of a model begins where the sampler says, and
+    reads nothing that was written before.
 
     Raises:
         EngineDirError: naming the step and what is wrong.
@@ -52,12 +53,20 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
     ]
     of_image = every[0]
     written: set[_Slot] = set()
+    before_switch: set[_Slot] = set()
     accumulated: dict[int, list[int]] = {}  # target step -> features of the image
     units, sums = features_of_units(spec), SumsCheck(plan, spec)
     text_read = _text_read(spec)
     for step, launches in enumerate(plan.launches):
         order: list[int] = []
         text: list[int] = []
+        if step == plan.schedule.switch:
+            if accumulated or sums.targets:
+                raise EngineDirError(
+                    f"plan {plan.name}: predictions by the first set of weights are left for step "
+                    f"{step}, where the second begins, or later"
+                )
+            before_switch, written = written, set()
         for op in launches:
             sums.check_form(step, op)
             if isinstance(op, Accumulate):
@@ -105,9 +114,10 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
             f"plan {plan.name}: what was accumulated for step {min(accumulated)} is never added"
         )
     slots = plan.slots + plan.text_slots
-    if slots > len(written):
+    if slots > len(before_switch | written):
         raise EngineDirError(
-            f"plan {plan.name}: it asks for {slots} slots but stores into {len(written)}"
+            f"plan {plan.name}: it asks for {slots} slots but stores into "
+            f"{len(before_switch | written)}"
         )
 
 
@@ -228,6 +238,11 @@ def _check_table(plan: Plan, spec: ModelSpec) -> None:
     misfit = sampler_misfit(table, spec)
     if misfit:
         raise EngineDirError(f"plan {plan.name}: {misfit}")
+    if plan.schedule.switch != switch_step(table, spec):
+        raise EngineDirError(
+            f"plan {plan.name}: its schedule and its sampler differ in the step at which a second "
+            "set of weights begins; add the plan again"
+        )
 
 
 def _check_head(plan: Plan, spec: ModelSpec) -> None:

@@ -110,6 +110,11 @@ class SumsCheck:
             )
         return features
 
+    @property
+    def targets(self) -> set[int]:
+        """The later steps that accumulators hold predictions for."""
+        return {held.step for held in self._held.values()}
+
     def check_empty(self) -> None:
         """Check that every accumulator was added.
 

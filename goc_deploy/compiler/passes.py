@@ -41,12 +41,13 @@ from goc_deploy.compiler.plan import (
 from goc_deploy.compiler.residual import compute_all_units
 from goc_deploy.compiler.sums import assign_accumulators, expand_history, push_features
 from goc_deploy.compiler.values import Evaluation, drop_dead, name_values
-from goc_deploy.errors import UsageError
+from goc_deploy.errors import ScheduleError, UsageError
 from goc_deploy.options import SEGMENTS, Segments
-from goc_deploy.samplers import SamplerTable, sampler_misfit, sampler_table
+from goc_deploy.samplers import SamplerTable, sampler_misfit, sampler_table, switch_step
 from goc_deploy.samplers.process import Process
 from goc_deploy.schedule import (
     Schedule,
+    begin_second_set,
     check_amplification,
     check_schedule,
     check_schedule_fits,
@@ -86,7 +87,7 @@ def compile_for_host(
         ScheduleError: the schedule breaks a rule of legality or does not fit.
         UsageError: the sampler is unknown or does not fit the model, or ``segments`` is unknown.
     """
-    schedule, table = _checked(schedule, spec, sampler, steps, segments)
+    schedule, table, segments = _checked(schedule, spec, sampler, steps, segments)
     evaluations = name_values(schedule, spec)
     evaluations = drop_dead(evaluations, spec)
     if schedule.level == "unit":  # a residual takes one slot, as an accumulator would
@@ -135,7 +136,7 @@ def compile_for_device(
         ScheduleError: as for `compile_for_host`.
         UsageError: as for `compile_for_host`.
     """
-    schedule, table = _checked(schedule, spec, sampler, steps, segments)
+    schedule, table, segments = _checked(schedule, spec, sampler, steps, segments)
     evaluations = name_values(schedule, spec)
     evaluations = drop_dead(evaluations, spec)
     if segments == "full" and schedule.level == "unit":
@@ -190,7 +191,7 @@ def compile_to_sums(
         UsageError: as for `compile_for_host`, or the schedule predicts the residual, or from too
             many steps at once.
     """
-    schedule, table = _checked(schedule, spec, sampler, steps, segments)
+    schedule, table, segments = _checked(schedule, spec, sampler, steps, segments)
     if schedule.level == "residual":
         raise UsageError(
             f"plan {name} predicts the residual of all units, which it keeps in a few tensors; its "
@@ -242,14 +243,17 @@ def _checked(
     sampler: str | SamplerTable,
     steps: int | None,
     segments: Segments,
-) -> tuple[Schedule, SamplerTable]:
-    """Fill the short histories of a schedule, make its sampler table, and check both."""
+) -> tuple[Schedule, SamplerTable, Segments]:
+    """Fill the short histories of a schedule, make its sampler table, and check both.
+
+    If the model has two sets of weights, the schedule computes all units where the second begins,
+    and there are no segments, which would have the units of one set.
+    """
     if segments not in SEGMENTS:
         raise UsageError(f"segments must be {' or '.join(SEGMENTS)}, got {segments!r}")
     schedule = fill_short_history(schedule)
     check_schedule_fits(schedule, spec, schedule.steps if steps is None else steps)
     check_schedule(schedule)
-    check_amplification(schedule)
     table = (
         sampler
         if isinstance(sampler, SamplerTable)
@@ -258,7 +262,17 @@ def _checked(
     misfit = sampler_misfit(table, spec)
     if misfit:
         raise UsageError(misfit)
-    return schedule, table
+    switch = switch_step(table, spec)
+    if schedule.switch is None and switch is not None:
+        schedule = begin_second_set(schedule, switch)
+    if schedule.switch != switch:
+        raise ScheduleError(
+            f"the schedule has its `switch` to a second set of weights at step {schedule.switch}, "
+            f"but the model and sampler {table.sampler!r} have "
+            f"{'none' if switch is None else f'it at step {switch}'}; leave `switch` out"
+        )
+    check_amplification(schedule)
+    return schedule, table, "none" if spec.boundary else segments
 
 
 def store_alike(evaluations: list[Evaluation]) -> list[Evaluation]:

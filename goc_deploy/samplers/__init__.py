@@ -6,6 +6,7 @@ from goc_deploy.samplers.sampler_spec import (
     default_sampler,
     sampler_misfit,
     sampler_table,
+    switch_step,
 )
 from goc_deploy.samplers.table import MAX_LAGS, SamplerTable
 
@@ -17,5 +18,6 @@ __all__ = [
     "refined_table",
     "sampler_misfit",
     "sampler_table",
+    "switch_step",
     "table_at",
 ]

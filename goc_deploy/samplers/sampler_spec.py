@@ -109,6 +109,16 @@ def sampler_misfit(table: SamplerTable, spec: ModelSpec) -> str | None:
     return None
 
 
+def switch_step(table: SamplerTable, spec: ModelSpec) -> int | None:
+    """The first step that the second set of weights of a model computes, or None.
+
+    Source: diffusers' ``WanPipeline``, which compares the timestep with
+    ``boundary_ratio * num_train_timesteps``.
+    """
+    below = (k for k, t in enumerate(table.timesteps) if t < spec.boundary * TRAIN_STEPS)
+    return next(below, None)
+
+
 def solver_of(sampler: str, family: str) -> tuple[Solver, bool]:
     """Return the solver of a sampler without its spacing, and whether timestep 0 is a step.
 

@@ -1,6 +1,7 @@
 """The schedule: the action of every unit at every step (`schedule`), and its rules (`legality`)."""
 
 from goc_deploy.schedule.legality import (
+    begin_second_set,
     check_amplification,
     check_schedule,
     check_schedule_fits,
@@ -34,6 +35,7 @@ __all__ = [
     "Level",
     "Schedule",
     "ShortHistory",
+    "begin_second_set",
     "check_amplification",
     "check_schedule",
     "check_schedule_fits",

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from goc_deploy.errors import ScheduleError
 from goc_deploy.schedule.schedule import (
+    COMPUTE,
     HISTORY_KINDS,
     LEVELS,
     MAX_HISTORY,
@@ -50,10 +51,14 @@ def check_schedule(schedule: Schedule) -> None:
                 f"{where}: coefficients {list(row)} must be finite and below 1e6 in magnitude"
             )
         if len(row) > stored:
+            of_set = ""
+            if schedule.in_second_set(step):
+                of_set = f" since step {schedule.switch}, where the second set of weights begins"
             raise ScheduleError(
                 f"{where}: {schedule.action(step, unit)} reads {len(row)} history entries but only "
-                f"{stored} {'is' if stored == 1 else 'are'} stored; compute this unit at an "
-                "earlier step, or use plain reuse"
+                f"{stored} {'is' if stored == 1 else 'are'} stored{of_set}; compute this unit at "
+                f"{'this step' if step == schedule.switch else 'an earlier step'}, or use plain "
+                "reuse"
             )
 
 
@@ -103,8 +108,29 @@ def fill_short_history(schedule: Schedule) -> Schedule:
     Before: step 1 is ``gradient`` with one entry stored and ``short_history`` is ``reuse``.
     After: step 1 is ``reuse``.
     """
-    if schedule.short_history != "reuse":
-        return schedule
+    return _with_short_reads_as_reuse(schedule) if schedule.short_history == "reuse" else schedule
+
+
+def begin_second_set(schedule: Schedule, switch: int) -> Schedule:
+    """Let the second set of weights of a model begin without a history, for any policy.
+
+    The features of the first set are those of other weights, so the second predicts nothing from
+    them.
+
+    Before: step 3, the first of the second set, is ``reuse``, and step 4 is ``gradient``. After:
+    step 3 is ``compute``, and step 4 is ``reuse``, because one entry is stored.
+
+    Args:
+        schedule: a legal schedule without a switch.
+        switch: the first step of the second set.
+    """
+    rows = list(schedule.coefficients)
+    rows[switch] = (COMPUTE,) * schedule.units
+    return _with_short_reads_as_reuse(replace(schedule, coefficients=tuple(rows), switch=switch))
+
+
+def _with_short_reads_as_reuse(schedule: Schedule) -> Schedule:
+    """Replace actions that read more entries than are stored, but at least one is, by reuse."""
     rows = [list(step) for step in schedule.coefficients]
     for step, unit, stored in schedule.available_history():
         if 1 <= stored < len(rows[step][unit]):

@@ -56,6 +56,8 @@ class Schedule:
             step, the tokens after the last unit minus the tokens before the first. All units of a
             step then have the same coefficients.
         blocks: the branches of each block if blocks differ, else empty.
+        switch: the step at which the second set of weights of a model begins, with an empty
+            history; None if one set computes all steps.
         policy: the SPEC or file that made it, for people.
         provenance: how a policy that learns from data made it: parameters, statistics, images, in
             plain JSON types. It is for people, and schedules that differ only in it are equal.
@@ -70,6 +72,7 @@ class Schedule:
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
     level: Level = "unit"
     blocks: tuple[tuple[str, ...], ...] = ()
+    switch: int | None = None
 
     @property
     def steps(self) -> int:
@@ -122,10 +125,19 @@ class Schedule:
         place = self.places[unit]
         return f"step {step}, block {place.block}, {place.branch}"
 
+    def in_second_set(self, step: int) -> bool:
+        """Whether the second set of weights computes a step."""
+        return self.switch is not None and step >= self.switch
+
     def available_history(self) -> Iterator[tuple[int, int, int]]:
-        """Yield (step, unit, entries stored before that step) in execution order."""
+        """Yield (step, unit, entries stored before that step) in execution order.
+
+        The features of another set of weights do not count.
+        """
         stored = [0] * self.units
         for step, rows in enumerate(self.coefficients):
+            if step == self.switch:
+                stored = [0] * self.units
             for unit, row in enumerate(rows):
                 yield step, unit, stored[unit]
                 if not row or self.history == "used":
@@ -180,6 +192,7 @@ def schedule_to_json(schedule: Schedule) -> str:
             "short_history": schedule.short_history,
             **({"level": schedule.level} if schedule.level != "unit" else {}),
             **({"blocks": list(map(list, schedule.blocks))} if schedule.blocks else {}),
+            **({"switch": schedule.switch} if schedule.switch is not None else {}),
             "predictors": {word: list(row) for row, word in words.items() if row},
             "actions": [" ".join(words[row] for row in step) for step in schedule.coefficients],
             **({"provenance": dict(schedule.provenance)} if schedule.provenance else {}),
@@ -220,6 +233,7 @@ def schedule_from_json(text: bytes, where: str) -> Schedule:
         file.provenance,
         cast(Level, file.level),
         file.blocks,
+        file.switch,
     )
 
 
@@ -250,6 +264,7 @@ class _ScheduleFile(Struct):
     provenance: dict[str, Any] = {}
     level: str = "unit"
     blocks: Annotated[tuple[_Branches, ...], Meta(max_length=MAX_BLOCKS)] = ()
+    switch: Annotated[int, Meta(ge=0)] | None = None
 
 
 _Coefficients = Annotated[tuple[float, ...], Meta(min_length=1)]
@@ -265,6 +280,8 @@ def _problems(file: _ScheduleFile) -> Iterator[str]:
         yield f"$.level: {expected(LEVELS, file.level)}"
     if len(file.blocks) not in (0, file.depth):
         yield f"$.blocks: expected the branches of {file.depth} blocks, got {len(file.blocks)}"
+    if file.switch is not None and file.switch >= len(file.actions):
+        yield f"$.switch: expected one of {len(file.actions)} steps, got {file.switch}"
     if "C" in file.predictors:
         yield "$.predictors.C: a predictor cannot be named C, which computes; use another name"
 

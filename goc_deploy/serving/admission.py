@@ -36,6 +36,7 @@ def admitted(
             cfg_scale=request.cfg_scale,
             cfg_channels=request.cfg_channels,
             guidance=request.guidance,
+            cfg_scale_2=request.cfg_scale_2,
         )
         images = len(drawing)
     else:
@@ -55,11 +56,13 @@ def admitted(
 def _compatible(request: ImageRequest, plan: HostedPlan) -> Hashable:
     """Equal for requests that can run together."""
     spec = plan.pipeline.spec
-    _, channels, guided = arguments.guidance(request.cfg_scale, request.cfg_channels, spec)
+    second = arguments.second_scale(request.cfg_scale_2, spec)
+    _, channels, guided = arguments.guidance(request.cfg_scale, request.cfg_channels, spec, second)
     return (
         plan.model,
         plan.name,
         channels,
         guided,
         arguments.embedded_guidance(request.guidance, spec),
+        second,
     )

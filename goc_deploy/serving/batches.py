@@ -64,6 +64,7 @@ class BatchRunner:
                     cfg_scale=request.cfg_scale,
                     cfg_channels=request.cfg_channels,
                     guidance=request.guidance,
+                    cfg_scale_2=request.cfg_scale_2,
                 )
             except Exception as error:
                 ticket.fail(error)

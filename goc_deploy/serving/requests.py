@@ -53,6 +53,7 @@ class ImageRequest:
         cfg_scale: one guidance scale, or one per image; None takes the default of the model.
         cfg_channels: number of channels that are guided; None takes that of the model.
         guidance: guidance scale that a distilled model embeds; None takes 3.5.
+        cfg_scale_2: guidance scale of the second set of weights; None takes ``cfg_scale``.
         deadline: seconds from the submission, with the time in the queue; None is no limit.
         cancel: token that cancels the request.
         callback: called after every step with a `StepEvent` of the images of this request, in a
@@ -69,6 +70,7 @@ class ImageRequest:
     cfg_scale: float | Sequence[float] | None = DEFAULTS.cfg_scale
     cfg_channels: int | None = DEFAULTS.cfg_channels
     guidance: float | None = DEFAULTS.guidance
+    cfg_scale_2: float | None = DEFAULTS.cfg_scale_2
     deadline: float | None = None
     cancel: CancelToken | None = None
     callback: StepHook | None = None

@@ -17,6 +17,7 @@ from goc_deploy.blocks import STREAMS, TokenStream, Unit
 from goc_deploy.compiler import Compute, Plan
 from goc_deploy.compiler.values import features_of_units
 from goc_deploy.engine_dir.directory import EngineDir
+from goc_deploy.errors import UsageError
 from goc_deploy.host_memory import host_array
 from goc_deploy.precision import Precision
 from goc_deploy.protocols import Backend
@@ -224,6 +225,7 @@ def load_stepper(
             engine directory.
 
     Raises:
+        UsageError: the model has two sets of weights.
         EngineDirError, SafetyError: the engine directory is corrupt or not from this package.
         EnvironmentUnsupportedError: the backend has no kernels for its precision.
     """
@@ -245,9 +247,14 @@ def stepper_maker(
         What makes a stepper of a table whose graph is one of ``graphs``.
 
     Raises:
-        EngineDirError, SafetyError, EnvironmentUnsupportedError: as for `load_stepper`.
+        UsageError, EngineDirError, SafetyError, EnvironmentUnsupportedError: as for `load_stepper`.
     """
     manifest = directory.manifest
+    if manifest.model.boundary:
+        raise UsageError(
+            "policies that calibrate are not supported for a model with two sets of weights; use "
+            "one that learns nothing from images, such as fora:2+gc:0.5"
+        )
     engines = load_engines(directory, (), backend, graphs)
     capacity = min(images, manifest.max_batch)
     return lambda table: Stepper(

@@ -316,15 +316,6 @@ def test_a_head_for_videos_is_refused(engine: Path) -> None:
         goc_deploy.add_plan(engine, "fora:2+head:patch", calibrate=16)
 
 
-def test_two_experts_are_refused(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder, tmp_path / "pipeline")
-    index = json.loads((folder / "model_index.json").read_text())
-    index |= {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875}
-    (tmp_path / "pipeline" / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="two transformers, one for each part of the steps"):
-        goc_deploy.export(tmp_path / "pipeline", tmp_path / "e", steps=4, plans=["none"])
-
-
 def test_embeddings_of_another_width_are_refused(engine: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "c.npz", prompt_embeds=np.zeros((1, 4, 20), np.float32))
     with goc_deploy.load(engine, plan="none") as pipe, pytest.raises(GocError, match="of width 20"):
