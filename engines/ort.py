@@ -299,7 +299,10 @@ class OrtBackend:
             if values:
                 options.add_external_initializers(list(values), list(values.values()))
             return self.runtime.InferenceSession(
-                bytes(onnx), options, providers=[(self._provider_name, provider)]
+                bytes(onnx),
+                options,
+                providers=[(self._provider_name, provider)],
+                disabled_optimizers=optimizers_in_the_way(bytes(onnx)),
             )
         except Exception as cause:
             raise error_from_ort(cause, LOADING, self.provider) from cause
@@ -345,6 +348,15 @@ class OrtBackend:
             "thread_pool": self._pool,
             "passed_over": dict(self.passed_over),
         }
+
+
+def optimizers_in_the_way(onnx: bytes) -> list[str]:
+    """Return the optimizers that would keep products of integers from being fused.
+
+    A product and the sum with its bias would become a Gemm, for which ONNX Runtime has no kernel
+    that reads integers and returns floats. The Gemm would then run in float on dequantised values.
+    """
+    return ["MatMulAddFusion"] if b"QuantizeLinear" in onnx else []  # not in "DequantizeLinear"
 
 
 def _with_shape(buffer: Buffer) -> np.ndarray:

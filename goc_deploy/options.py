@@ -37,8 +37,10 @@ class ExportOptions:
         num_heads: number of attention heads. Inferred for widths 384, 768, 1024 and 1152; required
             otherwise.
         precision: dtype of weights, tokens and history: ``fp32``, ``fp16`` or ``bf16``.
-        quantize: format of the weights of the blocks: ``w8`` (8 bits), ``w4`` (4 bits), or None,
-            the precision. What is computed with them has the precision.
+        quantize: format of the blocks: ``w8`` or ``w4`` (weights of 8 or 4 bits, computed with in
+            the precision), ``int8`` (products of int8, with ranges that are seen as the plans
+            run), ``int8+smooth`` (range is moved from activations to weights first), or None, the
+            precision.
         quantize_exclude: patterns of units whose weights keep the precision, such as ``first``,
             ``last:2``, ``block_03`` or ``*_attn``.
         max_batch: largest number of images per batch.

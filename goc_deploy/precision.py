@@ -14,9 +14,17 @@ from typing import Literal, get_args
 Precision = Literal["fp32", "fp16", "bf16"]
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-WeightFormat = Literal["w8", "w4"]  # quantised weights, computed with in the precision
+# w8 and w4 are formats of weights, computed with in the precision; int8 quantises the activations
+# too, with ranges that are calibrated.
+WeightFormat = Literal["w8", "w4", "int8", "int8+smooth"]
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
-DTYPE_OF_FORMAT: Mapping[WeightFormat, str] = {"w8": "int8", "w4": "int4"}
+CALIBRATED_FORMATS: tuple[WeightFormat, ...] = ("int8", "int8+smooth")
+DTYPE_OF_FORMAT: Mapping[WeightFormat, str] = {
+    "w8": "int8",
+    "w4": "int4",
+    "int8": "int8",
+    "int8+smooth": "int8",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from goc_deploy.errors import EngineDirError, SafetyError
 ELEMENTWISE = (
     "Abs Add And Cast CastLike Clip Cos DequantizeLinear Div Equal Erf Exp Gelu Greater "
     "GreaterOrEqual Identity Less LessOrEqual Log Max Min "
-    "Mul Neg Not Or Pow Reciprocal Relu Sigmoid Sin Sqrt Sub Tanh Where"
+    "Mul Neg Not Or Pow QuantizeLinear Reciprocal Relu Sigmoid Sin Sqrt Sub Tanh Where"
 )
 ALONG_DIMENSIONS = (
     "Conv Gemm InstanceNormalization LayerNormalization MatMul ReduceMax ReduceMean ReduceSum "
