@@ -356,6 +356,8 @@ class EvalOptions:
         samples_output: folder to write images to, or None.
         converged: number of uncached steps of a converged solution to compare with; 0 is none.
         converged_images: number of images of the converged solution.
+        full_precision: engine directory of the same model and plans without quantised weights. Its
+            uncached plan is what all plans are compared with, and its plans are rows too; or None.
         trajectory_images: number of images whose error is measured after every step.
         resamples: number of bootstrap resamples of FID and inception score.
     """
@@ -379,5 +381,6 @@ class EvalOptions:
     samples_output: Path | None = None
     converged: int = 0
     converged_images: int = 128
+    full_precision: Path | None = None
     trajectory_images: int = 64
     resamples: int = 50
