@@ -289,6 +289,9 @@ class OrtBackend:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if runs_once:
             options.add_session_config_entry("session.disable_prepacking", "1")
+        if any(buffer.dtype == "float8e4m3fn" for buffer in initializers.values()):
+            # Fused products would read float8, for which the CPU provider has no kernel.
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         try:
             values = {
                 name: onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(
@@ -299,7 +302,10 @@ class OrtBackend:
             if values:
                 options.add_external_initializers(list(values), list(values.values()))
             return self.runtime.InferenceSession(
-                bytes(onnx), options, providers=[(self._provider_name, provider)]
+                bytes(onnx),
+                options,
+                providers=[(self._provider_name, provider)],
+                disabled_optimizers=optimizers_in_the_way(bytes(onnx)),
             )
         except Exception as cause:
             raise error_from_ort(cause, LOADING, self.provider) from cause
@@ -345,6 +351,15 @@ class OrtBackend:
             "thread_pool": self._pool,
             "passed_over": dict(self.passed_over),
         }
+
+
+def optimizers_in_the_way(onnx: bytes) -> list[str]:
+    """Return the optimizers that would keep products of integers from being fused.
+
+    A product and the sum with its bias would become a Gemm, for which ONNX Runtime has no kernel
+    that reads integers and returns floats. The Gemm would then run in float on dequantised values.
+    """
+    return ["MatMulAddFusion"] if b"QuantizeLinear" in onnx else []  # not in "DequantizeLinear"
 
 
 def _with_shape(buffer: Buffer) -> np.ndarray:

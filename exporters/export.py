@@ -47,7 +47,8 @@ from goc_deploy.exporters.hub import folder_from_hub, hub_id
 from goc_deploy.exporters.lora.merging import MergedTensors
 from goc_deploy.exporters.lora.reading import Lora, digest_of_merge, read_loras
 from goc_deploy.exporters.model_folder import FolderModel, read_model_folder
-from goc_deploy.exporters.quantize.selection import weight_formats
+from goc_deploy.exporters.quantize.calibrated import Quantizer
+from goc_deploy.exporters.quantize.selection import check_calibrated, weight_formats
 from goc_deploy.exporters.router import router_probabilities
 from goc_deploy.exporters.sample_sizes import spec_for_sizes
 from goc_deploy.exporters.schedulers import table_from_sampler
@@ -58,12 +59,13 @@ from goc_deploy.options import ExportOptions, Progress, default_plans
 from goc_deploy.policies.calibration import (
     CalibrationOptions,
     Laboratory,
+    ObservingLaboratory,
     check_options,
     default_images,
 )
 from goc_deploy.policies.grammar import Policy, check_plan_name, parse_policy
 from goc_deploy.policies.resolve import schedule_from_policy
-from goc_deploy.precision import ITEM_BYTES, Precision
+from goc_deploy.precision import CALIBRATED_FORMATS, ITEM_BYTES, Precision
 from goc_deploy.protocols import Backend
 from goc_deploy.samplers import default_sampler
 from goc_deploy.samplers.process import Process
@@ -86,8 +88,9 @@ ARCHITECTURES = {
     )
 }
 # Makes the laboratory of an engine directory for a sampler.
-LaboratoryMaker = Callable[[EngineDir, str, CalibrationOptions], Laboratory]
+LaboratoryMaker = Callable[[EngineDir, str, CalibrationOptions], ObservingLaboratory]
 
+QUANTIZATION = "quantization"  # key of the provenance that the export itself finds out
 RECORDED_PACKAGES = ("torch", "onnx", "onnxscript", "numpy")
 
 
@@ -150,6 +153,7 @@ def export_checkpoint(
         formats |= {f"{SECOND_SET}{name}": of_unit for name, of_unit in formats.items()}
     plans = _compile_plans(spec, process, options)
     check_options(_calibration(spec, options))
+    check_calibrated(formats, options.precision, choices=spec.choices)
     provenance = _provenance(model, name, loras, companions, options)
     with directory_lock(output):
         present = _same_engine(output, provenance)
@@ -158,7 +162,8 @@ def export_checkpoint(
         check_target(output, force=options.force)
         _check_checkpoints(output, (checkpoint, *companions.checkpoints), options.precision)
         with staged(output) as stage:
-            writer = UnitWriter(stage, backend, progress, formats)
+            by_weights = {n: f for n, f in formats.items() if f not in CALIBRATED_FORMATS}
+            writer = UnitWriter(stage, backend, progress, by_weights)
             kinds = architecture.graph_kinds(spec, options.precision)
             kinds = with_second_set(kinds) if spec.boundary else kinds
             units = writer.write(kinds, tensors, options.precision)
@@ -167,7 +172,12 @@ def export_checkpoint(
             bare = write_companions(companions, bare, options, writer)
             entries = tuple(lora.entry for lora in loras)
             bare = replace(bare, files=files_below(stage), loras=entries)
-            manifest = _write_plans(stage, bare, plans, options, make_laboratory)
+            compiled = _calibrated(stage, bare, plans, options, make_laboratory)
+            calibrated = {n: f for n, f in formats.items() if f in CALIBRATED_FORMATS}
+            if calibrated:
+                quantizer = Quantizer(stage, bare, calibrated, backend, progress)
+                bare = _quantized(quantizer, compiled, options, make_laboratory)
+            manifest = _write_plans(stage, bare, compiled)
     return manifest, True
 
 
@@ -309,7 +319,8 @@ def _same_engine(output: Path, provenance: Mapping[str, Any]) -> Manifest | None
         whole = all((output / entry.path).stat().st_size == entry.size for entry in kept)
     except (OSError, GocError):
         return None
-    return manifest if whole and manifest.provenance == provenance else None
+    made_from = {k: v for k, v in manifest.provenance.items() if k != QUANTIZATION}
+    return manifest if whole and made_from == provenance else None
 
 
 def _write_step_graphs(stage: Path, spec: ModelSpec, precision: Precision) -> list[GraphEntry]:
@@ -360,19 +371,48 @@ def _bare_manifest(
     )
 
 
-def _write_plans(
+def _calibrated(
     stage: Path,
     manifest: Manifest,
     plans: Mapping[str, tuple[Policy, Plan | None]],
     options: ExportOptions,
     make_laboratory: LaboratoryMaker,
-) -> Manifest:
-    """Write the plans, calibrated on the engine directory without plans, then the manifest."""
+) -> list[Plan]:
+    """Compile the plans whose policies learn, on the engine directory without plans."""
     spec, process = manifest.model, manifest.process
     bare = EngineDir(stage, manifest)
     laboratory = make_laboratory(bare, _sampler(process, options), _calibration(spec, options))
-    for name, (policy, compiled) in plans.items():
-        plan = compiled or _compile(policy, name, spec, process, options, laboratory)
+    return [
+        compiled or _compile(policy, name, spec, process, options, laboratory)
+        for name, (policy, compiled) in plans.items()
+    ]
+
+
+def _quantized(
+    quantizer: Quantizer,
+    plans: Sequence[Plan],
+    options: ExportOptions,
+    make_laboratory: LaboratoryMaker,
+) -> Manifest:
+    """Quantise units to a calibrated format, and record images, statistics and choices."""
+    manifest = quantizer.manifest
+    images = _calibration(manifest.model, options)
+    sampler = _sampler(manifest.process, options)
+    manifest, chosen = quantizer.quantize(
+        plans, lambda observing: make_laboratory(observing, sampler, images)
+    )
+    record = {
+        **asdict(images),
+        "sampler": sampler,
+        "plans": [plan.name for plan in plans],
+        "units": chosen,
+    }
+    return replace(manifest, provenance={**manifest.provenance, QUANTIZATION: record})
+
+
+def _write_plans(stage: Path, manifest: Manifest, plans: Sequence[Plan]) -> Manifest:
+    """Write the plans, then the manifest."""
+    for plan in plans:
         manifest = write_plan(stage, plan, manifest, lambda unit: (stage / unit).read_bytes())
     manifest = replace(manifest, files=files_below(stage))
     (stage / MANIFEST_NAME).write_text(manifest_to_json(manifest), encoding="utf-8")

@@ -39,8 +39,10 @@ class ExportOptions:
         num_heads: number of attention heads. Inferred for widths 384, 768, 1024 and 1152; required
             otherwise.
         precision: dtype of weights, tokens and history: ``fp32``, ``fp16`` or ``bf16``.
-        quantize: format of the weights of the blocks: ``w8`` (8 bits), ``w4`` (4 bits), or None,
-            the precision. What is computed with them has the precision.
+        quantize: format of the blocks: ``w8`` or ``w4`` (weights of 8 or 4 bits, computed with in
+            the precision), ``int8`` (products of int8, with ranges that are seen as the plans
+            run), ``int8+smooth`` (range is moved from activations to weights first), ``fp8`` (as
+            ``int8`` with float8e4m3fn), or None, the precision.
         quantize_exclude: patterns of units whose weights keep the precision, such as ``first``,
             ``last:2``, ``block_03`` or ``*_attn``.
         max_batch: largest number of images per batch.
@@ -364,6 +366,8 @@ class EvalOptions:
         samples_output: folder to write images to, or None.
         converged: number of uncached steps of a converged solution to compare with; 0 is none.
         converged_images: number of images of the converged solution.
+        full_precision: engine directory of the same model and plans without quantised weights. Its
+            uncached plan is what all plans are compared with, and its plans are rows too; or None.
         trajectory_images: number of images whose error is measured after every step.
         resamples: number of bootstrap resamples of FID and inception score.
     """
@@ -387,5 +391,6 @@ class EvalOptions:
     samples_output: Path | None = None
     converged: int = 0
     converged_images: int = 128
+    full_precision: Path | None = None
     trajectory_images: int = 64
     resamples: int = 50

@@ -12,21 +12,22 @@ BLOCK = 32  # rows of a block; a larger one saves up to 1/32 of the size and add
 
 
 def quantized_blocks(
-    matrix: np.ndarray, dtype: str, scale_dtype: str
+    matrix: np.ndarray, dtype: str, scale_dtype: str, block: int = BLOCK
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Quantise every ``BLOCK`` rows of each column with a scale of their own.
+    """Quantise every ``block`` rows of each column with a scale of their own.
 
     A value v becomes ``round(v / scale)``. The scale is the largest absolute value of the block
     divided by 127.5 (``int8``) or 7.5 (``int4``), so both ends of the range are used and no value
     is off by more than half a scale.
 
     Args:
-        matrix: (K, N) float32, where K is a multiple of ``BLOCK``.
+        matrix: (K, N) float32, where K is a multiple of ``block``.
         dtype: ``int8`` or ``int4``.
         scale_dtype: dtype of the scales: ``float32``, ``float16`` or ``bfloat16``.
+        block: number of rows with a scale of their own; K is one scale per column.
 
     Returns:
-        Integers (K, N) int8, and scales (K / BLOCK, N); scales in ``bfloat16`` are uint16.
+        Integers (K, N) int8, and scales (K / block, N); scales in ``bfloat16`` are uint16.
 
     Raises:
         ModelError: a value is not finite.
@@ -34,11 +35,11 @@ def quantized_blocks(
     if not np.isfinite(matrix).all():
         raise ModelError("a weight to be quantised is infinite or not a number; check the weights")
     rows, columns = matrix.shape
-    blocks = matrix.reshape(rows // BLOCK, BLOCK, columns)
+    blocks = matrix.reshape(rows // block, block, columns)
     half = 2 ** (ELEMENT_TYPES[dtype].bits - 1)
     largest = np.abs(blocks).max(axis=1)
     exact = np.where(largest == 0, np.float32(1), largest / np.float32(half - 0.5))
-    stored = _rounded_up(exact, scale_dtype)
+    stored = rounded_up(exact, scale_dtype)
     scales = float32_scales(stored)
     integers = np.rint(blocks / scales[:, None]).clip(-half, half - 1).astype(np.int8)
     return integers.reshape(rows, columns), stored
@@ -68,7 +69,7 @@ def packed(integers: np.ndarray, dtype: str) -> np.ndarray:
     return flat if dtype == "int8" else (flat[0::2] & 15) | (flat[1::2] << 4)
 
 
-def _rounded_up(scales: np.ndarray, dtype: str) -> np.ndarray:
+def rounded_up(scales: np.ndarray, dtype: str) -> np.ndarray:
     """Convert float32 scales; a smaller scale would not reach the largest value of its block."""
     scales = scales.astype(np.float32)
     if dtype == "bfloat16":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
@@ -12,6 +13,7 @@ from goc_deploy.exporters.quantize.blocks import BLOCK
 from goc_deploy.precision import ELEMENT_TYPES
 
 OPSET = 21  # the first that dequantises by blocks
+ZERO_POINT = "zero_point"  # 0 of int8 or float8; without one, QuantizeLinear returns uint8
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +39,18 @@ class Product:
 
     @property
     def scales_shape(self) -> tuple[int, int]:
-        """Shape of the scales."""
+        """Shape of the scales by blocks."""
         return self.shape[0] // BLOCK, self.shape[1]
+
+    @property
+    def input_scale(self) -> str:
+        """Name of the initializer of the scale of x, a scalar, if x is quantised."""
+        return f"{self.weight}.input_scale"
+
+    @property
+    def smoothing(self) -> str:
+        """Name of the initializer of the factors of x, (K,), if x is smoothed."""
+        return f"{self.weight}.smoothing"
 
 
 def products_of(model: ModelProto) -> tuple[Product, ...]:
@@ -64,7 +76,12 @@ def products_of(model: ModelProto) -> tuple[Product, ...]:
     return tuple(found)
 
 
-def quantize_products(model: ModelProto, products: Collection[Product], dtype: str) -> None:
+def quantize_products(
+    model: ModelProto,
+    products: Collection[Product],
+    dtype: str,
+    smoothed: Mapping[str, bool] | None = None,
+) -> None:
     """Let a graph read quantised weights.
 
     ``y = Gemm(x, W, bias)`` becomes::
@@ -74,18 +91,33 @@ def quantize_products(model: ModelProto, products: Collection[Product], dtype: s
         y             = Add(y.product, bias)
 
     ONNX Runtime fuses these three nodes into one that reads the integers. It does not fuse a Gemm.
+    With ``smoothed``, x is quantised too, and a column of W has one scale::
+
+        W.smoothed    = Mul(x, W.smoothing)
+        W.input       = QuantizeLinear(W.smoothed, W.input_scale, zero_point)
+        W.rounded     = DequantizeLinear(W.input, W.input_scale, zero_point)
+        W.dequantized = DequantizeLinear<axis=1>(W, W.scales)
+        y.product     = MatMul(W.rounded, W.dequantized)
+        y             = Add(y.product, bias)
+
+    The first node is left out for a product that is not smoothed.
 
     Args:
         model: the graph, which is changed. Its initializers W become (K, N) of ``dtype``, and
             scales of the former element type are added; the places of both are unset.
         products: products of the graph, from `products_of`.
-        dtype: ``int8`` or ``int4``.
+        dtype: ``int8``, ``int4`` or ``float8e4m3fn``.
+        smoothed: weight -> whether x is multiplied by factors; None leaves x in its precision.
     """
     by_node = {product.node: product for product in products}
     nodes: list[NodeProto] = []
     for node in model.graph.node:
         product = by_node.get(node.output[0])
-        nodes += [node] if product is None else _nodes(node, product)
+        if product is None:
+            nodes.append(node)
+        else:
+            smooth = None if smoothed is None else smoothed[product.weight]
+            nodes += _nodes(node, product, smooth)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     by_weight = {product.weight: product for product in products}
@@ -95,10 +127,14 @@ def quantize_products(model: ModelProto, products: Collection[Product], dtype: s
         if product is None:
             tensors.append(tensor)
             continue
+        tensors.append(_outside(product.weight, product.shape, ELEMENT_TYPES[dtype].onnx))
+        smooth = None if smoothed is None else smoothed[product.weight]
         tensors += [
-            _outside(product.weight, product.shape, ELEMENT_TYPES[dtype].onnx),
-            _outside(product.scales, product.scales_shape, tensor.data_type),
+            _outside(name, shape, tensor.data_type) for name, shape in scales_of(product, smooth)
         ]
+    if smoothed is not None:
+        zero = TensorProto(name=ZERO_POINT, data_type=ELEMENT_TYPES[dtype].onnx, raw_data=b"\0")
+        tensors.append(zero)
     del model.graph.initializer[:]
     model.graph.initializer.extend(tensors)
     described = [value for value in model.graph.value_info if value.name not in by_weight]
@@ -107,6 +143,20 @@ def quantize_products(model: ModelProto, products: Collection[Product], dtype: s
     for opset in model.opset_import:
         if opset.domain in ("", "ai.onnx"):
             opset.version = max(opset.version, OPSET)
+
+
+def scales_of(product: Product, smooth: bool | None) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and shape of the initializers that are added for a product.
+
+    Args:
+        product: the product.
+        smooth: whether x is smoothed, or None if x is not quantised.
+    """
+    if smooth is None:
+        return [(product.scales, product.scales_shape)]
+    rows, columns = product.shape
+    factors: list[tuple[str, tuple[int, ...]]] = [(product.smoothing, (rows,))] if smooth else []
+    return [(product.scales, (columns,)), (product.input_scale, ()), *factors]
 
 
 def place_tensors(model: ModelProto, location: str, places: Mapping[str, tuple[int, int]]) -> None:
@@ -119,21 +169,36 @@ def place_tensors(model: ModelProto, location: str, places: Mapping[str, tuple[i
                 tensor.external_data.add(key=key, value=str(value))
 
 
-def _nodes(node: NodeProto, product: Product) -> list[NodeProto]:
+def _nodes(node: NodeProto, product: Product, smooth: bool | None) -> list[NodeProto]:
     weight, output = f"{product.weight}.dequantized", node.output[0]
     bias = node.input[2] if len(node.input) > 2 else ""
     result = f"{output}.product" if bias else output
-    nodes = [
+    by_blocks: dict[str, Any] = {"axis": 0, "block_size": BLOCK} if smooth is None else {"axis": 1}
+    source, nodes = node.input[0], []
+    if smooth is not None:
+        source, nodes = f"{product.weight}.rounded", _rounding(node.input[0], product, smooth)
+    nodes += [
         helper.make_node(
-            "DequantizeLinear",
-            [product.weight, product.scales],
-            [weight],
-            axis=0,
-            block_size=BLOCK,
+            "DequantizeLinear", [product.weight, product.scales], [weight], **by_blocks
         ),
-        helper.make_node("MatMul", [node.input[0], weight], [result]),
+        helper.make_node("MatMul", [source, weight], [result]),
     ]
     return [*nodes, helper.make_node("Add", [result, bias], [output])] if bias else nodes
+
+
+def _rounding(x: str, product: Product, smooth: bool) -> list[NodeProto]:
+    """The nodes that round the first operand of a product to the type of its weight."""
+    nodes, integers = [], f"{product.weight}.input"
+    if smooth:
+        smoothed = f"{product.weight}.smoothed"
+        nodes = [helper.make_node("Mul", [x, product.smoothing], [smoothed])]
+        x = smoothed
+    scale = [product.input_scale, ZERO_POINT]
+    return [
+        *nodes,
+        helper.make_node("QuantizeLinear", [x, *scale], [integers]),
+        helper.make_node("DequantizeLinear", [integers, *scale], [f"{product.weight}.rounded"]),
+    ]
 
 
 def _is_plain(node: NodeProto) -> bool:
@@ -150,7 +215,7 @@ def _attributes(node: NodeProto) -> dict[str, float]:
     return {field.name: helper.get_attribute_value(field) for field in node.attribute}
 
 
-def _outside(name: str, shape: tuple[int, int], data_type: int) -> TensorProto:
+def _outside(name: str, shape: tuple[int, ...], data_type: int) -> TensorProto:
     return TensorProto(
         name=name, data_type=data_type, dims=shape, data_location=TensorProto.EXTERNAL
     )

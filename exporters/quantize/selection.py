@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from goc_deploy.errors import UsageError
-from goc_deploy.precision import WEIGHT_FORMATS, WeightFormat
+from goc_deploy.precision import CALIBRATED_FORMATS, WEIGHT_FORMATS, Precision, WeightFormat
 
 _ENDS = re.compile(r"(first|last)(?::([1-9][0-9]{0,3}))?")
 _BLOCK = re.compile(r"block_[0-9]+")
@@ -33,9 +33,35 @@ def weight_formats(
         return {}
     if quantize not in WEIGHT_FORMATS:
         raise UsageError(
-            f"`quantize={quantize:.60}` is unknown; it is {' or '.join(WEIGHT_FORMATS)}"
+            f"`quantize={quantize:.60}` is unknown; it is one of {', '.join(WEIGHT_FORMATS)}"
         )
     return dict.fromkeys(quantized_units(units, patterns), quantize)
+
+
+def check_calibrated(
+    formats: Mapping[str, WeightFormat], precision: Precision, *, choices: int
+) -> None:
+    """Check that the formats that are calibrated can be.
+
+    Args:
+        formats: format of each quantised unit.
+        precision: precision of the engine directory.
+        choices: number of labels or captions that calibration images can have.
+
+    Raises:
+        UsageError: the CPU has no kernels for the precision, or there are no captions.
+    """
+    for wanted in set(formats.values()) & set(CALIBRATED_FORMATS):
+        if precision == "bf16":
+            raise UsageError(
+                f"`quantize={wanted}` is calibrated on images, but the CPU has no kernels for "
+                "bf16; use `precision=fp32` or fp16"
+            )
+        if not choices:
+            raise UsageError(
+                f"`quantize={wanted}` is calibrated on images, but there are no captions; add "
+                "`captions`"
+            )
 
 
 def quantized_units(units: Sequence[str], patterns: Sequence[str]) -> tuple[str, ...]:
@@ -54,7 +80,7 @@ def quantized_units(units: Sequence[str], patterns: Sequence[str]) -> tuple[str,
     Raises:
         UsageError: a pattern matches no unit.
     """
-    blocks = [_block(unit) for unit in units]
+    blocks = [block_of(unit) for unit in units]
     order = list(dict.fromkeys(blocks))
     excluded: set[str] = set()
     for pattern in patterns:
@@ -79,7 +105,7 @@ def quantized_units(units: Sequence[str], patterns: Sequence[str]) -> tuple[str,
     )
 
 
-def _block(unit: str) -> str:
+def block_of(unit: str) -> str:
     """``block_03`` of ``block_03_mlp``."""
     match = _BLOCK.match(unit)
     return match[0] if match else unit

@@ -12,7 +12,7 @@ from goc_deploy.options import ExportOptions, Progress, no_progress
 if TYPE_CHECKING:
     from goc_deploy.engine_dir.directory import EngineDir
     from goc_deploy.engine_dir.manifest import Manifest
-    from goc_deploy.policies.calibration import CalibrationOptions, Laboratory
+    from goc_deploy.policies.calibration import CalibrationOptions, ObservingLaboratory
 
 
 def export_with(
@@ -38,7 +38,9 @@ def export_with(
 
     backend = cpu_backend()
 
-    def laboratory(directory: EngineDir, sampler: str, images: CalibrationOptions) -> Laboratory:
+    def laboratory(
+        directory: EngineDir, sampler: str, images: CalibrationOptions
+    ) -> ObservingLaboratory:
         return EngineLaboratory(directory, lambda: backend, sampler, images, progress)
 
     exported = export_checkpoint(checkpoint, output, options, backend, laboratory, progress)

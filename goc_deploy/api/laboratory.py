@@ -18,6 +18,8 @@ from goc_deploy.options import Progress
 from goc_deploy.policies.calibration import (
     CalibrationOptions,
     Calibrator,
+    MoreOutputs,
+    Observation,
     Trial,
     check_options,
 )
@@ -28,12 +30,13 @@ from goc_deploy.schedule import Schedule
 
 if TYPE_CHECKING:
     from goc_deploy.api.head_trials import EngineHeadTrials
+    from goc_deploy.runtime.binding import Engines
 
 
 class EngineLaboratory:
     """The laboratory of an engine directory, which is loaded when a policy first uses it.
 
-    Implements `goc_deploy.policies.calibration.Laboratory`.
+    Implements `goc_deploy.policies.calibration.ObservingLaboratory`.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class EngineLaboratory:
         self._calibrators: dict[int, Calibrator] = {}
         self._trials: EngineTrials | None = None
         self._head_trials: EngineHeadTrials | None = None
+        self._observed: Engines | None = None
 
     def calibrator(self, steps: int) -> Calibrator:
         """See `goc_deploy.policies.calibration.Laboratory.calibrator`."""
@@ -108,6 +112,33 @@ class EngineLaboratory:
         with directory_lock(trials.folder):
             yield trials
         self._head_trials = trials
+
+    def observe(
+        self,
+        schedule: Schedule,
+        table: SamplerTable,
+        more: MoreOutputs,
+        see: Callable[[Observation], None],
+    ) -> None:
+        """See `goc_deploy.policies.calibration.ObservingLaboratory.observe`.
+
+        Raises:
+            UsageError: an option of the images is out of range.
+            VerificationError: the results are not finite.
+        """
+        from goc_deploy.runtime.calibration.observing import ObservingStepper, observe
+        from goc_deploy.runtime.loading import load_engines
+
+        check_options(self._options)
+        manifest = self._directory.manifest
+        if self._observed is None:
+            names = [unit.name for unit in manifest.graphs]
+            samplers = [name for name in names if name.startswith("sampler")]
+            self._observed = load_engines(self._directory, (), self._backend, samplers)
+        stepper = ObservingStepper(
+            self._observed, self._backend, manifest, table, self._options.images, more, see
+        )
+        observe(stepper, schedule, self._options, self._progress)
 
     @cached_property
     def _backend(self) -> Backend:

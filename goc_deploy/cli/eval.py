@@ -94,6 +94,13 @@ EPILOG = (
     help="Number of images of the converged solution.",
 )
 @click.option(
+    "--full-precision",
+    type=PATH,
+    metavar="ENGINE_DIR",
+    help="Engine directory with the same plans whose weights are not quantised. All plans are "
+    "compared with its uncached plan, and its plans are the rows PLAN@full.",
+)
+@click.option(
     "--trajectory-images",
     type=click.IntRange(0),
     default=DEFAULTS.trajectory_images,

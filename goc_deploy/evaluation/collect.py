@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 READ_IMAGES = 256
 GRID_IMAGES = 12  # images per plan in the report
+FULL = "@full"  # ends the name of a row of a plan in full precision
 MACHINE_KEYS = ("backend", "version", "provider", "threads", "batch_size")
 
 
@@ -37,7 +38,7 @@ class PlanScores:
 
     Attributes:
         plan: the plan.
-        baseline: name of the plan it is compared with, which may be itself.
+        baseline: name of the row it is compared with, which may be its own.
         features: features of its images.
         paired: comparison with the baseline and the converged solution.
         batch_ms: (images, milliseconds) of every batch.
@@ -90,28 +91,34 @@ def collect(
         return {"read_from": str(options.samples)}
     machine: dict[str, Any] = {}
     with ExitStack() as stack:
-        pipes = _load(stack, engine_dir, list(scores), options)
-        converged = converged_pipeline(stack, pipes, options)
-        height, width = pipes[0].manifest.image_size or pipes[0].spec.sample[-2:]
+        pipes = _load(stack, engine_dir, _plans_of(scores), options)
+        exact = list(pipes.values())
+        if options.full_precision is not None:
+            full = _load(stack, options.full_precision, _plans_of(scores), options)
+            pipes |= {row_of_full(name): pipe for name, pipe in full.items()}
+            exact = list(full.values())
+        first_pipe = next(iter(pipes.values()))
+        converged = converged_pipeline(stack, exact, options)
+        height, width = first_pipe.manifest.image_size or first_pipe.spec.sample[-2:]
         writers = stack.enter_context(
             SampleWriters(options.samples_output, list(scores), (len(labels), height, width))
         )
         for first, sampled in generated(pipes, labels, options, progress):
-            part = labels[first : first + pipes[0].batch_size]
+            part = labels[first : first + first_pipe.batch_size]
             writers.add(sampled, part)
             _take(scores, sampled, extractor)
             if converged is not None and first < options.converged_images:
                 progress(f"{options.converged} uncached steps", first, options.converged_images)
                 _compare_with(converged, scores, sampled, part, first, options)
             machine = machine or {
-                key: sampled[pipes[0].plan.name].report[key] for key in MACHINE_KEYS
+                key: sampled[first_pipe.plan.name].report[key] for key in MACHINE_KEYS
             }
     return machine
 
 
 def _load(
     stack: ExitStack, engine_dir: Path, names: list[str], options: EvalOptions
-) -> list[Pipeline]:
+) -> dict[str, Pipeline]:
     from goc_deploy.api.facade import load_plans
 
     pipes = load_plans(
@@ -123,7 +130,17 @@ def _load(
         threads=options.threads,
         all_units=options.converged > 0,
     )
-    return [stack.enter_context(pipe) for pipe in pipes]
+    return {name: stack.enter_context(pipe) for name, pipe in zip(names, pipes, strict=True)}
+
+
+def row_of_full(plan: str) -> str:
+    """Name of the row of a plan in full precision, ``PLAN@full``."""
+    return f"{plan}{FULL}"
+
+
+def _plans_of(scores: Mapping[str, PlanScores]) -> list[str]:
+    """The plans, without the rows of those in full precision."""
+    return [name for name, of_plan in scores.items() if of_plan.plan.name == name]
 
 
 def converged_pipeline(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.manifest import Manifest
 from goc_deploy.errors import UsageError
-from goc_deploy.evaluation.collect import PlanScores, collect
+from goc_deploy.evaluation.collect import PlanScores, collect, row_of_full
 from goc_deploy.evaluation.distribution import FeatureSet
 from goc_deploy.evaluation.judges import Judges, make_judges
 from goc_deploy.evaluation.pairing import baselines
@@ -80,6 +80,10 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
         raise UsageError("a plan is named twice; give each of `plans` once")
     compared_with = baselines(plans)
     spec = manifest.model
+    full = _full_precision(options, manifest, [plan.name for plan in plans])
+    if full is not None:
+        most = min(full.manifest.max_batch, manifest.max_batch)
+        options = replace(options, batch_size=options.batch_size or most)
     if options.cfg_channels is None:
         options = replace(options, cfg_channels=spec.guided_channels)
     files = (
@@ -89,10 +93,14 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
         raise UsageError("goc-eval judges images, and this model makes videos")
     labels, side = _labels(files, options, spec), _image_side(files, manifest)
     judges = make_judges(options, spec, side, len(labels), progress)
+    name_of = str if full is None else row_of_full  # of the rows that others are compared with
     scores = {
-        plan.name: PlanScores(plan, compared_with[plan.name], FeatureSet(len(labels)))
+        plan.name: PlanScores(plan, name_of(compared_with[plan.name]), FeatureSet(len(labels)))
         for plan in plans
     }
+    for plan in () if full is None else [full.plan(plan.name) for plan in plans]:
+        baseline = row_of_full(compared_with[plan.name])
+        scores[row_of_full(plan.name)] = PlanScores(plan, baseline, FeatureSet(len(labels)))
     machine = collect(engine_dir, files, labels, options, scores, judges.extractor, progress)
     entries = _entries(scores, methods, judges, labels, options, spec, progress)
     report = {
@@ -111,7 +119,7 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
         "added_plans": [name for name in methods if name not in before],
         "plans": entries,
     }
-    schedules = {plan.name: plan.schedule for plan in plans}
+    schedules = {name: of_plan.plan.schedule for name, of_plan in scores.items()}
     pictures = {name: np.concatenate(s.pictures) for name, s in scores.items() if s.pictures}
     return Evaluation(report, schedules, pictures)
 
@@ -138,6 +146,32 @@ def _entries(
             "metrics": {key: asdict(value) for key, value in estimates.items()},
         }
     return entries
+
+
+def _full_precision(
+    options: EvalOptions, manifest: Manifest, plans: Sequence[str]
+) -> EngineDir | None:
+    """Open the directory in full precision, which must have the same model and plans.
+
+    Raises:
+        UsageError: it has not, or images are read from files.
+    """
+    if options.full_precision is None:
+        return None
+    if options.samples:
+        raise UsageError("`full_precision` runs plans, so it does not go with `samples`")
+    full = EngineDir.open(options.full_precision)
+    if full.manifest.model != manifest.model:
+        raise UsageError(
+            f"{options.full_precision} holds another model, so its images are no reference; give "
+            "the export of the same checkpoint without `quantize`"
+        )
+    missing = sorted(set(plans) - {entry.name for entry in full.manifest.plans})
+    if missing:
+        raise UsageError(
+            f"{options.full_precision} lacks plan {missing[0]}; add it there, with the same name"
+        )
+    return full
 
 
 def _labels(files: dict[str, AdmFile], options: EvalOptions, spec: ModelSpec) -> np.ndarray:

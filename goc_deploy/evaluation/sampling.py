@@ -60,15 +60,22 @@ def class_labels(kind: str, images: int, classes: int, seed: int) -> np.ndarray:
 
 
 def generated(
-    pipes: Sequence[Pipeline], labels: np.ndarray, options: EvalOptions, progress: Progress
+    pipes: Mapping[str, Pipeline], labels: np.ndarray, options: EvalOptions, progress: Progress
 ) -> Iterator[tuple[int, dict[str, Sampled]]]:
-    """Yield (index of the first image, plan -> its images) batch by batch, every plan in turn."""
-    batch = pipes[0].batch_size
+    """Yield (index of the first image, row -> its images) batch by batch, every plan in turn.
+
+    Args:
+        pipes: row of the tables -> its plan.
+        labels: (images,) labels.
+        options: seed, guidance and trajectories.
+        progress: called with (what, done, total).
+    """
+    batch = next(iter(pipes.values())).batch_size
     for first in range(0, len(labels), batch):
         part = labels[first : first + batch].tolist()
         sampled = {}
-        for i, pipe in enumerate(pipes):
-            progress(pipe.plan.name, first * len(pipes) + i * len(part), len(labels) * len(pipes))
+        for i, (name, pipe) in enumerate(pipes.items()):
+            progress(name, first * len(pipes) + i * len(part), len(labels) * len(pipes))
             result = pipe.generate(
                 part,
                 seed=options.seed,
@@ -80,9 +87,7 @@ def generated(
             followed = result.trajectory
             if followed is not None:
                 followed = followed[:, : options.trajectory_images - first]
-            sampled[pipe.plan.name] = Sampled(
-                result.latents, result.images, followed, result.report
-            )
+            sampled[name] = Sampled(result.latents, result.images, followed, result.report)
         yield first, sampled
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -155,6 +156,29 @@ class HeadTrials(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """A run of a unit in a computed step; the arrays are views that the next run overwrites.
+
+    Attributes:
+        unit: name of the unit.
+        step: index of the step.
+        inputs: the inputs of its graph.
+        outputs: the outputs of its graph that a plan uses.
+        more: the outputs that were asked for.
+    """
+
+    unit: str
+    step: int
+    inputs: Mapping[str, np.ndarray]
+    outputs: Mapping[str, np.ndarray]
+    more: Mapping[str, np.ndarray]
+
+
+# Unit -> name of a further output of its graph -> shape; it is float32.
+MoreOutputs = Mapping[str, Mapping[str, tuple[int, ...]]]
+
+
 class Laboratory(Protocol):
     """How policies that learn reach an engine directory, which is loaded at its first use."""
 
@@ -171,6 +195,27 @@ class Laboratory(Protocol):
 
         Raises:
             ConflictError, ResourceError: its files are in use or cannot be written.
+        """
+        ...
+
+
+class ObservingLaboratory(Laboratory, Protocol):
+    """A laboratory that can also run units with further outputs."""
+
+    def observe(
+        self,
+        schedule: Schedule,
+        table: SamplerTable,
+        more: MoreOutputs,
+        see: Callable[[Observation], None],
+    ) -> None:
+        """Run a schedule on the calibration images, and show every run of a unit.
+
+        Args:
+            schedule: the schedule.
+            table: the sampler of its steps.
+            more: the further outputs.
+            see: called after every run of a unit that has further outputs.
         """
         ...
 

@@ -180,20 +180,11 @@ class EngineCalibrator:
 
     def _batches(self) -> Iterator[Request]:
         """The calibration images, in the largest batches that the engines and the budget allow."""
-        spec, options = self._stepper.spec, self._options
+        spec = self._stepper.spec
         tokens = sum(map(_tokens_of, features_of_units(spec), repeat(spec)))
         image_bytes = 2 * tokens * (MAX_GAP + 1) * spec.hidden * 4
         size = max(1, min(self._stepper.capacity, self._budget_bytes // image_bytes))
-        draws = 1 + (self._table.steps if self._table.stochastic else 0)
-        for first in range(0, len(self._labels), size):
-            labels = self._labels[first : first + size]
-            images = range(first, first + len(labels))
-            noise = np.stack(
-                [image_noise(options.seed, image, draws, spec.latents) for image in images]
-            )
-            conditions = conditions_from_labels(labels, spec, self._stepper.captions)
-            scales = np.full(len(labels), options.cfg_scale)
-            yield Request(conditions, noise, scales, options.cfg_channels)
+        return calibration_requests(self._stepper, self._options, size)
 
 
 def load_calibrator(
@@ -212,6 +203,30 @@ def load_calibrator(
     provenance = directory.manifest.checkpoint_record
     stepper = load_stepper(directory, backend, table, options.images)
     return EngineCalibrator(stepper, options, provenance, progress)
+
+
+def calibration_requests(
+    stepper: Stepper, options: CalibrationOptions, size: int
+) -> Iterator[Request]:
+    """The calibration images in batches.
+
+    Args:
+        stepper: what will run them.
+        options: number, seed and guidance of the images.
+        size: images of a batch.
+    """
+    spec, table = stepper.spec, stepper.table
+    of_images = balanced_labels(spec.choices, options.images, options.seed)
+    draws = 1 + (table.steps if table.stochastic else 0)
+    for first in range(0, len(of_images), size):
+        labels = of_images[first : first + size]
+        images = range(first, first + len(labels))
+        noise = np.stack(
+            [image_noise(options.seed, image, draws, spec.latents) for image in images]
+        )
+        conditions = conditions_from_labels(labels, spec, stepper.captions)
+        scales = np.full(len(labels), options.cfg_scale)
+        yield Request(conditions, noise, scales, options.cfg_channels)
 
 
 def _tokens_of(features: Sequence[tuple[int, TokenStream]], spec: ModelSpec) -> int:

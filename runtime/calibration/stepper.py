@@ -85,6 +85,7 @@ class Stepper:
         self._request: Request | None = None
         self._plan: BoundPlan
         self._step: BoundStep
+        self.step = 0  # the current one
 
     def begin(
         self, step: int, request: Request, latents: np.ndarray, estimates: Sequence[np.ndarray] = ()
@@ -102,7 +103,7 @@ class Stepper:
             self._plan, self._request = self._session.prepare(request), request
             if step:  # the launches before the first step compute keys and values of captions
                 _run(self._plan.steps[0].before)
-        self._step = self._plan.steps[step]
+        self._step, self.step = self._plan.steps[step], step
         inputs = self._step.end[-1].inputs
         host_array(inputs["latents"])[...] = latents
         for place, lag in enumerate(self.table.reads(step), 1):
@@ -122,13 +123,17 @@ class Stepper:
             The features (B, T, D), or (B, Lc, D) of the text, in the dtype of the engine, which are
             views that the next call overwrites.
         """
+        self.run_unit(unit)
         launch = self._step.updates[unit]
-        launch.run()
         rows, _, hidden = self.feature_shape
         return [
             host_array(launch.outputs[feature.output]).reshape(rows, -1, hidden)
             for feature in self.spec.declared_units[unit].features
         ]
+
+    def run_unit(self, unit: int) -> None:
+        """Run the launch of a unit."""
+        self._step.updates[unit].run()
 
     def add(self, unit: int, features: Iterable[np.ndarray]) -> None:
         """Add ``gate * feature`` to the tokens in place of the engine of a unit.

@@ -17,12 +17,13 @@ import pytest
 
 from benchmarks import results
 from goc_deploy.api import add_plan
+from goc_deploy.api.exporting import export_with
 from goc_deploy.engine_dir.manifest_file import manifest_to_json
 from goc_deploy.engine_dir.reading import read_manifest
-from goc_deploy.errors import ConflictError, UsageError
+from goc_deploy.errors import ConflictError, GocError, UsageError
 from goc_deploy.evaluation.evaluate import evaluate
 from goc_deploy.evaluation.sampling import class_labels
-from goc_deploy.options import EvalOptions, no_progress
+from goc_deploy.options import EvalOptions, ExportOptions, no_progress
 from goc_deploy.schedule import Schedule
 from tests.conftest import GOLDEN, MNIST, Command
 from tests.reference import relative_l2
@@ -366,3 +367,47 @@ def test_rows_of_the_results_are_made_once_and_survive_an_interruption(
 
     assert results.main([*arguments, "--seed", "1"]) == ConflictError.exit_code
     assert "holds samples that differ in seed; delete it" in capsys.readouterr().err
+
+
+def test_plans_are_compared_with_an_engine_directory_in_full_precision(
+    demo_engine: Path, tmp_path: Path
+) -> None:
+    coarse = tmp_path / "coarse"
+    plans = ("none", "fora:2")
+    options = ExportOptions(num_heads=4, quantize="w4", plans=plans, max_batch=4)
+    export_with(MNIST / "dit_mnist.pt", coarse, options)
+    names = ("none", "fora-2")
+    chosen = replace(SMALL, plans=names, full_precision=demo_engine, num_images=5)
+    report = evaluate(coarse, chosen, no_progress).report
+    rows = report["plans"]
+    assert list(rows) == ["none", "fora-2", "none@full", "fora-2@full"]
+    assert {row["baseline"] for row in rows.values()} == {"none@full"}
+    error = {name: row["metrics"].get("relative_l2", {}).get("value") for name, row in rows.items()}
+    assert error["none@full"] is None  # it is the reference
+    assert error["none"] > 0.05
+    assert error["fora-2"] > error["fora-2@full"] > 0
+    alone = evaluate(demo_engine, replace(chosen, full_precision=None, batch_size=4), no_progress)
+    same = alone.report["plans"]["fora-2"]["metrics"]["relative_l2"]["value"]
+    assert error["fora-2@full"] == pytest.approx(same, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples": Path("samples")}, "`full_precision` runs plans, so it does not go"),
+        ({"full_precision": GOLDEN}, "manifest.json"),
+    ],
+)
+def test_a_wrong_reference_in_full_precision_is_refused(
+    changes: dict[str, Path], message: str, demo_engine: Path
+) -> None:
+    options = replace(SMALL, **{"full_precision": demo_engine, **changes})  # type: ignore[arg-type]
+    with pytest.raises(GocError, match=message):
+        evaluate(demo_engine, options, no_progress)
+
+
+def test_a_reference_of_another_model_or_without_the_plan_is_refused(
+    demo_engine: Path, golden_engine: Path
+) -> None:
+    with pytest.raises(UsageError, match="holds another model"):
+        evaluate(demo_engine, replace(SMALL, full_precision=golden_engine), no_progress)

@@ -101,7 +101,7 @@ def test_an_equal_export_is_up_to_date(w4: Path) -> None:
     ("options", "message"),
     [
         (replace(OPTIONS, quantize_exclude=("first",)), "`quantize_exclude` needs `quantize`"),
-        (replace(OPTIONS, quantize="w3"), "`quantize=w3` is unknown; it is w8 or w4"),  # type: ignore[arg-type]
+        (replace(OPTIONS, quantize="w3"), "`quantize=w3` is unknown; it is one of w8, w4, int8"),  # type: ignore[arg-type]
         (
             replace(OPTIONS, quantize="w8", quantize_exclude=("final",)),
             "`quantize_exclude=final` matches none of the units block_00_attn to",
