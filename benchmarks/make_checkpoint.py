@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import save_file
 
 from goc_deploy.exporters.architectures.dit_model import DiT
+from goc_deploy.exporters.architectures.flux2_diffusers import shapes_from_spec as flux2_shapes
 from goc_deploy.exporters.architectures.flux_diffusers import FluxConfig
 from goc_deploy.exporters.architectures.flux_diffusers import shapes_from_spec as flux_shapes
 from goc_deploy.exporters.architectures.flux_diffusers import spec_of as flux_spec
@@ -66,6 +67,7 @@ SHAPES = {
     "sd3": sd3_shapes,
     "qwen-image": qwen_shapes,
     "flux": flux_shapes,
+    "flux2": flux2_shapes,
     "z-image": z_shapes,
 }
 PIXART_SPEC = {

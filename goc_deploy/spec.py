@@ -125,6 +125,7 @@ class ModelSpec:
         pooled_channels: width of the pooled embedding of a caption that the conditioning reads, or
             0.
         embedded_guidance: whether the conditioning reads a guidance scale.
+        distilled: whether the model was trained to draw without guidance.
         qk_norm: whether attention normalises queries and keys, in families of which some models do.
         guidance_norm: what guidance keeps of the conditional output: ``none``, or the norm of each
             ``token``, its C * patch * patch values.
@@ -160,6 +161,7 @@ class ModelSpec:
     blocks: Annotated[tuple[Blocks, ...], Meta(max_length=MAX_BLOCKS)] = ()
     pooled_channels: SizeOrZero = 0
     embedded_guidance: bool = False
+    distilled: bool = False
     qk_norm: bool = False
     guidance_norm: Literal["none", "token"] = "none"
     token_multiple: Size = 1

@@ -114,6 +114,7 @@ def spec_of(settings: FluxConfig) -> ModelSpec:
         caption_tokens=TOKENS if settings.guidance_embeds else TOKENS_WITHOUT_GUIDANCE,
         pooled_channels=settings.pooled_projection_dim,
         embedded_guidance=settings.guidance_embeds,
+        distilled=True,
         positions=Positions("rotary", widths=settings.axes_dims_rope),
         max_grid=GRID,
         vae_scale=PIXELS_PER_LATENT,

@@ -26,6 +26,9 @@ FITTED_TOKENS = 4300  # of an image, up to which the fit of FLUX.2 depends on th
 LEAST_SIGNAL = 1e-6  # at the first step of UniPC, whose log-SNR would be infinite without a signal
 
 
+MAX_EXPONENT = 30.0  # public models are between 0 and 3; a file may have anything
+
+
 @dataclass(frozen=True, slots=True)
 class SizeShift:
     """A shift of the noise levels that depends on the number of tokens of an image.
@@ -64,7 +67,8 @@ class SizeShift:
         slope = (self.max_shift - self.base_shift) / (
             self.max_image_seq_len - self.base_image_seq_len
         )
-        return self.base_shift + slope * (tokens - self.base_image_seq_len)
+        exponent = self.base_shift + slope * (tokens - self.base_image_seq_len)
+        return max(-MAX_EXPONENT, min(MAX_EXPONENT, exponent))
 
     def sigmas(self, steps: int, tokens: int) -> list[float]:
         """The noise level at each of T steps, from 1, for images of some tokens."""

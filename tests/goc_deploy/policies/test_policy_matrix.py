@@ -17,6 +17,10 @@ from goc_deploy.api import cpu_backend
 from goc_deploy.api.laboratory import EngineLaboratory
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.errors import UsageError
+from goc_deploy.exporters.architectures.flux2_diffusers import Flux2Config
+from goc_deploy.exporters.architectures.flux2_diffusers import spec_of as flux2_spec
+from goc_deploy.exporters.architectures.flux_diffusers import FluxConfig
+from goc_deploy.exporters.architectures.flux_diffusers import spec_of as flux_spec
 from goc_deploy.exporters.architectures.qwen_diffusers import spec_of as qwen_spec
 from goc_deploy.exporters.architectures.sd3_spec import spec_of as sd3_spec
 from goc_deploy.exporters.architectures.wan_diffusers import spec_of
@@ -44,6 +48,18 @@ SPECS = {
     "sit": ModelSpec(1, 24, 2, 48, 2, 2, 4, 10, True),
     "wan": spec_of(1, 2, 12, ffn=48, channels=4, text=20),
     "qwen-image": qwen_spec(2, 1, (4, 14, 14), channels=4, text=20),
+    "flux": flux_spec(
+        FluxConfig(
+            in_channels=16, num_layers=1, num_single_layers=1, num_attention_heads=1,
+            joint_attention_dim=20, pooled_projection_dim=6,
+        )
+    ),
+    "flux2": flux2_spec(
+        Flux2Config(
+            in_channels=16, num_layers=1, num_single_layers=1, num_attention_heads=1,
+            joint_attention_dim=20,
+        )
+    ),
     "z-image": z_image_spec(
         ZImageConfig(
             in_channels=4, dim=256, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
@@ -56,6 +72,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "sd3": {"size": (32, 32)},
     "wan": {"size": (8, 8), "frames": 2},
     "qwen-image": {"size": (8, 8)},
+    "flux": {"size": (32, 32)},
+    "flux2": {"size": (32, 32)},
     "z-image": {"size": (16, 8)},
 }
 SAMPLERS = {
@@ -66,6 +84,8 @@ SAMPLERS = {
     "sit": ("euler",),
     "wan": ("euler", "unipc@shift=3"),
     "qwen-image": ("euler",),
+    "flux": ("euler",),
+    "flux2": ("euler",),
     "z-image": ("euler",),
 }
 BASE_ARGUMENTS = {"none": "none", "fora": "fora:2", "smoothcache": "smoothcache:0.5"}
@@ -131,7 +151,7 @@ def engine_of(tmp_path_factory: pytest.TempPathFactory) -> MakeEngine:
             routers = {f"{i}.prob": torch.full((spec.units,), -9.0) for i in range(STEPS)}
             torch.save({"routers": routers}, folder / "router.pt")
             rows = tuple(((1.0,) if step % 2 else (),) * spec.units for step in range(STEPS))
-            Schedule(spec.depth, spec.branches, rows).save(folder / "schedule.json")
+            Schedule.of(spec, rows).save(folder / "schedule.json")
             made[architecture] = folder / "engine"
         return made[architecture]
 
