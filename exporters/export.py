@@ -157,8 +157,7 @@ def _read(path: Path, options: ExportOptions) -> FolderModel:
             f"`model={options.model}` is unknown; this version has {', '.join(ARCHITECTURES)}"
         )
     if not os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
-        checkpoint = load_checkpoint(path, options.weights)
-        spec = _recognise(checkpoint, options)
+        checkpoint, spec = _recognise(load_checkpoint(path, options.weights), options)
         return FolderModel(
             checkpoint,
             replace(spec, prediction_type=options.prediction or spec.prediction_type),
@@ -181,11 +180,16 @@ def _read(path: Path, options: ExportOptions) -> FolderModel:
     return model
 
 
-def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> ModelSpec:
-    names = list(checkpoint.tensors)
+def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> tuple[Checkpoint, ModelSpec]:
+    """The checkpoint in the public layout of its family, and the sizes of its model."""
     for name, architecture in ARCHITECTURES.items():
-        if options.model == name or (options.model == "auto" and architecture.matches(names)):
-            return architecture.spec_from_tensors(checkpoint.tensors, options.num_heads)
+        tensors = architecture.to_public(checkpoint.tensors)
+        if options.model == name or (
+            options.model == "auto" and architecture.matches(list(tensors))
+        ):
+            spec = architecture.spec_from_tensors(tensors, options.num_heads)
+            return replace(checkpoint, tensors=tensors), spec
+    names = list(checkpoint.tensors)
     raise ModelError(
         f"{checkpoint.path} is not a model that this version knows ({', '.join(ARCHITECTURES)}); "
         f"it has tensors such as {', '.join(names[:3])}"

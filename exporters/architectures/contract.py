@@ -93,6 +93,11 @@ def no_other_names(spec: ModelSpec) -> Mapping[str, tuple[str, ...]]:  # noqa: A
     return {}
 
 
+def as_they_are(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors of a family whose files have one layout."""
+    return tensors
+
+
 @dataclass(frozen=True, slots=True)
 class DiffusersFolder:
     """How diffusers saves a family.
@@ -129,6 +134,8 @@ class Architecture:
         positions: returns the positions from which the model's table was made, for samples of other
             sizes. A family whose spec has positions needs none.
         folder: how diffusers saves the family, or None if diffusers does not have it.
+        to_public: renames the tensors of a checkpoint in another published layout to the public
+            layout, and returns any other checkpoint as it is.
     """
 
     name: str
@@ -138,6 +145,7 @@ class Architecture:
     graph_kinds: GraphKinds
     positions: Callable[[ModelSpec], Positions]
     folder: DiffusersFolder | None = None
+    to_public: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = as_they_are
 
     def matches(self, names: Sequence[str]) -> bool:
         """Whether these are the tensor names of a checkpoint of the family in its public layout."""
