@@ -267,9 +267,9 @@ def _checked(
         schedule = begin_second_set(schedule, switch)
     if schedule.switch != switch:
         raise ScheduleError(
-            f"the schedule has its `switch` to a second set of weights at step {schedule.switch}, "
-            f"but the model and sampler {table.sampler!r} have "
-            f"{'none' if switch is None else f'it at step {switch}'}; leave `switch` out"
+            f"the schedule switches to a second set of weights at step {schedule.switch}, "
+            f"but the model and sampler {table.sampler!r} "
+            f"switch at {'no step' if switch is None else f'step {switch}'}; leave its switch out"
         )
     check_amplification(schedule)
     return schedule, table, "none" if spec.boundary else segments
