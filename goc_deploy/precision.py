@@ -14,16 +14,17 @@ from typing import Literal, get_args
 Precision = Literal["fp32", "fp16", "bf16"]
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-# w8 and w4 are formats of weights, computed with in the precision; int8 quantises the activations
-# too, with ranges that are calibrated.
-WeightFormat = Literal["w8", "w4", "int8", "int8+smooth"]
+# w8 and w4 are formats of weights, computed with in the precision; int8 and fp8 quantise the
+# activations too, with ranges that are calibrated.
+WeightFormat = Literal["w8", "w4", "int8", "int8+smooth", "fp8"]
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
-CALIBRATED_FORMATS: tuple[WeightFormat, ...] = ("int8", "int8+smooth")
+CALIBRATED_FORMATS: tuple[WeightFormat, ...] = ("int8", "int8+smooth", "fp8")
 DTYPE_OF_FORMAT: Mapping[WeightFormat, str] = {
     "w8": "int8",
     "w4": "int4",
     "int8": "int8",
     "int8+smooth": "int8",
+    "fp8": "float8_e4m3fn",
 }
 
 
@@ -33,7 +34,7 @@ class ElementType:
 
     Attributes:
         bits: bits of an element. Elements of 4 bits lie two in a byte, the first in the low half.
-        numpy: the NumPy dtype that holds its bits; NumPy has no ``bfloat16`` and no ``int4``.
+        numpy: the NumPy dtype that holds its bits; NumPy has no ``bfloat16``, ``int4`` and float8.
         onnx: number of the ``TensorProto.DataType``.
         onnx_name: name in ONNX's text format, which ONNX Runtime also writes in ``tensor(...)``.
         tensorrt: name of the ``tensorrt.DataType``.
@@ -55,6 +56,7 @@ ELEMENT_TYPES: Mapping[str, ElementType] = {
     "uint8": ElementType(8, "uint8", 2, "uint8", "UINT8"),
     "int8": ElementType(8, "int8", 3, "int8", "INT8"),
     "int4": ElementType(4, "uint8", 22, "int4", "INT4"),
+    "float8_e4m3fn": ElementType(8, "uint8", 17, "float8e4m3fn", "FP8"),
 }
 DTYPE_OF_PRECISION: Mapping[Precision, str] = {
     "fp32": "float32",

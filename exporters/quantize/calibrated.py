@@ -1,4 +1,4 @@
-"""Quantising the units of an engine directory to int8, with ranges that are seen as plans run."""
+"""Quantising units to int8 or fp8, with ranges that are seen as plans run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from goc_deploy.exporters.quantize.statistics import (
 from goc_deploy.exporters.quantize.witnesses import Witnesses
 from goc_deploy.options import Progress
 from goc_deploy.policies.calibration import Observation, ObservingLaboratory
-from goc_deploy.precision import DTYPE_OF_PRECISION, WeightFormat
+from goc_deploy.precision import DTYPE_OF_FORMAT, DTYPE_OF_PRECISION, WeightFormat
 from goc_deploy.protocols import Backend
 
 OBSERVING = "observing"  # folder of the graphs, which is removed at the end
@@ -223,7 +223,8 @@ class Quantizer:
     ) -> StaticInput:
         try:
             inputs.check()
-            return static_input(inputs, matrix, DTYPE_OF_PRECISION[unit.precision], alpha)
+            values = DTYPE_OF_FORMAT[self.formats[unit.name]]
+            return static_input(inputs, matrix, DTYPE_OF_PRECISION[unit.precision], alpha, values)
         except GocError as cause:
             raise ModelError(
                 f"unit {unit.name}: the input of {product.weight} cannot be quantised, because "

@@ -20,6 +20,7 @@ from goc_deploy.exporters.quantize.products import (
     products_of,
     quantize_products,
 )
+from goc_deploy.exporters.quantize.rounding import encoded
 from goc_deploy.exporters.quantize.static import StaticInput
 from goc_deploy.precision import (
     DTYPE_OF_FORMAT,
@@ -141,9 +142,9 @@ def _by_blocks(
 def _by_columns(
     matrix: np.ndarray, product: Product, precision: Precision, static: StaticInput
 ) -> Iterator[Part]:
-    integers, scales = static.quantized(matrix)
+    values, scales = static.quantized(matrix)
     dtype, factors = DTYPE_OF_PRECISION[precision], static.factors
-    yield product.weight, "int8", product.shape, integers
+    yield product.weight, static.values, product.shape, encoded(values, static.values)
     yield product.scales, None, scales.shape, scales
     yield product.input_scale, None, (), rounded_up(np.array(static.scale), dtype)
     if factors is not None:

@@ -13,7 +13,7 @@ from goc_deploy.exporters.quantize.blocks import BLOCK
 from goc_deploy.precision import ELEMENT_TYPES
 
 OPSET = 21  # the first that dequantises by blocks
-ZERO_POINT = "zero_point"  # 0 of int8; without one, QuantizeLinear returns uint8
+ZERO_POINT = "zero_point"  # 0 of int8 or float8; without one, QuantizeLinear returns uint8
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ def quantize_products(
         model: the graph, which is changed. Its initializers W become (K, N) of ``dtype``, and
             scales of the former element type are added; the places of both are unset.
         products: products of the graph, from `products_of`.
-        dtype: ``int8`` or ``int4``.
+        dtype: ``int8``, ``int4`` or ``float8_e4m3fn``.
         smoothed: weight -> whether x is multiplied by factors; None leaves x in its precision.
     """
     by_node = {product.node: product for product in products}
@@ -133,7 +133,8 @@ def quantize_products(
             _outside(name, shape, tensor.data_type) for name, shape in scales_of(product, smooth)
         ]
     if smoothed is not None:
-        tensors.append(helper.make_tensor(ZERO_POINT, TensorProto.INT8, (), [0]))
+        zero = TensorProto(name=ZERO_POINT, data_type=ELEMENT_TYPES[dtype].onnx, raw_data=b"\0")
+        tensors.append(zero)
     del model.graph.initializer[:]
     model.graph.initializer.extend(tensors)
     described = [value for value in model.graph.value_info if value.name not in by_weight]
@@ -186,7 +187,7 @@ def _nodes(node: NodeProto, product: Product, smooth: bool | None) -> list[NodeP
 
 
 def _rounding(x: str, product: Product, smooth: bool) -> list[NodeProto]:
-    """The nodes that round the first operand of a product to int8."""
+    """The nodes that round the first operand of a product to the type of its weight."""
     nodes, integers = [], f"{product.weight}.input"
     if smooth:
         smoothed = f"{product.weight}.smoothed"

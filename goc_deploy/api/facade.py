@@ -98,8 +98,8 @@ def export(
         max_frames: largest number of frames; None is ``frames``.
         quantize: format of the blocks: ``w8`` or ``w4`` (weights of 8 or 4 bits, computed with in
             the precision), ``int8`` (products of int8, with ranges that are seen as the plans
-            run), ``int8+smooth`` (range is moved from activations to weights first), or None, the
-            precision.
+            run), ``int8+smooth`` (range is moved from activations to weights first), ``fp8`` (as
+            ``int8`` with float8e4m3fn), or None, the precision.
         quantize_exclude: patterns of units whose weights keep the precision, such as ``first``,
             ``last:2`` or ``*_attn``.
         loras: LoRAs to merge into the weights, ``FILE`` or ``FILE:SCALE`` each. FILE is a LoRA of

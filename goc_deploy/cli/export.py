@@ -66,8 +66,8 @@ DEFAULTS = ExportOptions()
     type=click.Choice(WEIGHT_FORMATS),
     help="w8, w4: store the weights of the blocks in 8 or 4 bits with a scale per 32 values. int8: "
     "compute the matrix products of the blocks in int8, with ranges that are seen as the plans of "
-    "the export run; int8+smooth moves range from activations to weights first.  [default: the "
-    "precision]",
+    "the export run; int8+smooth moves range from activations to weights first. fp8: the same with "
+    "float8e4m3fn, for GPUs.  [default: the precision]",
 )
 @click.option(
     "--quantize-exclude",

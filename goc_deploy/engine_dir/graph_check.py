@@ -37,8 +37,8 @@ MAX_GRAPH_BYTES = 64 * 2**20
 MAX_ELEMENTS = 2**31  # of one tensor
 MAX_PADDING, MAX_SCALE = 64, 8
 _STANDARD = frozenset(("", "ai.onnx"))
-# float32, int8, int32, int64, bool, float16, bfloat16, int4
-_DTYPES = frozenset((1, 3, 6, 7, 9, 10, 16, 22))
+# float32, int8, int32, int64, bool, float16, bfloat16, float8e4m3fn, int4
+_DTYPES = frozenset((1, 3, 6, 7, 9, 10, 16, 17, 22))
 # At byte 4. ONNX Runtime then reads its own format, whatever the other bytes are.
 _ORT_FORMAT = b"ORTM"
 _EXTERNAL = 1

@@ -41,7 +41,8 @@ class Parameter:
         name: name of the graph's initializer.
         offset: number of bytes from the start of the file.
         shape: dimensions.
-        dtype: ``int8`` or ``int4`` of a quantised weight; None is the precision of the graph.
+        dtype: ``int8``, ``int4`` or ``float8_e4m3fn`` of a quantised weight; None is the precision
+            of the graph.
     """
 
     name: str
