@@ -289,7 +289,7 @@ class OrtBackend:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if runs_once:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        if any(buffer.dtype == "float8e4m3fn" for buffer in initializers.values()):
+        if any(buffer.dtype == "float8_e4m3fn" for buffer in initializers.values()):
             # Fused products would read float8, for which the CPU provider has no kernel.
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         try:

@@ -24,7 +24,7 @@ DTYPE_OF_FORMAT: Mapping[WeightFormat, str] = {
     "w4": "int4",
     "int8": "int8",
     "int8+smooth": "int8",
-    "fp8": "float8e4m3fn",
+    "fp8": "float8_e4m3fn",
 }
 
 
@@ -56,7 +56,7 @@ ELEMENT_TYPES: Mapping[str, ElementType] = {
     "uint8": ElementType(8, "uint8", 2, "uint8", "UINT8"),
     "int8": ElementType(8, "int8", 3, "int8", "INT8"),
     "int4": ElementType(4, "uint8", 22, "int4", "INT4"),
-    "float8e4m3fn": ElementType(8, "uint8", 17, "float8e4m3fn", "FP8"),
+    "float8_e4m3fn": ElementType(8, "uint8", 17, "float8e4m3fn", "FP8"),
 }
 DTYPE_OF_PRECISION: Mapping[Precision, str] = {
     "fp32": "float32",

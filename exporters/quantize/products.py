@@ -106,7 +106,7 @@ def quantize_products(
         model: the graph, which is changed. Its initializers W become (K, N) of ``dtype``, and
             scales of the former element type are added; the places of both are unset.
         products: products of the graph, from `products_of`.
-        dtype: ``int8``, ``int4`` or ``float8e4m3fn``.
+        dtype: ``int8``, ``int4`` or ``float8_e4m3fn``.
         smoothed: weight -> whether x is multiplied by factors; None leaves x in its precision.
     """
     by_node = {product.node: product for product in products}

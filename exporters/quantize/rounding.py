@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 # Largest absolute value; int8 also has -128, which is used where it is nearest.
-LARGEST: Mapping[str, float] = {"int8": 127.0, "float8e4m3fn": 448.0}
+LARGEST: Mapping[str, float] = {"int8": 127.0, "float8_e4m3fn": 448.0}
 
 
 def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -16,7 +16,7 @@ def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
 
     Args:
         values: finite float32 values of any shape, in units of their scale.
-        dtype: ``int8`` or ``float8e4m3fn``.
+        dtype: ``int8`` or ``float8_e4m3fn``.
     """
     if dtype == "int8":
         return np.rint(values).clip(-128, 127).astype(np.float32)
@@ -32,6 +32,6 @@ def encoded(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _float8(values: np.ndarray) -> torch.Tensor:
-    largest = LARGEST["float8e4m3fn"]
+    largest = LARGEST["float8_e4m3fn"]
     clipped = np.ascontiguousarray(values.clip(-largest, largest), np.float32)
     return torch.from_numpy(clipped).to(torch.float8_e4m3fn)

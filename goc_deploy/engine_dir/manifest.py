@@ -51,7 +51,7 @@ class Parameter:
         name: name of the graph's initializer.
         offset: number of bytes from the start of the file.
         shape: dimensions.
-        dtype: ``int8``, ``int4`` or ``float8e4m3fn`` of a quantised weight; None is the precision
+        dtype: ``int8``, ``int4`` or ``float8_e4m3fn`` of a quantised weight; None is the precision
             of the graph.
     """
 

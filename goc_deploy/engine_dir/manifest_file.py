@@ -23,7 +23,7 @@ from goc_deploy.strict_json import (
 
 MANIFEST_FORMAT, MANIFEST_VERSION = "goc_deploy.engine_dir", 7
 _LABEL_TABLE = "embedding_table.weight"  # how names of tables with a row per class end
-_PARAMETER_DTYPES = (None, *DTYPE_OF_FORMAT.values())
+_PARAMETER_DTYPES = (None, *dict.fromkeys(DTYPE_OF_FORMAT.values()))
 _FIELDS = {field.name for field in fields(Manifest)}
 _SAFE_PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,@-]*(/[A-Za-z0-9][A-Za-z0-9._+=,@-]*){0,3}")
 

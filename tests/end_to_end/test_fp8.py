@@ -34,7 +34,7 @@ def test_plans_run_and_weights_are_a_quarter(
     assert 1e-3 < relative(found, full) < 0.2
     (unit,) = (u for u in read_manifest(fp8).graphs if u.name == "block_01_mlp")
     weight = next(p for p in unit.parameters if p.name == "mlp.fc1.weight")
-    assert (unit.weight_format, weight.dtype) == ("fp8", "float8e4m3fn")
+    assert (unit.weight_format, weight.dtype) == ("fp8", "float8_e4m3fn")
     assert unit.end(weight) - weight.offset == 64 * 256
 
 

@@ -19,19 +19,21 @@ def test_int8_rounds_to_even_and_saturates() -> None:
 
 def test_float8_has_three_bits_of_mantissa_and_saturates() -> None:
     values = np.array([1, 1.06, 17, 1000, -1000, 2.0**-10], np.float32)
-    found = rounded(values, "float8e4m3fn")
+    found = rounded(values, "float8_e4m3fn")
     np.testing.assert_array_equal(found, [1, 1, 16, 448, -448, 0])
-    np.testing.assert_array_equal(encoded(found, "float8e4m3fn"), [0x38, 0x38, 0x58, 0x7E, 0xFE, 0])
+    np.testing.assert_array_equal(
+        encoded(found, "float8_e4m3fn"), [0x38, 0x38, 0x58, 0x7E, 0xFE, 0]
+    )
 
 
-@pytest.mark.parametrize("values", ["int8", "float8e4m3fn"])
+@pytest.mark.parametrize("values", ["int8", "float8_e4m3fn"])
 def test_columns_have_scales_of_their_own(values: str) -> None:
     rng = np.random.default_rng(0)
     matrix = (rng.standard_normal((64, 6)) * 10.0 ** np.arange(6)).astype(np.float32)
     matrix[:, 2] = 0
     found, scales = StaticInput(1.0, None, "float32", None, 1.0, values).quantized(matrix)
     assert (scales.shape, scales[2]) == ((6,), 1)
-    limit = {"int8": 0.02, "float8e4m3fn": 0.05}[values]
+    limit = {"int8": 0.02, "float8_e4m3fn": 0.05}[values]
     others = [0, 1, 3, 4, 5]
     error = np.linalg.norm(found * scales - matrix, axis=0)[others]
     assert (error < limit * np.linalg.norm(matrix, axis=0)[others]).all()

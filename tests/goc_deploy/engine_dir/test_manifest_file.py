@@ -247,7 +247,8 @@ BROKEN_RULES: Changes = {
     ),
     "dtype of a parameter": (
         lambda m: m["graphs"][3]["parameters"][0].update(dtype="int2"),
-        "$.graphs[3].parameters[0].dtype: expected None or int8 or int4, got 'int2'",
+        "$.graphs[3].parameters[0].dtype: expected None or int8 or int4 or float8_e4m3fn, "
+        "got 'int2'",
     ),
     "quantised weights": (
         lambda m: m["graphs"][3]["parameters"][0].update(dtype="int4"),
