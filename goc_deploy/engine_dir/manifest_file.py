@@ -244,5 +244,7 @@ def _used_files(manifest: Manifest) -> Iterator[tuple[str, str]]:
             yield f"$.engines[{i}].graphs[{j}]", name
     if manifest.stored_captions is not None:
         yield "$.stored_captions", manifest.stored_captions
-    for name, encoder in manifest.text_encoders.items():
-        yield f"$.{name}.tokenizer", encoder.tokenizer
+    for i, encoder in enumerate(manifest.clip):
+        yield f"$.clip[{i}].tokenizer", encoder.tokenizer
+    if manifest.text is not None:
+        yield "$.text.tokenizer", manifest.text.tokenizer
