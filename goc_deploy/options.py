@@ -65,7 +65,8 @@ class ExportOptions:
         text_encoder: folder of the T5 encoder that the model was trained with, or of its pipeline
             if it reads several encoders; or None.
         vae: folder of the AutoencoderKL whose decoder turns latents into images, or None.
-        vae_tile: latents with more pixels per side than this are decoded in tiles of this size.
+        vae_tile: latents with more pixels per side than this, also those of videos, are decoded in
+            tiles of this size.
         segments: what TensorRT runs as one engine, as in `PlanOptions`.
         size: usual width and height of a sample in pixels (of the latents, if there is no VAE);
             None is the size that the model was trained for. With any of the four sizes, the engines

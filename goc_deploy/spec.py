@@ -416,6 +416,10 @@ class VideoDecoderSpec:
             has them as inputs ``cache_0``, ``cache_1``, ... and as outputs ``kept_0``, ``kept_1``,
             ..., each (1, channels, `CACHED_FRAMES`, h*upscale, w*upscale) float32 for latents of
             h x w pixels.
+        tile: side of a tile in latent pixels; larger latents are decoded in tiles. 0 decodes frames
+            of any size in one piece.
+        overlap: smallest number of latent pixels that neighbouring tiles share and are blended
+            over.
     """
 
     latent_channels: Size
@@ -423,6 +427,8 @@ class VideoDecoderSpec:
     upscale: Annotated[int, Meta(ge=1, le=64)]
     frames: Annotated[int, Meta(ge=1, le=64)]
     caches: Annotated[tuple[FrameCache, ...], Meta(min_length=1, max_length=1000)]
+    tile: SizeOrZero = 0
+    overlap: SizeOrZero = 0
 
     def cache_shape(self, cache: FrameCache, height: int, width: int) -> tuple[int, ...]:
         """Shape of a cache for latents of ``height`` x ``width`` pixels."""

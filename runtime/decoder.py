@@ -38,6 +38,14 @@ def ramp(tile: int, overlap: int, *, first: bool, last: bool) -> np.ndarray:
     return weights if last else np.minimum(weights, rising[::-1])
 
 
+def ramps(starts: Sequence[int], tile: int, overlap: int, scale: int) -> list[np.ndarray]:
+    """The weights (tile * scale,) of the tiles along a side; see `tile_starts`."""
+    last = len(starts) - 1
+    return [
+        ramp(tile * scale, overlap * scale, first=i == 0, last=i == last) for i in range(last + 1)
+    ]
+
+
 class LatentDecoder:
     """Runs the decoder on its own stream, several tiles at a time. Thread-safe.
 
@@ -122,7 +130,10 @@ class LatentDecoder:
         height, width = size
         total = np.zeros((self._decoder.channels, height * scale, width * scale))
         weight = np.zeros((height * scale, width * scale))
-        shares = product(self._ramps(rows), self._ramps(columns))
+        down_and_across = (
+            ramps(starts, tile, self._decoder.overlap, scale) for starts in (rows, columns)
+        )
+        shares = product(*down_and_across)
         for (y, x), (down, across), pixels in zip(
             product(rows, columns), shares, tiles, strict=True
         ):
@@ -131,12 +142,6 @@ class LatentDecoder:
             total[:, *there] += share * pixels
             weight[there] += share
         return (total / weight).astype(np.float32)
-
-    def _ramps(self, starts: Sequence[int]) -> list[np.ndarray]:
-        """The weights of the tiles along a side."""
-        scale, last = self._decoder.upscale, len(starts) - 1
-        tile, overlap = self._decoder.tile * scale, self._decoder.overlap * scale
-        return [ramp(tile, overlap, first=i == 0, last=i == last) for i in range(last + 1)]
 
     def _decoded(
         self, tiles: Iterable[np.ndarray], limits: CallLimits | None

@@ -1,19 +1,23 @@
 """Latents to the frames of a video, one frame of latents at a time.
 
-What the causal convolutions keep between frames stays on the device, so that memory does not grow
-with the length of the video.
+What the causal convolutions keep between frames stays on the device, so that its memory does not
+grow with the length of the video. Frames that are larger than a tile are decoded in tiles, each for
+the whole video, so that it does not grow with their size either. Tiles are blended as those of
+images are, see `goc_deploy.runtime.decoder`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
 from goc_deploy.cancellation import CallLimits
 from goc_deploy.errors import UsageError
 from goc_deploy.protocols import Backend, Buffer, Engine, Run
+from goc_deploy.runtime.decoder import ramps, tile_starts
 from goc_deploy.runtime.images import pixels_to_uint8
 from goc_deploy.spec import VideoDecoderSpec
 
@@ -39,13 +43,17 @@ class VideoDecoder:
         engine: engine of the graph ``video_decoder``.
         backend: owns the buffers.
         decoder: sizes of the decoder.
-        largest: height and width in latent pixels that the buffers are allocated for.
+        largest: height and width of the largest latents; the buffers are allocated for them, or for
+            a tile if that is smaller.
     """
 
     def __init__(
         self, engine: Engine, backend: Backend, decoder: VideoDecoderSpec, largest: tuple[int, int]
     ) -> None:
         self._engine, self._decoder, self._most = engine, decoder, largest[0] * largest[1]
+        if decoder.tile and self._most > decoder.tile**2:
+            largest = (decoder.tile, decoder.tile)
+        self._pixels_of_a_launch = largest[0] * largest[1]
         self._stream = backend.stream()
         self._first = backend.allocate((1,), "float32")
         self._latents = backend.allocate((1, decoder.latent_channels, 1, *largest), "float32")
@@ -88,14 +96,45 @@ class VideoDecoder:
         shape = (count, self.frames_of(frames), height * side, width * side, self._decoder.channels)
         videos = np.empty(shape, np.uint8)
         for video, of_video in zip(videos, latents, strict=True):
+            if max(height, width) > (self._decoder.tile or max(height, width)):
+                self._blend(of_video, video, limits)
+                continue
             start = 0
             for pixels in self.pixels(of_video, limits):
                 video[start : start + len(pixels)] = pixels_to_uint8(pixels)
                 start += len(pixels)
         return videos
 
+    def _blend(self, latents: np.ndarray, video: np.ndarray, limits: CallLimits | None) -> None:
+        """Decode the tiles of a video, and blend them.
+
+        Args:
+            latents: (C, F, H, W) float32.
+            video: (frames, H*upscale, W*upscale, channels) uint8, which is filled.
+            limits: as in `images`.
+        """
+        scale, overlap = self._decoder.upscale, self._decoder.overlap
+        sides = latents.shape[2:]
+        tiles = [min(side, self._decoder.tile) for side in sides]
+        starts = [tile_starts(side, tile, overlap) for side, tile in zip(sides, tiles, strict=True)]
+        down, across = (
+            _shares(along, tile, overlap, scale, side)
+            for along, tile, side in zip(starts, tiles, sides, strict=True)
+        )
+        total = np.zeros((len(video), self._decoder.channels, *video.shape[1:3]), np.float32)
+        for (i, y), (j, x) in product(*map(enumerate, starts)):
+            share = np.outer(down[i], across[j]).astype(np.float32)
+            there = np.s_[y * scale :, x * scale :]
+            of_tile, start = latents[:, :, y : y + tiles[0], x : x + tiles[1]], 0
+            for pixels in self.pixels(of_tile, limits):
+                target = total[start : start + len(pixels), :, *there]
+                target[:, :, : share.shape[0], : share.shape[1]] += share * pixels
+                start += len(pixels)
+        for frame, pixels in zip(video, total, strict=True):
+            frame[...] = pixels_to_uint8(pixels)
+
     def pixels(self, latents: np.ndarray, limits: CallLimits | None = None) -> Iterator[np.ndarray]:
-        """Decode the latents (C, F, H, W) float32 of one video; see `images`.
+        """Decode the latents (C, F, H, W) float32 of one video or tile in one piece; see `images`.
 
         Other threads wait until the iterator has ended or was closed.
 
@@ -104,6 +143,7 @@ class VideoDecoder:
             -1..1.
         """
         _, frames, height, width = self._checked(latents[None])[0].shape
+        assert height * width <= self._pixels_of_a_launch
         with self._stream.held():
             bound = self._bind(height, width)
             for cache in bound.caches:
@@ -163,3 +203,15 @@ class VideoDecoder:
             outputs = {f"kept_{i}": cache for i, cache in enumerate(after)}
             runs.append(self._engine.bind(inputs, {"pixels": pixels, **outputs}, self._stream))
         return _Bound(latents, pixels, caches[0], runs)
+
+
+def _shares(
+    starts: Sequence[int], tile: int, overlap: int, scale: int, side: int
+) -> list[np.ndarray]:
+    """The weights (tile * scale,) of the tiles along a side, which add up to 1 everywhere."""
+    weights = ramps(starts, tile, overlap, scale)
+    places = [slice(start * scale, (start + tile) * scale) for start in starts]
+    total = np.zeros(side * scale)
+    for place, weight in zip(places, weights, strict=True):
+        total[place] += weight
+    return [weight / total[place] for place, weight in zip(places, weights, strict=True)]

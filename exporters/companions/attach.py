@@ -155,7 +155,7 @@ def write_companions(
     if isinstance(companions.vae, WanVae):
         kind = video_decoder_kind(companions.vae.config, manifest.model)
         units = writer.write((kind,), companions.vae.checkpoint.tensors, PRECISION, "vae")
-        sizes = video_decoder_spec(companions.vae.config)
+        sizes = video_decoder_spec(companions.vae.config, options.vae_tile)
         manifest = replace(manifest, graphs=(*manifest.graphs, *units), video_decoder=sizes)
     elif companions.vae is not None:
         decoder = decoder_spec(companions.vae.config, manifest.model, options.vae_tile)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from goc_deploy.exporters.checkpoint import Checkpoint
-from goc_deploy.exporters.companions.vae import read_decoder_weights
+from goc_deploy.exporters.companions.vae import OVERLAP_SHARE, read_decoder_weights
 from goc_deploy.exporters.companions.wan_vae_config import WanVaeConfig, wan_vae_config
 from goc_deploy.exporters.companions.wan_vae_model import WanVaeDecoder, frame_caches
 from goc_deploy.exporters.folders import CONFIG, part_of_pipeline, read_json
@@ -56,12 +56,19 @@ def read_wan_vae_folder(path: Path, spec: ModelSpec) -> WanVae:
     return WanVae(config, Checkpoint(folder, tensors, "plain", (folder / CONFIG, *files)))
 
 
-def video_decoder_spec(config: WanVaeConfig) -> VideoDecoderSpec:
-    """The sizes of the decoder and of its caches."""
+def video_decoder_spec(config: WanVaeConfig, tile: int = 0) -> VideoDecoderSpec:
+    """The sizes of the decoder, of its caches and, unless 0, of its tiles."""
     with torch.device("meta"):
         caches = frame_caches(WanVaeDecoder(config))
+    overlap = max(1, min(tile - 1, tile // OVERLAP_SHARE)) if tile else 0
     return VideoDecoderSpec(
-        config.z_dim, config.image_channels, config.upscale, config.frames, caches
+        config.z_dim,
+        config.image_channels,
+        config.upscale,
+        config.frames,
+        caches,
+        tile,
+        overlap,
     )
 
 

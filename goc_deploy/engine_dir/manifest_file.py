@@ -146,6 +146,8 @@ def _video_decoder_problems(manifest: Manifest) -> Iterator[str]:
         yield f"$.video_decoder.channels: {expected(IMAGE_CHANNELS, decoder.channels)}"
     if decoder.latent_channels != channels:
         yield f"$.video_decoder.latent_channels: expected {channels}, got {decoder.latent_channels}"
+    if decoder.tile and decoder.overlap >= decoder.tile:
+        yield f"$.video_decoder.overlap: expected int < {decoder.tile}, got {decoder.overlap}"
 
 
 def _unit_problems(manifest: Manifest) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from goc_deploy.exporters.companions.wan_vae import (
 from goc_deploy.exporters.companions.wan_vae_model import WanVaeDecoder
 from goc_deploy.exporters.unit_files import UnitWriter
 from goc_deploy.protocols import Engine
+from goc_deploy.runtime.decoder import ramp
+from goc_deploy.runtime.images import pixels_to_uint8
 from goc_deploy.runtime.video_decoder import VideoDecoder
 from goc_deploy.spec import FrameCache, ModelSpec
 from tests.distances import relative_l2
@@ -168,6 +171,41 @@ def test_the_graph_decodes_videos_of_any_length_and_size(
         whole = np.clip(127.5 * np.moveaxis(expected, 1, -1) + 128, 0, 255).astype(np.uint8)
         assert np.abs(videos.astype(int) - whole).max() <= 1
     assert decoder.nbytes == before
+
+
+def test_large_frames_are_decoded_in_tiles_that_are_blended(
+    small: tuple[Any, WanVae, GraphEntry, Engine],
+) -> None:
+    """Every pixel is a mean of the tiles that contain it, each decoded by itself."""
+    whole = video_decoder_spec(small[1].config)
+    sizes = video_decoder_spec(small[1].config, 4)
+    assert (sizes.tile, sizes.overlap) == (4, 1)
+    tiled, memory = (
+        VideoDecoder(small[3], OrtBackend(), sizes, largest) for largest in ((7, 10), (90, 160))
+    )
+    assert tiled.nbytes == memory.nbytes
+    latents = latents_of(16, 2, 3, 7, 10)
+    found, frames = tiled.images(latents), tiled.frames_of(3)
+    expected = np.zeros((2, frames, 3, 14, 20))
+    weights = np.zeros((14, 20))
+    for y, x in product((0, 3), (0, 3, 6)):
+        share = np.outer(
+            *(ramp(8, 2, first=s == 0, last=s == last) for s, last in ((y, 3), (x, 6)))
+        )
+        place = np.s_[2 * y : 2 * y + 8, 2 * x : 2 * x + 8]
+        weights[place] += share
+        for video, of_video in zip(expected, latents, strict=True):
+            pixels = np.concatenate(list(tiled.pixels(of_video[:, :, y : y + 4, x : x + 4])))
+            video[:, :, *place] += share * pixels
+    for video, of_video in zip(expected / weights, found, strict=True):
+        as_bytes = np.stack([pixels_to_uint8(pixels) for pixels in video])
+        assert np.abs(of_video.astype(int) - as_bytes).max() <= 1
+    small_frames = latents_of(16, 1, 2, 4, 3)
+    in_one_piece = VideoDecoder(small[3], OrtBackend(), whole, (7, 10))
+    np.testing.assert_array_equal(tiled.images(small_frames), in_one_piece.images(small_frames))
+    assert tiled.nbytes < in_one_piece.nbytes
+    wide = latents_of(16, 1, 2, 2, 30)  # lower than a tile
+    assert tiled.images(wide).shape == (1, tiled.frames_of(2), 4, 60, 3)
 
 
 def test_the_graph_is_compared_with_pytorch(
