@@ -59,7 +59,12 @@ class StandInSession:
     """See ``InferenceSession``."""
 
     def __init__(
-        self, runtime: StandInRuntime, content: bytes, options: Any, providers: list[Any]
+        self,
+        runtime: StandInRuntime,
+        content: bytes,
+        options: Any,
+        providers: list[Any],
+        disabled_optimizers: list[str],
     ) -> None:
         ((name, chosen),) = providers
         assert name == "CUDAExecutionProvider"
@@ -77,7 +82,10 @@ class StandInSession:
                 "size 7"
             )
         self._real = onnxruntime.InferenceSession(
-            content, options, providers=["CPUExecutionProvider"]
+            content,
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=disabled_optimizers,
         )
         self._recorded: dict[tuple[int, int], dict[str, Span]] = {}  # (thread, graph) -> addresses
         runtime.sessions.add(self)
@@ -151,9 +159,13 @@ class StandInRuntime(SimpleNamespace):
         return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
     def InferenceSession(
-        self, content: bytes, options: Any, providers: list[Any]
+        self,
+        content: bytes,
+        options: Any,
+        providers: list[Any],
+        disabled_optimizers: list[str],
     ) -> StandInSession:
-        return StandInSession(self, content, options, providers)
+        return StandInSession(self, content, options, providers, disabled_optimizers)
 
 
 class StandInOrtCudaBackend(OrtCudaBackend):
