@@ -69,10 +69,10 @@ DEFAULTS = ExportOptions()
 @click.option(
     "--quantize",
     type=click.Choice(WEIGHT_FORMATS),
-    help="w8, w4: store the weights of the blocks in 8 or 4 bits with a scale per 32 values. int8: "
-    "compute the matrix products of the blocks in int8, with ranges that are seen as the plans of "
-    "the export run; int8+smooth moves range from activations to weights first. fp8: the same with "
-    "float8e4m3fn, for GPUs.  [default: the precision]",
+    help="Format of the blocks. w8 and w4 store weights in 8 or 4 bits with a scale per 32 values. "
+    "int8 computes the matrix products with ranges that are seen as the plans of the export run. "
+    "int8+smooth moves range from activations to weights first. fp8 is int8 with float8e4m3fn, for "
+    "GPUs.  [default: the precision]",
 )
 @click.option(
     "--quantize-exclude",
