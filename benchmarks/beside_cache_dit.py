@@ -17,6 +17,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -69,15 +70,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--images", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pixels", type=int, default=256, help="side of the images of sd3")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args(argv)
     torch.set_num_threads(os.cpu_count() or 1)  # as ONNX Runtime
     with tempfile.TemporaryDirectory(prefix="goc-peers-") as folder:
-        model = MODELS[args.model](Path(folder), args.images, args.steps, PLANS)
+        make = MODELS[args.model]
+        if args.model == "sd3":
+            make = partial(random_sd3, pixels=args.pixels)
+        model = make(Path(folder), args.images, args.steps, PLANS)
         found = measure(model, args.rounds)
     command = (
         f"python benchmarks/beside_cache_dit.py --model {args.model} --steps {args.steps} "
         f"--images {args.images} --rounds {args.rounds}"
+        + (f" --pixels {args.pixels}" if args.model == "sd3" else "")
     )
     report = {"command": command, "what": model.what, **found}
     report |= {**machine_report(), "cache-dit": version("cache-dit")}
