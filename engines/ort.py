@@ -292,6 +292,7 @@ class OrtBackend:
         if any(buffer.dtype == "float8_e4m3fn" for buffer in initializers.values()):
             # Fused products would read float8, for which the CPU provider has no kernel.
             options.add_session_config_entry("session.disable_quant_qdq", "1")
+        content = bytes(onnx)
         try:
             values = {
                 name: onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(
@@ -302,10 +303,10 @@ class OrtBackend:
             if values:
                 options.add_external_initializers(list(values), list(values.values()))
             return self.runtime.InferenceSession(
-                bytes(onnx),
+                content,
                 options,
                 providers=[(self._provider_name, provider)],
-                disabled_optimizers=optimizers_in_the_way(bytes(onnx)),
+                disabled_optimizers=optimizers_in_the_way(content),
             )
         except Exception as cause:
             raise error_from_ort(cause, LOADING, self.provider) from cause

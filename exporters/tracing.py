@@ -63,6 +63,7 @@ class Examples:
         return Input("latents", latents, {0: "images"})
 
 
+KINDS = ("weight", "bias")  # the tensors of a linear layer
 STEPS = Input("timesteps", torch.tensor([999.0, 421.0, 0.0]), {0: "steps"})
 ROWS = Input("rows", torch.tensor([0, 1, 0, 1]), {0: "batch"})
 
@@ -88,6 +89,19 @@ def empty_module(
 def same_names(module: nn.Module, prefix: str = "") -> dict[str, tuple[Slab, ...]]:
     """Bind every parameter to the checkpoint's tensor of the same name after ``prefix``."""
     return {name: (Slab(prefix + name),) for name, _ in module.named_parameters()}
+
+
+def layers_of(
+    names: Mapping[str, str | tuple[str, ...]], kinds: tuple[str, ...] = KINDS
+) -> dict[str, tuple[Slab, ...]]:
+    """Bind linear layers: name in the module -> the layers of the checkpoint that it joins."""
+    return {
+        f"{ours}.{kind}": tuple(
+            Slab(f"{layer}.{kind}") for layer in ((theirs,) if isinstance(theirs, str) else theirs)
+        )
+        for ours, theirs in names.items()
+        for kind in kinds
+    }
 
 
 def block_copies(

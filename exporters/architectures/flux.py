@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from goc_deploy.blocks import Unit
-from goc_deploy.errors import UsageError
 from goc_deploy.exporters.architectures import any_size
 from goc_deploy.exporters.architectures.contract import Architecture, DiffusersFolder
 from goc_deploy.exporters.architectures.dit_model import TIMESTEP_FREQUENCIES, timestep_features
@@ -32,13 +31,13 @@ from goc_deploy.exporters.architectures.flux_diffusers import (
 from goc_deploy.exporters.architectures.flux_files import AUTHORS, spec_from_tensors
 from goc_deploy.exporters.architectures.flux_kinds import (
     CHUNKS,
-    KINDS,
+    attn_of,
     block_kinds,
     caption_examples,
     final_of,
-    layers_of,
     norms_of,
     positions,
+    refuse_fp16,
 )
 from goc_deploy.exporters.architectures.flux_units import (
     GUIDANCE_SCALE,
@@ -48,7 +47,15 @@ from goc_deploy.exporters.architectures.flux_units import (
     MlpUnit,
     SingleUnit,
 )
-from goc_deploy.exporters.tracing import ROWS, STEPS, Examples, Module, empty_module
+from goc_deploy.exporters.tracing import (
+    KINDS,
+    ROWS,
+    STEPS,
+    Examples,
+    Module,
+    empty_module,
+    layers_of,
+)
 from goc_deploy.exporters.units import DTYPES, Binding, GraphKind, Input, Slab
 from goc_deploy.precision import Precision
 from goc_deploy.spec import ModelSpec
@@ -111,11 +118,7 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
     Raises:
         UsageError: the precision is fp16.
     """
-    if precision == "fp16":
-        raise UsageError(
-            "`precision=fp16`: the text tokens of a FLUX.1 exceed the range of fp16; use bf16 or "
-            "fp32"
-        )
+    refuse_fp16(precision, "FLUX.1")
     dtype = DTYPES[precision]
     examples = Examples(spec, dtype)
 
@@ -167,18 +170,6 @@ def _condition_examples(spec: ModelSpec, examples: Examples) -> tuple[Input, ...
     )
 
 
-def _attn(block: str) -> Binding:
-    attn = f"{block}.attn"
-    layers: dict[str, str | tuple[str, ...]] = {
-        "image.qkv": tuple(f"{attn}.to_{part}" for part in "qkv"),
-        "text.qkv": tuple(f"{attn}.add_{part}_proj" for part in "qkv"),
-        "image.proj": f"{attn}.to_out.0",
-        "text.proj": f"{attn}.to_add_out",
-    }
-    norms = {**norms_of(attn, "image."), **norms_of(attn, "text.", "added_")}
-    return {**layers_of(layers), **norms}
-
-
 def _mlp(block: str) -> Binding:
     return layers_of(
         {
@@ -199,7 +190,11 @@ def _single(block: str) -> Binding:
     return {**layers_of(layers), **norms_of(attn)}
 
 
-_BINDINGS: Mapping[str, Callable[[str], Binding]] = {"attn": _attn, "mlp": _mlp, "single": _single}
+_BINDINGS: Mapping[str, Callable[[str], Binding]] = {
+    "attn": attn_of,
+    "mlp": _mlp,
+    "single": _single,
+}
 
 
 def _conditioning(spec: ModelSpec) -> Binding:

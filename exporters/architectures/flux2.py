@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from goc_deploy.errors import UsageError
 from goc_deploy.exporters.architectures import any_size
 from goc_deploy.exporters.architectures.contract import Architecture, DiffusersFolder
 from goc_deploy.exporters.architectures.dit_model import TIMESTEP_FREQUENCIES, timestep_features
@@ -30,12 +29,13 @@ from goc_deploy.exporters.architectures.flux2_diffusers import (
 )
 from goc_deploy.exporters.architectures.flux_kinds import (
     CHUNKS,
+    attn_of,
     block_kinds,
     caption_examples,
     final_of,
-    layers_of,
     norms_of,
     positions,
+    refuse_fp16,
 )
 from goc_deploy.exporters.architectures.flux_units import (
     GUIDANCE_SCALE,
@@ -46,7 +46,7 @@ from goc_deploy.exporters.architectures.flux_units import (
     SingleUnit,
     swiglu,
 )
-from goc_deploy.exporters.tracing import ROWS, STEPS, Examples, Module, empty_module
+from goc_deploy.exporters.tracing import ROWS, STEPS, Examples, Module, empty_module, layers_of
 from goc_deploy.exporters.units import DTYPES, Binding, GraphKind, Input, Slab
 from goc_deploy.precision import Precision
 from goc_deploy.spec import ModelSpec
@@ -131,11 +131,7 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
     Raises:
         UsageError: the precision is fp16.
     """
-    if precision == "fp16":
-        raise UsageError(
-            "`precision=fp16`: the text tokens of a FLUX.2 exceed the range of fp16; use bf16 or "
-            "fp32"
-        )
+    refuse_fp16(precision, "FLUX.2")
     dtype = DTYPES[precision]
     examples = Examples(spec, dtype)
 
@@ -148,7 +144,7 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
         any_size.grid_example(spec, examples),
     )
     bindings: dict[str, Callable[[str], Binding]] = {
-        "attn": _attn,
+        "attn": partial(attn_of, kinds=WEIGHT),
         "mlp": _mlp,
         "single": partial(_single, hidden=spec.hidden),
     }
@@ -196,18 +192,6 @@ def _conditioning(spec: ModelSpec) -> Binding:
     }
     layers["modulation"] = (*(f"{layer}.linear" for layer in SHARED), FINAL)
     return layers_of(layers, WEIGHT)
-
-
-def _attn(block: str) -> Binding:
-    attn = f"{block}.attn"
-    layers: dict[str, str | tuple[str, ...]] = {
-        "image.qkv": tuple(f"{attn}.to_{part}" for part in "qkv"),
-        "text.qkv": tuple(f"{attn}.add_{part}_proj" for part in "qkv"),
-        "image.proj": f"{attn}.to_out.0",
-        "text.proj": f"{attn}.to_add_out",
-    }
-    norms = {**norms_of(attn, "image."), **norms_of(attn, "text.", "added_")}
-    return {**layers_of(layers, WEIGHT), **norms}
 
 
 def _mlp(block: str) -> Binding:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from msgspec import Struct
 from torch import Tensor
 
-from goc_deploy.blocks import MAX_BLOCKS, Blocks
+from goc_deploy.blocks import Blocks
 from goc_deploy.errors import ModelError
 from goc_deploy.exporters.architectures.dit_model import TIMESTEP_FREQUENCIES
 from goc_deploy.exporters.architectures.flux_diffusers import (
@@ -20,13 +19,15 @@ from goc_deploy.exporters.architectures.flux_diffusers import (
     SINGLE,
     TOKENS,
     VALUES_OF_PATCH,
+    Sizes,
     block_names,
+    check_sizes,
 )
 from goc_deploy.exporters.architectures.flux_diffusers import (
     state_from_diffusers as state_from_diffusers,
 )
 from goc_deploy.exporters.architectures.flux_files import block_counts
-from goc_deploy.exporters.folders import MAX_WIDTH, Setting, Settings
+from goc_deploy.exporters.folders import Setting, Settings
 from goc_deploy.exporters.tracing import check_shapes
 from goc_deploy.spec import ModelSpec, Positions
 
@@ -41,7 +42,7 @@ SHARED = {
 }
 
 
-class Flux2Config(Struct, frozen=True, kw_only=True):
+class Flux2Config(Sizes, frozen=True, kw_only=True):
     """The settings of a Flux2Transformer2DModel that are read."""
 
     in_channels: Setting = 128
@@ -75,32 +76,12 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
         ModelError: a setting is unknown, not supported or out of range; the message names it.
     """
     settings = SETTINGS.read(config, where)
-    heads, head, axes = (
-        settings.num_attention_heads,
-        settings.attention_head_dim,
-        settings.axes_dims_rope,
-    )
     if settings.out_channels not in (None, settings.in_channels):
         raise ModelError(
             f"{where}: in_channels is {settings.in_channels} and out_channels "
             f"{settings.out_channels}, only equal numbers are supported"
         )
-    if settings.in_channels % VALUES_OF_PATCH:
-        raise ModelError(
-            f"{where}: in_channels is {settings.in_channels}, expected a multiple of "
-            f"{VALUES_OF_PATCH}, the pixels of a patch"
-        )
-    if sum(axes) != head or any(width % 2 for width in axes) or heads * head > MAX_WIDTH:
-        raise ModelError(
-            f"{where}: axes_dims_rope is {list(axes)}, attention_head_dim {head} and "
-            f"num_attention_heads {heads}; the first must be even numbers whose sum is the second, "
-            f"and all heads together at most {MAX_WIDTH} wide"
-        )
-    if settings.num_layers + settings.num_single_layers > MAX_BLOCKS:
-        raise ModelError(
-            f"{where}: num_layers is {settings.num_layers} and num_single_layers "
-            f"{settings.num_single_layers}, at most {MAX_BLOCKS} in all are supported"
-        )
+    check_sizes(settings, where)
     return spec_of(settings)
 
 

@@ -30,7 +30,18 @@ LAST = (Unit("single", reads=STREAMS),)  # nothing reads the text after it
 EMBEDDER = "time_text_embed"
 
 
-class FluxConfig(Struct, frozen=True, kw_only=True):
+class Sizes(Struct, frozen=True, kw_only=True):
+    """The sizes that the settings of FLUX.1 and FLUX.2 have in common."""
+
+    in_channels: Setting
+    num_layers: Setting
+    num_single_layers: Setting
+    attention_head_dim: Setting
+    num_attention_heads: Setting
+    axes_dims_rope: tuple[Setting, ...]
+
+
+class FluxConfig(Sizes, frozen=True, kw_only=True):
     """The settings of a FluxTransformer2DModel that are read."""
 
     in_channels: Setting = 64
@@ -57,16 +68,26 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
         ModelError: a setting is unknown, not supported or out of range; the message names it.
     """
     settings = SETTINGS.read(config, where)
-    heads, head, axes = (
-        settings.num_attention_heads,
-        settings.attention_head_dim,
-        settings.axes_dims_rope,
-    )
     if settings.out_channels not in (None, settings.in_channels):
         raise ModelError(
             f"{where}: in_channels is {settings.in_channels} and out_channels "
             f"{settings.out_channels}; models that start from a picture are not supported"
         )
+    check_sizes(settings, where)
+    return spec_of(settings)
+
+
+def check_sizes(settings: Sizes, where: str) -> None:
+    """Check the sizes of a FLUX.1 or FLUX.2.
+
+    Raises:
+        ModelError: sizes do not fit together or are too large; the message names them.
+    """
+    heads, head, axes = (
+        settings.num_attention_heads,
+        settings.attention_head_dim,
+        settings.axes_dims_rope,
+    )
     if settings.in_channels % VALUES_OF_PATCH:
         raise ModelError(
             f"{where}: in_channels is {settings.in_channels}, expected a multiple of "
@@ -83,7 +104,6 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
             f"{where}: num_layers is {settings.num_layers} and num_single_layers "
             f"{settings.num_single_layers}, at most {MAX_BLOCKS} in all are supported"
         )
-    return spec_of(settings)
 
 
 def spec_of(settings: FluxConfig) -> ModelSpec:

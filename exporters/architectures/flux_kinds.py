@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from goc_deploy.errors import UsageError
 from goc_deploy.exporters.architectures.flux_diffusers import VALUES_OF_PATCH, block_names
-from goc_deploy.exporters.tracing import SOME_TOKENS, Examples
+from goc_deploy.exporters.tracing import KINDS, SOME_TOKENS, Examples, layers_of
 from goc_deploy.exporters.units import Binding, GraphKind, Input, Slab
+from goc_deploy.precision import Precision
 from goc_deploy.spec import ModelSpec, Positions
 
-KINDS = ("weight", "bias")
 OUTPUTS = ("x_out", "text_out", "feature", "feature_text")
 BOTH = ("shift", "scale", "gate", "shift_text", "scale_text", "gate_text")
 ONE = ("shift", "scale", "gate", "gate_text")
@@ -88,22 +89,35 @@ def _angles(spec: ModelSpec) -> tuple[Input, ...]:
     return (*inputs, Input("text_cos", of_text.cos(), {}), Input("text_sin", of_text.sin(), {}))
 
 
-def layers_of(
-    names: Mapping[str, str | tuple[str, ...]], kinds: tuple[str, ...] = KINDS
-) -> dict[str, tuple[Slab, ...]]:
-    """Bind linear layers: name in the module -> the layers of the checkpoint that it joins."""
-    return {
-        f"{ours}.{kind}": tuple(
-            Slab(f"{layer}.{kind}") for layer in ((theirs,) if isinstance(theirs, str) else theirs)
-        )
-        for ours, theirs in names.items()
-        for kind in kinds
-    }
-
-
 def norms_of(attn: str, ours: str = "", theirs: str = "") -> dict[str, tuple[Slab, ...]]:
     """Bind the norms of queries and keys of an attention."""
     return {f"{ours}norm_{part}": (Slab(f"{attn}.norm_{theirs}{part}.weight"),) for part in "qk"}
+
+
+def attn_of(block: str, kinds: tuple[str, ...] = KINDS) -> Binding:
+    """Bind the attention of a double block."""
+    attn = f"{block}.attn"
+    layers: dict[str, str | tuple[str, ...]] = {
+        "image.qkv": tuple(f"{attn}.to_{part}" for part in "qkv"),
+        "text.qkv": tuple(f"{attn}.add_{part}_proj" for part in "qkv"),
+        "image.proj": f"{attn}.to_out.0",
+        "text.proj": f"{attn}.to_add_out",
+    }
+    norms = {**norms_of(attn, "image."), **norms_of(attn, "text.", "added_")}
+    return {**layers_of(layers, kinds), **norms}
+
+
+def refuse_fp16(precision: Precision, family: str) -> None:
+    """Refuse a precision that the text tokens of a family exceed.
+
+    Raises:
+        UsageError: the precision is fp16.
+    """
+    if precision == "fp16":
+        raise UsageError(
+            f"`precision=fp16`: the text tokens of a {family} exceed the range of fp16; use bf16 "
+            "or fp32"
+        )
 
 
 def final_of(spec: ModelSpec, kinds: tuple[str, ...] = KINDS) -> Binding:

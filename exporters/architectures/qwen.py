@@ -12,7 +12,7 @@ diffusers' ``QwenImageTransformer2DModel``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 
@@ -37,20 +37,21 @@ from goc_deploy.exporters.architectures.qwen_units import (
     JointMlpUnit,
     LastAttnUnit,
 )
-from goc_deploy.exporters.tracing import ROWS as BATCH_ROWS
 from goc_deploy.exporters.tracing import (
+    KINDS,
     SOME_TOKENS,
     STEPS,
     Examples,
     Module,
     empty_module,
+    layers_of,
 )
+from goc_deploy.exporters.tracing import ROWS as BATCH_ROWS
 from goc_deploy.exporters.units import DTYPES, Binding, GraphKind, Input, Slab
 from goc_deploy.modulation import SHIFT_AND_SCALE
 from goc_deploy.precision import Precision
 from goc_deploy.spec import ModelSpec, Positions
 
-KINDS = ("weight", "bias")
 CHUNKS = (*SHIFT_AND_SCALE, "gate")  # of each half of a modulation layer
 IMAGE, JOINT = ("x_out", "feature"), ("x_out", "text_out", "feature", "feature_text")
 
@@ -91,7 +92,7 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
             traceable(CaptionsUnit),
             (captions_example(spec, examples), _CAPTION_ROWS),
             ("text",),
-            {"captions": {**_layers({"txt_in": "txt_in"}), "norm": (Slab("txt_norm.weight"),)}},
+            {"captions": {**layers_of({"txt_in": "txt_in"}), "norm": (Slab("txt_norm.weight"),)}},
             weights_are_inputs=True,
         ),
         GraphKind(
@@ -99,7 +100,7 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
             traceable(any_size.EmbedUnit),
             (any_size.latents_example(spec, examples), BATCH_ROWS),
             ("x",),
-            {"embed": _layers({"x_embedder.proj": "img_in"})},
+            {"embed": layers_of({"x_embedder.proj": "img_in"})},
         ),
         GraphKind(
             "attn",
@@ -127,14 +128,14 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
             traceable(MlpUnit),
             (streams[0], *examples.modulation(*SHIFT_AND_SCALE, "gate")),
             IMAGE,
-            {f"{last}_mlp": _layers(_mlp_names("mlp", f"{end}.img_mlp"))},
+            {f"{last}_mlp": layers_of(_mlp_names("mlp", f"{end}.img_mlp"))},
         ),
         GraphKind(
             "final",
             traceable(FinalUnit),
             (any_size.grid_example(spec, examples), *examples.modulation(*SHIFT_AND_SCALE)),
             ("prediction",),
-            {"final": _layers({"linear": "proj_out"})},
+            {"final": layers_of({"linear": "proj_out"})},
         ),
     ]
     return tuple(kind for kind in kinds if kind.copies)
@@ -163,20 +164,6 @@ def _angles(spec: ModelSpec) -> tuple[Input, ...]:
     )
 
 
-def _layers(names: Mapping[str, str]) -> dict[str, tuple[Slab, ...]]:
-    """Bind linear layers: name in the module -> name in the checkpoint."""
-    return {
-        f"{ours}.{kind}": (Slab(f"{theirs}.{kind}"),)
-        for ours, theirs in names.items()
-        for kind in KINDS
-    }
-
-
-def _joined(ours: str, layers: list[str]) -> dict[str, tuple[Slab, ...]]:
-    """Bind layers as one, whose outputs are side by side."""
-    return {f"{ours}.{kind}": tuple(Slab(f"{name}.{kind}") for name in layers) for kind in KINDS}
-
-
 def _conditioning(spec: ModelSpec) -> Binding:
     """Bind the embedder, and all modulation layers as one, in the order of the table."""
     embedder = "time_text_embed.timestep_embedder"
@@ -202,14 +189,14 @@ def _conditioning(spec: ModelSpec) -> Binding:
         )
         for kind in KINDS
     }
-    return {**_layers(names), **modulation}
+    return {**layers_of(names), **modulation}
 
 
 def _attn(attn: str) -> Binding:
     return {
-        **_layers({"proj": f"{attn}.to_out.0", "proj_text": f"{attn}.to_add_out"}),
-        **_joined("qkv", [f"{attn}.to_{part}" for part in "qkv"]),
-        **_joined("qkv_text", [f"{attn}.add_{part}_proj" for part in "qkv"]),
+        **layers_of({"proj": f"{attn}.to_out.0", "proj_text": f"{attn}.to_add_out"}),
+        **layers_of({"qkv": tuple(f"{attn}.to_{part}" for part in "qkv")}),
+        **layers_of({"qkv_text": tuple(f"{attn}.add_{part}_proj" for part in "qkv")}),
         **{f"norm_{part}": (Slab(f"{attn}.norm_{part}.weight"),) for part in "qk"},
         **{f"norm_{part}_text": (Slab(f"{attn}.norm_added_{part}.weight"),) for part in "qk"},
     }
@@ -218,9 +205,9 @@ def _attn(attn: str) -> Binding:
 def _last_attn(attn: str) -> Binding:
     """The tensors of a block that drops its queries of the text."""
     return {
-        **_layers({"proj": f"{attn}.to_out.0"}),
-        **_joined("qkv", [f"{attn}.to_{part}" for part in "qkv"]),
-        **_joined("kv_text", [f"{attn}.add_{part}_proj" for part in "kv"]),
+        **layers_of({"proj": f"{attn}.to_out.0"}),
+        **layers_of({"qkv": tuple(f"{attn}.to_{part}" for part in "qkv")}),
+        **layers_of({"kv_text": tuple(f"{attn}.add_{part}_proj" for part in "kv")}),
         **{f"norm_{part}": (Slab(f"{attn}.norm_{part}.weight"),) for part in "qk"},
         "norm_k_text": (Slab(f"{attn}.norm_added_k.weight"),),
     }
@@ -232,7 +219,7 @@ def _mlp_names(ours: str, theirs: str) -> dict[str, str]:
 
 def _mlps(block: str) -> Binding:
     names = _mlp_names("mlp", f"{block}.img_mlp") | _mlp_names("mlp_text", f"{block}.txt_mlp")
-    return _layers(names)
+    return layers_of(names)
 
 
 def positions(spec: ModelSpec) -> Positions:

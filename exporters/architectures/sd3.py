@@ -37,13 +37,12 @@ from goc_deploy.exporters.architectures.sd3_spec import (
     state_from_diffusers,
 )
 from goc_deploy.exporters.architectures.sd3_units import module_of, outputs_of
-from goc_deploy.exporters.tracing import ROWS, STEPS, Examples, empty_module
+from goc_deploy.exporters.tracing import KINDS, ROWS, STEPS, Examples, empty_module, layers_of
 from goc_deploy.exporters.units import DTYPES, Binding, GraphKind, Slab
 from goc_deploy.modulation import SHIFT_AND_SCALE
 from goc_deploy.precision import Precision
 from goc_deploy.spec import ModelSpec, Positions
 
-KINDS = ("weight", "bias")
 NORM, CONTEXT = "norm1.linear", "norm1_context.linear"
 # Branch -> name of a row of the table -> the layer of the block, and its chunk of D rows.
 CHUNKS: Mapping[str, Mapping[str, tuple[str, int]]] = {
@@ -109,7 +108,7 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
             traceable(partial(CaptionsUnit, spec)),
             (captions_example(spec, examples), CAPTION_ROWS),
             ("text",),
-            {"captions": _layers({"linear": "context_embedder"})},
+            {"captions": layers_of({"linear": "context_embedder"})},
             weights_are_inputs=True,
         ),
         GraphKind(
@@ -121,7 +120,7 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
                 any_size.table_example(spec, examples),
             ),
             ("x",),
-            {"embed": _layers({"x_embedder.proj": "pos_embed.proj"})},
+            {"embed": layers_of({"x_embedder.proj": "pos_embed.proj"})},
         ),
         *_unit_kinds(spec, examples, traceable),
         GraphKind(
@@ -129,7 +128,7 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
             traceable(partial(any_size.FinalUnit, spec)),
             (any_size.grid_example(spec, examples), *examples.modulation("shift", "scale")),
             ("prediction",),
-            {"final": _layers({"linear": "proj_out"})},
+            {"final": layers_of({"linear": "proj_out"})},
         ),
     )
 
@@ -156,15 +155,6 @@ def _unit_kinds(
         )
 
 
-def _layers(names: Mapping[str, str]) -> Binding:
-    """Bind linear layers: name in the module -> name in the checkpoint."""
-    return {
-        f"{ours}.{kind}": (Slab(f"{theirs}.{kind}"),)
-        for ours, theirs in names.items()
-        for kind in KINDS
-    }
-
-
 def _unit(unit: Unit, module: nn.Module, block: str) -> Binding:
     """Bind the parameters of a unit's module to the tensors of a block."""
     binding = {}
@@ -189,8 +179,10 @@ def _conditioning(spec: ModelSpec) -> Binding:
     )
     embedder = "time_text_embed.{}_embedder.linear_{}"
     binding = {
-        **_layers({f"t_embedder.mlp.{2 * i}": embedder.format("timestep", i + 1) for i in (0, 1)}),
-        **_layers({f"pooled_embedder.{2 * i}": embedder.format("text", i + 1) for i in (0, 1)}),
+        **layers_of(
+            {f"t_embedder.mlp.{2 * i}": embedder.format("timestep", i + 1) for i in (0, 1)}
+        ),
+        **layers_of({f"pooled_embedder.{2 * i}": embedder.format("text", i + 1) for i in (0, 1)}),
     }
     for kind in KINDS:
         binding[f"modulation.{kind}"] = tuple(

@@ -32,12 +32,14 @@ from goc_deploy.exporters.architectures.wan_diffusers import (
     state_from_diffusers,
 )
 from goc_deploy.exporters.tracing import (
+    KINDS,
     ROWS,
     SOME_TOKENS,
     STEPS,
     Examples,
     Module,
     empty_module,
+    layers_of,
 )
 from goc_deploy.exporters.units import DTYPES, Binding, GraphKind, Input, Slab
 from goc_deploy.precision import Precision
@@ -45,7 +47,6 @@ from goc_deploy.spec import ModelSpec, Positions
 
 NORM_EPSILON = 1e-6
 HEAD = 128  # width of a head in every public model
-KINDS = ("weight", "bias")
 
 
 def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> ModelSpec:
@@ -251,7 +252,7 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
             traceable(any_size.EmbedUnit),
             (any_size.latents_example(spec, examples), ROWS),
             ("x",),
-            {"embed": _layers({"x_embedder.proj": "patch_embedding"})},
+            {"embed": layers_of({"x_embedder.proj": "patch_embedding"})},
         ),
         GraphKind(
             "attn",
@@ -279,7 +280,7 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
             traceable(any_size.FinalUnit),
             (any_size.grid_example(spec, examples), *examples.modulation("shift", "scale")),
             ("prediction",),
-            {"final": _layers({"linear": "proj_out"})},
+            {"final": layers_of({"linear": "proj_out"})},
         ),
     )
 
@@ -310,15 +311,6 @@ def _caption_examples(spec: ModelSpec, examples: Examples) -> tuple[Input, ...]:
     )
 
 
-def _layers(names: Mapping[str, str]) -> dict[str, tuple[Slab, ...]]:
-    """Bind linear layers: name in the module -> name in the checkpoint."""
-    return {
-        f"{ours}.{kind}": (Slab(f"{theirs}.{kind}"),)
-        for ours, theirs in names.items()
-        for kind in KINDS
-    }
-
-
 def _conditioning(spec: ModelSpec) -> Binding:
     embedder = "condition_embedder"
     layers = {
@@ -328,7 +320,7 @@ def _conditioning(spec: ModelSpec) -> Binding:
     }
     tables = tuple(Slab(f"blocks.{i}.scale_shift_table") for i in range(spec.depth))
     return {
-        **_layers(layers),
+        **layers_of(layers),
         "block_tables": tables,
         "final_table": (Slab("scale_shift_table"),),
     }
@@ -337,7 +329,7 @@ def _conditioning(spec: ModelSpec) -> Binding:
 def _captions(spec: ModelSpec) -> Binding:
     """Bind the projection, and the key and value layers of all blocks as one matrix."""
     text, blocks = "condition_embedder.text_embedder", range(spec.depth)
-    binding = _layers({f"y_proj.fc{i}": f"{text}.linear_{i}" for i in (1, 2)})
+    binding = layers_of({f"y_proj.fc{i}": f"{text}.linear_{i}" for i in (1, 2)})
     for kind in KINDS:
         binding[f"kv_linear.{kind}"] = tuple(
             Slab(f"blocks.{i}.attn2.to_{part}.{kind}") for i in blocks for part in "kv"
@@ -347,7 +339,7 @@ def _captions(spec: ModelSpec) -> Binding:
 
 
 def _attn(block: str) -> Binding:
-    binding = _layers({"proj": f"{block}.attn1.to_out.0"})
+    binding = layers_of({"proj": f"{block}.attn1.to_out.0"})
     for kind in KINDS:
         binding[f"qkv.{kind}"] = tuple(Slab(f"{block}.attn1.to_{part}.{kind}") for part in "qkv")
     norms = {f"norm_{part}": (Slab(f"{block}.attn1.norm_{part}.weight"),) for part in "qk"}
@@ -357,11 +349,11 @@ def _attn(block: str) -> Binding:
 def _cross(block: str) -> Binding:
     attn = f"{block}.attn2"
     names = {"norm": f"{block}.norm2", "q_linear": f"{attn}.to_q", "proj": f"{attn}.to_out.0"}
-    return {**_layers(names), "norm_q": (Slab(f"{attn}.norm_q.weight"),)}
+    return {**layers_of(names), "norm_q": (Slab(f"{attn}.norm_q.weight"),)}
 
 
 def _mlp(block: str) -> Binding:
-    return _layers({"mlp.fc1": f"{block}.ffn.net.0.proj", "mlp.fc2": f"{block}.ffn.net.2"})
+    return layers_of({"mlp.fc1": f"{block}.ffn.net.0.proj", "mlp.fc2": f"{block}.ffn.net.2"})
 
 
 def positions(spec: ModelSpec) -> Positions:

@@ -36,6 +36,7 @@ from goc_deploy.exporters.architectures.z_image_units import (
     MlpUnit,
 )
 from goc_deploy.exporters.tracing import (
+    KINDS,
     ROWS,
     SOME_TOKENS,
     STEPS,
@@ -46,8 +47,6 @@ from goc_deploy.exporters.tracing import (
 from goc_deploy.exporters.units import DTYPES, Binding, GraphKind, Input, Slab
 from goc_deploy.precision import Precision
 from goc_deploy.spec import ModelSpec, Positions
-
-KINDS = ("weight", "bias")
 
 
 def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
