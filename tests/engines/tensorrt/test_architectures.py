@@ -68,19 +68,25 @@ def test_every_graph_of_videos_of_any_size_builds(tmp_path: Path) -> None:
     assert {graph.onnx for graph in manifest.graphs} <= served
 
 
+def check_builds(checkpoint: Path, **sizes: tuple[int, int]) -> None:
+    """Export a checkpoint, and check that an engine is built of each of its graphs."""
+    directory = checkpoint.parent / "engine"
+    goc_deploy.export(
+        checkpoint, directory, precision="bf16", steps=4,
+        plans=["none", "fora:2+gc:1.0"], max_batch=1, **sizes,
+    )  # fmt: skip
+    options = EngineOptions(capabilities=("8.9", "12.0"), weight_mode="shared")
+    manifest, built = build_engines(directory, options, no_progress)
+    assert built == len(manifest.engines)
+    served = {graph for engine in manifest.engines for graph in engine.graphs}
+    assert {graph.onnx for graph in manifest.graphs} <= served
+
+
 def test_every_graph_of_two_streams_builds(tmp_path: Path) -> None:
     """A Stable Diffusion 3 with a dual, a plain and a last block."""
     spec = sd3_spec(3, 2, 32, dual=(0,), qk_norm=True, table=6, grid=4, text=12, pooled=10)
     save_file(checkpoint_state(spec, 0), tmp_path / "sd3.safetensors")
-    goc_deploy.export(
-        tmp_path / "sd3.safetensors", tmp_path / "engine", precision="bf16", steps=4,
-        plans=["none", "fora:2+gc:1.0"], max_batch=1, size=(48, 32), max_size=(48, 48),
-    )  # fmt: skip
-    options = EngineOptions(capabilities=("8.9", "12.0"), weight_mode="shared")
-    manifest, built = build_engines(tmp_path / "engine", options, no_progress)
-    assert built == len(manifest.engines)
-    served = {graph for engine in manifest.engines for graph in engine.graphs}
-    assert {graph.onnx for graph in manifest.graphs} <= served
+    check_builds(tmp_path / "sd3.safetensors", size=(48, 32), max_size=(48, 48))
 
 
 def test_every_graph_of_turned_text_builds(tmp_path: Path) -> None:
@@ -88,15 +94,7 @@ def test_every_graph_of_turned_text_builds(tmp_path: Path) -> None:
     spec = qwen_spec(2, 2, (4, 14, 14), channels=4, text=12)
     state = {name: 0.1 * torch.randn(shape) for name, shape in qwen_shapes(spec).items()}
     save_file(state, tmp_path / "qwen.safetensors")
-    goc_deploy.export(
-        tmp_path / "qwen.safetensors", tmp_path / "engine", precision="bf16", steps=4,
-        plans=["none", "fora:2+gc:1.0"], max_batch=1, size=(8, 12), max_size=(16, 16),
-    )  # fmt: skip
-    options = EngineOptions(capabilities=("8.9", "12.0"), weight_mode="shared")
-    manifest, built = build_engines(tmp_path / "engine", options, no_progress)
-    assert built == len(manifest.engines)
-    served = {graph for engine in manifest.engines for graph in engine.graphs}
-    assert {graph.onnx for graph in manifest.graphs} <= served
+    check_builds(tmp_path / "qwen.safetensors", size=(8, 12), max_size=(16, 16))
 
 
 def test_every_graph_of_single_blocks_builds(tmp_path: Path) -> None:
@@ -108,15 +106,7 @@ def test_every_graph_of_single_blocks_builds(tmp_path: Path) -> None:
         )
     )  # fmt: skip
     save_file(checkpoint_state(spec, 0), tmp_path / "flux.safetensors")
-    goc_deploy.export(
-        tmp_path / "flux.safetensors", tmp_path / "engine", precision="bf16", steps=4,
-        plans=["none", "fora:2+gc:1.0"], max_batch=1, size=(64, 96), max_size=(128, 128),
-    )  # fmt: skip
-    options = EngineOptions(capabilities=("8.9", "12.0"), weight_mode="shared")
-    manifest, built = build_engines(tmp_path / "engine", options, no_progress)
-    assert built == len(manifest.engines)
-    served = {graph for engine in manifest.engines for graph in engine.graphs}
-    assert {graph.onnx for graph in manifest.graphs} <= served
+    check_builds(tmp_path / "flux.safetensors", size=(64, 96), max_size=(128, 128))
 
 
 def test_every_graph_of_one_stream_of_both_builds(tmp_path: Path) -> None:
@@ -126,15 +116,7 @@ def test_every_graph_of_one_stream_of_both_builds(tmp_path: Path) -> None:
         cap_feat_dim=12, axes_dims=(32, 48, 48),
     )  # fmt: skip
     save_file(checkpoint_state(z_image_spec(config, ""), 0), tmp_path / "z.safetensors")
-    goc_deploy.export(
-        tmp_path / "z.safetensors", tmp_path / "engine", precision="bf16", steps=4,
-        plans=["none", "fora:2+gc:1.0"], max_batch=1, size=(16, 8), max_size=(16, 16),
-    )  # fmt: skip
-    options = EngineOptions(capabilities=("8.9", "12.0"), weight_mode="shared")
-    manifest, built = build_engines(tmp_path / "engine", options, no_progress)
-    assert built == len(manifest.engines)
-    served = {graph for engine in manifest.engines for graph in engine.graphs}
-    assert {graph.onnx for graph in manifest.graphs} <= served
+    check_builds(tmp_path / "z.safetensors", size=(16, 8), max_size=(16, 16))
 
 
 @pytest.mark.parametrize(
