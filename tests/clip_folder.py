@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import transformers
+import pytest
 
 from goc_deploy.exporters.companions.clip_tokenizer import END, START
 
@@ -53,7 +53,13 @@ def save_tokenizer(folder: Path, *, pad: str = END) -> Path:
 
 
 def clip(kind: str, **changes: Any) -> Any:
-    """A text encoder of transformers, ``CLIPTextModel`` or ``CLIPTextModelWithProjection``."""
+    """A text encoder of transformers, ``CLIPTextModel`` or ``CLIPTextModelWithProjection``.
+
+    The test is skipped without transformers.
+    """
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers comes with the judges extra"
+    )
     config = transformers.CLIPTextConfig(
         **{
             "hidden_size": 24,

@@ -110,6 +110,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: SLOW.index(name) if (name := item.path.name) in SLOW else len(SLOW))
 
 
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """Forget a module that was skipped when it was imported, so that importing it skips again.
+
+    It would be half a module for those that import from it.
+    """
+    if report.skipped and report.nodeid.endswith(".py"):
+        sys.modules.pop(report.nodeid.removesuffix(".py").replace("/", "."), None)
+
+
 def pytest_collection_finish() -> None:
     """Let the garbage collector skip all that importing torch made, which takes it 0.3 s a time."""
     gc.collect()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.stand_ins.kernels import build_library
+from tests.stand_ins.kernels import build_library, require_nvrtc
 
 ROOT = Path(__file__).parents[2]
 STAND_INS = ROOT / "tests" / "stand_ins"
@@ -69,6 +69,7 @@ def in_pytest(*words: str) -> list[str]:
 def test_the_device_works_on_the_real_bindings_and_each_of_our_calls_is_among_them(
     run: Run, tmp_path: Path
 ) -> None:
+    require_nvrtc()
     made = tmp_path / "calls"
     output = run(*in_pytest(*DEVICE_TESTS), STUB_CALLS=str(made))
     assert "skipped" not in output
@@ -79,6 +80,7 @@ def test_the_device_works_on_the_real_bindings_and_each_of_our_calls_is_among_th
 
 
 def test_sessions_of_onnx_runtime_work_on_the_real_bindings(run: Run, golden_engine: Path) -> None:
+    require_nvrtc()
     words = in_pytest(
         "tests/runtime/test_gpu.py",
         "-k",

@@ -17,9 +17,11 @@ from typing import Any
 
 import pytest
 
+from goc_deploy.engines.plugin import nvrtc
 from goc_deploy.engines.plugin.accumulate import TapsParameters
 from goc_deploy.engines.plugin.kernel import SOURCE_PATH, StackParameters
 from goc_deploy.engines.plugin.moves import CounterParameters, MoveParameters, MovesParameters
+from goc_deploy.errors import EnvironmentUnsupportedError
 from goc_deploy.precision import DTYPE_BYTES
 
 HOST_SOURCE = Path(__file__).parents[1] / "engines" / "plugin" / "host.cpp"
@@ -177,3 +179,13 @@ def _taps(name: str, launch: TapsParameters) -> tuple[Any, ...]:
     reads |= {f"a{tap}": Span(launch.before[tap], feature) for tap in taps if launch.before[tap]}
     writes = {f"a{tap}_out": Span(launch.after[tap], feature) for tap in taps}
     return reads, lambda: reads, writes
+
+
+def require_nvrtc() -> None:
+    """Skip the test, with the reason, where NVRTC is not installed."""
+    try:
+        nvrtc.cubin_from_source("", "empty.cu", "8.6")
+    except EnvironmentUnsupportedError as reason:
+        if "cannot be loaded" not in str(reason):  # there, and broken
+            raise
+        pytest.skip(str(reason))

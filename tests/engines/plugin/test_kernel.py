@@ -39,6 +39,7 @@ from goc_deploy.precision import DTYPE_BYTES
 from goc_deploy.schedule import MAX_HISTORY
 from tests.engines.plugin.arrays import NUMPY_DTYPES, Case, assert_close, random_case, tensor
 from tests.engines.plugin.conftest import HostKernels
+from tests.stand_ins.kernels import require_nvrtc
 
 TARGETS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
@@ -229,7 +230,7 @@ def test_the_host_converts_as_numpy_does(host_library: Any, dtype: str) -> None:
 
 
 def test_nvrtc_compiles_for_every_target_without_a_gpu() -> None:
-    _require_nvrtc()
+    require_nvrtc()
     with ThreadPoolExecutor(2) as pool:
         for cubin in pool.map(kernel.cubin_for, TARGETS):
             assert cubin.startswith(b"\x7fELF")
@@ -241,7 +242,7 @@ def test_a_process_without_torch_compiles_too() -> None:
 
     If torch is imported, it has loaded that library.
     """
-    _require_nvrtc()
+    require_nvrtc()
     program = (
         "from goc_deploy.engines.plugin.kernel import cubin_for; "
         "import sys; assert 'torch' not in sys.modules; cubin_for('9.0')"
@@ -250,7 +251,7 @@ def test_a_process_without_torch_compiles_too() -> None:
 
 
 def test_nvrtc_says_what_it_refuses() -> None:
-    _require_nvrtc()
+    require_nvrtc()
     with pytest.raises(
         EnvironmentUnsupportedError,
         match=r"cannot compile bad.cu for compute capability 8.6: bad.cu\(1\)",
@@ -258,12 +259,3 @@ def test_nvrtc_says_what_it_refuses() -> None:
         nvrtc.cubin_from_source("int x = y;", "bad.cu", "8.6")
     with pytest.raises(EnvironmentUnsupportedError, match=r"capability 3.0: .*gpu-architecture"):
         nvrtc.cubin_from_source(SOURCE_PATH.read_text(), "update.cu", "3.0")
-
-
-def _require_nvrtc() -> None:
-    try:
-        nvrtc.cubin_from_source("", "empty.cu", "8.6")
-    except EnvironmentUnsupportedError as reason:
-        if "cannot be loaded" not in str(reason):  # there, and broken
-            raise
-        pytest.skip(str(reason))

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from goc_deploy.api import cpu_backend
@@ -30,7 +29,10 @@ from tests.pixart_reference import SPEC
 from tests.reference import relative_l2
 from tests.t5_folder import save_encoder
 
-diffusers = pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the judges extra")
+transformers = pytest.importorskip(
+    "transformers", reason="transformers comes with the judges extra"
+)
 pytest.importorskip("tokenizers", reason="tokenizers comes with the text extra")
 
 WIDTH, T5_TOKENS = 64, 9
