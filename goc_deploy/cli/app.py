@@ -21,10 +21,10 @@ from goc_deploy.errors import GocError, ResourceError
 
 INTERRUPTED, TERMINATED, BUG = 130, 143, 1
 OUT_OF = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-NO_THREAD = "can't start new thread"  # the message of a RuntimeError
-# The dynamic loader reports in an ImportError's text why it cannot load an extension module.
-NO_ROOM_TO_LOAD = re.compile(
-    "cannot allocate memory|cannot map zero-fill pages|too many open files"
+# The dynamic loader, protobuf and Python's threads report in the text of other errors what ran out.
+RAN_OUT = re.compile(
+    "out of memory|cannot allocate memory|cannot map zero-fill pages|too many open files"
+    "|can't start new thread"
     "|failed to map segment from shared object(?!: operation not permitted)",
     re.IGNORECASE,
 )
@@ -84,9 +84,7 @@ def _is_short_of_resources(error: Exception) -> bool:
     """Whether memory, disk, open files or threads ran out; Python has no class for all of these."""
     if isinstance(error, OSError):
         return error.errno in OUT_OF
-    if isinstance(error, ImportError):
-        return NO_ROOM_TO_LOAD.search(str(error)) is not None
-    return isinstance(error, MemoryError) or str(error) == NO_THREAD
+    return isinstance(error, MemoryError) or RAN_OUT.search(str(error)) is not None
 
 
 def _open_streams() -> None:

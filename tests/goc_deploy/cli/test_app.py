@@ -85,22 +85,26 @@ def test_streams_that_are_full_or_closed_end_a_command_quietly(redirection: str,
 
 
 @pytest.mark.parametrize(
-    ("message", "code"),
+    ("error", "code"),
     [
-        ("x.so: failed to map segment from shared object", 7),
-        ("x.so: cannot map zero-fill pages", 7),
-        ("x.so: cannot open shared object file: Too many open files", 7),
-        ("x.so: failed to map segment from shared object: Cannot allocate memory", 7),
-        ("x.so: failed to map segment from shared object: Operation not permitted", 1),
-        ("cannot import name 'load' from 'goc_deploy'", 1),
+        (ImportError("x.so: failed to map segment from shared object"), 7),
+        (ImportError("x.so: cannot map zero-fill pages"), 7),
+        (ImportError("x.so: cannot open shared object file: Too many open files"), 7),
+        (ImportError("failed to map segment from shared object: Cannot allocate memory"), 7),
+        (ImportError("failed to map segment from shared object: Operation not permitted"), 1),
+        (ImportError("cannot import name 'load' from 'goc_deploy'"), 1),
+        (TypeError("Couldn't build proto file into descriptor pool: out of memory"), 7),
+        (TypeError("an integer is required"), 1),
+        (RuntimeError("can't start new thread"), 7),
+        (MemoryError(), 7),
     ],
 )
-def test_a_module_that_memory_has_no_room_for_is_no_bug(
-    message: str, code: int, capsys: pytest.CaptureFixture[str]
+def test_an_error_of_any_class_whose_text_names_what_ran_out_is_no_bug(
+    error: Exception, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     @click.command()
     def command() -> None:
-        raise ImportError(message)
+        raise error
 
     assert run_command(command, []) == code
     assert ("a bug" in capsys.readouterr().err) == (code == 1)
