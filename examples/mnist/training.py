@@ -178,9 +178,9 @@ def update_average(average: nn.Module, model: nn.Module, step: int, decay: float
 
 
 def save(state: Mapping[str, Tensor], path: Path) -> None:
-    """Write a plain state dict; readers see the old file or the whole new one."""
+    """Write a plain state dict in float16; readers see the old file or the whole new one."""
     temporary = path.with_name(path.name + ".tmp")
-    torch.save(dict(state), temporary)
+    torch.save({name: tensor.half() for name, tensor in state.items()}, temporary)
     os.replace(temporary, path)
 
 
