@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch
 from clips import FRAMES, MNIST, prompt_of, words
 from clips import latents_of_clips as clips_from_digits
 from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
 from goc_deploy.exporters.companions.t5 import T5Encoder, t5_config
@@ -54,12 +56,33 @@ MODEL = {
 }
 
 
+class ManyZeros(WanAttnProcessor):
+    """Attention in which the last token of the caption stands for every place behind the prompt.
+
+    These places have equal keys and values, so one of them with the logarithm of their number
+    added to its scores has the same effect as all of them.
+    """
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, captions: Tensor | None = None, *args: Any
+    ) -> Tensor:
+        mask = None
+        if captions is not None:
+            places = captions.shape[1]
+            mask = torch.zeros(1, 1, 1, places, dtype=hidden_states.dtype)
+            mask[..., -1] = math.log(CAPTION_TOKENS - places + 1)
+        result: Tensor = super().__call__(attn, hidden_states, captions, mask, *args[1:])
+        return result
+
+
 class PromptedWan(nn.Module):
     """A Wan and its text encoder."""
 
     def __init__(self, text: dict[str, Any]) -> None:
         super().__init__()
         self.wan = WanTransformer3DModel(**MODEL, text_dim=text["d_model"])
+        for block in self.wan.blocks:
+            block.attn2.set_processor(ManyZeros())
         self.text_encoder = T5Encoder(t5_config(text, "the example"), TOKENS)
         for name, parameter in self.text_encoder.named_parameters():
             if parameter.ndim == 1:
@@ -71,7 +94,7 @@ class PromptedWan(nn.Module):
     def forward(self, noisy: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
         """The velocity of latents (N, C, F, H, W) at timesteps (N,), of prompts (N, L)."""
         captions = self.text_encoder(tokens, (tokens != PAD).float())
-        captions = nn.functional.pad(captions, (0, 0, 0, CAPTION_TOKENS - captions.shape[1]))
+        captions = nn.functional.pad(captions, (0, 0, 0, 1))
         velocity: Tensor = self.wan(noisy, t, captions).sample
         return velocity
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,20 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "clips"
 
 
 @pytest.fixture
-def clips(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module of the example; nothing of it stays imported."""
+def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
+    """Import a module of the example; nothing of it stays imported."""
     pytest.importorskip("tokenizers", reason="tokenizers comes with the text extra")
     monkeypatch.setattr(sys, "path", [str(EXAMPLE), *sys.path])
     before = set(sys.modules)
-    yield importlib.import_module("clips")
+    yield importlib.import_module
     for name in set(sys.modules) - before:
         if str(EXAMPLE.parent) in (getattr(sys.modules[name], "__file__", None) or ""):
             del sys.modules[name]
+
+
+@pytest.fixture
+def clips(example: Callable[[str], Any]) -> Any:
+    return example("clips")
 
 
 @pytest.mark.parametrize(
@@ -59,3 +65,25 @@ def centres(clips: Any, motion: str, axis: int) -> torch.Tensor:
     ink = moved_square(clips, motion) + 1
     places = torch.arange(clips.SIDE).reshape([-1 if i == axis else 1 for i in range(4)])
     return (ink * places).sum(dim=(1, 2, 3)) / ink.sum(dim=(1, 2, 3))
+
+
+def test_one_weighted_token_stands_for_all_places_behind_a_prompt(
+    example: Callable[[str], Any], clips: Any
+) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the judges extra")
+    train = example("train")
+    torch.manual_seed(0)
+    model = train.PromptedWan({**train.text_settings(len(clips.words())), **train.UMT5})
+    for parameter in model.wan.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    rows = train.token_rows(train.tokenizer_of_words(clips.words()), ["two drifts left", ""])
+    tokens = torch.tensor(rows)
+    given = torch.randn(2, 4, clips.FRAMES, 8, 8), torch.tensor([100.0, 700.0])
+    full = diffusers.WanTransformer3DModel.from_config(model.wan.config)
+    full.load_state_dict(model.wan.state_dict())
+    with torch.no_grad():
+        short = model(*given, tokens)
+        captions = model.text_encoder(tokens, (tokens != train.PAD).float())
+        padding = (0, 0, 0, train.CAPTION_TOKENS - captions.shape[1])
+        expected = full(*given, torch.nn.functional.pad(captions, padding)).sample
+    assert (short - expected).norm() < 1e-5 * expected.norm()
