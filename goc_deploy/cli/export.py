@@ -45,7 +45,7 @@ DEFAULTS = ExportOptions()
     type=click.Choice(
         [
             *("auto", "dit", "pixart", "pixart-sigma", "sd3", "sit", "wan"),
-            *("flux", "qwen-image", "z-image"),
+            *("flux", "flux2", "qwen-image", "z-image"),
         ]
     ),
     default=DEFAULTS.model,

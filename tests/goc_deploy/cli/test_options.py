@@ -13,10 +13,12 @@ from pathlib import Path
 import click
 import pytest
 
+from goc_deploy.cli.export import command as export_command
 from goc_deploy.cli.goc import COMMANDS
 from goc_deploy.cli.goc import main as goc
 from goc_deploy.cli.options import Precision, sort_outputs
 from goc_deploy.cli.run import main as goc_run
+from goc_deploy.exporters.export import ARCHITECTURES
 
 GIVEN = {(".json",): None, (".png", ".svg"): Path("x.png")}
 
@@ -129,3 +131,9 @@ def test_a_name_with_a_null_byte_is_refused(
     for command in COMMANDS:
         assert goc([command, "a\0b"]) == 2
         assert "has a null byte" in capsys.readouterr().err
+
+
+def test_every_architecture_can_be_named_at_export() -> None:
+    (model,) = [option for option in export_command.params if option.name == "model"]
+    assert isinstance(model.type, click.Choice)
+    assert sorted(model.type.choices) == sorted(["auto", *ARCHITECTURES])
