@@ -2,9 +2,10 @@
 
 python examples/compare.py ENGINE --labels 0,1,2,3 --output comparison.png
 python examples/compare.py ENGINE --prompt "a fox" --prompt "a pizza" --plan none --plan fora:2+goc
+python examples/compare.py VIDEO_ENGINE --prompt "two drifts left" --output comparison.webp
 
 The first plan is the reference of the speed-ups and of the differences. Times are medians of
-several interleaved rounds after a warm-up, of all images in one batch.
+several interleaved rounds after a warm-up, of all {what} in one batch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from statistics import median
 
 import numpy as np
 import numpy.typing as npt
-from comparison_picture import Comparison, Row, draw
+from comparison_picture import VIDEOS, Comparison, Row, save
 from show import show_comparison
 
 import goc_deploy
@@ -76,8 +77,9 @@ def compare(engine: Path, plans: Sequence[str], wanted: Wanted, rounds: int) -> 
         )
         for plan, time, result in zip(plans, seconds, last, strict=True)
     ]
+    what = "videos" if rows[0].images.ndim == VIDEOS else "images"
     note = (
-        f"{wanted.count} images in one batch, {report['steps']} steps, {report['backend']} "
+        f"{wanted.count} {what} in one batch, {report['steps']} steps, {report['backend']} "
         f"({report['provider'].removesuffix('ExecutionProvider')}), {report['precision']}, "
         f"median of {rounds} runs"
     )
@@ -114,8 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     wanted = Wanted(args.labels, args.prompt, args.seed, args.cfg_scale)
     comparison = compare(args.engine, args.plan or list(TITLES), wanted, args.rounds)
-    draw(comparison).save(args.output, optimize=True)
-    show_comparison(comparison)
+    save(comparison, args.output)
+    show_comparison(comparison.frames[-1])
     print(args.output)
     return 0
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,8 @@ LABELS, GAP, ROW_GAP, PLAN_GAP = 320, 16, 12, 48
 TITLE, TIME, TEXT, NOTE = 40, 60, 30, 26
 INK, MUTED, ACCENT, CARD, BORDER = "#1f2328", "#656d76", "#26517a", "#ffffff", "#d0d7de"
 DIFFERENT = np.array([178, 58, 72])  # the color of a large difference; none is white
+VIDEOS = 5  # dimensions
+FRAME_MS, LAST_FRAME_MS = 160, 800
 LARGEST_SHARE = 99.5  # percentile of the differences that the amplification keeps below the maximum
 
 
@@ -32,7 +35,7 @@ class Row:
     Attributes:
         title: its name for readers.
         seconds: of all images.
-        images: (N, H, W, 1 or 3) uint8.
+        images: (N, H, W, 1 or 3) uint8, or (N, F, H, W, 3) of videos.
         error: relative L2 distance of its latents to those of the first plan.
     """
 
@@ -50,15 +53,33 @@ class Comparison:
         rows: at least one.
         captions: one per image, or none.
         note: how the times were measured.
+        amplified: the amplification of the differences, or None for the one that suits them.
     """
 
     rows: tuple[Row, ...]
     captions: tuple[str, ...]
     note: str
+    amplified: int | None = None
+
+    @property
+    def frames(self) -> list[Comparison]:
+        """The comparison of each frame of videos, all with one amplification; itself of images."""
+        if self.rows[0].images.ndim < VIDEOS:
+            return [self]
+        return [
+            replace(
+                self,
+                rows=tuple(replace(row, images=row.images[:, i]) for row in self.rows),
+                amplified=self.amplification,
+            )
+            for i in range(self.rows[0].images.shape[1])
+        ]
 
     @property
     def amplification(self) -> int:
         """The power of two that makes the differences visible and keeps nearly all unclipped."""
+        if self.amplified is not None:
+            return self.amplified
         largest = max(
             (
                 float(np.percentile(_distance(row, self.rows[0]), LARGEST_SHARE))
@@ -78,12 +99,27 @@ class Comparison:
 
 
 def _distance(row: Row, reference: Row) -> npt.NDArray[np.int64]:
-    """Largest difference of the channels of each pixel, 0..255, (N, H, W)."""
+    """Largest difference of the channels of each pixel, 0..255: images without channels."""
     return np.abs(row.images.astype(np.int64) - reference.images).max(axis=-1)
 
 
+def save(comparison: Comparison, path: Path) -> None:
+    """Write the card of images, or of videos as an animation (.webp, of half the size)."""
+    cards = [draw(frame) for frame in comparison.frames]
+    if len(cards) > 1:
+        cards = [card.reduce(2) for card in cards]
+    cards[0].save(
+        path,
+        save_all=len(cards) > 1,
+        append_images=cards[1:],
+        duration=[FRAME_MS] * (len(cards) - 1) + [LAST_FRAME_MS],
+        loop=0,
+        optimize=True,
+    )
+
+
 def draw(comparison: Comparison) -> Image.Image:
-    """Draw the card, with a transparent corner outside its round ones."""
+    """Draw the card of images, with a transparent corner outside its round ones."""
     count = len(comparison.rows[0].images)
     size = (WIDTH - 2 * MARGIN - LABELS - (count - 1) * GAP) // count
     captions = [textwrap.wrap(text, max(1, size * 2 // TEXT)) for text in comparison.captions]

@@ -61,6 +61,22 @@ def test_the_card_is_opaque_between_round_transparent_corners(modules: Any, chan
     assert (alpha[30:-30] == 255).all()
 
 
+def test_videos_are_animated_with_one_amplification(modules: Any, tmp_path: Path) -> None:
+    picture = modules[0]
+    images = np.full((2, 3, 6, 6, 3), 100, np.uint8)
+    images[:, 1] = 90  # equal frames would be merged
+    other = images.copy()
+    other[0, 2, 3, 3] += 10
+    rows = (picture.Row("No cache", 2.0, images, 0.0), picture.Row("GOC", 1.0, other, 0.125))
+    shown = picture.Comparison(rows, (), "on a CPU")
+    frames = shown.frames
+    assert [frame.amplification for frame in frames] == [shown.amplification] * 3
+    assert [(frame.differences(frame.rows[1]) < 255).any() for frame in frames] == [0, 0, 1]
+    picture.save(shown, tmp_path / "x.webp")
+    with Image.open(tmp_path / "x.webp") as card:
+        assert (card.n_frames, card.width) == (3, 880)
+
+
 def test_a_terminal_shows_half_blocks_and_a_log_nothing(
     modules: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
