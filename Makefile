@@ -20,7 +20,7 @@ demo: $(VENV)/installed  ## export the shipped checkpoint, draw with it, compare
 	$(BIN)/python examples/compare.py $(ENGINE) --labels 0,1,2,3,4,5,6,7 --seed 7 --output $(OUT)/demo/comparison.png
 
 test: $(VENV)/installed  ## run every test
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 40 --durations-min 5
 
 fuzz: demo  ## mutants of every kind of file, for minutes; nothing but an error of ours may come out
 	$(BIN)/python -m tests.fuzz.run $(ENGINE) --seconds $(FUZZ_SECONDS)

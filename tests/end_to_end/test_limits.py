@@ -19,7 +19,7 @@ EVERYTHING = (
     "import goc_deploy.engines.ort, goc_deploy.api.series\n"
     "print(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmPeak')))"
 )
-STEP_KB = 16 * 1024
+STEP_KB = 32 * 1024
 OUT_OF_RESOURCES = 7
 ENDED_BY_C = "cannot allocate memory for thread-local data: ABORT"
 
