@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clips import FRAMES, MNIST, prompt_of, words
+from clips import MNIST, prompt_of, words
 from clips import latents_of_clips as clips_from_digits
 from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from goc_deploy.exporters.companions.t5 import T5Encoder, t5_config
 
@@ -34,14 +35,24 @@ from goc_deploy.exporters.companions.t5 import T5Encoder, t5_config
 from captions import PAD, TOKENS, token_rows, tokenizer_of_words
 from model import text_settings
 from prompted import save_text_encoder
-from resumable import descend, restore, run, state_of, write_state
+from resumable import (
+    CHECKPOINT,
+    descend,
+    parsed,
+    restore,
+    resumable_parser,
+    run,
+    start,
+    state_of,
+    write_state,
+)
 from training import (
     CONDITION_DROPOUT,
     Optimizer,
     load_digits,
 )
 
-FOLDER = Path("~/.cache/goc_deploy/clips").expanduser()
+FOLDER = Path("~/.cache/goc_deploy/clips")
 CAPTION_TOKENS = 512  # of every Wan; the places behind a prompt are zeros
 TRAIN_TIMESTEPS = 1000
 SHIFT = 3.0
@@ -109,7 +120,8 @@ class Training:
         self.text = {**text_settings(len(words())), **UMT5}
         self.model = PromptedWan(self.text)
         self.average = copy.deepcopy(self.model)
-        self.optimizer = Optimizer(self.model, args.adam_rate, args.muon_rate)
+        self.optimizer = Optimizer(self.model, args.adam_rate, args.muon_rate, args.bf16)
+        self.predict = torch.compile(self.model) if args.compile else self.model
         self.step = 0
 
     def take_step(self, factor: float) -> float:
@@ -127,20 +139,23 @@ class Training:
         sigma = SHIFT * even / (1 + (SHIFT - 1) * even)
         noise = torch.randn_like(clean)
         weight = sigma[:, None, None, None, None]
-        predicted = self.model(
-            (1 - weight) * clean + weight * noise, TRAIN_TIMESTEPS * sigma, tokens
-        )
-        loss = (predicted - (noise - clean)).square().mean()
+        noisy = (1 - weight) * clean + weight * noise
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=self.args.bf16),
+            sdpa_kernel(SDPBackend.MATH),  # the fused attention is slow on few tokens
+        ):
+            predicted = self.predict(noisy, TRAIN_TIMESTEPS * sigma, tokens)
+        loss = (predicted.float() - (noise - clean)).square().mean()
         return descend(self, loss, factor)
 
     def save(self) -> None:
         """Write the whole state, and the averaged weights for goc-export."""
-        write_state(state_of(self), self.args.folder / "checkpoint.pt")
+        write_state(state_of(self), self.args.folder / CHECKPOINT)
         save_pipeline(self.average, self.text, self.tokenizer, self.args.folder / "pipeline")
 
     def restore(self) -> None:
         """Go on from the checkpoint."""
-        state = torch.load(self.args.folder / "checkpoint.pt", weights_only=True)
+        state = torch.load(self.args.folder / CHECKPOINT, weights_only=True)
         restore(self, state)
         self.draw.seed(self.args.seed + self.step)
         torch.manual_seed(self.args.seed + self.step)
@@ -163,35 +178,17 @@ def save_pipeline(model: PromptedWan, text: dict[str, Any], tokenizer: Any, fold
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=FOLDER)
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    parser = resumable_parser(__doc__.splitlines()[0], FOLDER)
     parser.add_argument("--data", type=Path, default=MNIST / "mnist10k.npz")
     parser.add_argument("--clips", type=int, default=20_000, help="clips to make and learn from")
-    parser.add_argument("--decay-steps", type=int, help="let the rates fall to zero, and stop")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--adam-rate", type=float, default=2e-3)
-    parser.add_argument("--muon-rate", type=float, default=0.02)
-    parser.add_argument("--ema", type=float, default=0.999)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-minutes", type=float, default=5.0)
-    parser.add_argument("--log-every", type=int, default=100)
-    args = parser.parse_args(argv)
-    checkpoint = args.folder / "checkpoint.pt"
-    if checkpoint.exists() and not args.resume:
-        parser.error(f"{args.folder} has a checkpoint; add --resume, or choose another --folder")
-    torch.set_num_threads(args.threads)
-    args.folder.mkdir(parents=True, exist_ok=True)
+    parser.set_defaults(adam_rate=2e-3)
+    args = parsed(parser, argv)
     path = args.folder / "clips.pt"
     if not path.exists():
         made = clips_from_digits(*load_digits(args.data), args.clips, args.seed)
         write_state(made, path)
     training = Training(args, torch.load(path, weights_only=True))
-    if checkpoint.exists():
-        training.restore()
-    parameters = sum(p.numel() for p in training.model.parameters())
-    print(f"{FRAMES} frames, {parameters} parameters, step {training.step}", flush=True)
+    start(training)
     run(training, "clips")
     return 0
 

@@ -34,7 +34,17 @@ from captions import (
 )
 from model import SPEC, save_pipeline, text_settings
 from prompted import PromptedPixArt
-from resumable import descend, restore, run, state_of, write_state
+from resumable import (
+    CHECKPOINT,
+    descend,
+    parsed,
+    restore,
+    resumable_parser,
+    run,
+    start,
+    state_of,
+    write_state,
+)
 from text_training import train_text_encoder
 from torch import Tensor
 from training import (
@@ -45,8 +55,8 @@ from training import (
 )
 
 HERE = Path(__file__).resolve().parent
-FOLDER = Path("~/.cache/goc_deploy/emoji").expanduser()
-CHECKPOINT, PIPELINE = "checkpoint.pt", "pipeline"
+FOLDER = Path("~/.cache/goc_deploy/emoji")
+PIPELINE = "pipeline"
 WEIGHT_CAP = 5.0
 
 
@@ -172,83 +182,28 @@ class Training:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--folder", type=Path, default=FOLDER, help="of the checkpoint (default %(default)s)"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the checkpoint, if there is one"
-    )
+    parser = resumable_parser(__doc__.splitlines()[0], FOLDER)
     parser.add_argument("--pictures", type=Path, default=HERE / "pictures.npz")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument(
-        "--steps", type=int, help="stop at this step of all sessions together (default: never)"
-    )
-    length.add_argument(
-        "--decay-steps",
-        type=int,
-        help="let the rates fall to zero in so many steps from here, and stop",
-    )
     parser.add_argument(
         "--text-steps",
         type=int,
         default=400,
         help="of the text encoder, before the first step (default %(default)s)",
     )
-    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument(
         "--depth", type=int, default=SPEC.depth, help="blocks (default %(default)s)"
     )
-    parser.add_argument(
-        "--adam-rate", type=float, default=3e-3, help="learning rate of AdamW (default %(default)s)"
-    )
-    parser.add_argument(
-        "--muon-rate", type=float, default=0.02, help="learning rate of Muon (default %(default)s)"
-    )
-    parser.add_argument(
-        "--ema",
-        type=float,
-        default=0.999,
-        help="decay of the averaged weights (default %(default)s)",
-    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
-    parser.add_argument("--bf16", action="store_true", help="matrix products in bfloat16")
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile; needs a C++ compiler on a CPU"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-minutes", type=float, default=5.0)
-    parser.add_argument(
-        "--log-every", type=int, default=100, help="steps per line (default %(default)s)"
-    )
-    args = parser.parse_args(argv)
-    if (args.folder / CHECKPOINT).exists() and not args.resume:
-        parser.error(
-            f"{args.folder} has a checkpoint; go on from it with --resume, or choose another "
-            "--folder"
-        )
-    return args
+    return parsed(parser, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    torch.set_num_threads(args.threads)
     captions = read_captions()
-    pictures = load_pictures(args.pictures, list(captions))
-    args.folder.mkdir(parents=True, exist_ok=True)
-    training = Training(args, list(captions.values()), pictures)
-    parameters = sum(p.numel() for p in training.model.parameters())
-    resumed = (args.folder / CHECKPOINT).exists()
-    if resumed:
-        training.restore()
-    print(
-        f"{len(captions)} emoji, {parameters} parameters, step {training.step}: {args.folder}",
-        flush=True,
-    )
-    if not resumed:
+    training = Training(args, list(captions.values()), load_pictures(args.pictures, list(captions)))
+    if not start(training):
         training.train_text()
-    run(training, "images", args.steps)
+    run(training, "images")
     return 0
 
 

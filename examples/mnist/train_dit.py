@@ -1,29 +1,44 @@
-"""Train the small class-conditional DiT of this example on MNIST digits, on a CPU.
+"""Train the small class-conditional DiT of this example on MNIST digits: pixels, or VAE latents.
 
-It learns pixels, or the latents of a VAE.
+The training may take as many sessions as it needs.
+
+    python examples/mnist/train_dit.py --resume  # until it is stopped
+    python examples/mnist/train_dit.py --resume --decay-steps 2000  # the last steps, rates fall
+
+Everything is in one folder outside the repository: ``checkpoint.pt``, and ``dit.pt`` with the
+averaged weights, which goc-export reads.
 """
 
 from __future__ import annotations
 
+import argparse
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from autoencoder import encoded
-from torch import nn
-from training import (
-    add_denoiser_options,
-    initialise,
-    load_digits,
-    save,
-    train_denoiser,
-    training_parser,
+from resumable import (
+    CHECKPOINT,
+    descend,
+    parsed,
+    restore,
+    resumable_parser,
+    run,
+    start,
+    state_of,
+    write_state,
 )
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from training import HERE, Optimizer, initialise, load_digits, noise_losses, save, signal_levels
 
 from goc_deploy.exporters.architectures.dit_model import DiT
 from goc_deploy.spec import ModelSpec
 
+FOLDER = Path("~/.cache/goc_deploy/digits")
+WEIGHTS = "dit.pt"
 PIXELS = ModelSpec(
     depth=8,
     hidden=128,
@@ -48,18 +63,55 @@ class TrainedDiT(DiT):
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
 
 
+class Training:
+    """The whole state of a training."""
+
+    def __init__(
+        self, args: argparse.Namespace, spec: ModelSpec, images: Tensor, labels: Tensor
+    ) -> None:
+        self.args, self.images, self.labels = args, images, labels
+        torch.manual_seed(args.seed)
+        self.model = TrainedDiT(spec)
+        self.average = copy.deepcopy(self.model)
+        self.optimizer = Optimizer(self.model, args.adam_rate, args.muon_rate, args.bf16)
+        self.predict = torch.compile(self.model) if args.compile else self.model
+        self.predict.null_condition = self.model.null_condition
+        self.alphas, self.step = signal_levels(), 0
+
+    def take_step(self, factor: float) -> float:
+        """One update at this factor of the learning rates; returns the loss."""
+        chosen = torch.randint(len(self.images), (self.args.batch,))
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=self.args.bf16),
+            sdpa_kernel(SDPBackend.MATH),  # the fused attention is slow on few tokens
+        ):
+            loss, _ = noise_losses(
+                self.predict, self.images[chosen], self.labels[chosen], self.alphas
+            )
+        return descend(self, loss, factor)
+
+    def save(self) -> None:
+        """Write the whole state, and the averaged weights for goc-export."""
+        write_state(state_of(self), self.args.folder / CHECKPOINT)
+        save(self.average.state_dict(), self.args.folder / WEIGHTS)
+
+    def restore(self) -> None:
+        """Go on from the checkpoint."""
+        restore(self, torch.load(self.args.folder / CHECKPOINT, weights_only=True))
+        torch.manual_seed(self.args.seed + self.step)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = training_parser(__doc__, "dit_mnist.pt", minutes=40.0)
-    add_denoiser_options(parser)
+    parser = resumable_parser(__doc__.splitlines()[0], FOLDER)
+    parser.add_argument("--data", type=Path, default=HERE / "mnist10k.npz")
     parser.add_argument("--vae", type=Path, help="folder of train_vae.py, to train on its latents")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+    args = parsed(parser, argv)
     images, labels = load_digits(args.data)
     if args.vae:
         images = encoded(args.vae, images)
-    model = train_denoiser(TrainedDiT(LATENTS if args.vae else PIXELS), images, labels, args)
-    save(model.state_dict(), args.out)
+    training = Training(args, LATENTS if args.vae else PIXELS, images, labels)
+    start(training)
+    run(training, "images")
     return 0
 
 

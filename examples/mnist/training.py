@@ -26,6 +26,11 @@ CONDITION_DROPOUT = 0.1
 WARMUP_STEPS = 100
 GRADIENT_NORM = 1.0
 MOMENTUM = 0.95
+MODULATION = (
+    "adaLN_modulation",
+    ".norm1.",
+    ".norm1_context.",
+)  # layers that make shifts and scales
 ORTHOGONAL_STEPS = 5
 ORTHOGONAL_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -138,7 +143,7 @@ class Optimizer:
             if "blocks." in name
             and name.endswith(".weight")
             and parameter.ndim == 2
-            and "adaLN_modulation" not in name
+            and not any(layer in name for layer in MODULATION)
         }
         self.matrices = list(branches.values())
         self.momenta = [torch.zeros_like(matrix) for matrix in self.matrices]
