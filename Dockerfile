@@ -3,7 +3,8 @@
 #     docker build -t goc_deploy .
 #     docker run --rm goc_deploy
 FROM python:3.12-slim
-RUN apt-get update && apt-get install --yes --no-install-recommends make && rm -rf /var/lib/apt/lists/*
+# g++: tests compile the GPU kernels for the host, and skip without a compiler
+RUN apt-get update && apt-get install --yes --no-install-recommends make g++ && rm -rf /var/lib/apt/lists/*
 ENV PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /goc_deploy
 COPY . .

@@ -122,9 +122,11 @@ def tensorrt_backend_here(
     from goc_deploy.engines.cuda import cuda_device
     from goc_deploy.engines.tensorrt.library import library_from_backend
     from goc_deploy.engines.tensorrt.selection import tensorrt_backend
+    from goc_deploy.engines.tensorrt.store import build_engines
 
     library, device = library_from_backend(name), cuda_device(options.gpu, graphs=options.graphs)
-    return tensorrt_backend(directory, library, capability, device, weight_mode=options.weight_mode)
+    build, mode = partial(build_engines, gpu=options.gpu), options.weight_mode
+    return tensorrt_backend(directory, library, capability, device, weight_mode=mode, build=build)
 
 
 def onnxruntime_backend(options: BackendOptions) -> Backend:

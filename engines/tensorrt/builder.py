@@ -24,10 +24,13 @@ class Builder:
         backend: the backend to build for.
         stack: ends the processes.
         timings: timings that every build reads and extends, or None if the library has none.
+        gpu: number of the GPU to build on.
     """
 
-    def __init__(self, backend: str, stack: ExitStack, timings: TimingCache | None = None) -> None:
-        self._backend, self._stack, self._timings = backend, stack, timings
+    def __init__(
+        self, backend: str, stack: ExitStack, timings: TimingCache | None = None, gpu: int = 0
+    ) -> None:
+        self._backend, self._stack, self._timings, self._gpu = backend, stack, timings, gpu
         self._processes: dict[bool, BuildProcess] = {}
 
     def build(self, directory: EngineDir, job: Job) -> tuple[Job, bytes, BuildReport]:
@@ -55,7 +58,7 @@ class Builder:
     def _build(self, graph: bytes, job: Job) -> tuple[bytes, BuildReport]:
         target, uses_plugin = job.recipe.target, job.recipe.plugin_sha256 is not None
         if uses_plugin not in self._processes:
-            process = build_process(self._backend, plugin=uses_plugin)
+            process = build_process(self._backend, plugin=uses_plugin, gpu=self._gpu)
             self._processes[uses_plugin] = self._stack.enter_context(process)
         gpus = ", ".join(target.capabilities)
         where = f"unit {job.name}: {target.backend} {target.version} for {gpus}"

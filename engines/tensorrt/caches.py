@@ -12,7 +12,7 @@ from pathlib import Path
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.editing import Amendment, amended
 from goc_deploy.engine_dir.keys import Target
-from goc_deploy.engines.driver import device_name, load_driver
+from goc_deploy.engines.driver import device_handle, device_name, load_driver
 from goc_deploy.errors import EnvironmentUnsupportedError
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9.]+")
@@ -42,14 +42,14 @@ def driver_version() -> int | None:
         return None
 
 
-def gpu_name() -> str:
-    """Return the name of the first GPU that this process may see.
+def gpu_name(index: int = 0) -> str:
+    """Return the name of a GPU of those that this process may see.
 
     Raises:
         EnvironmentUnsupportedError: there is no driver or no GPU.
     """
     driver = load_driver()
-    return device_name(driver, driver.cuDeviceGet(0))
+    return device_name(driver, device_handle(driver, index))
 
 
 def read_cache(directory: EngineDir, path: str) -> bytes:

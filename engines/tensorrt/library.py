@@ -142,7 +142,7 @@ def library_from_backend(backend: str) -> Library:
 
 
 def target_from_options(
-    library: Library, capabilities: tuple[str, ...], precision: Precision
+    library: Library, capabilities: tuple[str, ...], precision: Precision, gpu: int = 0
 ) -> Target:
     """Choose the target of a build.
 
@@ -150,13 +150,14 @@ def target_from_options(
         library: the TensorRT library.
         capabilities: requested capabilities, such as ``8.6``; empty is the library's default.
         precision: precision of the engine directory.
+        gpu: number of the GPU that a library builds on, without meaning if it needs none.
 
     Raises:
         UsageError: the library cannot build for a capability, or the GPU lacks the precision.
         EnvironmentUnsupportedError: TensorRT has no GPU, or one that lacks the precision.
     """
     known = (
-        _known_capabilities(library) if library.cross_compiles else (driver.device_capability(),)
+        _known_capabilities(library) if library.cross_compiles else (driver.device_capability(gpu),)
     )
     usual = (
         tuple(c for c in known if _number(c) >= _number(_FIRST_BY_DEFAULT))

@@ -62,12 +62,13 @@ class BuildProcess:
 
 
 @contextlib.contextmanager
-def build_process(backend: str, *, plugin: bool) -> Iterator[BuildProcess]:
+def build_process(backend: str, *, plugin: bool, gpu: int = 0) -> Iterator[BuildProcess]:
     """Start a build process, and end it in any case.
 
     Args:
         backend: the backend to build for.
         plugin: register the plugin.
+        gpu: number of the GPU to build on, of those that this process may see.
     """
     connection, theirs = multiprocessing.Pipe()
     with contextlib.ExitStack() as stack:
@@ -84,7 +85,7 @@ def build_process(backend: str, *, plugin: bool) -> Iterator[BuildProcess]:
                 "plugin" if plugin else "",
             ],
             pass_fds=[theirs.fileno()],
-            env=build_environment(backend, Path(folder)),
+            env=build_environment(backend, Path(folder), gpu),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -96,10 +97,13 @@ def build_process(backend: str, *, plugin: bool) -> Iterator[BuildProcess]:
         yield BuildProcess(process, connection, output)
 
 
-def build_environment(backend: str, folder: Path) -> dict[str, str]:
+def build_environment(backend: str, folder: Path, gpu: int = 0) -> dict[str, str]:
     """Return the variables of the build process, with ``libtensorrt_rtx.so`` in ``folder``."""
     package_folder = Path(str(sys.modules["goc_deploy"].__file__)).parents[1]
     environment = {**os.environ, "PYTHONPATH": _prepended(str(package_folder), "PYTHONPATH")}
+    if gpu:  # TensorRT builds on the first GPU that its process may see
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
     if backend == "tensorrt-rtx":
         # Polygraphy reads this when it is imported.
         environment["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"

@@ -49,9 +49,15 @@ OpenBuilder = Callable[[EngineDir], AbstractContextManager[EngineBuilder]]
 
 
 def build_engines(
-    directory: EngineDir, options: EngineOptions, progress: Progress
+    directory: EngineDir, options: EngineOptions, progress: Progress, gpu: int = 0
 ) -> tuple[EngineDir, int]:
     """Build the missing engines of a directory; each is usable as soon as it is built.
+
+    Args:
+        directory: the engine directory.
+        options: which engines are wanted.
+        progress: called with (what, done, total).
+        gpu: number of the GPU that ``tensorrt`` builds on, of those that this process may see.
 
     Returns:
         The directory after the build, and the number of engines that were built.
@@ -63,12 +69,14 @@ def build_engines(
         EngineDirError, SafetyError: the directory is corrupt.
     """
     library = library_from_backend(options.backend)
-    target = target_from_options(library, options.capabilities, directory.manifest.precision)
+    precision = directory.manifest.precision
+    target = target_from_options(library, options.capabilities, precision, gpu)
 
     @contextmanager
     def open_builder(opened: EngineDir) -> Iterator[Builder]:
         with ExitStack() as stack:
-            yield Builder(library.backend, stack, _timing_cache(opened, library, target))
+            timings = _timing_cache(opened, library, target, gpu)
+            yield Builder(library.backend, stack, timings, gpu)
 
     return build_missing(directory, target, options, progress, open_builder)
 
@@ -115,11 +123,13 @@ def build_missing(
     return latest, len(missing)
 
 
-def _timing_cache(directory: EngineDir, library: Library, target: Target) -> TimingCache | None:
+def _timing_cache(
+    directory: EngineDir, library: Library, target: Target, gpu: int
+) -> TimingCache | None:
     """Return the timings of the GPU that a library builds on; None if it builds without one."""
     if library.cross_compiles:
         return None
-    return TimingCache(directory, cache_path(target, "timings", gpu_name(), driver_version()))
+    return TimingCache(directory, cache_path(target, "timings", gpu_name(gpu), driver_version()))
 
 
 def is_there(directory: EngineDir, job: Job) -> bool:

@@ -156,6 +156,38 @@ def test_threads_capture_one_after_the_other(device: StandInDevice) -> None:
     assert device.recorded.graphs == 20
 
 
+@pytest.mark.parametrize("what", ["another capture", "the end of a graph"])
+def test_a_capture_holds_off_what_could_break_it(device: StandInDevice, what: str) -> None:
+    (stream, _, _, copy), (other, _, _, copy_there) = copying(device), copying(device)
+    replays = [*other.recorded([copy_there])]
+    inside, go_on = threading.Event(), threading.Event()
+
+    def stopping() -> None:
+        inside.set()
+        go_on.wait(30)
+
+    def break_it() -> None:
+        if what == "another capture":
+            replays.extend(other.recorded([copy_there]))
+        else:
+            replays.clear()  # the last references to the graph
+
+    threads = [
+        threading.Thread(target=work)
+        for work in (lambda: stream.recorded([copy, stopping]), break_it)
+    ]
+    threads[0].start()
+    assert inside.wait(30)
+    threads[1].start()
+    threads[1].join(0.2)
+    waited = threads[1].is_alive()
+    go_on.set()
+    for thread in threads:
+        thread.join(30)
+    assert waited
+    assert device.recorded.graphs == (3 if what == "another capture" else 2)
+
+
 def test_a_stream_is_for_the_thread_that_holds_it(device: StandInDevice) -> None:
     stream, source, target, copy = copying(device)
     order: list[str] = []

@@ -158,6 +158,31 @@ def test_onnx_runtime_follows_the_golden_trajectories_recorded_and_replayed(
     }
 
 
+def check_sums(directory: Path, golden: dict[str, np.ndarray], backend: str) -> None:
+    """Accumulators in place of features follow the trajectory, recorded and replayed."""
+    with goc_deploy.load(directory, plan=GRADIENT, backend=backend, history="sums") as pipe:
+        first, *others = (
+            pipe.generate(golden["labels"], latents=golden["noise"], **REQUEST) for _ in range(3)
+        )
+    assert first.report["plan_form"] == "sums"
+    assert worst_step(first.trajectory, golden["fora_50_gc"]) < 1e-3
+    for other in others:
+        np.testing.assert_array_equal(other.trajectory, first.trajectory)
+
+
+@pytest.mark.parametrize("backend", ENGINE_BACKENDS)
+def test_sums_follow_the_golden_trajectory(
+    built, golden: dict[str, np.ndarray], backend: str
+) -> None:
+    check_sums(built(backend, "shared"), golden, backend)
+
+
+def test_onnx_runtime_with_sums_follows_the_golden_trajectory(
+    golden_engine: Path, golden: dict[str, np.ndarray]
+) -> None:
+    check_sums(golden_engine, golden, ORT)
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_onnx_runtime_in_narrow_precisions_stays_near_the_golden_trajectory(
     golden: dict[str, np.ndarray], tmp_path: Path, command: Command, precision: str

@@ -71,6 +71,7 @@ class StandInSession:
         assert (chosen["device_id"], chosen["use_tf32"]) == (str(runtime.device.index), "0")
         self._runtime, self._device = runtime, runtime.device
         self.handle = int(chosen["user_compute_stream"])
+        assert options.get_session_config_entry("session.use_env_allocators") == "1"
         self._graphs = chosen["enable_cuda_graph"] == "1"
         if self._graphs and runtime.refuses_graphs == "at load":
             raise RuntimeError(

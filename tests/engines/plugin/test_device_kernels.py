@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from goc_deploy.compiler.cache_ops import accumulate_signature
+from goc_deploy.engines.plugin.accumulate import AccumulateKernel
 from goc_deploy.engines.plugin.kernel import (
     BUSY_BLOCKS,
     DTYPES,
@@ -28,8 +31,11 @@ from goc_deploy.engines.plugin.moves import (
     moves_geometry,
     moves_parameters,
 )
+from goc_deploy.protocols import Buffer
 from tests.engines.plugin.arrays import assert_close, random_case
 from tests.engines.plugin.cuda_memory import CudaMemory
+from tests.engines.plugin.test_accumulate import expected as added
+from tests.engines.plugin.test_accumulate import random_tensors
 
 pytestmark = pytest.mark.gpu
 Moved = list[tuple[int, np.ndarray]]  # addresses, and what must lie there
@@ -104,6 +110,34 @@ def test_a_stack_is_what_numpy_makes(
 
 def test_the_most_units_fit_into_a_launch(memory: CudaMemory, kernels: DeviceKernels) -> None:
     check(memory, kernels, Stack((4,) * MAX_UNITS, (True,) * MAX_UNITS), (2, 16, 64), "float16")
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 256, 1152), (3, 17, 43)])
+def test_accumulators_become_what_numpy_adds(
+    memory: CudaMemory,
+    kernels: DeviceKernels,
+    shape: tuple[int, int, int],
+    dtype: str,
+    recorded: bool,
+) -> None:
+    """Two accumulators go on where they are, and two start."""
+    starts = [False, False, True, True]
+    inputs, outputs = random_tensors(starts, shape, dtype, 0)
+    on_device = {
+        name: Buffer(memory.put(array), array.shape, str(array.dtype), None)
+        for name, array in {**outputs, **inputs}.items()
+    }
+    targets = {
+        name: on_device[name if starts[tap] else f"a{tap}"] for tap, name in enumerate(outputs)
+    }
+    engine = AccumulateKernel(accumulate_signature(starts), dtype, kernels)
+    stream = SimpleNamespace(handle=memory.stream)
+    launch = engine.bind({name: on_device[name] for name in inputs}, targets, stream)
+    (memory.recorded([launch]) if recorded else launch)()
+    for buffer, values in zip(targets.values(), added(inputs, starts), strict=True):
+        assert_close(memory.get(buffer.pointer, inputs["g"]), values, dtype, 3)
 
 
 def gathered(memory: CudaMemory, row_bytes: int) -> tuple[ByteMove, Callable[[int], Moved]]:

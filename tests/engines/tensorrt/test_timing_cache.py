@@ -11,16 +11,20 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.manifest import MANIFEST_NAME, Manifest
 from goc_deploy.engine_dir.manifest_file import manifest_to_json
-from goc_deploy.engines import driver
-from goc_deploy.engines.tensorrt import store
+from goc_deploy.engines import choice, cuda, driver
+from goc_deploy.engines.choice import BackendOptions
+from goc_deploy.engines.tensorrt import selection, store
+from goc_deploy.engines.tensorrt.library import Library
 from goc_deploy.errors import ResourceError
 from goc_deploy.options import EngineOptions, no_progress
+from tests.stand_ins.device import StandInDevice
 
 pytest.importorskip("polygraphy", reason="polygraphy is not installed (extra rtx)")
 
@@ -43,7 +47,7 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def on_gpu(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(store, "gpu_name", lambda: name)
+    monkeypatch.setattr(store, "gpu_name", lambda *_: name)
     monkeypatch.setenv("STAND_IN_GPU", name)
 
 
@@ -123,6 +127,32 @@ def test_another_gpu_of_the_same_capability_has_timings_of_its_own(
     assert len([*(engine / FOLDER).glob("timings-*.cache")]) == 2
     on_gpu(monkeypatch, "NVIDIA H100")
     assert sum(build(engine, "shared")[1]) == 0
+
+
+@pytest.mark.parametrize("visible", [None, "0,1"])
+def test_engines_for_another_gpu_than_the_first_are_built_on_it(
+    engine: Path, visible: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, capabilities = ("NVIDIA H100", "NVIDIA L40S"), ("9.0", "8.9")
+    monkeypatch.setattr(driver, "device_capability", lambda index=0: capabilities[index])
+    monkeypatch.setattr(store, "gpu_name", lambda index=0: names[index])
+    monkeypatch.setenv("STAND_IN_GPU", ",".join(names))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(cuda, "cuda_device", lambda *_, **__: StandInDevice())
+
+    def only_built(directory: EngineDir, library: Library, capability: str, *_: Any, **how: Any):
+        options = EngineOptions(library.backend, (capability,), "shared")
+        build = how.get("build", store.build_engines)
+        return build(directory, options, no_progress)[0].manifest
+
+    monkeypatch.setattr(selection, "tensorrt_backend", only_built)
+    chosen = BackendOptions(device="cuda:1")
+    manifest = choice.tensorrt_backend_here("tensorrt", EngineDir.open(engine), chosen)
+    assert {entry.target.capabilities for entry in manifest.engines} == {("8.9",)}
+    timings = engine / "engines/tensorrt-99.2-sm89/timings-NVIDIA-L40S-cuda13.cache"
+    assert timings.read_text().startswith("timings of 99.2 on NVIDIA L40S\n")
 
 
 def test_a_build_that_runs_out_of_memory_says_so(

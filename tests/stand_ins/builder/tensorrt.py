@@ -4,8 +4,8 @@ The process that builds engines imports it.
 
 Its folder is put on the search path, so Polygraphy and the build process import it by its name. It
 times a layer once for each optimum, unless the timing cache has it; an engine is a JSON text with
-the number of layers that were timed, and their shapes. The environment names the GPU on which it
-runs, and whether that has any memory left.
+the number of layers that were timed, and their shapes. The environment names the GPUs of the
+machine, those that the process may see, and whether there is any memory left.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class MemoryPoolType(IntEnum):
 
 
 def _header() -> str:
-    return f"timings of {__version__} on {os.environ['STAND_IN_GPU']}"
+    first = int(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0])
+    return f"timings of {__version__} on {os.environ['STAND_IN_GPU'].split(',')[first]}"
 
 
 class ITimingCache:
