@@ -125,7 +125,7 @@ def export_checkpoint(
     """
     name = hub_id(checkpoint_path)
     model = _read(folder_from_hub(name) if name else checkpoint_path, options)
-    checkpoint, spec = model.checkpoint, model.spec
+    checkpoint, spec = model.checkpoint, with_caption_tokens(model.spec, options.caption_tokens)
     architecture = ARCHITECTURES[spec.architecture]
     if spec.boundary and options.loras:
         raise UsageError(
@@ -210,6 +210,24 @@ def _read(path: Path, options: ExportOptions) -> FolderModel:
             "set of weights"
         )
     return model
+
+
+def with_caption_tokens(spec: ModelSpec, tokens: int | None) -> ModelSpec:
+    """The model with this number of tokens for each caption; None keeps its own.
+
+    Raises:
+        UsageError: the model reads no captions, or fewer tokens.
+    """
+    if tokens in (None, spec.caption_tokens):
+        return spec
+    if not spec.text_conditional:
+        raise UsageError("`caption_tokens`: a class-conditional model reads no captions")
+    if not 1 <= tokens <= spec.caption_tokens:
+        raise UsageError(
+            f"`caption_tokens={tokens}`: this model reads at least 1 and at most "
+            f"{spec.caption_tokens}"
+        )
+    return replace(spec, caption_tokens=tokens)
 
 
 def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> tuple[Checkpoint, ModelSpec]:

@@ -75,6 +75,8 @@ class ExportOptions:
             pixels. None is ``size``.
         frames: usual number of frames of a video; None is that of the model.
         max_frames: largest number of frames; None is ``frames``.
+        caption_tokens: tokens that every caption has, which longer prompts are cut to and shorter
+            ones padded to; None is what the model was trained for.
         loras: LoRAs to merge into the weights, ``FILE`` or ``FILE:SCALE`` each. FILE is a LoRA of
             diffusers, PEFT or kohya's sd-scripts, or the folder of one; SCALE is 1 without one.
         reuse_engines: engine directory with the same graphs and other weights, whose TensorRT
@@ -105,6 +107,7 @@ class ExportOptions:
     max_size: tuple[int, int] | None = None
     frames: int | None = None
     max_frames: int | None = None
+    caption_tokens: int | None = None
     loras: tuple[str, ...] = ()
     reuse_engines: Path | None = None
 

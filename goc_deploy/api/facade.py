@@ -52,6 +52,7 @@ def export(
     max_size: tuple[int, int] | None = EXPORT.max_size,
     frames: int | None = EXPORT.frames,
     max_frames: int | None = EXPORT.max_frames,
+    caption_tokens: int | None = EXPORT.caption_tokens,
     quantize: WeightFormat | None = EXPORT.quantize,
     quantize_exclude: Sequence[str] = EXPORT.quantize_exclude,
     loras: Sequence[str | Path] = EXPORT.loras,
@@ -98,6 +99,8 @@ def export(
             pixels. None is ``size``.
         frames: usual number of frames of a video; None is that of the model.
         max_frames: largest number of frames; None is ``frames``.
+        caption_tokens: tokens that every caption has, which longer prompts are cut to and shorter
+            ones padded to; None is what the model was trained for.
         quantize: format of the blocks: ``w8`` or ``w4`` (weights of 8 or 4 bits, computed with in
             the precision), ``int8`` (products of int8, with ranges that are seen as the plans
             run), ``int8+smooth`` (range is moved from activations to weights first), ``fp8`` (as
@@ -141,6 +144,7 @@ def export(
         max_size=max_size,
         frames=frames,
         max_frames=max_frames,
+        caption_tokens=caption_tokens,
         quantize=quantize,
         quantize_exclude=tuple(quantize_exclude),
         loras=tuple(map(str, loras)),

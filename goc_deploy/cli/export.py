@@ -179,6 +179,12 @@ DEFAULTS = ExportOptions()
     "--max-frames", type=click.IntRange(1), help="Largest number of frames.  [default: --frames]"
 )
 @click.option(
+    "--caption-tokens",
+    type=click.IntRange(1),
+    help="Tokens that every caption has. Longer prompts are cut and shorter ones padded. A smaller "
+    "number is faster.  [default: what the model was trained for]",
+)
+@click.option(
     "--lora",
     "loras",
     multiple=True,

@@ -29,7 +29,7 @@ from tests.exporters.architectures.test_sd3_layout import of_authors
 from tests.reference import relative_l2, table_step
 
 PLANS = ("none", "fora:2", "fora:2+gc:1.0", "fora:2@0.5+gc:1.0", "fora:3+lagrange:2", "fora:10")
-STEPS, SCALE = 10, 4.0
+STEPS, SCALE, WORDS = 10, 4.0, 21
 SIZES = [(64, 64), (96, 80), (16, 144)]  # width and height in pixels
 VAE = {
     "latent_channels": 16,
@@ -71,7 +71,7 @@ def engine(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipeline.save_pretrained(folder / "pipeline")
     manifest = goc_deploy.export(
         folder / "pipeline", folder / "engine", plans=PLANS, steps=STEPS, max_batch=2,
-        size=SIZES[0], max_size=(96, 96), vae=folder / "pipeline",
+        size=SIZES[0], max_size=(96, 96), vae=folder / "pipeline", caption_tokens=WORDS,
     )  # fmt: skip
     assert max(graph.relative_l2 or 0 for graph in manifest.graphs) < 1e-4
     return folder / "engine"
@@ -79,7 +79,8 @@ def engine(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arrays(spec: ModelSpec) -> dict[str, np.ndarray]:
     """Two captions of all tokens, and one negative caption."""
-    draw, shape = np.random.default_rng(1).standard_normal, (333, spec.caption_channels)
+    assert spec.caption_tokens == WORDS
+    draw, shape = np.random.default_rng(1).standard_normal, (WORDS, spec.caption_channels)
     return {
         "prompt_embeds": draw((2, *shape)).astype(np.float32),
         "negative_prompt_embeds": draw((1, *shape)).astype(np.float32),
@@ -264,3 +265,12 @@ def test_a_learned_position_table_is_refused(engine: Path, tmp_path: Path) -> No
     with pytest.raises(ModelError, match=r"the position table pos_embed\.pos_embed was learned"):
         goc_deploy.export(tmp_path, tmp_path / "e", steps=4, plans=["none"])
     assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize(("tokens", "told"), [(334, "at most 333"), (0, "at least 1")])
+def test_a_number_of_tokens_that_the_model_does_not_read_is_refused(
+    engine: Path, tmp_path: Path, tokens: int, told: str
+) -> None:
+    with pytest.raises(UsageError, match=told):
+        goc_deploy.export(engine.parent / "pipeline", tmp_path / "engine", caption_tokens=tokens)
+    assert not (tmp_path / "engine").exists()
