@@ -13,12 +13,14 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1] / "mnist"))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "emoji"))
 from autoencoder import encoded
+from captions import normalised
 from train_prompts import DIGITS
 from training import HERE as MNIST
 
 FRAMES, SIDE = 8, 32
 TRAVEL = 0.4  # half the way of a digit that drifts, in half widths of the picture
 TURN = 0.9  # half the angle of a digit that turns, in radians
+STILL_SCALE = 1.1  # of a digit that keeps its size
 SCALES = (1.5, 0.8)  # of a digit that grows, at its ends; larger numbers are smaller digits
 MOTIONS = (
     "stays still",
@@ -40,9 +42,9 @@ def prompt_of(digit: int, motion: int, draw: random.Random) -> str:
 
 
 def words() -> list[str]:
-    """Every word of the prompts."""
+    """Every word of the prompts, as the tokenizer reads it."""
     texts = [template.format(digit="", motion="") for template in TEMPLATES]
-    return sorted({word for text in (*texts, *MOTIONS, *DIGITS) for word in text.split()})
+    return sorted({w for text in (*texts, *MOTIONS, *DIGITS) for w in normalised(text).split()})
 
 
 def moved(images: Tensor, motions: Tensor) -> Tensor:
@@ -71,7 +73,9 @@ def _transform(motion: str, at: float) -> Tensor:
     cos, sin = float(torch.cos(torch.tensor(angle))), float(torch.sin(torch.tensor(angle)))
     small, large = SCALES
     middle, spread = (small + large) / 2, (large - small) / 2
-    scale = {"grows": middle + spread * at, "shrinks": middle - spread * at}.get(motion, 1.1)
+    scale = {"grows": middle + spread * at, "shrinks": middle - spread * at}.get(
+        motion, STILL_SCALE
+    )
     x = {"drifts left": TRAVEL, "drifts right": -TRAVEL}.get(motion, 0.0) * at
     y = {"drifts up": TRAVEL, "drifts down": -TRAVEL}.get(motion, 0.0) * at
     return torch.tensor([[scale * cos, scale * sin, x], [-scale * sin, scale * cos, y]])

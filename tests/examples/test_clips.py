@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import random
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,6 +53,18 @@ def test_a_digit_changes_its_size_as_its_prompt_says(clips: Any, motion: str, si
     assert sign or torch.allclose(ink[0], ink[-1])
 
 
+def test_the_tokenizer_knows_every_word_of_the_prompts(
+    example: Callable[[str], Any], clips: Any
+) -> None:
+    captions = example("captions")
+    tokenizer = captions.tokenizer_of_words(clips.words())
+    draw = random.Random(0)
+    for digit in range(10):
+        for motion in range(len(clips.MOTIONS)):
+            tokens = tokenizer.encode(clips.prompt_of(digit, motion, draw)).ids
+            assert captions.UNKNOWN not in tokens
+
+
 def moved_square(clips: Any, motion: str) -> torch.Tensor:
     """The frames (F, 1, S, S) of a square that moves."""
     square = torch.full((1, 1, 28, 28), -1.0)
@@ -87,3 +101,24 @@ def test_one_weighted_token_stands_for_all_places_behind_a_prompt(
         padding = (0, 0, 0, train.CAPTION_TOKENS - captions.shape[1])
         expected = full(*given, torch.nn.functional.pad(captions, padding)).sample
     assert (short - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_training_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers", reason="diffusers comes with the judges extra")
+    words = ["--folder", str(tmp_path), "--clips", "4", "--batch", "2", "--decay-steps", "1"]
+    for more, step in (([], 1), (["--resume"], 2)):
+        line = [sys.executable, str(EXAMPLE / "train.py"), *words, "--threads", "1", *more]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=600, check=False)
+        assert f"stopped after step {step}" in done.stdout, done.stderr
+    assert (tmp_path / "pipeline" / "text_encoder" / "tokenizer.json").exists()
+
+
+def test_the_motion_of_a_clip_is_found_from_its_middle(
+    example: Callable[[str], Any], clips: Any
+) -> None:
+    evaluate = example("evaluate")
+    digits = torch.full((len(clips.MOTIONS), 1, 28, 28), -1.0)
+    digits[..., 8:22, 10:14] = 1.0
+    digits[..., 18:22, 10:20] = 1.0
+    motions = torch.arange(len(clips.MOTIONS))
+    assert (evaluate.motions_of(clips.moved(digits, motions)) == motions.numpy()).all()
