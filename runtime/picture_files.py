@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from goc_deploy.conditions.labels import grid_columns
@@ -98,7 +98,8 @@ def finished_pictures(folder: Path, records: Sequence[Mapping[str, Any]]) -> int
         try:
             with Image.open(path) as image:
                 text = image.info.get(RECORD)
-        except (OSError, UnidentifiedImageError) as cause:
+        # Pillow raises all of these for damaged files.
+        except (OSError, ValueError, Image.DecompressionBombError) as cause:
             raise ConflictError(
                 f"{path} cannot be read ({cause}); remove it, and run again with `resume=True`"
             ) from cause

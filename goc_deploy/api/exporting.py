@@ -27,8 +27,10 @@ def export_with(
         GocError: a subclass names what is wrong and has an ``exit_code``.
     """
     from goc_deploy.disk import check_parent
+    from goc_deploy.engine_dir.reading import holds_engine
 
-    check_parent(output)  # before torch is imported
+    check_parent(output)  # this and the next line before torch is imported
+    holds_engine(output)
     require("export", "torch", "onnx", "onnxscript", "safetensors")
     if options.text_encoder is not None:
         require("text", "tokenizers")

@@ -128,3 +128,6 @@ def _print_profile(plans: dict[str, dict[str, Any]]) -> None:
 
 
 main = partial(run_command, command)  # entry point of goc-bench
+
+if __name__ == "__main__":
+    raise SystemExit(main())

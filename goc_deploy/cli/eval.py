@@ -180,3 +180,6 @@ def command(
 
 
 main = partial(run_command, command)  # entry point of goc-eval
+
+if __name__ == "__main__":
+    raise SystemExit(main())

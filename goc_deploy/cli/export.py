@@ -231,3 +231,6 @@ def _summary(output: Path, manifest: Manifest) -> str:
 
 
 main = partial(run_command, command)  # entry point of goc-export
+
+if __name__ == "__main__":
+    raise SystemExit(main())

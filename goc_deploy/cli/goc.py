@@ -61,3 +61,6 @@ def command() -> None:
 
 
 main = partial(run_command, command)  # entry point of goc and of ``python -m goc_deploy``
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -233,3 +233,6 @@ def _build(engine_dir: Path, engines: EngineRequest) -> None:
 
 
 main = partial(run_command, command)  # entry point of goc-plan
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -231,3 +231,6 @@ def _summary(result: RunResult) -> Iterator[str]:
 
 
 main = partial(run_command, command)  # entry point of goc-run
+
+if __name__ == "__main__":
+    raise SystemExit(main())

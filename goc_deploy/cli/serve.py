@@ -121,3 +121,6 @@ def _write_repository(repository: Path, options: ServeOptions) -> None:
 
 
 main = partial(run_command, command)  # entry point of goc-serve
+
+if __name__ == "__main__":
+    raise SystemExit(main())

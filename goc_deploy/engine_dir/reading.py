@@ -36,17 +36,8 @@ def check_target(directory: Path, *, force: bool) -> None:
         ConflictError: ``directory`` exists and is not an engine directory, or it is one and
             ``force`` is off.
     """
-    if not os.path.lexists(directory):
+    if not holds_engine(directory):
         return
-    if not directory.is_dir() or directory.is_symlink():
-        raise ConflictError(f"{directory} exists and is not a directory; choose another output")
-    if not any(directory.iterdir()):
-        return
-    if not _is_ours(directory):
-        raise ConflictError(
-            f"{directory} exists and is not an engine directory that can be replaced; choose "
-            "another output"
-        )
     if not force:
         raise ConflictError(
             f"{directory} already holds another engine; use `force=True` to replace it, "
@@ -59,6 +50,26 @@ def check_target(directory: Path, *, force: bool) -> None:
             f"{directory} holds {foreign[0]!r}{others}, which no export wrote; move them "
             "away before you use `force=True`, or choose another output"
         )
+
+
+def holds_engine(directory: Path) -> bool:
+    """Whether an engine directory is there; False if nothing or an empty folder is.
+
+    Raises:
+        ConflictError: something else is there.
+    """
+    if not os.path.lexists(directory):
+        return False
+    if not directory.is_dir() or directory.is_symlink():
+        raise ConflictError(f"{directory} exists and is not a directory; choose another output")
+    if not any(directory.iterdir()):
+        return False
+    if not _is_ours(directory):
+        raise ConflictError(
+            f"{directory} exists and is not an engine directory that can be replaced; choose "
+            "another output"
+        )
+    return True
 
 
 def _is_ours(directory: Path) -> bool:

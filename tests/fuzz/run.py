@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.fuzz.engine_kinds import EngineMutants, Trial
+from tests.fuzz.family_kinds import family_trials
 from tests.fuzz.input_kinds import input_trials
 from tests.fuzz.workers import Tally, tried
 
@@ -43,17 +44,32 @@ RARITY = {  # kinds whose mutants take milliseconds are tried at one seed in so 
     "tokenizer": 1,
     "tokenizer of a folder": 1,
     "sentencepiece": 1,
+    "head": 1,
+    "plan with a head": 2,
     "schedule file": 1,
     "prompts": 1,
     "spec": 1,
     "sampler": 1,
+    "family config": 2,
+    "video vae config": 1,
+    "clip config": 1,
+    "clip tokenizer": 2,
+    "smoothcache file": 1,
+    "lora": 2,
+    "prompt embeds": 1,
+    "plan of two streams": 2,
+    "plan of two sets": 2,
+    "manifest of families": 2,
+    "picture": 1,
+    "shard job": 1,
 }
 REPORT_SECONDS = 30.0
 
 
 def trials(engine: Path, folder: Path) -> dict[str, Trial]:
     """Kind of file -> a function that makes a mutant of it and uses it."""
-    return {**EngineMutants(engine, folder).trials(), **input_trials(folder)}
+    made = EngineMutants(engine, folder).trials()
+    return {**made, **input_trials(folder), **family_trials(folder / "families")}
 
 
 def main() -> int:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -68,3 +69,23 @@ def test_pictures_of_something_else_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x" / "0001.png").write_bytes(b"half")
     with pytest.raises(ConflictError, match=r"0001.png cannot be read"):
         finished_pictures(tmp_path / "x", RECORDS)
+
+
+@pytest.mark.parametrize(
+    ("place", "damage"),
+    [
+        (slice(8, 12), bytes(4)),  # length of the first chunk
+        (slice(16, 24), b"\x00\x0f\xff\xff" * 2),  # width and height
+        (slice(0, 8), b"no image"),
+    ],
+)
+def test_a_damaged_picture_is_refused(place: slice, damage: bytes, tmp_path: Path) -> None:
+    with PictureFiles(tmp_path / "series", [0], [{"seed": 1}]) as files:
+        files.add(0, np.zeros((1, 4, 4, 1), np.uint8))
+    path = tmp_path / "series" / "0000.png"
+    content = bytearray(path.read_bytes())
+    content[place] = damage
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    path.write_bytes(content)
+    with pytest.raises(ConflictError, match=r"0000.png cannot be read \(.*remove it, and run"):
+        finished_pictures(tmp_path / "series", [{"seed": 1}])

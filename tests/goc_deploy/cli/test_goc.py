@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -67,3 +68,15 @@ def test_tests_run_the_module_where_no_command_is_installed(
     assert command_words("goc-run") == [sys.executable, "-m", "goc_deploy", "run"]
     done: subprocess.CompletedProcess[str] = command("goc-run", "--help", cwd=tmp_path)
     assert done.stdout.startswith("Usage: goc run")
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_module_of_a_command_runs_it(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"goc-{name}", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"goc_deploy.cli.{name}", run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"Usage: goc-{name} ")

@@ -33,6 +33,7 @@ from goc_deploy.policies.calibration import CalibrationOptions
 from goc_deploy.policies.grammar import parse_policy
 from goc_deploy.policies.resolve import schedule_from_policy
 from goc_deploy.policies.tables import BASES, CORRECTIONS
+from goc_deploy.samplers.flows import FLOW_SAMPLERS
 from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec
 from tests.pixart_reference import SPEC as PIXART
@@ -76,12 +77,14 @@ SMALL: dict[str, dict[str, Any]] = {
     "flux2": {"size": (32, 32)},
     "z-image": {"size": (16, 8)},
 }
+# Both solvers of flows run on SiT and Wan. The others have the same steps, and run the one of their
+# pipelines: a cell of this matrix takes about 8 s.
 SAMPLERS = {
     "dit": ("ddim", "dpm++", "ddpm"),
     "pixart": ("ddim", "dpm++", "ddpm"),
     "pixart-sigma": ("dpm++",),
     "sd3": ("euler",),
-    "sit": ("euler",),
+    "sit": ("euler", "unipc"),
     "wan": ("euler", "unipc@shift=3"),
     "qwen-image": ("euler",),
     "flux": ("euler",),
@@ -162,6 +165,8 @@ def test_the_matrix_has_every_architecture_base_and_correction() -> None:
     assert SPECS.keys() == SAMPLERS.keys() == ARCHITECTURES.keys()
     assert BASE_ARGUMENTS.keys() == BASES.keys()
     assert CORRECTION_ARGUMENTS.keys() == CORRECTIONS.keys()
+    families = {name.partition("@")[0] for names in SAMPLERS.values() for name in names}
+    assert families == {"ddim", "dpm++", "ddpm", *FLOW_SAMPLERS}
 
 
 @pytest.mark.parametrize(
