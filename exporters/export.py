@@ -34,6 +34,7 @@ from goc_deploy.exporters.checkpoint import (
     check_values,
     load_checkpoint,
     of_diffusion_model,
+    of_float8,
 )
 from goc_deploy.exporters.companions.attach import Companions, read_companions, write_companions
 from goc_deploy.exporters.graphs.plan_files import write_plan
@@ -49,6 +50,7 @@ from goc_deploy.exporters.lora.reading import Lora, digest_of_merge, read_loras
 from goc_deploy.exporters.model_folder import FolderModel, read_model_folder
 from goc_deploy.exporters.quantize.calibrated import Quantizer
 from goc_deploy.exporters.quantize.selection import check_calibrated, weight_formats
+from goc_deploy.exporters.quantized_files import ScaledTensors
 from goc_deploy.exporters.router import router_probabilities
 from goc_deploy.exporters.sample_sizes import spec_for_sizes
 from goc_deploy.exporters.schedulers import table_from_sampler
@@ -135,10 +137,11 @@ def export_checkpoint(
     for of_set in split_sets(checkpoint.tensors) if spec.boundary else [checkpoint.tensors]:
         architecture.check_tensors(of_set, spec)
     loras = read_loras(options.loras, checkpoint.tensors, spec, architecture)
-    tensors = MergedTensors(checkpoint.tensors, [a for lora in loras for a in lora.additions])
+    scaled = ScaledTensors(checkpoint.tensors, checkpoint.scales)
+    tensors = MergedTensors(scaled, [a for lora in loras for a in lora.additions])
     companions = read_companions(options, spec)
     spec, pixels = companions.scaled(spec)
-    spec = spec_for_sizes(spec, checkpoint.tensors, architecture, options, pixels)
+    spec = spec_for_sizes(spec, tensors, architecture, options, pixels)
     if spec.text_conditional:
         spec = replace(spec, choices=companions.labels)
     calibrates = options.precision != "bf16" and spec.choices > 0 and not spec.boundary
@@ -189,7 +192,7 @@ def _read(path: Path, options: ExportOptions) -> FolderModel:
         )
     if not os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
         whole = load_checkpoint(path, options.weights)
-        checkpoint, spec = _recognise(of_diffusion_model(whole), options)
+        checkpoint, spec = _recognise(of_float8(of_diffusion_model(whole)), options)
         return FolderModel(
             checkpoint,
             replace(spec, prediction_type=options.prediction or spec.prediction_type),
@@ -220,7 +223,8 @@ def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> tuple[Checkpoi
         matches = architecture.matches(list(tensors))
         if options.model == name or (options.model == "auto" and matches):
             spec = architecture.spec_from_tensors(tensors, options.num_heads)
-            return replace(checkpoint, tensors=tensors), spec
+            scales = architecture.in_public_layout(checkpoint.scales)
+            return replace(checkpoint, tensors=tensors, scales=scales), spec
     raise ModelError(
         f"{checkpoint.path} is not a model that this version knows ({', '.join(ARCHITECTURES)}); "
         f"it has tensors such as {', '.join(names[:3])}"
