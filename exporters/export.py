@@ -48,7 +48,9 @@ from goc_deploy.exporters.hub import folder_from_hub, hub_id
 from goc_deploy.exporters.lora.merging import MergedTensors
 from goc_deploy.exporters.lora.reading import Lora, digest_of_merge, read_loras
 from goc_deploy.exporters.model_folder import FolderModel, read_model_folder
+from goc_deploy.exporters.quantize.bounded import check_bounded, keep_within
 from goc_deploy.exporters.quantize.calibrated import Quantizer
+from goc_deploy.exporters.quantize.originals import Originals
 from goc_deploy.exporters.quantize.selection import check_calibrated, weight_formats
 from goc_deploy.exporters.quantized_files import ScaledTensors
 from goc_deploy.exporters.router import router_probabilities
@@ -62,6 +64,7 @@ from goc_deploy.policies.calibration import (
     CalibrationOptions,
     Laboratory,
     ObservingLaboratory,
+    Trials,
     check_options,
     default_images,
 )
@@ -157,6 +160,8 @@ def export_checkpoint(
     plans = _compile_plans(spec, process, options)
     check_options(_calibration(spec, options))
     check_calibrated(formats, options.precision, choices=spec.choices)
+    if options.max_error is not None:
+        check_bounded(options, spec, formats)
     provenance = _provenance(model, name, loras, companions, options)
     with directory_lock(output):
         present = _same_engine(output, provenance)
@@ -166,7 +171,8 @@ def export_checkpoint(
         _check_checkpoints(output, (checkpoint, *companions.checkpoints), options.precision)
         with staged(output) as stage:
             by_weights = {n: f for n, f in formats.items() if f not in CALIBRATED_FORMATS}
-            writer = UnitWriter(stage, backend, progress, by_weights)
+            originals = None if options.max_error is None else Originals(stage)
+            writer = UnitWriter(stage, backend, progress, by_weights, originals)
             kinds = architecture.graph_kinds(spec, options.precision)
             kinds = with_second_set(kinds) if spec.boundary else kinds
             units = writer.write(kinds, tensors, options.precision)
@@ -175,11 +181,14 @@ def export_checkpoint(
             bare = write_companions(companions, bare, options, writer)
             entries = tuple(lora.entry for lora in loras)
             bare = replace(bare, files=files_below(stage), loras=entries)
-            compiled = _calibrated(stage, bare, plans, options, make_laboratory)
+            precise = bare if originals is None else originals.manifest(bare, ())
+            compiled = _calibrated(stage, precise, plans, options, make_laboratory)
             calibrated = {n: f for n, f in formats.items() if f in CALIBRATED_FORMATS}
             if calibrated:
-                quantizer = Quantizer(stage, bare, calibrated, backend, progress)
+                quantizer = Quantizer(stage, bare, calibrated, backend, progress, originals)
                 bare = _quantized(quantizer, compiled, options, make_laboratory)
+            if originals is not None:
+                bare = _within_bound(bare, originals, compiled, options, make_laboratory, progress)
             manifest = _write_plans(stage, bare, compiled)
     return manifest, True
 
@@ -411,6 +420,30 @@ def _quantized(
         "plans": [plan.name for plan in plans],
         "units": chosen,
     }
+    return replace(manifest, provenance={**manifest.provenance, QUANTIZATION: record})
+
+
+def _within_bound(
+    manifest: Manifest,
+    originals: Originals,
+    plans: Sequence[Plan],
+    options: ExportOptions,
+    make_laboratory: LaboratoryMaker,
+    progress: Progress,
+) -> Manifest:
+    """Keep units in the precision until the plans are within ``max_error``; record the choice."""
+    assert options.max_error is not None
+    images = _calibration(manifest.model, options)
+    sampler = _sampler(manifest.process, options)
+
+    def trials(directory: EngineDir) -> Trials:
+        return make_laboratory(directory, sampler, images).trials()
+
+    manifest, budget = keep_within(
+        options.max_error, manifest, originals, plans, trials, images, progress
+    )
+    record = {**asdict(images), "sampler": sampler, **manifest.provenance.get(QUANTIZATION, {})}
+    record["budget"] = asdict(budget)
     return replace(manifest, provenance={**manifest.provenance, QUANTIZATION: record})
 
 

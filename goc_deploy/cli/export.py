@@ -82,6 +82,14 @@ DEFAULTS = ExportOptions()
     "or a name such as block_03, block_03_mlp or *_attn.",
 )
 @click.option(
+    "--max-error",
+    type=click.FloatRange(0, min_open=True),
+    metavar="BOUND",
+    help="Largest relative L2 of the final latents of every plan to no cache in the precision, on "
+    "the calibration images. Units are measured one by one, and as many as fit are quantised.  "
+    "[default: all units are quantised]",
+)
+@click.option(
     "--max-batch",
     type=click.IntRange(1, 1024),
     default=DEFAULTS.max_batch,
