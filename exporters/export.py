@@ -51,7 +51,7 @@ from goc_deploy.exporters.model_folder import FolderModel, read_model_folder
 from goc_deploy.exporters.quantize.bounded import check_bounded, keep_within
 from goc_deploy.exporters.quantize.calibrated import Quantizer
 from goc_deploy.exporters.quantize.originals import Originals
-from goc_deploy.exporters.quantize.selection import check_calibrated, weight_formats
+from goc_deploy.exporters.quantize.selection import check_calibrated, patterns_of, weight_formats
 from goc_deploy.exporters.quantized_files import ScaledTensors
 from goc_deploy.exporters.router import router_probabilities
 from goc_deploy.exporters.sample_sizes import spec_for_sizes
@@ -154,7 +154,12 @@ def export_checkpoint(
         cfg_scale=cfg_scale_of(options.cfg_scale, spec),
     )
     process = Process(spec.prediction_type, model.scheduler, spec.tokens)
-    formats = weight_formats(spec.unit_names, options.quantize, options.quantize_exclude)
+    excluded = options.quantize_exclude
+    if options.quantize is not None:
+        # A bound measures what the defaults only suppose.
+        format_of_defaults = options.quantize if options.max_error is None else None
+        excluded = patterns_of(excluded, format_of_defaults, spec.architecture, spec.unit_names)
+    formats = weight_formats(spec.unit_names, options.quantize, excluded)
     if spec.boundary:
         formats |= {f"{SECOND_SET}{name}": of_unit for name, of_unit in formats.items()}
     plans = _compile_plans(spec, process, options)
