@@ -30,9 +30,9 @@ class Originals:
         folder = self.stage / FOLDER
         folder.mkdir(exist_ok=True)
         assert unit.weights_file is not None
+        # The graph names its weights by their file name, so both keep theirs side by side.
         shutil.copyfile(self.stage / unit.onnx, folder / f"{unit.name}.onnx")
-        # The graph names its weights by their file name, and they are replaced, not changed.
-        os.link(self.stage / unit.weights_file, folder / f"{unit.name}.weights")
+        shutil.copyfile(self.stage / unit.weights_file, folder / f"{unit.name}.weights")
         self._kept[unit.name] = unit
 
     def saved_bytes(self) -> dict[str, int]:
