@@ -17,7 +17,7 @@ import stat
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,13 @@ import torch
 from torch import Tensor
 
 from goc_deploy.errors import ModelError, SafetyError
+from goc_deploy.exporters.quantized_files import (
+    FLOAT8,
+    check_not_quantized,
+    is_marker,
+    refusal,
+    with_scales,
+)
 from goc_deploy.options import CheckpointWeights
 
 PREFIXES = ("module.", "_orig_mod.")
@@ -49,12 +56,15 @@ class Checkpoint:
         tensors: name -> tensor, without wrapper prefixes.
         weight_set: the set of weights that was selected: ``ema``, ``model`` or ``plain``.
         files: the files that were read, in a fixed order.
+        scales: scales of all tensors, if some of them are float8: what 1 of their values stands
+            for.
     """
 
     path: Path
     tensors: Mapping[str, Tensor]
     weight_set: str
     files: tuple[Path, ...]
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def sha256(self) -> str:
@@ -106,7 +116,12 @@ def load_checkpoint(path: Path, weight_set: CheckpointWeights = "auto") -> Check
         tensors[_without_prefix(name)] = value
     if not tensors:
         raise ModelError(f"{path} holds no tensors; {_SAVE_HINT}")
-    odd = [name for name, tensor in tensors.items() if not _is_plain(tensor)]
+    check_not_quantized(tensors, str(path))
+    odd = [
+        name
+        for name, tensor in tensors.items()
+        if not _is_plain(tensor) and not (is_marker(name) and tensor.numel() == 0)
+    ]
     if odd:
         raise ModelError(
             f"{path}: no plain tensor with values in memory: {_some(odd)}; {_SAVE_HINT}"
@@ -137,6 +152,16 @@ def of_diffusion_model(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, tensors=tensors) if tensors else checkpoint
 
 
+def of_float8(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint whose float8 weights have their scales apart, see `with_scales`.
+
+    Raises:
+        ModelError: scales and weights do not fit together.
+    """
+    tensors, scales = with_scales(checkpoint.tensors, str(checkpoint.path))
+    return replace(checkpoint, tensors=tensors, scales=scales)
+
+
 def load_file(path: Path) -> Any:
     """Read the content of a torch or safetensors file; tensors are memory-mapped if possible.
 
@@ -161,7 +186,7 @@ def check_values(checkpoint: Checkpoint) -> None:
     odd = [
         f"{n} ({str(t.dtype).removeprefix('torch.')})"
         for n, t in checkpoint.tensors.items()
-        if t.dtype not in FLOATING
+        if t.dtype not in FLOATING and not (t.dtype in FLOAT8 and n in checkpoint.scales)
     ]
     if odd:
         raise ModelError(
@@ -184,7 +209,8 @@ def _is_plain(tensor: Tensor) -> bool:
 def _all_finite(tensor: Tensor) -> bool:
     """Check a tensor in pieces, so that a memory-mapped tensor is never copied as a whole."""
     return all(
-        bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.reshape(-1), 2**22)
+        bool(torch.isfinite(piece.float() if piece.dtype in FLOAT8 else piece).all())
+        for piece in torch.split(tensor.reshape(-1), 2**22)
     )
 
 
@@ -231,6 +257,8 @@ def _load_torch(path: Path, head: bytes) -> Any:
     is_zip = head.startswith(b"PK")
     if is_zip:
         _check_zip(path)
+    elif head.startswith(b"GGUF"):
+        raise refusal(str(path), "GGUF", "by its first bytes")
     elif not head.startswith(b"\x80"):
         raise ModelError(f"{path} is neither a torch checkpoint nor safetensors; {_SAVE_HINT}")
     try:

@@ -34,6 +34,7 @@ from goc_deploy.exporters.checkpoint import (
     check_values,
     load_checkpoint,
     of_diffusion_model,
+    of_float8,
 )
 from goc_deploy.exporters.companions.attach import Companions, read_companions, write_companions
 from goc_deploy.exporters.graphs.plan_files import write_plan
@@ -47,8 +48,11 @@ from goc_deploy.exporters.hub import folder_from_hub, hub_id
 from goc_deploy.exporters.lora.merging import MergedTensors
 from goc_deploy.exporters.lora.reading import Lora, digest_of_merge, read_loras
 from goc_deploy.exporters.model_folder import FolderModel, read_model_folder
+from goc_deploy.exporters.quantize.bounded import check_bounded, keep_within
 from goc_deploy.exporters.quantize.calibrated import Quantizer
-from goc_deploy.exporters.quantize.selection import check_calibrated, weight_formats
+from goc_deploy.exporters.quantize.originals import Originals
+from goc_deploy.exporters.quantize.selection import check_calibrated, patterns_of, weight_formats
+from goc_deploy.exporters.quantized_files import ScaledTensors
 from goc_deploy.exporters.router import router_probabilities
 from goc_deploy.exporters.sample_sizes import spec_for_sizes
 from goc_deploy.exporters.schedulers import table_from_sampler
@@ -60,6 +64,7 @@ from goc_deploy.policies.calibration import (
     CalibrationOptions,
     Laboratory,
     ObservingLaboratory,
+    Trials,
     check_options,
     default_images,
 )
@@ -135,10 +140,11 @@ def export_checkpoint(
     for of_set in split_sets(checkpoint.tensors) if spec.boundary else [checkpoint.tensors]:
         architecture.check_tensors(of_set, spec)
     loras = read_loras(options.loras, checkpoint.tensors, spec, architecture)
-    tensors = MergedTensors(checkpoint.tensors, [a for lora in loras for a in lora.additions])
+    scaled = ScaledTensors(checkpoint.tensors, checkpoint.scales)
+    tensors = MergedTensors(scaled, [a for lora in loras for a in lora.additions])
     companions = read_companions(options, spec)
     spec, pixels = companions.scaled(spec)
-    spec = spec_for_sizes(spec, checkpoint.tensors, architecture, options, pixels)
+    spec = spec_for_sizes(spec, tensors, architecture, options, pixels)
     if spec.text_conditional:
         spec = replace(spec, choices=companions.labels)
     calibrates = options.precision != "bf16" and spec.choices > 0 and not spec.boundary
@@ -148,12 +154,19 @@ def export_checkpoint(
         cfg_scale=cfg_scale_of(options.cfg_scale, spec),
     )
     process = Process(spec.prediction_type, model.scheduler, spec.tokens)
-    formats = weight_formats(spec.unit_names, options.quantize, options.quantize_exclude)
+    excluded = options.quantize_exclude
+    if options.quantize is not None:
+        # A bound measures what the defaults only suppose.
+        format_of_defaults = options.quantize if options.max_error is None else None
+        excluded = patterns_of(excluded, format_of_defaults, spec.architecture, spec.unit_names)
+    formats = weight_formats(spec.unit_names, options.quantize, excluded)
     if spec.boundary:
         formats |= {f"{SECOND_SET}{name}": of_unit for name, of_unit in formats.items()}
     plans = _compile_plans(spec, process, options)
     check_options(_calibration(spec, options))
     check_calibrated(formats, options.precision, choices=spec.choices)
+    if options.max_error is not None:
+        check_bounded(options, spec, formats)
     provenance = _provenance(model, name, loras, companions, options)
     with directory_lock(output):
         present = _same_engine(output, provenance)
@@ -163,7 +176,8 @@ def export_checkpoint(
         _check_checkpoints(output, (checkpoint, *companions.checkpoints), options.precision)
         with staged(output) as stage:
             by_weights = {n: f for n, f in formats.items() if f not in CALIBRATED_FORMATS}
-            writer = UnitWriter(stage, backend, progress, by_weights)
+            originals = None if options.max_error is None else Originals(stage)
+            writer = UnitWriter(stage, backend, progress, by_weights, originals)
             kinds = architecture.graph_kinds(spec, options.precision)
             kinds = with_second_set(kinds) if spec.boundary else kinds
             units = writer.write(kinds, tensors, options.precision)
@@ -172,11 +186,14 @@ def export_checkpoint(
             bare = write_companions(companions, bare, options, writer)
             entries = tuple(lora.entry for lora in loras)
             bare = replace(bare, files=files_below(stage), loras=entries)
-            compiled = _calibrated(stage, bare, plans, options, make_laboratory)
+            precise = bare if originals is None else originals.manifest(bare, ())
+            compiled = _calibrated(stage, precise, plans, options, make_laboratory)
             calibrated = {n: f for n, f in formats.items() if f in CALIBRATED_FORMATS}
             if calibrated:
-                quantizer = Quantizer(stage, bare, calibrated, backend, progress)
+                quantizer = Quantizer(stage, bare, calibrated, backend, progress, originals)
                 bare = _quantized(quantizer, compiled, options, make_laboratory)
+            if originals is not None:
+                bare = _within_bound(bare, originals, compiled, options, make_laboratory, progress)
             manifest = _write_plans(stage, bare, compiled)
     return manifest, True
 
@@ -189,7 +206,7 @@ def _read(path: Path, options: ExportOptions) -> FolderModel:
         )
     if not os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
         whole = load_checkpoint(path, options.weights)
-        checkpoint, spec = _recognise(of_diffusion_model(whole), options)
+        checkpoint, spec = _recognise(of_float8(of_diffusion_model(whole)), options)
         return FolderModel(
             checkpoint,
             replace(spec, prediction_type=options.prediction or spec.prediction_type),
@@ -238,7 +255,8 @@ def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> tuple[Checkpoi
         matches = architecture.matches(list(tensors))
         if options.model == name or (options.model == "auto" and matches):
             spec = architecture.spec_from_tensors(tensors, options.num_heads)
-            return replace(checkpoint, tensors=tensors), spec
+            scales = architecture.in_public_layout(checkpoint.scales)
+            return replace(checkpoint, tensors=tensors, scales=scales), spec
     raise ModelError(
         f"{checkpoint.path} is not a model that this version knows ({', '.join(ARCHITECTURES)}); "
         f"it has tensors such as {', '.join(names[:3])}"
@@ -425,6 +443,30 @@ def _quantized(
         "plans": [plan.name for plan in plans],
         "units": chosen,
     }
+    return replace(manifest, provenance={**manifest.provenance, QUANTIZATION: record})
+
+
+def _within_bound(
+    manifest: Manifest,
+    originals: Originals,
+    plans: Sequence[Plan],
+    options: ExportOptions,
+    make_laboratory: LaboratoryMaker,
+    progress: Progress,
+) -> Manifest:
+    """Keep units in the precision until the plans are within ``max_error``; record the choice."""
+    assert options.max_error is not None
+    images = _calibration(manifest.model, options)
+    sampler = _sampler(manifest.process, options)
+
+    def trials(directory: EngineDir) -> Trials:
+        return make_laboratory(directory, sampler, images).trials()
+
+    manifest, budget = keep_within(
+        options.max_error, manifest, originals, plans, trials, images, progress
+    )
+    record = {**asdict(images), "sampler": sampler, **manifest.provenance.get(QUANTIZATION, {})}
+    record["budget"] = asdict(budget)
     return replace(manifest, provenance={**manifest.provenance, QUANTIZATION: record})
 
 

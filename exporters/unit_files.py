@@ -15,6 +15,7 @@ from goc_deploy.engine_dir.manifest import GraphEntry
 from goc_deploy.engine_dir.weights import mapped_weights
 from goc_deploy.exporters.lowering import Template, template_from_kind, write_copy
 from goc_deploy.exporters.quantize.copies import quantize_copy
+from goc_deploy.exporters.quantize.originals import Originals
 from goc_deploy.exporters.units import DTYPES, GraphKind
 from goc_deploy.exporters.verification import verify_copy, verify_quantized
 from goc_deploy.options import Progress
@@ -48,12 +49,14 @@ class UnitWriter:
         backend: runs the graphs that were written.
         progress: called with (what, done, total).
         weight_formats: name of a unit -> format of its quantised weights.
+        originals: keeps the units as they were before, or None.
     """
 
     stage: Path
     backend: Backend
     progress: Progress
     weight_formats: Mapping[str, WeightFormat] = field(default_factory=dict)
+    originals: Originals | None = None
 
     @_collecting_new_objects_only()
     def write(
@@ -94,6 +97,8 @@ class UnitWriter:
         wanted = self.weight_formats.get(unit.name)
         if wanted is None:
             return unit
+        if self.originals is not None:
+            self.originals.keep(unit)
         parameters = quantize_copy(where, unit.name, unit.parameters, unit.precision, wanted)
         error = verify_quantized(template, unit.name, parameters, where, self.backend, wanted)
         return replace(unit, parameters=parameters, relative_l2=error, weight_format=wanted)

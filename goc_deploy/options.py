@@ -44,7 +44,11 @@ class ExportOptions:
             run), ``int8+smooth`` (range is moved from activations to weights first), ``fp8`` (as
             ``int8`` with float8e4m3fn), or None, the precision.
         quantize_exclude: patterns of units whose weights keep the precision, such as ``first``,
-            ``last:2``, ``block_03`` or ``*_attn``.
+            ``last:2``, ``block_03`` or ``*_attn``. Empty takes the defaults of the family for
+            ``int8``, ``int8+smooth`` and ``fp8``; ``none`` excludes nothing.
+        max_error: largest relative L2 of the final latents of every plan to no cache in the
+            precision, on the calibration images: as many units as fit are quantised. None
+            quantises all.
         max_batch: largest number of images per batch.
         steps: number of sampling steps of the plans.
         sampler: sampler SPEC; None takes ``diffusers``, the scheduler of the model's folder.
@@ -88,6 +92,7 @@ class ExportOptions:
     precision: Precision = "fp32"
     quantize: WeightFormat | None = None
     quantize_exclude: tuple[str, ...] = ()
+    max_error: float | None = None
     max_batch: int = 16
     steps: int = 20
     sampler: str | None = None

@@ -22,6 +22,7 @@ from goc_deploy.exporters.quantize.copies import (
     quantize_copy,
     stored_values,
 )
+from goc_deploy.exporters.quantize.originals import Originals
 from goc_deploy.exporters.quantize.products import Product
 from goc_deploy.exporters.quantize.selection import block_of
 from goc_deploy.exporters.quantize.static import StaticInput, best_alpha, static_input
@@ -53,6 +54,7 @@ class Quantizer:
         formats: unit -> calibrated format.
         backend: runs the quantised units on what the units were seen to compute.
         progress: called with (what, done, total).
+        originals: keeps the units as they were before, or None.
     """
 
     stage: Path
@@ -60,6 +62,7 @@ class Quantizer:
     formats: Mapping[str, WeightFormat]
     backend: Backend
     progress: Progress
+    originals: Originals | None = None
 
     def quantize(
         self, plans: Sequence[Plan], make_laboratory: Callable[[EngineDir], ObservingLaboratory]
@@ -194,6 +197,8 @@ class Quantizer:
                 inputs = seen[unit.name][weight]
                 alpha = alphas[kind_of(unit.name), weight]
                 static[weight] = self._static(unit, product, inputs, matrix, alpha)
+            if self.originals is not None:
+                self.originals.keep(unit)
             written, wanted = self.stage / Path(unit.onnx).parent, self.formats[unit.name]
             parameters = quantize_copy(
                 written, unit.name, unit.parameters, unit.precision, wanted, static

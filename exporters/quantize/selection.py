@@ -9,6 +9,14 @@ from fnmatch import fnmatchcase
 from goc_deploy.errors import UsageError
 from goc_deploy.precision import CALIBRATED_FORMATS, WEIGHT_FORMATS, Precision, WeightFormat
 
+# Patterns of formats that quantise activations, for families whose first and last blocks are known
+# to be sensitive. Source: the presets for diffusers of NVIDIA's Model Optimizer.
+DEFAULT_EXCLUDED: Mapping[str, tuple[str, ...]] = {
+    "qwen-image": ("first:2", "last:2"),
+    "wan": ("first:3", "last:3"),
+}
+NOTHING = "none"  # the pattern that excludes nothing, also not by default
+
 _ENDS = re.compile(r"(first|last)(?::([1-9][0-9]{0,3}))?")
 _BLOCK = re.compile(r"block_[0-9]+")
 
@@ -36,6 +44,33 @@ def weight_formats(
             f"`quantize={quantize:.60}` is unknown; it is one of {', '.join(WEIGHT_FORMATS)}"
         )
     return dict.fromkeys(quantized_units(units, patterns), quantize)
+
+
+def patterns_of(
+    given: Sequence[str], quantize: WeightFormat | None, family: str, units: Sequence[str]
+) -> tuple[str, ...]:
+    """Return the patterns that are used: the given ones, or the default of a family.
+
+    A default that would exclude more than half of the blocks of a small model is not used.
+
+    Args:
+        given: patterns that the user gave; ``none`` alone is no pattern.
+        quantize: the format, or None for no defaults.
+        family: name of the architecture.
+        units: as for `quantized_units`.
+
+    Raises:
+        UsageError: ``none`` is given with other patterns.
+    """
+    if NOTHING in given and len(given) > 1:
+        raise UsageError(
+            f"`quantize_exclude={NOTHING}` excludes nothing, so it goes with no other pattern"
+        )
+    if given:
+        return () if NOTHING in given else tuple(given)
+    patterns = DEFAULT_EXCLUDED.get(family, ()) if quantize in CALIBRATED_FORMATS else ()
+    left = {block_of(unit) for unit in quantized_units(units, patterns)}
+    return patterns if 2 * len(left) >= len({block_of(unit) for unit in units}) else ()
 
 
 def check_calibrated(
@@ -96,8 +131,8 @@ def quantized_units(units: Sequence[str], patterns: Sequence[str]) -> tuple[str,
         if not matched:
             raise UsageError(
                 f"`quantize_exclude={pattern:.60}` matches none of the units {units[0]} to "
-                f"{units[-1]}; give first, last, first:N, last:N, or a pattern such as block_00, "
-                "block_03_mlp or *_attn"
+                f"{units[-1]}; give first, last, first:N, last:N, none, or a pattern such as "
+                "block_00, block_03_mlp or *_attn"
             )
         excluded.update(matched)
     return tuple(

@@ -55,6 +55,7 @@ def export(
     caption_tokens: int | None = EXPORT.caption_tokens,
     quantize: WeightFormat | None = EXPORT.quantize,
     quantize_exclude: Sequence[str] = EXPORT.quantize_exclude,
+    max_error: float | None = EXPORT.max_error,
     loras: Sequence[str | Path] = EXPORT.loras,
     reuse_engines: str | Path | None = EXPORT.reuse_engines,
     progress: Progress = no_progress,
@@ -106,7 +107,11 @@ def export(
             run), ``int8+smooth`` (range is moved from activations to weights first), ``fp8`` (as
             ``int8`` with float8e4m3fn), or None, the precision.
         quantize_exclude: patterns of units whose weights keep the precision, such as ``first``,
-            ``last:2`` or ``*_attn``.
+            ``last:2`` or ``*_attn``. Empty takes the defaults of the family for ``int8``,
+            ``int8+smooth`` and ``fp8``; ``none`` excludes nothing.
+        max_error: largest relative L2 of the final latents of every plan to no cache in the
+            precision, on the calibration images: as many units as fit are quantised. None
+            quantises all.
         loras: LoRAs to merge into the weights, ``FILE`` or ``FILE:SCALE`` each. FILE is a LoRA of
             diffusers, PEFT or kohya's sd-scripts, or the folder of one; SCALE is 1 without one.
         reuse_engines: engine directory with the same graphs and other weights, whose TensorRT
@@ -147,6 +152,7 @@ def export(
         caption_tokens=caption_tokens,
         quantize=quantize,
         quantize_exclude=tuple(quantize_exclude),
+        max_error=max_error,
         loras=tuple(map(str, loras)),
         reuse_engines=_path(reuse_engines),
     )

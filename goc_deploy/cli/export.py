@@ -79,7 +79,17 @@ DEFAULTS = ExportOptions()
     multiple=True,
     metavar="PATTERN",
     help="Units whose weights are not quantised, repeatable: first, last, first:N, last:N blocks, "
-    "or a name such as block_03, block_03_mlp or *_attn.",
+    "or a name such as block_03, block_03_mlp or *_attn; none excludes nothing.  "
+    "[default: nothing; with int8, int8+smooth and fp8 first:3 and last:3 of wan, first:2 and "
+    "last:2 of qwen-image]",
+)
+@click.option(
+    "--max-error",
+    type=click.FloatRange(0, min_open=True),
+    metavar="BOUND",
+    help="Largest relative L2 of the final latents of every plan to no cache in the precision, on "
+    "the calibration images. Units are measured one by one, and as many as fit are quantised.  "
+    "[default: all units are quantised]",
 )
 @click.option(
     "--max-batch",

@@ -198,6 +198,7 @@ def _show(engine_dir: Path, name: str, plot: Path | None, smoothcache: Path | No
 def _inspect(engine_dir: Path) -> None:
     """Print the units, the engines of each target, the memory of each plan, and its launches."""
     from goc_deploy.display.engines import (
+        budget_rows,
         engine_rows,
         graph_rows,
         launch_rows,
@@ -214,6 +215,9 @@ def _inspect(engine_dir: Path) -> None:
         print_table("LoRAs merged into the weights", *lora_rows(manifest))
     print_table("blocks", *unit_rows(manifest))
     print_table("units", *graph_rows(directory))
+    budget = budget_rows(manifest)
+    if budget is not None:
+        print_table(budget[0], *budget[1])
     for folder in target_folders(manifest):
         print_table(folder, *engine_rows(directory, folder))
     if any(plan.sampler.head is not None for plan in plans):

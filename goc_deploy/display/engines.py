@@ -37,6 +37,21 @@ def graph_rows(directory: EngineDir) -> Table:
     return ["unit", "graph kB", "weights MB", "format", "error to PyTorch", "engines"], rows
 
 
+def budget_rows(manifest: Manifest) -> tuple[str, Table] | None:
+    """Make a title and a row per unit of what ``max_error`` measured, or None without it."""
+    budget = manifest.provenance.get("quantization", {}).get("budget")
+    if budget is None:
+        return None
+    totals = ", ".join(
+        f"{plan} {error:.3g} (without quantization {budget['cached'][plan]:.3g})"
+        for plan, error in budget["total"].items()
+    )
+    title = f"quantization, bound {budget['bound']:.3g}: {totals}"
+    formats = {unit.name: unit.weight_format or unit.precision for unit in manifest.graphs}
+    rows = [[unit, f"{error:.1e}", formats[unit]] for unit, error in budget["alone"].items()]
+    return title, (["unit", f"error alone, plan {budget['judge']}", "format"], rows)
+
+
 def engine_rows(directory: EngineDir, folder: str) -> Table:
     """Make a row per engine of a target: its graphs, its memory, and the state of its file."""
     rows = [

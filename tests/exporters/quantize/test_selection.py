@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from goc_deploy.errors import UsageError
-from goc_deploy.exporters.quantize.selection import quantized_units
+from goc_deploy.exporters.quantize.selection import patterns_of, quantized_units
+from goc_deploy.precision import WeightFormat
 
 UNITS = tuple(f"block_{block:02d}_{branch}" for block in range(4) for branch in ("attn", "mlp"))
 
@@ -31,3 +32,34 @@ def test_patterns_exclude_units(patterns: tuple[str, ...], kept: tuple[str, ...]
 def test_a_pattern_that_matches_nothing_is_refused(pattern: str) -> None:
     with pytest.raises(UsageError, match=r"matches none of the units block_00_attn to block_03_ml"):
         quantized_units(UNITS, (pattern,))
+
+
+MANY = tuple(f"block_{block:02d}_attn" for block in range(12))
+
+
+@pytest.mark.parametrize(
+    ("given", "quantize", "family", "units", "used"),
+    [
+        ((), "int8", "wan", MANY, ("first:3", "last:3")),
+        ((), "fp8", "qwen-image", MANY, ("first:2", "last:2")),
+        ((), "int8+smooth", "dit", MANY, ()),
+        ((), "w8", "wan", MANY, ()),
+        ((), None, "wan", MANY, ()),
+        ((), "int8", "wan", MANY[:11], ()),
+        (("first",), "int8", "wan", MANY, ("first",)),
+        (("none",), "int8", "wan", MANY, ()),
+    ],
+)
+def test_sensitive_ends_of_large_models_are_left_out_by_default(
+    given: tuple[str, ...],
+    quantize: WeightFormat | None,
+    family: str,
+    units: tuple[str, ...],
+    used: tuple[str, ...],
+) -> None:
+    assert patterns_of(given, quantize, family, units) == used
+
+
+def test_none_with_other_patterns_is_refused() -> None:
+    with pytest.raises(UsageError, match="excludes nothing, so it goes with no other pattern"):
+        patterns_of(("none", "first"), "int8", "dit", UNITS)
