@@ -87,10 +87,24 @@ def template_from_kind(kind: GraphKind, dtype: torch.dtype) -> Template:
     program.model.graph.metadata_props.clear()
     for node in program.model.graph:
         node.metadata_props.clear()  # source paths of the exporting machine
+    _rename_apart(program.model.graph)
     if kind.weights_are_inputs:
         for name, _ in kind.module.named_parameters():
             program.model.graph.inputs.append(program.model.graph.initializers.pop(name))
     return Template(kind, program.model, dtype)
+
+
+def _rename_apart(graph: ir.Graph) -> None:
+    """Rename values that the graph computes and that have the name of one of its inputs.
+
+    torch names the computed values before inputs get their names, so that a unit with an input
+    ``cos`` may also compute a ``cos``.
+    """
+    names = {value.name for value in graph.inputs}
+    for number, node in enumerate(graph):
+        for value in node.outputs:
+            if value.name in names:
+                value.name = f"{value.name}_of_node_{number}"
 
 
 def _as_arguments(module: nn.Module, values: Sequence[Any]) -> tuple[Any, ...]:

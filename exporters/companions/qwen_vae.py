@@ -9,8 +9,10 @@ Source: Qwen Team, "Qwen-Image Technical Report", 2025, section 2.3.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +20,13 @@ from torch import Tensor, nn
 
 from goc_deploy.errors import ModelError
 from goc_deploy.exporters.checkpoint import Checkpoint
-from goc_deploy.exporters.companions.vae import read_decoder_weights
+from goc_deploy.exporters.companions.vae import read_decoder
 from goc_deploy.exporters.companions.wan_vae_config import (
     QWEN_VAE_CLASS,
     WanVaeConfig,
     wan_vae_config,
 )
 from goc_deploy.exporters.companions.wan_vae_model import Norm, PixelAttention, WanVaeDecoder
-from goc_deploy.exporters.folders import CONFIG, part_of_pipeline, read_json
-from goc_deploy.exporters.tracing import check_shapes, shapes_of
 from goc_deploy.spec import ModelSpec
 
 
@@ -46,29 +46,28 @@ def read_qwen_vae_folder(path: Path, spec: ModelSpec) -> QwenVae:
     """Read an AutoencoderKLQwenImage folder, or the ``vae`` folder of a pipeline.
 
     Raises:
-        ModelError: the folder is not such a folder, a setting is not supported, the weights are
-            missing, damaged, or do not fit the configuration, or the VAE does not fit the model.
-        SafetyError: an index names files outside the folder.
+        ModelError: the model draws videos, or see `read_decoder`.
+        SafetyError: see `read_decoder`.
     """
-    folder = part_of_pipeline(path, "vae", f"diffusers saved an {QWEN_VAE_CLASS} to")
-    where = f"{folder / CONFIG}"
     if spec.video:
         raise ModelError(f"{path} is a VAE of images, but the model draws videos; give its own VAE")
-    config = wan_vae_config(read_json(folder / CONFIG), where, QWEN_VAE_CLASS)
-    if config.is_residual or config.patch_size or config.decoder_base_dim:
+    config, checkpoint = read_decoder(path, spec, QWEN_VAE_CLASS, _config, WanVaeDecoder)
+    of_images = {
+        name: _of_images(name, tensor)
+        for name, tensor in checkpoint.tensors.items()
+        if ".time_conv." not in name
+    }
+    return QwenVae(config, replace(checkpoint, tensors=of_images))
+
+
+def _config(config: Mapping[str, Any], where: str) -> WanVaeConfig:
+    settings = wan_vae_config(config, where, QWEN_VAE_CLASS)
+    if settings.is_residual or settings.patch_size or settings.decoder_base_dim:
         raise ModelError(
             f"{where}: is_residual, patch_size and decoder_base_dim are settings of Wan 2.2, only "
             "the layers of Wan 2.1 are supported"
         )
-    files, tensors = read_decoder_weights(folder, config.z_dim, spec)
-    shapes = shapes_of(lambda: WanVaeDecoder(config))
-    check_shapes(tensors, shapes, f"the VAE decoder that {where} describes")
-    of_images = {
-        name: _of_images(name, tensor)
-        for name, tensor in tensors.items()
-        if ".time_conv." not in name
-    }
-    return QwenVae(config, Checkpoint(folder, of_images, "plain", (folder / CONFIG, *files)))
+    return settings
 
 
 def _of_images(name: str, tensor: Tensor) -> Tensor:

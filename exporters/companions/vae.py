@@ -10,11 +10,11 @@ section 3.1 and appendix E.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -133,8 +133,39 @@ class Vae:
         return VaeDecoder(self.config)
 
 
+class DecoderConfig(Protocol):
+    """What every configuration of a decoder has."""
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+
+
+ConfigT = TypeVar("ConfigT", bound=DecoderConfig)
+
+
 def read_vae_folder(path: Path, spec: ModelSpec) -> Vae:
-    """Read an AutoencoderKL folder, or the ``vae`` folder of a pipeline.
+    """Read an AutoencoderKL folder, or the ``vae`` folder of a pipeline; see `read_decoder`."""
+    return Vae(*read_decoder(path, spec, "AutoencoderKL", vae_config, VaeDecoder, _current))
+
+
+def read_decoder(
+    path: Path,
+    spec: ModelSpec,
+    saved: str,
+    config_from: Callable[[Mapping[str, Any], str], ConfigT],
+    make: Callable[[ConfigT], nn.Module],
+    current: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict,
+) -> tuple[ConfigT, Checkpoint]:
+    """Read the decoder of a VAE, and leave out the weights of its encoder.
+
+    Args:
+        path: the folder of the VAE, or of a pipeline.
+        spec: the model.
+        saved: the class that diffusers saved.
+        config_from: reads ``config.json``; the second argument names the file in messages.
+        make: makes the decoder, whose tensors must be those of the folder.
+        current: renames tensors of old files.
 
     Raises:
         ModelError: the folder is not such a folder, a setting is not supported, the weights are
@@ -142,47 +173,31 @@ def read_vae_folder(path: Path, spec: ModelSpec) -> Vae:
             not fit the model.
         SafetyError: an index names files outside the folder.
     """
-    folder = part_of_pipeline(path, "vae", "diffusers saved an AutoencoderKL to")
+    folder = part_of_pipeline(path, "vae", f"diffusers saved an {saved} to")
     where = f"{folder / CONFIG}"
-    config = vae_config(read_json(folder / CONFIG), where)
-    files, stored = read_decoder_weights(folder, config.latent_channels, spec)
+    config = config_from(read_json(folder / CONFIG), where)
+    if config.latent_channels != spec.channels:
+        raise ModelError(
+            f"{where}: the VAE decodes {config.latent_channels} channels but the model makes "
+            f"{spec.channels}; give the VAE that it was trained with"
+        )
+    files, stored = read_weights(folder)
+    tensors = current({name: t for name, t in stored.items() if not name.startswith(_ENCODER)})
+    check_shapes(
+        tensors, shapes_of(lambda: make(config)), f"the VAE decoder that {where} describes"
+    )
+    return config, Checkpoint(folder, tensors, "plain", (folder / CONFIG, *files))
+
+
+def _current(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under current names, with the shapes that `VaeDecoder` has."""
     tensors = {_current_name(name): tensor for name, tensor in stored.items()}
     for name, tensor in tensors.items():
         if _ATTENTION.fullmatch(name) and tensor.ndim == 4:
             tensors[name] = tensor.reshape(tensor.shape[:2])  # the oldest files have convolutions
         elif _NORM.fullmatch(name):
             tensors[name] = tensor.reshape(-1, 1, 1)
-    check_shapes(
-        tensors, shapes_of(lambda: VaeDecoder(config)), f"the VAE decoder that {where} describes"
-    )
-    return Vae(config, Checkpoint(folder, tensors, "plain", (folder / CONFIG, *files)))
-
-
-def read_decoder_weights(
-    folder: Path, channels: int, spec: ModelSpec
-) -> tuple[Sequence[Path], dict[str, Tensor]]:
-    """Read the weights of a VAE's decoder, and leave out those of its encoder.
-
-    Args:
-        folder: the folder of the VAE.
-        channels: channels of the latents that it decodes.
-        spec: the model.
-
-    Returns:
-        The files, and the tensors by name.
-
-    Raises:
-        ModelError: the number of channels does not fit the model, or the weights are missing or
-            damaged.
-        SafetyError: an index names files outside the folder.
-    """
-    if channels != spec.channels:
-        raise ModelError(
-            f"{folder / CONFIG}: the VAE decodes {channels} channels but the model makes "
-            f"{spec.channels}; give the VAE that it was trained with"
-        )
-    files, stored = read_weights(folder)
-    return files, {name: t for name, t in stored.items() if not name.startswith(_ENCODER)}
+    return tensors
 
 
 def vae_config(config: Mapping[str, Any], where: str) -> VaeConfig:

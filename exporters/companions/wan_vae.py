@@ -13,11 +13,14 @@ from pathlib import Path
 import torch
 
 from goc_deploy.exporters.checkpoint import Checkpoint
-from goc_deploy.exporters.companions.vae import OVERLAP_SHARE, read_decoder_weights
-from goc_deploy.exporters.companions.wan_vae_config import WanVaeConfig, wan_vae_config
+from goc_deploy.exporters.companions.vae import OVERLAP_SHARE, read_decoder
+from goc_deploy.exporters.companions.wan_vae_config import (
+    WAN_VAE_CLASS,
+    WanVaeConfig,
+    wan_vae_config,
+)
 from goc_deploy.exporters.companions.wan_vae_model import WanVaeDecoder, frame_caches
-from goc_deploy.exporters.folders import CONFIG, part_of_pipeline, read_json
-from goc_deploy.exporters.tracing import Examples, check_shapes, empty_module, same_names, shapes_of
+from goc_deploy.exporters.tracing import Examples, empty_module, same_names
 from goc_deploy.exporters.units import GraphKind, Input
 from goc_deploy.precision import Precision
 from goc_deploy.spec import ModelSpec, VideoDecoderSpec
@@ -36,24 +39,8 @@ class WanVae:
 
 
 def read_wan_vae_folder(path: Path, spec: ModelSpec) -> WanVae:
-    """Read an AutoencoderKLWan folder, or the ``vae`` folder of a pipeline.
-
-    Raises:
-        ModelError: the folder is not such a folder, a setting is not supported, the weights are
-            missing, damaged, or do not fit the configuration, or the number of latent channels does
-            not fit the model.
-        SafetyError: an index names files outside the folder.
-    """
-    folder = part_of_pipeline(path, "vae", "diffusers saved an AutoencoderKLWan to")
-    where = f"{folder / CONFIG}"
-    config = wan_vae_config(read_json(folder / CONFIG), where)
-    files, tensors = read_decoder_weights(folder, config.z_dim, spec)
-    check_shapes(
-        tensors,
-        shapes_of(lambda: WanVaeDecoder(config)),
-        f"the VAE decoder that {where} describes",
-    )
-    return WanVae(config, Checkpoint(folder, tensors, "plain", (folder / CONFIG, *files)))
+    """Read an AutoencoderKLWan folder, or the ``vae`` folder of a pipeline; see `read_decoder`."""
+    return WanVae(*read_decoder(path, spec, WAN_VAE_CLASS, wan_vae_config, WanVaeDecoder))
 
 
 def video_decoder_spec(config: WanVaeConfig, tile: int = 0) -> VideoDecoderSpec:

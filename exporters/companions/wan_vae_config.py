@@ -62,6 +62,11 @@ class WanVaeConfig(Struct, frozen=True):
     patch_size: Annotated[int, Meta(ge=1, le=8)] | None = None
 
     @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return self.z_dim
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """Channels of the middle block, then of each level."""
         base = self.decoder_base_dim or self.base_dim

@@ -122,3 +122,23 @@ class TwoProjections(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.first(x) + self.second(x).sin()
+
+
+def test_a_module_may_compute_a_value_with_the_name_of_an_input(tmp_path: Path) -> None:
+    module = empty_module(Cosine, torch.float32, torch.Generator().manual_seed(0))
+    inputs = tuple(Input(name, torch.ones(2, 16), {0: "rows"}) for name in ("cos", "x"))
+    kind = GraphKind("one", module, inputs, ("y",), {"one": same_names(module)})
+    template = template_from_kind(kind, torch.float32)
+    tensors = {"weight": torch.ones(16)}
+    parameters = write_copy(template, "one", tensors, tmp_path)
+    assert verify_copy(template, "one", parameters, tensors, tmp_path, OrtBackend()) < 1e-6
+
+
+class Cosine(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(16))
+
+    def forward(self, *given: torch.Tensor) -> torch.Tensor:
+        cos, x = given
+        return cos * x.cos() * self.weight
