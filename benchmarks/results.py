@@ -140,6 +140,7 @@ def make_tables(args: argparse.Namespace) -> dict[str, str]:
         Row("", "none", int(wanted["converged_steps"])),
         min(args.images, int(wanted["converged_images"])),
         tuple(wanted.get("metrics", ())),
+        str(wanted.get("rounded_from", "")),
     )
     args.numbers.mkdir(parents=True, exist_ok=True)
     shown = args.tables.split(",") if args.tables else list(tables)
@@ -192,7 +193,7 @@ def say(line: str) -> None:
 def measure(study: Study, row: Row) -> None:
     """Sample a row and write its numbers, unless they are there."""
     path, made_for = study.path(row), study.made_for()
-    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["made_for"] == made_for:
+    if path.exists() and study.shows(json.loads(path.read_text(encoding="utf-8"))["made_for"]):
         return
     samples = sampled(study, row, study.request.images)
     _, request = samples
@@ -270,7 +271,7 @@ def block(study: Study, title: str, rows: Sequence[Row]) -> str:
         for row in rows
         if study.path(row).exists()
     ]
-    found = [(row, numbers) for row, numbers in found if numbers["made_for"] == study.made_for()]
+    found = [(row, numbers) for row, numbers in found if study.shows(numbers["made_for"])]
     if not found:
         return f"### {title}\n\nNot measured yet.\n"
     times_path = study.numbers / TIMES

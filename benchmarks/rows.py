@@ -67,6 +67,8 @@ class Study:
         converged: no cache at many steps, of few images.
         converged_images: how many.
         metrics: keys of the only columns to show, or nothing for all.
+        rounded_from: SHA-256 of a checkpoint whose rounding to fewer bits the engine directory was
+            made from: its numbers are shown too. Nothing if there is none.
     """
 
     engine: Path
@@ -81,6 +83,7 @@ class Study:
     converged: Row
     converged_images: int
     metrics: tuple[str, ...]
+    rounded_from: str
 
     def path(self, row: Row) -> Path:
         """Where a row's numbers are."""
@@ -99,6 +102,11 @@ class Study:
             "calibration_images": self.calibration_images,
             "converged": [self.converged.steps, self.converged_images],
         }
+
+    def shows(self, made_for: Mapping[str, Any]) -> bool:
+        """Whether numbers that were made for this stand beside those of this study."""
+        expected = self.made_for()
+        return made_for in (expected, {**expected, "checkpoint_sha256": self.rounded_from})
 
 
 def contents_of(schedule: Schedule) -> dict[str, Any]:
