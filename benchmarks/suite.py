@@ -115,7 +115,7 @@ def measure(name: str, batch: int, args: argparse.Namespace, work_folder: Path) 
     with torch.device("meta"):
         model = DiT(spec)
     model.load_state_dict(dict(tensors), assign=True)
-    model.eval().requires_grad_(False)
+    model.float().eval().requires_grad_(False)
 
     plans, pipes = contenders.ours(folder / "engine", args.steps, batch, args.threads)
     makers: list[tuple[str, Callable[[], list[Contender]]]] = [

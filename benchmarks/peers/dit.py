@@ -27,7 +27,7 @@ def digits_dit(folder: Path, images: int, steps: int, plans: Sequence[str]) -> P
     with torch.device("meta"):
         model = DiT(spec)
     model.load_state_dict(dict(tensors), assign=True)
-    model.eval().requires_grad_(False)
+    model.float().eval().requires_grad_(False)
     engine = folder / "engine"
     goc_deploy.export(DIGITS, engine, num_heads=HEADS, plans=plans, steps=steps, max_batch=images)
     labels = tuple(i % spec.choices for i in range(images))

@@ -34,7 +34,8 @@ def digits_pixart(folder: Path, images: int, steps: int, plans: Sequence[str]) -
         CHECKPOINT, engine, num_heads=HEADS, plans=plans, steps=steps, max_batch=images
     )
     spec = EngineDir.open(engine).manifest.model
-    public = load_checkpoint(CHECKPOINT, "auto").tensors
+    stored = load_checkpoint(CHECKPOINT, "auto").tensors
+    public = {name: tensor.float() for name, tensor in stored.items()}
     weights, positions = pixart_state(public, spec), public["pos_embed"]
     arrays = encoded([PROMPTS[i % len(PROMPTS)] for i in range(images)], spec)
 
