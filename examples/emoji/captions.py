@@ -114,6 +114,11 @@ def random_prompt(captions: Captions, draw: random.Random) -> str:
     return draw.choice(TEMPLATES).format(text) if draw.random() < 0.75 else text
 
 
+def random_prompts(captions: Iterable[Captions], dropout: float, draw: random.Random) -> list[str]:
+    """A random prompt for each, or with the probability of ``dropout`` an empty one."""
+    return ["" if draw.random() < dropout else random_prompt(one, draw) for one in captions]
+
+
 def shared_words(captions: Iterable[Captions]) -> list[str]:
     """Words that training captions of several emoji have, sorted: they name none of them alone."""
     counts = Counter(

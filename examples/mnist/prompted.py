@@ -34,16 +34,7 @@ class PromptedPixArt(PublicLayout):
         for name, parameter in self.named_parameters():
             if name.endswith("scale_shift_table"):
                 nn.init.normal_(parameter, std=spec.hidden**-0.5)
-        self.text_encoder = T5Encoder(
-            t5_config(self.text_settings, "the example"), spec.caption_tokens
-        )
-        for name, parameter in self.text_encoder.named_parameters():
-            if parameter.ndim == 1:
-                nn.init.ones_(parameter)
-            else:
-                nn.init.normal_(
-                    parameter, std=1.0 if name == "shared.weight" else parameter.shape[1] ** -0.5
-                )
+        self.text_encoder = new_text_encoder(text, spec.caption_tokens)
 
     def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
         """The model output for samples (B, C, H, W), shaped like them.
@@ -85,6 +76,18 @@ class PromptedPixArt(PublicLayout):
     def _heads(self, rows: Tensor) -> Tensor:
         """(B, T, D) to (B, heads, T, D / heads)."""
         return rows.unflatten(-1, (self.spec.heads, -1)).transpose(1, 2)
+
+
+def new_text_encoder(text: Mapping[str, Any], tokens: int) -> T5Encoder:
+    """A text encoder with the weights that a run starts from."""
+    encoder = T5Encoder(t5_config(text, "the example"), tokens)
+    for name, parameter in encoder.named_parameters():
+        if parameter.ndim == 1:
+            nn.init.ones_(parameter)
+        else:
+            std = 1.0 if name == "shared.weight" else parameter.shape[1] ** -0.5
+            nn.init.normal_(parameter, std=std)
+    return encoder
 
 
 def attention(queries: Tensor, keys: Tensor, values: Tensor, kept: Tensor | None = None) -> Tensor:

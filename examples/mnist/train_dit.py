@@ -12,27 +12,15 @@ averaged weights, which goc-export reads.
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from autoencoder import encoded
-from resumable import (
-    CHECKPOINT,
-    descend,
-    parsed,
-    restore,
-    resumable_parser,
-    run,
-    start,
-    state_of,
-    write_state,
-)
+from resumable import ResumableTraining, parsed, resumable_parser
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from training import HERE, Optimizer, initialise, load_digits, noise_losses, save, signal_levels
+from training import HERE, initialise, load_digits, noise_losses, save, signal_levels
 
 from goc_deploy.exporters.architectures.dit_model import DiT
 from goc_deploy.spec import ModelSpec
@@ -63,42 +51,26 @@ class TrainedDiT(DiT):
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
 
 
-class Training:
-    """The whole state of a training."""
+class Training(ResumableTraining):
+    """Of a DiT that learns to predict the noise of digits."""
 
     def __init__(
         self, args: argparse.Namespace, spec: ModelSpec, images: Tensor, labels: Tensor
     ) -> None:
-        self.args, self.images, self.labels = args, images, labels
         torch.manual_seed(args.seed)
-        self.model = TrainedDiT(spec)
-        self.average = copy.deepcopy(self.model)
-        self.optimizer = Optimizer(self.model, args.adam_rate, args.muon_rate, args.bf16)
-        self.predict = torch.compile(self.model) if args.compile else self.model
-        self.predict.null_condition = self.model.null_condition
-        self.alphas, self.step = signal_levels(), 0
+        super().__init__(args, TrainedDiT(spec))
+        self.images, self.labels, self.alphas = images, labels, signal_levels()
 
-    def take_step(self, factor: float) -> float:
-        """One update at this factor of the learning rates; returns the loss."""
+    def loss(self) -> Tensor:
+        """The weighted loss of a random batch."""
         chosen = torch.randint(len(self.images), (self.args.batch,))
-        with (
-            torch.autocast("cpu", torch.bfloat16, enabled=self.args.bf16),
-            sdpa_kernel(SDPBackend.MATH),  # the fused attention is slow on few tokens
-        ):
-            loss, _ = noise_losses(
-                self.predict, self.images[chosen], self.labels[chosen], self.alphas
-            )
-        return descend(self, loss, factor)
+        null = self.model.null_condition
+        given = self.images[chosen], self.labels[chosen]
+        return noise_losses(self.predict, null, *given, self.alphas)[0]
 
-    def save(self) -> None:
-        """Write the whole state, and the averaged weights for goc-export."""
-        write_state(state_of(self), self.args.folder / CHECKPOINT)
+    def write_weights(self) -> None:
+        """Write the averaged weights for goc-export."""
         save(self.average.state_dict(), self.args.folder / WEIGHTS)
-
-    def restore(self) -> None:
-        """Go on from the checkpoint."""
-        restore(self, torch.load(self.args.folder / CHECKPOINT, weights_only=True))
-        torch.manual_seed(self.args.seed + self.step)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,8 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.vae:
         images = encoded(args.vae, images)
     training = Training(args, LATENTS if args.vae else PIXELS, images, labels)
-    start(training)
-    run(training, "images")
+    training.start()
+    training.run("images")
     return 0
 
 

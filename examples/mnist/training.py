@@ -26,11 +26,8 @@ CONDITION_DROPOUT = 0.1
 WARMUP_STEPS = 100
 GRADIENT_NORM = 1.0
 MOMENTUM = 0.95
-MODULATION = (
-    "adaLN_modulation",
-    ".norm1.",
-    ".norm1_context.",
-)  # layers that make shifts and scales
+# Layers that make shifts and scales.
+MODULATION = ("adaLN_modulation", ".norm1.", ".norm1_context.")
 ORTHOGONAL_STEPS = 5
 ORTHOGONAL_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -84,7 +81,11 @@ def spread_timesteps(batch: int) -> Tensor:
 
 
 def noise_losses(
-    model: nn.Module, images: Tensor, conditions: Tensor, alphas: Tensor
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor],
+    null_condition: int,
+    images: Tensor,
+    conditions: Tensor,
+    alphas: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Weighted loss to minimise and plain mean squared error of the predicted noise, for one batch.
 
@@ -98,10 +99,24 @@ def noise_losses(
         alpha.sqrt()[:, None, None, None] * images + (1 - alpha).sqrt()[:, None, None, None] * noise
     )
     dropped = torch.rand(len(conditions)) < CONDITION_DROPOUT
-    conditions = torch.where(dropped, torch.full_like(conditions, model.null_condition), conditions)
-    errors: Tensor = (model(noisy, t.float(), conditions) - noise).square().mean(dim=(1, 2, 3))
+    conditions = torch.where(dropped, torch.full_like(conditions, null_condition), conditions)
+    errors: Tensor = (predict(noisy, t.float(), conditions) - noise).square().mean(dim=(1, 2, 3))
     snr = alpha / (1 - alpha)
     return (errors * snr.clamp(max=SNR_CAP) / snr).mean(), errors.mean().detach()
+
+
+def flow_batch(clean: Tensor, shift: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy samples of a flow, their timesteps (N,), and the velocities that a model learns.
+
+    Args:
+        clean: samples (N, ...).
+        shift: larger numbers make more of the batch noisy.
+    """
+    even = (torch.arange(len(clean)) + torch.rand(len(clean))) / len(clean)
+    sigma = shift * even / (1 + (shift - 1) * even)
+    noise = torch.randn_like(clean)
+    weight = sigma.reshape(-1, *(1,) * (clean.ndim - 1))
+    return (1 - weight) * clean + weight * noise, TRAIN_TIMESTEPS * sigma, noise - clean
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
@@ -299,7 +314,9 @@ def train_denoiser(
 
     def step_losses(step: int, factor: float) -> dict[str, float]:
         chosen = next(order)
-        loss, mse = noise_losses(model, images[chosen], conditions(labels[chosen]), alphas)
+        loss, mse = noise_losses(
+            model, model.null_condition, images[chosen], conditions(labels[chosen]), alphas
+        )
         model.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)

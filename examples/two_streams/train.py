@@ -13,36 +13,24 @@ that of the emoji example and stays as it is.
 from __future__ import annotations
 
 import argparse
-import copy
-import json
-import random
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from prompts import EMOJI, Prompts
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # isort: split
-from captions import random_prompt, read_captions
-from resumable import (
-    CHECKPOINT,
-    descend,
-    parsed,
-    restore,
-    resumable_parser,
-    run,
-    start,
-    state_of,
-    write_state,
-)
-from training import CONDITION_DROPOUT, Optimizer
+from captions import random_prompts, read_captions
+from pictures import load_pictures
+from pipeline_folder import save_pipeline
+from resumable import ResumableTraining, parsed, resumable_parser
+from training import CONDITION_DROPOUT, flow_batch
 
 FOLDER = Path("~/.cache/goc_deploy/two_streams")
-SIDE, TRAIN_TIMESTEPS, SHIFT = 32, 1000, 2.0
+SIDE, SHIFT = 32, 2.0
 SIZES = {
     "sample_size": SIDE,
     "patch_size": 4,
@@ -58,84 +46,44 @@ SIZES = {
 }
 
 
-def pictures() -> Tensor:
-    """The emoji (N, 3, 32, 32) float32 in [-1, 1], in the order of the captions."""
-    with np.load(EMOJI / "pictures.npz") as arrays:
-        images = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return nn.functional.interpolate(images, (SIDE, SIDE), mode="bilinear", antialias=True)
-
-
-class Training:
-    """The whole state of a training."""
+class Training(ResumableTraining):
+    """Of a Stable Diffusion 3 that learns the velocities of emoji."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
-        self.args, self.pictures, self.prompts = args, pictures(), Prompts()
-        self.captions, self.draw = list(read_captions().values()), random.Random(args.seed)
+        captions, self.prompts = read_captions(), Prompts()
+        self.captions = list(captions.values())
+        images = load_pictures(EMOJI / "pictures.npz", list(captions))
+        self.pictures = F.interpolate(images, (SIDE, SIDE), mode="bilinear", antialias=True)
         widths = dict.fromkeys(("joint_attention_dim", "pooled_projection_dim"), self.prompts.width)
-        self.model = SD3Transformer2DModel(**SIZES, **widths)
-        for name, parameter in self.model.named_parameters():
+        model = SD3Transformer2DModel(**SIZES, **widths)
+        for name, parameter in model.named_parameters():
             if "norm1" in name or name.startswith(("norm_out", "proj_out")):
                 nn.init.zeros_(parameter)
-        self.average = copy.deepcopy(self.model)
-        self.optimizer = Optimizer(self.model, args.adam_rate, args.muon_rate, args.bf16)
-        self.predict = torch.compile(self.model) if args.compile else self.model
-        self.step = 0
+        super().__init__(args, model)
 
-    def take_step(self, factor: float) -> float:
-        """One update at this factor of the learning rates; returns the loss."""
+    def loss(self) -> Tensor:
+        """The loss of a random batch."""
         chosen = [self.draw.randrange(len(self.captions)) for _ in range(self.args.batch)]
-        text, pooled = self.prompts(
-            [
-                ""
-                if self.draw.random() < CONDITION_DROPOUT
-                else random_prompt(self.captions[i], self.draw)
-                for i in chosen
-            ]
-        )
-        clean = self.pictures[chosen]
-        even = (torch.arange(len(clean)) + torch.rand(len(clean))) / len(clean)
-        sigma = SHIFT * even / (1 + (SHIFT - 1) * even)
-        noise, weight = torch.randn_like(clean), sigma[:, None, None, None]
-        noisy = (1 - weight) * clean + weight * noise
-        with (
-            torch.autocast("cpu", torch.bfloat16, enabled=self.args.bf16),
-            sdpa_kernel(SDPBackend.MATH),  # the fused attention is slow on few tokens
-        ):
-            velocity = self.predict(noisy, text, pooled, TRAIN_TIMESTEPS * sigma).sample
-        loss = (velocity.float() - (noise - clean)).square().mean()
-        return descend(self, loss, factor)
+        texts = random_prompts([self.captions[i] for i in chosen], CONDITION_DROPOUT, self.draw)
+        text, pooled = self.prompts(texts)
+        noisy, t, velocity = flow_batch(self.pictures[chosen], SHIFT)
+        predicted: Tensor = self.predict(noisy, text, pooled, t).sample
+        return (predicted.float() - velocity).square().mean()
 
-    def save(self) -> None:
-        """Write the whole state, and the averaged weights for goc-export."""
-        write_state(state_of(self), self.args.folder / CHECKPOINT)
-        save_pipeline(self.average, self.args.folder / "pipeline")
-
-    def restore(self) -> None:
-        """Go on from the checkpoint."""
-        restore(self, torch.load(self.args.folder / CHECKPOINT, weights_only=True))
-        self.draw.seed(self.args.seed + self.step)
-        torch.manual_seed(self.args.seed + self.step)
-
-
-def save_pipeline(model: SD3Transformer2DModel, folder: Path) -> None:
-    """Write the folder of a StableDiffusion3Pipeline in float16, without its encoders."""
-    copy.deepcopy(model).half().save_pretrained(folder / "transformer")
-    FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(folder / "scheduler")
-    index = {
-        "_class_name": "StableDiffusion3Pipeline",
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "transformer": ["diffusers", "SD3Transformer2DModel"],
-    }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
+    def write_weights(self) -> None:
+        """Write the folder of a StableDiffusion3Pipeline, without its encoders."""
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+        folder = self.args.folder / "pipeline"
+        save_pipeline("StableDiffusion3Pipeline", self.average, scheduler, folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = resumable_parser(__doc__.splitlines()[0], FOLDER)
     parser.set_defaults(adam_rate=2e-3)
     training = Training(parsed(parser, argv))
-    start(training)
-    run(training, "images")
+    training.start()
+    training.run("images")
     return 0
 
 

@@ -176,7 +176,7 @@ def test_training_in_two_sessions_gives_the_weights_of_one(script: Any, tmp_path
         args = train.parse([*TINY, "--resume", "--folder", str(tmp_path / folder)])
         args.folder.mkdir(exist_ok=True)
         training = train.Training(args, list(entries.values()), pictures)
-        if (args.folder / train.CHECKPOINT).exists():
+        if (args.folder / script("resumable").CHECKPOINT).exists():
             training.restore()
         for _ in range(steps):
             training.take_step(1.0)
