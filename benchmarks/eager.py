@@ -9,12 +9,26 @@ section 3, and what its code is known to do.
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from goc_deploy.exporters.architectures.dit import spec_from_tensors
 from goc_deploy.exporters.architectures.dit_model import Block, DiT, modulate, unpatchify
+from goc_deploy.exporters.checkpoint import load_checkpoint
 
 Pair = tuple[Tensor, Tensor]
+
+
+def read_dit(checkpoint: Path, heads: int | None) -> DiT:
+    """Read a DiT in float32, whatever its checkpoint is stored in; ``heads`` as of an export."""
+    tensors = load_checkpoint(checkpoint, "auto").tensors
+    with torch.device("meta"):
+        model = DiT(spec_from_tensors(tensors, heads))
+    model.load_state_dict(dict(tensors), assign=True)
+    return model.float().eval().requires_grad_(False)
 
 
 def attention(block: Block, x: Tensor) -> Tensor:

@@ -36,12 +36,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import contenders
+from benchmarks.eager import read_dit
 from benchmarks.make_checkpoint import random_state, spec_of
 from benchmarks.peaks import measured_peaks
 from benchmarks.work import Contender, Outcome, Work
-from goc_deploy.exporters.architectures.dit import spec_from_tensors
-from goc_deploy.exporters.architectures.dit_model import DiT
-from goc_deploy.exporters.checkpoint import load_checkpoint
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.samplers import sampler_table
 from goc_deploy.samplers.process import Process
@@ -106,16 +104,12 @@ def measure(name: str, batch: int, args: argparse.Namespace, work_folder: Path) 
     folder = work_folder / name.replace("/", "-")
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = _checkpoint(name, folder)
-    tensors = load_checkpoint(checkpoint, "auto").tensors
     heads = DEMO_HEADS if name == "demo" else None
-    spec = spec_from_tensors(tensors, heads)
     exported = _exported(checkpoint, folder / "engine", heads, max(batch, 16))
     contenders.add_warm_plan(folder / "engine")
     loaded = _probed_load(folder / "engine", batch, args.threads)  # while nothing else is in memory
-    with torch.device("meta"):
-        model = DiT(spec)
-    model.load_state_dict(dict(tensors), assign=True)
-    model.float().eval().requires_grad_(False)
+    model = read_dit(checkpoint, heads)
+    spec = model.spec
 
     plans, pipes = contenders.ours(folder / "engine", args.steps, batch, args.threads)
     makers: list[tuple[str, Callable[[], list[Contender]]]] = [

@@ -18,13 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.eager import EagerDiT
+from benchmarks.eager import EagerDiT, read_dit
 from benchmarks.on_gpu.machine import gpu_bytes_of
 from benchmarks.on_gpu.ours import CFG_SCALE
 from benchmarks.on_gpu.workers import SKIPPED, Found, channel, serve
-from goc_deploy.exporters.architectures.dit import spec_from_tensors
-from goc_deploy.exporters.architectures.dit_model import DiT
-from goc_deploy.exporters.checkpoint import load_checkpoint
 from goc_deploy.exporters.units import DTYPES
 from goc_deploy.samplers import sampler_table
 from goc_deploy.samplers.process import Process
@@ -106,14 +103,9 @@ def samplers(
         mode: of torch.compile, or ``eager``.
         device: ``cuda``, or ``cpu`` for a dry run, where compiling stops before it makes code.
     """
-    tensors = load_checkpoint(checkpoint, "auto").tensors
-    spec = spec_from_tensors(tensors, heads)
-    with torch.device("meta"):
-        model = DiT(spec)
-    model.load_state_dict(dict(tensors), assign=True)
-    model = model.eval().requires_grad_(False).to(device, DTYPES[precision])
+    model = read_dit(checkpoint, heads).to(device, DTYPES[precision])
     eager, odd, never = EagerDiT(model), frozenset(range(1, steps, 2)), frozenset[int]()
-    common = (DTYPES[precision], device, steps, spec.choices)
+    common = (DTYPES[precision], device, steps, model.spec.choices)
     if mode == "eager":
         return {
             "none": Sampler(eager, never, *common),

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import nn
 
 import goc_deploy
 from benchmarks.diffusers_dit import transformer_from_dit
+from benchmarks.eager import read_dit
 from benchmarks.peers.model import PeerModel, parameters_of, work_of
 from benchmarks.work import Predict
-from goc_deploy.exporters.architectures.dit import spec_from_tensors
-from goc_deploy.exporters.architectures.dit_model import DiT
-from goc_deploy.exporters.checkpoint import load_checkpoint
 
 DIGITS = Path(__file__).resolve().parents[2] / "examples/mnist/dit_mnist.pt"
 HEADS = 4
@@ -22,17 +19,13 @@ HEADS = 4
 
 def digits_dit(folder: Path, images: int, steps: int, plans: Sequence[str]) -> PeerModel:
     """The trained model, exported with plans to a folder."""
-    tensors = load_checkpoint(DIGITS, "auto").tensors
-    spec = spec_from_tensors(tensors, HEADS)
-    with torch.device("meta"):
-        model = DiT(spec)
-    model.load_state_dict(dict(tensors), assign=True)
-    model.float().eval().requires_grad_(False)
+    model = read_dit(DIGITS, HEADS)
+    spec = model.spec
     engine = folder / "engine"
     goc_deploy.export(DIGITS, engine, num_heads=HEADS, plans=plans, steps=steps, max_batch=images)
     labels = tuple(i % spec.choices for i in range(images))
     return PeerModel(
-        f"DiT of the digits, {parameters_of(tensors.values())}, trained",
+        f"DiT of the digits, {parameters_of(model.state_dict().values())}, trained",
         spec,
         engine,
         lambda: transformer_from_dit(model),
