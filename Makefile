@@ -4,6 +4,8 @@ OUT ?= out
 FUZZ_SECONDS ?= 600
 BIN := $(VENV)/bin
 ENGINE := $(OUT)/demo/engine
+EMOJI := $(OUT)/demo/emoji
+DRAWN := fox pizza rocket penguin ladybug whale hamburger panda
 SUITE := $(BIN)/python benchmarks/suite.py --output $(OUT)/bench
 UNCACHED := pytorch none,torch.compile,diffusers,one graph,ours none
 WORK ?= $(OUT)/gpu
@@ -14,10 +16,11 @@ GPU_OPTIONS = $(if $(DRY),--dry) $(if $(REPORTS),--output $(REPORTS)) $(ARGS)
 
 .PHONY: demo test fuzz test-gpu bench-gpu check format bench bench-full clean
 
-demo: $(VENV)/installed  ## export the shipped checkpoint, draw with it, compare no cache, plain reuse and GOC
+demo: $(VENV)/installed  ## export two shipped models, draw digits and emoji, compare no cache, plain reuse and GOC
 	$(BIN)/goc-export examples/mnist/dit_mnist.pt -o $(ENGINE) --num-heads 4 --plan none --plan fora:2 --plan fora:2+goc --cfg-scale 4 --max-batch 40 --force
 	$(BIN)/goc-run $(ENGINE) --plan fora:2+goc --num-images 40 --seed 7 --output $(OUT)/demo/goc.png --report $(OUT)/demo/goc.json
-	$(BIN)/python examples/compare.py $(ENGINE) --labels 0,1,2,3,4,5,6,7 --seed 7 --output $(OUT)/demo/comparison.png
+	$(BIN)/goc-export examples/emoji/pixart_emoji.safetensors -o $(EMOJI) --num-heads 6 --sampler dpm++ --prediction x0 --text-encoder examples/emoji/text_encoder --captions examples/emoji/prompts.txt --plan none --plan fora:2 --plan fora:2+goc --cfg-scale 2 --force
+	$(BIN)/python examples/compare.py $(EMOJI) $(DRAWN:%=--prompt "a %") --cfg-scale 2 --seed 7 --output $(OUT)/demo/comparison.png
 
 test: $(VENV)/installed  ## run every test
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 40 --durations-min 5

@@ -13,28 +13,40 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import goc_deploy
+from tests.conftest import MNIST, Command
 from tests.goc_deploy.serving.running import GENERATE, HEADERS, TOKEN, Running, pixels
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
+EMOJI = MNIST.parent / "emoji"
 SECONDS = 120_000  # milliseconds that a run may take on a busy machine
 FAILED_REQUEST = "Failed to load resource: the server responded with a status of"
 
 
 @pytest.fixture(scope="module")
+def emoji_engine(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
+    """The shipped PixArt that draws emoji."""
+    directory = tmp_path_factory.mktemp("emoji") / "emoji"
+    model = ("--num-heads", 6, "--sampler", "dpm++", "--prediction", "x0", "--cfg-scale", 2)
+    text = ("--text-encoder", EMOJI / "text_encoder", "--plan", "none", "--plan", "fora:2")
+    command("goc-export", EMOJI / "pixart_emoji.safetensors", "-o", directory, *model, *text)
+    return directory
+
+
+@pytest.fixture(scope="module")
 def server(
-    demo_engine: Path, prompt_engine_small: Path, tmp_path_factory: pytest.TempPathFactory
+    demo_engine: Path, emoji_engine: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("page")
     shutil.copytree(demo_engine, folder / "digits")
     goc_deploy.add_plan(folder / "digits", "fora:3+lagrange:2,level=residual")
-    (folder / "prompts").symlink_to(prompt_engine_small)
-    running = Running(folder / "digits", folder / "prompts", "--backend", "onnxruntime")
+    running = Running(folder / "digits", emoji_engine, "--backend", "onnxruntime")
     running.wait()
     yield running
     assert running.stop() == (0, "")
@@ -111,13 +123,19 @@ def test_a_person_compares_two_plans_of_a_class(person: Person, server: Running)
     assert page.get_by_role("status").filter(has_text="Finished. Speed-up").is_visible()
 
 
-def test_a_person_draws_a_prompt(person: Person) -> None:
+def test_a_person_draws_what_a_prompt_names(person: Person) -> None:
     page = person.page
-    person.choose(model="prompts", prompt="the digit two", negative="the digit one")
+    person.choose(model="emoji", prompt="a cute fox", negative="a pizza", guidance="2", seed="7")
     assert not page.locator("#class").is_visible()
     page.get_by_role("button", name="Draw both").click()
     page.locator("#comparison").wait_for()
-    assert page.get_by_role("img", name="the digit two, drawn with none").is_visible()
+    with np.load(EMOJI / "pictures.npz") as known:
+        names, pictures = list(known["names"]), known["images"].astype(np.float32)
+    for plan in ("none", "fora-2"):
+        drawn = page.get_by_role("img", name=f"a cute fox, drawn with {plan}")
+        source = drawn.get_attribute("src")
+        difference = pictures - pixels(source.partition(",")[2])
+        assert names[int((difference**2).sum(axis=(1, 2, 3)).argmin())] == "fox"
 
 
 def test_an_error_of_the_server_is_shown_in_words(person: Person) -> None:
@@ -172,12 +190,12 @@ def test_the_page_allows_only_its_own_script_and_style(server: Running) -> None:
 
 def test_plans_are_described_for_a_choice(server: Running) -> None:
     assert httpx.get(f"{server.url}/v1/plans").status_code == 401
-    digits, prompts = server.client.get("/v1/plans").json()["data"]
+    digits, emoji = server.client.get("/v1/plans").json()["data"]
     assert (digits["id"], digits["takes"], digits["classes"], digits["side"]) == (
         *("digits", "class"),
         *(10, 28),
     )
-    assert (prompts["takes"], prompts["classes"]) == ("prompt", 0)
+    assert (emoji["takes"], emoji["classes"]) == ("prompt", 0)
     assert digits["default_plan"] == "fora-2"
     none, reuse, gradient, residual = digits["plans"]
     units = len(digits["units"])
