@@ -33,10 +33,10 @@ from goc_deploy.exporters.architectures.flux_diffusers import shapes_from_spec a
 from goc_deploy.exporters.architectures.flux_diffusers import spec_of as flux_spec
 from goc_deploy.exporters.architectures.pixart import NULL_CAPTION, PublicLayout
 from goc_deploy.exporters.architectures.pixart_diffusers import ROWS_OF_BRANCHES
-from goc_deploy.exporters.architectures.qwen_diffusers import shapes_from_spec as qwen_shapes
-from goc_deploy.exporters.architectures.qwen_diffusers import spec_of as qwen_spec
+from goc_deploy.exporters.architectures.qwen import FAMILY as QWEN_FAMILY
+from goc_deploy.exporters.architectures.qwen import spec_of as qwen_spec
+from goc_deploy.exporters.architectures.sd3 import FAMILY as SD3_FAMILY
 from goc_deploy.exporters.architectures.sd3_layout import TABLE
-from goc_deploy.exporters.architectures.sd3_layout import shapes_from_spec as sd3_shapes
 from goc_deploy.exporters.architectures.sd3_spec import spec_of as sd3_spec
 from goc_deploy.exporters.architectures.wan_diffusers import shapes_from_spec as wan_shapes
 from goc_deploy.exporters.architectures.wan_diffusers import spec_of as wan_spec
@@ -64,8 +64,8 @@ FLUX = ("FLUX.1-dev", "FLUX.1-schnell")
 # Families with the layout of diffusers, whose public weights are bfloat16.
 SHAPES = {
     "wan": wan_shapes,
-    "sd3": sd3_shapes,
-    "qwen-image": qwen_shapes,
+    "sd3": SD3_FAMILY.shapes,
+    "qwen-image": QWEN_FAMILY.shapes,
     "flux": flux_shapes,
     "flux2": flux2_shapes,
     "z-image": z_shapes,

@@ -257,7 +257,6 @@ FLUX = Architecture(
     DiffusersFolder(
         ("FluxPipeline",),
         "FluxTransformer2DModel",
-        "",
         spec_from_config,
         state_from_diffusers,
         even_sigmas=True,

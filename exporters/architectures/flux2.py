@@ -224,7 +224,6 @@ FLUX2 = Architecture(
     DiffusersFolder(
         ("Flux2Pipeline", "Flux2KleinPipeline"),
         "Flux2Transformer2DModel",
-        "",
         spec_from_config,
         state_from_diffusers,
         even_sigmas=True,

@@ -19,7 +19,7 @@ import torch
 from goc_deploy.conditions.captions import MASKED
 from goc_deploy.exporters.architectures import any_size
 from goc_deploy.exporters.architectures.contract import Architecture, DiffusersFolder
-from goc_deploy.exporters.architectures.joint import captions_example, text_example
+from goc_deploy.exporters.architectures.joint_kinds import captions_example, text_example
 from goc_deploy.exporters.architectures.z_image_diffusers import (
     KEY,
     check_tensors,
@@ -209,7 +209,6 @@ Z_IMAGE = Architecture(
     DiffusersFolder(
         ("ZImagePipeline",),
         "ZImageTransformer2DModel",
-        "",
         spec_from_config,
         state_from_diffusers,
         even_sigmas=True,

@@ -17,8 +17,7 @@ from benchmarks.make_checkpoint import random_state as checkpoint_state
 from goc_deploy.api import build_engines
 from goc_deploy.exporters.architectures.flux_diffusers import FluxConfig
 from goc_deploy.exporters.architectures.flux_diffusers import spec_of as flux_spec
-from goc_deploy.exporters.architectures.qwen_diffusers import shapes_from_spec as qwen_shapes
-from goc_deploy.exporters.architectures.qwen_diffusers import spec_of as qwen_spec
+from goc_deploy.exporters.architectures.qwen import spec_of as qwen_spec
 from goc_deploy.exporters.architectures.sd3_spec import spec_of as sd3_spec
 from goc_deploy.exporters.architectures.wan_diffusers import shapes_from_spec, spec_of
 from goc_deploy.exporters.architectures.z_image_diffusers import ZImageConfig
@@ -98,8 +97,7 @@ def test_every_graph_of_two_streams_builds(tmp_path: Path) -> None:
 def test_every_graph_of_turned_text_builds(tmp_path: Path) -> None:
     """A Qwen-Image of a block with a text stream and a last one."""
     spec = qwen_spec(2, 2, (4, 14, 14), channels=4, text=12)
-    state = {name: 0.1 * torch.randn(shape) for name, shape in qwen_shapes(spec).items()}
-    save_file(state, tmp_path / "qwen.safetensors")
+    save_file(checkpoint_state(spec, 0), tmp_path / "qwen.safetensors")
     check_builds(tmp_path / "qwen.safetensors", size=(8, 12), max_size=(16, 16))
 
 

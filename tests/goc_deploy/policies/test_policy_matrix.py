@@ -21,7 +21,7 @@ from goc_deploy.exporters.architectures.flux2_diffusers import Flux2Config
 from goc_deploy.exporters.architectures.flux2_diffusers import spec_of as flux2_spec
 from goc_deploy.exporters.architectures.flux_diffusers import FluxConfig
 from goc_deploy.exporters.architectures.flux_diffusers import spec_of as flux_spec
-from goc_deploy.exporters.architectures.qwen_diffusers import spec_of as qwen_spec
+from goc_deploy.exporters.architectures.qwen import spec_of as qwen_spec
 from goc_deploy.exporters.architectures.sd3_spec import spec_of as sd3_spec
 from goc_deploy.exporters.architectures.wan_diffusers import spec_of
 from goc_deploy.exporters.architectures.z_image_diffusers import ZImageConfig
