@@ -27,10 +27,10 @@ import torch
 from safetensors.torch import save_file
 
 from goc_deploy.exporters.architectures.dit_model import DiT
-from goc_deploy.exporters.architectures.flux2_diffusers import shapes_from_spec as flux2_shapes
-from goc_deploy.exporters.architectures.flux_diffusers import FluxConfig
-from goc_deploy.exporters.architectures.flux_diffusers import shapes_from_spec as flux_shapes
-from goc_deploy.exporters.architectures.flux_diffusers import spec_of as flux_spec
+from goc_deploy.exporters.architectures.flux import FAMILY as FLUX_FAMILY
+from goc_deploy.exporters.architectures.flux import FluxConfig
+from goc_deploy.exporters.architectures.flux import spec_of as flux_spec
+from goc_deploy.exporters.architectures.flux2 import FAMILY as FLUX2_FAMILY
 from goc_deploy.exporters.architectures.pixart import NULL_CAPTION, PublicLayout
 from goc_deploy.exporters.architectures.pixart_diffusers import ROWS_OF_BRANCHES
 from goc_deploy.exporters.architectures.qwen import FAMILY as QWEN_FAMILY
@@ -40,7 +40,7 @@ from goc_deploy.exporters.architectures.sd3_layout import TABLE
 from goc_deploy.exporters.architectures.sd3_spec import spec_of as sd3_spec
 from goc_deploy.exporters.architectures.wan_diffusers import shapes_from_spec as wan_shapes
 from goc_deploy.exporters.architectures.wan_diffusers import spec_of as wan_spec
-from goc_deploy.exporters.architectures.z_image_diffusers import shapes_from_spec as z_shapes
+from goc_deploy.exporters.architectures.z_image import FAMILY as Z_FAMILY
 from goc_deploy.exporters.tracing import shapes_of
 from goc_deploy.size_inputs import size_tensors
 from goc_deploy.spec import ModelSpec
@@ -66,9 +66,9 @@ SHAPES = {
     "wan": wan_shapes,
     "sd3": SD3_FAMILY.shapes,
     "qwen-image": QWEN_FAMILY.shapes,
-    "flux": flux_shapes,
-    "flux2": flux2_shapes,
-    "z-image": z_shapes,
+    "flux": FLUX_FAMILY.shapes,
+    "flux2": FLUX2_FAMILY.shapes,
+    "z-image": Z_FAMILY.shapes,
 }
 PIXART_SPEC = {
     "choices": 0,

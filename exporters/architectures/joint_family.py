@@ -22,12 +22,15 @@ from goc_deploy.exporters.architectures.joint_conditions import (
 )
 from goc_deploy.exporters.architectures.joint_kinds import (
     CAPTION_ROWS,
+    FINAL_ROWS,
     FindRow,
     Layers,
+    MakeModule,
     MakeUnit,
     Parts,
     Row,
     Tracer,
+    bias_example,
     captions_example,
     condition_examples,
     rows_of_table,
@@ -42,6 +45,8 @@ from goc_deploy.precision import Precision
 from goc_deploy.spec import ModelSpec
 
 SINGLE = "single"  # the branch of blocks whose attention and MLP are side by side
+# The graphs that are not units, in order, and their outputs.
+OUTPUTS = {"conditioning": "table", "captions": "text", "embed": "x", "final": "prediction"}
 UNITS: Mapping[str, MakeUnit] = {"attn": AttnUnit, "mlp": MlpUnit}
 ATTENTION: Layers = {
     "image.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -91,19 +96,22 @@ def block_names(spec: ModelSpec) -> tuple[str, ...]:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class JointFamily:
     """What distinguishes a family.
 
     Attributes:
         name: name of the family, for messages.
         layers: returns the layers of the checkpoint for each branch, by their names in a block, and
-            for ``captions``, ``embed`` and ``final``.
+            for ``captions``, ``embed`` and ``final``; also for ``conditioning`` if it does not have
+            the embedders of diffusers.
         row: returns where a row of the modulation table is, by the place of its unit and its name.
         units: branch -> makes the module of a unit.
+        blocks: returns the name of each block.
         embedders: the layer with the embedders of timesteps, pooled captions and guidance.
         kinds: the tensors of a linear layer. Without ``bias``, no layer has one.
-        masked: whether the padding of captions is masked.
+        final_rows: shift and scale of the final layer, if they are rows of a layer of modulation.
+        masked: the branches, and ``captions``, that mask the padding of captions.
         fp16: whether all values fit into fp16.
         stored: returns the model whose graphs read all tensors of a checkpoint, if some are stored
             for blocks that do not use them.
@@ -115,9 +123,11 @@ class JointFamily:
     layers: Callable[[ModelSpec], Mapping[str, Layers]]
     row: FindRow
     units: Mapping[str, MakeUnit]
+    blocks: Callable[[ModelSpec], Sequence[str]] = block_names
     embedders: str = "time_text_embed"
     kinds: tuple[str, ...] = KINDS
-    masked: bool = False
+    final_rows: tuple[Row, ...] = FINAL_ROWS
+    masked: tuple[str, ...] = ()
     fp16: bool = False
     stored: Callable[[ModelSpec], ModelSpec] = lambda spec: spec
     unread: Callable[[ModelSpec], Mapping[str, tuple[int, ...]]] = lambda _spec: {}
@@ -133,11 +143,11 @@ class JointFamily:
                 f"`precision=fp16`: the text tokens of a {self.name} exceed the range of fp16; use "
                 "bf16 or fp32"
             )
-        return self._kinds(Tracer(spec, DTYPES[precision]))
+        return self._graphs(Tracer(spec, DTYPES[precision]))
 
     def shapes(self, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         """Names and shapes of all tensors of a model."""
-        kinds = self._kinds(Tracer(self.stored(spec), None))
+        kinds = self._graphs(Tracer(self.stored(spec), None))
         return {**shapes_of_kinds(kinds), **self.unread(spec)}
 
     def check_tensors(self, tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
@@ -147,59 +157,47 @@ class JointFamily:
             ModelError: tensors are missing, unexpected or of another shape; the message lists up to
                 ten of each.
         """
-        check_shapes(tensors, self.shapes(spec), self.described(spec))
+        what = f"a {self.name} of {spec.depth} blocks and width {spec.hidden}"
+        check_shapes(tensors, self.shapes(spec), what)
 
-    def described(self, spec: ModelSpec) -> str:
-        """A model in words, for messages."""
-        return f"a {self.name} of {spec.depth} blocks and width {spec.hidden}"
+    def modules(self, spec: ModelSpec, places: Sequence[int]) -> Mapping[str, MakeModule]:
+        """What makes the modules of `OUTPUTS`; for ``places`` see `ConditioningUnit`."""
+        bias, captions = "bias" in self.kinds, self.layers(spec)["captions"]
+        return {
+            "conditioning": partial(ConditioningUnit, spec, places, bias=bias),
+            "captions": partial(CaptionsUnit, spec, bias=bias, normed="norm" in captions),
+            "embed": partial(any_size.EmbedUnit, spec, bias=bias),
+            "final": partial(any_size.FinalUnit, spec, bias=bias),
+        }
 
-    def _kinds(self, tracer: Tracer) -> tuple[GraphKind, ...]:
-        spec, examples, bias = tracer.spec, tracer.examples, "bias" in self.kinds
-        rows, places = rows_of_table(spec, self.row)
-        layers = self.layers(spec)
+    def _graphs(self, tracer: Tracer) -> tuple[GraphKind, ...]:
+        spec, examples = tracer.spec, tracer.examples
+        rows, places = rows_of_table(spec, self.row, self.final_rows)
+        layers = {"conditioning": self._embedders(spec), **self.layers(spec)}
+        layers["conditioning"] = {
+            **layers["conditioning"],
+            "modulation": slabs_of(rows, spec.hidden),
+        }
+        mask = (bias_example(spec),) if "captions" in self.masked else ()
         sine = own_positions(spec).kind == "sine"
-        return (
-            tracer.kind(
-                "conditioning",
-                partial(ConditioningUnit, spec, places, bias=bias),
-                (STEPS, *condition_examples(spec, examples)),
-                "table",
-                self._conditioning(spec, rows),
-            ),
-            tracer.kind(
-                "captions",
-                partial(CaptionsUnit, spec, bias=bias, normed="norm" in layers["captions"]),
-                (captions_example(spec, examples), CAPTION_ROWS),
-                "text",
-                layers["captions"],
-            ),
-            tracer.kind(
-                "embed",
-                partial(any_size.EmbedUnit, spec, bias=bias),
-                (
-                    any_size.latents_example(spec, examples),
-                    ROWS,
-                    *((any_size.table_example(spec, examples),) if sine else ()),
-                ),
-                "x",
-                layers["embed"],
-            ),
-            *unit_kinds(tracer, self.units, layers, block_names(spec), masked=self.masked),
-            tracer.kind(
-                "final",
-                partial(any_size.FinalUnit, spec, bias=bias),
-                (any_size.grid_example(spec, examples), *examples.modulation(*SHIFT_AND_SCALE)),
-                "prediction",
-                layers["final"],
-            ),
+        table = (any_size.table_example(spec, examples),) if sine else ()
+        tokens = any_size.grid_example(spec, examples)
+        inputs = {
+            "conditioning": (STEPS, *condition_examples(spec, examples)),
+            "captions": (captions_example(spec, examples), *mask, CAPTION_ROWS),
+            "embed": (any_size.latents_example(spec, examples), ROWS, *table),
+            "final": (tokens, *examples.modulation(*SHIFT_AND_SCALE)),
+        }
+        modules = self.modules(spec, places)
+        *first, final = (
+            tracer.kind(name, modules[name], inputs[name], output, layers[name])
+            for name, output in OUTPUTS.items()
         )
+        blocks = self.blocks(spec)
+        return (*first, *unit_kinds(tracer, self.units, layers, blocks, self.masked), final)
 
-    def _conditioning(self, spec: ModelSpec, rows: Sequence[Row]) -> Layers:
-        """The embedders, and the modulation of all blocks as one layer."""
+    def _embedders(self, spec: ModelSpec) -> Layers:
         names = {"pooled": "text_embedder", "guidance": "guidance_embedder"}
         embedders = ("timestep_embedder", *(names[given] for given in conditions_of(spec)))
         layers = [f"{embedder}.linear_{i}" for embedder in embedders for i in (1, 2)]
-        return {
-            **{layer: (f"{self.embedders}.{layer}",) for layer in layers},
-            "modulation": slabs_of(rows, spec.hidden),
-        }
+        return {layer: (f"{self.embedders}.{layer}",) for layer in layers}

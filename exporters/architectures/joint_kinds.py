@@ -7,7 +7,7 @@ follow from the graphs that read them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
@@ -30,6 +30,7 @@ Parts = tuple[str | Slab, ...]
 Layers = Mapping[str, Parts]
 Row = tuple[str, int]  # a layer of modulation, and which D of its rows
 FindRow = Callable[[ModelSpec, UnitPlace, str], Row]
+MakeModule = Callable[[], nn.Module]
 MakeUnit = Callable[[ModelSpec, Unit, Sequence[str]], nn.Module]
 
 ONCE = ("conditioning", "captions")  # graphs that run once per request
@@ -63,7 +64,7 @@ class Tracer:
             return make()
 
     def kind(
-        self, name: str, make: Callable[[], nn.Module], inputs: Sequence[Input], output: str,
+        self, name: str, make: MakeModule, inputs: Sequence[Input], output: str,
         layers: Layers,
     ) -> GraphKind:  # fmt: skip
         """A kind of which a model has one graph, with one output."""
@@ -77,8 +78,7 @@ def unit_kinds(
     make: Mapping[str, MakeUnit],
     layers: Mapping[str, Layers],
     blocks: Sequence[str],
-    *,
-    masked: bool,
+    masked: Collection[str],
 ) -> Iterator[GraphKind]:
     """The graphs of the units, one kind for each declaration.
 
@@ -87,12 +87,12 @@ def unit_kinds(
         make: branch -> makes the module of a unit.
         layers: branch -> the layers of a block.
         blocks: names of the blocks.
-        masked: whether the padding of captions is masked.
+        masked: the branches that mask the padding of captions.
     """
     spec = tracer.spec
     units = list(zip(spec.unit_names, spec.unit_places, spec.declared_units, strict=True))
     for unit in dict.fromkeys(spec.declared_units):
-        inputs = _unit_inputs(tracer, unit, masked=masked and unit.branch != "mlp")
+        inputs = _unit_inputs(tracer, unit, masked=unit.branch in masked)
         names = [given.name for given in inputs]
         module = tracer.module(partial(make[unit.branch], spec, unit, names))
         copies = {

@@ -178,7 +178,7 @@ def _stored(spec: ModelSpec) -> ModelSpec:
     return replace(spec, blocks=(Blocks(spec.depth, JOINT),))
 
 
-FAMILY = JointFamily("Qwen-Image", _layers, _row, UNITS, masked=True, stored=_stored)
+FAMILY = JointFamily("Qwen-Image", _layers, _row, UNITS, masked=("attn",), stored=_stored)
 QWEN_IMAGE = Architecture(
     "qwen-image",
     frozenset({"img_in.weight", "txt_norm.weight", "transformer_blocks.0.txt_mod.1.weight"}),

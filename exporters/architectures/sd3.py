@@ -27,7 +27,7 @@ from goc_deploy.exporters.architectures.joint_family import (
     rows_of_layers,
 )
 from goc_deploy.exporters.architectures.joint_kinds import Layers, Row
-from goc_deploy.exporters.architectures.sd3_layout import TABLE, state_from_authors
+from goc_deploy.exporters.architectures.sd3_layout import LAYOUT, TABLE, state_from_authors
 from goc_deploy.exporters.architectures.sd3_spec import (
     NAME,
     spec_from_config,
@@ -109,7 +109,7 @@ SD3 = Architecture(
         state_from_diffusers,
     ),
     other_layout=OtherLayout(
-        frozenset({"pos_embed", "joint_blocks.0.context_block.attn.qkv.weight"}),
+        frozenset({"pos_embed", LAYOUT.joined}),
         state_from_authors,
     ),
 )

@@ -1,13 +1,8 @@
-"""Names and shapes of the tensors of a Stable Diffusion 3, in the layout of diffusers.
-
-The authors' single files have another layout: joined queries, keys and values, and shift before
-scale in every modulation layer. Their tensors are renamed; what is split stays a view of the file.
-"""
+"""The layers of a Stable Diffusion 3 in a file of its authors, and its position table."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,6 +10,7 @@ import torch
 from torch import Tensor
 
 from goc_deploy.errors import ModelError
+from goc_deploy.exporters.architectures.authors import AuthorsLayout
 from goc_deploy.size_inputs import places_in_table, sines
 from goc_deploy.spec import Positions
 
@@ -23,8 +19,6 @@ ROUNDED = 2**-7  # of sines and cosines that were rounded to bfloat16
 SHOWN = 1e-3  # positions that differ by less look alike in a table in half precision
 FRACTION = 64  # positions of this denominator are preferred to others that look alike
 TURNS = range(-32, 33)  # that the position of the first token of a table may be away from zero
-_BLOCK = re.compile(r"joint_blocks\.(\d{1,4})\.(x_block|context_block)\.(.+)")
-# Layers of the authors -> the layers of diffusers whose rows each one joins.
 _OUTER = {
     "x_embedder.proj": ("pos_embed.proj",),
     "context_embedder": ("context_embedder",),
@@ -61,34 +55,22 @@ _OF_STREAM = {
 }
 
 
+LAYOUT = AuthorsLayout(
+    outer=_OUTER,
+    blocks={
+        f"joint_blocks.{{}}.{stream}.": ("transformer_blocks.{}.", layers)
+        for stream, layers in _OF_STREAM.items()
+    },
+    joined="joint_blocks.0.context_block.attn.qkv.weight",
+    swapped=("norm_out.linear", "transformer_blocks.{}.norm1_context.linear"),
+)
+
+
 def state_from_authors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an authors' single file under the names of diffusers.
-
-    A tensor that no layer of diffusers has keeps its name, by which it is refused later.
-    """
-    state: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        parts = _parts(name)
-        rows = tensor.chunk(len(parts)) if tensor.ndim and len(tensor) % len(parts) == 0 else ()
-        state |= dict(zip(parts, rows, strict=True)) if rows else {name: tensor}
-    last = sum(name.endswith(".norm1.linear.weight") for name in state) - 1
-    for layer in ("norm_out.linear", f"transformer_blocks.{last}.norm1_context.linear"):
-        for name in (f"{layer}.weight", f"{layer}.bias"):
-            if name in state:
-                shift, scale = state[name].chunk(2)
-                state[name] = torch.cat([scale, shift])
-    return state
-
-
-def _parts(name: str) -> list[str]:
-    """The tensors of diffusers that a tensor of the authors joins, or its own name."""
-    if name == "pos_embed":
-        return [TABLE]
-    block = _BLOCK.fullmatch(name)
-    layer, _, kind = (block[3] if block else name).rpartition(".")
-    known = _OF_STREAM[block[2]] if block else _OUTER
-    prefix = f"transformer_blocks.{block[1]}." if block else ""
-    return [f"{prefix}{part}.{kind}" for part in known.get(layer, ())] or [name]
+    """The tensors of an authors' single file under the names of diffusers."""
+    rest = dict(tensors)
+    table = rest.pop("pos_embed")
+    return {**LAYOUT.state(rest), TABLE: table}
 
 
 def positions_from_table(table: Tensor) -> Positions:
