@@ -27,20 +27,20 @@ import torch
 from safetensors.torch import save_file
 
 from goc_deploy.exporters.architectures.dit_model import DiT
-from goc_deploy.exporters.architectures.flux2_diffusers import shapes_from_spec as flux2_shapes
-from goc_deploy.exporters.architectures.flux_diffusers import FluxConfig
-from goc_deploy.exporters.architectures.flux_diffusers import shapes_from_spec as flux_shapes
-from goc_deploy.exporters.architectures.flux_diffusers import spec_of as flux_spec
+from goc_deploy.exporters.architectures.flux import FAMILY as FLUX_FAMILY
+from goc_deploy.exporters.architectures.flux import FluxConfig
+from goc_deploy.exporters.architectures.flux import spec_of as flux_spec
+from goc_deploy.exporters.architectures.flux2 import FAMILY as FLUX2_FAMILY
 from goc_deploy.exporters.architectures.pixart import NULL_CAPTION, PublicLayout
 from goc_deploy.exporters.architectures.pixart_diffusers import ROWS_OF_BRANCHES
-from goc_deploy.exporters.architectures.qwen_diffusers import shapes_from_spec as qwen_shapes
-from goc_deploy.exporters.architectures.qwen_diffusers import spec_of as qwen_spec
+from goc_deploy.exporters.architectures.qwen import FAMILY as QWEN_FAMILY
+from goc_deploy.exporters.architectures.qwen import spec_of as qwen_spec
+from goc_deploy.exporters.architectures.sd3 import FAMILY as SD3_FAMILY
 from goc_deploy.exporters.architectures.sd3_layout import TABLE
-from goc_deploy.exporters.architectures.sd3_layout import shapes_from_spec as sd3_shapes
 from goc_deploy.exporters.architectures.sd3_spec import spec_of as sd3_spec
 from goc_deploy.exporters.architectures.wan_diffusers import shapes_from_spec as wan_shapes
 from goc_deploy.exporters.architectures.wan_diffusers import spec_of as wan_spec
-from goc_deploy.exporters.architectures.z_image_diffusers import shapes_from_spec as z_shapes
+from goc_deploy.exporters.architectures.z_image import FAMILY as Z_FAMILY
 from goc_deploy.exporters.tracing import shapes_of
 from goc_deploy.size_inputs import size_tensors
 from goc_deploy.spec import ModelSpec
@@ -64,11 +64,11 @@ FLUX = ("FLUX.1-dev", "FLUX.1-schnell")
 # Families with the layout of diffusers, whose public weights are bfloat16.
 SHAPES = {
     "wan": wan_shapes,
-    "sd3": sd3_shapes,
-    "qwen-image": qwen_shapes,
-    "flux": flux_shapes,
-    "flux2": flux2_shapes,
-    "z-image": z_shapes,
+    "sd3": SD3_FAMILY.shapes,
+    "qwen-image": QWEN_FAMILY.shapes,
+    "flux": FLUX_FAMILY.shapes,
+    "flux2": FLUX2_FAMILY.shapes,
+    "z-image": Z_FAMILY.shapes,
 }
 PIXART_SPEC = {
     "choices": 0,

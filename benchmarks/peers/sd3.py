@@ -17,8 +17,9 @@ from benchmarks.make_checkpoint import random_state
 from benchmarks.peers.model import Arrays, PeerModel, parameters_of, table_of_captions, work_of
 from benchmarks.work import Predict
 from goc_deploy.conditions.captions import prompt_embeds_from_arrays
+from goc_deploy.exporters.architectures.reading import PIXELS_PER_LATENT
 from goc_deploy.exporters.architectures.sd3_layout import TABLE
-from goc_deploy.exporters.architectures.sd3_spec import HEAD, PIXELS, spec_of
+from goc_deploy.exporters.architectures.sd3_spec import HEAD, spec_of
 from goc_deploy.size_inputs import size_tensors
 from goc_deploy.spec import ModelSpec
 
@@ -43,7 +44,7 @@ def random_sd3(
         dual=range(depth // 2),
         qk_norm=True,
         table=POSITION_TABLE,
-        grid=pixels // PIXELS // 2,
+        grid=pixels // PIXELS_PER_LATENT // 2,
     )
     state = random_state(spec, 0)
     file, engine = folder / "sd3.safetensors", folder / "engine"

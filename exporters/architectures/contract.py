@@ -93,6 +93,21 @@ def no_other_names(spec: ModelSpec) -> Mapping[str, tuple[str, ...]]:  # noqa: A
     return {}
 
 
+def same_names(
+    tensors: Mapping[str, Tensor],
+    spec: ModelSpec,
+    where: Path,  # noqa: ARG001
+) -> tuple[ModelSpec, dict[str, Tensor]]:
+    """The tensors of such a family, which `Architecture.check_tensors` checks."""
+    return spec, dict(tensors)
+
+
+def own_positions(spec: ModelSpec) -> Positions:
+    """The positions of a model whose spec has them for every size."""
+    assert spec.positions is not None
+    return spec.positions
+
+
 @dataclass(frozen=True, slots=True)
 class DiffusersFolder:
     """How diffusers saves a family.
@@ -100,10 +115,10 @@ class DiffusersFolder:
     Attributes:
         pipelines: pipeline classes whose ``transformer`` folder is read.
         transformer: the model's class in ``config.json``.
-        norm_type: value of the setting that distinguishes families in old files, which have the
-            same class for all.
         spec_from_config: reads the sizes from ``config.json``.
         state_from_diffusers: renames the tensors to the public layout.
+        norm_type: value of the setting that distinguishes families in old files, which have the
+            same class for all; empty if there are none of the family.
         layers: names of the layers in both layouts, for LoRAs.
         even_sigmas: whether the pipelines give their scheduler T even noise levels from 1 to 1 / T.
         fitted_shift: whether they compute the shift for the size with the fit of FLUX.2.
@@ -111,9 +126,9 @@ class DiffusersFolder:
 
     pipelines: tuple[str, ...]
     transformer: str
-    norm_type: str
     spec_from_config: SpecFromConfig
-    state_from_diffusers: StateFromDiffusers
+    state_from_diffusers: StateFromDiffusers = same_names
+    norm_type: str = ""
     layers: LayersInDiffusers = no_other_names
     even_sigmas: bool = False
     fitted_shift: bool = False
@@ -145,7 +160,7 @@ class Architecture:
         check_tensors: checks that names and shapes fit the sizes.
         graph_kinds: returns the graphs.
         positions: returns the positions from which the model's table was made, for samples of other
-            sizes. A family whose spec has positions needs none.
+            sizes; by default those of the spec.
         folder: how diffusers saves the family, or None if diffusers does not have it.
         other_layout: another layout of its single files, or None.
     """
@@ -155,7 +170,7 @@ class Architecture:
     spec_from_tensors: SpecFromTensors
     check_tensors: CheckTensors
     graph_kinds: GraphKinds
-    positions: Callable[[ModelSpec], Positions]
+    positions: Callable[[ModelSpec], Positions] = own_positions
     folder: DiffusersFolder | None = None
     other_layout: OtherLayout | None = None
 

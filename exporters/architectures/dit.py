@@ -414,9 +414,9 @@ DIT = Architecture(
     DiffusersFolder(
         ("DiTPipeline",),
         "DiTTransformer2DModel",
-        "ada_norm_zero",
         spec_from_config,
         state_from_diffusers,
+        "ada_norm_zero",
         layers_in_diffusers,
     ),
 )

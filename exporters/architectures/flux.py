@@ -1,7 +1,8 @@
 """FLUX.1 dev and schnell: double blocks with two streams, then single blocks that join them.
 
 All modulation depends on the timestep, the pooled caption and, in FLUX.1-dev, the guidance scale.
-It is hoisted out of the step loop, as in PixArt. Captions are not masked: the padding of a short
+The gates of a single block are the same for both of its features. Positions of the text are all 0,
+so only queries and keys of the image are turned. Captions are not masked: the padding of a short
 one is read as tokens.
 
 Source: the open models of Black Forest Labs, 2024; names and arithmetic are those of diffusers'
@@ -10,237 +11,172 @@ Source: the open models of Black Forest Labs, 2024; names and arithmetic are tho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
-from itertools import chain
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from goc_deploy.blocks import Unit
-from goc_deploy.exporters.architectures import any_size
-from goc_deploy.exporters.architectures.contract import Architecture, DiffusersFolder
-from goc_deploy.exporters.architectures.dit_model import TIMESTEP_FREQUENCIES, timestep_features
-from goc_deploy.exporters.architectures.flux_diffusers import (
+from goc_deploy.blocks import IMAGE_FEATURE, STREAMS, TEXT_FEATURE, Unit, UnitPlace
+from goc_deploy.errors import ModelError
+from goc_deploy.exporters.architectures.contract import Architecture, DiffusersFolder, OtherLayout
+from goc_deploy.exporters.architectures.flux_authors import LAYOUT
+from goc_deploy.exporters.architectures.flux_units import SingleUnit
+from goc_deploy.exporters.architectures.joint_family import (
+    ATTENTION,
+    UNITS,
+    JointFamily,
     block_names,
-    check_tensors,
-    spec_from_config,
-    state_from_diffusers,
+    channels_first,
+    mlp_layers,
+    rows_of_layers,
 )
-from goc_deploy.exporters.architectures.flux_files import AUTHORS, spec_from_tensors
-from goc_deploy.exporters.architectures.flux_kinds import (
-    CHUNKS,
-    attn_of,
-    block_kinds,
-    caption_examples,
-    final_of,
-    norms_of,
-    positions,
-    refuse_fp16,
+from goc_deploy.exporters.architectures.joint_kinds import Layers, Row
+from goc_deploy.exporters.architectures.reading import (
+    VALUES_OF_PATCH,
+    JointConfig,
+    check_heads,
+    count_blocks,
+    image_spec,
+    reading_sizes,
 )
-from goc_deploy.exporters.architectures.flux_units import (
-    GUIDANCE_SCALE,
-    AttnUnit,
-    CaptionsUnit,
-    Embedder,
-    MlpUnit,
-    SingleUnit,
-)
-from goc_deploy.exporters.tracing import (
-    KINDS,
-    ROWS,
-    STEPS,
-    Examples,
-    Module,
-    empty_module,
-    layers_of,
-)
-from goc_deploy.exporters.units import DTYPES, Binding, GraphKind, Input, Slab
-from goc_deploy.precision import Precision
-from goc_deploy.spec import ModelSpec
+from goc_deploy.exporters.folders import Setting, Settings
+from goc_deploy.exporters.units import Slab
+from goc_deploy.modulation import SHIFT_AND_SCALE
+from goc_deploy.spec import ModelSpec, Positions
 
-UNITS: Mapping[str, Callable[[ModelSpec], nn.Module]] = {
-    "attn": AttnUnit,
-    "mlp": MlpUnit,
-    "single": partial(SingleUnit, last=False),
-    "last": partial(SingleUnit, last=True),
+GRID = (64, 64)  # tokens of an image of 1024 x 1024 pixels
+MLP_RATIO = 4
+TOKENS, TOKENS_WITHOUT_GUIDANCE = 512, 256  # of a caption: of FLUX.1-dev, and of FLUX.1-schnell
+AXES = (16, 56, 56)  # values of a head that an image's index, row and column turn
+SHIFTS = (*SHIFT_AND_SCALE, "shift_text", "scale_text")
+BOTH = (IMAGE_FEATURE, TEXT_FEATURE)
+DOUBLE = (Unit("attn", SHIFTS, BOTH, STREAMS), Unit("mlp", SHIFTS, BOTH, STREAMS))
+SINGLE = (Unit("single", features=BOTH, reads=STREAMS),)
+LAST = (Unit("single", reads=STREAMS),)  # nothing reads the text after it
+SINGLE_CHUNKS = {"shift": 0, "scale": 1, "gate": 2, "gate_text": 2}
+ROWS = {
+    **rows_of_layers("norm1.linear", "norm1_context.linear"),
+    "single": {name: ("norm.linear", chunk) for name, chunk in SINGLE_CHUNKS.items()},
 }
 
 
-class ConditioningUnit(nn.Module):
-    """Timesteps, pooled captions and the guidance scale to the modulation table.
+class FluxConfig(JointConfig, frozen=True, kw_only=True):
+    """The settings of a FluxTransformer2DModel that are read, with the defaults of diffusers."""
 
-    The gates of a single block are the same for both of its features. They are computed once and
-    copied to both places.
-    """
-
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__()
-        self.rows = spec.modulation
-        branches = [spec.declared_units[place.unit].branch for place in spec.features]
-        self.single_gates = branches.index("single")  # before them are the image's other gates
-        self.shared = sum(
-            branch == "single" and place.feature.stream == "text"
-            for branch, place in zip(branches, spec.features, strict=True)
-        )
-        self.timestep_embedder = Embedder(TIMESTEP_FREQUENCIES, spec.hidden)
-        self.text_embedder = Embedder(spec.pooled_channels, spec.hidden)
-        if spec.embedded_guidance:
-            self.guidance_embedder = Embedder(TIMESTEP_FREQUENCIES, spec.hidden)
-        self.modulation = nn.Linear(spec.hidden, (self.rows.count - self.shared) * spec.hidden)
-
-    def forward(self, t: Tensor, pooled: Tensor, guidance: Tensor | None = None) -> Tensor:
-        """Everything that the modulation depends on to the table (S, M, K, D).
-
-        Args:
-            t: (S,) timesteps, from 1000 to 0.
-            pooled: (K, P) float32, pooled captions.
-            guidance: (1,) float32, the guidance scale; None if the model does not read it.
-        """
-        condition = self.timestep_embedder(timestep_features(t))  # (S, D)
-        if guidance is not None:
-            scale = timestep_features(GUIDANCE_SCALE * guidance)
-            condition = condition + self.guidance_embedder(scale)
-        both = condition.unsqueeze(1) + self.text_embedder(pooled).unsqueeze(0)  # (S, K, D)
-        steps, captions, hidden = both.shape
-        rows = self.modulation(F.silu(both).reshape(-1, hidden))
-        rows = rows.reshape(steps, captions, -1, hidden)
-        gates = self.rows.gates.stop - self.shared  # that were computed
-        again = rows[:, :, self.single_gates : self.single_gates + self.shared]
-        table = torch.cat([rows[:, :, :gates], again, rows[:, :, gates:]], dim=2)
-        return table.transpose(1, 2)
+    in_channels: Setting = 64
+    num_layers: Setting = 19
+    num_single_layers: Setting = 38
+    attention_head_dim: Setting = 128
+    num_attention_heads: Setting = 24
+    joint_attention_dim: Setting = 4096
+    pooled_projection_dim: Setting = 768
+    guidance_embeds: bool = False
+    axes_dims_rope: tuple[Setting, Setting, Setting] = AXES
 
 
-def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
-    """The graphs of a FLUX.1, in the order in which they are written.
+SETTINGS = Settings(
+    FluxConfig, required={"_class_name": ("FluxTransformer2DModel",), "patch_size": (1,)}
+)
+
+
+def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
+    """The sizes of the model that a ``config.json`` describes.
 
     Raises:
-        UsageError: the precision is fp16.
+        ModelError: a setting is unknown, not supported or out of range; the message names it.
     """
-    refuse_fp16(precision, "FLUX.1")
-    dtype = DTYPES[precision]
-    examples = Examples(spec, dtype)
-
-    def traceable(make: Callable[[ModelSpec], Module]) -> Module:
-        return empty_module(lambda: make(spec), dtype, examples.generator)
-
-    return (
-        GraphKind(
-            "conditioning",
-            traceable(ConditioningUnit),
-            (STEPS, *_condition_examples(spec, examples)),
-            ("table",),
-            {"conditioning": _conditioning(spec)},
-            weights_are_inputs=True,
-        ),
-        GraphKind(
-            "captions",
-            traceable(CaptionsUnit),
-            caption_examples(spec, examples),
-            ("text",),
-            {"captions": layers_of({"context_embedder": "context_embedder"})},
-            weights_are_inputs=True,
-        ),
-        GraphKind(
-            "embed",
-            traceable(any_size.EmbedUnit),
-            (any_size.latents_example(spec, examples), ROWS),
-            ("x",),
-            {"embed": layers_of({"x_embedder.proj": "x_embedder"})},
-        ),
-        *block_kinds(spec, examples, traceable, UNITS, _BINDINGS),
-        GraphKind(
-            "final",
-            traceable(any_size.FinalUnit),
-            (any_size.grid_example(spec, examples), *examples.modulation("shift", "scale")),
-            ("prediction",),
-            {"final": final_of(spec)},
-        ),
-    )
-
-
-def _condition_examples(spec: ModelSpec, examples: Examples) -> tuple[Input, ...]:
-    """Pooled captions, and the guidance scale if the model reads it."""
-    pooled = examples.normal(2, spec.pooled_channels, dtype=torch.float32)
-    guidance = Input("guidance", torch.tensor([3.5]), {})
-    return (
-        Input("pooled", pooled, {0: "captions"}),
-        *((guidance,) if spec.embedded_guidance else ()),
-    )
-
-
-def _mlp(block: str) -> Binding:
-    return layers_of(
-        {
-            f"{stream}.fc{i}": f"{block}.{layer}.net.{place}"
-            for stream, layer in (("image", "ff"), ("text", "ff_context"))
-            for i, place in ((1, "0.proj"), (2, "2"))
-        }
-    )
-
-
-def _single(block: str) -> Binding:
-    attn = f"{block}.attn"
-    layers: dict[str, str | tuple[str, ...]] = {
-        "kv": (f"{attn}.to_k", f"{attn}.to_v"),
-        "q_mlp": (f"{attn}.to_q", f"{block}.proj_mlp"),
-        "proj": f"{block}.proj_out",
-    }
-    return {**layers_of(layers), **norms_of(attn)}
-
-
-_BINDINGS: Mapping[str, Callable[[str], Binding]] = {
-    "attn": attn_of,
-    "mlp": _mlp,
-    "single": _single,
-}
-
-
-def _conditioning(spec: ModelSpec) -> Binding:
-    """Bind the embedders, and the modulation of all blocks as one matrix.
-
-    The gates of the text in single blocks are left out, see `ConditioningUnit`.
-    """
-    embedders = ["timestep_embedder", "text_embedder"]
-    if spec.embedded_guidance:
-        embedders.append("guidance_embedder")
-    layers = {
-        f"{name}.linear_{i}": f"time_text_embed.{name}.linear_{i}"
-        for name in embedders
-        for i in (1, 2)
-    }
-    names, units = block_names(spec), spec.declared_units
-    blocks = [names[place.block] for place in spec.unit_places]
-    gates = [
-        _row(blocks[place.unit], units[place.unit], place.feature.gate)
-        for place in spec.features
-        if place.feature.stream == "image" or units[place.unit].branch != "single"
-    ]
-    rest = [
-        _row(block, unit, row)
-        for block, unit in zip(blocks, units, strict=True)
-        for row in unit.rows
-    ]
-    final = [("norm_out.linear", 1), ("norm_out.linear", 0)]  # diffusers has the scale first
-    parts = spec.modulation.in_order(gates=gates, final=final, units=rest)
-    rows = {
-        f"modulation.{kind}": tuple(
-            Slab(f"{layer}.{kind}", chunk * spec.hidden, (chunk + 1) * spec.hidden)
-            for layer, chunk in chain.from_iterable(parts)
+    settings = SETTINGS.read(config, where)
+    if settings.out_channels not in (None, settings.in_channels):
+        raise ModelError(
+            f"{where}: in_channels is {settings.in_channels} and out_channels "
+            f"{settings.out_channels}; models that start from a picture are not supported"
         )
-        for kind in KINDS
+    settings.check(where)
+    return spec_of(settings)
+
+
+def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> ModelSpec:
+    """Infer the sizes of a model from its tensors, in the layout of diffusers.
+
+    Raises:
+        ModelError: the sizes cannot be read, or are not those of a text-to-image model.
+    """
+    with reading_sizes("FLUX.1"):
+        hidden, values = tensors["x_embedder.weight"].shape
+        predicted = tensors["proj_out.weight"].shape[0]
+        head = tensors["single_transformer_blocks.0.attn.norm_q.weight"].shape[0]
+        text = tensors["context_embedder.weight"].shape[1]
+        pooled = tensors["time_text_embed.text_embedder.linear_1.weight"].shape[1]
+    check_heads(hidden, head, heads, known=head == sum(AXES), supported=str(sum(AXES)))
+    if values != predicted or values % VALUES_OF_PATCH:
+        raise ModelError(
+            f"the model reads {values} values per token and predicts {predicted}; models that "
+            "start from a picture are not supported"
+        )
+    return spec_of(
+        FluxConfig(
+            in_channels=values,
+            num_layers=count_blocks(tensors),
+            num_single_layers=count_blocks(tensors, "single_transformer_blocks"),
+            num_attention_heads=hidden // head,
+            joint_attention_dim=text,
+            pooled_projection_dim=pooled,
+            guidance_embeds="time_text_embed.guidance_embedder.linear_1.weight" in tensors,
+        )
+    )
+
+
+def blocks_of(doubles: int, singles: int) -> list[tuple[Unit, ...]]:
+    """The units of each block of a FLUX.1 or FLUX.2."""
+    return [*[DOUBLE] * doubles, *[SINGLE] * (singles - 1), LAST]
+
+
+def spec_of(settings: FluxConfig) -> ModelSpec:
+    """The model of these sizes, for images of 1024 x 1024 pixels."""
+    heads, head = settings.num_attention_heads, settings.attention_head_dim
+    spec = image_spec(
+        "flux",
+        blocks_of(settings.num_layers, settings.num_single_layers),
+        heads=heads,
+        head=head,
+        mlp_hidden=MLP_RATIO * heads * head,
+        channels=settings.in_channels // VALUES_OF_PATCH,
+        grid=GRID,
+    )
+    return replace(
+        spec,
+        caption_channels=settings.joint_attention_dim,
+        caption_tokens=TOKENS if settings.guidance_embeds else TOKENS_WITHOUT_GUIDANCE,
+        pooled_channels=settings.pooled_projection_dim,
+        embedded_guidance=settings.guidance_embeds,
+        distilled=True,
+        positions=Positions("rotary", widths=settings.axes_dims_rope),
+    )
+
+
+def _layers(spec: ModelSpec) -> dict[str, Layers]:
+    return {
+        "captions": {"linear": ("context_embedder",)},
+        "embed": {"x_embedder.proj": ("x_embedder",)},
+        "attn": ATTENTION,
+        "mlp": mlp_layers("ff", "ff_context"),
+        "single": {
+            "kv": ("attn.to_k", "attn.to_v"),
+            "q_mlp": (Slab("attn.to_q", 0, spec.hidden), "proj_mlp"),
+            "proj": ("proj_out",),
+            **{f"norm_{part}": (f"attn.norm_{part}.weight",) for part in "qk"},
+        },
+        "final": {"linear": channels_first("proj_out", spec)},
     }
-    return {**layers_of(layers), **rows}
 
 
-def _row(block: str, unit: Unit, name: str) -> tuple[str, int]:
-    """The layer of a row of the modulation table, and its place in the layer."""
-    name, _, text = name.partition("_")
-    layer = "norm" if unit.branch == "single" else f"norm1{'_context' if text else ''}"
-    return f"{block}.{layer}.linear", CHUNKS[unit.branch][name]
+def _row(spec: ModelSpec, place: UnitPlace, name: str) -> Row:
+    layer, chunk = ROWS[place.branch][name]
+    return f"{block_names(spec)[place.block]}.{layer}", chunk
 
 
+FAMILY = JointFamily("FLUX.1", _layers, _row, {**UNITS, "single": SingleUnit})
 FLUX = Architecture(
     "flux",
     frozenset(
@@ -251,16 +187,10 @@ FLUX = Architecture(
         }
     ),
     spec_from_tensors,
-    check_tensors,
-    graph_kinds,
-    positions,
-    DiffusersFolder(
-        ("FluxPipeline",),
-        "FluxTransformer2DModel",
-        "",
-        spec_from_config,
-        state_from_diffusers,
-        even_sigmas=True,
+    FAMILY.check_tensors,
+    FAMILY.graph_kinds,
+    folder=DiffusersFolder(
+        ("FluxPipeline",), "FluxTransformer2DModel", spec_from_config, even_sigmas=True
     ),
-    AUTHORS,
+    other_layout=OtherLayout(frozenset({LAYOUT.joined, "img_in.weight"}), LAYOUT.state),
 )

@@ -10,223 +10,186 @@ Source: the open models of Black Forest Labs, 2025; names and arithmetic are tho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from goc_deploy.exporters.architectures import any_size
+from goc_deploy.blocks import UnitPlace
+from goc_deploy.errors import ModelError
 from goc_deploy.exporters.architectures.contract import Architecture, DiffusersFolder
-from goc_deploy.exporters.architectures.dit_model import TIMESTEP_FREQUENCIES, timestep_features
-from goc_deploy.exporters.architectures.flux2_diffusers import (
-    SHARED,
-    check_tensors,
-    spec_from_config,
-    spec_from_tensors,
-    state_from_diffusers,
+from goc_deploy.exporters.architectures.dit_model import TIMESTEP_FREQUENCIES
+from goc_deploy.exporters.architectures.flux import GRID, SINGLE_CHUNKS, TOKENS, blocks_of
+from goc_deploy.exporters.architectures.flux_units import SingleUnit, SwiGluMlp
+from goc_deploy.exporters.architectures.joint import AttnUnit, MlpUnit
+from goc_deploy.exporters.architectures.joint_family import (
+    ATTENTION,
+    JointFamily,
+    channels_first,
+    mlp_layers,
+    rows_of_layers,
 )
-from goc_deploy.exporters.architectures.flux_kinds import (
-    CHUNKS,
-    attn_of,
-    block_kinds,
-    caption_examples,
-    final_of,
-    norms_of,
-    positions,
-    refuse_fp16,
+from goc_deploy.exporters.architectures.joint_kinds import Layers, Row
+from goc_deploy.exporters.architectures.reading import (
+    VALUES_OF_PATCH,
+    JointConfig,
+    check_heads,
+    count_blocks,
+    image_spec,
+    reading_sizes,
 )
-from goc_deploy.exporters.architectures.flux_units import (
-    GUIDANCE_SCALE,
-    AttnUnit,
-    CaptionsUnit,
-    Embedder,
-    MlpUnit,
-    SingleUnit,
-    swiglu,
-)
-from goc_deploy.exporters.tracing import ROWS, STEPS, Examples, Module, empty_module, layers_of
-from goc_deploy.exporters.units import DTYPES, Binding, GraphKind, Input, Slab
-from goc_deploy.precision import Precision
-from goc_deploy.spec import ModelSpec
+from goc_deploy.exporters.folders import Setting, Settings
+from goc_deploy.exporters.units import Slab
+from goc_deploy.spec import ModelSpec, Positions
 
-WEIGHT = ("weight",)
-FINAL = "norm_out.linear"
-
-
-class SwiGluMlp(nn.Module):
-    """Two linear layers without biases, with SwiGLU between them."""
-
-    def __init__(self, hidden: int, inner: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(hidden, 2 * inner, bias=False)
-        self.fc2 = nn.Linear(inner, hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(n, D) to (n, D)."""
-        return self.fc2(swiglu(self.fc1(x)))
-
-
-class ConditioningUnit(nn.Module):
-    """Timesteps and the guidance scale to the modulation table, the same for every caption.
-
-    The rows that blocks share are computed once and copied to every unit.
-    """
-
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__()
-        self.places = row_places(spec)
-        self.timestep_embedder = Embedder(TIMESTEP_FREQUENCIES, spec.hidden, bias=False)
-        if spec.embedded_guidance:
-            self.guidance_embedder = Embedder(TIMESTEP_FREQUENCIES, spec.hidden, bias=False)
-        rows = sum(SHARED.values()) + 2
-        self.modulation = nn.Linear(spec.hidden, rows * spec.hidden, bias=False)
-
-    def forward(self, t: Tensor, guidance: Tensor | None = None) -> Tensor:
-        """Timesteps (S,), from 1000 to 0, and the guidance scale (1,) to the table (S, M, 1, D)."""
-        condition = self.timestep_embedder(timestep_features(t))  # (S, D)
-        if guidance is not None:
-            scale = timestep_features(GUIDANCE_SCALE * guidance)
-            condition = condition + self.guidance_embedder(scale)
-        steps, hidden = condition.shape
-        rows = self.modulation(F.silu(condition)).reshape(steps, -1, hidden)
-        return rows.index_select(1, torch.tensor(self.places)).unsqueeze(2)
-
-
-def row_places(spec: ModelSpec) -> list[int]:
-    """For each row of the table, its place among the rows that are computed.
-
-    Those are the rows of the layers of ``SHARED``, in their order, then scale and shift of the
-    final layer.
-    """
-    first, starts = 0, {}
-    for layer, count in SHARED.items():
-        starts[layer], first = first, first + count
-
-    def place(branch: str, name: str) -> int:
-        name, _, text = name.partition("_")
-        if branch == "single":
-            return starts["single_stream_modulation"] + CHUNKS[branch][name]
-        return starts[f"double_stream_modulation_{'txt' if text else 'img'}"] + CHUNKS[branch][name]
-
-    units = spec.declared_units
-    gates = [place(units[f.unit].branch, f.feature.gate) for f in spec.features]
-    rest = [place(unit.branch, name) for unit in units for name in unit.rows]
-    parts = spec.modulation.in_order(gates=gates, final=[first + 1, first], units=rest)
-    return [row for part in parts for row in part]
-
-
-UNITS: Mapping[str, Callable[[ModelSpec], nn.Module]] = {
-    "attn": partial(AttnUnit, bias=False),
-    "mlp": partial(MlpUnit, make=SwiGluMlp),
-    "single": partial(SingleUnit, last=False, gated=True),
-    "last": partial(SingleUnit, last=True, gated=True),
+MLP_RATIO = 3
+AXES = (32, 32, 32, 32)  # values of a head that an image's index, row and column and the text turn
+THETA = 2000
+SINGLE_ROWS = "single_stream_modulation.linear"
+ROWS = {
+    **rows_of_layers(*(f"double_stream_modulation_{stream}.linear" for stream in ("img", "txt"))),
+    "single": {name: (SINGLE_ROWS, chunk) for name, chunk in SINGLE_CHUNKS.items()},
 }
 
 
-def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
-    """The graphs of a FLUX.2, in the order in which they are written.
+class Flux2Config(JointConfig, frozen=True, kw_only=True):
+    """The settings of a Flux2Transformer2DModel that are read, with the defaults of diffusers."""
+
+    in_channels: Setting = 128
+    num_layers: Setting = 8
+    num_single_layers: Setting = 48
+    attention_head_dim: Setting = 128
+    num_attention_heads: Setting = 48
+    joint_attention_dim: Setting = 15360
+    guidance_embeds: bool = True
+    axes_dims_rope: tuple[Setting, Setting, Setting, Setting] = AXES
+    rope_theta: Setting = THETA
+
+
+SETTINGS = Settings(
+    Flux2Config,
+    required={
+        "_class_name": ("Flux2Transformer2DModel",),
+        "patch_size": (1,),
+        "timestep_guidance_channels": (TIMESTEP_FREQUENCIES,),
+        "mlp_ratio": (3.0,),
+        "eps": (1e-6,),
+    },
+)
+
+
+def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
+    """The sizes of the model that a ``config.json`` describes.
 
     Raises:
-        UsageError: the precision is fp16.
+        ModelError: a setting is unknown, not supported or out of range; the message names it.
     """
-    refuse_fp16(precision, "FLUX.2")
-    dtype = DTYPES[precision]
-    examples = Examples(spec, dtype)
+    settings = SETTINGS.read(config, where)
+    if settings.out_channels not in (None, settings.in_channels):
+        raise ModelError(
+            f"{where}: in_channels is {settings.in_channels} and out_channels "
+            f"{settings.out_channels}, only equal numbers are supported"
+        )
+    settings.check(where)
+    return spec_of(settings)
 
-    def traceable(make: Callable[[ModelSpec], Module]) -> Module:
-        return empty_module(lambda: make(spec), dtype, examples.generator)
 
-    guidance = Input("guidance", torch.tensor([3.5]), {})
-    latents, tokens = (
-        any_size.latents_example(spec, examples),
-        any_size.grid_example(spec, examples),
-    )
-    bindings: dict[str, Callable[[str], Binding]] = {
-        "attn": partial(attn_of, kinds=WEIGHT),
-        "mlp": _mlp,
-        "single": partial(_single, hidden=spec.hidden),
-    }
-    return (
-        GraphKind(
-            "conditioning",
-            traceable(ConditioningUnit),
-            (STEPS, *((guidance,) if spec.embedded_guidance else ())),
-            ("table",),
-            {"conditioning": _conditioning(spec)},
-            weights_are_inputs=True,
-        ),
-        GraphKind(
-            "captions",
-            traceable(partial(CaptionsUnit, bias=False)),
-            caption_examples(spec, examples),
-            ("text",),
-            {"captions": layers_of({"context_embedder": "context_embedder"}, WEIGHT)},
-            weights_are_inputs=True,
-        ),
-        GraphKind(
-            "embed",
-            traceable(partial(any_size.EmbedUnit, bias=False)),
-            (latents, ROWS),
-            ("x",),
-            {"embed": layers_of({"x_embedder.proj": "x_embedder"}, WEIGHT)},
-        ),
-        *block_kinds(spec, examples, traceable, UNITS, bindings),
-        GraphKind(
-            "final",
-            traceable(partial(any_size.FinalUnit, bias=False)),
-            (tokens, *examples.modulation("shift", "scale")),
-            ("prediction",),
-            {"final": final_of(spec, WEIGHT)},
-        ),
+def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> ModelSpec:
+    """Infer the sizes of a model from its tensors.
+
+    Raises:
+        ModelError: the sizes cannot be read, or the heads are not those of the public models.
+    """
+    with reading_sizes("FLUX.2"):
+        hidden, values = tensors["x_embedder.weight"].shape
+        head = tensors["single_transformer_blocks.0.attn.norm_q.weight"].shape[0]
+        text = tensors["context_embedder.weight"].shape[1]
+    check_heads(hidden, head, heads, known=head == sum(AXES), supported=str(sum(AXES)))
+    return spec_of(
+        Flux2Config(
+            in_channels=values,
+            num_layers=count_blocks(tensors),
+            num_single_layers=count_blocks(tensors, "single_transformer_blocks"),
+            num_attention_heads=hidden // head,
+            joint_attention_dim=text,
+            guidance_embeds="time_guidance_embed.guidance_embedder.linear_1.weight" in tensors,
+        )
     )
 
 
-def _conditioning(spec: ModelSpec) -> Binding:
-    embedders = ["timestep_embedder"] + ["guidance_embedder"] * spec.embedded_guidance
-    layers: dict[str, str | tuple[str, ...]] = {
-        f"{name}.linear_{i}": f"time_guidance_embed.{name}.linear_{i}"
-        for name in embedders
-        for i in (1, 2)
-    }
-    layers["modulation"] = (*(f"{layer}.linear" for layer in SHARED), FINAL)
-    return layers_of(layers, WEIGHT)
+def spec_of(settings: Flux2Config) -> ModelSpec:
+    """The model of these sizes, for images of 1024 x 1024 pixels."""
+    heads, head = settings.num_attention_heads, settings.attention_head_dim
+    spec = image_spec(
+        "flux2",
+        blocks_of(settings.num_layers, settings.num_single_layers),
+        heads=heads,
+        head=head,
+        mlp_hidden=MLP_RATIO * heads * head,
+        channels=settings.in_channels // VALUES_OF_PATCH,
+        grid=GRID,
+    )
+    positions = Positions(
+        "rotary",
+        widths=settings.axes_dims_rope,
+        theta=float(settings.rope_theta),
+        turns_text=True,
+        text_axis=True,
+    )
+    return replace(
+        spec,
+        caption_channels=settings.joint_attention_dim,
+        caption_tokens=TOKENS,
+        embedded_guidance=settings.guidance_embeds,
+        positions=positions,
+    )
 
 
-def _mlp(block: str) -> Binding:
-    names = {
-        f"{stream}.fc{i}": f"{block}.{layer}.linear_{place}"
-        for stream, layer in (("image", "ff"), ("text", "ff_context"))
-        for i, place in ((1, "in"), (2, "out"))
-    }
-    return layers_of(names, WEIGHT)
-
-
-def _single(block: str, *, hidden: int) -> Binding:
-    """Bind a single block, whose first layer has the rows of q, k, v and the MLP."""
-    joined = f"{block}.attn.to_qkv_mlp_proj.weight"
+def _layers(spec: ModelSpec) -> dict[str, Layers]:
+    joined, width = "attn.to_qkv_mlp_proj", spec.hidden
     return {
-        "kv.weight": (Slab(joined, hidden, 3 * hidden),),
-        "q_mlp.weight": (Slab(joined, 0, hidden), Slab(joined, 3 * hidden)),
-        "proj.weight": (Slab(f"{block}.attn.to_out.weight"),),
-        **norms_of(f"{block}.attn"),
+        "captions": {"linear": ("context_embedder",)},
+        "embed": {"x_embedder.proj": ("x_embedder",)},
+        "attn": ATTENTION,
+        "mlp": mlp_layers("ff", "ff_context", "linear_in", "linear_out"),
+        "single": {
+            "kv": (Slab(joined, width, 3 * width),),
+            "q_mlp": (Slab(joined, 0, width), Slab(joined, 3 * width)),
+            "proj": ("attn.to_out",),
+            **{f"norm_{part}": (f"attn.norm_{part}.weight",) for part in "qk"},
+        },
+        "final": {"linear": channels_first("proj_out", spec)},
     }
 
 
+def _row(_spec: ModelSpec, place: UnitPlace, name: str) -> Row:
+    return ROWS[place.branch][name]
+
+
+FAMILY = JointFamily(
+    "FLUX.2",
+    _layers,
+    _row,
+    {
+        "attn": partial(AttnUnit, bias=False),
+        "mlp": partial(MlpUnit, make=SwiGluMlp),
+        "single": partial(SingleUnit, gated=True),
+    },
+    embedders="time_guidance_embed",
+    kinds=("weight",),
+)
 FLUX2 = Architecture(
     "flux2",
-    frozenset({f"{layer}.linear.weight" for layer in SHARED}),
+    frozenset(f"{layer}.weight" for rows in ROWS.values() for layer, _ in rows.values()),
     spec_from_tensors,
-    check_tensors,
-    graph_kinds,
-    positions,
-    DiffusersFolder(
+    FAMILY.check_tensors,
+    FAMILY.graph_kinds,
+    folder=DiffusersFolder(
         ("Flux2Pipeline", "Flux2KleinPipeline"),
         "Flux2Transformer2DModel",
-        "",
         spec_from_config,
-        state_from_diffusers,
         even_sigmas=True,
         fitted_shift=True,
     ),

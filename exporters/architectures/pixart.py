@@ -409,9 +409,9 @@ PIXART = Architecture(
     DiffusersFolder(
         ("PixArtAlphaPipeline",),
         "PixArtTransformer2DModel",
-        "ada_norm_single",
         spec_from_config,
         state_from_diffusers,
+        "ada_norm_single",
         layers_in_diffusers,
     ),
 )

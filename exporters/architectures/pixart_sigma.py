@@ -124,9 +124,9 @@ PIXART_SIGMA = replace(
     folder=DiffusersFolder(
         ("PixArtSigmaPipeline",),
         "PixArtTransformer2DModel",
-        "ada_norm_single",
         spec_from_config,
         state_from_diffusers,
+        "ada_norm_single",
         pixart_diffusers.layers_in_diffusers,
     ),
 )

@@ -1,10 +1,8 @@
-"""Qwen-Image as exported graphs: blocks that change the tokens of the image and of the caption.
+"""Qwen-Image: blocks that change the tokens of the image and of the caption.
 
-The timestep embedding and all modulation are hoisted out of the step loop. They do not depend on
-the caption, so the modulation table has one row. The norm and the projection of the caption are
-computed once per request. Each stream has projections of its own, and both share the attention,
-in the order text, image. Padding of a caption is masked. The last block changes only the image:
-its queries of the text, and what follows them, are left out.
+The modulation does not depend on the caption, so its table has one row. Padding of a caption is
+masked. The last block changes only the image: its queries of the text, and what follows them, are
+left out.
 
 Source: Qwen Team, "Qwen-Image Technical Report", 2025, section 2; names and arithmetic are those of
 diffusers' ``QwenImageTransformer2DModel``.
@@ -12,235 +10,182 @@ diffusers' ``QwenImageTransformer2DModel``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any
 
-import torch
+from msgspec import Meta
+from torch import Tensor
 
-from goc_deploy.conditions.captions import MASKED
+from goc_deploy.blocks import IMAGE_FEATURE, STREAMS, TEXT_FEATURE, Blocks, Unit, UnitPlace
 from goc_deploy.errors import ModelError
-from goc_deploy.exporters.architectures import any_size
 from goc_deploy.exporters.architectures.contract import Architecture, DiffusersFolder
-from goc_deploy.exporters.architectures.dit import MlpUnit
-from goc_deploy.exporters.architectures.joint import captions_example, text_example
-from goc_deploy.exporters.architectures.qwen_diffusers import (
-    ROWS,
-    check_tensors,
-    spec_from_config,
-    spec_from_tensors,
-    state_from_diffusers,
+from goc_deploy.exporters.architectures.joint_family import (
+    ATTENTION,
+    UNITS,
+    JointFamily,
+    channels_first,
+    mlp_layers,
+    rows_of_layers,
 )
-from goc_deploy.exporters.architectures.qwen_units import (
-    CaptionsUnit,
-    ConditioningUnit,
-    FinalUnit,
-    JointAttnUnit,
-    JointMlpUnit,
-    LastAttnUnit,
+from goc_deploy.exporters.architectures.joint_kinds import Layers, Row
+from goc_deploy.exporters.architectures.reading import (
+    VALUES_OF_PATCH,
+    JointConfig,
+    check_heads,
+    count_blocks,
+    image_spec,
+    reading_sizes,
 )
-from goc_deploy.exporters.tracing import (
-    KINDS,
-    SOME_TOKENS,
-    STEPS,
-    Examples,
-    Module,
-    empty_module,
-    layers_of,
-)
-from goc_deploy.exporters.tracing import ROWS as BATCH_ROWS
-from goc_deploy.exporters.units import DTYPES, Binding, GraphKind, Input, Slab
+from goc_deploy.exporters.folders import Setting, Settings
 from goc_deploy.modulation import SHIFT_AND_SCALE
-from goc_deploy.precision import Precision
 from goc_deploy.spec import ModelSpec, Positions
 
-CHUNKS = (*SHIFT_AND_SCALE, "gate")  # of each half of a modulation layer
-IMAGE, JOINT = ("x_out", "feature"), ("x_out", "text_out", "feature", "feature_text")
+MLP_RATIO = 4
+TOKENS = 512  # of a caption, in diffusers' pipeline; a longer one is cut
+GRID = (83, 83)  # tokens of an image of 1328x1328 pixels
+VAE_CHANNELS = 16  # of the public models
+READ = (*SHIFT_AND_SCALE, "shift_text", "scale_text")
+BOTH = (IMAGE_FEATURE, TEXT_FEATURE)
+JOINT = (Unit("attn", READ, BOTH, STREAMS), Unit("mlp", READ, BOTH, STREAMS))
+# Nothing reads the text after the last attention.
+LAST = (Unit("attn", READ, (IMAGE_FEATURE,), STREAMS), Unit("mlp"))
+ROWS = rows_of_layers("img_mod.1", "txt_mod.1")
 
 
-def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
-    """The graphs of a Qwen-Image, in the order in which they are written.
+class QwenConfig(JointConfig, frozen=True, kw_only=True):
+    """The settings of a QwenImageTransformer2DModel that are read, with the defaults of diffusers.
+
+    The axes are frames, rows and columns.
+    """
+
+    num_attention_heads: Setting = 24
+    attention_head_dim: Setting = 128
+    in_channels: Setting = 64
+    out_channels: int | None = 16
+    joint_attention_dim: Setting = 3584
+    num_layers: Setting = 60
+    axes_dims_rope: Annotated[tuple[Setting, ...], Meta(min_length=3, max_length=3)] = (16, 56, 56)
+
+
+SETTINGS = Settings(
+    QwenConfig,
+    required={
+        "_class_name": ("QwenImageTransformer2DModel",),
+        "patch_size": (2,),
+        "guidance_embeds": (False,),
+        "zero_cond_t": (False,),  # Edit-2511 has another time for the tokens of its references
+        "use_additional_t_cond": (False,),  # as Layered
+        "use_layer3d_rope": (False,),
+    },
+)
+
+
+def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
+    """The sizes of the model that a ``config.json`` describes.
 
     Raises:
-        ModelError: the precision is fp16.
+        ModelError: a setting is unknown, not supported or out of range; the message names it.
     """
-    if precision == "fp16":
+    settings = SETTINGS.read(config, where)
+    settings.check(where)
+    channels = settings.in_channels // VALUES_OF_PATCH
+    if (settings.out_channels or settings.in_channels) != channels:
         raise ModelError(
-            "the text stream of a Qwen-Image overflows in fp16; use `precision=bf16` or fp32"
+            f"{where}: in_channels is {settings.in_channels} and out_channels "
+            f"{settings.out_channels}; only {VALUES_OF_PATCH} times as many channels in as out, "
+            "the values of a patch, are supported"
         )
-    dtype = DTYPES[precision]
-    examples = Examples(spec, dtype)
-
-    def traceable(make: Callable[[ModelSpec], Module]) -> Module:
-        return empty_module(lambda: make(spec), dtype, examples.generator)
-
-    streams = (examples.tokens(), text_example(spec, examples))
-    rows = examples.modulation(*ROWS, "gate")
-    attention = (*_caption_examples(spec), *_angles(spec))
-    gate_text = examples.modulation("gate_text")
-    joint, last = range(spec.depth - 1), f"block_{spec.depth - 1:02d}"
-    end = f"transformer_blocks.{spec.depth - 1}"
-    kinds = [
-        GraphKind(
-            "conditioning",
-            traceable(ConditioningUnit),
-            (STEPS,),
-            ("table",),
-            {"conditioning": _conditioning(spec)},
-            weights_are_inputs=True,
-        ),
-        GraphKind(
-            "captions",
-            traceable(CaptionsUnit),
-            (captions_example(spec, examples), _CAPTION_ROWS),
-            ("text",),
-            {"captions": {**layers_of({"txt_in": "txt_in"}), "norm": (Slab("txt_norm.weight"),)}},
-            weights_are_inputs=True,
-        ),
-        GraphKind(
-            "embed",
-            traceable(any_size.EmbedUnit),
-            (any_size.latents_example(spec, examples), BATCH_ROWS),
-            ("x",),
-            {"embed": layers_of({"x_embedder.proj": "img_in"})},
-        ),
-        GraphKind(
-            "attn",
-            traceable(JointAttnUnit),
-            (*streams, *attention, *rows, *gate_text),
-            JOINT,
-            {f"block_{i:02d}_attn": _attn(f"transformer_blocks.{i}.attn") for i in joint},
-        ),
-        GraphKind(
-            "mlp",
-            traceable(JointMlpUnit),
-            (*streams, *rows, *gate_text),
-            JOINT,
-            {f"block_{i:02d}_mlp": _mlps(f"transformer_blocks.{i}") for i in joint},
-        ),
-        GraphKind(
-            "last attn",
-            traceable(LastAttnUnit),
-            (*streams, *attention, *rows),
-            IMAGE,
-            {f"{last}_attn": _last_attn(f"{end}.attn")},
-        ),
-        GraphKind(
-            "last mlp",
-            traceable(MlpUnit),
-            (streams[0], *examples.modulation(*SHIFT_AND_SCALE, "gate")),
-            IMAGE,
-            {f"{last}_mlp": layers_of(_mlp_names("mlp", f"{end}.img_mlp"))},
-        ),
-        GraphKind(
-            "final",
-            traceable(FinalUnit),
-            (any_size.grid_example(spec, examples), *examples.modulation(*SHIFT_AND_SCALE)),
-            ("prediction",),
-            {"final": layers_of({"linear": "proj_out"})},
-        ),
-    ]
-    return tuple(kind for kind in kinds if kind.copies)
-
-
-_CAPTION_ROWS = Input("caption_rows", torch.tensor([1, 0]), {0: "batch"})
-
-
-def _caption_examples(spec: ModelSpec) -> tuple[Input, ...]:
-    """The mask of two captions, of which one is short, and the caption of each row."""
-    length = spec.caption_tokens
-    bias = MASKED * (torch.arange(length) >= torch.tensor([[length // 2], [length]])).float()
-    return Input("bias", bias, {0: "captions"}), _CAPTION_ROWS
-
-
-def _angles(spec: ModelSpec) -> tuple[Input, ...]:
-    """Angles of the example tokens of the image, and of the text."""
-    speeds = torch.linspace(1, 0.1, spec.hidden // spec.heads // 2)
-    image = torch.linspace(-1, 2, SOME_TOKENS)[:, None] * speeds
-    text = torch.linspace(2, 5, spec.caption_tokens)[:, None] * speeds
-    return (
-        Input("cos", image.cos(), {0: "tokens"}),
-        Input("sin", image.sin(), {0: "tokens"}),
-        Input("text_cos", text.cos(), {}),
-        Input("text_sin", text.sin(), {}),
+    return spec_of(
+        settings.num_layers,
+        settings.num_attention_heads,
+        settings.axes_dims_rope,
+        channels=channels,
+        text=settings.joint_attention_dim,
     )
 
 
-def _conditioning(spec: ModelSpec) -> Binding:
-    """Bind the embedder, and all modulation layers as one, in the order of the table."""
-    embedder = "time_text_embed.timestep_embedder"
-    names = {f"t_embedder.mlp.{i}": f"{embedder}.linear_{1 + i // 2}" for i in (0, 2)}
-    places, declared, width = spec.unit_places, spec.declared_units, spec.hidden
+def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> ModelSpec:
+    """Infer the sizes of a model from its tensors.
 
-    def rows_of(unit: int, name: str) -> tuple[str, int]:
-        """The layer that computes a row of the table, and its place among those of the layer."""
-        layer = "txt_mod" if name.endswith("_text") else "img_mod"
-        half = len(CHUNKS) if places[unit].branch == "mlp" else 0
-        block = f"transformer_blocks.{places[unit].block}"
-        return f"{block}.{layer}.1", half + CHUNKS.index(name.removesuffix("_text"))
-
-    gates, final, units = spec.modulation.in_order(
-        gates=[rows_of(place.unit, place.feature.gate) for place in spec.features],
-        final=[("norm_out.linear", 1), ("norm_out.linear", 0)],  # its scale comes first
-        units=[rows_of(i, name) for i, unit in enumerate(declared) for name in unit.rows],
+    Raises:
+        ModelError: the sizes cannot be read, or another number of heads was given.
+    """
+    with reading_sizes("Qwen-Image"):
+        hidden, of_patch = tensors["img_in.weight"].shape
+        text = tensors["txt_in.weight"].shape[1]
+        (head,) = tensors["transformer_blocks.0.attn.norm_q.weight"].shape
+    known = head > 0 and head % 32 == 0
+    check_heads(hidden, head, heads, known=known, supported="a multiple of 32")
+    side = 7 * head // 16  # values of a head for rows, and for columns; the rest is for frames
+    return spec_of(
+        count_blocks(tensors),
+        hidden // head,
+        (head - 2 * side, side, side),
+        channels=of_patch // VALUES_OF_PATCH,
+        text=text,
     )
-    modulation = {
-        f"modulation.{kind}": tuple(
-            Slab(f"{layer}.{kind}", chunk * width, (chunk + 1) * width)
-            for layer, chunk in (*gates, *final, *units)
-        )
-        for kind in KINDS
-    }
-    return {**layers_of(names), **modulation}
 
 
-def _attn(attn: str) -> Binding:
+def spec_of(
+    depth: int, heads: int, widths: tuple[int, ...], *, channels: int, text: int
+) -> ModelSpec:
+    """The model of these sizes, for images of 1328x1328 pixels.
+
+    Args:
+        depth: number of blocks.
+        heads: attention heads.
+        widths: values of a head that frames, rows and columns turn.
+        channels: channels of the latents.
+        text: width of a caption's embeddings.
+    """
+    spec = image_spec(
+        "qwen-image",
+        [*[JOINT] * (depth - 1), LAST],
+        heads=heads,
+        head=sum(widths),
+        mlp_hidden=MLP_RATIO * heads * sum(widths),
+        channels=channels,
+        grid=GRID,
+    )
+    return replace(
+        spec,
+        guidance_norm="token",
+        caption_channels=text,
+        caption_tokens=TOKENS,
+        positions=Positions("rotary", widths=widths, centered=True, turns_text=True),
+        vae_scale=spec.vae_scale if channels == VAE_CHANNELS else 1,
+    )
+
+
+def _layers(spec: ModelSpec) -> dict[str, Layers]:
     return {
-        **layers_of({"proj": f"{attn}.to_out.0", "proj_text": f"{attn}.to_add_out"}),
-        **layers_of({"qkv": tuple(f"{attn}.to_{part}" for part in "qkv")}),
-        **layers_of({"qkv_text": tuple(f"{attn}.add_{part}_proj" for part in "qkv")}),
-        **{f"norm_{part}": (Slab(f"{attn}.norm_{part}.weight"),) for part in "qk"},
-        **{f"norm_{part}_text": (Slab(f"{attn}.norm_added_{part}.weight"),) for part in "qk"},
+        "captions": {"linear": ("txt_in",), "norm": ("txt_norm.weight",)},
+        "embed": {"x_embedder.proj": ("img_in",)},
+        "attn": ATTENTION,
+        "mlp": mlp_layers("img_mlp", "txt_mlp"),
+        "final": {"linear": channels_first("proj_out", spec)},
     }
 
 
-def _last_attn(attn: str) -> Binding:
-    """The tensors of a block that drops its queries of the text."""
-    return {
-        **layers_of({"proj": f"{attn}.to_out.0"}),
-        **layers_of({"qkv": tuple(f"{attn}.to_{part}" for part in "qkv")}),
-        **layers_of({"kv_text": tuple(f"{attn}.add_{part}_proj" for part in "kv")}),
-        **{f"norm_{part}": (Slab(f"{attn}.norm_{part}.weight"),) for part in "qk"},
-        "norm_k_text": (Slab(f"{attn}.norm_added_k.weight"),),
-    }
+def _row(_spec: ModelSpec, place: UnitPlace, name: str) -> Row:
+    layer, chunk = ROWS[place.branch][name]
+    return f"transformer_blocks.{place.block}.{layer}", chunk
 
 
-def _mlp_names(ours: str, theirs: str) -> dict[str, str]:
-    return {f"{ours}.fc1": f"{theirs}.net.0.proj", f"{ours}.fc2": f"{theirs}.net.2"}
+def _stored(spec: ModelSpec) -> ModelSpec:
+    """The last block has tensors for the text too."""
+    return replace(spec, blocks=(Blocks(spec.depth, JOINT),))
 
 
-def _mlps(block: str) -> Binding:
-    names = _mlp_names("mlp", f"{block}.img_mlp") | _mlp_names("mlp_text", f"{block}.txt_mlp")
-    return layers_of(names)
-
-
-def positions(spec: ModelSpec) -> Positions:
-    """The positions of the spec, which has them for every size."""
-    assert spec.positions is not None
-    return spec.positions
-
-
+FAMILY = JointFamily("Qwen-Image", _layers, _row, UNITS, masked=("attn",), stored=_stored)
 QWEN_IMAGE = Architecture(
     "qwen-image",
     frozenset({"img_in.weight", "txt_norm.weight", "transformer_blocks.0.txt_mod.1.weight"}),
     spec_from_tensors,
-    check_tensors,
-    graph_kinds,
-    positions,
-    DiffusersFolder(
-        ("QwenImagePipeline",),
-        "QwenImageTransformer2DModel",
-        "",
-        spec_from_config,
-        state_from_diffusers,
-        even_sigmas=True,
+    FAMILY.check_tensors,
+    FAMILY.graph_kinds,
+    folder=DiffusersFolder(
+        ("QwenImagePipeline",), "QwenImageTransformer2DModel", spec_from_config, even_sigmas=True
     ),
 )

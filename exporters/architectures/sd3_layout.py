@@ -1,13 +1,8 @@
-"""Names and shapes of the tensors of a Stable Diffusion 3, in the layout of diffusers.
-
-The authors' single files have another layout: joined queries, keys and values, and shift before
-scale in every modulation layer. Their tensors are renamed; what is split stays a view of the file.
-"""
+"""The layers of a Stable Diffusion 3 in a file of its authors, and its position table."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,18 +10,15 @@ import torch
 from torch import Tensor
 
 from goc_deploy.errors import ModelError
-from goc_deploy.exporters.tracing import check_shapes
+from goc_deploy.exporters.architectures.authors import AuthorsLayout
 from goc_deploy.size_inputs import places_in_table, sines
-from goc_deploy.spec import ModelSpec, Positions
+from goc_deploy.spec import Positions
 
 TABLE = "pos_embed.pos_embed"
-FREQUENCIES = 256
 ROUNDED = 2**-7  # of sines and cosines that were rounded to bfloat16
 SHOWN = 1e-3  # positions that differ by less look alike in a table in half precision
 FRACTION = 64  # positions of this denominator are preferred to others that look alike
 TURNS = range(-32, 33)  # that the position of the first token of a table may be away from zero
-_BLOCK = re.compile(r"joint_blocks\.(\d{1,4})\.(x_block|context_block)\.(.+)")
-# Layers of the authors -> the layers of diffusers whose rows each one joins.
 _OUTER = {
     "x_embedder.proj": ("pos_embed.proj",),
     "context_embedder": ("context_embedder",),
@@ -63,98 +55,22 @@ _OF_STREAM = {
 }
 
 
+LAYOUT = AuthorsLayout(
+    outer=_OUTER,
+    blocks={
+        f"joint_blocks.{{}}.{stream}.": ("transformer_blocks.{}.", layers)
+        for stream, layers in _OF_STREAM.items()
+    },
+    joined="joint_blocks.0.context_block.attn.qkv.weight",
+    swapped=("norm_out.linear", "transformer_blocks.{}.norm1_context.linear"),
+)
+
+
 def state_from_authors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an authors' single file under the names of diffusers.
-
-    A tensor that no layer of diffusers has keeps its name, and `check_tensors` refuses it.
-    """
-    state: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        parts = _parts(name)
-        rows = tensor.chunk(len(parts)) if tensor.ndim and len(tensor) % len(parts) == 0 else ()
-        state |= dict(zip(parts, rows, strict=True)) if rows else {name: tensor}
-    last = sum(name.endswith(".norm1.linear.weight") for name in state) - 1
-    for layer in ("norm_out.linear", f"transformer_blocks.{last}.norm1_context.linear"):
-        for name in (f"{layer}.weight", f"{layer}.bias"):
-            if name in state:
-                shift, scale = state[name].chunk(2)
-                state[name] = torch.cat([scale, shift])
-    return state
-
-
-def _parts(name: str) -> list[str]:
-    """The tensors of diffusers that a tensor of the authors joins, or its own name."""
-    if name == "pos_embed":
-        return [TABLE]
-    block = _BLOCK.fullmatch(name)
-    layer, _, kind = (block[3] if block else name).rpartition(".")
-    known = _OF_STREAM[block[2]] if block else _OUTER
-    prefix = f"transformer_blocks.{block[1]}." if block else ""
-    return [f"{prefix}{part}.{kind}" for part in known.get(layer, ())] or [name]
-
-
-def check_tensors(tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
-    """Check names and shapes of tensors.
-
-    Raises:
-        ModelError: tensors are missing, unexpected or of another shape; the message lists up to ten
-            of each.
-    """
-    what = f"a Stable Diffusion 3 of depth {spec.depth} and width {spec.hidden}"
-    check_shapes(tensors, shapes_from_spec(spec), what)
-
-
-def shapes_from_spec(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors of a model, those that no unit reads included."""
-    assert spec.positions is not None
-    width, patches = spec.hidden, spec.channels * spec.patch**2
-    layers = {
-        "time_text_embed.timestep_embedder.linear_1": (width, FREQUENCIES),
-        "time_text_embed.timestep_embedder.linear_2": (width, width),
-        "time_text_embed.text_embedder.linear_1": (width, spec.pooled_channels),
-        "time_text_embed.text_embedder.linear_2": (width, width),
-        "context_embedder": (width, spec.caption_channels),
-        "norm_out.linear": (2 * width, width),
-        "proj_out": (patches, width),
-    }
-    shapes: dict[str, tuple[int, ...]] = {
-        TABLE: (1, spec.positions.table**2, width),
-        "pos_embed.proj.weight": (width, spec.channels, spec.patch, spec.patch),
-        "pos_embed.proj.bias": (width,),
-    }
-    for number in range(spec.depth):
-        block = f"transformer_blocks.{number}"
-        of_block, norms = _shapes_of_block(spec, number)
-        layers |= {f"{block}.{name}": shape for name, shape in of_block.items()}
-        shapes |= {f"{block}.{name}.weight": (width // spec.heads,) for name in norms}
-    for name, shape in layers.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    return shapes
-
-
-def _shapes_of_block(
-    spec: ModelSpec, number: int
-) -> tuple[dict[str, tuple[int, int]], tuple[str, ...]]:
-    """The linear layers of a block, and the norms of its queries and keys."""
-    width, inner = spec.hidden, spec.mlp_hidden
-    last, dual = number == spec.depth - 1, is_dual(spec, number)
-    square = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
-    square += ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"]
-    square += [] if last else ["attn.to_add_out"]
-    square += ["attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"] if dual else []
-    layers = dict.fromkeys(square, (width, width))
-    layers["norm1.linear"] = ((9 if dual else 6) * width, width)
-    layers["norm1_context.linear"] = ((2 if last else 6) * width, width)
-    for ff in ("ff",) if last else ("ff", "ff_context"):
-        layers |= {f"{ff}.net.0.proj": (inner, width), f"{ff}.net.2": (width, inner)}
-    norms = ["attn.norm_q", "attn.norm_k", "attn.norm_added_q", "attn.norm_added_k"]
-    norms += ["attn2.norm_q", "attn2.norm_k"] if dual else []
-    return layers, tuple(norms) if spec.qk_norm else ()
-
-
-def is_dual(spec: ModelSpec, number: int) -> bool:
-    """Whether a block has a second attention, of image tokens alone."""
-    return "gate_2" in [feature.gate for feature in spec.block_units[number][0].features]
+    """The tensors of an authors' single file under the names of diffusers."""
+    rest = dict(tensors)
+    table = rest.pop("pos_embed")
+    return {**LAYOUT.state(rest), TABLE: table}
 
 
 def positions_from_table(table: Tensor) -> Positions:

@@ -13,19 +13,17 @@ from torch import Tensor
 
 from goc_deploy.blocks import IMAGE_FEATURE, MAX_BLOCKS, STREAMS, TEXT_FEATURE, Feature, Unit
 from goc_deploy.errors import ModelError
-from goc_deploy.exporters.architectures.joint import runs_of
+from goc_deploy.exporters.architectures.reading import count_blocks, image_spec, reading_sizes
 from goc_deploy.exporters.architectures.sd3_layout import TABLE, positions_from_table
 from goc_deploy.exporters.folders import MAX_WIDTH, Setting, Settings
 from goc_deploy.modulation import SHIFT_AND_SCALE
 from goc_deploy.spec import ModelSpec, Positions
 
-FAMILY = "sd3"
+NAME = "sd3"
 HEAD = 64  # width of a head in every public model
 TOKENS = 77 + 256  # those of the CLIP encoders, and those of the T5 behind them
 SIDE = 128  # of the usual latents, 1024 pixels
-PIXELS = 8  # per latent pixel and side, of the VAE of the training
 MAX_TABLE = 1024  # tokens per side of a position table
-_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
 _SECOND = re.compile(r"transformer_blocks\.(\d+)\.attn2\.to_q\.weight")
 _TEXT_ROWS = ("shift_text", "scale_text")
 _SECOND_ROWS = ("shift_2", "scale_2")
@@ -120,17 +118,13 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
         ModelError: the sizes cannot be read, the number of heads does not divide the width, or the
             position table was learned.
     """
-    try:
+    with reading_sizes("Stable Diffusion 3"):
         hidden, channels, patch, _ = tensors["pos_embed.proj.weight"].shape
         text = tensors["context_embedder.weight"].shape[1]
         pooled = tensors["time_text_embed.text_embedder.linear_1.weight"].shape[1]
-        depth = 1 + max(int(found[1]) for found in map(_BLOCK.match, tensors) if found)
         norm = tensors.get("transformer_blocks.0.attn.norm_q.weight")
         positions = positions_from_table(tensors[TABLE])
-    except (KeyError, ValueError) as cause:
-        raise ModelError(
-            f"the checkpoint looks like a Stable Diffusion 3 but its sizes cannot be read: {cause}"
-        ) from cause
+    depth = count_blocks(tensors)
     heads = heads or hidden // (HEAD if norm is None else norm.numel())
     if not heads or hidden % heads or depth > MAX_BLOCKS:
         raise ModelError(
@@ -183,25 +177,21 @@ def spec_of(
         pooled: width of a caption's pooled embedding.
     """
     blocks = [units_of_block(dual=i in dual, last=i == depth - 1) for i in range(depth)]
-    return ModelSpec(
-        depth=depth,
-        hidden=hidden,
+    spec = image_spec(
+        NAME,
+        blocks,
         heads=heads,
+        head=hidden // heads,
         mlp_hidden=4 * hidden,
-        patch=patch,
-        grid=(grid, grid),
         channels=channels,
-        choices=0,
-        learn_sigma=False,
-        architecture=FAMILY,
-        prediction_type="flow_to_noise",
-        guided_channels=channels,
+        grid=(grid, grid),
+    )
+    return replace(
+        spec,
+        patch=patch,
         caption_channels=text,
         caption_tokens=TOKENS,
         positions=Positions("sine", stretch=table / grid, table=table),
-        max_grid=(grid, grid),
-        vae_scale=PIXELS,
-        blocks=runs_of(blocks),
         pooled_channels=pooled,
         qk_norm=qk_norm,
     )

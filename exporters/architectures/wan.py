@@ -29,7 +29,6 @@ from goc_deploy.exporters.architectures.wan_diffusers import (
     check_tensors,
     spec_from_config,
     spec_of,
-    state_from_diffusers,
 )
 from goc_deploy.exporters.tracing import (
     KINDS,
@@ -43,7 +42,7 @@ from goc_deploy.exporters.tracing import (
 )
 from goc_deploy.exporters.units import DTYPES, Binding, GraphKind, Input, Slab
 from goc_deploy.precision import Precision
-from goc_deploy.spec import ModelSpec, Positions
+from goc_deploy.spec import ModelSpec
 
 NORM_EPSILON = 1e-6
 HEAD = 128  # width of a head in every public model
@@ -356,25 +355,12 @@ def _mlp(block: str) -> Binding:
     return layers_of({"mlp.fc1": f"{block}.ffn.net.0.proj", "mlp.fc2": f"{block}.ffn.net.2"})
 
 
-def positions(spec: ModelSpec) -> Positions:
-    """The positions of the spec, which has them for every size."""
-    assert spec.positions is not None
-    return spec.positions
-
-
 WAN = Architecture(
     "wan",
     frozenset({"patch_embedding.weight", "condition_embedder.time_proj.weight"}),
     spec_from_tensors,
     check_tensors,
     graph_kinds,
-    positions,
-    DiffusersFolder(
-        ("WanPipeline",),
-        "WanTransformer3DModel",
-        "",
-        spec_from_config,
-        state_from_diffusers,
-    ),
-    AUTHORS,
+    folder=DiffusersFolder(("WanPipeline",), "WanTransformer3DModel", spec_from_config),
+    other_layout=AUTHORS,
 )

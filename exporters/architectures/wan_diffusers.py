@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
@@ -116,14 +115,6 @@ def spec_of(depth: int, heads: int, head: int, *, ffn: int, channels: int, text:
         vae_scale=scale,
         vae_frames=FRAMES_PER_LATENT if channels in SAMPLES else 1,
     )
-
-
-def state_from_diffusers(
-    tensors: Mapping[str, Tensor], spec: ModelSpec, where: Path
-) -> tuple[ModelSpec, dict[str, Tensor]]:
-    """The tensors of a WanTransformer3DModel, whose names are kept; `check_tensors` checks them."""
-    del where
-    return spec, dict(tensors)
 
 
 def check_tensors(tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:

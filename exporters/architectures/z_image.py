@@ -11,23 +11,37 @@ Diffusion Transformer", 2025; names and arithmetic are those of diffusers'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Annotated, Any
 
-import torch
+from msgspec import Meta, Struct
+from torch import Tensor
 
-from goc_deploy.conditions.captions import MASKED
-from goc_deploy.exporters.architectures import any_size
+from goc_deploy.blocks import (
+    IMAGE_FEATURE,
+    MAX_BLOCKS,
+    STREAMS,
+    TEXT_FEATURE,
+    Unit,
+    UnitPlace,
+)
+from goc_deploy.errors import ModelError
 from goc_deploy.exporters.architectures.contract import Architecture, DiffusersFolder
-from goc_deploy.exporters.architectures.joint import captions_example, text_example
-from goc_deploy.exporters.architectures.z_image_diffusers import (
-    KEY,
-    check_tensors,
-    spec_from_config,
-    spec_from_tensors,
-    state_from_diffusers,
+from goc_deploy.exporters.architectures.joint_family import JointFamily
+from goc_deploy.exporters.architectures.joint_kinds import Layers, MakeModule, Row
+from goc_deploy.exporters.architectures.reading import (
+    PATCH,
+    VALUES_OF_PATCH,
+    check_heads,
+    count_blocks,
+    image_spec,
+    reading_sizes,
 )
 from goc_deploy.exporters.architectures.z_image_units import (
+    CONDITION,
+    MULTIPLE,
     AttnUnit,
     CaptionsUnit,
     ConditioningUnit,
@@ -35,183 +49,205 @@ from goc_deploy.exporters.architectures.z_image_units import (
     FinalUnit,
     MlpUnit,
 )
-from goc_deploy.exporters.tracing import (
-    KINDS,
-    ROWS,
-    SOME_TOKENS,
-    STEPS,
-    Examples,
-    Module,
-    empty_module,
-)
-from goc_deploy.exporters.units import DTYPES, Binding, GraphKind, Input, Slab
-from goc_deploy.precision import Precision
+from goc_deploy.exporters.folders import MAX_WIDTH, Setting, Settings
 from goc_deploy.spec import ModelSpec, Positions
 
+TOKENS, GRID = 512, (64, 64)  # of a caption, and of an image of 1024x1024 pixels
+VAE_CHANNELS = 16  # of the public model
+KEY = f"{PATCH}-1"  # of the embedding and the final layer, by the sizes of their patches
+BRANCHES = ("attn", "mlp")
+ALONE = tuple(Unit(branch, ("scale",)) for branch in BRANCHES)
+BOTH = tuple(
+    Unit(branch, ("scale",), (IMAGE_FEATURE, TEXT_FEATURE), STREAMS) for branch in BRANCHES
+)
+LAST = (Unit("attn", ("scale",), (IMAGE_FEATURE,), STREAMS), ALONE[1])
+CHUNKS = {"attn": 0, "mlp": 2}  # of a block's modulation: the scale of a branch, then its gate
+LAYERS: Mapping[str, Layers] = {
+    "attn": {
+        "qkv": tuple(f"attention.to_{part}" for part in "qkv"),
+        "proj": ("attention.to_out.0",),
+        **{f"norm{i}": (f"attention_norm{i}.weight",) for i in (1, 2)},
+        **{f"norm_{part}": (f"attention.norm_{part}.weight",) for part in "qk"},
+    },
+    "mlp": {
+        **{f"w{i}": (f"feed_forward.w{i}",) for i in (1, 2, 3)},
+        **{f"norm{i}": (f"ffn_norm{i}.weight",) for i in (1, 2)},
+    },
+}
 
-def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
-    """The graphs of a Z-Image, in the order in which they are written."""
-    dtype, refiners, last = DTYPES[precision], spec.blocks[0].count, spec.depth - 1
-    examples = Examples(spec, dtype)
-    captions, *of_captions, text = _text_examples(spec, examples)
-    alone = (examples.tokens(), *examples.modulation("scale", "gate"))
-    gate_text, turns = examples.modulation("gate_text"), _angles(spec)
-    image, joint = ("x_out", "feature"), ("x_out", "text_out", "feature", "feature_text")
-    blocks = [f"noise_refiner.{i}" for i in range(refiners)]
-    blocks += [f"layers.{i}" for i in range(spec.depth - refiners)]
 
-    def kind(
-        name: str,
-        make: Callable[[ModelSpec], Module],
-        inputs: Sequence[Input],
-        outputs: tuple[str, ...],
-        copies: Mapping[str, Binding],
-    ) -> GraphKind:
-        module = empty_module(lambda: make(spec), dtype, examples.generator)
-        once = name in ("conditioning", "captions")
-        return GraphKind(name, module, tuple(inputs), outputs, copies, weights_are_inputs=once)
+class ZImageConfig(Struct, frozen=True, kw_only=True):
+    """The settings of a ZImageTransformer2DModel that are read, with the defaults of diffusers."""
 
-    def attn(*places: int) -> dict[str, Binding]:
-        return {f"block_{i:02d}_attn": _attn("", blocks[i]) for i in places}
+    in_channels: Setting = 16
+    dim: Setting = 3840
+    n_layers: Setting = 30
+    n_refiner_layers: Setting = 2
+    n_heads: Setting = 30
+    cap_feat_dim: Setting = 2560
+    rope_theta: Annotated[float, Meta(gt=1)] = 256.0
+    axes_dims: Annotated[tuple[Setting, ...], Meta(min_length=3, max_length=3)] = (32, 48, 48)
+    n_kv_heads: Setting = 30
 
-    def mlp(*places: int) -> dict[str, Binding]:
-        return {f"block_{i:02d}_mlp": _mlp("", blocks[i]) for i in places}
 
-    first, middle = range(refiners), range(refiners, last)
-    latents = any_size.latents_example(spec, examples)
-    tokens = (any_size.grid_example(spec, examples), *examples.modulation("shift", "scale"))
-    embed, final = f"all_x_embedder.{KEY}", f"all_final_layer.{KEY}.linear"
-    kinds = (
-        kind("conditioning", ConditioningUnit, [STEPS], ("table",), _conditioning(spec, blocks)),
-        kind(
-            "captions",
-            partial(CaptionsUnit, blocks=refiners),
-            [captions, *of_captions],
-            ("text",),
-            _captions(refiners),
-        ),
-        kind("embed", EmbedUnit, [latents, ROWS], ("x",), {"embed": _layer("embed", embed)}),
-        kind("attn", AttnUnit, [*alone, *turns], image, attn(*first)),
-        kind(
-            "joint attn",
-            AttnUnit,
-            [*alone, *turns, text, *of_captions, *gate_text],
-            joint,
-            attn(*middle),
-        ),
-        kind(
-            "last attn",
-            partial(AttnUnit, last=True),
-            [*alone, *turns, text, *of_captions],
-            image,
-            attn(last),
-        ),
-        kind("mlp", MlpUnit, alone, image, mlp(*first, last)),
-        kind("joint mlp", MlpUnit, [*alone, text, *gate_text], joint, mlp(*middle)),
-        kind("final", FinalUnit, tokens, ("prediction",), {"final": _layer("linear", final)}),
+SETTINGS = Settings(
+    ZImageConfig,
+    required={
+        "_class_name": ("ZImageTransformer2DModel",),
+        "all_patch_size": ([PATCH],),
+        "all_f_patch_size": ([1],),
+        "norm_eps": (1e-5,),
+        "qk_norm": (True,),
+        "siglip_feat_dim": (None,),  # Omni reads pictures too
+        "t_scale": (1000.0,),
+    },
+    without_effect=("_diffusers_version", "_name_or_path", "axes_lens"),
+)
+
+
+def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
+    """The sizes of the model that a ``config.json`` describes.
+
+    Raises:
+        ModelError: a setting is unknown, not supported or out of range; the message names it.
+    """
+    return spec_of(SETTINGS.read(config, where), where)
+
+
+def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> ModelSpec:
+    """Infer the sizes of a model from its tensors.
+
+    Raises:
+        ModelError: the sizes cannot be read, or another number of heads was given.
+    """
+    with reading_sizes("Z-Image"):
+        dim, of_patch = tensors[f"all_x_embedder.{KEY}.weight"].shape
+        (head,) = tensors["layers.0.attention.norm_q.weight"].shape
+        text = tensors["cap_embedder.1.weight"].shape[1]
+    known = head > 0 and head % 16 == 0
+    check_heads(dim, head, heads, known=known, supported="a multiple of 16")
+    side = 3 * head // 8  # values of a head for rows, and for columns, as in the public model
+    config = ZImageConfig(
+        in_channels=of_patch // VALUES_OF_PATCH,
+        dim=dim,
+        n_layers=count_blocks(tensors, "layers"),
+        n_refiner_layers=count_blocks(tensors, "noise_refiner"),
+        n_heads=dim // head,
+        n_kv_heads=dim // head,
+        cap_feat_dim=text,
+        axes_dims=(head - 2 * side, side, side),
     )
-    return tuple(kind for kind in kinds if kind.copies)
+    return spec_of(config, "the checkpoint")
 
 
-def _text_examples(spec: ModelSpec, examples: Examples) -> tuple[Input, ...]:
-    """``captions``, their mask, the caption of each row, and ``text``."""
-    length = spec.caption_tokens
-    bias = MASKED * (torch.arange(length) >= torch.tensor([[length // 3], [length]])).float()
-    return (
-        captions_example(spec, examples),
-        Input("bias", bias, {0: "captions"}),
-        Input("caption_rows", torch.tensor([1, 0]), {0: "batch"}),
-        text_example(spec, examples),
-    )
+def spec_of(read: ZImageConfig, where: str) -> ModelSpec:
+    """The model of some settings, for images of 1024x1024 pixels.
 
-
-def _angles(spec: ModelSpec) -> tuple[Input, ...]:
-    """``cos`` and ``sin`` of the example tokens."""
-    speeds = torch.linspace(1, 0.1, spec.hidden // spec.heads // 2)
-    angles = torch.linspace(0, 3, SOME_TOKENS)[:, None] * speeds
-    return (
-        Input("cos", angles.cos(), {0: "tokens"}),
-        Input("sin", angles.sin(), {0: "tokens"}),
-    )
-
-
-def _layer(ours: str, theirs: str) -> dict[str, tuple[Slab, ...]]:
-    return {f"{ours}.{kind}": (Slab(f"{theirs}.{kind}"),) for kind in KINDS}
-
-
-def _conditioning(spec: ModelSpec, blocks: Sequence[str]) -> dict[str, Binding]:
-    """Bind the embedder, the modulation of all blocks as one layer, and that of the last layer."""
-    places, width = spec.unit_places, spec.hidden
-
-    def rows_of(unit: int, chunk: int) -> tuple[str, int]:
-        half = 2 if places[unit].branch == "mlp" else 0
-        return f"{blocks[places[unit].block]}.adaLN_modulation.0", half + chunk
-
-    gates, _, scales = spec.modulation.in_order(
-        gates=[rows_of(place.unit, 1) for place in spec.features],
-        final=[],
-        units=[rows_of(unit, 0) for unit in range(spec.units)],
-    )
-    modulation = {
-        f"modulation.{kind}": tuple(
-            Slab(f"{layer}.{kind}", chunk * width, (chunk + 1) * width)
-            for layer, chunk in (*gates, *scales)
+    Raises:
+        ModelError: the settings do not fit together; the message names them.
+    """
+    heads, widths, depth = read.n_heads, read.axes_dims, read.n_refiner_layers + read.n_layers
+    if heads * sum(widths) != read.dim or any(width % 2 for width in widths):
+        raise ModelError(
+            f"{where}: axes_dims is {list(widths)}; they must be even, and their sum times n_heads "
+            f"({heads}) must be dim, {read.dim}"
         )
-        for kind in KINDS
+    if read.n_kv_heads != heads or not CONDITION <= read.dim <= MAX_WIDTH or depth > MAX_BLOCKS:
+        raise ModelError(
+            f"{where}: n_kv_heads is {read.n_kv_heads}, expected n_heads, {heads}; dim is "
+            f"{read.dim}, expected {CONDITION} to {MAX_WIDTH}; there are {depth} blocks, at most "
+            f"{MAX_BLOCKS} are supported"
+        )
+    spec = image_spec(
+        "z-image",
+        [*[ALONE] * read.n_refiner_layers, *[BOTH] * (read.n_layers - 1), LAST],
+        heads=heads,
+        head=sum(widths),
+        mlp_hidden=int(read.dim / 3 * 8),
+        channels=read.in_channels,
+        grid=GRID,
+    )
+    return replace(
+        spec,
+        caption_channels=read.cap_feat_dim,
+        caption_tokens=TOKENS,
+        positions=Positions("rotary", widths=widths, theta=read.rope_theta),
+        vae_scale=spec.vae_scale if read.in_channels == VAE_CHANNELS else 1,
+        token_multiple=MULTIPLE,
+    )
+
+
+@lru_cache(maxsize=64)
+def block_names(spec: ModelSpec) -> tuple[str, ...]:
+    """The name of each block, in the order of execution."""
+    alone, joint = range(spec.blocks[0].count), range(spec.depth - spec.blocks[0].count)
+    return (*(f"noise_refiner.{i}" for i in alone), *(f"layers.{i}" for i in joint))
+
+
+def _layers(spec: ModelSpec) -> dict[str, Layers]:
+    refined = {
+        f"{branch}.{i}.{layer}": tuple(f"context_refiner.{i}.{part}" for part in parts)
+        for i in range(spec.blocks[0].count)
+        for branch, layers in LAYERS.items()
+        for layer, parts in layers.items()
     }
-    embedder = {**_layer("fc1", "t_embedder.mlp.0"), **_layer("fc2", "t_embedder.mlp.2")}
-    final = _layer("final", f"all_final_layer.{KEY}.adaLN_modulation.1")
-    return {"conditioning": {**embedder, **modulation, **final}}
-
-
-def _captions(refiners: int) -> dict[str, Binding]:
-    binding = {
-        "norm": (Slab("cap_embedder.0.weight"),),
-        "pad_token": (Slab("cap_pad_token"),),
-        **_layer("embed", "cap_embedder.1"),
-    }
-    for i in range(refiners):
-        binding |= _attn(f"attn.{i}.", f"context_refiner.{i}")
-        binding |= _mlp(f"mlp.{i}.", f"context_refiner.{i}")
-    return {"captions": binding}
-
-
-def _attn(ours: str, block: str) -> dict[str, tuple[Slab, ...]]:
-    attn = f"{block}.attention"
     return {
-        f"{ours}qkv.weight": tuple(Slab(f"{attn}.to_{part}.weight") for part in "qkv"),
-        f"{ours}proj.weight": (Slab(f"{attn}.to_out.0.weight"),),
-        **{f"{ours}norm{i}": (Slab(f"{block}.attention_norm{i}.weight"),) for i in (1, 2)},
-        **{f"{ours}norm_{part}": (Slab(f"{attn}.norm_{part}.weight"),) for part in "qk"},
+        "conditioning": {
+            "fc1": ("t_embedder.mlp.0",),
+            "fc2": ("t_embedder.mlp.2",),
+            "final": (f"all_final_layer.{KEY}.adaLN_modulation.1",),
+        },
+        "captions": {
+            "norm": ("cap_embedder.0.weight",),
+            "pad_token": ("cap_pad_token",),
+            "embed": ("cap_embedder.1",),
+            **refined,
+        },
+        "embed": {"embed": (f"all_x_embedder.{KEY}",)},
+        **{
+            branch: {f"{branch}.{layer}": parts for layer, parts in layers.items()}
+            for branch, layers in LAYERS.items()
+        },
+        "final": {"linear": (f"all_final_layer.{KEY}.linear",)},
     }
 
 
-def _mlp(ours: str, block: str) -> dict[str, tuple[Slab, ...]]:
-    return {
-        **{f"{ours}w{i}.weight": (Slab(f"{block}.feed_forward.w{i}.weight"),) for i in (1, 2, 3)},
-        **{f"{ours}norm{i}": (Slab(f"{block}.ffn_norm{i}.weight"),) for i in (1, 2)},
-    }
+def _row(spec: ModelSpec, place: UnitPlace, name: str) -> Row:
+    chunk = CHUNKS[place.branch] + (name != "scale")
+    return f"{block_names(spec)[place.block]}.adaLN_modulation.0", chunk
 
 
-def positions(spec: ModelSpec) -> Positions:
-    """The positions of the spec, which has them for every size."""
-    assert spec.positions is not None
-    return spec.positions
+class ZImageFamily(JointFamily):
+    """The family, which has modules of its own."""
+
+    def modules(self, spec: ModelSpec, places: Sequence[int]) -> Mapping[str, MakeModule]:
+        """See `JointFamily`."""
+        return {
+            "conditioning": partial(ConditioningUnit, spec, places),
+            "captions": partial(CaptionsUnit, spec, spec.blocks[0].count),
+            "embed": partial(EmbedUnit, spec),
+            "final": partial(FinalUnit, spec),
+        }
 
 
+FAMILY = ZImageFamily(
+    "Z-Image",
+    _layers,
+    _row,
+    {"attn": AttnUnit, "mlp": MlpUnit},
+    block_names,
+    final_rows=(),
+    masked=("attn", "captions"),
+    fp16=True,
+    unread=lambda spec: {"x_pad_token": (1, spec.hidden)},
+)
 Z_IMAGE = Architecture(
     "z-image",
     frozenset({"cap_pad_token", "x_pad_token", f"all_x_embedder.{KEY}.weight"}),
     spec_from_tensors,
-    check_tensors,
-    graph_kinds,
-    positions,
-    DiffusersFolder(
-        ("ZImagePipeline",),
-        "ZImageTransformer2DModel",
-        "",
-        spec_from_config,
-        state_from_diffusers,
-        even_sigmas=True,
+    FAMILY.check_tensors,
+    FAMILY.graph_kinds,
+    folder=DiffusersFolder(
+        ("ZImagePipeline",), "ZImageTransformer2DModel", spec_from_config, even_sigmas=True
     ),
 )

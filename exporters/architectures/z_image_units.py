@@ -2,30 +2,40 @@
 
 A caption is padded to a multiple of 32 tokens with a learned token, and the image stands behind it
 on the first axis of positions. Attention sees only differences of positions, so here the image is
-at 0 and the caption before it, which lets captions of different lengths share a batch.
+at 0 and the caption before it, which lets captions of different lengths share a batch. A sequence
+of both is [image, text].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from goc_deploy.blocks import TEXT_FEATURE, Unit
 from goc_deploy.conditions.captions import MASKED
 from goc_deploy.exporters.architectures import any_size
-from goc_deploy.exporters.architectures.dit import add_gated, scaled_queries
-from goc_deploy.exporters.architectures.dit_model import timestep_features
+from goc_deploy.exporters.architectures.contract import own_positions
+from goc_deploy.exporters.architectures.dit_model import TIMESTEP_FREQUENCIES, timestep_features
+from goc_deploy.exporters.architectures.joint import (
+    STREAM_INPUTS,
+    Attend,
+    Inputs,
+    JointUnit,
+    angles_of,
+    attend,
+    changed_by,
+)
 from goc_deploy.exporters.architectures.wan import rms_norm, turned
 from goc_deploy.spec import ModelSpec
 
 MULTIPLE = 32  # of the tokens of a padded caption
-CONDITION, INNER, FREQUENCIES = 256, 1024, 256  # widths of the time embedding
+CONDITION, INNER = 256, 1024  # widths of the time embedding
 TRAIN_STEPS = 1000
 norm = partial(rms_norm, epsilon=1e-5)
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def padded(bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,26 +48,11 @@ def padded(bias: Tensor) -> tuple[Tensor, Tensor]:
 
 def text_angles(positions: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor]:
     """Cosines and sines (K, 1, Lc, head width / 2) of captions, which extend along one axis."""
-    assert spec.positions is not None
-    first, *others = spec.positions.widths
-    speeds = spec.positions.theta ** (-torch.arange(0, first, 2) / first)
+    first, *others = own_positions(spec).widths
+    speeds = own_positions(spec).theta ** (-torch.arange(0, first, 2) / first)
     speeds = torch.cat([speeds, torch.zeros(sum(others) // 2)])
     angles = positions[:, None, :, None] * speeds
     return angles.cos(), angles.sin()
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention of heads (B, heads, n, head width) to (B, n, D)."""
-    scores = torch.matmul(scaled_queries(q), k.transpose(-1, -2)).float()
-    if bias is not None:
-        scores = scores + bias
-    mixed = torch.matmul(torch.softmax(scores, dim=-1).to(v.dtype), v)
-    return mixed.transpose(1, 2).flatten(2)
-
-
-def pytorch_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """The same, computed with PyTorch's attention."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
@@ -104,106 +99,74 @@ def scaled(x: Tensor, scale: Tensor | None) -> Tensor:
     return x if scale is None else (x.float() * (1 + scale.float().unsqueeze(1))).to(x.dtype)
 
 
-class AttnUnit(Attention):
-    """The unit of an attention branch: of the image, or of both streams, [image, text].
+class AttnUnit(JointUnit):
+    """The unit of an attention branch: of the image, or of both streams."""
 
-    ``spec`` are the sizes of the model. The last unit of both streams changes the image only.
-    """
+    def __init__(self, spec: ModelSpec, unit: Unit, names: Sequence[str]) -> None:
+        super().__init__(unit, names)
+        self.spec, self.attn = spec, Attention(spec)
 
-    def __init__(self, spec: ModelSpec, *, last: bool = False) -> None:
-        super().__init__(spec)
-        self.spec, self.last = spec, last
-
-    def forward(
-        self, x: Tensor, scale: Tensor, gate: Tensor, cos: Tensor, sin: Tensor, *of_text: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Tokens to x_out (B, T, D), text_out (B, Lc, D) and their features.
-
-        Args:
-            x: (B, T, D).
-            scale: (B, D).
-            gate: (B, D).
-            cos: (T, head width / 2) float32.
-            sin: (T, head width / 2) float32.
-            of_text: text (B, Lc, D), bias (K, Lc) float32 and caption_rows (B,) int64; and
-                gate_text (B, D), unless the text is not changed.
-        """
-        return self._with(attention, x, scale, gate, (cos, sin), of_text)
-
-    def reference(
-        self, x: Tensor, scale: Tensor, gate: Tensor, cos: Tensor, sin: Tensor, *of_text: Tensor
-    ) -> tuple[Tensor, ...]:
-        """The same tensors, computed with PyTorch's attention."""
-        return self._with(pytorch_attention, x, scale, gate, (cos, sin), of_text)
-
-    def _with(
-        self,
-        attend: Attend,
-        x: Tensor,
-        scale: Tensor,
-        gate: Tensor,
-        angles: tuple[Tensor, Tensor],
-        of_text: tuple[Tensor, ...],
-    ) -> tuple[Tensor, ...]:
-        if not of_text:
-            q, k, v = self.heads_of(x, scale)
-            feature = self.feature(attend(turned(q, *angles), turned(k, *angles), v, None))
-            return add_gated(x, gate, feature), feature.flatten(0, 1)
-        text, bias, caption_rows, *gates = of_text
-        count = x.shape[1]
-        q, k, v = self.heads_of(torch.cat([x, text], dim=1), scale)
-        mask, positions = padded(bias.index_select(0, caption_rows))
-        for_text = text_angles(positions, self.spec)
+    def features(self, how: Attend, inputs: Inputs) -> list[Tensor]:
+        """See `JointUnit`."""
+        tokens, count = joined(inputs, self.unit.reads), inputs["x"].shape[1]
+        q, k, v = self.attn.heads_of(tokens, inputs["scale"])
+        angles = angles_of(inputs)
+        if "text" not in inputs:
+            mixed = how(turned(q, *angles), turned(k, *angles), v, None)
+            return [self.attn.feature(mixed).flatten(0, 1)]
+        mask, places = padded(inputs["bias"].index_select(0, inputs["caption_rows"]))
+        of_text = text_angles(places, self.spec)
         q, k = (
-            torch.cat([turned(p[:, :, :count], *angles), turned(p[:, :, count:], *for_text)], dim=2)
+            torch.cat([turned(p[:, :, :count], *angles), turned(p[:, :, count:], *of_text)], dim=2)
             for p in (q, k)
         )
-        mask = torch.cat([torch.zeros_like(x[:, :, 0]).float(), mask], dim=1)[:, None, None]
-        if self.last:
-            feature = self.feature(attend(q[:, :, :count], k, v, mask))
-            return add_gated(x, gate, feature), feature.flatten(0, 1)
-        return added(x, text, gate, gates[0], self.feature(attend(q, k, v, mask)))
+        mask = torch.cat([torch.zeros_like(tokens[:, :count, 0]).float(), mask], dim=1)
+        if TEXT_FEATURE not in self.unit.features:
+            q = q[:, :, :count]
+        feature = self.attn.feature(how(q, k, v, mask[:, None, None]))
+        return parts_of(feature, count, self.unit)
 
 
-def added(
-    x: Tensor, text: Tensor, gate: Tensor, gate_text: Tensor, feature: Tensor
-) -> tuple[Tensor, ...]:
-    """Both streams with a feature (B, T + Lc, D) of both, and its two parts."""
-    of_image, of_text = feature[:, : x.shape[1]], feature[:, x.shape[1] :]
-    return (
-        add_gated(x, gate, of_image),
-        add_gated(text, gate_text, of_text),
-        of_image.flatten(0, 1),
-        of_text.flatten(0, 1),
-    )
-
-
-class MlpUnit(Swiglu):
+class MlpUnit(JointUnit):
     """The unit of an MLP branch: of the image, or of both streams."""
 
-    def forward(
-        self, x: Tensor, scale: Tensor, gate: Tensor, *of_text: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Tokens as in `AttnUnit`; ``of_text`` are text (B, Lc, D) and gate_text (B, D)."""
-        if not of_text:
-            feature = self.feature(x, scale)
-            return add_gated(x, gate, feature), feature.flatten(0, 1)
-        text, gate_text = of_text
-        feature = self.feature(torch.cat([x, text], dim=1), scale)
-        return added(x, text, gate, gate_text, feature)
+    def __init__(self, spec: ModelSpec, unit: Unit, names: Sequence[str]) -> None:
+        super().__init__(unit, names)
+        self.mlp = Swiglu(spec)
+
+    def features(self, how: Attend, inputs: Inputs) -> list[Tensor]:  # noqa: ARG002
+        """See `JointUnit`."""
+        feature = self.mlp.feature(joined(inputs, changed_by(self.unit)), inputs["scale"])
+        return parts_of(feature, inputs["x"].shape[1], self.unit)
+
+
+def joined(inputs: Inputs, streams: Sequence[str]) -> Tensor:
+    """The tokens of streams as one sequence (B, n, D)."""
+    tokens = [inputs[STREAM_INPUTS[stream]] for stream in streams]
+    return tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
+
+
+def parts_of(feature: Tensor, count: int, unit: Unit) -> list[Tensor]:
+    """The features of a unit, (B, T, D) or of both streams (B, T + Lc, D), by streams of (n, D).
+
+    ``count`` is T.
+    """
+    if len(unit.features) == 1:
+        return [feature.flatten(0, 1)]
+    return [feature[:, :count].flatten(0, 1), feature[:, count:].flatten(0, 1)]
 
 
 class CaptionsUnit(nn.Module):
-    """Captions to the tokens of the text, with blocks that have no modulation."""
+    """Captions to the tokens of the text, with ``count`` blocks that have no modulation."""
 
-    def __init__(self, spec: ModelSpec, blocks: int) -> None:
+    def __init__(self, spec: ModelSpec, count: int) -> None:
         super().__init__()
         self.spec = spec
         self.norm = nn.Parameter(torch.empty(spec.caption_channels))
         self.embed = nn.Linear(spec.caption_channels, spec.hidden)
         self.pad_token = nn.Parameter(torch.empty(1, spec.hidden))
-        self.attn = nn.ModuleList(Attention(spec) for _ in range(blocks))
-        self.mlp = nn.ModuleList(Swiglu(spec) for _ in range(blocks))
+        self.attn = nn.ModuleList(Attention(spec) for _ in range(count))
+        self.mlp = nn.ModuleList(Swiglu(spec) for _ in range(count))
 
     def forward(self, captions: Tensor, bias: Tensor, caption_rows: Tensor) -> Tensor:
         """Captions (K, Lc, C) and bias (K, Lc) float32, caption_rows (B,) to text (B, Lc, D)."""
@@ -215,22 +178,26 @@ class CaptionsUnit(nn.Module):
         angles = text_angles(positions, self.spec)
         for attn, mlp in zip(self.attn, self.mlp, strict=True):
             q, k, v = attn.heads_of(text, None)  # type: ignore[operator]
-            mixed = attention(turned(q, *angles), turned(k, *angles), v, mask[:, None, None])
+            mixed = attend(turned(q, *angles), turned(k, *angles), v, mask[:, None, None])
             text = text + attn.feature(mixed)  # type: ignore[operator]
             text = text + mlp.feature(text, None)  # type: ignore[operator]
         return text.index_select(0, caption_rows)
 
 
 class ConditioningUnit(nn.Module):
-    """Timesteps to the modulation table, the same for every caption."""
+    """Timesteps to the modulation table, the same for every caption.
 
-    def __init__(self, spec: ModelSpec) -> None:
+    Args:
+        spec: sizes of the model.
+        places: for each row of the table but those of the final layer, its place among the rows
+            that are computed. Both features of a unit have one gate.
+    """
+
+    def __init__(self, spec: ModelSpec, places: Sequence[int]) -> None:
         super().__init__()
-        rows = spec.modulation
-        self.gates, self.scales = len(rows.gates), sum(map(len, rows.units))
-        self.hidden = spec.hidden
-        self.fc1, self.fc2 = nn.Linear(FREQUENCIES, INNER), nn.Linear(INNER, CONDITION)
-        self.modulation = nn.Linear(CONDITION, (self.gates + self.scales) * spec.hidden)
+        self.gates, self.places, self.hidden = len(spec.features), list(places), spec.hidden
+        self.fc1, self.fc2 = nn.Linear(TIMESTEP_FREQUENCIES, INNER), nn.Linear(INNER, CONDITION)
+        self.modulation = nn.Linear(CONDITION, (max(places) + 1) * spec.hidden)
         self.final = nn.Linear(CONDITION, spec.hidden)
 
     def forward(self, t: Tensor) -> Tensor:
@@ -238,6 +205,7 @@ class ConditioningUnit(nn.Module):
         features = timestep_features(TRAIN_STEPS - t).to(self.fc1.weight.dtype)
         condition = self.fc2(F.silu(self.fc1(features)))
         rows = self.modulation(condition).reshape(t.shape[0], -1, self.hidden)
+        rows = rows.index_select(1, torch.tensor(self.places))
         scale = self.final(F.silu(condition)).unsqueeze(1)
         gates, scales = rows[:, : self.gates].tanh(), rows[:, self.gates :]
         return torch.cat([gates, torch.zeros_like(scale), scale, scales], dim=1).unsqueeze(2)

@@ -15,14 +15,15 @@ from safetensors.torch import save_file
 import goc_deploy
 from benchmarks.make_checkpoint import random_state as checkpoint_state
 from goc_deploy.api import build_engines
-from goc_deploy.exporters.architectures.flux_diffusers import FluxConfig
-from goc_deploy.exporters.architectures.flux_diffusers import spec_of as flux_spec
-from goc_deploy.exporters.architectures.qwen_diffusers import shapes_from_spec as qwen_shapes
-from goc_deploy.exporters.architectures.qwen_diffusers import spec_of as qwen_spec
+from goc_deploy.exporters.architectures.flux import FluxConfig
+from goc_deploy.exporters.architectures.flux import spec_of as flux_spec
+from goc_deploy.exporters.architectures.flux2 import Flux2Config
+from goc_deploy.exporters.architectures.flux2 import spec_of as flux2_spec
+from goc_deploy.exporters.architectures.qwen import spec_of as qwen_spec
 from goc_deploy.exporters.architectures.sd3_spec import spec_of as sd3_spec
 from goc_deploy.exporters.architectures.wan_diffusers import shapes_from_spec, spec_of
-from goc_deploy.exporters.architectures.z_image_diffusers import ZImageConfig
-from goc_deploy.exporters.architectures.z_image_diffusers import spec_of as z_image_spec
+from goc_deploy.exporters.architectures.z_image import ZImageConfig
+from goc_deploy.exporters.architectures.z_image import spec_of as z_image_spec
 from goc_deploy.exporters.companions.vae import VaeDecoder, vae_config
 from goc_deploy.options import EngineOptions, no_progress
 from tests.exporters.architectures.test_pixart_sigma import sigma_state
@@ -98,8 +99,7 @@ def test_every_graph_of_two_streams_builds(tmp_path: Path) -> None:
 def test_every_graph_of_turned_text_builds(tmp_path: Path) -> None:
     """A Qwen-Image of a block with a text stream and a last one."""
     spec = qwen_spec(2, 2, (4, 14, 14), channels=4, text=12)
-    state = {name: 0.1 * torch.randn(shape) for name, shape in qwen_shapes(spec).items()}
-    save_file(state, tmp_path / "qwen.safetensors")
+    save_file(checkpoint_state(spec, 0), tmp_path / "qwen.safetensors")
     check_builds(tmp_path / "qwen.safetensors", size=(8, 12), max_size=(16, 16))
 
 
@@ -113,6 +113,18 @@ def test_every_graph_of_single_blocks_builds(tmp_path: Path) -> None:
     )  # fmt: skip
     save_file(checkpoint_state(spec, 0), tmp_path / "flux.safetensors")
     check_builds(tmp_path / "flux.safetensors", size=(64, 96), max_size=(128, 128))
+
+
+def test_every_graph_of_shared_modulation_builds(tmp_path: Path) -> None:
+    """A FLUX.2 with a double block, a single one and the last one."""
+    spec = flux2_spec(
+        Flux2Config(
+            in_channels=16, num_layers=1, num_single_layers=2, num_attention_heads=1,
+            joint_attention_dim=12,
+        )
+    )  # fmt: skip
+    save_file(checkpoint_state(spec, 0), tmp_path / "flux2.safetensors")
+    check_builds(tmp_path / "flux2.safetensors", size=(64, 96), max_size=(128, 128))
 
 
 def test_every_graph_of_one_stream_of_both_builds(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ import torch
 import goc_deploy
 from goc_deploy.conditions.captions import prompt_embeds_from_arrays
 from goc_deploy.errors import ModelError, UsageError
-from goc_deploy.exporters.architectures.flux2 import FLUX2
-from goc_deploy.exporters.architectures.flux2_diffusers import (
+from goc_deploy.exporters.architectures.flux2 import (
+    FAMILY,
+    FLUX2,
     Flux2Config,
-    shapes_from_spec,
     spec_from_config,
     spec_of,
 )
@@ -215,7 +215,7 @@ def test_public_models_have_the_sizes_of_their_pages() -> None:
         )
     )  # fmt: skip
     assert (klein.hidden, klein.units, klein.channels, klein.tokens) == (3072, 30, 32, 4096)
-    count = sum(np.prod(shape) for shape in shapes_from_spec(klein).values())
+    count = sum(np.prod(shape) for shape in FAMILY.shapes(klein).values())
     assert round(count / 1e9, 3) == 3.876
     assert spec_of(Flux2Config()).embedded_guidance
 

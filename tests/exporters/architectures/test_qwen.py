@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from goc_deploy.conditions.captions import MASKED
-from goc_deploy.errors import ModelError
-from goc_deploy.exporters.architectures.qwen import QWEN_IMAGE, graph_kinds, spec_from_tensors
-from goc_deploy.exporters.architectures.qwen_diffusers import (
-    shapes_from_spec,
+from goc_deploy.errors import ModelError, UsageError
+from goc_deploy.exporters.architectures.qwen import (
+    FAMILY,
+    QWEN_IMAGE,
     spec_from_config,
+    spec_from_tensors,
     spec_of,
 )
 from goc_deploy.exporters.model_folder import read_model_folder
@@ -119,7 +120,7 @@ def test_every_unit_computes_what_diffusers_computes(judge: Any, grid: tuple[int
     tensors |= {"bias": MASKED * (~mask).float(), "caption_rows": rows, "rows": rows}
     tensors["latents"] = latents.reshape(spec.in_patches((2, *spec.latents)))
     total = torch.zeros(())
-    for name, kind in graphs_in_order(graph_kinds(spec, "fp32"), spec, judge.state_dict()):
+    for name, kind in graphs_in_order(FAMILY.graph_kinds(spec, "fp32"), spec, judge.state_dict()):
         tensors |= rows_of(spec, name, tensors)
         if name == "final":
             assert relative_l2(total.numpy(), tensors["x"].double().numpy()) < 1e-6
@@ -166,20 +167,20 @@ def test_the_public_model_has_the_sizes_of_its_page() -> None:
     assert (spec.depth, spec.units, spec.hidden, spec.heads) == (60, 120, 3072, 24)
     assert len(spec.features) == 120 + 118
     assert (spec.tokens, spec.latents) == (83 * 83, (16, 166, 166))
-    count = sum(math.prod(shape) for shape in shapes_from_spec(spec).values())
+    count = sum(math.prod(shape) for shape in FAMILY.shapes(spec).values())
     assert round(count / 1e9, 2) == 20.43
 
 
 def test_the_last_block_has_no_queries_of_the_text() -> None:
     """No graph binds the tensors of the last block that change the text only."""
     spec = tiny()
-    kinds = graph_kinds(spec, "fp32")
+    kinds = FAMILY.graph_kinds(spec, "fp32")
     copies = (binding for kind in kinds for binding in kind.copies.values())
     used = {slab.key for binding in copies for slabs in binding.values() for slab in slabs}
     block = "transformer_blocks.2"
     layers = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
     dead = {f"{block}.{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
-    assert shapes_from_spec(spec).keys() - used == dead | {f"{block}.attn.norm_added_q.weight"}
+    assert FAMILY.shapes(spec).keys() - used == dead | {f"{block}.attn.norm_added_q.weight"}
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
@@ -207,8 +208,8 @@ def test_configurations_that_do_not_fit_are_refused_by_name(judge: Any, change: 
 
 
 def test_half_precision_is_refused() -> None:
-    with pytest.raises(ModelError, match="the text stream of a Qwen-Image overflows in fp16"):
-        graph_kinds(tiny(), "fp16")
+    with pytest.raises(UsageError, match="tokens of a Qwen-Image exceed the range of fp16; use"):
+        FAMILY.graph_kinds(tiny(), "fp16")
 
 
 @pytest.mark.parametrize("pipeline", ["QwenImageEditPipeline", "QwenImageLayeredPipeline"])

@@ -14,11 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from goc_deploy.errors import ModelError, UsageError
-from goc_deploy.exporters.architectures.sd3 import SD3
+from goc_deploy.exporters.architectures.sd3 import FAMILY, SD3
 from goc_deploy.exporters.architectures.sd3_layout import (
     TABLE,
     positions_from_table,
-    shapes_from_spec,
     state_from_authors,
 )
 from goc_deploy.exporters.architectures.sd3_spec import spec_from_config, spec_from_tensors, spec_of
@@ -51,7 +50,7 @@ def table_of(
 def state(spec: ModelSpec = SPEC) -> dict[str, Tensor]:
     """Random tensors in the layout of diffusers."""
     torch.manual_seed(0)
-    tensors = {name: torch.randn(shape) for name, shape in shapes_from_spec(spec).items()}
+    tensors = {name: torch.randn(shape) for name, shape in FAMILY.shapes(spec).items()}
     assert spec.positions is not None
     tensors[TABLE] = table_of(spec.positions.table, 2 / 3, 0.0, spec.hidden)
     return tensors
@@ -193,7 +192,7 @@ def test_public_models_have_their_numbers_of_parameters() -> None:
     old = spec_of(24, 24, 1536, dual=(), qk_norm=False, table=192)
     counts = []
     for spec in (medium, large, old):
-        shapes = shapes_from_spec(spec)
+        shapes = FAMILY.shapes(spec)
         counts.append(sum(math.prod(shape) for name, shape in shapes.items() if name != TABLE))
     assert [round(count / 1e6) for count in counts] == [2243, 8057, 2028]
     assert (medium.units, len(medium.features), large.units, len(large.features)) == (

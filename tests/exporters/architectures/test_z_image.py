@@ -15,9 +15,8 @@ from torch import Tensor
 import goc_deploy
 from goc_deploy.conditions.captions import MASKED, prompt_embeds_from_arrays
 from goc_deploy.errors import ModelError, UsageError
-from goc_deploy.exporters.architectures.z_image import graph_kinds
-from goc_deploy.exporters.architectures.z_image_diffusers import (
-    shapes_from_spec,
+from goc_deploy.exporters.architectures.z_image import (
+    FAMILY,
     spec_from_config,
     spec_from_tensors,
 )
@@ -84,7 +83,7 @@ def hooked(judge: Any, kept: dict[str, list[Tensor]], tokens: int) -> list[Any]:
 def test_every_unit_computes_what_diffusers_computes(judge: Any, grid: tuple[int, int]) -> None:
     """The graphs in a chain, with captions of two lengths, and the law of a collapsed step."""
     spec, rng = tiny(judge, grid), torch.Generator().manual_seed(1)
-    assert shapes_from_spec(spec) == {n: tuple(t.shape) for n, t in judge.state_dict().items()}
+    assert FAMILY.shapes(spec) == {n: tuple(t.shape) for n, t in judge.state_dict().items()}
     latents = torch.randn((2, *spec.latents), generator=rng)
     captions = torch.randn((2, spec.caption_tokens, 40), generator=rng)
     mask = torch.arange(spec.caption_tokens) < torch.tensor(LENGTHS)[:, None]
@@ -105,7 +104,7 @@ def test_every_unit_computes_what_diffusers_computes(judge: Any, grid: tuple[int
     tensors |= {"bias": MASKED * (~mask).float(), "caption_rows": rows, "rows": rows}
     tensors["latents"] = latents.reshape(spec.in_patches((2, *spec.latents)))
     total = torch.zeros(())
-    for name, kind in graphs_in_order(graph_kinds(spec, "fp32"), spec, judge.state_dict()):
+    for name, kind in graphs_in_order(FAMILY.graph_kinds(spec, "fp32"), spec, judge.state_dict()):
         tensors |= rows_of(spec, name, tensors)
         if name == "final":
             assert relative_l2(total.numpy(), tensors["x"].double().numpy()) < 1e-6

@@ -17,15 +17,15 @@ from goc_deploy.api import cpu_backend
 from goc_deploy.api.laboratory import EngineLaboratory
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.errors import UsageError
-from goc_deploy.exporters.architectures.flux2_diffusers import Flux2Config
-from goc_deploy.exporters.architectures.flux2_diffusers import spec_of as flux2_spec
-from goc_deploy.exporters.architectures.flux_diffusers import FluxConfig
-from goc_deploy.exporters.architectures.flux_diffusers import spec_of as flux_spec
-from goc_deploy.exporters.architectures.qwen_diffusers import spec_of as qwen_spec
+from goc_deploy.exporters.architectures.flux import FluxConfig
+from goc_deploy.exporters.architectures.flux import spec_of as flux_spec
+from goc_deploy.exporters.architectures.flux2 import Flux2Config
+from goc_deploy.exporters.architectures.flux2 import spec_of as flux2_spec
+from goc_deploy.exporters.architectures.qwen import spec_of as qwen_spec
 from goc_deploy.exporters.architectures.sd3_spec import spec_of as sd3_spec
 from goc_deploy.exporters.architectures.wan_diffusers import spec_of
-from goc_deploy.exporters.architectures.z_image_diffusers import ZImageConfig
-from goc_deploy.exporters.architectures.z_image_diffusers import spec_of as z_image_spec
+from goc_deploy.exporters.architectures.z_image import ZImageConfig
+from goc_deploy.exporters.architectures.z_image import spec_of as z_image_spec
 from goc_deploy.exporters.export import ARCHITECTURES
 from goc_deploy.exporters.router import router_probabilities
 from goc_deploy.options import no_progress
