@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 import goc_deploy
 from benchmarks.make_checkpoint import random_state as checkpoint_state
 from goc_deploy.api import build_engines
-from goc_deploy.exporters.architectures.flux_diffusers import FluxConfig
-from goc_deploy.exporters.architectures.flux_diffusers import spec_of as flux_spec
+from goc_deploy.exporters.architectures.flux import FluxConfig
+from goc_deploy.exporters.architectures.flux import spec_of as flux_spec
 from goc_deploy.exporters.architectures.qwen import spec_of as qwen_spec
 from goc_deploy.exporters.architectures.sd3_spec import spec_of as sd3_spec
 from goc_deploy.exporters.architectures.wan_diffusers import shapes_from_spec, spec_of
-from goc_deploy.exporters.architectures.z_image_diffusers import ZImageConfig
-from goc_deploy.exporters.architectures.z_image_diffusers import spec_of as z_image_spec
+from goc_deploy.exporters.architectures.z_image import ZImageConfig
+from goc_deploy.exporters.architectures.z_image import spec_of as z_image_spec
 from goc_deploy.exporters.companions.vae import VaeDecoder, vae_config
 from goc_deploy.options import EngineOptions, no_progress
 from tests.exporters.architectures.test_pixart_sigma import sigma_state
