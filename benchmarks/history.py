@@ -71,7 +71,7 @@ def row(model: Model, policy: str) -> list[str]:
     schedule = schedule_from_policy(parse_policy(policy), spec, model.steps)
     sampler = "euler" if "flow" in spec.prediction_type else "ddim"
     plans = [compile_form(schedule, spec, sampler) for compile_form in FORMS]
-    assert not any(plan.text_features for plan in plans)
+    assert not any(plan.features_of("text") for plan in plans)
     cells = [
         f"{plan.cache_features}: {plan.cache_bytes(spec, model.rows, 2) / 1e9:.3f}"
         for plan in plans

@@ -25,6 +25,7 @@ from goc_deploy.exporters.architectures.flux2 import FLUX2
 from goc_deploy.exporters.architectures.pixart import PIXART
 from goc_deploy.exporters.architectures.pixart_sigma import PIXART_SIGMA
 from goc_deploy.exporters.architectures.qwen import QWEN_IMAGE
+from goc_deploy.exporters.architectures.qwen_edit import QWEN_IMAGE_EDIT
 from goc_deploy.exporters.architectures.sd3 import SD3
 from goc_deploy.exporters.architectures.sit import SIT
 from goc_deploy.exporters.architectures.wan import WAN
@@ -89,6 +90,7 @@ ARCHITECTURES = {
         FLUX,
         FLUX2,
         QWEN_IMAGE,
+        QWEN_IMAGE_EDIT,
         Z_IMAGE,
     )
 }
@@ -147,6 +149,11 @@ def export_checkpoint(
     spec = spec_for_sizes(spec, tensors, architecture, options, pixels)
     if spec.text_conditional:
         spec = replace(spec, choices=companions.labels)
+    if spec.max_references and spec.choices:
+        raise UsageError(
+            "`captions` are not stored for a model that edits images, because each goes with its "
+            "reference images; leave them out, and give prompt embeddings with each run"
+        )
     calibrates = options.precision != "bf16" and spec.choices > 0 and not spec.boundary
     options = replace(
         options,

@@ -13,7 +13,7 @@ from goc_deploy.exporters.architectures.contract import Architecture
 from goc_deploy.options import ExportOptions
 from goc_deploy.size_inputs import size_tensors
 from goc_deploy.sizes import grid_from_size, in_words
-from goc_deploy.spec import ModelSpec
+from goc_deploy.spec import MAX_REFERENCES, ModelSpec
 
 POSITION_TABLE = "pos_embed"
 TABLE_TOLERANCE = 1e-4  # of sines and cosines in float32; tables in half precision differ more
@@ -33,13 +33,15 @@ def spec_for_sizes(
         tensors: the checkpoint, in the public layout.
         architecture: the family.
         options: ``size``, ``max_size``, ``frames`` and ``max_frames``. Without any of them, the
-            graphs accept the size of the training only.
+            graphs accept the size of the training only. And ``max_references``.
         pixels: pixels per latent pixel and side.
 
     Raises:
-        UsageError: a size is not possible with this model, or the usual size is the larger one.
+        UsageError: a size is not possible with this model, or the usual size is the larger one; or
+            the model does not read that many reference images.
         ModelError: the model has no positions for other sizes.
     """
+    spec = _with_references(spec, options.max_references)
     asked = (options.size, options.max_size, options.frames, options.max_frames)
     if not any(asked) and not spec.any_size:
         return spec
@@ -55,6 +57,17 @@ def spec_for_sizes(
             f"{in_words(spec.largest, pixels)}; give a larger `max_size` or a smaller `size`"
         )
     return spec
+
+
+def _with_references(spec: ModelSpec, count: int | None) -> ModelSpec:
+    """The model with this largest number of reference images; None keeps its own."""
+    if count in (None, spec.max_references):
+        return spec
+    if not spec.max_references:
+        raise UsageError("`max_references`: this model reads no reference images; leave it out")
+    if not 1 <= count <= MAX_REFERENCES:
+        raise UsageError(f"`max_references={count}` must be within 1..{MAX_REFERENCES}")
+    return replace(spec, max_references=count)
 
 
 def _with_computed_positions(

@@ -12,8 +12,9 @@ from msgspec import Meta
 from goc_deploy.modulation import SHIFT_AND_SCALE
 
 MAX_BLOCKS = 1_000
-TokenStream = Literal["image", "text"]
-STREAMS: tuple[TokenStream, ...] = get_args(TokenStream)  # in the order of features
+TokenStream = Literal["image", "text", "reference"]
+ALL_STREAMS: tuple[TokenStream, ...] = get_args(TokenStream)  # in the order of features
+STREAMS: tuple[TokenStream, ...] = ("image", "text")  # of a model without reference images
 MAX_FEATURES = 3  # of a unit
 
 
@@ -22,7 +23,8 @@ class Feature:
     """What a unit computes and adds to a stream: ``stream += gate * feature``.
 
     Attributes:
-        stream: ``image``, or ``text`` of models whose blocks change the tokens of the caption too.
+        stream: ``image``; ``text`` of models whose blocks change the tokens of the caption too;
+            ``reference`` of models that read the tokens of other images.
         suffix: distinguishes the features of a unit. The graph's output is ``feature`` and its
             gate ``gate``, both followed by the suffix.
     """
@@ -42,6 +44,7 @@ class Feature:
 
 
 IMAGE_FEATURE, TEXT_FEATURE = Feature(), Feature("text", "_text")
+REFERENCE_FEATURE = Feature("reference", "_reference")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,7 @@ class Unit:
     features: Annotated[tuple[Feature, ...], Meta(min_length=1, max_length=MAX_FEATURES)] = (
         IMAGE_FEATURE,
     )
-    reads: Annotated[tuple[TokenStream, ...], Meta(min_length=1, max_length=2)] = ("image",)
+    reads: Annotated[tuple[TokenStream, ...], Meta(min_length=1, max_length=3)] = ("image",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +120,7 @@ def place_features(units: Sequence[Unit]) -> tuple[FeaturePlace, ...]:
     """
     return tuple(
         FeaturePlace(index, feature)
-        for stream in STREAMS
+        for stream in ALL_STREAMS
         for index, unit in enumerate(units)
         for feature in unit.features
         if feature.stream == stream

@@ -81,6 +81,8 @@ class ExportOptions:
         max_frames: largest number of frames; None is ``frames``.
         caption_tokens: tokens that every caption has, which longer prompts are cut to and shorter
             ones padded to; None is what the model was trained for.
+        max_references: largest number of reference images of a request to a model that edits
+            images, each of at most as many pixels as ``max_size``; None is 1.
         loras: LoRAs to merge into the weights, ``FILE`` or ``FILE:SCALE`` each. FILE is a LoRA of
             diffusers, PEFT or kohya's sd-scripts, or the folder of one; SCALE is 1 without one.
         reuse_engines: engine directory with the same graphs and other weights, whose TensorRT
@@ -113,6 +115,7 @@ class ExportOptions:
     frames: int | None = None
     max_frames: int | None = None
     caption_tokens: int | None = None
+    max_references: int | None = None
     loras: tuple[str, ...] = ()
     reuse_engines: Path | None = None
 
@@ -219,6 +222,8 @@ class RunOptions:
         guidance: as in `GenerateOptions`.
         cfg_scale_2: as in `GenerateOptions`.
         latents: ``.npy`` file of x_T, (N, C, H, W), in place of seeded noise.
+        reference_latents: file of the latents of the images to edit, ``.npz`` or ``.safetensors``,
+            if the model edits images.
         output: file (``.png``, ``.npz``) or directory of the images, or of the videos (``.mp4``,
             ``.webp``, or a directory of the frames).
         resume: keep the images that an interrupted run left in the ``output`` directory.
@@ -251,6 +256,7 @@ class RunOptions:
     guidance: float | None = None
     cfg_scale_2: float | None = None
     latents: Path | None = None
+    reference_latents: Path | None = None
     output: Path | None = None
     resume: bool = False
     latents_output: Path | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -13,8 +14,9 @@ def size_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor, by the name of the input that reads it.
 
     ``positions`` (rows, columns, D) are added to the tokens. ``cos`` and ``sin`` (T, head width /
-    2) turn pairs of values of queries and keys, and ``text_cos`` and ``text_sin`` (Lc, head width /
-    2) those of tokens of the text. ``told_size`` (2,) is height and width in pixels.
+    2) turn pairs of values of queries and keys, ``text_cos`` and ``text_sin`` (Lc, head width / 2)
+    those of tokens of the text, and ``reference_cos`` and ``reference_sin`` (R, head width / 2)
+    those of tokens of reference images. ``told_size`` (2,) is height and width in pixels.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     if spec.told_size and spec.any_size:
@@ -27,6 +29,9 @@ def size_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     shapes |= dict.fromkeys(("cos", "sin"), (spec.tokens, pairs))
     if spec.positions.turns_text:
         shapes |= dict.fromkeys(("text_cos", "text_sin"), (spec.caption_tokens, pairs))
+    if spec.max_references:
+        of_references = (spec.tokens_of("reference"), pairs)
+        shapes |= dict.fromkeys(("reference_cos", "reference_sin"), of_references)
     return shapes
 
 
@@ -47,9 +52,13 @@ def size_tensors(spec: ModelSpec) -> dict[str, np.ndarray]:
             places.append(np.zeros(1, int))
         angles = rotary_angles(places, positions.widths, positions.theta)
         tensors |= {"cos": np.cos(angles), "sin": np.sin(angles)}
+        others = [_places(axes, centered=positions.centered) for axes in spec.reference_axes]
         if positions.turns_text:
-            along = _text_angles(spec, positions, places)
+            along = _text_angles(spec, positions, [*places, *chain.from_iterable(others)])
             tensors |= {"text_cos": np.cos(along), "text_sin": np.sin(along)}
+        if others:
+            turns = _reference_angles(positions, others)
+            tensors |= {"reference_cos": np.cos(turns), "reference_sin": np.sin(turns)}
     return {name: values.astype(np.float32) for name, values in tensors.items()}
 
 
@@ -148,6 +157,24 @@ def _text_angles(spec: ModelSpec, positions: Positions, places: Sequence[np.ndar
         positions.widths, positions.theta
     )
     return angles
+
+
+def _reference_angles(
+    positions: Positions, references: Sequence[Sequence[np.ndarray]]
+) -> np.ndarray:
+    """The angles of the tokens of reference images, (R, sum of widths / 2) float64.
+
+    On the first axis, where the sample is at 0, they are at 1, 2, and so on.
+
+    Args:
+        positions: the positions of the model.
+        references: the positions of each reference image along the other axes.
+    """
+    of_images = [
+        rotary_angles([np.array([i]), *places], positions.widths, positions.theta)
+        for i, places in enumerate(references, 1)
+    ]
+    return np.concatenate(of_images)
 
 
 def _frequencies(widths: Sequence[int], theta: float) -> np.ndarray:

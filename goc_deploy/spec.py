@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from goc_deploy.blocks import (
+    ALL_STREAMS,
     MAX_BLOCKS,
     Blocks,
     FeaturePlace,
@@ -29,6 +30,7 @@ DECODED_PIXELS = 64 * 64  # latent pixels of one decoder launch: one tile of the
 MAX_TILES = 8
 SECOND_SET = "second_"  # before the names of the graphs with the second set of weights
 LONGEST_SIDE = 2  # times a side of the largest sample, for samples of no more tokens
+MAX_REFERENCES = 16
 CACHED_FRAMES = 2  # that a causal convolution of kernel size 3 needs from the frames before
 # The values that `goc_deploy.strict_json.convert` accepts for such a field of a file:
 MAX_SIZE = 10**6
@@ -113,6 +115,11 @@ class ModelSpec:
             DiT that was trained in diffusers; the final layer uses the embedding of block 0.
         positions: the position tensors that graphs have as inputs, or None if the table of the only
             size is a weight of the ``embed`` graph.
+        max_references: the largest number of reference images of a sample, each of at most as many
+            tokens as the largest sample; 0 if the model reads none. Their tokens are the stream
+            ``reference``.
+        references: tokens along each axis of each reference image; empty for one of the size of the
+            sample.
         max_grid: the largest sample that the engines accept, in tokens along each axis; None if
             they accept samples of size ``grid`` only.
         vae_scale: pixels per latent pixel and side of the VAE of the training, or 1.
@@ -166,6 +173,8 @@ class ModelSpec:
     guidance_norm: Literal["none", "token"] = "none"
     token_multiple: Size = 1
     boundary: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    max_references: Annotated[int, Meta(ge=0, le=MAX_REFERENCES)] = 0
+    references: Annotated[tuple[Axes, ...], Meta(max_length=MAX_REFERENCES)] = ()
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -208,14 +217,33 @@ class ModelSpec:
         """Whether the size of a sample is chosen at run time."""
         return self.max_grid is not None
 
-    def at(self, grid: tuple[int, ...]) -> ModelSpec:
-        """The same model for samples of another size; itself if the size is the same."""
-        return self if grid == self.axes else replace(self, grid=grid)
+    def at(self, grid: tuple[int, ...], references: tuple[tuple[int, ...], ...] = ()) -> ModelSpec:
+        """The same model for samples of another size; itself if the size is the same.
+
+        Args:
+            grid: tokens along each axis of a sample.
+            references: `references` of the sample.
+        """
+        if (grid, references) == (self.axes, self.references):
+            return self
+        return replace(self, grid=grid, references=references)
 
     @property
     def largest(self) -> ModelSpec:
-        """The same model for the largest samples."""
-        return self if self.max_grid is None else self.at(self.max_grid)
+        """The same model for the largest samples, and as many references of their size."""
+        if self.max_grid is None:
+            return self
+        return self.at(self.max_grid, (self.max_grid,) * self.max_references)
+
+    @property
+    def reference_axes(self) -> tuple[tuple[int, ...], ...]:
+        """Tokens along each axis of each reference image."""
+        return self.references or ((self.axes,) if self.max_references else ())
+
+    @property
+    def patch_values(self) -> int:
+        """Latent values of a token's patch."""
+        return self.channels * self.patch**2
 
     def axes_of(self, latents: tuple[int, ...]) -> tuple[int, ...]:
         """Tokens along each axis of latents (C, H, W), or (C, F, H, W) of a video."""
@@ -265,16 +293,24 @@ class ModelSpec:
 
     @property
     def features(self) -> tuple[FeaturePlace, ...]:
-        """The features of all units: those of the image first, and then those of the text."""
+        """The features of all units, stream by stream, those of the image first."""
         return _features(self)
+
+    @property
+    def streams(self) -> tuple[TokenStream, ...]:
+        """The streams that units read, in the order of features."""
+        read = set(chain.from_iterable(unit.reads for unit in self.declared_units))
+        return tuple(stream for stream in ALL_STREAMS if stream in read)
 
     @property
     def has_text_stream(self) -> bool:
         """Whether the tokens of the caption are a stream that units read and change."""
-        return any("text" in unit.reads for unit in self.declared_units)
+        return "text" in self.streams
 
     def tokens_of(self, stream: TokenStream) -> int:
         """Tokens per sample of a stream."""
+        if stream == "reference":
+            return sum(map(math.prod, self.reference_axes))
         return self.tokens if stream == "image" else self.caption_tokens
 
     @property

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 
-from goc_deploy.blocks import STREAMS, TokenStream, Unit
+from goc_deploy.blocks import TokenStream, Unit
 from goc_deploy.compiler import (
     Accumulate,
     AddSum,
@@ -29,6 +29,7 @@ from goc_deploy.runtime.constants import aligned_size
 from goc_deploy.runtime.head_binding import HeadBinding
 from goc_deploy.runtime.lookahead import chunk_steps, lookahead_of
 from goc_deploy.runtime.request import Batch
+from goc_deploy.runtime.stream_buffers import StreamBuffers
 from goc_deploy.runtime.weights import Weights
 from goc_deploy.size_inputs import size_shapes
 from goc_deploy.spec import SECOND_SET, ModelSpec
@@ -53,7 +54,8 @@ class Engines:
     weights: Weights = field(default_factory=Weights)
 
 
-TOKENS: Mapping[TokenStream, str] = {"image": "x", "text": "text"}  # names of the tensors in graphs
+# Names of the tensors in graphs:
+TOKENS: Mapping[TokenStream, str] = {"image": "x", "text": "text", "reference": "reference"}
 
 
 class _Tokens:
@@ -94,7 +96,7 @@ class Binder:
         )
         self._stream, self._lookahead = stream, lookahead_of(plan)
         self._shapes: Mapping[TokenStream, tuple[int, ...]] = {
-            stream: (batch.rows, spec.tokens_of(stream), spec.hidden) for stream in STREAMS
+            stream: (batch.rows, spec.tokens_of(stream), spec.hidden) for stream in TOKENS
         }
         self._feature = self._shapes["image"]
         self._names, self._units, self._unit_places = (
@@ -130,7 +132,9 @@ class Binder:
     def _step(self, step: int) -> BoundStep:
         buffers, spec = self._buffers, self._spec
         switches = step == self._plan.schedule.switch
-        before = [self._captions(step)] if (step == 0 or switches) and buffers.captions else []
+        begins = step == 0 or switches
+        before = [self._captions(step)] if begins and buffers.captions else []
+        before += [self._references(step)] if begins and buffers.patches else []
         before += [self._conditioning(step)] if step % buffers.chunk == 0 or switches else []
         before += [self._pick_gates(step, later) for later in self._lookahead.fetched[step]]
         streams = self._streams()
@@ -162,14 +166,14 @@ class Binder:
 
     def _streams(self) -> dict[TokenStream, _Tokens]:
         """The tokens of each stream at the start of a step."""
-        buffers, of_text = self._buffers, self._buffers.text
+        buffers = self._buffers
         even, odd = (tokens.view(*self._feature) for tokens in buffers.tokens)
         first = even if buffers.start is None else buffers.start.view(*self._feature)
         streams: dict[TokenStream, _Tokens] = {"image": _Tokens(first, odd, even)}
-        if of_text is not None:
-            shape = self._shapes["text"]
-            turns = (tokens.view(*shape) for tokens in of_text.tokens)
-            streams["text"] = _Tokens(of_text.start.view(*shape), *turns)
+        for stream, other in buffers.others.items():
+            shape = self._shapes[stream]
+            turns = (tokens.view(*shape) for tokens in other.tokens)
+            streams[stream] = _Tokens(other.start.view(*shape), *turns)
         return streams
 
     def _embed(self, step: int, x: Buffer) -> BoundLaunch:
@@ -308,6 +312,16 @@ class Binder:
         name = self._of_set(step, "captions")
         return self._unit(name, taken(self._engines.units[name], offered), outputs)
 
+    def _references(self, step: int) -> BoundLaunch:
+        """Turn the patches of the reference images into tokens, as often as `_captions`."""
+        batch, shape, buffers = self._batch, self._shapes["reference"], self._buffers
+        assert buffers.patches is not None
+        assert buffers.reference is not None
+        patches = buffers.patches.view(batch.images, shape[1], self._spec.patch_values)
+        inputs = {"patches": patches, "rows": buffers.rows.view(batch.rows)}
+        outputs = {"reference": buffers.reference.start.view(*shape)}
+        return self._unit(self._of_set(step, "references"), inputs, outputs)
+
     def _of_captions(self, block: int) -> dict[str, Buffer]:
         """The tensors of the captions that a branch of a block may read."""
         batch, buffers = self._batch, self._buffers.captions
@@ -387,17 +401,17 @@ class Binder:
         inputs = {"x": x, "accumulated": self._accumulator(stream, accumulator)}
         return self._unit("collect", inputs, {"x_out": x_out})
 
+    def _history_of(self, stream: TokenStream) -> Buffers | StreamBuffers:
+        """The slots and accumulators of a stream."""
+        return self._buffers.others.get(stream, self._buffers)
+
     def _slot(self, stream: TokenStream, slot: int) -> Buffer:
-        """A slot of the history, (B, T, D) or (B, Lc, D)."""
-        text = self._buffers.text
-        slots = text.slots if stream == "text" and text is not None else self._buffers.slots
-        return slots[slot].view(*self._shapes[stream])
+        """A slot of the history, (B, tokens of the stream, D)."""
+        return self._history_of(stream).slots[slot].view(*self._shapes[stream])
 
     def _accumulator(self, stream: TokenStream, accumulator: int) -> Buffer:
         """A sum of gated predictions, likewise."""
-        text, of_image = self._buffers.text, self._buffers.accumulators
-        kept = text.accumulators if stream == "text" and text is not None else of_image
-        return kept[accumulator].view(*self._shapes[stream])
+        return self._history_of(stream).accumulators[accumulator].view(*self._shapes[stream])
 
     def _accumulate(self, step: int, op: Accumulate, coefficients: Buffer | None) -> BoundLaunch:
         """Add a feature to the accumulators of later steps, in place."""

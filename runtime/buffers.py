@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from goc_deploy.blocks import TokenStream
 from goc_deploy.compiler import Plan
 from goc_deploy.precision import DTYPE_OF_PRECISION, ITEM_BYTES, Precision
 from goc_deploy.protocols import Backend, Buffer
@@ -19,7 +20,7 @@ from goc_deploy.runtime.constants import (
 )
 from goc_deploy.runtime.head_buffers import HeadBuffers, allocate_head_buffers, head_bytes
 from goc_deploy.runtime.lookahead import Lookahead, lookahead_of, table_steps
-from goc_deploy.runtime.text_buffers import TextBuffers, allocate_text_buffers, text_bytes
+from goc_deploy.runtime.stream_buffers import StreamBuffers, allocate_stream, stream_bytes
 from goc_deploy.size_inputs import size_shapes
 from goc_deploy.spec import ModelSpec
 
@@ -68,6 +69,8 @@ class Buffers:
         uncond_rows: (N,) unconditional row of each image.
         captions: buffers of a text-conditional model, else None.
         text: the stream of the text, or None if the model has none.
+        reference: the stream of the reference images, or None if the model reads none.
+        patches: (N, R, C*p*p) float32, the patches of the reference images, or None likewise.
         head: what the head of the plan reads and keeps, or None without a head.
         of_size: what tells graphs the current size of a sample, by the name of the input.
     """
@@ -101,9 +104,20 @@ class Buffers:
     cond_rows: Buffer
     uncond_rows: Buffer
     captions: CaptionBuffers | None
-    text: TextBuffers | None
+    text: StreamBuffers | None
+    reference: StreamBuffers | None
+    patches: Buffer | None
     head: HeadBuffers | None
     of_size: Mapping[str, Buffer]
+
+    @property
+    def others(self) -> Mapping[TokenStream, StreamBuffers]:
+        """The streams beside the image."""
+        streams: dict[TokenStream, StreamBuffers | None] = {
+            "text": self.text,
+            "reference": self.reference,
+        }
+        return {stream: buffers for stream, buffers in streams.items() if buffers is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +218,8 @@ def planned_bytes(spec: ModelSpec, precision: Precision, plan: Plan, capacity: i
     return (
         captions
         + pooled
-        + text_bytes(spec, precision, plan, capacity)
+        + stream_bytes(spec, precision, plan, capacity)
+        + 4 * capacity * spec.tokens_of("reference") * spec.patch_values
         + of_size
         + table
         + (spec.modulation.count + lookahead.places * len(spec.modulation.gates) + ones)
@@ -307,7 +322,11 @@ def allocate_buffers(
         cond_rows=new(capacity, dtype="int64"),
         uncond_rows=new(capacity, dtype="int64"),
         captions=_caption_buffers(backend, spec, rows, dtype) if spec.text_conditional else None,
-        text=allocate_text_buffers(backend, spec, dtype, plan, rows),
+        text=allocate_stream("text", backend, spec, dtype, plan, rows),
+        reference=allocate_stream("reference", backend, spec, dtype, plan, rows),
+        patches=new(capacity * spec.tokens_of("reference") * spec.patch_values)
+        if spec.max_references
+        else None,
         head=None
         if table.head is None
         else allocate_head_buffers(backend, spec, dtype, table.head.form, capacity, weights),

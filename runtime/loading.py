@@ -242,8 +242,9 @@ def needed_graphs(
         *_launched_units(manifest, plans),
     }
     needed |= {"captions"} if manifest.model.text_conditional else set()
+    needed |= {"references"} if manifest.model.max_references else set()
     if manifest.model.boundary:
-        around = {"conditioning", "captions", "embed", "final"}
+        around = {"conditioning", "captions", "references", "embed", "final"}
         needed |= {SECOND_SET + name for name in needed & {*around, *manifest.model.unit_names}}
     heads = {plan.sampler.graph for plan in plans if plan.sampler.head is not None}
     needed |= {plan.sampler.graph for plan in plans} - heads

@@ -18,6 +18,7 @@ from goc_deploy.conditions.captions import (
     PromptEmbeds,
     blank_captions,
 )
+from goc_deploy.conditions.references import blank_references, checked_references
 from goc_deploy.conditions.text import TextEncoder
 from goc_deploy.conditions.tokens import NO_TOKENIZERS
 from goc_deploy.engine_dir.manifest import Manifest
@@ -97,6 +98,7 @@ class Pipeline:
         guidance: float | None = DEFAULTS.guidance,
         cfg_scale_2: float | None = DEFAULTS.cfg_scale_2,
         latents: np.ndarray | None = None,
+        reference_latents: np.ndarray | Sequence[np.ndarray] | None = None,
         size: tuple[int, int] | None = None,
         frames: int | None = None,
         trajectory: bool = False,
@@ -137,6 +139,10 @@ class Pipeline:
                 ``cfg_scale``.
             latents: x_T in place of seeded noise, (N, C, H, W), or (N, C, F, H, W) for videos,
                 converted to float32.
+            reference_latents: latents of the images to edit, if the model edits images: an array
+                (N, C, H, W), or a list of one per reference image, each as the encoder of the VAE
+                makes and normalises them. One row in place of N is for all images. Their size may
+                be another one than that of the images.
             size: width and height in pixels, if the engine directory accepts any size; None is its
                 usual size.
             frames: number of frames of a video; None is the usual number.
@@ -176,6 +182,7 @@ class Pipeline:
             guidance=guidance,
             cfg_scale_2=cfg_scale_2,
             latents=latents,
+            reference_latents=reference_latents,
             size=size,
             frames=frames,
         )
@@ -197,6 +204,7 @@ class Pipeline:
         guidance: float | None = DEFAULTS.guidance,
         cfg_scale_2: float | None = DEFAULTS.cfg_scale_2,
         latents: np.ndarray | None = None,
+        reference_latents: np.ndarray | Sequence[np.ndarray] | None = None,
         size: tuple[int, int] | None = None,
         frames: int | None = None,
     ) -> Drawing:
@@ -219,6 +227,7 @@ class Pipeline:
             None if latents is None else arguments.checked_latents(latents, (images, *shape)),
             arguments.embedded_guidance(guidance, self.spec),
             second,
+            checked_references(reference_latents, images, self.spec),
         )
 
     async def agenerate(
@@ -420,7 +429,9 @@ class Pipeline:
         conditions = self._conditions(labels, captions, guided=guided)
         noise = np.zeros((images, self._draws, *self.spec.latents), np.float32)
         scales = np.full(images, CFG_SCALE if guided else 1.0)
-        return Request(conditions, noise, scales, self.spec.guided_channels)
+        references = blank_references(images, self.spec)
+        channels = self.spec.guided_channels
+        return Request(conditions, noise, scales, channels, references=references)
 
     @property
     def backend_description(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class Request:
         cfg_channels: guidance acts on channels 0 .. cfg_channels - 1.
         guidance: guidance scale that the model embeds; other models do not read it.
         cfg_scale_2: guidance scale of the second set of weights; None is ``cfg_scale``.
+        references: (N, C, H, W) float32, latents of each reference image.
     """
 
     conditions: Conditions
@@ -33,6 +34,7 @@ class Request:
     cfg_channels: int
     guidance: float = EMBEDDED_GUIDANCE
     cfg_scale_2: float | None = None
+    references: tuple[np.ndarray, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +50,7 @@ class Drawing:
         start: (N, C, H, W) float32 in place of the x_T made from the keys, or None.
         guidance: guidance scale that the model embeds; other models do not read it.
         cfg_scale_2: guidance scale of the second set of weights; None is ``cfg_scale``.
+        references: (N, C, H, W) float32, latents of each reference image.
     """
 
     conditions: Conditions
@@ -58,6 +61,7 @@ class Drawing:
     start: np.ndarray | None = None
     guidance: float = EMBEDDED_GUIDANCE
     cfg_scale_2: float | None = None
+    references: tuple[np.ndarray, ...] = ()
 
     def __len__(self) -> int:
         return len(self.conditions.labels)
@@ -81,6 +85,7 @@ class Drawing:
             self.cfg_channels,
             self.guidance,
             self.cfg_scale_2,
+            tuple(latents[cut] for latents in self.references),
         )
 
 
@@ -89,11 +94,12 @@ def joined(drawings: Sequence[Drawing]) -> Drawing:
 
     Args:
         drawings: calls with the same ``cfg_channels``, ``shape``, ``guidance`` and
-            ``cfg_scale_2``, and without ``start``.
+            ``cfg_scale_2``, and without ``start`` and ``references``.
     """
     first = drawings[0]
     for drawing in drawings:
         assert drawing.start is None
+        assert not drawing.references
         assert (drawing.cfg_channels, drawing.shape) == (first.cfg_channels, first.shape)
         assert (drawing.guidance, drawing.cfg_scale_2) == (first.guidance, first.cfg_scale_2)
     return Drawing(
@@ -118,6 +124,7 @@ class Batch:
             captions if the conditioning reads their pooled embeddings; else 1.
         captions: K, number of distinct captions.
         axes: tokens along each axis of a sample; empty for the size of the model.
+        references: tokens along each axis of each reference image, likewise.
     """
 
     images: int
@@ -125,6 +132,7 @@ class Batch:
     labels: int
     captions: int = 0
     axes: tuple[int, ...] = ()
+    references: tuple[tuple[int, ...], ...] = ()
 
     @property
     def rows(self) -> int:
@@ -184,6 +192,7 @@ def prepared(request: Request, spec: ModelSpec, *, pads_labels: bool = False) ->
         labels=len(distinct) if in_table else 1,
         captions=len(distinct) if text_conditional else 0,
         axes=spec.axes_of(request.noise.shape[2:]) if spec.any_size else (),
+        references=tuple(spec.axes_of(latents.shape[1:]) for latents in request.references),
     )
     own = np.arange(images)
     weights = np.where(np.arange(spec.channels) < request.cfg_channels, scales[..., None], 1.0)

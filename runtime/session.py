@@ -19,6 +19,7 @@ import numpy as np
 
 from goc_deploy.cancellation import CallLimits
 from goc_deploy.compiler import Plan
+from goc_deploy.conditions.references import patches_of
 from goc_deploy.errors import GocError
 from goc_deploy.precision import Precision
 from goc_deploy.protocols import Backend, Run, Stream
@@ -101,7 +102,8 @@ class Session:
         self._stream = backend.stream()
         self._buffers = allocate_buffers(backend, spec.largest, precision, plan, capacity, chunk)
         self._bound: OrderedDict[Batch, _Runnable] = OrderedDict()
-        self._axes: tuple[int, ...] = ()  # of the size that the buffers were filled for
+        # Of the sample and the references that the buffers were filled for:
+        self._axes: tuple[tuple[int, ...], ...] = ()
 
     @property
     def on_cpu(self) -> bool:
@@ -229,6 +231,9 @@ class Session:
             if buffers.pooled is not None:
                 pooled = captions.pooled[inputs.distinct]
                 upload(pooled, buffers.pooled.view(*pooled.shape))
+        if buffers.patches is not None:
+            patches = patches_of(request.references, self._spec)
+            upload(patches, buffers.patches.view(*patches.shape))
         upload(inputs.rows, buffers.rows.view(batch.rows))
         upload(inputs.cond_rows, buffers.cond_rows.view(batch.images))
         upload(inputs.uncond_rows, buffers.uncond_rows.view(batch.images))
@@ -247,13 +252,14 @@ class Session:
 
     def _upload_size(self, spec: ModelSpec) -> None:
         """Upload what depends on the size of a sample, unless it is in the buffers already."""
-        if spec.axes == self._axes:
+        axes = (spec.axes, *spec.reference_axes)
+        if axes == self._axes:
             return
         for name, values in size_tensors(spec).items():
             self._stream.upload(values, self._buffers.of_size[name].view(*values.shape))
         if self._plan.sampler.size_shift is not None:
             self._upload_steps(spec)
-        self._axes = spec.axes
+        self._axes = axes
 
     def _upload_steps(self, spec: ModelSpec) -> None:
         """Upload the numbers of the sampler for a size; the plan has those of the usual one."""
@@ -265,7 +271,7 @@ class Session:
 
     def _spec_of(self, batch: Batch) -> ModelSpec:
         """Sizes of the model for the samples of a batch."""
-        return self._spec.at(batch.axes) if batch.axes else self._spec
+        return self._spec.at(batch.axes, batch.references) if batch.axes else self._spec
 
     def _recorded(self, plan: BoundPlan) -> tuple[Sequence[Run], ...]:
         """The calls of each step; steps with the same launches are recorded once."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
+from goc_deploy.blocks import ALL_STREAMS
 from goc_deploy.compiler import Accumulate, AddSum, Collect, Compute, Plan, Residual, Segment
 from goc_deploy.compiler.values import features_of_units
 from goc_deploy.exporters.architectures.dit_model import DiT, modulate, unpatchify
@@ -28,7 +29,8 @@ def run_schedule(
     """Interpret a schedule over toy units: stream += gate(step, feature) * g, history as lists.
 
     Where a second set of weights begins, all lists are empty.
-    Returns x, the stream of the image, after every step. The text is x of the start at every step.
+    Returns x, the stream of the image, after every step. Other streams are x of the start at every
+    step.
     """
     spec = spec or plain_spec(schedule)
     if schedule.level == "residual":
@@ -38,7 +40,7 @@ def run_schedule(
     for step, rows in enumerate(schedule.coefficients):
         if step == schedule.switch:
             histories = [[] for _ in spec.features]
-        streams = {"image": x, "text": start}
+        streams = {"image": x, "text": start, "reference": start}
         for unit, row in enumerate(rows):
             tokens = tokens_read(spec, unit, streams)
             for index, stream in features_of_units(spec)[unit]:
@@ -64,8 +66,9 @@ def plain_spec(schedule: Schedule) -> ModelSpec:
 
 def tokens_read(spec: ModelSpec, unit: int, streams: Mapping[str, np.ndarray]) -> np.ndarray:
     """What a toy unit computes its features from."""
+    shares = {"image": 1.0, "text": 0.5, "reference": 0.25}
     reads = spec.declared_units[unit].reads
-    return streams["image"] + 0.5 * streams["text"] if "text" in reads else streams["image"]
+    return sum(share * streams[stream] for stream, share in shares.items() if stream in reads)
 
 
 def _run_residual_schedule(
@@ -82,7 +85,7 @@ def _run_residual_schedule(
             assert len(row) <= len(history)
             x = before + sum(c * h for c, h in zip(row, history, strict=False))
         else:
-            streams = {"image": x, "text": start}
+            streams = {"image": x, "text": start, "reference": start}
             for unit, of_unit in enumerate(features_of_units(spec)):
                 tokens = tokens_read(spec, unit, streams)
                 for index, stream in of_unit:
@@ -100,18 +103,19 @@ def run_plan(
 ) -> list[np.ndarray]:
     """Interpret a plan over toy units.
 
-    Slots start as NaN; a launch reads all its slots before it writes any. What the text is after a
-    step does not matter, because it starts anew in the next.
+    Slots start as NaN; a launch reads all its slots before it writes any. What other streams are
+    after a step does not matter, because they start anew in the next.
     """
     spec = spec or plain_spec(plan.schedule)
-    counts = {"image": plan.slots, "text": plan.text_slots}
-    sums = {"image": plan.accumulators, "text": plan.text_accumulators}
+    counts = {stream: plan.slots_of(stream) for stream in ALL_STREAMS}
+    sums = {stream: plan.accumulators_of(stream) for stream in ALL_STREAMS}
+    sums["image"] = plan.accumulators
     kept = {stream: np.full((count, *x.shape), np.nan) for stream, count in counts.items()}
     added = {stream: np.full((count + 1, *x.shape), np.nan) for stream, count in sums.items()}
-    outputs, text = [], x
+    outputs, start = [], x
     by_unit = plan.schedule.level == "unit"
     for step, launches in enumerate(plan.launches):
-        streams = {"image": x, "text": text}
+        streams = {"image": x, "text": start, "reference": start}
         for op in launches:
             if isinstance(op, Residual):
                 kept["image"][op.store] = streams["image"] - x

@@ -14,15 +14,17 @@ def segment_graph(units: Mapping[str, ModelProto], kept: Collection[str]) -> Mod
     Tensor ``name`` of a unit becomes ``UNIT.name``. This concerns its features, its inputs other
     than the tokens, and its initializers, whose data stays in the weights file of the unit.
 
-    Inputs: x (B, T, D), text (B, Lc, D) if units read it, and the other inputs of the units.
-    Outputs: x_out (B, T, D) and features (B * T, D) or (B * Lc, D).
+    Inputs: x (B, T, D), text (B, Lc, D) and reference (B, R, D) if units read them, and the other
+    inputs of the units. Outputs: x_out (B, T, D) and features (B * T, D), (B * Lc, D) or
+    (B * R, D).
 
     Args:
         units: unit name -> graph, in order.
         kept: the features that are outputs, as ``UNIT.feature``.
     """
     segment = ModelProto()
-    latest = {stream: stream for stream in ("x", "text")}  # the name of its newest tokens
+    # The name of the newest tokens of each stream:
+    latest = {stream: stream for stream in ("x", "text", "reference")}
     read: set[str] = set()
     tokens: dict[str, ValueInfoProto] = {}
     segment.CopyFrom(next(iter(units.values())))

@@ -66,7 +66,7 @@ def residual_graph(spec: ModelSpec, precision: Precision) -> ModelProto:
 
 def token_dimension(spec: ModelSpec) -> int | str:
     """The number of tokens in a graph, or the name of that dimension if it is dynamic."""
-    return "T" if spec.any_size or spec.has_text_stream else spec.tokens
+    return "T" if spec.any_size or spec.streams[1:] else spec.tokens
 
 
 def _onnx_name(precision: Precision) -> str:

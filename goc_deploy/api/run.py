@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from goc_deploy.api.facade import load
 from goc_deploy.api.series import Series, joined_report, step_callback
 from goc_deploy.conditions.captions import prompt_embeds_from_arrays
 from goc_deploy.conditions.labels import labels_from_text, spread_labels
+from goc_deploy.conditions.references import references_from_arrays
 from goc_deploy.conditions.tensor_files import arrays_from_file, latents_from_file
 from goc_deploy.errors import UsageError
 from goc_deploy.options import VIDEO_SUFFIXES, Progress, RunOptions, no_progress
@@ -81,8 +82,12 @@ def opened(engine_dir: str | Path, options: RunOptions) -> Iterator[tuple[Pipeli
     """
     latents = None if options.latents is None else latents_from_file(options.latents)
     embeds = None if options.prompt_embeds is None else arrays_from_file(options.prompt_embeds)
+    references = None
+    if options.reference_latents is not None:
+        arrays = arrays_from_file(options.reference_latents)
+        references = references_from_arrays(arrays, str(options.reference_latents))
     with _loaded(engine_dir, options) as pipe:
-        series = _series(pipe, options, latents, embeds)
+        series = replace(_series(pipe, options, latents, embeds), references=references)
         series.check(pipe)
         yield pipe, series
 

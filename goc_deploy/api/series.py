@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from goc_deploy.conditions.captions import PromptEmbeds, check_rows
+from goc_deploy.conditions.references import checked_references
 from goc_deploy.conditions.stored_captions import captions_to_bytes
 from goc_deploy.errors import UsageError
 from goc_deploy.guidance import cfg_scale_of
@@ -31,19 +32,22 @@ class Series:
         labels: one label per image.
         captions: the captions that the labels select, or None.
         latents: (N, C, H, W) x_T, or None for seeded noise.
+        references: (N or 1, C, H, W) latents of each reference image, or None.
     """
 
     options: RunOptions
     labels: Sequence[int]
     captions: PromptEmbeds | None = None
     latents: np.ndarray | None = None
+    references: tuple[np.ndarray, ...] | None = None
 
     def check(self, pipe: Pipeline) -> None:
         """Refuse in advance what a later batch would fail on.
 
         Raises:
-            UsageError: a label that does not exist, another number of latents than of images, or a
-                guidance scale that the model does not have.
+            UsageError: a label that does not exist, another number of latents than of images, a
+                guidance scale that the model does not have, or reference images that it cannot
+                read.
         """
         spec, images = pipe.spec, len(self.labels)
         if self.captions is None and spec.choices:
@@ -52,6 +56,7 @@ class Series:
             check_rows(self.labels, len(self.captions.prompts))
         arguments.embedded_guidance(self.options.guidance, spec)
         arguments.second_scale(self.options.cfg_scale_2, spec)
+        checked_references(self.references, images, spec)
         if self.latents is not None and len(self.latents) != images:
             shape = [images, *spec.latents]
             raise UsageError(
@@ -83,11 +88,18 @@ class Series:
             guidance=options.guidance,
             cfg_scale_2=options.cfg_scale_2,
             latents=None if self.latents is None else self.latents[rows],
+            reference_latents=self._references(rows),
             size=options.size,
             frames=options.frames,
             trajectory=options.trajectory_output is not None,
             callback=callback,
         )
+
+    def _references(self, rows: slice) -> list[np.ndarray] | None:
+        """The latents of the reference images of a batch."""
+        if self.references is None:
+            return None
+        return [latents if len(latents) == 1 else latents[rows] for latents in self.references]
 
     def records(self, pipe: Pipeline) -> list[dict[str, Any]]:
         """What each image is made from, in JSON types."""
@@ -116,6 +128,12 @@ class Series:
             del common["seed"]
             values = np.ascontiguousarray(self.latents).tobytes()
             common["latents_sha256"] = hashlib.sha256(values).hexdigest()
+        if self.references is not None:
+            digest = hashlib.sha256()
+            for latents in self.references:
+                digest.update(f"{latents.dtype} {latents.shape}".encode())
+                digest.update(np.ascontiguousarray(latents).tobytes())
+            common["references_sha256"] = digest.hexdigest()
         if self.captions is not None and not options.prompts:
             common["captions_sha256"] = hashlib.sha256(captions_to_bytes(self.captions)).hexdigest()
         return [

@@ -25,7 +25,7 @@ from goc_deploy.policies.help import calibrated, grammar
 from goc_deploy.policies.registration import installed_policies
 from goc_deploy.precision import WEIGHT_FORMATS
 from goc_deploy.samplers import SAMPLER_GRAMMAR
-from goc_deploy.spec import PREDICTION_TYPES
+from goc_deploy.spec import MAX_REFERENCES, PREDICTION_TYPES
 
 if TYPE_CHECKING:
     from goc_deploy.engine_dir.manifest import Manifest
@@ -45,11 +45,12 @@ DEFAULTS = ExportOptions()
     type=click.Choice(
         [
             *("auto", "dit", "pixart", "pixart-sigma", "sd3", "sit", "wan"),
-            *("flux", "flux2", "qwen-image", "z-image"),
+            *("flux", "flux2", "qwen-image", "qwen-image-edit", "z-image"),
         ]
     ),
     default=DEFAULTS.model,
-    help="Architecture of the model; auto recognises all but sit.",
+    help="Architecture of the model; auto recognises all but sit, and qwen-image-edit only in "
+    "the folder of its pipeline.",
 )
 @click.option(
     "--num-heads",
@@ -193,6 +194,12 @@ DEFAULTS = ExportOptions()
     type=click.IntRange(1),
     help="Tokens that every caption has. Longer prompts are cut and shorter ones padded. A smaller "
     "number is faster.  [default: what the model was trained for]",
+)
+@click.option(
+    "--max-references",
+    type=click.IntRange(1, MAX_REFERENCES),
+    help="Largest number of reference images of a request to a model that edits images.  "
+    "[default: 1]",
 )
 @click.option(
     "--lora",

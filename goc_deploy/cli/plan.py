@@ -206,7 +206,7 @@ def _inspect(engine_dir: Path) -> None:
         target_folders,
     )
     from goc_deploy.display.plans import head_rows, history_rows
-    from goc_deploy.display.units import text_rows, unit_rows
+    from goc_deploy.display.units import stream_rows, unit_rows
     from goc_deploy.engine_dir.directory import EngineDir
 
     directory = EngineDir.open(engine_dir)
@@ -223,8 +223,8 @@ def _inspect(engine_dir: Path) -> None:
     if any(plan.sampler.head is not None for plan in plans):
         print_table("heads", *head_rows(plans))
     print_table("history, by the form of the plan", *history_rows(plans, manifest))
-    if manifest.model.has_text_stream:
-        print_table("text", *text_rows(plans, manifest))
+    for stream in manifest.model.streams[1:]:
+        print_table(stream, *stream_rows(plans, manifest, stream))
     print_table("launches", *launch_rows(plans, manifest))
 
 

@@ -109,6 +109,13 @@ DEFAULTS = RunOptions()
     help="File of x_T in place of seeded noise, float32 [N,C,H,W] .npy.",
 )
 @click.option(
+    "--reference-latents",
+    type=PATH,
+    help="File of the images to edit, .npz or .safetensors, for a model that edits images: "
+    "reference_latents [N,C,H,W] from the encoder of its VAE, and of further reference images "
+    "reference_latents_2 and so on. One row in place of N is for all images.",
+)
+@click.option(
     "--size",
     type=Size(),
     help="Width and height in pixels, if the export has --size or --max-size.  "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from goc_deploy.blocks import ALL_STREAMS
 from goc_deploy.compiler.plan import Accumulate, Compute, Plan, Predict, Prediction, Residual
 from goc_deploy.compiler.values import features_of_units
 from goc_deploy.errors import EngineDirError
@@ -21,8 +22,9 @@ def check_agreement(plan: Plan, spec: ModelSpec) -> None:
     """Check that a plan and its schedule use the same predictions.
 
     Both are followed with random numbers in place of features. Two linear combinations of computed
-    features that differ do so for almost all numbers, and no plan can depend on them. A feature of
-    the text may be left out. `goc_deploy.compiler.check.check_plan` must have accepted the plan.
+    features that differ do so for almost all numbers, and no plan can depend on them. A feature
+    of another stream than the image may be left out. `goc_deploy.compiler.check.check_plan` must
+    have accepted the plan.
 
     Raises:
         EngineDirError: naming the first step and unit at which they differ.
@@ -35,7 +37,7 @@ def check_agreement(plan: Plan, spec: ModelSpec) -> None:
     asked, planned = _asked(schedule, units, features), _planned(plan, spec, features)
     for step, (rows, used) in enumerate(zip(asked, planned, strict=True)):
         for feature, (wanted, value) in enumerate(zip(rows, used, strict=True)):
-            if value is None and spec.features[feature].feature.stream == "text":
+            if value is None and spec.features[feature].feature.stream != "image":
                 continue
             if value is None or not abs(wanted - value) <= TOLERANCE * max(1.0, abs(wanted)):
                 raise EngineDirError(
@@ -62,7 +64,7 @@ def _asked(schedule: Schedule, units: Sequence[int], features: _Features) -> lis
 
 def _planned(plan: Plan, spec: ModelSpec, features: _Features) -> list[list[float | None]]:
     """Compute the same from the plan and its slots; None for a feature that it leaves out."""
-    slots = {"image": [0.0] * plan.slots, "text": [0.0] * plan.text_slots}
+    slots = {stream: [0.0] * plan.slots_of(stream) for stream in ALL_STREAMS}
     planned: list[list[float | None]] = [[None] * len(row) for row in features]
     whole = plan.schedule.level == "residual"
     for step, launches in enumerate(plan.launches):

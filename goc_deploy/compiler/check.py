@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from goc_deploy.blocks import STREAMS, TokenStream
+from goc_deploy.blocks import ALL_STREAMS, TokenStream
 from goc_deploy.compiler.check_sums import SumsCheck
 from goc_deploy.compiler.plan import (
     Accumulate,
@@ -34,9 +34,9 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
 
     Every feature of the image acts once in every step and in order, or through an accumulator that
     is filled in earlier steps and added once, or all act as one through their residual. Features of
-    the text act before each computed unit that reads them. Slots are in range, and nothing is read
-    before it is written. The second set of weights of a model begins where the sampler says, and
-    reads nothing that was written before.
+    other streams act before each computed unit that reads them. Slots are in range, and nothing is
+    read before it is written. The second set of weights of a model begins where the sampler says,
+    and reads nothing that was written before.
 
     Raises:
         EngineDirError: naming the step and what is wrong.
@@ -47,19 +47,15 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
         )
     _check_table(plan, spec)
     _check_head(plan, spec)
-    every = [
-        [i for i, place in enumerate(spec.features) if place.feature.stream == stream]
-        for stream in STREAMS
-    ]
-    of_image = every[0]
+    of_image = [i for i, place in enumerate(spec.features) if place.feature.stream == "image"]
     written: set[_Slot] = set()
     before_switch: set[_Slot] = set()
     accumulated: dict[int, list[int]] = {}  # target step -> features of the image
     units, sums = features_of_units(spec), SumsCheck(plan, spec)
-    text_read = _text_read(spec)
+    read = _read_before(spec)
     for step, launches in enumerate(plan.launches):
-        order: list[int] = []
-        text: list[int] = []
+        acted: dict[TokenStream, list[int]] = {stream: [] for stream in ALL_STREAMS}
+        order = acted["image"]
         if step == plan.schedule.switch:
             if accumulated or sums.targets:
                 raise EngineDirError(
@@ -73,7 +69,7 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
                 sums.accumulate(step, op)
                 continue
             if isinstance(op, AddSum):
-                (text if op.stream == "text" else order).extend(sums.added(step, op))
+                acted[op.stream].extend(sums.added(step, op))
                 continue
             if isinstance(op, Collect):
                 order += _collected(plan, step, op, accumulated, of_image)
@@ -85,10 +81,11 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
             entries = _entries(plan, step, op, spec, units)
             if isinstance(op, Compute):
                 sums.computed(step, op)
-                if text_read[op.unit] not in (None, text):
+                late = [s for s, features in read[op.unit].items() if acted[s] != features]
+                if late:
                     raise EngineDirError(
                         f"plan {plan.name}: step {step} computes {spec.unit_names[op.unit]}, which "
-                        "reads the text, without all earlier features of the text"
+                        f"reads the {late[0]}, without all earlier features of the {late[0]}"
                     )
             _check_launch(plan, step, entries, written)
             target = step + (op.ahead if isinstance(op, Predict) else 0)
@@ -102,8 +99,8 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
                 continue
             of_op = order if target == step else accumulated.setdefault(target, [])
             for entry in entries:
-                (text if entry.stream == "text" else of_op).append(entry.feature)
-        if order != of_image or text != sorted(set(text)):
+                (of_op if entry.stream == "image" else acted[entry.stream]).append(entry.feature)
+        if order != of_image or any(acted[s] != sorted(set(acted[s])) for s in ALL_STREAMS):
             raise EngineDirError(
                 f"plan {plan.name}: step {step} does not run each of the {spec.units} units once, "
                 "in order"
@@ -113,7 +110,7 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
         raise EngineDirError(
             f"plan {plan.name}: what was accumulated for step {min(accumulated)} is never added"
         )
-    slots = plan.slots + plan.text_slots
+    slots = sum(map(plan.slots_of, ALL_STREAMS))
     if slots > len(before_switch | written):
         raise EngineDirError(
             f"plan {plan.name}: it asks for {slots} slots but stores into "
@@ -137,13 +134,17 @@ def _image(prediction: Prediction) -> _Entry:
     return _Entry(0, "image", prediction)
 
 
-def _text_read(spec: ModelSpec) -> list[list[int] | None]:
-    """For each unit, the features of the text that must be added before it, or None."""
-    read: list[list[int] | None] = []
-    earlier: list[int] = []
+def _read_before(spec: ModelSpec) -> list[Mapping[TokenStream, list[int]]]:
+    """For each unit and stream that it reads, the features that must be added before it.
+
+    Those of the image are left out, because every step adds all of them in order.
+    """
+    read: list[Mapping[TokenStream, list[int]]] = []
+    earlier: dict[TokenStream, list[int]] = {stream: [] for stream in ALL_STREAMS}
     for unit, features in zip(spec.declared_units, features_of_units(spec), strict=True):
-        read.append(list(earlier) if "text" in unit.reads else None)
-        earlier += [feature for feature, stream in features if stream == "text"]
+        read.append({s: list(earlier[s]) for s in unit.reads if s != "image"})
+        for feature, stream in features:
+            earlier[stream].append(feature)
     return read
 
 
@@ -285,7 +286,7 @@ def _check_launch(plan: Plan, step: int, entries: tuple[_Entry, ...], written: s
     stores: list[_Slot] = []
     for stream, entry in ((entry.stream, entry.prediction) for entry in entries):
         used = [*entry.slots, *([] if entry.store is None else [entry.store])]
-        slots = plan.slots if stream == "image" else plan.text_slots
+        slots = plan.slots_of(stream)
         if any(not 0 <= slot < slots for slot in used):
             raise EngineDirError(
                 f"plan {plan.name}: step {step} uses a slot outside 0..{slots - 1}"

@@ -25,7 +25,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import groupby, islice, takewhile
 
-from goc_deploy.blocks import STREAMS, TokenStream
+from goc_deploy.blocks import ALL_STREAMS, TokenStream
 from goc_deploy.compiler.check import check_plan
 from goc_deploy.compiler.plan import (
     MAX_LAUNCH_UNITS,
@@ -105,6 +105,7 @@ def compile_for_host(
         segments,
         form="host",
         text_slots=slots["text"],
+        reference_slots=slots["reference"],
     )
     check_plan(plan, spec)
     return plan
@@ -157,6 +158,7 @@ def compile_for_device(
         segments,
         form="device",
         text_slots=slots["text"],
+        reference_slots=slots["reference"],
     )
     check_plan(plan, spec)
     return plan
@@ -211,6 +213,7 @@ def compile_to_sums(
         segments,
         form="sums",
         text_slots=slots["text"],
+        reference_slots=slots["reference"],
     )
     check_plan(plan, spec)
     return plan
@@ -302,7 +305,7 @@ def accumulate_ahead(evaluations: list[Evaluation]) -> list[Evaluation]:
 
     Before: step 4 computes units 0 and 1, step 5 predicts 0 and 1. After: step 4 computes 0 and 1
     and predicts both ahead. The order of the evaluations of each feature does not change. A step
-    that predicts features of the text, because a later prediction reads them, stays as it is.
+    that predicts features of other streams, because a later prediction reads them, stays as it is.
     """
     moved: list[Evaluation] = []
     steps = [list(step) for _, step in groupby(evaluations, key=lambda e: e.step)]
@@ -335,7 +338,7 @@ def group_launches(evaluations: list[Evaluation]) -> list[list[Evaluation]]:
     a launch of its own, with all its features.
 
     Before: step 4 predicts units 0 and 1 and computes unit 2. After: step 4 launches the features
-    of the image of units 0 and 1 together, then those of the text, then unit 2.
+    of the image of units 0 and 1 together, then those of other streams, then unit 2.
     """
 
     def launch(e: Evaluation) -> tuple[int, int | None]:
@@ -343,7 +346,7 @@ def group_launches(evaluations: list[Evaluation]) -> list[list[Evaluation]]:
 
     groups: list[list[Evaluation]] = []
     for _, run in groupby(evaluations, key=launch):
-        by_stream = sorted(run, key=lambda e: STREAMS.index(e.stream))
+        by_stream = sorted(run, key=lambda e: ALL_STREAMS.index(e.stream))
         if not by_stream[0].reads:
             groups.append(by_stream)
             continue
@@ -390,7 +393,7 @@ def assign_slots(
     }
     slot_of: dict[int, int] = {}
     stream_of = {e.value: e.stream for group in groups for e in group if e.value is not None}
-    free: dict[TokenStream, list[int]] = {stream: [] for stream in STREAMS}
+    free: dict[TokenStream, list[int]] = {stream: [] for stream in ALL_STREAMS}
     owner: dict[tuple[TokenStream, int], int] = {}  # slot -> the feature that used it last
     slots: Counter[TokenStream] = Counter()
     steps: dict[int, list[Launch]] = {}

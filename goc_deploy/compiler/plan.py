@@ -199,6 +199,7 @@ class Plan:
             directories store, ``device``, or ``sums``, which keeps no feature per unit.
         form_reason: why a loaded plan has its form, for reports.
         text_slots: number of history buffers for features of the text.
+        reference_slots: number of history buffers for features of the references.
     """
 
     name: str
@@ -210,6 +211,7 @@ class Plan:
     form: PlanForm = "host"
     form_reason: str = field(default="", compare=False)
     text_slots: int = 0
+    reference_slots: int = 0
 
     @property
     def steps(self) -> int:
@@ -246,14 +248,15 @@ class Plan:
         """Number of accumulators of the image."""
         ops = [op for step in self.launches for op in step]
         ahead = [op.ahead for op in ops if isinstance(op, Predict)]
-        return max([self._accumulators("image"), *ahead])
+        return max([self.accumulators_of("image"), *ahead])
 
-    @property
-    def text_accumulators(self) -> int:
-        """Number of accumulators of the text."""
-        return self._accumulators("text")
+    def slots_of(self, stream: TokenStream) -> int:
+        """Number of history buffers for features of a stream."""
+        slots = {"image": self.slots, "text": self.text_slots, "reference": self.reference_slots}
+        return slots[stream]
 
-    def _accumulators(self, stream: TokenStream) -> int:
+    def accumulators_of(self, stream: TokenStream) -> int:
+        """Number of accumulators of a stream that features are added to."""
         ops = [op for step in self.launches for op in step if isinstance(op, Accumulate)]
         used = [tap.accumulator for op in ops if op.stream == stream for tap in op.taps]
         return max(used, default=-1) + 1
@@ -287,14 +290,14 @@ class Plan:
         """
         return self.slots + self.accumulators + self.predicts_ahead + self.keeps_residuals
 
-    @property
-    def text_features(self) -> int:
-        """Number of buffers of the size of the tokens of the text."""
-        return self.text_slots + self.text_accumulators
+    def features_of(self, stream: TokenStream) -> int:
+        """Number of buffers of the size of the tokens of a stream other than the image."""
+        return self.slots_of(stream) + self.accumulators_of(stream)
 
     def cache_bytes(self, spec: ModelSpec, batch: int, item_bytes: int) -> int:
         """Size of the cache for ``batch`` rows (two per image with guidance)."""
-        tokens = self.cache_features * spec.tokens + self.text_features * spec.caption_tokens
+        others = (self.features_of(s) * spec.tokens_of(s) for s in spec.streams if s != "image")
+        tokens = self.cache_features * spec.tokens + sum(others)
         return tokens * batch * spec.hidden * item_bytes
 
     def naive_cache_bytes(self, spec: ModelSpec, batch: int, item_bytes: int) -> int:

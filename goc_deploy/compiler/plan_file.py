@@ -71,6 +71,7 @@ class _PlanFile(Struct):
     launches: tuple[tuple[_LaunchRow, ...], ...]
     segments: str = "none"
     text_slots: Count = 0
+    reference_slots: Count = 0
 
 
 class _Head(Struct, forbid_unknown_fields=True):
@@ -96,9 +97,10 @@ def plan_to_json(plan: Plan) -> str:
 
     Launches are lists: ``["c", unit, slot]`` computes, with a list of slots if the unit has several
     features, ``["p", feature, [[slots, coefficients, slot], ...], ahead]`` predicts, ``["a",
-    ahead]`` adds an accumulator, and ``["r", slot]`` keeps the residual. A prediction of the text
-    ends with ``"text"``.
+    ahead]`` adds an accumulator, and ``["r", slot]`` keeps the residual. A prediction of a stream
+    other than the image ends with its name.
     """
+    others = {"text_slots": plan.text_slots, "reference_slots": plan.reference_slots}
     return dump_json(
         {
             "format": PLAN_FORMAT,
@@ -106,7 +108,7 @@ def plan_to_json(plan: Plan) -> str:
             "name": plan.name,
             "segments": plan.segments,
             "slots": plan.slots,
-            **({"text_slots": plan.text_slots} if plan.text_slots else {}),
+            **{name: slots for name, slots in others.items() if slots},
             "sampler": _sampler_to_fields(plan.sampler),
             "launches": [[_launch_to_list(op) for op in step] for step in plan.launches],
         },
@@ -138,7 +140,7 @@ def _launch_to_list(op: Launch) -> list[Any]:
         op.feature,
         [[list(p.slots), list(p.coefficients), p.store] for p in op.predictions],
         op.ahead,
-        *(["text"] if op.stream == "text" else []),
+        *([op.stream] if op.stream != "image" else []),
     ]
 
 
@@ -173,6 +175,7 @@ def plan_from_json(
         schedule,
         file.segments,
         text_slots=file.text_slots,
+        reference_slots=file.reference_slots,
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import groupby
 
-from goc_deploy.blocks import STREAMS, TokenStream
+from goc_deploy.blocks import ALL_STREAMS, TokenStream
 from goc_deploy.compiler.plan import MAX_TAPS, Accumulate, AddSum, Compute, Launch, Tap
 from goc_deploy.compiler.values import Evaluation
 from goc_deploy.errors import UsageError
@@ -108,7 +108,7 @@ def push_features(evaluations: list[Evaluation]) -> list[Computed | Sum]:
         if unit is not None:
             pushed.append(run)
             continue
-        for stream in STREAMS:
+        for stream in ALL_STREAMS:
             predicted = [e for e in run if e.stream == stream]
             if not predicted:
                 continue
@@ -152,7 +152,7 @@ def assign_accumulators(
         (launches by step, number of slots of each stream).
     """
     holder: dict[Sum, int] = {}
-    free: dict[TokenStream, list[int]] = {stream: [] for stream in STREAMS}
+    free: dict[TokenStream, list[int]] = {stream: [] for stream in ALL_STREAMS}
     accumulators: Counter[TokenStream] = Counter()
     slots: Counter[TokenStream] = Counter()
     steps: dict[int, list[Launch]] = defaultdict(list)

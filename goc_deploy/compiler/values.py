@@ -86,23 +86,25 @@ def features_of_units(spec: ModelSpec) -> tuple[tuple[tuple[int, TokenStream], .
 
 
 def drop_dead(evaluations: list[Evaluation], spec: ModelSpec) -> list[Evaluation]:
-    """Drop what nothing reads: the stores of values, and predictions of the text.
+    """Drop what nothing reads: the stores of values, and predictions of other streams.
 
-    A prediction of the text is read by the units that its step computes afterwards. If there are
-    none, it is only needed if a later prediction reads its value.
+    The final layer reads the image. A prediction of another stream is read by the units that its
+    step computes afterwards. If none of them reads the stream, it is only needed if a later
+    prediction reads its value.
 
     Before: step 2 stores a feature that step 4 replaces before any step reads it; step 3 computes
     no unit, and predicts features of the image and of the text. After: step 2 stores nothing; step
     3 predicts features of the image.
     """
-    readers = {unit for unit, kind in enumerate(spec.declared_units) if "text" in kind.reads}
-    reading: set[int] = set()  # steps that compute a unit which reads the text
+    units = spec.declared_units
+    read: set[tuple[int, TokenStream]] = set()  # by the units that a step computes
     alive: set[int] = set()
     kept: list[Evaluation] = []
     for e in reversed(evaluations):
-        if not e.reads and e.unit in readers:
-            reading.add(e.step)
-        if e.reads and e.stream == "text" and e.step not in reading and e.value not in alive:
+        if not e.reads:
+            read.update((e.step, stream) for stream in units[e.unit].reads)
+        others_read = e.stream == "image" or (e.step, e.stream) in read
+        if e.reads and not others_read and e.value not in alive:
             continue
         kept.append(e if e.value in alive else replace(e, value=None))
         alive.update(e.reads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from goc_deploy.blocks import TokenStream
 from goc_deploy.compiler import AddSum, Plan, Predict
 from goc_deploy.display.plans import Table
 from goc_deploy.engine_dir.manifest import Manifest
@@ -51,32 +52,33 @@ def unit_rows(manifest: Manifest) -> Table:
     return columns, rows
 
 
-def text_rows(plans: Sequence[Plan], manifest: Manifest) -> Table:
-    """Make a row per plan of a model with a text stream: which predictions of the text it needs.
+def stream_rows(plans: Sequence[Plan], manifest: Manifest, stream: TokenStream) -> Table:
+    """Make a row per plan: which predictions it needs of a stream beside the image.
 
-    Without the removal of dead text, every predicted unit would predict all its features.
+    Without the removal of those that nothing reads, every predicted unit would predict all its
+    features.
     """
     spec = manifest.model
-    of_text = [
-        sum(feature.stream == "text" for feature in unit.features) for unit in spec.declared_units
+    of_stream = [
+        sum(feature.stream == stream for feature in unit.features) for unit in spec.declared_units
     ]
     rows = []
     for plan in plans:
         steps = plan.schedule.coefficients
-        every = sum(n for step in steps for n, row in zip(of_text, step, strict=True) if row)
+        every = sum(n for step in steps for n, row in zip(of_stream, step, strict=True) if row)
         ops = [op for step in plan.launches for op in step if isinstance(op, Predict | AddSum)]
         made = sum(
             len(op.predictions) if isinstance(op, Predict) else op.features
             for op in ops
-            if op.stream == "text"
+            if op.stream == stream
         )
-        saved = ROWS * spec.caption_tokens * (every - made)
-        rows.append([plan.name, str(every), str(made), str(saved), str(plan.text_features)])
+        saved = ROWS * spec.tokens_of(stream) * (every - made)
+        rows.append([plan.name, str(every), str(made), str(saved), str(plan.features_of(stream))])
     columns = [
         "plan",
-        "predictions of the text",
+        f"predictions of the {stream}",
         "that are read",
         "tokens saved/image",
-        "buffers of the text",
+        f"buffers of the {stream}",
     ]
     return columns, rows

@@ -135,6 +135,7 @@ def dimension_ranges(spec: ModelSpec, max_batch: int, steps: int) -> Mapping[str
     labels = rows if spec.pooled_channels else max_batch + 1
     modulation = spec.modulation.count
     usual, most = spec.tokens, spec.largest.tokens
+    references = max(1, spec.tokens_of("reference"))
     sides = dict(zip(("F", "H", "W"), _sides(spec.sample, spec.largest.sample), strict=True))
     axes = _sides(spec.axes, spec.largest.axes)
     of_decoder = {  # of videos, whose levels are larger by powers of two
@@ -144,7 +145,8 @@ def dimension_ranges(spec: ModelSpec, max_batch: int, steps: int) -> Mapping[str
     }
     return {
         "tokens": (1, usual, most),
-        "T": (1, usual, max(most, spec.caption_tokens if spec.has_text_stream else 0)),
+        "T": (1, usual, max([most, *map(spec.largest.tokens_of, spec.streams)])),
+        "reference_tokens": (1, references, max(1, spec.largest.tokens_of("reference"))),
         **sides,
         **of_decoder,
         **dict(zip(("token_frames", "token_rows", "token_columns"), axes, strict=True)),

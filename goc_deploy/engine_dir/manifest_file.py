@@ -91,6 +91,13 @@ def _model_problems(manifest: Manifest) -> Iterator[str]:
             "$.model.branches: expected units that read the text if caption_channels is not 0 and "
             f"only then, got {', '.join(model.branches):.60}"
         )
+    if ("reference" in model.streams) != (model.max_references > 0):
+        yield (
+            "$.model.max_references: expected int >= 1 if units read the reference, and 0 if not, "
+            f"got {model.max_references}"
+        )
+    if model.max_references and (model.max_grid is None or model.video or model.references):
+        yield "$.model.max_references: expected images of any size, without $.model.references"
     yield from _block_problems(model)
     if len(model.rows) not in (0, len(model.branches)):
         yield f"$.model.rows: expected a list for each of {len(model.branches)} branches"

@@ -106,6 +106,7 @@ def _with_absolute_paths(options: RunOptions) -> RunOptions:
         options,
         latents=options.latents and options.latents.absolute(),
         prompt_embeds=options.prompt_embeds and options.prompt_embeds.absolute(),
+        reference_latents=options.reference_latents and options.reference_latents.absolute(),
     )
 
 

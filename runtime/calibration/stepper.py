@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from goc_deploy.blocks import STREAMS, TokenStream, Unit
+from goc_deploy.blocks import ALL_STREAMS, TokenStream, Unit
 from goc_deploy.compiler import Compute, Plan
 from goc_deploy.compiler.values import features_of_units
 from goc_deploy.engine_dir.directory import EngineDir
@@ -69,7 +69,7 @@ class Stepper:
         every_unit = tuple(_keeping_features(unit, kind) for unit, kind in enumerate(units))
         slots = [
             max(sum(feature.stream == stream for feature in kind.features) for kind in units)
-            for stream in STREAMS
+            for stream in ALL_STREAMS
         ]
         plan = Plan(
             "calibration",
@@ -78,6 +78,7 @@ class Stepper:
             slots[0],
             schedule,
             text_slots=slots[1],
+            reference_slots=slots[2],
         )
         # Trajectories may be at any step, so each step makes its own row of the modulation table.
         self._session = Session(engines, backend, spec, precision, plan, capacity, chunk=1)

@@ -120,6 +120,6 @@ def test_collapsed_steps_touch_no_text(engine: Path, latents: np.ndarray) -> Non
                 launch.run()
             host_array(text)[...] = kept
         found.append(host_array(bound.latents[-1]).copy())
-    assert plan.text_features == 0
+    assert plan.features_of("text") == 0
     assert np.isfinite(found[0]).all()
     np.testing.assert_array_equal(*found)

@@ -212,7 +212,7 @@ def test_half_precision_is_refused() -> None:
         FAMILY.graph_kinds(tiny(), "fp16")
 
 
-@pytest.mark.parametrize("pipeline", ["QwenImageEditPipeline", "QwenImageLayeredPipeline"])
+@pytest.mark.parametrize("pipeline", ["QwenImageEditInpaintPipeline", "QwenImageLayeredPipeline"])
 def test_pipelines_that_start_from_a_picture_are_refused(pipeline: str, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
     with pytest.raises(ModelError, match=f"holds a {pipeline}; this version exports"):

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from goc_deploy.blocks import IMAGE_FEATURE, STREAMS, TEXT_FEATURE, Blocks, Feature, Unit
+from goc_deploy.blocks import (
+    ALL_STREAMS,
+    IMAGE_FEATURE,
+    REFERENCE_FEATURE,
+    STREAMS,
+    TEXT_FEATURE,
+    Blocks,
+    Feature,
+    Unit,
+)
 from goc_deploy.compiler import (
     Accumulate,
     AddSum,
@@ -49,7 +58,18 @@ FLUX_LIKE = (DOUBLE, Blocks(2, (joint("single"),)), Blocks(1, (joint("single", I
 SD3_LIKE = (Blocks(1, (DUAL, joint("mlp"))), DOUBLE, LAST)
 
 
+def editing(branch: str, *features: Feature) -> Unit:
+    return Unit(branch, features=features or (*BOTH, REFERENCE_FEATURE), reads=ALL_STREAMS)
+
+
+EDIT_LIKE = (
+    Blocks(2, (editing("attn"), editing("mlp"))),
+    Blocks(1, (editing("attn", IMAGE_FEATURE), Unit("mlp"))),
+)
+
+
 def spec_of(blocks: tuple[Blocks, ...]) -> ModelSpec:
+    references = sum("reference" in unit.reads for run in blocks for unit in run.units)
     names = dict.fromkeys(unit.branch for run in blocks for unit in run.units)
     return ModelSpec(
         sum(run.count for run in blocks),
@@ -65,10 +85,11 @@ def spec_of(blocks: tuple[Blocks, ...]) -> ModelSpec:
         caption_channels=3,
         caption_tokens=5,
         blocks=blocks,
+        max_references=min(1, references),
     )
 
 
-SPECS = [spec_of(FLUX_LIKE), spec_of(SD3_LIKE)]
+SPECS = [spec_of(FLUX_LIKE), spec_of(SD3_LIKE), spec_of(EDIT_LIKE)]
 X = np.linspace(-1, 1, 5)
 
 
@@ -108,12 +129,15 @@ def test_a_plan_does_what_its_schedule_says(
 
 @pytest.mark.parametrize("policy", ["fora:2+gc:0.5", "fora:3+lagrange:2", "fora:3+gc:0.5:residual"])
 @pytest.mark.parametrize("compile_form", [compile_for_host, compile_for_device])
-def test_plans_of_whole_steps_keep_no_text(policy: str, compile_form: object) -> None:
-    spec = spec_of(SD3_LIKE)
+@pytest.mark.parametrize("blocks", [SD3_LIKE, EDIT_LIKE])
+def test_plans_of_whole_steps_keep_the_image_only(
+    policy: str, compile_form: object, blocks: tuple[Blocks, ...]
+) -> None:
+    spec = spec_of(blocks)
     if policy.endswith(":residual"):
         policy = "fora:3,level=residual"
     plan = compile_form(schedule_from_policy(parse_policy(policy), spec, 12), spec)
-    assert plan.text_slots == plan.text_features == 0
+    assert plan.features_of("text") == plan.features_of("reference") == 0
     predictions = [op for step in plan.launches for op in step if isinstance(op, Predict)]
     assert {op.stream for op in predictions} == {"image"}
 
@@ -141,7 +165,7 @@ def test_text_is_predicted_only_before_the_last_computed_unit_that_reads_it() ->
 def test_sums_of_the_text_are_apart_from_those_of_the_image() -> None:
     spec = spec_of(FLUX_LIKE)
     plan = in_form(compile_for_device(partly({5}, spec), spec), spec, "sums")
-    assert (plan.accumulators, plan.text_accumulators, plan.text_slots) == (2, 1, 1)
+    assert (plan.accumulators, plan.accumulators_of("text"), plan.text_slots) == (2, 1, 1)
     assert plan.launches[1] == (
         AddSum(0, 0, 5),
         AddSum(0, 7, 5, "text"),
@@ -150,6 +174,19 @@ def test_sums_of_the_text_are_apart_from_those_of_the_image() -> None:
     )
     added = [op.stream for op in plan.launches[0] if isinstance(op, Accumulate)]
     assert added == [*["image", "text"] * 5, "image"]
+
+
+def test_the_reference_is_predicted_as_the_text_is() -> None:
+    spec = spec_of(EDIT_LIKE)
+    plan = compile_for_device(partly({2}, spec), spec)
+    streams = [op.stream for op in plan.launches[1] if isinstance(op, Predict)]
+    assert streams == [*ALL_STREAMS, "image"]
+    assert (plan.slots, plan.text_slots, plan.reference_slots) == (5, 2, 2)
+    tokens = 5 * spec.tokens + 2 * spec.caption_tokens + 2 * spec.tokens
+    assert plan.cache_bytes(spec, 2, 4) == 2 * 4 * 8 * tokens
+    broken = with_step(plan, *(op for op in plan.launches[1] if "reference" not in str(op)))
+    with pytest.raises(EngineDirError, match="block_01_attn, which reads the reference, without"):
+        check_plan(broken, spec)
 
 
 def test_memory_counts_the_tokens_of_each_stream() -> None:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from goc_deploy.compiler import compile_for_device
-from goc_deploy.display.units import text_rows, unit_rows
+from goc_deploy.display.units import stream_rows, unit_rows
 from goc_deploy.engine_dir.reading import read_manifest
 from tests.goc_deploy.compiler.test_streams import SD3_LIKE, partly, spec_of
 
@@ -35,6 +35,6 @@ def test_blocks_that_differ_are_listed_run_by_run(golden_engine: Path) -> None:
 def test_text_that_nothing_reads_is_counted(golden_engine: Path) -> None:
     spec = spec_of(SD3_LIKE)
     plan = compile_for_device(partly({2}, spec), spec)
-    _, rows = text_rows([plan], replace(read_manifest(golden_engine), model=spec))
+    _, rows = stream_rows([plan], replace(read_manifest(golden_engine), model=spec), "text")
     # Units 0, 1, 3, 4 and 5 of the second step predict text; unit 2 reads that of the first two.
     assert rows == [["plan", "5", "2", str(2 * 5 * 3), "2"]]

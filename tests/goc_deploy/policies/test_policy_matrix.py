@@ -162,7 +162,10 @@ def engine_of(tmp_path_factory: pytest.TempPathFactory) -> MakeEngine:
 
 
 def test_the_matrix_has_every_architecture_base_and_correction() -> None:
-    assert SPECS.keys() == SAMPLERS.keys() == ARCHITECTURES.keys()
+    assert SPECS.keys() == SAMPLERS.keys()
+    # Models that edit images are not calibrated.
+    assert ARCHITECTURES.keys() - SPECS.keys() == {"qwen-image-edit"}
+    assert SPECS.keys() < ARCHITECTURES.keys()
     assert BASE_ARGUMENTS.keys() == BASES.keys()
     assert CORRECTION_ARGUMENTS.keys() == CORRECTIONS.keys()
     families = {name.partition("@")[0] for names in SAMPLERS.values() for name in names}
