@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from goc_deploy.compiler import Plan
+from goc_deploy.modulation import TABLE_BUDGET_BYTES
 from goc_deploy.precision import DTYPE_OF_PRECISION, ITEM_BYTES, Precision
 from goc_deploy.protocols import Backend, Buffer
 from goc_deploy.runtime.constants import (
@@ -22,8 +23,6 @@ from goc_deploy.runtime.lookahead import Lookahead, lookahead_of, table_steps
 from goc_deploy.runtime.text_buffers import TextBuffers, allocate_text_buffers, text_bytes
 from goc_deploy.size_inputs import size_shapes
 from goc_deploy.spec import ModelSpec
-
-TABLE_BUDGET_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +146,7 @@ def table_labels(spec: ModelSpec, capacity: int) -> int:
     """
     if spec.pooled_channels:
         return 2 * capacity
-    return 1 if spec.text_conditional else capacity + 1
+    return 1 if spec.one_modulation else capacity + 1
 
 
 def keys_values_shape(spec: ModelSpec, captions: int) -> tuple[int, int, int, int, int]:
