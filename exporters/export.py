@@ -57,7 +57,7 @@ from goc_deploy.exporters.quantized_files import ScaledTensors
 from goc_deploy.exporters.router import router_probabilities
 from goc_deploy.exporters.sample_sizes import spec_for_sizes
 from goc_deploy.exporters.schedulers import table_from_sampler
-from goc_deploy.exporters.unit_files import UnitWriter
+from goc_deploy.exporters.unit_files import UnitWriter, mapped
 from goc_deploy.exporters.weight_sets import split_sets, with_second_set
 from goc_deploy.guidance import cfg_scale_of
 from goc_deploy.options import ExportOptions, Progress, default_plans
@@ -201,7 +201,7 @@ def export_checkpoint(
                 bare = _quantized(quantizer, compiled, options, make_laboratory)
             if originals is not None:
                 bare = _within_bound(bare, originals, compiled, options, make_laboratory, progress)
-            manifest = _write_plans(stage, bare, compiled)
+            manifest = _write_plans(stage, bare, compiled, backend)
     return manifest, True
 
 
@@ -477,10 +477,14 @@ def _within_bound(
     return replace(manifest, provenance={**manifest.provenance, QUANTIZATION: record})
 
 
-def _write_plans(stage: Path, manifest: Manifest, plans: Sequence[Plan]) -> Manifest:
+def _write_plans(
+    stage: Path, manifest: Manifest, plans: Sequence[Plan], backend: Backend
+) -> Manifest:
     """Write the plans, then the manifest."""
     for plan in plans:
-        manifest = write_plan(stage, plan, manifest, lambda unit: (stage / unit).read_bytes())
+        manifest = write_plan(
+            stage, plan, manifest, lambda path: mapped(stage / path), lambda: backend
+        )
     manifest = replace(manifest, files=files_below(stage))
     (stage / MANIFEST_NAME).write_text(manifest_to_json(manifest), encoding="utf-8")
     return manifest

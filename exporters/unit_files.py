@@ -40,6 +40,12 @@ def _collecting_new_objects_only() -> Iterator[None]:
         gc.unfreeze()
 
 
+def mapped(path: Path) -> memoryview:
+    """Map a file of an engine directory that is not yet published."""
+    with open(path, "rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
 @dataclass(frozen=True, slots=True)
 class UnitWriter:
     """Writes graphs into an engine directory that is not yet published.
@@ -106,7 +112,6 @@ class UnitWriter:
     def loaded(self, unit: GraphEntry) -> Engine:
         """Load a graph that was written, with its weights."""
         assert unit.weights_file is not None
-        with open(self.stage / unit.weights_file, "rb") as file:
-            weights = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        weights = mapped(self.stage / unit.weights_file)
         onnx = memoryview((self.stage / unit.onnx).read_bytes())
         return self.backend.load(onnx, *mapped_weights(unit, weights))

@@ -16,9 +16,10 @@ from torch import Tensor
 from goc_deploy.engine_dir.manifest import Parameter
 from goc_deploy.errors import VerificationError
 from goc_deploy.exporters.lowering import Template
+from goc_deploy.exporters.widening import widen_graph, widened_buffer
 from goc_deploy.metrics.paired import whole_relative_l2
 from goc_deploy.precision import WeightFormat
-from goc_deploy.protocols import Backend, Buffer, float32_from_bfloat16, mapped_buffer
+from goc_deploy.protocols import Backend, mapped_buffer
 
 # A bf16 graph is widened to float32 before it is compared.
 TOLERANCE = {
@@ -164,7 +165,7 @@ def _run(
     graph = memoryview((folder / f"{name}.onnx").read_bytes())
     if template.dtype == torch.bfloat16:
         inputs = {
-            p.name: _widened_buffer(weights, p)
+            p.name: widened_buffer(weights, p, "bfloat16")
             for p in parameters
             if template.kind.weights_are_inputs
         }
@@ -173,8 +174,10 @@ def _run(
             for p in parameters
             if p.dtype is not None
         }
-        widened = memoryview(_widened(graph, weights))
-        engine = backend.load(widened, integers, inputs, runs_once=True)
+        widened = onnx.load_from_string(bytes(graph))
+        widen_graph(widened, weights, "bfloat16")
+        content = memoryview(widened.SerializeToString())
+        engine = backend.load(content, integers, inputs, runs_once=True)
     else:
         dtype = str(template.dtype).removeprefix("torch.")
         buffers = {
@@ -193,34 +196,3 @@ def _run(
         outputs[output] = backend.allocate(shape, engine.dtypes[output])
     engine.bind(inputs, outputs)()
     return [backend.download(outputs[output]) for output in template.kind.outputs]
-
-
-def _widened_buffer(weights: memoryview, p: Parameter) -> Buffer:
-    """A bf16 parameter as float32."""
-    values = float32_from_bfloat16(np.frombuffer(weights, np.uint16, math.prod(p.shape), p.offset))
-    return mapped_buffer(values.data, 0, p.shape, "float32")
-
-
-def _widened(graph: memoryview, weights: memoryview) -> bytes:
-    """The graph with every bf16 tensor converted to float32."""
-    bf16, fp32 = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
-    model = onnx.load_from_string(bytes(graph))
-    for initializer in model.graph.initializer:
-        if initializer.data_type == bf16:
-            if initializer.data_location == onnx.TensorProto.EXTERNAL:
-                place = {entry.key: entry.value for entry in initializer.external_data}
-                start, length = int(place["offset"]), int(place["length"])
-                values = float32_from_bfloat16(
-                    np.frombuffer(weights[start : start + length], np.uint16)
-                ).reshape(initializer.dims)
-            else:
-                values = onnx.numpy_helper.to_array(initializer).astype(np.float32)
-            initializer.CopyFrom(onnx.numpy_helper.from_array(values, initializer.name))
-    for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
-        if value.type.tensor_type.elem_type == bf16:
-            value.type.tensor_type.elem_type = fp32
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == bf16:
-                attribute.i = fp32
-    return bytes(model.SerializeToString())

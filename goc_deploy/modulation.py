@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
+TABLE_BUDGET_BYTES = 512 * 2**20  # of a table; that of more steps is computed in several parts
 SHIFT_AND_SCALE = ("shift", "scale")
 
 

@@ -267,6 +267,11 @@ class ModelSpec:
         return self.caption_channels > 0
 
     @property
+    def one_modulation(self) -> bool:
+        """Whether all images have the same modulation: it reads neither labels nor captions."""
+        return self.text_conditional and not self.pooled_channels
+
+    @property
     def block_units(self) -> tuple[tuple[Unit, ...], ...]:
         """The units of each block."""
         return _block_units(self)

@@ -28,6 +28,7 @@ from goc_deploy.runtime.buffers import (
 from goc_deploy.runtime.constants import aligned_size
 from goc_deploy.runtime.head_binding import HeadBinding
 from goc_deploy.runtime.lookahead import chunk_steps, lookahead_of
+from goc_deploy.runtime.modulation_tables import ModulationTables
 from goc_deploy.runtime.request import Batch
 from goc_deploy.runtime.stream_buffers import StreamBuffers
 from goc_deploy.runtime.weights import Weights
@@ -45,6 +46,7 @@ class Engines:
         captions: the stored captions of the engine directory, or None.
         segments: engines of segments, by signature.
         weights: the weights of ``units`` and ``segments``.
+        tables: modulation tables that are not computed per request, or None without any.
     """
 
     units: MutableMapping[str, Engine]
@@ -52,6 +54,11 @@ class Engines:
     captions: PromptEmbeds | None = None
     segments: MutableMapping[str, Engine] = field(default_factory=dict)
     weights: Weights = field(default_factory=Weights)
+    tables: ModulationTables | None = None
+
+    def holds_table(self, plan: Plan) -> bool:
+        """Whether the session puts the modulation table of a plan in its place, not a launch."""
+        return self.tables is not None and self.tables.holds(plan)
 
 
 # Names of the tensors in graphs:
@@ -135,7 +142,9 @@ class Binder:
         begins = step == 0 or switches
         before = [self._captions(step)] if begins and buffers.captions else []
         before += [self._references(step)] if begins and buffers.patches else []
-        before += [self._conditioning(step)] if step % buffers.chunk == 0 or switches else []
+        computes_table = step % buffers.chunk == 0 or switches
+        if computes_table and not self._engines.holds_table(self._plan):
+            before.append(self._conditioning(step))
         before += [self._pick_gates(step, later) for later in self._lookahead.fetched[step]]
         streams = self._streams()
         start = (*self._start(step), self._embed(step, streams["image"].now))

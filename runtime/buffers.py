@@ -10,6 +10,7 @@ import numpy as np
 
 from goc_deploy.blocks import TokenStream
 from goc_deploy.compiler import Plan
+from goc_deploy.modulation import TABLE_BUDGET_BYTES
 from goc_deploy.precision import DTYPE_OF_PRECISION, ITEM_BYTES, Precision
 from goc_deploy.protocols import Backend, Buffer
 from goc_deploy.runtime.constants import (
@@ -23,8 +24,6 @@ from goc_deploy.runtime.lookahead import Lookahead, lookahead_of, table_steps
 from goc_deploy.runtime.stream_buffers import StreamBuffers, allocate_stream, stream_bytes
 from goc_deploy.size_inputs import size_shapes
 from goc_deploy.spec import ModelSpec
-
-TABLE_BUDGET_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +160,7 @@ def table_labels(spec: ModelSpec, capacity: int) -> int:
     """
     if spec.pooled_channels:
         return 2 * capacity
-    return 1 if spec.text_conditional else capacity + 1
+    return 1 if spec.one_modulation else capacity + 1
 
 
 def keys_values_shape(spec: ModelSpec, captions: int) -> tuple[int, int, int, int, int]:

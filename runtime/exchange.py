@@ -65,8 +65,13 @@ def load_weights(path: Path, engines: Engines, backend: Backend) -> None:
             }
             backend.check_replaceable(graph.engines[graph.key], names)
         content = {**weights.content, **_verified(other, parts)}
+        tables = {} if engines.tables is None else engines.tables.of(other)
         with weights.alone():
             _Exchange(backend, weights).run(graphs, content)
+            if engines.tables is not None:
+                engines.tables.exchange(other, tables)
+            for session in weights.sessions:
+                session.forget_table()
             weights.content, weights.checkpoint_sha256 = (
                 content,
                 other.manifest.provenance.get("checkpoint_sha256"),

@@ -11,6 +11,7 @@ from numbers import Integral
 from types import MappingProxyType
 
 from goc_deploy.compiler import Compute, Plan
+from goc_deploy.compiler.modulation_file import CONDITIONING
 from goc_deploy.conditions.stored_captions import captions_from_bytes
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.manifest import GraphEntry, Manifest
@@ -28,6 +29,7 @@ from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.buffers import planned_bytes
 from goc_deploy.runtime.decoder import LatentDecoder
 from goc_deploy.runtime.history import plan_to_run
+from goc_deploy.runtime.modulation_tables import ModulationTables
 from goc_deploy.runtime.pipeline import Attached, Pipeline
 from goc_deploy.runtime.text_loading import load_graph, load_text_encoder, text_graphs
 from goc_deploy.runtime.video_decoder import VideoDecoder
@@ -115,7 +117,7 @@ def load_pipelines(
     if offload != "text":
         more += manifest.text_encoders
     if all_units:
-        more += manifest.model.unit_names
+        more += [CONDITIONING, *manifest.model.unit_names]
         more += [replace(plan.sampler, head=None).graph for plan in plans]
     new = _new_predictors(manifest, plans, unlisted.predict_graph, backend) if unlisted else {}
     graphs = needed_graphs(directory, plans, backend, more, new).all
@@ -233,7 +235,6 @@ def needed_graphs(
         )
     }
     needed = {
-        "conditioning",
         "embed",
         "final",
         "modulation",
@@ -241,10 +242,12 @@ def needed_graphs(
         *more,
         *_launched_units(manifest, plans),
     }
+    stored = bool(plans) and all(map(directory.stores_table, plans))
+    needed |= set() if stored else {CONDITIONING}
     needed |= {"captions"} if manifest.model.text_conditional else set()
     needed |= {"references"} if manifest.model.max_references else set()
     if manifest.model.boundary:
-        around = {"conditioning", "captions", "references", "embed", "final"}
+            around = {CONDITIONING, "captions", "references", "embed", "final"}
         needed |= {SECOND_SET + name for name in needed & {*around, *manifest.model.unit_names}}
     heads = {plan.sampler.graph for plan in plans if plan.sampler.head is not None}
     needed |= {plan.sampler.graph for plan in plans} - heads
@@ -326,6 +329,7 @@ def load_engines(
         stored,
         segments,
         Weights(directory, weights_and_graphs),
+        ModulationTables(directory, plans, backend, units),
     )
 
 

@@ -510,7 +510,7 @@ class Pipeline:
             self.batch_size,
         )
         captions = 2 if self.spec.text_conditional else 0
-        labels = 1 if captions and not self.spec.pooled_channels else 2
+        labels = 1 if self.spec.one_modulation else 2
         session.bind(Batch(1, True, labels, captions))
         self._engines.weights.sessions.add(session)
         return session

@@ -185,11 +185,10 @@ def prepared(request: Request, spec: ModelSpec, *, pads_labels: bool = False) ->
     if pads_labels:
         distinct += distinct[-1:] * (images + guided - len(distinct))
     text_conditional = conditions.captions is not None
-    in_table = not text_conditional or spec.pooled_channels > 0
     batch = Batch(
         images,
         guided,
-        labels=len(distinct) if in_table else 1,
+        labels=1 if spec.one_modulation else len(distinct),
         captions=len(distinct) if text_conditional else 0,
         axes=spec.axes_of(request.noise.shape[2:]) if spec.any_size else (),
         references=tuple(spec.axes_of(latents.shape[1:]) for latents in request.references),

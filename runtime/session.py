@@ -19,6 +19,7 @@ import numpy as np
 
 from goc_deploy.cancellation import CallLimits
 from goc_deploy.compiler import Plan
+from goc_deploy.compiler.modulation_file import table_key
 from goc_deploy.conditions.references import patches_of
 from goc_deploy.errors import GocError
 from goc_deploy.precision import Precision
@@ -85,7 +86,7 @@ class Session:
         plan: the plan to run.
         capacity: the largest number of images N of a request.
         chunk: number of steps for which the modulation table is computed at a time; None for as
-            many as its memory budget allows.
+            many as its memory budget allows. A stored table always has all steps.
     """
 
     def __init__(
@@ -100,10 +101,13 @@ class Session:
     ) -> None:
         self._engines, self._backend, self._spec, self._plan = engines, backend, spec, plan
         self._stream = backend.stream()
+        self._holds_table = engines.holds_table(plan)
+        chunk = plan.steps if self._holds_table else chunk
         self._buffers = allocate_buffers(backend, spec.largest, precision, plan, capacity, chunk)
         self._bound: OrderedDict[Batch, _Runnable] = OrderedDict()
         # Of the sample and the references that the buffers were filled for:
         self._axes: tuple[tuple[int, ...], ...] = ()
+        self._table_key = ""  # of the modulation table in the buffers
 
     @property
     def on_cpu(self) -> bool:
@@ -255,19 +259,37 @@ class Session:
         axes = (spec.axes, *spec.reference_axes)
         if axes == self._axes:
             return
+        self._axes = ()  # until all of it is there
         for name, values in size_tensors(spec).items():
             self._stream.upload(values, self._buffers.of_size[name].view(*values.shape))
-        if self._plan.sampler.size_shift is not None:
-            self._upload_steps(spec)
+        plan, buffers = self._plan_of(spec), self._buffers
+        if plan.sampler.size_shift is not None:
+            self._stream.upload(constants_from_plan(plan), buffers.constants)
+            self._stream.upload(timesteps_from_plan(plan, buffers.chunk), buffers.timesteps)
+        if self._holds_table:
+            self._upload_table(plan)
         self._axes = axes
 
-    def _upload_steps(self, spec: ModelSpec) -> None:
-        """Upload the numbers of the sampler for a size; the plan has those of the usual one."""
-        plan, buffers = self._plan, self._buffers
-        if spec.axes != self._spec.axes:
-            plan = replace(plan, sampler=plan.sampler.at(spec.tokens))
-        self._stream.upload(constants_from_plan(plan), buffers.constants)
-        self._stream.upload(timesteps_from_plan(plan, buffers.chunk), buffers.timesteps)
+    def _plan_of(self, spec: ModelSpec) -> Plan:
+        """The plan with the timesteps of a size; they depend on its number of tokens."""
+        if spec.tokens == self._spec.tokens:
+            return self._plan
+        return replace(self._plan, sampler=self._plan.sampler.at(spec.tokens))
+
+    def _upload_table(self, plan: Plan) -> None:
+        """Upload the modulation table of a plan, unless its timesteps are those of the last one."""
+        key, spec, tables = table_key(plan), self._spec, self._engines.tables
+        if key == self._table_key:
+            return
+        assert tables is not None
+        self._table_key = ""  # until the whole table is there
+        shape = (plan.steps, spec.modulation.count, 1, spec.hidden)
+        tables.fill(plan, self._buffers.table.view(*shape), self._stream)
+        self._table_key = key
+
+    def forget_table(self) -> None:
+        """Upload the modulation table again for the next request, after an exchange of weights."""
+        self._axes, self._table_key = (), ""
 
     def _spec_of(self, batch: Batch) -> ModelSpec:
         """Sizes of the model for the samples of a batch."""

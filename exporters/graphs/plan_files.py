@@ -16,15 +16,21 @@ from goc_deploy.compiler.plan_file import plan_to_json
 from goc_deploy.engine_dir.manifest import Manifest, PlanEntry
 from goc_deploy.errors import UsageError
 from goc_deploy.exporters.graphs.accumulate import graph_of_launch
+from goc_deploy.exporters.graphs.modulation import Read, write_table
 from goc_deploy.exporters.graphs.segments import segment_graph
 from goc_deploy.exporters.graphs.step import head_graph
+from goc_deploy.protocols import Backend
 from goc_deploy.schedule.schedule import schedule_to_json
 
 
 def write_plan(
-    folder: Path, plan: Plan, manifest: Manifest, read: Callable[[str], bytes]
+    folder: Path,
+    plan: Plan,
+    manifest: Manifest,
+    read: Read,
+    make_backend: Callable[[], Backend],
 ) -> Manifest:
-    """Write a plan, and those graphs of all its forms that are missing.
+    """Write a plan, its modulation table, and those graphs of all its forms that are missing.
 
     These are predict and accumulate graphs, segments, and the sampler graph of a head.
 
@@ -33,9 +39,13 @@ def write_plan(
         plan: the plan.
         manifest: manifest of the engine directory.
         read: returns the content of a file of the engine directory.
+        make_backend: makes the backend that evaluates the table, if there is one to evaluate.
 
     Returns:
-        The manifest with the plan and these graphs; its list of files is unchanged.
+        The manifest with the plan, the table and these graphs; its list of files is unchanged.
+
+    Raises:
+        EngineDirError: a file of the engine directory is missing or corrupt.
     """
     for name in ("plans", "schedules", "onnx"):
         (folder / name).mkdir(exist_ok=True)
@@ -69,7 +79,7 @@ def write_plan(
     for signature in sorted(new.keys() - segments.keys()):
         paths = {unit.name: unit.onnx for unit in manifest.graphs}
         units = {
-            name: onnx.load_model_from_string(read(paths[name]))
+            name: onnx.load_model_from_string(bytes(read(paths[name])))
             for name in manifest.model.unit_names
         }
         segments[signature] = _path("segment", signature)
@@ -88,7 +98,7 @@ def write_plan(
             head_graph(manifest.model, manifest.precision, table), folder / heads[table.graph]
         )
     return replace(
-        manifest,
+        write_table(folder, plan, manifest, read, make_backend),
         plans=(*manifest.plans, entry),
         predict=predict,
         segments=segments,

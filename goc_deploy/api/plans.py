@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from goc_deploy.api.engines import cpu_backend
 from goc_deploy.api.laboratory import EngineLaboratory
 from goc_deploy.api.requirements import require
 from goc_deploy.compiler import Plan, compile_schedule
@@ -102,12 +103,15 @@ def _read_router(path: str) -> tuple[tuple[float, ...], ...]:
     return router_probabilities(path)
 
 
-def publish_plan(before: EngineDir, plan: Plan) -> PlanEntry:
+def publish_plan(
+    before: EngineDir, plan: Plan, make_backend: Callable[[], Backend] = cpu_backend
+) -> PlanEntry:
     """Add a plan.
 
     Args:
         before: the engine directory as it was when the plan was compiled.
         plan: the plan.
+        make_backend: makes the backend that evaluates the modulation of the plan.
 
     Returns:
         The entry of the plan, or that of an equal plan which is there already.
@@ -125,7 +129,7 @@ def publish_plan(before: EngineDir, plan: Plan) -> PlanEntry:
             raise ConflictError(f"{path} was replaced while the plan was made; add the plan again")
         present = _named(current, plan.name)
         if present is None:
-            return _with_plan(current, plan)
+            return _with_plan(current, plan, make_backend)
         if current.plan(present.name) == plan:
             return None
         raise ConflictError(
@@ -144,13 +148,11 @@ def _named(directory: EngineDir, name: str) -> PlanEntry | None:
     return next((entry for entry in plans if entry.name.lower() == name.lower()), None)
 
 
-def _with_plan(directory: EngineDir, plan: Plan) -> Amendment:
+def _with_plan(directory: EngineDir, plan: Plan, make_backend: Callable[[], Backend]) -> Amendment:
     from goc_deploy.exporters.graphs.plan_files import write_plan
 
     with scratch_folder(directory.path, ".plan-") as stage:
-        manifest = write_plan(
-            stage, plan, directory.manifest, lambda path: bytes(directory.read(path))
-        )
+        manifest = write_plan(stage, plan, directory.manifest, directory.read, make_backend)
         written = [path for path in stage.rglob("*") if path.is_file()]
         files = {path.relative_to(stage).as_posix(): path.read_bytes() for path in written}
     return Amendment(manifest, files)

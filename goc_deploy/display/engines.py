@@ -17,7 +17,10 @@ from goc_deploy.engine_dir.manifest import EngineEntry, Manifest
 
 
 def graph_rows(directory: EngineDir) -> Table:
-    """Make a row per graph: its sizes, its error compared with PyTorch, and its engines."""
+    """Make a row per graph: its sizes, its error compared with PyTorch, and its engines.
+
+    Stored modulation tables follow.
+    """
     manifest = directory.manifest
     served = Counter(graph for engine in manifest.engines for graph in engine.graphs)
     rows = []
@@ -34,6 +37,9 @@ def graph_rows(directory: EngineDir) -> Table:
             rows.append([f"{kind} {signature}", graph, "", "", "", str(served[path])])
     for name, path in manifest.heads.items():
         rows.append([name, f"{directory.size(path) / 1e3:.1f}", "", "", "", str(served[path])])
+    for key, path in manifest.tables.items():
+        size = f"{directory.size(path) / 1e6:.2f}"
+        rows.append([f"modulation table {key[:12]}", "", size, manifest.precision, "", ""])
     return ["unit", "graph kB", "weights MB", "format", "error to PyTorch", "engines"], rows
 
 

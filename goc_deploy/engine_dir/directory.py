@@ -7,15 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from goc_deploy.compiler import Plan, check_plan
 from goc_deploy.compiler.agreement import check_agreement
 from goc_deploy.compiler.head_file import weights_from_safetensors
+from goc_deploy.compiler.modulation_file import table_from_safetensors, table_key
 from goc_deploy.compiler.plan_file import plan_from_json
 from goc_deploy.engine_dir.manifest import FileEntry, Manifest, PlanEntry
 from goc_deploy.engine_dir.reading import read_manifest, read_verified
 from goc_deploy.errors import EngineDirError, UsageError
 from goc_deploy.policies.grammar import parse_policy
 from goc_deploy.policies.suggestions import closest, meant_spec
+from goc_deploy.precision import DTYPE_OF_PRECISION
 from goc_deploy.schedule.schedule import schedule_from_json
 
 
@@ -146,3 +150,25 @@ class EngineDir:
             EngineDirError: as for `plan`.
         """
         return [self.plan(entry.name) for entry in self.manifest.plans]
+
+    def stores_table(self, plan: Plan) -> bool:
+        """Whether the manifest lists a modulation table for the timesteps of a plan."""
+        return table_key(plan) in self.manifest.tables
+
+    def table(self, plan: Plan) -> np.ndarray | None:
+        """Read and check the modulation table of a plan.
+
+        Returns:
+            The table (T, M, D), read-only; uint16 holds bfloat16 values. None if the manifest lists
+            no table for the timesteps of the plan.
+
+        Raises:
+            EngineDirError: the file is missing or corrupt, or does not fit the plan and the model.
+        """
+        manifest = self.manifest
+        path = manifest.tables.get(table_key(plan))
+        if path is None:
+            return None
+        shape = (plan.steps, manifest.model.modulation.count, manifest.model.hidden)
+        dtype, where = DTYPE_OF_PRECISION[manifest.precision], str(self.path / path)
+        return table_from_safetensors(self.read(path), shape, dtype, where)

@@ -195,6 +195,8 @@ class Manifest:
             one.
         heads: name of a sampler graph that applies a head -> path of the graph.
         loras: LoRAs that were merged into the weights, by ascending digest.
+        tables: key of a stored modulation table -> path; see
+            `goc_deploy.compiler.modulation_file.table_key`.
         video_decoder: sizes of unit ``video_decoder``, or None without one.
         clip: inputs and outputs of the units ``clip_1``, ``clip_2``, in the order in which their
             pooled embeddings are joined.
@@ -219,6 +221,7 @@ class Manifest:
     loras: tuple[LoraEntry, ...] = ()
     video_decoder: VideoDecoderSpec | None = None
     clip: tuple[ClipSpec, ...] = ()
+    tables: dict[str, str] = field(default_factory=dict)
 
     @property
     def text_encoders(self) -> dict[str, TextSpec | ClipSpec]:

@@ -101,6 +101,8 @@ def _model_problems(manifest: Manifest) -> Iterator[str]:
     yield from _block_problems(model)
     if len(model.rows) not in (0, len(model.branches)):
         yield f"$.model.rows: expected a list for each of {len(model.branches)} branches"
+    if manifest.tables and not model.one_modulation:
+        yield "$.tables: expected none, because the model modulates by labels or captions"
     if len(manifest.class_names) not in (0, model.choices):
         yield (
             f"$.class_names: expected 0 or {model.choices} names, got {len(manifest.class_names)}"
@@ -242,6 +244,8 @@ def _used_files(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield f"$.segments.{signature}", name
     for graph, name in manifest.heads.items():
         yield f"$.heads.{graph}", name
+    for key, name in manifest.tables.items():
+        yield f"$.tables.{key}", name
     for i, plan in enumerate(manifest.plans):
         yield f"$.plans[{i}].plan", plan.plan
         yield f"$.plans[{i}].schedule", plan.schedule

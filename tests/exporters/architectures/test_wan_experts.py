@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import goc_deploy
+from goc_deploy.api import load_plans
 from goc_deploy.errors import ModelError, UsageError
 from goc_deploy.schedule import Schedule
 from tests.conftest import Command
@@ -164,16 +166,18 @@ def test_latents_are_those_of_the_pipeline_of_diffusers(
 
 
 def test_a_chunk_of_the_modulation_may_contain_the_switch(engine: tuple[str, Path]) -> None:
-    """The tables of one, three and all steps give the same latents."""
+    """The tables of one, three and all steps give the latents of the stored table."""
     from goc_deploy.runtime.session import Session
 
     noise, results = noise_of((2, 4, 6)), []
-    with goc_deploy.load(engine[1], plan="fora:2+gc:1.0") as pipe:
+    (pipe,) = load_plans(engine[1], ["fora:2+gc:1.0"], all_units=True)
+    computing = replace(pipe._engines, tables=None)
+    with pipe:
+        assert pipe._engines.holds_table(pipe.plan)
         drawing = pipe.drawing(None, captions_of(pipe.spec), latents=noise)
-        for chunk in (1, 3, None):
-            session = Session(
-                pipe._engines, pipe._backend, pipe.spec, "fp32", pipe.plan, 2, chunk=chunk
-            )
+        for engines, chunk in ((pipe._engines, None), *((computing, n) for n in (1, 3, None))):
+            args = (engines, pipe._backend, pipe.spec, "fp32", pipe.plan, 2)
+            session = Session(*args, chunk=chunk)
             results.append(session.run(drawing.request(range(2), 1))[0])
     assert max(relative_l2(other, results[0]) for other in results[1:]) < 1e-6
 

@@ -85,6 +85,21 @@ MANIFEST = Manifest(
     segments={"w*2": "onnx/segment_0.onnx"},
     scheduler={"_class_name": "DDIMScheduler", "trained_betas": [0.1, 0.2]},
 )
+OF_TEXT = replace(
+    MANIFEST,
+    model=replace(
+        SPEC,
+        choices=0,
+        branches=("attn", "cross", "mlp"),
+        caption_channels=8,
+        caption_tokens=4,
+        prediction_type="flow",
+        mlp_norm_eps=1e-5,
+    ),
+    class_names=(),
+    segments={},
+    tables={"01": "plans/a.json"},
+)
 
 
 def fields() -> dict[str, Any]:
@@ -109,20 +124,7 @@ def read(found: Any) -> Manifest:
             segments={},
             scheduler=None,
         ),
-        replace(
-            MANIFEST,
-            model=replace(
-                SPEC,
-                choices=0,
-                branches=("attn", "cross", "mlp"),
-                caption_channels=8,
-                caption_tokens=4,
-                prediction_type="flow",
-                mlp_norm_eps=1e-5,
-            ),
-            class_names=(),
-            segments={},
-        ),
+        OF_TEXT,
     ],
 )
 def test_saving_and_loading_a_manifest_is_the_identity(manifest: Manifest) -> None:
@@ -198,6 +200,10 @@ WRONG_TYPES: Changes = {
     "scheduler": (lambda m: m.update(scheduler=3), "$.scheduler: expected object | null, got 3"),
 }
 BROKEN_RULES: Changes = {
+    "tables": (
+        lambda m: m.update(tables={"01": "plans/a.json"}),
+        "$.tables: expected none, because the model modulates by labels or captions",
+    ),
     "unknown": (lambda m: m["model"].update(width=3), "$.model.width: unknown field"),
     "unknown in a list": (
         lambda m: m["graphs"][3]["parameters"][0].update(scale=3),
@@ -331,6 +337,14 @@ def test_a_wrong_field_is_named_with_its_path(
         read(found)
     assert str(caught.value).startswith(f"m.json: {message}")
     assert str(caught.value).endswith(end)
+
+
+def test_a_table_that_is_not_listed_is_named_with_its_key() -> None:
+    found = json.loads(manifest_to_json(replace(OF_TEXT, tables={"01": "x"})))
+    with pytest.raises(
+        EngineDirError, match=r"\$\.tables\.01: 'x' is not in \$\.files; export again"
+    ):
+        read(found)
 
 
 @pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a//b", "a/../b", ".x", "a\n", "", "é"])
