@@ -24,7 +24,7 @@ from goc_deploy.exporters.architectures.contract import Architecture, DiffusersF
 from goc_deploy.exporters.architectures.dit import MlpUnit, add_gated, scaled_queries
 from goc_deploy.exporters.architectures.dit_model import modulate
 from goc_deploy.exporters.architectures.pixart import CaptionProjection, ConditioningUnit
-from goc_deploy.exporters.architectures.wan_authors import AUTHORS
+from goc_deploy.exporters.architectures.wan_authors import AUTHORS, layers_of_authors
 from goc_deploy.exporters.architectures.wan_diffusers import (
     check_tensors,
     spec_from_config,
@@ -375,6 +375,7 @@ WAN = Architecture(
         "",
         spec_from_config,
         state_from_diffusers,
+        layers_of_authors,
     ),
     AUTHORS,
 )
