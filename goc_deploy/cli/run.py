@@ -106,7 +106,7 @@ DEFAULTS = RunOptions()
 @click.option(
     "--latents",
     type=PATH,
-    help="File of x_T in place of seeded noise, float32 [N,C,H,W] .npy.",
+    help="File of x_T in place of seeded noise, float32 [N,C,H,W] .npy, or [N,C,F,H,W] for videos.",
 )
 @click.option(
     "--size",
@@ -142,7 +142,9 @@ DEFAULTS = RunOptions()
 )
 @shard_options
 @click.option(
-    "--latents-output", type=PATH, help="File to write the final latents to, .npy [N,C,H,W]."
+    "--latents-output",
+    type=PATH,
+    help="File to write the final latents to, .npy [N,C,H,W], or [N,C,F,H,W] of videos.",
 )
 @click.option(
     "--trajectory-output",

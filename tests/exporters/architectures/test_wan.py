@@ -375,6 +375,17 @@ def test_the_command_line_draws_clips(engine: Path, command: Command, tmp_path: 
     output = ["--latents-output", tmp_path / "x.npy"]
     command("goc-run", *base, "--size", "48x32", "--frames", "5", *output)
     assert np.load(tmp_path / "x.npy").shape == (2, 16, 2, 4, 6)
+    noise = noise_of((2, 4, 6))
+    np.save(tmp_path / "noise.npy", noise)
+    more = ["--latents", tmp_path / "noise.npy", "--report", tmp_path / "report.json"]
+    command("goc-run", *base, "--size", "48x32", "--frames", "5", *more, *output)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["size"], report["frames"]) == ([48, 32], 5)
+    with goc_deploy.load(engine, plan="fora:2") as pipe:
+        expected = pipe.generate(
+            prompt_embeds=captions_of(pipe.spec), latents=noise, size=(48, 32), frames=5
+        ).latents
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), expected)
     wrong = command("goc-run", *base, "--frames", "8", *output, code=2)
     assert "--frames must be one more than a multiple of 4" in wrong.stderr
     wrong = command("goc-run", *base, "--size", "48", *output, code=2)
