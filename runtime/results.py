@@ -81,8 +81,12 @@ class Drawn:
 
 
 def errors_of(latents: np.ndarray) -> dict[int, VerificationError]:
-    """The error of each image whose latents (N, C, H, W) are not finite, by its index."""
-    finite = np.isfinite(latents).all(axis=(1, 2, 3))
+    """The error of each image whose latents are not finite, by its index.
+
+    Args:
+        latents: (N, C, H, W), or (N, C, F, H, W) of videos.
+    """
+    finite = np.isfinite(latents).reshape(len(latents), -1).all(axis=1)
     return {
         int(image): VerificationError(
             f"the latents of image {image} are not finite; use a milder plan or `precision=fp32`"
