@@ -132,7 +132,7 @@ DEFAULTS = RunOptions()
     help="File or directory of the images: .png is a grid, .npz the ADM format with labels. "
     "Another name is a directory of images, each of which is written when it is drawn. Videos are "
     "written to .mp4, .webp, or a directory of their frames.  "
-    "[default: goc-DATE-TIME.png, if no other output is given]",
+    "[default: goc-DATE-TIME.png, or .webp of videos, if no other output is given]",
 )
 @click.option(
     "--resume",
@@ -181,14 +181,14 @@ DEFAULTS = RunOptions()
 def command(engine_dir: Path, **options: Any) -> None:
     """Generate images from an engine directory.
 
-    Without an output, the images become a picture with a dated name in the current folder. The path
-    of each file that was written is printed.
+    Without an output, the images become a picture with a dated name in the current folder, and
+    videos an animation. The path of each file that was written is printed.
     """
     from goc_deploy.api.run import run
     from goc_deploy.cli.paths import check_outputs
 
     shards = take_shard_options(options)
-    chosen = check_outputs(RunOptions(**options))
+    chosen = check_outputs(engine_dir, RunOptions(**options))
     if shards is not None:
         _run_sharded(engine_dir, chosen, shards)
         return
