@@ -144,10 +144,12 @@ def _family(
     for family in families:
         if is_transformer(config, family.transformer, family.norm_type):
             return family
+    norm, known = config.get("norm_type"), [a.folder for a in architectures.values()]
+    classes = dict.fromkeys(f.transformer for f in known if f is not None)
     raise ModelError(
-        f"{folder / CONFIG} is of a {config.get('_class_name')} with norm_type "
-        f"{config.get('norm_type')!r}, "
-        f"this version exports {', '.join(architectures)}; check `model` and the folder"
+        f"{folder / CONFIG} is of a {config.get('_class_name')}"
+        f"{'' if norm is None else f' with norm_type {norm!r:.60}'}; this version exports "
+        f"{', '.join(classes)}; check `model` and the folder"
     )
 
 

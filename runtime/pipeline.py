@@ -34,7 +34,7 @@ from goc_deploy.runtime.generation import Extras, Generation, OnNonfinite
 from goc_deploy.runtime.head_use import HeadUse
 from goc_deploy.runtime.interpreter_exit import native_calls
 from goc_deploy.runtime.request import Batch, Drawing, Request
-from goc_deploy.runtime.results import Result, plan_report
+from goc_deploy.runtime.results import Result, plan_report, size_report
 from goc_deploy.runtime.session import Session
 from goc_deploy.runtime.session_pool import CLOSED, SessionPool
 from goc_deploy.runtime.step_events import StepHook
@@ -295,6 +295,7 @@ class Pipeline:
                 **self.plan_description,
                 **about_head,
                 "images": len(drawing),
+                **size_report(drawing.shape, self.spec, self.manifest.pixels_per_latent),
                 **about,
                 "cfg_channels": drawing.cfg_channels,
                 **({"guidance": drawing.guidance} if self.spec.embedded_guidance else {}),

@@ -81,8 +81,12 @@ class Drawn:
 
 
 def errors_of(latents: np.ndarray) -> dict[int, VerificationError]:
-    """The error of each image whose latents (N, C, H, W) are not finite, by its index."""
-    finite = np.isfinite(latents).all(axis=(1, 2, 3))
+    """The error of each image whose latents are not finite, by its index.
+
+    Args:
+        latents: (N, C, H, W), or (N, C, F, H, W) of videos.
+    """
+    finite = np.isfinite(latents).reshape(len(latents), -1).all(axis=1)
     return {
         int(image): VerificationError(
             f"the latents of image {image} are not finite; use a milder plan or `precision=fp32`"
@@ -94,8 +98,8 @@ def errors_of(latents: np.ndarray) -> dict[int, VerificationError]:
 def plan_report(
     plan: Plan, spec: ModelSpec, precision: Precision, batch_size: int
 ) -> dict[str, Any]:
-    """Report entries about a plan, and about its memory for a batch size."""
-    rows, item = 2 * batch_size, ITEM_BYTES[precision]
+    """Report entries about a plan, and about its memory for a batch of the largest samples."""
+    spec, rows, item = spec.largest, 2 * batch_size, ITEM_BYTES[precision]
     return {
         "plan": plan.name,
         "plan_form": plan.form,
@@ -113,6 +117,21 @@ def plan_report(
         "naive_cache_bytes": plan.naive_cache_bytes(spec, rows, item),
         "buffer_bytes": planned_bytes(spec, precision, plan, batch_size),
     }
+
+
+def size_report(latents: Sequence[int], spec: ModelSpec, pixels: int) -> dict[str, Any]:
+    """Report entries about the size of a sample: width and height, and frames of a video.
+
+    Args:
+        latents: shape of the latents of a sample, (C, H, W), or (C, F, H, W) of a video.
+        spec: sizes of the model.
+        pixels: pixels per latent pixel and side.
+    """
+    _, *frames, height, width = latents
+    report: dict[str, Any] = {"size": [width * pixels, height * pixels]}
+    if frames:
+        report["frames"] = 1 + (frames[0] - 1) * spec.vae_frames
+    return report
 
 
 def timing_report(plan: Plan, timings: Sequence[Timing]) -> dict[str, Any]:

@@ -66,6 +66,16 @@ def write_video(output: Path, frames: np.ndarray, fps: float = FRAMES_PER_SECOND
                 picture(frame).save(temporary, "PNG")
 
 
+def check_video_output(output: Path) -> None:
+    """Check, before frames are drawn, that this environment can write them.
+
+    Raises:
+        EnvironmentUnsupportedError: the extra ``video`` is not installed.
+    """
+    if output.suffix.lower() == ".mp4":
+        _pyav(output)
+
+
 def video_path(output: Path, index: int, total: int) -> Path:
     """The path of a video of a series: ``output`` itself if it is the only one.
 
@@ -82,7 +92,7 @@ def _durations(frames: int, fps: float) -> list[int]:
     return [max(1, after - now) for now, after in pairwise(ends)]
 
 
-def _write_mp4(output: Path, frames: np.ndarray, fps: float) -> None:
+def _pyav(output: Path) -> Any:
     try:
         import av
     except ImportError as cause:
@@ -90,6 +100,11 @@ def _write_mp4(output: Path, frames: np.ndarray, fps: float) -> None:
             f"writing {output} needs PyAV, which is not installed; run: "
             "pip install 'goc_deploy[video]', or write a .webp"
         ) from cause
+    return av
+
+
+def _write_mp4(output: Path, frames: np.ndarray, fps: float) -> None:
+    av = _pyav(output)
     _, height, width, _ = frames.shape
     if height % 2 or width % 2:
         raise UsageError(

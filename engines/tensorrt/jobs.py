@@ -87,7 +87,9 @@ def wanted_engines(directory: EngineDir, target: Target, options: EngineOptions)
     """
     manifest, plans = directory.manifest, directory.plans()
     steps = max((plan.steps for plan in plans), default=1)
-    ways = dimension_profiles(target.backend, manifest.model, manifest.max_batch, steps)
+    ways = dimension_profiles(
+        target.backend, manifest.model, manifest.max_batch, steps, manifest.video_tile
+    )
     launched = {
         signature
         for plan in plans

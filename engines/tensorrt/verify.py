@@ -96,9 +96,8 @@ def _outputs(directory: EngineDir, unit: GraphEntry, backend: Backend) -> dict[s
     engine = backend.load(onnx, initializers, fixed, runs_once=True)
     graph = model_from_bytes(onnx, f"{directory.path / unit.onnx}").graph
     images = min(IMAGES, manifest.max_batch)
-    sizes = {
-        symbol: high for symbol, (_, _, high) in dimension_ranges(manifest.model, images, 1).items()
-    }
+    ranges = dimension_ranges(manifest.model, images, 1, manifest.video_tile)
+    sizes = {symbol: high for symbol, (_, _, high) in ranges.items()}
     rng = np.random.default_rng(len(unit.name))
     inputs = {}
     for value in graph.input:

@@ -119,7 +119,8 @@ class DiffusersFolder:
         state_from_diffusers: renames the tensors to the public layout.
         norm_type: value of the setting that distinguishes families in old files, which have the
             same class for all; empty if there are none of the family.
-        layers: names of the layers in both layouts, for LoRAs.
+        layers: names of the layers in both layouts, for LoRAs. A family whose public layout is
+            that of diffusers may have the names of its authors here.
         even_sigmas: whether the pipelines give their scheduler T even noise levels from 1 to 1 / T.
         fitted_shift: whether they compute the shift for the size with the fit of FLUX.2.
     """

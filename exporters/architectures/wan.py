@@ -24,7 +24,7 @@ from goc_deploy.exporters.architectures.contract import Architecture, DiffusersF
 from goc_deploy.exporters.architectures.dit import MlpUnit, add_gated, scaled_queries
 from goc_deploy.exporters.architectures.dit_model import modulate
 from goc_deploy.exporters.architectures.pixart import CaptionProjection, ConditioningUnit
-from goc_deploy.exporters.architectures.wan_authors import AUTHORS
+from goc_deploy.exporters.architectures.wan_authors import AUTHORS, layers_of_authors
 from goc_deploy.exporters.architectures.wan_diffusers import (
     check_tensors,
     spec_from_config,
@@ -361,6 +361,8 @@ WAN = Architecture(
     spec_from_tensors,
     check_tensors,
     graph_kinds,
-    folder=DiffusersFolder(("WanPipeline",), "WanTransformer3DModel", spec_from_config),
+    folder=DiffusersFolder(
+        ("WanPipeline",), "WanTransformer3DModel", spec_from_config, layers=layers_of_authors
+    ),
     other_layout=AUTHORS,
 )

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from goc_deploy.exporters.architectures.contract import OtherLayout
+from goc_deploy.spec import ModelSpec
 
 _BLOCK = re.compile(r"blocks\.[0-9]+\.")
 # How a name begins -> the same in diffusers.
@@ -57,6 +58,24 @@ def _name_in_diffusers(name: str) -> str:
         if rest.startswith(theirs):
             return f"{outer}{ours}{rest.removeprefix(theirs)}"
     return name
+
+
+def layers_of_authors(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
+    """Every layer of a model under its name in diffusers -> its name in the authors' files."""
+    names = _layers_of_table(_AROUND)
+    for i in range(spec.depth):
+        in_block = _layers_of_table(_IN_BLOCK)
+        names |= {f"blocks.{i}.{ours}": f"blocks.{i}.{theirs}" for ours, theirs in in_block.items()}
+    return {ours: (theirs,) for ours, theirs in names.items()}
+
+
+def _layers_of_table(names: Mapping[str, str]) -> dict[str, str]:
+    """The layers of a table, by their names in diffusers; tables of modulation are none."""
+    return {
+        ours.removesuffix("."): theirs.removesuffix(".")
+        for theirs, ours in names.items()
+        if theirs.endswith(".")
+    }
 
 
 AUTHORS = OtherLayout(

@@ -21,7 +21,7 @@ from goc_deploy.conditions.tensor_files import arrays_from_file, latents_from_fi
 from goc_deploy.errors import UsageError
 from goc_deploy.options import VIDEO_SUFFIXES, Progress, RunOptions, no_progress
 from goc_deploy.runtime.picture_files import PictureFiles, finished_pictures
-from goc_deploy.runtime.video_files import video_path, write_video
+from goc_deploy.runtime.video_files import check_video_output, video_path, write_video
 
 if TYPE_CHECKING:
     from goc_deploy.runtime.pipeline import Pipeline
@@ -184,6 +184,8 @@ class _Outputs:
             self.start = finished_pictures(output, records)
         self._videos = pipe.spec.video and self._draws
         _check_kind(series.options, videos=self._videos)
+        if output and self._videos:
+            check_video_output(output)
         if output and self._draws and not self._videos:
             self._pictures = PictureFiles(output, series.labels, records)
 

@@ -8,28 +8,30 @@ from datetime import datetime
 from pathlib import Path
 
 from goc_deploy.disk import check_parent, disk_errors, nearest_parent
+from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.errors import ConflictError, UsageError
 from goc_deploy.options import VIDEO_SUFFIXES, RunOptions
 
 OTHER_OUTPUTS = ("latents_output", "trajectory_output", "report")  # of goc-run, besides --output
 
 
-def dated_picture() -> Path:
-    """A name for a picture in the current folder that no file has."""
+def dated_output(suffix: str) -> Path:
+    """A name in the current folder that no file has."""
     base = datetime.now().strftime("goc-%Y%m%d-%H%M%S")
-    names = (Path(f"{base}{end}.png") for end in ("", *(f"-{i}" for i in range(2, 1000))))
+    names = (Path(f"{base}{end}{suffix}") for end in ("", *(f"-{i}" for i in range(2, 1000))))
     return next(path for path in names if not path.exists())
 
 
-def check_outputs(options: RunOptions) -> RunOptions:
+def check_outputs(engine_dir: Path, options: RunOptions) -> RunOptions:
     """Check the outputs of goc-run before any work is done.
 
     Returns:
-        The options, with a dated picture as output if there is no other.
+        The options, with a dated picture or video as output if there is no other.
 
     Raises:
         UsageError: a suffix that no output has, or two outputs of one name.
         ConflictError: an output that cannot be written.
+        EngineDirError, SafetyError: there is no other output, and ``engine_dir`` is corrupt.
     """
     what = (
         "--output ends in .png or .npz, in .mp4 or .webp for a video, or has no suffix and is a "
@@ -38,7 +40,9 @@ def check_outputs(options: RunOptions) -> RunOptions:
     check_suffix(options.output, "", ".png", ".npz", *VIDEO_SUFFIXES, what=what)
     others = {name: getattr(options, name) for name in OTHER_OUTPUTS}
     if not options.output and not any(others.values()):
-        options = replace(options, output=dated_picture())
+        manifest = EngineDir.open(engine_dir).manifest
+        videos = manifest.model.video and manifest.image_size is not None
+        options = replace(options, output=dated_output(".webp" if videos else ".png"))
     check_writable(options.output, may_be_folder=True)
     for path in others.values():
         check_writable(path)

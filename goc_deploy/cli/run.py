@@ -106,7 +106,7 @@ DEFAULTS = RunOptions()
 @click.option(
     "--latents",
     type=PATH,
-    help="File of x_T in place of seeded noise, float32 [N,C,H,W] .npy.",
+    help="File of x_T in place of seeded noise, float32 [N,C,H,W] .npy, or [N,C,F,H,W] for videos.",
 )
 @click.option(
     "--reference-latents",
@@ -139,7 +139,7 @@ DEFAULTS = RunOptions()
     help="File or directory of the images: .png is a grid, .npz the ADM format with labels. "
     "Another name is a directory of images, each of which is written when it is drawn. Videos are "
     "written to .mp4, .webp, or a directory of their frames.  "
-    "[default: goc-DATE-TIME.png, if no other output is given]",
+    "[default: goc-DATE-TIME.png, or .webp of videos, if no other output is given]",
 )
 @click.option(
     "--resume",
@@ -149,7 +149,9 @@ DEFAULTS = RunOptions()
 )
 @shard_options
 @click.option(
-    "--latents-output", type=PATH, help="File to write the final latents to, .npy [N,C,H,W]."
+    "--latents-output",
+    type=PATH,
+    help="File to write the final latents to, .npy [N,C,H,W], or [N,C,F,H,W] of videos.",
 )
 @click.option(
     "--trajectory-output",
@@ -186,14 +188,14 @@ DEFAULTS = RunOptions()
 def command(engine_dir: Path, **options: Any) -> None:
     """Generate images from an engine directory.
 
-    Without an output, the images become a picture with a dated name in the current folder. The path
-    of each file that was written is printed.
+    Without an output, the images become a picture with a dated name in the current folder, and
+    videos an animation. The path of each file that was written is printed.
     """
     from goc_deploy.api.run import run
     from goc_deploy.cli.paths import check_outputs
 
     shards = take_shard_options(options)
-    chosen = check_outputs(RunOptions(**options))
+    chosen = check_outputs(engine_dir, RunOptions(**options))
     if shards is not None:
         _run_sharded(engine_dir, chosen, shards)
         return

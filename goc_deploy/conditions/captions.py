@@ -10,6 +10,7 @@ import numpy as np
 from goc_deploy.errors import UsageError
 from goc_deploy.spec import ModelSpec
 
+SHOWN_NAMES = 8  # of a file that is something else
 MASKED = -10_000.0  # added to the attention scores of padding, as in PixArt's reference
 # diffusers' argument names of the embeddings, the mask and the pooled embeddings:
 PROMPT = ("prompt_embeds", "prompt_attention_mask", "pooled_prompt_embeds")
@@ -192,9 +193,10 @@ def _check_names(arrays: Mapping[str, np.ndarray], spec: ModelSpec, where: str) 
         NEGATIVE[0] not in arrays and arrays.keys() & set(NEGATIVE)
     ):
         optional = [name for name in known if name not in needed]
+        shown, more = sorted(arrays)[:SHOWN_NAMES], max(0, len(arrays) - SHOWN_NAMES)
         raise UsageError(
             f"{where} must hold {' and '.join(needed)}, and may hold {', '.join(optional)}; "
-            f"it has {', '.join(sorted(arrays)) or 'nothing'}"
+            f"it has {', '.join(shown) or 'nothing'}{f' and {more} more' if more else ''}"
         )
     if spec.pooled_channels and NEGATIVE[0] in arrays and NEGATIVE[2] not in arrays:
         raise UsageError(

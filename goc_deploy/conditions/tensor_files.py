@@ -75,14 +75,20 @@ def arrays_from_npz(file: BinaryIO, where: str) -> dict[str, np.ndarray]:
 
 
 def latents_from_file(path: Path) -> np.ndarray:
-    """Read x_T, (N, C, H, W), from a ``.npy`` file without running anything in it.
+    """Read x_T from a ``.npy`` file without running anything in it.
+
+    Returns:
+        (N, C, H, W), or (N, C, F, H, W) of videos.
 
     Raises:
-        UsageError: unreadable, or not an array of numbers of this shape.
+        UsageError: unreadable, or not an array of numbers of such a shape.
     """
     latents = array_from_npy(path)
-    if latents.ndim != 4 or not len(latents):
-        raise UsageError(f"latents {path} have shape {list(latents.shape)}, expected [N,C,H,W]")
+    if latents.ndim not in (4, 5) or not len(latents):
+        raise UsageError(
+            f"latents {path} have shape {list(latents.shape)}, expected [N,C,H,W], or [N,C,F,H,W] "
+            "for videos"
+        )
     return latents
 
 

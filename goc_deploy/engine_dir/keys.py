@@ -101,7 +101,7 @@ class Recipe:
 
 
 def dimension_profiles(
-    backend: str, spec: ModelSpec, max_batch: int, steps: int
+    backend: str, spec: ModelSpec, max_batch: int, steps: int, tile: int = 0
 ) -> tuple[Mapping[str, Range], ...]:
     """Return the accepted sizes and those that kernels are chosen for, per profile.
 
@@ -115,21 +115,26 @@ def dimension_profiles(
         spec: as for `dimension_ranges`.
         max_batch: as for `dimension_ranges`.
         steps: as for `dimension_ranges`.
+        tile: as for `dimension_ranges`.
     """
-    most = dimension_ranges(spec, max_batch, steps)
+    most = dimension_ranges(spec, max_batch, steps, tile)
     if backend == "tensorrt-rtx":
         return (most,)
-    single = dimension_ranges(spec, 1, steps)
+    single = dimension_ranges(spec, 1, steps, tile)
     return {symbol: (low, single[symbol][1], high) for symbol, (low, _, high) in most.items()}, most
 
 
-def dimension_ranges(spec: ModelSpec, max_batch: int, steps: int) -> Mapping[str, Range]:
+def dimension_ranges(
+    spec: ModelSpec, max_batch: int, steps: int, tile: int = 0
+) -> Mapping[str, Range]:
     """Return the sizes of every dynamic dimension that the exporters name.
 
     Args:
         spec: the model.
         max_batch: largest number of images per run; with guidance an image has two rows.
         steps: number of steps of the longest plan.
+        tile: side of a tile of the decoder of videos in latent pixels, or 0 if it decodes frames of
+            any size in one piece.
     """
     images, rows = max_batch, 2 * max_batch
     labels = rows if spec.pooled_channels else max_batch + 1
@@ -139,7 +144,7 @@ def dimension_ranges(spec: ModelSpec, max_batch: int, steps: int) -> Mapping[str
     sides = dict(zip(("F", "H", "W"), _sides(spec.sample, spec.largest.sample), strict=True))
     axes = _sides(spec.axes, spec.largest.axes)
     of_decoder = {  # of videos, whose levels are larger by powers of two
-        name if factor == 1 else f"{factor}*{name}": _multiple(factor, sides[side])
+        name if factor == 1 else f"{factor}*{name}": _multiple(factor, _tiled(sides[side], tile))
         for name, side in (("height", "H"), ("width", "W"))
         for factor in (1, 2, 4, 8, 16)
     }
@@ -161,6 +166,11 @@ def dimension_ranges(spec: ModelSpec, max_batch: int, steps: int) -> Mapping[str
         "captions": (1, 2, rows),
         "tiles": (1, tiles_at_once(spec), tiles_at_once(spec)),
     }
+
+
+def _tiled(sizes: Range, tile: int) -> Range:
+    low, usual, most = sizes
+    return (low, min(usual, tile), min(most, tile)) if tile else sizes
 
 
 def _multiple(factor: int, sizes: Range) -> Range:

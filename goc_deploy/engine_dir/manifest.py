@@ -281,6 +281,11 @@ class Manifest:
         return self.model.vae_scale if decoder is None else decoder.upscale
 
     @property
+    def video_tile(self) -> int:
+        """Side of a tile of the decoder of videos in latent pixels; 0 if there are none."""
+        return 0 if self.video_decoder is None else self.video_decoder.tile
+
+    @property
     def image_size(self) -> tuple[int, int] | None:
         """Height and width of the images or frames, or None without a decoder of latents."""
         decoder = self.decoder or self.video_decoder

@@ -36,7 +36,7 @@ class ShardWorker:
         backend: name and provider of the backend, for people.
 
     Raises:
-        GocError: as `goc_deploy.api.run.run`, or the model makes latents only.
+        GocError: as `goc_deploy.api.run.run`, or the model makes latents only, or videos.
     """
 
     def __init__(self, engine_dir: Path, options: RunOptions, shards: ShardOptions) -> None:
@@ -45,6 +45,10 @@ class ShardWorker:
             self._pipe, self._series = self._stack.enter_context(opened(engine_dir, options))
             if self._pipe.manifest.image_size is None:
                 raise UsageError("shards hold images, but the model makes latents; export with vae")
+            if self._pipe.spec.video:
+                raise UsageError(
+                    "shards hold images, but the model draws videos; draw them without shards"
+                )
             self.job = job_of(self._pipe, self._series, shards.shard_images)
         except BaseException:
             self._stack.close()

@@ -16,6 +16,7 @@ from goc_deploy.engine_dir.keys import dimension_profiles
 from goc_deploy.errors import GocError, ModelError, UsageError
 from goc_deploy.exporters.architectures.dit_diffusers import position_table
 from goc_deploy.exporters.architectures.dit_model import DiT
+from goc_deploy.runtime.buffers import planned_bytes
 from goc_deploy.size_inputs import sine_table
 from goc_deploy.spec import ModelSpec
 from tests.reference import eager_trajectory, relative_l2, worst_step
@@ -79,6 +80,17 @@ def test_sizes_take_turns_on_one_session(folder: Path) -> None:
     for first, second in zip(alone, reversed(again), strict=True):
         np.testing.assert_array_equal(first, second)
     assert [latents.shape[2:] for latents in alone] == [(8, 8), (12, 16), (10, 6)]
+
+
+def test_the_report_has_the_size_and_the_memory_of_the_largest_samples(folder: Path) -> None:
+    with goc_deploy.load(folder / "any", plan="fora:2+gc:1.0") as pipe:
+        reports = [pipe.generate([3], size=size).report for size in (None, (6, 10))]
+        largest, plan = pipe.spec.largest, pipe.plan
+    assert [report["size"] for report in reports] == [[8, 8], [6, 10]]
+    for report in reports:
+        assert "frames" not in report
+        assert report["buffer_bytes"] == planned_bytes(largest, "fp32", plan, 2)
+        assert report["cache_bytes"] == plan.cache_bytes(largest, 4, 4)
 
 
 @pytest.mark.parametrize(

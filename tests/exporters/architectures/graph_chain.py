@@ -1,4 +1,4 @@
-"""Exported graphs of a model with two streams, run one after the other without a runtime."""
+"""Exported graphs of a model that reads captions, run one after the other without a runtime."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class GraphChain:
         """One computed step, row i of the batch with image i.
 
         Args:
-            latents: (B, C, H, W) float32.
+            latents: (B, C, H, W) float32, or (B, C, F, H, W) of videos.
             timestep: what the model is told.
             conditions: ``captions`` (K, L, C), ``pooled`` (K, P) and so on.
             caption_rows: (B,) the caption of each row; None if row i has caption i.
@@ -83,13 +83,12 @@ class GraphChain:
         Returns:
             The outputs of every graph, and the gates of every unit.
         """
-        _, height, width = latents.shape[-3:]
-        spec = self.spec.at((height // self.spec.patch, width // self.spec.patch))
+        spec = self.spec.at(self.spec.axes_of(latents.shape[1:]))
         rows = np.arange(len(latents))
         captions = rows if caption_rows is None else caption_rows
         offered = {**conditions, **size_tensors(spec), "rows": rows, "caption_rows": captions}
         offered["timesteps"] = np.array([timestep], np.float32)
-        patches = latents.reshape(spec.in_patches(latents.shape))
+        patches = latents.reshape(spec.in_patches(latents.shape)) if spec.any_size else latents
         found = {
             "conditioning": self.run("conditioning", offered),
             "captions": self.run("captions", offered),
@@ -102,27 +101,35 @@ class GraphChain:
         else:
             table = table[:, captions]
         x = found["embed"]["x"].reshape(len(rows), spec.tokens, spec.hidden)
-        streams = {"x": x, "text": found["captions"]["text"]}
+        streams = {"x": x}
+        if spec.has_text_stream:
+            streams["text"] = found["captions"]["text"]
         for unit, name in enumerate(spec.unit_names):
             modulation = {n: table[row] for n, row in spec.modulation.of_unit(unit).items()}
+            if not spec.has_text_stream:
+                of_block = found["captions"]["keys_values"][2 * spec.unit_places[unit].block :]
+                offered |= {"keys": of_block[0], "values": of_block[1]}
             outputs = self.run(name, {**offered, **streams, **modulation})
             streams = {n: outputs.get(f"{n}_out", values) for n, values in streams.items()}
             found[name] = {**modulation, **outputs}
         shift, scale = table[spec.modulation.final_shift], table[spec.modulation.final_scale]
-        x = streams["x"].reshape(len(rows), *spec.axes, spec.hidden)
+        x = streams["x"]
+        x = x.reshape(len(rows), *spec.axes, spec.hidden) if spec.any_size else x
         given = {"shift": np.ascontiguousarray(shift), "scale": np.ascontiguousarray(scale)}
         prediction = self.run("final", {"x": x, **given})["prediction"]
-        found["final"] = {**given, "prediction": prediction.reshape(latents.shape)}
+        shape = (len(rows), spec.output_channels, *latents.shape[2:])
+        found["final"] = {**given, "x": x, "prediction": prediction.reshape(shape)}
         return found
 
     def collapsed(self, found: dict[str, Arrays]) -> np.ndarray:
         """The prediction of `step` from embedding and features of the image, in float64."""
-        x = found["embed"]["x"].astype(np.float64)
+        embedded = found["embed"]["x"].astype(np.float64)
+        x = embedded.reshape(len(embedded), -1, self.spec.hidden)  # (B, T, D)
         for place in self.spec.features:
             if place.feature.stream == "image":
                 unit = found[self.spec.unit_names[place.unit]]
-                gate = unit[place.feature.gate][:, None, None].astype(np.float64)
+                gate = unit[place.feature.gate][:, None].astype(np.float64)
                 x = x + gate * unit[place.feature.output].reshape(x.shape)
-        given = {**found["final"], "x": x.astype(np.float32)}
+        given = {**found["final"], "x": x.astype(np.float32).reshape(found["final"]["x"].shape)}
         prediction = self.run("final", given)["prediction"]
         return prediction.reshape(found["final"]["prediction"].shape)

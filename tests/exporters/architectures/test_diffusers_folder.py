@@ -19,6 +19,7 @@ from benchmarks.make_checkpoint import random_state
 from goc_deploy.errors import GocError, ModelError, SafetyError, UsageError
 from goc_deploy.exporters.architectures.dit import DIT
 from goc_deploy.exporters.architectures.dit_model import DiT
+from goc_deploy.exporters.export import ARCHITECTURES
 from goc_deploy.exporters.model_folder import FolderModel, read_model_folder
 from goc_deploy.spec import ModelSpec
 from tests.conftest import Command
@@ -279,6 +280,16 @@ def test_other_pipelines_are_refused(pipeline_folder: Path) -> None:
         ModelError,
         "holds a StableDiffusionPipeline; this version exports DiTPipeline",
     )
+
+
+def test_a_transformer_of_another_class_is_refused_and_the_others_are_named(tmp_path: Path) -> None:
+    write_config(tmp_path, _class_name="SanaTransformer2DModel", norm_type=None)
+    message = (
+        "is of a SanaTransformer2DModel; this version exports DiTTransformer2DModel, "
+        "PixArtTransformer2DModel, .*WanTransformer3DModel, "
+    )
+    with pytest.raises(ModelError, match=message):
+        read_model_folder(tmp_path, ARCHITECTURES)
 
 
 @pytest.mark.parametrize(

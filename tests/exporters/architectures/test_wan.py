@@ -11,21 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import goc_deploy
-from benchmarks.make_checkpoint import random_state
 from goc_deploy.conditions.captions import PromptEmbeds, prompt_embeds_from_arrays
 from goc_deploy.errors import GocError, ModelError, UsageError
 from goc_deploy.exporters.architectures.wan_diffusers import SAMPLES, spec_of
-from goc_deploy.host_memory import host_array
-from goc_deploy.runtime.images import pixels_to_uint8
-from goc_deploy.runtime.step_events import StepEvent
 from goc_deploy.spec import ModelSpec
 from tests.conftest import Command
-from tests.exporters.companions.test_wan_vae import CONFIG as VAE
-from tests.exporters.companions.test_wan_vae import judge_of, judged
+from tests.exporters.architectures.poisoned import check_that_collapsed_steps_read_no_captions
 from tests.pixart_reference import eager_latents
 from tests.reference import relative_l2
 
@@ -39,7 +33,6 @@ CONFIG: dict[str, Any] = {
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PLANS = ("none", "fora:2", "fora:2+gc:1.0", "fora:3+lagrange:2", "fora:10")
 STEPS = 10
-IMAGES = ModelSpec(1, 48, 3, 96, 2, 4, 16, 10, False)
 # Width and height in pixels, frames, and the shape of the latents.
 SIZES = [
     ((96, 80), 9, (3, 10, 12)),
@@ -57,14 +50,19 @@ def unipc(shift: float = 3.0) -> Any:
     )
 
 
-@pytest.fixture(scope="module")
-def judge() -> Any:
+def random_model() -> Any:
+    """A Wan of diffusers with random weights."""
     torch.manual_seed(0)
     model = diffusers.WanTransformer3DModel(**CONFIG).eval()
     for name, parameter in model.named_parameters():
         norm = "norm" in name and name.endswith("weight")
         parameter.data.normal_(1.0 if norm else 0.0, 0.1)
     return model
+
+
+@pytest.fixture(scope="module")
+def judge() -> Any:
+    return random_model()
 
 
 @pytest.fixture(scope="module")
@@ -195,49 +193,8 @@ def test_sums_of_any_size_take_the_place_of_features(engine: Path, plan: str) ->
 
 
 def test_a_collapsed_step_reads_no_captions(engine: Path) -> None:
-    """Keys and values that are NaN after the only computed step change nothing."""
     with goc_deploy.load(engine, plan="fora:10", max_sessions=1) as pipe:
-        captions = captions_of(pipe.spec)
-        expected = pipe.generate(prompt_embeds=captions, seed=1).latents
-        (session,) = pipe._engines.weights.sessions
-
-        def poison(event: StepEvent) -> None:
-            if event.step == 0:
-                buffers = session._buffers.captions
-                assert buffers is not None
-                host_array(buffers.keys_values).fill(np.nan)
-
-        found = pipe.generate(prompt_embeds=captions, seed=1, callback=poison).latents
-    np.testing.assert_array_equal(found, expected)
-
-
-def test_the_output_is_the_final_layer_of_a_sum(judge: Any) -> None:
-    """The law of a collapsed step: tokens after the blocks = tokens + sum of gate * feature."""
-    given, noise = arrays(spec_of(3, 3, 24, ffn=100, channels=16, text=32)), noise_of((1, 4, 6))
-    features: dict[int, torch.Tensor] = {}
-
-    def keep(unit: int, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        features[unit] = compute()
-        return features[unit]
-
-    seen: dict[str, torch.Tensor] = {}
-    hooks = [
-        judge.blocks[0].register_forward_pre_hook(lambda _m, args: seen.update(first=args[0])),
-        judge.blocks[-1].register_forward_hook(lambda _m, _a, out: seen.update(last=out)),
-        judge.condition_embedder.register_forward_hook(lambda _m, _a, o: seen.update(time=o[1])),
-    ]
-    x = torch.from_numpy(noise)
-    with torch.inference_mode():
-        guided_model(judge, given)(torch.cat([x, x]), torch.full((4,), 500.0), keep)
-    for hook in hooks:
-        hook.remove()
-    total = seen["first"].double()
-    for unit, feature in features.items():
-        block, branch = judge.blocks[unit // 3], unit % 3
-        rows = block.scale_shift_table + seen["time"].unflatten(1, (6, -1))
-        gate = {0: rows[:, 2:3], 1: torch.ones(1), 2: rows[:, 5:6]}[branch]
-        total = total + gate.double() * feature.double()
-    assert relative_l2(total.detach().numpy(), seen["last"].double().numpy()) < 1e-6
+        check_that_collapsed_steps_read_no_captions(pipe, captions_of(pipe.spec))
 
 
 def test_a_checkpoint_file_holds_the_same_model(folder: Path, tmp_path: Path) -> None:
@@ -322,59 +279,23 @@ def test_embeddings_of_another_width_are_refused(engine: Path, tmp_path: Path) -
         prompt_embeds_from_arrays(dict(np.load(tmp_path / "c.npz")), pipe.spec, "c.npz")
 
 
-@pytest.fixture(scope="module")
-def with_vae(judge: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """A random VAE of diffusers, and the engine directory of the model with its decoder."""
-    folder = tmp_path_factory.mktemp("with_vae")
-    vae = judge_of(VAE, folder / "vae")
-    judge.save_pretrained(folder / "transformer")
-    goc_deploy.export(
-        folder / "transformer", folder / "engine", plans=["fora:2"], steps=4, max_batch=2,
-        size=(48, 32), frames=5, vae=folder / "vae",
-    )  # fmt: skip
-    return vae, folder / "engine"
-
-
-def test_videos_are_those_that_the_vae_of_diffusers_decodes(with_vae: tuple[Any, Path]) -> None:
-    vae, engine = with_vae
-    with goc_deploy.load(engine) as pipe:
-        result = pipe.generate(prompt_embeds=captions_of(pipe.spec), seed=1)
-        assert (pipe.spec.vae_scale, pipe.spec.vae_frames) == (8, 4)
-    assert result.images is not None
-    assert result.images.shape == (2, 5, 32, 48, 3)
-    with pytest.raises(UsageError, match="the result has videos, which are no Pillow images"):
-        result.pil()
-    expected = pixels_to_uint8(np.moveaxis(judged(vae, result.latents), 2, 1))
-    assert np.abs(result.images.astype(int) - expected.astype(int)).max() <= 1
-
-
-def test_videos_become_files(with_vae: tuple[Any, Path], command: Command, tmp_path: Path) -> None:
-    np.savez(tmp_path / "c.npz", **arrays(spec_of(3, 3, 24, ffn=100, channels=16, text=32)))
-    base = [with_vae[1], "--prompt-embeds", tmp_path / "c.npz"]
-    done = command("goc-run", *base, "--output", tmp_path / "clip.webp", "--fps", "8")
-    assert done.stdout.split() == [str(tmp_path / f"clip-000{i}.webp") for i in range(2)]
-    with Image.open(tmp_path / "clip-0001.webp") as clip:
-        assert (clip.n_frames, clip.size) == (5, (48, 32))
-    command("goc-run", *base, "--labels", "0", "--output", tmp_path / "frames")
-    assert len(list((tmp_path / "frames").glob("*.png"))) == 5
-    wrong = command("goc-run", *base, "--output", tmp_path / "clip.png", code=2)
-    assert "the model draws videos; choose an --output that ends in .mp4 or .webp" in wrong.stderr
-    assert not (tmp_path / "clip.png").exists()
-
-
-def test_a_vae_of_videos_is_refused_for_images(tmp_path: Path) -> None:
-    judge_of(VAE, tmp_path / "vae")
-    torch.save(random_state(IMAGES, 3), tmp_path / "dit.pt")
-    with pytest.raises(ModelError, match="is a VAE of videos, but the model draws images"):
-        goc_deploy.export(tmp_path / "dit.pt", tmp_path / "e", num_heads=3, vae=tmp_path / "vae")
-
-
 def test_the_command_line_draws_clips(engine: Path, command: Command, tmp_path: Path) -> None:
     np.savez(tmp_path / "c.npz", **arrays(spec_of(3, 3, 24, ffn=100, channels=16, text=32)))
     base = [engine, "--prompt-embeds", tmp_path / "c.npz", "--plan", "fora:2"]
     output = ["--latents-output", tmp_path / "x.npy"]
     command("goc-run", *base, "--size", "48x32", "--frames", "5", *output)
     assert np.load(tmp_path / "x.npy").shape == (2, 16, 2, 4, 6)
+    noise = noise_of((2, 4, 6))
+    np.save(tmp_path / "noise.npy", noise)
+    more = ["--latents", tmp_path / "noise.npy", "--report", tmp_path / "report.json"]
+    command("goc-run", *base, "--size", "48x32", "--frames", "5", *more, *output)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["size"], report["frames"]) == ([48, 32], 5)
+    with goc_deploy.load(engine, plan="fora:2") as pipe:
+        expected = pipe.generate(
+            prompt_embeds=captions_of(pipe.spec), latents=noise, size=(48, 32), frames=5
+        ).latents
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), expected)
     wrong = command("goc-run", *base, "--frames", "8", *output, code=2)
     assert "--frames must be one more than a multiple of 4" in wrong.stderr
     wrong = command("goc-run", *base, "--size", "48", *output, code=2)

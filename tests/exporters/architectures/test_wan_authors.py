@@ -17,6 +17,8 @@ from goc_deploy.exporters.architectures.wan import WAN
 from goc_deploy.exporters.architectures.wan_authors import state_from_authors
 from goc_deploy.exporters.architectures.wan_diffusers import shapes_from_spec, spec_of
 from goc_deploy.exporters.export import _read
+from goc_deploy.exporters.lora.merging import MergedTensors
+from goc_deploy.exporters.lora.reading import read_loras
 from goc_deploy.options import ExportOptions
 
 SPEC = spec_of(2, 3, 24, ffn=100, channels=16, text=32)
@@ -92,6 +94,42 @@ def test_names_are_those_to_which_diffusers_converts() -> None:
     expected = utils.convert_wan_transformer_to_diffusers(dict(tensors))
     assert found.keys() == expected.keys()
     assert all(found[name] is tensor for name, tensor in expected.items())
+
+
+def test_a_lora_may_have_the_names_of_the_authors(tmp_path: Path) -> None:
+    """In the layouts of diffusers and ComfyUI, and of kohya, whose names have no dots."""
+    generator, tensors = torch.Generator().manual_seed(1), state()
+    pairs: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2 and name.endswith(".weight"):
+            layer, (outputs, inputs) = name.removesuffix(".weight"), tensor.shape
+            pairs[f"{layer}.lora_down.weight"] = torch.randn(2, inputs, generator=generator)
+            pairs[f"{layer}.lora_up.weight"] = torch.randn(outputs, 2, generator=generator)
+    renamed = of_authors(pairs)
+    assert len(pairs) == 2 * (10 * SPEC.depth + 6)
+    assert {"blocks.1.self_attn.q.lora_up.weight", "head.head.lora_up.weight"} < set(renamed)
+    loras = {
+        "diffusers": {f"transformer.{name}": tensor for name, tensor in pairs.items()},
+        "comfy": {f"diffusion_model.{name}": tensor for name, tensor in renamed.items()},
+        "kohya": {f"lora_unet_{_underscored(name)}": tensor for name, tensor in renamed.items()},
+    }
+    merged = []
+    for name, lora in loras.items():
+        file = write(lora, tmp_path / f"{name}.safetensors")
+        (found,) = read_loras([str(file)], tensors, SPEC, WAN)
+        merged.append(MergedTensors(tensors, found.additions))
+    for name, tensor in tensors.items():
+        down = pairs.get(name.replace(".weight", ".lora_down.weight"))
+        up = pairs.get(name.replace(".weight", ".lora_up.weight"))
+        changed = tensor if down is None or up is None else tensor + up @ down
+        for found in merged:
+            torch.testing.assert_close(found[name], changed, rtol=1e-5, atol=1e-5)
+
+
+def _underscored(name: str) -> str:
+    """A name of kohya: dots remain before the name of the matrix only."""
+    layer, matrix, kind = name.rsplit(".", 2)
+    return f"{layer.replace('.', '_')}.{matrix}.{kind}"
 
 
 def test_a_model_that_starts_from_a_picture_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""From prompts to latents: exported pipelines with CLIP and T5 against diffusers."""
+"""From prompts to latents: exported pipelines with CLIP, T5 and UMT5 against diffusers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,13 @@ from tests.exporters.companions.test_text_encoders import (
     flux_pipeline,
     random_weights,
     sd3_pipeline,
+    transformers,
 )
+from tests.exporters.companions.test_wan_vae import CONFIG as WAN_VAE
+from tests.exporters.companions.test_wan_vae import OF_5B, judge_of
 from tests.reference import relative_l2
+from tests.t5_folder import CONFIG as T5
+from tests.t5_folder import save_encoder
 
 PROMPTS = ["the red cat! a seven"]
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers about itself
@@ -88,3 +93,54 @@ def test_prompts_of_flux_are_drawn_as_by_diffusers(tmp_path: Path) -> None:
         ).images  # fmt: skip
         expected = judge._unpack_latents(tokens, height, width, judge.vae_scale_factor)
     assert relative_l2(found.latents, expected.numpy()) < 1e-4
+
+
+VAES: dict[str, dict[str, Any]] = {
+    "2.1": WAN_VAE,
+    "2.2-5B": {**OF_5B, "z_dim": 48, "latents_mean": [0.1] * 48, "latents_std": [1.5] * 48},
+}
+
+
+@pytest.mark.parametrize("model", VAES)
+def test_prompts_of_wan_are_drawn_as_by_diffusers(model: str, tmp_path: Path) -> None:
+    """UMT5, UniPC and the decoder; a Wan 2.2 TI2V tells every token its time."""
+    vae, newer = judge_of(VAES[model], tmp_path / "vae"), model == "2.2-5B"
+    umt5 = transformers.UMT5EncoderModel(
+        transformers.UMT5Config(**{**T5, "vocab_size": 160, "model_type": "umt5"})
+    )
+    tokens = transformers.T5Tokenizer.from_pretrained(save_encoder(tmp_path / "t5", vocab_size=160))
+    transformer = diffusers.WanTransformer3DModel(
+        num_attention_heads=3, attention_head_dim=24, text_dim=20, ffn_dim=100, num_layers=3,
+        in_channels=vae.config.z_dim, out_channels=vae.config.z_dim,
+    )  # fmt: skip
+    judge = diffusers.WanPipeline(
+        tokens, random_weights(umt5, 4).eval(), vae, expand_timesteps=newer,
+        transformer=random_weights(transformer, 5).eval(),
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    )  # fmt: skip
+    judge.set_progress_bar_config(disable=True)
+    judge.save_pretrained(tmp_path / "model")
+    width, height, frames = (96, 64, 9) if newer else (48, 32, 9)
+    goc_deploy.export(
+        tmp_path / "model", tmp_path / "engine", steps=4, plans=["none"], max_batch=1,
+        text_encoder=tmp_path / "model", vae=tmp_path / "model", size=(width, height),
+        frames=frames,
+    )  # fmt: skip
+    prompt, negative = "a red  seven &amp; The three", "blue"
+    with goc_deploy.load(tmp_path / "engine") as pipe:
+        noise = noise_of(pipe)
+        found = pipe.generate(prompts=[prompt], negative_prompts=[negative], latents=noise)
+    expected = {
+        kind: judge(
+            prompt, negative, height=height, width=width, num_frames=frames, output_type=kind,
+            num_inference_steps=4, guidance_scale=4.0, latents=torch.from_numpy(noise),
+        ).frames
+        for kind in ("latent", "np")
+    }  # fmt: skip
+    assert relative_l2(found.latents, expected["latent"].numpy()) < 1e-4
+    assert found.images is not None
+    assert found.images.shape == (1, frames, height, width, 3)
+    for frame, theirs in zip(found.images[0], expected["np"][0], strict=True):
+        assert np.abs(frame - 255 * theirs).max() < 1

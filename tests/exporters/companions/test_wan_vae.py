@@ -173,6 +173,31 @@ def test_the_graph_decodes_videos_of_any_length_and_size(
     assert decoder.nbytes == before
 
 
+def test_memory_does_not_grow_with_the_video(
+    small: tuple[Any, WanVae, GraphEntry, Engine],
+) -> None:
+    size, frames = (40, 56), 48
+    decoder = VideoDecoder(small[3], OrtBackend(), video_decoder_spec(small[1].config), size)
+    latents = latents_of(16, 1, frames, *size)
+    for _ in decoder.pixels(latents[0, :, :4]):
+        pass
+    before, most, pixels_bytes = _anonymous_bytes(), 0, 0
+    for pixels in decoder.pixels(latents[0]):
+        most = max(most, _anonymous_bytes() - before)
+        pixels_bytes += pixels.nbytes
+    assert most < pixels_bytes / 4
+    before = _anonymous_bytes()
+    video = decoder.images(latents)
+    assert _anonymous_bytes() - before < video.nbytes + pixels_bytes / 4
+
+
+def _anonymous_bytes() -> int:
+    """Memory of this process without mapped files."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in status if line.startswith("RssAnon"))
+    return 1024 * int(line.split()[1])
+
+
 def test_large_frames_are_decoded_in_tiles_that_are_blended(
     small: tuple[Any, WanVae, GraphEntry, Engine],
 ) -> None:

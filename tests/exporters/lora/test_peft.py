@@ -14,10 +14,12 @@ from goc_deploy.exporters.lora.reading import read_loras
 from goc_deploy.exporters.model_folder import FolderModel, read_model_folder
 from tests.exporters.architectures.test_diffusers_folder import CONFIG as DIT_CONFIG
 from tests.exporters.architectures.test_pixart import CONFIG as PIXART_CONFIG
+from tests.exporters.architectures.test_wan import CONFIG as WAN
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the judges extra")
 peft = pytest.importorskip("peft", reason="peft comes with the judges extra")
 
+WAN_CONFIG = {"_class_name": "WanTransformer3DModel", **WAN}
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 SETTINGS: dict[str, dict[str, Any]] = {
     "attention": {"target_modules": ATTENTION, "r": 4},
@@ -26,7 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "target_modules": [*ATTENTION, "ff.net.0.proj", "ff.net.2"],
         "lora_alpha": 12,
         "rank_pattern": {"to_q": 2, "attn1.to_k": 5},
-        "alpha_pattern": {"to_v": 3, "transformer_blocks.0.attn1.to_q": 1},
+        "alpha_pattern": {"to_v": 3, "0.attn1.to_q": 1},
         "use_rslora": True,
     },
 }
@@ -37,7 +39,9 @@ def read(folder: Path) -> FolderModel:
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("config", [DIT_CONFIG, PIXART_CONFIG], ids=["dit", "pixart"])
+@pytest.mark.parametrize(
+    "config", [DIT_CONFIG, PIXART_CONFIG, WAN_CONFIG], ids=["dit", "pixart", "wan"]
+)
 def test_weights_are_those_that_peft_merges(
     config: dict[str, Any], settings: str, tmp_path: Path
 ) -> None:

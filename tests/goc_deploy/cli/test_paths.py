@@ -12,7 +12,7 @@ from goc_deploy.cli.paths import (
     check_distinct,
     check_folder,
     check_writable,
-    dated_picture,
+    dated_output,
 )
 from goc_deploy.conditions.labels import grid_columns, spread_labels
 from goc_deploy.disk import save_array, save_text, written
@@ -45,11 +45,11 @@ def test_a_grid_has_a_row_per_repetition_where_that_looks_good(
     assert grid_columns(labels) == columns
 
 
-def test_a_dated_picture_replaces_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dated_name_replaces_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = set()
     for _ in range(3):
-        path = dated_picture()
+        path = dated_output(".png")
         path.touch()
         names.add(path.name)
     assert len(names) == 3

@@ -82,6 +82,10 @@ def test_rows_point_into_prompts_then_negatives() -> None:
             "may hold prompt_attention_mask, negative_prompt_embeds, .*; it has more, negative",
         ),
         (
+            {f"blocks.{i}": np.zeros(1) for i in range(20)},
+            r"it has blocks\.0, blocks\.1, blocks\.10, [^,]*(, [^,]*){4} and 1\d more$",
+        ),
+        (
             {"negative_prompt_embeds": None, "negative_prompt_attention_mask": np.ones((1, 2))},
             "x must hold",
         ),

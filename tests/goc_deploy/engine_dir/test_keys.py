@@ -67,6 +67,14 @@ def test_ranges_grow_with_the_batch_and_the_longest_plan() -> None:
     assert ranges["steps"] == (1, 20, 20)
 
 
+def test_a_decoder_of_videos_sees_tiles_only() -> None:
+    spec = ModelSpec(2, 8, 2, 16, 2, (21, 30, 52), 16, 0, False, max_grid=(21, 45, 80))
+    whole, tiled = (dimension_ranges(spec, 1, 20, tile) for tile in (0, 64))
+    assert (whole["height"], whole["8*width"]) == ((1, 60, 180), (8, 832, 2560))
+    assert (tiled["height"], tiled["8*width"]) == ((1, 60, 64), (8, 512, 512))
+    assert (whole["H"], tiled["H"]) == ((1, 60, 180),) * 2
+
+
 def test_tensorrt_is_optimised_for_one_image_and_for_the_most_and_rtx_once() -> None:
     spec = ModelSpec(2, 8, 2, 16, 2, 2, 4, 10, False)
     (only,) = dimension_profiles("tensorrt-rtx", spec, 16, 20)
