@@ -103,9 +103,10 @@ def export(
         caption_tokens: tokens that every caption has, which longer prompts are cut to and shorter
             ones padded to; None is what the model was trained for.
         quantize: format of the blocks: ``w8`` or ``w4`` (weights of 8 or 4 bits, computed with in
-            the precision), ``int8`` (products of int8, with ranges that are seen as the plans
-            run), ``int8+smooth`` (range is moved from activations to weights first), ``fp8`` (as
-            ``int8`` with float8e4m3fn), or None, the precision.
+            the precision), ``w8+dynamic`` (ONNX Runtime rounds activations too), ``int8`` (products
+            of int8, with ranges that are seen as the plans run), ``int8+smooth`` (range is moved
+            from activations to weights first), ``fp8`` (as ``int8`` with float8e4m3fn), or None,
+            the precision.
         quantize_exclude: patterns of units whose weights keep the precision, such as ``first``,
             ``last:2`` or ``*_attn``. Empty takes the defaults of the family for ``int8``,
             ``int8+smooth`` and ``fp8``; ``none`` excludes nothing.

@@ -70,8 +70,8 @@ DEFAULTS = ExportOptions()
     "--quantize",
     type=click.Choice(WEIGHT_FORMATS),
     help="Format of the blocks. w8 and w4 store weights in 8 or 4 bits with a scale per 32 values. "
-    "int8 computes the matrix products with ranges that are seen as the plans of the export run. "
-    "int8+smooth moves range from activations to weights first. fp8 is int8 with float8e4m3fn, for "
+    "w8+dynamic is w8 that lets ONNX Runtime round activations, for speed on CPUs. int8 computes "
+    "the matrix products with ranges that are seen as the plans of the export run. int8+smooth moves range from activations to weights first. fp8 is int8 with float8e4m3fn, for "
     "GPUs.  [default: the precision]",
 )
 @click.option(

@@ -13,7 +13,8 @@ import pytest
 from goc_deploy.api import build_engines
 from goc_deploy.api.exporting import export_with
 from goc_deploy.engine_dir.reading import read_manifest
-from goc_deploy.engines.ort import OrtBackend, optimizers_in_the_way
+from goc_deploy.engines.ort import OrtBackend
+from goc_deploy.engines.ort_quantized import optimizers_in_the_way
 from goc_deploy.options import EngineOptions, ExportOptions, WeightMode
 from tests.conftest import GOLDEN
 from tests.end_to_end.test_quantized import MergingOrt, final_latents, relative
@@ -68,7 +69,7 @@ def test_onnx_runtime_multiplies_integers(int8: Path, tmp_path: Path) -> None:
         options,
         providers=["CPUExecutionProvider"],
         disabled_optimizers=optimizers_in_the_way(
-            (int8 / "onnx" / "block_01_mlp.onnx").read_bytes()
+            (int8 / "onnx" / "block_01_mlp.onnx").read_bytes(), {"int8", "float32"}, "CPU"
         ),
     )
     assert made is not None
