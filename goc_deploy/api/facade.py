@@ -53,7 +53,7 @@ def export(
     frames: int | None = EXPORT.frames,
     max_frames: int | None = EXPORT.max_frames,
     caption_tokens: int | None = EXPORT.caption_tokens,
-    quantize: WeightFormat | None = EXPORT.quantize,
+    quantize: WeightFormat | Sequence[WeightFormat] = EXPORT.quantize,
     quantize_exclude: Sequence[str] = EXPORT.quantize_exclude,
     max_error: float | None = EXPORT.max_error,
     loras: Sequence[str | Path] = EXPORT.loras,
@@ -102,17 +102,16 @@ def export(
         max_frames: largest number of frames; None is ``frames``.
         caption_tokens: tokens that every caption has, which longer prompts are cut to and shorter
             ones padded to; None is what the model was trained for.
-        quantize: format of the blocks: ``w8`` or ``w4`` (weights of 8 or 4 bits, computed with in
-            the precision), ``w8+dynamic`` (ONNX Runtime rounds activations too), ``int8`` (products
-            of int8, with ranges that are seen as the plans run), ``int8+smooth`` (range is moved
-            from activations to weights first), ``fp8`` (as ``int8`` with float8e4m3fn), or None,
-            the precision.
+        quantize: format of the blocks, or several between which ``max_error`` decides: ``w8`` or
+            ``w4`` (weights of 8 or 4 bits, computed with in the precision), ``w8+dynamic`` (ONNX
+            Runtime rounds activations too), ``int8`` (products of int8, with ranges that are seen
+            as the plans run), ``int8+smooth`` (range is moved from activations to weights first),
+            ``fp8`` (as ``int8`` with float8e4m3fn). Empty is the precision.
         quantize_exclude: patterns of units whose weights keep the precision, such as ``first``,
             ``last:2`` or ``*_attn``. Empty takes the defaults of the family for ``int8``,
             ``int8+smooth`` and ``fp8``; ``none`` excludes nothing.
         max_error: largest relative L2 of the final latents of every plan to no cache in the
-            precision, on the calibration images: as many units as fit are quantised. None
-            quantises all.
+            precision, on the calibration images: units get formats that fit. None quantises all.
         loras: LoRAs to merge into the weights, ``FILE`` or ``FILE:SCALE`` each. FILE is a LoRA of
             diffusers, PEFT or kohya's sd-scripts, or the folder of one; SCALE is 1 without one.
         reuse_engines: engine directory with the same graphs and other weights, whose TensorRT
@@ -151,7 +150,7 @@ def export(
         frames=frames,
         max_frames=max_frames,
         caption_tokens=caption_tokens,
-        quantize=quantize,
+        quantize=(quantize,) if isinstance(quantize, str) else tuple(quantize),
         quantize_exclude=tuple(quantize_exclude),
         max_error=max_error,
         loras=tuple(map(str, loras)),

@@ -20,7 +20,7 @@ from tests.conftest import GOLDEN
 from tests.end_to_end.test_quantized import MergingOrt, final_latents, relative
 
 OPTIONS = ExportOptions(
-    num_heads=4, plans=("none", "fora:2+gc:1.2"), quantize="int8+smooth", calibrate=2
+    num_heads=4, plans=("none", "fora:2+gc:1.2"), quantize=("int8+smooth",), calibrate=2
 )
 
 
@@ -94,7 +94,7 @@ def test_images_ranges_and_choices_are_recorded(int8: Path) -> None:
             assert 1e-4 < unit.relative_l2 < 0.1
     assert not (int8 / "observing").exists()
     options = json.loads((int8 / "manifest.json").read_text())["provenance"]["options"]
-    assert options["quantize"] == "int8+smooth"
+    assert options["quantize"] == ["int8+smooth"]
 
 
 def test_an_equal_export_is_up_to_date(int8: Path) -> None:

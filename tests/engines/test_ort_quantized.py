@@ -27,7 +27,7 @@ def optimised(
 ) -> list[onnx.NodeProto]:
     """The nodes that run on the CPU with the settings of a provider."""
     kind = graph_kinds(spec_from_tensors(STATE, 4), "fp32")[MLP]
-    UnitWriter(folder, OrtBackend(), no_progress, {NAME: weight_format}).write(
+    UnitWriter(folder, OrtBackend(), no_progress, {NAME: [weight_format]}).write(
         [kind], STATE, "fp32"
     )
     graph, dtypes = folder / "onnx" / f"{NAME}.onnx", {DTYPE_OF_FORMAT[weight_format], "float32"}

@@ -32,7 +32,7 @@ NAME = "block_01_mlp"
 def written(
     folder: Path, precision: Precision, weight_format: WeightFormat | None
 ) -> dict[str, GraphEntry]:
-    formats = {} if weight_format is None else {NAME: weight_format}
+    formats = {} if weight_format is None else {NAME: [weight_format]}
     writer = UnitWriter(folder, OrtBackend(), no_progress, formats)
     kind = graph_kinds(SPEC, precision)[MLP]
     return {unit.name: unit for unit in writer.write([kind], STATE, precision)}
