@@ -140,6 +140,9 @@ class PlanOptions:
         cfg_scale: guidance scale of the calibration images; None as in `GenerateOptions`.
         segments: what TensorRT runs as one engine: ``full``, a step that computes everything, or
             ``none``. ONNX Runtime always runs units, and so does a model with two sets of weights.
+        full_precision: engine directory of the same model without quantised weights. A calibrated
+            policy runs on the engine directory that gets the plan, and is compared with the images
+            of this one without cache; None compares with those of the former.
     """
 
     name: str | None = None
@@ -149,6 +152,7 @@ class PlanOptions:
     seed: int = CALIBRATION_SEED
     cfg_scale: float | None = None
     segments: Segments = "full"
+    full_precision: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,6 +174,7 @@ def add_plan(
     seed: int = PLAN.seed,
     cfg_scale: float | None = PLAN.cfg_scale,
     segments: Segments = PLAN.segments,
+    full_precision: str | Path | None = PLAN.full_precision,
     progress: Progress = no_progress,
 ) -> PlanEntry:
     """Add a plan to an engine directory that other processes may be reading.
@@ -191,6 +192,9 @@ def add_plan(
             embedded guidance.
         segments: what TensorRT runs as one engine: ``full``, a full step, or ``none``. ONNX
             Runtime always runs units.
+        full_precision: engine directory of the same model without quantised weights, with whose
+            images without cache a calibrated policy is compared; None compares with those of
+            ``engine_dir``.
         progress: called with (what, done, total) by policies that calibrate.
 
     Returns:
@@ -210,7 +214,9 @@ def add_plan(
     from goc_deploy.engine_dir.directory import EngineDir
 
     directory = EngineDir.open(Path(engine_dir))
-    options = PlanOptions(name, steps, sampler, calibrate, seed, cfg_scale, segments)
+    options = PlanOptions(
+        name, steps, sampler, calibrate, seed, cfg_scale, segments, _path(full_precision)
+    )
     plan = compiled_plan(directory, spec, options, cpu_backend, progress)
     return publish_plan(directory, plan)
 
