@@ -20,6 +20,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from goc_deploy.engines.host import HostDevice
 from goc_deploy.engines.ort_errors import LOADING, RUNNING, error_from_ort
+from goc_deploy.engines.ort_quantized import optimizers_in_the_way, session_entries
 from goc_deploy.engines.ort_stream import OrtStream
 from goc_deploy.errors import EngineDirError, EnvironmentUnsupportedError, UsageError
 from goc_deploy.host_memory import available_bytes, host_array
@@ -289,10 +290,9 @@ class OrtBackend:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if runs_once:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        if any(buffer.dtype == "float8_e4m3fn" for buffer in initializers.values()):
-            # Fused products would read float8, for which the CPU provider has no kernel.
-            options.add_session_config_entry("session.disable_quant_qdq", "1")
-        content = bytes(onnx)
+        content, dtypes = bytes(onnx), {buffer.dtype for buffer in initializers.values()}
+        for key, value in session_entries(content, dtypes).items():
+            options.add_session_config_entry(key, value)
         try:
             values = {
                 name: onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(
@@ -306,7 +306,7 @@ class OrtBackend:
                 content,
                 options,
                 providers=[(self._provider_name, provider)],
-                disabled_optimizers=optimizers_in_the_way(content),
+                disabled_optimizers=optimizers_in_the_way(content, dtypes, self.provider),
             )
         except Exception as cause:
             raise error_from_ort(cause, LOADING, self.provider) from cause
@@ -352,15 +352,6 @@ class OrtBackend:
             "thread_pool": self._pool,
             "passed_over": dict(self.passed_over),
         }
-
-
-def optimizers_in_the_way(onnx: bytes) -> list[str]:
-    """Return the optimizers that would keep products of integers from being fused.
-
-    A product and the sum with its bias would become a Gemm, for which ONNX Runtime has no kernel
-    that reads integers and returns floats. The Gemm would then run in float on dequantised values.
-    """
-    return ["MatMulAddFusion"] if b"QuantizeLinear" in onnx else []  # not in "DequantizeLinear"
 
 
 def _with_shape(buffer: Buffer) -> np.ndarray:

@@ -49,10 +49,7 @@ from goc_deploy.exporters.hub import folder_from_hub, hub_id
 from goc_deploy.exporters.lora.merging import MergedTensors
 from goc_deploy.exporters.lora.reading import Lora, digest_of_merge, read_loras
 from goc_deploy.exporters.model_folder import FolderModel, read_model_folder
-from goc_deploy.exporters.quantize.bounded import check_bounded, keep_within
-from goc_deploy.exporters.quantize.calibrated import Quantizer
-from goc_deploy.exporters.quantize.originals import Originals
-from goc_deploy.exporters.quantize.selection import check_calibrated, patterns_of, weight_formats
+from goc_deploy.exporters.quantize.job import QUANTIZATION, Runs, quantization_of
 from goc_deploy.exporters.quantized_files import ScaledTensors
 from goc_deploy.exporters.router import router_probabilities
 from goc_deploy.exporters.sample_sizes import spec_for_sizes
@@ -65,17 +62,16 @@ from goc_deploy.policies.calibration import (
     CalibrationOptions,
     Laboratory,
     ObservingLaboratory,
-    Trials,
     check_options,
     default_images,
 )
 from goc_deploy.policies.grammar import Policy, check_plan_name, parse_policy
 from goc_deploy.policies.resolve import schedule_from_policy
-from goc_deploy.precision import CALIBRATED_FORMATS, ITEM_BYTES, Precision
+from goc_deploy.precision import ITEM_BYTES, Precision
 from goc_deploy.protocols import Backend
 from goc_deploy.samplers import default_sampler
 from goc_deploy.samplers.process import Process
-from goc_deploy.spec import SECOND_SET, ModelSpec
+from goc_deploy.spec import ModelSpec
 from goc_deploy.version import __version__
 
 ARCHITECTURES = {
@@ -97,7 +93,6 @@ ARCHITECTURES = {
 # Makes the laboratory of an engine directory for a sampler.
 LaboratoryMaker = Callable[[EngineDir, str, CalibrationOptions], ObservingLaboratory]
 
-QUANTIZATION = "quantization"  # key of the provenance that the export itself finds out
 RECORDED_PACKAGES = ("torch", "onnx", "onnxscript", "numpy")
 
 
@@ -161,19 +156,9 @@ def export_checkpoint(
         cfg_scale=cfg_scale_of(options.cfg_scale, spec),
     )
     process = Process(spec.prediction_type, model.scheduler, spec.tokens)
-    excluded = options.quantize_exclude
-    if options.quantize is not None:
-        # A bound measures what the defaults only suppose.
-        format_of_defaults = options.quantize if options.max_error is None else None
-        excluded = patterns_of(excluded, format_of_defaults, spec.architecture, spec.unit_names)
-    formats = weight_formats(spec.unit_names, options.quantize, excluded)
-    if spec.boundary:
-        formats |= {f"{SECOND_SET}{name}": of_unit for name, of_unit in formats.items()}
+    quantization = quantization_of(options, spec)
     plans = _compile_plans(spec, process, options)
     check_options(_calibration(spec, options))
-    check_calibrated(formats, options.precision, choices=spec.choices)
-    if options.max_error is not None:
-        check_bounded(options, spec, formats)
     provenance = _provenance(model, name, loras, companions, options)
     with directory_lock(output):
         present = _same_engine(output, provenance)
@@ -182,9 +167,8 @@ def export_checkpoint(
         check_target(output, force=options.force)
         _check_checkpoints(output, (checkpoint, *companions.checkpoints), options.precision)
         with staged(output) as stage:
-            by_weights = {n: f for n, f in formats.items() if f not in CALIBRATED_FORMATS}
-            originals = None if options.max_error is None else Originals(stage)
-            writer = UnitWriter(stage, backend, progress, by_weights, originals)
+            variants = quantization.variants(stage)
+            writer = UnitWriter(stage, backend, progress, quantization.while_writing, variants)
             kinds = architecture.graph_kinds(spec, options.precision)
             kinds = with_second_set(kinds) if spec.boundary else kinds
             units = writer.write(kinds, tensors, options.precision)
@@ -193,14 +177,17 @@ def export_checkpoint(
             bare = write_companions(companions, bare, options, writer)
             entries = tuple(lora.entry for lora in loras)
             bare = replace(bare, files=files_below(stage), loras=entries)
-            precise = bare if originals is None else originals.manifest(bare, ())
-            compiled = _calibrated(stage, precise, plans, options, make_laboratory)
-            calibrated = {n: f for n, f in formats.items() if f in CALIBRATED_FORMATS}
-            if calibrated:
-                quantizer = Quantizer(stage, bare, calibrated, backend, progress, originals)
-                bare = _quantized(quantizer, compiled, options, make_laboratory)
-            if originals is not None:
-                bare = _within_bound(bare, originals, compiled, options, make_laboratory, progress)
+            sampler, images = _sampler(process, options), _calibration(spec, options)
+            runs = Runs(
+                stage,
+                sampler,
+                images,
+                lambda directory: make_laboratory(directory, sampler, images),
+                backend,
+                progress,
+            )
+            compiled = _calibrated(bare, plans, options, runs)
+            bare = quantization.applied(bare, variants, compiled, runs)
             manifest = _write_plans(stage, bare, compiled, backend)
     return manifest, True
 
@@ -415,66 +402,18 @@ def _bare_manifest(
 
 
 def _calibrated(
-    stage: Path,
     manifest: Manifest,
     plans: Mapping[str, tuple[Policy, Plan | None]],
     options: ExportOptions,
-    make_laboratory: LaboratoryMaker,
+    runs: Runs,
 ) -> list[Plan]:
     """Compile the plans whose policies learn, on the engine directory without plans."""
     spec, process = manifest.model, manifest.process
-    bare = EngineDir(stage, manifest)
-    laboratory = make_laboratory(bare, _sampler(process, options), _calibration(spec, options))
+    laboratory = runs.laboratory(EngineDir(runs.stage, manifest))
     return [
         compiled or _compile(policy, name, spec, process, options, laboratory)
         for name, (policy, compiled) in plans.items()
     ]
-
-
-def _quantized(
-    quantizer: Quantizer,
-    plans: Sequence[Plan],
-    options: ExportOptions,
-    make_laboratory: LaboratoryMaker,
-) -> Manifest:
-    """Quantise units to a calibrated format, and record images, statistics and choices."""
-    manifest = quantizer.manifest
-    images = _calibration(manifest.model, options)
-    sampler = _sampler(manifest.process, options)
-    manifest, chosen = quantizer.quantize(
-        plans, lambda observing: make_laboratory(observing, sampler, images)
-    )
-    record = {
-        **asdict(images),
-        "sampler": sampler,
-        "plans": [plan.name for plan in plans],
-        "units": chosen,
-    }
-    return replace(manifest, provenance={**manifest.provenance, QUANTIZATION: record})
-
-
-def _within_bound(
-    manifest: Manifest,
-    originals: Originals,
-    plans: Sequence[Plan],
-    options: ExportOptions,
-    make_laboratory: LaboratoryMaker,
-    progress: Progress,
-) -> Manifest:
-    """Keep units in the precision until the plans are within ``max_error``; record the choice."""
-    assert options.max_error is not None
-    images = _calibration(manifest.model, options)
-    sampler = _sampler(manifest.process, options)
-
-    def trials(directory: EngineDir) -> Trials:
-        return make_laboratory(directory, sampler, images).trials()
-
-    manifest, budget = keep_within(
-        options.max_error, manifest, originals, plans, trials, images, progress
-    )
-    record = {**asdict(images), "sampler": sampler, **manifest.provenance.get(QUANTIZATION, {})}
-    record["budget"] = asdict(budget)
-    return replace(manifest, provenance={**manifest.provenance, QUANTIZATION: record})
 
 
 def _write_plans(

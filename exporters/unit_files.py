@@ -15,7 +15,7 @@ from goc_deploy.engine_dir.manifest import GraphEntry
 from goc_deploy.engine_dir.weights import mapped_weights
 from goc_deploy.exporters.lowering import Template, template_from_kind, write_copy
 from goc_deploy.exporters.quantize.copies import quantize_copy
-from goc_deploy.exporters.quantize.originals import Originals
+from goc_deploy.exporters.quantize.variants import Variants
 from goc_deploy.exporters.units import DTYPES, GraphKind
 from goc_deploy.exporters.verification import verify_copy, verify_quantized
 from goc_deploy.options import Progress
@@ -54,15 +54,15 @@ class UnitWriter:
         stage: the directory.
         backend: runs the graphs that were written.
         progress: called with (what, done, total).
-        weight_formats: name of a unit -> format of its quantised weights.
-        originals: keeps the units as they were before, or None.
+        weight_formats: name of a unit -> formats of its quantised weights.
+        variants: has the units in these formats, or None to replace them by the one format.
     """
 
     stage: Path
     backend: Backend
     progress: Progress
-    weight_formats: Mapping[str, WeightFormat] = field(default_factory=dict)
-    originals: Originals | None = None
+    weight_formats: Mapping[str, Sequence[WeightFormat]] = field(default_factory=dict)
+    variants: Variants | None = None
 
     @_collecting_new_objects_only()
     def write(
@@ -100,14 +100,15 @@ class UnitWriter:
 
     def _quantized(self, unit: GraphEntry, template: Template, where: Path) -> GraphEntry:
         """Quantise the weights of a unit that was written and verified, if that is wanted."""
-        wanted = self.weight_formats.get(unit.name)
-        if wanted is None:
-            return unit
-        if self.originals is not None:
-            self.originals.keep(unit)
-        parameters = quantize_copy(where, unit.name, unit.parameters, unit.precision, wanted)
-        error = verify_quantized(template, unit.name, parameters, where, self.backend, wanted)
-        return replace(unit, parameters=parameters, relative_l2=error, weight_format=wanted)
+        for wanted in self.weight_formats.get(unit.name, ()):
+            folder = where if self.variants is None else self.variants.copy(unit, wanted)
+            parameters = quantize_copy(folder, unit.name, unit.parameters, unit.precision, wanted)
+            error = verify_quantized(template, unit.name, parameters, folder, self.backend, wanted)
+            changed = replace(unit, parameters=parameters, relative_l2=error, weight_format=wanted)
+            if self.variants is None:
+                return changed
+            self.variants.add(changed)
+        return unit
 
     def loaded(self, unit: GraphEntry) -> Engine:
         """Load a graph that was written, with its weights."""

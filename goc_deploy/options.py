@@ -39,16 +39,16 @@ class ExportOptions:
         num_heads: number of attention heads. Inferred for widths 384, 768, 1024 and 1152; required
             otherwise.
         precision: dtype of weights, tokens and history: ``fp32``, ``fp16`` or ``bf16``.
-        quantize: format of the blocks: ``w8`` or ``w4`` (weights of 8 or 4 bits, computed with in
-            the precision), ``int8`` (products of int8, with ranges that are seen as the plans
-            run), ``int8+smooth`` (range is moved from activations to weights first), ``fp8`` (as
-            ``int8`` with float8e4m3fn), or None, the precision.
+        quantize: formats of the blocks, one, or several between which ``max_error`` decides:
+            ``w8`` or ``w4`` (weights of 8 or 4 bits, computed with in the precision),
+            ``w8+dynamic`` (ONNX Runtime rounds activations too), ``int8`` (products of int8, with
+            ranges that are seen as the plans run), ``int8+smooth`` (range is moved from activations
+            to weights first), ``fp8`` (as ``int8`` with float8e4m3fn). Empty is the precision.
         quantize_exclude: patterns of units whose weights keep the precision, such as ``first``,
             ``last:2``, ``block_03`` or ``*_attn``. Empty takes the defaults of the family for
             ``int8``, ``int8+smooth`` and ``fp8``; ``none`` excludes nothing.
         max_error: largest relative L2 of the final latents of every plan to no cache in the
-            precision, on the calibration images: as many units as fit are quantised. None
-            quantises all.
+            precision, on the calibration images: units get formats that fit. None quantises all.
         max_batch: largest number of images per batch.
         steps: number of sampling steps of the plans.
         sampler: sampler SPEC; None takes ``diffusers``, the scheduler of the model's folder.
@@ -92,7 +92,7 @@ class ExportOptions:
     model: str = "auto"
     num_heads: int | None = None
     precision: Precision = "fp32"
-    quantize: WeightFormat | None = None
+    quantize: tuple[WeightFormat, ...] = ()
     quantize_exclude: tuple[str, ...] = ()
     max_error: float | None = None
     max_batch: int = 16
@@ -143,6 +143,9 @@ class PlanOptions:
         cfg_scale: guidance scale of the calibration images; None as in `GenerateOptions`.
         segments: what TensorRT runs as one engine: ``full``, a step that computes everything, or
             ``none``. ONNX Runtime always runs units, and so does a model with two sets of weights.
+        full_precision: engine directory of the same model without quantised weights. A calibrated
+            policy runs on the engine directory that gets the plan, and is compared with the images
+            of this one without cache; None compares with those of the former.
     """
 
     name: str | None = None
@@ -152,6 +155,7 @@ class PlanOptions:
     seed: int = CALIBRATION_SEED
     cfg_scale: float | None = None
     segments: Segments = "full"
+    full_precision: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

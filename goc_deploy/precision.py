@@ -14,18 +14,20 @@ from typing import Literal, get_args
 Precision = Literal["fp32", "fp16", "bf16"]
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-# w8 and w4 are formats of weights, computed with in the precision; int8 and fp8 quantise the
-# activations too, with ranges that are calibrated.
-WeightFormat = Literal["w8", "w4", "int8", "int8+smooth", "fp8"]
+# w8 and w4 are formats of weights, computed with in the precision; w8+dynamic lets ONNX Runtime
+# round activations while it runs; int8 and fp8 quantise them with ranges that are calibrated.
+WeightFormat = Literal["w8", "w8+dynamic", "w4", "int8", "int8+smooth", "fp8"]
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
 CALIBRATED_FORMATS: tuple[WeightFormat, ...] = ("int8", "int8+smooth", "fp8")
 DTYPE_OF_FORMAT: Mapping[WeightFormat, str] = {
     "w8": "int8",
+    "w8+dynamic": "int8",
     "w4": "int4",
     "int8": "int8",
     "int8+smooth": "int8",
     "fp8": "float8_e4m3fn",
 }
+DYNAMIC_KEY = "goc.dynamic"  # metadata of a graph in w8+dynamic
 
 
 @dataclass(frozen=True, slots=True)

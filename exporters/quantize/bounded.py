@@ -13,7 +13,7 @@ from goc_deploy.engine_dir.manifest import Manifest
 from goc_deploy.engine_dir.reading import files_below
 from goc_deploy.errors import UsageError
 from goc_deploy.exporters.quantize.budget import Budget, budget_of
-from goc_deploy.exporters.quantize.originals import Originals
+from goc_deploy.exporters.quantize.variants import Variants
 from goc_deploy.options import ExportOptions, Progress
 from goc_deploy.policies.calibration import CalibrationOptions, Trials
 from goc_deploy.policies.candidates import uncached
@@ -21,15 +21,13 @@ from goc_deploy.precision import WeightFormat
 from goc_deploy.spec import ModelSpec
 
 
-def check_bounded(
-    options: ExportOptions, spec: ModelSpec, formats: Mapping[str, WeightFormat]
-) -> None:
+def check_bounded(options: ExportOptions, spec: ModelSpec, units: Sequence[str]) -> None:
     """Check that ``max_error`` can be measured.
 
     Raises:
         UsageError: nothing is quantised, or the model or precision cannot run calibration images.
     """
-    if not formats:
+    if not units:
         raise UsageError("`max_error` needs `quantize`, and units that it does not exclude")
     if options.precision == "bf16":
         raise UsageError(
@@ -47,28 +45,25 @@ def check_bounded(
         )
 
 
-def keep_within(
+def formats_within(
     bound: float,
-    quantized: Manifest,
-    originals: Originals,
+    precise: Manifest,
+    variants: Variants,
     plans: Sequence[Plan],
     trials: Callable[[EngineDir], Trials],
     images: CalibrationOptions,
     progress: Progress,
-) -> tuple[Manifest, Budget]:
-    """Put units back into the precision until all plans are within a bound.
+) -> Budget:
+    """Choose the formats of units so that all plans are within a bound.
 
     Args:
         bound: largest error, see `goc_deploy.exporters.quantize.budget.Budget`.
-        quantized: manifest in which all units that may be quantised are.
-        originals: has these units as they were before.
+        precise: manifest in which all units are in the precision.
+        variants: the units in the formats that they may have.
         plans: the plans.
         trials: makes what runs schedules on an engine directory.
         images: the calibration images.
         progress: called with (what, done, total).
-
-    Returns:
-        The manifest with the units that were chosen, and what was measured.
 
     Raises:
         UsageError: a plan has a head, which calibration runs do not have.
@@ -80,18 +75,17 @@ def keep_within(
                 f"`max_error` cannot be measured for plan {plan.name}, because it has a head; "
                 "leave out the head"
             )
-    whole = replace(quantized, files=files_below(originals.stage))
+    whole = replace(precise, files=files_below(variants.stage))
     schedules = {plan.name: plan.schedule for plan in plans}
-    no_cache = uncached(quantized.model, max(plan.steps for plan in plans))
-    loaded: dict[tuple[str, ...], Trials] = {}
+    no_cache = uncached(precise.model, max(plan.steps for plan in plans))
+    loaded: dict[tuple[tuple[str, WeightFormat], ...], Trials] = {}
 
-    def draw(plan: str | None, units: Sequence[str]) -> np.ndarray:
-        if tuple(units) not in loaded:
+    def draw(plan: str | None, formats: Mapping[str, WeightFormat]) -> np.ndarray:
+        key = tuple(formats.items())
+        if key not in loaded:
             loaded.clear()  # one set of engines is in memory at a time
-            directory = EngineDir(originals.stage, originals.manifest(whole, units))
-            loaded[tuple(units)] = trials(directory)
+            loaded[key] = trials(EngineDir(variants.stage, variants.manifest(whole, formats)))
         schedule = no_cache if plan is None else schedules[plan]
-        return loaded[tuple(units)].run(schedule, images).latents
+        return loaded[key].run(schedule, images).latents
 
-    budget = budget_of(bound, list(schedules), originals.saved_bytes(), draw, progress)
-    return originals.restore(quantized, budget.units), budget
+    return budget_of(bound, list(schedules), variants.saved_bytes(), draw, progress)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from goc_deploy.exporters.quantize.copies import (
     quantize_copy,
     stored_values,
 )
-from goc_deploy.exporters.quantize.originals import Originals
 from goc_deploy.exporters.quantize.products import Product
 from goc_deploy.exporters.quantize.selection import block_of
 from goc_deploy.exporters.quantize.static import StaticInput, best_alpha, static_input
@@ -33,6 +32,7 @@ from goc_deploy.exporters.quantize.statistics import (
     observing_graph,
     output_of,
 )
+from goc_deploy.exporters.quantize.variants import Variants
 from goc_deploy.exporters.quantize.witnesses import Witnesses
 from goc_deploy.options import Progress
 from goc_deploy.policies.calibration import Observation, ObservingLaboratory
@@ -42,6 +42,24 @@ from goc_deploy.protocols import Backend
 OBSERVING = "observing"  # folder of the graphs, which is removed at the end
 
 Seen = dict[str, dict[str, InputStatistics]]  # unit -> weight of a product -> its input
+Records = dict[WeightFormat, dict[str, Any]]  # format -> unit -> what was seen and chosen
+
+
+@dataclass(frozen=True, slots=True)
+class _OfFormat:
+    """What units are quantised with.
+
+    Attributes:
+        name: the format.
+        products: unit -> its products.
+        seen: what was seen of them.
+        alphas: (kind of unit, weight) -> migration strength.
+    """
+
+    name: WeightFormat
+    products: Mapping[str, Sequence[Product]]
+    seen: Seen
+    alphas: Mapping[tuple[str, str], float | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +69,24 @@ class Quantizer:
     Attributes:
         stage: the directory.
         manifest: its manifest, with all units in the precision.
-        formats: unit -> calibrated format.
+        units: names of the units to quantise.
+        formats: calibrated formats, one if there are no ``variants``.
         backend: runs the quantised units on what the units were seen to compute.
         progress: called with (what, done, total).
-        originals: keeps the units as they were before, or None.
+        variants: gets the units in these formats, or None to replace them.
     """
 
     stage: Path
     manifest: Manifest
-    formats: Mapping[str, WeightFormat]
+    units: Collection[str]
+    formats: Sequence[WeightFormat]
     backend: Backend
     progress: Progress
-    originals: Originals | None = None
+    variants: Variants | None = None
 
     def quantize(
         self, plans: Sequence[Plan], make_laboratory: Callable[[EngineDir], ObservingLaboratory]
-    ) -> tuple[Manifest, dict[str, Any]]:
+    ) -> tuple[Manifest, Records]:
         """Run the plans, choose the ranges, and quantise the units.
 
         Args:
@@ -74,8 +94,8 @@ class Quantizer:
             make_laboratory: makes what runs them.
 
         Returns:
-            The manifest with the quantised units, whose list of files is unchanged; and what was
-            seen and chosen, as plain data.
+            The manifest, with the quantised units if they were replaced, whose list of files is
+            unchanged; and for each format what was seen and chosen, as plain data.
 
         Raises:
             ModelError: a unit has no product that can be quantised, or nothing but zeros was seen.
@@ -87,13 +107,17 @@ class Quantizer:
             products, files = self._write_observing(folder)
             witnesses = Witnesses(folder)
             seen = self._observe(plans, make_laboratory, products, files, witnesses)
-            alphas = dict(self._alphas(products, seen))
-            return self._quantized(products, seen, alphas, witnesses)
+            manifest, records = self.manifest, {}
+            for wanted in self.formats:
+                alphas = dict(self._alphas(products, seen, wanted))
+                of_format = _OfFormat(wanted, products, seen, alphas)
+                manifest, records[wanted] = self._quantized(of_format, witnesses)
+            return manifest, records
         finally:
             shutil.rmtree(folder)
 
     def _units(self) -> Iterator[GraphEntry]:
-        return (unit for unit in self.manifest.graphs if unit.name in self.formats)
+        return (unit for unit in self.manifest.graphs if unit.name in self.units)
 
     def _write_observing(
         self, folder: Path
@@ -102,7 +126,7 @@ class Quantizer:
         products = {}
         for unit in self._units():
             model = onnx.load(self.stage / unit.onnx, load_external_data=False)
-            products[unit.name] = checked_products(model, unit.name, self.formats[unit.name])
+            products[unit.name] = checked_products(model, unit.name, self.formats[0])
             graph = observing_graph(model, products[unit.name])
             onnx.save_model(graph, folder / f"{unit.name}.onnx")
         files = [replace(file, path=f"{OBSERVING}/{file.path}") for file in files_below(folder)]
@@ -151,7 +175,7 @@ class Quantizer:
         return seen
 
     def _alphas(
-        self, products: Mapping[str, Sequence[Product]], seen: Seen
+        self, products: Mapping[str, Sequence[Product]], seen: Seen, wanted: WeightFormat
     ) -> Iterator[tuple[tuple[str, str], float | None]]:
         """Choose the migration strength of every kind of product: (kind of unit, weight)."""
         dtype, units = DTYPE_OF_PRECISION[self.manifest.precision], list(self._units())
@@ -159,8 +183,7 @@ class Quantizer:
         for done, (kind, weight) in enumerate(kinds):
             self.progress(f"smoothing {kind} {weight}", done, len(kinds))
             of_kind = [unit for unit in units if kind_of(unit.name) == kind]
-            smooth = all(self.formats[unit.name] == "int8+smooth" for unit in of_kind)
-            if not smooth:
+            if wanted != "int8+smooth":
                 yield (kind, weight), None
                 continue
             pairs = (
@@ -178,63 +201,73 @@ class Quantizer:
         return matrix_of(stored_values(path, parameter, unit.precision), product, unit.precision)
 
     def _quantized(
-        self,
-        products: Mapping[str, Sequence[Product]],
-        seen: Seen,
-        alphas: Mapping[tuple[str, str], float | None],
-        witnesses: Witnesses,
+        self, wanted: _OfFormat, witnesses: Witnesses
     ) -> tuple[Manifest, dict[str, Any]]:
         graphs: list[GraphEntry] = []
         record: dict[str, Any] = {}
         for unit in self.manifest.graphs:
-            if unit.name not in self.formats:
+            if unit.name not in self.units:
                 graphs.append(unit)
                 continue
-            self.progress(f"quantising {unit.name}", len(record), len(self.formats))
-            static: dict[str, StaticInput] = {}
-            for product in products[unit.name]:
-                weight, matrix = product.weight, self._matrix(unit, product)
-                inputs = seen[unit.name][weight]
-                alpha = alphas[kind_of(unit.name), weight]
-                static[weight] = self._static(unit, product, inputs, matrix, alpha)
-            if self.originals is not None:
-                self.originals.keep(unit)
-            written, wanted = self.stage / Path(unit.onnx).parent, self.formats[unit.name]
-            parameters = quantize_copy(
-                written, unit.name, unit.parameters, unit.precision, wanted, static
-            )
-            changed = replace(unit, parameters=parameters, weight_format=wanted)
-            error = witnesses.error(changed, self.stage, self.backend)
-            graphs.append(replace(changed, relative_l2=error))
+            self.progress(f"quantising {unit.name}", len(record), len(self.units))
+            static = self._static(unit, wanted)
+            graphs.append(self._written(unit, wanted.name, static, witnesses))
+            seen = wanted.seen[unit.name]
             record[unit.name] = {
                 weight: {
-                    "largest": float(seen[unit.name][weight].largest.max()),
+                    "largest": float(seen[weight].largest.max()),
                     "scale": kept.scale,
                     "clip": kept.clip,
                     "alpha": kept.alpha,
-                    "runs": seen[unit.name][weight].runs,
+                    "runs": seen[weight].runs,
                 }
                 for weight, kept in static.items()
             }
         return replace(self.manifest, graphs=tuple(graphs)), record
 
-    def _static(
+    def _written(
         self,
         unit: GraphEntry,
-        product: Product,
-        inputs: InputStatistics,
-        matrix: np.ndarray,
-        alpha: float | None,
-    ) -> StaticInput:
-        try:
-            inputs.check()
-            values = DTYPE_OF_FORMAT[self.formats[unit.name]]
-            return static_input(inputs, matrix, DTYPE_OF_PRECISION[unit.precision], alpha, values)
-        except GocError as cause:
-            raise ModelError(
-                f"unit {unit.name}: the input of {product.weight} cannot be quantised, because "
-                f"{cause}; add `quantize_exclude={unit.name}`"
-            ) from cause
+        wanted: WeightFormat,
+        static: Mapping[str, StaticInput],
+        witnesses: Witnesses,
+    ) -> GraphEntry:
+        """Quantise the files of a unit, or copies of them; return its entry in the manifest."""
+        folder = self.stage / Path(unit.onnx).parent
+        if self.variants is not None:
+            folder = self.variants.copy(unit, wanted)
+        parameters = quantize_copy(
+            folder, unit.name, unit.parameters, unit.precision, wanted, static
+        )
+        changed = replace(unit, parameters=parameters, weight_format=wanted)
+        error = witnesses.error(changed, folder, self.backend)
+        changed = replace(changed, relative_l2=error)
+        if self.variants is None:
+            return changed
+        self.variants.add(changed)
+        return unit
+
+    def _static(self, unit: GraphEntry, wanted: _OfFormat) -> dict[str, StaticInput]:
+        """Choose how the inputs of the products of a unit are quantised."""
+        dtype, values = DTYPE_OF_PRECISION[unit.precision], DTYPE_OF_FORMAT[wanted.name]
+        static = {}
+        for product in wanted.products[unit.name]:
+            weight = product.weight
+            inputs, alpha = (
+                wanted.seen[unit.name][weight],
+                wanted.alphas[kind_of(unit.name), weight],
+            )
+            try:
+                inputs.check()
+                static[weight] = static_input(
+                    inputs, self._matrix(unit, product), dtype, alpha, values
+                )
+            except GocError as cause:
+                raise ModelError(
+                    f"unit {unit.name}: the input of {weight} cannot be quantised, because "
+                    f"{cause}; add `quantize_exclude={unit.name}`"
+                ) from cause
+        return static
 
 
 def kind_of(unit: str) -> str:

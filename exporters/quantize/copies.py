@@ -25,6 +25,7 @@ from goc_deploy.exporters.quantize.static import StaticInput
 from goc_deploy.precision import (
     DTYPE_OF_FORMAT,
     DTYPE_OF_PRECISION,
+    DYNAMIC_KEY,
     Precision,
     WeightFormat,
     tensor_bytes,
@@ -91,6 +92,8 @@ def quantize_copy(
         for p in written
     }
     place_tensors(model, f"{name}.weights", places)
+    if weight_format == "w8+dynamic":
+        model.graph.metadata_props.add(key=DYNAMIC_KEY, value="activations")
     onnx.save_model(model, folder / f"{name}.onnx")
     onnx.checker.check_model(str(folder / f"{name}.onnx"), full_check=True)
     return tuple(written)

@@ -21,33 +21,37 @@ _ENDS = re.compile(r"(first|last)(?::([1-9][0-9]{0,3}))?")
 _BLOCK = re.compile(r"block_[0-9]+")
 
 
-def weight_formats(
-    units: Sequence[str], quantize: WeightFormat | None, patterns: Sequence[str]
-) -> dict[str, WeightFormat]:
-    """Return the format of each unit whose weights are quantised.
+def checked_formats(
+    quantize: Sequence[WeightFormat], patterns: Sequence[str], *, bounded: bool
+) -> tuple[WeightFormat, ...]:
+    """Return the formats that units may have, each once.
 
     Args:
-        units: as for `quantized_units`.
-        quantize: the format, or None to quantise nothing.
+        quantize: the formats; none quantises nothing.
         patterns: as for `quantized_units`.
+        bounded: whether one of several formats is chosen for each unit.
 
     Raises:
-        UsageError: the format is unknown, there are patterns without one, or a pattern matches no
-            unit.
+        UsageError: a format is unknown, there are several without a bound, or patterns without one.
     """
-    if quantize is None:
-        if patterns:
-            raise UsageError("`quantize_exclude` needs `quantize`, which says what to quantise to")
-        return {}
-    if quantize not in WEIGHT_FORMATS:
+    if patterns and not quantize:
+        raise UsageError("`quantize_exclude` needs `quantize`, which says what to quantise to")
+    for wanted in quantize:
+        if wanted not in WEIGHT_FORMATS:
+            raise UsageError(
+                f"`quantize={wanted!s:.60}` is unknown; it is one of {', '.join(WEIGHT_FORMATS)}"
+            )
+    formats = tuple(dict.fromkeys(quantize))
+    if len(formats) > 1 and not bounded:
         raise UsageError(
-            f"`quantize={quantize:.60}` is unknown; it is one of {', '.join(WEIGHT_FORMATS)}"
+            f"`quantize` has the formats {' and '.join(formats)}, between which `max_error` "
+            "decides; add it, or give one format"
         )
-    return dict.fromkeys(quantized_units(units, patterns), quantize)
+    return formats
 
 
 def patterns_of(
-    given: Sequence[str], quantize: WeightFormat | None, family: str, units: Sequence[str]
+    given: Sequence[str], formats: Sequence[WeightFormat], family: str, units: Sequence[str]
 ) -> tuple[str, ...]:
     """Return the patterns that are used: the given ones, or the default of a family.
 
@@ -55,7 +59,7 @@ def patterns_of(
 
     Args:
         given: patterns that the user gave; ``none`` alone is no pattern.
-        quantize: the format, or None for no defaults.
+        formats: the formats; without a calibrated one there are no defaults.
         family: name of the architecture.
         units: as for `quantized_units`.
 
@@ -68,25 +72,25 @@ def patterns_of(
         )
     if given:
         return () if NOTHING in given else tuple(given)
-    patterns = DEFAULT_EXCLUDED.get(family, ()) if quantize in CALIBRATED_FORMATS else ()
+    patterns = DEFAULT_EXCLUDED.get(family, ()) if {*formats} & {*CALIBRATED_FORMATS} else ()
     left = {block_of(unit) for unit in quantized_units(units, patterns)}
     return patterns if 2 * len(left) >= len({block_of(unit) for unit in units}) else ()
 
 
 def check_calibrated(
-    formats: Mapping[str, WeightFormat], precision: Precision, *, choices: int
+    formats: Sequence[WeightFormat], precision: Precision, *, choices: int
 ) -> None:
     """Check that the formats that are calibrated can be.
 
     Args:
-        formats: format of each quantised unit.
+        formats: formats of quantised units.
         precision: precision of the engine directory.
         choices: number of labels or captions that calibration images can have.
 
     Raises:
         UsageError: the CPU has no kernels for the precision, or there are no captions.
     """
-    for wanted in set(formats.values()) & set(CALIBRATED_FORMATS):
+    for wanted in set(formats) & set(CALIBRATED_FORMATS):
         if precision == "bf16":
             raise UsageError(
                 f"`quantize={wanted}` is calibrated on images, but the CPU has no kernels for "

@@ -39,8 +39,13 @@ class Witnesses:
             arrays |= {f"out.{name}": values for name, values in run.outputs.items()}
             np.savez(self.folder / f"{run.unit}.npz", **arrays)  # type: ignore[arg-type]
 
-    def error(self, unit: GraphEntry, stage: Path, backend: Backend) -> float:
+    def error(self, unit: GraphEntry, folder: Path, backend: Backend) -> float:
         """Run a quantised unit on the inputs that were kept.
+
+        Args:
+            unit: the unit.
+            folder: folder of its files, ``NAME.onnx`` and ``NAME.weights``.
+            backend: runs it.
 
         Returns:
             The largest relative L2 error over the outputs.
@@ -48,10 +53,9 @@ class Witnesses:
         Raises:
             VerificationError: it is above ``TOLERANCE``.
         """
-        assert unit.weights_file is not None
-        with open(stage / unit.weights_file, "rb") as file:
+        with open(folder / f"{unit.name}.weights", "rb") as file:
             weights = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        graph = memoryview((stage / unit.onnx).read_bytes())
+        graph = memoryview((folder / f"{unit.name}.onnx").read_bytes())
         engine = backend.load(graph, *mapped_weights(unit, weights))
         inputs, outputs, expected = {}, {}, {}
         with np.load(self.folder / f"{unit.name}.npz") as kept:

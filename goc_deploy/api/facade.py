@@ -54,7 +54,7 @@ def export(
     max_frames: int | None = EXPORT.max_frames,
     caption_tokens: int | None = EXPORT.caption_tokens,
     max_references: int | None = EXPORT.max_references,
-    quantize: WeightFormat | None = EXPORT.quantize,
+    quantize: WeightFormat | Sequence[WeightFormat] = EXPORT.quantize,
     quantize_exclude: Sequence[str] = EXPORT.quantize_exclude,
     max_error: float | None = EXPORT.max_error,
     loras: Sequence[str | Path] = EXPORT.loras,
@@ -105,16 +105,16 @@ def export(
             ones padded to; None is what the model was trained for.
         max_references: largest number of reference images of a request to a model that edits
             images, each of at most as many pixels as ``max_size``; None is 1.
-        quantize: format of the blocks: ``w8`` or ``w4`` (weights of 8 or 4 bits, computed with in
-            the precision), ``int8`` (products of int8, with ranges that are seen as the plans
-            run), ``int8+smooth`` (range is moved from activations to weights first), ``fp8`` (as
-            ``int8`` with float8e4m3fn), or None, the precision.
+        quantize: format of the blocks, or several between which ``max_error`` decides: ``w8`` or
+            ``w4`` (weights of 8 or 4 bits, computed with in the precision), ``w8+dynamic`` (ONNX
+            Runtime rounds activations too), ``int8`` (products of int8, with ranges that are seen
+            as the plans run), ``int8+smooth`` (range is moved from activations to weights first),
+            ``fp8`` (as ``int8`` with float8e4m3fn). Empty is the precision.
         quantize_exclude: patterns of units whose weights keep the precision, such as ``first``,
             ``last:2`` or ``*_attn``. Empty takes the defaults of the family for ``int8``,
             ``int8+smooth`` and ``fp8``; ``none`` excludes nothing.
         max_error: largest relative L2 of the final latents of every plan to no cache in the
-            precision, on the calibration images: as many units as fit are quantised. None
-            quantises all.
+            precision, on the calibration images: units get formats that fit. None quantises all.
         loras: LoRAs to merge into the weights, ``FILE`` or ``FILE:SCALE`` each. FILE is a LoRA of
             diffusers, PEFT or kohya's sd-scripts, or the folder of one; SCALE is 1 without one.
         reuse_engines: engine directory with the same graphs and other weights, whose TensorRT
@@ -154,7 +154,7 @@ def export(
         max_frames=max_frames,
         caption_tokens=caption_tokens,
         max_references=max_references,
-        quantize=quantize,
+        quantize=(quantize,) if isinstance(quantize, str) else tuple(quantize),
         quantize_exclude=tuple(quantize_exclude),
         max_error=max_error,
         loras=tuple(map(str, loras)),
@@ -178,6 +178,7 @@ def add_plan(
     seed: int = PLAN.seed,
     cfg_scale: float | None = PLAN.cfg_scale,
     segments: Segments = PLAN.segments,
+    full_precision: str | Path | None = PLAN.full_precision,
     progress: Progress = no_progress,
 ) -> PlanEntry:
     """Add a plan to an engine directory that other processes may be reading.
@@ -195,6 +196,9 @@ def add_plan(
             embedded guidance.
         segments: what TensorRT runs as one engine: ``full``, a full step, or ``none``. ONNX
             Runtime always runs units.
+        full_precision: engine directory of the same model without quantised weights, with whose
+            images without cache a calibrated policy is compared; None compares with those of
+            ``engine_dir``.
         progress: called with (what, done, total) by policies that calibrate.
 
     Returns:
@@ -214,7 +218,9 @@ def add_plan(
     from goc_deploy.engine_dir.directory import EngineDir
 
     directory = EngineDir.open(Path(engine_dir))
-    options = PlanOptions(name, steps, sampler, calibrate, seed, cfg_scale, segments)
+    options = PlanOptions(
+        name, steps, sampler, calibrate, seed, cfg_scale, segments, _path(full_precision)
+    )
     plan = compiled_plan(directory, spec, options, cpu_backend, progress)
     return publish_plan(directory, plan)
 

@@ -13,9 +13,11 @@ from goc_deploy.compiler import compile_schedule
 from goc_deploy.conditions.labels import balanced_labels
 from goc_deploy.disk import directory_lock
 from goc_deploy.engine_dir.directory import EngineDir
+from goc_deploy.errors import UsageError
 from goc_deploy.exporters.schedulers import table_from_sampler
 from goc_deploy.options import Progress
 from goc_deploy.policies.calibration import (
+    FULL_PRECISION,
     CalibrationOptions,
     Calibrator,
     MoreOutputs,
@@ -29,6 +31,8 @@ from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from goc_deploy.api.head_trials import EngineHeadTrials
     from goc_deploy.runtime.binding import Engines
 
@@ -46,6 +50,7 @@ class EngineLaboratory:
         sampler: str,
         options: CalibrationOptions,
         progress: Progress,
+        full_precision: EngineDir | None = None,
     ) -> None:
         """Set what will be run.
 
@@ -55,7 +60,11 @@ class EngineLaboratory:
             sampler: sampler SPEC.
             options: the calibration images.
             progress: called with (what, done, total).
+            full_precision: engine directory of the same model without quantised weights, with whose
+                images without cache candidates are compared; None compares with those of
+                ``directory``.
         """
+        self._full_precision = full_precision
         self._directory, self._make_backend = directory, make_backend
         self._sampler, self._options, self._progress = sampler, options, progress
         self._calibrators: dict[int, Calibrator] = {}
@@ -71,22 +80,33 @@ class EngineLaboratory:
             process = self._directory.manifest.process
             table = table_from_sampler(self._sampler, steps, process)
             self._calibrators[steps] = load_calibrator(
-                self._directory, self._backend, table, self._options, self._progress
+                self._directory,
+                self._backend,
+                table,
+                self._options,
+                self._progress,
+                self._full_precision,
             )
         return self._calibrators[steps]
 
     def trials(self) -> EngineTrials:
         """See `goc_deploy.policies.calibration.Laboratory.trials`."""
         if self._trials is None:
-            self._trials = EngineTrials(
-                self._directory, self._backend, self._sampler, self._options, self._progress
-            )
+            shared = self._backend, self._sampler, self._options, self._progress
+            full = self._full_precision
+            aim = None if full is None else EngineTrials(full, *shared)
+            self._trials = EngineTrials(self._directory, *shared, aim)
         return self._trials
 
     def with_head(
         self, schedule: Schedule, table: SamplerTable, options: HeadOptions
     ) -> tuple[Schedule, SamplerTable]:
-        """See `goc_deploy.api.heads.with_head`."""
+        """See `goc_deploy.api.heads.with_head`.
+
+        Raises:
+            UsageError: images in full precision are aimed at.
+        """
+        self._check_without_aim()
         from goc_deploy.api.heads import HeadRequest, with_head
 
         images = replace(self._options, images=options.images or self._options.images)
@@ -98,7 +118,12 @@ class EngineLaboratory:
 
     @contextmanager
     def head_trials(self, options: HeadOptions, images: int) -> Iterator[EngineHeadTrials]:
-        """See `goc_deploy.policies.calibration.Laboratory.head_trials`."""
+        """See `goc_deploy.policies.calibration.Laboratory.head_trials`.
+
+        Raises:
+            UsageError: images in full precision are aimed at.
+        """
+        self._check_without_aim()
         from goc_deploy.api.head_trials import EngineHeadTrials
 
         trials = EngineHeadTrials(
@@ -140,6 +165,13 @@ class EngineLaboratory:
         )
         observe(stepper, schedule, self._options, self._progress)
 
+    def _check_without_aim(self) -> None:
+        if self._full_precision is not None:
+            raise UsageError(
+                "a head learns from the images of its own engine directory; leave out "
+                "`full_precision`"
+            )
+
     @cached_property
     def _backend(self) -> Backend:
         return self._make_backend()
@@ -149,6 +181,14 @@ class EngineTrials:
     """Compiles and runs schedules on the units of an engine directory, as its plans would run.
 
     Implements `goc_deploy.policies.calibration.Trials`.
+
+    Args:
+        directory: the engine directory.
+        backend: runs it.
+        sampler: sampler SPEC.
+        options: the calibration images.
+        progress: called with (what, done, total).
+        aim: trials in full precision, or None.
 
     Raises:
         UsageError: an option out of range.
@@ -162,10 +202,12 @@ class EngineTrials:
         sampler: str,
         options: CalibrationOptions,
         progress: Progress,
+        aim: EngineTrials | None = None,
     ) -> None:
         from goc_deploy.runtime.loading import load_engines
 
         check_options(options)
+        self._aim = aim
         self.sampler, self.options, self.progress = sampler, options, progress
         self._backend, self._manifest = backend, directory.manifest
         graphs = [unit.name for unit in self._manifest.graphs if unit.name.startswith("sampler")]
@@ -178,6 +220,10 @@ class EngineTrials:
         if steps not in self._tables:
             self._tables[steps] = table_from_sampler(self.sampler, steps, self._manifest.process)
         return self._tables[steps]
+
+    def aim(self, schedule: Schedule, images: CalibrationOptions) -> np.ndarray:
+        """See `goc_deploy.policies.calibration.Trials.aim`."""
+        return (self if self._aim is None else self._aim).run(schedule, images).latents
 
     def run(self, schedule: Schedule, images: CalibrationOptions) -> Trial:
         """See `goc_deploy.policies.calibration.Trials.run`."""
@@ -223,4 +269,5 @@ class EngineTrials:
             "cfg_channels": options.cfg_channels,
             "sampler": self.sampler,
             **self._manifest.checkpoint_record,
+            **({} if self._aim is None else {"aim": FULL_PRECISION}),
         }

@@ -81,7 +81,8 @@ def compiled_plan(
             raise CalibrationNeededError(f"SPEC {spec!r}: {HEAD_CALIBRATES}")
     if make_backend is not None:
         images = _calibration(manifest.model, steps, options)
-        laboratory = EngineLaboratory(directory, make_backend, sampler, images, progress)
+        full = _full_precision(options, manifest)
+        laboratory = EngineLaboratory(directory, make_backend, sampler, images, progress, full)
     schedule = schedule_from_policy(policy, manifest.model, steps, laboratory, _read_router, head)
     table = table_from_sampler(sampler, schedule.steps, manifest.process)
     if head is not None and laboratory is not None:
@@ -95,6 +96,25 @@ def _calibration(spec: ModelSpec, steps: int, options: PlanOptions) -> Calibrati
         images = default_images(spec, steps)
     scale = cfg_scale_of(options.cfg_scale, spec)
     return CalibrationOptions(images, options.seed, scale, spec.guided_channels)
+
+
+def _full_precision(options: PlanOptions, manifest: Manifest) -> EngineDir | None:
+    """Open the engine directory that calibration is compared with.
+
+    Raises:
+        UsageError: it holds another checkpoint.
+        EngineDirError: it is corrupt.
+    """
+    if options.full_precision is None:
+        return None
+    full = EngineDir.open(options.full_precision)
+    same = full.manifest.checkpoint_record == manifest.checkpoint_record
+    if full.manifest.model != manifest.model or not same:
+        raise UsageError(
+            f"{options.full_precision} holds another model, so its images are no reference; give "
+            "the export of the same checkpoint without `quantize`"
+        )
+    return full
 
 
 def _read_router(path: str) -> tuple[tuple[float, ...], ...]:

@@ -70,10 +70,12 @@ DEFAULTS = ExportOptions()
 @click.option(
     "--quantize",
     type=click.Choice(WEIGHT_FORMATS),
-    help="Format of the blocks. w8 and w4 store weights in 8 or 4 bits with a scale per 32 values. "
-    "int8 computes the matrix products with ranges that are seen as the plans of the export run. "
-    "int8+smooth moves range from activations to weights first. fp8 is int8 with float8e4m3fn, for "
-    "GPUs.  [default: the precision]",
+    multiple=True,
+    help="Format of the blocks, repeatable with --max-error. w8 and w4 store weights in 8 or 4 "
+    "bits with a scale per 32 values. w8+dynamic is w8 that lets ONNX Runtime round activations, "
+    "for speed on CPUs. int8 computes the matrix products with ranges that are seen as the plans "
+    "of the export run. int8+smooth moves range from activations to weights first. fp8 is int8 "
+    "with float8e4m3fn, for GPUs.  [default: the precision]",
 )
 @click.option(
     "--quantize-exclude",
@@ -89,8 +91,8 @@ DEFAULTS = ExportOptions()
     type=click.FloatRange(0, min_open=True),
     metavar="BOUND",
     help="Largest relative L2 of the final latents of every plan to no cache in the precision, on "
-    "the calibration images. Units are measured one by one, and as many as fit are quantised.  "
-    "[default: all units are quantised]",
+    "the calibration images. Units are measured one by one in each format, and get the smallest "
+    "formats that fit.  [default: all units are quantised]",
 )
 @click.option(
     "--max-batch",

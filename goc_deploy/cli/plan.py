@@ -27,7 +27,9 @@ from goc_deploy.policies.help import calibrated, policy_help
 from goc_deploy.samplers import SAMPLER_GRAMMAR
 
 DEFAULTS = PlanOptions()
-SPEC_OPTIONS = ("name", "steps", "sampler", "calibrate", "seed", "cfg_scale", "segments")
+SPEC_OPTIONS = (
+    *("name", "steps", "sampler", "calibrate", "seed", "cfg_scale", "segments", "full_precision"),
+)
 PLOTS = (".png", ".svg", ".pdf")
 EPILOG = (
     "Examples: goc-plan engine fora:3+gc:1.0 --steps 50 --name fast; goc-plan engine --list; "
@@ -69,6 +71,14 @@ EPILOG = (
     type=click.Choice(SEGMENTS),
     help="Part of a step that TensorRT runs as one engine: full is a full step, none is a unit.  "
     f"[default: {DEFAULTS.segments}]",
+)
+@click.option(
+    "--full-precision",
+    type=PATH,
+    metavar="ENGINE_DIR",
+    help="Engine directory of the same model whose weights are not quantised. A calibrated policy "
+    "runs with quantised weights, and its images are compared with the uncached ones of this "
+    "directory.  [default: compared with those with quantised weights]",
 )
 @click.option("--list", "list_plans", is_flag=True, help="List the plans of ENGINE_DIR.")
 @click.option(

@@ -54,8 +54,13 @@ def budget_rows(manifest: Manifest) -> tuple[str, Table] | None:
     )
     title = f"quantization, bound {budget['bound']:.3g}: {totals}"
     formats = {unit.name: unit.weight_format or unit.precision for unit in manifest.graphs}
-    rows = [[unit, f"{error:.1e}", formats[unit]] for unit, error in budget["alone"].items()]
-    return title, (["unit", f"error alone, plan {budget['judge']}", "format"], rows)
+    tried = list(dict.fromkeys(wanted for errors in budget["alone"].values() for wanted in errors))
+    rows = [
+        [unit, *(f"{errors[wanted]:.1e}" for wanted in tried), formats[unit]]
+        for unit, errors in budget["alone"].items()
+    ]
+    alone = [f"alone in {wanted}, plan {budget['judge']}" for wanted in tried]
+    return title, (["unit", *alone, "format"], rows)
 
 
 def engine_rows(directory: EngineDir, folder: str) -> Table:

@@ -29,6 +29,7 @@ DEFAULT_FLOPS = (
     10**12
 )  # for the images without cache; policies that measure schedules take a few times that
 MAX_IMAGES = 100_000
+FULL_PRECISION = "full precision"  # in records: what candidates are compared with
 
 Reading = Literal["exists", "at_eta"]  # of GOC's eq. 7, see `goc_deploy.policies.god.is_inverse`
 
@@ -74,7 +75,10 @@ class Calibrator(Protocol):
         ...
 
     def error(self, schedule: Schedule) -> float:
-        """Relative L2 error of the final latents to uncached ones, over the calibration images."""
+        """Relative L2 error of the final latents to those that are aimed at, over all images.
+
+        They are those without cache, of this engine directory or of one in full precision.
+        """
         ...
 
     def fit(self, schedule: Schedule, options: FitOptions) -> Schedule:
@@ -119,6 +123,18 @@ class Trials(Protocol):
 
         Raises:
             UsageError: the sampler does not go with the model, or not with so many steps.
+        """
+        ...
+
+    def aim(self, schedule: Schedule, images: CalibrationOptions) -> np.ndarray:
+        """Draw the images that others are compared with, in full precision if that is known.
+
+        Args:
+            schedule: a schedule without cache.
+            images: the images.
+
+        Returns:
+            Final latents (N, C, H, W) float32.
         """
         ...
 

@@ -33,7 +33,7 @@ class Judge:
         trials.progress("search, the converged solution", 0, 1)
         self.trials = 0
         self._laboratory, self._images = trials, images
-        self._expected = trials.run(converged, images).latents
+        self._expected = trials.aim(converged, images)
 
     def distance(self, schedule: Schedule) -> float:
         """Relative L2 distance of the final latents.

@@ -19,6 +19,7 @@ from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.errors import ScheduleError, VerificationError
 from goc_deploy.options import Progress, no_progress
 from goc_deploy.policies.calibration import (
+    FULL_PRECISION,
     MAX_GAP,
     CalibrationOptions,
     Statistics,
@@ -54,6 +55,8 @@ class EngineCalibrator:
         progress: called with (what, done, total).
         budget_bytes: memory for the features of a batch, which limits the size of batches, and for
             the mean features, which are in a temporary file if they are larger.
+        aim: the engines in full precision, whose final latents without cache are aimed at; None
+            aims at those of ``stepper``.
 
     Raises:
         UsageError: an option is out of range.
@@ -66,8 +69,10 @@ class EngineCalibrator:
         provenance: dict[str, Any],
         progress: Progress = no_progress,
         budget_bytes: int = BUDGET_BYTES,
+        aim: Stepper | None = None,
     ) -> None:
         check_options(options)
+        self._aim = aim
         self._stepper, self._table, self._options = stepper, stepper.table, options
         self._provenance, self._progress, self._budget_bytes = provenance, progress, budget_bytes
         self._labels = balanced_labels(stepper.spec.choices, options.images, options.seed)
@@ -168,7 +173,7 @@ class EngineCalibrator:
                 raise VerificationError(
                     "calibration without cache results in NaN or infinite latents; check the engine"
                 )
-            self._final.append(trajectory.latents)
+            self._final.append(trajectory.latents if self._aim is None else self._aimed(request))
             done += images
             rows += self._stepper.feature_shape[0]
         for step in range(steps):
@@ -178,12 +183,27 @@ class EngineCalibrator:
             changes[:gap, :, gap - 1] = np.inf
         return Statistics(means, changes)
 
+    def _aimed(self, request: Request) -> np.ndarray:
+        """The final latents of a batch without cache in full precision."""
+        assert self._aim is not None
+        trajectory = Trajectory(self._aim, request, "computed", 0)
+        for step in range(self._table.steps):
+            trajectory.advance(step, (COMPUTE,) * self._aim.spec.units)
+            self._progress("calibrating in full precision", step, self._table.steps)
+        if not np.isfinite(trajectory.latents).all():
+            raise VerificationError(
+                "images without cache in full precision result in NaN or infinite latents; check "
+                "the engine directory in full precision"
+            )
+        return trajectory.latents
+
     def _batches(self) -> Iterator[Request]:
         """The calibration images, in the largest batches that the engines and the budget allow."""
         spec = self._stepper.spec
         tokens = sum(map(_tokens_of, features_of_units(spec), repeat(spec)))
         image_bytes = 2 * tokens * (MAX_GAP + 1) * spec.hidden * 4
-        size = max(1, min(self._stepper.capacity, self._budget_bytes // image_bytes))
+        capacity = min(s.capacity for s in (self._stepper, self._aim) if s is not None)
+        size = max(1, min(capacity, self._budget_bytes // image_bytes))
         return calibration_requests(self._stepper, self._options, size)
 
 
@@ -193,8 +213,17 @@ def load_calibrator(
     table: SamplerTable,
     options: CalibrationOptions,
     progress: Progress,
+    full_precision: EngineDir | None = None,
 ) -> EngineCalibrator:
     """Load an engine directory to calibrate on it.
+
+    Args:
+        directory: the engine directory.
+        backend: loads the graphs into host memory.
+        table: table of the sampler.
+        options: the calibration images.
+        progress: called with (what, done, total).
+        full_precision: the same model, whose images without cache are aimed at; or None.
 
     Raises:
         UsageError: an option is out of range.
@@ -202,7 +231,11 @@ def load_calibrator(
     """
     provenance = directory.manifest.checkpoint_record
     stepper = load_stepper(directory, backend, table, options.images)
-    return EngineCalibrator(stepper, options, provenance, progress)
+    aim = None
+    if full_precision is not None:
+        aim = load_stepper(full_precision, backend, table, options.images)
+        provenance = {**provenance, "aim": FULL_PRECISION}
+    return EngineCalibrator(stepper, options, provenance, progress, aim=aim)
 
 
 def calibration_requests(

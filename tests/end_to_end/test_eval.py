@@ -374,7 +374,7 @@ def test_plans_are_compared_with_an_engine_directory_in_full_precision(
 ) -> None:
     coarse = tmp_path / "coarse"
     plans = ("none", "fora:2")
-    options = ExportOptions(num_heads=4, quantize="w4", plans=plans, max_batch=4)
+    options = ExportOptions(num_heads=4, quantize=("w4",), plans=plans, max_batch=4)
     export_with(MNIST / "dit_mnist.pt", coarse, options)
     names = ("none", "fora-2")
     chosen = replace(SMALL, plans=names, full_precision=demo_engine, num_images=5)

@@ -21,7 +21,7 @@ from tests.end_to_end.test_quantized import final_latents, relative
 @pytest.fixture(scope="module")
 def fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("fp8") / "engine"
-    export_with(GOLDEN / "model.pt", path, replace(OPTIONS, quantize="fp8"))
+    export_with(GOLDEN / "model.pt", path, replace(OPTIONS, quantize=("fp8",)))
     return path
 
 

@@ -13,13 +13,14 @@ import pytest
 from goc_deploy.api import build_engines
 from goc_deploy.api.exporting import export_with
 from goc_deploy.engine_dir.reading import read_manifest
-from goc_deploy.engines.ort import OrtBackend, optimizers_in_the_way
+from goc_deploy.engines.ort import OrtBackend
+from goc_deploy.engines.ort_quantized import optimizers_in_the_way
 from goc_deploy.options import EngineOptions, ExportOptions, WeightMode
 from tests.conftest import GOLDEN
 from tests.end_to_end.test_quantized import MergingOrt, final_latents, relative
 
 OPTIONS = ExportOptions(
-    num_heads=4, plans=("none", "fora:2+gc:1.2"), quantize="int8+smooth", calibrate=2
+    num_heads=4, plans=("none", "fora:2+gc:1.2"), quantize=("int8+smooth",), calibrate=2
 )
 
 
@@ -68,7 +69,7 @@ def test_onnx_runtime_multiplies_integers(int8: Path, tmp_path: Path) -> None:
         options,
         providers=["CPUExecutionProvider"],
         disabled_optimizers=optimizers_in_the_way(
-            (int8 / "onnx" / "block_01_mlp.onnx").read_bytes()
+            (int8 / "onnx" / "block_01_mlp.onnx").read_bytes(), {"int8", "float32"}, "CPU"
         ),
     )
     assert made is not None
@@ -93,7 +94,7 @@ def test_images_ranges_and_choices_are_recorded(int8: Path) -> None:
             assert 1e-4 < unit.relative_l2 < 0.1
     assert not (int8 / "observing").exists()
     options = json.loads((int8 / "manifest.json").read_text())["provenance"]["options"]
-    assert options["quantize"] == "int8+smooth"
+    assert options["quantize"] == ["int8+smooth"]
 
 
 def test_an_equal_export_is_up_to_date(int8: Path) -> None:

@@ -60,7 +60,7 @@ def test_what_has_no_range_is_named(
     stage = tmp_path / "stage"
     shutil.copytree(golden_engine, stage)
     directory = EngineDir.open(stage)
-    quantizer = Quantizer(stage, directory.manifest, {NAME: "int8"}, OrtBackend(), no_progress)
+    quantizer = Quantizer(stage, directory.manifest, [NAME], ["int8"], OrtBackend(), no_progress)
     plan = directory.plan(directory.manifest.plans[0].name)
     with pytest.raises(error, match=rf"unit {NAME}: the input of {message}"):
         quantizer.quantize([plan], lambda _: Shows(value))
@@ -105,12 +105,12 @@ def test_a_scale_that_is_no_positive_number_is_refused(golden_engine: Path) -> N
 
 
 def test_formats_that_cannot_be_calibrated_are_refused() -> None:
-    check_calibrated({"a": "w8"}, "bf16", choices=0)
-    check_calibrated({"a": "int8"}, "fp16", choices=3)
+    check_calibrated(["w8"], "bf16", choices=0)
+    check_calibrated(["w8", "int8"], "fp16", choices=3)
     with pytest.raises(UsageError, match="no kernels for bf16"):
-        check_calibrated({"a": "int8"}, "bf16", choices=3)
+        check_calibrated(["w8", "int8"], "bf16", choices=3)
     with pytest.raises(UsageError, match="no captions; add `captions`"):
-        check_calibrated({"a": "int8+smooth"}, "fp32", choices=0)
+        check_calibrated(["int8+smooth"], "fp32", choices=0)
 
 
 def test_the_kind_of_a_unit_is_its_name_without_the_block() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from goc_deploy.errors import UsageError
-from goc_deploy.exporters.quantize.selection import patterns_of, quantized_units
+from goc_deploy.exporters.quantize.selection import checked_formats, patterns_of, quantized_units
 from goc_deploy.precision import WeightFormat
 
 UNITS = tuple(f"block_{block:02d}_{branch}" for block in range(4) for branch in ("attn", "mlp"))
@@ -38,28 +38,40 @@ MANY = tuple(f"block_{block:02d}_attn" for block in range(12))
 
 
 @pytest.mark.parametrize(
-    ("given", "quantize", "family", "units", "used"),
+    ("given", "formats", "family", "units", "used"),
     [
-        ((), "int8", "wan", MANY, ("first:3", "last:3")),
-        ((), "fp8", "qwen-image", MANY, ("first:2", "last:2")),
-        ((), "int8+smooth", "dit", MANY, ()),
-        ((), "w8", "wan", MANY, ()),
-        ((), None, "wan", MANY, ()),
-        ((), "int8", "wan", MANY[:11], ()),
-        (("first",), "int8", "wan", MANY, ("first",)),
-        (("none",), "int8", "wan", MANY, ()),
+        ((), ("int8",), "wan", MANY, ("first:3", "last:3")),
+        ((), ("fp8",), "qwen-image", MANY, ("first:2", "last:2")),
+        ((), ("int8+smooth",), "dit", MANY, ()),
+        ((), ("w8",), "wan", MANY, ()),
+        ((), (), "wan", MANY, ()),
+        ((), ("w8", "int8"), "wan", MANY, ("first:3", "last:3")),
+        ((), ("int8",), "wan", MANY[:11], ()),
+        (("first",), ("int8",), "wan", MANY, ("first",)),
+        (("none",), ("int8",), "wan", MANY, ()),
     ],
 )
 def test_sensitive_ends_of_large_models_are_left_out_by_default(
     given: tuple[str, ...],
-    quantize: WeightFormat | None,
+    formats: tuple[WeightFormat, ...],
     family: str,
     units: tuple[str, ...],
     used: tuple[str, ...],
 ) -> None:
-    assert patterns_of(given, quantize, family, units) == used
+    assert patterns_of(given, formats, family, units) == used
 
 
 def test_none_with_other_patterns_is_refused() -> None:
     with pytest.raises(UsageError, match="excludes nothing, so it goes with no other pattern"):
-        patterns_of(("none", "first"), "int8", "dit", UNITS)
+        patterns_of(("none", "first"), ("int8",), "dit", UNITS)
+
+
+def test_every_format_counts_once() -> None:
+    assert checked_formats(("w4", "w8", "w4"), (), bounded=True) == ("w4", "w8")
+    assert checked_formats(("w8", "w8"), (), bounded=False) == ("w8",)
+    assert checked_formats((), (), bounded=False) == ()
+
+
+def test_several_formats_without_a_bound_are_refused() -> None:
+    with pytest.raises(UsageError, match="formats w4 and w8, between which `max_error` decides"):
+        checked_formats(("w4", "w8"), (), bounded=False)

@@ -101,6 +101,9 @@ class Clock:
         latents = np.full((images.images, 1), 1000.0 + computed + 0.001 * schedule.steps)
         return Trial(latents, 10.0 * computed + 1.0 * (schedule.steps - computed), {"full": 10.0})
 
+    def aim(self, schedule: Schedule, images: CalibrationOptions) -> np.ndarray:
+        return self.run(schedule, images).latents
+
     def describe(self) -> dict[str, Any]:
         return {}
 
