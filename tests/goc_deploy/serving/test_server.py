@@ -52,6 +52,9 @@ def test_labels_and_prompts_are_drawn_with_the_pixels_of_the_library(
         ({"n": 0}, 400, "n: Input should be greater than or equal to 1"),
         ({"n": 2, "stream": True}, 400, "n=1"),
         ({"response_format": "url"}, 400, "response_format: Input should be 'b64_json'"),
+        ({"guidence_scale": 3.0}, 400, "there is no field 'guidence_scale'"),
+        ({"background": "transparent"}, 400, "background: Input should be 'auto' or 'opaque'"),
+        ({"negative_prompt": "4"}, 400, "model digits has no text encoder, so it takes no"),
         ({"plan": "fora:5"}, 400, "there is no plan 'fora:5'; this model has none, fora-2"),
         ({"seed": -1}, 400, "seed must be within"),
         ({"model": "other"}, 404, "there is no model 'other'; there are digits, prompts"),
@@ -71,10 +74,27 @@ def test_what_is_wrong_is_said_in_the_form_of_openai(
 
 
 def test_a_body_that_is_no_json_or_has_no_length_is_refused(server: Running) -> None:
-    answer = server.client.post(GENERATE, content=b"{", headers={"content-type": "text/plain"})
-    assert answer.status_code == 400
-    assert "error" in answer.json()
+    json_type = "application/json"
+    for content, kind in ((b"{", "text/plain"), (b"{", json_type), (b"\xff", json_type)):
+        answer = server.client.post(GENERATE, content=content, headers={"content-type": kind})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"]
     assert server.client.post(GENERATE, content=iter([b"{}"])).status_code == 411
+
+
+def test_paths_and_methods_that_are_not_there_are_refused_in_the_form_of_openai(
+    server: Running,
+) -> None:
+    edits, wrong_method = "/v1/images/edits", server.client.get(GENERATE)
+    for answer, status, asked in (
+        (server.client.post(edits, json={}), 404, f"POST {edits}"),
+        (wrong_method, 405, f"GET {GENERATE}"),
+    ):
+        assert answer.status_code == status
+        error = answer.json()["error"]
+        assert (error["code"], error["type"]) == ("unknown_url", "invalid_request_error")
+        assert error["message"].startswith(f"there is no {asked}; ")
+    assert wrong_method.headers["allow"] == "POST"
 
 
 def test_only_health_is_open_without_the_token(server: Running) -> None:
@@ -94,8 +114,14 @@ def test_models_and_metrics_describe_what_is_served(server: Running) -> None:
     assert (prompts["plans"], prompts["takes"]) == (["none", "fora-2"], "prompt")
     page = server.client.get("/metrics").text
     assert 'goc_requests_total{model="digits",outcome="ok",plan="fora-2"}' in page
-    paths = server.client.get("/openapi.json").json()["paths"]
-    assert GENERATE in paths
+    described = server.client.get("/openapi.json").json()
+    generate = described["paths"][GENERATE]["post"]
+    assert set(generate["responses"]) == {"200", "default"}
+    error = generate["responses"]["default"]["content"]["application/json"]["schema"]["$ref"]
+    assert error == "#/components/schemas/ErrorAnswer"
+    assert set(generate["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+    assert generate["security"] == [{"HTTPBearer": []}]
+    assert "security" not in described["paths"]["/health/live"]["get"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
