@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 import goc_deploy
+from tests.conftest import Command
 from tests.goc_deploy.serving.running import GENERATE, HEADERS, TOKEN, Running, pixels
 
 httpx = pytest.importorskip("httpx")
@@ -146,13 +148,26 @@ def test_a_client_that_is_gone_cancels_its_request(server: Running, stream: bool
     assert cancelled() == before + 1
 
 
+def accepted(running: Running) -> float:
+    """Requests of eight images that were accepted so far."""
+    page = running.client.get("/metrics").text
+    names = r"(goc_in_flight_requests|goc_queued_images|goc_requests_total\{.*\})"
+    found = {name: float(value) for name, value in re.findall(rf"(?m)^{names} (\S+)$", page)}
+    found["goc_queued_images"] /= 8
+    return sum(found.values())
+
+
 def test_sigterm_ends_accepted_requests_and_refuses_new_ones(demo_engine: Path) -> None:
-    running = Running(demo_engine, "--backend", "onnxruntime", "--plan", "none")
+    words = ("--backend", "onnxruntime", "--plan", "none", "--drain-seconds", 120)
+    running = Running(demo_engine, *words)
     running.wait()
     with ThreadPoolExecutor(4) as pool, httpx.Client(base_url=running.url, timeout=120) as other:
         body = {"prompt": "1", "n": 8}
         busy = [pool.submit(other.post, GENERATE, json=body, headers=HEADERS) for _ in range(3)]
-        time.sleep(0.3)
+        deadline = time.monotonic() + 60
+        while accepted(running) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         code, printed = running.stop()
         assert [future.result().status_code for future in busy] == [200] * 3
     assert (code, printed) == (0, "")
@@ -204,3 +219,20 @@ def test_a_directory_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> No
     assert (running.process.returncode, out) == (4, "")
     assert "missing" in err
     assert "Traceback" not in err
+
+
+def test_an_address_that_is_in_use_ends_the_server(command: Command, golden_engine: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        words = (golden_engine, "--backend", "onnxruntime", "--plan", "none", "--port", port)
+        done = command("goc-serve", *words, code=5)
+    assert f"127.0.0.1:{port} cannot be used; choose another --port" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_bounds_that_contradict_each_other_are_refused_by_their_flags(
+    command: Command, golden_engine: Path
+) -> None:
+    done = command("goc-serve", golden_engine, "--queued-images", 4, code=2)
+    assert "--queued-images is 4, too few for a request of 16 images" in done.stderr
+    assert "see --images-per-request" in done.stderr
