@@ -8,7 +8,7 @@ import math
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from goc_deploy.errors import (
     CancelledError,
@@ -25,7 +25,10 @@ MAX_STEP_PREVIEWS = 50
 
 
 class GenerationBody(BaseModel):
-    """The body of ``POST /v1/images/generations``; unknown fields are ignored as OpenAI does.
+    """The body of ``POST /v1/images/generations``. Unknown fields are refused.
+
+    The fields that OpenAI documents and that decide nothing here, from ``background`` on, are
+    accepted with the values that describe what this server does.
 
     Attributes:
         prompt: text, or the name or the number of a class.
@@ -44,7 +47,16 @@ class GenerationBody(BaseModel):
             guidance. Our own field.
         negative_prompt: what the images should differ from; our own field.
         deadline: seconds that the request may take; our own field.
+        background: images have no transparency.
+        moderation: ignored.
+        output_compression: PNGs are compressed without loss.
+        quality: ignored; a plan decides it.
+        style: ignored.
+        user: ignored.
+        safety_identifier: ignored.
     """
+
+    model_config = ConfigDict(extra="forbid")
 
     prompt: str
     model: str | None = None
@@ -61,6 +73,62 @@ class GenerationBody(BaseModel):
     guidance_scale: float | None = None
     negative_prompt: str = ""
     deadline: float | None = None
+    background: Literal["auto", "opaque"] | None = None
+    moderation: str | None = None
+    output_compression: Literal[100] | None = None
+    quality: str | None = None
+    style: str | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+
+
+class ImageItem(BaseModel):
+    """One image."""
+
+    b64_json: str
+
+
+class ImagesAnswer(BaseModel):
+    """The body of an answer with images.
+
+    Attributes:
+        created: seconds since 1970.
+        data: the images.
+        background: images have no transparency.
+        output_format: images are PNGs.
+        size: ``WIDTHxHEIGHT``.
+        model: name of the engine directory.
+        plan: name of the plan.
+        seed: seed of the noise.
+        seconds: time of the sampling steps.
+        batch_images: number of images that ran together in that time.
+    """
+
+    created: int
+    data: list[ImageItem]
+    background: str
+    output_format: str
+    size: str
+    model: str
+    plan: str
+    seed: int
+    seconds: float
+    batch_images: int
+
+
+class ErrorDetails(BaseModel):
+    """What is wrong, as clients of OpenAI read it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorAnswer(BaseModel):
+    """The body of every answer that is no success."""
+
+    error: ErrorDetails
 
 
 class ModelNotFoundError(UsageError):
@@ -72,6 +140,12 @@ def base64_png(image: np.ndarray) -> str:
     file = io.BytesIO()
     picture(image).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def about_image(image: np.ndarray) -> dict[str, str]:
+    """What OpenAI's answers have beside an image (H, W, channels)."""
+    size = f"{image.shape[1]}x{image.shape[0]}"
+    return {"background": "opaque", "output_format": "png", "size": size}
 
 
 def error_body(message: str, kind: str, code: str, param: str | None = None) -> dict[str, Any]:

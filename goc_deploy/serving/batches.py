@@ -23,16 +23,30 @@ class BatchRunner:
     Args:
         reports: where runs are reported.
         log_prompts: whether the log may show parts of prompts.
+
+    Attributes:
+        seconds_per_image: estimated from the last batches; 0 before the first.
     """
 
     def __init__(self, reports: Reports, *, log_prompts: bool) -> None:
         self._reports, self._log_prompts = reports, log_prompts
+        self.seconds_per_image = 0.0
 
     def run(self, tickets: Sequence[Ticket]) -> None:
         """Run tickets of one plan together; every ticket has a result or an error afterwards.
 
         If the run fails, each ticket runs alone, so that only those fail that cause the error.
         """
+        started = time.monotonic()
+        try:
+            self._run_or_split(tickets)
+        except BaseException as error:  # such as SystemExit in a callback
+            for ticket in tickets:
+                ticket.fail(error)
+        seconds = (time.monotonic() - started) / sum(ticket.images for ticket in tickets)
+        self.seconds_per_image = 0.8 * (self.seconds_per_image or seconds) + 0.2 * seconds
+
+    def _run_or_split(self, tickets: Sequence[Ticket]) -> None:
         ready = [ticket for ticket in tickets if self._is_prepared(ticket)]
         if not ready:
             return
@@ -44,7 +58,7 @@ class BatchRunner:
                 return
             for ticket in ready:
                 if not ticket.ended:
-                    self.run([ticket])
+                    self._run_or_split([ticket])
 
     def _is_prepared(self, ticket: Ticket) -> bool:
         """Encode the prompts of a ticket; if they are wrong, the ticket fails."""

@@ -7,13 +7,17 @@ import hmac
 import logging
 import secrets
 import time
+import uuid
 from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request
+import numpy as np
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.security import HTTPBearer
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from goc_deploy.conditions.labels import labels_from_text
@@ -22,8 +26,11 @@ from goc_deploy.errors import CancelledError, NotReadyError, UsageError, Verific
 from goc_deploy.runtime.arguments import checked_scale
 from goc_deploy.runtime.results import Result
 from goc_deploy.serving.api_schema import (
+    ErrorAnswer,
     GenerationBody,
+    ImagesAnswer,
     ModelNotFoundError,
+    about_image,
     base64_png,
     error_body,
     response_of_error,
@@ -34,12 +41,17 @@ from goc_deploy.serving.prometheus import PrometheusMetrics
 from goc_deploy.serving.requests import ImageRequest, check_images
 from goc_deploy.serving.service import Service
 from goc_deploy.serving.streams import streamed
+from goc_deploy.version import __version__
 
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 2**16
 DISCONNECT_SECONDS = 0.1  # between two looks at the connection
 OPEN = ("/", "/health/live", "/health/ready")  # paths that need no token
+STREAM = {"schema": {"type": "string", "description": "server-sent events, with `stream`"}}
+GENERATED: dict[int | str, dict[str, Any]] = {
+    200: {"model": ImagesAnswer, "content": {"text/event-stream": STREAM}}
+}
 
 Returned = TypeVar("Returned")
 
@@ -75,36 +87,30 @@ def application(
         metrics: the metrics of the service for ``/metrics``, or None.
         token: bearer token that requests need, or None.
     """
-    app = FastAPI(title="goc_deploy", docs_url=None, redoc_url=None)
-
-    app.add_middleware(Admission, token=token)
+    app = _application_without_paths(token)
+    secured = [] if token is None else [Depends(HTTPBearer(auto_error=False))]  # for OpenAPI
     html, page_headers = page()
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        body = error_body(
-            f"{where or 'body'}: {first['msg']}", "invalid_request_error", "invalid_value", where
-        )
-        return JSONResponse(body, 400)
-
-    @app.post("/v1/images/generations", response_model=None)
+    @app.post("/v1/images/generations", dependencies=secured, responses=GENERATED)
     async def generations(body: GenerationBody, request: Request) -> Response:
+        request_id = uuid.uuid4().hex
         try:
-            wanted = request_of_body(service, body)
+            wanted = replace(request_of_body(service, body), request_id=request_id)
             if body.stream:
-                return streamed(service, wanted, body, _answer)
-            result = await _while_connected(request, service.agenerate(wanted))
-            return JSONResponse(await asyncio.to_thread(_answer, result, wanted))
+                answer = streamed(service, wanted, body, _answer)
+            else:
+                result = await _while_connected(request, service.agenerate(wanted))
+                answer = JSONResponse(await asyncio.to_thread(_answer, result, wanted))
         except Exception as error:
-            return _failure(error)
+            answer = _failure(error)
+        answer.headers["X-Request-Id"] = request_id  # that of the log
+        return answer
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", dependencies=secured)
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(service, name) for name in service.models]}
 
-    @app.get("/v1/plans", response_model=None)
+    @app.get("/v1/plans", dependencies=secured)
     async def plans() -> Response:
         try:
             service.check_ready()
@@ -126,10 +132,22 @@ def application(
 
     if metrics is not None:
 
-        @app.get("/metrics")
+        @app.get("/metrics", dependencies=secured)
         async def metrics_page() -> Response:
             return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
+    return app
+
+
+def _application_without_paths(token: str | None) -> FastAPI:
+    """An application that admits requests and answers with errors in OpenAI's form."""
+    errors: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorAnswer}}
+    app = FastAPI(
+        title="goc_deploy", version=__version__, docs_url=None, redoc_url=None, responses=errors
+    )
+    app.add_middleware(Admission, token=token)
+    app.add_exception_handler(RequestValidationError, _wrong_body)
+    app.add_exception_handler(HTTPException, _http_error)
     return app
 
 
@@ -166,6 +184,8 @@ def request_of_body(service: Service, body: GenerationBody) -> ImageRequest:
     if manifest.text_encoders:
         negatives = [body.negative_prompt]
         return replace(request, prompts=[body.prompt] * body.n, negative_prompts=negatives)
+    if body.negative_prompt:
+        raise UsageError(f"model {name} has no text encoder, so it takes no negative_prompt")
     labels = labels_from_text(body.prompt, manifest.class_names)
     if len(labels) != 1:
         raise UsageError("the prompt of a class-conditional model is one class, by name or number")
@@ -191,6 +211,26 @@ def _refusal(request: Request, token: str | None) -> Response | None:
         text = f"the body has more than {MAX_BODY_BYTES} bytes"
         return JSONResponse(error_body(text, "invalid_request_error", "too_large"), 413)
     return None
+
+
+async def _wrong_body(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    text = f"{where or 'body'}: {first['msg']}"
+    if first["type"] == "extra_forbidden":
+        text = f"there is no field {where!r:.60}; see /openapi.json"
+    return JSONResponse(error_body(text, "invalid_request_error", "invalid_value", where), 400)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    text, code = str(error.detail), "invalid_value"
+    if error.status_code in (404, 405):
+        text = f"there is no {request.method} {request.url.path:.60}; see /openapi.json"
+        code = "unknown_url"
+    body = error_body(text, "invalid_request_error", code)
+    return JSONResponse(body, error.status_code, error.headers)
 
 
 def _failure(error: Exception) -> Response:
@@ -223,9 +263,11 @@ def _answer(result: Result, request: ImageRequest) -> dict[str, Any]:
     Raises:
         VerificationError: an image is not finite.
     """
+    images = _images(result)
     return {
         "created": int(time.time()),
-        "data": [{"b64_json": picture} for picture in _pictures(result)],
+        "data": [{"b64_json": base64_png(image)} for image in images],
+        **about_image(images[0]),
         "model": request.model,
         "plan": result.report["plan"],
         "seed": request.seed,
@@ -234,12 +276,12 @@ def _answer(result: Result, request: ImageRequest) -> dict[str, Any]:
     }
 
 
-def _pictures(result: Result) -> list[str]:
+def _images(result: Result) -> np.ndarray:
     if result.errors:
         raise next(iter(result.errors.values()))
     if result.images is None:
         raise VerificationError("the model made no images")
-    return [base64_png(image) for image in result.images]
+    return result.images
 
 
 def _size(manifest: Manifest) -> str | None:

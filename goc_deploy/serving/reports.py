@@ -38,16 +38,13 @@ class Reports:
         about = {"version": __version__, "model": name, "backend": backend, "fingerprint": digest}
         metrics.set(instruments.BUILD, 1, **about)
 
-    def refused(self) -> None:
-        """Report a request that fits no model; its names are not kept, as anyone may send any."""
-        self._metrics.add(instruments.REQUESTS, 1, outcome="usage", model="", plan="")
+    def refused(self, error: GocError) -> None:
+        """Report a request without a ticket; its names are not kept, as anyone may send any."""
+        self._metrics.add(instruments.REQUESTS, 1, outcome=outcome_of(error), model="", plan="")
 
-    def waiting(self, images: int) -> None:
-        """Report how many images wait."""
+    def load(self, images: int, requests: int) -> None:
+        """Report how many images wait and how many requests run."""
         self._metrics.set(instruments.QUEUED, images)
-
-    def running(self, requests: int) -> None:
-        """Report how many requests run."""
         self._metrics.set(instruments.IN_FLIGHT, requests)
 
     def ran(self, plan: HostedPlan, whole: Result, seconds: float) -> None:

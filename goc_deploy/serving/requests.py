@@ -107,12 +107,12 @@ class ServiceLimits:
                 continue
             if not fits or isinstance(value, bool) or not value >= smallest:
                 raise UsageError(
-                    f"{field.name} must be a number and at least {smallest}, got {value!r:.60}"
+                    f"`{field.name}` must be a number and at least {smallest}, got {value!r:.60}"
                 )
         if self.queued_images < self.images_per_request:
             raise UsageError(
-                f"queued_images is {self.queued_images}, too few for a request of "
-                f"{self.images_per_request} images (images_per_request)"
+                f"`queued_images` is {self.queued_images}, too few for a request of "
+                f"{self.images_per_request} images, see `images_per_request`"
             )
 
 

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 TOKEN_VARIABLE = "GOC_SERVE_TOKEN"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+LISTEN_POLL_SECONDS = 0.01
 ANSWER_SECONDS = 5  # that clients have after the drain to finish sending or reading
 
 
@@ -101,11 +102,21 @@ def serve(options: ServeOptions) -> None:
 
 
 async def _serve(server: Server, service: Service, drain_seconds: float) -> None:
-    """Answer at once, load meanwhile, and drain when a signal arrives."""
+    """Answer at once, load meanwhile, and drain when a signal arrives.
+
+    Raises:
+        EnvironmentUnsupportedError: the address cannot be used.
+    """
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in STOPPING:
         loop.add_signal_handler(number, stop.set)
-    answering = asyncio.create_task(server.serve())
+    answering = asyncio.create_task(_answering(server))
+    while not (server.started or answering.done()):
+        await asyncio.sleep(LISTEN_POLL_SECONDS)
+    if not server.started:
+        raise EnvironmentUnsupportedError(
+            f"{server.config.host}:{server.config.port} cannot be used; choose another `port`"
+        )
     loading = asyncio.create_task(asyncio.to_thread(service.start))
     stopping = asyncio.create_task(stop.wait())
     waiting: set[asyncio.Task[object]] = {answering, loading, stopping}
@@ -117,14 +128,15 @@ async def _serve(server: Server, service: Service, drain_seconds: float) -> None
         await asyncio.to_thread(service.drain, drain_seconds)
     server.should_exit = True
     stopping.cancel()
-    with contextlib.suppress(SystemExit):
-        await answering
-    if not server.started:
-        raise EnvironmentUnsupportedError(
-            f"{server.config.host}:{server.config.port} cannot be used; choose another `port`"
-        )
+    await answering
     if loading.done():
         loading.result()
+
+
+async def _answering(server: Server) -> None:
+    # uvicorn exits if it cannot listen. Out of a task, that would end the loop with everything.
+    with contextlib.suppress(SystemExit):
+        await server.serve()
 
 
 def service_limits(options: ServeOptions) -> ServiceLimits:

@@ -76,8 +76,8 @@ class Service:
         self._state: State = "new"
         self._pid = os.getpid()
         self._changed = threading.Condition()
+        self._reporting = threading.RLock()
         self._tickets: dict[Future[Result], Ticket] = {}
-        self._seconds_per_image = 0.0
         self._last_error: str | None = None
         self._models: dict[str, LoadedModel] = {}
         self._queue = BatchQueue(self.limits.queued_images, self.limits.max_delay_seconds)
@@ -199,11 +199,11 @@ class Service:
         """Make the ticket of a request, and watch its deadline and token."""
         if os.getpid() != self._pid:
             raise EnvironmentUnsupportedError(FORKED)
-        self.check_ready()
         try:
+            self.check_ready()
             ticket = admitted(request, self._models, self.limits)
-        except UsageError:
-            self._reports.refused()
+        except (NotReadyError, UsageError) as error:
+            self._reports.refused(error)
             raise
         with self._changed:
             self.check_ready()
@@ -214,10 +214,11 @@ class Service:
 
     def _enqueue(self, tickets: Sequence[Ticket]) -> list[GocError]:
         """Let tickets wait; those without room fail, with the errors that are returned."""
-        refused = self._queue.put_all(tickets, self._retry_after())
+        ahead = self._queue.images * self._runner.seconds_per_image / self.limits.workers
+        refused = self._queue.put_all(tickets, max(0.1, ahead / 2))
         for ticket, error in refused:
             ticket.fail(error)
-        self._reports.waiting(self._queue.images)
+        self._report_load()
         return [error for _, error in refused]
 
     def generate(self, request: ImageRequest) -> Result:
@@ -317,20 +318,8 @@ class Service:
         started = time.monotonic()
         for ticket in batch:
             ticket.started = started
-        self._reports.waiting(self._queue.images)
-        self._reports.running(self._running())
-        try:
-            self._runner.run(batch)
-        except BaseException as error:  # such as SystemExit in a callback
-            for ticket in batch:
-                ticket.fail(error)
-        seconds = (time.monotonic() - started) / sum(ticket.images for ticket in batch)
-        self._seconds_per_image = 0.8 * (self._seconds_per_image or seconds) + 0.2 * seconds
-
-    def _retry_after(self) -> float:
-        """Estimated seconds until half of the queue is done, at least a tenth of a second."""
-        ahead = self._queue.images * self._seconds_per_image / self.limits.workers
-        return max(0.1, ahead / 2)
+        self._report_load()
+        self._runner.run(batch)
 
     def _ended(self, future: Future[Result]) -> None:
         """Report a request that has ended, in the thread that ended it.
@@ -349,7 +338,11 @@ class Service:
             with self._changed:
                 del self._tickets[future]
                 self._changed.notify_all()
-            self._reports.running(self._running())
+            self._report_load()
+
+    def _report_load(self) -> None:
+        with self._reporting:  # so that the last report has the last numbers
+            self._reports.load(self._queue.images, self._running())
 
     def _running(self) -> int:
         return sum(ticket.started is not None for ticket in list(self._tickets.values()))

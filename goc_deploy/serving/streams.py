@@ -15,12 +15,24 @@ from fastapi.responses import Response, StreamingResponse
 from goc_deploy.errors import UsageError
 from goc_deploy.runtime.results import Result
 from goc_deploy.runtime.step_events import StepEvent, StepHook
-from goc_deploy.serving.api_schema import GenerationBody, base64_png, response_of_error
+from goc_deploy.serving.api_schema import (
+    GenerationBody,
+    about_image,
+    base64_png,
+    response_of_error,
+)
 from goc_deploy.serving.requests import ImageRequest
 from goc_deploy.serving.service import Service
 
 Answer = Callable[[Result, ImageRequest], dict[str, Any]]
 Put = Callable[[str, dict[str, Any]], object]
+
+# Fields that OpenAI's clients expect in events, and that mean nothing here.
+QUALITY = {"quality": "auto"}
+NO_TOKENS = {
+    **dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), 0),
+    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+}
 
 
 def streamed(
@@ -62,12 +74,12 @@ def _step_hook(body: GenerationBody, put: Put) -> StepHook:
         partial = _places(body.partial_images, event.steps)
         shown = _places(body.step_previews, event.steps)
         picture = None
-        if event.step in {*partial, *shown}:
-            images = event.preview()
-            picture = None if images is None else {"b64_json": base64_png(images[0])}
-        if picture is not None and event.step in partial:
-            place = partial.index(event.step)
-            put("image_generation.partial_image", {**picture, "partial_image_index": place})
+        images = event.preview() if event.step in {*partial, *shown} else None
+        if images is not None:
+            picture = {"b64_json": base64_png(images[0])}
+            if event.step in partial:
+                about = {"partial_image_index": partial.index(event.step), **about_image(images[0])}
+                put("image_generation.partial_image", {**picture, **about, **QUALITY})
         if body.step_events:
             fields = {"step": event.step, "steps": event.steps, "kind": event.kind}
             seen = picture if picture is not None and event.step in shown else {}
@@ -95,7 +107,8 @@ async def _events(
             yield _event("error", response_of_error(error)[1])
             return
         picture = body.pop("data")[0]
-        yield _event("image_generation.completed", {**picture, **body})
+        ended = {**picture, **body, **QUALITY, "usage": NO_TOKENS}
+        yield _event("image_generation.completed", ended)
     finally:
         future.cancel()
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from goc_deploy.api.requirements import require
 from goc_deploy.errors import EnvironmentUnsupportedError
 
 LOCAL = "local"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+LISTEN_SECONDS = 10.0
 # With 0, Ray uses the loopback address on Linux too. It replaces 127.0.0.1 in its other settings by
 # an address that other machines reach (Ray 2.60; a test looks at the sockets).
 LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
@@ -53,9 +56,10 @@ def connected(address: str) -> Iterator[Any]:
             "object_store_memory": OBJECT_STORE_BYTES,
         }
     try:
+        _check_listening(address, ray.util.get_node_ip_address)
         with _own_sigterm():
             ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as cause:
+    except (OSError, RuntimeError, ValueError) as cause:
         raise EnvironmentUnsupportedError(
             f"Ray cannot be used at {address}: {cause}; start it with `ray start`, or leave out "
             "the address for a cluster on this machine"
@@ -71,6 +75,25 @@ def connected(address: str) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_listening(address: str, own_address: Callable[[], str]) -> None:
+    """Check at once that something listens at HOST:PORT; Ray itself tries for minutes.
+
+    Raises:
+        OSError: nothing does.
+    """
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdecimal():
+        return
+    host = host.strip("[]")
+    try:
+        socket.create_connection((host, int(port)), LISTEN_SECONDS).close()
+    except OSError:
+        if host not in LOOPBACK:
+            raise
+        # Ray takes the loopback address as another name of this machine.
+        socket.create_connection((own_address(), int(port)), LISTEN_SECONDS).close()
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from goc_deploy.disk import directory_lock
 from goc_deploy.engine_dir import directory
 from goc_deploy.engine_dir.manifest import Manifest
 from goc_deploy.errors import CancelledError, DeadlineError, UsageError
+from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.runtime.step_events import StepEvent
 from goc_deploy.serving import HostedModel, ImageRequest, Service, ServiceLimits
 
@@ -230,3 +232,20 @@ def test_a_service_reads_each_manifest_once(
 def test_a_service_cannot_be_pickled(service: Service) -> None:
     with pytest.raises(TypeError, match="start one in the other process"):
         pickle.dumps(service)
+
+
+def test_a_service_is_ready_only_when_its_plans_are_warm(
+    golden_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warmup, seen = Pipeline.warmup, list[tuple[bool, str]]()
+
+    def watched(pipe: Pipeline, *rest: Any) -> None:
+        seen.append((service.ready(), service.health().state))
+        warmup(pipe, *rest)
+
+    monkeypatch.setattr(Pipeline, "warmup", watched)
+    plans = ("none", "fora:2")
+    service = Service({"m": HostedModel(golden_engine, plans, backend="onnxruntime")})
+    with service:
+        assert seen == [(False, "loading")] * 2
+        assert service.ready()

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from goc_deploy.errors import EnvironmentUnsupportedError, UsageError
+from goc_deploy.errors import EnvironmentUnsupportedError, NotReadyError, UsageError
+from goc_deploy.runtime.step_events import StepEvent
 from goc_deploy.serving import HostedModel, ImageRequest, Service
 from goc_deploy.serving import metrics as instruments
 from goc_deploy.serving.metrics import INSTRUMENTS, IsolatedMetrics, NoMetrics
@@ -19,7 +21,7 @@ LABELS = {"model": "m", "plan": "fora-2"}
 
 
 def serve(engine: Path, metrics: Any) -> None:
-    """Two requests that succeed, of three images in all, and two that are refused."""
+    """Two requests that succeed, of three images in all, and three that are refused."""
     model = HostedModel(engine, ("fora:2",), backend="onnxruntime")
     with Service({"m": model}, metrics=metrics) as service, np.errstate(all="ignore"):
         service.generate(ImageRequest("m", labels=[1, 2]))
@@ -27,6 +29,8 @@ def serve(engine: Path, metrics: Any) -> None:
         for labels in ([10], []):
             with pytest.raises(UsageError):
                 service.generate(ImageRequest("m", labels=labels))
+    with pytest.raises(NotReadyError):
+        service.generate(ImageRequest("m", labels=[1]))
 
 
 def test_prometheus_has_the_numbers_of_the_requests(golden_engine: Path) -> None:
@@ -36,6 +40,7 @@ def test_prometheus_has_the_numbers_of_the_requests(golden_engine: Path) -> None
     sample = metrics.registry.get_sample_value
     assert sample("goc_requests_total", {**LABELS, "outcome": "ok"}) == 2
     assert sample("goc_requests_total", {"model": "", "plan": "", "outcome": "usage"}) == 2
+    assert sample("goc_requests_total", {"model": "", "plan": "", "outcome": "notready"}) == 1
     assert sample("goc_images_total", LABELS) == 3
     assert sample("goc_batch_images_sum", LABELS) == 3
     assert sample("goc_queue_seconds_count", LABELS) == 2
@@ -48,6 +53,32 @@ def test_prometheus_has_the_numbers_of_the_requests(golden_engine: Path) -> None
     assert sample("goc_in_flight_requests") == 0
     assert b'goc_build_info{backend="onnxruntime",fingerprint="' in metrics.text()
     assert other.registry.get_sample_value("goc_images_total", LABELS) is None
+
+
+def test_gauges_follow_a_request_that_is_cancelled_while_it_waits(golden_engine: Path) -> None:
+    pytest.importorskip("prometheus_client")
+    metrics, running, go = PrometheusMetrics(), threading.Event(), threading.Event()
+
+    def hold(_event: StepEvent) -> None:
+        running.set()
+        go.wait(60)
+
+    def gauges() -> tuple[float | None, float | None]:
+        sample = metrics.registry.get_sample_value
+        return sample("goc_in_flight_requests"), sample("goc_queued_images")
+
+    model = HostedModel(golden_engine, ("fora:2",), backend="onnxruntime")
+    with Service({"m": model}, metrics=metrics) as service:
+        first = service.submit(ImageRequest("m", labels=[1], callback=hold))
+        assert running.wait(60)
+        second = service.submit(ImageRequest("m", labels=[2, 3]))
+        assert gauges() == (1, 2)
+        second.cancel()
+        assert gauges() == (1, 0)
+        go.set()
+        first.result(60)
+        assert service.drain(60)
+    assert gauges() == (0, 0)
 
 
 def test_opentelemetry_has_the_numbers_of_the_requests(golden_engine: Path) -> None:
@@ -63,6 +94,7 @@ def test_opentelemetry_has_the_numbers_of_the_requests(golden_engine: Path) -> N
     assert {p.attributes["outcome"]: p.value for p in points["goc_requests"]} == {
         "ok": 2,
         "usage": 2,
+        "notready": 1,
     }
     assert [point.value for point in points["goc_images"]] == [3]
     assert [point.sum for point in points["goc_batch_images"]] == [3]

@@ -33,8 +33,21 @@ def cancelled(server: Running) -> float:
 def test_four_images_of_a_label_are_those_of_the_library(client: Any, demo_engine: Path) -> None:
     assert sorted(model.id for model in client.models.list()) == ["digits", "prompts"]
     answer = client.images.generate(
-        model="digits", prompt="7", n=4, size="28x28", extra_body={"seed": 1, "plan": "fora:2"}
+        model="digits",
+        prompt="7",
+        n=4,
+        size="28x28",
+        background="opaque",
+        moderation="low",
+        output_compression=100,
+        output_format="png",
+        quality="low",
+        style="vivid",
+        user="a person",
+        extra_body={"seed": 1, "plan": "fora:2"},
     )
+    assert (answer.background, answer.output_format, answer.size) == ("opaque", "png", "28x28")
+    assert answer._request_id
     with goc_deploy.load(demo_engine, plan="fora:2", backend="onnxruntime") as pipe:
         expected = pipe.generate([7] * 4, seed=1).images
     for item, image in zip(answer.data, expected, strict=True):
@@ -63,6 +76,10 @@ def test_a_stream_has_partial_images_and_the_image(client: Any) -> None:
         *["image_generation.partial_image"] * 3,
         "image_generation.completed",
     ]
+    for event in events:
+        fields_of_openai = {name for name, f in type(event).model_fields.items() if f.is_required()}
+        assert fields_of_openai <= event.model_fields_set
+        assert (event.size, event.output_format) == ("28x28", "png")
     assert [event.partial_image_index for event in events[:3]] == [0, 1, 2]
     assert events[3].b64_json == answer.data[0].b64_json
 

@@ -104,6 +104,37 @@ def person(server: Running, browser: Any) -> Iterator[Person]:
     assert visitor.errors == []
 
 
+WATCH = """() => {
+  window.seen = [];
+  new MutationObserver((changes) => {
+    for (const { target } of changes) {
+      const side = [...document.querySelectorAll("#pair section")].findIndex((one) =>
+        one.contains(target));
+      const now = target.matches("rect.now") && target.getAttribute("visibility") === "visible";
+      if (now) seen.push([side, "step", Number(target.getAttribute("x"))]);
+      if (target.matches("img")) seen.push([side, "picture", target.alt]);
+    }
+  }).observe(document.querySelector("#pair"), { subtree: true, attributeFilter: ["x", "alt"] });
+}"""
+
+
+def test_previews_appear_and_the_step_moves_over_the_heat_map(person: Person) -> None:
+    page = person.page
+    person.choose(model="digits", seed="5", left="none", right="fora-2", **{"class": "3"})
+    page.evaluate(WATCH)
+    page.get_by_role("button", name="Draw both").click()
+    page.locator("#comparison").wait_for()
+    seen = page.evaluate("seen")
+    for side, plan in enumerate(("none", "fora-2")):
+        steps = [value for at, what, value in seen if (at, what) == (side, "step")]
+        assert steps == sorted(steps)
+        assert len(set(steps)) > 1
+        pictures = [value for at, what, value in seen if (at, what) == (side, "picture")]
+        assert pictures[0] == f"preview of {plan}"
+        assert pictures[-1] == f"3, drawn with {plan}"
+    assert [at for at, *_ in seen] == sorted(at for at, *_ in seen)  # the left one comes first
+
+
 def test_a_person_compares_two_plans_of_a_class(person: Person, server: Running) -> None:
     page = person.page
     person.choose(model="digits", seed="5", left="none", right="fora-2", **{"class": "3"})

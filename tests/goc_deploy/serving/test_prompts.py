@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import goc_deploy
+from goc_deploy.errors import UsageError
 from goc_deploy.serving import HostedModel, ImageRequest, Service, ServiceLimits
 
 PROMPTS = (["the digit one"], ["the digit two", "the digit three"], ["the digit one"])
@@ -37,3 +38,21 @@ def test_prompts_of_several_requests_run_together_with_the_bits_of_each_alone(
             np.testing.assert_array_equal(result.images, expected.images)
     assert "tokens, the model takes" in caplog.text
     assert "seven" not in caplog.text
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_prompts_are_in_the_log_only_if_that_is_asked_for(
+    golden_engine: Path, caplog: pytest.LogCaptureFixture, asked: bool
+) -> None:
+    model = HostedModel(golden_engine, ("fora:2",), backend="onnxruntime")
+    request = ImageRequest("m", prompts=["a secret"], request_id="mine")
+    with (
+        caplog.at_level(logging.DEBUG),
+        Service({"m": model}, log_prompts=asked) as service,
+        pytest.raises(UsageError, match="no text encoder"),
+    ):
+        service.generate(request)
+    (record,) = [one for one in caplog.records if getattr(one, "request_id", "") == "mine"]
+    assert getattr(record, "prompts", None) == (["a secret"] if asked else None)
+    shown = [one for one in caplog.records if "a secret" in str(vars(one))]
+    assert shown == ([record] if asked else [])

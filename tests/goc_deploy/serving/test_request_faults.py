@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def test_every_body_is_drawn_or_refused_with_its_reason(
 
 
 def test_an_image_that_is_not_finite_is_an_error_and_no_black_picture(
-    demo_engine: Path, monkeypatch: pytest.MonkeyPatch
+    demo_engine: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from goc_deploy.serving.images_api import application
     from goc_deploy.serving.prometheus import PrometheusMetrics
@@ -75,7 +76,11 @@ def test_an_image_that_is_not_finite_is_an_error_and_no_black_picture(
     model = HostedModel(demo_engine, ("fora:2",), backend="onnxruntime")
     with Service({"m": model}, metrics=metrics) as service, np.errstate(all="ignore"):
         monkeypatch.setattr(Drawing, "request", with_bad_noise)
-        answers = asyncio.run(ask(service))
+        with caplog.at_level(logging.INFO, "goc_deploy"):
+            answers = asyncio.run(ask(service))
+    logged = {record.request_id for record in caplog.records if hasattr(record, "request_id")}
+    assert {answer.headers["x-request-id"] for answer in answers} == logged
+    assert len(logged) == 3
     assert [answer.status_code for answer in answers] == [200, 500, 200]
     error = json.loads(answers[1].text)["error"]
     assert (error["type"], error["code"]) == ("server_error", "VerificationError")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 import goc_deploy
+from tests.conftest import Command
 from tests.goc_deploy.serving.running import GENERATE, HEADERS, TOKEN, Running, pixels
 
 httpx = pytest.importorskip("httpx")
@@ -52,6 +54,9 @@ def test_labels_and_prompts_are_drawn_with_the_pixels_of_the_library(
         ({"n": 0}, 400, "n: Input should be greater than or equal to 1"),
         ({"n": 2, "stream": True}, 400, "n=1"),
         ({"response_format": "url"}, 400, "response_format: Input should be 'b64_json'"),
+        ({"guidence_scale": 3.0}, 400, "there is no field 'guidence_scale'"),
+        ({"background": "transparent"}, 400, "background: Input should be 'auto' or 'opaque'"),
+        ({"negative_prompt": "4"}, 400, "model digits has no text encoder, so it takes no"),
         ({"plan": "fora:5"}, 400, "there is no plan 'fora:5'; this model has none, fora-2"),
         ({"seed": -1}, 400, "seed must be within"),
         ({"model": "other"}, 404, "there is no model 'other'; there are digits, prompts"),
@@ -71,10 +76,27 @@ def test_what_is_wrong_is_said_in_the_form_of_openai(
 
 
 def test_a_body_that_is_no_json_or_has_no_length_is_refused(server: Running) -> None:
-    answer = server.client.post(GENERATE, content=b"{", headers={"content-type": "text/plain"})
-    assert answer.status_code == 400
-    assert "error" in answer.json()
+    json_type = "application/json"
+    for content, kind in ((b"{", "text/plain"), (b"{", json_type), (b"\xff", json_type)):
+        answer = server.client.post(GENERATE, content=content, headers={"content-type": kind})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"]
     assert server.client.post(GENERATE, content=iter([b"{}"])).status_code == 411
+
+
+def test_paths_and_methods_that_are_not_there_are_refused_in_the_form_of_openai(
+    server: Running,
+) -> None:
+    edits, wrong_method = "/v1/images/edits", server.client.get(GENERATE)
+    for answer, status, asked in (
+        (server.client.post(edits, json={}), 404, f"POST {edits}"),
+        (wrong_method, 405, f"GET {GENERATE}"),
+    ):
+        assert answer.status_code == status
+        error = answer.json()["error"]
+        assert (error["code"], error["type"]) == ("unknown_url", "invalid_request_error")
+        assert error["message"].startswith(f"there is no {asked}; ")
+    assert wrong_method.headers["allow"] == "POST"
 
 
 def test_only_health_is_open_without_the_token(server: Running) -> None:
@@ -94,8 +116,14 @@ def test_models_and_metrics_describe_what_is_served(server: Running) -> None:
     assert (prompts["plans"], prompts["takes"]) == (["none", "fora-2"], "prompt")
     page = server.client.get("/metrics").text
     assert 'goc_requests_total{model="digits",outcome="ok",plan="fora-2"}' in page
-    paths = server.client.get("/openapi.json").json()["paths"]
-    assert GENERATE in paths
+    described = server.client.get("/openapi.json").json()
+    generate = described["paths"][GENERATE]["post"]
+    assert set(generate["responses"]) == {"200", "default"}
+    error = generate["responses"]["default"]["content"]["application/json"]["schema"]["$ref"]
+    assert error == "#/components/schemas/ErrorAnswer"
+    assert set(generate["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+    assert generate["security"] == [{"HTTPBearer": []}]
+    assert "security" not in described["paths"]["/health/live"]["get"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -120,13 +148,26 @@ def test_a_client_that_is_gone_cancels_its_request(server: Running, stream: bool
     assert cancelled() == before + 1
 
 
+def accepted(running: Running) -> float:
+    """Requests of eight images that were accepted so far."""
+    page = running.client.get("/metrics").text
+    names = r"(goc_in_flight_requests|goc_queued_images|goc_requests_total\{.*\})"
+    found = {name: float(value) for name, value in re.findall(rf"(?m)^{names} (\S+)$", page)}
+    found["goc_queued_images"] /= 8
+    return sum(found.values())
+
+
 def test_sigterm_ends_accepted_requests_and_refuses_new_ones(demo_engine: Path) -> None:
-    running = Running(demo_engine, "--backend", "onnxruntime", "--plan", "none")
+    words = ("--backend", "onnxruntime", "--plan", "none", "--drain-seconds", 120)
+    running = Running(demo_engine, *words)
     running.wait()
     with ThreadPoolExecutor(4) as pool, httpx.Client(base_url=running.url, timeout=120) as other:
         body = {"prompt": "1", "n": 8}
         busy = [pool.submit(other.post, GENERATE, json=body, headers=HEADERS) for _ in range(3)]
-        time.sleep(0.3)
+        deadline = time.monotonic() + 60
+        while accepted(running) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         code, printed = running.stop()
         assert [future.result().status_code for future in busy] == [200] * 3
     assert (code, printed) == (0, "")
@@ -178,3 +219,20 @@ def test_a_directory_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> No
     assert (running.process.returncode, out) == (4, "")
     assert "missing" in err
     assert "Traceback" not in err
+
+
+def test_an_address_that_is_in_use_ends_the_server(command: Command, golden_engine: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        words = (golden_engine, "--backend", "onnxruntime", "--plan", "none", "--port", port)
+        done = command("goc-serve", *words, code=5)
+    assert f"127.0.0.1:{port} cannot be used; choose another --port" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_bounds_that_contradict_each_other_are_refused_by_their_flags(
+    command: Command, golden_engine: Path
+) -> None:
+    done = command("goc-serve", golden_engine, "--queued-images", 4, code=2)
+    assert "--queued-images is 4, too few for a request of 16 images" in done.stderr
+    assert "see --images-per-request" in done.stderr
