@@ -29,6 +29,7 @@ from goc_deploy.runtime.constants import aligned_size
 from goc_deploy.runtime.head_binding import HeadBinding
 from goc_deploy.runtime.lookahead import chunk_steps, lookahead_of
 from goc_deploy.runtime.request import Batch
+from goc_deploy.runtime.skip_binding import SkipBinding
 from goc_deploy.runtime.weights import Weights
 from goc_deploy.size_inputs import size_shapes
 from goc_deploy.spec import SECOND_SET, ModelSpec
@@ -74,6 +75,16 @@ class Binder:
 
     Every step reads its values at their own addresses. In `goc_deploy.runtime.shared_binding`,
     steps share launches.
+
+    Args:
+        engines: the engines that the plan launches.
+        spec: sizes of the model for the samples of the batch.
+        plan: the plan.
+        buffers: the memory of the session.
+        batch: the batch shape.
+        stream: the stream of the launches.
+        earlier: binder of the steps before those that this one binds, which have more rows, or
+            None. Fewer rows are the first ones of all memory, except for gates that were fetched.
     """
 
     def __init__(
@@ -84,6 +95,7 @@ class Binder:
         buffers: Buffers,
         batch: Batch,
         stream: Stream,
+        earlier: Binder | None = None,
     ) -> None:
         self._engines, self._spec, self._plan, self._buffers, self._batch = (
             engines,
@@ -92,7 +104,7 @@ class Binder:
             buffers,
             batch,
         )
-        self._stream, self._lookahead = stream, lookahead_of(plan)
+        self._stream, self._lookahead, self._earlier = stream, lookahead_of(plan), earlier
         self._shapes: Mapping[TokenStream, tuple[int, ...]] = {
             stream: (batch.rows, spec.tokens_of(stream), spec.hidden) for stream in STREAMS
         }
@@ -109,6 +121,8 @@ class Binder:
             name: buffers.of_size[name].view(*shape) for name, shape in size_shapes(spec).items()
         }
         self._launches: dict[tuple[object, ...], BoundLaunch] = {}
+        skips = buffers.skips
+        self._skips = None if skips is None else SkipBinding(skips, spec, batch)
         head, of_head, shared = plan.sampler.head, buffers.head, buffers.shared is not None
         self._head = (
             HeadBinding(head, of_head, plan, spec, batch, shared=shared)
@@ -116,13 +130,12 @@ class Binder:
             else None
         )
 
-    def bind(self) -> BoundPlan:
-        """Bind every step."""
-        steps = range(self._plan.steps)
+    def bind(self, first: int, stop: int) -> BoundPlan:
+        """Bind the steps from ``first`` to ``stop``, with the noise of all steps."""
+        steps = range(first, stop)
         latents = tuple(map(self._latents_out, steps))
-        noise = tuple(
-            self._noise_of(step) for step in (steps if self._plan.sampler.stochastic else range(1))
-        )
+        noisy = self._plan.steps if self._plan.sampler.stochastic else 1
+        noise = tuple(map(self._noise_of, range(noisy)))
         return BoundPlan(
             tuple(map(self._step, steps)), self._initial(), latents, noise, self._resets()
         )
@@ -131,7 +144,11 @@ class Binder:
         buffers, spec = self._buffers, self._spec
         switches = step == self._plan.schedule.switch
         before = [self._captions(step)] if (step == 0 or switches) and buffers.captions else []
-        before += [self._conditioning(step)] if step % buffers.chunk == 0 or switches else []
+        if step % buffers.chunk == 0 or switches:
+            before.append(self._conditioning(step))
+            if self._batch.skip_steps and self._skips is not None:
+                table, steps = buffers.table, self._chunk_steps(step)
+                before.append(self._skips.close_gates(table, steps, self._stream))
         before += [self._pick_gates(step, later) for later in self._lookahead.fetched[step]]
         streams = self._streams()
         start = (*self._start(step), self._embed(step, streams["image"].now))
@@ -253,6 +270,8 @@ class Binder:
             "coefficients": buffers.sampler_rows[step],
             "noise": self._noise(step),
         }
+        if self._skips is not None:
+            inputs |= self._skips.inputs(step, inputs["cond_rows"])
         outputs = {"latents_out": self._latents_out(step)}
         if table.lags:
             for place, lag in enumerate(table.reads(step), 1):
@@ -337,8 +356,22 @@ class Binder:
         target = self._gates_of_step(later, 0, len(gates))
         return self._pick_rows(self._chunk_steps(step).index(later), gates, target)
 
+    def _fetching(self, later: int) -> Binder:
+        """The binder of the step that fetches the gates of a later step."""
+        earlier, fetched = self._earlier, self._lookahead.fetched
+        if earlier is None:
+            return self
+        before = fetched[: earlier._batch.skip_steps.stop]
+        return earlier if any(later in steps for steps in before) else self
+
     def _gates_of_step(self, later: int, feature: int, count: int) -> Buffer:
-        """The gates (count, B, D) of features from ``feature`` on at a later step."""
+        """The gates (count, B, D) of features from ``feature`` on at a later step.
+
+        B is the number of rows of the step that fetched them.
+        """
+        binder = self._fetching(later)
+        if binder is not self:
+            return binder._gates_of_step(later, feature, count)
         rows, hidden, modulation = self._batch.rows, self._spec.hidden, self._spec.modulation
         first = modulation.gates.index(modulation.gate(feature))
         return self._buffers.gates_ahead[self._lookahead.place[later]].view(
@@ -416,6 +449,9 @@ class Binder:
 
     def _predict_ahead(self, step: int, op: Predict, coefficients: Buffer | None) -> BoundLaunch:
         """Predict for a later step, into its accumulator; feature 0 starts it."""
+        binder = self._fetching(step + op.ahead)
+        if binder is not self:
+            return binder._predict_ahead(step, op, coefficients)  # with as many rows as its gates
         zeros, accumulator = self._buffers.zeros, self._accumulator("image", op.ahead - 1)
         assert zeros is not None
         x = accumulator if op.feature else zeros.view(*self._feature)

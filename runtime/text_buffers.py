@@ -32,7 +32,8 @@ def text_bytes(spec: ModelSpec, precision: Precision, plan: Plan, capacity: int)
     """Bytes that `allocate_text_buffers` allocates for ``capacity`` images."""
     if not spec.has_text_stream:
         return 0
-    one = 2 * capacity * spec.caption_tokens * spec.hidden * ITEM_BYTES[precision]
+    rows = spec.rows_per_image * capacity
+    one = rows * spec.caption_tokens * spec.hidden * ITEM_BYTES[precision]
     return (3 + plan.text_features) * one
 
 

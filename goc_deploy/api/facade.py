@@ -53,6 +53,7 @@ def export(
     frames: int | None = EXPORT.frames,
     max_frames: int | None = EXPORT.max_frames,
     caption_tokens: int | None = EXPORT.caption_tokens,
+    skip_guidance_layers: Sequence[int] = EXPORT.skip_guidance_layers,
     quantize: WeightFormat | None = EXPORT.quantize,
     quantize_exclude: Sequence[str] = EXPORT.quantize_exclude,
     max_error: float | None = EXPORT.max_error,
@@ -102,6 +103,8 @@ def export(
         max_frames: largest number of frames; None is ``frames``.
         caption_tokens: tokens that every caption has, which longer prompts are cut to and shorter
             ones padded to; None is what the model was trained for.
+        skip_guidance_layers: the blocks that skip-layer guidance can leave out, for which engines
+            then have a third row of each image; empty for engines without it.
         quantize: format of the blocks: ``w8`` or ``w4`` (weights of 8 or 4 bits, computed with in
             the precision), ``int8`` (products of int8, with ranges that are seen as the plans
             run), ``int8+smooth`` (range is moved from activations to weights first), ``fp8`` (as
@@ -150,6 +153,7 @@ def export(
         frames=frames,
         max_frames=max_frames,
         caption_tokens=caption_tokens,
+        skip_guidance_layers=tuple(skip_guidance_layers),
         quantize=quantize,
         quantize_exclude=tuple(quantize_exclude),
         max_error=max_error,

@@ -12,7 +12,7 @@ import numpy as np
 from goc_deploy.conditions.captions import PromptEmbeds, check_rows
 from goc_deploy.conditions.stored_captions import captions_to_bytes
 from goc_deploy.errors import UsageError
-from goc_deploy.guidance import cfg_scale_of
+from goc_deploy.guidance import cfg_scale_of, skip_window
 from goc_deploy.options import Progress, RunOptions
 from goc_deploy.runtime import arguments
 
@@ -51,7 +51,11 @@ class Series:
         elif self.captions is not None:
             check_rows(self.labels, len(self.captions.prompts))
         arguments.embedded_guidance(self.options.guidance, spec)
-        arguments.second_scale(self.options.cfg_scale_2, spec)
+        second = arguments.second_scale(self.options.cfg_scale_2, spec)
+        _, _, guided = arguments.guidance(
+            self.options.cfg_scale, self.options.cfg_channels, spec, second
+        )
+        arguments.skip_guidance(self.options.skip_layer_guidance, spec, pipe.plan, guided=guided)
         if self.latents is not None and len(self.latents) != images:
             shape = [images, *spec.latents]
             raise UsageError(
@@ -82,6 +86,7 @@ class Series:
             cfg_channels=options.cfg_channels,
             guidance=options.guidance,
             cfg_scale_2=options.cfg_scale_2,
+            skip_layer_guidance=options.skip_layer_guidance,
             latents=None if self.latents is None else self.latents[rows],
             size=options.size,
             frames=options.frames,
@@ -108,6 +113,8 @@ class Series:
             common["guidance"] = arguments.embedded_guidance(options.guidance, pipe.spec)
         if options.cfg_scale_2 is not None:
             common["cfg_scale_2"] = options.cfg_scale_2
+        if options.skip_layer_guidance is not None:
+            common["skip_layer_guidance"] = list(skip_window(options.skip_layer_guidance))
         if options.size is not None:
             common["size"] = list(options.size)
         if options.frames is not None:

@@ -128,11 +128,12 @@ def dimension_ranges(spec: ModelSpec, max_batch: int, steps: int) -> Mapping[str
 
     Args:
         spec: the model.
-        max_batch: largest number of images per run; with guidance an image has two rows.
+        max_batch: largest number of images per run; with guidance an image has
+            `ModelSpec.rows_per_image` rows.
         steps: number of steps of the longest plan.
     """
-    images, rows = max_batch, 2 * max_batch
-    labels = rows if spec.pooled_channels else max_batch + 1
+    images, rows = max_batch, spec.rows_per_image * max_batch
+    labels = rows if spec.pooled_channels else rows - max_batch + 1
     modulation = spec.modulation.count
     usual, most = spec.tokens, spec.largest.tokens
     sides = dict(zip(("F", "H", "W"), _sides(spec.sample, spec.largest.sample), strict=True))
