@@ -356,22 +356,16 @@ class Binder:
         target = self._gates_of_step(later, 0, len(gates))
         return self._pick_rows(self._chunk_steps(step).index(later), gates, target)
 
-    def _fetching(self, later: int) -> Binder:
-        """The binder of the step that fetches the gates of a later step."""
-        earlier, fetched = self._earlier, self._lookahead.fetched
-        if earlier is None:
-            return self
-        before = fetched[: earlier._batch.skip_steps.stop]
-        return earlier if any(later in steps for steps in before) else self
-
     def _gates_of_step(self, later: int, feature: int, count: int) -> Buffer:
         """The gates (count, B, D) of features from ``feature`` on at a later step.
 
         B is the number of rows of the step that fetched them.
         """
-        binder = self._fetching(later)
-        if binder is not self:
-            return binder._gates_of_step(later, feature, count)
+        earlier = self._earlier
+        if earlier is not None:
+            before = self._lookahead.fetched[: earlier._batch.skip_steps.stop]
+            if any(later in steps for steps in before):
+                return earlier._gates_of_step(later, feature, count)
         rows, hidden, modulation = self._batch.rows, self._spec.hidden, self._spec.modulation
         first = modulation.gates.index(modulation.gate(feature))
         return self._buffers.gates_ahead[self._lookahead.place[later]].view(
@@ -448,10 +442,10 @@ class Binder:
         return self._bound(name, self._engines.predict[op.signature], inputs, outputs)
 
     def _predict_ahead(self, step: int, op: Predict, coefficients: Buffer | None) -> BoundLaunch:
-        """Predict for a later step, into its accumulator; feature 0 starts it."""
-        binder = self._fetching(step + op.ahead)
-        if binder is not self:
-            return binder._predict_ahead(step, op, coefficients)  # with as many rows as its gates
+        """Predict for a later step, into its accumulator; feature 0 starts it.
+
+        All predictions for a step are made during one step, so the gates have as many rows as it.
+        """
         zeros, accumulator = self._buffers.zeros, self._accumulator("image", op.ahead - 1)
         assert zeros is not None
         x = accumulator if op.feature else zeros.view(*self._feature)
