@@ -54,6 +54,7 @@ from goc_deploy.exporters.quantized_files import ScaledTensors
 from goc_deploy.exporters.router import router_probabilities
 from goc_deploy.exporters.sample_sizes import spec_for_sizes
 from goc_deploy.exporters.schedulers import table_from_sampler
+from goc_deploy.exporters.skip_guidance import with_skip_guidance
 from goc_deploy.exporters.unit_files import UnitWriter, mapped
 from goc_deploy.exporters.weight_sets import split_sets, with_second_set
 from goc_deploy.guidance import cfg_scale_of
@@ -150,6 +151,7 @@ def export_checkpoint(
             "reference images; leave them out, and give prompt embeddings with each run"
         )
     calibrates = options.precision != "bf16" and spec.choices > 0 and not spec.boundary
+    spec = with_skip_guidance(spec, options.skip_guidance_layers)
     options = replace(
         options,
         plans=options.plans or default_plans(calibrates=calibrates),

@@ -19,6 +19,7 @@ Offload = Literal["none", "text"]  # what leaves the memory when it has no work
 OFFLOADS: tuple[Offload, ...] = get_args(Offload)
 History = Literal["auto", "features", "sums"]  # what a loaded plan keeps for later steps
 HISTORIES: tuple[History, ...] = get_args(History)
+SkipGuidance = float | tuple[float, float, float]  # scale, or scale, start and stop
 VIDEO_SUFFIXES = (".mp4", ".webp")
 FRAMES_PER_SECOND, MAX_FRAMES_PER_SECOND = 16.0, 1000.0
 WeightMode = Literal["embedded", "shared"]  # how a TensorRT engine holds its weights
@@ -83,6 +84,8 @@ class ExportOptions:
             ones padded to; None is what the model was trained for.
         max_references: largest number of reference images of a request to a model that edits
             images, each of at most as many pixels as ``max_size``; None is 1.
+        skip_guidance_layers: the blocks that skip-layer guidance can leave out, for which engines
+            then have a third row of each image; empty for engines without it.
         loras: LoRAs to merge into the weights, ``FILE`` or ``FILE:SCALE`` each. FILE is a LoRA of
             diffusers, PEFT or kohya's sd-scripts, or the folder of one; SCALE is 1 without one.
         reuse_engines: engine directory with the same graphs and other weights, whose TensorRT
@@ -116,6 +119,7 @@ class ExportOptions:
     max_frames: int | None = None
     caption_tokens: int | None = None
     max_references: int | None = None
+    skip_guidance_layers: tuple[int, ...] = ()
     loras: tuple[str, ...] = ()
     reuse_engines: Path | None = None
 
@@ -195,6 +199,8 @@ class GenerateOptions:
             Other models refuse it.
         cfg_scale_2: guidance scale of the second set of weights of a model that has two, such as
             Wan 2.2 A14B; None takes ``cfg_scale``. Other models refuse it.
+        skip_layer_guidance: scale of skip-layer guidance, or its scale and the shares of the steps
+            after which it starts and before which it stops; None draws without it.
     """
 
     seed: int = 0
@@ -202,6 +208,7 @@ class GenerateOptions:
     cfg_channels: int | None = None
     guidance: float | None = None
     cfg_scale_2: float | None = None
+    skip_layer_guidance: SkipGuidance | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +232,7 @@ class RunOptions:
             the model's reference implementation.
         guidance: as in `GenerateOptions`.
         cfg_scale_2: as in `GenerateOptions`.
+        skip_layer_guidance: as in `GenerateOptions`.
         latents: ``.npy`` file of x_T, (N, C, H, W), in place of seeded noise.
         reference_latents: file of the latents of the images to edit, ``.npz`` or ``.safetensors``,
             if the model edits images.
@@ -259,6 +267,7 @@ class RunOptions:
     cfg_channels: int | None = None
     guidance: float | None = None
     cfg_scale_2: float | None = None
+    skip_layer_guidance: SkipGuidance | None = None
     latents: Path | None = None
     reference_latents: Path | None = None
     output: Path | None = None

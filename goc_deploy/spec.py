@@ -137,6 +137,8 @@ class ModelSpec:
         guidance_norm: what guidance keeps of the conditional output: ``none``, or the norm of each
             ``token``, its C * patch * patch values.
         token_multiple: a sample must have a multiple of this many tokens.
+        skip_guidance_layers: the blocks that skip-layer guidance leaves out, in ascending order;
+            empty if the engine directory has no rows for it.
         boundary: share of the 1000 training timesteps below which a second set of weights computes
             the steps; 0 if the model has one set. Wan 2.2 A14B has two.
     """
@@ -172,6 +174,7 @@ class ModelSpec:
     qk_norm: bool = False
     guidance_norm: Literal["none", "token"] = "none"
     token_multiple: Size = 1
+    skip_guidance_layers: Annotated[tuple[Count, ...], Meta(max_length=MAX_BLOCKS)] = ()
     boundary: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     max_references: Annotated[int, Meta(ge=0, le=MAX_REFERENCES)] = 0
     references: Annotated[tuple[Axes, ...], Meta(max_length=MAX_REFERENCES)] = ()
@@ -260,6 +263,21 @@ class ModelSpec:
     def output_channels(self) -> int:
         """Channels of the model output."""
         return self.channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def rows_per_image(self) -> int:
+        """Rows of an image in the largest batch: conditional, unconditional, and with skips."""
+        return 3 if self.skip_guidance_layers else 2
+
+    @property
+    def skipped_gates(self) -> tuple[int, ...]:
+        """The rows of the modulation table that are the gates of `skip_guidance_layers`."""
+        skipped, places, rows = self.skip_guidance_layers, self.unit_places, self.modulation
+        return tuple(
+            rows.gate(feature)
+            for feature, place in enumerate(self.features)
+            if places[place.unit].block in skipped
+        )
 
     @property
     def text_conditional(self) -> bool:

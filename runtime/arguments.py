@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from goc_deploy.compiler import Plan
 from goc_deploy.conditions.captions import (
     Conditions,
     PromptEmbeds,
@@ -14,7 +15,7 @@ from goc_deploy.conditions.captions import (
     conditions_from_labels,
 )
 from goc_deploy.errors import UsageError
-from goc_deploy.guidance import EMBEDDED_GUIDANCE, cfg_scale_of
+from goc_deploy.guidance import EMBEDDED_GUIDANCE, SkipLayerGuidance, cfg_scale_of, skip_window
 from goc_deploy.runtime.noise import check_key
 from goc_deploy.spec import ModelSpec
 
@@ -181,6 +182,56 @@ def embedded_guidance(guidance: Any, spec: ModelSpec) -> float:
             "model does not; use `cfg_scale`"
         )
     return _checked_number(guidance, "guidance")
+
+
+def skip_guidance(
+    given: Any, spec: ModelSpec, plan: Plan, *, guided: bool
+) -> SkipLayerGuidance | None:
+    """Check the skip-layer guidance of a call; None is none.
+
+    Args:
+        given: its scale, or its scale, start and stop.
+        spec: the model.
+        plan: the plan, which decides how many steps there are.
+        guided: whether any image is guided.
+
+    Raises:
+        UsageError: the engine directory has no rows for it, no image is guided, the plan has a
+            head, a number is out of range, or there is no step between start and stop.
+    """
+    if given is None:
+        return None
+    if not spec.skip_guidance_layers:
+        raise UsageError(
+            "`skip_layer_guidance` needs rows of the model without some blocks, which the engine "
+            "directory does not have; export it with `skip_guidance_layers`"
+        )
+    if not guided:
+        raise UsageError(
+            "`skip_layer_guidance` adds to the guidance of an image, and no image is guided; give "
+            "a `cfg_scale` other than 1, or leave it out"
+        )
+    if plan.sampler.head is not None:
+        raise UsageError(
+            f"plan {plan.name} has a head, which was fitted without skip-layer guidance; use a "
+            "plan without a head, or leave out `skip_layer_guidance`"
+        )
+    numbers = _numbers(given)
+    parts = skip_window(tuple(numbers) if isinstance(numbers, list) else numbers)
+    if len(parts) != 3:
+        raise UsageError(
+            "skip_layer_guidance must be a scale, or a scale, a start and a stop, got "
+            f"{given!r:.60}"
+        )
+    scale, start, stop = (_checked_number(part, "skip_layer_guidance") for part in parts)
+    steps = [step for step in range(plan.steps) if start * plan.steps < step < stop * plan.steps]
+    if not steps:
+        raise UsageError(
+            f"skip_layer_guidance acts in no step, because none of {plan.steps} is after "
+            f"{start * plan.steps:g} and before {stop * plan.steps:g}; give an earlier start or a "
+            "later stop, as shares of the steps"
+        )
+    return SkipLayerGuidance(scale, range(steps[0], steps[-1] + 1))
 
 
 def _checked_number(scale: Any, name: str) -> float:

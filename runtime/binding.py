@@ -30,6 +30,7 @@ from goc_deploy.runtime.head_binding import HeadBinding
 from goc_deploy.runtime.lookahead import chunk_steps, lookahead_of
 from goc_deploy.runtime.modulation_tables import ModulationTables
 from goc_deploy.runtime.request import Batch
+from goc_deploy.runtime.skip_binding import SkipBinding
 from goc_deploy.runtime.stream_buffers import StreamBuffers
 from goc_deploy.runtime.weights import Weights
 from goc_deploy.size_inputs import size_shapes
@@ -83,6 +84,16 @@ class Binder:
 
     Every step reads its values at their own addresses. In `goc_deploy.runtime.shared_binding`,
     steps share launches.
+
+    Args:
+        engines: the engines that the plan launches.
+        spec: sizes of the model for the samples of the batch.
+        plan: the plan.
+        buffers: the memory of the session.
+        batch: the batch shape.
+        stream: the stream of the launches.
+        earlier: binder of the steps before those that this one binds, which have more rows, or
+            None. Fewer rows are the first ones of all memory, except for gates that were fetched.
     """
 
     def __init__(
@@ -93,6 +104,7 @@ class Binder:
         buffers: Buffers,
         batch: Batch,
         stream: Stream,
+        earlier: Binder | None = None,
     ) -> None:
         self._engines, self._spec, self._plan, self._buffers, self._batch = (
             engines,
@@ -101,7 +113,7 @@ class Binder:
             buffers,
             batch,
         )
-        self._stream, self._lookahead = stream, lookahead_of(plan)
+        self._stream, self._lookahead, self._earlier = stream, lookahead_of(plan), earlier
         self._shapes: Mapping[TokenStream, tuple[int, ...]] = {
             stream: (batch.rows, spec.tokens_of(stream), spec.hidden) for stream in TOKENS
         }
@@ -118,6 +130,8 @@ class Binder:
             name: buffers.of_size[name].view(*shape) for name, shape in size_shapes(spec).items()
         }
         self._launches: dict[tuple[object, ...], BoundLaunch] = {}
+        skips = buffers.skips
+        self._skips = None if skips is None else SkipBinding(skips, spec, batch)
         head, of_head, shared = plan.sampler.head, buffers.head, buffers.shared is not None
         self._head = (
             HeadBinding(head, of_head, plan, spec, batch, shared=shared)
@@ -125,13 +139,12 @@ class Binder:
             else None
         )
 
-    def bind(self) -> BoundPlan:
-        """Bind every step."""
-        steps = range(self._plan.steps)
+    def bind(self, first: int, stop: int) -> BoundPlan:
+        """Bind the steps from ``first`` to ``stop``, with the noise of all steps."""
+        steps = range(first, stop)
         latents = tuple(map(self._latents_out, steps))
-        noise = tuple(
-            self._noise_of(step) for step in (steps if self._plan.sampler.stochastic else range(1))
-        )
+        noisy = self._plan.steps if self._plan.sampler.stochastic else 1
+        noise = tuple(map(self._noise_of, range(noisy)))
         return BoundPlan(
             tuple(map(self._step, steps)), self._initial(), latents, noise, self._resets()
         )
@@ -145,6 +158,9 @@ class Binder:
         computes_table = step % buffers.chunk == 0 or switches
         if computes_table and not self._engines.holds_table(self._plan):
             before.append(self._conditioning(step))
+            if self._batch.skip_steps and self._skips is not None:
+                table, steps = buffers.table, self._chunk_steps(step)
+                before.append(self._skips.close_gates(table, steps, self._stream))
         before += [self._pick_gates(step, later) for later in self._lookahead.fetched[step]]
         streams = self._streams()
         start = (*self._start(step), self._embed(step, streams["image"].now))
@@ -266,6 +282,8 @@ class Binder:
             "coefficients": buffers.sampler_rows[step],
             "noise": self._noise(step),
         }
+        if self._skips is not None:
+            inputs |= self._skips.inputs(step, inputs["cond_rows"])
         outputs = {"latents_out": self._latents_out(step)}
         if table.lags:
             for place, lag in enumerate(table.reads(step), 1):
@@ -361,7 +379,15 @@ class Binder:
         return self._pick_rows(self._chunk_steps(step).index(later), gates, target)
 
     def _gates_of_step(self, later: int, feature: int, count: int) -> Buffer:
-        """The gates (count, B, D) of features from ``feature`` on at a later step."""
+        """The gates (count, B, D) of features from ``feature`` on at a later step.
+
+        B is the number of rows of the step that fetched them.
+        """
+        earlier = self._earlier
+        if earlier is not None:
+            before = self._lookahead.fetched[: earlier._batch.skip_steps.stop]
+            if any(later in steps for steps in before):
+                return earlier._gates_of_step(later, feature, count)
         rows, hidden, modulation = self._batch.rows, self._spec.hidden, self._spec.modulation
         first = modulation.gates.index(modulation.gate(feature))
         return self._buffers.gates_ahead[self._lookahead.place[later]].view(
@@ -438,7 +464,10 @@ class Binder:
         return self._bound(name, self._engines.predict[op.signature], inputs, outputs)
 
     def _predict_ahead(self, step: int, op: Predict, coefficients: Buffer | None) -> BoundLaunch:
-        """Predict for a later step, into its accumulator; feature 0 starts it."""
+        """Predict for a later step, into its accumulator; feature 0 starts it.
+
+        All predictions for a step are made during one step, so the gates have as many rows as it.
+        """
         zeros, accumulator = self._buffers.zeros, self._accumulator("image", op.ahead - 1)
         assert zeros is not None
         x = accumulator if op.feature else zeros.view(*self._feature)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from goc_deploy import protocols
 from goc_deploy.protocols import Buffer
@@ -66,3 +66,11 @@ class BoundPlan:
     latents: tuple[Buffer, ...]
     noise: tuple[Buffer, ...]
     resets: tuple[tuple[Buffer, Buffer], ...] = ()
+
+    def followed_by(self, rest: BoundPlan) -> BoundPlan:
+        """The plan of these steps and the later steps of another one, on the same buffers."""
+        return replace(
+            self,
+            steps=(*self.steps, *rest.steps),
+            latents=(*self.latents, *rest.latents),
+        )

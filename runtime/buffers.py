@@ -21,6 +21,7 @@ from goc_deploy.runtime.constants import (
 )
 from goc_deploy.runtime.head_buffers import HeadBuffers, allocate_head_buffers, head_bytes
 from goc_deploy.runtime.lookahead import Lookahead, lookahead_of, table_steps
+from goc_deploy.runtime.skip_buffers import SkipBuffers, allocate_skip_buffers, skip_bytes
 from goc_deploy.runtime.stream_buffers import StreamBuffers, allocate_stream, stream_bytes
 from goc_deploy.size_inputs import size_shapes
 from goc_deploy.spec import ModelSpec
@@ -71,6 +72,7 @@ class Buffers:
         reference: the stream of the reference images, or None if the model reads none.
         patches: (N, R, C*p*p) float32, the patches of the reference images, or None likewise.
         head: what the head of the plan reads and keeps, or None without a head.
+        skips: what skip-layer guidance reads, or None if the engines have no rows for it.
         of_size: what tells graphs the current size of a sample, by the name of the input.
     """
 
@@ -107,6 +109,7 @@ class Buffers:
     reference: StreamBuffers | None
     patches: Buffer | None
     head: HeadBuffers | None
+    skips: SkipBuffers | None
     of_size: Mapping[str, Buffer]
 
     @property
@@ -156,11 +159,13 @@ def table_labels(spec: ModelSpec, capacity: int) -> int:
     """The largest number R of rows of a modulation table.
 
     These are the distinct labels and the null label. Captions have rows in the table only if the
-    conditioning reads their pooled embeddings: two per image.
+    conditioning reads their pooled embeddings: two per image. Skip-layer guidance has one more per
+    image.
     """
+    rows = spec.rows_per_image * capacity
     if spec.pooled_channels:
-        return 2 * capacity
-    return 1 if spec.one_modulation else capacity + 1
+        return rows
+    return 1 if spec.one_modulation else rows - capacity + 1
 
 
 def keys_values_shape(spec: ModelSpec, captions: int) -> tuple[int, int, int, int, int]:
@@ -200,7 +205,7 @@ def captions_of_block(
 
 def planned_bytes(spec: ModelSpec, precision: Precision, plan: Plan, capacity: int) -> int:
     """Bytes that `allocate_buffers` allocates, without a few kilobytes of indices."""
-    item, rows = ITEM_BYTES[precision], 2 * capacity
+    item, rows = ITEM_BYTES[precision], spec.rows_per_image * capacity
     step_bytes = spec.modulation.count * table_labels(spec, capacity) * spec.hidden * item
     keys_values = 0 if spec.has_text_stream else 2 * spec.depth * spec.hidden * item
     captions = spec.caption_tokens * rows * (4 * (spec.caption_channels + 1) + keys_values)
@@ -219,6 +224,7 @@ def planned_bytes(spec: ModelSpec, precision: Precision, plan: Plan, capacity: i
         + pooled
         + stream_bytes(spec, precision, plan, capacity)
         + 4 * capacity * spec.tokens_of("reference") * spec.patch_values
+        + (skip_bytes(spec, precision, capacity) if spec.skip_guidance_layers else 0)
         + of_size
         + table
         + (spec.modulation.count + lookahead.places * len(spec.modulation.gates) + ones)
@@ -226,7 +232,8 @@ def planned_bytes(spec: ModelSpec, precision: Precision, plan: Plan, capacity: i
         * spec.hidden
         * item
         + features
-        + pixels * ((2 + noise + estimates) * spec.channels + 2 * spec.output_channels)
+        + pixels
+        * ((2 + noise + estimates) * spec.channels + spec.rows_per_image * spec.output_channels)
         + head_bytes(spec, precision, plan, capacity)
     )
 
@@ -260,7 +267,7 @@ def allocate_buffers(
     Raises:
         ResourceError: there is not enough memory.
     """
-    dtype, rows = DTYPE_OF_PRECISION[precision], 2 * capacity
+    dtype, rows = DTYPE_OF_PRECISION[precision], spec.rows_per_image * capacity
     table_row = table_labels(spec, capacity) * spec.hidden
     lookahead = lookahead_of(plan)
     if chunk is None:
@@ -314,7 +321,7 @@ def allocate_buffers(
         timesteps=constant(timesteps_from_plan(plan, chunk)),
         guidance=new((2 if spec.boundary else 1) * capacity * spec.channels),
         embedded_guidance=new(1),
-        labels=new(capacity + 1, dtype="int64"),
+        labels=new(table_labels(spec, capacity), dtype="int64"),
         label_rows=new(rows, dtype="int64"),
         pooled=new(rows * spec.pooled_channels) if spec.pooled_channels else None,
         rows=new(rows, dtype="int64"),
@@ -329,6 +336,9 @@ def allocate_buffers(
         head=None
         if table.head is None
         else allocate_head_buffers(backend, spec, dtype, table.head.form, capacity, weights),
+        skips=allocate_skip_buffers(backend, spec, dtype, capacity)
+        if spec.skip_guidance_layers
+        else None,
         of_size={name: new(*shape) for name, shape in size_shapes(spec).items()},
     )
 

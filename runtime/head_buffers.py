@@ -82,8 +82,8 @@ def head_bytes(spec: ModelSpec, precision: Precision, plan: Plan, capacity: int)
 
 
 def _output_size(spec: ModelSpec, capacity: int) -> int:
-    return 2 * capacity * math.prod(spec.prediction)
+    return spec.rows_per_image * capacity * math.prod(spec.prediction)
 
 
 def _tokens_size(spec: ModelSpec, capacity: int) -> int:
-    return 2 * capacity * spec.tokens * spec.hidden
+    return spec.rows_per_image * capacity * spec.tokens * spec.hidden

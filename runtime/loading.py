@@ -247,7 +247,7 @@ def needed_graphs(
     needed |= {"captions"} if manifest.model.text_conditional else set()
     needed |= {"references"} if manifest.model.max_references else set()
     if manifest.model.boundary:
-            around = {CONDITIONING, "captions", "references", "embed", "final"}
+        around = {CONDITIONING, "captions", "references", "embed", "final"}
         needed |= {SECOND_SET + name for name in needed & {*around, *manifest.model.unit_names}}
     heads = {plan.sampler.graph for plan in plans if plan.sampler.head is not None}
     needed |= {plan.sampler.graph for plan in plans} - heads

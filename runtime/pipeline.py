@@ -24,7 +24,7 @@ from goc_deploy.conditions.tokens import NO_TOKENIZERS
 from goc_deploy.engine_dir.manifest import Manifest
 from goc_deploy.errors import EnvironmentUnsupportedError, UsageError
 from goc_deploy.guidance import CFG_SCALE
-from goc_deploy.options import GenerateOptions
+from goc_deploy.options import GenerateOptions, SkipGuidance
 from goc_deploy.protocols import NOTHING, Backend
 from goc_deploy.runtime import arguments
 from goc_deploy.runtime.asynchronous import in_a_thread
@@ -97,6 +97,7 @@ class Pipeline:
         cfg_channels: int | None = DEFAULTS.cfg_channels,
         guidance: float | None = DEFAULTS.guidance,
         cfg_scale_2: float | None = DEFAULTS.cfg_scale_2,
+        skip_layer_guidance: SkipGuidance | None = DEFAULTS.skip_layer_guidance,
         latents: np.ndarray | None = None,
         reference_latents: np.ndarray | Sequence[np.ndarray] | None = None,
         size: tuple[int, int] | None = None,
@@ -137,6 +138,10 @@ class Pipeline:
             cfg_scale_2: guidance scale of the second set of weights of a model that has two, one
                 for all images, as ``guidance_scale_2`` of diffusers' ``WanPipeline``; None is
                 ``cfg_scale``.
+            skip_layer_guidance: scale of skip-layer guidance, one for all images that are guided,
+                as ``skip_layer_guidance_scale`` of diffusers' ``StableDiffusion3Pipeline``; or a
+                tuple of the scale and the shares of the steps after which it starts and before
+                which it stops, which are 0.01 and 0.2. None draws without it.
             latents: x_T in place of seeded noise, (N, C, H, W), or (N, C, F, H, W) for videos,
                 converted to float32.
             reference_latents: latents of the images to edit, if the model edits images: an array
@@ -181,6 +186,7 @@ class Pipeline:
             cfg_channels=cfg_channels,
             guidance=guidance,
             cfg_scale_2=cfg_scale_2,
+            skip_layer_guidance=skip_layer_guidance,
             latents=latents,
             reference_latents=reference_latents,
             size=size,
@@ -189,6 +195,9 @@ class Pipeline:
         scales, _, _ = arguments.guidance(cfg_scale, cfg_channels, self.spec)
         about: dict[str, Any] = {"seed": arguments.checked_seed(seed), "cfg_scale": scales}
         about |= {} if cfg_scale_2 is None else {"cfg_scale_2": drawing.cfg_scale_2}
+        if drawing.skips is not None:
+            about["skip_layer_guidance"] = drawing.skips.scale
+            about["skip_layer_steps"] = list(drawing.skips.steps)
         extras = Extras(trajectory, decode, callback, spans, limits, on_nonfinite)
         return self.draw(drawing, extras, about)
 
@@ -203,6 +212,7 @@ class Pipeline:
         cfg_channels: int | None = DEFAULTS.cfg_channels,
         guidance: float | None = DEFAULTS.guidance,
         cfg_scale_2: float | None = DEFAULTS.cfg_scale_2,
+        skip_layer_guidance: SkipGuidance | None = DEFAULTS.skip_layer_guidance,
         latents: np.ndarray | None = None,
         reference_latents: np.ndarray | Sequence[np.ndarray] | None = None,
         size: tuple[int, int] | None = None,
@@ -228,6 +238,7 @@ class Pipeline:
             arguments.embedded_guidance(guidance, self.spec),
             second,
             checked_references(reference_latents, images, self.spec),
+            arguments.skip_guidance(skip_layer_guidance, self.spec, self.plan, guided=guided),
         )
 
     async def agenerate(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from goc_deploy.conditions.captions import Conditions, joined_conditions
-from goc_deploy.guidance import EMBEDDED_GUIDANCE
+from goc_deploy.guidance import EMBEDDED_GUIDANCE, SkipLayerGuidance
 from goc_deploy.runtime.noise import image_noise
 from goc_deploy.spec import ModelSpec
 
@@ -26,6 +26,7 @@ class Request:
         guidance: guidance scale that the model embeds; other models do not read it.
         cfg_scale_2: guidance scale of the second set of weights; None is ``cfg_scale``.
         references: (N, C, H, W) float32, latents of each reference image.
+        skips: skip-layer guidance of the images that are guided, or None.
     """
 
     conditions: Conditions
@@ -35,6 +36,7 @@ class Request:
     guidance: float = EMBEDDED_GUIDANCE
     cfg_scale_2: float | None = None
     references: tuple[np.ndarray, ...] = ()
+    skips: SkipLayerGuidance | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,6 +53,7 @@ class Drawing:
         guidance: guidance scale that the model embeds; other models do not read it.
         cfg_scale_2: guidance scale of the second set of weights; None is ``cfg_scale``.
         references: (N, C, H, W) float32, latents of each reference image.
+        skips: skip-layer guidance of the images that are guided, or None.
     """
 
     conditions: Conditions
@@ -62,6 +65,7 @@ class Drawing:
     guidance: float = EMBEDDED_GUIDANCE
     cfg_scale_2: float | None = None
     references: tuple[np.ndarray, ...] = ()
+    skips: SkipLayerGuidance | None = None
 
     def __len__(self) -> int:
         return len(self.conditions.labels)
@@ -86,6 +90,7 @@ class Drawing:
             self.guidance,
             self.cfg_scale_2,
             tuple(latents[cut] for latents in self.references),
+            self.skips,
         )
 
 
@@ -93,8 +98,8 @@ def joined(drawings: Sequence[Drawing]) -> Drawing:
     """Join calls of one pipeline to one call, with their images in order.
 
     Args:
-        drawings: calls with the same ``cfg_channels``, ``shape``, ``guidance`` and
-            ``cfg_scale_2``, and without ``start`` and ``references``.
+        drawings: calls with the same ``cfg_channels``, ``shape``, ``guidance``, ``cfg_scale_2`` and
+            ``skips``, and without ``start`` and ``references``.
     """
     first = drawings[0]
     for drawing in drawings:
@@ -102,6 +107,7 @@ def joined(drawings: Sequence[Drawing]) -> Drawing:
         assert not drawing.references
         assert (drawing.cfg_channels, drawing.shape) == (first.cfg_channels, first.shape)
         assert (drawing.guidance, drawing.cfg_scale_2) == (first.guidance, first.cfg_scale_2)
+        assert drawing.skips == first.skips
     return Drawing(
         joined_conditions([drawing.conditions for drawing in drawings]),
         [key for drawing in drawings for key in drawing.noise_keys],
@@ -110,6 +116,7 @@ def joined(drawings: Sequence[Drawing]) -> Drawing:
         first.shape,
         guidance=first.guidance,
         cfg_scale_2=first.cfg_scale_2,
+        skips=first.skips,
     )
 
 
@@ -121,10 +128,13 @@ class Batch:
         images: N, number of images.
         guided: whether conditional and unconditional rows run together, B = 2N.
         labels: R, number of rows of the modulation table: distinct labels with the null label;
-            captions if the conditioning reads their pooled embeddings; else 1.
+            captions if the conditioning reads their pooled embeddings; else 1. Skip-layer guidance
+            adds one per image.
         captions: K, number of distinct captions.
         axes: tokens along each axis of a sample; empty for the size of the model.
         references: tokens along each axis of each reference image, likewise.
+        skip_steps: the steps that skip-layer guidance acts in. Until the last of them there are N
+            more rows, without the skipped blocks; B = 3N.
     """
 
     images: int
@@ -133,11 +143,17 @@ class Batch:
     captions: int = 0
     axes: tuple[int, ...] = ()
     references: tuple[tuple[int, ...], ...] = ()
+    skip_steps: range = range(0)
 
     @property
     def rows(self) -> int:
         """Rows B of the model's batch."""
-        return self.images * (2 if self.guided else 1)
+        return self.images * (1 + self.guided + bool(self.skip_steps))
+
+    @property
+    def without_skips(self) -> Batch:
+        """The shape of the run after the last step of skip-layer guidance."""
+        return replace(self, skip_steps=range(0))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -146,22 +162,29 @@ class Inputs:
 
     Attributes:
         batch: shape of the run.
-        distinct: (R or K,) distinct labels in ascending order, or indices of captions.
+        distinct: (K,) distinct labels in ascending order, or indices of captions.
         index: (B,) for each row, the index of its label or caption in ``distinct``.
+        in_table: (R,) what each row of the modulation table is made for: labels, or indices of
+            captions; one zero if all share a row.
+        table_rows: (B,) for each row, its row of the table.
         rows: (B,) image of each row.
         cond_rows: (N,) row with the conditional model output of each image.
         uncond_rows: (N,) row with the unconditional output; for a scale of 1, the same row.
         guidance: (N, C) float32, weight of the conditional output; (2, N, C) if the model has two
             sets of weights.
+        skip_weights: (N, C) float32, weight of skip-layer guidance.
     """
 
     batch: Batch
     distinct: np.ndarray
     index: np.ndarray
+    in_table: np.ndarray
+    table_rows: np.ndarray
     rows: np.ndarray
     cond_rows: np.ndarray
     uncond_rows: np.ndarray
     guidance: np.ndarray
+    skip_weights: np.ndarray
 
 
 def prepared(request: Request, spec: ModelSpec, *, pads_labels: bool = False) -> Inputs:
@@ -179,28 +202,40 @@ def prepared(request: Request, spec: ModelSpec, *, pads_labels: bool = False) ->
         of_sets += [request.cfg_scale if second is None else np.full(images, second)]
     scales = np.stack(of_sets)
     guided = request.cfg_channels > 0 and bool((scales != 1).any())
+    skips = request.skips if guided else None
     wanted = [*conditions.labels, *(conditions.nulls if guided else ())]
     distinct = sorted(set(wanted))
     index = np.searchsorted(distinct, wanted)
     if pads_labels:
         distinct += distinct[-1:] * (images + guided - len(distinct))
-    text_conditional = conditions.captions is not None
+    in_table, table_rows = ([0], np.zeros_like(index)) if spec.one_modulation else (distinct, index)
+    own = np.arange(images)
+    if skips is not None:
+        # The rows without the skipped blocks have rows of the table of their own, with other gates.
+        table_rows = np.concatenate([table_rows, len(in_table) + own])
+        in_table = [*in_table, *conditions.labels]
+        index = np.concatenate([index, index[:images]])
     batch = Batch(
         images,
         guided,
-        labels=1 if spec.one_modulation else len(distinct),
-        captions=len(distinct) if text_conditional else 0,
+        labels=len(in_table),
+        captions=len(distinct) if conditions.captions is not None else 0,
         axes=spec.axes_of(request.noise.shape[2:]) if spec.any_size else (),
         references=tuple(spec.axes_of(latents.shape[1:]) for latents in request.references),
+        skip_steps=range(0) if skips is None else skips.steps,
     )
-    own = np.arange(images)
-    weights = np.where(np.arange(spec.channels) < request.cfg_channels, scales[..., None], 1.0)
+    of_channels = np.arange(spec.channels) < request.cfg_channels
+    weights = np.where(of_channels, scales[..., None], 1.0)
+    acts = of_channels & (scales[0, :, None] != 1)
     return Inputs(
         batch=batch,
         distinct=np.asarray(distinct),
         index=index,
+        in_table=np.asarray(in_table),
+        table_rows=table_rows,
         rows=np.resize(own, batch.rows),
         cond_rows=own,
-        uncond_rows=np.where((scales == 1).all(0), own, own + batch.rows - images),
+        uncond_rows=np.where((scales == 1).all(0), own, own + images * guided),
         guidance=(weights if spec.boundary else weights[0]).astype(np.float32),
+        skip_weights=np.where(acts, 0.0 if skips is None else skips.scale, 0.0).astype(np.float32),
     )

@@ -99,7 +99,7 @@ def plan_report(
     plan: Plan, spec: ModelSpec, precision: Precision, batch_size: int
 ) -> dict[str, Any]:
     """Report entries about a plan, and about its memory for a batch of the largest samples."""
-    spec, rows, item = spec.largest, 2 * batch_size, ITEM_BYTES[precision]
+    spec, rows, item = spec.largest, spec.rows_per_image * batch_size, ITEM_BYTES[precision]
     return {
         "plan": plan.name,
         "plan_form": plan.form,

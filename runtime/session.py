@@ -222,26 +222,28 @@ class Session:
         buffers, batch, upload = self._buffers, inputs.batch, self._stream.upload
         captions = request.conditions.captions
         if captions is None:
-            upload(inputs.distinct, buffers.labels.view(batch.labels))
-            upload(inputs.index, buffers.label_rows.view(batch.rows))
+            upload(inputs.in_table, buffers.labels.view(batch.labels))
         else:
             assert buffers.captions is not None
             embeds, bias = captions.embeds[inputs.distinct], captions.bias[inputs.distinct]
             upload(embeds, buffers.captions.embeds.view(*embeds.shape))
             upload(bias, buffers.captions.bias.view(*bias.shape))
             upload(inputs.index, buffers.captions.rows.view(batch.rows))
-            in_table = inputs.index if buffers.pooled is not None else np.zeros(batch.rows)
-            upload(in_table, buffers.label_rows.view(batch.rows))
             if buffers.pooled is not None:
-                pooled = captions.pooled[inputs.distinct]
+                pooled = captions.pooled[inputs.in_table]
                 upload(pooled, buffers.pooled.view(*pooled.shape))
         if buffers.patches is not None:
             patches = patches_of(request.references, self._spec)
             upload(patches, buffers.patches.view(*patches.shape))
+        upload(inputs.table_rows, buffers.label_rows.view(batch.rows))
         upload(inputs.rows, buffers.rows.view(batch.rows))
         upload(inputs.cond_rows, buffers.cond_rows.view(batch.images))
         upload(inputs.uncond_rows, buffers.uncond_rows.view(batch.images))
         upload(inputs.guidance, buffers.guidance.view(*inputs.guidance.shape))
+        if buffers.skips is not None:
+            skipped = batch.rows - batch.images + inputs.cond_rows
+            upload(skipped, buffers.skips.rows.view(batch.images))
+            upload(inputs.skip_weights, buffers.skips.weights.view(*inputs.skip_weights.shape))
         upload(np.array([request.guidance], np.float32), buffers.embedded_guidance)
         self._upload_size(self._spec_of(batch))
         upload(np.float32(self._plan.sampler.start) * request.noise[:, 0], plan.initial)
@@ -325,7 +327,7 @@ class Session:
     def bind(self, batch: Batch) -> _Runnable:
         """Bind the plan for a batch shape; the last few shapes are kept."""
         if batch not in self._bound:
-            plan = self._binder(batch).bind()
+            plan = self._bound_plan(batch)
             steps = tuple([*_runs(step.before), *_runs(step.launches)] for step in plan.steps)
             self._bound[batch] = _Runnable(plan, steps)
             if len(self._bound) > MAX_BOUND_SHAPES:
@@ -333,8 +335,16 @@ class Session:
         self._bound.move_to_end(batch)
         return self._bound[batch]
 
-    def _binder(self, batch: Batch) -> Binder:
+    def _bound_plan(self, batch: Batch) -> BoundPlan:
+        """The plan for a batch shape, whose rows for skip-layer guidance end with its last step."""
+        binder, stop = self._binder(batch), batch.skip_steps.stop
+        if not stop:
+            return binder.bind(0, self._plan.steps)
+        rest = self._binder(batch.without_skips, binder)
+        return binder.bind(0, stop).followed_by(rest.bind(stop, self._plan.steps))
+
+    def _binder(self, batch: Batch, earlier: Binder | None = None) -> Binder:
         spec = self._spec_of(batch)
-        args = (self._engines, spec, self._plan, self._buffers, batch, self._stream)
+        args = (self._engines, spec, self._plan, self._buffers, batch, self._stream, earlier)
         device = self._backend.device
         return SharedBinder(device, *args) if device.shares_launches else Binder(*args)

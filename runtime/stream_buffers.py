@@ -40,7 +40,7 @@ def stream_bytes(spec: ModelSpec, precision: Precision, plan: Plan, capacity: in
     """
     others = (stream for stream in spec.streams if stream != "image")
     tokens = sum((3 + plan.features_of(stream)) * spec.tokens_of(stream) for stream in others)
-    return 2 * capacity * tokens * spec.hidden * ITEM_BYTES[precision]
+    return spec.rows_per_image * capacity * tokens * spec.hidden * ITEM_BYTES[precision]
 
 
 def allocate_stream(

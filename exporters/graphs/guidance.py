@@ -1,4 +1,4 @@
-"""Guidance that keeps the norm of the conditional output, as lines of the sampler graph."""
+"""Guidance beyond the classifier-free one, as lines of the sampler graph."""
 
 from __future__ import annotations
 
@@ -44,6 +44,33 @@ def rescaled_guidance(spec: ModelSpec) -> tuple[str, str, str]:
         f"{GUIDED} = Mul(combined, ratio)",
     ]
     return sides, "combined", "\n".join(lines)
+
+
+def skip_layer_guidance(spec: ModelSpec, result: str) -> tuple[str, str, str]:
+    """The lines that add skip-layer guidance; none without `ModelSpec.skip_guidance_layers`.
+
+    Args:
+        spec: sizes of the model.
+        result: name of the sum (N, C, H, W).
+
+    Returns:
+        The inputs: ``skipped_rows`` (N,), the row of each image without the skipped blocks, and
+        ``skip_guidance`` (N, C) float32. The name of the output that classifier-free guidance makes
+        (N, C, H, W). The lines from it, ``epsilon`` (B, C, H, W) and ``cond`` to ``result``.
+
+    Source: the loop of diffusers' ``StableDiffusion3Pipeline``.
+    """
+    if not spec.skip_guidance_layers:
+        return "", result, ""
+    inputs = f"int64[N] skipped_rows, float[N, {spec.channels}] skip_guidance,"
+    lines = [
+        "skipped = Gather<axis=0>(epsilon, skipped_rows)",
+        "skip_difference = Sub(cond, skipped)",
+        "skip_weight = Unsqueeze(skip_guidance, pixel_axes)",
+        "skip_correction = Mul(skip_weight, skip_difference)",
+        f"{result} = Add(classifier_free, skip_correction)",
+    ]
+    return inputs, "classifier_free", "\n".join(lines)
 
 
 def _summed(source: str, target: str, axis: int, count: int) -> list[str]:

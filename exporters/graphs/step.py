@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import onnx
 from onnx import ModelProto, parser
 
-from goc_deploy.exporters.graphs.guidance import rescaled_guidance
+from goc_deploy.exporters.graphs.guidance import rescaled_guidance, skip_layer_guidance
 from goc_deploy.exporters.graphs.head import head_inputs, head_lines, head_outputs
 from goc_deploy.precision import DTYPE_OF_PRECISION, ELEMENT_TYPES, Precision
 from goc_deploy.samplers import MAX_LAGS, SamplerTable
@@ -110,7 +110,9 @@ def sampler_graph(
 
     ``guided = uncond + guidance * (cond - uncond)`` and
     ``latents_out = c0 * latents + c1 * guided + c2 * noise``. In between, ``guided`` is rescaled as
-    `ModelSpec.guidance_norm` has it.
+    `ModelSpec.guidance_norm` has it. With `ModelSpec.skip_guidance_layers`,
+    ``skip_guidance * (cond - skipped)`` is added to ``guided`` before, and skipped_rows (N,) int64
+    and skip_guidance (N, C) are inputs too.
 
     Inputs: latents (N, C, H, W), prediction (B, C_out, H, W), which is the model output, cond_rows
     and uncond_rows (N,) int64, guidance (N, C), coefficients (3 + ...,), noise (N, C, H, W), and
@@ -162,11 +164,12 @@ def sampler_graph(
         else "from_noise = Mul(c2, noise)"
     )
     sides, combined, rescaling = rescaled_guidance(spec)
+    skip_inputs, classifier_free, skipping = skip_layer_guidance(spec, combined)
     return _parse(
         f"""sampler ({latents} latents,
             {prediction} prediction,
             int64[N] cond_rows, int64[N] uncond_rows,
-            float[N, {spec.channels}] guidance, float[{len(names)}] coefficients,
+            float[N, {spec.channels}] guidance, {skip_inputs} float[{len(names)}] coefficients,
             {", ".join([f"{latents} noise", *inputs])}) => ({", ".join(outputs)}) {sides}
         {{
             first = Constant<value = int64[1] {{0}}>()
@@ -179,7 +182,8 @@ def sampler_graph(
             difference = Sub(cond, uncond)
             weight = Unsqueeze(guidance, pixel_axes)
             correction = Mul(weight, difference)
-            {combined} = Add(uncond, correction)
+            {classifier_free} = Add(uncond, correction)
+            {skipping}
             {rescaling}
             {", ".join(names)} = Split<num_outputs={len(names)}>(coefficients)
             from_latents = Mul(c0, latents)

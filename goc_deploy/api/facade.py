@@ -54,6 +54,7 @@ def export(
     max_frames: int | None = EXPORT.max_frames,
     caption_tokens: int | None = EXPORT.caption_tokens,
     max_references: int | None = EXPORT.max_references,
+    skip_guidance_layers: Sequence[int] = EXPORT.skip_guidance_layers,
     quantize: WeightFormat | Sequence[WeightFormat] = EXPORT.quantize,
     quantize_exclude: Sequence[str] = EXPORT.quantize_exclude,
     max_error: float | None = EXPORT.max_error,
@@ -105,6 +106,8 @@ def export(
             ones padded to; None is what the model was trained for.
         max_references: largest number of reference images of a request to a model that edits
             images, each of at most as many pixels as ``max_size``; None is 1.
+        skip_guidance_layers: the blocks that skip-layer guidance can leave out, for which engines
+            then have a third row of each image; empty for engines without it.
         quantize: format of the blocks, or several between which ``max_error`` decides: ``w8`` or
             ``w4`` (weights of 8 or 4 bits, computed with in the precision), ``w8+dynamic`` (ONNX
             Runtime rounds activations too), ``int8`` (products of int8, with ranges that are seen
@@ -154,6 +157,7 @@ def export(
         max_frames=max_frames,
         caption_tokens=caption_tokens,
         max_references=max_references,
+        skip_guidance_layers=tuple(skip_guidance_layers),
         quantize=(quantize,) if isinstance(quantize, str) else tuple(quantize),
         quantize_exclude=tuple(quantize_exclude),
         max_error=max_error,

@@ -13,7 +13,7 @@ from goc_deploy.conditions.captions import PromptEmbeds, check_rows
 from goc_deploy.conditions.references import checked_references
 from goc_deploy.conditions.stored_captions import captions_to_bytes
 from goc_deploy.errors import UsageError
-from goc_deploy.guidance import cfg_scale_of
+from goc_deploy.guidance import cfg_scale_of, skip_window
 from goc_deploy.options import Progress, RunOptions
 from goc_deploy.runtime import arguments
 
@@ -55,7 +55,11 @@ class Series:
         elif self.captions is not None:
             check_rows(self.labels, len(self.captions.prompts))
         arguments.embedded_guidance(self.options.guidance, spec)
-        arguments.second_scale(self.options.cfg_scale_2, spec)
+        second = arguments.second_scale(self.options.cfg_scale_2, spec)
+        _, _, guided = arguments.guidance(
+            self.options.cfg_scale, self.options.cfg_channels, spec, second
+        )
+        arguments.skip_guidance(self.options.skip_layer_guidance, spec, pipe.plan, guided=guided)
         checked_references(self.references, images, spec)
         if self.latents is not None and len(self.latents) != images:
             shape = [images, *spec.latents]
@@ -87,6 +91,7 @@ class Series:
             cfg_channels=options.cfg_channels,
             guidance=options.guidance,
             cfg_scale_2=options.cfg_scale_2,
+            skip_layer_guidance=options.skip_layer_guidance,
             latents=None if self.latents is None else self.latents[rows],
             reference_latents=self._references(rows),
             size=options.size,
@@ -120,6 +125,8 @@ class Series:
             common["guidance"] = arguments.embedded_guidance(options.guidance, pipe.spec)
         if options.cfg_scale_2 is not None:
             common["cfg_scale_2"] = options.cfg_scale_2
+        if options.skip_layer_guidance is not None:
+            common["skip_layer_guidance"] = list(skip_window(options.skip_layer_guidance))
         if options.size is not None:
             common["size"] = list(options.size)
         if options.frames is not None:

@@ -184,10 +184,37 @@ class Size(click.ParamType):
         return int(match[1]), int(match[2])
 
 
+class SkipScale(click.ParamType):
+    """A scale, or a scale and the shares where it starts and stops, such as ``2.8:0.01:0.2``."""
+
+    name = "SCALE[:START:STOP]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float | tuple[float, ...]:
+        """The number or the three numbers."""
+        if isinstance(value, float | tuple):
+            return value
+        try:
+            scale, *window = map(float, value.split(":"))
+            if not window:
+                return scale
+            start, stop = window
+        except ValueError:
+            self.fail(
+                f"{value!r:.60} must be a scale, or SCALE:START:STOP such as 2.8:0.01:0.2",
+                param,
+                ctx,
+            )
+        return scale, start, stop
+
+
 def whole_numbers(
-    _context: click.Context, _parameter: click.Parameter, text: str
+    _context: click.Context, _parameter: click.Parameter, text: str | None
 ) -> tuple[int, ...]:
-    """A click callback that splits a comma-separated list."""
+    """A click callback that splits a comma-separated list; it is empty if none is given."""
+    if text is None:
+        return ()
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:

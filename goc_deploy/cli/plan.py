@@ -224,6 +224,9 @@ def _inspect(engine_dir: Path) -> None:
     if manifest.loras:
         print_table("LoRAs merged into the weights", *lora_rows(manifest))
     print_table("blocks", *unit_rows(manifest))
+    if manifest.model.skip_guidance_layers:
+        skipped = ", ".join(map(str, manifest.model.skip_guidance_layers))
+        click.echo(f"skip-layer guidance leaves out the blocks {skipped}")
     print_table("units", *graph_rows(directory))
     budget = budget_rows(manifest)
     if budget is not None:

@@ -14,6 +14,7 @@ from goc_deploy.cli.options import (
     PATH,
     SETTINGS,
     Size,
+    SkipScale,
     backend_option,
     cfg_channels_option,
     cfg_scale_option,
@@ -26,6 +27,7 @@ from goc_deploy.cli.options import (
 )
 from goc_deploy.cli.progress import progress_bar
 from goc_deploy.cli.shards import shard_options, summary, take_shard_options
+from goc_deploy.guidance import SKIP_START, SKIP_STOP
 from goc_deploy.options import MAX_FRAMES_PER_SECOND, OFFLOADS, RunOptions, ShardOptions
 
 if TYPE_CHECKING:
@@ -96,6 +98,13 @@ DEFAULTS = RunOptions()
     type=float,
     help="Guidance scale of the second set of weights of a model that has two, such as Wan 2.2 "
     "A14B.  [default: that of --cfg-scale]",
+)
+@click.option(
+    "--skip-layer-guidance",
+    type=SkipScale(),
+    help="Scale of skip-layer guidance, such as 2.8, if the export has --skip-guidance-layers. It "
+    "acts in the steps after the share START of all steps and before STOP.  "
+    f"[default: none; START:STOP {SKIP_START:g}:{SKIP_STOP:g}]",
 )
 @click.option(
     "--seed",

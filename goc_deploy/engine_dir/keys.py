@@ -131,13 +131,14 @@ def dimension_ranges(
 
     Args:
         spec: the model.
-        max_batch: largest number of images per run; with guidance an image has two rows.
+        max_batch: largest number of images per run; with guidance an image has
+            `ModelSpec.rows_per_image` rows.
         steps: number of steps of the longest plan.
         tile: side of a tile of the decoder of videos in latent pixels, or 0 if it decodes frames of
             any size in one piece.
     """
-    images, rows = max_batch, 2 * max_batch
-    labels = rows if spec.pooled_channels else max_batch + 1
+    images, rows = max_batch, spec.rows_per_image * max_batch
+    labels = rows if spec.pooled_channels else rows - max_batch + 1
     modulation = spec.modulation.count
     usual, most = spec.tokens, spec.largest.tokens
     references = max(1, spec.tokens_of("reference"))

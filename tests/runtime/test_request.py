@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from goc_deploy.conditions.captions import Captions, Conditions
+from goc_deploy.guidance import SkipLayerGuidance
 from goc_deploy.runtime.request import Batch, Drawing, Request, prepared
 from goc_deploy.spec import ModelSpec
 
@@ -57,11 +58,31 @@ def test_captions_take_the_place_of_labels() -> None:
         np.ones((11, 2), np.float32),
         np.zeros((11, 4), np.float32),
     )
-    inputs = prepared(request([2.0] * 3, captions=table), SPEC)
+    text = replace(SPEC, caption_channels=5, caption_tokens=2)
+    inputs = prepared(request([2.0] * 3, captions=table), text)
     assert inputs.batch == Batch(3, True, labels=1, captions=3)
     assert inputs.distinct.tolist() == [2, 7, 10]
-    pooled = prepared(request([2.0] * 3, captions=table), replace(SPEC, pooled_channels=4))
+    assert (inputs.in_table.tolist(), inputs.table_rows.tolist()) == ([0], [0] * 6)
+    pooled = prepared(request([2.0] * 3, captions=table), replace(text, pooled_channels=4))
     assert pooled.batch == Batch(3, True, labels=3, captions=3)
+    assert pooled.in_table.tolist() == [2, 7, 10]
+
+
+def test_rows_with_skipped_blocks_have_rows_of_the_table_of_their_own() -> None:
+    skips = SkipLayerGuidance(2.8, range(1, 4))
+    inputs = prepared(replace(request([2.0, 1.0, 4.0]), skips=skips), SPEC)
+    assert inputs.batch == Batch(3, True, labels=6, skip_steps=range(1, 4))
+    assert (inputs.batch.rows, inputs.batch.without_skips.rows) == (9, 6)
+    assert inputs.in_table.tolist() == [2, 7, 10, 7, 2, 7]
+    assert inputs.table_rows.tolist() == [1, 0, 1, 2, 2, 2, 3, 4, 5]
+    assert inputs.index.tolist() == [1, 0, 1, 2, 2, 2, 1, 0, 1]
+    assert inputs.uncond_rows.tolist() == [3, 1, 5]
+    scale = np.float32(2.8)
+    np.testing.assert_array_equal(
+        inputs.skip_weights, [[scale] * 3 + [0], [0] * 4, [scale] * 3 + [0]]
+    )
+    unguided = prepared(replace(request([1.0] * 3), skips=skips), SPEC)
+    assert unguided.batch == prepared(request([1.0] * 3), SPEC).batch
 
 
 def test_images_get_the_same_noise_however_a_call_is_cut() -> None:

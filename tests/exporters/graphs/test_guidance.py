@@ -74,6 +74,26 @@ def test_an_image_without_guidance_is_not_changed(*, zero: bool) -> None:
     np.testing.assert_array_equal(found, expected)
 
 
+def test_skip_layer_guidance_is_added_to_the_channels_of_its_images() -> None:
+    skips = {
+        "skipped_rows": np.array([4, 5]),
+        "skip_guidance": np.array([[2, 2, 2, 0], [0, 0, 0, 0]], np.float32),
+    }
+    inputs = inputs_of([2, 3], 4.0)
+    more = np.random.default_rng(1).standard_normal((2, *SPEC.prediction)).astype(np.float32)
+    inputs["prediction"] = np.concatenate([inputs["prediction"], more])
+    graph = sampler_graph(replace(PLAIN, skip_guidance_layers=(0,)))
+    (found,) = ReferenceEvaluator(graph).run(None, {**inputs, **skips})
+    cond, uncond, skipped = np.split(inputs["prediction"], 3)
+    guided = uncond + 4 * (cond - uncond)
+    guided += skips["skip_guidance"][:, :, None, None] * (cond - skipped)
+    rest = np.float32(0.9) * inputs["latents"] + np.float32(0.1) * inputs["noise"]
+    np.testing.assert_allclose(found, rest - 0.3 * guided, atol=2e-6)
+    usual = {**inputs, "prediction": inputs["prediction"][:4]}
+    (without,) = ReferenceEvaluator(sampler_graph(PLAIN)).run(None, usual)
+    np.testing.assert_array_equal(found[1], without[1])
+
+
 def test_graphs_are_those_that_directories_may_hold() -> None:
     graphs = sampler_graphs(SPEC)
     for form in (HeadForm("scalar", 3), HeadForm("patch", 2), HeadForm("hidden", 1, 1)):
