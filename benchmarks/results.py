@@ -140,7 +140,7 @@ def make_tables(args: argparse.Namespace) -> dict[str, str]:
         Row("", "none", int(wanted["converged_steps"])),
         min(args.images, int(wanted["converged_images"])),
         tuple(wanted.get("metrics", ())),
-        str(wanted.get("rounded_from", "")),
+        str(wanted.get("measured_with", "")),
     )
     args.numbers.mkdir(parents=True, exist_ok=True)
     shown = args.tables.split(",") if args.tables else list(tables)

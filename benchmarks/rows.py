@@ -67,8 +67,8 @@ class Study:
         converged: no cache at many steps, of few images.
         converged_images: how many.
         metrics: keys of the only columns to show, or nothing for all.
-        rounded_from: SHA-256 of a checkpoint whose rounding to fewer bits the engine directory was
-            made from: its numbers are shown too. Nothing if there is none.
+        measured_with: SHA-256 of another checkpoint than that of the engine directory, if its
+            numbers are shown too. Nothing if there is none.
     """
 
     engine: Path
@@ -83,7 +83,7 @@ class Study:
     converged: Row
     converged_images: int
     metrics: tuple[str, ...]
-    rounded_from: str
+    measured_with: str
 
     def path(self, row: Row) -> Path:
         """Where a row's numbers are."""
@@ -106,7 +106,7 @@ class Study:
     def shows(self, made_for: Mapping[str, Any]) -> bool:
         """Whether numbers that were made for this stand beside those of this study."""
         expected = self.made_for()
-        return made_for in (expected, {**expected, "checkpoint_sha256": self.rounded_from})
+        return made_for in (expected, {**expected, "checkpoint_sha256": self.measured_with})
 
 
 def contents_of(schedule: Schedule) -> dict[str, Any]:
