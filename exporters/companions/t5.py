@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from msgspec import Struct
@@ -337,7 +338,9 @@ class T5Encoder(nn.Module):
     def __init__(self, config: T5Config, length: int) -> None:
         super().__init__()
         self.zero_padding = config.biases_per_layer
-        self.positions = (length, config.buckets, config.furthest)
+        with torch.device("cpu"):  # a constant of the graph, also in a module without storage
+            buckets = position_buckets(length, config.buckets, config.furthest)
+        self.buckets = buckets.numpy().astype(np.int32)
         self.shared = nn.Embedding(config.vocabulary, config.width)
         self.encoder = Stack(config)
 
@@ -346,8 +349,7 @@ class T5Encoder(nn.Module):
         count, length = tokens.shape
         x = self.shared(tokens.reshape(-1))  # (K*L, C)
         # A zero that depends on the input, so that the ONNX optimizer folds nothing here.
-        nothing = (tokens[:1, :1] < 0).long()
-        buckets = position_buckets(*self.positions) + nothing
+        buckets = torch.from_numpy(self.buckets) + (tokens[:1, :1] < 0).int()
         padding = PADDING_SCORE * (1 - mask)[:, None, None]
         for attention, feed_forward in self.encoder.branches:
             if hasattr(attention.branch, "relative_attention_bias"):
