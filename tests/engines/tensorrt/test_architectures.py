@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,13 +56,14 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.filterwarnings("ignore")  # of diffusers about itself
 def test_every_graph_of_videos_of_any_size_builds(tmp_path: Path) -> None:
     judge_of(WAN_VAE, tmp_path / "vae")
+    save_encoder(tmp_path / "umt5", d_model=12, model_type="umt5")
     spec = spec_of(2, 2, 24, ffn=64, channels=16, text=12)
     state = {name: 0.1 * torch.randn(shape) for name, shape in shapes_from_spec(spec).items()}
     save_file(state, tmp_path / "wan.safetensors")
     goc_deploy.export(
         tmp_path / "wan.safetensors", tmp_path / "engine", num_heads=2, precision="bf16", steps=4,
         plans=["none", "fora:2+gc:1.0"], max_batch=1, size=(16, 12), frames=3, max_size=(24, 24),
-        max_frames=5, vae=tmp_path / "vae",
+        max_frames=5, vae=tmp_path / "vae", text_encoder=tmp_path / "umt5",
     )  # fmt: skip
     assert check_bfloat16(tmp_path / "engine")
     options = EngineOptions(capabilities=("8.6", "8.9", "12.0"), weight_mode="shared")
@@ -71,7 +73,7 @@ def test_every_graph_of_videos_of_any_size_builds(tmp_path: Path) -> None:
     assert {graph.onnx for graph in manifest.graphs} <= served
 
 
-def check_builds(checkpoint: Path, **sizes: tuple[int, int]) -> None:
+def check_builds(checkpoint: Path, **options_of_family: Any) -> None:
     """Export a checkpoint, and check that an engine is built of each of its graphs.
 
     ONNX Runtime's CUDA provider has a kernel for each of their operators, too.
@@ -79,7 +81,7 @@ def check_builds(checkpoint: Path, **sizes: tuple[int, int]) -> None:
     directory = checkpoint.parent / "engine"
     goc_deploy.export(
         checkpoint, directory, precision="bf16", steps=4,
-        plans=["none", "fora:2+gc:1.0"], max_batch=1, **sizes,
+        plans=["none", "fora:2+gc:1.0"], max_batch=1, **options_of_family,
     )  # fmt: skip
     assert check_bfloat16(directory)
     options = EngineOptions(capabilities=("8.9", "12.0"), weight_mode="shared")
@@ -101,6 +103,14 @@ def test_every_graph_of_turned_text_builds(tmp_path: Path) -> None:
     spec = qwen_spec(2, 2, (4, 14, 14), channels=4, text=12)
     save_file(checkpoint_state(spec, 0), tmp_path / "qwen.safetensors")
     check_builds(tmp_path / "qwen.safetensors", size=(8, 12), max_size=(16, 16))
+
+
+def test_every_graph_of_a_model_that_edits_images_builds(tmp_path: Path) -> None:
+    """A Qwen-Image-Edit with up to two reference images."""
+    spec = qwen_spec(2, 2, (4, 14, 14), channels=4, text=12)
+    save_file(checkpoint_state(spec, 0), tmp_path / "edit.safetensors")
+    sizes = {"size": (8, 12), "max_size": (16, 16), "max_references": 2}
+    check_builds(tmp_path / "edit.safetensors", model="qwen-image-edit", **sizes)
 
 
 def test_every_graph_of_single_blocks_builds(tmp_path: Path) -> None:
