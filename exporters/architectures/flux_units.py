@@ -57,7 +57,7 @@ class SingleUnit(JointUnit):
         k, v = self.kv(h.reshape(-1, hidden)).chunk(2, dim=-1)
         rows = h[:, tokens:] if self.last else h
         q, inner = self.q_mlp(rows.reshape(-1, hidden)).split(self.widths, dim=-1)
-        q, k, v = (self._heads(part, len(h)) for part in (q, k, v))
+        q, k, v = (self._heads(part, h.shape[0]) for part in (q, k, v))
         q, k = rms_norm(q, self.norm_q), rms_norm(k, self.norm_k)
         q = turned(q, *angles_of(inputs)) if self.last else joint_turned(q, tokens, inputs)
         mixed = how(q, joint_turned(k, tokens, inputs), v, None).reshape(-1, hidden)
