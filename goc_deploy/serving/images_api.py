@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 MAX_BODY_BYTES = 2**16
 DISCONNECT_SECONDS = 0.1  # between two looks at the connection
 OPEN = ("/", "/health/live", "/health/ready")  # paths that need no token
-STREAM = {"schema": {"type": "string", "description": "server-sent events, with `stream`"}}
+STREAM = {"schema": {"type": "string", "description": "server-sent events, if stream is true"}}
 GENERATED: dict[int | str, dict[str, Any]] = {
     200: {"model": ImagesAnswer, "content": {"text/event-stream": STREAM}}
 }

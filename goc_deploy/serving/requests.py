@@ -106,8 +106,9 @@ class ServiceLimits:
             if value is None and field.name == "batch_images":
                 continue
             if not fits or isinstance(value, bool) or not value >= smallest:
+                argument = "`" + field.name + "`"  # flags.py turns it into the flag
                 raise UsageError(
-                    f"`{field.name}` must be a number and at least {smallest}, got {value!r:.60}"
+                    f"{argument} must be a number and at least {smallest}, got {value!r:.60}"
                 )
         if self.queued_images < self.images_per_request:
             raise UsageError(
