@@ -14,6 +14,7 @@ from goc_deploy.conditions.captions import (
     conditions_from_captions,
     conditions_from_labels,
 )
+from goc_deploy.conditions.latent_arrays import array_of_latents, float32_of_latents
 from goc_deploy.errors import UsageError
 from goc_deploy.guidance import EMBEDDED_GUIDANCE, SkipLayerGuidance, cfg_scale_of, skip_window
 from goc_deploy.runtime.noise import check_key
@@ -304,13 +305,7 @@ def checked_latents(latents: Any, expected: tuple[int, ...]) -> np.ndarray:
         UsageError: latents are not an array, have another shape, are whole numbers, or do not fit
             into float32.
     """
-    try:
-        values = np.asarray(latents)
-    except Exception as cause:  # an object may raise anything when it is converted to an array
-        raise UsageError(
-            f"latents are no array: {cause}; for a tensor of torch use "
-            "latents.detach().float().numpy()"
-        ) from cause
+    values = array_of_latents(latents, "latents are")
     if values.shape != expected:
         raise UsageError(
             f"latents have shape {list(values.shape)}, expected {list(expected)} for "
@@ -318,11 +313,7 @@ def checked_latents(latents: Any, expected: tuple[int, ...]) -> np.ndarray:
         )
     if values.dtype.kind != "f":
         raise UsageError(f"latents have dtype {values.dtype}, expected float32")
-    with np.errstate(over="ignore"):
-        narrow = values.astype(np.float32)
-    if not np.isfinite(narrow).all():
-        raise UsageError("latents hold NaN or infinite values, or such that float32 cannot hold")
-    return narrow
+    return float32_of_latents(values, "latents hold")
 
 
 def _numbers(argument: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from goc_deploy.conditions.latent_arrays import array_of_latents, float32_of_latents
 from goc_deploy.errors import UsageError
 from goc_deploy.spec import ModelSpec
 
@@ -52,73 +53,56 @@ def checked_references(given: Any, images: int, spec: ModelSpec) -> tuple[np.nda
     if not spec.max_references:
         if given is not None:
             raise UsageError(
-                "`reference_latents` are for models that edit images, such as "
-                "Qwen-Image-Edit, and this "
-                "model does not; leave them out"
+                "`reference_latents` are for models that edit images, such as Qwen-Image-Edit, and "
+                "this model does not; leave them out"
             )
         return ()
     several = isinstance(given, Sequence) and not isinstance(given, str | bytes)
     references = list(given) if several else [] if given is None else [given]
     if not references:
         raise UsageError(
-            "the model edits images; give `reference_latents`, the latents [N,C,H,W] of "
-            "the image to edit, "
-            "from the encoder of its VAE"
+            "the model edits images; give `reference_latents`, the latents [N,C,H,W] of the image "
+            "to edit, from the encoder of its VAE"
         )
     if len(references) > spec.max_references:
         raise UsageError(
             f"`reference_latents` are of {len(references)} images, more than the "
-            f"{spec.max_references} that "
-            "the engine directory accepts; export with a larger `max_references`"
+            f"{spec.max_references} that the engine directory accepts; export with a larger "
+            "`max_references`"
         )
     return tuple(_checked(values, images, spec) for values in references)
 
 
 def _checked(values: Any, images: int, spec: ModelSpec) -> np.ndarray:
     """The latents of one reference image, (N, C, H, W) float32."""
-    try:
-        latents = np.asarray(values)
-    except Exception as cause:  # an object may raise anything when it is converted to an array
-        raise UsageError(
-            f"`reference_latents` is no array: {cause}; for a tensor of torch use "
-            "latents.float().numpy()"
-        ) from cause
+    latents = array_of_latents(values, "`reference_latents` is")
     shape, patch = list(latents.shape), spec.patch
     if latents.ndim != 4 or latents.dtype.kind != "f" or shape[0] not in (1, images):
         rows = "1" if images == 1 else f"1 or {images}"
         raise UsageError(
-            f"`reference_latents` is {latents.dtype} {shape}, expected floating point "
-            f"[N,C,H,W] with {rows} "
-            f"for N, because {images} images are drawn"
+            f"`reference_latents` is {latents.dtype} {shape}, expected floating point [N,C,H,W] "
+            f"with {rows} for N, because {images} images are drawn"
         )
     _, channels, height, width = shape
     if channels != spec.channels:
         raise UsageError(
             f"`reference_latents` has shape {shape}, but latents of this model have "
-            f"{spec.channels} channels; "
-            "encode the image with the VAE of the model"
+            f"{spec.channels} channels; encode the image with the VAE of the model"
         )
     if not height or not width or height % patch or width % patch:
         raise UsageError(
-            f"`reference_latents` has shape {shape}, but {patch} must divide height and "
-            "width; resize the "
-            "image before it is encoded"
+            f"`reference_latents` has shape {shape}, but {patch} must divide height and width; "
+            "resize the image before it is encoded"
         )
     rows_and_columns, most = spec.axes_of((channels, height, width)), spec.largest
     tokens = rows_and_columns[0] * rows_and_columns[1]
     if tokens > most.tokens:
         raise UsageError(
             f"`reference_latents` has shape {shape} and so {tokens} tokens, more than the "
-            f"{most.tokens} of "
-            "the largest image; resize the image before it is encoded, or export with a larger "
-            "`max_size`"
+            f"{most.tokens} of the largest image; resize the image before it is encoded, or export "
+            "with a larger `max_size`"
         )
-    with np.errstate(over="ignore"):
-        narrow = latents.astype(np.float32)
-    if not np.isfinite(narrow).all():
-        raise UsageError(
-            "`reference_latents` holds NaN or infinite values, or such that float32 cannot hold"
-        )
+    narrow = float32_of_latents(latents, "`reference_latents` holds")
     return np.broadcast_to(narrow, (images, *narrow.shape[1:]))
 
 
