@@ -17,21 +17,23 @@ from typing import Any
 
 from torch import Tensor
 
-from goc_deploy.blocks import IMAGE_FEATURE, STREAMS, TEXT_FEATURE, Unit, UnitPlace
+from goc_deploy.blocks import STREAMS, Unit
 from goc_deploy.errors import ModelError
 from goc_deploy.exporters.architectures.contract import Architecture, DiffusersFolder, OtherLayout
 from goc_deploy.exporters.architectures.flux_authors import LAYOUT
 from goc_deploy.exporters.architectures.flux_units import SingleUnit
 from goc_deploy.exporters.architectures.joint_family import (
     ATTENTION,
+    BLOCK,
+    BOTH,
     UNITS,
     JointFamily,
-    block_names,
     channels_first,
     mlp_layers,
+    rows_in_blocks,
     rows_of_layers,
 )
-from goc_deploy.exporters.architectures.joint_kinds import Layers, Row
+from goc_deploy.exporters.architectures.joint_kinds import Layers, Parts
 from goc_deploy.exporters.architectures.reading import (
     VALUES_OF_PATCH,
     JointConfig,
@@ -42,16 +44,12 @@ from goc_deploy.exporters.architectures.reading import (
 )
 from goc_deploy.exporters.folders import Setting, Settings
 from goc_deploy.exporters.units import Slab
-from goc_deploy.modulation import SHIFT_AND_SCALE
 from goc_deploy.spec import ModelSpec, Positions
 
 GRID = (64, 64)  # tokens of an image of 1024 x 1024 pixels
 MLP_RATIO = 4
 TOKENS, TOKENS_WITHOUT_GUIDANCE = 512, 256  # of a caption: of FLUX.1-dev, and of FLUX.1-schnell
 AXES = (16, 56, 56)  # values of a head that an image's index, row and column turn
-SHIFTS = (*SHIFT_AND_SCALE, "shift_text", "scale_text")
-BOTH = (IMAGE_FEATURE, TEXT_FEATURE)
-DOUBLE = (Unit("attn", SHIFTS, BOTH, STREAMS), Unit("mlp", SHIFTS, BOTH, STREAMS))
 SINGLE = (Unit("single", features=BOTH, reads=STREAMS),)
 LAST = (Unit("single", reads=STREAMS),)  # nothing reads the text after it
 SINGLE_CHUNKS = {"shift": 0, "scale": 1, "gate": 2, "gate_text": 2}
@@ -61,7 +59,19 @@ ROWS = {
 }
 
 
-class FluxConfig(JointConfig, frozen=True, kw_only=True):
+class SinglesConfig(JointConfig, frozen=True, kw_only=True):
+    """The settings that FLUX.1 and FLUX.2 have in common.
+
+    Attributes:
+        num_single_layers: single blocks, after the others.
+        guidance_embeds: whether the modulation depends on the guidance scale.
+    """
+
+    num_single_layers: Setting
+    guidance_embeds: bool
+
+
+class FluxConfig(SinglesConfig, frozen=True, kw_only=True):
     """The settings of a FluxTransformer2DModel that are read, with the defaults of diffusers."""
 
     in_channels: Setting = 64
@@ -127,56 +137,71 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
     )
 
 
-def blocks_of(doubles: int, singles: int) -> list[tuple[Unit, ...]]:
-    """The units of each block of a FLUX.1 or FLUX.2."""
-    return [*[DOUBLE] * doubles, *[SINGLE] * (singles - 1), LAST]
-
-
-def spec_of(settings: FluxConfig) -> ModelSpec:
-    """The model of these sizes, for images of 1024 x 1024 pixels."""
+def sizes_of(architecture: str, settings: SinglesConfig, mlp_ratio: int) -> ModelSpec:
+    """What the settings of FLUX.1 and FLUX.2 say alike, for images of 1024 x 1024 pixels."""
     heads, head = settings.num_attention_heads, settings.attention_head_dim
     spec = image_spec(
-        "flux",
-        blocks_of(settings.num_layers, settings.num_single_layers),
+        architecture,
+        [*[BLOCK] * settings.num_layers, *[SINGLE] * (settings.num_single_layers - 1), LAST],
         heads=heads,
         head=head,
-        mlp_hidden=MLP_RATIO * heads * head,
+        mlp_hidden=mlp_ratio * heads * head,
         channels=settings.in_channels // VALUES_OF_PATCH,
         grid=GRID,
     )
     return replace(
         spec,
         caption_channels=settings.joint_attention_dim,
+        caption_tokens=TOKENS,
+        embedded_guidance=settings.guidance_embeds,
+    )
+
+
+def spec_of(settings: FluxConfig) -> ModelSpec:
+    """The model of these sizes, for images of 1024 x 1024 pixels."""
+    return replace(
+        sizes_of("flux", settings, MLP_RATIO),
         caption_tokens=TOKENS if settings.guidance_embeds else TOKENS_WITHOUT_GUIDANCE,
         pooled_channels=settings.pooled_projection_dim,
-        embedded_guidance=settings.guidance_embeds,
         distilled=True,
         positions=Positions("rotary", widths=settings.axes_dims_rope),
     )
 
 
-def _layers(spec: ModelSpec) -> dict[str, Layers]:
+def layers_with(
+    spec: ModelSpec, mlp: Layers, *, kv: Parts, q_mlp: Parts, proj: Parts
+) -> dict[str, Layers]:
+    """The layers of a FLUX.1 or FLUX.2.
+
+    Args:
+        spec: sizes of the model.
+        mlp: the layers of the MLPs of double blocks.
+        kv: keys and values of single blocks.
+        q_mlp: their queries and the first layer of their MLPs.
+        proj: the layer after both.
+    """
+    norms = {f"norm_{part}": (f"attn.norm_{part}.weight",) for part in "qk"}
     return {
         "captions": {"linear": ("context_embedder",)},
         "embed": {"x_embedder.proj": ("x_embedder",)},
         "attn": ATTENTION,
-        "mlp": mlp_layers("ff", "ff_context"),
-        "single": {
-            "kv": ("attn.to_k", "attn.to_v"),
-            "q_mlp": (Slab("attn.to_q", 0, spec.hidden), "proj_mlp"),
-            "proj": ("proj_out",),
-            **{f"norm_{part}": (f"attn.norm_{part}.weight",) for part in "qk"},
-        },
+        "mlp": mlp,
+        "single": {"kv": kv, "q_mlp": q_mlp, "proj": proj, **norms},
         "final": {"linear": channels_first("proj_out", spec)},
     }
 
 
-def _row(spec: ModelSpec, place: UnitPlace, name: str) -> Row:
-    layer, chunk = ROWS[place.branch][name]
-    return f"{block_names(spec)[place.block]}.{layer}", chunk
+def _layers(spec: ModelSpec) -> dict[str, Layers]:
+    return layers_with(
+        spec,
+        mlp_layers("ff", "ff_context"),
+        kv=("attn.to_k", "attn.to_v"),
+        q_mlp=(Slab("attn.to_q", 0, spec.hidden), "proj_mlp"),
+        proj=("proj_out",),
+    )
 
 
-FAMILY = JointFamily("FLUX.1", _layers, _row, {**UNITS, "single": SingleUnit})
+FAMILY = JointFamily("FLUX.1", _layers, rows_in_blocks(ROWS), {**UNITS, "single": SingleUnit})
 FLUX = Architecture(
     "flux",
     frozenset(

@@ -21,25 +21,17 @@ from goc_deploy.blocks import UnitPlace
 from goc_deploy.errors import ModelError
 from goc_deploy.exporters.architectures.contract import Architecture, DiffusersFolder
 from goc_deploy.exporters.architectures.dit_model import TIMESTEP_FREQUENCIES
-from goc_deploy.exporters.architectures.flux import GRID, SINGLE_CHUNKS, TOKENS, blocks_of
+from goc_deploy.exporters.architectures.flux import (
+    SINGLE_CHUNKS,
+    SinglesConfig,
+    layers_with,
+    sizes_of,
+)
 from goc_deploy.exporters.architectures.flux_units import SingleUnit, SwiGluMlp
 from goc_deploy.exporters.architectures.joint import AttnUnit, MlpUnit
-from goc_deploy.exporters.architectures.joint_family import (
-    ATTENTION,
-    JointFamily,
-    channels_first,
-    mlp_layers,
-    rows_of_layers,
-)
+from goc_deploy.exporters.architectures.joint_family import JointFamily, mlp_layers, rows_of_layers
 from goc_deploy.exporters.architectures.joint_kinds import Layers, Row
-from goc_deploy.exporters.architectures.reading import (
-    VALUES_OF_PATCH,
-    JointConfig,
-    check_heads,
-    count_blocks,
-    image_spec,
-    reading_sizes,
-)
+from goc_deploy.exporters.architectures.reading import check_heads, count_blocks, reading_sizes
 from goc_deploy.exporters.folders import Setting, Settings
 from goc_deploy.exporters.units import Slab
 from goc_deploy.spec import ModelSpec, Positions
@@ -54,7 +46,7 @@ ROWS = {
 }
 
 
-class Flux2Config(JointConfig, frozen=True, kw_only=True):
+class Flux2Config(SinglesConfig, frozen=True, kw_only=True):
     """The settings of a Flux2Transformer2DModel that are read, with the defaults of diffusers."""
 
     in_channels: Setting = 128
@@ -121,16 +113,6 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
 
 def spec_of(settings: Flux2Config) -> ModelSpec:
     """The model of these sizes, for images of 1024 x 1024 pixels."""
-    heads, head = settings.num_attention_heads, settings.attention_head_dim
-    spec = image_spec(
-        "flux2",
-        blocks_of(settings.num_layers, settings.num_single_layers),
-        heads=heads,
-        head=head,
-        mlp_hidden=MLP_RATIO * heads * head,
-        channels=settings.in_channels // VALUES_OF_PATCH,
-        grid=GRID,
-    )
     positions = Positions(
         "rotary",
         widths=settings.axes_dims_rope,
@@ -138,30 +120,18 @@ def spec_of(settings: Flux2Config) -> ModelSpec:
         turns_text=True,
         text_axis=True,
     )
-    return replace(
-        spec,
-        caption_channels=settings.joint_attention_dim,
-        caption_tokens=TOKENS,
-        embedded_guidance=settings.guidance_embeds,
-        positions=positions,
-    )
+    return replace(sizes_of("flux2", settings, MLP_RATIO), positions=positions)
 
 
 def _layers(spec: ModelSpec) -> dict[str, Layers]:
     joined, width = "attn.to_qkv_mlp_proj", spec.hidden
-    return {
-        "captions": {"linear": ("context_embedder",)},
-        "embed": {"x_embedder.proj": ("x_embedder",)},
-        "attn": ATTENTION,
-        "mlp": mlp_layers("ff", "ff_context", "linear_in", "linear_out"),
-        "single": {
-            "kv": (Slab(joined, width, 3 * width),),
-            "q_mlp": (Slab(joined, 0, width), Slab(joined, 3 * width)),
-            "proj": ("attn.to_out",),
-            **{f"norm_{part}": (f"attn.norm_{part}.weight",) for part in "qk"},
-        },
-        "final": {"linear": channels_first("proj_out", spec)},
-    }
+    return layers_with(
+        spec,
+        mlp_layers("ff", "ff_context", "linear_in", "linear_out"),
+        kv=(Slab(joined, width, 3 * width),),
+        q_mlp=(Slab(joined, 0, width), Slab(joined, 3 * width)),
+        proj=("attn.to_out",),
+    )
 
 
 def _row(_spec: ModelSpec, place: UnitPlace, name: str) -> Row:

@@ -11,6 +11,7 @@ from functools import lru_cache, partial
 
 from torch import Tensor
 
+from goc_deploy.blocks import IMAGE_FEATURE, STREAMS, TEXT_FEATURE, Unit, UnitPlace
 from goc_deploy.errors import UsageError
 from goc_deploy.exporters.architectures import any_size
 from goc_deploy.exporters.architectures.contract import own_positions
@@ -48,6 +49,9 @@ SINGLE = "single"  # the branch of blocks whose attention and MLP are side by si
 # The graphs that are not units, in order, and their outputs.
 OUTPUTS = {"conditioning": "table", "captions": "text", "embed": "x", "final": "prediction"}
 UNITS: Mapping[str, MakeUnit] = {"attn": AttnUnit, "mlp": MlpUnit}
+READ = (*SHIFT_AND_SCALE, "shift_text", "scale_text")
+BOTH = (IMAGE_FEATURE, TEXT_FEATURE)
+BLOCK = (Unit("attn", READ, BOTH, STREAMS), Unit("mlp", READ, BOTH, STREAMS))
 ATTENTION: Layers = {
     "image.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "text.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
@@ -94,6 +98,20 @@ def block_names(spec: ModelSpec) -> tuple[str, ...]:
         *(f"transformer_blocks.{i}" for i in range(double)),
         *(f"single_transformer_blocks.{i}" for i in range(spec.depth - double)),
     )
+
+
+def rows_in_blocks(rows: Mapping[str, Mapping[str, Row]]) -> FindRow:
+    """Find rows of modulation in layers of the block that reads them.
+
+    Args:
+        rows: branch -> name of a row -> its layer in a block, and its place in that.
+    """
+
+    def find(spec: ModelSpec, place: UnitPlace, name: str) -> Row:
+        layer, chunk = rows[place.branch][name]
+        return f"{block_names(spec)[place.block]}.{layer}", chunk
+
+    return find
 
 
 @dataclass(frozen=True)

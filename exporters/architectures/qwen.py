@@ -17,18 +17,21 @@ from typing import Annotated, Any
 from msgspec import Meta
 from torch import Tensor
 
-from goc_deploy.blocks import IMAGE_FEATURE, STREAMS, TEXT_FEATURE, Blocks, Unit, UnitPlace
+from goc_deploy.blocks import IMAGE_FEATURE, STREAMS, Blocks, Unit
 from goc_deploy.errors import ModelError
 from goc_deploy.exporters.architectures.contract import Architecture, DiffusersFolder
 from goc_deploy.exporters.architectures.joint_family import (
     ATTENTION,
+    BLOCK,
+    READ,
     UNITS,
     JointFamily,
     channels_first,
     mlp_layers,
+    rows_in_blocks,
     rows_of_layers,
 )
-from goc_deploy.exporters.architectures.joint_kinds import Layers, Row
+from goc_deploy.exporters.architectures.joint_kinds import Layers
 from goc_deploy.exporters.architectures.reading import (
     VALUES_OF_PATCH,
     JointConfig,
@@ -38,19 +41,14 @@ from goc_deploy.exporters.architectures.reading import (
     reading_sizes,
 )
 from goc_deploy.exporters.folders import Setting, Settings
-from goc_deploy.modulation import SHIFT_AND_SCALE
 from goc_deploy.spec import ModelSpec, Positions
 
 MLP_RATIO = 4
 TOKENS = 512  # of a caption, in diffusers' pipeline; a longer one is cut
 GRID = (83, 83)  # tokens of an image of 1328x1328 pixels
 VAE_CHANNELS = 16  # of the public models
-READ = (*SHIFT_AND_SCALE, "shift_text", "scale_text")
-BOTH = (IMAGE_FEATURE, TEXT_FEATURE)
-JOINT = (Unit("attn", READ, BOTH, STREAMS), Unit("mlp", READ, BOTH, STREAMS))
 # Nothing reads the text after the last attention.
 LAST = (Unit("attn", READ, (IMAGE_FEATURE,), STREAMS), Unit("mlp"))
-ROWS = rows_of_layers("img_mod.1", "txt_mod.1")
 
 
 class QwenConfig(JointConfig, frozen=True, kw_only=True):
@@ -141,7 +139,7 @@ def spec_of(
     """
     spec = image_spec(
         "qwen-image",
-        [*[JOINT] * (depth - 1), LAST],
+        [*[BLOCK] * (depth - 1), LAST],
         heads=heads,
         head=sum(widths),
         mlp_hidden=MLP_RATIO * heads * sum(widths),
@@ -168,17 +166,19 @@ def _layers(spec: ModelSpec) -> dict[str, Layers]:
     }
 
 
-def _row(_spec: ModelSpec, place: UnitPlace, name: str) -> Row:
-    layer, chunk = ROWS[place.branch][name]
-    return f"transformer_blocks.{place.block}.{layer}", chunk
-
-
 def _stored(spec: ModelSpec) -> ModelSpec:
     """The last block has tensors for the text too."""
-    return replace(spec, blocks=(Blocks(spec.depth, JOINT),))
+    return replace(spec, blocks=(Blocks(spec.depth, BLOCK),))
 
 
-FAMILY = JointFamily("Qwen-Image", _layers, _row, UNITS, masked=("attn",), stored=_stored)
+FAMILY = JointFamily(
+    "Qwen-Image",
+    _layers,
+    rows_in_blocks(rows_of_layers("img_mod.1", "txt_mod.1")),
+    UNITS,
+    masked=("attn",),
+    stored=_stored,
+)
 QWEN_IMAGE = Architecture(
     "qwen-image",
     frozenset({"img_in.weight", "txt_norm.weight", "transformer_blocks.0.txt_mod.1.weight"}),
