@@ -27,7 +27,7 @@ from goc_deploy.samplers import sampler_table
 from goc_deploy.samplers.process import Process
 from goc_deploy.spec import ModelSpec
 from tests.conftest import Command
-from tests.exporters.architectures.poisoned import check_that_collapsed_steps_read_no_captions
+from tests.exporters.architectures.poisoned import check_that_collapsed_steps_read_no_conditions
 from tests.pixart_reference import (
     SPEC,
     Feature,
@@ -154,7 +154,7 @@ def test_the_cache_has_three_units_per_block(engine: Path) -> None:
 def test_a_collapsed_step_reads_no_captions(engine: Path) -> None:
     with goc_deploy.load(engine, plan="fora:6", max_sessions=1) as pipe:
         captions = prompt_embeds_from_arrays(arrays(SPEC), pipe.spec, "given")
-        check_that_collapsed_steps_read_no_captions(pipe, captions)
+        check_that_collapsed_steps_read_no_conditions(pipe, prompt_embeds=captions)
 
 
 def test_stored_captions_stand_for_labels(engine: Path) -> None:

@@ -18,12 +18,11 @@ import goc_deploy
 from goc_deploy.conditions.captions import PromptEmbeds, prompt_embeds_from_arrays
 from goc_deploy.errors import ModelError, UsageError
 from goc_deploy.exporters.architectures.sd3_layout import TABLE
-from goc_deploy.host_memory import host_array
 from goc_deploy.runtime.images import pixels_to_uint8
-from goc_deploy.runtime.step_events import StepEvent
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec
+from tests.exporters.architectures.poisoned import check_that_collapsed_steps_read_no_conditions
 from tests.exporters.architectures.test_sd3 import CONFIG, WEIGHTS, judge_of
 from tests.exporters.architectures.test_sd3_layout import of_authors
 from tests.reference import relative_l2, table_step
@@ -210,22 +209,8 @@ def test_sums_of_any_size_take_the_place_of_features(engine: Path, plan: str) ->
 
 
 def test_a_collapsed_step_reads_no_text(engine: Path) -> None:
-    """A text stream that is NaN after the only computed step changes nothing."""
     with goc_deploy.load(engine, plan="fora:10", max_sessions=1) as pipe:
-        captions = captions_of(pipe.spec)
-        expected = pipe.generate(prompt_embeds=captions, seed=1).latents
-        (session,) = pipe._engines.weights.sessions
-        text = session._buffers.text
-        assert text is not None
-        assert not text.slots
-
-        def poison(event: StepEvent) -> None:
-            if event.step == 0:
-                for buffer in (text.start, *text.tokens):
-                    host_array(buffer).fill(np.nan)
-
-        found = pipe.generate(prompt_embeds=captions, seed=1, callback=poison).latents
-    np.testing.assert_array_equal(found, expected)
+        check_that_collapsed_steps_read_no_conditions(pipe, prompt_embeds=captions_of(pipe.spec))
 
 
 def test_a_file_of_the_authors_holds_the_same_model(engine: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from goc_deploy.errors import GocError, ModelError, UsageError
 from goc_deploy.exporters.architectures.wan_diffusers import SAMPLES, spec_of
 from goc_deploy.spec import ModelSpec
 from tests.conftest import Command
-from tests.exporters.architectures.poisoned import check_that_collapsed_steps_read_no_captions
+from tests.exporters.architectures.poisoned import check_that_collapsed_steps_read_no_conditions
 from tests.pixart_reference import eager_latents
 from tests.reference import relative_l2
 
@@ -194,7 +194,7 @@ def test_sums_of_any_size_take_the_place_of_features(engine: Path, plan: str) ->
 
 def test_a_collapsed_step_reads_no_captions(engine: Path) -> None:
     with goc_deploy.load(engine, plan="fora:10", max_sessions=1) as pipe:
-        check_that_collapsed_steps_read_no_captions(pipe, captions_of(pipe.spec))
+        check_that_collapsed_steps_read_no_conditions(pipe, prompt_embeds=captions_of(pipe.spec))
 
 
 def test_a_checkpoint_file_holds_the_same_model(folder: Path, tmp_path: Path) -> None:
