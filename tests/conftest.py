@@ -15,6 +15,7 @@ import pytest
 from hypothesis import settings
 
 from goc_deploy.engines import driver
+from goc_deploy.engines.ort import shared_pool_of_process
 from goc_deploy.errors import EnvironmentUnsupportedError
 from tests.warm_commands import can_be_warm, run_warm
 
@@ -132,6 +133,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             driver.device_capability()
         except EnvironmentUnsupportedError as reason:
             pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def threads_of_commands() -> None:
+    """Make the thread pool of this process as large as that of a command without ``--threads``.
+
+    Only the first session of a process chooses the size, and the size changes the last bits.
+    """
+    shared_pool_of_process(0)
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ import numpy as np
 import psutil
 import pytest
 
-import goc_deploy
 from goc_deploy.errors import EnvironmentUnsupportedError, NotReadyError
 from tests.goc_deploy.serving.running import GENERATE, HEADERS, TOKEN, free_port, pixels
 from tests.goc_deploy.sharded.test_ray import LOOPBACK
@@ -29,6 +28,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # when ra
 
 IMPORT_PATH = "goc_deploy.serving.ray_serve:application"
 CLIENTS = 6
+DRAWN_BY_THE_LIBRARY = """
+import sys
+import goc_deploy
+with goc_deploy.load(sys.argv[1], plan="fora:2", backend="onnxruntime", threads=1) as pipe:
+    for seed in range(8):
+        sys.stdout.buffer.write(pipe.generate([3], seed=seed).images.tobytes())
+"""
 SERVE = "from ray.serve.scripts import cli; cli()"  # the command `serve`
 
 
@@ -116,9 +122,10 @@ def cluster(demo_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture(scope="module")
 def expected(demo_engine: Path) -> list[np.ndarray]:
-    """The picture of the library for every seed."""
-    with goc_deploy.load(demo_engine, plan="fora:2", backend="onnxruntime", threads=1) as pipe:
-        return [pipe.generate([3], seed=seed).images[0][..., 0] for seed in range(8)]
+    """The picture of the library for every seed, drawn with one thread as in the replicas."""
+    line = [sys.executable, "-c", DRAWN_BY_THE_LIBRARY, demo_engine]
+    done = subprocess.run(line, capture_output=True, check=True)
+    return list(np.frombuffer(done.stdout, np.uint8).reshape(8, 28, 28))
 
 
 def test_pictures_are_those_of_the_library(cluster: Cluster, expected: list[np.ndarray]) -> None:
