@@ -89,7 +89,7 @@ class Quantization:
             ModelError, UsageError, VerificationError: see `Quantizer.quantize` and
                 `formats_within`.
         """
-        calibrated = tuple(f for f in self.formats if f in CALIBRATED_FORMATS)
+        calibrated = tuple(f for f in self.formats if self.units and f in CALIBRATED_FORMATS)
         if not calibrated and self.bound is None:
             return written
         choice: Choice = dict.fromkeys(self.units, self.formats[0])
