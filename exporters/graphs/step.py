@@ -130,12 +130,8 @@ def sampler_graph(
             outputs are those of `head_inputs` and `head_outputs`.
         precision: precision of the tokens that a head reads.
     """
-    sample = ("F", "H", "W")[-len(spec.sample) :] if spec.any_size else spec.sample
-    latents, prediction = (
-        f"float[{rows}, {channels}, {', '.join(map(str, sample))}]"
-        for rows, channels in (("N", spec.channels), ("B", spec.output_channels))
-    )
-    axes = range(2, 2 + len(sample))
+    latents = _float_images(spec, "N", spec.channels)
+    axes = range(2, 2 + len(spec.sample))
     earlier = [f"estimate_{lag}" for lag in range(1, lags + 1)]
     names = [
         "c0",
@@ -152,22 +148,11 @@ def sampler_graph(
         outputs += head_outputs(spec, precision, head)
     result = "latents_out" if head is None else "sampled"
     correction = [] if head is None else head_lines(spec, precision, head)
-    scaled_noise = (
-        f"""last = Constant<value = int64[1] {{{2 * spec.channels}}}>()
-            variances = Slice(prediction, channels, last, channel_axis)
-            variance = Gather<axis=0>(variances, cond_rows)
-            exponent = Mul(spread, variance)
-            factor = Exp(exponent)
-            scaled_noise = Mul(factor, noise)
-            from_noise = Mul(c2, scaled_noise)"""
-        if learned
-        else "from_noise = Mul(c2, noise)"
-    )
     sides, combined, rescaling = rescaled_guidance(spec)
     skip_inputs, classifier_free, skipping = skip_layer_guidance(spec, combined)
     return _parse(
         f"""sampler ({latents} latents,
-            {prediction} prediction,
+            {_float_images(spec, "B", spec.output_channels)} prediction,
             int64[N] cond_rows, int64[N] uncond_rows,
             float[N, {spec.channels}] guidance, {skip_inputs} float[{len(names)}] coefficients,
             {", ".join([f"{latents} noise", *inputs])}) => ({", ".join(outputs)}) {sides}
@@ -188,12 +173,31 @@ def sampler_graph(
             {", ".join(names)} = Split<num_outputs={len(names)}>(coefficients)
             from_latents = Mul(c0, latents)
             from_model = Mul(c1, guided)
-            {scaled_noise}
+            {_scaled_noise(spec, learned=learned)}
             deterministic = Add(from_latents, from_model)
             {_with_history(earlier, result)}
             {" ".join(correction)}
         }}"""
     )
+
+
+def _float_images(spec: ModelSpec, rows: str, channels: int) -> str:
+    """The type of latents or model outputs in a graph."""
+    sample = ("F", "H", "W")[-len(spec.sample) :] if spec.any_size else spec.sample
+    return f"float[{rows}, {channels}, {', '.join(map(str, sample))}]"
+
+
+def _scaled_noise(spec: ModelSpec, *, learned: bool) -> str:
+    """The lines of the sampler that scale the noise, with the learned variance or without it."""
+    if not learned:
+        return "from_noise = Mul(c2, noise)"
+    return f"""last = Constant<value = int64[1] {{{2 * spec.channels}}}>()
+            variances = Slice(prediction, channels, last, channel_axis)
+            variance = Gather<axis=0>(variances, cond_rows)
+            exponent = Mul(spread, variance)
+            factor = Exp(exponent)
+            scaled_noise = Mul(factor, noise)
+            from_noise = Mul(c2, scaled_noise)"""
 
 
 def _with_history(earlier: Sequence[str], result: str) -> str:

@@ -17,8 +17,8 @@ import goc_deploy
 from goc_deploy.api.run import run
 from goc_deploy.conditions.references import checked_references
 from goc_deploy.errors import ModelError, UsageError
+from goc_deploy.exporters.architectures.families import ARCHITECTURES
 from goc_deploy.exporters.architectures.qwen_edit import QWEN_IMAGE_EDIT, spec_from_config
-from goc_deploy.exporters.export import ARCHITECTURES
 from goc_deploy.exporters.model_folder import read_model_folder
 from goc_deploy.options import RunOptions
 from goc_deploy.samplers import SamplerTable
