@@ -25,7 +25,7 @@ from goc_deploy.engine_dir.reading import file_entry
 from goc_deploy.errors import EngineDirError
 from goc_deploy.exporters.graphs.modulation import write_table
 from goc_deploy.runtime import modulation_tables
-from goc_deploy.runtime.loading import needed_graphs
+from goc_deploy.runtime.needed_graphs import needed_graphs
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.spec import ModelSpec
 from tests.distances import relative_l2
