@@ -24,10 +24,10 @@ from goc_deploy.host_memory import return_free_pages
 from goc_deploy.options import History, Offload
 from goc_deploy.precision import DTYPE_OF_PRECISION
 from goc_deploy.protocols import Backend, Engine, Footprint
-from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.buffers import planned_bytes
 from goc_deploy.runtime.decoder import LatentDecoder
 from goc_deploy.runtime.history import plan_to_run
+from goc_deploy.runtime.model_engines import Engines
 from goc_deploy.runtime.modulation_tables import ModulationTables
 from goc_deploy.runtime.needed_graphs import needed_graphs
 from goc_deploy.runtime.pipeline import Attached, Pipeline
@@ -96,24 +96,11 @@ def load_pipelines(
         plan_to_run(plan, manifest, backend, images, history, makes_graphs=new_graphs)
         for plan in plans
     ]
-    parts = {
-        "decoder": manifest.decoder,
-        "video_decoder": manifest.video_decoder,
-    }
-    more = [name for name, part in parts.items() if part]
-    if offload != "text":
-        more += manifest.text_encoders
-    if all_units:
-        more += [CONDITIONING, *manifest.model.unit_names]
-        more += [replace(plan.sampler, head=None).graph for plan in plans]
-    new = _new_predictors(manifest, plans, unlisted.predict_graph, backend) if unlisted else {}
+    more = _more_graphs(manifest, plans, offload, all_units=all_units)
+    new = _new_predict_engines(manifest, plans, unlisted.predict_graph, backend) if unlisted else {}
     graphs = needed_graphs(directory, plans, backend, more, new).all
-    models = [graph for graph in graphs if graph.name not in manifest.text_encoders]
-    footprint = backend.footprint(_weights_of(directory, models))
-    encoders = backend.footprint(_weights_of(directory, text_graphs(manifest)))
-    about = "of text encoders" + (" while they encode" if offload == "text" else "")
+    memory = _memory(directory, graphs, backend, offload)
     for plan in plans:
-        memory = Memory(footprint, encoders, about, backend.device.free_bytes())
         _check_memory(manifest, plan, images, max_sessions, memory)
     engines = load_engines(directory, plans, backend, more, new)
     attached = Attached(
@@ -147,7 +134,21 @@ def _checked_images(manifest: Manifest, batch_size: int | None, max_sessions: in
     return images
 
 
-def _new_predictors(
+def _more_graphs(
+    manifest: Manifest, plans: Sequence[Plan], offload: Offload, *, all_units: bool
+) -> list[str]:
+    """Names of the graphs to load that the plans do not launch."""
+    decoders = {"decoder": manifest.decoder, "video_decoder": manifest.video_decoder}
+    more = [name for name, part in decoders.items() if part]
+    if offload != "text":
+        more += manifest.text_encoders
+    if all_units:
+        more += [CONDITIONING, *manifest.model.unit_names]
+        more += [replace(plan.sampler, head=None).graph for plan in plans]
+    return more
+
+
+def _new_predict_engines(
     manifest: Manifest,
     plans: Sequence[Plan],
     predict_graph: Callable[[str], bytes],
@@ -163,7 +164,7 @@ def _new_predictors(
     missing = [
         s
         for s in sorted(signatures - manifest.predict.keys())
-        if backend.predictor(s, dtype) is None
+        if backend.predict_engine(s, dtype) is None
     ]
     if missing and backend.stacks:
         raise EnvironmentUnsupportedError(
@@ -203,7 +204,7 @@ def load_engines(
     plans: Sequence[Plan],
     backend: Backend,
     more: Iterable[str] = (),
-    predictors: Mapping[str, Engine] = MappingProxyType({}),
+    predict_engines: Mapping[str, Engine] = MappingProxyType({}),
 ) -> Engines:
     """Verify all files of the `needed_graphs`, then check and load the graphs, both in parallel.
 
@@ -214,7 +215,7 @@ def load_engines(
             reads more than its weights.
     """
     manifest = directory.manifest
-    graphs = needed_graphs(directory, plans, backend, more, predictors)
+    graphs = needed_graphs(directory, plans, backend, more, predict_engines)
     weights = {
         part.weights_file
         for unit in graphs.all
@@ -246,7 +247,7 @@ def load_engines(
     }
     return Engines(
         units,
-        {**predict, **graphs.predictors},
+        {**predict, **graphs.predict_engines},
         stored,
         segments,
         Weights(directory, weights_and_graphs),
@@ -269,6 +270,20 @@ class Memory:
     encoders: Footprint
     about: str
     available: int | None
+
+
+def _memory(
+    directory: EngineDir, graphs: Sequence[GraphEntry], backend: Backend, offload: Offload
+) -> Memory:
+    """The memory that the engines of graphs will need, and what is free."""
+    manifest = directory.manifest
+    models = [graph for graph in graphs if graph.name not in manifest.text_encoders]
+    return Memory(
+        backend.footprint(_weights_of(directory, models)),
+        backend.footprint(_weights_of(directory, text_graphs(manifest))),
+        "of text encoders" + (" while they encode" if offload == "text" else ""),
+        backend.device.free_bytes(),
+    )
 
 
 def _check_memory(

@@ -24,13 +24,13 @@ class NeededGraphs:
         units: units and the graphs around the blocks, by name.
         predict: predict graphs, by signature.
         segments: segments, by signature.
-        predictors: engines of the predict signatures that need no graph.
+        predict_engines: engines of the predict signatures that need no graph.
     """
 
     units: Mapping[str, GraphEntry]
     predict: Mapping[str, GraphEntry]
     segments: Mapping[str, GraphEntry]
-    predictors: Mapping[str, Engine]
+    predict_engines: Mapping[str, Engine]
 
     @property
     def all(self) -> tuple[GraphEntry, ...]:
@@ -43,7 +43,7 @@ def needed_graphs(
     plans: Sequence[Plan],
     backend: Backend,
     more: Iterable[str] = (),
-    predictors: Mapping[str, Engine] = MappingProxyType({}),
+    predict_engines: Mapping[str, Engine] = MappingProxyType({}),
 ) -> NeededGraphs:
     """The graphs that plans launch on a backend, and further graphs.
 
@@ -52,7 +52,7 @@ def needed_graphs(
         plans: the plans; without plans, all units of the blocks are needed.
         backend: the backend.
         more: names of further graphs.
-        predictors: engines of predict signatures that are loaded already.
+        predict_engines: engines of predict signatures that are loaded already.
 
     Raises:
         EngineDirError: the manifest does not list a graph.
@@ -60,13 +60,15 @@ def needed_graphs(
     manifest, dtype = directory.manifest, DTYPE_OF_PRECISION[directory.manifest.precision]
     signatures = {signature for plan in plans for signature in plan.signatures}
     offered = {
-        s: predictors[s] if s in predictors else backend.predictor(s, dtype)
+        s: predict_engines[s] if s in predict_engines else backend.predict_engine(s, dtype)
         for s in sorted(signatures)
     }
-    predictors = {signature: engine for signature, engine in offered.items() if engine is not None}
+    predict_engines = {
+        signature: engine for signature, engine in offered.items() if engine is not None
+    }
     predict = {
         signature: manifest.predict_graph(signature)
-        for signature in _listed(directory, manifest.predict, signatures - predictors.keys())
+        for signature in _listed(directory, manifest.predict, signatures - predict_engines.keys())
     }
     segments = {
         signature: manifest.segment_graph(signature)
@@ -88,7 +90,7 @@ def needed_graphs(
         )
     units = {unit.name: unit for unit in manifest.graphs if unit.name in needed}
     units |= {name: manifest.head_graph(name) for name in _listed(directory, manifest.heads, heads)}
-    return NeededGraphs(units, predict, segments, predictors)
+    return NeededGraphs(units, predict, segments, predict_engines)
 
 
 def _unit_names(directory: EngineDir, plans: Sequence[Plan]) -> set[str]:

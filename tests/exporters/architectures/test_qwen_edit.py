@@ -252,8 +252,8 @@ def test_a_collapsed_step_reads_no_reference(engine: Path) -> None:
         check_that_collapsed_steps_read_no_conditions(
             pipe, prompt_embeds=captions_of(pipe.spec), reference_latents=REFERENCES
         )
-        (session,) = pipe._engines.weights.sessions
-        assert set(session._buffers.others) == {"text", "reference"}
+        (session,) = pipe.engines.weights.sessions
+        assert set(session.buffers.others) == {"text", "reference"}
 
 
 def test_files_of_references_are_drawn_by_the_command(engine: Path, tmp_path: Path) -> None:
