@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import onnx
 from onnx import ModelProto, parser
 
-from goc_deploy.exporters.graphs.guidance import rescaled_guidance, skip_layer_guidance
+from goc_deploy.exporters.graphs.guidance import guidance_lines
 from goc_deploy.exporters.graphs.head import head_inputs, head_lines, head_outputs
 from goc_deploy.precision import DTYPE_OF_PRECISION, ELEMENT_TYPES, Precision
 from goc_deploy.samplers import MAX_LAGS, SamplerTable
@@ -133,14 +133,8 @@ def sampler_graph(
     latents = _float_images(spec, "N", spec.channels)
     axes = range(2, 2 + len(spec.sample))
     earlier = [f"estimate_{lag}" for lag in range(1, lags + 1)]
-    names = [
-        "c0",
-        "c1",
-        "c2",
-        *(["spread"] if learned else []),
-        *(["e0", "e1"] if lags else []),
-        *(f"w_{e}" for e in earlier),
-    ]
+    names = ["c0", "c1", "c2"] + ["spread"] * learned + ["e0", "e1"] * bool(lags)
+    names += [f"w_{name}" for name in earlier]
     inputs = [f"{latents} {name}" for name in earlier]
     outputs = [f"{latents} {name}" for name in ("latents_out", *(["estimate"] if lags else []))]
     if head is not None:
@@ -148,14 +142,14 @@ def sampler_graph(
         outputs += head_outputs(spec, precision, head)
     result = "latents_out" if head is None else "sampled"
     correction = [] if head is None else head_lines(spec, precision, head)
-    sides, combined, rescaling = rescaled_guidance(spec)
-    skip_inputs, classifier_free, skipping = skip_layer_guidance(spec, combined)
+    guidance = guidance_lines(spec)
     return _parse(
         f"""sampler ({latents} latents,
             {_float_images(spec, "B", spec.output_channels)} prediction,
             int64[N] cond_rows, int64[N] uncond_rows,
-            float[N, {spec.channels}] guidance, {skip_inputs} float[{len(names)}] coefficients,
-            {", ".join([f"{latents} noise", *inputs])}) => ({", ".join(outputs)}) {sides}
+            float[N, {spec.channels}] guidance, {guidance.inputs} float[{len(names)}] coefficients,
+            {", ".join([f"{latents} noise", *inputs])}) =>
+            ({", ".join(outputs)}) {guidance.initializers}
         {{
             first = Constant<value = int64[1] {{0}}>()
             channels = Constant<value = int64[1] {{{spec.channels}}}>()
@@ -164,12 +158,7 @@ def sampler_graph(
             epsilon = Slice(prediction, first, channels, channel_axis)
             cond = Gather<axis=0>(epsilon, cond_rows)
             uncond = Gather<axis=0>(epsilon, uncond_rows)
-            difference = Sub(cond, uncond)
-            weight = Unsqueeze(guidance, pixel_axes)
-            correction = Mul(weight, difference)
-            {classifier_free} = Add(uncond, correction)
-            {skipping}
-            {rescaling}
+            {guidance.lines}
             {", ".join(names)} = Split<num_outputs={len(names)}>(coefficients)
             from_latents = Mul(c0, latents)
             from_model = Mul(c1, guided)

@@ -61,18 +61,19 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
     _check(options)
     directory, methods = EngineDir.open(engine_dir), dict[str, str]()
     before = {entry.name for entry in directory.manifest.plans}
-    model = directory.manifest.model
-    options = replace(options, cfg_scale=cfg_scale_of(options.cfg_scale, model))
+    scale = cfg_scale_of(options.cfg_scale, directory.manifest.model)
+    options = replace(options, cfg_scale=scale)
     if options.preset is not None:
         methods = plans_of_preset(directory, options, progress)
         directory = EngineDir.open(engine_dir)
     manifest = directory.manifest
-    names = tuple(methods) or options.plans or tuple(entry.name for entry in manifest.plans)
+    names = tuple(methods) or options.plans or [entry.name for entry in manifest.plans]
     plans = [directory.plan(name) for name in names]
-    if len({plan.name for plan in plans}) != len(plans):
+    names = [plan.name for plan in plans]  # in place of SPECs
+    if len(set(names)) != len(names):
         raise UsageError("a plan is named twice; give each of `plans` once")
     spec = manifest.model
-    full = _full_precision(options, manifest, [plan.name for plan in plans])
+    full = _full_precision(options, manifest, names)
     if full is not None:
         most = min(full.manifest.max_batch, manifest.max_batch)
         options = replace(options, batch_size=options.batch_size or most)
@@ -80,11 +81,9 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
         options = replace(options, cfg_channels=spec.guided_channels)
     if spec.video:
         raise UsageError("goc-eval judges images, and this model makes videos")
-    files = (
-        samples_of_plans(options.samples, [plan.name for plan in plans]) if options.samples else {}
-    )
-    labels, side = _labels(files, options, spec), _image_side(files, manifest)
-    judges = make_judges(options, spec, side, len(labels), progress)
+    files = samples_of_plans(options.samples, names) if options.samples else {}
+    labels = _labels(files, options, spec)
+    judges = make_judges(options, spec, _image_side(files, manifest), len(labels), progress)
     scores = _rows(plans, full, len(labels))
     machine = collect(engine_dir, files, labels, options, scores, judges.extractor, progress)
     entries = _entries(scores, methods, judges, labels, options, spec, progress)
