@@ -204,7 +204,7 @@ class TextEncoder:
         _check_prompt(prompt)
         if self._clips or self._text is None:
             return prompt
-        return _cleaned(prompt, lower_case=self._text.lower_case)
+        return cleaned(prompt, lower_case=self._text.lower_case)
 
 
 def clip_tokens(clips: Sequence[ClipSpec]) -> int:
@@ -223,7 +223,8 @@ def _check_prompt(prompt: str) -> None:
         )
 
 
-def _cleaned(prompt: str, *, lower_case: bool) -> str:
+def cleaned(prompt: str, *, lower_case: bool) -> str:
+    """The prompt as the tokenizer reads it: in lower case, or without HTML entities and spaces."""
     if lower_case:
         return prompt.lower().strip()
     return " ".join(unescape(unescape(prompt)).split())
