@@ -65,14 +65,9 @@ class Generation:
     extras: Extras
     _drawn: Drawn = field(default_factory=Drawn)
 
-    def run(self, session: Session, draws: int) -> None:
-        """Run every batch.
-
-        Args:
-            session: the session to run on.
-            draws: noise tensors of an image.
-        """
-        extras, drawn = self.extras, self._drawn
+    def run(self, session: Session) -> None:
+        """Run every batch on a session."""
+        extras, drawn, draws = self.extras, self._drawn, self.plan.sampler.draws
         for first in range(0, len(self.drawing), self.batch_size):
             part = range(first, min(first + self.batch_size, len(self.drawing)))
             trajectory: list[np.ndarray] = []

@@ -298,15 +298,12 @@ class Pipeline:
             limits.check()
         generation = Generation(self.plan, drawing, self.batch_size, self._attached.decoder, extras)
 
-        def run(session: Session) -> None:
-            generation.run(session, self.draws)
-
         weights = self.engines.weights
         with weights.running(limits):
             checkpoint = weights.checkpoint_sha256
             guided = drawing.cfg_scale if drawing.cfg_channels else np.ones(1)
             about_head = self._head_use.checked(guided.tolist())
-            self._pool.run(self.new_session, run, extras.spans, limits)
+            self._pool.run(self.new_session, generation.run, extras.spans, limits)
         return generation.result(
             {
                 "goc_deploy": __version__,
@@ -447,7 +444,7 @@ class Pipeline:
         captions = blank_captions(self.spec) if self.spec.text_conditional else None
         labels = [0] * images if captions else [i % self.spec.choices for i in range(images)]
         conditions = self._conditions(labels, captions, guided=guided)
-        noise = np.zeros((images, self.draws, *self.spec.latents), np.float32)
+        noise = np.zeros((images, self.plan.sampler.draws, *self.spec.latents), np.float32)
         scales = np.full(images, CFG_SCALE if guided else 1.0)
         references = blank_references(images, self.spec)
         channels = self.spec.guided_channels
@@ -487,11 +484,6 @@ class Pipeline:
         raise TypeError(
             "a loaded pipeline cannot be pickled; load the engine directory in the other process"
         )
-
-    @property
-    def draws(self) -> int:
-        """Number of noise tensors of an image: x_T, and one per step of a stochastic sampler."""
-        return 1 + (self.plan.steps if self.plan.sampler.stochastic else 0)
 
     def _latent_shape(self, size: tuple[int, int] | None, frames: int | None) -> tuple[int, ...]:
         """The shape of the latents of an image of a size."""

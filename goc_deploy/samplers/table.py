@@ -89,6 +89,11 @@ class SamplerTable:
         return any(self.noise)
 
     @property
+    def draws(self) -> int:
+        """Number of noise tensors of an image: x_T, and one per step if the table is stochastic."""
+        return 1 + (self.steps if self.stochastic else 0)
+
+    @property
     def learned_variance(self) -> bool:
         """Whether the variance channels of the model scale the noise."""
         return any(self.spread)

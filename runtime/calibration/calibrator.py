@@ -246,12 +246,11 @@ def calibration_requests(
     """
     spec, table = stepper.spec, stepper.table
     of_images = balanced_labels(spec.choices, options.images, options.seed)
-    draws = 1 + (table.steps if table.stochastic else 0)
     for first in range(0, len(of_images), size):
         labels = of_images[first : first + size]
         images = range(first, first + len(labels))
         noise = np.stack(
-            [image_noise(options.seed, image, draws, spec.latents) for image in images]
+            [image_noise(options.seed, image, table.draws, spec.latents) for image in images]
         )
         conditions = conditions_from_labels(labels, spec, stepper.captions)
         scales = np.full(len(labels), options.cfg_scale)
