@@ -234,7 +234,7 @@ class OrtBackend:
         """See `goc_deploy.protocols.Backend.stream`."""
         return OrtStream()
 
-    def predictor(self, signature: str, dtype: str) -> Engine | None:  # noqa: ARG002
+    def predict_engine(self, signature: str, dtype: str) -> Engine | None:  # noqa: ARG002
         """Return None: on the CPU, predictions are graphs."""
         return None
 

@@ -34,7 +34,7 @@ _graph_ids = itertools.count(1)  # 0 and -1 have other meanings in ONNX Runtime
 
 
 @functools.cache
-def _shared_arena(device: int) -> None:
+def shared_arena(device: int) -> None:
     """Register one arena on a GPU for all sessions; otherwise each has one that doubles."""
     register = partial(state.create_and_register_allocator_v2, "CUDAExecutionProvider")
     register_arena("Cuda", device, lambda where, how: register(where, {}, how))
@@ -149,7 +149,7 @@ class OrtCudaBackend(OrtBackend):
             except pathfinder.DynamicLibNotFoundError:
                 logger.info("no package has the CUDA library %s; the system may", name)
         if shared_pool:
-            _shared_arena(self._cuda.index)
+            shared_arena(self._cuda.index)
 
     def _own_stream(self) -> Stream:
         """Return a stream without recording: no other capture may contain ONNX Runtime's calls."""
@@ -159,7 +159,7 @@ class OrtCudaBackend(OrtBackend):
         """Return the one stream of all sessions: ONNX Runtime has a stream per session."""
         return self._stream
 
-    def predictor(self, signature: str, dtype: str) -> Engine | None:
+    def predict_engine(self, signature: str, dtype: str) -> Engine | None:
         """Return our kernel, which the driver launches."""
         return kernel_from_signature(signature, dtype, self._kernels)
 

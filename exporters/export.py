@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,26 +17,9 @@ from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.manifest import MANIFEST_NAME, GraphEntry, Manifest
 from goc_deploy.engine_dir.manifest_file import manifest_to_json
 from goc_deploy.engine_dir.reading import check_target, files_below
-from goc_deploy.errors import CalibrationNeededError, GocError, ModelError, UsageError
-from goc_deploy.exporters.architectures.dit import DIT
-from goc_deploy.exporters.architectures.flux import FLUX
-from goc_deploy.exporters.architectures.flux2 import FLUX2
-from goc_deploy.exporters.architectures.pixart import PIXART
-from goc_deploy.exporters.architectures.pixart_sigma import PIXART_SIGMA
-from goc_deploy.exporters.architectures.qwen import QWEN_IMAGE
-from goc_deploy.exporters.architectures.qwen_edit import QWEN_IMAGE_EDIT
-from goc_deploy.exporters.architectures.sd3 import SD3
-from goc_deploy.exporters.architectures.sit import SIT
-from goc_deploy.exporters.architectures.wan import WAN
-from goc_deploy.exporters.architectures.z_image import Z_IMAGE
-from goc_deploy.exporters.checkpoint import (
-    Checkpoint,
-    check_values,
-    load_checkpoint,
-    of_diffusion_model,
-    of_float8,
-)
-from goc_deploy.exporters.companions.attach import Companions, read_companions, write_companions
+from goc_deploy.errors import CalibrationNeededError, GocError, UsageError
+from goc_deploy.exporters.checkpoint import Checkpoint, check_values
+from goc_deploy.exporters.companions.attach import write_companions
 from goc_deploy.exporters.graphs.plan_files import write_plan
 from goc_deploy.exporters.graphs.step import (
     collect_graph,
@@ -46,17 +28,13 @@ from goc_deploy.exporters.graphs.step import (
     sampler_graphs,
 )
 from goc_deploy.exporters.hub import folder_from_hub, hub_id
-from goc_deploy.exporters.lora.merging import MergedTensors
-from goc_deploy.exporters.lora.reading import Lora, digest_of_merge, read_loras
-from goc_deploy.exporters.model_folder import FolderModel, read_model_folder
-from goc_deploy.exporters.quantize.job import QUANTIZATION, Runs, quantization_of
-from goc_deploy.exporters.quantized_files import ScaledTensors
+from goc_deploy.exporters.lora.reading import digest_of_merge
+from goc_deploy.exporters.quantize.job import QUANTIZATION, Quantization, Runs, quantization_of
 from goc_deploy.exporters.router import router_probabilities
-from goc_deploy.exporters.sample_sizes import spec_for_sizes
 from goc_deploy.exporters.schedulers import table_from_sampler
-from goc_deploy.exporters.skip_guidance import with_skip_guidance
+from goc_deploy.exporters.source import Source, read_source
 from goc_deploy.exporters.unit_files import UnitWriter, mapped
-from goc_deploy.exporters.weight_sets import split_sets, with_second_set
+from goc_deploy.exporters.weight_sets import with_second_set
 from goc_deploy.guidance import cfg_scale_of
 from goc_deploy.options import ExportOptions, Progress, default_plans
 from goc_deploy.policies.calibration import (
@@ -75,22 +53,6 @@ from goc_deploy.samplers.process import Process
 from goc_deploy.spec import ModelSpec
 from goc_deploy.version import __version__
 
-ARCHITECTURES = {
-    family.name: family
-    for family in (
-        DIT,
-        PIXART,
-        PIXART_SIGMA,
-        SD3,
-        SIT,
-        WAN,
-        FLUX,
-        FLUX2,
-        QWEN_IMAGE,
-        QWEN_IMAGE_EDIT,
-        Z_IMAGE,
-    )
-}
 # Makes the laboratory of an engine directory for a sampler.
 LaboratoryMaker = Callable[[EngineDir, str, CalibrationOptions], ObservingLaboratory]
 
@@ -127,136 +89,81 @@ def export_checkpoint(
         VerificationError: an exported graph differs from PyTorch.
     """
     name = hub_id(checkpoint_path)
-    model = _read(folder_from_hub(name) if name else checkpoint_path, options)
-    checkpoint, spec = model.checkpoint, with_caption_tokens(model.spec, options.caption_tokens)
-    architecture = ARCHITECTURES[spec.architecture]
-    if spec.boundary and options.loras:
-        raise UsageError(
-            "`loras` are not supported for a model with two sets of weights; merge each into its "
-            "transformer before the export"
-        )
-    for of_set in split_sets(checkpoint.tensors) if spec.boundary else [checkpoint.tensors]:
-        architecture.check_tensors(of_set, spec)
-    loras = read_loras(options.loras, checkpoint.tensors, spec, architecture)
-    scaled = ScaledTensors(checkpoint.tensors, checkpoint.scales)
-    tensors = MergedTensors(scaled, [a for lora in loras for a in lora.additions])
-    companions = read_companions(options, spec)
-    spec, pixels = companions.scaled(spec)
-    spec = spec_for_sizes(spec, tensors, architecture, options, pixels)
-    if spec.text_conditional:
-        spec = replace(spec, choices=companions.labels)
-    if spec.max_references and spec.choices:
-        raise UsageError(
-            "`captions` are not stored for a model that edits images, because each goes with its "
-            "reference images; leave them out, and give prompt embeddings with each run"
-        )
+    source = read_source(folder_from_hub(name) if name else checkpoint_path, options)
+    spec = source.spec
     calibrates = options.precision != "bf16" and spec.choices > 0 and not spec.boundary
-    spec = with_skip_guidance(spec, options.skip_guidance_layers)
     options = replace(
         options,
         plans=options.plans or default_plans(calibrates=calibrates),
         cfg_scale=cfg_scale_of(options.cfg_scale, spec),
     )
-    process = Process(spec.prediction_type, model.scheduler, spec.tokens)
+    process = Process(spec.prediction_type, source.model.scheduler, spec.tokens)
     quantization = quantization_of(options, spec)
     plans = _compile_plans(spec, process, options)
     check_options(_calibration(spec, options))
-    provenance = _provenance(model, name, loras, companions, options)
+    job = _Job(source, options, process, quantization, plans, _provenance(source, name, options))
     with directory_lock(output):
-        present = _same_engine(output, provenance)
+        present = _same_engine(output, job.provenance)
         if present:
             return present, False
         check_target(output, force=options.force)
-        _check_checkpoints(output, (checkpoint, *companions.checkpoints), options.precision)
+        _check_checkpoints(output, source.checkpoints, options.precision)
         with staged(output) as stage:
-            variants = quantization.variants(stage)
-            writer = UnitWriter(stage, backend, progress, quantization.while_writing, variants)
-            kinds = architecture.graph_kinds(spec, options.precision)
-            kinds = with_second_set(kinds) if spec.boundary else kinds
-            units = writer.write(kinds, tensors, options.precision)
-            units += _write_step_graphs(stage, spec, options.precision)
-            bare = _bare_manifest(model, spec, units, provenance, options)
-            bare = write_companions(companions, bare, options, writer)
-            entries = tuple(lora.entry for lora in loras)
-            bare = replace(bare, files=files_below(stage), loras=entries)
-            sampler, images = _sampler(process, options), _calibration(spec, options)
-            runs = Runs(
-                stage,
-                sampler,
-                images,
-                lambda directory: make_laboratory(directory, sampler, images),
-                backend,
-                progress,
-            )
-            compiled = _calibrated(bare, plans, options, runs)
-            bare = quantization.applied(bare, variants, compiled, runs)
-            manifest = _write_plans(stage, bare, compiled, backend)
+            manifest = _write(stage, job, backend, make_laboratory, progress)
     return manifest, True
 
 
-def _read(path: Path, options: ExportOptions) -> FolderModel:
-    """Read a checkpoint file, or a folder that diffusers saved."""
-    if options.model not in ("auto", *ARCHITECTURES):
-        raise ModelError(
-            f"`model={options.model}` is unknown; this version has {', '.join(ARCHITECTURES)}"
-        )
-    if not os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
-        whole = load_checkpoint(path, options.weights)
-        checkpoint, spec = _recognise(of_float8(of_diffusion_model(whole)), options)
-        return FolderModel(
-            checkpoint,
-            replace(spec, prediction_type=options.prediction or spec.prediction_type),
-            (),
-            None,
-        )
-    wanted = (
-        ARCHITECTURES if options.model == "auto" else {options.model: ARCHITECTURES[options.model]}
-    )
-    model = read_model_folder(path, wanted, options.prediction)
-    if options.num_heads not in (None, model.spec.heads):
-        raise UsageError(
-            f"`num_heads={options.num_heads}`: the configuration in {path} says {model.spec.heads}"
-        )
-    if options.weights != "auto":
-        raise UsageError(
-            f"`weights={options.weights}` is for training checkpoints; {path} holds one "
-            "set of weights"
-        )
-    return model
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """An export whose options are checked and filled in.
 
-
-def with_caption_tokens(spec: ModelSpec, tokens: int | None) -> ModelSpec:
-    """The model with this number of tokens for each caption; None keeps its own.
-
-    Raises:
-        UsageError: the model reads no captions, or fewer tokens.
+    Attributes:
+        source: what is exported.
+        options: export options, without defaults that depend on the model.
+        process: the diffusion process of the model.
+        quantization: what is quantised.
+        plans: every policy by plan name, with its plan, or None if it must be calibrated first.
+        provenance: what the engine directory is made from.
     """
-    if tokens in (None, spec.caption_tokens):
-        return spec
-    if not spec.text_conditional:
-        raise UsageError("`caption_tokens`: a class-conditional model reads no captions")
-    if not 1 <= tokens <= spec.caption_tokens:
-        raise UsageError(
-            f"`caption_tokens={tokens}`: this model reads at least 1 and at most "
-            f"{spec.caption_tokens}"
-        )
-    return replace(spec, caption_tokens=tokens)
+
+    source: Source
+    options: ExportOptions
+    process: Process
+    quantization: Quantization
+    plans: Mapping[str, tuple[Policy, Plan | None]]
+    provenance: dict[str, Any]
 
 
-def _recognise(checkpoint: Checkpoint, options: ExportOptions) -> tuple[Checkpoint, ModelSpec]:
-    """The checkpoint in the public layout of its family, and the sizes of the model."""
-    names = list(checkpoint.tensors)
-    for name, architecture in ARCHITECTURES.items():
-        tensors = architecture.in_public_layout(checkpoint.tensors)
-        matches = architecture.matches(list(tensors))
-        if options.model == name or (options.model == "auto" and matches):
-            spec = architecture.spec_from_tensors(tensors, options.num_heads)
-            scales = architecture.in_public_layout(checkpoint.scales)
-            return replace(checkpoint, tensors=tensors, scales=scales), spec
-    raise ModelError(
-        f"{checkpoint.path} is not a model that this version knows ({', '.join(ARCHITECTURES)}); "
-        f"it has tensors such as {', '.join(names[:3])}"
+def _write(
+    stage: Path,
+    job: _Job,
+    backend: Backend,
+    make_laboratory: LaboratoryMaker,
+    progress: Progress,
+) -> Manifest:
+    """Write all files of an engine directory to a folder that is not published yet."""
+    source, options, spec = job.source, job.options, job.source.spec
+    variants = job.quantization.variants(stage)
+    writer = UnitWriter(stage, backend, progress, job.quantization.while_writing, variants)
+    kinds = source.architecture.graph_kinds(spec, options.precision)
+    kinds = with_second_set(kinds) if spec.boundary else kinds
+    units = writer.write(kinds, source.tensors, options.precision)
+    units += _write_step_graphs(stage, spec, options.precision)
+    bare = write_companions(source.companions, _bare_manifest(job, units), options, writer)
+    entries = tuple(lora.entry for lora in source.loras)
+    bare = replace(bare, files=files_below(stage), loras=entries)
+    sampler, images = _sampler(job.process, options), _calibration(spec, options)
+    runs = Runs(
+        stage,
+        sampler,
+        images,
+        lambda directory: make_laboratory(directory, sampler, images),
+        backend,
+        progress,
     )
+    compiled = _calibrated(bare, job.plans, options, runs)
+    bare = job.quantization.applied(bare, variants, compiled, runs)
+    return _write_plans(stage, bare, compiled, backend)
 
 
 def _compile_plans(
@@ -305,15 +212,9 @@ def _calibration(spec: ModelSpec, options: ExportOptions) -> CalibrationOptions:
     return CalibrationOptions(images, options.calibration_seed, scale, spec.guided_channels)
 
 
-def _provenance(
-    model: FolderModel,
-    name: str | None,
-    loras: Sequence[Lora],
-    companions: Companions,
-    options: ExportOptions,
-) -> dict[str, Any]:
+def _provenance(source: Source, name: str | None, options: ExportOptions) -> dict[str, Any]:
     """What the engine directory was made from; ``name`` is the model's id on the Hub."""
-    checkpoint = model.checkpoint
+    model, checkpoint = source.model, source.model.checkpoint
     probes = ("diffusers",) if model.scheduler is not None and find_spec("diffusers") else ()
     recorded = asdict(options)
     recorded = {
@@ -327,9 +228,9 @@ def _provenance(
     for unrecorded in ("force", "loras", "reuse_engines"):
         del recorded[unrecorded]
     return {
-        **companions.provenance,
+        **source.companions.provenance,
         "checkpoint": f"{name}@{checkpoint.path.name}" if name else checkpoint.path.name,
-        "checkpoint_sha256": digest_of_merge(checkpoint.sha256, loras),
+        "checkpoint_sha256": digest_of_merge(checkpoint.sha256, source.loras),
         "weight_set": checkpoint.weight_set,
         "checkpoint_dtypes": checkpoint.dtypes,
         "options": recorded,
@@ -381,23 +282,18 @@ def _check_checkpoints(
         check_values(read)
 
 
-def _bare_manifest(
-    model: FolderModel,
-    spec: ModelSpec,
-    units: Sequence[GraphEntry],
-    provenance: dict[str, Any],
-    options: ExportOptions,
-) -> Manifest:
+def _bare_manifest(job: _Job, units: Sequence[GraphEntry]) -> Manifest:
     """The manifest of a directory that has units only."""
+    model, options = job.source.model, job.options
     return Manifest(
-        model=spec,
+        model=job.source.spec,
         precision=options.precision,
         max_batch=options.max_batch,
         graphs=tuple(units),
         predict={},
         plans=(),
         files=(),
-        provenance=provenance,
+        provenance=job.provenance,
         class_names=model.class_names,
         scheduler=model.scheduler,
     )

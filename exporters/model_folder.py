@@ -66,27 +66,9 @@ def read_model_folder(
         SafetyError: an index names files outside the folder.
     """
     index = read_json(path / PIPELINE_CONFIG) if (path / PIPELINE_CONFIG).exists() else {}
-    folders = [a.folder for a in architectures.values() if a.folder is not None]
-    if not folders:
-        raise ModelError(
-            f"{path}: diffusers has no {' or '.join(architectures)}; give a checkpoint in its "
-            "public layout"
-        )
-    pipelines = [name for family in folders for name in family.pipelines]
-    if index and index.get("_class_name") not in pipelines:
-        raise ModelError(
-            f"{path} holds a {index.get('_class_name')}; this version exports "
-            f"{' or '.join(pipelines)}"
-        )
     folder = path / "transformer" if index else path
-    if not (folder / CONFIG).is_file():
-        raise ModelError(
-            f"{folder} has no {CONFIG}; give a .pt, .pth or .safetensors file, or a folder that "
-            "diffusers saved a "
-            f"pipeline ({', '.join(pipelines)}) or its transformer to"
-        )
+    named = _families(path, index, architectures, folder)
     config = read_json(folder / CONFIG)
-    named = [a for a in folders if not index or index["_class_name"] in a.pipelines]
     family = _family(config, named, architectures, folder)
     spec = family.spec_from_config(config, f"{folder / CONFIG}")
     files, tensors = read_weights(folder)
@@ -112,6 +94,34 @@ def read_model_folder(
     return FolderModel(
         checkpoint, spec, _class_names(index, spec, path / PIPELINE_CONFIG), scheduler
     )
+
+
+def _families(
+    path: Path, index: Mapping[str, Any], architectures: Mapping[str, Architecture], folder: Path
+) -> list[DiffusersFolder]:
+    """The families whose pipeline a folder may be.
+
+    Raises:
+        ModelError: there is none, or the transformer is missing.
+    """
+    folders = [a.folder for a in architectures.values() if a.folder is not None]
+    if not folders:
+        raise ModelError(
+            f"{path}: diffusers has no {' or '.join(architectures)}; give a checkpoint in its "
+            "public layout"
+        )
+    pipelines = [name for family in folders for name in family.pipelines]
+    if index and index.get("_class_name") not in pipelines:
+        raise ModelError(
+            f"{path} holds a {index.get('_class_name')}; this version exports "
+            f"{' or '.join(pipelines)}"
+        )
+    if not (folder / CONFIG).is_file():
+        raise ModelError(
+            f"{folder} has no {CONFIG}; give a .pt, .pth or .safetensors file, or a folder that "
+            f"diffusers saved a pipeline ({', '.join(pipelines)}) or its transformer to"
+        )
+    return [a for a in folders if not index or index["_class_name"] in a.pipelines]
 
 
 def _boundary(index: Mapping[str, Any], where: Path) -> float:

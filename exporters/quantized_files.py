@@ -44,9 +44,9 @@ def check_not_quantized(names: Iterable[str], where: str) -> None:
     """
     names = list(names)
     for form, endings in FOREIGN.items():
-        found = next((name for name in names if name.endswith(endings)), None)
-        if found is not None:
-            raise refusal(where, form, f"tensor {found}")
+        mark = next((name for name in names if name.endswith(endings)), None)
+        if mark is not None:
+            raise refusal(where, form, f"tensor {mark}")
 
 
 def refusal(where: str, form: str, evidence: str) -> ModelError:

@@ -31,6 +31,10 @@ class Examples:
         self._spec, self._dtype = spec, dtype
         self.generator = torch.Generator().manual_seed(SEED)
 
+    def module(self, make: Callable[[ModelSpec], Module]) -> Module:
+        """A module of the model to trace; see `empty_module`."""
+        return empty_module(lambda: make(self._spec), self._dtype, self.generator)
+
     def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of standard normal values; by default in the dtype of the tokens."""
         return torch.randn(shape, generator=self.generator).to(dtype or self._dtype)

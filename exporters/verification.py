@@ -110,13 +110,10 @@ def _difference(
     """The largest relative L2 error of a graph's outputs, compared with the module as it is."""
     kind = template.kind
     reference = getattr(kind.module, "reference", kind.module.forward)
+    examples = [kind_input.example for kind_input in kind.inputs]
+    wide = [e.float() if e.is_floating_point() else e for e in examples]
     with torch.inference_mode():
-        expected = reference(
-            *(
-                i.example.float() if i.example.is_floating_point() else i.example
-                for i in kind.inputs
-            )
-        )
+        expected = reference(*wide)
     wanted = (expected,) if isinstance(expected, Tensor) else expected
     shapes = [tuple(e.shape) for e in wanted]
     outputs = _run(template, name, parameters, folder, weights, shapes, backend)

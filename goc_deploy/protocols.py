@@ -294,7 +294,7 @@ class Backend(Protocol):
         """Return the stream of a session: a new one, unless the backend has one for all."""
         ...
 
-    def predictor(self, signature: str, dtype: str) -> Engine | None:
+    def predict_engine(self, signature: str, dtype: str) -> Engine | None:
         """Return an engine that predicts without a graph, or None if the graph must be loaded.
 
         Args:

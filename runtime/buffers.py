@@ -10,17 +10,20 @@ import numpy as np
 
 from goc_deploy.blocks import TokenStream
 from goc_deploy.compiler import Plan
-from goc_deploy.modulation import TABLE_BUDGET_BYTES
 from goc_deploy.precision import DTYPE_OF_PRECISION, ITEM_BYTES, Precision
 from goc_deploy.protocols import Backend, Buffer
 from goc_deploy.runtime.constants import (
     aligned_size,
     constants_from_plan,
-    timesteps_from_plan,
     views_of_step,
 )
 from goc_deploy.runtime.head_buffers import HeadBuffers, allocate_head_buffers, head_bytes
-from goc_deploy.runtime.lookahead import Lookahead, lookahead_of, table_steps
+from goc_deploy.runtime.modulation_buffers import (
+    ModulationBuffers,
+    allocate_modulation,
+    modulation_bytes,
+)
+from goc_deploy.runtime.row_buffers import RowBuffers, allocate_rows
 from goc_deploy.runtime.skip_buffers import SkipBuffers, allocate_skip_buffers, skip_bytes
 from goc_deploy.runtime.stream_buffers import StreamBuffers, allocate_stream, stream_bytes
 from goc_deploy.size_inputs import size_shapes
@@ -32,11 +35,8 @@ class Buffers:
     """Device memory for one plan and up to ``capacity`` images.
 
     Attributes:
-        chunk: number of steps after which the modulation table is filled again.
-        table: modulation table of a chunk and of the later steps whose gates are fetched in it,
-            (steps, M, R, D).
-        modulation: rows of the current step, (M, B, D).
-        gates_ahead: gates of later steps that are predicted for, (U, B, D) each.
+        modulation: the modulation table, and what steps take out of it.
+        rows: the conditions, and which row is of what.
         tokens: two token buffers (B, T, D), used alternately by the launches.
         start: the tokens (B, T, D) before all units, which the residual of a step is measured from,
             or None if the plan keeps no residuals.
@@ -57,16 +57,9 @@ class Buffers:
         coefficients: for each step and launch, the coefficients; None if the launch predicts
             nothing.
         shared: common buffers of the steps if the device shares launches, else None.
-        timesteps: one row per chunk, each at an aligned address.
         guidance: (N, C) guidance weight of each channel of each image; (2, N, C) if the model has
             two sets of weights.
         embedded_guidance: (1,) float32, guidance scale that the conditioning reads.
-        labels: distinct labels.
-        label_rows: (B,) index of the row of the table of each row.
-        pooled: (K, P) float32, pooled embeddings of the captions, or None if the model reads none.
-        rows: (B,) image of each row.
-        cond_rows: (N,) conditional row of each image.
-        uncond_rows: (N,) unconditional row of each image.
         captions: buffers of a text-conditional model, else None.
         text: the stream of the text, or None if the model has none.
         reference: the stream of the reference images, or None if the model reads none.
@@ -76,10 +69,8 @@ class Buffers:
         of_size: what tells graphs the current size of a sample, by the name of the input.
     """
 
-    chunk: int
-    table: Buffer
-    modulation: Buffer
-    gates_ahead: tuple[Buffer, ...]
+    modulation: ModulationBuffers
+    rows: RowBuffers
     tokens: tuple[Buffer, Buffer]
     start: Buffer | None
     ones: Buffer | None
@@ -95,15 +86,8 @@ class Buffers:
     sampler_rows: tuple[Buffer, ...]
     coefficients: tuple[tuple[Buffer | None, ...], ...]
     shared: SharedBuffers | None
-    timesteps: Buffer
     guidance: Buffer
     embedded_guidance: Buffer
-    labels: Buffer
-    label_rows: Buffer
-    pooled: Buffer | None
-    rows: Buffer
-    cond_rows: Buffer
-    uncond_rows: Buffer
     captions: CaptionBuffers | None
     text: StreamBuffers | None
     reference: StreamBuffers | None
@@ -155,19 +139,6 @@ class CaptionBuffers:
     rows: Buffer
 
 
-def table_labels(spec: ModelSpec, capacity: int) -> int:
-    """The largest number R of rows of a modulation table.
-
-    These are the distinct labels and the null label. Captions have rows in the table only if the
-    conditioning reads their pooled embeddings: two per image. Skip-layer guidance has one more per
-    image.
-    """
-    rows = spec.rows_per_image * capacity
-    if spec.pooled_channels:
-        return rows
-    return 1 if spec.one_modulation else rows - capacity + 1
-
-
 def keys_values_shape(spec: ModelSpec, captions: int) -> tuple[int, int, int, int, int]:
     """The shape of the keys and values of every block."""
     return (2 * spec.depth, captions, spec.heads, spec.caption_tokens, spec.hidden // spec.heads)
@@ -206,13 +177,9 @@ def captions_of_block(
 def planned_bytes(spec: ModelSpec, precision: Precision, plan: Plan, capacity: int) -> int:
     """Bytes that `allocate_buffers` allocates, without a few kilobytes of indices."""
     item, rows = ITEM_BYTES[precision], spec.rows_per_image * capacity
-    step_bytes = spec.modulation.count * table_labels(spec, capacity) * spec.hidden * item
     keys_values = 0 if spec.has_text_stream else 2 * spec.depth * spec.hidden * item
     captions = spec.caption_tokens * rows * (4 * (spec.caption_channels + 1) + keys_values)
     pooled = 4 * rows * spec.pooled_channels
-    lookahead = lookahead_of(plan)
-    chunk = _chunk_steps(step_bytes, plan, lookahead)
-    table = table_steps(plan, lookahead, chunk) * step_bytes
     features = (2 + plan.cache_features) * rows * spec.tokens * spec.hidden * item
     ones = 1 if plan.keeps_residuals else 0
     of_size = sum(4 * math.prod(shape) for shape in size_shapes(spec).values())
@@ -226,23 +193,13 @@ def planned_bytes(spec: ModelSpec, precision: Precision, plan: Plan, capacity: i
         + 4 * capacity * spec.tokens_of("reference") * spec.patch_values
         + (skip_bytes(spec, precision, capacity) if spec.skip_guidance_layers else 0)
         + of_size
-        + table
-        + (spec.modulation.count + lookahead.places * len(spec.modulation.gates) + ones)
-        * rows
-        * spec.hidden
-        * item
+        + modulation_bytes(spec, precision, plan, capacity)
+        + ones * rows * spec.hidden * item
         + features
         + pixels
         * ((2 + noise + estimates) * spec.channels + spec.rows_per_image * spec.output_channels)
         + head_bytes(spec, precision, plan, capacity)
     )
-
-
-def _chunk_steps(step_bytes: int, plan: Plan, lookahead: Lookahead) -> int:
-    """The largest chunk whose table is within its budget; at least one step."""
-    most = min(plan.steps, TABLE_BUDGET_BYTES // step_bytes)
-    fitting = (n for n in range(most, 1, -1) if table_steps(plan, lookahead, n) <= most)
-    return next(fitting, 1)
 
 
 def allocate_buffers(
@@ -268,11 +225,6 @@ def allocate_buffers(
         ResourceError: there is not enough memory.
     """
     dtype, rows = DTYPE_OF_PRECISION[precision], spec.rows_per_image * capacity
-    table_row = table_labels(spec, capacity) * spec.hidden
-    lookahead = lookahead_of(plan)
-    if chunk is None:
-        step_bytes = spec.modulation.count * table_row * ITEM_BYTES[precision]
-        chunk = _chunk_steps(step_bytes, plan, lookahead)
     feature, image = rows * spec.tokens * spec.hidden, math.prod(spec.latents)
 
     def new(*shape: int, dtype: str = "float32") -> Buffer:
@@ -284,7 +236,6 @@ def allocate_buffers(
         return buffer
 
     table = plan.sampler
-    whole = table_steps(plan, lookahead, chunk)
     noise = (
         new(plan.steps * aligned_size(capacity * image))
         if table.stochastic
@@ -294,13 +245,8 @@ def allocate_buffers(
     shared = _shared_buffers(backend, constants, capacity * image, noise, plan)
     sampler_rows, weights, coefficients = _numbers(plan, constants, shared)
     return Buffers(
-        chunk=chunk,
-        table=new(whole * spec.modulation.count * table_row, dtype=dtype),
-        modulation=new(spec.modulation.count * rows * spec.hidden, dtype=dtype),
-        gates_ahead=tuple(
-            new(len(spec.modulation.gates) * rows * spec.hidden, dtype=dtype)
-            for _ in range(lookahead.places)
-        ),
+        modulation=allocate_modulation(backend, spec, precision, plan, capacity, chunk),
+        rows=allocate_rows(backend, spec, capacity),
         tokens=(new(feature, dtype=dtype), new(feature, dtype=dtype)),
         start=new(feature, dtype=dtype) if plan.keeps_residuals else None,
         ones=constant(np.ones(rows * spec.hidden), dtype) if plan.keeps_residuals else None,
@@ -318,15 +264,8 @@ def allocate_buffers(
         sampler_rows=sampler_rows,
         coefficients=coefficients,
         shared=shared,
-        timesteps=constant(timesteps_from_plan(plan, chunk)),
         guidance=new((2 if spec.boundary else 1) * capacity * spec.channels),
         embedded_guidance=new(1),
-        labels=new(table_labels(spec, capacity), dtype="int64"),
-        label_rows=new(rows, dtype="int64"),
-        pooled=new(rows * spec.pooled_channels) if spec.pooled_channels else None,
-        rows=new(rows, dtype="int64"),
-        cond_rows=new(capacity, dtype="int64"),
-        uncond_rows=new(capacity, dtype="int64"),
         captions=_caption_buffers(backend, spec, rows, dtype) if spec.text_conditional else None,
         text=allocate_stream("text", backend, spec, dtype, plan, rows),
         reference=allocate_stream("reference", backend, spec, dtype, plan, rows),

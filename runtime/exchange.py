@@ -19,7 +19,7 @@ from goc_deploy.engine_dir.weights import mapped_parts
 from goc_deploy.errors import UsageError
 from goc_deploy.host_memory import return_free_pages
 from goc_deploy.protocols import Backend, Engine
-from goc_deploy.runtime.binding import Engines
+from goc_deploy.runtime.model_engines import Engines
 from goc_deploy.runtime.request import Batch
 from goc_deploy.runtime.session import Session
 from goc_deploy.runtime.weights import Weights

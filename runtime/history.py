@@ -88,4 +88,4 @@ def _chosen(
 def _runs(signature: str, manifest: Manifest, backend: Backend) -> bool:
     """Whether a backend can run launches of a signature without making a graph."""
     dtype = DTYPE_OF_PRECISION[manifest.precision]
-    return signature in manifest.predict or backend.predictor(signature, dtype) is not None
+    return signature in manifest.predict or backend.predict_engine(signature, dtype) is not None

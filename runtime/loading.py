@@ -10,13 +10,12 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from types import MappingProxyType
 
-from goc_deploy.compiler import Compute, Plan
+from goc_deploy.compiler import Plan
 from goc_deploy.compiler.modulation_file import CONDITIONING
 from goc_deploy.conditions.stored_captions import captions_from_bytes
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.manifest import GraphEntry, Manifest
 from goc_deploy.errors import (
-    EngineDirError,
     EnvironmentUnsupportedError,
     ResourceError,
     UsageError,
@@ -25,16 +24,16 @@ from goc_deploy.host_memory import return_free_pages
 from goc_deploy.options import History, Offload
 from goc_deploy.precision import DTYPE_OF_PRECISION
 from goc_deploy.protocols import Backend, Engine, Footprint
-from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.buffers import planned_bytes
 from goc_deploy.runtime.decoder import LatentDecoder
 from goc_deploy.runtime.history import plan_to_run
+from goc_deploy.runtime.model_engines import Engines
 from goc_deploy.runtime.modulation_tables import ModulationTables
+from goc_deploy.runtime.needed_graphs import needed_graphs
 from goc_deploy.runtime.pipeline import Attached, Pipeline
 from goc_deploy.runtime.text_loading import load_graph, load_text_encoder, text_graphs
 from goc_deploy.runtime.video_decoder import VideoDecoder
 from goc_deploy.runtime.weights import Weights
-from goc_deploy.spec import SECOND_SET
 
 logger = logging.getLogger(__name__)
 
@@ -86,47 +85,22 @@ def load_pipelines(
             range.
         ResourceError: the buffers do not fit into memory.
     """
-    for option, value in (("max_sessions", max_sessions), ("batch_size", batch_size)):
-        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
-            raise UsageError(f"{option} must be a whole number, got {value!r:.60}")
-    if max_sessions is None or not 1 <= max_sessions <= MAX_SESSIONS:
-        raise UsageError(
-            f"max_sessions must be at least 1 and at most {MAX_SESSIONS}, got {max_sessions}"
-        )
     manifest, others = directory.manifest, unlisted.plans if unlisted else {}
+    images = _checked_images(manifest, batch_size, max_sessions)
     plans = [
         others[name] if name is not None and name in others else directory.plan(name)
         for name in names
     ]
-    images = manifest.max_batch if batch_size is None else batch_size
-    if not 1 <= images <= manifest.max_batch:
-        raise UsageError(
-            f"batch size {images} must be within 1..{manifest.max_batch}, the limit that "
-            "the engine directory was exported for (`max_batch`)"
-        )
     new_graphs = unlisted is not None
     plans = [
         plan_to_run(plan, manifest, backend, images, history, makes_graphs=new_graphs)
         for plan in plans
     ]
-    parts = {
-        "decoder": manifest.decoder,
-        "video_decoder": manifest.video_decoder,
-    }
-    more = [name for name, part in parts.items() if part]
-    if offload != "text":
-        more += manifest.text_encoders
-    if all_units:
-        more += [CONDITIONING, *manifest.model.unit_names]
-        more += [replace(plan.sampler, head=None).graph for plan in plans]
-    new = _new_predictors(manifest, plans, unlisted.predict_graph, backend) if unlisted else {}
+    more = _more_graphs(manifest, plans, offload, all_units=all_units)
+    new = _new_predict_engines(manifest, plans, unlisted.predict_graph, backend) if unlisted else {}
     graphs = needed_graphs(directory, plans, backend, more, new).all
-    models = [graph for graph in graphs if graph.name not in manifest.text_encoders]
-    footprint = backend.footprint(_weights_of(directory, models))
-    encoders = backend.footprint(_weights_of(directory, text_graphs(manifest)))
-    about = "of text encoders" + (" while they encode" if offload == "text" else "")
+    memory = _memory(directory, graphs, backend, offload)
     for plan in plans:
-        memory = Memory(footprint, encoders, about, backend.device.free_bytes())
         _check_memory(manifest, plan, images, max_sessions, memory)
     engines = load_engines(directory, plans, backend, more, new)
     attached = Attached(
@@ -138,7 +112,43 @@ def load_pipelines(
     ]
 
 
-def _new_predictors(
+def _checked_images(manifest: Manifest, batch_size: int | None, max_sessions: int) -> int:
+    """The images per run.
+
+    Raises:
+        UsageError: a number is out of range.
+    """
+    for option, value in (("max_sessions", max_sessions), ("batch_size", batch_size)):
+        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
+            raise UsageError(f"{option} must be a whole number, got {value!r:.60}")
+    if max_sessions is None or not 1 <= max_sessions <= MAX_SESSIONS:
+        raise UsageError(
+            f"max_sessions must be at least 1 and at most {MAX_SESSIONS}, got {max_sessions}"
+        )
+    images = manifest.max_batch if batch_size is None else batch_size
+    if not 1 <= images <= manifest.max_batch:
+        raise UsageError(
+            f"batch size {images} must be within 1..{manifest.max_batch}, the limit that "
+            "the engine directory was exported for (`max_batch`)"
+        )
+    return images
+
+
+def _more_graphs(
+    manifest: Manifest, plans: Sequence[Plan], offload: Offload, *, all_units: bool
+) -> list[str]:
+    """Names of the graphs to load that the plans do not launch."""
+    decoders = {"decoder": manifest.decoder, "video_decoder": manifest.video_decoder}
+    more = [name for name, part in decoders.items() if part]
+    if offload != "text":
+        more += manifest.text_encoders
+    if all_units:
+        more += [CONDITIONING, *manifest.model.unit_names]
+        more += [replace(plan.sampler, head=None).graph for plan in plans]
+    return more
+
+
+def _new_predict_engines(
     manifest: Manifest,
     plans: Sequence[Plan],
     predict_graph: Callable[[str], bytes],
@@ -154,7 +164,7 @@ def _new_predictors(
     missing = [
         s
         for s in sorted(signatures - manifest.predict.keys())
-        if backend.predictor(s, dtype) is None
+        if backend.predict_engine(s, dtype) is None
     ]
     if missing and backend.stacks:
         raise EnvironmentUnsupportedError(
@@ -176,94 +186,6 @@ def _decoder(
     return LatentDecoder(engines.units["decoder"], backend, manifest.decoder, manifest.model)
 
 
-@dataclass(frozen=True, slots=True)
-class NeededGraphs:
-    """The graphs to load.
-
-    Attributes:
-        units: units and the graphs around the blocks, by name.
-        predict: predict graphs, by signature.
-        segments: segments, by signature.
-        predictors: engines of the predict signatures that need no graph.
-    """
-
-    units: Mapping[str, GraphEntry]
-    predict: Mapping[str, GraphEntry]
-    segments: Mapping[str, GraphEntry]
-    predictors: Mapping[str, Engine]
-
-    @property
-    def all(self) -> tuple[GraphEntry, ...]:
-        """All graphs."""
-        return (*self.units.values(), *self.predict.values(), *self.segments.values())
-
-
-def needed_graphs(
-    directory: EngineDir,
-    plans: Sequence[Plan],
-    backend: Backend,
-    more: Iterable[str] = (),
-    predictors: Mapping[str, Engine] = MappingProxyType({}),
-) -> NeededGraphs:
-    """The graphs that plans launch on a backend, and further graphs.
-
-    Args:
-        directory: the engine directory.
-        plans: the plans; without plans, all units of the blocks are needed.
-        backend: the backend.
-        more: names of further graphs.
-        predictors: engines of predict signatures that are loaded already.
-
-    Raises:
-        EngineDirError: the manifest does not list a graph.
-    """
-    manifest, dtype = directory.manifest, DTYPE_OF_PRECISION[directory.manifest.precision]
-    signatures = {signature for plan in plans for signature in plan.signatures}
-    offered = {
-        s: predictors[s] if s in predictors else backend.predictor(s, dtype)
-        for s in sorted(signatures)
-    }
-    predictors = {signature: engine for signature, engine in offered.items() if engine is not None}
-    predict = {
-        signature: manifest.predict_graph(signature)
-        for signature in _listed(directory, manifest.predict, signatures - predictors.keys())
-    }
-    segments = {
-        signature: manifest.segment_graph(signature)
-        for signature in _listed(
-            directory, manifest.segments, [s for plan in plans for s in plan.segment_signatures]
-        )
-    }
-    needed = {
-        "embed",
-        "final",
-        "modulation",
-        "collect",
-        *more,
-        *_launched_units(manifest, plans),
-    }
-    stored = bool(plans) and all(map(directory.stores_table, plans))
-    needed |= set() if stored else {CONDITIONING}
-    needed |= {"captions"} if manifest.model.text_conditional else set()
-    needed |= {"references"} if manifest.model.max_references else set()
-    if manifest.model.boundary:
-        around = {CONDITIONING, "captions", "references", "embed", "final"}
-        needed |= {SECOND_SET + name for name in needed & {*around, *manifest.model.unit_names}}
-    heads = {plan.sampler.graph for plan in plans if plan.sampler.head is not None}
-    needed |= {plan.sampler.graph for plan in plans} - heads
-    needed |= {"residual"} if any(plan.keeps_residuals for plan in plans) else set()
-    lacking = sorted(
-        {*needed, *manifest.model.unit_names} - {unit.name for unit in manifest.graphs}
-    )
-    if lacking:
-        raise EngineDirError(
-            f"{directory.path} lists no unit {lacking[0]!r}, which the model needs; export again"
-        )
-    units = {unit.name: unit for unit in manifest.graphs if unit.name in needed}
-    units |= {name: manifest.head_graph(name) for name in _listed(directory, manifest.heads, heads)}
-    return NeededGraphs(units, predict, segments, predictors)
-
-
 def _weights_of(directory: EngineDir, graphs: Sequence[GraphEntry]) -> dict[str, dict[str, int]]:
     """The argument of `Backend.footprint`: graph digest -> weights file -> size in bytes."""
     parts = {unit.onnx: directory.manifest.parts(unit).values() for unit in graphs}
@@ -282,7 +204,7 @@ def load_engines(
     plans: Sequence[Plan],
     backend: Backend,
     more: Iterable[str] = (),
-    predictors: Mapping[str, Engine] = MappingProxyType({}),
+    predict_engines: Mapping[str, Engine] = MappingProxyType({}),
 ) -> Engines:
     """Verify all files of the `needed_graphs`, then check and load the graphs, both in parallel.
 
@@ -293,7 +215,7 @@ def load_engines(
             reads more than its weights.
     """
     manifest = directory.manifest
-    graphs = needed_graphs(directory, plans, backend, more, predictors)
+    graphs = needed_graphs(directory, plans, backend, more, predict_engines)
     weights = {
         part.weights_file
         for unit in graphs.all
@@ -325,33 +247,12 @@ def load_engines(
     }
     return Engines(
         units,
-        {**predict, **graphs.predictors},
+        {**predict, **graphs.predict_engines},
         stored,
         segments,
         Weights(directory, weights_and_graphs),
         ModulationTables(directory, plans, backend, units),
     )
-
-
-def _listed(
-    directory: EngineDir, graphs: Mapping[str, str], signatures: Iterable[str]
-) -> list[str]:
-    """The distinct signatures, after checking that the manifest lists their graphs."""
-    distinct = sorted(set(signatures))
-    missing = [signature for signature in distinct if signature not in graphs]
-    if missing:
-        raise EngineDirError(
-            f"{directory.path} lists no graph for {missing[0]!r}, which a plan needs; "
-            "add the plan again"
-        )
-    return distinct
-
-
-def _launched_units(manifest: Manifest, plans: Sequence[Plan]) -> Iterable[str]:
-    """Units that plans launch outside segments; without plans, all units."""
-    names = manifest.model.unit_names
-    ops = [op for plan in plans for step in plan.launches for op in step]
-    return {names[op.unit] for op in ops if isinstance(op, Compute)} if plans else names
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,6 +270,20 @@ class Memory:
     encoders: Footprint
     about: str
     available: int | None
+
+
+def _memory(
+    directory: EngineDir, graphs: Sequence[GraphEntry], backend: Backend, offload: Offload
+) -> Memory:
+    """The memory that the engines of graphs will need, and what is free."""
+    manifest = directory.manifest
+    models = [graph for graph in graphs if graph.name not in manifest.text_encoders]
+    return Memory(
+        backend.footprint(_weights_of(directory, models)),
+        backend.footprint(_weights_of(directory, text_graphs(manifest))),
+        "of text encoders" + (" while they encode" if offload == "text" else ""),
+        backend.device.free_bytes(),
+    )
 
 
 def _check_memory(

@@ -28,11 +28,11 @@ from goc_deploy.options import GenerateOptions, SkipGuidance
 from goc_deploy.protocols import NOTHING, Backend
 from goc_deploy.runtime import arguments
 from goc_deploy.runtime.asynchronous import in_a_thread
-from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.decoder import LatentDecoder
 from goc_deploy.runtime.generation import Extras, Generation, OnNonfinite
 from goc_deploy.runtime.head_use import HeadUse
 from goc_deploy.runtime.interpreter_exit import native_calls
+from goc_deploy.runtime.model_engines import Engines
 from goc_deploy.runtime.request import Batch, Drawing, Request
 from goc_deploy.runtime.results import Result, plan_report, size_report
 from goc_deploy.runtime.session import Session
@@ -62,6 +62,14 @@ class Pipeline:
     """A plan of a loaded engine directory; `goc_deploy.load` returns one.
 
     A pipeline is thread-safe. At most ``max_sessions`` callers run at a time; others wait.
+
+    Attributes:
+        manifest: the contents of the engine directory.
+        plan: the plan that runs.
+        batch_size: the largest number of images of a run.
+        spec: sizes of the model.
+        engines: the loaded engines, which pipelines of one load share.
+        backend: the backend of the engines.
     """
 
     def __init__(
@@ -76,13 +84,13 @@ class Pipeline:
     ) -> None:
         self._pid = os.getpid()
         self._attached = attached
-        self._backend, self._engines = backend, engines
+        self.backend, self.engines = backend, engines
         self.manifest, self.plan, self.batch_size = manifest, plan, batch_size
         self.spec: ModelSpec = manifest.model
         self._head_use = HeadUse(plan, engines.weights)
         self._pool = SessionPool(max_sessions)
         with engines.weights.running():
-            self._pool.run(self._new_session, lambda _: None)
+            self._pool.run(self.new_session, lambda _: None)
 
     def generate(
         self,
@@ -291,14 +299,14 @@ class Pipeline:
         generation = Generation(self.plan, drawing, self.batch_size, self._attached.decoder, extras)
 
         def run(session: Session) -> None:
-            generation.run(session, self._draws)
+            generation.run(session, self.draws)
 
-        weights = self._engines.weights
+        weights = self.engines.weights
         with weights.running(limits):
             checkpoint = weights.checkpoint_sha256
             guided = drawing.cfg_scale if drawing.cfg_channels else np.ones(1)
             about_head = self._head_use.checked(guided.tolist())
-            self._pool.run(self._new_session, run, extras.spans, limits)
+            self._pool.run(self.new_session, run, extras.spans, limits)
         return generation.result(
             {
                 "goc_deploy": __version__,
@@ -352,7 +360,7 @@ class Pipeline:
         its segments. A plan that computes all units has no predict graphs.
         """
         return Pipeline(
-            self.manifest, plan, self._engines, self._backend, self.batch_size, 1, self._attached
+            self.manifest, plan, self.engines, self.backend, self.batch_size, 1, self._attached
         )
 
     def load_weights(self, engine_dir: str | Path) -> None:
@@ -385,7 +393,7 @@ class Pipeline:
         from goc_deploy.runtime.exchange import load_weights
 
         self._check_open()
-        load_weights(Path(engine_dir), self._engines, self._backend)
+        load_weights(Path(engine_dir), self.engines, self.backend)
 
     def warmup(self, images: Sequence[int] = (1,), *, guided: Sequence[bool] | None = None) -> None:
         """Run every session until later requests of these shapes compile and record nothing.
@@ -419,8 +427,8 @@ class Pipeline:
             for request, _ in product(requests, range(self.runs_to_warm)):
                 session.run(request)
 
-        with self._engines.weights.running():
-            self._pool.run_on_each(self._new_session, run_each)
+        with self.engines.weights.running():
+            self._pool.run_on_each(self.new_session, run_each)
         if self._attached.decoder is not None:
             for size in images:
                 self._attached.decoder.images(np.zeros((size, *self.spec.latents), np.float32))
@@ -433,13 +441,13 @@ class Pipeline:
     @property
     def on_cpu(self) -> bool:
         """Whether the engines run on the CPU, where checks of limits cost nothing."""
-        return self._backend.device.kind == "cpu"
+        return self.backend.device.kind == "cpu"
 
     def _request_to_warm_up(self, images: int, *, guided: bool) -> Request:
         captions = blank_captions(self.spec) if self.spec.text_conditional else None
         labels = [0] * images if captions else [i % self.spec.choices for i in range(images)]
         conditions = self._conditions(labels, captions, guided=guided)
-        noise = np.zeros((images, self._draws, *self.spec.latents), np.float32)
+        noise = np.zeros((images, self.draws, *self.spec.latents), np.float32)
         scales = np.full(images, CFG_SCALE if guided else 1.0)
         references = blank_references(images, self.spec)
         channels = self.spec.guided_channels
@@ -448,7 +456,7 @@ class Pipeline:
     @property
     def backend_description(self) -> dict[str, Any]:
         """Name, version and device of the backend, in JSON types, as reports of results have it."""
-        return self._backend.describe()
+        return self.backend.describe()
 
     @property
     def plan_description(self) -> dict[str, Any]:
@@ -467,7 +475,7 @@ class Pipeline:
         allowed.
         """
         self._pool.close()
-        self._engines = Engines({}, {})
+        self.engines = Engines({}, {})
 
     def __enter__(self) -> Pipeline:
         return self
@@ -481,7 +489,7 @@ class Pipeline:
         )
 
     @property
-    def _draws(self) -> int:
+    def draws(self) -> int:
         """Number of noise tensors of an image: x_T, and one per step of a stochastic sampler."""
         return 1 + (self.plan.steps if self.plan.sampler.stochastic else 0)
 
@@ -500,7 +508,7 @@ class Pipeline:
     def _conditions(
         self, labels: Sequence[int] | None, prompt_embeds: PromptEmbeds | None, *, guided: bool
     ) -> Conditions:
-        stored = self._engines.captions
+        stored = self.engines.captions
         return arguments.conditions(labels, prompt_embeds, self.spec, stored, guided=guided)
 
     def _check_open(self) -> None:
@@ -512,10 +520,11 @@ class Pipeline:
                 "after forking"
             )
 
-    def _new_session(self) -> Session:
+    def new_session(self) -> Session:
+        """Make a session with buffers of its own, for a caller that runs the launches itself."""
         session = Session(
-            self._engines,
-            self._backend,
+            self.engines,
+            self.backend,
             self.spec,
             self.manifest.precision,
             self.plan,
@@ -524,5 +533,5 @@ class Pipeline:
         captions = 2 if self.spec.text_conditional else 0
         labels = 1 if self.spec.one_modulation else 2
         session.bind(Batch(1, True, labels, captions))
-        self._engines.weights.sessions.add(session)
+        self.engines.weights.sessions.add(session)
         return session

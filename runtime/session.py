@@ -24,10 +24,11 @@ from goc_deploy.conditions.references import patches_of
 from goc_deploy.errors import GocError
 from goc_deploy.precision import Precision
 from goc_deploy.protocols import Backend, Run, Stream
-from goc_deploy.runtime.binding import Binder, Engines
+from goc_deploy.runtime.binding import Binder
 from goc_deploy.runtime.bound import BoundLaunch, BoundPlan, BoundStep
 from goc_deploy.runtime.buffers import allocate_buffers
 from goc_deploy.runtime.constants import constants_from_plan, timesteps_from_plan
+from goc_deploy.runtime.model_engines import Engines
 from goc_deploy.runtime.request import Batch, Inputs, Request, prepared
 from goc_deploy.runtime.shared_binding import SharedBinder
 from goc_deploy.size_inputs import size_tensors
@@ -87,6 +88,9 @@ class Session:
         capacity: the largest number of images N of a request.
         chunk: number of steps for which the modulation table is computed at a time; None for as
             many as its memory budget allows. A stored table always has all steps.
+
+    Attributes:
+        buffers: the memory of the session.
     """
 
     def __init__(
@@ -103,7 +107,7 @@ class Session:
         self._stream = backend.stream()
         self._holds_table = engines.holds_table(plan)
         chunk = plan.steps if self._holds_table else chunk
-        self._buffers = allocate_buffers(backend, spec.largest, precision, plan, capacity, chunk)
+        self.buffers = allocate_buffers(backend, spec.largest, precision, plan, capacity, chunk)
         self._bound: OrderedDict[Batch, _Runnable] = OrderedDict()
         # Of the sample and the references that the buffers were filled for:
         self._axes: tuple[tuple[int, ...], ...] = ()
@@ -219,26 +223,26 @@ class Session:
 
     def _upload(self, request: Request, inputs: Inputs, plan: BoundPlan) -> None:
         """Upload the arrays of a request to the buffers that the launches read."""
-        buffers, batch, upload = self._buffers, inputs.batch, self._stream.upload
+        buffers, batch, upload = self.buffers, inputs.batch, self._stream.upload
         captions = request.conditions.captions
         if captions is None:
-            upload(inputs.in_table, buffers.labels.view(batch.labels))
+            upload(inputs.in_table, buffers.rows.labels.view(batch.labels))
         else:
             assert buffers.captions is not None
             embeds, bias = captions.embeds[inputs.distinct], captions.bias[inputs.distinct]
             upload(embeds, buffers.captions.embeds.view(*embeds.shape))
             upload(bias, buffers.captions.bias.view(*bias.shape))
             upload(inputs.index, buffers.captions.rows.view(batch.rows))
-            if buffers.pooled is not None:
+            if buffers.rows.pooled is not None:
                 pooled = captions.pooled[inputs.in_table]
-                upload(pooled, buffers.pooled.view(*pooled.shape))
+                upload(pooled, buffers.rows.pooled.view(*pooled.shape))
         if buffers.patches is not None:
             patches = patches_of(request.references, self._spec)
             upload(patches, buffers.patches.view(*patches.shape))
-        upload(inputs.table_rows, buffers.label_rows.view(batch.rows))
-        upload(inputs.rows, buffers.rows.view(batch.rows))
-        upload(inputs.cond_rows, buffers.cond_rows.view(batch.images))
-        upload(inputs.uncond_rows, buffers.uncond_rows.view(batch.images))
+        upload(inputs.table_rows, buffers.rows.label_rows.view(batch.rows))
+        upload(inputs.rows, buffers.rows.images.view(batch.rows))
+        upload(inputs.cond_rows, buffers.rows.cond_rows.view(batch.images))
+        upload(inputs.uncond_rows, buffers.rows.uncond_rows.view(batch.images))
         upload(inputs.guidance, buffers.guidance.view(*inputs.guidance.shape))
         if buffers.skips is not None:
             skipped = batch.rows - batch.images + inputs.cond_rows
@@ -263,11 +267,12 @@ class Session:
             return
         self._axes = ()  # until all of it is there
         for name, values in size_tensors(spec).items():
-            self._stream.upload(values, self._buffers.of_size[name].view(*values.shape))
-        plan, buffers = self._plan_of(spec), self._buffers
+            self._stream.upload(values, self.buffers.of_size[name].view(*values.shape))
+        plan, buffers = self._plan_of(spec), self.buffers
         if plan.sampler.size_shift is not None:
             self._stream.upload(constants_from_plan(plan), buffers.constants)
-            self._stream.upload(timesteps_from_plan(plan, buffers.chunk), buffers.timesteps)
+            timesteps = timesteps_from_plan(plan, buffers.modulation.chunk)
+            self._stream.upload(timesteps, buffers.modulation.timesteps)
         if self._holds_table:
             self._upload_table(plan)
         self._axes = axes
@@ -286,7 +291,7 @@ class Session:
         assert tables is not None
         self._table_key = ""  # until the whole table is there
         shape = (plan.steps, spec.modulation.count, 1, spec.hidden)
-        tables.fill(plan, self._buffers.table.view(*shape), self._stream)
+        tables.fill(plan, self.buffers.modulation.table.view(*shape), self._stream)
         self._table_key = key
 
     def forget_table(self) -> None:
@@ -345,6 +350,6 @@ class Session:
 
     def _binder(self, batch: Batch, earlier: Binder | None = None) -> Binder:
         spec = self._spec_of(batch)
-        args = (self._engines, spec, self._plan, self._buffers, batch, self._stream, earlier)
+        args = (self._engines, spec, self._plan, self.buffers, batch, self._stream, earlier)
         device = self._backend.device
         return SharedBinder(device, *args) if device.shares_launches else Binder(*args)

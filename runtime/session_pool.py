@@ -51,6 +51,7 @@ class SessionPool:
 
     Attributes:
         closed: whether `close` was called.
+        bell: rings that wake waiting callers.
     """
 
     def __init__(self, size: int) -> None:
@@ -59,7 +60,7 @@ class SessionPool:
         # Wakes a waiting caller, which then searches for a free slot. A superfluous ring is
         # harmless, and every call that ends or takes a slot rings, so no ring is missing. The queue
         # is written in C, and an interrupted wait removes nothing.
-        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.closed = False
 
     @property
@@ -118,7 +119,7 @@ class SessionPool:
                 own_slot.claim = None
                 if self.closed:
                     own_slot.session = None
-            self._bell.put(None)
+            self.bell.put(None)
 
     def close(self) -> None:
         """Drop free sessions, and the others when their calls end; wake waiting callers."""
@@ -126,7 +127,7 @@ class SessionPool:
         for slot in self._slots:
             if slot.claim is None:
                 slot.session = None
-        self._bell.put(None)
+        self.bell.put(None)
 
     def _take(self, claim: _Claim, slots: Sequence[_Slot], limits: CallLimits | None) -> _Slot:
         while True:
@@ -140,7 +141,7 @@ class SessionPool:
                         break
             if claim.slot is not None:
                 self._forget_rings()
-                self._bell.put(None)  # for the next waiting caller: another slot may be free too
+                self.bell.put(None)  # for the next waiting caller: another slot may be free too
                 return claim.slot
             if any(slot.claim is not None and slot.claim.thread == claim.thread for slot in slots):
                 raise UsageError(
@@ -149,15 +150,15 @@ class SessionPool:
                     "do not generate from a callback, or load with a larger max_sessions"
                 )
             if limits is None:
-                self._bell.get()
+                self.bell.get()
             else:
                 limits.check()
                 with contextlib.suppress(queue.Empty):
-                    self._bell.get(timeout=POLL_SECONDS)
+                    self.bell.get(timeout=POLL_SECONDS)
 
     def _forget_rings(self) -> None:
         try:
             while True:
-                self._bell.get_nowait()
+                self.bell.get_nowait()
         except queue.Empty:
             pass

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from goc_deploy.protocols import Buffer, Device, Move
+from goc_deploy.protocols import Buffer, Device, Move, Run
 from goc_deploy.runtime.binding import Binder
 from goc_deploy.runtime.bound import BoundLaunch
 from goc_deploy.runtime.buffers import SharedBuffers
@@ -33,28 +33,25 @@ class SharedBinder(Binder):
 
     def _start(self, step: int) -> list[BoundLaunch]:
         """One launch that moves all values of the step."""
-        used = self._used_modulation(step)
-        ages = self._head is not None and self._head.computes(step)
-        key = ("start", used, ages)
-        if key not in self._launches:
+        used, head = self.modulation.used(step), self._head
+        aging = head if head is not None and head.computes(step) else None
+
+        def bind() -> Run:
             moves = [self._modulation_of(used), *self._numbers(), *self._left()]
-            moves += self._head.moves() if self._head is not None and ages else []
-            run = self._device.step_start(moves, self._places.step, self._stream)
-            self._launches[key] = BoundLaunch("start", run)
-        return [self._launches[key]]
+            moves += [] if aging is None else aging.moves()
+            return self._device.step_start(moves, self._places.step, self._stream)
+
+        return [self._launches.own("start", (used, aging is not None), bind)]
 
     def _modulation_of(self, used: range) -> Move:
         """Rows of the modulation table, expanded to the batch."""
-        spec, labels, rows = self._spec, self._batch.labels, self._batch.rows
-        source = self._buffers.table.view(
-            len(used), labels, spec.hidden, start=used.start * labels * spec.hidden
-        )
+        spec = self._spec
         return Move(
-            source,
-            self._modulation_row(used.start, len(used)),
-            period=self._buffers.chunk,
-            stride=spec.modulation.count * labels * spec.hidden,
-            rows=self._buffers.label_rows.view(rows),
+            self.modulation.table_rows(0, used),
+            self.modulation.row(used.start, len(used)),
+            period=self._buffers.modulation.chunk,
+            stride=spec.modulation.count * self._batch.labels * spec.hidden,
+            rows=self._buffers.rows.label_rows.view(self._batch.rows),
         )
 
     def _numbers(self) -> list[Move]:

@@ -70,7 +70,7 @@ class HeadTrajectory:
 
     def __init__(self, pipe: Pipeline, head: Head, request: Request) -> None:
         self._plan, self._spec, self._head, self._request = pipe.plan, pipe.spec, head, request
-        self._session = pipe._new_session()
+        self._session = pipe.new_session()
         self._outputs: list[Pair] = []  # of computed steps, newest first
         self._tokens: list[Pair] = []
 

@@ -115,83 +115,91 @@ class _OneTactic:
         return 0
 
 
-def _plugin_class(trt: Any, kernels: Callable[[], Kernels]) -> Any:
-    dtypes = {
-        getattr(trt.DataType, ELEMENT_TYPES[dtype].tensorrt): dtype
-        for dtype in DTYPE_OF_PRECISION.values()
-    }
+class _StackBehavior(_OneTactic):
+    """A stack as a plugin, without the classes of a TensorRT, which exist when it is imported.
 
-    interfaces: Any = (
+    Inputs: x (B, T, D), gates, coefficients, histories. Outputs: x_out, what is stored.
+    """
+
+    trt: Any
+    kernels: Callable[[], Kernels]
+    dtypes: Mapping[Any, str]
+
+    def __init__(self, name: str, stack: Stack, loaded: Kernels | None = None) -> None:
+        for base in _interfaces(self.trt):
+            base.__init__(self)
+        self.plugin_name, self.plugin_namespace = name, CACHE_DOMAIN
+        self.plugin_version = PLUGIN_VERSION
+        self.num_outputs = 1 + sum(stack.stores)
+        self.stack, self.loaded = stack, loaded
+
+    def clone(self) -> Any:
+        return type(self)(self.plugin_name, self.stack, self.loaded)
+
+    def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
+        return [input_types[0]] * self.num_outputs
+
+    def get_output_shapes(
+        self, inputs: Sequence[Any], _shape_inputs: Any, _builder: Any
+    ) -> list[Any]:
+        return [self.trt.DimsExprs(inputs[0])] * self.num_outputs
+
+    def supports_format_combination(
+        self, position: int, tensors: Sequence[Any], _inputs: int
+    ) -> bool:
+        tensor, trt = tensors[position].desc, self.trt
+        coefficients = position == 2
+        fits = (
+            tensor.type == trt.DataType.FLOAT
+            if coefficients
+            else tensor.type == tensors[0].desc.type
+        )
+        linear = tensor.format == trt.TensorFormat.LINEAR
+        return bool(fits and tensor.type in self.dtypes and linear)
+
+    def on_shape_change(self, _inputs: Any, _outputs: Any) -> None:
+        """Accept; a builder that times the plugin also calls this, without a context."""
+        self.loaded = self.loaded or self.kernels()
+
+    def get_fields_to_serialize(self) -> Any:
+        values = {"entries": self.stack.entries, "stores": self.stack.stores}
+        return _int_fields(self.trt, values if self.plugin_name == STACK else {})
+
+    def attach_to_context(self, _context: Any) -> Any:
+        """Copy for an execution context; the copy loads the kernels that `enqueue` needs."""
+        return type(self)(self.plugin_name, self.stack, self.loaded or self.kernels())
+
+    def enqueue(
+        self,
+        input_desc: Sequence[Any],
+        _output_desc: Sequence[Any],
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        _workspace: int,
+        stream: int,
+    ) -> None:
+        """Launch once; this neither waits nor allocates, so a CUDA graph can capture it."""
+        assert self.loaded is not None, "enqueue comes after on_shape_change"
+        x = input_desc[0]
+        shape = tuple(x.dims)
+        launch_geometry = geometry(shape, self.dtypes[x.type], inputs, outputs)
+        parameters = parameters_from_addresses(self.stack, shape, inputs, outputs)
+        self.loaded.launch(launch_geometry, parameters, stream)
+
+
+def _interfaces(trt: Any) -> tuple[Any, ...]:
+    return (
         trt.IPluginV3,
         trt.IPluginV3OneCore,
         trt.IPluginV3OneBuild,
         trt.IPluginV3OneRuntime,
     )
 
-    class StackPlugin(_OneTactic, *interfaces):  # type: ignore[misc]
-        """Inputs: x (B, T, D), gates, coefficients, histories. Outputs: x_out, what is stored."""
 
-        def __init__(self, name: str, stack: Stack, loaded: Kernels | None = None) -> None:
-            for base in interfaces:
-                base.__init__(self)
-            self.plugin_name, self.plugin_namespace, self.plugin_version = (
-                name,
-                CACHE_DOMAIN,
-                PLUGIN_VERSION,
-            )
-            self.num_outputs = 1 + sum(stack.stores)
-            self.stack, self.loaded = stack, loaded
-
-        def clone(self) -> Any:
-            return StackPlugin(self.plugin_name, self.stack, self.loaded)
-
-        def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
-            return [input_types[0]] * self.num_outputs
-
-        def get_output_shapes(
-            self, inputs: Sequence[Any], _shape_inputs: Any, _builder: Any
-        ) -> list[Any]:
-            return [trt.DimsExprs(inputs[0])] * self.num_outputs
-
-        def supports_format_combination(
-            self, position: int, tensors: Sequence[Any], _inputs: int
-        ) -> bool:
-            tensor = tensors[position].desc
-            coefficients = position == 2
-            fits = (
-                tensor.type == trt.DataType.FLOAT
-                if coefficients
-                else tensor.type == tensors[0].desc.type
-            )
-            return bool(fits and tensor.type in dtypes and tensor.format == trt.TensorFormat.LINEAR)
-
-        def on_shape_change(self, _inputs: Any, _outputs: Any) -> None:
-            """Accept; a builder that times the plugin also calls this, without a context."""
-            self.loaded = self.loaded or kernels()
-
-        def get_fields_to_serialize(self) -> Any:
-            values = {"entries": self.stack.entries, "stores": self.stack.stores}
-            return _int_fields(trt, values if self.plugin_name == STACK else {})
-
-        def attach_to_context(self, _context: Any) -> Any:
-            """Copy for an execution context; the copy loads the kernels that `enqueue` needs."""
-            return StackPlugin(self.plugin_name, self.stack, self.loaded or kernels())
-
-        def enqueue(
-            self,
-            input_desc: Sequence[Any],
-            _output_desc: Sequence[Any],
-            inputs: Sequence[int],
-            outputs: Sequence[int],
-            _workspace: int,
-            stream: int,
-        ) -> None:
-            """Launch once; this neither waits nor allocates, so a CUDA graph can capture it."""
-            assert self.loaded is not None, "enqueue comes after on_shape_change"
-            x = input_desc[0]
-            shape = tuple(x.dims)
-            launch_geometry = geometry(shape, dtypes[x.type], inputs, outputs)
-            parameters = parameters_from_addresses(self.stack, shape, inputs, outputs)
-            self.loaded.launch(launch_geometry, parameters, stream)
-
-    return StackPlugin
+def _plugin_class(trt: Any, kernels: Callable[[], Kernels]) -> Any:
+    dtypes = {
+        getattr(trt.DataType, ELEMENT_TYPES[dtype].tensorrt): dtype
+        for dtype in DTYPE_OF_PRECISION.values()
+    }
+    attributes = {"trt": trt, "kernels": staticmethod(kernels), "dtypes": dtypes}
+    return type("StackPlugin", (_StackBehavior, *_interfaces(trt)), attributes)

@@ -69,7 +69,7 @@ class TensorrtBackend:
         """Create a stream for one session."""
         return self.device.stream()
 
-    def predictor(self, signature: str, dtype: str) -> Engine | None:
+    def predict_engine(self, signature: str, dtype: str) -> Engine | None:
         """Return our kernel for accumulations.
 
         Predictions are engines, with the plugin if that needs fewer launches.

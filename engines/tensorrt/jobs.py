@@ -81,7 +81,7 @@ class Job:
 def wanted_engines(directory: EngineDir, target: Target, options: EngineOptions) -> list[Job]:
     """List one job per engine: per unit or kind of unit with shared weights, and per segment.
 
-    Predict graphs that only the host form of a plan launches (`goc_deploy.compiler.passes`) get no
+    Predict graphs that only the host form of a plan launches (`goc_deploy.compiler.forms`) get no
     engine, and neither do accumulate graphs, which our kernel serves. A segment whose weights are
     too large for one graph reads them at an address in both weight modes.
     """

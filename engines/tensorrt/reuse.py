@@ -96,9 +96,9 @@ def copy_engines(path: Path, source: EngineDir, progress: Progress) -> tuple[Eng
         EngineDirError, SafetyError: a directory is corrupt.
     """
     directory = EngineDir.open(path)
-    found = {target: _engines(directory, source, target) for target in _targets(source)}
+    reusable = {target: _engines(directory, source, target) for target in _targets(source)}
     copied = 0
-    for target, (options, copies) in found.items():
+    for target, (options, copies) in reusable.items():
         directory, count = build_missing(directory, target, options, progress, copies.opened)
         copied += count
         for file in source.manifest.files:

@@ -76,26 +76,15 @@ def tensorrt_backend(
     usable = best_selection(directory, library, capability, weight_mode)
     content, damaged = _contents(directory, usable)
     if usable.missing or damaged:
-        logger.warning(
-            "%s: %d of %d graphs have no %s engine for this GPU, so they are built now, "
-            "once (goc-plan --backend %s builds them ahead)",
-            *(
-                directory.path,
-                len(usable.missing) + damaged,
-                len(usable.engines) + len(usable.missing),
-                library.backend,
-            ),
-            library.backend,
-        )
+        _warn_of_builds(directory, usable, damaged, library.backend)
         directory, _ = build(directory, usable.options, progress)
         usable = best_selection(directory, library, capability, weight_mode)
         content, damaged = _contents(directory, usable)
         if usable.missing or damaged:
             raise EnvironmentUnsupportedError(
                 f"{directory.path}: {library.backend} engines are missing right after they were "
-                "built, "
-                f"first for {[*usable.missing, *usable.engines][0]}; is another program changing "
-                "the directory?"
+                f"built, first for {[*usable.missing, *usable.engines][0]}; is another program "
+                "changing the directory?"
             )
     engines = {
         directory.sha256(graph): content[entry.path] for graph, entry in usable.engines.items()
@@ -108,6 +97,19 @@ def tensorrt_backend(
             directory, cache_path(target, "kernels", device.describe()["device"], driver_version())
         )
     return TensorrtBackend(library, device, engines, report, kernels)
+
+
+def _warn_of_builds(directory: EngineDir, usable: Selection, damaged: int, backend: str) -> None:
+    """Log how many engines are built now, because they are missing or damaged."""
+    logger.warning(
+        "%s: %d of %d graphs have no %s engine for this GPU, so they are built now, once "
+        "(goc-plan --backend %s builds them ahead)",
+        directory.path,
+        len(usable.missing) + damaged,
+        len(usable.engines) + len(usable.missing),
+        backend,
+        backend,
+    )
 
 
 def best_selection(

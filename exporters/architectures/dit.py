@@ -7,7 +7,7 @@ defines the order of the rows of the resulting table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import chain
 
 import torch
@@ -37,10 +37,8 @@ from goc_deploy.exporters.tracing import (
     ROWS,
     STEPS,
     Examples,
-    Module,
     block_copies,
     check_shapes,
-    empty_module,
     same_names,
     shapes_of,
 )
@@ -304,16 +302,11 @@ class FinalUnit(nn.Module):
 
 def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
     """The graphs of a DiT, in the order in which they are written."""
-    dtype = DTYPES[precision]
-    examples = Examples(spec, dtype)
-
-    def traceable(make: Callable[[ModelSpec], Module]) -> Module:
-        return empty_module(lambda: make(spec), dtype, examples.generator)
-
-    conditioning: nn.Module = traceable(
+    examples = Examples(spec, DTYPES[precision])
+    conditioning: nn.Module = examples.module(
         BlockConditioningUnit if spec.block_embedders else ConditioningUnit
     )
-    attn, mlp = traceable(AttnUnit), traceable(MlpUnit)
+    attn, mlp = examples.module(AttnUnit), examples.module(MlpUnit)
     labels = Input("labels", torch.tensor([0, spec.choices]), {0: "labels"})
     branch = (examples.tokens(), *examples.modulation("shift", "scale", "gate"))
     return (
@@ -325,19 +318,19 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
             {"conditioning": _conditioning(conditioning, spec)},
             weights_are_inputs=True,
         ),
-        embed_kind(spec, examples, dtype),
+        embed_kind(spec, examples),
         GraphKind(
             "attn", attn, branch, ("x_out", "feature"), block_copies(attn, spec.depth, "attn")
         ),
         GraphKind("mlp", mlp, branch, ("x_out", "feature"), block_copies(mlp, spec.depth, "mlp")),
-        final_kind(spec, examples, dtype),
+        final_kind(spec, examples),
     )
 
 
-def embed_kind(spec: ModelSpec, examples: Examples, dtype: torch.dtype) -> GraphKind:
+def embed_kind(spec: ModelSpec, examples: Examples) -> GraphKind:
     """The graph of latents to tokens, for one size of samples or for any."""
     make = any_size.EmbedUnit if spec.any_size else EmbedUnit
-    embed: nn.Module = empty_module(lambda: make(spec), dtype, examples.generator)
+    embed: nn.Module = examples.module(make)
     inputs = [any_size.latents_example(spec, examples) if spec.any_size else examples.latents()]
     inputs.append(ROWS)
     if spec.positions is not None and spec.positions.kind == "sine":
@@ -345,10 +338,10 @@ def embed_kind(spec: ModelSpec, examples: Examples, dtype: torch.dtype) -> Graph
     return GraphKind("embed", embed, tuple(inputs), ("x",), {"embed": same_names(embed)})
 
 
-def final_kind(spec: ModelSpec, examples: Examples, dtype: torch.dtype) -> GraphKind:
+def final_kind(spec: ModelSpec, examples: Examples) -> GraphKind:
     """The graph of tokens to the model output, for one size of samples or for any."""
     make = any_size.FinalUnit if spec.any_size else FinalUnit
-    final: nn.Module = empty_module(lambda: make(spec), dtype, examples.generator)
+    final: nn.Module = examples.module(make)
     x = any_size.grid_example(spec, examples) if spec.any_size else examples.tokens()
     return GraphKind(
         "final",

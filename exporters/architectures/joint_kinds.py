@@ -64,9 +64,13 @@ class Tracer:
             return make()
 
     def kind(
-        self, name: str, make: MakeModule, inputs: Sequence[Input], output: str,
+        self,
+        name: str,
+        make: MakeModule,
+        inputs: Sequence[Input],
+        output: str,
         layers: Layers,
-    ) -> GraphKind:  # fmt: skip
+    ) -> GraphKind:
         """A kind of which a model has one graph, with one output."""
         module = self.module(make)
         copies = {name: bound(module, layers)}

@@ -12,7 +12,7 @@ Text-to-Image Synthesis", ICLR 2024, section 2.3 and figure 4.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -62,10 +62,8 @@ from goc_deploy.exporters.architectures.sizes import sizes_from_tensors
 from goc_deploy.exporters.tracing import (
     STEPS,
     Examples,
-    Module,
     block_copies,
     check_shapes,
-    empty_module,
     same_names,
     shapes_of,
 )
@@ -320,14 +318,13 @@ def check_tensors(tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
 
 def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
     """The graphs of a PixArt, in the order in which they are written."""
-    dtype = DTYPES[precision]
-    examples = Examples(spec, dtype)
-
-    def traceable(make: Callable[[ModelSpec], Module]) -> Module:
-        return empty_module(lambda: make(spec), dtype, examples.generator)
-
-    conditioning, captions = traceable(ConditioningUnit), traceable(CaptionsUnit)
-    attn, cross, mlp = traceable(AttnUnit), traceable(CrossUnit), traceable(MlpUnit)
+    examples = Examples(spec, DTYPES[precision])
+    conditioning, captions = examples.module(ConditioningUnit), examples.module(CaptionsUnit)
+    attn, cross, mlp = (
+        examples.module(AttnUnit),
+        examples.module(CrossUnit),
+        examples.module(MlpUnit),
+    )
     length, head = spec.caption_tokens, spec.hidden // spec.heads
     by_caption = {0: "captions"}
     example = examples.normal(2, length, spec.caption_channels, dtype=torch.float32)
@@ -358,7 +355,7 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
             {"captions": _captions(captions, spec)},
             weights_are_inputs=True,
         ),
-        embed_kind(spec, examples, dtype),
+        embed_kind(spec, examples),
         GraphKind("attn", attn, branch, outputs, block_copies(attn, spec.depth, "attn")),
         GraphKind(
             "cross",
@@ -368,7 +365,7 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
             block_copies(cross, spec.depth, "cross"),
         ),
         GraphKind("mlp", mlp, branch, outputs, block_copies(mlp, spec.depth, "mlp")),
-        final_kind(spec, examples, dtype),
+        final_kind(spec, examples),
     )
 
 

@@ -65,8 +65,8 @@ class JointConfig(Struct, frozen=True, kw_only=True):
             )
         depths = {name: getattr(self, name) for name in DEPTHS if hasattr(self, name)}
         if sum(depths.values()) > MAX_BLOCKS:
-            found = " and ".join(f"{name} is {count}" for name, count in depths.items())
-            raise ModelError(f"{where}: {found}, at most {MAX_BLOCKS} blocks are supported")
+            counts = " and ".join(f"{name} is {count}" for name, count in depths.items())
+            raise ModelError(f"{where}: {counts}, at most {MAX_BLOCKS} blocks are supported")
 
 
 @contextmanager
@@ -86,8 +86,8 @@ def reading_sizes(family: str) -> Iterator[None]:
 
 def count_blocks(names: Collection[str], run: str = "transformer_blocks") -> int:
     """The number of blocks whose tensors are named ``RUN.NUMBER.``, at least one."""
-    found = re.compile(re.escape(run) + r"\.(\d{1,4})\.")
-    return 1 + max((int(match[1]) for match in map(found.match, names) if match), default=0)
+    of_block = re.compile(re.escape(run) + r"\.(\d{1,4})\.")
+    return 1 + max((int(match[1]) for match in map(of_block.match, names) if match), default=0)
 
 
 def check_heads(hidden: int, head: int, heads: int | None, *, known: bool, supported: str) -> None:

@@ -216,12 +216,11 @@ class ReferencingUnit(nn.Module):
         return [joined.get(name, inputs[name]) for name in self._names]
 
     def _apart(self, made: Sequence[Tensor], inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """The outputs of the unit, cut behind the tokens of the image."""
-        found = dict(zip(self._made, made, strict=True))
+        """The outputs of the unit (B, T + R, D), cut behind the tokens of the image."""
+        outputs = dict(zip(self._made, made, strict=True))
         batch, tokens, hidden = inputs["x"].shape
-        whole = found["x_out"], found["feature"].reshape(batch, -1, hidden)  # (B, T + R, D) each
-        found["x_out"] = whole[0][:, :tokens]
-        found["reference_out"] = whole[0][:, tokens:]
-        found["feature"] = whole[1][:, :tokens].reshape(-1, hidden)
-        found["feature_reference"] = whole[1][:, tokens:].reshape(-1, hidden)
-        return tuple(found[name] for name in self.outputs)
+        x, feature = outputs["x_out"], outputs["feature"].reshape(batch, -1, hidden)
+        outputs["x_out"], outputs["reference_out"] = x[:, :tokens], x[:, tokens:]
+        outputs["feature"] = feature[:, :tokens].reshape(-1, hidden)
+        outputs["feature_reference"] = feature[:, tokens:].reshape(-1, hidden)
+        return tuple(outputs[name] for name in self.outputs)

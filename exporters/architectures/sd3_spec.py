@@ -135,7 +135,7 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], heads: int | None) -> Model
         depth,
         heads,
         hidden,
-        dual=[int(found[1]) for found in map(_SECOND.match, tensors) if found],
+        dual=[int(match[1]) for match in map(_SECOND.match, tensors) if match],
         qk_norm=norm is not None,
         table=positions.table,
         grid=min(SIDE // patch, positions.table),

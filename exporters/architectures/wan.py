@@ -12,7 +12,7 @@ names and arithmetic are those of diffusers' ``WanTransformer3DModel``.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +36,6 @@ from goc_deploy.exporters.tracing import (
     SOME_TOKENS,
     STEPS,
     Examples,
-    Module,
-    empty_module,
     layers_of,
 )
 from goc_deploy.exporters.units import DTYPES, Binding, GraphKind, Input, Slab
@@ -221,18 +219,13 @@ class CaptionsUnit(nn.Module):
 
 def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
     """The graphs of a Wan, in the order in which they are written."""
-    dtype = DTYPES[precision]
-    examples = Examples(spec, dtype)
-
-    def traceable(make: Callable[[ModelSpec], Module]) -> Module:
-        return empty_module(lambda: make(spec), dtype, examples.generator)
-
+    examples = Examples(spec, DTYPES[precision])
     modulation = examples.modulation("shift", "scale", "gate")
     outputs = ("x_out", "feature")
     return (
         GraphKind(
             "conditioning",
-            traceable(ConditioningUnit),
+            examples.module(ConditioningUnit),
             (STEPS,),
             ("table",),
             {"conditioning": _conditioning(spec)},
@@ -240,7 +233,7 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
         ),
         GraphKind(
             "captions",
-            traceable(CaptionsUnit),
+            examples.module(CaptionsUnit),
             (_captions_example(spec, examples),),
             ("keys_values",),
             {"captions": _captions(spec)},
@@ -248,35 +241,35 @@ def graph_kinds(spec: ModelSpec, precision: Precision) -> tuple[GraphKind, ...]:
         ),
         GraphKind(
             "embed",
-            traceable(any_size.EmbedUnit),
+            examples.module(any_size.EmbedUnit),
             (any_size.latents_example(spec, examples), ROWS),
             ("x",),
             {"embed": layers_of({"x_embedder.proj": "patch_embedding"})},
         ),
         GraphKind(
             "attn",
-            traceable(AttnUnit),
+            examples.module(AttnUnit),
             (examples.tokens(), *modulation, *_angles(spec)),
             outputs,
             {f"block_{i:02d}_attn": _attn(f"blocks.{i}") for i in range(spec.depth)},
         ),
         GraphKind(
             "cross",
-            traceable(CrossUnit),
+            examples.module(CrossUnit),
             (examples.tokens(), *_caption_examples(spec, examples)),
             outputs,
             {f"block_{i:02d}_cross": _cross(f"blocks.{i}") for i in range(spec.depth)},
         ),
         GraphKind(
             "mlp",
-            traceable(MlpUnit),
+            examples.module(MlpUnit),
             (examples.tokens(), *modulation),
             outputs,
             {f"block_{i:02d}_mlp": _mlp(f"blocks.{i}") for i in range(spec.depth)},
         ),
         GraphKind(
             "final",
-            traceable(any_size.FinalUnit),
+            examples.module(any_size.FinalUnit),
             (any_size.grid_example(spec, examples), *examples.modulation("shift", "scale")),
             ("prediction",),
             {"final": layers_of({"linear": "proj_out"})},

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from goc_deploy.errors import ModelError
 from goc_deploy.exporters.checkpoint import Checkpoint
-from goc_deploy.exporters.companions.vae import read_decoder
+from goc_deploy.exporters.companions.vae import ResidualBlock, read_decoder
 from goc_deploy.exporters.companions.wan_vae_config import (
     QWEN_VAE_CLASS,
     WanVaeConfig,
@@ -77,22 +77,9 @@ def _of_images(name: str, tensor: Tensor) -> Tensor:
     return tensor[:, :, -1] if tensor.ndim == 5 else tensor
 
 
-class ResidualBlock(nn.Module):
-    """Two convolutions after norms, added to the input."""
-
-    def __init__(self, before: int, width: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = Norm(before, 4), Norm(width, 4)
-        self.conv1 = nn.Conv2d(before, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        if before != width:
-            self.conv_shortcut = nn.Conv2d(before, width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, before, h, w) to (N, width, h, w)."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+def image_norm(channels: int) -> Norm:
+    """The norm of (N, C, h, w) over its channels."""
+    return Norm(channels, 4)
 
 
 class MidBlock(nn.Module):
@@ -100,7 +87,7 @@ class MidBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResidualBlock(width, width) for _ in range(2))
+        self.resnets = nn.ModuleList(ResidualBlock(width, width, image_norm) for _ in range(2))
         self.attentions = nn.ModuleList([PixelAttention(width)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,7 +115,7 @@ class UpBlock(nn.Module):
     def __init__(self, before: int, width: int, blocks: int, *, doubles: bool) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(
-            ResidualBlock(width if i else before, width) for i in range(blocks)
+            ResidualBlock(width if i else before, width, image_norm) for i in range(blocks)
         )
         if doubles:
             self.upsamplers = nn.ModuleList([Upsampler(width)])
@@ -157,7 +144,7 @@ class Decoder(nn.Module):
             )
             for i in range(last + 1)
         )
-        self.norm_out = Norm(widths[-1], 4)
+        self.norm_out = image_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:

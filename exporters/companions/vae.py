@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
@@ -324,7 +325,9 @@ class MidBlock(nn.Module):
 
     def __init__(self, width: int, groups: int, *, attention: bool) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResidualBlock(width, width, groups) for _ in range(2))
+        self.resnets = nn.ModuleList(
+            ResidualBlock(width, width, partial(Norm, groups=groups)) for _ in range(2)
+        )
         self.attentions = nn.ModuleList([PixelAttention(width, groups)] if attention else [])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -341,7 +344,8 @@ class UpBlock(nn.Module):
     def __init__(self, before: int, width: int, layers: int, groups: int, *, doubles: bool) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(
-            ResidualBlock(before if i == 0 else width, width, groups) for i in range(layers)
+            ResidualBlock(before if i == 0 else width, width, partial(Norm, groups=groups))
+            for i in range(layers)
         )
         self.upsamplers = nn.ModuleList([Doubling(width)] if doubles else [])
 
@@ -353,11 +357,17 @@ class UpBlock(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions after group norms, added to the input."""
+    """Two convolutions after norms, added to the input.
 
-    def __init__(self, before: int, width: int, groups: int) -> None:
+    Args:
+        before: channels of the input.
+        width: channels of the output.
+        norm: makes the norm of a number of channels.
+    """
+
+    def __init__(self, before: int, width: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
-        self.norm1, self.norm2 = (Norm(channels, groups) for channels in (before, width))
+        self.norm1, self.norm2 = norm(before), norm(width)
         self.conv1 = nn.Conv2d(before, width, 3, padding=1)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         if before != width:

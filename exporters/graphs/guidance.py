@@ -2,10 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from goc_deploy.spec import ModelSpec
 
 LEAST_SQUARE = 1e-30  # of a token that is all zeros
 GUIDED = "guided"  # what the other lines of the sampler read
+
+
+@dataclass(frozen=True, slots=True)
+class GuidanceLines:
+    """Parts of the sampler graph that make ``guided`` (N, C, H, W) of the model output.
+
+    Attributes:
+        inputs: more inputs of the graph.
+        initializers: its initializers.
+        lines: the lines, from ``epsilon`` (B, C, H, W), ``cond`` and ``uncond`` (N, C, H, W) and
+            ``guidance`` (N, C).
+    """
+
+    inputs: str
+    initializers: str
+    lines: str
+
+
+def guidance_lines(spec: ModelSpec) -> GuidanceLines:
+    """Classifier-free guidance, then what a model adds to it or makes of it."""
+    initializers, combined, rescaling = rescaled_guidance(spec)
+    inputs, classifier_free, skipping = skip_layer_guidance(spec, combined)
+    lines = [
+        "difference = Sub(cond, uncond)",
+        "weight = Unsqueeze(guidance, pixel_axes)",
+        "correction = Mul(weight, difference)",
+        f"{classifier_free} = Add(uncond, correction)",
+        skipping,
+        rescaling,
+    ]
+    return GuidanceLines(inputs, initializers, "\n".join(lines))
 
 
 def rescaled_guidance(spec: ModelSpec) -> tuple[str, str, str]:

@@ -93,8 +93,8 @@ def write_table(
                 f"and the graph that computes it: {cause}"
             ) from cause
         evaluation = _Evaluation(model, unit, content, make_backend())
-        found = evaluation.table(np.array(told, np.float32), *shape[1:])
-        table[steps.start : steps.stop] = stored_values(found, dtype)
+        rows = evaluation.table(np.array(told, np.float32), *shape[1:])
+        table[steps.start : steps.stop] = stored_values(rows, dtype)
     path = f"plans/modulation_{key[:12]}.safetensors"
     (folder / path).write_bytes(table_to_safetensors(table, dtype))
     return replace(manifest, tables={**manifest.tables, key: path})
@@ -194,7 +194,7 @@ class _Evaluation:
         rows, width = product.weight.shape
         names = ("a", "b") if product.bias is None else ("a", "b", "c")
         engine = self._loaded(_gemm(names), {})
-        given, found = self._uploaded(source), np.empty((len(source), rows), np.float32)
+        given, product_rows = self._uploaded(source), np.empty((len(source), rows), np.float32)
         part = max(1, PART_BYTES // (4 * width))
         for start in range(0, rows, part):
             stop = min(start + part, rows)
@@ -203,9 +203,9 @@ class _Evaluation:
                 inputs["c"] = self._rows(product.bias, start, stop)
             result = self._backend.allocate((len(source), stop - start), "float32")
             engine.bind(inputs, {"y": result})()
-            found[:, start:stop] = self._backend.download(result)
+            product_rows[:, start:stop] = self._backend.download(result)
             return_free_pages([self._content])
-        return found
+        return product_rows
 
     def _rows(self, p: Parameter, start: int, stop: int) -> Buffer:
         """Rows of a weight, viewed in the file, or widened."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -49,61 +49,81 @@ def write_plan(
     """
     for name in ("plans", "schedules", "onnx"):
         (folder / name).mkdir(exist_ok=True)
-    table = plan.sampler
+    entry = _write_files(folder, plan)
+    on_device = in_form(plan, manifest.model, "device")
+    forms = [plan, on_device]
+    with suppress(UsageError):  # some plans have no such form, and loading reports why
+        forms.append(in_form(plan, manifest.model, "sums"))
+    return replace(
+        write_table(folder, plan, manifest, read, make_backend),
+        plans=(*manifest.plans, entry),
+        predict=_write_predict_graphs(folder, forms, manifest),
+        segments=_write_segments(folder, on_device, manifest, read),
+        heads=_write_head_graph(folder, plan, manifest),
+    )
+
+
+def _write_files(folder: Path, plan: Plan) -> PlanEntry:
+    """Write a plan, its schedule and the weights of its head."""
+    head = plan.sampler.head
     entry = PlanEntry(
         plan.name,
         plan.schedule.policy,
         f"plans/{plan.name}.json",
         f"schedules/{plan.name}.json",
-        None if table.head is None else f"plans/{plan.name}.head.safetensors",
+        None if head is None else f"plans/{plan.name}.head.safetensors",
     )
-    if entry.head is not None and table.head is not None:
-        (folder / entry.head).write_bytes(head_to_safetensors(table.head))
+    if entry.head is not None and head is not None:
+        (folder / entry.head).write_bytes(head_to_safetensors(head))
     (folder / entry.plan).write_text(plan_to_json(plan), encoding="utf-8")
     (folder / entry.schedule).write_text(schedule_to_json(plan.schedule), encoding="utf-8")
-    on_device = in_form(plan, manifest.model, "device")
-    predict, segments = dict(manifest.predict), dict(manifest.segments)
-    forms = [plan, on_device]
-    with suppress(UsageError):  # some plans have no such form, and loading reports why
-        forms.append(in_form(plan, manifest.model, "sums"))
+    return entry
+
+
+def _write_predict_graphs(
+    folder: Path, forms: Sequence[Plan], manifest: Manifest
+) -> dict[str, str]:
+    """Write the missing predict and accumulate graphs; returns all paths by signature."""
+    predict = dict(manifest.predict)
     signatures = {signature for form in forms for signature in form.signatures}
     for signature in sorted(signatures - predict.keys()):
         predict[signature] = _path("predict", signature)
-        onnx.save_model(
-            graph_of_launch(signature, manifest.model, manifest.precision),
-            folder / predict[signature],
-        )
-    new = {
-        op.signature: op for step in on_device.launches for op in step if isinstance(op, Segment)
+        graph = graph_of_launch(signature, manifest.model, manifest.precision)
+        onnx.save_model(graph, folder / predict[signature])
+    return predict
+
+
+def _write_segments(folder: Path, plan: Plan, manifest: Manifest, read: Read) -> dict[str, str]:
+    """Write the missing segments of a plan in the device form; returns all paths by signature."""
+    segments, spec = dict(manifest.segments), manifest.model
+    launched = {
+        op.signature: op for step in plan.launches for op in step if isinstance(op, Segment)
     }
-    for signature in sorted(new.keys() - segments.keys()):
+    for signature in sorted(launched.keys() - segments.keys()):
         paths = {unit.name: unit.onnx for unit in manifest.graphs}
         units = {
-            name: onnx.load_model_from_string(bytes(read(paths[name])))
-            for name in manifest.model.unit_names
+            name: onnx.load_model_from_string(bytes(read(paths[name]))) for name in spec.unit_names
         }
-        segments[signature] = _path("segment", signature)
         outputs = [
             f"{name}.{feature.output}"
-            for name, unit in zip(units, manifest.model.declared_units, strict=True)
+            for name, unit in zip(units, spec.declared_units, strict=True)
             for feature in unit.features
         ]
-        stores = zip(outputs, new[signature].stores, strict=True)
+        stores = zip(outputs, launched[signature].stores, strict=True)
         kept = {output for output, store in stores if store is not None}
+        segments[signature] = _path("segment", signature)
         onnx.save_model(segment_graph(units, kept), folder / segments[signature])
-    heads = dict(manifest.heads)
+    return segments
+
+
+def _write_head_graph(folder: Path, plan: Plan, manifest: Manifest) -> dict[str, str]:
+    """Write the sampler graph of a head if it is missing; returns all paths by name."""
+    heads, table = dict(manifest.heads), plan.sampler
     if table.head is not None and table.graph not in heads:
         heads[table.graph] = f"onnx/{table.graph}.onnx"
-        onnx.save_model(
-            head_graph(manifest.model, manifest.precision, table), folder / heads[table.graph]
-        )
-    return replace(
-        write_table(folder, plan, manifest, read, make_backend),
-        plans=(*manifest.plans, entry),
-        predict=predict,
-        segments=segments,
-        heads=heads,
-    )
+        graph = head_graph(manifest.model, manifest.precision, table)
+        onnx.save_model(graph, folder / heads[table.graph])
+    return heads
 
 
 def _path(kind: str, signature: str) -> str:

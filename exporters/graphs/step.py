@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import onnx
 from onnx import ModelProto, parser
 
-from goc_deploy.exporters.graphs.guidance import rescaled_guidance, skip_layer_guidance
+from goc_deploy.exporters.graphs.guidance import guidance_lines
 from goc_deploy.exporters.graphs.head import head_inputs, head_lines, head_outputs
 from goc_deploy.precision import DTYPE_OF_PRECISION, ELEMENT_TYPES, Precision
 from goc_deploy.samplers import MAX_LAGS, SamplerTable
@@ -130,21 +130,11 @@ def sampler_graph(
             outputs are those of `head_inputs` and `head_outputs`.
         precision: precision of the tokens that a head reads.
     """
-    sample = ("F", "H", "W")[-len(spec.sample) :] if spec.any_size else spec.sample
-    latents, prediction = (
-        f"float[{rows}, {channels}, {', '.join(map(str, sample))}]"
-        for rows, channels in (("N", spec.channels), ("B", spec.output_channels))
-    )
-    axes = range(2, 2 + len(sample))
+    latents = _float_images(spec, "N", spec.channels)
+    axes = range(2, 2 + len(spec.sample))
     earlier = [f"estimate_{lag}" for lag in range(1, lags + 1)]
-    names = [
-        "c0",
-        "c1",
-        "c2",
-        *(["spread"] if learned else []),
-        *(["e0", "e1"] if lags else []),
-        *(f"w_{e}" for e in earlier),
-    ]
+    names = ["c0", "c1", "c2"] + ["spread"] * learned + ["e0", "e1"] * bool(lags)
+    names += [f"w_{name}" for name in earlier]
     inputs = [f"{latents} {name}" for name in earlier]
     outputs = [f"{latents} {name}" for name in ("latents_out", *(["estimate"] if lags else []))]
     if head is not None:
@@ -152,25 +142,14 @@ def sampler_graph(
         outputs += head_outputs(spec, precision, head)
     result = "latents_out" if head is None else "sampled"
     correction = [] if head is None else head_lines(spec, precision, head)
-    scaled_noise = (
-        f"""last = Constant<value = int64[1] {{{2 * spec.channels}}}>()
-            variances = Slice(prediction, channels, last, channel_axis)
-            variance = Gather<axis=0>(variances, cond_rows)
-            exponent = Mul(spread, variance)
-            factor = Exp(exponent)
-            scaled_noise = Mul(factor, noise)
-            from_noise = Mul(c2, scaled_noise)"""
-        if learned
-        else "from_noise = Mul(c2, noise)"
-    )
-    sides, combined, rescaling = rescaled_guidance(spec)
-    skip_inputs, classifier_free, skipping = skip_layer_guidance(spec, combined)
+    guidance = guidance_lines(spec)
     return _parse(
         f"""sampler ({latents} latents,
-            {prediction} prediction,
+            {_float_images(spec, "B", spec.output_channels)} prediction,
             int64[N] cond_rows, int64[N] uncond_rows,
-            float[N, {spec.channels}] guidance, {skip_inputs} float[{len(names)}] coefficients,
-            {", ".join([f"{latents} noise", *inputs])}) => ({", ".join(outputs)}) {sides}
+            float[N, {spec.channels}] guidance, {guidance.inputs} float[{len(names)}] coefficients,
+            {", ".join([f"{latents} noise", *inputs])}) =>
+            ({", ".join(outputs)}) {guidance.initializers}
         {{
             first = Constant<value = int64[1] {{0}}>()
             channels = Constant<value = int64[1] {{{spec.channels}}}>()
@@ -179,21 +158,35 @@ def sampler_graph(
             epsilon = Slice(prediction, first, channels, channel_axis)
             cond = Gather<axis=0>(epsilon, cond_rows)
             uncond = Gather<axis=0>(epsilon, uncond_rows)
-            difference = Sub(cond, uncond)
-            weight = Unsqueeze(guidance, pixel_axes)
-            correction = Mul(weight, difference)
-            {classifier_free} = Add(uncond, correction)
-            {skipping}
-            {rescaling}
+            {guidance.lines}
             {", ".join(names)} = Split<num_outputs={len(names)}>(coefficients)
             from_latents = Mul(c0, latents)
             from_model = Mul(c1, guided)
-            {scaled_noise}
+            {_scaled_noise(spec, learned=learned)}
             deterministic = Add(from_latents, from_model)
             {_with_history(earlier, result)}
             {" ".join(correction)}
         }}"""
     )
+
+
+def _float_images(spec: ModelSpec, rows: str, channels: int) -> str:
+    """The type of latents or model outputs in a graph."""
+    sample = ("F", "H", "W")[-len(spec.sample) :] if spec.any_size else spec.sample
+    return f"float[{rows}, {channels}, {', '.join(map(str, sample))}]"
+
+
+def _scaled_noise(spec: ModelSpec, *, learned: bool) -> str:
+    """The lines of the sampler that scale the noise, with the learned variance or without it."""
+    if not learned:
+        return "from_noise = Mul(c2, noise)"
+    return f"""last = Constant<value = int64[1] {{{2 * spec.channels}}}>()
+            variances = Slice(prediction, channels, last, channel_axis)
+            variance = Gather<axis=0>(variances, cond_rows)
+            exponent = Mul(spread, variance)
+            factor = Exp(exponent)
+            scaled_noise = Mul(factor, noise)
+            from_noise = Mul(c2, scaled_noise)"""
 
 
 def _with_history(earlier: Sequence[str], result: str) -> str:

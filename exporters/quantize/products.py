@@ -64,7 +64,7 @@ def products_of(model: ModelProto) -> tuple[Product, ...]:
         if tensor.data_location == TensorProto.EXTERNAL and len(tensor.dims) == 2
     }
     reads = Counter(name for node in model.graph.node for name in node.input)
-    found = []
+    products = []
     for node in model.graph.node:
         name = node.input[1] if len(node.input) > 1 else ""
         if name not in weights or reads[name] != 1 or not _is_plain(node):
@@ -72,8 +72,8 @@ def products_of(model: ModelProto) -> tuple[Product, ...]:
         transposed = bool(_attributes(node).get("transB", 0))
         rows, columns = reversed(weights[name]) if transposed else weights[name]
         if rows % BLOCK == 0 and columns % 2 == 0:
-            found.append(Product(node.output[0], name, transposed, (rows, columns)))
-    return tuple(found)
+            products.append(Product(node.output[0], name, transposed, (rows, columns)))
+    return tuple(products)
 
 
 def quantize_products(

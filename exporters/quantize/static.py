@@ -116,9 +116,9 @@ def product_error(
     """Squared error of a quantised product on the sampled rows, and the squared product."""
     weight, scales = static.quantized(matrix)
     exact = seen.rows @ matrix
-    found = static.rounded(seen.rows) @ weight
-    found *= float32_scales(scales) * np.float32(static.scale)
-    return float(np.square(found - exact).sum()), float(np.square(exact).sum())
+    approximate = static.rounded(seen.rows) @ weight
+    approximate *= float32_scales(scales) * np.float32(static.scale)
+    return float(np.square(approximate - exact).sum()), float(np.square(exact).sum())
 
 
 def best_alpha(products: Iterable[tuple[InputStatistics, np.ndarray]], dtype: str) -> float | None:

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.options import BenchOptions, Progress
 from goc_deploy.trace import Span
+
+if TYPE_CHECKING:
+    from goc_deploy.runtime.pipeline import Pipeline
 
 
 def compare_plans(
@@ -34,7 +37,6 @@ def compare_plans(
     from goc_deploy.api.facade import load_plans
 
     names = options.plans or [entry.name for entry in EngineDir.open(engine_dir).manifest.plans]
-    reports: dict[str, list[dict[str, Any]]] = {}
     with ExitStack() as stack:
         pipes = [
             stack.enter_context(pipe)
@@ -48,19 +50,7 @@ def compare_plans(
                 history=options.history,
             )
         ]
-        rounds = options.warmup * max(pipe.runs_to_warm for pipe in pipes) + options.repeats
-        for number in range(rounds):
-            for i, pipe in enumerate(pipes):
-                progress(
-                    f"round {number + 1}: {pipe.plan.name}",
-                    number * len(pipes) + i,
-                    rounds * len(pipes),
-                )
-                report = pipe.generate(
-                    options.labels, cfg_scale=options.cfg_scale, decode=False
-                ).report
-                if number >= rounds - options.repeats:
-                    reports.setdefault(pipe.plan.name, []).append(report)
+        reports = _measured(pipes, options, progress)
         if spans is not None:
             for pipe in pipes:
                 spans[pipe.plan.name] = []
@@ -75,6 +65,22 @@ def compare_plans(
         },
         "plans": {name: _summary(rounds_of) for name, rounds_of in reports.items()},
     }
+
+
+def _measured(
+    pipes: Sequence[Pipeline], options: BenchOptions, progress: Progress
+) -> dict[str, list[dict[str, Any]]]:
+    """The report of each round by plan, without the rounds that warm up."""
+    rounds = options.warmup * max(pipe.runs_to_warm for pipe in pipes) + options.repeats
+    reports: dict[str, list[dict[str, Any]]] = {}
+    for number in range(rounds):
+        for i, pipe in enumerate(pipes):
+            name, done = pipe.plan.name, number * len(pipes) + i
+            progress(f"round {number + 1}: {name}", done, rounds * len(pipes))
+            result = pipe.generate(options.labels, cfg_scale=options.cfg_scale, decode=False)
+            if number >= rounds - options.repeats:
+                reports.setdefault(name, []).append(result.report)
+    return reports
 
 
 def _summary(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:

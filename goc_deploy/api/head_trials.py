@@ -190,7 +190,7 @@ class EngineHeadTrials:
 
 
 def _stride(task: HeadTask, spec: ModelSpec) -> int:
-    """Keep the state before every so many steps, so that all fit into ``STATE_BYTES``."""
+    """The number of steps from one kept state to the next, so that all fit ``STATE_BYTES``."""
     schedule = task.schedule
     depth = schedule.history_depth
     entries = depth * (1 if schedule.level == "residual" else spec.units) + task.form.tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from goc_deploy.api.head_trials import EngineHeadTrials
-    from goc_deploy.runtime.binding import Engines
+    from goc_deploy.runtime.model_engines import Engines
 
 
 class EngineLaboratory:
@@ -261,12 +261,8 @@ class EngineTrials:
 
     def describe(self) -> dict[str, Any]:
         """See `goc_deploy.policies.calibration.Trials.describe`."""
-        options = self.options
         return {
-            "images": options.images,
-            "seed": options.seed,
-            "cfg_scale": options.cfg_scale,
-            "cfg_channels": options.cfg_channels,
+            **asdict(self.options),
             "sampler": self.sampler,
             **self._manifest.checkpoint_record,
             **({} if self._aim is None else {"aim": FULL_PRECISION}),

@@ -1,7 +1,7 @@
-"""From schedules to plans: `passes` has one function per form, and `plan.Plan` is the result."""
+"""From schedules to plans: `forms` has one function per form, and `plan.Plan` is the result."""
 
 from goc_deploy.compiler.check import check_plan
-from goc_deploy.compiler.passes import (
+from goc_deploy.compiler.forms import (
     compile_for_device,
     compile_for_host,
     compile_to_sums,

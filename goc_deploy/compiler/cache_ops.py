@@ -73,6 +73,6 @@ def taps_from_signature(signature: str) -> list[bool] | None:
     Returns:
         Per tap, whether it starts its accumulator; None for another kind of signature.
     """
-    found = _TAPS.fullmatch(signature)
-    taps = [False] * int(found[1] or 0) + [True] * int(found[2] or 0) if found else []
+    match = _TAPS.fullmatch(signature)
+    taps = [False] * int(match[1] or 0) + [True] * int(match[2] or 0) if match else []
     return taps if taps and accumulate_signature(taps) == signature else None

@@ -47,75 +47,7 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
         )
     _check_table(plan, spec)
     _check_head(plan, spec)
-    of_image = [i for i, place in enumerate(spec.features) if place.feature.stream == "image"]
-    written: set[_Slot] = set()
-    before_switch: set[_Slot] = set()
-    accumulated: dict[int, list[int]] = {}  # target step -> features of the image
-    units, sums = features_of_units(spec), SumsCheck(plan, spec)
-    read = _read_before(spec)
-    for step, launches in enumerate(plan.launches):
-        acted: dict[TokenStream, list[int]] = {stream: [] for stream in ALL_STREAMS}
-        order = acted["image"]
-        if step == plan.schedule.switch:
-            if accumulated or sums.targets:
-                raise EngineDirError(
-                    f"plan {plan.name}: predictions by the first set of weights are left for step "
-                    f"{step}, where the second begins, or later"
-                )
-            before_switch, written = written, set()
-        for op in launches:
-            sums.check_form(step, op)
-            if isinstance(op, Accumulate):
-                sums.accumulate(step, op)
-                continue
-            if isinstance(op, AddSum):
-                acted[op.stream].extend(sums.added(step, op))
-                continue
-            if isinstance(op, Collect):
-                order += _collected(plan, step, op, accumulated, of_image)
-                continue
-            _check_level(plan, step, op, whole=order == of_image)
-            if isinstance(op, Residual):
-                _check_launch(plan, step, (_image(Prediction((), (), op.store)),), written)
-                continue
-            entries = _entries(plan, step, op, spec, units)
-            if isinstance(op, Compute):
-                sums.computed(step, op)
-                late = [s for s, features in read[op.unit].items() if acted[s] != features]
-                if late:
-                    raise EngineDirError(
-                        f"plan {plan.name}: step {step} computes {spec.unit_names[op.unit]}, which "
-                        f"reads the {late[0]}, without all earlier features of the {late[0]}"
-                    )
-            _check_launch(plan, step, entries, written)
-            target = step + (op.ahead if isinstance(op, Predict) else 0)
-            if not step <= target < plan.steps:
-                raise EngineDirError(
-                    f"plan {plan.name}: step {step} predicts for step {target}, "
-                    "which does not exist"
-                )
-            if plan.schedule.level == "residual" and isinstance(op, Predict):
-                order += of_image
-                continue
-            of_op = order if target == step else accumulated.setdefault(target, [])
-            for entry in entries:
-                (of_op if entry.stream == "image" else acted[entry.stream]).append(entry.feature)
-        if order != of_image or any(acted[s] != sorted(set(acted[s])) for s in ALL_STREAMS):
-            raise EngineDirError(
-                f"plan {plan.name}: step {step} does not run each of the {spec.units} units once, "
-                "in order"
-            )
-    sums.check_empty()
-    if accumulated:
-        raise EngineDirError(
-            f"plan {plan.name}: what was accumulated for step {min(accumulated)} is never added"
-        )
-    slots = sum(map(plan.slots_of, ALL_STREAMS))
-    if slots > len(before_switch | written):
-        raise EngineDirError(
-            f"plan {plan.name}: it asks for {slots} slots but stores into "
-            f"{len(before_switch | written)}"
-        )
+    _LaunchesCheck(plan, spec).check()
 
 
 _Slot = tuple[TokenStream, int]
@@ -128,6 +60,105 @@ class _Entry:
     feature: int
     stream: TokenStream
     prediction: Prediction
+
+
+class _LaunchesCheck:
+    """The check of the launches of all steps, in order."""
+
+    def __init__(self, plan: Plan, spec: ModelSpec) -> None:
+        self._plan, self._spec = plan, spec
+        self._units, self._read = features_of_units(spec), _read_before(spec)
+        places = enumerate(spec.features)
+        self._of_image = [i for i, place in places if place.feature.stream == "image"]
+        self._sums = SumsCheck(plan, spec)
+        self._written: set[_Slot] = set()
+        self._before_switch: set[_Slot] = set()
+        self._accumulated: dict[int, list[int]] = {}  # target step -> features of the image
+
+    def check(self) -> None:
+        """Check all steps.
+
+        Raises:
+            EngineDirError: naming the step and what is wrong.
+        """
+        plan = self._plan
+        for step, launches in enumerate(plan.launches):
+            if step == plan.schedule.switch:
+                self._switch(step)
+            acted: dict[TokenStream, list[int]] = {stream: [] for stream in ALL_STREAMS}
+            for op in launches:
+                self._launch(step, op, acted)
+            in_order = all(acted[s] == sorted(set(acted[s])) for s in ALL_STREAMS)
+            if acted["image"] != self._of_image or not in_order:
+                raise EngineDirError(
+                    f"plan {plan.name}: step {step} does not run each of the {self._spec.units} "
+                    "units once, in order"
+                )
+        self._sums.check_empty()
+        if self._accumulated:
+            raise EngineDirError(
+                f"plan {plan.name}: what was accumulated for step {min(self._accumulated)} is "
+                "never added"
+            )
+        slots, stored = sum(map(plan.slots_of, ALL_STREAMS)), self._before_switch | self._written
+        if slots > len(stored):
+            raise EngineDirError(
+                f"plan {plan.name}: it asks for {slots} slots but stores into {len(stored)}"
+            )
+
+    def _switch(self, step: int) -> None:
+        """Let nothing that the first set of weights wrote count as written from this step on."""
+        if self._accumulated or self._sums.targets:
+            raise EngineDirError(
+                f"plan {self._plan.name}: predictions by the first set of weights are left for "
+                f"step {step}, where the second begins, or later"
+            )
+        self._before_switch, self._written = self._written, set()
+
+    def _launch(self, step: int, op: Launch, acted: dict[TokenStream, list[int]]) -> None:
+        """Check a launch, and add the features that act in its step to ``acted``."""
+        plan, order = self._plan, acted["image"]
+        self._sums.check_form(step, op)
+        if isinstance(op, Accumulate):
+            self._sums.accumulate(step, op)
+            return
+        if isinstance(op, AddSum):
+            acted[op.stream].extend(self._sums.added(step, op))
+            return
+        if isinstance(op, Collect):
+            order += _collected(plan, step, op, self._accumulated, self._of_image)
+            return
+        _check_level(plan, step, op, whole=order == self._of_image)
+        if isinstance(op, Residual):
+            _check_launch(plan, step, (_image(Prediction((), (), op.store)),), self._written)
+            return
+        entries = _entries(plan, step, op, self._spec, self._units)
+        if isinstance(op, Compute):
+            self._sums.computed(step, op)
+            self._check_read(step, op, acted)
+        _check_launch(plan, step, entries, self._written)
+        target = step + (op.ahead if isinstance(op, Predict) else 0)
+        if not step <= target < plan.steps:
+            raise EngineDirError(
+                f"plan {plan.name}: step {step} predicts for step {target}, which does not exist"
+            )
+        if plan.schedule.level == "residual" and isinstance(op, Predict):
+            order += self._of_image
+            return
+        of_op = order if target == step else self._accumulated.setdefault(target, [])
+        for entry in entries:
+            (of_op if entry.stream == "image" else acted[entry.stream]).append(entry.feature)
+
+    def _check_read(
+        self, step: int, op: Compute, acted: Mapping[TokenStream, Sequence[int]]
+    ) -> None:
+        """Check that all earlier features of the other streams that a unit reads have acted."""
+        late = [s for s, features in self._read[op.unit].items() if acted[s] != features]
+        if late:
+            raise EngineDirError(
+                f"plan {self._plan.name}: step {step} computes {self._spec.unit_names[op.unit]}, "
+                f"which reads the {late[0]}, without all earlier features of the {late[0]}"
+            )
 
 
 def _image(prediction: Prediction) -> _Entry:

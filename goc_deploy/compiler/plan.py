@@ -195,7 +195,7 @@ class Plan:
         schedule: the schedule that it was compiled from.
         segments: what a device runs as one engine: ``full``, all units of a full step, or
             ``none``.
-        form: ``host``, the form of `goc_deploy.compiler.passes.compile_for_host` that engine
+        form: ``host``, the form of `goc_deploy.compiler.forms.compile_for_host` that engine
             directories store, ``device``, or ``sums``, which keeps no feature per unit.
         form_reason: why a loaded plan has its form, for reports.
         text_slots: number of history buffers for features of the text.

@@ -79,10 +79,10 @@ def name_values(schedule: Schedule, spec: ModelSpec) -> list[Evaluation]:
 @lru_cache(maxsize=64)
 def features_of_units(spec: ModelSpec) -> tuple[tuple[tuple[int, TokenStream], ...], ...]:
     """For each unit, index and stream of its features."""
-    found: list[list[tuple[int, TokenStream]]] = [[] for _ in range(spec.units)]
+    features: list[list[tuple[int, TokenStream]]] = [[] for _ in range(spec.units)]
     for index, place in enumerate(spec.features):
-        found[place.unit].append((index, place.feature.stream))
-    return tuple(map(tuple, found))
+        features[place.unit].append((index, place.feature.stream))
+    return tuple(map(tuple, features))
 
 
 def drop_dead(evaluations: list[Evaluation], spec: ModelSpec) -> list[Evaluation]:

@@ -86,11 +86,11 @@ class EncoderUnit:
         self._stream.upload(mask, _rows(self._mask, count))
         self._stream.wait()  # some backends run engines on a stream of their own
         run()
-        found = {
+        outputs = {
             name: self._stream.download(_rows(buffer, count))
             for name, buffer in self._outputs.items()
         }
-        return found, text
+        return outputs, text
 
     def _bind(self, count: int) -> Run:
         if count not in self._bound:

@@ -26,10 +26,10 @@ def references_from_arrays(arrays: Mapping[str, np.ndarray], where: str) -> tupl
     """
     names = [NAME, *(f"{NAME}_{i}" for i in range(2, len(arrays) + 1))]
     if set(names) != arrays.keys():
-        found = ", ".join(sorted(arrays)) or "nothing"
+        names_given = ", ".join(sorted(arrays)) or "nothing"
         raise UsageError(
             f"{where} must hold {NAME} [N,C,H,W], and of further images {NAME}_2, {NAME}_3 and so "
-            f"on; it has {found:.200}"
+            f"on; it has {names_given:.200}"
         )
     return tuple(arrays[name] for name in names)
 

@@ -165,8 +165,8 @@ class TextEncoder:
         while together := list(islice(unknown, self._most)):
             if not units and self._load is not None:
                 units = self._bound(self._load())
-            found = self._run_units(units, together, log_prompts=log_prompts)
-            encoded.update(zip(together, found, strict=True))
+            results = self._run_units(units, together, log_prompts=log_prompts)
+            encoded.update(zip(together, results, strict=True))
         for text in texts:
             self._known[text] = encoded[text]
             self._known.move_to_end(text)
@@ -184,16 +184,16 @@ class TextEncoder:
         first_channel = 0
         for unit in units:
             tokens = [unit.tokens.of(text, log_prompts=log_prompts) for text in texts]
-            found, text_mask = unit.run(tokens)
-            if "pooled" in found:
-                pooled.append(found["pooled"])
-                part = found.get("embeds")
+            outputs, text_mask = unit.run(tokens)
+            if "pooled" in outputs:
+                pooled.append(outputs["pooled"])
+                part = outputs.get("embeds")
                 if part is not None:
                     stop = first_channel + part.shape[2]
                     embeds[:, : part.shape[1], first_channel:stop] = part
                     first_channel = stop
             else:
-                embeds[:, clip_tokens(self._clips) :] = found["embeds"]
+                embeds[:, clip_tokens(self._clips) :] = outputs["embeds"]
                 mask = mask if self._clips else text_mask
         joined = np.concatenate(pooled, axis=1).astype(np.float32)
         # Copies, because kept results are dropped one by one.
@@ -204,7 +204,7 @@ class TextEncoder:
         _check_prompt(prompt)
         if self._clips or self._text is None:
             return prompt
-        return _cleaned(prompt, lower_case=self._text.lower_case)
+        return cleaned(prompt, lower_case=self._text.lower_case)
 
 
 def clip_tokens(clips: Sequence[ClipSpec]) -> int:
@@ -223,7 +223,8 @@ def _check_prompt(prompt: str) -> None:
         )
 
 
-def _cleaned(prompt: str, *, lower_case: bool) -> str:
+def cleaned(prompt: str, *, lower_case: bool) -> str:
+    """The prompt as the tokenizer reads it: in lower case, or without HTML entities and spaces."""
     if lower_case:
         return prompt.lower().strip()
     return " ".join(unescape(unescape(prompt)).split())

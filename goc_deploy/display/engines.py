@@ -124,7 +124,7 @@ def _state(path: Path, size: int) -> str:
 def launch_rows(plans: Sequence[Plan], manifest: Manifest) -> Table:
     """Make a row per plan and kind of step: launched graphs, and kernels on each target.
 
-    TensorRT runs the device form of a plan (`goc_deploy.compiler.passes.in_form`).
+    TensorRT runs the device form of a plan (`goc_deploy.compiler.forms.in_form`).
     """
     ways = sorted(
         {(e.target.folder, e.weight_mode) for e in manifest.engines if e.weight_mode != "none"}

@@ -112,7 +112,7 @@ class EngineDir:
             return f"add it with: goc plan {shlex.quote(str(self.path))} {shlex.quote(spec)}"
         plans = self.manifest.plans
         similar = closest(name, [word for entry in plans for word in (entry.name, entry.policy)])
-        there = f"this engine has {', '.join(entry.name for entry in plans)}"
+        there = f"this engine directory has {', '.join(entry.name for entry in plans)}"
         return f"did you mean {similar}? Otherwise {there}" if similar else there
 
     def plan(self, name: str | None) -> Plan:

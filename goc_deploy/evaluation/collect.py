@@ -13,7 +13,7 @@ import numpy as np
 
 from goc_deploy.compiler import Plan, compile_schedule
 from goc_deploy.errors import UsageError
-from goc_deploy.evaluation.distribution import FeatureSet
+from goc_deploy.evaluation.distribution import READ_IMAGES, FeatureSet
 from goc_deploy.evaluation.features import Extractor
 from goc_deploy.evaluation.pairing import PairedScores
 from goc_deploy.evaluation.sampling import Sampled, SampleWriters, generated, read_back
@@ -26,7 +26,6 @@ from goc_deploy.schedule import COMPUTE, Schedule
 if TYPE_CHECKING:
     from goc_deploy.runtime.pipeline import Pipeline
 
-READ_IMAGES = 256
 GRID_IMAGES = 12  # images per plan in the report
 FULL = "@full"  # ends the name of a row of a plan in full precision
 MACHINE_KEYS = ("backend", "version", "provider", "threads", "batch_size")

@@ -149,8 +149,10 @@ def distribution_metrics(
     if reference is not None and len(features) > 1:
         metrics["fid"] = bootstrap(
             lambda indices: frechet_distance(gaussian_of(features[indices]), reference.pooled),
-            len(features), resamples, seed,
-        )  # fmt: skip
+            len(features),
+            resamples,
+            seed,
+        )
         spatial = samples.spatial
         if spatial is not None and reference.spatial is not None:
             metrics["sfid"] = exact(frechet_distance(spatial, reference.spatial))

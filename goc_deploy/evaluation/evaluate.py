@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from goc_deploy.compiler import Plan
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.manifest import Manifest
 from goc_deploy.errors import UsageError
@@ -57,50 +58,33 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
         EngineDirError: the engine directory is corrupt.
         EnvironmentUnsupportedError: a package is missing.
     """
-    if options.seed < 0 or options.num_images < 1:
-        raise UsageError(
-            f"seed must be 0 or more and images at least 1, got {options.seed} and "
-            f"{options.num_images}"
-        )
-    if options.router is not None and options.preset is None:
-        raise UsageError(
-            "a router is for a preset; without one name its plan, or give `preset=paper`"
-        )
+    _check(options)
     directory, methods = EngineDir.open(engine_dir), dict[str, str]()
     before = {entry.name for entry in directory.manifest.plans}
-    model = directory.manifest.model
-    options = replace(options, cfg_scale=cfg_scale_of(options.cfg_scale, model))
+    scale = cfg_scale_of(options.cfg_scale, directory.manifest.model)
+    options = replace(options, cfg_scale=scale)
     if options.preset is not None:
         methods = plans_of_preset(directory, options, progress)
         directory = EngineDir.open(engine_dir)
     manifest = directory.manifest
-    names = tuple(methods) or options.plans or tuple(entry.name for entry in manifest.plans)
+    names = tuple(methods) or options.plans or [entry.name for entry in manifest.plans]
     plans = [directory.plan(name) for name in names]
-    if len({plan.name for plan in plans}) != len(plans):
+    names = [plan.name for plan in plans]  # in place of SPECs
+    if len(set(names)) != len(names):
         raise UsageError("a plan is named twice; give each of `plans` once")
-    compared_with = baselines(plans)
     spec = manifest.model
-    full = _full_precision(options, manifest, [plan.name for plan in plans])
+    full = _full_precision(options, manifest, names)
     if full is not None:
         most = min(full.manifest.max_batch, manifest.max_batch)
         options = replace(options, batch_size=options.batch_size or most)
     if options.cfg_channels is None:
         options = replace(options, cfg_channels=spec.guided_channels)
-    files = (
-        samples_of_plans(options.samples, [plan.name for plan in plans]) if options.samples else {}
-    )
     if spec.video:
         raise UsageError("goc-eval judges images, and this model makes videos")
-    labels, side = _labels(files, options, spec), _image_side(files, manifest)
-    judges = make_judges(options, spec, side, len(labels), progress)
-    name_of = str if full is None else row_of_full  # of the rows that others are compared with
-    scores = {
-        plan.name: PlanScores(plan, name_of(compared_with[plan.name]), FeatureSet(len(labels)))
-        for plan in plans
-    }
-    for plan in () if full is None else [full.plan(plan.name) for plan in plans]:
-        baseline = row_of_full(compared_with[plan.name])
-        scores[row_of_full(plan.name)] = PlanScores(plan, baseline, FeatureSet(len(labels)))
+    files = samples_of_plans(options.samples, names) if options.samples else {}
+    labels = _labels(files, options, spec)
+    judges = make_judges(options, spec, _image_side(files, manifest), len(labels), progress)
+    scores = _rows(plans, full, len(labels))
     machine = collect(engine_dir, files, labels, options, scores, judges.extractor, progress)
     entries = _entries(scores, methods, judges, labels, options, spec, progress)
     report = {
@@ -122,6 +106,37 @@ def evaluate(engine_dir: Path, options: EvalOptions, progress: Progress) -> Eval
     schedules = {name: of_plan.plan.schedule for name, of_plan in scores.items()}
     pictures = {name: np.concatenate(s.pictures) for name, s in scores.items() if s.pictures}
     return Evaluation(report, schedules, pictures)
+
+
+def _check(options: EvalOptions) -> None:
+    """Check the options that do not depend on the engine directory.
+
+    Raises:
+        UsageError: a number is out of range, or options do not go together.
+    """
+    if options.seed < 0 or options.num_images < 1:
+        raise UsageError(
+            f"seed must be 0 or more and images at least 1, got {options.seed} and "
+            f"{options.num_images}"
+        )
+    if options.router is not None and options.preset is None:
+        raise UsageError(
+            "a router is for a preset; without one name its plan, or give `preset=paper`"
+        )
+
+
+def _rows(plans: Sequence[Plan], full: EngineDir | None, images: int) -> dict[str, PlanScores]:
+    """Make an empty row of the report for each plan, then for each plan in full precision."""
+    compared_with = baselines(plans)
+    name_of = str if full is None else row_of_full  # of the rows that others are compared with
+    rows = {
+        plan.name: PlanScores(plan, name_of(compared_with[plan.name]), FeatureSet(images))
+        for plan in plans
+    }
+    for plan in () if full is None else [full.plan(plan.name) for plan in plans]:
+        baseline = row_of_full(compared_with[plan.name])
+        rows[row_of_full(plan.name)] = PlanScores(plan, baseline, FeatureSet(images))
+    return rows
 
 
 def _entries(

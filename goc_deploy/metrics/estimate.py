@@ -20,11 +20,6 @@ class Estimate:
     low: float
     high: float
 
-    @property
-    def has_interval(self) -> bool:
-        """Whether an interval was estimated."""
-        return self.low < self.high
-
 
 def exact(value: float) -> Estimate:
     """Return a value without an interval."""

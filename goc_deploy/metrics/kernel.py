@@ -18,11 +18,8 @@ def squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
     """
     m = len(x)
     x, y = x.astype(np.float64), y.astype(np.float64)
-    within = sum(
-        (total - np.trace(k)) / (m * (m - 1))
-        for k in (_kernel(x, x), _kernel(y, y))
-        for total in [k.sum()]
-    )
+    kernels = _kernel(x, x), _kernel(y, y)
+    within = sum((k.sum() - np.trace(k)) / (m * (m - 1)) for k in kernels)
     return float(within - 2 * _kernel(x, y).mean())
 
 

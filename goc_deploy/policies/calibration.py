@@ -122,7 +122,7 @@ class Trials(Protocol):
         """The sampler's table for a step count.
 
         Raises:
-            UsageError: the sampler does not go with the model, or not with so many steps.
+            UsageError: the sampler does not go with the model, or not with this number of steps.
         """
         ...
 
@@ -163,7 +163,7 @@ class HeadTrials(Protocol):
             if the schedule diverges.
 
         Raises:
-            UsageError: the sampler cannot have a head, or not with so many steps.
+            UsageError: the sampler cannot have a head, or not with this number of steps.
         """
         ...
 

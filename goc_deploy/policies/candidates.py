@@ -1,6 +1,6 @@
 """Search: the number of steps, the computed ones and the correction, chosen together.
 
-A step that computes nothing costs about a hundredth of one that computes everything, so the best
+A collapsed step costs about a hundredth of a full one, so the best
 use of a few computed steps is often many more steps than that. Candidates are judged by what they
 are for: the relative L2 distance of their final latents to a converged solution (many steps, all
 computed) on a few calibration images. The search is a fixed sequence of trials, so the same images
@@ -223,7 +223,7 @@ def sizes_for(
     """(steps, computed steps) to try.
 
     Args:
-        count_at: how many of so many steps the budget allows to compute.
+        count_at: how many steps the budget allows to compute, by the number of steps.
         fixed: the only step count to try; without it, multiples of what is computed.
         intervals: these multiples.
 

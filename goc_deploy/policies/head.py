@@ -31,7 +31,7 @@ class HeadOptions:
         features: what it reads, see `goc_deploy.samplers.head.HeadForm`.
         target: which latents the fit aims at.
         images: number of calibration images, an eighth of which is held out; None is undecided.
-        skip_predicted: whether steps that compute nothing are left out.
+        skip_predicted: whether collapsed steps are left out.
         scaled: whether the features are read a second time, multiplied by the guidance scale.
         scales: smallest and largest guidance scale of the calibration images; None is the one
             scale of the calibration.
@@ -54,7 +54,7 @@ class HeadOptions:
         high=MAX_IMAGES,
     )
     skip_predicted: bool = option(
-        "Leave out the steps that compute nothing; the head leads to the next computed step.",
+        "Leave out the collapsed steps; the head leads to the next computed step.",
         default=False,
     )
     scaled: bool = option(

@@ -79,22 +79,7 @@ def refined_table(
     Equations", ICLR 2021, eq. 13 (probability flow).
     """
     where = f"the table of sampler {table.sampler!r}"
-    if table.stochastic:
-        raise UsageError(
-            f"{where} draws fresh noise, so no converged solution has its latents; use a sampler "
-            "without noise, such as ddim or dpm++"
-        )
-    if table.start != 1:
-        raise UsageError(
-            f"{where} scales its latents by {table.start:g}, so they are not those of the model's "
-            "process; use a sampler that does not, such as ddim, dpm++ or euler"
-        )
-    if table.prediction_type != process.prediction_type:
-        raise UsageError(
-            f"{where} is made for a model that predicts {table.prediction_type}, the process is "
-            f"that of {process.prediction_type}"
-        )
-    _check_timesteps(where, table.timesteps, table.prediction_type)
+    _check_refinable(where, table, process)
     flows = table.prediction_type in FLOW_PREDICTION_TYPES
     # The clean sample follows timestep 0 as one more timestep.
     end = (1.0 if table.prediction_type == "flow" else 0.0) if flows else -1
@@ -113,6 +98,30 @@ def refined_table(
     ]
     refined = table_at(FLOW_SAMPLER if flows else "ddim", timesteps, process)
     return refined, tuple(accumulate(shares, initial=0))
+
+
+def _check_refinable(where: str, table: SamplerTable, process: Process) -> None:
+    """Check that the exact solution of the process has the latents of a table.
+
+    Raises:
+        UsageError: as for `refined_table`.
+    """
+    if table.stochastic:
+        raise UsageError(
+            f"{where} draws fresh noise, so no converged solution has its latents; use a sampler "
+            "without noise, such as ddim or dpm++"
+        )
+    if table.start != 1:
+        raise UsageError(
+            f"{where} scales its latents by {table.start:g}, so they are not those of the model's "
+            "process; use a sampler that does not, such as ddim, dpm++ or euler"
+        )
+    if table.prediction_type != process.prediction_type:
+        raise UsageError(
+            f"{where} is made for a model that predicts {table.prediction_type}, the process is "
+            f"that of {process.prediction_type}"
+        )
+    _check_timesteps(where, table.timesteps, table.prediction_type)
 
 
 def _check_timesteps(where: str, timesteps: Sequence[float], prediction: str) -> None:

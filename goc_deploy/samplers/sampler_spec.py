@@ -77,10 +77,14 @@ def check_goes_with(sampler: str, process: Process) -> None:
         )
     of_flows = flow_family(sampler) in FLOW_SAMPLERS
     if of_flows != (process.prediction_type in FLOW_PREDICTION_TYPES):
+        needed, others = (
+            ("a flow", "ddim, dpm++ or ddpm")
+            if of_flows
+            else ("noise, a velocity or the clean sample", " or ".join(FLOW_SAMPLERS))
+        )
         raise UsageError(
-            f"sampler {sampler!r} does not go with a model that predicts "
-            f"{process.prediction_type!r}; use {' or '.join(FLOW_SAMPLERS)} for flow, and for no "
-            "other"
+            f"sampler {sampler!r} needs a model that predicts {needed}, but this one predicts "
+            f"{process.prediction_type!r}; use {others}"
         )
 
 

@@ -121,11 +121,11 @@ def _hosted(parameters: Mapping[str, Mapping[str, str]], args: Mapping[str, str]
     Raises:
         UsageError: a parameter is missing or wrong.
     """
-    found = {key: value["string_value"] for key, value in parameters.items()}
+    values = {key: value["string_value"] for key, value in parameters.items()}
     try:
-        folder, plans = Path(args["model_repository"]), tuple(json.loads(found["plans"]))
-        engine_dir, backend = folder / found["engine_dir"], found["backend"]
-        threads = int(found["threads"])
+        folder, plans = Path(args["model_repository"]), tuple(json.loads(values["plans"]))
+        engine_dir, backend = folder / values["engine_dir"], values["backend"]
+        threads = int(values["threads"])
     except (KeyError, ValueError) as cause:
         raise UsageError(
             f"the parameters of {args['model_name']} in config.pbtxt are not those that goc-serve "

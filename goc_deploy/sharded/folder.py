@@ -48,8 +48,8 @@ class ShardFolder:
         path = self.path / JOB_NAME
         with disk_errors(f"opening {self.path}"):
             if path.exists():
-                found = job_from_json(path.read_bytes(), str(path))
-                for name, here, there in differences(self.job, found):
+                stored = job_from_json(path.read_bytes(), str(path))
+                for name, here, there in differences(self.job, stored):
                     raise ConflictError(
                         f"{self.path} has shards that were made with {name} {there}, not {here}; "
                         "choose another folder or the same options, or remove the folder"
@@ -146,7 +146,7 @@ class ShardFolder:
         Raises:
             ConflictError: two shards of the same images have different bytes.
         """
-        found: dict[range, Path] = {}
+        files: dict[range, Path] = {}
         wanted = set(self.job.shards)
         with disk_errors(f"reading {self.path}"):
             paths = sorted(self.path.iterdir())
@@ -155,14 +155,14 @@ class ShardFolder:
             shard = range(int(name[1]), int(name[2])) if name else range(0)
             if shard not in wanted:
                 continue
-            if shard in found:
+            if shard in files:
                 raise ConflictError(
                     f"two workers drew images {shard.start} to {shard.stop - 1} with different "
-                    f"bits: {found[shard]} and {path.name}; use machines of one kind, and remove "
+                    f"bits: {files[shard]} and {path.name}; use machines of one kind, and remove "
                     "both files"
                 )
-            found[shard] = path
-        return found
+            files[shard] = path
+        return files
 
 
 def _npy_bytes(images: np.ndarray) -> bytes:

@@ -105,8 +105,8 @@ def _processor(threads: int) -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        model = found[1] if found else model
+        match = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        model = match[1] if match else model
     return {"threads": threads or cores, "processor": model}
 
 
@@ -121,9 +121,9 @@ def _engine_digest(manifest: Manifest, plan: str) -> str:
     return fingerprint(file for file in manifest.files if file.path in used)
 
 
-def differences(expected: Job, found: Job) -> Iterator[tuple[str, Any, Any]]:
+def differences(expected: Job, other: Job) -> Iterator[tuple[str, Any, Any]]:
     """Yield the name of each value that differs between two jobs, with both values."""
-    left, right = _fields(expected), _fields(found)
+    left, right = _fields(expected), _fields(other)
     for name in sorted({*left, *right}):
         if left.get(name) != right.get(name):
             yield name, left.get(name), right.get(name)

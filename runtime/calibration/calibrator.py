@@ -82,12 +82,8 @@ class EngineCalibrator:
 
     def describe(self) -> dict[str, Any]:
         """See `goc_deploy.policies.calibration.Calibrator.describe`."""
-        options = self._options
         return {
-            "images": options.images,
-            "seed": options.seed,
-            "cfg_scale": options.cfg_scale,
-            "cfg_channels": options.cfg_channels,
+            **asdict(self._options),
             "sampler": self._table.sampler,
             "steps": self._table.steps,
             **self._provenance,

@@ -12,10 +12,10 @@ from goc_deploy.host_memory import host_array
 from goc_deploy.options import Progress
 from goc_deploy.policies.calibration import CalibrationOptions, MoreOutputs, Observation
 from goc_deploy.protocols import Backend, Buffer
-from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.calibration.calibrator import calibration_requests
 from goc_deploy.runtime.calibration.stepper import Stepper
 from goc_deploy.runtime.calibration.trajectory import Trajectory
+from goc_deploy.runtime.model_engines import Engines
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
 

@@ -21,9 +21,10 @@ from goc_deploy.errors import UsageError
 from goc_deploy.host_memory import host_array
 from goc_deploy.precision import Precision
 from goc_deploy.protocols import Backend
-from goc_deploy.runtime.binding import TOKENS, Engines
+from goc_deploy.runtime.block_binding import TOKENS
 from goc_deploy.runtime.bound import BoundLaunch, BoundPlan, BoundStep
 from goc_deploy.runtime.loading import load_engines
+from goc_deploy.runtime.model_engines import Engines
 from goc_deploy.runtime.request import Request
 from goc_deploy.runtime.session import Session
 from goc_deploy.samplers import SamplerTable

@@ -1,4 +1,4 @@
-"""docs/extending.md, to the letter: a package with a policy and a predictor of its own."""
+"""docs/extending.md, to the letter: a package with a policy and a correction of its own."""
 
 from __future__ import annotations
 

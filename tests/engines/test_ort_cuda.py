@@ -13,9 +13,9 @@ from goc_deploy.engines import ort_cuda
 
 @pytest.fixture(autouse=True)
 def no_arena_yet() -> Iterator[None]:
-    ort_cuda._shared_arena.cache_clear()
+    ort_cuda.shared_arena.cache_clear()
     yield
-    ort_cuda._shared_arena.cache_clear()
+    ort_cuda.shared_arena.cache_clear()
 
 
 def test_each_gpu_has_one_arena_that_grows_by_what_is_asked_for(
@@ -24,7 +24,7 @@ def test_each_gpu_has_one_arena_that_grows_by_what_is_asked_for(
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(state, "create_and_register_allocator_v2", lambda *call: calls.append(call))
     for device in (1, 1, 0):
-        ort_cuda._shared_arena(device)
+        ort_cuda.shared_arena(device)
     assert [(provider, where.name, where.device_id) for provider, where, *_ in calls] == [
         ("CUDAExecutionProvider", "Cuda", 1),
         ("CUDAExecutionProvider", "Cuda", 0),
@@ -37,5 +37,5 @@ def test_each_gpu_has_one_arena_that_grows_by_what_is_asked_for(
 
 def test_onnx_runtime_takes_the_arguments(caplog: pytest.LogCaptureFixture) -> None:
     """Without CUDA libraries it refuses the provider, and not the types of the arguments."""
-    ort_cuda._shared_arena(0)
+    ort_cuda.shared_arena(0)
     assert "incompatible function arguments" not in caplog.text

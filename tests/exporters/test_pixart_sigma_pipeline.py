@@ -11,7 +11,7 @@ import torch
 
 import goc_deploy
 from goc_deploy.conditions.captions import prompt_embeds_from_arrays
-from goc_deploy.exporters.export import ARCHITECTURES
+from goc_deploy.exporters.architectures.families import ARCHITECTURES
 from goc_deploy.exporters.model_folder import read_model_folder
 from tests.exporters.architectures.test_pixart import CONFIG
 from tests.exporters.architectures.test_pixart_sigma import CHANGES, PLANS, SIDE, SPEC, long_arrays

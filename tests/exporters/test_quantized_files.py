@@ -14,8 +14,8 @@ from goc_deploy.api.exporting import export_with
 from goc_deploy.errors import ModelError
 from goc_deploy.exporters.architectures.flux import FLUX
 from goc_deploy.exporters.checkpoint import check_values, load_checkpoint, of_float8
-from goc_deploy.exporters.export import _read
 from goc_deploy.exporters.quantized_files import ScaledTensors
+from goc_deploy.exporters.source import read_model
 from goc_deploy.options import ExportOptions
 from tests.conftest import GOLDEN
 from tests.exporters.architectures.test_flux import BIG_HEADS, authors_state, judge_of
@@ -88,7 +88,7 @@ def test_layers_that_authors_join_keep_their_scales(tmp_path: Path) -> None:
     state = authors_state(judge_of(**BIG_HEADS, guidance_embeds=False).state_dict())
     file = scaled_state(state, [n for n in state if state[n].ndim == 2], ".scale_weight")
     save_file(file, tmp_path / "model.safetensors")
-    found = _read(tmp_path / "model.safetensors", ExportOptions()).checkpoint
+    found = read_model(tmp_path / "model.safetensors", ExportOptions()).checkpoint
     values = ScaledTensors(found.tensors, found.scales)
     wanted = FLUX.in_public_layout(expected(file, ".scale_weight"))
     assert values.keys() == wanted.keys()

@@ -28,6 +28,7 @@ from goc_deploy.conditions.tensor_files import arrays_from_file
 from goc_deploy.engine_dir.manifest import FileEntry, LoraEntry
 from goc_deploy.engine_dir.manifest_file import manifest_from_json, manifest_to_json
 from goc_deploy.errors import EngineDirError, ModelError
+from goc_deploy.exporters.architectures.families import ARCHITECTURES
 from goc_deploy.exporters.companions.clip import clip_config
 from goc_deploy.exporters.companions.clip_tokenizer import read_clip_tokenizer
 from goc_deploy.exporters.companions.wan_vae_config import (
@@ -35,7 +36,6 @@ from goc_deploy.exporters.companions.wan_vae_config import (
     WAN_VAE_CLASS,
     wan_vae_config,
 )
-from goc_deploy.exporters.export import ARCHITECTURES
 from goc_deploy.policies.grammar import parse_policy
 from goc_deploy.policies.resolve import schedule_from_policy
 from goc_deploy.runtime.picture_files import PictureFiles, finished_pictures

@@ -74,10 +74,16 @@ def test_a_reaction_comes_while_the_block_runs_and_not_afterwards() -> None:
 
 def test_a_signal_handler_may_cancel_while_its_thread_registers() -> None:
     token, seen = CancelToken(), []
-    before = signal.signal(signal.SIGUSR1, lambda *_: token.cancel())
+    token.cancel()
+
+    def handler(*_: object) -> None:
+        token.cancel()
+        seen.append("handled")
+
+    before = signal.signal(signal.SIGUSR1, handler)
     try:
-        with token._lock, token.calling(lambda: seen.append(1)):
-            signal.raise_signal(signal.SIGUSR1)
+        with token.calling(lambda: signal.raise_signal(signal.SIGUSR1)):
+            seen.append("registered")
     finally:
         signal.signal(signal.SIGUSR1, before)
-    assert seen == [1]
+    assert seen == ["handled", "registered"]

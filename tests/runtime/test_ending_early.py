@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import goc_deploy
 from goc_deploy import CancelToken
+from goc_deploy.api import cpu_backend
 from goc_deploy.cancellation import CallLimits, call_limits
 from goc_deploy.engines.ort_stream import OrtStream
 from goc_deploy.errors import CancelledError, DeadlineError, EngineDirError
@@ -18,6 +21,7 @@ from goc_deploy.runtime.decoder import LatentDecoder
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.runtime.step_events import StepEvent
 from goc_deploy.runtime.weights import Weights
+from goc_deploy.spec import DecoderSpec, ModelSpec
 from goc_deploy.trace import Span
 
 LABELS = [1, 7]
@@ -28,6 +32,19 @@ def pipe(golden_engine: Path) -> Pipeline:
     return goc_deploy.load(
         golden_engine, plan="fora:2+gc:1.2", backend="onnxruntime", max_sessions=2
     )
+
+
+class CountedRuns:
+    """An engine that does nothing."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+
+    def bind(self, *_: Any) -> Callable[[], None]:
+        return self._run
+
+    def _run(self) -> None:
+        self.runs += 1
 
 
 @pytest.fixture(scope="module")
@@ -155,16 +172,16 @@ def test_a_call_that_waits_for_a_session_ends_early_too(golden_engine: Path, how
 
 
 def test_a_call_that_waits_for_an_exchange_of_weights_ends_early_too() -> None:
-    weights, go_on = Weights(), threading.Event()
+    weights, waits, go_on = Weights(), threading.Event(), threading.Event()
 
     def exchange() -> None:
         with weights.exchange(), weights.alone():
+            waits.set()
             go_on.wait(60)
 
     thread = threading.Thread(target=exchange)
     thread.start()
-    while not weights._exchanging:
-        time.sleep(0.001)
+    assert waits.wait(60)
     with pytest.raises(DeadlineError), weights.running(call_limits(0.05, None)):
         pass
     go_on.set()
@@ -196,8 +213,12 @@ def test_a_launch_that_runs_is_interrupted_and_the_next_call_is_not(
 
 
 def test_no_tile_is_decoded_after_the_end() -> None:
-    decoder = object.__new__(LatentDecoder)
-    decoder._most = 1
-    tiles = decoder._decoded([np.zeros((4, 8, 8))], call_limits(0, None))
+    engine, backend = CountedRuns(), cpu_backend()
+    spec = ModelSpec(2, 8, 2, 16, 2, 2, 4, 10, False)
+    decoder = LatentDecoder(engine, backend, DecoderSpec(3, 2, 8, 2), spec)  # type: ignore[arg-type]
+    latents = np.zeros((1, 4, 8, 8), np.float32)
+    decoder.images(latents)
+    assert engine.runs == 1
     with pytest.raises(DeadlineError):
-        next(tiles)
+        decoder.images(latents, call_limits(0, None))
+    assert engine.runs == 1

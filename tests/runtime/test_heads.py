@@ -73,7 +73,7 @@ def expected(
     with goc_deploy.load(engine, plan=plan, backend="onnxruntime") as pipe:
         scales = request.get("cfg_scale", SCALES)
         drawing = pipe.drawing(labels, request.get("prompt_embeds"), seed=5, cfg_scale=scales)
-        made = drawing.request(range(images), pipe._draws)
+        made = drawing.request(range(images), pipe.draws)
         return HeadTrajectory(pipe, head, made).run()
 
 

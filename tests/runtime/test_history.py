@@ -23,7 +23,7 @@ from goc_deploy.engines.host import HostDevice
 from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.errors import EngineDirError, UsageError
 from goc_deploy.options import HISTORIES
-from goc_deploy.runtime import buffers
+from goc_deploy.runtime import buffers, modulation_buffers, row_buffers
 from goc_deploy.runtime.history import WORTH_BYTES, plan_to_run
 from goc_deploy.runtime.loading import load_pipelines
 from goc_deploy.runtime.lookahead import chunk_steps, lookahead_of, table_steps
@@ -70,12 +70,12 @@ def test_gates_of_later_steps_are_there_whatever_the_chunks(
         expected = whole.generate([1, 7], seed=1).latents
         spec, plan = whole.spec, whole.plan
     steps = table_steps(plan, lookahead_of(plan), chunk)
-    row_bytes = spec.modulation.count * buffers.table_labels(spec, 16) * spec.hidden * 4
-    monkeypatch.setattr(buffers, "TABLE_BUDGET_BYTES", steps * row_bytes)
+    row_bytes = spec.modulation.count * row_buffers.table_labels(spec, 16) * spec.hidden * 4
+    monkeypatch.setattr(modulation_buffers, "TABLE_BUDGET_BYTES", steps * row_bytes)
     with goc_deploy.load(golden_engine, plan=GRADIENT, history="sums") as chunked:
         held = buffers.allocate_buffers(cpu_backend(), spec, "fp32", plan, 16)
-        assert held.chunk >= chunk
-        assert (held.chunk < plan.steps) == (steps < plan.steps)
+        assert held.modulation.chunk >= chunk
+        assert (held.modulation.chunk < plan.steps) == (steps < plan.steps)
         assert relative_l2(chunked.generate([1, 7], seed=1).latents, expected) < 1e-5
 
 
@@ -106,7 +106,8 @@ def test_planned_bytes_are_what_is_allocated(golden_engine: Path) -> None:
     assert held.zeros is None
     assert len(held.slots) == 1
     assert cache == sum(b.nbytes for b in (*held.slots, *held.accumulators))
-    big = [held.table, held.modulation, held.prediction, held.noise, *held.gates_ahead]
+    big = [held.modulation.table, held.modulation.rows, *held.modulation.gates_ahead]
+    big += [held.prediction, held.noise]
     big += [*held.tokens, *held.slots, *held.accumulators, *held.latents]
     assert sum(b.nbytes for b in big) == planned
 

@@ -25,7 +25,7 @@ from goc_deploy.engine_dir.reading import file_entry
 from goc_deploy.errors import EngineDirError
 from goc_deploy.exporters.graphs.modulation import write_table
 from goc_deploy.runtime import modulation_tables
-from goc_deploy.runtime.loading import needed_graphs
+from goc_deploy.runtime.needed_graphs import needed_graphs
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.spec import ModelSpec
 from tests.distances import relative_l2
@@ -136,8 +136,8 @@ def test_results_are_those_of_the_graph_to_the_last_bit(
         goc_deploy.load(engine, plan=PLANS[1]) as stored,
         goc_deploy.load(copied, plan=PLANS[1]) as computed,
     ):
-        assert "conditioning" not in stored._engines.units
-        assert "conditioning" in computed._engines.units
+        assert "conditioning" not in stored.engines.units
+        assert "conditioning" in computed.engines.units
         for size, loads in ((USUAL, 0), (OTHER, 1), (TURNED, 0), (OTHER, 0), (USUAL, 0)):
             caplog.clear()
             with caplog.at_level(logging.WARNING, "goc_deploy"):
@@ -178,7 +178,7 @@ def test_a_plan_that_is_compiled_at_the_load_reads_the_graph(engine: Path, copie
     found = []
     for path in (engine, copied):
         with goc_deploy.load(path, plan="fora:3", steps=6) as pipe:
-            assert "conditioning" in pipe._engines.units
+            assert "conditioning" in pipe.engines.units
             found.append(drawn(pipe))
     np.testing.assert_array_equal(*found)
     without_weights(copied)
@@ -194,7 +194,7 @@ def test_a_plan_that_is_added_has_its_table(copied: Path) -> None:
     directory = EngineDir.open(copied)
     assert len(directory.manifest.tables) == 2
     with goc_deploy.load(copied, plan="longer") as pipe:
-        assert "conditioning" not in pipe._engines.units
+        assert "conditioning" not in pipe.engines.units
         found = drawn(pipe)
     without_tables(copied)
     with goc_deploy.load(copied, plan="longer") as pipe:

@@ -19,7 +19,7 @@ from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.engines.ort_cuda import OrtCudaBackend
 from goc_deploy.errors import EnvironmentUnsupportedError, ResourceError
-from goc_deploy.runtime import buffers
+from goc_deploy.runtime import buffers, modulation_buffers
 from goc_deploy.runtime.loading import UnlistedPlans, load_pipelines
 from goc_deploy.trace import Span
 from tests.conftest import GOLDEN_PLANS
@@ -144,12 +144,12 @@ def test_steps_that_share_launches_compute_what_steps_of_their_own_do(
     sampled_engine: Path, monkeypatch: pytest.MonkeyPatch, plan: str, budget: int | None
 ) -> None:
     if budget is not None:
-        monkeypatch.setattr(buffers, "TABLE_BUDGET_BYTES", budget)
+        monkeypatch.setattr(modulation_buffers, "TABLE_BUDGET_BYTES", budget)
     pipe, runtime = cuda_pipeline(sampled_engine, plan)
     allocated = buffers.allocate_buffers(
         StandInOrtCudaBackend(runtime), pipe.spec, "fp32", pipe.plan, pipe.batch_size
     )
-    assert (allocated.chunk < pipe.plan.steps) == (budget is not None)
+    assert (allocated.modulation.chunk < pipe.plan.steps) == (budget is not None)
     with goc_deploy.load(sampled_engine, plan=plan, backend="onnxruntime") as cpu:
         for labels, seed in (([3, 1, 4], 1), ([5], 2), ([3, 1, 4], 3)):
             found, expected = (

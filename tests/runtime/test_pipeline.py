@@ -33,9 +33,9 @@ from goc_deploy.exporters.architectures.dit_model import DiT
 from goc_deploy.exporters.graphs.cache_update import predict_graph
 from goc_deploy.exporters.graphs.step import sampler_graphs
 from goc_deploy.protocols import Buffer, Engine
-from goc_deploy.runtime import buffers
-from goc_deploy.runtime.binding import Engines
+from goc_deploy.runtime import buffers, modulation_buffers
 from goc_deploy.runtime.loading import load_engines, load_pipelines
+from goc_deploy.runtime.model_engines import Engines
 from goc_deploy.runtime.noise import image_noise
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.runtime.step_events import StepEvent
@@ -169,9 +169,9 @@ def test_the_modulation_table_may_be_filled_in_chunks(
 ) -> None:
     whole = pipe.generate(LABELS, seed=1).latents
     row_bytes = 4 * pipe.spec.hidden * pipe.spec.modulation.count * (pipe.batch_size + 1)
-    monkeypatch.setattr(buffers, "TABLE_BUDGET_BYTES", table * row_bytes)
+    monkeypatch.setattr(modulation_buffers, "TABLE_BUDGET_BYTES", table * row_bytes)
     with goc_deploy.load(golden_engine, plan="fora:2+gc:1.2") as chunked:
-        assert allocated(chunked).chunk == chunk
+        assert allocated(chunked).modulation.chunk == chunk
         assert relative_l2(chunked.generate(LABELS, seed=1).latents, whole) < 1e-5
 
 
@@ -513,7 +513,9 @@ def test_numbers_out_of_range_are_refused_at_load(golden_engine: Path) -> None:
         goc_deploy.load(golden_engine, max_sessions=10**9)
     with pytest.raises(UsageError, match="a plan is named by its name or SPEC, got 5"):
         goc_deploy.load(golden_engine, plan=5)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="there is no plan 'other'; this engine has none, fora-2"):
+    with pytest.raises(
+        UsageError, match="there is no plan 'other'; this engine directory has none, fora-2"
+    ):
         goc_deploy.load(golden_engine, plan="other")
     with pytest.raises(UsageError, match="there is no backend 'tensorflow'; use auto, tensorrt"):
         goc_deploy.load(golden_engine, backend="tensorflow")
@@ -545,9 +547,9 @@ def test_planned_bytes_are_what_is_allocated(pipe: Pipeline) -> None:
         *held.accumulators,
         *held.latents,
         held.noise,
-        *held.gates_ahead,
+        *held.modulation.gates_ahead,
     )
-    big = [held.table, held.modulation, held.prediction, held.zeros, *pairs]
+    big = [held.modulation.table, held.modulation.rows, held.prediction, held.zeros, *pairs]
     assert sum(b.nbytes for b in big) == buffers.planned_bytes(
         pipe.spec, "fp32", pipe.plan, pipe.batch_size
     )

@@ -13,7 +13,7 @@ import torch
 import goc_deploy
 from goc_deploy.conditions.captions import prompt_embeds_from_arrays
 from goc_deploy.errors import UsageError
-from goc_deploy.exporters.export import ARCHITECTURES
+from goc_deploy.exporters.architectures.families import ARCHITECTURES
 from goc_deploy.serving.requests import HostedModel, ImageRequest
 from goc_deploy.serving.service import Service
 from tests.clip_folder import clip, save_tokenizer

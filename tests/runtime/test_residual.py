@@ -122,7 +122,8 @@ def test_planned_bytes_are_what_is_allocated(engine: Path) -> None:
         cache = pipe.plan.cache_bytes(pipe.spec, 4, 4)
     assert held.start is not None
     assert cache == sum(b.nbytes for b in (*held.slots, held.start))
-    big = [held.table, held.modulation, held.prediction, held.start, held.ones, held.noise]
+    big = [held.modulation.table, held.modulation.rows, held.prediction, held.noise]
+    big += [held.start, held.ones]
     big += [*held.tokens, *held.slots, *held.latents]
     assert sum(b.nbytes for b in big if b is not None) == planned
 

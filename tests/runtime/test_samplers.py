@@ -18,7 +18,8 @@ from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.errors import VerificationError
 from goc_deploy.exporters.architectures.dit_model import DiT
 from goc_deploy.runtime import buffers
-from goc_deploy.runtime.loading import load_engines, needed_graphs
+from goc_deploy.runtime.loading import load_engines
+from goc_deploy.runtime.needed_graphs import needed_graphs
 from goc_deploy.runtime.noise import image_noise
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.schedule import COMPUTE, Schedule

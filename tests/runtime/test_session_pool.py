@@ -105,7 +105,7 @@ def test_no_more_callers_than_sessions_run_and_all_are_served() -> None:
     assert len(most) == 600
     assert 2 <= max(most) <= 3
     assert len(made) <= 3
-    assert pool._bell.qsize() < 50
+    assert pool.bell.qsize() < 50
 
 
 @pytest.mark.parametrize("where", ["make", "work", "spans"])

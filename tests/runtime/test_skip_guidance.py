@@ -18,7 +18,7 @@ from goc_deploy.errors import UsageError
 from goc_deploy.exporters.architectures.dit_model import DiT, modulate
 from goc_deploy.exporters.skip_guidance import with_skip_guidance
 from goc_deploy.protocols import Buffer
-from goc_deploy.runtime import buffers
+from goc_deploy.runtime import buffers, modulation_buffers
 from goc_deploy.runtime.noise import image_noise
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.schedule import Schedule
@@ -123,8 +123,8 @@ def test_a_table_that_is_filled_again_at_every_step_draws_the_same(
     engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = []
-    for budget in (buffers.TABLE_BUDGET_BYTES, 1):
-        monkeypatch.setattr(buffers, "TABLE_BUDGET_BYTES", budget)
+    for budget in (modulation_buffers.TABLE_BUDGET_BYTES, 1):
+        monkeypatch.setattr(modulation_buffers, "TABLE_BUDGET_BYTES", budget)
         with goc_deploy.load(engine, plan="fora:2+gc:1.0") as pipe:
             results.append(pipe.generate(LABELS, seed=5, skip_layer_guidance=WINDOW).latents)
     assert relative_l2(results[1], results[0]) < 1e-6
@@ -144,7 +144,7 @@ def test_sums_that_start_with_more_rows_take_the_place_of_features(engine: Path)
 def test_planned_bytes_include_its_rows(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     allocated, planned = [], []
     with goc_deploy.load(engine, plan="fora:2+gc:1.0") as pipe:
-        backend = pipe._backend
+        backend = pipe.backend
         allocate = backend.allocate
         for spec in (pipe.spec, replace(pipe.spec, skip_guidance_layers=())):
             kept: list[int] = []

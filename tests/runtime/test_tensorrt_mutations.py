@@ -16,8 +16,8 @@ from goc_deploy.engine_dir.manifest import Manifest
 from goc_deploy.engines.tensorrt.backend import TensorrtBackend
 from goc_deploy.engines.tensorrt.selection import tensorrt_backend
 from goc_deploy.protocols import Buffer, Move, Run, Stream
-from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.loading import load_engines
+from goc_deploy.runtime.model_engines import Engines
 from goc_deploy.runtime.pipeline import Pipeline
 from tests.reference import worst_step
 from tests.stand_ins.device import StandInDevice, StandInStream

@@ -35,9 +35,9 @@ from goc_deploy.errors import (
     UsageError,
 )
 from goc_deploy.protocols import Engine
-from goc_deploy.runtime.binding import Engines
 from goc_deploy.runtime.exchange import load_weights
 from goc_deploy.runtime.loading import load_pipelines
+from goc_deploy.runtime.model_engines import Engines
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.runtime.step_events import StepEvent
 from tests.conftest import GOLDEN

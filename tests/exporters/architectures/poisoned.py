@@ -23,8 +23,8 @@ def check_that_collapsed_steps_read_no_conditions(pipe: Pipeline, **request: Any
     """
     assert pipe.plan.kind_counts == {"full": 1, "collapsed": pipe.plan.steps - 1}
     expected = pipe.generate(**request, seed=1).latents
-    (session,) = pipe._engines.weights.sessions
-    buffers = session._buffers
+    (session,) = pipe.engines.weights.sessions
+    buffers = session.buffers
     assert buffers.captions is not None
     if pipe.spec.has_text_stream:
         assert "text" in buffers.others

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from goc_deploy.conditions.captions import MASKED
+from goc_deploy.exporters.architectures.families import ARCHITECTURES
 from goc_deploy.exporters.architectures.wan import WAN
 from goc_deploy.exporters.architectures.wan_diffusers import spec_of
-from goc_deploy.exporters.export import ARCHITECTURES
 from goc_deploy.exporters.model_folder import read_model_folder
 from tests.exporters.architectures.graph_chain import GraphChain
 from tests.exporters.architectures.test_flux import with_outputs

@@ -19,7 +19,7 @@ from benchmarks.make_checkpoint import random_state
 from goc_deploy.errors import GocError, ModelError, SafetyError, UsageError
 from goc_deploy.exporters.architectures.dit import DIT
 from goc_deploy.exporters.architectures.dit_model import DiT
-from goc_deploy.exporters.export import ARCHITECTURES
+from goc_deploy.exporters.architectures.families import ARCHITECTURES
 from goc_deploy.exporters.model_folder import FolderModel, read_model_folder
 from goc_deploy.spec import ModelSpec
 from tests.conftest import Command

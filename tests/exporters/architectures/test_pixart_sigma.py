@@ -17,7 +17,7 @@ from goc_deploy.conditions.captions import prompt_embeds_from_arrays
 from goc_deploy.errors import ModelError
 from goc_deploy.exporters.architectures import pixart, pixart_sigma
 from goc_deploy.exporters.architectures.dit_diffusers import position_table
-from goc_deploy.exporters.export import ARCHITECTURES
+from goc_deploy.exporters.architectures.families import ARCHITECTURES
 from goc_deploy.exporters.model_folder import FolderModel, read_model_folder
 from tests import pixart_reference
 from tests.exporters.architectures.test_pixart import CONFIG, arrays, model_of, save_folder

@@ -17,8 +17,8 @@ import goc_deploy
 from goc_deploy.api.run import run
 from goc_deploy.conditions.references import checked_references
 from goc_deploy.errors import ModelError, UsageError
+from goc_deploy.exporters.architectures.families import ARCHITECTURES
 from goc_deploy.exporters.architectures.qwen_edit import QWEN_IMAGE_EDIT, spec_from_config
-from goc_deploy.exporters.export import ARCHITECTURES
 from goc_deploy.exporters.model_folder import read_model_folder
 from goc_deploy.options import RunOptions
 from goc_deploy.samplers import SamplerTable
@@ -252,8 +252,8 @@ def test_a_collapsed_step_reads_no_reference(engine: Path) -> None:
         check_that_collapsed_steps_read_no_conditions(
             pipe, prompt_embeds=captions_of(pipe.spec), reference_latents=REFERENCES
         )
-        (session,) = pipe._engines.weights.sessions
-        assert set(session._buffers.others) == {"text", "reference"}
+        (session,) = pipe.engines.weights.sessions
+        assert set(session.buffers.others) == {"text", "reference"}
 
 
 def test_files_of_references_are_drawn_by_the_command(engine: Path, tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from goc_deploy.errors import ModelError
 from goc_deploy.exporters.architectures.wan import WAN
 from goc_deploy.exporters.architectures.wan_authors import state_from_authors
 from goc_deploy.exporters.architectures.wan_diffusers import shapes_from_spec, spec_of
-from goc_deploy.exporters.export import _read
 from goc_deploy.exporters.lora.merging import MergedTensors
 from goc_deploy.exporters.lora.reading import read_loras
+from goc_deploy.exporters.source import read_model
 from goc_deploy.options import ExportOptions
 
 SPEC = spec_of(2, 3, 24, ffn=100, channels=16, text=32)
@@ -74,8 +74,8 @@ def test_a_file_of_the_authors_holds_the_model_of_diffusers(
     tensors = of_authors(state())
     assert {"blocks.1.self_attn.q.weight", "blocks.0.norm3.bias", "head.modulation"} < set(tensors)
     options = ExportOptions(num_heads=3)
-    found = _read(write(tensors, tmp_path / file, wrapper), options)
-    expected = _read(write(state(), tmp_path / f"same-{file}"), options)
+    found = read_model(write(tensors, tmp_path / file, wrapper), options)
+    expected = read_model(write(state(), tmp_path / f"same-{file}"), options)
     assert found.spec == expected.spec
     assert (found.spec.hidden, found.spec.depth, found.spec.architecture) == (72, 2, "wan")
     assert found.checkpoint.tensors.keys() == expected.checkpoint.tensors.keys()

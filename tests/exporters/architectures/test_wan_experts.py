@@ -171,12 +171,12 @@ def test_a_chunk_of_the_modulation_may_contain_the_switch(engine: tuple[str, Pat
 
     noise, results = noise_of((2, 4, 6)), []
     (pipe,) = load_plans(engine[1], ["fora:2+gc:1.0"], all_units=True)
-    computing = replace(pipe._engines, tables=None)
+    computing = replace(pipe.engines, tables=None)
     with pipe:
-        assert pipe._engines.holds_table(pipe.plan)
+        assert pipe.engines.holds_table(pipe.plan)
         drawing = pipe.drawing(None, captions_of(pipe.spec), latents=noise)
-        for engines, chunk in ((pipe._engines, None), *((computing, n) for n in (1, 3, None))):
-            args = (engines, pipe._backend, pipe.spec, "fp32", pipe.plan, 2)
+        for engines, chunk in ((pipe.engines, None), *((computing, n) for n in (1, 3, None))):
+            args = (engines, pipe.backend, pipe.spec, "fp32", pipe.plan, 2)
             session = Session(*args, chunk=chunk)
             results.append(session.run(drawing.request(range(2), 1))[0])
     assert max(relative_l2(other, results[0]) for other in results[1:]) < 1e-6

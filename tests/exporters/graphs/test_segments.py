@@ -16,7 +16,8 @@ from goc_deploy.engine_dir.manifest import MANIFEST_NAME
 from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.engines.ort import OrtBackend
 from goc_deploy.errors import ConflictError, EngineDirError
-from goc_deploy.runtime.loading import load_pipelines, needed_graphs
+from goc_deploy.runtime.loading import load_pipelines
+from goc_deploy.runtime.needed_graphs import needed_graphs
 from tests.conftest import GOLDEN_PLANS, Command
 from tests.reference import worst_step
 from tests.stand_ins.loading import drop_segments

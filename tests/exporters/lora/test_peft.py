@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from goc_deploy.exporters.export import ARCHITECTURES
+from goc_deploy.exporters.architectures.families import ARCHITECTURES
 from goc_deploy.exporters.lora.merging import MergedTensors
 from goc_deploy.exporters.lora.reading import read_loras
 from goc_deploy.exporters.model_folder import FolderModel, read_model_folder

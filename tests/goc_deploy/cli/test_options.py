@@ -18,7 +18,7 @@ from goc_deploy.cli.goc import COMMANDS
 from goc_deploy.cli.goc import main as goc
 from goc_deploy.cli.options import Precision, sort_outputs
 from goc_deploy.cli.run import main as goc_run
-from goc_deploy.exporters.export import ARCHITECTURES
+from goc_deploy.exporters.architectures.families import ARCHITECTURES
 
 GIVEN = {(".json",): None, (".png", ".svg"): Path("x.png")}
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from goc_deploy.api import cpu_backend
-from goc_deploy.conditions.text import TextEncoder, _cleaned
+from goc_deploy.conditions.text import TextEncoder, cleaned
 from goc_deploy.errors import EngineDirError
 from goc_deploy.exporters.companions.tokenizer_files import json_from_sentencepiece
 from goc_deploy.spec import TextSpec
@@ -49,5 +49,5 @@ def test_a_damaged_tokenizer_is_a_damaged_engine(damage: Callable[[Any], None]) 
 
 
 def test_prompts_of_umt5_keep_their_case_and_lose_extra_space() -> None:
-    assert _cleaned("  A&amp;amp;B \n Cat ", lower_case=False) == "A&B Cat"
-    assert _cleaned(" A&amp;B Cat ", lower_case=True) == "a&amp;b cat"
+    assert cleaned("  A&amp;amp;B \n Cat ", lower_case=False) == "A&B Cat"
+    assert cleaned(" A&amp;B Cat ", lower_case=True) == "a&amp;b cat"

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 import goc_deploy
-from goc_deploy.engine_dir import reading
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.engine_dir.manifest import MANIFEST_NAME
 from goc_deploy.engine_dir.manifest_file import manifest_to_json
 from goc_deploy.errors import EngineDirError, SafetyError, UsageError
+from tests.manifest_reads import count_reads
 
 
 @pytest.fixture
@@ -85,20 +85,6 @@ def test_adding_a_calibrated_plan_reads_the_manifest_once_before_and_once_under_
     opened = count_reads(monkeypatch)
     goc_deploy.add_plan(engine, "fora:2+goc", calibrate=1, name="calibrated")
     assert len(opened) == 2
-
-
-def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every path of a manifest that is opened from now on."""
-    opened: list[str] = []
-    real_open = reading.os.open
-
-    def counting(path, *args, **kwargs):
-        if Path(path).name == MANIFEST_NAME:
-            opened.append(str(path))
-        return real_open(path, *args, **kwargs)
-
-    monkeypatch.setattr(reading.os, "open", counting)
-    return opened
 
 
 def test_a_manifest_that_names_files_outside_is_refused(engine: Path) -> None:

@@ -22,7 +22,8 @@ def test_the_same_seed_gives_the_same_interval() -> None:
 
 
 def test_one_image_has_no_interval() -> None:
-    assert not mean_estimate(np.array([0.5]), 0).has_interval
+    alone = mean_estimate(np.array([0.5]), 0)
+    assert alone.low == alone.high
     assert resampled_estimate(2.0, [1.0]) == exact(2.0)
 
 

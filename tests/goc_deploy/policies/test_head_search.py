@@ -67,20 +67,14 @@ def from_scratch(directory: EngineDir, text: str, tried: dict[str, Any]) -> floa
     schedule = Candidate(tried["steps"], tuple(tried["computed"]), correction).plain(spec)
     if not head.skip_predicted:
         level = ",level=residual" if "residual" in text else ""
-        schedule = _corrected(schedule, f"none+{correction}{level}", spec)
+        computed = ",".join(map(str, tried["computed"]))
+        policy = parse_policy(f"compute:{computed}+{correction}{level}")
+        schedule = schedule_from_policy(policy, spec, tried["steps"])
     images = replace(OPTIONS, images=16)
     trials = EngineHeadTrials(directory, cpu_backend(), "ddim", head, images, no_progress)
     error = trials.error(schedule, tried["features"])
     trials.remove()
     return error
-
-
-def _corrected(schedule: Schedule, text: str, spec: ModelSpec) -> Schedule:
-    from goc_deploy.policies.resolve import _parts, _tried
-
-    policy = parse_policy(text)
-    correction = ":".join(policy.correction or ())
-    return _tried(_parts(policy).as_asked(schedule), correction, spec)
 
 
 @pytest.mark.parametrize("text", KINDS)

@@ -17,6 +17,7 @@ from goc_deploy.api import cpu_backend
 from goc_deploy.api.laboratory import EngineLaboratory
 from goc_deploy.engine_dir.directory import EngineDir
 from goc_deploy.errors import UsageError
+from goc_deploy.exporters.architectures.families import ARCHITECTURES
 from goc_deploy.exporters.architectures.flux import FluxConfig
 from goc_deploy.exporters.architectures.flux import spec_of as flux_spec
 from goc_deploy.exporters.architectures.flux2 import Flux2Config
@@ -26,7 +27,6 @@ from goc_deploy.exporters.architectures.sd3_spec import spec_of as sd3_spec
 from goc_deploy.exporters.architectures.wan_diffusers import spec_of
 from goc_deploy.exporters.architectures.z_image import ZImageConfig
 from goc_deploy.exporters.architectures.z_image import spec_of as z_image_spec
-from goc_deploy.exporters.export import ARCHITECTURES
 from goc_deploy.exporters.router import router_probabilities
 from goc_deploy.options import no_progress
 from goc_deploy.policies.calibration import CalibrationOptions

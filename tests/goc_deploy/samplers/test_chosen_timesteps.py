@@ -139,7 +139,7 @@ def test_a_refined_table_converges_on_a_linear_model(prediction: str) -> None:
         ("ddim@leading", (9, 3), "eps", "has a spacing, but its timesteps are chosen; use ddim"),
         ("diffusers", (9, 3), "eps", "is the scheduler of a pipeline's folder"),
         ("heun", (9, 3), "eps", "unknown sampler 'heun'"),
-        ("euler", (9, 3), "eps", "does not go with a model that predicts 'eps'"),
+        ("euler", (9, 3), "eps", "needs a model that predicts a flow, but this one predicts 'eps'"),
         ("ddim", (3, 9), "eps", "'3, 9' must be whole numbers within 0..999, falling without"),
         ("ddim", (9, 9), "eps", "falling without repeats"),
         ("ddim", (), "eps", "timesteps '' must be whole numbers"),

@@ -135,9 +135,13 @@ def test_unipc_follows_chosen_timesteps() -> None:
         ("euler@3", "flow", "expected @shift=S"),
         ("euler@", "flow", "expected @shift=S"),
         ("unipc@trailing", "flow_to_noise", "expected @shift=S"),
-        ("unipc", "eps", "does not go with a model that predicts 'eps'; use euler or unipc for fl"),
-        ("ddim", "flow", "does not go with a model that predicts 'flow'; use euler or unipc"),
-        ("unipc:3", "flow", "does not go with a model that predicts 'flow'"),
+        (
+            "unipc",
+            "eps",
+            "needs a model that predicts a flow, but this one predicts 'eps'; use ddim",
+        ),
+        ("ddim", "flow", "the clean sample, but this one predicts 'flow'; use euler or unipc"),
+        ("unipc:3", "flow", "but this one predicts 'flow'"),
     ],
 )
 def test_wrong_samplers_of_flows_are_refused(sampler: str, prediction: str, message: str) -> None:

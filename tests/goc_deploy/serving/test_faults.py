@@ -20,12 +20,11 @@ import pytest
 import goc_deploy
 from goc_deploy.cancellation import CancelToken
 from goc_deploy.disk import directory_lock
-from goc_deploy.engine_dir import directory
-from goc_deploy.engine_dir.manifest import Manifest
 from goc_deploy.errors import CancelledError, DeadlineError, UsageError
 from goc_deploy.runtime.pipeline import Pipeline
 from goc_deploy.runtime.step_events import StepEvent
 from goc_deploy.serving import HostedModel, ImageRequest, Service, ServiceLimits
+from tests.manifest_reads import count_reads
 
 PLANS = ("none", "fora:2", "fora:2+gc:1.2")
 
@@ -218,15 +217,9 @@ def test_services_share_a_directory_that_a_writer_has_locked(golden_engine: Path
 def test_a_service_reads_each_manifest_once(
     golden_engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, read = [], directory.read_manifest
-
-    def counted(path: Path) -> Manifest:
-        opened.append(path)
-        return read(path)
-
-    monkeypatch.setattr(directory, "read_manifest", counted)
+    opened = count_reads(monkeypatch)
     with Service({"golden": hosted(golden_engine)}):
-        assert opened == [golden_engine]
+        assert len(opened) == 1
 
 
 def test_a_service_cannot_be_pickled(service: Service) -> None:
