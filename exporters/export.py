@@ -158,7 +158,7 @@ def export_checkpoint(
         cfg_scale=cfg_scale_of(options.cfg_scale, spec),
     )
     process = Process(spec.prediction_type, model.scheduler, spec.tokens)
-    quantization = quantization_of(options, spec)
+    quantization = quantization_of(options, spec, architecture.sensitive)
     plans = _compile_plans(spec, process, options)
     check_options(_calibration(spec, options))
     provenance = _provenance(model, name, loras, companions, options)
