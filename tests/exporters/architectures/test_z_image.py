@@ -210,6 +210,15 @@ def test_sizes_that_need_padding_are_refused(engine: Path) -> None:
             pipe.generate(prompt_embeds=embeds, size=(96, 64))
 
 
+def test_captions_that_the_model_would_pad_further_are_refused(
+    engine: Path, tmp_path: Path
+) -> None:
+    folder = engine.parent / "transformer"
+    with pytest.raises(UsageError, match="pads captions to a multiple of 32 tokens"):
+        goc_deploy.export(folder, tmp_path / "engine", sampler="euler", caption_tokens=70)
+    assert not (tmp_path / "engine").exists()
+
+
 def test_the_tensors_alone_show_the_sizes(judge: Any) -> None:
     state = judge.state_dict()
     assert spec_from_tensors(state, None) == spec_from_config(
