@@ -98,7 +98,7 @@ def export_checkpoint(
         cfg_scale=cfg_scale_of(options.cfg_scale, spec),
     )
     process = Process(spec.prediction_type, source.model.scheduler, spec.tokens)
-    quantization = quantization_of(options, spec)
+    quantization = quantization_of(options, spec, source.architecture.sensitive)
     plans = _compile_plans(spec, process, options)
     check_options(_calibration(spec, options))
     job = _Job(source, options, process, quantization, plans, _provenance(source, name, options))

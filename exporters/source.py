@@ -145,6 +145,11 @@ def with_caption_tokens(spec: ModelSpec, tokens: int | None) -> ModelSpec:
             f"`caption_tokens={tokens}`: this model reads at least 1 and at most "
             f"{spec.caption_tokens}"
         )
+    if tokens % spec.token_multiple:
+        raise UsageError(
+            f"`caption_tokens={tokens}`: this model pads captions to a multiple of "
+            f"{spec.token_multiple} tokens, so it must be one"
+        )
     return replace(spec, caption_tokens=tokens)
 
 

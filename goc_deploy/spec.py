@@ -136,7 +136,7 @@ class ModelSpec:
         qk_norm: whether attention normalises queries and keys, in families of which some models do.
         guidance_norm: what guidance keeps of the conditional output: ``none``, or the norm of each
             ``token``, its C * patch * patch values.
-        token_multiple: a sample must have a multiple of this many tokens.
+        token_multiple: a sample must have a multiple of this many tokens, and captions too.
         skip_guidance_layers: the blocks that skip-layer guidance leaves out, in ascending order;
             empty if the engine directory has no rows for it.
         boundary: share of the 1000 training timesteps below which a second set of weights computes

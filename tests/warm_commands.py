@@ -27,16 +27,30 @@ def can_be_warm(environment: Mapping[str, str]) -> bool:
 
 
 def run_warm(
-    name: str, arguments: list[str], environment: Mapping[str, str], cwd: Path, timeout: float
+    name: str,
+    arguments: list[str],
+    environment: Mapping[str, str],
+    cwd: Path,
+    timeout: float,
+    streams: tuple[str, str] = ("stdout", "stderr"),
 ) -> subprocess.CompletedProcess[str]:
     """Run a command as `subprocess.run` does.
+
+    Args:
+        name: of the command.
+        arguments: its arguments.
+        environment: its variables.
+        cwd: where it runs.
+        timeout: in seconds.
+        streams: names of the files of its outputs. Equal names keep the order of their lines; both
+            outputs of the result then have all of them.
 
     Raises:
         TimeoutExpired: the command took too long, and was killed.
     """
     _start()
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder, stream) for stream in ("stdout", "stderr")]
+        files = [Path(folder, stream) for stream in streams]
         process = multiprocessing.get_context("forkserver").Process(
             target=_run, args=(name, arguments, dict(environment), cwd, files)
         )
@@ -78,7 +92,7 @@ def _run(
     name: str, arguments: list[str], environment: dict[str, str], cwd: Path, files: list[Path]
 ) -> None:
     for number, file in zip((1, 2), files, strict=True):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

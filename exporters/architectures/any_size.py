@@ -21,17 +21,25 @@ EXAMPLE_GRID = (2, 3, 4)  # tokens along each axis of example inputs
 
 
 class Patches(nn.Module):
-    """`PatchEmbed` as one matrix product on latents that are seen by patches."""
+    """`PatchEmbed` as one matrix product on latents that are seen by patches.
 
-    def __init__(self, spec: ModelSpec, *, bias: bool = True) -> None:
+    Args:
+        spec: sizes of the model.
+        bias: whether the layer has a bias.
+        channels_last: whether the values of a patch are (p, p, C) rather than (C, p, p).
+    """
+
+    def __init__(self, spec: ModelSpec, *, bias: bool = True, channels_last: bool = False) -> None:
         super().__init__()
+        self.channels_last = channels_last
         self.proj = nn.Linear(spec.channels * spec.patch**2, spec.hidden, bias=bias)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Latents (N, C, ..., h, p, w, p) float32 to tokens (N, ..., h, w, D)."""
         last = latents.ndim - 1
         axes = [0, *range(2, last - 3), last - 3, last - 1]
-        values = latents.permute(*axes, 1, last - 2, last)  # (N, ..., h, w, C, p, p)
+        of_patch = (last - 2, last, 1) if self.channels_last else (1, last - 2, last)
+        values = latents.permute(*axes, *of_patch)
         tokens = self.proj(values.flatten(-3).flatten(0, -2).to(self.proj.weight.dtype))
         return tokens.reshape(*values.shape[: len(axes)], -1)
 
@@ -39,9 +47,9 @@ class Patches(nn.Module):
 class EmbedUnit(nn.Module):
     """Latents to tokens, computed once per image and then copied to the rows of the batch."""
 
-    def __init__(self, spec: ModelSpec, *, bias: bool = True) -> None:
+    def __init__(self, spec: ModelSpec, *, bias: bool = True, channels_last: bool = False) -> None:
         super().__init__()
-        self.x_embedder = Patches(spec, bias=bias)
+        self.x_embedder = Patches(spec, bias=bias, channels_last=channels_last)
 
     def forward(self, latents: Tensor, rows: Tensor, positions: Tensor | None = None) -> Tensor:
         """Latents to tokens (B, ..., h, w, D).

@@ -164,6 +164,8 @@ class Architecture:
             sizes; by default those of the spec.
         folder: how diffusers saves the family, or None if diffusers does not have it.
         other_layout: another layout of its single files, or None.
+        sensitive: patterns of the units that formats of quantised activations leave out by default
+            (`goc_deploy.exporters.quantize.selection`).
     """
 
     name: str
@@ -174,6 +176,7 @@ class Architecture:
     positions: Callable[[ModelSpec], Positions] = own_positions
     folder: DiffusersFolder | None = None
     other_layout: OtherLayout | None = None
+    sensitive: tuple[str, ...] = ()
 
     def matches(self, names: Sequence[str]) -> bool:
         """Whether these are the tensor names of a checkpoint of the family in its public layout."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from goc_deploy.blocks import IMAGE_FEATURE, TEXT_FEATURE, Feature, Unit
 from goc_deploy.exporters.architectures.dit import add_gated, scaled_queries
 from goc_deploy.exporters.architectures.dit_model import Mlp, modulate
-from goc_deploy.exporters.architectures.wan import rms_norm, turned
+from goc_deploy.exporters.architectures.wan import NORM_EPSILON, rms_norm, turned
 from goc_deploy.modulation import SHIFT_AND_SCALE
 from goc_deploy.spec import ModelSpec
 
@@ -117,13 +117,20 @@ class Heads(nn.Module):
         parts: ``qkv``, or ``kv`` if nothing reads the result of these tokens.
         bias: whether the layer has a bias.
         norms: whether queries and keys are normalised over a head.
+        epsilon: that of the norms.
     """
 
     def __init__(
-        self, spec: ModelSpec, parts: str = "qkv", *, bias: bool = True, norms: bool = True
+        self,
+        spec: ModelSpec,
+        parts: str = "qkv",
+        *,
+        bias: bool = True,
+        norms: bool = True,
+        epsilon: float = NORM_EPSILON,
     ) -> None:
         super().__init__()
-        self.heads, self.parts = spec.heads, parts
+        self.heads, self.parts, self.epsilon = spec.heads, parts, epsilon
         self.add_module(parts, nn.Linear(spec.hidden, len(parts) * spec.hidden, bias=bias))
         for part in parts[:-1] if norms else ():
             weight = nn.Parameter(torch.empty(spec.hidden // spec.heads))
@@ -148,7 +155,9 @@ class Heads(nn.Module):
     def _placed(self, part: str, values: Tensor, angles: tuple[Tensor, ...]) -> Tensor:
         """(B, T, heads, head width) to (B, heads, T, head width)."""
         weight = getattr(self, f"norm_{part}", None)
-        placed = (values if weight is None else rms_norm(values, weight)).transpose(1, 2)
+        if weight is not None:
+            values = rms_norm(values, weight, self.epsilon)
+        placed = values.transpose(1, 2)
         return turned(placed, *angles) if angles and part != "v" else placed
 
 

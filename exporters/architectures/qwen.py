@@ -188,4 +188,5 @@ QWEN_IMAGE = Architecture(
     folder=DiffusersFolder(
         ("QwenImagePipeline",), "QwenImageTransformer2DModel", spec_from_config, even_sigmas=True
     ),
+    sensitive=("first:2", "last:2"),  # as in the presets of NVIDIA's Model Optimizer
 )

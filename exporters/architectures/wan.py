@@ -358,4 +358,5 @@ WAN = Architecture(
         ("WanPipeline",), "WanTransformer3DModel", spec_from_config, layers=layers_of_authors
     ),
     other_layout=AUTHORS,
+    sensitive=("first:3", "last:3"),  # as in the presets of NVIDIA's Model Optimizer
 )

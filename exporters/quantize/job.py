@@ -118,8 +118,15 @@ class Quantization:
         return replace(manifest, provenance={**manifest.provenance, QUANTIZATION: record})
 
 
-def quantization_of(options: ExportOptions, spec: ModelSpec) -> Quantization:
+def quantization_of(
+    options: ExportOptions, spec: ModelSpec, sensitive: tuple[str, ...]
+) -> Quantization:
     """Read what an export quantises from its options.
+
+    Args:
+        options: the options.
+        spec: the model.
+        sensitive: `Architecture.sensitive` of its family.
 
     Raises:
         UsageError: options that do not go together, or with the model.
@@ -130,9 +137,7 @@ def quantization_of(options: ExportOptions, spec: ModelSpec) -> Quantization:
     if formats:
         # A bound measures what the defaults only suppose.
         of_defaults = () if bounded else formats
-        patterns = patterns_of(
-            options.quantize_exclude, of_defaults, spec.architecture, spec.unit_names
-        )
+        patterns = patterns_of(options.quantize_exclude, of_defaults, sensitive, spec.unit_names)
         units = quantized_units(spec.unit_names, patterns)
         check_calibrated(formats if units else (), options.precision, choices=spec.choices)
     if bounded:

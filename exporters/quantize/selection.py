@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from goc_deploy.errors import UsageError
 from goc_deploy.precision import CALIBRATED_FORMATS, WEIGHT_FORMATS, Precision, WeightFormat
 
-# Patterns of formats that quantise activations, for families whose first and last blocks are known
-# to be sensitive. Source: the presets for diffusers of NVIDIA's Model Optimizer.
-DEFAULT_EXCLUDED: Mapping[str, tuple[str, ...]] = {
-    "qwen-image": ("first:2", "last:2"),
-    "wan": ("first:3", "last:3"),
-}
 NOTHING = "none"  # the pattern that excludes nothing, also not by default
 
 _ENDS = re.compile(r"(first|last)(?::([1-9][0-9]{0,3}))?")
@@ -51,7 +45,10 @@ def checked_formats(
 
 
 def patterns_of(
-    given: Sequence[str], formats: Sequence[WeightFormat], family: str, units: Sequence[str]
+    given: Sequence[str],
+    formats: Sequence[WeightFormat],
+    sensitive: tuple[str, ...],
+    units: Sequence[str],
 ) -> tuple[str, ...]:
     """Return the patterns that are used: the given ones, or the default of a family.
 
@@ -60,7 +57,7 @@ def patterns_of(
     Args:
         given: patterns that the user gave; ``none`` alone is no pattern.
         formats: the formats; without a calibrated one there are no defaults.
-        family: name of the architecture.
+        sensitive: the default, `Architecture.sensitive`.
         units: as for `quantized_units`.
 
     Raises:
@@ -72,7 +69,7 @@ def patterns_of(
         )
     if given:
         return () if NOTHING in given else tuple(given)
-    patterns = DEFAULT_EXCLUDED.get(family, ()) if {*formats} & {*CALIBRATED_FORMATS} else ()
+    patterns = sensitive if {*formats} & {*CALIBRATED_FORMATS} else ()
     left = {block_of(unit) for unit in quantized_units(units, patterns)}
     return patterns if 2 * len(left) >= len({block_of(unit) for unit in units}) else ()
 

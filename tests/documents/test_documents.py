@@ -27,6 +27,7 @@ from tests.documents import files
 from tests.documents.blocks import NOT_RUN, RUN_WITH, Block, blocks
 from tests.documents.files import ROOT
 from tests.documents.outputs import VARY, same_output
+from tests.documents.warm_server import warm_server
 
 COMMANDS = ("goc-export", "goc-plan", "goc-run", "goc-serve", "goc-bench", "goc-eval")
 DOCUMENTS = sorted(
@@ -63,17 +64,26 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Where ``python`` and the commands are those of this tree, installed or not."""
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Where ``python`` and the commands are those of this tree, installed or not.
+
+    Commands that end by themselves run in processes that are forked warm.
+    """
     folder = tmp_path_factory.mktemp("bin")
+    client = [sys.executable, "-S", "-E", str(Path(__file__).parent / "warm_client.py")]
+    warm = {
+        name: [*client, str(folder / "socket"), name] for name in COMMANDS if name != "goc-serve"
+    }
     for name, words in {
         "python": [sys.executable],
-        **{name: command_words(name) for name in COMMANDS},
+        "goc-serve": command_words("goc-serve"),
+        **warm,
     }.items():
         (folder / name).write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
         (folder / name).chmod(0o755)
     path = os.pathsep.join([str(folder), os.environ["PATH"]])
-    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
+    with warm_server(folder / "socket"):
+        yield {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "time_shift_type": "exponential",
     },
     "FLUX.1-schnell": {"use_dynamic_shifting": False, "shift": 1.0},
+    "Z-Image": {"use_dynamic_shifting": False, "shift": 6.0},
     "a fixed shift": {"shift": 3.0, "shift_terminal": 0.1},
 }  # fmt: skip
 TOKENS = (4096, 1504)  # of images of 1024x1024 and 752x512 pixels
@@ -38,7 +39,7 @@ def table_of(settings: dict[str, Any], steps: int, tokens: int) -> SamplerTable:
 
 
 def sigmas_of_pipeline(settings: dict[str, Any], steps: int, tokens: int) -> np.ndarray:
-    """The noise levels that FluxPipeline and QwenImagePipeline make, with the last one, 0."""
+    """The noise levels that FluxPipeline, QwenImagePipeline and ZImagePipeline make, and 0."""
     diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the judges extra")
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
@@ -70,7 +71,7 @@ def test_steps_are_those_of_the_pipeline(
         np.testing.assert_allclose(table.model, np.diff(expected), rtol=0, atol=3e-7)
         np.testing.assert_allclose(table.latent, 1, rtol=1e-9)
         assert table.sampler == "diffusers"
-        assert (table.size_shift is not None) == name.endswith(("dev", "Image"))
+        assert (table.size_shift is None) == (name not in ("FLUX.1-dev", "Qwen-Image"))
 
 
 def test_a_table_without_a_shift_for_the_size_is_the_same_at_all_sizes() -> None:

@@ -28,6 +28,8 @@ from goc_deploy.exporters.architectures.z_image import spec_of as z_image_spec
 from goc_deploy.exporters.companions.vae import VaeDecoder, vae_config
 from goc_deploy.options import EngineOptions, no_progress
 from tests.exporters.architectures.test_pixart_sigma import sigma_state
+from tests.exporters.companions.test_qwen_vae import CONFIG as QWEN_VAE
+from tests.exporters.companions.test_text_encoders import sd3_pipeline
 from tests.exporters.companions.test_vae import CONFIG as VAE
 from tests.exporters.companions.test_vae import WEIGHTS as VAE_WEIGHTS
 from tests.exporters.companions.test_wan_vae import SMALL as WAN_VAE
@@ -36,6 +38,7 @@ from tests.exporters.test_operators import check_bfloat16
 from tests.pixart_reference import random_state
 from tests.t5_folder import save_encoder
 
+diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the judges extra")
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra rtx)")
 pytest.importorskip("polygraphy", reason="polygraphy is not installed (extra rtx)")
 
@@ -98,11 +101,25 @@ def test_every_graph_of_two_streams_builds(tmp_path: Path) -> None:
     check_builds(tmp_path / "sd3.safetensors", size=(48, 32), max_size=(48, 48))
 
 
+@pytest.mark.filterwarnings("ignore")  # of diffusers about itself
+def test_every_graph_of_clip_encoders_builds(tmp_path: Path) -> None:
+    """A Stable Diffusion 3 with both CLIPs, a T5 and a VAE, from the folder of its pipeline."""
+    folder = tmp_path / "pipeline"
+    sd3_pipeline(tmp_path).save_pretrained(folder)
+    check_builds(folder, text_encoder=folder, vae=folder, size=(8, 8))
+
+
+@pytest.mark.filterwarnings("ignore")  # of diffusers about itself
 def test_every_graph_of_turned_text_builds(tmp_path: Path) -> None:
-    """A Qwen-Image of a block with a text stream and a last one."""
+    """A Qwen-Image of a block with a text stream and a last one, and its VAE."""
     spec = qwen_spec(2, 2, (4, 14, 14), channels=4, text=12)
     save_file(checkpoint_state(spec, 0), tmp_path / "qwen.safetensors")
-    check_builds(tmp_path / "qwen.safetensors", size=(8, 12), max_size=(16, 16))
+    numbers = {name: QWEN_VAE[name][:4] for name in ("latents_mean", "latents_std")}
+    vae = diffusers.AutoencoderKLQwenImage(**{**QWEN_VAE, "z_dim": 4, **numbers})
+    vae.save_pretrained(tmp_path / "vae")
+    check_builds(
+        tmp_path / "qwen.safetensors", size=(16, 24), max_size=(32, 32), vae=tmp_path / "vae"
+    )
 
 
 def test_every_graph_of_a_model_that_edits_images_builds(tmp_path: Path) -> None:

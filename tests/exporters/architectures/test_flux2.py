@@ -24,9 +24,13 @@ from goc_deploy.exporters.architectures.flux2 import (
 from goc_deploy.exporters.model_folder import read_model_folder
 from goc_deploy.exporters.schedulers import table_from_sampler
 from goc_deploy.samplers.process import EVEN_SIGMAS, FITTED_SHIFT, Process
+from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec
 from tests.exporters.architectures.graph_chain import Arrays, GraphChain
+from tests.exporters.architectures.poisoned import check_that_collapsed_steps_read_no_conditions
 from tests.exporters.architectures.test_flux import with_outputs
+from tests.exporters.architectures.test_flux_images import cached_units
+from tests.pixart_reference import Cache
 from tests.reference import relative_l2
 
 CONFIG: dict[str, Any] = {
@@ -41,7 +45,9 @@ CONFIG: dict[str, Any] = {
 }
 SIZES = [(8, 12), (10, 6)]  # of the latents
 TOKENS = 13
-GUIDANCE, TIME, STEPS = 4.0, 700.0, 4
+GUIDANCE, TIME, STEPS = 4.0, 700.0, 6
+PLANS = ("none", "fora:2", "fora:2+gc:1.0", "fora:3+lagrange:2", "fora:6")
+IMAGES = [(96, 64), (48, 80)]  # width and height in pixels; the first one is the usual size
 DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0}
 diffusers = pytest.importorskip("diffusers", reason="diffusers comes with the judges extra")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers about itself
@@ -143,8 +149,10 @@ def test_every_unit_is_that_of_diffusers(
     assert relative_l2(graphs.collapsed(found), found["final"]["prediction"]) < 1e-6
 
 
-def guided_latents(judge: Any, noise: np.ndarray, given: dict[str, np.ndarray]) -> np.ndarray:
-    """The final latents of Flux2KleinPipeline, in 4 steps with two rows per image."""
+def guided_latents(
+    judge: Any, noise: np.ndarray, given: dict[str, np.ndarray], schedule: Schedule
+) -> np.ndarray:
+    """The final latents of Flux2KleinPipeline, of whose features a schedule replaces some."""
     from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC)
@@ -152,48 +160,86 @@ def guided_latents(judge: Any, noise: np.ndarray, given: dict[str, np.ndarray]) 
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / STEPS, STEPS), mu=mu)
     pipeline, patches = diffusers.Flux2KleinPipeline, patchified(noise)
     x = pipeline._pack_latents(patches)
-    for t in scheduler.timesteps:
-        outputs = []
-        for name in ("prompt_embeds", "negative_prompt_embeds"):
-            captions = torch.from_numpy(given[name]).expand(len(x), -1, -1)
-            outputs.append(
-                judge(
-                    hidden_states=x,
-                    encoder_hidden_states=captions,
-                    timestep=(t / 1000).expand(len(x)),
-                    img_ids=pipeline._prepare_latent_ids(patches),
-                    txt_ids=pipeline._prepare_text_ids(captions),
-                ).sample
-            )
-        cond, uncond = outputs
-        x = scheduler.step(uncond + GUIDANCE * (cond - uncond), t, x).prev_sample
+    negative = given["negative_prompt_embeds"].repeat(len(x), axis=0)
+    captions = torch.from_numpy(np.concatenate([given["prompt_embeds"], negative]))
+    caches = {part: Cache(schedule) for part in ("image", "text")}
+    with cached_units(
+        judge, lambda part, unit, compute: caches[part](unit, compute), TOKENS, "attn"
+    ):
+        for step, t in enumerate(scheduler.timesteps):
+            for cache in caches.values():
+                cache.step = step
+            cond, uncond = judge(
+                hidden_states=torch.cat([x, x]),
+                encoder_hidden_states=captions,
+                timestep=(t / 1000).expand(2 * len(x)),
+                img_ids=pipeline._prepare_latent_ids(torch.cat([patches, patches])),
+                txt_ids=pipeline._prepare_text_ids(captions),
+            ).sample.chunk(2)
+            x = scheduler.step(uncond + GUIDANCE * (cond - uncond), t, x).prev_sample
     whole = x.transpose(1, 2).reshape(patches.shape)
     latents: np.ndarray = pipeline._unpatchify_latents(whole).numpy()
     return latents
 
 
-def test_the_loop_of_the_pipeline_is_followed_at_two_sizes(tmp_path: Path) -> None:
-    judge = judge_of()
-    judge.save_pretrained(tmp_path / "transformer")
-    diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC).save_pretrained(tmp_path / "scheduler")
-    (tmp_path / "model_index.json").write_text('{"_class_name": "Flux2KleinPipeline"}')
+@pytest.fixture(scope="module")
+def judge() -> Any:
+    return judge_of()
+
+
+@pytest.fixture(scope="module")
+def engine(judge: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("klein")
+    judge.save_pretrained(folder / "transformer")
+    diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC).save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text('{"_class_name": "Flux2KleinPipeline"}')
     goc_deploy.export(
-        tmp_path, tmp_path / "engine", plans=["none"], steps=STEPS, max_batch=2, size=(96, 64),
-        max_size=(96, 96),
+        folder, folder / "engine", plans=PLANS, steps=STEPS, max_batch=2, size=IMAGES[0],
+        max_size=(96, 96), caption_tokens=TOKENS,
     )  # fmt: skip
+    return folder / "engine"
+
+
+def arrays() -> dict[str, np.ndarray]:
+    """Two captions and a negative one."""
     draw = np.random.default_rng(1).standard_normal
-    given = {
-        name: draw((count, 512, 20)).astype(np.float32)
+    return {
+        name: draw((count, TOKENS, 20)).astype(np.float32)
         for name, count in (("prompt_embeds", 2), ("negative_prompt_embeds", 1))
     }
-    with goc_deploy.load(tmp_path / "engine") as pipe:
-        embeds = prompt_embeds_from_arrays(given, pipe.spec, "")
-        for size in ((96, 64), (48, 80)):
-            noise = draw((2, 3, size[1] // 8, size[0] // 8)).astype(np.float32)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_loop_of_the_pipeline_is_followed_at_two_sizes(
+    judge: Any, engine: Path, plan: str
+) -> None:
+    """Without a cache, and with one in hooked blocks."""
+    with goc_deploy.load(engine, plan=plan) as pipe:
+        embeds = prompt_embeds_from_arrays(arrays(), pipe.spec, "")
+        for size in IMAGES:
+            shape = (2, 3, size[1] // 8, size[0] // 8)
+            noise = np.random.default_rng(2).standard_normal(shape).astype(np.float32)
             found = pipe.generate(
                 prompt_embeds=embeds, latents=noise, size=size, cfg_scale=GUIDANCE
             ).latents
-            assert relative_l2(found, guided_latents(judge, noise, given)) < 1e-3
+            expected = guided_latents(judge, noise, arrays(), pipe.plan.schedule)
+            assert relative_l2(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("plan", ["fora:2+gc:1.0", "fora:3+lagrange:2"])
+def test_sums_take_the_place_of_features(engine: Path, plan: str) -> None:
+    results = {}
+    for history in ("features", "sums"):
+        with goc_deploy.load(engine, plan=plan, history=history) as pipe:
+            embeds = prompt_embeds_from_arrays(arrays(), pipe.spec, "")
+            results[history] = pipe.generate(prompt_embeds=embeds, seed=1, size=(48, 80)).latents
+    assert relative_l2(results["sums"], results["features"]) < 1e-5
+
+
+def test_a_collapsed_step_reads_no_text(engine: Path) -> None:
+    with goc_deploy.load(engine, plan="fora:6", max_sessions=1) as pipe:
+        embeds = prompt_embeds_from_arrays(arrays(), pipe.spec, "")
+        check_that_collapsed_steps_read_no_conditions(pipe, prompt_embeds=embeds)
 
 
 def test_blocks_share_their_modulation(chain: tuple[Any, GraphChain]) -> None:

@@ -80,10 +80,21 @@ def noise_of(shape: tuple[int, int]) -> np.ndarray:
 
 
 @contextmanager
-def cached_units(judge: Any, feature: Callable[[str, int, Callable[[], Tensor]], Tensor]) -> Any:
+def cached_units(
+    judge: Any,
+    feature: Callable[[str, int, Callable[[], Tensor]], Tensor],
+    text: int = TEXT,
+    single: str = "proj_out",
+) -> Any:
     """Let every branch take its features from ``feature(part, unit, compute)``.
 
     The features of an attention and of a single block are side by side.
+
+    Args:
+        judge: the transformer.
+        feature: returns the features to use.
+        text: tokens of a caption.
+        single: the layer of a single block that returns its features.
     """
     originals: list[tuple[Any, Any]] = []
 
@@ -93,7 +104,7 @@ def cached_units(judge: Any, feature: Callable[[str, int, Callable[[], Tensor]],
 
         def of_attn(*args: Any, **more: Any) -> tuple[Tensor, Tensor]:
             both = feature(part, unit, lambda: torch.cat(own(*args, **more), dim=1))
-            return both[:, :-TEXT], both[:, -TEXT:]
+            return both[:, :-text], both[:, -text:]
 
         def of_layer(*args: Any, **more: Any) -> Tensor:
             return feature(part, unit, lambda: own(*args, **more))
@@ -106,7 +117,7 @@ def cached_units(judge: Any, feature: Callable[[str, int, Callable[[], Tensor]],
         hook(block.ff, "image", 2 * i + 1)
         hook(block.ff_context, "text", 2 * i + 1)
     for i, block in enumerate(judge.single_transformer_blocks):
-        hook(block.proj_out, "image", 2 * len(doubles) + i)
+        hook(getattr(block, single), "image", 2 * len(doubles) + i)
     try:
         yield
     finally:
@@ -194,6 +205,28 @@ def test_the_loop_of_the_pipeline_is_followed(pipeline: Any, uncached: Any) -> N
         expected = diffusers.FluxPipeline._unpack_latents(theirs, size[1], size[0], 8).numpy()
         assert relative_l2(found, expected) < 1e-3
     assert len({tuple(uncached.plan.sampler.at(tokens).timesteps) for tokens in (24, 15)}) == 2
+
+
+def test_a_negative_caption_guides_as_in_the_pipeline(pipeline: Any, engine: Path) -> None:
+    """Two rows per image, beside the guidance scale that the model embeds."""
+    draw, noise = np.random.default_rng(5).standard_normal, noise_of((10, 6))
+    negative = {
+        "negative_prompt_embeds": draw((1, TEXT, 20)).astype(np.float32),
+        "negative_pooled_prompt_embeds": draw((1, 28)).astype(np.float32),
+    }
+    given = {name: torch.from_numpy(values) for name, values in arrays().items()}
+    given |= {n: torch.from_numpy(values.repeat(2, axis=0)) for n, values in negative.items()}
+    with goc_deploy.load(engine, plan="none") as pipe:
+        embeds = prompt_embeds_from_arrays({**arrays(), **negative}, pipe.spec, "")
+        found = pipe.generate(
+            prompt_embeds=embeds, latents=noise, size=(48, 80), guidance=GUIDANCE, cfg_scale=2.0
+        ).latents
+    theirs = pipeline(
+        **given, width=48, height=80, num_inference_steps=STEPS, guidance_scale=GUIDANCE,
+        true_cfg_scale=2.0, latents=packed(noise), output_type="latent",
+    ).images  # fmt: skip
+    expected = diffusers.FluxPipeline._unpack_latents(theirs, 80, 48, 8).numpy()
+    assert relative_l2(found, expected) < 1e-3
 
 
 @pytest.mark.parametrize("plan", ["fora:2+gc:1.0", "fora:3+lagrange:2"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +17,15 @@ from torch import Tensor
 
 import goc_deploy
 from goc_deploy.conditions.captions import PromptEmbeds, prompt_embeds_from_arrays
+from goc_deploy.display.units import unit_rows
+from goc_deploy.engine_dir.reading import read_manifest
 from goc_deploy.errors import ModelError, UsageError
 from goc_deploy.exporters.architectures.sd3_layout import TABLE
 from goc_deploy.runtime.images import pixels_to_uint8
 from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec
+from tests.conftest import Command
 from tests.exporters.architectures.poisoned import check_that_collapsed_steps_read_no_conditions
 from tests.exporters.architectures.test_sd3 import CONFIG, WEIGHTS, judge_of
 from tests.exporters.architectures.test_sd3_layout import of_authors
@@ -211,6 +215,17 @@ def test_sums_of_any_size_take_the_place_of_features(engine: Path, plan: str) ->
 def test_a_collapsed_step_reads_no_text(engine: Path) -> None:
     with goc_deploy.load(engine, plan="fora:10", max_sessions=1) as pipe:
         check_that_collapsed_steps_read_no_conditions(pipe, prompt_embeds=captions_of(pipe.spec))
+
+
+def test_the_command_line_shows_units_features_streams_and_bytes(
+    engine: Path, command: Command
+) -> None:
+    shown = command("goc-plan", engine, "--inspect").stdout
+    words = set(re.split(r"[^\w.]+", shown))  # a cell may be folded to several lines
+    columns, rows = unit_rows(read_manifest(engine))
+    for cell in (*columns, *(cell for row in rows for cell in row)):
+        assert set(re.split(r"[^\w.]+", cell)) <= words, cell
+    assert {"tokens", "saved", "predictions", "text", "buffers"} <= words
 
 
 def test_a_file_of_the_authors_holds_the_same_model(engine: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from goc_deploy.schedule import Schedule
 from goc_deploy.size_inputs import size_tensors
 from goc_deploy.spec import ModelSpec
 from tests.distances import relative_l2
+from tests.exporters.architectures.poisoned import check_that_collapsed_steps_read_no_conditions
 from tests.exporters.architectures.test_qwen import graphs_in_order, rows_of
 from tests.pixart_reference import Cache
 from tests.reference import table_step
@@ -203,11 +204,59 @@ def test_latents_are_those_of_diffusers_with_hooked_blocks(
     assert relative_l2(found, eager_latents(judge, schedule, table, noise)) < 1e-4
 
 
+@pytest.mark.parametrize("steps", [4, 10])
+def test_the_loop_of_the_pipeline_is_followed(judge: Any, tmp_path: Path, steps: int) -> None:
+    """The latents of the pipeline, with its scheduler, at two sizes."""
+    pipeline = diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0), vae=None,
+        text_encoder=None, tokenizer=None, transformer=judge,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    for name in ("scheduler", "transformer"):
+        getattr(pipeline, name).save_pretrained(tmp_path / name)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "ZImagePipeline"}')
+    goc_deploy.export(
+        tmp_path, tmp_path / "engine", plans=["none"], steps=steps, max_batch=2, size=(128, 64),
+        max_size=(192, 128), caption_tokens=64,
+    )  # fmt: skip
+    given = {name: torch.from_numpy(values) for name, values in arrays().items()}
+    captions = [e[:n] for e, n in zip(given["prompt_embeds"], LENGTHS, strict=True)]
+    with goc_deploy.load(tmp_path / "engine") as pipe:
+        embeds = prompt_embeds_from_arrays(arrays(), pipe.spec, "")
+        for size, (rows, columns) in SIZES.items():
+            shape = (2, 16, 2 * rows, 2 * columns)
+            noise = np.random.default_rng(2).standard_normal(shape, np.float32)
+            found = pipe.generate(
+                prompt_embeds=embeds, latents=noise, size=size, cfg_scale=SCALE
+            ).latents
+            expected = pipeline(
+                prompt_embeds=captions, latents=torch.from_numpy(noise), guidance_scale=SCALE - 1,
+                negative_prompt_embeds=[given["negative_prompt_embeds"][0]] * 2, width=size[0],
+                height=size[1], num_inference_steps=steps, output_type="latent",
+            ).images  # fmt: skip
+            assert relative_l2(found, expected.numpy()) < 1e-3
+
+
+def test_a_collapsed_step_reads_no_text(engine: Path) -> None:
+    with goc_deploy.load(engine, plan="fora:6", max_sessions=1) as pipe:
+        embeds = prompt_embeds_from_arrays(arrays(), pipe.spec, "")
+        check_that_collapsed_steps_read_no_conditions(pipe, prompt_embeds=embeds)
+
+
 def test_sizes_that_need_padding_are_refused(engine: Path) -> None:
     with goc_deploy.load(engine, plan="none") as pipe:
         embeds = prompt_embeds_from_arrays(arrays(), pipe.spec, "")
         with pytest.raises(UsageError, match="a multiple of 32 patches of 16x16 pixels"):
             pipe.generate(prompt_embeds=embeds, size=(96, 64))
+
+
+def test_captions_that_the_model_would_pad_further_are_refused(
+    engine: Path, tmp_path: Path
+) -> None:
+    folder = engine.parent / "transformer"
+    with pytest.raises(UsageError, match="pads captions to a multiple of 32 tokens"):
+        goc_deploy.export(folder, tmp_path / "engine", sampler="euler", caption_tokens=70)
+    assert not (tmp_path / "engine").exists()
 
 
 def test_the_tensors_alone_show_the_sizes(judge: Any) -> None:

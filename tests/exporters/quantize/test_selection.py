@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from goc_deploy.errors import UsageError
+from goc_deploy.exporters.export import ARCHITECTURES
 from goc_deploy.exporters.quantize.selection import checked_formats, patterns_of, quantized_units
 from goc_deploy.precision import WeightFormat
 
@@ -42,6 +43,7 @@ MANY = tuple(f"block_{block:02d}_attn" for block in range(12))
     [
         ((), ("int8",), "wan", MANY, ("first:3", "last:3")),
         ((), ("fp8",), "qwen-image", MANY, ("first:2", "last:2")),
+        ((), ("fp8",), "qwen-image-edit", MANY, ("first:2", "last:2")),
         ((), ("int8+smooth",), "dit", MANY, ()),
         ((), ("w8",), "wan", MANY, ()),
         ((), (), "wan", MANY, ()),
@@ -58,12 +60,12 @@ def test_sensitive_ends_of_large_models_are_left_out_by_default(
     units: tuple[str, ...],
     used: tuple[str, ...],
 ) -> None:
-    assert patterns_of(given, formats, family, units) == used
+    assert patterns_of(given, formats, ARCHITECTURES[family].sensitive, units) == used
 
 
 def test_none_with_other_patterns_is_refused() -> None:
     with pytest.raises(UsageError, match="excludes nothing, so it goes with no other pattern"):
-        patterns_of(("none", "first"), ("int8",), "dit", UNITS)
+        patterns_of(("none", "first"), ("int8",), (), UNITS)
 
 
 def test_every_format_counts_once() -> None:

@@ -165,9 +165,9 @@ def test_killing_a_replica_loses_only_the_requests_in_flight_on_it(
     killed: list[float] = []
 
     def requests(client: int) -> list[tuple[float, Any, int]]:
-        """Ask until a while after the kill; start, answer and seed of each request."""
-        found = []
-        while not killed or time.monotonic() < killed[0] + 3:
+        """Ask until a while after the kill, and once then; start, answer and seed of each."""
+        found: list[tuple[float, Any, int]] = []
+        while not killed or time.monotonic() < killed[0] + 3 or found[-1][0] <= killed[0]:
             seed = (client + len(found)) % len(expected)
             found.append((time.monotonic(), cluster.ask(seed=seed, plan="fora:2"), seed))
         return found
