@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from goc_deploy.errors import UsageError
-from goc_deploy.exporters.export import ARCHITECTURES
+from goc_deploy.exporters.architectures.families import ARCHITECTURES
 from goc_deploy.exporters.quantize.selection import checked_formats, patterns_of, quantized_units
 from goc_deploy.precision import WeightFormat
 
