@@ -14,6 +14,7 @@ from goc_deploy.engine_dir.keys import EngineWeightMode, Recipe, Target, dimensi
 from goc_deploy.engine_dir.manifest import EngineEntry, FileEntry, GraphEntry, Manifest
 from goc_deploy.engines.plugin.stacking import KERNEL_SHA256, stack_updates
 from goc_deploy.engines.tensorrt import graphs
+from goc_deploy.engines.tensorrt.quantized import use_constant_scales
 from goc_deploy.options import EngineOptions
 
 
@@ -114,6 +115,7 @@ def wanted_engines(directory: EngineDir, target: Target, options: EngineOptions)
         )
         embeds = options.weight_mode == "embedded" and bool(weight_files) and fits
         (graphs.drop_weight_places if embeds else graphs.share_weights)(model)
+        use_constant_scales(model)
         stacked = stack_updates(model) if options.plugin else 0
         profiles = {
             used: shapes
@@ -159,6 +161,7 @@ def graph_of_job(directory: EngineDir, job: Job) -> bytes:
     for prefix, path in embedded_weights(job).items():
         part, weights = job.parts[prefix], directory.read(path)
         graphs.embed_weights(model, part, weights, where, prefix)
+    use_constant_scales(model)
     if job.recipe.plugin_sha256 is not None:
         stack_updates(model)
     return graphs.graph_bytes(model)

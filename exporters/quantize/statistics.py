@@ -15,6 +15,7 @@ from goc_deploy.exporters.quantize.products import Product
 
 SAMPLED = 32  # rows of a run
 MAX_ROWS = 512  # samples that are kept of a product
+GOLDEN_RATIO = (1 + 5**0.5) / 2
 SUMMARY = 2  # rows of an output before the samples
 
 
@@ -72,7 +73,8 @@ def observing_graph(model: onnx.ModelProto, products: Sequence[Product]) -> onnx
     """Add outputs (SUMMARY + SAMPLED, K) float32 that sum up the input x of every product.
 
     Row 0 is the largest absolute value of each channel, row 1 the sum of the absolute values, which
-    is NaN or infinite if any of them is, and the others are rows of x at equal distances.
+    is NaN or infinite if any of them is, and the others are rows of x, at multiples of the golden
+    ratio. Equal distances would show one token of every image if there are as many images.
 
     Args:
         model: the graph of a unit, which is not changed.
@@ -81,7 +83,7 @@ def observing_graph(model: onnx.ModelProto, products: Sequence[Product]) -> onnx
     seeing = onnx.ModelProto()
     seeing.CopyFrom(model)
     graph, inputs = seeing.graph, {node.output[0]: node.input[0] for node in model.graph.node}
-    places = ((np.arange(SAMPLED) + 0.5) / SAMPLED).astype(np.float32)
+    places = ((np.arange(SAMPLED) * GOLDEN_RATIO) % 1).astype(np.float32)
     graph.initializer.extend(
         [
             numpy_helper.from_array(places, "seen.places"),

@@ -16,7 +16,7 @@ from goc_deploy.policies.calibration import Observation
 from goc_deploy.protocols import Backend
 
 # What quantised activations may change in an output of a unit, on inputs of plans. The trained
-# model in examples/mnist has up to 0.1 without factors, and up to 0.06 with them.
+# model in examples/mnist has up to 0.04 with factors.
 TOLERANCE = 0.5
 
 

@@ -28,9 +28,9 @@ def run(graph: bytes, inputs: dict[str, np.ndarray], shape: tuple[int, ...]) -> 
     engine = backend.load(memoryview(graph), {})
     bound = {}
     for name, values in inputs.items():
-        bound[name] = backend.allocate(values.shape, "float32")
+        bound[name] = backend.allocate(values.shape, engine.dtypes[name])
         backend.upload(values, bound[name])
-    out = backend.allocate(shape, "float32")
+    out = backend.allocate(shape, engine.dtypes["x_out"])
     engine.bind(bound, {"x_out": out})()
     return backend.download(out)
 

@@ -19,7 +19,13 @@ from goc_deploy.errors import EngineDirError, ModelError, UsageError, Verificati
 from goc_deploy.exporters.quantize.calibrated import Quantizer, kind_of
 from goc_deploy.exporters.quantize.products import Product
 from goc_deploy.exporters.quantize.selection import check_calibrated
-from goc_deploy.exporters.quantize.statistics import SAMPLED, SUMMARY, observing_graph, output_of
+from goc_deploy.exporters.quantize.statistics import (
+    GOLDEN_RATIO,
+    SAMPLED,
+    SUMMARY,
+    observing_graph,
+    output_of,
+)
 from goc_deploy.options import no_progress
 from goc_deploy.policies.calibration import MoreOutputs, Observation
 from goc_deploy.samplers import SamplerTable
@@ -67,7 +73,8 @@ def test_what_has_no_range_is_named(
     assert not (stage / "observing").exists()
 
 
-def test_the_graph_shows_ranges_and_rows_of_an_input() -> None:
+def shown(values: np.ndarray) -> np.ndarray:
+    """What the graph of ``y = x @ w`` shows of x (n, t, 4) float32."""
     x, y = (helper.make_tensor_value_info(name, 1, ["n", "t", 4]) for name in "xy")
     weight = numpy_helper.from_array(np.eye(4, dtype=np.float32), "w")
     node = helper.make_node("MatMul", ["x", "w"], ["y"])
@@ -76,19 +83,31 @@ def test_the_graph_shows_ranges_and_rows_of_an_input() -> None:
     product = Product("y", "w", False, (4, 4))
     seeing = observing_graph(model, [product])
     onnx.checker.check_model(seeing, full_check=True)
-    backend = OrtBackend()
-    engine = backend.load(memoryview(seeing.SerializeToString()), {})
-    values = np.arange(2 * 40 * 4, dtype=np.float32).reshape(2, 40, 4) - 100
-    source = backend.allocate(values.shape, "float32")
-    backend.upload(values, source)
-    shown = backend.allocate((SUMMARY + SAMPLED, 4), "float32")
-    engine.bind({"x": source}, {output_of(product): shown})()
-    found, rows = backend.download(shown), values.reshape(-1, 4)
-    np.testing.assert_array_equal(found[0], np.abs(rows).max(axis=0))
-    np.testing.assert_allclose(found[1], np.abs(rows).sum(axis=0), rtol=1e-6)
-    np.testing.assert_array_equal(found[SUMMARY:], rows[(np.arange(32) * 2.5 + 1.25).astype(int)])
     assert len(model.graph.output) == 1
     assert seeing.graph.output[1].type.tensor_type.elem_type == TensorProto.FLOAT
+    backend = OrtBackend()
+    engine = backend.load(memoryview(seeing.SerializeToString()), {})
+    source = backend.allocate(values.shape, "float32")
+    backend.upload(values, source)
+    found = backend.allocate((SUMMARY + SAMPLED, 4), "float32")
+    engine.bind({"x": source}, {output_of(product): found})()
+    return backend.download(found)
+
+
+def test_the_graph_shows_ranges_and_rows_of_an_input() -> None:
+    values = np.arange(2 * 40 * 4, dtype=np.float32).reshape(2, 40, 4) - 100
+    found, rows = shown(values), values.reshape(-1, 4)
+    np.testing.assert_array_equal(found[0], np.abs(rows).max(axis=0))
+    np.testing.assert_allclose(found[1], np.abs(rows).sum(axis=0), rtol=1e-6)
+    places = (np.arange(SAMPLED) * GOLDEN_RATIO % 1).astype(np.float32)
+    np.testing.assert_array_equal(found[SUMMARY:], rows[(places * len(rows)).astype(int)])
+
+
+@pytest.mark.parametrize("images", [1, 16, 32])
+@pytest.mark.parametrize("tokens", [49, 64, 256])
+def test_rows_of_different_tokens_are_shown(images: int, tokens: int) -> None:
+    values = np.broadcast_to(np.arange(tokens, dtype=np.float32)[:, None], (images, tokens, 4))
+    assert len(np.unique(shown(np.ascontiguousarray(values))[SUMMARY:, 0])) > SAMPLED // 4
 
 
 def test_a_scale_that_is_no_positive_number_is_refused(golden_engine: Path) -> None:
