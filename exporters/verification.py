@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from goc_deploy.engine_dir.manifest import Parameter
 from goc_deploy.errors import VerificationError
 from goc_deploy.exporters.lowering import Template
-from goc_deploy.exporters.widening import widen_graph, widened_buffer
+from goc_deploy.exporters.widening import widen_graph
 from goc_deploy.metrics.paired import whole_relative_l2
 from goc_deploy.precision import WeightFormat
-from goc_deploy.protocols import Backend, mapped_buffer
+from goc_deploy.protocols import Backend, Buffer, mapped_buffer
 
 # A bf16 graph is widened to float32 before it is compared.
 TOLERANCE = {
@@ -56,9 +56,9 @@ def verify_copy(
     with open(folder / f"{name}.weights", "rb") as file:
         weights = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     stored = _stored_parameters(template, name, tensors, weights, parameters)
-    kind.module.float()
     for parameter, value in kind.module.named_parameters():
         value.data = stored[parameter].float()
+    kind.module.float()  # its buffers
     error = _difference(template, name, parameters, folder, weights, backend)
     if not error <= TOLERANCE[template.dtype]:
         raise VerificationError(
@@ -161,11 +161,7 @@ def _run(
 ) -> list[np.ndarray]:
     graph = memoryview((folder / f"{name}.onnx").read_bytes())
     if template.dtype == torch.bfloat16:
-        inputs = {
-            p.name: widened_buffer(weights, p, "bfloat16")
-            for p in parameters
-            if template.kind.weights_are_inputs
-        }
+        inputs = _parameters(template.kind.module) if template.kind.weights_are_inputs else {}
         integers = {
             p.name: mapped_buffer(weights, p.offset, p.shape, p.dtype)
             for p in parameters
@@ -193,3 +189,12 @@ def _run(
         outputs[output] = backend.allocate(shape, engine.dtypes[output])
     engine.bind(inputs, outputs)()
     return [backend.download(outputs[output]) for output in template.kind.outputs]
+
+
+def _parameters(module: nn.Module) -> dict[str, Buffer]:
+    """The float32 parameters of a module, which may be gigabytes, without a copy."""
+    values = {name: value.detach().numpy() for name, value in module.named_parameters()}
+    return {
+        name: mapped_buffer(value.reshape(-1).data, 0, value.shape, "float32")
+        for name, value in values.items()
+    }
