@@ -89,7 +89,7 @@ def check_graph(
     """
     if len(content) > MAX_GRAPH_BYTES:
         raise EngineDirError(
-            f"{where} has {len(content)} bytes, at most {MAX_GRAPH_BYTES} are accepted; "
+            f"{where} has {len(content)} bytes; at most {MAX_GRAPH_BYTES} are accepted; "
             "export again"
         )
     if bytes(content[4:8]) == _ORT_FORMAT:

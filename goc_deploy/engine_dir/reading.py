@@ -126,7 +126,7 @@ def read_manifest(directory: Path) -> Manifest:
         with _open_beneath(directory, MANIFEST_NAME) as (fd, size):
             if size > MAX_MANIFEST_BYTES:
                 raise EngineDirError(
-                    f"{where} has {size} bytes, at most {MAX_MANIFEST_BYTES} are accepted"
+                    f"{where} has {size} bytes; at most {MAX_MANIFEST_BYTES} are accepted"
                 )
             text = os.read(fd, size)
     except FileNotFoundError as cause:

@@ -337,7 +337,7 @@ ENGINES: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "huge manifest": (
         lambda e: (e / "manifest.json").write_bytes(b" " * 9_000_000),
         4,
-        "more than",
+        "has 9000000 bytes; at most",
     ),
     "newer manifest": (
         lambda e: edit_manifest(e, lambda m: m.update(version=MANIFEST_VERSION + 1)),
