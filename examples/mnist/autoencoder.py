@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,9 @@ class DownBlock(nn.Module):
 
     def __init__(self, before: int, width: int, config: VaeConfig, *, halves: bool) -> None:
         super().__init__()
+        norm = partial(Norm, groups=config.groups)
         self.resnets = nn.ModuleList(
-            ResidualBlock(before if i == 0 else width, width, config.groups)
-            for i in range(config.layers)
+            ResidualBlock(before if i == 0 else width, width, norm) for i in range(config.layers)
         )
         self.downsamplers = nn.ModuleList([Halving(width)] if halves else [])
 

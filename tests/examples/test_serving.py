@@ -137,7 +137,8 @@ def test_gunicorn_that_loads_the_application_before_it_forks(
     words = (python, "-m", "gunicorn", "--preload", "--chdir", EXAMPLES, "--bind")
     app = ("127.0.0.1:{port}", "-c", EXAMPLES / "gunicorn_app.py", "gunicorn_app:app")
     with serving(demo_engine, *words, *app, ready="/?label=0") as url:
-        np.testing.assert_array_equal(pixels(answer(f"{url}/?label=7&seed=5")), expected)
+        found = pixels(answer(f"{url}/?label=7&seed=5"))
+        np.testing.assert_allclose(found, expected, atol=1)  # its processes have one thread
         assert status(f"{url}/?label=10") == 400
 
 
