@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from goc_deploy.errors import EnvironmentUnsupportedError, NotReadyError
+from tests.drawn import digits_drawn
 from tests.goc_deploy.serving.running import GENERATE, HEADERS, TOKEN, free_port, pixels
 from tests.goc_deploy.sharded.test_ray import LOOPBACK
 
@@ -28,13 +29,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # when ra
 
 IMPORT_PATH = "goc_deploy.serving.ray_serve:application"
 CLIENTS = 6
-DRAWN_BY_THE_LIBRARY = """
-import sys
-import goc_deploy
-with goc_deploy.load(sys.argv[1], plan="fora:2", backend="onnxruntime", threads=1) as pipe:
-    for seed in range(8):
-        sys.stdout.buffer.write(pipe.generate([3], seed=seed).images.tobytes())
-"""
 SERVE = "from ray.serve.scripts import cli; cli()"  # the command `serve`
 
 
@@ -123,9 +117,7 @@ def cluster(demo_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 @pytest.fixture(scope="module")
 def expected(demo_engine: Path) -> list[np.ndarray]:
     """The picture of the library for every seed, drawn with one thread as in the replicas."""
-    line = [sys.executable, "-c", DRAWN_BY_THE_LIBRARY, demo_engine]
-    done = subprocess.run(line, capture_output=True, check=True)
-    return list(np.frombuffer(done.stdout, np.uint8).reshape(8, 28, 28))
+    return digits_drawn(demo_engine, 3, range(8), threads=1, plan="fora:2")
 
 
 def test_pictures_are_those_of_the_library(cluster: Cluster, expected: list[np.ndarray]) -> None:
