@@ -28,6 +28,7 @@ from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec
 from tests.exporters.architectures.graph_chain import Arrays, GraphChain
 from tests.exporters.architectures.poisoned import check_that_collapsed_steps_read_no_conditions
+from tests.exporters.architectures.sums import check_that_sums_take_the_place_of_features
 from tests.exporters.architectures.test_flux import with_outputs
 from tests.exporters.architectures.test_flux_images import cached_units
 from tests.pixart_reference import Cache
@@ -228,12 +229,14 @@ def test_the_loop_of_the_pipeline_is_followed_at_two_sizes(
 
 @pytest.mark.parametrize("plan", ["fora:2+gc:1.0", "fora:3+lagrange:2"])
 def test_sums_take_the_place_of_features(engine: Path, plan: str) -> None:
-    results = {}
-    for history in ("features", "sums"):
-        with goc_deploy.load(engine, plan=plan, history=history) as pipe:
-            embeds = prompt_embeds_from_arrays(arrays(), pipe.spec, "")
-            results[history] = pipe.generate(prompt_embeds=embeds, seed=1, size=(48, 80)).latents
-    assert relative_l2(results["sums"], results["features"]) < 1e-5
+    check_that_sums_take_the_place_of_features(
+        engine,
+        plan,
+        lambda spec: {
+            "prompt_embeds": prompt_embeds_from_arrays(arrays(), spec, ""),
+            "size": (48, 80),
+        },
+    )
 
 
 def test_a_collapsed_step_reads_no_text(engine: Path) -> None:

@@ -18,6 +18,7 @@ from goc_deploy.samplers import SamplerTable
 from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec
 from tests.exporters.architectures.poisoned import check_that_collapsed_steps_read_no_conditions
+from tests.exporters.architectures.sums import check_that_sums_take_the_place_of_features
 from tests.exporters.architectures.test_flux import folder_of, judge_of, packed
 from tests.pixart_reference import Cache
 from tests.reference import relative_l2, table_step
@@ -231,12 +232,9 @@ def test_a_negative_caption_guides_as_in_the_pipeline(pipeline: Any, engine: Pat
 
 @pytest.mark.parametrize("plan", ["fora:2+gc:1.0", "fora:3+lagrange:2"])
 def test_sums_take_the_place_of_features(engine: Path, plan: str) -> None:
-    results = {}
-    for history in ("features", "sums"):
-        with goc_deploy.load(engine, plan=plan, history=history) as pipe:
-            request = {"prompt_embeds": captions_of(pipe.spec), "seed": 1, "size": (48, 80)}
-            results[history] = pipe.generate(**request).latents
-    assert relative_l2(results["sums"], results["features"]) < 1e-5
+    check_that_sums_take_the_place_of_features(
+        engine, plan, lambda spec: {"prompt_embeds": captions_of(spec), "size": (48, 80)}
+    )
 
 
 def test_a_collapsed_step_reads_no_text(engine: Path) -> None:

@@ -21,6 +21,7 @@ from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec
 from tests.distances import relative_l2
 from tests.exporters.architectures.poisoned import check_that_collapsed_steps_read_no_conditions
+from tests.exporters.architectures.sums import check_that_sums_take_the_place_of_features
 from tests.exporters.architectures.test_qwen import packed, unpacked
 from tests.exporters.companions.test_qwen_vae import CONFIG as VAE
 from tests.pixart_reference import Cache
@@ -236,12 +237,9 @@ def test_an_image_does_not_depend_on_the_captions_beside_it(engine: Path) -> Non
 
 @pytest.mark.parametrize("plan", ["fora:2+gc:1.0", "fora:3+lagrange:2"])
 def test_sums_take_the_place_of_features(engine: Path, plan: str) -> None:
-    results = {}
-    for history in ("features", "sums"):
-        with goc_deploy.load(engine, plan=plan, history=history) as pipe:
-            request = {"prompt_embeds": captions_of(pipe.spec), "seed": 1}
-            results[history] = pipe.generate(**request).latents
-    assert relative_l2(results["sums"], results["features"]) < 1e-5
+    check_that_sums_take_the_place_of_features(
+        engine, plan, lambda spec: {"prompt_embeds": captions_of(spec)}
+    )
 
 
 def test_a_file_holds_the_same_model(folder: Path, tmp_path: Path) -> None:
