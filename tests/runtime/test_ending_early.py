@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +21,7 @@ from goc_deploy.runtime.step_events import StepEvent
 from goc_deploy.runtime.weights import Weights
 from goc_deploy.spec import DecoderSpec, ModelSpec
 from goc_deploy.trace import Span
+from tests.stand_ins.silent import SilentEngine
 
 LABELS = [1, 7]
 
@@ -32,19 +31,6 @@ def pipe(golden_engine: Path) -> Pipeline:
     return goc_deploy.load(
         golden_engine, plan="fora:2+gc:1.2", backend="onnxruntime", max_sessions=2
     )
-
-
-class CountedRuns:
-    """An engine that does nothing."""
-
-    def __init__(self) -> None:
-        self.runs = 0
-
-    def bind(self, *_: Any) -> Callable[[], None]:
-        return self._run
-
-    def _run(self) -> None:
-        self.runs += 1
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +199,8 @@ def test_a_launch_that_runs_is_interrupted_and_the_next_call_is_not(
 
 
 def test_no_tile_is_decoded_after_the_end() -> None:
-    engine, backend = CountedRuns(), cpu_backend()
+    backend = cpu_backend()
+    engine = SilentEngine(backend)
     spec = ModelSpec(2, 8, 2, 16, 2, 2, 4, 10, False)
     decoder = LatentDecoder(engine, backend, DecoderSpec(3, 2, 8, 2), spec)  # type: ignore[arg-type]
     latents = np.zeros((1, 4, 8, 8), np.float32)

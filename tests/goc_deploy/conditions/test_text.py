@@ -12,20 +12,15 @@ from goc_deploy.errors import EngineDirError
 from goc_deploy.exporters.companions.tokenizer_files import json_from_sentencepiece
 from goc_deploy.spec import TextSpec
 from tests.pixart_reference import SPEC
+from tests.stand_ins.silent import SilentEngine
 from tests.t5_folder import sentencepiece_model
-
-
-class LeavesOutputs:
-    """An engine that does nothing."""
-
-    def bind(self, *_: Any) -> Callable[[], None]:
-        return lambda: None
 
 
 def encode(content: bytes) -> None:
     text = TextSpec("tokenizer.json", 48, 1, 0)
-    engines, contents = {"text_encoder": LeavesOutputs()}, {"text_encoder": content}
-    encoder = TextEncoder(engines, contents, cpu_backend(), SPEC, {"text_encoder": text}, 2)  # type: ignore[arg-type]
+    backend = cpu_backend()
+    engines, contents = {"text_encoder": SilentEngine(backend)}, {"text_encoder": content}
+    encoder = TextEncoder(engines, contents, backend, SPEC, {"text_encoder": text}, 2)  # type: ignore[arg-type]
     encoder.prompt_embeds(["a \u00e9"])
 
 
