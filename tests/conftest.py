@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +38,7 @@ GOLDEN_PLANS = {
         "l2c_goc_authors"
     ),
 }
+FOLDER_OF_TRACES = "GOC_TEST_TRACES"  # see tests/kept_traces.py, which imports torch
 # Files that take most seconds: those that start Ray or Triton, and those that export or draw a lot.
 SLOW = (
     "test_ray.py",
@@ -120,8 +125,20 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
         sys.modules.pop(report.nodeid.removesuffix(".py").replace("/", "."), None)
 
 
+def pytest_configure() -> None:
+    """Make the folder of traced graphs, before other processes of the run start."""
+    if FOLDER_OF_TRACES not in os.environ:
+        os.environ[FOLDER_OF_TRACES] = tempfile.mkdtemp(prefix="goc-traces-")
+        atexit.register(shutil.rmtree, os.environ[FOLDER_OF_TRACES], ignore_errors=True)
+
+
 def pytest_collection_finish() -> None:
-    """Let the garbage collector skip all that importing torch made, which takes it 0.3 s a time."""
+    """Let tests that export share traced graphs.
+
+    And let the garbage collector skip all that importing torch made, which takes it 0.3 s a time.
+    """
+    if "torch" in sys.modules and importlib.util.find_spec("onnx_ir"):
+        importlib.import_module("tests.kept_traces").keep_traces()
     gc.collect()
     gc.freeze()
 

@@ -12,9 +12,9 @@ import torch
 import tqdm
 
 import goc_deploy.exporters.export  # noqa: F401 (for processes that are forked)
-from tests.torch_registry import keep_registry
+from tests.kept_traces import keep_traces
 
-keep_registry()
+keep_traces()
 
 
 def warm_up() -> None:
