@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
-import importlib.util
+import importlib
 import os
 import shutil
 import subprocess
@@ -137,7 +137,7 @@ def pytest_collection_finish() -> None:
 
     And let the garbage collector skip all that importing torch made, which takes it 0.3 s a time.
     """
-    if "torch" in sys.modules and importlib.util.find_spec("onnx_ir"):
+    if sys.modules.get("goc_deploy.exporters.lowering"):
         importlib.import_module("tests.kept_traces").keep_traces()
     gc.collect()
     gc.freeze()

@@ -110,6 +110,7 @@ def cluster(demo_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         with contextlib.suppress(subprocess.TimeoutExpired):  # a background job ignores SIGINT
             running.process.wait(60)
         running.process.kill()
+        running.process.wait()
         for one in psutil.wait_procs(below, 10)[1]:
             one.kill()
 
