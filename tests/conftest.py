@@ -21,7 +21,7 @@ from hypothesis import settings
 from goc_deploy.engines import driver
 from goc_deploy.engines.ort import shared_pool_of_process
 from goc_deploy.errors import EnvironmentUnsupportedError
-from tests.warm_commands import can_be_warm, run_warm
+from tests.warm_commands import TRACES, can_be_warm, run_warm
 
 GOLDEN = Path(__file__).parent / "golden"
 MNIST = Path(__file__).parents[1] / "examples" / "mnist"
@@ -38,7 +38,6 @@ GOLDEN_PLANS = {
         "l2c_goc_authors"
     ),
 }
-FOLDER_OF_TRACES = "GOC_TEST_TRACES"  # see tests/kept_traces.py, which imports torch
 # Files that take most seconds: those that start Ray or Triton, and those that export or draw a lot.
 SLOW = (
     "test_ray.py",
@@ -127,9 +126,9 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 
 def pytest_configure() -> None:
     """Make the folder of traced graphs, before other processes of the run start."""
-    if FOLDER_OF_TRACES not in os.environ:
-        os.environ[FOLDER_OF_TRACES] = tempfile.mkdtemp(prefix="goc-traces-")
-        atexit.register(shutil.rmtree, os.environ[FOLDER_OF_TRACES], ignore_errors=True)
+    if TRACES not in os.environ:
+        os.environ[TRACES] = tempfile.mkdtemp(prefix="goc-traces-")
+        atexit.register(shutil.rmtree, os.environ[TRACES], ignore_errors=True)
 
 
 def pytest_collection_finish() -> None:

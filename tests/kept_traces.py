@@ -25,8 +25,7 @@ from goc_deploy.exporters import unit_files
 from goc_deploy.exporters.lowering import Template, template_from_kind
 from goc_deploy.exporters.units import GraphKind
 from tests.torch_registry import keep_registry
-
-FOLDER = "GOC_TEST_TRACES"  # names the folder of the run; without it every graph is traced
+from tests.warm_commands import TRACES
 
 
 def keep_traces() -> None:
@@ -36,8 +35,11 @@ def keep_traces() -> None:
 
 
 def kept_template(kind: GraphKind, dtype: torch.dtype) -> Template:
-    """Trace a kind of graph, or read what another export traced of such a kind."""
-    folder = os.environ.get(FOLDER)
+    """Trace a kind of graph, or read what another export traced of such a kind.
+
+    Without the variable ``TRACES`` every graph is traced.
+    """
+    folder = os.environ.get(TRACES)
     if not folder:
         return template_from_kind(kind, dtype)
     path = Path(folder, f"{digest(kind, dtype)}.onnx")

@@ -12,7 +12,8 @@ from torch import nn
 
 from goc_deploy.exporters.lowering import template_from_kind
 from goc_deploy.exporters.units import GraphKind, Input
-from tests.kept_traces import FOLDER, digest, kept_template
+from tests.kept_traces import digest, kept_template
+from tests.warm_commands import TRACES
 
 
 class Scaled(nn.Module):
@@ -44,7 +45,7 @@ def other_buffer() -> GraphKind:
 def test_a_graph_is_found_again_whatever_its_parameters_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setenv(TRACES, str(tmp_path))
     first = kept_template(kind(Scaled(4, 2.0)), torch.float32)
     second = kept_template(kind(Scaled(4, 2.0)), torch.float32)
     assert len([*tmp_path.iterdir()]) == 1

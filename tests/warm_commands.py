@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 STARTED_WITH = dict(os.environ)  # before any test changes a variable for itself
+TRACES = "GOC_TEST_TRACES"  # names the folder of the run for tests.kept_traces
 READ_AT_START = ("LD_", "MALLOC_", "MKL_", "OMP_", "OPENBLAS_", "PYTHON")
 
 

@@ -55,6 +55,7 @@ from tests.fuzz.mutations import (
     mutated_text,
 )
 from tests.heads import FORMS, plan_with_head
+from tests.stand_ins.silent import SilentEngine
 
 Trial = Callable[[random.Random], object]
 STEPS = 6
@@ -76,13 +77,6 @@ SCHEDULERS = (
     {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 2, "use_karras_sigmas": True},
     {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
 )
-
-
-class _Silent:
-    """An engine that leaves its outputs as they are."""
-
-    def bind(self, *_: Any) -> Callable[[], None]:
-        return lambda: None
 
 
 def _written(write: Callable[[io.BytesIO], object]) -> bytes:
@@ -163,7 +157,7 @@ def _model_trials(folder: Path) -> dict[str, Trial]:
 
     def encode(content: bytes) -> None:
         text = TextSpec("tokenizer.json", vocabulary, 1, 0)
-        engines, contents = {"text_encoder": _Silent()}, {"text_encoder": content}
+        engines, contents = {"text_encoder": SilentEngine(backend)}, {"text_encoder": content}
         encoders = {"text_encoder": text}
         encoder = TextEncoder(engines, contents, backend, pixart_reference.SPEC, encoders, 2)  # type: ignore[arg-type]
         encoder.prompt_embeds(["a red three", "\u00e9" * 40], ["", ""])

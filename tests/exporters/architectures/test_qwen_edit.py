@@ -26,6 +26,7 @@ from goc_deploy.schedule import Schedule
 from goc_deploy.size_inputs import size_tensors
 from tests.distances import relative_l2
 from tests.exporters.architectures.poisoned import check_that_collapsed_steps_read_no_conditions
+from tests.exporters.architectures.sums import check_that_sums_take_the_place_of_features
 from tests.exporters.architectures.test_qwen import packed, unpacked
 from tests.exporters.architectures.test_qwen_images import (
     SCHEDULER,
@@ -237,13 +238,11 @@ def test_one_reference_row_is_for_all_images(engine: Path) -> None:
 
 @pytest.mark.parametrize("plan", ["fora:2+gc:1.0", "compute:0,2,3+gc:0.5"])
 def test_sums_take_the_place_of_features(engine: Path, plan: str) -> None:
-    results = {}
-    for history in ("features", "sums"):
-        with goc_deploy.load(engine, plan=plan, history=history) as pipe:
-            results[history] = pipe.generate(
-                prompt_embeds=captions_of(pipe.spec), seed=1, reference_latents=REFERENCES
-            ).latents
-    assert relative_l2(results["sums"], results["features"]) < 1e-5
+    check_that_sums_take_the_place_of_features(
+        engine,
+        plan,
+        lambda spec: {"prompt_embeds": captions_of(spec), "reference_latents": REFERENCES},
+    )
 
 
 def test_a_collapsed_step_reads_no_reference(engine: Path) -> None:

@@ -27,6 +27,7 @@ from goc_deploy.schedule import Schedule
 from goc_deploy.spec import ModelSpec
 from tests.conftest import Command
 from tests.exporters.architectures.poisoned import check_that_collapsed_steps_read_no_conditions
+from tests.exporters.architectures.sums import check_that_sums_take_the_place_of_features
 from tests.exporters.architectures.test_sd3 import CONFIG, WEIGHTS, judge_of
 from tests.exporters.architectures.test_sd3_layout import of_authors
 from tests.reference import relative_l2, table_step
@@ -203,13 +204,11 @@ def test_images_are_those_of_the_pipeline(pipeline: Any, engine: Path) -> None:
 
 @pytest.mark.parametrize("plan", ["fora:2+gc:1.0", "fora:3+lagrange:2"])
 def test_sums_of_any_size_take_the_place_of_features(engine: Path, plan: str) -> None:
-    results = {}
-    for history in ("features", "sums"):
-        with goc_deploy.load(engine, plan=plan, history=history) as pipe:
-            results[history] = pipe.generate(
-                prompt_embeds=captions_of(pipe.spec), seed=1, size=(96, 32), decode=False
-            ).latents
-    assert relative_l2(results["sums"], results["features"]) < 1e-5
+    check_that_sums_take_the_place_of_features(
+        engine,
+        plan,
+        lambda spec: {"prompt_embeds": captions_of(spec), "size": (96, 32), "decode": False},
+    )
 
 
 def test_a_collapsed_step_reads_no_text(engine: Path) -> None:
