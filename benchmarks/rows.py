@@ -67,8 +67,6 @@ class Study:
         converged: no cache at many steps, of few images.
         converged_images: how many.
         metrics: keys of the only columns to show, or nothing for all.
-        measured_with: SHA-256 of another checkpoint than that of the engine directory, if its
-            numbers are shown too. Nothing if there is none.
     """
 
     engine: Path
@@ -83,7 +81,6 @@ class Study:
     converged: Row
     converged_images: int
     metrics: tuple[str, ...]
-    measured_with: str
 
     def path(self, row: Row) -> Path:
         """Where a row's numbers are."""
@@ -102,11 +99,6 @@ class Study:
             "calibration_images": self.calibration_images,
             "converged": [self.converged.steps, self.converged_images],
         }
-
-    def shows(self, made_for: Mapping[str, Any]) -> bool:
-        """Whether numbers that were made for this stand beside those of this study."""
-        expected = self.made_for()
-        return made_for in (expected, {**expected, "checkpoint_sha256": self.measured_with})
 
 
 def contents_of(schedule: Schedule) -> dict[str, Any]:
