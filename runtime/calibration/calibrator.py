@@ -132,9 +132,11 @@ class EngineCalibrator:
 
     def fit(self, schedule: Schedule, options: FitOptions) -> Schedule:
         """See `goc_deploy.policies.calibration.Calibrator.fit`."""
+        self.statistics()
         fitted = fit_to_final(
             schedule,
             lambda: self._pairs(schedule, options.entries),
+            len(self._final),
             lambda tried: measured_error(self, tried),
             options,
             self._progress,
@@ -143,7 +145,6 @@ class EngineCalibrator:
         return replace(fitted, provenance={**schedule.provenance, "fit": record})
 
     def _pairs(self, schedule: Schedule, depth: int) -> Iterator[Pair]:
-        self.statistics()
         kinds = schedule.history, depth, schedule.level
         for request, expected in zip(self._batches(), self._final, strict=True):
             yield Trajectory(self._stepper, request, *kinds), expected

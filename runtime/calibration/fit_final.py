@@ -93,6 +93,7 @@ def with_weights(schedule: Schedule, fitted: list[Direction], weights: np.ndarra
 def fit_to_final(
     schedule: Schedule,
     pairs: Callable[[], Iterable[Pair]],
+    batches: int,
     error: Callable[[Schedule], float],
     options: FitOptions,
     progress: Callable[[str, int, int], None],
@@ -107,7 +108,8 @@ def fit_to_final(
 
     Args:
         schedule: the schedule, with plain reuse.
-        pairs: returns the calibration images, from the beginning in each call.
+        pairs: returns the calibration images in batches, from the beginning in each call.
+        batches: number of batches of ``pairs``.
         error: returns the measured error of a schedule, infinite if it cannot be measured.
         options: options of the fit.
         progress: called with (what, done, total).
@@ -123,7 +125,7 @@ def fit_to_final(
     for iteration in range(ITERATIONS if fitted else 0):
         equations = NormalEquations.zeros(len(fitted))
         for batch, (trajectory, expected) in enumerate(pairs()):
-            progress(f"fitting, pass {iteration + 1} of {ITERATIONS}", batch, 0)
+            progress(f"fitting, pass {iteration + 1} of {ITERATIONS}", batch, batches)
             columns, final = _effects(schedule, fitted, weights, trajectory)
             equations.see(columns, expected - final)
         ridge = options.ridge * np.diag(

@@ -129,6 +129,15 @@ def test_the_measured_error_is_that_of_the_compiled_plan(golden_engine: Path) ->
         calibrator.error(Schedule(4, ("attn", "mlp"), ((COMPUTE,) * 8,) * 8))
 
 
+def test_progress_of_a_fit_counts_up_to_its_batches(stepper: Stepper) -> None:
+    told: list[tuple[str, int, int]] = []
+    calibrator = EngineCalibrator(stepper, OPTIONS, {}, lambda *report: told.append(report))
+    laboratory = StandInLaboratory(lambda _: calibrator, no_trials)
+    schedule_from_policy(parse_policy("fora:4+fit:2"), stepper.spec, STEPS, laboratory)
+    assert ("fitting, pass 1 of 2", 2, 3) in told  # five images, two at once
+    assert all(done < total for _, done, total in told)
+
+
 def test_goc_is_never_worse_on_its_images_than_plain_reuse_and_the_gradient(
     calibrator: EngineCalibrator, made: Callable[[str], Schedule]
 ) -> None:
