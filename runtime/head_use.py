@@ -59,7 +59,7 @@ class HeadUse:
             self._warn(
                 "weights",
                 f"the head of plan {self._plan.name} was fitted with other weights than those that "
-                "are loaded now; fit a plan for these weights",
+                "are loaded now, so its images may be noise; fit a plan for these weights",
             )
         about = {
             "features": head.form.features,
