@@ -13,15 +13,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from goc_deploy.api import load
+from goc_deploy.evaluation.tables import METRICS, shown_value
 from goc_deploy.metrics.estimate import mean_estimate
 from goc_deploy.metrics.paired import relative_l2
 
 UNCACHED = "none"
+RELATIVE_L2 = next(metric for metric in METRICS if metric.key == "relative_l2")
 
 Case = tuple[str, list[str] | None, Path | None]
 
@@ -42,8 +45,9 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("engine", type=Path, help="engine directory with a plan none")
     parser.add_argument("plans", nargs="+", help="plans to measure")
-    parser.add_argument("--prompts", type=Path, action="append", help="a prompt per line")
-    parser.add_argument("--weights", type=Path, help="engine directory whose weights to use too")
+    unseen = parser.add_mutually_exclusive_group()
+    unseen.add_argument("--prompts", type=Path, action="append", help="a prompt per line")
+    unseen.add_argument("--weights", type=Path, help="engine directory whose weights to use too")
     parser.add_argument("--images", type=int, default=256, help="number of images without prompts")
     parser.add_argument("--cfg-scale", type=float, required=True)
     parser.add_argument("--seed", type=int, default=5)
@@ -76,7 +80,7 @@ def _latents(
 
 def _distance(found: np.ndarray, expected: np.ndarray) -> str:
     mean = mean_estimate(relative_l2(found, expected), seed=0)
-    return f"{mean.value:.4f} ±{(mean.high - mean.low) / 2:.4f}"
+    return shown_value(asdict(mean), RELATIVE_L2, "±")
 
 
 if __name__ == "__main__":

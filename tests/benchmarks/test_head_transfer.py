@@ -37,3 +37,9 @@ def test_each_file_of_prompts_is_a_case(tmp_path: Path) -> None:
         ("seen (2)", prompts, None),
         ("unseen (2)", prompts, None),
     ]
+
+
+def test_prompts_and_weights_are_refused_together() -> None:
+    words = ["engine", "fora-2", "--cfg-scale", "2", "--prompts", "seen.txt", "--weights", "other"]
+    with pytest.raises(SystemExit):
+        head_transfer.parser().parse_args(words)
