@@ -324,8 +324,9 @@ def conditions(study: Study, times: dict[str, Any]) -> str:
     return (
         f"{request.images} samples per row, guidance {request.cfg_scale:g}, seed {request.seed}, "
         f"features of `{study.extractor.name}`. Plans that need calibration used "
-        f"{study.calibration_images} images of another seed. ± is half of a 95 % interval, with "
-        f"{RESAMPLES} resamples for FID and IS. L2 to converged is the distance from "
+        f"{study.calibration_images} images of another seed, unless their SPEC has another number. "
+        f"± is half of a 95 % interval, with {RESAMPLES} resamples for FID and IS. L2 to converged "
+        "is the distance from "
         f"{study.converged.steps} uncached steps over {study.converged_images} images. FLOPs are "
         f"those of the matrix products, per image.{speed}\n"
     )
