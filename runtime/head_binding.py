@@ -69,7 +69,7 @@ class HeadBinding:
             inputs[f"output_{age}"] = self._kept(
                 buffers.outputs, buffers.no_output, step, age, self._output
             )
-        if form.features == "hidden":
+        if form.reads_tokens:
             inputs["x"] = x
         for age in range(1, form.tokens + 1):
             inputs[f"tokens_{age}"] = self._kept_tokens(step, age)

@@ -31,6 +31,7 @@ FORMS = {
         HeadForm("hidden", 1),
         HeadForm("hidden", 3, 2),
         HeadForm("hidden", 2, 1, scaled=True),
+        HeadForm("squares", 2, 1),
     )
 }
 Pair = tuple[np.ndarray, np.ndarray]
@@ -101,7 +102,7 @@ class HeadTrajectory:
     def _correction(self, step: int, latents: np.ndarray, output: Pair, tokens: Pair) -> np.ndarray:
         form = self._head.form
         outputs = [output, *self._outputs[: form.outputs]]
-        of_tokens = [tokens, *self._tokens[: form.tokens]] if form.features == "hidden" else []
+        of_tokens = [tokens, *self._tokens[: form.tokens]] if form.reads_tokens else []
         if self._plan.step_kind(step) != "collapsed":
             self._outputs.insert(0, output)
             self._tokens.insert(0, tokens)

@@ -16,13 +16,13 @@ def head_inputs(spec: ModelSpec, precision: Precision, form: HeadForm) -> list[s
     """The inputs that a head adds to a sampler graph, as ONNX text.
 
     They are head (F, P), output_1 ... (B, C_out, H, W): the model outputs of earlier computed
-    steps, newest first. With ``hidden`` also x (B, T, D), the tokens before the final layer, and
-    tokens_1 ... (B, T, D), the normalised tokens of earlier computed steps.
+    steps, newest first. If the form reads tokens, also x (B, T, D), the tokens before the final
+    layer, and tokens_1 ... (B, T, D), the normalised tokens of earlier computed steps.
     """
     output = f"float[B, {', '.join(map(str, spec.prediction))}]"
     inputs = [f"float[{form.width(spec)}, {form.cell_values(spec)}] head"]
     inputs += [f"{output} output_{age}" for age in range(1, form.outputs + 1)]
-    if form.features == "hidden":
+    if form.reads_tokens:
         names = ["x", *(f"tokens_{age}" for age in range(1, form.tokens + 1))]
         inputs += [f"{_tokens(spec, precision)} {name}" for name in names]
     return inputs
@@ -38,12 +38,14 @@ def head_lines(spec: ModelSpec, precision: Precision, form: HeadForm) -> list[st
 
     The constant 1 among the features is not a tensor: its weights are added to the product.
     """
-    lines = _image_features(spec, form)
-    if form.features == "hidden":
+    lines, names = _image_features(spec, form), ["image_features"]
+    if form.reads_tokens:
         lines += _token_features(spec, precision, form)
-        lines += ["features = Concat<axis=-1>(image_features, token_features)"]
-    else:
-        lines += ["features = Identity(image_features)"]
+        names += ["token_features"]
+    if form.features == "squares":
+        lines += ["token_squares = Mul(token_features, token_features)"]
+        names += ["token_squares"]
+    lines += [f"features = Concat<axis=-1>({', '.join(names)})"]
     return [*lines, *_product(spec, form), *_latents_of_cells(spec, form)]
 
 

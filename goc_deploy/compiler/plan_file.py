@@ -192,13 +192,13 @@ def _head_from_fields(
         return None
     if weights is None:
         raise EngineDirError(f"{path}: the manifest lists no weights of this head")
-    if of_head.tokens and of_head.features != "hidden":
+    form = HeadForm(of_head.features, of_head.outputs, of_head.tokens, of_head.scaled)
+    if form.tokens and not form.reads_tokens:
         raise EngineDirError(
             f"{path}.tokens: expected 0 for {of_head.features}, got {of_head.tokens}"
         )
     if not 0 <= of_head.cfg_scales[0] <= of_head.cfg_scales[1]:
         raise EngineDirError(f"{path}.cfg_scales: expected a range, got {list(of_head.cfg_scales)}")
-    form = HeadForm(of_head.features, of_head.outputs, of_head.tokens, of_head.scaled)
     _, *size = weights.shape
     shape = (len(weights), size[0], size[1])
     return Head(form, of_head.cfg_scales, shape, weights.astype("<f4").tobytes())

@@ -38,7 +38,8 @@ class HeadOptions:
     """
 
     features: HeadFeatures = argument(
-        "Read values one by one, patches, or patches and the tokens before the final layer.",
+        "Read values one by one, patches, patches and the tokens before the final layer, or also "
+        "the squares of the tokens.",
         default="hidden",
     )
     target: Target = option(
@@ -76,8 +77,8 @@ class HeadOptions:
 
     def form_of(self, features: HeadFeatures) -> HeadForm:
         """The form of the head with other features."""
-        tokens = LATER_TOKENS if features == "hidden" else 0
-        return HeadForm(features, LATER_OUTPUTS, tokens, self.scaled)
+        form = HeadForm(features, LATER_OUTPUTS, LATER_TOKENS, self.scaled)
+        return form if form.reads_tokens else replace(form, tokens=0)
 
 
 def check_head(options: HeadOptions) -> HeadOptions:

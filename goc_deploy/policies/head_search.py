@@ -57,8 +57,8 @@ def searched_with_head(
 ) -> Schedule:
     """``search`` with a head: the step count and the computed steps with the least error.
 
-    The error is the mean distance to what the head aims at. Trials of a head that reads hidden
-    tokens read patches, which takes a fraction of the time; the best few are fitted as asked.
+    The error is the mean distance to what the head aims at. Trials of a head that reads tokens
+    read patches, which takes a fraction of the time; the best few are fitted as asked.
 
     Raises:
         UsageError: a budget that pays for nothing or for everything, a sampler that cannot have
@@ -73,7 +73,7 @@ def searched_with_head(
     sizes = _sizes(options, context, head)
     correction = _correction(context)
     images = options.search_images or _default_images(context, head)
-    ranking_features: HeadFeatures = "patch" if head.features == "hidden" else head.features
+    ranking_features: HeadFeatures = "patch" if head.form.reads_tokens else head.features
     with laboratory.head_trials(head, images) as trials:
         measure = _measure(context, head, trials)
         tried = search_by_exchange(

@@ -67,22 +67,26 @@ def head_features(
             of this step, then of earlier computed steps, newest first. Those that are missing at
             the start count as zeros.
         tokens: the same for `normalized` tokens (N, tokens, D) before the final layer; empty unless
-            the form is ``hidden``.
+            the form reads tokens.
         scales: (N,) guidance scale of each image, that of the first channel.
 
     Returns:
         The features in this order: the latents; for each step of ``outputs`` the conditional, then
-        the unconditional output; the same of ``tokens``; the constant 1; and if the form is scaled,
-        all of these again, multiplied by the scale.
+        the unconditional output; the same of ``tokens``; with ``squares``, their squares, value by
+        value; the constant 1; and if the form is scaled, all of these again, multiplied by the
+        scale.
     """
     images = [latents, *(side for pair in outputs for side in pair)]
     missing = 1 + 2 * (1 + form.outputs) - len(images)
     images += [np.zeros_like(latents)] * missing
     parts = [cells_from_latents(image, form, spec) for image in images]
-    if form.features == "hidden":
-        parts += [side for pair in tokens for side in pair]
+    if form.reads_tokens:
+        of_tokens = [side for pair in tokens for side in pair]
         nothing = np.zeros((len(latents), spec.tokens, spec.hidden), np.float32)
-        parts += [nothing] * (2 * (1 + form.tokens - len(tokens)))
+        of_tokens += [nothing] * (2 * (1 + form.tokens) - len(of_tokens))
+        parts += of_tokens
+        if form.features == "squares":
+            parts += [np.square(side, dtype=np.float32) for side in of_tokens]
     parts.append(np.ones((*parts[0].shape[:2], 1), np.float32))
     features = np.concatenate(parts, axis=-1, dtype=np.float32)
     if form.scaled:

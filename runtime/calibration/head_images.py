@@ -47,7 +47,7 @@ class HeadImages:
         self.trajectory.advance(step, self._schedule.coefficients[step])
         outputs = [stepper.model_output(), *self._outputs]
         tokens = self._tokens
-        if form.features == "hidden":
+        if form.reads_tokens:
             cond, uncond = stepper.final_tokens()
             tokens = [(normalized(cond), normalized(uncond)), *tokens]
         scales = self._request.cfg_scale

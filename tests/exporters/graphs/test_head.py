@@ -27,6 +27,8 @@ FORMS = [
         ("patch", 3, 0),
         ("hidden", 2, 0),
         ("hidden", 3, 2),
+        ("squares", 0, 0),
+        ("squares", 3, 2),
     )
     for scaled in (False, True)
 ]
@@ -62,7 +64,7 @@ def inputs_of(form: HeadForm, spec: ModelSpec, lags: int = 0) -> dict[str, np.nd
         f"output_{age}": normal(6, spec.output_channels, side, side)
         for age in range(1, 1 + form.outputs)
     }
-    if form.features == "hidden":
+    if form.reads_tokens:
         inputs["x"] = 7 * normal(6, spec.tokens, spec.hidden) + 3
         inputs |= {
             f"tokens_{age}": normal(6, spec.tokens, spec.hidden)
@@ -80,7 +82,7 @@ def expected_correction(
     kept = [inputs["prediction"], *(inputs[f"output_{i + 1}"] for i in range(form.outputs))]
     outputs = [sides(output[:, : spec.channels]) for output in kept]
     tokens = []
-    if form.features == "hidden":
+    if form.reads_tokens:
         earlier = [inputs[f"tokens_{i + 1}"] for i in range(form.tokens)]
         tokens = [sides(t) for t in [normalized(inputs["x"]), *earlier]]
     scales = inputs["guidance"][:, 0]

@@ -36,6 +36,7 @@ def schedule(text: str) -> Schedule:
         ("fora:2+head", HeadOptions()),
         ("none+head:patch", HeadOptions("patch")),
         ("fora:2+lagrange:2+head:hidden,images=64", HeadOptions("hidden", images=64)),
+        ("fora:2+head:squares", HeadOptions("squares")),
         ("fora:2+head:scalar,target=converged", HeadOptions("scalar", target="converged")),
         ("fora:2+head,skip_predicted", HeadOptions(skip_predicted=True)),
         ("none+head,scaled,scales=1.5..6", HeadOptions(scaled=True, scales=(1.5, 6.0))),
@@ -57,7 +58,10 @@ def test_a_head_changes_neither_the_schedule_nor_the_names_of_other_parts() -> N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fora:2+head:pixels", "features must be scalar or patch or hidden, got 'pixels'"),
+        (
+            "fora:2+head:pixels",
+            "features must be scalar or patch or hidden or squares, got 'pixels'",
+        ),
         ("fora:2+head,images=7", "option images must be a whole number within 8..100000"),
         ("fora:2+head,scales=4", "option scales must be LO..HI, each a number within 0..100"),
         ("fora:2+head,scales=4..2", "LO below HI, got '4..2'"),
@@ -96,6 +100,7 @@ def test_the_number_of_images_is_that_of_the_option_then_of_the_calibration() ->
         with_images(HeadOptions(), 4, SPEC, 20)
 
 
-def test_hidden_reads_tokens_of_two_and_outputs_of_three_earlier_computed_steps() -> None:
+def test_tokens_of_two_and_outputs_of_three_earlier_computed_steps_are_read() -> None:
     assert HeadOptions().form == HeadForm("hidden", 3, 2)
+    assert HeadOptions("squares").form == HeadForm("squares", 3, 2)
     assert HeadOptions("patch").form == HeadForm("patch", 3)

@@ -18,7 +18,7 @@ def test_a_form_has_optional_arguments_in_brackets() -> None:
 def test_the_grammar_has_every_form() -> None:
     forms = [form_of(name, base.options) for name, base in BASES.items()]
     forms += [f"+{form_of(name, row.options)}" for name, row in CORRECTIONS.items()]
-    for form in (*forms, "+head[:scalar|patch|hidden]"):
+    for form in (*forms, "+head[:scalar|patch|hidden|squares]"):
         assert form in grammar()
 
 

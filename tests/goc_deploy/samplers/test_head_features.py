@@ -19,6 +19,8 @@ FORMS = [
     HeadForm("patch", 3),
     HeadForm("patch", 1, scaled=True),
     HeadForm("hidden", 3, 2),
+    HeadForm("squares", 2, 1),
+    HeadForm("squares", 1, 1, scaled=True),
 ]
 
 
@@ -60,3 +62,16 @@ def test_features_have_the_width_of_the_form_with_short_and_long_histories(form:
         )
     zeros = np.zeros((form.width(SPEC), form.cell_values(SPEC)), np.float32)
     assert not head_correction(zeros, whole, form, SPEC).any()
+
+
+def test_squares_are_those_of_the_tokens_that_hidden_reads_and_come_before_the_one() -> None:
+    rng = np.random.default_rng(2)
+    latents = rng.normal(size=(2, SPEC.channels, SPEC.side, SPEC.side))
+    tokens = [(rng.normal(size=(2, SPEC.tokens, SPEC.hidden)),) * 2 for _ in range(2)]
+    read = ([(latents, latents)], tokens, np.array([1.5, 4.0]))
+    hidden = head_features(HeadForm("hidden", 3, 2), SPEC, latents, *read)
+    found = head_features(HeadForm("squares", 3, 2), SPEC, latents, *read)
+    of_tokens = hidden[..., -1 - 6 * SPEC.hidden : -1]
+    squares = np.square(of_tokens)
+    expected = np.concatenate([hidden[..., :-1], squares, hidden[..., -1:]], axis=-1)
+    np.testing.assert_array_equal(found, expected)

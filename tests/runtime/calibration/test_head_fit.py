@@ -66,7 +66,9 @@ def with_batches_of(directory: EngineDir, images: int) -> EngineDir:
     return replace(directory, manifest=manifest)
 
 
-@pytest.mark.parametrize("features", ["scalar", "patch", "hidden", "patch,level=residual"])
+@pytest.mark.parametrize(
+    "features", ["scalar", "patch", "hidden", "squares", "patch,level=residual"]
+)
 def test_a_head_lowers_the_held_out_error(directory: EngineDir, features: str, cache: Path) -> None:
     schedule, table = fit(directory, f"fora:2+lagrange:1+head:{features}")
     assert table.head is not None
