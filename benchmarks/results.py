@@ -326,9 +326,9 @@ def conditions(study: Study, times: dict[str, Any]) -> str:
         f"features of `{study.extractor.name}`. Plans that need calibration used "
         f"{study.calibration_images} images of another seed, unless their SPEC has another number. "
         f"± is half of a 95 % interval, with {RESAMPLES} resamples for FID and IS. L2 to converged "
-        "is the distance from "
-        f"{study.converged.steps} uncached steps over {study.converged_images} images. FLOPs are "
-        f"those of the matrix products, per image.{speed}\n"
+        f"is the distance from {study.converged.steps} uncached steps over "
+        f"{study.converged_images} images. FLOPs are those of the matrix products, per image."
+        f"{speed}\n"
     )
 
 

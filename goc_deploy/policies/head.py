@@ -38,8 +38,8 @@ class HeadOptions:
     """
 
     features: HeadFeatures = argument(
-        "Read values one by one, patches, patches and the tokens before the final layer, or also "
-        "the squares of the tokens.",
+        "Read single values, or patches; hidden adds the tokens before the final layer to the "
+        "patches, and squares adds the squares of these tokens too.",
         default="hidden",
     )
     target: Target = option(

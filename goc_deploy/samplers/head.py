@@ -53,8 +53,8 @@ class HeadForm:
     def width(self, spec: ModelSpec) -> int:
         """Number F of features of a cell."""
         images = 1 + 2 * (1 + self.outputs)  # x, and the conditional and unconditional outputs
-        powers = {"hidden": 1, "squares": 2}.get(self.features, 0)
-        of_tokens = powers * 2 * (1 + self.tokens) * spec.hidden
+        of_tokens = 2 * (1 + self.tokens) * spec.hidden if self.reads_tokens else 0
+        of_tokens *= 2 if self.features == "squares" else 1
         return (images * self.cell_values(spec) + of_tokens + 1) * (2 if self.scaled else 1)
 
 
